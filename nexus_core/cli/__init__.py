@@ -1,0 +1,1 @@
+"""The commands: nexus-run and nexus-plugins."""

@@ -1,0 +1,311 @@
+"""The loop. It fires the hooks of `nexus_core.events` and keeps the books; plugins do the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nexus_core import algebra, registry
+from nexus_core.defaults import Defaults, FunctionLossPlugin
+from nexus_core.errors import ConfigError
+from nexus_core.evaluation import measure
+from nexus_core.intervals import Every, Interval
+from nexus_core.loader import Batch, RunData, batch_size, epoch_length, stream_batches, to_device
+from nexus_core.meter import Meter
+from nexus_core.plugin import Plugin
+from nexus_core.ranks import Ranks
+from nexus_core.state import Snapshot, TrainState, restore, seed_everything, snap
+
+__all__ = ["Engine", "Result"]
+
+Data = Iterable[Batch]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: "finished", or "stopped" early for a reason; the last of every metric."""
+
+    status: str
+    reason: str
+    step: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Engine:
+    """Trains a model: a loop of events whose every part a plugin can listen to or replace.
+
+    Args:
+        model: any module; None asks the plugins (`make_model`).
+        optimizer: over the model's parameters; None asks the plugins (`make_optimizer`).
+        loss: `loss(model, batch)` returns a mean; None where plugins bring the loss terms.
+        plugins: in the order in which to call them, where they do not say themselves.
+        seed: of python, numpy and torch, set at once; None leaves the generators alone.
+        device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None: the model's own.
+        accumulate: micro-batches in a step.
+        log_every: period of `on_log`.
+        out: the run's folder, for plugins that write files.
+
+    Raises:
+        ConfigError, PluginError, DataError: the parts do not make a run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+        plugins: Iterable[Plugin[Any]] = (),
+        seed: int | None = None,
+        device: str | torch.device | None = None,
+        accumulate: int = 1,
+        log_every: Interval | str | int = "10 steps",
+        out: str | Path | None = None,
+    ) -> None:
+        if accumulate < 1:
+            raise ConfigError(f"accumulate must be at least 1, got {accumulate}")
+        if seed is not None:
+            seed_everything(seed)
+        self.seed = seed or 0
+        self.accumulate = accumulate
+        self.log_every = Interval.parse(log_every)
+        self.out = Path(out) if out is not None else None
+        self.ranks = Ranks.current()
+        self.state = TrainState()
+        self.horizon: Interval | None = None
+        self.stop_reason: str | None = None
+        self.training = True
+        self.split = "train"
+        self.last_micro_batch = True
+        self.losses: dict[str, Tensor] = {}
+        self.metrics: dict[str, float] = {}
+        self.meter = Meter()
+
+        self.plan = registry.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
+        self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
+        self.hook = registry.plugin_manager(self.plan, Defaults()).hook
+        if not self.hook.loss_terms.get_hookimpls():
+            raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
+        self.device = _device(device, model)
+        self.data: RunData | None = None if model else self.hook.make_data(engine=self)
+        self.model: nn.Module = (model or self.hook.make_model(engine=self)).to(self.device)
+        self.optimizer: Optimizer = optimizer or self.hook.make_optimizer(engine=self)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def fit(
+        self,
+        data: Data | None = None,
+        *,
+        until: Interval | str | int,
+        eval_data: Data | Mapping[str, Data] | None = None,
+        eval_every: Interval | str | int | None = None,
+    ) -> Result:
+        """Train until the horizon, or until `stop`; see `steps` for the arguments."""
+        for _ in self.steps(data, until=until, eval_data=eval_data, eval_every=eval_every):
+            pass
+        return self.result()
+
+    def steps(
+        self,
+        data: Data | None = None,
+        *,
+        until: Interval | str | int,
+        eval_data: Data | Mapping[str, Data] | None = None,
+        eval_every: Interval | str | int | None = None,
+    ) -> Iterator[TrainState]:
+        """The loop as a generator, one optimizer step a turn; close it and go on later.
+
+        Args:
+            data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
+            until: the horizon, counted from the very first step, restarts included.
+            eval_data: batches to evaluate on, or several sets of them by name.
+            eval_every: the period of evaluations; there is one at the end in any case.
+
+        Yields:
+            The counters, after each step with its log and evaluation.
+        """
+        if data is None:
+            self.data = self.data or self.hook.make_data(engine=self)
+            data = self.data.train
+            eval_data = self.data.valid if eval_data is None else eval_data
+        self.horizon = horizon = Interval.parse(until)
+        self.stop_reason = None
+        self.state.epoch_length = epoch_length(data)
+        log_due = Every(self.log_every, self.state)
+        eval_due = Every(Interval.parse(eval_every) if eval_every else None, self.state)
+        evaluated_at = -1
+        try:
+            self.hook.on_start(engine=self)
+            started = time.perf_counter() - self.state.seconds
+            stream = stream_batches(data, self.state, horizon)
+            while not self._over(horizon) and (micro := list(islice(stream, self.accumulate))):
+                self._step([to_device(batch, self.device) for batch in micro])
+                self.state.seconds = time.perf_counter() - started
+                if log_due.due(self.state):
+                    self._log()
+                if eval_due.due(self.state) and eval_data:
+                    self.evaluate(eval_data)
+                    evaluated_at = self.state.step
+                self.hook.on_step_end(engine=self)
+                yield self.state
+            if self.stop_reason is None:
+                self._log()
+                if eval_data and evaluated_at != self.state.step:
+                    self.evaluate(eval_data)
+            self.hook.on_finish(engine=self)
+        except Exception as error:
+            registry.blame(error, self.plan, self.state.step)
+            self.hook.on_error(engine=self, error=error)
+            raise
+        finally:
+            registry.call_in_reverse(self.hook.on_close, engine=self)
+
+    def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
+        """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.
+
+        Args:
+            data: batches, reported as `val/...`, or several sets of them by name.
+
+        Returns:
+            `val/loss`, `val/total_loss`, `val/<term>_loss` for each term, and what plugins log.
+        """
+        metrics: dict[str, float] = {}
+        for name, batches in (data if isinstance(data, Mapping) else {"val": data}).items():
+            metrics |= measure(self, name, batches)
+        self.metrics |= metrics
+        self.hook.on_eval(engine=self, metrics=metrics)
+        return metrics
+
+    def stop(self, reason: str = "stopped by the program") -> None:
+        """End the loop after the present step."""
+        self.stop_reason = reason
+
+    def log(
+        self,
+        name: str,
+        value: Tensor | float,
+        units: Tensor | float = 1.0,
+        finish: Callable[[float], float] | None = None,
+    ) -> None:
+        """Record a metric without waiting for the device; its mean over units is read when due.
+
+        Args:
+            name: "grad_norm" is logged as "train/grad_norm", in an evaluation as "val/grad_norm";
+                a name with a slash is taken as it is.
+            value: the sum over the units, without dimensions.
+            units: how many units the sum runs over.
+            finish: applied to the mean when it is read: `math.exp` makes a perplexity.
+        """
+        self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
+
+    def result(self) -> Result:
+        """How far the run is, and the last value of every metric."""
+        done = self.horizon is not None and self.horizon.reached(self.state)
+        status, reason = ("finished" if done else "stopped"), self.stop_reason or ""
+        state = self.state
+        return Result(status, reason, state.step, state.tokens, state.seconds, dict(self.metrics))
+
+    def state_dict(self) -> Snapshot:
+        """Everything that decides how the run goes on, read in place; fires `on_save`."""
+        snapshot = snap(self)
+        self.hook.on_save(engine=self, snapshot=snapshot)
+        return snapshot
+
+    def load_state_dict(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, to the same bits; fires `on_load` first.
+
+        Raises:
+            CheckpointError: it does not fit the model, the optimizer or the plugins.
+        """
+        self.hook.on_load(engine=self, snapshot=snapshot)
+        restore(self, snapshot)
+
+    def resume(self, source: str = "auto") -> None:
+        """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
+        self.load_state_dict(self.hook.load_snapshot(engine=self, source=source))
+
+    def _step(self, micro: Sequence[Batch]) -> None:
+        hook = self.hook
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in micro:
+            hook.on_batch(engine=self, batch=batch)
+        counts = [algebra.merge(hook.loss_units(engine=self, batch=batch)) for batch in micro]
+        units = algebra.step_units(counts, self.ranks)
+        weights = hook.weigh_losses(engine=self, terms=tuple(units))
+        self.losses = {}
+        for batch, count in zip(micro, counts, strict=True):
+            self.last_micro_batch = batch is micro[-1]
+            output = hook.forward(engine=self, batch=batch)
+            terms = algebra.merge(hook.loss_terms(engine=self, batch=batch, output=output))
+            losses = algebra.means(terms, units)
+            shares = algebra.weighted(losses, weights)
+            total = algebra.total(shares)
+            hook.backward(engine=self, loss=total, terms=shares)
+            self._record(terms, count, losses, total)
+        hook.after_backward(engine=self)
+        self._schedule()
+        hook.optimizer_step(engine=self)
+        self.state.count_step(batch_size(batch) for batch in micro)
+        hook.on_step(engine=self)
+
+    def _record(
+        self,
+        terms: Mapping[str, Tensor],
+        units: Mapping[str, Tensor | float],
+        losses: Mapping[str, Tensor],
+        total: Tensor,
+    ) -> None:
+        for name, term in terms.items():
+            self.meter.add(algebra.metric("train", name), term.detach(), units[name])
+            loss = losses[name].detach()
+            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
+        closes_step = self.last_micro_batch and self.ranks.is_main
+        self.meter.add("train/total_loss", total.detach(), float(closes_step))
+
+    def _schedule(self) -> None:
+        """Set every group's learning rate; left alone where no plugin schedules it."""
+        scales = self.hook.lr_scale(engine=self)
+        if scales:
+            scale = math.prod(scales)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+
+    def _log(self) -> None:
+        metrics = self.meter.read(self.ranks)
+        if not metrics:
+            return
+        metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        for answer in self.hook.collect_metrics(engine=self):
+            metrics.update(answer)
+        self.metrics |= metrics
+        self.hook.on_log(engine=self, metrics=metrics)
+
+    def _over(self, horizon: Interval) -> bool:
+        return self.stop_reason is not None or horizon.reached(self.state)
+
+
+def _device(wish: str | torch.device | None, model: nn.Module | None) -> torch.device:
+    if wish is None:
+        parameter = next(model.parameters(), None) if model is not None else None
+        return parameter.device if parameter is not None else torch.device("cpu")
+    if wish == "auto":
+        best = torch.accelerator.current_accelerator(check_available=True)
+        return best or torch.device("cpu")
+    try:
+        return torch.empty(0, device=wish).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device '{wish}' cannot be used: {str(error).splitlines()[0]}"
+        ) from error

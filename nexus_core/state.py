@@ -1,0 +1,192 @@
+"""The counters of a run, its random generators, and the snapshot that a checkpoint stores."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["PluginState", "RandomState", "Snapshot", "StateDict", "StateValue", "TrainState"]
+
+StateValue: TypeAlias = Union[
+    bool, int, float, str, Tensor, "list[StateValue]", "dict[str, StateValue]", None
+]
+"""What a state may be made of: what JSON holds, and tensors."""
+
+StateDict: TypeAlias = dict[str, StateValue]
+
+
+@dataclass
+class TrainState:
+    """How far a run is. The engine alone writes it; everything else reads it.
+
+    Args:
+        step: optimizer steps done.
+        epoch: passes over the data completed.
+        batch: micro-batches done within the present epoch: the data cursor.
+        epoch_length: micro-batches in an epoch, 0 where the data does not say.
+        samples: rows trained on.
+        tokens: tokens trained on (rows, where a batch holds no `input_ids`).
+        seconds: time spent in the training loop, over all restarts.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    epoch_length: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def epochs(self) -> float:
+        """Epochs done, with the begun one as a fraction where its length is known."""
+        return self.epoch + (self.batch / self.epoch_length if self.epoch_length else 0.0)
+
+    def counted(self, unit: str) -> float:
+        """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
+        return float(self.step if unit == "steps" else getattr(self, unit))
+
+    def next_epoch(self) -> None:
+        """Move the cursor to the start of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def count_step(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Count a step over micro-batches of so many (rows, tokens)."""
+        self.step += 1
+        for rows, tokens in sizes:
+            self.samples += rows
+            self.tokens += tokens
+
+    def state_dict(self) -> StateDict:
+        """All counters by name."""
+        return dict(asdict(self))
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take over all counters, in place: whoever holds this object sees them."""
+        for name, value in asdict(TrainState(**state)).items():  # type: ignore[arg-type]
+            setattr(self, name, value)
+
+
+class RandomState(TypedDict):
+    """The state of every global random generator of this process."""
+
+    python: list[StateValue]
+    numpy: list[StateValue]
+    torch: Tensor
+    devices: list[Tensor]
+
+
+class PluginState(TypedDict):
+    """What a plugin saved, and the `state_version` that it had."""
+
+    version: int
+    state: StateDict
+
+
+class MetricsState(TypedDict):
+    """Sums since the last log, and the last value of every metric."""
+
+    pending: dict[str, list[float]]
+    last: dict[str, float]
+
+
+class Snapshot(TypedDict):
+    """Everything that decides how a run goes on: what a checkpoint stores.
+
+    `model` and `optimizer` are their own `state_dict`s; `train` holds the counters, the data
+    cursor among them; `plugins` has each plugin's state under its name.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: StateDict
+    train: StateDict
+    metrics: MetricsState
+    random: RandomState
+    plugins: dict[str, PluginState]
+
+
+def random_state() -> RandomState:
+    """Read the generators of python, numpy, torch and each CUDA device."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "devices": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put every generator back to where `random_state` read it."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))  # type: ignore[arg-type]
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # type: ignore[arg-type]
+    torch.set_rng_state(state["torch"])
+    if state["devices"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["devices"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of python, numpy, torch and its devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def snap(engine: Engine) -> Snapshot:
+    """Gather the state of an engine, tensors in place."""
+    return {
+        "model": engine.model.state_dict(),
+        "optimizer": engine.optimizer.state_dict(),
+        "train": engine.state.state_dict(),
+        "metrics": {"pending": engine.meter.state_dict(), "last": dict(engine.metrics)},
+        "random": random_state(),
+        "plugins": {
+            name: {"version": plugin.state_version, "state": state}
+            for name, plugin in engine.plugins.items()
+            if (state := plugin.state_dict())
+        },
+    }
+
+
+def restore(engine: Engine, snapshot: Snapshot) -> None:
+    """Put a snapshot back into an engine of the same make.
+
+    Raises:
+        CheckpointError: it does not fit the model, the optimizer or the plugins.
+    """
+    try:
+        engine.model.load_state_dict(snapshot["model"])
+        engine.optimizer.load_state_dict(snapshot["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit this run: {' '.join(str(error).split())[:400]}; resume "
+            "with the config that wrote it (config.yaml in its folder)"
+        ) from error
+    for name, saved in snapshot["plugins"].items():
+        if name not in engine.plugins:
+            raise CheckpointError(
+                f"the checkpoint holds the state of plugin '{name}', which is not in this run; "
+                f"add it with --plugins {name}"
+            )
+        plugin, state = engine.plugins[name], saved["state"]
+        if saved["version"] != plugin.state_version:
+            state = plugin.migrate(state, saved["version"])
+        plugin.load_state_dict(state)
+    engine.state.load_state_dict(snapshot["train"])
+    engine.meter.load_state_dict(snapshot["metrics"]["pending"])
+    engine.metrics.update(snapshot["metrics"]["last"])
+    set_random_state(snapshot["random"])

@@ -1,0 +1,1 @@
+"""First-party plugins of the NEXUS trainer: one file, one plugin."""

@@ -1,0 +1,113 @@
+"""Sampling from a model that reads one token at a time."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Stepper", "generate"]
+
+
+class Stepper(Protocol):
+    """A model that carries its past in a state of constant size."""
+
+    training: bool
+
+    def initial_state(self, batch: int) -> Any:
+        """The state before the first token."""
+
+    def step(self, input_ids: Tensor, states: Any) -> tuple[Tensor, Any]:
+        """Logits `(B, V)` after the tokens `(B,)`, and the new state."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch dropout on or off."""
+
+
+@torch.no_grad()
+def generate(
+    model: Stepper,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue a prompt by sampling, one token after the other.
+
+    Args:
+        model: what predicts; it is in evaluation mode meanwhile.
+        prompt: `(B, T)` token numbers, or `(T,)` for one sequence; T at least 1.
+        max_new_tokens: tokens to add.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: sample among this many likeliest tokens only.
+        top_p: sample among the likeliest tokens that together hold this probability.
+        generator: source of randomness; the same seed gives the same tokens.
+
+    Returns:
+        Prompt and continuation, `(B, T + max_new_tokens)`, or without B if `prompt` was.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source: top_p is nucleus sampling, Holtzman et al. 2020.
+    """
+    _check(prompt, max_new_tokens, temperature, top_k, top_p)
+    tokens = list(prompt.reshape(-1, prompt.shape[-1]).unbind(1))
+    was_training = model.training
+    model.train(False)
+    try:
+        states = model.initial_state(len(tokens[0]))
+        for token in tokens:
+            logits, states = model.step(token, states)
+        for _ in range(max_new_tokens):
+            tokens.append(_sample(logits.float(), temperature, top_k, top_p, generator))
+            logits, states = model.step(tokens[-1], states)
+    finally:
+        model.train(was_training)
+    return torch.stack(tokens, 1).reshape(*prompt.shape[:-1], -1)
+
+
+def _sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = (logits / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        ordered[:, top_k:] = -torch.inf
+    probabilities = ordered.softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+        probabilities[:, 0] = probabilities[:, 0].clamp_min(torch.finfo(logits.dtype).tiny)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(-1, choice).squeeze(-1)
+
+
+def _check(
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    if prompt.dim() not in (1, 2) or prompt.numel() == 0:
+        raise ValueError(
+            f"prompt has shape {tuple(prompt.shape)}; expected (batch, time) or (time,) with at "
+            f"least one token. To start from nothing, give the end-of-document token."
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; expected 0 (likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected 1 or more, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected above 0 and up to 1, or None for all tokens")

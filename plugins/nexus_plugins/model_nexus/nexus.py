@@ -1,0 +1,245 @@
+"""The NEXUS model: embeddings, a backbone of selective state-space layers, a language head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from nexus_core.plugin import PluginConfig
+from nexus_plugins.model_nexus.generate import generate
+from nexus_plugins.model_nexus.ssm import SelectiveSSM, SSMState
+
+__all__ = ["NEXUSConfig", "NEXUSCore", "NEXUSOutput"]
+
+EMBEDDING_STD = 0.02
+
+
+class NEXUSConfig(PluginConfig):
+    """Sizes of the model; the defaults are those of the full model."""
+
+    vocab_size: int = Field(32_000, ge=1, description="tokens that the model knows")
+    d_model: int = Field(256, ge=1, description="width of the residual stream")
+    ssm_n_layers: int = Field(6, ge=1, description="state-space layers in the backbone")
+    ssm_d_state: int = Field(64, ge=1, description="size of the state per inner channel")
+    ssm_head_dim: int = Field(64, ge=1, description="inner channels that share one decay rate")
+    ssm_expand: int = Field(2, ge=1, description="inner width of a layer, in times d_model")
+    ssm_conv_width: int = Field(4, ge=1, description="tokens that the causal convolution sees")
+    ssm_chunk_length: int = Field(
+        64, ge=1, description="tokens per chunk of the scan; changes speed and rounding only"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="part of each layer's output dropped in training"
+    )
+    tie_embeddings: bool = Field(
+        True, description="the head uses the embedding's matrix instead of one of its own"
+    )
+    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in every norm")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> NEXUSConfig:
+        inner = self.ssm_expand * self.d_model
+        if inner % self.ssm_head_dim:
+            raise ValueError(
+                f"ssm_head_dim={self.ssm_head_dim} does not divide the inner width "
+                f"ssm_expand * d_model = {inner}; choose a divisor of {inner}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class NEXUSOutput:
+    """What a forward pass leaves for the losses; logits exist only where they are asked for."""
+
+    hidden: Tensor
+    """(B, T, D) the residual stream after the final norm."""
+    head_weight: Tensor
+    """(V, D) the head: `logits = hidden @ head_weight.T`."""
+    module_outputs: Mapping[str, Any] = field(default_factory=dict)
+    """What each active module reports, by its name."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, T, V), computed at each access."""
+        return F.linear(self.hidden, self.head_weight)
+
+
+class NEXUSBlock(nn.Module):
+    """One residual layer: `x + dropout(ssm(norm(x)))`."""
+
+    def __init__(self, config: NEXUSConfig) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.ssm = SelectiveSSM(
+            d_model=config.d_model,
+            d_state=config.ssm_d_state,
+            head_dim=config.ssm_head_dim,
+            expand=config.ssm_expand,
+            conv_width=config.ssm_conv_width,
+            chunk_length=config.ssm_chunk_length,
+            norm_eps=config.norm_eps,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
+        """Update the residual stream `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
+        update: Tensor = self.dropout(self.ssm(self._normed(x), document))
+        return x + update
+
+    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        """Update the residual stream of one token, `(B, D)`, and the layer's state."""
+        update, state = self.ssm.step(self._normed(x), state)
+        return x + self.dropout(update), state
+
+    def _normed(self, x: Tensor) -> Tensor:
+        # Without a scale of its own: the projection that follows can express the same.
+        return F.rms_norm(x, x.shape[-1:], eps=self.norm_eps)
+
+
+class NEXUSCore(nn.Module):
+    """A language model with cost linear in length and generation in constant memory.
+
+    Nothing at position t depends on a later position, on a neighbour in the batch or, where
+    `segment_ids` are given, on another document of the row.
+
+    Args:
+        config: the sizes; or give them as keywords: `NEXUSCore(vocab_size=256, d_model=128)`.
+
+    Source: the backbone is a stack of Mamba-2 blocks (Dao & Gu 2024) with RMS norms before
+        each; output projections start smaller by sqrt(layers) as in GPT-2 (Radford et al. 2019).
+    """
+
+    def __init__(self, config: NEXUSConfig | None = None, /, **settings: Any) -> None:
+        super().__init__()
+        self.config = config if config is not None else NEXUSConfig(**settings)
+        self.embedding = nn.Embedding(self.config.vocab_size, self.config.d_model)
+        self.blocks = nn.ModuleList(
+            NEXUSBlock(self.config) for _ in range(self.config.ssm_n_layers)
+        )
+        self.final_norm = nn.RMSNorm(self.config.d_model, eps=self.config.norm_eps)
+        self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._scale_initial_weights()
+
+    def _scale_initial_weights(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.ssm.out_proj.weight /= math.sqrt(self.config.ssm_n_layers)
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        return_all_outputs: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        *,
+        return_all_outputs: Literal[True],
+    ) -> tuple[Tensor, dict[str, Any]]: ...
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        return_all_outputs: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: `(B, T)` token numbers.
+            segment_ids: `(B, T)` integers; a new document starts where the number changes.
+            return_all_outputs: also return what the modules report.
+
+        Returns:
+            Logits `(B, T, V)`, or `(logits, {"module_outputs": {...}})`.
+        """
+        output = self.hidden(input_ids, segment_ids)
+        if return_all_outputs:
+            return output.logits, {"module_outputs": dict(output.module_outputs)}
+        return output.logits
+
+    def hidden(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> NEXUSOutput:
+        """Run everything but the head, so that a loss can do without the full logits.
+
+        Args:
+            input_ids: `(B, T)` token numbers.
+            segment_ids: `(B, T)` integers; a new document starts where the number changes.
+
+        Raises:
+            ValueError: a shape is not as above.
+        """
+        _check_shapes(input_ids, segment_ids)
+        document = None if segment_ids is None else _document_numbers(segment_ids)
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, document)
+        module_outputs: dict[str, Any] = {}
+        return NEXUSOutput(self.final_norm(x), self.head.weight, module_outputs)
+
+    def step(self, input_ids: Tensor, states: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
+        """Read one token per sequence and predict the next one, in constant memory.
+
+        Args:
+            input_ids: `(B,)` token numbers.
+            states: what the last step returned, or `initial_state(B)`.
+
+        Returns:
+            Logits `(B, V)` and the new states.
+        """
+        x = self.embedding(input_ids)
+        new_states = []
+        for block, state in zip(self.blocks, states, strict=True):
+            x, new_state = block.step(x, state)
+            new_states.append(new_state)
+        return self.head(self.final_norm(x)), new_states
+
+    def initial_state(self, batch: int) -> list[SSMState]:
+        """The states of all layers before the first token, for `batch` sequences."""
+        return [block.ssm.initial_state(batch) for block in self.blocks]
+
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue a prompt token by token; see `generate.generate` for the arguments."""
+        return generate(self, prompt, max_new_tokens, temperature, top_k, top_p, generator)
+
+
+def _check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), both at "
+            f"least 1. One sequence alone: input_ids[None]."
+        )
+    if segment_ids is not None and segment_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"segment_ids has shape {tuple(segment_ids.shape)}; expected that of input_ids, "
+            f"{tuple(input_ids.shape)}: one document number per token."
+        )
+
+
+def _document_numbers(segment_ids: Tensor) -> Tensor:
+    """Count the changes, so that an id that comes back later is a document of its own."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return F.pad(changes, (1, 0)).cumsum(1)

@@ -1,0 +1,147 @@
+"""A selective state-space layer in the Mamba-2 form: whole sequences, or one token at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_plugins.model_nexus.scan import causal_conv_silu, chunked_scan
+
+__all__ = ["SelectiveSSM", "SSMState"]
+
+DECAY_RANGE = (1.0, 16.0)
+STEP_RANGE = (1e-3, 1e-1)
+
+
+class SSMState(NamedTuple):
+    """All that a layer remembers of the past: constant in size, however long the past is."""
+
+    conv: Tensor
+    """(B, W - 1, C) the last inputs of the convolution, the newest first."""
+    ssm: Tensor
+    """(B, N, H, P) float32."""
+
+
+class SelectiveSSM(nn.Module):
+    """Mix tokens over time by a gated linear recurrence whose rates depend on the input.
+
+    Shapes: B batch, T time, D model, E = expand * D, H = E / head_dim heads, N state,
+    C = E + 2 N channels of the convolution, W its width.
+
+    Args:
+        d_model: width D of input and output.
+        d_state: size N of the state per channel.
+        head_dim: channels per head; a head shares one decay.
+        expand: inner width E over D.
+        conv_width: taps W of the causal convolution.
+        chunk_length: positions per chunk in `forward`; changes speed and rounding only.
+        norm_eps: added to the mean square in the norm before the output projection.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs", section 7 (the block) and Mamba-2's
+        initialisation of decays and step sizes. One group: `b` and `c` are shared by the heads.
+        The norm has no scale of its own; the projection after it can express the same.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        head_dim: int = 64,
+        expand: int = 2,
+        conv_width: int = 4,
+        chunk_length: int = 64,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.inner = expand * d_model
+        self.heads = self.inner // head_dim
+        self.head_dim = head_dim
+        self.d_state = d_state
+        self.chunk_length = chunk_length
+        self.norm_eps = norm_eps
+        channels = self.inner + 2 * d_state
+        self.in_proj = nn.Linear(d_model, self.inner + channels + self.heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(conv_width, channels))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.log_rate = nn.Parameter(torch.empty(self.heads))
+        self.skip = nn.Parameter(torch.empty(self.heads))
+        self.out_proj = nn.Linear(self.inner, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: step sizes log-uniform, decay rates uniform."""
+        width = self.conv_weight.shape[0]
+        nn.init.uniform_(self.conv_weight, -(width**-0.5), width**-0.5)
+        nn.init.zeros_(self.conv_bias)
+        nn.init.ones_(self.skip)
+        low, high = (math.log(step) for step in STEP_RANGE)
+        with torch.no_grad():
+            self.log_rate.uniform_(*DECAY_RANGE).log_()
+            step = self.dt_bias.uniform_(low, high).exp_()
+            step.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+
+    def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
+        """Mix whole sequences.
+
+        Args:
+            x: `(B, T, D)`.
+            document: `(B, T)` non-decreasing numbers of documents; nothing passes from one to
+                the next. None: every row is one document.
+
+        Returns:
+            `(B, T, D)`.
+        """
+        gate, mixed, dt = self._project(x)
+        mixed = causal_conv_silu(mixed, self.conv_weight, self.conv_bias, document)
+        x_heads, b, c = self._split_channels(mixed)
+        log_decay = dt * -self.log_rate.exp()
+        y = chunked_scan(x_heads, dt, log_decay, b, c, self.skip, document, self.chunk_length)
+        return self._output(y, gate)
+
+    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        """Mix one token into the state; the same as `forward` up to rounding.
+
+        Args:
+            x: `(B, D)`, the next token of each sequence.
+            state: what the last step returned, or `initial_state`.
+
+        Returns:
+            The output `(B, D)` and the new state.
+        """
+        gate, mixed, dt = self._project(x)
+        window = torch.cat([mixed.unsqueeze(1), state.conv], 1)
+        mixed = F.silu((window * self.conv_weight).sum(1) + self.conv_bias)
+        x_heads, b, c = self._split_channels(mixed)
+        decay = torch.exp(dt * -self.log_rate.exp())
+        written = torch.einsum("bn,bhp->bnhp", b, x_heads * dt.unsqueeze(-1))
+        ssm = state.ssm * decay[:, None, :, None] + written
+        y = torch.einsum("bn,bnhp->bhp", c, ssm) + x_heads * self.skip.unsqueeze(-1)
+        return self._output(y, gate), SSMState(window[:, :-1], ssm)
+
+    def initial_state(self, batch: int) -> SSMState:
+        """The state before the first token, for `batch` sequences."""
+        taps, channels = self.conv_weight.shape
+        new = self.conv_weight.new_zeros
+        return SSMState(
+            conv=new(batch, taps - 1, channels),
+            ssm=new(batch, self.d_state, self.heads, self.head_dim),
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        channels = self.conv_weight.shape[1]
+        gate, mixed, dt = self.in_proj(x).split([self.inner, channels, self.heads], -1)
+        return gate, mixed, F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+
+    def _split_channels(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, b, c = mixed.split([self.inner, self.d_state, self.d_state], -1)
+        return x.unflatten(-1, (self.heads, self.head_dim)), b, c
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        gated = y.flatten(-2) * F.silu(gate)
+        result: Tensor = self.out_proj(F.rms_norm(gated, (self.inner,), eps=self.norm_eps))
+        return result

@@ -17,50 +17,42 @@ if TYPE_CHECKING:
 
 __all__ = ["Defaults", "FunctionLossPlugin"]
 
+_MISSING = "there is no {what}: pass it to {where}, or add a plugin for it (nexus-plugins list)"
+
 
 class Defaults:
     """The core's own answers, asked after every plugin's."""
 
     @hookimpl(trylast=True)
     def make_data(self) -> NoReturn:
-        raise DataError(
-            "there is no training data: pass it to fit(...), or add a plugin that makes it "
-            "(nexus-plugins list shows those with the slot 'data')"
-        )
+        raise DataError(_MISSING.format(what="training data", where="fit(...)"))
 
     @hookimpl(trylast=True)
     def make_model(self) -> NoReturn:
-        raise ConfigError(
-            "there is no model: pass one to Engine(...), or add a plugin that makes it "
-            "(nexus-plugins list shows those with the slot 'model')"
-        )
+        raise ConfigError(_MISSING.format(what="model", where="Engine(...)"))
 
     @hookimpl(trylast=True)
     def make_optimizer(self) -> NoReturn:
-        raise ConfigError(
-            "there is no optimizer: pass one to Engine(...), or add a plugin that makes it "
-            "(nexus-plugins list shows those with the slot 'optimizer')"
-        )
+        raise ConfigError(_MISSING.format(what="optimizer", where="Engine(...)"))
 
     @hookimpl(trylast=True)
     def load_snapshot(self, source: str) -> NoReturn:
         raise CheckpointError(
-            f"cannot resume from '{source}': no plugin of this run reads checkpoints; "
-            "add one, for instance with --plugins checkpoint"
+            f"cannot resume from '{source}': no plugin of this run reads checkpoints; add one, "
+            "for instance with --plugins checkpoint"
         )
 
     @hookimpl(trylast=True)
     def forward(self, engine: Engine, batch: Batch) -> Any:
-        """Call the model with what it accepts of a dict, with a tuple's first, or the batch."""
         if isinstance(batch, Mapping):
             return engine.model(**accepted(engine.model, batch))
         return engine.model(batch[0] if isinstance(batch, list | tuple) else batch)
 
     @hookimpl(trylast=True)
-    def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, float]:
+    def weigh_losses(self, engine: Engine) -> dict[str, float]:
         weights: dict[str, float] = {}
-        for weight in engine.hook.loss_weight(engine=engine):
-            weights.update(weight)
+        for answer in engine.hook.loss_weight(engine=engine):
+            weights.update(answer)
         return weights
 
     @hookimpl(trylast=True)
@@ -75,15 +67,12 @@ class Defaults:
 
 
 class FunctionLossPlugin(Plugin[PluginConfig]):
-    """The loss of an embedded engine: a function of model and batch that returns a mean.
+    """The term `loss` of an embedded engine: a function of model and batch that returns a mean.
 
-    Args:
-        function: called as `function(model, batch)`; returns a tensor without dimensions. Each
-            micro-batch counts the same; for ragged ones write a `Loss`, which is exact.
+    Micro-batches count the same; where they hold unequal numbers of labels, a `Loss` is exact.
     """
 
     name = "loss"
-    after = ()
 
     def __init__(self, function: Callable[[nn.Module, Batch], Tensor]) -> None:
         super().__init__()
@@ -103,7 +92,7 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of the batch that the model's `forward` has a parameter for."""
+    """The entries of a batch that the model's `forward` has a parameter for."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(batch)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_core import algebra, registry
+from nexus_core import registry
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.errors import ConfigError
 from nexus_core.evaluation import measure
 from nexus_core.intervals import Every, Interval
-from nexus_core.loader import Batch, RunData, batch_size, epoch_length, stream_batches, to_device
+from nexus_core.loader import Batch, RunData, epoch_length, stream_batches, to_device
 from nexus_core.meter import Meter
 from nexus_core.plugin import Plugin
-from nexus_core.ranks import Ranks
+from nexus_core.ranks import Ranks, pick_device
 from nexus_core.state import Snapshot, TrainState, restore, seed_everything, snap
+from nexus_core.step import take_step
 
 __all__ = ["Engine", "Result"]
 
@@ -55,6 +55,7 @@ class Engine:
         accumulate: micro-batches in a step.
         log_every: period of `on_log`.
         out: the run's folder, for plugins that write files.
+        config: the resolved settings of the run, for plugins that store or show them.
 
     Raises:
         ConfigError, PluginError, DataError: the parts do not make a run.
@@ -72,6 +73,7 @@ class Engine:
         accumulate: int = 1,
         log_every: Interval | str | int = "10 steps",
         out: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         if accumulate < 1:
             raise ConfigError(f"accumulate must be at least 1, got {accumulate}")
@@ -81,6 +83,7 @@ class Engine:
         self.accumulate = accumulate
         self.log_every = Interval.parse(log_every)
         self.out = Path(out) if out is not None else None
+        self.config = dict(config or {})
         self.ranks = Ranks.current()
         self.state = TrainState()
         self.horizon: Interval | None = None
@@ -97,7 +100,7 @@ class Engine:
         self.hook = registry.plugin_manager(self.plan, Defaults()).hook
         if not self.hook.loss_terms.get_hookimpls():
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
-        self.device = _device(device, model)
+        self.device = pick_device(device, model)
         self.data: RunData | None = None if model else self.hook.make_data(engine=self)
         self.model: nn.Module = (model or self.hook.make_model(engine=self)).to(self.device)
         self.optimizer: Optimizer = optimizer or self.hook.make_optimizer(engine=self)
@@ -145,24 +148,22 @@ class Engine:
         self.state.epoch_length = epoch_length(data)
         log_due = Every(self.log_every, self.state)
         eval_due = Every(Interval.parse(eval_every) if eval_every else None, self.state)
-        evaluated_at = -1
         try:
             self.hook.on_start(engine=self)
             started = time.perf_counter() - self.state.seconds
             stream = stream_batches(data, self.state, horizon)
             while not self._over(horizon) and (micro := list(islice(stream, self.accumulate))):
-                self._step([to_device(batch, self.device) for batch in micro])
+                take_step(self, [to_device(batch, self.device) for batch in micro])
                 self.state.seconds = time.perf_counter() - started
                 if log_due.due(self.state):
                     self._log()
                 if eval_due.due(self.state) and eval_data:
                     self.evaluate(eval_data)
-                    evaluated_at = self.state.step
                 self.hook.on_step_end(engine=self)
                 yield self.state
             if self.stop_reason is None:
                 self._log()
-                if eval_data and evaluated_at != self.state.step:
+                if eval_data and self.state.evaluated_at != self.state.step:
                     self.evaluate(eval_data)
             self.hook.on_finish(engine=self)
         except Exception as error:
@@ -185,6 +186,7 @@ class Engine:
         for name, batches in (data if isinstance(data, Mapping) else {"val": data}).items():
             metrics |= measure(self, name, batches)
         self.metrics |= metrics
+        self.state.evaluated_at = self.state.step
         self.hook.on_eval(engine=self, metrics=metrics)
         return metrics
 
@@ -236,52 +238,6 @@ class Engine:
         """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
         self.load_state_dict(self.hook.load_snapshot(engine=self, source=source))
 
-    def _step(self, micro: Sequence[Batch]) -> None:
-        hook = self.hook
-        self.optimizer.zero_grad(set_to_none=True)
-        for batch in micro:
-            hook.on_batch(engine=self, batch=batch)
-        counts = [algebra.merge(hook.loss_units(engine=self, batch=batch)) for batch in micro]
-        units = algebra.step_units(counts, self.ranks)
-        weights = hook.weigh_losses(engine=self, terms=tuple(units))
-        self.losses = {}
-        for batch, count in zip(micro, counts, strict=True):
-            self.last_micro_batch = batch is micro[-1]
-            output = hook.forward(engine=self, batch=batch)
-            terms = algebra.merge(hook.loss_terms(engine=self, batch=batch, output=output))
-            losses = algebra.means(terms, units)
-            shares = algebra.weighted(losses, weights)
-            total = algebra.total(shares)
-            hook.backward(engine=self, loss=total, terms=shares)
-            self._record(terms, count, losses, total)
-        hook.after_backward(engine=self)
-        self._schedule()
-        hook.optimizer_step(engine=self)
-        self.state.count_step(batch_size(batch) for batch in micro)
-        hook.on_step(engine=self)
-
-    def _record(
-        self,
-        terms: Mapping[str, Tensor],
-        units: Mapping[str, Tensor | float],
-        losses: Mapping[str, Tensor],
-        total: Tensor,
-    ) -> None:
-        for name, term in terms.items():
-            self.meter.add(algebra.metric("train", name), term.detach(), units[name])
-            loss = losses[name].detach()
-            self.losses[name] = self.losses[name] + loss if name in self.losses else loss
-        closes_step = self.last_micro_batch and self.ranks.is_main
-        self.meter.add("train/total_loss", total.detach(), float(closes_step))
-
-    def _schedule(self) -> None:
-        """Set every group's learning rate; left alone where no plugin schedules it."""
-        scales = self.hook.lr_scale(engine=self)
-        if scales:
-            scale = math.prod(scales)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * scale
-
     def _log(self) -> None:
         metrics = self.meter.read(self.ranks)
         if not metrics:
@@ -294,18 +250,3 @@ class Engine:
 
     def _over(self, horizon: Interval) -> bool:
         return self.stop_reason is not None or horizon.reached(self.state)
-
-
-def _device(wish: str | torch.device | None, model: nn.Module | None) -> torch.device:
-    if wish is None:
-        parameter = next(model.parameters(), None) if model is not None else None
-        return parameter.device if parameter is not None else torch.device("cpu")
-    if wish == "auto":
-        best = torch.accelerator.current_accelerator(check_available=True)
-        return best or torch.device("cpu")
-    try:
-        return torch.empty(0, device=wish).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device '{wish}' cannot be used: {str(error).splitlines()[0]}"
-        ) from error

@@ -1,27 +1,14 @@
-"""Every error that the trainer raises on purpose.
+"""Every error that the trainer raises on purpose: what, what was got, what mends it.
 
-A message says what was wrong, what was got, what was expected and how to mend it. The command
-line turns a `NexusError` into one line and an exit code; `--debug` shows the traceback.
+The command line turns a `NexusError` into one line and an exit code; `--debug` shows the traceback.
 """
-
-from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "NexusError",
-    "PluginError",
-    "RunError",
-    "suggestion",
-]
-
 
 class NexusError(Exception):
-    """Base of all errors with a message meant for the user."""
+    """Base of all errors whose message is meant for the user."""
 
     exit_code = 2
 
@@ -50,5 +37,5 @@ class RunError(NexusError):
 
 def suggestion(got: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" when a known name is close to `got`, else an empty string."""
-    close = difflib.get_close_matches(got, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(got, list(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""

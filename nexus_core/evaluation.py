@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nexus_core import algebra
 from nexus_core.errors import DataError
 from nexus_core.loader import Batch, to_device
 from nexus_core.meter import Meter
 from nexus_core.state import random_state, seed_everything, set_random_state
+from nexus_core.step import merge, metric_name
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -22,20 +22,20 @@ __all__ = ["measure"]
 
 def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
     """Every loss term and metric of one data set, weighted by units (see `Engine.evaluate`)."""
-    units = None
+    hook, units = engine.hook, None
     with _evaluating(engine, split), torch.no_grad():
         for batch in data:
             batch = to_device(batch, engine.device)
-            units = algebra.merge(engine.hook.loss_units(engine=engine, batch=batch))
-            output = engine.hook.forward(engine=engine, batch=batch)
-            terms = engine.hook.loss_terms(engine=engine, batch=batch, output=output)
-            for name, term in algebra.merge(terms).items():
-                engine.meter.add(algebra.metric(split, name), term, units[name])
+            units = merge(hook.loss_units(engine=engine, batch=batch))
+            output = hook.forward(engine=engine, batch=batch)
+            terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output))
+            for name, term in terms.items():
+                engine.meter.add(metric_name(split, name), term, units[name])
         metrics = engine.meter.read(engine.ranks)
     if units is None:
         raise DataError(f"the evaluation data '{split}' holds no batch; add some or leave it out")
-    weights = algebra.merge(engine.hook.loss_weight(engine=engine))
-    means = {name: metrics.get(algebra.metric(split, name), 0.0) for name in units}
+    weights = merge(hook.loss_weight(engine=engine))
+    means = {name: metrics.get(metric_name(split, name), 0.0) for name in units}
     metrics[f"{split}/total_loss"] = sum(weights.get(n, 1.0) * mean for n, mean in means.items())
     metrics.setdefault(f"{split}/loss", metrics[f"{split}/total_loss"])
     return metrics
@@ -43,7 +43,7 @@ def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, floa
 
 @contextmanager
 def _evaluating(engine: Engine, split: str) -> Iterator[None]:
-    """Evaluation mode with a meter and random numbers of its own."""
+    """Evaluation mode, with a meter and random numbers of its own."""
     mode, meter, generators = engine.model.training, engine.meter, random_state()
     engine.training, engine.split, engine.meter = False, split, Meter()
     engine.model.eval()

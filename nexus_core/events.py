@@ -22,6 +22,7 @@ The loop, with the hooks in capitals where they fire:
         ON_STEP_END                                  where a checkpoint is due
     ON_FINISH, or ON_ERROR when something raised
     ON_CLOSE                                         whatever happened, in reverse order
+    SUMMARIZE                                        `nexus-run` prints what is answered
 
 Two kinds. An *event* is broadcast and returns nothing. A *seam* asks a question: "first answer"
 takes the first plugin that answers, "collected" takes all of them; what the core does by itself is
@@ -157,6 +158,10 @@ class Hooks:
     @hookspec
     def on_step_end(self, engine: Engine) -> None:
         """Event: the step, its log and its evaluation are complete; the moment to save."""
+
+    @hookspec
+    def summarize(self, engine: Engine) -> Mapping[str, str]:
+        """Seam, collected: lines for the end of a run, by their label: a path, a sample, a hint."""
 
     @hookspec
     def on_save(self, engine: Engine, snapshot: Snapshot) -> None:

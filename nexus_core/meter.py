@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,71 +12,68 @@ from nexus_core.ranks import Ranks
 
 __all__ = ["Meter"]
 
+Number = Tensor | float
+
 
 @dataclass
 class _Entry:
-    """One metric: what has been read so far, and what still lies on the device."""
+    """One metric: the sums that have been read, and what still lies on the device."""
 
     total: float = 0.0
     units: float = 0.0
     finish: Callable[[float], float] | None = None
-    pending: list[tuple[Tensor | float, Tensor | float]] = field(default_factory=list)
+    pending: list[tuple[Number, Number]] = field(default_factory=list)
+
+    def mean(self) -> float:
+        mean = self.total / self.units
+        try:
+            return self.finish(mean) if self.finish else mean
+        except OverflowError:
+            return float("inf")
 
 
 class Meter:
-    """Collects sums and units per name; reading costs one transfer for all of them together."""
+    """Collects sums and units by name; reading all of them costs one transfer."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
 
     def add(
-        self,
-        name: str,
-        value: Tensor | float,
-        units: Tensor | float = 1.0,
+        self, name: str, value: Number, units: Number = 1.0,
         finish: Callable[[float], float] | None = None,
-    ) -> None:
-        """Add a sum over units; nothing is computed and no device is waited for.
-
-        Args:
-            name: of the metric.
-            value: the sum, a number or a tensor of one element, without graph.
-            units: how many units the sum runs over.
-            finish: applied to the mean when it is read (`math.exp` makes a perplexity).
-        """
+    ) -> None:  # fmt: skip
+        """Add a sum over units, numbers or tensors of one element; nothing waits for the device."""
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = _Entry()
         entry.finish = finish
         entry.pending.append((value, units))
 
-    def read(self, ranks: Ranks | None = None) -> dict[str, float]:
-        """The mean of every metric since the last reading, which starts anew."""
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """The mean of every metric since the last reading, over all processes."""
         self._settle()
         entries, self._entries = self._entries, {}
-        if ranks is not None and ranks.size > 1:
-            _reduce(entries, ranks)
-        return {name: _mean(entry) for name, entry in entries.items() if entry.units}
+        if ranks.size > 1:
+            names = sorted(entries)
+            sums = [[entries[name].total, entries[name].units] for name in names]
+            reduced = ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+            for name, (total, units) in zip(names, reduced, strict=True):
+                entries[name].total, entries[name].units = total, units
+        return {name: entry.mean() for name, entry in entries.items() if entry.units}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The sums so far, so that a resumed run logs the same means."""
+        """The sums and units since the last reading, by name."""
         self._settle()
         return {name: [entry.total, entry.units] for name, entry in self._entries.items()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Take back what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """Go on from sums that `state_dict` gave."""
         self._entries = {name: _Entry(total, units) for name, (total, units) in state.items()}
 
     def _settle(self) -> None:
-        """Bring all pending values to the host at once, and add them up in double precision."""
-        values = [
-            number
-            for entry in self._entries.values()
-            for pair in entry.pending
-            for number in pair
-            if isinstance(number, Tensor)
-        ]
-        read = iter(_to_host(values))
+        """Bring all that is pending to the host at once, and add it up in double precision."""
+        pending = [pair for entry in self._entries.values() for pair in entry.pending]
+        read = iter(_to_host([n for pair in pending for n in pair if isinstance(n, Tensor)]))
         for entry in self._entries.values():
             for value, units in entry.pending:
                 entry.total += next(read) if isinstance(value, Tensor) else value
@@ -84,29 +81,10 @@ class Meter:
             entry.pending.clear()
 
 
-def _to_host(values: list[Tensor]) -> list[float]:
-    """One transfer for all tensors that lie on one device (several only with CPU offload)."""
-    if not values:
+def _to_host(tensors: list[Tensor]) -> list[float]:
+    if not tensors:
         return []
-    target = next((value.device for value in values if value.device.type != "cpu"), None)
-    flat = [value.detach().reshape(()).to(target, torch.float32) for value in values]
+    device = next((t.device for t in tensors if t.device.type != "cpu"), None)
+    flat = [t.detach().reshape(()).to(device, torch.float32) for t in tensors]
     numbers: list[float] = torch.stack(flat).tolist()
     return numbers
-
-
-def _reduce(entries: dict[str, _Entry], ranks: Ranks) -> None:
-    """Add up sums and units over all processes, in one collective, by sorted name."""
-    names = sorted(entries)
-    sums = torch.tensor([[entries[name].total, entries[name].units] for name in names])
-    for name, (total, units) in zip(names, ranks.sum(sums.double()).tolist(), strict=True):
-        entries[name].total, entries[name].units = total, units
-
-
-def _mean(entry: _Entry) -> float:
-    mean = entry.total / entry.units
-    if entry.finish is None:
-        return mean
-    try:
-        return entry.finish(mean)
-    except OverflowError:
-        return float("inf")

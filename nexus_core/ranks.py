@@ -1,4 +1,4 @@
-"""This process among its peers: its rank, how many there are, sums over all of them."""
+"""This process among its peers: rank, size, sums over all of them; and its device."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Ranks"]
+from nexus_core.errors import ConfigError
+
+__all__ = ["Ranks", "pick_device"]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The position of this process in the job.
-
-    Args:
-        rank: from 0; rank 0 owns the run folder, the console and the loggers.
-        size: how many processes train together.
-    """
+    """The place of this process in the job; rank 0 owns run folder, console and loggers."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
-        """Read the position from `torch.distributed`, or one process where it is not running."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size())
+        """As `torch.distributed` says; one process where it is not running."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
 
     @property
     def is_main(self) -> bool:
@@ -36,13 +33,29 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes (the tensor itself for one process)."""
-        if self.size == 1:
-            return tensor
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
-        return total
+        """The sum of a tensor over all processes; the tensor itself in a single one."""
+        if self.size > 1:
+            tensor = tensor.detach().clone()
+            dist.all_reduce(tensor)
+        return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))).item())
+
+def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> torch.device:
+    """The device to train on: "auto" is an accelerator if there is one, None the model's own.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if wish is None:
+        parameter = next(model.parameters(), None) if model is not None else None
+        return parameter.device if parameter is not None else torch.device("cpu")
+    if wish == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=wish).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"cannot use the device '{wish}': {reason}; try --set device=auto"
+        ) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import inspect
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeAlias
 
 import pluggy
 
@@ -16,24 +16,15 @@ from nexus_core.errors import PluginError, suggestion
 from nexus_core.events import Hooks
 from nexus_core.plugin import Plugin
 
-__all__ = ["HOOKS", "Plan", "arrange", "installed", "keep_named_of_slot", "load", "plugin_manager"]
+__all__ = ["HOOK_NAMES", "Plan", "arrange", "installed", "keep_named_of_slot", "load"]
 
-GROUP = "nexus.plugins"
-HOOKS: frozenset[str] = frozenset(
-    name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec")
-)
-
-AnyPlugin = Plugin[Any]
+HOOK_NAMES = tuple(name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec"))
+AnyPlugin: TypeAlias = Plugin[Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Plugins in the order in which they are called, with the reasons.
-
-    Args:
-        plugins: in call order.
-        reasons: plugin name to why it stands where it stands.
-    """
+    """Plugins in the order in which they are called, and why each stands where it stands."""
 
     plugins: tuple[AnyPlugin, ...]
     reasons: Mapping[str, str]
@@ -46,19 +37,19 @@ def installed() -> dict[str, EntryPoint]:
         PluginError: two distributions give a plugin the same name.
     """
     found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in sorted(entry_points(group="nexus.plugins"), key=lambda entry: entry.name):
         other = found.setdefault(entry.name, entry)
         if other.value != entry.value:
             raise PluginError(
                 f"two distributions give a plugin '{entry.name}': {distribution(other)} and "
                 f"{distribution(entry)}; uninstall one of them"
             )
-    return dict(sorted(found.items()))
+    return found
 
 
 def distribution(entry: EntryPoint) -> str:
-    """The name and version of the distribution that an entry point belongs to."""
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+    """Name and version of the distribution that an entry point belongs to."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"
 
 
 def load(name: str) -> type[AnyPlugin]:
@@ -78,78 +69,57 @@ def load(name: str) -> type[AnyPlugin]:
     try:
         found = entry.load()
     except Exception as error:
-        raise PluginError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}; "
-            f"reinstall or repair its distribution, or leave it out with --plugins no:{name}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        mend = f"repair its distribution, or leave it out: --plugins no:{name}"
+        raise PluginError(f"{where} cannot be imported: {reason}; {mend}") from error
     if not (inspect.isclass(found) and issubclass(found, Plugin)):
-        raise PluginError(f"{where} is not a subclass of nexus_core.Plugin but {found!r}")
+        raise PluginError(f"{where} must be a subclass of nexus_core.Plugin, got {found!r}")
     if found.name != name:
-        raise PluginError(
-            f"{where} calls itself '{found.name}'; entry point and class must agree: rename "
-            f'one of them, or set `name = "{name}"` in the class'
-        )
+        raise PluginError(f"{where} calls itself '{found.name}'; give both the same name")
     return found
 
 
 def keep_named_of_slot(
     defaults: Sequence[str], named: Sequence[str], classes: Mapping[str, type[AnyPlugin]]
 ) -> list[str]:
-    """Drop a preset's default from a slot that the user named another plugin for.
-
-    Args:
-        defaults: plugins of the preset, in order.
-        named: plugins that the user named, in order.
-        classes: the class of each of them.
-
-    Returns:
-        The plugins of the run: what is left of the defaults, then the named ones.
-    """
+    """The plugins of a run: a default leaves its slot to a plugin that the user named for it."""
     taken = {classes[name].slot for name in named} - {None}
     kept = [name for name in defaults if name in named or classes[name].slot not in taken]
-    return [*kept, *(name for name in named if name not in kept)]
+    return list(dict.fromkeys([*kept, *named]))
 
 
 def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
-    """Check plugins against one another and sort them by their constraints, then as named.
+    """Check plugins against one another, and sort them by their constraints, then as given.
 
     Raises:
-        PluginError: a name twice, a shared slot, a missing requirement, a conflict, a cycle, or
+        PluginError: a name or slot taken twice, a missing requirement, a conflict, a circle, or
             a method that is not the hook it looks like.
     """
     given = list(plugins)
-    by_name: dict[str, AnyPlugin] = {}
+    names = [plugin.name for plugin in given]
     for plugin in given:
-        check_hooks(type(plugin))
-        if by_name.setdefault(plugin.name, plugin) is not plugin:
+        _check_hooks(type(plugin))
+        if names.count(plugin.name) > 1:
             raise PluginError(f"plugin '{plugin.name}' is given twice; keep one of them")
-    _check_slots(given)
-    _check_company(given, by_name)
-    _check_tryfirst(given)
-    edges = _edges(given, by_name)
-    order = _sorted([plugin.name for plugin in given], edges)
+        if missing := set(plugin.requires) - set(names):
+            needed = min(missing)
+            raise PluginError(
+                f"plugin '{plugin.name}' requires '{needed}', which is not in this run; "
+                f"add it with --plugins {needed}"
+            )
+        if enemies := set(plugin.conflicts) & set(names):
+            _refuse_pair(plugin.name, min(enemies), "cannot be in one run")
+    _check_unique({plugin.name: plugin.slot for plugin in given if plugin.slot}, "fill the slot")
+    for hook in HOOK_NAMES:
+        first = {p.name: hook for p in given if _options(p, hook).get("tryfirst")}
+        _check_unique(first, "ask to be first (declare before or after instead) in")
+    edges = _edges(given)
     reasons = {
         name: "; ".join(why for (_, later), why in edges.items() if later == name) or "as named"
-        for name in by_name
+        for name in names
     }
-    return Plan(tuple(by_name[name] for name in order), reasons)
-
-
-def check_hooks(plugin: type[AnyPlugin]) -> None:
-    """Refuse a hook method without `@hookimpl`, and an `@hookimpl` that answers no hook."""
-    for attribute in dir(plugin):
-        marked = hasattr(getattr(plugin, attribute), "nexus_impl")
-        where = f"{plugin.__module__}.{plugin.__qualname__}.{attribute}"
-        if attribute in HOOKS and not marked:
-            raise PluginError(
-                f"{where} is named like a hook but would never be called; "
-                "mark it with @hookimpl, or rename it"
-            )
-        if marked and attribute not in HOOKS:
-            raise PluginError(
-                f"{where} is marked with @hookimpl but there is no hook '{attribute}'."
-                f"{suggestion(attribute, HOOKS)} Hooks: {', '.join(sorted(HOOKS))}"
-            )
+    order = _sorted(names, edges)
+    return Plan(tuple(sorted(given, key=lambda plugin: order.index(plugin.name))), reasons)
 
 
 def plugin_manager(plan: Plan, defaults: object) -> pluggy.PluginManager:
@@ -161,19 +131,17 @@ def plugin_manager(plan: Plan, defaults: object) -> pluggy.PluginManager:
         try:
             manager.register(plugin, name=plugin.name)
         except pluggy.PluginValidationError as error:
-            raise PluginError(f"plugin '{plugin.name}': {error}") from error
+            said = " ".join(str(error).split())
+            raise PluginError(f"plugin '{plugin.name}' answers a hook wrongly: {said}") from error
     return manager
 
 
 def blame(error: Exception, plan: Plan, step: int) -> None:
     """Note on an error which plugin raised it, in which method, at which step."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for frame in reversed(frames):
-        owner = frame.f_locals.get("self")
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for plugin in plan.plugins:
-            if owner is plugin:
-                where = f"plugin '{plugin.name}' in {frame.f_code.co_name}, at step {step}"
-                error.add_note(f"raised by {where}")
+            if frame.f_locals.get("self") is plugin:
+                error.add_note(f"plugin '{plugin.name}', {frame.f_code.co_name}, step {step}")
                 return
 
 
@@ -189,85 +157,61 @@ def call_in_reverse(hook: pluggy.HookCaller, **arguments: object) -> None:
         raise errors[0] if len(errors) == 1 else ExceptionGroup("while closing", errors)
 
 
-def _check_slots(plugins: Sequence[AnyPlugin]) -> None:
-    holders: dict[str, str] = {}
-    for plugin in plugins:
-        if plugin.slot is None:
-            continue
-        other = holders.setdefault(plugin.slot, plugin.name)
-        if other != plugin.name:
-            raise PluginError(
-                f"plugins '{other}' and '{plugin.name}' both fill the slot '{plugin.slot}', and "
-                f"a run has one; leave one out, for instance with --plugins no:{other}"
-            )
+def _check_hooks(plugin: type[AnyPlugin]) -> None:
+    for name in dir(plugin):
+        marked = hasattr(getattr(plugin, name), "nexus_impl")
+        where = f"{plugin.__module__}.{plugin.__qualname__}.{name}"
+        if name in HOOK_NAMES and not marked:
+            raise PluginError(f"{where} is named like a hook: mark it @hookimpl, or rename it")
+        if marked and name not in HOOK_NAMES:
+            known = f"{suggestion(name, HOOK_NAMES)} Hooks: {', '.join(HOOK_NAMES)}"
+            raise PluginError(f"{where} is marked @hookimpl, but there is no such hook.{known}")
 
 
-def _check_company(plugins: Sequence[AnyPlugin], by_name: Mapping[str, AnyPlugin]) -> None:
-    for plugin in plugins:
-        for needed in plugin.requires:
-            if needed not in by_name:
-                raise PluginError(
-                    f"plugin '{plugin.name}' requires '{needed}', which is not in this run; "
-                    f"add it with --plugins {needed}"
-                )
-        for enemy in plugin.conflicts:
-            if enemy in by_name:
-                raise PluginError(
-                    f"plugins '{plugin.name}' and '{enemy}' cannot be in one run; "
-                    f"leave one out, for instance with --plugins no:{enemy}"
-                )
+def _options(plugin: AnyPlugin, hook: str) -> Mapping[str, object]:
+    return getattr(getattr(plugin, hook, None), "nexus_impl", {})
 
 
-def _check_tryfirst(plugins: Sequence[AnyPlugin]) -> None:
-    claims: dict[str, str] = {}
-    for plugin in plugins:
-        for hook in HOOKS:
-            options = getattr(getattr(plugin, hook, None), "nexus_impl", None)
-            if (
-                options
-                and options["tryfirst"]
-                and claims.setdefault(hook, plugin.name) != (plugin.name)
-            ):
-                raise PluginError(
-                    f"plugins '{claims[hook]}' and '{plugin.name}' both ask to be first in "
-                    f"'{hook}'; declare before = (...) or after = (...) in one of them instead"
-                )
+def _check_unique(claims: Mapping[str, str], what: str) -> None:
+    """Refuse two plugins that claim the same place."""
+    owner: dict[str, str] = {}
+    for name, place in claims.items():
+        if owner.setdefault(place, name) != name:
+            _refuse_pair(owner[place], name, f"both {what} '{place}'")
 
 
-def _edges(
-    plugins: Sequence[AnyPlugin], by_name: Mapping[str, AnyPlugin]
-) -> dict[tuple[str, str], str]:
+def _refuse_pair(one: str, other: str, why: str) -> None:
+    mend = f"leave one out, for instance with --plugins no:{one}"
+    raise PluginError(f"plugins '{one}' and '{other}' {why}; {mend}")
+
+
+def _edges(plugins: Sequence[AnyPlugin]) -> dict[tuple[str, str], str]:
     """(earlier, later) to who asked for it."""
     edges = {}
     for plugin in plugins:
-        for other in plugin.after:
-            if other in by_name:
-                edges[other, plugin.name] = f"after {other}, as {plugin.name} declares"
-        for other in plugin.before:
-            if other in by_name:
-                edges[plugin.name, other] = f"after {plugin.name}, as {plugin.name} declares"
+        for other in plugins:
+            if other.name in plugin.after:
+                edges[other.name, plugin.name] = f"after {other.name}, as it declares"
+            if other.name in plugin.before:
+                edges[plugin.name, other.name] = f"after {plugin.name}, as {plugin.name} declares"
     return edges
 
 
-def _sorted(names: Sequence[str], edges: Mapping[tuple[str, str], str]) -> list[str]:
+def _sorted(names: Sequence[str], edges: Iterable[tuple[str, str]]) -> list[str]:
     """Topological order that keeps the given order wherever no constraint speaks."""
-    place = {name: index for index, name in enumerate(names)}
-    waiting = {name: sum(later == name for _, later in edges) for name in names}
-    ready = [place[name] for name in names if not waiting[name]]
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(names, ()))
+    for earlier, later in edges:
+        sorter.add(later, earlier)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        circle = " before ".join(error.args[1])
+        raise PluginError(f"the plugins' order is a circle: {circle}; leave one out") from None
+    ready: set[str] = set()
     order: list[str] = []
-    while ready:
-        name = names[heapq.heappop(ready)]
-        order.append(name)
-        for earlier, later in edges:
-            if earlier == name:
-                waiting[later] -= 1
-                if not waiting[later]:
-                    heapq.heappush(ready, place[later])
-    if len(order) < len(names):
-        rest = set(names) - set(order)
-        said = [f"{b} {why}" for (a, b), why in edges.items() if a in rest and b in rest]
-        raise PluginError(
-            f"the order of the plugins {', '.join(sorted(rest))} is a circle: {'; '.join(said)}; "
-            "leave one of them out"
-        )
+    while sorter.is_active():
+        ready.update(sorter.get_ready())
+        order.append(min(ready, key=names.index))
+        ready.remove(order[-1])
+        sorter.done(order[-1])
     return order

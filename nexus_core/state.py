@@ -38,6 +38,7 @@ class TrainState:
         samples: rows trained on.
         tokens: tokens trained on (rows, where a batch holds no `input_ids`).
         seconds: time spent in the training loop, over all restarts.
+        evaluated_at: the step of the last evaluation.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class TrainState:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    evaluated_at: int = -1
 
     @property
     def epochs(self) -> float:
@@ -55,7 +57,7 @@ class TrainState:
 
     def counted(self, unit: str) -> float:
         """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
-        return float(self.step if unit == "steps" else getattr(self, unit))
+        return self.step if unit == "steps" else float(getattr(self, unit))
 
     def next_epoch(self) -> None:
         """Move the cursor to the start of the next epoch."""
@@ -67,15 +69,6 @@ class TrainState:
         for rows, tokens in sizes:
             self.samples += rows
             self.tokens += tokens
-
-    def state_dict(self) -> StateDict:
-        """All counters by name."""
-        return dict(asdict(self))
-
-    def load_state_dict(self, state: StateDict) -> None:
-        """Take over all counters, in place: whoever holds this object sees them."""
-        for name, value in asdict(TrainState(**state)).items():  # type: ignore[arg-type]
-            setattr(self, name, value)
 
 
 class RandomState(TypedDict):
@@ -94,49 +87,20 @@ class PluginState(TypedDict):
     state: StateDict
 
 
-class MetricsState(TypedDict):
-    """Sums since the last log, and the last value of every metric."""
-
-    pending: dict[str, list[float]]
-    last: dict[str, float]
-
-
 class Snapshot(TypedDict):
     """Everything that decides how a run goes on: what a checkpoint stores.
 
-    `model` and `optimizer` are their own `state_dict`s; `train` holds the counters, the data
-    cursor among them; `plugins` has each plugin's state under its name.
+    `train` holds the counters with the data cursor; `pending` the sums and units of each metric
+    since the last log; `metrics` their last values; `plugins` each plugin's state by name.
     """
 
     model: dict[str, Tensor]
     optimizer: StateDict
-    train: StateDict
-    metrics: MetricsState
+    train: dict[str, int | float]
+    pending: dict[str, list[float]]
+    metrics: dict[str, float]
     random: RandomState
     plugins: dict[str, PluginState]
-
-
-def random_state() -> RandomState:
-    """Read the generators of python, numpy, torch and each CUDA device."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "devices": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: RandomState) -> None:
-    """Put every generator back to where `random_state` read it."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))  # type: ignore[arg-type]
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # type: ignore[arg-type]
-    torch.set_rng_state(state["torch"])
-    if state["devices"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["devices"])
 
 
 def seed_everything(seed: int) -> None:
@@ -146,18 +110,43 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_state() -> RandomState:
+    """Read the generators of python, numpy, torch and each CUDA device."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "devices": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put every generator back to where `random_state` read it."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))  # type: ignore[arg-type]
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # type: ignore[arg-type]
+    torch.set_rng_state(state["torch"])
+    if state["devices"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["devices"])
+
+
 def snap(engine: Engine) -> Snapshot:
     """Gather the state of an engine, tensors in place."""
+    states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
     return {
         "model": engine.model.state_dict(),
         "optimizer": engine.optimizer.state_dict(),
-        "train": engine.state.state_dict(),
-        "metrics": {"pending": engine.meter.state_dict(), "last": dict(engine.metrics)},
+        "train": asdict(engine.state),
+        "pending": engine.meter.state_dict(),
+        "metrics": dict(engine.metrics),
         "random": random_state(),
         "plugins": {
-            name: {"version": plugin.state_version, "state": state}
-            for name, plugin in engine.plugins.items()
-            if (state := plugin.state_dict())
+            name: {"version": engine.plugins[name].state_version, "state": state}
+            for name, state in states.items()
+            if state
         },
     }
 
@@ -168,6 +157,12 @@ def restore(engine: Engine, snapshot: Snapshot) -> None:
     Raises:
         CheckpointError: it does not fit the model, the optimizer or the plugins.
     """
+    if strangers := snapshot["plugins"].keys() - engine.plugins.keys():
+        name = min(strangers)
+        raise CheckpointError(
+            f"the checkpoint holds the state of plugin '{name}', which is not in this run; "
+            f"add it with --plugins {name}"
+        )
     try:
         engine.model.load_state_dict(snapshot["model"])
         engine.optimizer.load_state_dict(snapshot["optimizer"])
@@ -177,16 +172,12 @@ def restore(engine: Engine, snapshot: Snapshot) -> None:
             "with the config that wrote it (config.yaml in its folder)"
         ) from error
     for name, saved in snapshot["plugins"].items():
-        if name not in engine.plugins:
-            raise CheckpointError(
-                f"the checkpoint holds the state of plugin '{name}', which is not in this run; "
-                f"add it with --plugins {name}"
-            )
         plugin, state = engine.plugins[name], saved["state"]
         if saved["version"] != plugin.state_version:
             state = plugin.migrate(state, saved["version"])
         plugin.load_state_dict(state)
-    engine.state.load_state_dict(snapshot["train"])
-    engine.meter.load_state_dict(snapshot["metrics"]["pending"])
-    engine.metrics.update(snapshot["metrics"]["last"])
+    for counter, value in snapshot["train"].items():
+        setattr(engine.state, counter, value)
+    engine.meter.load_state_dict(snapshot["pending"])
+    engine.metrics.update(snapshot["metrics"])
     set_random_state(snapshot["random"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nexus_core.plugin import PluginConfig
 from nexus_plugins.model_nexus.generate import generate
+from nexus_plugins.model_nexus.operations import gated_rms_norm
 from nexus_plugins.model_nexus.ssm import SelectiveSSM, SSMState
 
 __all__ = ["NEXUSConfig", "NEXUSCore", "NEXUSOutput"]
@@ -94,12 +95,11 @@ class NEXUSBlock(nn.Module):
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         """Update the residual stream of one token, `(B, D)`, and the layer's state."""
-        update, state = self.ssm.step(self._normed(x), state)
+        update, state = self.ssm.step(self._normed(x.unsqueeze(1)).squeeze(1), state)
         return x + self.dropout(update), state
 
     def _normed(self, x: Tensor) -> Tensor:
-        # Without a scale of its own: the projection that follows can express the same.
-        return F.rms_norm(x, x.shape[-1:], eps=self.norm_eps)
+        return gated_rms_norm(x, None, self.norm_eps)
 
 
 class NEXUSCore(nn.Module):

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.scan import causal_conv_silu, chunked_scan
+from nexus_plugins.model_nexus.operations import (
+    causal_conv_silu,
+    chunked_scan,
+    gated_rms_norm,
+)
 
 __all__ = ["SelectiveSSM", "SSMState"]
 
@@ -101,7 +105,7 @@ class SelectiveSSM(nn.Module):
         x_heads, b, c = self._split_channels(mixed)
         log_decay = dt * -self.log_rate.exp()
         y = chunked_scan(x_heads, dt, log_decay, b, c, self.skip, document, self.chunk_length)
-        return self._output(y, gate)
+        return self._output(y.flatten(-2), gate)
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         """Mix one token into the state; the same as `forward` up to rounding.
@@ -121,7 +125,8 @@ class SelectiveSSM(nn.Module):
         written = torch.einsum("bn,bhp->bnhp", b, x_heads * dt.unsqueeze(-1))
         ssm = state.ssm * decay[:, None, :, None] + written
         y = torch.einsum("bn,bnhp->bhp", c, ssm) + x_heads * self.skip.unsqueeze(-1)
-        return self._output(y, gate), SSMState(window[:, :-1], ssm)
+        output = self._output(y.flatten(-2).unsqueeze(1), gate.unsqueeze(1)).squeeze(1)
+        return output, SSMState(window[:, :-1], ssm)
 
     def initial_state(self, batch: int) -> SSMState:
         """The state before the first token, for `batch` sequences."""
@@ -142,6 +147,5 @@ class SelectiveSSM(nn.Module):
         return x.unflatten(-1, (self.heads, self.head_dim)), b, c
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        gated = y.flatten(-2) * F.silu(gate)
-        result: Tensor = self.out_proj(F.rms_norm(gated, (self.inner,), eps=self.norm_eps))
+        result: Tensor = self.out_proj(gated_rms_norm(y, gate, self.norm_eps))
         return result

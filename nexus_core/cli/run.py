@@ -1,0 +1,86 @@
+"""`nexus-run`: from a config or preset to a trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_core.cli.errors import reported
+
+if TYPE_CHECKING:
+    from nexus_core.cli.build import Build
+
+__all__ = ["main"]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", required=False, metavar="[CONFIG|PRESET]")
+@click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
+@click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
+              help='Override a setting: until="2 epochs", clip.max_norm=0.5.')  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--resume", metavar="auto|PATH",
+              help="Go on from the newest good checkpoint, or from this one.")  # fmt: skip
+@click.option("--explain", is_flag=True, help="Show which plugin is called when, and why.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
+@click.option("--dry-run", is_flag=True, help="Build all, try one batch, write nothing.")
+@click.option("--quiet", is_flag=True, help="Print errors and the final line alone.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="nexus-trainer", prog_name="nexus-run")
+def main(
+    config: str | None,
+    plugins: str,
+    sets: tuple[str, ...],
+    out: Path | None,
+    resume: str | None,
+    explain: bool,
+    schema: bool,
+    dry_run: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Train a model as a config file or a preset says (the default preset: quickstart).
+
+    \b
+    nexus-run                                    the quickstart, about two minutes
+    nexus-run my.yaml --plugins amp,no:clip      a config file, plugins added and left out
+    nexus-run nexus -s data_text.train=corpus/   a preset on your own text
+    nexus-run --resume auto                      go on where the newest run stopped
+    """
+    with reported(debug):
+        from nexus_core.cli import build
+        from nexus_core.cli.settings import read_settings
+
+        if schema:
+            click.echo(json.dumps(build.json_schema(), indent=2))
+            return
+        if out is not None:
+            sets = (*sets, f"out={out}")
+        made = build.build_plugins(read_settings(config, plugins, sets, os.environ))
+        if explain:
+            from nexus_core.cli.explain import explain as explained
+
+            click.echo(explained(made.plan))
+            return
+        sys.exit(_run(made, resume, dry=dry_run, quiet=quiet))
+
+
+def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
+    from nexus_core.cli import build, session
+    from nexus_core.cli.dry_run import dry_run
+
+    out = build.run_folder(made, resume)
+    engine = build.make_engine(made, out)
+    if dry:
+        click.echo(dry_run(engine))
+        return 0
+    return session.train(engine, made.run, resume, quiet=quiet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""One training session: run folder, signals, summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from nexus_core.cli.build import write_config
+from nexus_core.config import RunConfig
+from nexus_core.engine import Engine, Result
+from nexus_core.errors import NexusError
+
+__all__ = ["stopping_on_signals", "train"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) -> int:
+    """Train in the run's folder and leave config, summary and what the plugins write there.
+
+    Returns:
+        The exit code: 0, or 128 + the signal that ended it.
+
+    Raises:
+        NexusError: as the run does; a folder made for nothing is removed.
+    """
+    out = engine.out
+    assert out is not None
+    fresh = not out.exists()
+    if resume is not None and (resume != "auto" or _has_checkpoints(out)):
+        engine.resume(resume)
+        _say(engine, quiet, f"resumed at step {engine.state.step:,}")
+    _say(engine, quiet, _headline(engine, run))
+    start = engine.state.step
+    try:
+        if engine.ranks.is_main:
+            write_config(engine.config, out)
+        with stopping_on_signals(engine) as received:
+            result = engine.fit(until=run.until, eval_every=run.eval_every)
+    except Exception as error:
+        mistake = isinstance(error, NexusError) and error.exit_code == 2
+        if fresh and mistake and engine.state.step == start and engine.ranks.is_main:
+            shutil.rmtree(out, ignore_errors=True)
+        elif engine.ranks.is_main:
+            _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
+        raise
+    if engine.ranks.is_main:
+        _write_summary(out, result, result.status, result.reason)
+        click.echo(_report(engine, result, out, quiet))
+    return 128 + received[0] if received else 0
+
+
+@contextmanager
+def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
+    """End the loop after its step on SIGINT or SIGTERM; a second one ends the process at once.
+
+    Yields:
+        The signals received. The handlers of before are put back afterwards.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(number)
+        engine.stop(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _has_checkpoints(out: Path) -> bool:
+    folder = out / "checkpoints"
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+
+
+def _headline(engine: Engine, run: RunConfig) -> str:
+    trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    return f"training {trained:,} parameters on {engine.device} until {run.until} in {engine.out}"
+
+
+def _say(engine: Engine, quiet: bool, text: str) -> None:
+    if engine.ranks.is_main and not quiet:
+        click.echo(text)
+
+
+def _write_summary(out: Path, result: Result, status: str, reason: str) -> None:
+    summary = {
+        "status": status,
+        "reason": reason,
+        "steps": result.step,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "metrics": result.metrics,
+    }
+    draft = out / ".summary.json.tmp"
+    draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draft.replace(out / "summary.json")
+
+
+def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
+    """What the user reads at the end: how it went, what came out, where it is, what to try."""
+    how = f" ({result.reason})" if result.reason else ""
+    headline = (
+        f"{result.status}{how} at step {result.step:,}: {result.tokens:,} tokens "
+        f"in {result.seconds:,.0f} s, in {out}"
+    )
+    if quiet:
+        return headline
+    rows = {name: f"{value:.4f}" for name, value in result.metrics.items() if "val" in name}
+    for answer in engine.hook.summarize(engine=engine):
+        rows.update(answer)
+    rows["repeat it"] = f"nexus-run {out / 'config.yaml'} --out ANOTHER_FOLDER"
+    if result.status == "stopped":
+        rows["go on"] = f"nexus-run {out / 'config.yaml'} --resume auto"
+    width = max(len(name) for name in rows) + 2
+    lines = [_row(name, text, width) for name, text in rows.items()]
+    return "\n".join(["", click.style(headline, bold=True), *lines])
+
+
+def _row(name: str, text: str, width: int) -> str:
+    return f"  {name:<{width}}" + text.replace("\n", "\n" + " " * (width + 2))

@@ -1,0 +1,33 @@
+"""The engine's own settings in a config file, beside one block per plugin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nexus_core.intervals import Interval, IntervalField
+
+__all__ = ["RunConfig"]
+
+
+class RunConfig(BaseModel):
+    """The engine's own settings, and one block per plugin."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    seed: int = Field(0, description="of the generators, of the weights and of the data order")
+    out: Path | None = Field(None, description="run folder; null: runs/<name>-<time>")
+    until: IntervalField = Field(
+        Interval.parse("1000 steps"), description="horizon: steps, epochs, tokens or time"
+    )
+    accumulate: int = Field(1, ge=1, description="micro-batches in an optimizer step")
+    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    log_every: IntervalField = Field(
+        Interval.parse("10 steps"), description="period of the training metrics"
+    )
+    eval_every: IntervalField | None = Field(None, description="period; null: at the end alone")
+    plugins: dict[str, dict[str, Any]] = Field(
+        {}, description="settings of each plugin, by its name"
+    )

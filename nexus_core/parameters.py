@@ -1,0 +1,137 @@
+"""Which parameters an optimizer trains, in which groups: by pattern, by what decays, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from nexus_core.errors import ConfigError, suggestion
+from nexus_core.plugin import PluginConfig
+
+__all__ = ["GroupConfig", "OptimizerConfig", "decaying", "groups_of", "matching"]
+
+UNDECAYED_MODULES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+
+class GroupConfig(PluginConfig):
+    """Other settings for the parameters whose names match a pattern."""
+
+    match: str = Field(
+        description="pattern of parameter names, as of files: '*.lm_head*' is any lm_head"
+    )
+    lr: float | None = Field(None, ge=0, description="base learning rate; null: the common one")
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        description="weight decay of every parameter that matches; null: the common one, on "
+        "matrices alone",
+    )
+
+
+class OptimizerConfig(PluginConfig):
+    """Settings that every optimizer has."""
+
+    lr: float = Field(1e-4, gt=0, description="base learning rate")
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled weight decay of matrices, per unit of learning rate"
+    )
+    groups: tuple[GroupConfig, ...] = Field(
+        (), description="parameters with settings of their own; the first match counts"
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="patterns of names of parameters that are not trained"
+    )
+
+
+def matching(names: Iterable[str], pattern: str, key: str, what: str = "parameter") -> list[str]:
+    """The names that match a pattern; a leading `*.` also matches at the root.
+
+    Args:
+        names: dotted names of parameters or modules.
+        pattern: as of files: `*` is anything (dots too), `?` one character, `[ab]` a choice.
+        key: the setting that the pattern comes from, for the message.
+        what: "parameter" or "module".
+
+    Raises:
+        ConfigError: none matches.
+    """
+    names = list(names)
+    found = [
+        name for name in names if fnmatchcase("." + name, pattern) or fnmatchcase(name, pattern)
+    ]
+    if not found:
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        raise ConfigError(
+            f"{key}: the pattern '{pattern}' matches no {what}.{suggestion(pattern, names)} "
+            f"Names: {shown or 'none'}; a pattern is like '*.{names[0] if names else 'name'}'"
+        )
+    return found
+
+
+def decaying(model: nn.Module) -> set[int]:
+    """The `id` of each parameter that weight decay should shrink: the matrices of linear maps.
+
+    Left out: all with fewer than two dimensions, biases, norms, embeddings (so a head tied to
+    one too), and parameters with an attribute `_no_weight_decay = True`.
+    """
+    spared = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, UNDECAYED_MODULES)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2
+        and id(parameter) not in spared
+        and not name.rpartition(".")[2].startswith("bias")
+        and not getattr(parameter, "_no_weight_decay", False)
+    }
+
+
+def groups_of(model: nn.Module, config: OptimizerConfig, plugin: str) -> list[dict[str, Any]]:
+    """Freeze what is to be frozen, and sort the rest into an optimizer's parameter groups.
+
+    Returns:
+        Groups with `params`, `name`, `weight_decay`, and `lr` where it is not the common one; the
+        common groups first.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.freeze:
+        for name in matching(names, pattern, f"{plugin}.freeze"):
+            model.get_parameter(name).requires_grad_(False)
+    rest = [name for name in names if model.get_parameter(name).requires_grad]
+    if not rest:
+        raise ConfigError(f"{plugin}: no parameter is left to train; freeze fewer of them")
+    chosen: list[dict[str, Any]] = []
+    for group in config.groups:
+        own = matching(rest, group.match, f"{plugin}.groups", "parameter that is still free")
+        rest = [name for name in rest if name not in set(own)]
+        chosen += _split(model, own, group, config.weight_decay)
+    return _split(model, rest, None, config.weight_decay) + chosen
+
+
+def _split(
+    model: nn.Module, names: Sequence[str], group: GroupConfig | None, common: float
+) -> list[dict[str, Any]]:
+    """Up to two parameter groups: what decays, and what does not."""
+    decays = decaying(model)
+    title = group.match if group else "all"
+    own = {"lr": group.lr} if group and group.lr is not None else {}
+    parameters = [model.get_parameter(name) for name in names]
+    if group and group.weight_decay is not None:
+        return [{"params": parameters, "name": title, "weight_decay": group.weight_decay, **own}]
+    made = []
+    for suffix, wanted, decay in ((".matrices", True, common), (".others", False, 0.0)):
+        members = [p for p in parameters if (id(p) in decays) is wanted]
+        if members:
+            made.append({"params": members, "name": title + suffix, "weight_decay": decay, **own})
+    return made

@@ -1,0 +1,110 @@
+"""One optimizer step, and the loss algebra: sums over units become means over the whole step.
+
+Every term is a sum over its units. It is divided by the units of the step, over all micro-batches
+and processes, so the gradient does not depend on how the step is split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from nexus_core.errors import PluginError
+from nexus_core.loader import Batch, batch_size
+from nexus_core.ranks import Ranks
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["backward", "merge", "metric_name", "take_step"]
+
+Value = TypeVar("Value")
+Numbers = Mapping[str, Tensor | float]
+
+
+def take_step(engine: Engine, micro: Sequence[Batch]) -> None:
+    """Train on one step's micro-batches, all of them on the device."""
+    hook = engine.hook
+    engine.optimizer.zero_grad(set_to_none=True)
+    for batch in micro:
+        hook.on_batch(engine=engine, batch=batch)
+    counts = [merge(hook.loss_units(engine=engine, batch=batch)) for batch in micro]
+    units = step_units(counts, engine.ranks)
+    weights = hook.weigh_losses(engine=engine, terms=tuple(units))
+    engine.losses = {}
+    for place, batch in enumerate(micro, start=1):
+        engine.last_micro_batch = place == len(micro)
+        backward(engine, batch, counts[place - 1], units, weights)
+    hook.after_backward(engine=engine)
+    scales = hook.lr_scale(engine=engine)
+    if scales:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * math.prod(scales)
+    hook.optimizer_step(engine=engine)
+    engine.state.count_step(batch_size(batch) for batch in micro)
+    hook.on_step(engine=engine)
+
+
+def backward(
+    engine: Engine, batch: Batch, counts: Numbers, units: Numbers, weights: Numbers
+) -> None:
+    """Add one micro-batch's share of the step's gradient, and record its terms.
+
+    Args:
+        engine: whose hooks answer, and whose `losses` grow by this share.
+        batch: the micro-batch.
+        counts: its own units of each term.
+        units: those of the whole step.
+        weights: of each term, 1 where there is none.
+    """
+    output = engine.hook.forward(engine=engine, batch=batch)
+    terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
+    shares: dict[str, Tensor] = {}
+    for name, term in terms.items():
+        if name not in units:
+            raise PluginError(f"loss term '{name}' has no units: answer loss_units for it too")
+        mean = term if isinstance(units[name], float) and units[name] == 1.0 else term / units[name]
+        weight = weights.get(name, 1.0)
+        shares[name] = mean if isinstance(weight, float) and weight == 1.0 else mean * weight
+        engine.losses[name] = engine.losses.get(name, 0.0) + mean.detach()
+        engine.meter.add(metric_name("train", name), term.detach(), counts[name])
+    total = (
+        torch.stack(list(shares.values())).sum() if len(shares) > 1 else next(iter(shares.values()))
+    )
+    engine.hook.backward(engine=engine, loss=total, terms=shares)
+    ends_step = engine.last_micro_batch and engine.ranks.is_main
+    engine.meter.add("train/total_loss", total.detach(), float(ends_step))
+
+
+def metric_name(split: str, term: str) -> str:
+    """The name under which a term is logged: `train/lm_loss` (the term `loss`: `train/loss`)."""
+    return f"{split}/loss" if term == "loss" else f"{split}/{term}_loss"
+
+
+def merge(answers: Iterable[Mapping[str, Value]]) -> dict[str, Value]:
+    """One dict of all plugins' terms; a term that two plugins give is an error."""
+    merged: dict[str, Value] = {}
+    for answer in answers:
+        if twice := merged.keys() & answer.keys():
+            raise PluginError(f"two plugins give the loss term '{min(twice)}'; rename one of them")
+        merged.update(answer)
+    return merged
+
+
+def step_units(micro: Sequence[Numbers], ranks: Ranks) -> dict[str, Tensor | float]:
+    """Units of each term over a step's micro-batches and all processes, at least one."""
+    totals = dict(micro[0])
+    for units in micro[1:]:
+        totals.update({name: totals.get(name, 0.0) + count for name, count in units.items()})
+    if ranks.size > 1:
+        names = sorted(totals)
+        counts = torch.stack([torch.as_tensor(totals[name]).double() for name in names])
+        totals = dict(zip(names, ranks.sum(counts), strict=True))
+    return {
+        name: count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+        for name, count in totals.items()
+    }

@@ -1,0 +1,150 @@
+"""Computes in 16 bits where that is safe, and keeps weights and sums in 32."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.amp.autocast_mode import is_autocast_available
+
+from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["AmpConfig", "AmpPlugin"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TF32_SINCE = (8, 0)  # compute capability
+
+
+class AmpConfig(PluginConfig):
+    """Settings of mixed precision."""
+
+    dtype: Literal["bf16", "fp16"] = Field(
+        "bf16", description="bf16: the range of float32, no scaling; fp16: finer, with scaling"
+    )
+    initial_scale: float = Field(65536.0, gt=0, description="fp16: first factor of the loss")
+    growth_interval: int = Field(2000, ge=1, description="fp16: steps until the factor doubles")
+    tf32: bool = Field(False, description="CUDA: float32 products with a mantissa of 10 bits")
+
+
+class AmpPlugin(Plugin[AmpConfig]):
+    """Runs the model and the losses under autocast; weights, gradients and updates stay float32.
+
+    With fp16 the gradient is scaled up so that small values survive, and scaled back before
+    anybody looks at it. A step whose gradient overflows is skipped and the scale halved:
+    `amp/scale` and `amp/skipped_steps` are logged. The scaling is a hook on each loss term, so
+    it holds for every way in which a plugin runs the backward pass.
+
+    Source: Micikevicius et al. 2018, "Mixed Precision Training"; `torch.amp`.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("guard", "clip")
+    _scaler: GradScaler | None = None
+    _skipped: Tensor
+    _saved: StateDict | None = None
+    _precision_before: str | None = None
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse what the device cannot do (a ConfigError), and set up the scaler."""
+        _check_device(engine.device, self.config)
+        trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        if narrow := {p.dtype for p in trained} & {torch.float16, torch.bfloat16}:
+            raise ConfigError(
+                f"amp: the weights are {narrow.pop()}, expected float32, which it computes from "
+                "in 16 bits; leave out model.half() or model.bfloat16(), or leave out amp"
+            )
+        if self.config.tf32:
+            self._precision_before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+        if self.config.dtype == "fp16" and self._scaler is None:
+            scale, interval = self.config.initial_scale, self.config.growth_interval
+            self._scaler = GradScaler(engine.device.type, scale, growth_interval=interval)
+            self._skipped = torch.zeros((), device=engine.device)
+            if self._saved is not None:
+                self._scaler.load_state_dict(cast(dict[str, Any], self._saved["scaler"]))
+                self._skipped += cast(float, self._saved["skipped"])
+
+    @hookimpl
+    def on_close(self) -> None:
+        """Give back the precision of float32 products."""
+        if self._precision_before is not None:
+            torch.set_float32_matmul_precision(self._precision_before)
+            self._precision_before = None
+
+    @hookimpl(wrapper=True)
+    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
+        """Run the model under autocast, in training and in evaluation."""
+        with torch.autocast(engine.device.type, DTYPES[self.config.dtype]):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def loss_terms(self, engine: Engine) -> Generator[None, Any, Any]:
+        """Compute the losses under autocast, which keeps their sums in float32."""
+        with torch.autocast(engine.device.type, DTYPES[self.config.dtype]):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def backward(self, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+        """Multiply the gradient by the scale where it enters the terms."""
+        if self._scaler is not None:
+            for term in terms.values():
+                if term.requires_grad:
+                    term.register_hook(self._scaler.scale)  # type: ignore[no-untyped-call]
+        return (yield)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        """Divide by the scale, before anybody looks at the gradient."""
+        if self._scaler is not None:
+            self._scaler.unscale_(engine.optimizer)
+
+    @hookimpl
+    def optimizer_step(self, engine: Engine) -> bool | None:
+        """Step unless the gradient overflowed, adapt the scale, count; without waiting."""
+        if self._scaler is None:
+            return None
+        one = torch.ones((), device=engine.device)
+        before = self._scaler.scale(one)
+        self._scaler.step(engine.optimizer)
+        self._scaler.update()
+        self._skipped += self._scaler.scale(one) < before
+        return True
+
+    @hookimpl
+    def collect_metrics(self) -> dict[str, float]:
+        """The scale, and how many steps have been skipped so far."""
+        if self._scaler is None:
+            return {}
+        return {"amp/scale": self._scaler.get_scale(), "amp/skipped_steps": self._skipped.item()}
+
+    def state_dict(self) -> StateDict:
+        """Scale, its growth, and the count of skipped steps."""
+        if self._scaler is None:
+            return {}
+        return {"scaler": self._scaler.state_dict(), "skipped": self._skipped.item()}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Keep it until the device is known."""
+        self._scaler, self._saved = None, state
+
+
+def _check_device(device: torch.device, config: AmpConfig) -> None:
+    kind, fault = device.type, ""
+    on_cuda = kind == "cuda"
+    if not is_autocast_available(kind):
+        fault = f"there is no autocast on {kind}; run on cpu or cuda, or leave out amp"
+    elif config.dtype == "fp16" and kind not in ("cpu", "cuda"):
+        fault = f"fp16 can be scaled on cpu and cuda alone; on {kind} set amp.dtype=bf16"
+    elif config.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(False):
+        fault = f"{torch.cuda.get_device_name(device)} has no bfloat16; set amp.dtype=fp16"
+    elif config.tf32 and not (on_cuda and torch.cuda.get_device_capability(device) >= TF32_SINCE):
+        fault = f"TF32 needs a CUDA device of capability 8.0, not {device}; leave out amp.tf32"
+    if fault:
+        raise ConfigError(f"amp: {fault}")

@@ -1,0 +1,20 @@
+"""Checkpoints that survive anything: what is in a folder is whole, verified, and never executed.
+
+| module | what it knows |
+|---|---|
+| `plugin` | when to save, what to resume from |
+| `store` | the folder of a run's checkpoints: names, retention, leftovers |
+| `folder` | one checkpoint: written whole or not at all, read only if every hash holds |
+| `tensorfile` | safetensors, hashed in the same pass that reads or writes them |
+| `codec` | trees of Python values as JSON and tensors |
+| `hostcopy` | the copy that lets the loop go on while a thread writes |
+| `writer` | that thread |
+| `lock` | which plugins, versions and settings wrote a checkpoint, and how this run differs |
+| `validate` | the shape that a snapshot must have before anything is restored from it |
+"""
+
+from __future__ import annotations
+
+from nexus_plugins.checkpoint.plugin import CheckpointConfig, CheckpointPlugin
+
+__all__ = ["CheckpointConfig", "CheckpointPlugin"]

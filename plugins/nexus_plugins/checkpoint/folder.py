@@ -1,0 +1,265 @@
+"""One checkpoint: a folder that is written whole or not at all, and read only if it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+
+from torch import Tensor
+
+from nexus_core.errors import CheckpointError
+from nexus_plugins.checkpoint.codec import Json
+from nexus_plugins.checkpoint.tensorfile import (
+    HashingReader,
+    HashingWriter,
+    read_tensors,
+    write_tensors,
+)
+
+__all__ = ["FORMAT", "MANIFEST", "Content", "Manifest", "read", "read_manifest", "sync", "write"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors")
+JSON_FILES = ("state.json", "lock.json")
+OPTIONAL = ("config.yaml",)
+
+_JSON_LIMIT = 256 << 20
+_MANIFEST_LIMIT = 64 << 10
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class Content:
+    """What a checkpoint folder holds.
+
+    Args:
+        step: optimizer steps done.
+        tensors: file name to the tensors in it by name.
+        aliases: file name to names that stand for a tensor stored under another (tied weights).
+        documents: file name to the JSON in it.
+        config: the resolved config of the run, as text.
+        keep: retention must leave it.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    documents: dict[str, Json]
+    aliases: dict[str, dict[str, str]] = field(default_factory=dict)
+    config: bytes | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The table of contents, written last: without it, a folder is not a checkpoint."""
+
+    step: int
+    keep: bool
+    files: Mapping[str, tuple[int, str]]
+    """File name to its size in bytes and its SHA-256."""
+
+
+def write(folder: Path, content: Content, before_rename: Callable[[], None]) -> None:
+    """Write a checkpoint into a folder beside, sync it, and give it its name.
+
+    Args:
+        folder: the final name.
+        content: what to write; its tensors lie in host memory.
+        before_rename: makes room for the name, where the folder exists already.
+
+    Raises:
+        OSError: the disk is full, broken or read-only. Nothing is left behind under `folder`.
+        CheckpointError: the content cannot be stored.
+    """
+    beside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        files: dict[str, tuple[int, str]] = {}
+        for name, tensors in content.tensors.items():
+            metadata = {"format": "pt", **content.aliases.get(name, {})}
+            with _Written(beside / name, files) as file:
+                write_tensors(file, tensors, metadata)
+        for name, document in content.documents.items():
+            with _Written(beside / name, files) as file:
+                file.write(_to_json(name, document))
+        if content.config is not None:
+            with _Written(beside / "config.yaml", files) as file:
+                file.write(content.config)
+        listed: dict[str, Json] = {
+            name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()
+        }
+        manifest: Json = {
+            "format": FORMAT, "step": content.step, "keep": content.keep, "files": listed,
+        }  # fmt: skip
+        with _Written(beside / MANIFEST, {}) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+        sync(beside)
+        before_rename()
+        beside.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def read(folder: Path) -> Content:
+    """Read a checkpoint of which every byte is as it was written.
+
+    Raises:
+        CheckpointError: it is not a checkpoint, or not a whole one; the message says why.
+    """
+    manifest = read_manifest(folder)
+    total = sum(size for size, _ in manifest.files.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > memory:
+        raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
+    content = Content(manifest.step, {}, {}, keep=manifest.keep)
+    with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
+        for name, (size, digest) in manifest.files.items():
+            try:
+                _read_file(folder / name, size, digest, pool, content)
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder / name}: {error}") from error
+            except OSError as error:
+                raise CheckpointError(f"{folder / name}: {error.strerror or error}") from error
+    return content
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the table of contents and check that each file is there, in its size.
+
+    Raises:
+        CheckpointError: there is none, or it is none, or a file is missing or of another size.
+    """
+    path = folder / MANIFEST
+    try:
+        with _opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MANIFEST_LIMIT:
+                raise CheckpointError(f"{path} is no manifest: it has {size} bytes")
+            manifest = _manifest(json.loads(file.readall()))
+        for name, (expected, _) in manifest.files.items():
+            with _opened(folder / name) as file:
+                _expect_size(file, expected)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no manifest: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return manifest
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Written:
+    """A new file, synced on leaving, with its size and hash noted down."""
+
+    def __init__(self, path: Path, files: dict[str, tuple[int, str]]) -> None:
+        self._path = path
+        self._files = files
+
+    def __enter__(self) -> HashingWriter:
+        self._file = FileIO(self._path, "x")
+        self._writer = HashingWriter(self._file)
+        return self._writer
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
+                self._files[self._path.name] = (self._writer.size, self._writer.sha256())
+
+
+def _read_file(
+    path: Path, size: int, digest: str, pool: ThreadPoolExecutor, content: Content
+) -> None:
+    with _opened(path) as file:
+        _expect_size(file, size)
+        reader = HashingReader(file, pool)
+        if path.name in TENSOR_FILES:
+            content.tensors[path.name] = read_tensors(reader, size)
+            raw = None
+        elif size > _JSON_LIMIT:
+            raise CheckpointError(f"{size} bytes are more than the {_JSON_LIMIT} allowed")
+        else:
+            raw = reader.read(size)
+        if reader.sha256() != digest:
+            raise CheckpointError("its SHA-256 is not the one in the manifest: it is damaged")
+    if raw is not None and path.name in JSON_FILES:
+        content.documents[path.name] = _from_json(raw)
+    elif raw is not None:
+        content.config = bytes(raw)
+
+
+def _opened(path: Path) -> FileIO:
+    """Open a regular file of the folder itself: no link, no pipe, no device."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"'{path.name}' is not a regular file")
+    return FileIO(descriptor, "r")
+
+
+def _expect_size(file: FileIO, expected: int) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != expected:
+        raise CheckpointError(f"it has {size} bytes, and the manifest says {expected}")
+
+
+def _manifest(parsed: object) -> Manifest:
+    if not isinstance(parsed, dict) or parsed.keys() != {"format", "step", "keep", "files"}:
+        raise ValueError("it must have format, step, keep and files")
+    step, keep, files = parsed["step"], parsed["keep"], parsed["files"]
+    if parsed["format"] != FORMAT:
+        raise ValueError(f"its format is {parsed['format']!r}; this release reads {FORMAT}")
+    if type(step) is not int or type(keep) is not bool or not isinstance(files, dict):
+        raise ValueError("step, keep or files is of the wrong type")
+    required = {*TENSOR_FILES, *JSON_FILES}
+    if not required <= files.keys() <= required.union(OPTIONAL):
+        odd = files.keys() ^ required
+        raise ValueError(f"its files are not those of a checkpoint: {str(sorted(odd))[:200]}")
+    for facts in files.values():
+        if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
+            raise ValueError("a file is not described by size and sha256")
+        if type(facts["size"]) is not int or not _HASH.fullmatch(str(facts["sha256"])):
+            raise ValueError("a size or a hash is none")
+    return Manifest(step, keep, {n: (f["size"], f["sha256"]) for n, f in files.items()})
+
+
+def _to_json(name: str, document: Json) -> bytes:
+    text = json.dumps(document, allow_nan=False).encode()
+    if len(text) > _JSON_LIMIT:
+        raise CheckpointError(
+            f"{name} would have {len(text)} bytes; a plugin keeps too much outside tensors"
+        )
+    return text
+
+
+def _from_json(raw: bytes | bytearray) -> Json:
+    try:
+        parsed: Json = json.loads(raw, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"it is not JSON: {error}") from error
+    return parsed
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,0 +1,193 @@
+"""Who wrote a checkpoint, and how the run that is to resume from it differs.
+
+Each setting has a policy for a difference. `Field(..., json_schema_extra={"resume": "locked"})`
+makes it an error (the batch size, whose change would move the data cursor), `"ignored"` lets it
+pass in silence (where to log), and a setting that says nothing is applied, and said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from nexus_core.errors import CheckpointError
+from nexus_core.plugin import Plugin
+from nexus_core.registry import installed
+from nexus_plugins.checkpoint.codec import Json
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["Difference", "Policy", "compare", "describe", "drop_foreign_states"]
+
+Policy = Literal["exact", "compatible", "force"]
+
+_ENGINE_POLICIES = {"seed": "locked", "out": "ignored", "plugins": "ignored"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which a run is not the one that wrote the checkpoint.
+
+    Args:
+        what: the key, or the plugin, and both values, in words.
+        refused_by: the policies under which it is an error.
+    """
+
+    what: str
+    refused_by: tuple[Policy, ...] = ()
+
+
+def describe(engine: Engine) -> dict[str, Json]:
+    """What `lock.json` holds: versions, and the settings of the engine and of each plugin."""
+    entries = {
+        name: (entry.value.split(".")[0].split(":")[0], entry.dist)
+        for name, entry in installed().items()
+    }
+    plugins: dict[str, Json] = {}
+    for name, plugin in engine.plugins.items():
+        package, distribution = entries.get(name, ("", None))
+        ours = type(plugin).__module__.split(".")[0] == package and distribution is not None
+        settings: dict[str, Json] = plugin.config.model_dump(mode="json")
+        plugins[name] = {
+            "class": f"{type(plugin).__module__}.{type(plugin).__qualname__}",
+            "distribution": distribution.name if ours and distribution else None,
+            "version": distribution.version if ours and distribution else None,
+            "state_version": plugin.state_version,
+            "config": settings,
+            "config_sha256": _hash(settings),
+        }
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "engine": {
+            **{key: value for key, value in engine.config.items() if key != "plugins"},
+            "seed": engine.seed,
+            "accumulate": engine.accumulate,
+        },
+        "plugins": plugins,
+    }
+
+
+def compare(saved: Json, engine: Engine, policy: Policy) -> list[str]:
+    """Hold a checkpoint's lock against the run that is to resume from it.
+
+    Args:
+        saved: the content of its `lock.json`.
+        engine: of the run.
+        policy: "exact" refuses other plugins and other versions of them; "compatible" lets
+            versions differ, plugins come, and plugins go that kept no state; "force" refuses
+            nothing that can be loaded.
+
+    Returns:
+        What differs and is accepted, in words.
+
+    Raises:
+        CheckpointError: something differs that the policy refuses; each thing is named.
+    """
+    now = describe(engine)
+    theirs, ours = _table(saved, "plugins"), _table(now, "plugins")
+    differences = [
+        *_environment(_table(saved), now),
+        *_settings("", *_shared(_table(saved, "engine"), _table(now, "engine")), _ENGINE_POLICIES),
+    ]
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        if name not in ours:
+            differences.append(Difference(f"plugin '{name}' is not in this run", ("exact",)))
+        elif name not in theirs:
+            differences.append(Difference(f"plugin '{name}' is new in this run", ("exact",)))
+        else:
+            differences += _plugin(engine.plugins[name], _table(theirs, name), _table(ours, name))
+    refused = [difference.what for difference in differences if policy in difference.refused_by]
+    if refused:
+        raise CheckpointError(
+            "the checkpoint was written by another kind of run: " + "; ".join(refused) + ". "
+            "Resume with the config in its folder, or accept the difference with "
+            f"--set checkpoint.resume_policy={'compatible' if policy == 'exact' else 'force'}"
+        )
+    return [difference.what for difference in differences]
+
+
+def drop_foreign_states(states: dict[str, Any], engine: Engine, policy: Policy) -> list[str]:
+    """Leave out the states of plugins that are not in this run, where the policy allows it.
+
+    Returns:
+        The names of the plugins whose state is lost.
+
+    Raises:
+        CheckpointError: a state would be lost and the policy is not "force".
+    """
+    foreign = [name for name in states if name not in engine.plugins]
+    if foreign and policy != "force":
+        raise CheckpointError(
+            f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it with "
+            f"--plugins {','.join(foreign)}, or lose it with --set checkpoint.resume_policy=force"
+        )
+    for name in foreign:
+        del states[name]
+    return foreign
+
+
+def _environment(saved: Mapping[str, Json], now: Mapping[str, Json]) -> Iterator[Difference]:
+    for name in ("python", "torch"):
+        if saved.get(name) != now[name]:
+            yield Difference(f"{name} is {now[name]}, was {_short(saved.get(name))}")
+
+
+def _plugin(
+    plugin: Plugin[Any], saved: Mapping[str, Json], now: Mapping[str, Json]
+) -> Iterator[Difference]:
+    for key in ("distribution", "version", "state_version"):
+        if saved.get(key) != now[key]:
+            what = f"{key.replace('_', ' ')} of plugin '{plugin.name}'"
+            change = f"{what} is {now[key]}, was {_short(saved.get(key))}"
+            yield Difference(change, ("exact",))
+    policies = {}
+    for name, field in plugin.config_class.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict):
+            policies[name] = str(extra.get("resume", "applied"))
+    prefix = f"{plugin.name}."
+    yield from _settings(prefix, _table(saved, "config"), _table(now, "config"), policies)
+
+
+def _settings(
+    prefix: str, saved: Mapping[str, Json], now: Mapping[str, Json], policies: Mapping[str, str]
+) -> Iterator[Difference]:
+    for key in [*saved, *(key for key in now if key not in saved)]:
+        policy = policies.get(key, "applied")
+        if saved.get(key) == now.get(key) or policy == "ignored":
+            continue
+        what = f"{prefix}{key} is {_short(now.get(key))}, was {_short(saved.get(key))}"
+        yield Difference(what, ("exact", "compatible") if policy == "locked" else ())
+
+
+def _shared(
+    saved: Mapping[str, Json], now: Mapping[str, Json]
+) -> tuple[dict[str, Json], dict[str, Json]]:
+    """What both sides say; an embedded engine does not know all that a config file says."""
+    keys = [key for key in saved if key in now]
+    return {key: saved[key] for key in keys}, {key: now[key] for key in keys}
+
+
+def _table(value: Json | Mapping[str, Json], *keys: str) -> dict[str, Json]:
+    """A JSON object within JSON objects."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"lock.json holds no {' '.join(keys) or 'object'}")
+    return dict(value)
+
+
+def _short(value: Json) -> str:
+    return json.dumps(value)[:80]
+
+
+def _hash(settings: Json) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,392 @@
+"""Save the run so that it can be killed at any moment and resumed to the same bits."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import yaml
+from pydantic import Field
+from torch import Tensor
+
+from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
+from nexus_core.errors import CheckpointError, ConfigError, RunError
+from nexus_core.state import Snapshot, StateDict
+from nexus_plugins.checkpoint import folder, lock
+from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
+from nexus_plugins.checkpoint.hostcopy import HostCopy
+from nexus_plugins.checkpoint.run_lock import RunLock
+from nexus_plugins.checkpoint.store import NAMES, Store, is_checkpoint
+from nexus_plugins.checkpoint.validate import checked
+from nexus_plugins.checkpoint.writer import Writer
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["CheckpointConfig", "CheckpointPlugin"]
+
+_IGNORED: dict[str, Any] = {"resume": "ignored"}
+
+
+class CheckpointConfig(PluginConfig):
+    """When to save, what to keep, and how strict to be when resuming."""
+
+    every: IntervalField = Field(
+        Interval(1000, "steps"),
+        description="save after each such period: steps, epochs, samples, tokens or time",
+        json_schema_extra=_IGNORED,
+    )
+    keep_last: int = Field(
+        5, ge=1, description="newest checkpoints that stay", json_schema_extra=_IGNORED
+    )
+    keep_every: IntervalField | None = Field(
+        None,
+        description="the first checkpoint after each such period stays for good",
+        json_schema_extra=_IGNORED,
+    )
+    best: str | None = Field(
+        "val/loss",
+        description="metric of evaluations whose best value is saved as 'best'; null for none",
+    )
+    mode: Literal["min", "max"] = Field("min", description="whether less or more is best")
+    final: bool = Field(
+        True, description="save the end of the run as 'final'", json_schema_extra=_IGNORED
+    )
+    sync: bool = Field(
+        False,
+        description="write within the loop instead of beside it: slower, but no memory for a copy",
+        json_schema_extra=_IGNORED,
+    )
+    failures_allowed: int = Field(
+        2,
+        ge=0,
+        description="saves in a row that may fail with a warning before the run stops",
+        json_schema_extra=_IGNORED,
+    )
+    resume_policy: lock.Policy = Field(
+        "exact",
+        description="'exact' refuses other plugins or versions than those that wrote the "
+        "checkpoint; 'compatible' lets versions differ; 'force' loads what can be loaded",
+        json_schema_extra=_IGNORED,
+    )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The best evaluation so far."""
+
+    value: float
+    step: int
+
+
+class CheckpointPlugin(Plugin[CheckpointConfig]):
+    """Saves the whole state of a run, and finds the newest good one to resume from.
+
+    A checkpoint is a folder `OUT/checkpoints/step-00000100` that is written beside, synced and
+    renamed, so that it is whole or not there; `best` and `final` are links to such folders. The
+    loop is held for a copy to host memory; a thread writes. Nothing is ever pickled or unpickled.
+    """
+
+    def __init__(self, config: CheckpointConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._best: _Record | None = None
+        self._saved_step = -1
+        self._best_saved_step = -1
+        self._reserved = False
+        self._failures = 0
+        self._in_flight: tuple[str, ...] = ()
+        self._best_before: _Record | None = None
+        self._host = HostCopy()
+        self._writer: Writer | None = None
+        self._run_lock: RunLock | None = None
+        self._resumed = False
+
+    def state_dict(self) -> StateDict:
+        """The best value so far, so that a resumed run does not call a worse one best."""
+        return {"value": self._best.value, "step": self._best.step} if self._best else {}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        self._best = _Record(**cast(dict[str, Any], state)) if state else None
+
+    @hookimpl
+    def load_snapshot(self, engine: Engine, source: str) -> Snapshot:
+        """Read the snapshot to resume from.
+
+        Args:
+            engine: of the run that is to go on.
+            source: "auto" (the newest good checkpoint of this run; from the beginning where there
+                is none yet), "best", "final", the folder of a checkpoint or of a run.
+
+        Raises:
+            CheckpointError: there is no good one, or it does not belong to such a run.
+        """
+        self._resumed = True
+        self._best = None
+        if source in ("auto", *NAMES):
+            store = self._own_store(engine)
+            if source == "auto" and not store.folders():
+                return _fresh(engine)
+            content = _newest(store) if source == "auto" else folder.read(store.named(source))
+        else:
+            content = _read_path(Path(source))
+        return self._snapshot(content, engine)
+
+    @hookimpl(tryfirst=True)
+    def on_start(self, engine: Engine) -> None:
+        self._saved_step = self._best_saved_step = -1
+        self._failures = 0
+        self._every = Every(self.config.every, engine.state)
+        self._keep_every = Every(self.config.keep_every, engine.state)
+        if not engine.ranks.is_main:
+            return
+        self._store = self._own_store(engine)
+        self._run_lock = RunLock(self._store.root.parent)
+        self._store.recover()
+        self._make_way(engine)
+        self._about = cast(Json, lock.describe(engine))
+        self._config_bytes = _config_text(engine)
+        self._writer = Writer()
+
+    @hookimpl
+    def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
+        name = self.config.best
+        if name is None:
+            return
+        if name not in metrics:
+            warnings.warn(
+                f"checkpoint.best is '{name}', which this evaluation does not measure; it has "
+                f"{', '.join(sorted(metrics))}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        elif self._is_best(metrics[name]):
+            self._best_before = self._best
+            self._best = _Record(metrics[name], engine.state.step)
+
+    @hookimpl(trylast=True)
+    def on_step_end(self, engine: Engine) -> None:
+        if self._every.due(engine.state) or self._best_is_due(engine):
+            self._save(engine)
+        elif self._writer is not None and not self._writer.busy:
+            self._settle(self._writer)
+            if not (self._reserved or self.config.sync):
+                self._reserve(engine, self._writer)
+
+    @hookimpl(trylast=True)
+    def on_finish(self, engine: Engine) -> None:
+        done = engine.horizon is not None and engine.horizon.reached(engine.state)
+        if done and self.config.final:
+            self._save(engine, "final")
+        elif self._best_is_due(engine) or not (done or self._saved_step == engine.state.step):
+            self._save(engine)
+
+    @hookimpl
+    def on_close(self) -> None:
+        writer, self._writer = self._writer, None
+        held, self._run_lock = self._run_lock, None
+        try:
+            if writer is not None:
+                self._failures = self.config.failures_allowed  # nothing comes after this one
+                self._settle(writer)
+        finally:
+            if writer is not None:
+                writer.close()
+            if held is not None:
+                held.release()
+
+    def _save(self, engine: Engine, *names: str) -> None:
+        """Copy the state, and have it written."""
+        if self._writer is not None:
+            self._settle(self._writer)
+        snapshot = engine.state_dict()
+        if self._writer is None:  # not the main process
+            return
+        step = engine.state.step
+        if self._is_best_step(engine):
+            self._best_saved_step = step
+            names = ("best", *names)
+        content = _pack(snapshot)
+        content.documents["lock.json"] = self._about
+        content.config = self._config_bytes
+        content.keep = self._keep_every.due(engine.state)
+        if not self.config.sync:
+            content.tensors = self._host.copy(content.tensors)
+        self._in_flight, self._saved_step = names, step
+
+        def write() -> None:
+            self._host.wait()
+            self._store.save(content, names, self.config.keep_last)
+
+        self._writer.start(write)
+        if self.config.sync:
+            self._settle(self._writer)
+
+    def _settle(self, writer: Writer) -> None:
+        """Wait for the save in flight and see how it went.
+
+        Raises:
+            RunError: it failed, and it was not the first one.
+        """
+        if not writer.pending:
+            return
+        error = writer.finish()
+        if error is None:
+            self._failures = 0
+            return
+        if "best" in self._in_flight:
+            self._best = self._best_before
+        self._failures += 1
+        where = f"the checkpoint of step {self._saved_step} could not be written"
+        what = f"{where} to {self._store.root}: {error}"
+        if not isinstance(error, OSError) or self._failures > self.config.failures_allowed:
+            raise RunError(f"{what}; make room or mend the disk, then --resume auto") from error
+        warnings.warn(f"{what}; going on, the next save tries again", RuntimeWarning, stacklevel=2)
+
+    def _reserve(self, engine: Engine, writer: Writer) -> None:
+        """Have the memory for the copies ready before the first save, while the loop goes on."""
+        self._reserved = True
+        tensors = [*engine.model.state_dict().values()]
+        tensors += [v for s in engine.optimizer.state.values() for v in s.values()]
+        writer.start(lambda: self._host.reserve(t for t in tensors if isinstance(t, Tensor)))
+
+    def _is_best(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self._best is None:
+            return True
+        best = self._best.value
+        return value < best if self.config.mode == "min" else value > best
+
+    def _is_best_step(self, engine: Engine) -> bool:
+        return self._best is not None and self._best.step == engine.state.step
+
+    def _best_is_due(self, engine: Engine) -> bool:
+        return self._is_best_step(engine) and self._best_saved_step != engine.state.step
+
+    def _own_store(self, engine: Engine) -> Store:
+        if engine.out is None:
+            raise ConfigError(
+                "the checkpoint plugin needs the run's folder: pass out=... to the Engine"
+            )
+        return Store(engine.out / "checkpoints")
+
+    def _make_way(self, engine: Engine) -> None:
+        """Keep checkpoints of another course of this run from being taken for this one's."""
+        step, folders = engine.state.step, self._store.folders()
+        if folders and step == 0 and not self._resumed:
+            raise CheckpointError(
+                f"{self._store.root} holds checkpoints of an earlier run, the newest "
+                f"{folders[-1].name}; go on from it with --resume auto, or choose another --out"
+            )
+        for moved in self._store.set_aside(after=step):
+            _say(f"the run goes on from step {step}; the later checkpoint is now {moved}")
+
+    def _snapshot(self, content: folder.Content, engine: Engine) -> Snapshot:
+        for difference in lock.compare(
+            content.documents["lock.json"], engine, self.config.resume_policy
+        ):
+            _say(f"resuming: {difference}")
+        snapshot = _unpack(content, engine)
+        states = cast(dict[str, Any], snapshot["plugins"])
+        for name in lock.drop_foreign_states(states, engine, self.config.resume_policy):
+            _say(f"resuming: the state of plugin '{name}' is lost")
+        return snapshot
+
+
+def _pack(snapshot: Snapshot) -> folder.Content:
+    """A snapshot as files: tensors still in place, everything else as JSON."""
+    state: dict[str, Json] = {"format": folder.FORMAT}
+    content = folder.Content(cast(int, snapshot["train"]["step"]), {}, {"state.json": state})
+    rest = TensorBag()
+    for part, value in snapshot.items():
+        bag = TensorBag() if part in ("model", "optimizer") else rest
+        prefix = "" if bag is not rest else part
+        state[part] = encode(value, bag, prefix)
+        name = "state" if bag is rest else part
+        content.tensors[f"{name}.safetensors"] = bag.tensors
+        content.aliases[f"{name}.safetensors"] = bag.aliases
+    metadata = getattr(snapshot["model"], "_metadata", None)  # versions of the modules' layouts
+    state["modules"] = encode(dict(metadata) if metadata else None, rest, "modules")
+    return content
+
+
+def _unpack(content: folder.Content, engine: Engine) -> Snapshot:
+    """The snapshot that `_pack` made these files of."""
+    document = content.documents["state.json"]
+    if not isinstance(document, dict) or document.pop("format", None) != folder.FORMAT:
+        raise CheckpointError(f"state.json is not of format {folder.FORMAT}")
+    tree: dict[str, Any] = {}
+    try:
+        for part, value in document.items():
+            name = part if part in ("model", "optimizer") else "state"
+            tree[part] = decode(value, content.tensors[f"{name}.safetensors"])
+    except RecursionError as error:
+        raise CheckpointError("state.json is nested too deeply") from error
+    modules = tree.pop("modules", None)
+    snapshot = checked(tree, engine)
+    if snapshot["train"]["step"] != content.step:
+        raise CheckpointError("the steps of state.json and manifest.json differ")
+    model = OrderedDict(snapshot["model"])
+    if isinstance(modules, dict) and all(isinstance(facts, dict) for facts in modules.values()):
+        model._metadata = modules  # type: ignore[attr-defined]
+    snapshot["model"] = model
+    return snapshot
+
+
+def _newest(store: Store) -> folder.Content:
+    """The newest checkpoint that is whole; those passed over are said.
+
+    Raises:
+        CheckpointError: none is.
+    """
+    faults = []
+    for path in reversed(store.folders()):
+        try:
+            content = folder.read(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            _say(f"passed over a damaged checkpoint: {fault}")
+        return content
+    raise CheckpointError(
+        f"no checkpoint in {store.root} is whole: {'; '.join(faults)}. Restore one from a copy, or "
+        "begin again in another --out"
+    )
+
+
+def _read_path(path: Path) -> folder.Content:
+    """The checkpoint at a path, or the newest good one of the run at a path."""
+    if is_checkpoint(path):
+        return folder.read(path.resolve())
+    for root in (path / "checkpoints", path):
+        if Store(root).folders():
+            return _newest(Store(root))
+    raise CheckpointError(
+        f"there is no checkpoint at '{path}'; give the folder of one "
+        "(runs/x/checkpoints/step-00000100), of a run (runs/x), or auto, best or final"
+    )
+
+
+def _fresh(engine: Engine) -> Snapshot:
+    """The state of a run that has not begun, with tensors of its own."""
+    content = _pack(engine.state_dict())
+    content.tensors = {
+        file: {name: tensor.clone() for name, tensor in tensors.items()}
+        for file, tensors in content.tensors.items()
+    }
+    return _unpack(content, engine)
+
+
+def _config_text(engine: Engine) -> bytes | None:
+    """The resolved settings, where the run was built from settings."""
+    return yaml.safe_dump(engine.config, sort_keys=False).encode() if engine.config else None
+
+
+def _say(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

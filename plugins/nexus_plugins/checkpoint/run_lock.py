@@ -1,0 +1,127 @@
+"""One run, one folder: a second run in the same folder is kept out while the first one lives."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import weakref
+from datetime import datetime
+from pathlib import Path
+
+from nexus_core.errors import CheckpointError
+
+__all__ = ["RunLock"]
+
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+
+
+class RunLock:
+    """Holds `run.lock` in a run's folder until it is released or the process ends.
+
+    The operating system gives the lock back when the process ends, however it ends, so a lock
+    left by a crash keeps nobody out. Where the file system has no locks, what the file says
+    decides: the holder's process id, when that process started, and its host.
+
+    Args:
+        folder: of the run; made if it is not there.
+
+    Raises:
+        CheckpointError: another run holds it; its process id and since when are named.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "run.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+", encoding="utf-8")
+        try:
+            self._take()
+        except BaseException:
+            self._file.close()
+            raise
+        # a forked worker must not go on holding the lock of a run that was killed
+        itself = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _close_in_child(itself))
+
+    def release(self) -> None:
+        """Let others in."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.close()
+
+    def close(self) -> None:
+        """Close the file alone, without a word in it."""
+        os.close(self._file.fileno())
+
+    def _take(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken(self._holder()) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+            holder = self._holder()
+            if holder and _alive(holder):
+                raise self._taken(holder) from None
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(
+            {
+                "pid": os.getpid(),
+                "started": _start_of(os.getpid()),
+                "host": socket.gethostname(),
+                "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+            },
+            self._file,
+        )
+        self._file.flush()
+
+    def _holder(self) -> dict[str, object]:
+        self._file.seek(0)
+        try:
+            holder = json.load(self._file)
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _taken(self, holder: dict[str, object]) -> CheckpointError:
+        who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+        return CheckpointError(
+            f"the run folder {self._path.parent} is in use by {who} since "
+            f"{holder.get('since', 'an unknown time')}; wait for it, stop it, or choose another "
+            f"--out (if that run is long gone, remove {self._path})"
+        )
+
+
+def _close_in_child(lock: weakref.ref[RunLock]) -> None:
+    held = lock()
+    if held is not None and not held._file.closed:
+        held.close()
+
+
+def _alive(holder: dict[str, object]) -> bool:
+    """Whether the process that wrote the lock still runs, as far as one can know."""
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return holder.get("started") in (None, _start_of(pid))
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; None where the system does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rsplit(")", 1)[1].split()[19]

@@ -1,0 +1,230 @@
+"""safetensors files, hashed in the same pass that writes or reads them.
+
+The format is eight bytes of header length, a JSON header, then the tensors without a gap
+(https://github.com/huggingface/safetensors#format). The library of that name reads and writes it
+too, but it does not tell the hash of what it wrote, so that each file would be read once more, and
+it keeps the interpreter locked while it writes, so that the training loop would stand still.
+Reading here is one pass as well: what is hashed is what is loaded, and a header is believed only
+where it agrees with the size of the file, before any memory is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import RawIOBase
+
+import torch
+from torch import Tensor
+
+from nexus_core.errors import CheckpointError
+
+__all__ = ["DTYPES", "HashingReader", "HashingWriter", "read_tensors", "write_tensors"]
+
+_HEADER_LIMIT = 100_000_000  # of the format itself
+_CHUNK = 8 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""The format's names of the dtypes that a checkpoint can hold."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class HashingWriter:
+    """Writes to a file and keeps the size and the SHA-256 of what was written."""
+
+    def __init__(self, file: RawIOBase) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write all of the data, in pieces during which other threads run."""
+        view = memoryview(data)
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            self._hash.update(piece)
+            self.size += len(piece)
+            while piece:
+                piece = piece[self._file.write(piece) or 0 :]
+
+    def sha256(self) -> str:
+        """The hash of everything written so far."""
+        return self._hash.hexdigest()
+
+
+class HashingReader:
+    """Reads a file from front to back; another thread hashes what has been read meanwhile."""
+
+    def __init__(self, file: RawIOBase, pool: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._pool = pool
+        self._hash = hashlib.sha256()
+        self._hashing: Future[None] | None = None
+
+    def read(self, size: int) -> bytearray:
+        """Exactly so many bytes."""
+        data = bytearray(size)
+        self.read_into(memoryview(data))
+        return data
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill a buffer.
+
+        Raises:
+            CheckpointError: the file ends before that.
+        """
+        while view:
+            count = self._file.readinto(view[:_CHUNK])
+            if not count:
+                raise CheckpointError("the file ends too early")
+            if self._hashing is not None:
+                self._hashing.result()
+            self._hashing = self._pool.submit(self._hash.update, view[:count])
+            view = view[count:]
+
+    def sha256(self) -> str:
+        """The hash of everything read so far."""
+        if self._hashing is not None:
+            self._hashing.result()
+        return self._hash.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def write_tensors(
+    file: HashingWriter, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors that lie in host memory.
+
+    Args:
+        file: takes the bytes.
+        tensors: by name; any strided tensor, also without dimensions or elements.
+        metadata: text for other readers, kept in the header.
+
+    Raises:
+        CheckpointError: a tensor has a layout or a dtype that safetensors cannot hold.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"the tensor '{name}' is {tensor.dtype}, {tensor.layout}, which safetensors cannot "
+                f"hold; store it dense, as one of {', '.join(map(str, _NAMES))}"
+            )
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name in order:
+        end = begin + tensors[name].nbytes
+        header[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in order:
+        if tensors[name].numel():
+            file.write(_bytes_of(tensors[name]))
+
+
+def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
+    """Read all tensors of a file, each into memory of its own.
+
+    Args:
+        file: at its start.
+        size: how many bytes it has; nothing larger is ever allocated.
+
+    Raises:
+        CheckpointError: the header is not one, or does not agree with the size.
+    """
+    if size < 8:
+        raise CheckpointError(f"{size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(size - 8, _HEADER_LIMIT):
+        raise CheckpointError(f"the header claims {length} bytes, but the file has {size}")
+    entries = _entries(bytes(file.read(length)), size - 8 - length)
+    tensors = {}
+    for entry in entries:
+        try:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        except RuntimeError as error:
+            raise CheckpointError(f"tensor '{entry.name}' of shape {entry.shape}") from error
+        if tensor.numel():
+            file.read_into(_bytes_of(tensor))
+        tensors[entry.name] = tensor
+    return tensors
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _entries(header: bytes, data_size: int) -> list[_Entry]:
+    """The tensors of a header in file order, without gap or overlap, filling the file."""
+    try:
+        parsed = json.loads(header, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError("the header is not a JSON object")
+    found = (_entry(name, facts) for name, facts in parsed.items() if name != "__metadata__")
+    entries = sorted(found, key=lambda entry: (entry.begin, entry.end))
+    place = 0
+    for entry in entries:
+        if entry.begin != place:
+            raise CheckpointError(f"tensor '{entry.name}' begins at {entry.begin}, not at {place}")
+        place = entry.end
+    if place != data_size:
+        raise CheckpointError(f"the header describes {place} bytes of tensors, not {data_size}")
+    return entries
+
+
+def _entry(name: str, facts: object) -> _Entry:
+    if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"tensor '{name[:80]}' is not described by dtype, shape, offsets")
+    shape, offsets, dtype = facts["shape"], facts["data_offsets"], DTYPES.get(str(facts["dtype"]))
+    if dtype is None or not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"tensor '{name[:80]}' is described by {str(facts)[:200]}")
+    begin, end = offsets
+    if len(shape) > 64 or math.prod(shape) * dtype.itemsize != end - begin:
+        raise CheckpointError(
+            f"tensor '{name[:80]}' of shape {str(shape)[:80]}, {dtype}, cannot lie at {begin}:{end}"
+        )
+    return _Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(number) is int and 0 <= number < 1 << 63 for number in value
+    )
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return made

@@ -1,0 +1,248 @@
+"""`nexus-data`: prepare text, train a tokenizer, look at data, ask what a step trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_core.errors import NexusError
+
+if TYPE_CHECKING:
+    from nexus_plugins.data_text.inspection import Report
+    from nexus_plugins.data_text.prepare import Summary
+    from nexus_plugins.data_text.trace import Row
+
+__all__ = ["main"]
+
+_INPUT = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+_TEXT_KEY = click.option(
+    "--text-key", default="text", show_default=True, help="Key of the text in .jsonl and .parquet."
+)
+_WHOLE = click.option(
+    "--one-file-one-document", is_flag=True, help="A .txt file is one document, not one a line."
+)
+_UTF8 = click.option(
+    "--invalid-utf8",
+    type=click.Choice(["error", "replace", "skip"]),
+    default="error",
+    show_default=True,
+    help="What to do with bytes that are not UTF-8.",
+)
+
+
+def main() -> None:
+    """Run the command; an error of the user's is one line and exit code 2."""
+    try:
+        _group()
+    except NexusError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+@click.group(name="nexus-data", context_settings={"help_option_names": ["-h", "--help"]})
+def _group() -> None:
+    """Text for training: prepare it, look at it, find it again."""
+
+
+@_group.command("prepare")
+@_INPUT
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--tokenizer", default="bytes", show_default=True, help='"bytes", or a tokenizer.json.'
+)
+@click.option("--eos-token", help="Token that ends a document, where it has no usual name.")
+@click.option("--pad-token", help="Token that fills rows, where it has no usual name.")
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: one a core.")
+@click.option(
+    "--val",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the documents to hold out for evaluation.",
+)
+@click.option("--deduplicate", is_flag=True, help="Keep one of documents that are the same.")
+@_TEXT_KEY
+@_WHOLE
+@_UTF8
+def _prepare(
+    inputs: tuple[str, ...],
+    out: Path,
+    tokenizer: str,
+    eos_token: str | None,
+    pad_token: str | None,
+    workers: int | None,
+    val: float,
+    deduplicate: bool,
+    text_key: str,
+    one_file_one_document: bool,
+    invalid_utf8: str,
+) -> None:
+    """Turn text into ids, once: train.bin and val.bin with their indexes, and the tokenizer.
+
+    Killed or interrupted, the same command goes on where it was.
+    """
+    from tqdm import tqdm
+
+    from nexus_plugins.data_text.formats import find_files
+    from nexus_plugins.data_text.prepare import Job, prepare
+
+    paths = [path for one in inputs for path in find_files(one)]
+    job = Job(
+        tokenizer,
+        eos_token,
+        pad_token,
+        text_key,
+        one_file_one_document,
+        invalid_utf8,
+        val,
+        deduplicate,
+    )
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
+        summary = prepare(paths, out, job, workers or os.cpu_count() or 1, bar.update)
+    _show_summary(summary, out)
+
+
+def _show_summary(summary: Summary, out: Path) -> None:
+    for name, documents, tokens in (
+        ("train", summary.train_documents, summary.train_tokens),
+        ("val", summary.valid_documents, summary.valid_tokens),
+    ):
+        if documents:
+            click.echo(f"{name:<6}{documents:>14,} documents {tokens:>16,} tokens")
+    tokens = summary.train_tokens + summary.valid_tokens
+    click.echo(f"text  {summary.text_bytes:>14,} bytes, {summary.text_bytes / tokens:.2f} a token")
+    for what, count in (
+        ("duplicates left out", summary.duplicates),
+        ("documents left out, not UTF-8", summary.skipped),
+        ("documents with bytes replaced", summary.replaced),
+        ("empty documents left out", summary.empty),
+    ):
+        if count:
+            click.echo(f"{count:,} {what}")
+    click.echo(f"train on it: nexus-run --set data_text.train={out}")
+
+
+@_group.command("train-tokenizer")
+@_INPUT
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="tokenizer.json.")
+@click.option("--vocab-size", type=click.IntRange(258), default=32000, show_default=True)
+@_TEXT_KEY
+@_WHOLE
+@_UTF8
+def _train_tokenizer(
+    inputs: tuple[str, ...],
+    out: Path,
+    vocab_size: int,
+    text_key: str,
+    one_file_one_document: bool,
+    invalid_utf8: str,
+) -> None:
+    """Learn a byte-level BPE vocabulary from text; any text can be written with it."""
+    from nexus_plugins.data_text.formats import Reading, find_files
+    from nexus_plugins.data_text.training import train_tokenizer
+
+    paths = [path for one in inputs for path in find_files(one)]
+    reading = Reading(text_key, one_file_one_document, invalid_utf8)
+    tokenizer = train_tokenizer(paths, out, vocab_size, reading)
+    click.echo(f"{out}: {tokenizer}")
+
+
+@_group.command("inspect")
+@click.argument("path")
+@click.option("--tokenizer", default="auto", help="Of ids; default: the one beside them.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True)
+@_TEXT_KEY
+@_WHOLE
+@_UTF8
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def _inspect(
+    path: str,
+    tokenizer: str,
+    samples: int,
+    text_key: str,
+    one_file_one_document: bool,
+    invalid_utf8: str,
+    as_json: bool,
+) -> None:
+    """Count and check all documents of a file or folder; exit code 1 if something is wrong."""
+    from nexus_plugins.data_text.inspection import inspect
+    from nexus_plugins.data_text.plugin import DataTextPlugin
+
+    prepared = (Path(path) / "val.bin").is_file()
+    plugin = DataTextPlugin(
+        train=path,
+        valid=path if prepared else None,
+        valid_share=0.0,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        one_file_one_document=one_file_one_document,
+        invalid_utf8=invalid_utf8,
+    )
+    found, reports = inspect(plugin.config, samples)
+    if as_json:
+        click.echo(json.dumps([_as_json(report) for report in reports], indent=1))
+    else:
+        click.echo(str(found))
+        for report in reports:
+            _show_report(report)
+    if any(report.faults for report in reports):
+        sys.exit(1)
+
+
+def _as_json(report: Report) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return asdict(report)
+
+
+def _show_report(report: Report) -> None:
+    click.echo(f"\n{report.name}: {report.documents:,} documents, {report.tokens:,} tokens")
+    most = max(count for _, _, count in report.histogram)
+    for shortest, longest, count in report.histogram:
+        bar = "#" * -(-40 * count // most)
+        click.echo(f"  {shortest:>11,} to {longest:>11,} tokens {count:>12,} {bar}")
+    for place, text in report.samples:
+        click.echo(f"  {place.file}, document {place.document}: {_one_line(text)}")
+    for fault in report.faults:
+        click.echo(f"  WRONG: {fault}")
+    if not report.faults:
+        click.echo("  checks: all ids are in the vocabulary, all documents end where they should")
+
+
+@_group.command("at")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(1), required=True, help="Counted from 1.")
+@click.option("--text", is_flag=True, help="Print the text too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the text.")
+def _at(run: Path, step: int, text: bool, as_json: bool) -> None:
+    """Print which documents and offsets a step of a run trained on."""
+    from dataclasses import asdict
+
+    from nexus_plugins.data_text.trace import trained_on
+
+    rows = trained_on(run, step)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    for row in rows:
+        _show_row(row, text)
+
+
+def _show_row(row: Row, text: bool) -> None:
+    click.echo(f"epoch {row.epoch}, batch {row.batch}, sample {row.sample}")
+    for excerpt in row.excerpts:
+        place = excerpt.place
+        span = f"tokens {place.offset:,} to {place.offset + excerpt.tokens - 1:,}"
+        click.echo(f"  {place.file}, document {place.document}, {span}")
+        if text:
+            click.echo(f"    {_one_line(excerpt.text)}")
+
+
+def _one_line(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

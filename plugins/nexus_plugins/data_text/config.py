@@ -1,0 +1,101 @@
+"""The settings of the text data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from nexus_core.plugin import PluginConfig
+
+__all__ = ["DataTextConfig", "SourceConfig", "SourceList"]
+
+
+class SourceConfig(PluginConfig):
+    """One source of a mixture."""
+
+    path: str = Field(description='file, folder, glob, or "stdlib"')
+    weight: float = Field(
+        1.0, gt=0, description="share of the rows of an epoch, relative to the other sources"
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="its validation loss is logged as val_<name>/loss; null: the file's name",
+    )
+
+
+SourceList = str | list[str] | list[SourceConfig]
+
+
+class DataTextConfig(PluginConfig):
+    """What to train and evaluate on, and how it becomes batches."""
+
+    train: SourceList = Field(
+        "stdlib",
+        description="training text: a file, folder, glob, list of them, or a mixture "
+        '[{path, weight, name}]; "stdlib" is the source of this Python\'s standard library',
+    )
+    valid: SourceList | None = Field(
+        None, description="evaluation text; null: a share of the training documents"
+    )
+    valid_share: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of the training documents held out for evaluation where `valid` is "
+        "null, chosen by a hash of each document; 0: no evaluation",
+    )
+    valid_limit: int | None = Field(
+        None,
+        ge=1,
+        description="evaluate on at most so many tokens, rows spread evenly over the evaluation "
+        "text and the same in every evaluation; null: all of it",
+    )
+    batching: Literal["pack", "pad"] = Field(
+        "pack",
+        description="pack: documents one after another, cut into rows of seq_len; "
+        "pad: one document a row, cut off at max_length",
+    )
+    seq_len: int = Field(512, ge=2, description="tokens in a packed row")
+    max_length: int | None = Field(
+        None, ge=2, description="most tokens in a padded row; null: seq_len"
+    )
+    batch_size: int = Field(8, ge=1, description="rows in a training batch, over all processes")
+    eval_batch_size: int | None = Field(
+        None, ge=1, description="rows in an evaluation batch; null: batch_size"
+    )
+    tokenizer: str = Field(
+        "auto",
+        description='"bytes", or the path of a tokenizer.json; "auto": the one saved with '
+        "prepared data, else bytes",
+    )
+    eos_token: str | None = Field(
+        None, description="the token that ends a document; null: found by its usual names"
+    )
+    pad_token: str | None = Field(
+        None, description="the token that fills rows; null: found by its usual names, else eos"
+    )
+    vocab_size: int | None = Field(
+        None,
+        ge=1,
+        le=2**32,
+        description="vocabulary of ids without a tokenizer; null: the highest id and one",
+    )
+    text_key: str = Field("text", description="key or column of the text in .jsonl and .parquet")
+    one_file_one_document: bool = Field(
+        False, description="take each .txt file as one document instead of one a line"
+    )
+    invalid_utf8: Literal["error", "replace", "skip"] = Field(
+        "error",
+        description="what to do with bytes that are not UTF-8: stop, put U+FFFD in their place, "
+        "or leave out the document",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="folder for indexes and tokenised copies; null: nexus-trainer in the "
+        "user's cache folder",
+    )
+    num_workers: int = Field(0, ge=0, description="processes that read ahead; 0: none")
+    prefetch: int = Field(2, ge=1, description="batches that each worker reads ahead")

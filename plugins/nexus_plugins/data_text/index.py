@@ -1,0 +1,260 @@
+"""Where the documents of a large file begin, found once, kept in the cache, mapped ever after."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus_core.errors import DataError
+from nexus_plugins.data_text.cache import cached, fingerprint, signature
+from nexus_plugins.data_text.formats import BOM, Reading, read_slice, whole, whole_lines
+from nexus_plugins.data_text.stream import MappedFile, TokenStream
+
+__all__ = ["LineOrigin", "Scan", "held_out", "open_text", "scan_ids", "split_documents"]
+
+Ids = NDArray[np.int64]
+_BLOCK = 4 << 20  # bytes, or ids
+_PARTS = ("train", "valid")
+
+
+def held_out(checksums: Ids, share: float) -> NDArray[np.bool_]:
+    """Which documents belong to the evaluation: a function of each one's CRC-32 alone.
+
+    Copies of a document thus fall on the same side.
+    """
+    mixed = checksums.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= np.uint64(0xD6E8FEB86659FD93)
+    chosen: NDArray[np.bool_] = (mixed >> np.uint64(11)) < np.uint64(int(share * 2**53))
+    return chosen
+
+
+@dataclass(frozen=True)
+class LineOrigin:
+    """Counts the documents before a byte of a text file; slow, for people who ask."""
+
+    path: Path
+    reading: Reading
+
+    def name(self, document: int, source: int) -> tuple[str, int]:
+        if self.reading.one_file_one_document:
+            return str(self.path), 0
+        number = 0
+        for block, offset in _lines(self.path):
+            begins, _ = _documents(block)
+            number += int(((begins + offset) < source).sum())
+            if offset + len(block) > source:
+                break
+        return str(self.path), number
+
+
+def open_text(
+    path: Path, reading: Reading, share: float, eos: int, cache: Path
+) -> list[TokenStream]:
+    """Streams over the bytes of a .txt file: to train, and to evaluate if `share` is not 0.
+
+    The first time, the file is read once in small pieces, checked for UTF-8 and indexed; memory
+    does not grow with its size.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8 or holds no document.
+    """
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty; leave it out, or put text into it")
+
+    def build(folder: Path) -> None:
+        _index(path, reading, share, folder)
+
+    key = fingerprint("text", signature([path]), share, reading.one_file_one_document)
+    folder = cached(cache, f"lines-{key}", build)
+    return [
+        TokenStream(
+            MappedFile(path),
+            MappedFile(folder / f"{part}.starts", "i8"),
+            sources=MappedFile(folder / f"{part}.sources", "i8"),
+            eos=eos,
+            origin=LineOrigin(path, reading),
+        )
+        for part in _PARTS[: 2 if share else 1]
+    ]
+
+
+def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
+    writers = [_IndexWriter(folder, part, eos=1) for part in _PARTS[: 2 if share else 1]]
+    for begins, ends, checksums in _found(path, reading, bool(share)):
+        valid = held_out(checksums, share) if share else np.zeros(len(begins), np.bool_)
+        for writer, chosen in zip(writers, (~valid, valid), strict=False):
+            writer.append(begins[chosen], (ends - begins)[chosen])
+    if not sum(writer.finish() for writer in writers):
+        raise DataError(f"{path} holds no text, only blank lines; leave it out")
+
+
+def _found(path: Path, reading: Reading, hashed: bool) -> Iterator[tuple[Ids, Ids, Ids]]:
+    """Begin, end and CRC-32 of documents, in bytes of the file."""
+    if reading.one_file_one_document:
+        yield _whole_file(path, reading)
+        return
+    for block, offset in _lines(path):
+        try:
+            block.decode()
+        except UnicodeDecodeError:
+            _complain(path, reading)
+        begins, ends = _documents(block)
+        pairs = zip(begins.tolist(), ends.tolist(), strict=True)
+        checksums = [zlib.crc32(block[begin:end]) for begin, end in pairs] if hashed else []
+        yield begins + offset, ends + offset, np.array(checksums, np.int64)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    with path.open("rb") as file:
+        offset = len(BOM) if file.read(len(BOM)) == BOM else 0
+    for block in whole_lines(whole(path), ".txt"):
+        yield block, offset
+        offset += len(block)
+
+
+def _documents(block: bytes) -> tuple[Ids, Ids]:
+    """Begin and end of each line that is not blank, without its line break."""
+    letters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(letters == 10)
+    if not block.endswith(b"\n"):
+        ends = np.append(ends, len(block))
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    ends = ends - ((ends > begins) & (letters[ends - 1] == 13))
+    doubtful = np.flatnonzero(
+        (ends == begins) | (letters[np.minimum(begins, len(block) - 1)] <= 32)
+    )
+    kept = np.ones(len(begins), np.bool_)
+    for line in doubtful.tolist():
+        kept[line] = bool(block[begins[line] : ends[line]].strip())
+    return begins[kept], ends[kept]
+
+
+def _whole_file(path: Path, reading: Reading) -> tuple[Ids, Ids, Ids]:
+    checksum, offset = 0, -1
+    for block, begin in _lines(path):
+        try:
+            block.decode()
+        except UnicodeDecodeError:
+            _complain(path, reading)
+        checksum = zlib.crc32(block, checksum)
+        offset = begin if offset < 0 else offset
+    size = path.stat().st_size
+    return np.array([offset]), np.array([size]), np.array([checksum])
+
+
+def _complain(path: Path, reading: Reading) -> None:
+    """Read on with the reader that names line and byte of what is wrong."""
+    for _ in read_slice(whole(path), reading):
+        pass
+
+
+class _IndexWriter:
+    """Appends to `NAME.starts` and `NAME.sources`."""
+
+    def __init__(self, folder: Path, name: str, eos: int = 0) -> None:
+        self._starts = (folder / f"{name}.starts").open("wb")
+        self._sources = (folder / f"{name}.sources").open("wb")
+        self._eos = eos
+        self._documents = self._tokens = 0
+
+    def append(self, sources: Ids, lengths: Ids) -> None:
+        ends = (lengths + self._eos).cumsum() + self._tokens
+        self._starts.write((ends - lengths - self._eos).astype("<i8").tobytes())
+        self._sources.write(sources.astype("<i8").tobytes())
+        self._documents += len(sources)
+        self._tokens = int(ends[-1]) if len(ends) else self._tokens
+
+    def finish(self) -> int:
+        self._starts.write(np.array([self._tokens], "<i8").tobytes())
+        self._starts.close()
+        self._sources.close()
+        return self._documents
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a bare .bin file holds.
+
+    Args:
+        highest: id.
+        starts: where each document begins, and the number of tokens.
+    """
+
+    highest: int
+    starts: MappedFile
+
+
+def scan_ids(path: Path, eos: int | None, cache: Path) -> Scan:
+    """Read a bare .bin of uint16 ids once, for the highest id and for documents that end in eos.
+
+    Raises:
+        DataError: it is empty, or cut short.
+    """
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        what = "is empty" if size == 0 else f"is cut short: {size:,} bytes are no uint16 ids"
+        raise DataError(f"{path} {what}; write it again, or prepare it with: nexus-data prepare")
+
+    def build(folder: Path) -> None:
+        ids = MappedFile(path, "u2").array
+        ends, highest = [np.zeros(1, np.int64)], 0
+        for first in range(0, len(ids), _BLOCK):
+            portion = ids[first : first + _BLOCK]
+            highest = max(highest, int(portion.max()))
+            if eos is not None:
+                ends.append(np.flatnonzero(portion == eos) + first + 1)
+        found = np.concatenate(ends)
+        starts = found if found[-1] == len(ids) else np.append(found, len(ids))
+        starts.astype("<i8").tofile(folder / "starts")
+        (folder / "scan.json").write_text(json.dumps({"highest": highest}))
+
+    folder = cached(cache, f"ids-{fingerprint('ids', signature([path]), eos)}", build)
+    highest = json.loads((folder / "scan.json").read_text())["highest"]
+    return Scan(highest, MappedFile(folder / "starts", "i8"))
+
+
+def split_documents(
+    path: Path, ids: MappedFile, starts: MappedFile, share: float, cache: Path, **settings: Any
+) -> list[TokenStream]:
+    """The documents of a .bin file to train on, and those to evaluate on.
+
+    Args:
+        path: the file, for the cache's key.
+        ids, starts: its contents.
+        share: of the documents, for the evaluation.
+        cache: the cache folder.
+        settings: further ones of the streams.
+    """
+
+    def build(folder: Path) -> None:
+        writers = [_IndexWriter(folder, part) for part in _PARTS]
+        edges = starts.array
+        for first in range(0, len(edges) - 1, _BLOCK):
+            some = edges[first : first + _BLOCK + 1]
+            tokens, pairs = ids.array, zip(some[:-1].tolist(), some[1:].tolist(), strict=True)
+            checksums = np.array([zlib.crc32(tokens[begin:end].data) for begin, end in pairs])
+            valid = held_out(checksums, share)
+            for writer, chosen in zip(writers, (~valid, valid), strict=True):
+                writer.append(some[:-1][chosen], np.diff(some)[chosen])
+        for writer in writers:
+            writer.finish()
+
+    key = fingerprint("split", signature([path, starts.path]), share)
+    folder = cached(cache, f"split-{key}", build)
+    return [
+        TokenStream(
+            ids,
+            MappedFile(folder / f"{part}.starts", "i8"),
+            sources=MappedFile(folder / f"{part}.sources", "i8"),
+            **settings,
+        )
+        for part in _PARTS
+    ]

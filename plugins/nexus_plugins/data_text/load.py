@@ -1,0 +1,101 @@
+"""Find the tokenizer that a setting, a folder of prepared data or a file of ids asks for."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nexus_core.errors import DataError
+from nexus_plugins.data_text.huggingface import HfTokenizer
+from nexus_plugins.data_text.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, Tokenizer
+
+__all__ = ["load_tokenizer", "tokenizer_beside"]
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(
+    wish: str, eos_token: str | None = None, pad_token: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a name or a file.
+
+    Args:
+        wish: "bytes", a tokenizer.json (of Hugging Face's, or saved by this trainer), its folder,
+            or a meta.pkl of nanoGPT.
+        eos_token, pad_token: names of special tokens; None: the usual ones.
+
+    Raises:
+        DataError: there is no such file, or it is not a tokenizer.
+    """
+    if wish == "bytes":
+        return ByteTokenizer()
+    path = Path(wish).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"there is no tokenizer '{wish}' ({error.strerror}); expected \"bytes\" or the path "
+            "of a tokenizer.json"
+        ) from error
+    if path.suffix == ".pkl":
+        return _of_nanogpt(raw, path)
+    try:
+        layout = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+    own = layout.get("nexus_tokenizer") if isinstance(layout, dict) else None
+    if own is not None:
+        return _own(own, layout, path)
+    return HfTokenizer(raw.decode(), path, eos_token, pad_token)
+
+
+def _own(kind: str, layout: dict[str, Any], path: Path) -> Tokenizer:
+    size, letters = layout.get("size"), layout.get("letters")
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "ids" and isinstance(size, int) and size > 0:
+        return IdTokenizer(size)
+    if kind == "characters" and isinstance(letters, list):
+        return CharTokenizer([str(letter) for letter in letters])
+    raise DataError(f"{path} holds a tokenizer of the unknown kind '{kind}'; use a newer release")
+
+
+def tokenizer_beside(path: Path) -> Path | None:
+    """The file of the tokenizer that lies in the folder of a .bin file, if one does."""
+    beside = (path.parent / name for name in ("tokenizer.json", "meta.pkl"))
+    return next((file for file in beside if file.exists()), None)
+
+
+class _Plain(pickle.Unpickler):
+    """Reads numbers, texts and containers; anything that could run code is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _of_nanogpt(raw: bytes, path: Path) -> Tokenizer:
+    """The characters of nanoGPT's meta.pkl: {"vocab_size": V, "itos": {id: character}}."""
+    try:
+        meta = _Plain(io.BytesIO(raw)).load()
+        letters = [meta["itos"][number] for number in range(int(meta["vocab_size"]))]
+    except (
+        pickle.UnpicklingError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise DataError(
+            f"{path} is not the meta.pkl of a character corpus ({error!r}); set "
+            "data_text.tokenizer to the tokenizer of the ids"
+        ) from error
+    return CharTokenizer([str(letter) for letter in letters])

@@ -1,0 +1,146 @@
+"""Text as the data of a run."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from nexus_core.errors import CheckpointError
+from nexus_core.loader import ResumableLoader, RunData
+from nexus_core.plugin import Plugin, hookimpl
+from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
+from nexus_plugins.data_text.config import DataTextConfig
+from nexus_plugins.data_text.dataset import TextData, open_data
+from nexus_plugins.data_text.rows import Rows, as_it_is
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+    from nexus_core.state import StateDict
+
+__all__ = ["DataTextPlugin"]
+
+_SAMPLE = 4 << 20  # bytes of training text that the bigram model counts
+
+
+class DataTextPlugin(Plugin[DataTextConfig]):
+    """Trains on text: files become documents, documents tokens, tokens rows of batches.
+
+    Rows come in an order that is a function of the engine's seed and the epoch alone. The
+    tokenizer is saved with the run, and a checkpoint of another tokenizer is refused.
+    """
+
+    slot: ClassVar[str | None] = "data"
+    _data: TextData | None = None
+    _resumed: StateDict | None = None
+
+    @hookimpl
+    def make_data(self, engine: Engine) -> RunData:
+        """Open, check and, where needed, tokenise the sources.
+
+        Raises:
+            DataError: a source cannot be read or used.
+        """
+        self._data = data = open_data(self.config)
+        self._check_resumed()
+        config = self.config
+        train = ResumableLoader(
+            data.train,
+            config.batch_size,
+            engine.seed,
+            collate=as_it_is,
+            num_workers=config.num_workers,
+            prefetch=config.prefetch,
+            pin_memory=engine.device.type == "cuda",
+            ranks=engine.ranks,
+        )
+        valid = {
+            name: ResumableLoader(
+                rows,
+                max(config.eval_batch_size or config.batch_size, engine.ranks.size),
+                shuffle=False,
+                collate=as_it_is,
+                pin_memory=engine.device.type == "cuda",
+                ranks=engine.ranks,
+            )
+            for name, rows in data.valid.items()
+        }
+        return RunData(train, valid, data.tokenizer)
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Save the tokenizer with the run, or make sure that it is the one saved there.
+
+        Raises:
+            CheckpointError: the run's folder holds another tokenizer.
+        """
+        if self._data is None or engine.out is None or not engine.ranks.is_main:
+            return
+        path = engine.out / "tokenizer.json"
+        text = self._data.tokenizer.to_json()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif path.read_text() != text:
+            raise CheckpointError(
+                f"{path} is not the {self._data.tokenizer} of this run's data; use another "
+                "folder (--out), or the tokenizer that the folder's run began with"
+            )
+
+    def state_dict(self) -> StateDict:
+        if self._data is None:
+            return {}
+        tokenizer = self._data.tokenizer
+        return {
+            "tokenizer": tokenizer.hash,
+            "vocabulary": tokenizer.size,
+            "kind": tokenizer.kind,
+            "rows": len(self._data.train),
+        }
+
+    def load_state_dict(self, state: StateDict) -> None:
+        self._resumed = state
+        self._check_resumed()
+
+    def _check_resumed(self) -> None:
+        if self._data is None or self._resumed is None:
+            return
+        tokenizer, saved = self._data.tokenizer, self._resumed
+        if saved["tokenizer"] != tokenizer.hash or saved["vocabulary"] != tokenizer.size:
+            raise CheckpointError(
+                f"the checkpoint was trained with a {saved['kind']} tokenizer of "
+                f"{saved['vocabulary']} ids, hash {str(saved['tokenizer'])[:12]}, but the data has "
+                f"a {tokenizer}; set data_text.tokenizer to the one saved in the run's folder"
+            )
+        if saved["rows"] != len(self._data.train):
+            warnings.warn(
+                f"the checkpoint was trained on {saved['rows']} rows an epoch, but the data now "
+                f"has {len(self._data.train)}: the order of an unbroken run is not kept",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def notes(self) -> list[str]:
+        """What a user should know about the data: tokens left out, a limited evaluation."""
+        return self._data.notes() if self._data is not None else []
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of gzip and of a bigram model on the text that is evaluated as "val".
+
+        The bigram model counts rows spread evenly over the training text, 4 MB at most.
+        """
+        if self._data is None or "val" not in self._data.valid:
+            return {}
+        valid = _text(self._data, self._data.valid["val"])
+        train = _text(self._data, self._data.train, _SAMPLE)
+        if not valid or not train:
+            return {}
+        return {"gzip": gzip_bits_per_byte(valid), "bigram": bigram_bits_per_byte(train, valid)}
+
+
+def _text(data: TextData, rows: Rows, limit: int | None = None) -> bytes:
+    """The text of rows at even distances, about `limit` tokens of it."""
+    count = len(rows) if limit is None else min(len(rows), max(1, limit // rows.length))
+    picked = np.arange(count) * len(rows) // count
+    return b"".join(map(data.tokenizer.text_bytes, rows.tokens(picked.tolist())))

@@ -1,0 +1,389 @@
+"""Text once and for all into ids: in parallel, resumable, to the same bytes however it was done."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus_core.errors import DataError
+from nexus_plugins.data_text.binary import TokenWriter, id_type
+from nexus_plugins.data_text.cache import fingerprint, signature, writing
+from nexus_plugins.data_text.formats import (
+    Portion,
+    Reading,
+    Slice,
+    is_text,
+    read_slice,
+    slices_of,
+    suffix_of,
+    whole,
+)
+from nexus_plugins.data_text.index import held_out
+from nexus_plugins.data_text.load import load_tokenizer
+from nexus_plugins.data_text.tokenizer import Tokenizer
+from nexus_plugins.data_text.workers import Workers
+
+__all__ = ["Job", "Summary", "encode_unit", "prepare", "units_of"]
+
+_UNIT = 16 << 20  # bytes of input that make one piece of work
+_RECORD = "prepare.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prepare, but for the files and the place.
+
+    Args:
+        tokenizer: "bytes" or the path of a tokenizer.json.
+        eos_token, pad_token: None: the usual ones.
+        text_key, one_file_one_document, invalid_utf8: see `Reading`.
+        share: of the documents, for the evaluation.
+        deduplicate: keep only the first of documents that are the same to the byte.
+    """
+
+    tokenizer: str = "bytes"
+    eos_token: str | None = None
+    pad_token: str | None = None
+    text_key: str = "text"
+    one_file_one_document: bool = False
+    invalid_utf8: str = "error"
+    share: float = 0.0
+    deduplicate: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        """How documents are taken out of files."""
+        return Reading(self.text_key, self.one_file_one_document, self.invalid_utf8)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out: counts of documents, tokens and bytes of text, and of what was left out."""
+
+    train_documents: int
+    train_tokens: int
+    valid_documents: int
+    valid_tokens: int
+    text_bytes: int
+    duplicates: int
+    skipped: int
+    replaced: int
+    empty: int
+
+
+def units_of(paths: Sequence[Path], reading: Reading) -> list[list[Slice]]:
+    """Cut the files into pieces of work of about one size; depends on the files alone."""
+    units: list[list[Slice]] = [[]]
+    filled = 0
+    for path in paths:
+        slices = slices_of(path)
+        if reading.one_file_one_document and suffix_of(path) == ".txt":
+            slices = [whole(path)]
+        for part in slices:
+            units[-1].append(part)
+            filled += part.size
+            if filled >= _UNIT:
+                units.append([])
+                filled = 0
+    return [unit for unit in units if unit]
+
+
+def prepare(
+    paths: Sequence[Path],
+    out: Path,
+    job: Job,
+    workers: int = 1,
+    progress: Callable[[int], object] = lambda size: None,
+) -> Summary:
+    """Write train.bin, val.bin, their indexes and the tokenizer into a folder.
+
+    A run that was killed is finished by the next one; what comes out does not depend on that, nor
+    on the number of workers.
+
+    Args:
+        paths: files of text, in the order in which their documents will come.
+        out: the folder.
+        job: what to do.
+        workers: processes.
+        progress: called with the bytes of input done.
+
+    Raises:
+        DataError: a file cannot be used, the disk is full, or the folder holds other data.
+    """
+    ids = [path for path in paths if not is_text(path)]
+    if ids:
+        raise DataError(
+            f"{ids[0]} holds ids, not text; it needs no preparing, train on it as it is"
+        )
+    tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
+    settings = {**asdict(job), "tokenizer": tokenizer.hash, "eos": tokenizer.eos}
+    signed = signature(paths)
+    mark = fingerprint(settings, signed)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            done = _finished(out, mark)
+            if done is None:
+                parts = _parts_folder(out, mark)
+                units = units_of(paths, job.reading)
+                encoded = _encode(units, job, parts, workers, progress)
+                done = _Merge(out, job, paths, units).run(encoded)
+                if signature(paths) != signed:
+                    raise DataError("the input has changed while it was read; start again")
+                _write(out / "tokenizer.json", tokenizer.to_json().encode())
+                record = {"fingerprint": mark, "settings": settings, **done}
+                _write(out / _RECORD, json.dumps(record, indent=1).encode())
+                shutil.rmtree(parts)
+    return Summary(**done["summary"])
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Let only one process at a time prepare into a folder; another waits, and finds it done."""
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _finished(out: Path, mark: str) -> dict[str, Any] | None:
+    record = out / _RECORD
+    if not record.exists():
+        return None
+    found: dict[str, Any] = json.loads(record.read_text())
+    if found["fingerprint"] != mark:
+        raise DataError(
+            f"{out} already holds data prepared from other files or settings; choose another "
+            "folder, or remove this one"
+        )
+    return found
+
+
+def _parts_folder(out: Path, mark: str) -> Path:
+    """Where finished pieces of work lie; those of other inputs are removed."""
+    for other in out.glob(".parts-*"):
+        if other.name != f".parts-{mark}":
+            shutil.rmtree(other)
+    parts = out / f".parts-{mark}"
+    parts.mkdir(exist_ok=True)
+    for leftover in parts.glob("*.tmp"):
+        leftover.unlink()
+    return parts
+
+
+def _encode(
+    units: Sequence[Sequence[Slice]],
+    job: Job,
+    parts: Path,
+    workers: int,
+    progress: Callable[[int], object],
+) -> Iterator[Path]:
+    """The finished pieces of work in order, those of a killed run included."""
+    there = [_part(parts, number) for number in range(len(units))]
+    tasks = [(number, unit) for number, unit in enumerate(units) if there[number] is None]
+    with Workers(min(workers, len(tasks)), job, parts) as pool:
+        made = pool.run(tasks)
+        for path, unit in zip(there, units, strict=True):
+            yield path or next(made)
+            progress(sum(part.size for part in unit))
+
+
+def _part(parts: Path, number: int) -> Path | None:
+    """The finished piece of work, whose name says its size, if it is whole."""
+    for path in parts.glob(f"{number:08d}-*.part"):
+        if path.stat().st_size == int(path.stem.partition("-")[2]):
+            return path
+        path.unlink()
+    return None
+
+
+def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Path:
+    """Read and encode one piece of work into a file of its own; runs in a worker."""
+    tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
+    pieces: list[dict[str, NDArray[Any]]] = []
+    metadata: list[str | None] = []
+    counts = Counter(skipped=0, replaced=0, empty=0)
+    totals = [0] * len(unit)
+    for place, part in enumerate(unit):
+        for portion in read_slice(part, job.reading):
+            pieces.append(_columns(portion, tokenizer, job))
+            metadata += portion.metadata
+            totals[place] += len(portion.texts) + portion.skipped + portion.empty
+            counts.update(skipped=portion.skipped, replaced=portion.replaced, empty=portion.empty)
+            pieces[-1]["slices"] = np.full(len(portion.texts), place)
+    extra: dict[str, Any] = {"counts": dict(counts), "totals": totals, "metadata": None}
+    if any(entry is not None for entry in metadata):
+        extra["metadata"] = ["null" if entry is None else entry for entry in metadata]
+    names = pieces[0] if pieces else {}
+    arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+    return _save_part(parts, number, arrays, extra)
+
+
+def _columns(portion: Portion, tokenizer: Tokenizer, job: Job) -> dict[str, NDArray[Any]]:
+    """Documents as arrays: `ids` (and `token_bytes`) one behind the other, the rest one each."""
+    texts = portion.texts
+    encoded = tokenizer.encode_documents(texts)
+    columns = {
+        "ids": encoded.ids.astype(id_type(tokenizer.size), copy=False),
+        "lengths": encoded.lengths,
+        "sizes": np.fromiter(map(len, texts), np.int64, len(texts)),
+        "checksums": np.fromiter(map(zlib.crc32, texts), np.int64, len(texts)),
+        "numbers": np.array(portion.numbers, np.int64),
+    }
+    if encoded.token_bytes is not None:
+        columns["token_bytes"] = encoded.token_bytes.astype("<u4")
+    if job.deduplicate:
+        digests = [hashlib.blake2b(text, digest_size=16).digest() for text in texts]
+        columns["digests"] = np.array(digests, "V16")
+    return columns
+
+
+def _save_part(
+    parts: Path, number: int, arrays: dict[str, NDArray[Any]], extra: dict[str, Any]
+) -> Path:
+    temporary = parts / f"{number:08d}.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        head = json.dumps({"arrays": list(arrays), **extra}).encode()
+        np.save(file, np.frombuffer(head, np.uint8))
+        for array in arrays.values():
+            np.save(file, array)
+        size = file.tell()
+    return temporary.rename(parts / f"{number:08d}-{size}.part")
+
+
+@dataclass
+class _Part:
+    """A finished piece of work: see `_columns`; `totals` counts all documents of each slice."""
+
+    arrays: dict[str, NDArray[Any]]
+    metadata: list[str] | None
+    totals: list[int]
+    counts: dict[str, int]
+
+    @classmethod
+    def load(cls, path: Path) -> _Part:
+        with path.open("rb") as file:
+            head = json.loads(np.load(file).tobytes())
+            arrays = {name: np.load(file) for name in head["arrays"]}
+        return cls(arrays, head["metadata"], head["totals"], head["counts"])
+
+
+class _Merge:
+    """Puts the pieces of work together in order: origins, duplicates, the split."""
+
+    def __init__(
+        self, out: Path, job: Job, paths: Sequence[Path], units: Sequence[Sequence[Slice]]
+    ) -> None:
+        self._out = out
+        self._job = job
+        self._units = units
+        self._documents = {str(path): 0 for path in paths}
+        self._kept = dict(self._documents)
+        self._before = 0  # documents of all files so far
+        self._seen: set[bytes] = set()
+        self._counts: Counter[str] = Counter(duplicates=0, skipped=0, replaced=0, empty=0)
+        tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
+        self._writers = [
+            TokenWriter(out / name, tokenizer.size, tokenizer.hash, tokenizer.token_bytes is None)
+            for name in (("train", "val") if job.share else ("train",))
+        ]
+
+    def run(self, parts: Iterator[Path]) -> dict[str, Any]:
+        """Write everything; returns what the record says of it."""
+        try:
+            for unit, path in zip(self._units, parts, strict=True):
+                self._take(unit, _Part.load(path))
+            self._check()
+            headers = [writer.finish() for writer in self._writers]
+        finally:
+            for writer in self._writers:
+                writer.abandon()
+        train, valid = headers[0], headers[1] if self._job.share else None
+        summary = Summary(
+            train.documents,
+            train.tokens,
+            valid.documents if valid else 0,
+            valid.tokens if valid else 0,
+            sum(header.text_bytes for header in headers),
+            **self._counts,
+        )
+        return {"files": list(self._documents.items()), "summary": asdict(summary)}
+
+    def _take(self, unit: Sequence[Slice], part: _Part) -> None:
+        self._counts.update(part.counts)
+        before = []
+        for piece, total in zip(unit, part.totals, strict=True):
+            before.append(self._before)
+            self._before += total
+            self._documents[piece.path] += total
+        if not part.arrays:
+            return
+        arrays = part.arrays
+        for place, kept in enumerate(np.bincount(arrays["slices"], minlength=len(unit)).tolist()):
+            self._kept[unit[place].path] += kept
+        arrays["origins"] = np.array(before, np.int64)[arrays["slices"]] + arrays["numbers"]
+        fresh = self._fresh(arrays)
+        valid = held_out(arrays["checksums"], self._job.share)
+        for writer, chosen in zip(self._writers, (fresh & ~valid, fresh & valid), strict=False):
+            _append(writer, part, chosen)
+
+    def _fresh(self, arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        """Which documents have not come before."""
+        fresh = np.ones(len(arrays["lengths"]), np.bool_)
+        if self._job.deduplicate:
+            for number, digest in enumerate(arrays["digests"].tolist()):
+                fresh[number] = digest not in self._seen
+                self._seen.add(digest)
+        self._counts["duplicates"] += int((~fresh).sum())
+        return fresh
+
+    def _check(self) -> None:
+        for path, kept in self._kept.items():
+            if not kept:
+                raise DataError(f"{path} holds no document that can be used; leave it out")
+        if not self._writers[0].documents:
+            raise DataError(
+                "no document is left to train on; lower the share for evaluation (--val, "
+                "data_text.valid_share) or add documents"
+            )
+
+
+def _append(writer: TokenWriter, part: _Part, chosen: NDArray[np.bool_]) -> None:
+    arrays, metadata = part.arrays, part.metadata
+    token_bytes = arrays.get("token_bytes")
+    ids = arrays["ids"]
+    if not chosen.all():
+        tokens = np.repeat(chosen, arrays["lengths"])
+        ids = ids[tokens]
+        token_bytes = None if token_bytes is None else token_bytes[tokens]
+        metadata = metadata and list(compress(metadata, chosen.tolist()))
+    writer.append(
+        ids,
+        arrays["lengths"][chosen],
+        arrays["origins"][chosen],
+        int(arrays["sizes"][chosen].sum()),
+        metadata,
+        token_bytes,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -1,0 +1,279 @@
+"""Rows of batches, cut out of streams of tokens: each row is a function of its number alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nexus_core.errors import DataError
+from nexus_plugins.data_text.stream import Stream
+from nexus_plugins.data_text.tokenizer import Tokenizer
+
+__all__ = ["Layout", "PackedRows", "PaddedRows", "RowBatch", "Rows", "as_it_is"]
+
+Ids = NDArray[np.int64]
+RowBatch: TypeAlias = dict[str, Tensor]
+"""What a batch holds, by name: see `PackedRows` and `PaddedRows`."""
+
+_IGNORE = -100  # the label that torch's losses leave out
+
+
+class Layout:
+    """Which row of which source each sample of an epoch is.
+
+    A source that gives more samples than it has rows repeats them in turn; one that gives fewer
+    gives rows at even distances. It takes no memory and does not depend on the epoch.
+
+    Args:
+        rows: how many each source has.
+        samples: how many each gives in an epoch.
+    """
+
+    def __init__(self, rows: Sequence[int], samples: Sequence[int]) -> None:
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self._samples = np.asarray(samples, dtype=np.int64)
+        self._ends = self._samples.cumsum()
+
+    @classmethod
+    def limited(cls, rows: Sequence[int], limit: int | None) -> Layout:
+        """Every row once, or about `limit` of them, from each source by its size."""
+        total = sum(rows)
+        if limit is None or limit >= total:
+            return cls(rows, rows)
+        return cls(rows, [-(-count * limit // total) for count in rows])
+
+    @classmethod
+    def mixture(cls, rows: Sequence[int], weights: Sequence[float]) -> Layout:
+        """The shortest epoch with these shares in which every row comes at least once."""
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        length = max(count / share for count, share in zip(rows, shares, strict=True))
+        samples = np.maximum(np.rint(length * shares).astype(np.int64), rows)
+        return cls(rows, samples.tolist())
+
+    def __len__(self) -> int:
+        return int(self._samples.sum())
+
+    def locate(self, samples: Ids) -> tuple[Ids, Ids]:
+        """The source and the row in it of each sample."""
+        source = self._ends.searchsorted(samples, "right")
+        rows, given = self._rows[source], self._samples[source]
+        within = samples - (self._ends[source] - given)
+        row = np.where(given < rows, within * rows // given, within % rows)
+        return source.astype(np.int64), row
+
+
+class Rows(ABC):
+    """A map-style data set whose samples are rows of tokens.
+
+    Args:
+        streams: the sources.
+        tokenizer: its pad fills rows, its table says how many bytes a label stands for.
+        length: most tokens in a row.
+        complete: keep the last row of a source where it is not full.
+        weights: shares of the sources in an epoch; None: every row once.
+        limit: about so many rows instead of all.
+    """
+
+    LOST: ClassVar[str]
+    """Why tokens are left out, to follow their number."""
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        tokenizer: Tokenizer,
+        length: int,
+        *,
+        complete: bool = True,
+        weights: Sequence[float] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.streams = tuple(streams)
+        self.length = length
+        self._complete = complete
+        self._pad = tokenizer.pad
+        self._size = tokenizer.size
+        self._table = _label_table(tokenizer)
+        self.counts = [self.rows_of(stream) for stream in self.streams]
+        if weights is not None and len(weights) > 1:
+            self.layout = Layout.mixture(self.counts, weights)
+        else:
+            self.layout = Layout.limited(self.counts, limit)
+
+    @abstractmethod
+    def rows_of(self, stream: Stream) -> int:
+        """How many rows a stream makes."""
+
+    @abstractmethod
+    def span(self, stream: Stream, row: int) -> tuple[int, int]:
+        """The positions of the tokens in a row: the first, and the one behind the last."""
+
+    @abstractmethod
+    def __getitems__(self, samples: Sequence[int]) -> RowBatch:
+        """The batch of some samples."""
+
+    @property
+    @abstractmethod
+    def lost(self) -> int:
+        """Tokens that no row holds."""
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __getitem__(self, sample: int) -> RowBatch:
+        return {name: rows[0] for name, rows in self.__getitems__([sample]).items()}
+
+    def tokens(self, samples: Sequence[int]) -> list[Ids]:
+        """The tokens that each sample shows, without padding."""
+        shown = []
+        for stream, first, last in self.locate(samples):
+            shown.append(np.empty(last - first, np.int64))
+            stream.read(first, last, shown[-1])
+        return shown
+
+    def locate(self, samples: Sequence[int]) -> list[tuple[Stream, int, int]]:
+        """The stream of each sample, and the positions of the tokens that it shows."""
+        sources, rows = self.layout.locate(np.asarray(samples, dtype=np.int64))
+        places = zip(sources.tolist(), rows.tolist(), strict=True)
+        return [(self.streams[at], *self.span(self.streams[at], row)) for at, row in places]
+
+    def _batch(
+        self, arrays: dict[str, NDArray[Any]], spans: Sequence[tuple[Stream, int, int]]
+    ) -> RowBatch:
+        highest = int(arrays["input_ids"].max(initial=0))
+        if highest >= self._size:
+            raise DataError(
+                f"the data holds id {highest}, but the vocabulary has {self._size} ids; check it "
+                "with: nexus-data inspect"
+            )
+        counted = self._label_bytes(arrays["labels"], spans)
+        if counted is not None:
+            arrays["label_bytes"] = counted
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _label_bytes(self, labels: Ids, spans: Sequence[tuple[Stream, int, int]]) -> Ids | None:
+        """Bytes of text behind the counted labels of each row, `(B,)`."""
+        known: Ids | None = None
+        if self._table is not None:
+            known = self._table.take(labels).sum(axis=1, dtype=np.int64)
+        for number, (stream, first, last) in enumerate(spans):
+            counts = stream.read_bytes(first + 1, min(last + 1, len(stream)))
+            if counts is not None:
+                known = np.zeros(len(spans), np.int64) if known is None else known
+                known[number] = counts[labels[number, : len(counts)] != _IGNORE].sum()
+        return known
+
+
+class PackedRows(Rows):
+    """Documents one behind the other, cut into rows of one length: no padding, nothing cut off.
+
+    Row i shows tokens `i * length` to `(i + 1) * length - 1` of its stream; the label of a row's
+    last token is the first of the next row, where that belongs to the same document.
+
+    A batch holds `input_ids` and `labels` `(B, T)` int64 (`labels[t]` follows position t; -100 at
+    the end of a document), `segment_ids` `(B, T)` int32 (0 at the start of a row, one more at each
+    start of a document) and `label_bytes` `(B,)` int64 (bytes of text that the labels stand for).
+    """
+
+    LOST = "do not fill a row and are left out"
+
+    def rows_of(self, stream: Stream) -> int:
+        full, rest = divmod(len(stream), self.length)
+        return full + (1 if rest and self._complete else 0)
+
+    def span(self, stream: Stream, row: int) -> tuple[int, int]:
+        return row * self.length, min((row + 1) * self.length, len(stream))
+
+    @property
+    def lost(self) -> int:
+        if self._complete:
+            return 0
+        return sum(len(stream) % self.length for stream in self.streams)
+
+    def __getitems__(self, samples: Sequence[int]) -> RowBatch:
+        spans = self.locate(samples)
+        tokens, starts = self._read(spans)
+        inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        labels.reshape(-1)[starts - 1] = _IGNORE
+        for number, (_, first, last) in enumerate(spans):
+            inputs[number, last - first :] = self._pad
+        arrays: dict[str, NDArray[Any]] = {
+            "input_ids": inputs,
+            "labels": labels,
+            "segment_ids": self._segments(len(spans), starts),
+        }
+        return self._batch(arrays, spans)
+
+    def _read(self, spans: Sequence[tuple[Stream, int, int]]) -> tuple[Ids, Ids]:
+        """Tokens `(B, T + 1)`, -100 behind the end, and where in `(B * T,)` documents start."""
+        tokens = np.empty((len(spans), self.length + 1), np.int64)
+        found = []
+        for number, (stream, first, last) in enumerate(spans):
+            seen = min(last + 1, len(stream))
+            stream.read(first, seen, tokens[number, : seen - first])
+            tokens[number, seen - first :] = _IGNORE
+            found.append(stream.starts(first + 1, seen) + (number * self.length - first))
+        return tokens, np.concatenate(found)
+
+    def _segments(self, rows: int, starts: Ids) -> NDArray[np.int32]:
+        marks = np.zeros(rows * self.length + 1, np.int32)
+        marks[starts] = 1
+        table = marks[:-1].reshape(rows, self.length)
+        table[:, 0] = 0  # a start right behind a row is only the end of its last label
+        return table.cumsum(axis=1, dtype=np.int32)
+
+
+class PaddedRows(Rows):
+    """One document a row: cut off at `length`, filled up to the longest of the batch.
+
+    A batch holds `input_ids`, `labels` (-100 on padding) and `attention_mask` (1 on tokens, 0 on
+    padding), all `(B, T)` int64, and `label_bytes` `(B,)` int64.
+    """
+
+    LOST = "are cut off long documents (data_text.max_length)"
+
+    def rows_of(self, stream: Stream) -> int:
+        return stream.documents
+
+    def span(self, stream: Stream, row: int) -> tuple[int, int]:
+        first, last = stream.span(row)
+        return first, min(last, first + self.length)
+
+    @property
+    def lost(self) -> int:
+        """Tokens that were cut off long documents."""
+        return sum(
+            int((lengths - self.length).clip(min=0).sum())
+            for stream in self.streams
+            for lengths in stream.document_lengths()
+        )
+
+    def __getitems__(self, samples: Sequence[int]) -> RowBatch:
+        spans = self.locate(samples)
+        width = max(1, *(last - first for _, first, last in spans))
+        inputs = np.full((len(spans), width), self._pad, np.int64)
+        labels = np.full((len(spans), width), _IGNORE, np.int64)
+        mask = np.zeros((len(spans), width), np.int64)
+        for number, (stream, first, last) in enumerate(spans):
+            count = last - first
+            stream.read(first, last, inputs[number, :count])
+            labels[number, : max(0, count - 1)] = inputs[number, 1:count]
+            mask[number, :count] = 1
+        arrays = {"input_ids": inputs, "labels": labels, "attention_mask": mask}
+        return self._batch(arrays, spans)
+
+
+def _label_table(tokenizer: Tokenizer) -> Ids | None:
+    """Bytes of text by label; -100, read from the end of the table, stands for none."""
+    lengths = tokenizer.token_bytes
+    return None if lengths is None else np.concatenate([lengths, np.zeros(-_IGNORE, np.int64)])
+
+
+def as_it_is(batch: Any) -> Any:
+    """What `ResumableLoader` collates with: `Rows` make whole batches by themselves."""
+    return batch

@@ -1,0 +1,326 @@
+"""Tokens of documents one after another, wherever they lie: in memory, in a file, in many files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus_core.errors import DataError
+
+__all__ = ["Chain", "MappedFile", "Named", "Origin", "Place", "Stream", "TokenStream"]
+
+Ids = NDArray[np.int64]
+Raw = NDArray[Any]
+_PORTION = 1 << 20  # documents
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a token comes from.
+
+    Args:
+        file: the file, or the name of a corpus.
+        document: its number in the file, from 0.
+        offset: tokens of the document before it.
+    """
+
+    file: str
+    document: int
+    offset: int
+
+
+class Origin(Protocol):
+    """Knows where the documents of a stream come from."""
+
+    def name(self, document: int, source: int) -> tuple[str, int]:
+        """The file of a document and its number in it, from 0.
+
+        Args:
+            document: its number in the stream.
+            source: where it starts in the stream's data.
+        """
+
+
+@dataclass(frozen=True)
+class Named:
+    """Documents in the order of their files.
+
+    Args:
+        files: `(name, first document)` of each.
+    """
+
+    files: tuple[tuple[str, int], ...]
+
+    def name(self, document: int, source: int) -> tuple[str, int]:
+        name, first = next(pair for pair in reversed(self.files) if pair[1] <= document)
+        return name, document - first
+
+
+class Stream(Protocol):
+    """A sequence of tokens made of documents; positions count tokens from 0."""
+
+    def __len__(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+
+    def read(self, first: int, last: int, out: Ids) -> None:
+        """Write the tokens of positions `first` to `last - 1` into `out`."""
+
+    def read_bytes(self, first: int, last: int) -> Ids | None:
+        """Bytes of text that each of the tokens stands for; None: the tokenizer's table says."""
+
+    def starts(self, first: int, last: int) -> Ids:
+        """The positions from `first` to `last - 1` at which a document starts, rising."""
+
+    def place(self, position: int) -> Place:
+        """The document that a token belongs to."""
+
+    def span(self, document: int) -> tuple[int, int]:
+        """The positions of a document: its first token, and the one behind its last."""
+
+    def document_lengths(self) -> Iterator[Ids]:
+        """The tokens of each document, in portions that fit in memory."""
+
+
+class MappedFile:
+    """A file of fixed-size numbers in memory-mapped form, watched for changes.
+
+    Only the path travels to worker processes, which map it anew.
+
+    Args:
+        path: the file.
+        dtype: of its numbers.
+        offset: bytes to leave out at the start.
+        count: how many numbers to map; None: up to the end.
+
+    Raises:
+        DataError: the file cannot be read; or, from `array`, it has changed since it was opened.
+    """
+
+    def __init__(
+        self, path: Path, dtype: str = "u1", offset: int = 0, count: int | None = None
+    ) -> None:
+        self.path = path
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._offset = offset
+        self._count = count
+        self._signature = self._open()
+
+    def _open(self) -> tuple[int, int]:
+        try:
+            self._file = self.path.open("rb")
+            signature = self._stat()
+            there = max(0, signature[0] - self._offset) // self._dtype.itemsize
+            count = there if self._count is None else min(there, self._count)
+            self._array: Raw = (
+                np.memmap(self._file, self._dtype, "r", self._offset, (count,)).view(np.ndarray)
+                if count
+                else np.zeros(0, self._dtype)
+            )
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
+        return signature
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    @property
+    def array(self) -> Raw:
+        """The numbers; reading them is safe because the file is as long as it was."""
+        if self._stat() != self._signature:
+            raise DataError(
+                f"{self.path} has changed while it was in use; do not write to files that a run "
+                "reads (write a new file and rename it), and start the run again"
+            )
+        return self._array
+
+    def close(self) -> None:
+        """Let go of the file; arrays that were handed out stay valid."""
+        self._file.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_file"], state["_array"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+class TokenStream:
+    """Documents in one array of ids or of bytes.
+
+    Args:
+        data: the numbers, in memory or mapped: ids, or bytes of text taken as ids.
+        starts: `(documents + 1,)`, where each document starts in the stream, and its length.
+        sources: `(documents,)`, where each starts in `data`; None: at the same place.
+        eos: follows each document though `data` does not hold it; None: `data` holds it.
+        lengths: bytes of text that each number of `data` stands for, where no table says it.
+        origin: names the file and the number in it of each document.
+    """
+
+    def __init__(
+        self,
+        data: Raw | MappedFile,
+        starts: Ids | MappedFile,
+        *,
+        sources: Ids | MappedFile | None = None,
+        eos: int | None = None,
+        lengths: Ids | MappedFile | None = None,
+        origin: Origin,
+    ) -> None:
+        self._data = data
+        self._starts = starts
+        self._sources = sources
+        self._eos = eos
+        self._lengths = lengths
+        self._origin = origin
+        edges = _array(starts)
+        self._length = int(edges[-1])
+        self._documents = len(edges) - 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def documents(self) -> int:
+        return self._documents
+
+    def read(self, first: int, last: int, out: Ids) -> None:
+        data = _array(self._data)
+        if self._sources is None:
+            out[:] = data[first:last]
+        elif last > first:
+            self._gather(data, first, last, out)
+
+    def _gather(self, data: Raw, first: int, last: int, out: Ids) -> None:
+        indices, begins = self._indices(first, last)
+        if self._eos is None:
+            out[:] = data[indices]
+            return
+        out[:] = data[np.minimum(indices, len(data) - 1)]  # the last eos lies behind the data
+        ends = begins[1:] - 1
+        out[ends[ends < last] - first] = self._eos
+
+    def _indices(self, first: int, last: int) -> tuple[Ids, Ids]:
+        """Where in `data` the positions lie, and the begins of their documents and of the next."""
+        starts, sources = _array(self._starts), self.sources
+        low = int(starts.searchsorted(first, "right")) - 1
+        high = int(starts.searchsorted(last, "left"))
+        begins = starts[low : high + 1]
+        lengths = np.diff(begins.clip(first, last))
+        shift = np.repeat(sources[low:high] - begins[:-1], lengths)
+        return np.arange(first, last) + shift, begins
+
+    def read_bytes(self, first: int, last: int) -> Ids | None:
+        if self._lengths is None:
+            return None
+        lengths = _array(self._lengths)
+        if self._sources is None:
+            return lengths[first:last].astype(np.int64)
+        return lengths[self._indices(first, last)[0]].astype(np.int64)
+
+    def starts(self, first: int, last: int) -> Ids:
+        starts = _array(self._starts)
+        low, high = starts.searchsorted((first, last))
+        found: Ids = starts[low : min(high, self._documents)]
+        return found
+
+    def place(self, position: int) -> Place:
+        starts = _array(self._starts)
+        document = int(starts.searchsorted(position, "right")) - 1
+        offset = position - int(starts[document])
+        source = int(starts[document] if self._sources is None else self.sources[document])
+        return Place(*self._origin.name(document, source), offset)
+
+    @property
+    def sources(self) -> Ids:
+        """Where each document starts in the data."""
+        return _array(self._starts if self._sources is None else self._sources)
+
+    def span(self, document: int) -> tuple[int, int]:
+        starts = _array(self._starts)
+        return int(starts[document]), int(starts[document + 1])
+
+    def document_lengths(self) -> Iterator[Ids]:
+        starts = _array(self._starts)
+        for first in range(0, self._documents, _PORTION):
+            yield np.diff(starts[first : first + _PORTION + 1])
+
+
+def _array(numbers: Raw | MappedFile) -> Raw:
+    return numbers.array if isinstance(numbers, MappedFile) else numbers
+
+
+class Chain:
+    """Several streams, one behind the other."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self._streams = tuple(streams)
+        self._edges = np.cumsum([0, *map(len, streams)])
+        self._document_edges = np.cumsum([0, *(stream.documents for stream in streams)])
+
+    def __len__(self) -> int:
+        return int(self._edges[-1])
+
+    @property
+    def documents(self) -> int:
+        return int(self._document_edges[-1])
+
+    def read(self, first: int, last: int, out: Ids) -> None:
+        for stream, shift, low, high in self._parts(first, last):
+            stream.read(low - shift, high - shift, out[low - first : high - first])
+
+    def read_bytes(self, first: int, last: int) -> Ids | None:
+        parts = [
+            stream.read_bytes(low - shift, high - shift)
+            for stream, shift, low, high in self._parts(first, last)
+        ]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if known else None
+
+    def starts(self, first: int, last: int) -> Ids:
+        parts = [
+            stream.starts(low - shift, high - shift) + shift
+            for stream, shift, low, high in self._parts(first, last)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def place(self, position: int) -> Place:
+        stream, shift, _, _ = next(iter(self._parts(position, position + 1)))
+        return stream.place(position - shift)
+
+    def span(self, document: int) -> tuple[int, int]:
+        number = int(self._document_edges.searchsorted(document, "right")) - 1
+        shift = int(self._edges[number])
+        first, last = self._streams[number].span(document - int(self._document_edges[number]))
+        return first + shift, last + shift
+
+    def document_lengths(self) -> Iterator[Ids]:
+        for stream in self._streams:
+            yield from stream.document_lengths()
+
+    def _parts(self, first: int, last: int) -> list[tuple[Stream, int, int, int]]:
+        """Which streams hold the positions: (stream, where it begins, first, last)."""
+        low = int(self._edges.searchsorted(first, "right")) - 1
+        high = int(self._edges.searchsorted(last, "left"))
+        return [
+            (
+                self._streams[number],
+                int(self._edges[number]),
+                max(first, int(self._edges[number])),
+                min(last, int(self._edges[number + 1])),
+            )
+            for number in range(low, high)
+        ]

@@ -1,0 +1,170 @@
+"""Tokenizers: from text to ids and back, and how many bytes of text each id stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nexus_core.errors import DataError
+
+__all__ = ["ByteTokenizer", "CharTokenizer", "Encoded", "IdTokenizer", "Tokenizer"]
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as ids.
+
+    Args:
+        ids: of all documents one behind the other, each with its eos.
+        lengths: `(documents,)`, ids of each.
+        token_bytes: bytes of text that each id stands for, where no table says it.
+    """
+
+    ids: NDArray[Any]
+    lengths: Ids
+    token_bytes: Ids | None
+
+
+class Tokenizer(ABC):
+    """What decides the vocabulary of a run; two with one hash give the same ids.
+
+    Args of every kind: `size` (ids are below it), `eos` (ends a document; None where the ids
+    already hold what ends one), `pad` (fills rows; its labels never count), `bos`.
+    """
+
+    kind: str
+    size: int
+    eos: int | None
+    pad: int
+    bos: int | None = None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, without special tokens."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The whole tokenizer as text; `load_tokenizer` reads it from a file."""
+
+    def encode_documents(self, texts: Sequence[bytes]) -> Encoded:
+        """The ids of many documents of valid UTF-8, each followed by eos."""
+        raise DataError(
+            f"the {self} makes no ids of text; set data_text.tokenizer to a tokenizer.json or bytes"
+        )
+
+    def text_bytes(self, ids: Ids) -> bytes:
+        """The text of some ids in UTF-8; parts of characters stay parts."""
+        return self.decode(ids.tolist()).encode()
+
+    @property
+    def token_bytes(self) -> Ids | None:
+        """Bytes of text that each id stands for, `(V,)`; None where it depends on the context."""
+        return None
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of `to_json`, however it is laid out."""
+        canonical = json.dumps(json.loads(self.to_json()), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.kind} tokenizer of {self.size:,} ids, hash {self.hash[:12]}"
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of UTF-8, then eos 256, pad 257, bos 258."""
+
+    kind = "bytes"
+    size = 259
+    eos = 256
+    pad = 257
+    bos = 258
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode("utf-8", "replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"nexus_tokenizer": "bytes", "size": self.size})
+
+    def encode_documents(self, texts: Sequence[bytes]) -> Encoded:
+        joined = b"\xff".join([*texts, b""])  # a byte that UTF-8 never has
+        ids = np.frombuffer(joined, np.uint8).astype(np.uint16)
+        ids[ids == 0xFF] = self.eos
+        return Encoded(ids, np.fromiter(map(len, texts), np.int64, len(texts)) + 1, None)
+
+    def text_bytes(self, ids: Ids) -> bytes:
+        return ids[ids < 256].astype(np.uint8).tobytes()
+
+    @property
+    def token_bytes(self) -> Ids:
+        return (np.arange(self.size) < 256).astype(np.int64)
+
+
+class IdTokenizer(Tokenizer):
+    """Stands in for an unknown tokenizer: ids come ready-made, and decode to their numbers."""
+
+    kind = "unknown"
+    eos = None
+    pad = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split() if word.isdecimal() and int(word) < self.size]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def to_json(self) -> str:
+        return json.dumps({"nexus_tokenizer": "ids", "size": self.size})
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character, as in the character corpora of nanoGPT; documents are not marked.
+
+    Args:
+        letters: the character of each id.
+    """
+
+    kind = "characters"
+    eos = None
+    pad = 0
+
+    def __init__(self, letters: Sequence[str]) -> None:
+        self._letters = tuple(letters)
+        self._ids = {letter: number for number, letter in enumerate(letters)}
+        self.size = len(letters)
+
+    def encode(self, text: str) -> list[int]:
+        unknown = sorted(set(text) - self._ids.keys())
+        if unknown:
+            raise DataError(f"the {self} has no id for {', '.join(map(repr, unknown))}")
+        return [self._ids[letter] for letter in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._letters[token] for token in ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"nexus_tokenizer": "characters", "letters": self._letters})
+
+    @property
+    def token_bytes(self) -> Ids:
+        return np.array([len(letter.encode()) for letter in self._letters], np.int64)

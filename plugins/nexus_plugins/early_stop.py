@@ -1,0 +1,85 @@
+"""Ends a run that no longer gets better."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, cast
+
+from pydantic import Field
+
+from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["EarlyStopConfig", "EarlyStopPlugin"]
+
+
+class EarlyStopConfig(PluginConfig):
+    """Settings of early stopping."""
+
+    metric: str = Field("val/loss", description="metric of the evaluations to watch")
+    mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
+    patience: int = Field(5, ge=1, description="evaluations in a row without improvement")
+    min_delta: float = Field(
+        0.0, ge=0, description="an improvement must be more than this, in units of the metric"
+    )
+
+
+class EarlyStopPlugin(Plugin[EarlyStopConfig]):
+    """Stops training when a metric of the evaluation has not improved for `patience` of them.
+
+    A metric that is not a number counts as no improvement. The last step is complete and saved
+    as at the end of any run; the best weights are those that the checkpoint plugin calls best.
+
+    Source: Prechelt 1998, "Early Stopping - But When?", the third class of criteria (UP), with
+    the distance to the best instead of strips.
+    """
+
+    _best: float | None = None
+    _best_step: int = 0
+    _waited: int = 0
+
+    @hookimpl
+    def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
+        """Compare with the best evaluation so far.
+
+        Raises:
+            ConfigError: the evaluation has no such metric.
+        """
+        name = self.config.metric
+        if name not in metrics:
+            raise ConfigError(
+                f"early_stop.metric is '{name}', which this evaluation does not have; "
+                f"it has {', '.join(sorted(metrics))}"
+            )
+        if self._improves(metrics[name]):
+            self._best, self._best_step, self._waited = metrics[name], engine.state.step, 0
+            return
+        self._waited += 1
+        if self._waited >= self.config.patience:
+            engine.stop(self._reason())
+
+    def state_dict(self) -> StateDict:
+        """The best value, its step, and the evaluations since."""
+        return {"best": self._best, "best_step": self._best_step, "waited": self._waited}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Go on counting."""
+        self._best = cast("float | None", state["best"])
+        self._best_step = cast(int, state["best_step"])
+        self._waited = cast(int, state["waited"])
+
+    def _improves(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self._best is None:
+            return True
+        gain = self._best - value if self.config.mode == "min" else value - self._best
+        return gain > self.config.min_delta
+
+    def _reason(self) -> str:
+        best = "has not been a number"
+        if self._best is not None:
+            best = f"has not improved on {self._best:.6g} of step {self._best_step}"
+        return f"early_stop: {self.config.metric} {best} for {self._waited} evaluations"

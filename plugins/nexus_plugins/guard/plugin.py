@@ -1,0 +1,268 @@
+"""Refuses updates that would spoil the weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor
+
+from nexus_core import Batch, Plugin, PluginConfig, RunError, StateDict, hookimpl
+from nexus_core.state import Snapshot, random_state
+from nexus_plugins.guard.record import Attempt, write_record
+from nexus_plugins.guard.replay import replay
+from nexus_plugins.guard.spikes import Spikes
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["GuardConfig", "GuardPlugin"]
+
+_KEPT_ATTEMPTS = 16  # of a device whose verdicts are read late
+Tree = TypeVar("Tree")
+
+
+class GuardConfig(PluginConfig):
+    """What to do about a step whose loss or gradient is not finite."""
+
+    policy: Literal["skip", "rollback", "stop"] = Field(
+        "skip",
+        description="after refusing the update: 'skip' goes on with the next batch; 'rollback' "
+        "goes back to the state of the last save first; 'stop' saves and ends the run",
+    )
+    max_consecutive: int = Field(
+        20, ge=1, description="refused steps in a row, or rollbacks to one save, that end the run"
+    )
+    spike_threshold: float | None = Field(
+        None,
+        gt=0,
+        description="refuse steps whose loss is this many robust standard deviations above the "
+        "median of the last ones; null: no such check",
+    )
+    spike_window: int = Field(128, ge=8, description="losses that the median is taken over, steps")
+    records: int = Field(
+        3, ge=0, description="refused steps of a run that are written down with weights and batch"
+    )
+
+
+class GuardPlugin(Plugin[GuardConfig]):
+    """Keeps updates from non-finite losses or gradients, and on request from loss spikes, away.
+
+    A refused step counts as a step and leaves weights, optimizer state and whatever follows the
+    weights as they were: `engine.refused` says so (1.0, on the device) until the next step. Where
+    the optimizer takes a `found_inf` flag (the fused ones of torch), a device is never waited for:
+    the update itself looks at the flag, and the counts are read when the log is. Elsewhere the
+    verdict is read each step, and the gradients of a refused one are dropped.
+
+    `guard/skipped_steps` and `guard/rollbacks` are logged. The first refused steps are written to
+    `OUT/guard/step-00000123`, for `nexus-run replay`. With a gradient scaler, whose first steps
+    overflow by design, the policy should be 'skip'.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("clip",)
+    after: ClassVar[tuple[str, ...]] = ("amp", "curriculum")
+
+    def __init__(self, config: GuardConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._spikes = Spikes(self.config.spike_threshold, self.config.spike_window)
+        self._skipped: Tensor | float = 0.0
+        self._streak: Tensor | float = 0.0
+        self._longest: Tensor | float = 0.0
+        self._rollbacks = 0
+        self._returns = 0
+        self._snapshot: Snapshot | None = None
+        self._going_back = False
+        self._error: RunError | None = None
+        self._waits = True
+        self._attempts: deque[Attempt] = deque(maxlen=1)
+        self._noted = 0.0
+        self._parameters: list[Tensor] = []
+
+    def state_dict(self) -> StateDict:
+        """Counts, and the losses that a spike is measured by."""
+        return {
+            "skipped": float(self._skipped),
+            "streak": float(self._streak),
+            "rollbacks": self._rollbacks,
+            "spikes": self._spikes.state_dict(),
+        }
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        if self._going_back:
+            return  # what is counted is counted
+        self._skipped = self._noted = cast(float, state["skipped"])
+        self._streak = cast(float, state["streak"])
+        self._rollbacks = cast(int, state["rollbacks"])
+        self._returns = 0
+        self._spikes.load_state_dict(cast(StateDict, state["spikes"]))
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        optimizer = engine.optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        takes_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._waits = engine.device.type == "cpu" or not takes_flag
+        self._attempts = deque(maxlen=1 if self._waits else _KEPT_ATTEMPTS)
+        self._error = None
+        self._spikes.to(engine.device)
+        if self.config.policy == "rollback" and self._snapshot is None:
+            self._snapshot = _host_copy(engine.state_dict())
+
+    @hookimpl(trylast=True)
+    def on_batch(self, engine: Engine, batch: Batch) -> None:
+        step = engine.state.step + 1
+        if not self._attempts or self._attempts[-1].step != step:
+            self._attempts.append(Attempt(step, random_state()))
+        self._attempts[-1].batches.append(batch)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        refused = self._judge(engine)
+        attempt = self._attempts[-1]
+        attempt.refused, attempt.losses = refused, dict(engine.losses)
+        engine.refused = refused
+        if not self._waits:
+            self._skipped = self._skipped + refused
+            self._streak = (self._streak + refused) * refused
+            self._longest = torch.maximum(torch.as_tensor(self._longest), self._streak)
+        elif refused.item():
+            self._skipped, self._streak = self._skipped + 1, self._streak + 1
+            self._react(engine, attempt, self._streak)
+            for parameter in self._parameters:
+                parameter.grad = None  # an optimizer leaves alone what has no gradient
+        else:
+            self._streak = 0.0
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, engine: Engine) -> Generator[None, bool, bool]:
+        """Hand the flag to an optimizer that takes it."""
+        if self._waits:
+            return (yield)
+        optimizer: Any = engine.optimizer
+        optimizer.found_inf = engine.refused
+        try:
+            return (yield)
+        finally:
+            if hasattr(optimizer, "found_inf"):  # a gradient scaler cleans up after itself
+                del optimizer.found_inf
+
+    @hookimpl(trylast=True)
+    def on_step(self, engine: Engine) -> None:
+        if self._going_back:
+            self._go_back(engine)
+
+    @hookimpl
+    def collect_metrics(self, engine: Engine) -> dict[str, float]:
+        """Read what a device has counted; the log has waited for it already."""
+        skipped = float(self._skipped)
+        if not self._waits and skipped > self._noted:
+            refused = [attempt for attempt in self._attempts if float(attempt.refused)]
+            if refused:
+                self._react(engine, refused[0], float(self._longest))
+            if self._going_back:
+                self._go_back(engine)
+        self._noted, self._longest = skipped, self._streak
+        metrics = {"guard/skipped_steps": skipped}
+        if self.config.policy == "rollback":
+            metrics["guard/rollbacks"] = float(self._rollbacks)
+        return metrics
+
+    @hookimpl(trylast=True)
+    def on_save(self, snapshot: Snapshot) -> None:
+        if self.config.policy == "rollback":
+            self._snapshot, self._returns = _host_copy(snapshot), 0
+
+    @hookimpl(trylast=True)
+    def on_load(self, snapshot: Snapshot) -> None:
+        if self.config.policy == "rollback" and not self._going_back:
+            self._snapshot = _host_copy(snapshot)
+
+    @hookimpl
+    def on_close(self) -> None:
+        """End with an error what was stopped for one; by now it has been saved."""
+        self._attempts.clear()
+        if self._error is not None:
+            raise self._error
+
+    def replay(self, engine: Engine, record: Path) -> str:
+        """Do a recorded step again, and say what first went wrong in it (see `replay`)."""
+        return replay(engine, record)
+
+    @torch.no_grad()
+    def _judge(self, engine: Engine) -> Tensor:
+        """1.0 where the step is to be refused, else 0.0, on the device; nothing waits for it."""
+        gradients = [_values(p.grad) for p in self._parameters if p.grad is not None]
+        losses = [loss.reshape(()).float() for loss in engine.losses.values()]
+        largest = torch._foreach_norm(gradients, math.inf) if gradients else []
+        size = torch.stack([*losses, *(norm.to(losses[0].device).float() for norm in largest)])
+        refused = ~size.isfinite().all()
+        if self._spikes.enabled:
+            refused |= self._spikes.judge(torch.stack(losses).sum())
+        flag = refused.float()
+        return engine.ranks.sum(flag).clamp(max=1.0) if engine.ranks.size > 1 else flag
+
+    def _react(self, engine: Engine, attempt: Attempt, streak: Tensor | float) -> None:
+        """Write the step down and do as the policy says."""
+        what = f"the update of step {attempt.step} was refused: {attempt.verdict()}"
+        what += self._write_down(engine, attempt)
+        warnings.warn(what, RuntimeWarning, stacklevel=2)
+        if self.config.policy == "stop":
+            self._stop(engine, what)
+        elif streak >= self.config.max_consecutive:
+            self._stop(engine, f"{what}; it is the {streak:.0f}th in a row")
+        elif self.config.policy == "rollback":
+            self._returns += 1
+            if self._returns > self.config.max_consecutive:
+                self._stop(engine, f"{what}; the run went back {self._returns - 1} times in vain")
+            else:
+                self._going_back = True
+
+    def _write_down(self, engine: Engine, attempt: Attempt) -> str:
+        """Write the record; returns where it is, in words."""
+        if engine.out is None or not engine.ranks.is_main:
+            return ""
+        try:
+            folder = write_record(engine, attempt, engine.out / "guard", self.config.records)
+        except (OSError, SafetensorError) as error:  # a full disk must not end the run
+            return f"; it could not be written down: {error}"
+        return f"; see nexus-run replay {folder}" if folder else ""
+
+    def _stop(self, engine: Engine, why: str) -> None:
+        advice = "lower the learning rate, look at the data, or raise guard.max_consecutive"
+        self._error = RunError(f"{why}; the weights before it are saved; {advice}")
+        engine.stop(f"guard: {why}")
+
+    def _go_back(self, engine: Engine) -> None:
+        """Restore everything of the last save but the counters and the data: time goes on."""
+        saved = _host_copy(cast(Snapshot, self._snapshot))
+        saved["train"] = asdict(engine.state)
+        saved["pending"], saved["metrics"] = engine.meter.state_dict(), dict(engine.metrics)
+        saved["random"] = random_state()
+        engine.load_state_dict(saved)
+        self._rollbacks += 1
+        self._going_back = False
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _host_copy(tree: Tree) -> Tree:
+    """Dicts and lists anew, with tensors of their own in host memory."""
+    copied: Any = tree
+    if isinstance(tree, Tensor):
+        copied = tree.detach().to("cpu", copy=True)
+    elif isinstance(tree, dict):
+        copied = {key: _host_copy(value) for key, value in tree.items()}
+    elif isinstance(tree, list | tuple):
+        copied = type(tree)(_host_copy(value) for value in tree)
+    return cast(Tree, copied)

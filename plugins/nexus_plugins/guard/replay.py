@@ -1,0 +1,152 @@
+"""Do a recorded step again, watching every module, and say where the bad number came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model
+from torch import Tensor, nn
+
+from nexus_core import Batch, CheckpointError
+from nexus_core.loader import to_device
+from nexus_core.state import set_random_state
+from nexus_core.step import backward, merge, step_units
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["replay"]
+
+
+def replay(engine: Engine, record: Path) -> str:
+    """Do a recorded step again, without an update.
+
+    Args:
+        engine: built from the config of the run that wrote the record, not trained.
+        record: the folder `OUT/guard/step-00000123`.
+
+    Returns:
+        What was found, in lines of text: the first module whose output was not finite, the loss
+        terms that were not, and the first module that a bad gradient came out of.
+
+    Raises:
+        CheckpointError: the record cannot be read, or is of another model.
+    """
+    facts, batches = _read(engine, record)
+    findings: list[str] = []
+    engine.model.train()
+    engine.optimizer.zero_grad(set_to_none=True)
+    with _watched(engine.model, findings):
+        counts = [merge(engine.hook.loss_units(engine=engine, batch=b)) for b in batches]
+        units = step_units(counts, engine.ranks)
+        weights = engine.hook.weigh_losses(engine=engine, terms=tuple(units))
+        engine.losses = {}
+        for place, batch in enumerate(batches, start=1):
+            engine.last_micro_batch = place == len(batches)
+            backward(engine, batch, counts[place - 1], units, weights)
+    losses = {name: float(loss) for name, loss in engine.losses.items()}
+    return "\n".join([f"step {facts['step']}: {facts['verdict']}", *_report(losses, findings)])
+
+
+def _report(losses: Mapping[str, float], findings: list[str]) -> Iterator[str]:
+    for name, loss in losses.items():
+        fault = "" if _finite(torch.tensor(loss)) else "  <- not finite"
+        yield f"  loss {name}: {loss:.6g}{fault}"
+    for kind in ("output", "gradient"):
+        first = next((found for found in findings if found.startswith(kind)), None)
+        if first is not None:
+            yield f"  first bad {first}"
+    if not findings and all(_finite(torch.tensor(loss)) for loss in losses.values()):
+        yield "  every output, loss and gradient was finite this time: it may have been a spike, "
+        yield "  the weights may be of a later step, or the machine made an error"
+
+
+@contextmanager
+def _watched(model: nn.Module, findings: list[str]) -> Iterator[None]:
+    """Note down bad outputs and gradients of the modules in the order in which they appear."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def after_forward(module: nn.Module, _: object, output: object) -> None:
+            for tensor in _outputs(output):
+                if not _finite(tensor):
+                    findings.append(f"output: {name} ({type(module).__name__})")
+                if tensor.requires_grad:
+                    tensor.register_hook(after_backward(module))  # type: ignore[no-untyped-call]
+
+        def after_backward(module: nn.Module) -> Callable[[Tensor], None]:
+            def look(gradient: Tensor) -> None:
+                if not _finite(gradient):
+                    findings.append(f"gradient: at the output of {name} ({type(module).__name__})")
+
+            return look
+
+        return after_forward
+
+    handles = [m.register_forward_hook(watch(n or "(the model)")) for n, m in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read(engine: Engine, record: Path) -> tuple[dict[str, Any], list[Batch]]:
+    """Load the weights and set the generators; returns the facts and the micro-batches."""
+    try:
+        facts = json.loads((record / "record.json").read_text(encoding="utf-8"))
+        tensors = load_file(record / "step.safetensors")
+        load_model(engine.model, record / "model.safetensors", device=str(engine.device))
+        devices = [t for name, t in sorted(tensors.items()) if name.startswith("device.")]
+        set_random_state(
+            {
+                "python": facts["python"],
+                "numpy": facts["numpy"],
+                "torch": tensors["torch"].clone(),
+                "devices": devices,
+            }
+        )
+        batches = [
+            _batch({name: tensors[f"batch.{number}.{name}"] for name in names})
+            for number, names in facts["batches"].items()
+        ]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot replay '{record}': {error}; expected a folder such as "
+            "runs/x/guard/step-00000123, and the config of its run"
+        ) from error
+    return facts, [to_device(batch, engine.device) for batch in batches]
+
+
+def _batch(tensors: dict[str, Tensor]) -> Batch:
+    """A batch of tensors by their place: nested dicts, a tuple where all keys are numbers."""
+    if "" in tensors:
+        return tensors[""]
+    branches: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        head, _, rest = path.partition(".")
+        branches.setdefault(head, {})[rest] = tensor
+    made = {head: _batch(branch) for head, branch in branches.items()}
+    if all(head.isdigit() for head in made):
+        return tuple(made[head] for head in sorted(made, key=int))
+    return made
+
+
+def _outputs(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _outputs(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _outputs(value)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())

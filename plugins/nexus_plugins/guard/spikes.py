@@ -1,0 +1,63 @@
+"""Whether a loss stands out from the ones before it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nexus_core import StateDict
+
+__all__ = ["Spikes"]
+
+_SIGMA = 1.4826  # standard deviations in a median absolute deviation, for a normal distribution
+
+
+class Spikes:
+    """Compares a loss with the median of the last ones, in units of their robust deviation.
+
+    Everything stays on the device. A loss that stands out is not remembered, so that a row of bad
+    ones does not become the rule.
+
+    Args:
+        threshold: deviations above the median that are too many; None switches it off.
+        window: how many losses are remembered; nothing is judged before there are so many.
+    """
+
+    def __init__(self, threshold: float | None, window: int) -> None:
+        self.enabled = threshold is not None
+        self._threshold = threshold or 0.0
+        self._recent = torch.zeros(window if self.enabled else 0)
+        self._seen = torch.zeros((), dtype=torch.int64)
+
+    def to(self, device: torch.device) -> None:
+        """Keep the losses on a device."""
+        self._recent, self._seen = self._recent.to(device), self._seen.to(device)
+
+    def judge(self, loss: Tensor) -> Tensor:
+        """True where the loss stands out, without waiting for the device.
+
+        Args:
+            loss: without dimensions.
+        """
+        window = self._recent.numel()
+        median = self._recent.median()
+        deviation = _SIGMA * (self._recent - median).abs().median()
+        high = loss > median + self._threshold * deviation.clamp(min=1e-6)
+        spike = high & (self._seen >= window)
+        normal = loss.isfinite() & ~spike
+        place = torch.arange(window, device=loss.device) == self._seen % window
+        self._recent = torch.where(place & normal, loss, self._recent)
+        self._seen = self._seen + normal
+        return spike
+
+    def state_dict(self) -> StateDict:
+        """The losses remembered."""
+        return {"recent": self._recent, "seen": self._seen} if self.enabled else {}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        if self.enabled and state:
+            self._recent = cast(Tensor, state["recent"]).to(self._recent.device)
+            self._seen = cast(Tensor, state["seen"]).to(self._seen.device)

@@ -1,0 +1,99 @@
+"""Writes every metric as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from nexus_core import ConfigError, Logger, LoggerConfig, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["JsonlConfig", "JsonlPlugin"]
+
+
+class JsonlConfig(LoggerConfig):
+    """Settings of the metrics file."""
+
+    file: str = Field("metrics.jsonl", min_length=1, description="name in the run's folder")
+
+
+class JsonlPlugin(Logger[JsonlConfig]):
+    """Appends each log and each evaluation to `metrics.jsonl`, and changes nothing in training.
+
+    A line is an object: `step`, `time` (seconds since 1970), `tokens`, and the metrics by name. A
+    number that is not finite is written as null, since JSON has no name for it. Each line is
+    handed to the system at once. On resuming, lines of steps that will be done again are
+    removed, so that each is there once.
+    """
+
+    _stream: IO[str] | None = None
+    _resumed_at: int = 0
+    _repeated: frozenset[frozenset[str]] = frozenset()
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse to run without a folder, then open the file.
+
+        Raises:
+            ConfigError: the engine has no `out`.
+        """
+        if engine.out is None:
+            raise ConfigError(
+                "jsonl writes into the run's folder, and there is none; give it, as in "
+                'Engine(..., out="runs/mine"), or leave the plugin out'
+            )
+        super().on_start(engine)
+
+    def open(self, engine: Engine) -> None:
+        """Cut the file back to the step that the run goes on from, and open it."""
+        assert engine.out is not None
+        path = engine.out / self.config.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        step = self._resumed_at = engine.state.step
+        kept = [record for record in _records(path) if 0 < record["step"] <= step]
+        self._repeated = frozenset(frozenset(r) for r in kept if r["step"] == step)
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.write_text("".join(map(_line, kept)), encoding="utf-8")
+        draft.replace(path)
+        self._stream = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
+        """Append a line, unless the session before this one wrote it already."""
+        state = engine.state
+        now = {"step": state.step, "time": round(time.time(), 3), "tokens": state.tokens}
+        record = now | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        if state.step == self._resumed_at and frozenset(record) in self._repeated:
+            return
+        if self._stream is not None:
+            self._stream.write(_line(record))
+
+    def close(self, engine: Engine) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; a killed process may have left a torn one."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record

@@ -1,0 +1,109 @@
+"""The causal module's loss: a sparse graph without cycles, that explains the variables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nexus_core.errors import ConfigError
+from nexus_core.plugin import Loss, LossConfig, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+    from nexus_core.loader import Batch
+
+__all__ = ["LossCausalConfig", "LossCausalPlugin", "dag_constraint"]
+
+NO_MODULE = (
+    "loss_causal needs a model whose output has module_outputs['causal']; got one without. Switch "
+    "the module on with --set model_nexus.causal=true, or leave the loss out with "
+    "--plugins no:loss_causal"
+)
+
+
+class LossCausalConfig(LossConfig):
+    """Settings of the causal module's loss."""
+
+    weight: float = Field(0.05, description="factor of this term in the total loss")
+    dag_weight: float = Field(1.0, ge=0, description="factor of the acyclicity constraint")
+    sparsity_weight: float = Field(
+        0.01, ge=0, description="factor of the sum of absolute edge strengths"
+    )
+    reconstruction_weight: float = Field(
+        0.0,
+        ge=0,
+        description="factor of half the squared distance between the variables of a position and "
+        "what the graph makes of them, on average over positions",
+    )
+
+
+class LossCausalPlugin(Loss[LossCausalConfig]):
+    """Trains on `dag_weight * h(A) + sparsity_weight * sum|A|`, once a step.
+
+    The model reports `causal`, a dict of the `adjacency` A `(n, n)` and the `variables` v
+    `(..., n)`. With a `reconstruction_weight` the term `|v - v A|^2 / 2` is added; the variables
+    are taken as given there, since reading zeros would explain them best. Training also logs
+    `causal/dag_constraint`, h(A).
+
+    Source: Zheng et al. 2018 (NOTEARS), with fixed weights in place of an augmented Lagrangian.
+    """
+
+    def units(self, batch: Batch) -> float:
+        """One a micro-batch: their mean is the term, once a step."""
+        return 1.0
+
+    def loss(self, batch: Batch, output: Any) -> Tensor:
+        """The term once, whatever the batch holds."""
+        return self._term(output, dag_constraint(_report(output)["adjacency"]))
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse a model that says it has no causal module."""
+        if "causal" not in getattr(engine.model, "active_modules", ("causal",)):
+            raise ConfigError(NO_MODULE)
+
+    @hookimpl
+    def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
+        """The term `causal`; in training also `causal/dag_constraint`."""
+        constraint = dag_constraint(_report(output)["adjacency"])
+        if engine.training:
+            engine.log("causal/dag_constraint", constraint.detach())
+        return {self.term: self._term(output, constraint)}
+
+    def _term(self, output: Any, constraint: Tensor) -> Tensor:
+        adjacency = _report(output)["adjacency"]
+        term = self.config.dag_weight * constraint
+        term = term + self.config.sparsity_weight * adjacency.abs().sum()
+        if self.config.reconstruction_weight:
+            given = _report(output)["variables"].detach().to(adjacency.dtype).flatten(0, -2)
+            with torch.autocast(given.device.type, enabled=False):
+                missed = given - given @ adjacency
+            misfit = missed.square().sum(-1).mean() / 2
+            term = term + self.config.reconstruction_weight * misfit
+        return term
+
+
+def dag_constraint(adjacency: Tensor) -> Tensor:
+    """`tr(exp(A * A)) - n`: 0 if the graph of A has no cycle, else positive.
+
+    Args:
+        adjacency: A `(n, n)`; in types narrower than float32 it is computed in float32.
+
+    Returns:
+        A tensor without dimensions, with its graph.
+
+    Source: Zheng et al. 2018, "DAGs with NO TEARS", theorem 1.
+    """
+    wide = adjacency.to(torch.promote_types(adjacency.dtype, torch.float32))
+    with torch.autocast(wide.device.type, enabled=False):
+        return torch.linalg.matrix_exp(wide.square()).trace() - len(wide)
+
+
+def _report(output: Any) -> Any:
+    reports = getattr(output, "module_outputs", {})
+    if "causal" not in reports:
+        raise ConfigError(NO_MODULE)
+    return reports["causal"]

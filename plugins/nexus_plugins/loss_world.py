@@ -1,0 +1,114 @@
+"""The world-model loss: predict the latents of tokens to come, without collapse."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from nexus_core.errors import ConfigError
+from nexus_core.plugin import Loss, LossConfig, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+    from nexus_core.loader import Batch
+
+__all__ = ["LossWorldConfig", "LossWorldPlugin"]
+
+NO_MODULE = (
+    "loss_world needs a model whose output has module_outputs['world']; got one without. Switch "
+    "the module on with --set model_nexus.world=true, or leave the loss out with "
+    "--plugins no:loss_world"
+)
+
+
+class LossWorldConfig(LossConfig):
+    """Settings of the world-model loss and of its target encoder."""
+
+    weight: float = Field(0.1, description="factor of this term in the total loss")
+    variance_weight: float = Field(0.1, ge=0, description="factor of the hinge against collapse")
+    variance_floor: float = Field(
+        0.1, ge=0, description="variance over the latent dimension below which the hinge acts"
+    )
+    decay: float = Field(
+        0.996, ge=0, le=1, description="part of the target encoder kept at each optimizer step"
+    )
+    decay_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: the decay rises to 1 by the end of the run"
+    )
+    ignore_index: int = Field(-100, description="label of positions that do not count")
+
+
+class LossWorldPlugin(Loss[LossWorldConfig]):
+    """Trains latents to foretell later ones, and moves the target encoder after each step.
+
+    The model reports `world` and `world_targets` `(B, T, L, d)` and `world_mask` `(B, T, L)`, true
+    where a target exists, and may have `update_world_target(decay)`. A position counts if the
+    token after it is there and of the same document; its loss is the mean over its targets of
+    `mean((world - world_targets)^2) + variance_weight * relu(variance_floor - variance)`, the
+    variance (population) being that of the prediction over d. Without `world_targets` there is
+    only the second part.
+
+    Source: the hinge on the variance is that of VICReg (Bardes et al. 2022), here over the latent
+        dimension; the cosine decay is that of BYOL (Grill et al. 2020).
+    """
+
+    def units(self, batch: Batch) -> Tensor:
+        """The number of positions with a next token in the same document."""
+        return self._foretelling(batch).sum()
+
+    def loss(self, batch: Batch, output: Any) -> Tensor:
+        """The sum over positions of the mean over their targets."""
+        reports = getattr(output, "module_outputs", {})
+        if "world" not in reports:
+            raise ConfigError(NO_MODULE)
+        predictions = reports["world"].float()
+        variance = predictions.var(-1, correction=0)
+        each = self.config.variance_weight * F.relu(self.config.variance_floor - variance)
+        mask = self._foretelling(batch).unsqueeze(-1).expand(variance.shape)
+        if "world_targets" in reports:
+            each = each + (predictions - reports["world_targets"]).square().mean(-1)
+            mask = mask & reports.get("world_mask", mask)
+        share = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+        return (each * share).sum()
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse a model that says it has no world module."""
+        if "world" not in getattr(engine.model, "active_modules", ("world",)):
+            raise ConfigError(NO_MODULE)
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        """Let the target encoder follow the encoder."""
+        follow = getattr(engine.model, "update_world_target", None)
+        if follow is not None:
+            follow(self.decay(engine))
+
+    def decay(self, engine: Engine) -> float:
+        """The part of the target encoder that this step keeps."""
+        keep = self.config.decay
+        if self.config.decay_schedule == "constant" or engine.horizon is None:
+            return keep
+        progress = engine.horizon.progress(engine.state)
+        return 1 - (1 - keep) * (1 + math.cos(math.pi * progress)) / 2
+
+    def _foretelling(self, batch: Batch) -> Tensor:
+        """(B, T) whether a token and the next one are real and of one document."""
+        ids = batch["input_ids"]
+        real = _real(batch, self.config.ignore_index)
+        documents = batch.get("segment_ids", torch.zeros_like(ids))
+        pairs = real[:, :-1] & real[:, 1:] & (documents[:, :-1] == documents[:, 1:])
+        return F.pad(pairs, (0, 1))
+
+
+def _real(batch: Batch, ignore_index: int) -> Tensor:
+    """(B, T) whether a token predicts or is predicted; padding is neither."""
+    if "labels" not in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    predicts = batch["labels"] != ignore_index
+    return predicts | F.pad(predicts[:, :-1], (1, 0))

@@ -1,0 +1,24 @@
+"""The learning rate stays where it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nexus_core.schedule import Schedule, ScheduleConfig
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["LrConstantConfig", "LrConstantPlugin"]
+
+
+class LrConstantConfig(ScheduleConfig):
+    """Settings of the constant schedule."""
+
+
+class LrConstantPlugin(Schedule[LrConstantConfig]):
+    """Warms the learning rate up and keeps it there."""
+
+    def scale(self, engine: Engine) -> float:
+        """Always the base learning rate."""
+        return 1.0

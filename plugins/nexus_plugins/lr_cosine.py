@@ -1,0 +1,24 @@
+"""The learning rate falls along half a cosine."""
+
+from __future__ import annotations
+
+import math
+
+from nexus_core.schedule import Decay, DecayConfig
+
+__all__ = ["LrCosineConfig", "LrCosinePlugin"]
+
+
+class LrCosineConfig(DecayConfig):
+    """Settings of the cosine schedule."""
+
+
+class LrCosinePlugin(Decay[LrCosineConfig]):
+    """Warms the learning rate up, then lets it fall to `min_lr` along half a cosine.
+
+    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts.
+    """
+
+    def shape(self, done: float) -> float:
+        """Half a period of a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,67 @@
+"""AdamW: the optimizer of most language models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch.optim import AdamW, Optimizer
+
+from nexus_core import Plugin, hookimpl
+from nexus_core.parameters import OptimizerConfig, groups_of
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["OptimAdamwConfig", "OptimAdamwPlugin"]
+
+FUSED_ON = ("cpu", "cuda")
+
+
+class OptimAdamwConfig(OptimizerConfig):
+    """Settings of AdamW."""
+
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="decay rates of the running means of gradient and its square"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    fused: bool | None = Field(
+        None, description="one kernel for the whole update; null: where the device has it"
+    )
+
+
+class OptimAdamwPlugin(Plugin[OptimAdamwConfig]):
+    """Trains with AdamW, whose decay shrinks matrices and leaves all other parameters alone.
+
+    Biases, norms, embeddings (and a head tied to one), vectors and parameters with an attribute
+    `_no_weight_decay = True` do not decay.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; the update is
+    `torch.optim.AdamW`, fused on CPU and CUDA.
+    """
+
+    slot: ClassVar[str | None] = "optimizer"
+
+    @hookimpl
+    def make_optimizer(self, engine: Engine) -> Optimizer:
+        """Build AdamW over the model's parameters, grouped by pattern and by what decays.
+
+        Raises:
+            ConfigError: a pattern matches no parameter, or all are frozen.
+        """
+        groups = groups_of(engine.model, self.config, self.name)
+        fused = self.config.fused
+        if fused is None:
+            fused = all(
+                parameter.device.type in FUSED_ON and parameter.is_floating_point()
+                for group in groups
+                for parameter in group["params"]
+            )
+        return AdamW(
+            groups,
+            lr=self.config.lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            fused=fused,
+        )

@@ -1,0 +1,114 @@
+"""Takes out of each term's gradient what works against another term."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nexus_core import Plugin, PluginConfig, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["PcgradConfig", "PcgradPlugin"]
+
+Gradient = list[Tensor | None]
+
+
+class PcgradConfig(PluginConfig):
+    """PCGrad has no settings."""
+
+
+class PcgradPlugin(Plugin[PcgradConfig]):
+    """Projects conflicting gradients of the loss terms away from one another.
+
+    Where the gradients of two terms point against each other over the parameters that several
+    terms reach, each loses its part along the other. A parameter that one term reaches keeps its
+    gradient. It acts on the gradient of the whole step, whatever its split into micro-batches,
+    and costs a backward pass and a copy of the gradient per term.
+
+    Source: Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1. All
+    projections are linear combinations of the gradients, so they are worked out on the matrix
+    of inner products. The random order of the projections is a function of seed and step.
+    """
+
+    _gradients: dict[str, Gradient]
+
+    @hookimpl
+    def on_start(self) -> None:
+        """Begin with no gradient."""
+        self._gradients = {}
+
+    @hookimpl
+    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> bool:
+        """Take each term's gradient by itself; with the last micro-batch, combine them."""
+        groups = engine.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        for name, term in terms.items():
+            if term.requires_grad:
+                parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                self._gradients[name] = _added(self._gradients.get(name), parts)
+        if engine.last_micro_batch and self._gradients:
+            names, self._gradients, gradients = sorted(self._gradients), {}, self._gradients
+            order = random.Random(f"{engine.seed} {engine.state.step}")
+            combined = _combined([gradients[name] for name in names], order)
+            for parameter, gradient in zip(parameters, combined, strict=True):
+                if gradient is not None:
+                    old = parameter.grad
+                    parameter.grad = gradient if old is None else old + gradient
+        return True
+
+
+def _added(total: Gradient | None, parts: Sequence[Tensor | None]) -> Gradient:
+    if total is None:
+        return list(parts)
+    return [
+        b if a is None else a if b is None else a + b for a, b in zip(total, parts, strict=True)
+    ]
+
+
+def _combined(gradients: Sequence[Gradient], order: random.Random) -> Gradient:
+    """The sum of the projected gradients, parameter by parameter."""
+    columns = [
+        [part for part in parts if part is not None] for parts in zip(*gradients, strict=True)
+    ]
+    shared = [
+        _stacked(parts)
+        for parts, found in zip(zip(*gradients, strict=True), columns, strict=True)
+        if len(found) > 1
+    ]
+    if not shared:
+        return [found[0] if found else None for found in columns]
+    products = torch.stack([(flat := s.flatten(1).float()) @ flat.T for s in shared]).sum(0)
+    shares = _projected(products, order)
+    mixed = iter(torch.einsum("t,t...->...", shares.to(s.dtype), s) for s in shared)
+    return [next(mixed) if len(found) > 1 else (found or [None])[0] for found in columns]
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor:
+    """The gradients `(terms, ...)` of one parameter, zero where a term does not reach it."""
+    shape = next(part for part in parts if part is not None)
+    return torch.stack([torch.zeros_like(shape) if part is None else part for part in parts])
+
+
+def _projected(products: Tensor, order: random.Random) -> Tensor:
+    """How much of each gradient is in the sum of the projected ones.
+
+    Args:
+        products: inner products `(terms, terms)` of the gradients.
+        order: draws in which order each is projected onto the others.
+    """
+    terms = len(products)
+    shares = torch.eye(terms, device=products.device)
+    tiny = torch.finfo(products.dtype).tiny
+    for one in range(terms):
+        others = [other for other in range(terms) if other != one]
+        order.shuffle(others)
+        for other in others:
+            conflict = (shares[one] @ products[:, other]).clamp(max=0)
+            shares[one, other] -= conflict / products[other, other].clamp(min=tiny)
+    return shares.sum(0)

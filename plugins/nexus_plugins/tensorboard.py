@@ -1,0 +1,100 @@
+"""Writes every metric for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field
+
+from nexus_core import ConfigError, Logger, LoggerConfig, hookimpl
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import FileWriter
+
+    from nexus_core.engine import Engine
+
+__all__ = ["TensorboardConfig", "TensorboardPlugin"]
+
+
+class TensorboardConfig(LoggerConfig):
+    """Settings of the TensorBoard files."""
+
+    folder: str = Field("tensorboard", min_length=1, description="name in the run's folder")
+    flush_seconds: float = Field(
+        10.0, gt=0, description="longest time until what was logged is in the file, in seconds"
+    )
+
+
+class TensorboardPlugin(Logger[TensorboardConfig]):
+    """Writes each log and each evaluation as scalars, and the config as text and as HParams.
+
+    Changes nothing in training. On resuming, TensorBoard is told to forget the points of steps
+    that will be done again. Look at it with `tensorboard --logdir OUT/tensorboard`.
+    """
+
+    _writer: FileWriter | None = None
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse to run without a folder, then open a file.
+
+        Raises:
+            ConfigError: the engine has no `out`.
+        """
+        if engine.out is None:
+            raise ConfigError(
+                "tensorboard writes into the run's folder, and there is none; give it, as in "
+                'Engine(..., out="runs/mine"), or leave the plugin out'
+            )
+        super().on_start(engine)
+
+    def open(self, engine: Engine) -> None:
+        """Begin an event file, with the point that it takes up, and the config."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from torch.utils.tensorboard import FileWriter
+        from torch.utils.tensorboard.summary import hparams, text
+
+        assert engine.out is not None
+        folder = engine.out / self.config.folder
+        writer = FileWriter(str(folder), flush_secs=self.config.flush_seconds)
+        step = engine.state.step
+        forget_from = step + 1 if step else 0
+        writer.add_event(
+            Event(step=forget_from, session_log=SessionLog(status=SessionLog.START)), forget_from
+        )
+        if engine.config:
+            shown = yaml.safe_dump(engine.config, sort_keys=False).replace("\n", "\n    ")
+            writer.add_summary(text("config", f"    {shown}"), step)  # type: ignore[no-untyped-call]
+            settings = dict(_flat(engine.config))
+            table = hparams(settings, {"val/loss": 0.0})  # type: ignore[no-untyped-call]
+            for summary in table:
+                writer.add_summary(summary, step)
+        self._writer = writer
+
+    def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
+        """Write all metrics as one event."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        if self._writer is None:
+            return
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        self._writer.add_summary(Summary(value=values), engine.state.step)
+
+    def close(self, engine: Engine) -> None:
+        """Write what is left, and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float]]:
+    """The leaves of a config under dotted keys."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, str | bool | int | float):
+            yield f"{prefix}{key}", value
+        else:
+            yield f"{prefix}{key}", str(value)

@@ -1,0 +1,72 @@
+"""Measures how fast the run is and how much memory it takes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from nexus_core import Plugin, PluginConfig, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["ThroughputConfig", "ThroughputPlugin"]
+
+GIB = 2**30
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+
+
+class ThroughputConfig(PluginConfig):
+    """Throughput has no settings."""
+
+
+class ThroughputPlugin(Plugin[ThroughputConfig]):
+    """Logs speed and memory, and changes nothing in the training.
+
+    `system/throughput_tokens_per_sec`: tokens of this process (rows, where batches hold no
+    `input_ids`) by the seconds of training since the last log; what logging, evaluating and saving
+    took is not counted. `system/gpu_memory`: most memory of tensors since the last log, in GiB,
+    on CUDA. `system/cpu_memory`: most resident memory of the process so far, in GiB, elsewhere.
+    """
+
+    _started: float
+    """When the run began, moved back by the seconds of earlier sessions."""
+    _since: float
+    _paused: float
+    _tokens: int
+
+    @hookimpl(trylast=True)
+    def on_start(self, engine: Engine) -> None:
+        """Start the clock where the engine starts its own."""
+        self._since = time.perf_counter()
+        self._started = self._since - engine.state.seconds
+        self._paused = 0.0
+        self._tokens = engine.state.tokens
+
+    @hookimpl
+    def collect_metrics(self, engine: Engine) -> dict[str, float]:
+        """Speed since the last log (the device has just been waited for), and memory."""
+        now, tokens = time.perf_counter(), engine.state.tokens
+        seconds = max(now - self._since - self._paused, 1e-9)
+        rate = (tokens - self._tokens) / seconds
+        self._since, self._paused, self._tokens = now, 0.0, tokens
+        return {"system/throughput_tokens_per_sec": rate, **_memory(engine.device)}
+
+    @hookimpl(trylast=True)
+    def on_step_end(self, engine: Engine) -> None:
+        """Take what came after the update (log, evaluation, checkpoint) out of the time."""
+        trained_until = max(self._started + engine.state.seconds, self._since)
+        self._paused += time.perf_counter() - trained_until
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"system/gpu_memory": peak / GIB}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    return {"system/cpu_memory": resident / GIB}

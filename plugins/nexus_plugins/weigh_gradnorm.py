@@ -1,0 +1,152 @@
+"""Weighs the loss terms so that all of them pull at the shared weights, and learn, evenly."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.parameters import matching
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["WeighGradnormConfig", "WeighGradnormPlugin"]
+
+TINY = 1e-12
+
+
+class WeighGradnormConfig(PluginConfig):
+    """Settings of GradNorm."""
+
+    alpha: float = Field(
+        1.5, ge=0, description="how much a term that learns more slowly is favoured; 0: not at all"
+    )
+    lr: float = Field(
+        0.1, gt=0, le=1, description="share of the way to balance, in logarithms, an update"
+    )
+    every: int = Field(10, ge=1, description="steps between updates; one costs a backward per term")
+    shared: tuple[str, ...] = Field(
+        (), description="patterns of the shared parameters; none: those that every term reaches"
+    )
+
+
+class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
+    """Balances the gradients that the terms send into the weights they share.
+
+    A term's gradient norm is moved towards the mean of all, times its relative inverse training
+    rate to the power `alpha`, times its own `weight`. The weights sum to the number of terms and
+    are logged as `weight/<term>`.
+
+    Source: Chen et al. 2018, "GradNorm", algorithm 1. Deviation: the paper descends on the
+    distance to the target in the weights, which may turn them negative; here their logarithms
+    go a share of the way to the same fixed point, so scales far apart are balanced as quickly.
+    """
+
+    slot: ClassVar[str | None] = "weighing"
+    after: ClassVar[tuple[str, ...]] = ("amp",)
+    _weights: dict[str, Tensor]
+    _first_losses: dict[str, Tensor]
+    _gradients: dict[str, list[Tensor | None]]
+    _parameters: list[nn.Parameter]
+
+    def __init__(self, config: WeighGradnormConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._weights, self._first_losses, self._gradients = {}, {}, {}
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Find the parameters that may be shared.
+
+        Raises:
+            ConfigError: a pattern of `shared` matches none.
+        """
+        self._gradients = {}
+        named = dict(engine.model.named_parameters())
+        key = f"{self.name}.shared"
+        chosen = {n for p in self.config.shared for n in matching(named, p, key)} or set(named)
+        self._parameters = [p for n, p in named.items() if n in chosen and p.requires_grad]
+
+    @hookimpl
+    def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:
+        """The weights of the terms of this step: their own until there has been an update."""
+        own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
+        weights = {name: self._weights.get(name, own.get(name, 1.0)) for name in terms}
+        for name, weight in weights.items():
+            engine.log(f"weight/{name}", weight)
+        return weights
+
+    @hookimpl(wrapper=True)
+    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+        """Where an update is due, take each term's gradient by itself before the common one."""
+        if engine.state.step % self.config.every == 0:
+            for name, term in terms.items():
+                if term.requires_grad:
+                    parts = torch.autograd.grad(
+                        term, self._parameters, retain_graph=True, allow_unused=True
+                    )
+                    self._gradients[name] = _added(self._gradients.get(name), parts)
+        return (yield)
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        """Move the weights towards balance."""
+        gradients, self._gradients = self._gradients, {}
+        names = sorted(gradients)
+        if len(names) < 2:
+            return
+        norms = _shared_norms([gradients[name] for name in names])
+        losses = torch.stack([engine.losses[name].detach().float() for name in names])
+        losses, squares = engine.ranks.sum(torch.stack([losses, norms**2]))
+        own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
+        for name, loss in zip(names, losses, strict=True):
+            first = self._first_losses.get(name, loss)
+            self._first_losses[name] = torch.where(torch.isfinite(first), first, loss)
+        first = torch.stack([self._first_losses[name] for name in names])
+        rates = (losses / first).clamp(min=TINY)
+        shares = torch.tensor([own.get(name, 1.0) for name in names], device=losses.device)
+        targets = squares.sqrt().mean() * (rates / rates.mean()) ** self.config.alpha * shares
+        now = torch.stack(
+            [torch.as_tensor(self._weights.get(n, own.get(n, 1.0))).to(losses) for n in names]
+        )
+        moved = now * (targets / squares.sqrt()) ** self.config.lr
+        moved = moved * (len(names) / moved.sum())
+        kept = torch.where(torch.isfinite(moved).all(), moved, now)
+        self._weights |= dict(zip(names, kept.unbind(), strict=True))
+
+    def state_dict(self) -> StateDict:
+        """Weights and first losses by term."""
+        return {"weights": dict(self._weights), "first_losses": dict(self._first_losses)}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take over weights and first losses."""
+        self._weights = dict(cast(dict[str, Tensor], state["weights"]))
+        self._first_losses = dict(cast(dict[str, Tensor], state["first_losses"]))
+
+
+def _added(
+    total: list[Tensor | None] | None, parts: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    if total is None:
+        return list(parts)
+    return [
+        b if a is None else a if b is None else a + b for a, b in zip(total, parts, strict=True)
+    ]
+
+
+def _shared_norms(gradients: list[list[Tensor | None]]) -> Tensor:
+    """The L2 norm of each term's gradient over the parameters that all terms reach."""
+    shared = [parts for parts in zip(*gradients, strict=True) if all(g is not None for g in parts)]
+    if not shared:
+        raise ConfigError(
+            "weigh_gradnorm: no parameter is reached by every loss term, so there is nothing to "
+            "balance; leave it out, or weigh by weigh_magnitude"
+        )
+    squares = [torch.stack([g.float().square().sum() for g in parts if g is not None])
+               for parts in shared]
+    return torch.stack(squares).sum(0).sqrt()

@@ -1,0 +1,324 @@
+"""The loop: what fires when, when it ends, and what it reports."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import Net, RecorderPlugin, Regression, SquaredPlugin, tiny_engine, weights
+from torch import nn
+
+from nexus_core import (
+    ConfigError,
+    DataError,
+    Engine,
+    Loss,
+    LossConfig,
+    Plugin,
+    PluginConfig,
+    ResumableLoader,
+    hookimpl,
+)
+from nexus_core.registry import HOOK_NAMES
+
+
+def loader(batch_size: int = 4, **options: Any) -> ResumableLoader:
+    return ResumableLoader(Regression(), batch_size, seed=1, **options)
+
+
+def listener(log: list[str], name: str = "listener") -> Plugin[PluginConfig]:
+    """A plugin that writes down every event and seam, and answers none."""
+
+    def answer(hook: str) -> Any:
+        def method(self: Plugin[PluginConfig], engine: Engine) -> None:
+            log.append(hook)
+
+        method.__name__ = hook
+        return hookimpl(method)
+
+    silent = {"loss_units", "loss_terms", "loss_weight", "lr_scale", "collect_metrics", "summarize"}
+    hooks = {hook: answer(hook) for hook in HOOK_NAMES if hook not in silent}
+    return type("ListenerPlugin", (Plugin,), {**hooks, "name": name})()
+
+
+def test_events_fire_in_the_order_that_is_documented() -> None:
+    log: list[str] = []
+    engine = tiny_engine(listener(log), accumulate=2, log_every=2)
+    engine.fit(loader(), until="2 steps", eval_data=loader(8, shuffle=False), eval_every="2 steps")
+    micro = ["forward", "backward"]
+    step = ["on_batch", "on_batch", "weigh_losses", *micro, *micro, "after_backward"]
+    step += ["optimizer_step", "on_step"]
+    evaluation = ["forward", "forward", "forward", "on_eval"]
+    assert log == [
+        "on_start",
+        *[*step, "on_step_end"],
+        *[*step, "on_log", *evaluation, "on_step_end"],
+        *["on_finish", "on_close"],
+    ]
+
+
+def test_loop_by_hand_gives_the_same_weights_bit_for_bit() -> None:
+    """The oracle: the loop that a user would write."""
+    engine = tiny_engine()
+    engine.fit(loader(), until="9 steps")
+    torch.manual_seed(3)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batches = [batch for epoch in range(2) for batch in loader().batches(epoch)][:9]
+    for batch in batches:
+        optimizer.zero_grad()
+        counted = batch["y"].isfinite()
+        error = (model(batch["x"]) - batch["y"])[counted].square().sum()
+        (error / counted.sum()).backward()
+        optimizer.step()
+    assert all(map(torch.equal, weights(engine), model.parameters()))
+
+
+def test_embedding_needs_no_config_and_no_base_class() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1)
+    data = [{"x": torch.randn(8, 5)} for _ in range(10)]
+    data = [{**batch, "y": batch["x"].sum(1, keepdim=True)} for batch in data]
+    engine = Engine(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.05),
+        loss=lambda model, batch: F.mse_loss(model(batch["x"]), batch["y"]),
+        seed=0,
+    )
+    result = engine.fit(data, until="200 steps", eval_data=data[:2], eval_every="100 steps")
+    assert result.status == "finished"
+    assert result.step == 200
+    assert result.metrics["val/loss"] < 0.05
+    assert result.metrics["train/loss"] == result.metrics["train/total_loss"]
+
+
+@pytest.mark.parametrize(
+    ("until", "steps"),
+    [("7 steps", 7), ("2 epochs", 12), ("30 samples", 8), ("0.5 epochs", 3), ("1e0 steps", None)],
+)
+def test_horizon_ends_the_run(until: str, steps: int | None) -> None:
+    engine = tiny_engine()
+    if steps is None:
+        with pytest.raises(ConfigError, match="cannot read the interval"):
+            engine.fit(loader(), until=until)
+        return
+    assert engine.fit(loader(), until=until).step == steps
+
+
+def test_last_step_of_an_epoch_horizon_may_have_fewer_micro_batches() -> None:
+    engine = tiny_engine(accumulate=4)
+    assert engine.fit(loader(), until="1 epoch").step == 2
+    assert engine.state.samples == 23
+
+
+def test_time_horizon_ends_a_run() -> None:
+    assert tiny_engine().fit(loader(), until="0.05 s").seconds >= 0.05
+
+
+def test_generator_can_be_closed_and_gone_on_with() -> None:
+    """A host that owns the loop gets the same weights as `fit`."""
+    whole = tiny_engine(dropout=0.3)
+    whole.fit(loader(), until="10 steps")
+    engine = tiny_engine(dropout=0.3)
+    for state in engine.steps(loader(), until="10 steps"):
+        if state.step == 4:
+            break
+    assert engine.fit(loader(), until="10 steps").step == 10
+    assert all(map(torch.equal, weights(whole), weights(engine)))
+
+
+def test_stop_ends_after_the_present_step_and_says_why() -> None:
+    class StopperPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def on_step(self, engine: Engine) -> None:
+            if engine.state.step == 3:
+                engine.stop("enough")
+
+    log: list[str] = []
+    engine = tiny_engine(StopperPlugin(), listener(log))
+    result = engine.fit(loader(), until="10 steps", eval_data=loader())
+    assert (result.status, result.reason, result.step) == ("stopped", "enough", 3)
+    assert log[-3:] == ["on_step_end", "on_finish", "on_close"]
+
+
+class PadPlugin(Loss[LossConfig]):
+    """The output itself, over units that the batch states."""
+
+    def units(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return batch["units"].sum()
+
+    def loss(self, batch: Mapping[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return (batch["units"] * batch["value"]).sum() + 0 * output.sum()
+
+
+def test_evaluation_is_weighted_by_units_not_by_batches() -> None:
+    """Mean of batch means would give (1 + 9) / 2."""
+    data = [
+        {"x": torch.ones(1, 5), "units": torch.tensor([99.0]), "value": torch.tensor([1.0])},
+        {"x": torch.ones(1, 5), "units": torch.tensor([1.0]), "value": torch.tensor([9.0])},
+    ]
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine = Engine(model, optimizer, plugins=[PadPlugin(weight=2.0)])
+    metrics = engine.evaluate({"val": data, "other": data[:1]})
+    assert metrics["val/pad_loss"] == pytest.approx((99 + 9) / 100)
+    assert metrics["val/loss"] == metrics["val/total_loss"] == pytest.approx(2 * (99 + 9) / 100)
+    assert metrics["other/pad_loss"] == pytest.approx(1.0)
+
+
+def test_evaluation_leaves_no_trace_in_training() -> None:
+    """Dropout draws the same numbers whether or not an evaluation came between."""
+    runs = []
+    for options in ({}, {"eval_data": loader(3), "eval_every": "2 steps"}):
+        recorder = RecorderPlugin()
+        engine = tiny_engine(recorder, dropout=0.5)
+        engine.fit(loader(), until="8 steps", **options)
+        assert engine.model.training
+        lines = [line for line in recorder.lines if "train/total_loss" in line[1]]
+        runs.append((weights(engine), lines))
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+    assert runs[0][1] == runs[1][1]
+
+
+def test_logged_metrics_are_means_over_the_period() -> None:
+    recorder = RecorderPlugin()
+    every_step = RecorderPlugin()
+    tiny_engine(recorder, log_every=4).fit(loader(), until="10 steps")
+    tiny_engine(every_step, log_every=1).fit(loader(), until="10 steps")
+    totals = [line["train/total_loss"] for _, line in every_step.lines]
+    assert [step for step, _ in recorder.lines] == [4, 8, 10]
+    for (_, line), part in zip(recorder.lines, [totals[:4], totals[4:8], totals[8:]], strict=True):
+        assert line["train/total_loss"] == pytest.approx(sum(part) / len(part))
+        assert line["train/learning_rate"] == pytest.approx(1e-2)
+
+
+class ScalePlugin(Plugin[PluginConfig]):
+    """Halves the learning rate with each step."""
+
+    @hookimpl
+    def lr_scale(self, engine: Engine) -> float:
+        return 0.5**engine.state.step
+
+
+def test_schedules_multiply_and_none_leaves_the_rate_alone() -> None:
+    other = type("OtherPlugin", (ScalePlugin,), {})()
+    engine = tiny_engine(ScalePlugin(), other)
+    engine.fit(loader(), until="3 steps")
+    assert engine.optimizer.param_groups[0]["lr"] == 1e-2 * 0.25**2
+    alone = tiny_engine()
+    alone.optimizer.param_groups[0]["lr"] = 0.3
+    alone.fit(loader(), until="1 step")
+    assert alone.optimizer.param_groups[0]["lr"] == 0.3
+
+
+class FailingPlugin(Plugin[PluginConfig]):
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        if engine.state.step == 2:
+            raise ZeroDivisionError("planted")
+
+
+def test_error_names_plugin_event_and_step_and_everything_is_closed() -> None:
+    closed: list[str] = []
+
+    class BadCloserPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def on_close(self) -> None:
+            closed.append("bad")
+            raise OSError("disk gone")
+
+    class CloserPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def on_close(self) -> None:
+            closed.append("good")
+
+        @hookimpl
+        def on_error(self, error: BaseException) -> None:
+            closed.append(type(error).__name__)
+
+    engine = tiny_engine(CloserPlugin(), FailingPlugin(), BadCloserPlugin())
+    with pytest.raises(OSError, match="disk gone") as caught:
+        engine.fit(loader(), until="5 steps")
+    assert closed == ["ZeroDivisionError", "bad", "good"], "closed in reverse, all of them"
+    planted = caught.value.__context__
+    assert isinstance(planted, ZeroDivisionError)
+    assert planted.__notes__ == ["plugin 'failing', after_backward, step 2"]
+
+
+def test_wrappers_first_in_the_plan_are_outermost() -> None:
+    log: list[str] = []
+
+    def wrapper(name: str) -> Plugin[PluginConfig]:
+        def forward(self: object) -> Any:
+            log.append(f"{name} in")
+            output = yield
+            log.append(f"{name} out")
+            return output
+
+        return type("WrapPlugin", (Plugin,), {"forward": hookimpl(wrapper=True)(forward),
+                                              "name": name})()  # fmt: skip
+
+    tiny_engine(wrapper("outer"), wrapper("inner")).fit(loader(), until="1 step")
+    assert log == ["outer in", "inner in", "inner out", "outer out"]
+
+
+def test_batch_may_be_changed_without_changing_the_data() -> None:
+    class EraserPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def on_batch(self, batch: dict[str, torch.Tensor]) -> None:
+            batch["x"] = batch["x"][:1]
+            batch["y"] = batch.pop("y")[:1]
+
+    data = [{"x": torch.ones(3, 5), "y": torch.ones(3, 4)}]
+    engine = tiny_engine(EraserPlugin())
+    engine.fit(data, until="3 steps")
+    assert len(data[0]["x"]) == 3
+    assert engine.state.samples == 3
+
+
+def test_two_engines_do_not_see_each_other() -> None:
+    logs: tuple[list[str], list[str]] = ([], [])
+    one, two = (tiny_engine(listener(log)) for log in logs)
+    one.fit(loader(), until="1 step")
+    assert logs[0]
+    assert not logs[1]
+    assert two.state.step == 0
+
+
+def test_parts_that_are_missing_are_named() -> None:
+    model = nn.Linear(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="there is no loss"):
+        Engine(model, optimizer)
+    with pytest.raises(ConfigError, match="there is no optimizer"):
+        Engine(model, plugins=[SquaredPlugin()])
+    with pytest.raises(DataError, match="there is no training data"):
+        Engine(plugins=[SquaredPlugin()])
+    with pytest.raises(DataError, match="there is no training data"):
+        Engine(model, optimizer, plugins=[SquaredPlugin()]).fit(until="1 step")
+    with pytest.raises(ConfigError, match="accumulate"):
+        tiny_engine(accumulate=0)
+    with pytest.raises(ConfigError, match="cannot use the device"):
+        tiny_engine(device="toaster")
+    with pytest.raises(DataError, match="holds no batch"):
+        tiny_engine().evaluate([])
+
+
+def test_default_forward_passes_what_the_model_accepts() -> None:
+    """`sample_ids` and labels in a batch do not break a model that does not know them."""
+    engine = tiny_engine()
+    engine.fit([{"x": torch.ones(2, 5), "y": torch.ones(2, 4), "sample_ids": torch.ones(2)}],
+               until="1 step")  # fmt: skip
+    model = nn.Linear(5, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class TuplePlugin(Loss[LossConfig]):
+        def units(self, batch: tuple[torch.Tensor, ...]) -> float:
+            return float(len(batch[0]))
+
+        def loss(self, batch: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            return (output - batch[1]).square().sum()
+
+    tuples = Engine(model, optimizer, plugins=[TuplePlugin()])
+    assert tuples.fit([(torch.ones(2, 5), torch.ones(2, 1))], until="2 steps").step == 2

@@ -1,0 +1,73 @@
+"""Wrong intervals would end runs early, or save and evaluate at the wrong steps."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from nexus_core import ConfigError, Every, Interval, IntervalField, TrainState
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [
+        ("500 steps", 500, "steps"),
+        ("1 step", 1, "steps"),
+        (300, 300, "steps"),
+        ("1.5 epochs", 1.5, "epochs"),
+        ("10M tokens", 10_000_000, "tokens"),
+        ("2.5B tokens", 2_500_000_000, "tokens"),
+        ("3k samples", 3_000, "samples"),
+        ("1_000 steps", 1_000, "steps"),
+        ("90 s", 90, "seconds"),
+        ("15 min", 900, "seconds"),
+        ("15min", 900, "seconds"),
+        ("8 h", 28_800, "seconds"),
+        ("2 hours", 7_200, "seconds"),
+    ],
+)
+def test_parse_reads_amount_and_unit(text: str | int, amount: float, unit: str) -> None:
+    assert Interval.parse(text) == Interval(amount, unit)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "steps", "5 parsecs", "-3 steps", "0 steps", "1.5 steps", "ten steps", "1e3 steps"]
+)
+def test_parse_refuses_what_is_not_an_interval(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Interval.parse(text)
+
+
+@given(st.integers(1, 10**9), st.sampled_from(["steps", "epochs", "tokens", "samples", "seconds"]))
+def test_text_form_reads_back_as_the_same_interval(amount: int, unit: str) -> None:
+    interval = Interval(amount, unit)
+    again = Interval.parse(str(interval))
+    assert again.unit == unit
+    assert again.amount == pytest.approx(amount, rel=1e-9)
+
+
+def test_config_field_reports_a_wrong_interval_as_a_validation_error() -> None:
+    adapter = TypeAdapter(IntervalField)
+    assert adapter.validate_python("2 epochs") == Interval(2, "epochs")
+    assert adapter.dump_python(Interval(2, "epochs")) == "2 epochs"
+    with pytest.raises(ValidationError, match="cannot read the interval"):
+        adapter.validate_python("soon")
+
+
+@given(st.integers(1, 50), st.lists(st.integers(1, 30), max_size=60), st.integers(0, 100))
+def test_every_tells_each_passed_period_once(period: int, jumps: list[int], start: int) -> None:
+    """However far a step jumps, a period is told at the first step that completes it."""
+    state = TrainState(tokens=start)
+    every = Every(Interval(period, "tokens"), state)
+    for jump in jumps:
+        before = state.tokens // period
+        state.tokens += jump
+        assert every.due(state) == (state.tokens // period != before)
+        assert not every.due(state)
+
+
+def test_epochs_count_the_begun_one_as_a_fraction() -> None:
+    state = TrainState(epoch=2, batch=3, epoch_length=4)
+    assert Interval(3, "epochs").count(state) == 2.75
+    assert not Interval(3, "epochs").reached(state)
+    assert Interval(3, "epochs").progress(state) == pytest.approx(2.75 / 3)

@@ -1,0 +1,147 @@
+"""A wrong order would train on samples twice or never, and make resuming inexact."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nexus_core import DataError, Interval, ResumableLoader, TrainState
+from nexus_core.loader import batch_size, permute, stream_batches, to_device
+from nexus_core.ranks import Ranks
+
+
+class Squares:
+    """Sample i is i squared."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(index * index)}
+
+
+@given(st.integers(1, 20_000), st.integers(-(2**70), 2**70), st.integers(0, 5))
+def test_permutation_is_a_bijection_for_any_size(size: int, seed: int, epoch: int) -> None:
+    places = np.arange(size, dtype=np.int64)
+    order = permute(places, size, seed, epoch)
+    assert np.array_equal(np.sort(order), places)
+
+
+@given(st.integers(2, 10**12), st.integers(0, 2**32), st.data())
+def test_permutation_of_a_part_is_the_part_of_the_permutation(
+    size: int, seed: int, data: st.DataObject
+) -> None:
+    """Seeking reads the same samples as going there step by step."""
+    places = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=8)))
+    together = permute(places, size, seed, 0)
+    one_by_one = [permute(np.array([place]), size, seed, 0)[0] for place in places]
+    assert together.tolist() == one_by_one
+    assert together.max() < size
+
+
+@pytest.mark.parametrize("size", [1000, 30_000])
+def test_positions_are_uniform_and_epochs_independent(size: int) -> None:
+    """Chi-square of where the first tenth lands, and correlation of two epochs' orders."""
+    places = np.arange(size, dtype=np.int64)
+    first, second = permute(places, size, 1, 0), permute(places, size, 1, 1)
+    counts = np.bincount(first[: size // 10] * 10 // size, minlength=10)
+    expected = size / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 27.9  # p = 0.001 at 9 degrees of freedom
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / size**0.5
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / size**0.5
+
+
+def ids(batches: itertools.islice | ResumableLoader) -> list[list[int]]:
+    return [batch["sample_ids"].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sought_batches_equal_those_read_through_for_any_number_of_workers(workers: int) -> None:
+    plain = ResumableLoader(Squares(23), 4, seed=9)
+    loader = ResumableLoader(Squares(23), 4, seed=9, num_workers=workers)
+    for epoch, start in [(0, 0), (1, 3), (0, 5)]:
+        expected = ids(plain.batches(epoch))[start:]
+        batches = list(loader.batches(epoch, start))
+        assert [batch["sample_ids"].tolist() for batch in batches] == expected
+        for batch in batches:
+            assert torch.equal(batch["x"], batch["sample_ids"] ** 2)
+
+
+def test_epoch_holds_every_sample_once_and_unshuffled_keeps_the_order() -> None:
+    loader = ResumableLoader(Squares(23), 4, seed=1)
+    assert sorted(sum(ids(loader), [])) == list(range(23))
+    straight = ResumableLoader(Squares(23), 4, shuffle=False)
+    assert sum(ids(straight), []) == list(range(23))
+    assert len(ids(ResumableLoader(Squares(23), 4, drop_last=True))) == 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_processes_share_the_order_of_one(size: int) -> None:
+    """Global order does not depend on how many processes read it."""
+    alone = ids(ResumableLoader(Squares(23), 6, seed=2))
+    shares = [ResumableLoader(Squares(23), 6, seed=2, ranks=Ranks(r, size)) for r in range(size)]
+    assert [sum(parts, []) for parts in zip(*map(ids, shares), strict=True)] == alone
+
+
+def test_loader_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    list(ResumableLoader(Squares(9), 4, num_workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_empty_data_set_is_refused() -> None:
+    with pytest.raises(DataError, match="too few"):
+        ResumableLoader(Squares(0), 4)
+    with pytest.raises(DataError, match="too few"):
+        ResumableLoader(Squares(3), 4, drop_last=True)
+
+
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 39))
+def test_stream_goes_on_where_it_stopped(length: int, count: int, stop: int) -> None:
+    """For data that says its length and for data that does not: the same batches in order."""
+    horizon = Interval(10**6, "steps")
+
+    def read(data: object, state: TrainState, n: int) -> list[int]:
+        return list(itertools.islice(stream_batches(data, state, horizon), n))
+
+    expected = [i % length for i in range(count)]
+    data = list(range(length))
+    for known in (length, 0):
+        state = TrainState(epoch_length=known)
+        got = read(data, state, min(stop, count))
+        later = TrainState(epoch=state.epoch, batch=state.batch, epoch_length=known)
+        assert got + read(data, later, count - len(got)) == expected
+
+
+@pytest.mark.parametrize("known", [4, 0])
+def test_stream_ends_with_the_horizon_in_epochs(known: int) -> None:
+    state = TrainState(epoch_length=known)
+    assert len(list(stream_batches([1, 2, 3, 4], state, Interval(2, "epochs")))) == 8
+    assert state.epochs == 2
+
+
+def test_stream_of_data_that_cannot_be_read_again_is_an_error() -> None:
+    for data in (iter([1, 2]), []):
+        with pytest.raises(DataError, match="the data ended"):
+            list(stream_batches(data, TrainState(), Interval(9, "steps")))
+
+
+def test_batch_size_counts_rows_and_tokens() -> None:
+    assert batch_size({"input_ids": torch.zeros(3, 7)}) == (3, 21)
+    assert batch_size((torch.zeros(5, 2), torch.zeros(5))) == (5, 5)
+    assert batch_size([{"name": "a", "x": torch.zeros(4)}]) == (1, 1)
+
+
+def test_to_device_gives_containers_that_may_be_changed() -> None:
+    batch = {"x": torch.ones(2), "meta": ["a", (torch.ones(1),)]}
+    moved = to_device(batch, torch.device("cpu"))
+    moved["x"] = None
+    moved["meta"].append("b")
+    assert batch["x"] is not None
+    assert len(batch["meta"]) == 2

@@ -1,0 +1,213 @@
+"""Wrong plugins must be refused with one clear message, and named ones called in a known order."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_engine
+
+from nexus_core import (
+    ConfigError,
+    Logger,
+    LoggerConfig,
+    Plugin,
+    PluginConfig,
+    PluginError,
+    hookimpl,
+)
+from nexus_core.cli.explain import explain
+from nexus_core.registry import arrange, installed, keep_named_of_slot, load
+
+
+def plugin(name: str, **attributes: Any) -> Plugin[Any]:
+    return type(f"{name.title()}Plugin", (Plugin,), {"name": name, **attributes})()
+
+
+def order(*plugins: Plugin[Any]) -> list[str]:
+    return [found.name for found in arrange(plugins).plugins]
+
+
+def test_order_is_as_given_where_no_constraint_speaks() -> None:
+    assert order(plugin("c"), plugin("a"), plugin("b")) == ["c", "a", "b"]
+    assert order(plugin("c"), plugin("a", before=("c",)), plugin("b")) == ["a", "c", "b"]
+    assert order(plugin("c", after=("b", "absent")), plugin("a"), plugin("b")) == ["a", "b", "c"]
+
+
+@given(st.permutations("abcdef"), st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5))))
+def test_every_constraint_holds_in_the_order(names: list[str], pairs: set[tuple[int, int]]) -> None:
+    """Constraints drawn along one hidden order never make a circle, and all of them hold."""
+    hidden = "fbdace"
+    rules = [(hidden[i], hidden[j]) for i, j in pairs if i < j]
+    before = {name: tuple(b for a, b in rules if a == name) for name in names}
+    found = order(*(plugin(name, before=before[name]) for name in names))
+    assert sorted(found) == sorted(names)
+    assert all(found.index(a) < found.index(b) for a, b in rules)
+
+
+class BarePlugin(Plugin[PluginConfig]):
+    def on_step(self) -> None: ...
+
+
+class StrangerPlugin(Plugin[PluginConfig]):
+    @hookimpl
+    def on_stepp(self) -> None: ...
+
+
+class ArgumentPlugin(Plugin[PluginConfig]):
+    @hookimpl
+    def on_step(self, engin: object) -> None: ...
+
+
+def first() -> Any:
+    def on_step(self: object) -> None: ...
+
+    return hookimpl(tryfirst=True)(on_step)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "message"),
+    [
+        ([plugin("a"), plugin("a")], "plugin 'a' is given twice"),
+        ([plugin("a", slot="lr"), plugin("b", slot="lr")], "'a' and 'b' both fill the slot 'lr'"),
+        ([plugin("a", requires=("z",))], "'a' requires 'z'.*--plugins z"),
+        ([plugin("a", conflicts=("b",)), plugin("b")], "'a' and 'b' cannot be in one run"),
+        ([plugin("a", before=("b",)), plugin("b", before=("a",))], "a circle: . before . before"),
+        ([plugin("a", on_step=first()), plugin("b", on_step=first())], "both ask to be first"),
+        ([BarePlugin()], "on_step is named like a hook: mark it @hookimpl"),
+        ([StrangerPlugin()], "no such hook. Did you mean 'on_step'"),
+    ],
+)
+def test_impossible_company_is_refused(plugins: list[Plugin[Any]], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        arrange(plugins)
+
+
+def test_misspelt_argument_of_a_hook_is_refused() -> None:
+    with pytest.raises(PluginError, match="'argument' answers a hook wrongly.*engin"):
+        tiny_engine(ArgumentPlugin())
+
+
+def test_named_plugin_takes_the_slot_of_a_default() -> None:
+    classes = {name: type(plugin(name, slot=slot)) for name, slot in
+               [("cosine", "lr"), ("linear", "lr"), ("clip", None)]}  # fmt: skip
+    assert keep_named_of_slot(["cosine", "clip"], ["linear"], classes) == ["clip", "linear"]
+    assert keep_named_of_slot(["cosine", "clip"], ["cosine"], classes) == ["cosine", "clip"]
+
+
+def test_explain_gives_the_reason_for_each_place() -> None:
+    class AnswerPlugin(Plugin[PluginConfig]):
+        before = ("late",)
+
+        @hookimpl
+        def after_backward(self) -> None: ...
+
+    late = type("LatePlugin", (AnswerPlugin,), {"before": ()})()
+    lines = explain(arrange([late, AnswerPlugin()])).splitlines()
+    start = lines.index("after_backward")
+    assert lines[start + 1].split()[:2] == ["1.", "answer"]
+    assert lines[start + 2].split() == "2. late after answer, as answer declares".split()
+
+
+FAKES = {
+    "good": "class GoodPlugin(Plugin[PluginConfig]):\n    'Does good.'\n",
+    "broken": "raise OSError('planted')\n",
+    "notplugin": "NotpluginPlugin = 3\n",
+    "misnamed": "class MisnamedPlugin(Plugin[PluginConfig]):\n    name = 'other'\n",
+}
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distributions in a temporary folder: real metadata, as pip would leave it."""
+    for name, code in FAKES.items():
+        source = f"from nexus_core import Plugin, PluginConfig\n{code}"
+        (tmp_path / f"fake_{name}.py").write_text(source)
+        info = tmp_path / f"fake_{name}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fake-{name}\nVersion: 1.2\n")
+        entry = f"[nexus.plugins]\n{name} = fake_{name}:{name.title()}Plugin\n"
+        (info / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("fakes")
+def test_only_what_is_named_is_imported() -> None:
+    assert {"good", "broken", "clip"} <= installed().keys()
+    assert load("good").__doc__ == "Does good."
+    assert "fake_notplugin" not in sys.modules
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("goood", "no plugin named 'goood'. Did you mean 'good'.*nexus-plugins list"),
+        ("broken", "'broken' .fake-broken 1.2.* cannot be imported: OSError: planted"),
+        ("notplugin", "must be a subclass of nexus_core.Plugin, got 3"),
+        ("misnamed", "calls itself 'other'"),
+    ],
+)
+def test_plugin_that_cannot_be_loaded_is_one_clear_error(name: str, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        load(name)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_name_given_by_two_distributions_is_refused(tmp_path: Path) -> None:
+    info = tmp_path / "rival-3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 3\n")
+    (info / "entry_points.txt").write_text("[nexus.plugins]\ngood = elsewhere:GoodPlugin\n")
+    with pytest.raises(PluginError, match="two distributions give a plugin 'good'.*uninstall"):
+        installed()
+
+
+class KnobConfig(PluginConfig):
+    """Settings of a test plugin."""
+
+    size: int = 3
+
+
+class KnobPlugin(Plugin[KnobConfig]):
+    """Has one setting."""
+
+
+def test_plugin_is_made_by_hand_with_checked_settings() -> None:
+    assert KnobPlugin.name == "knob"
+    assert KnobPlugin(size=4).config.size == 4
+    assert KnobPlugin(KnobConfig(size=5)).config.size == 5
+    with pytest.raises(ConfigError, match=r"unknown key 'knob.sise'. Did you mean 'size'"):
+        KnobPlugin(sise=4)
+    with pytest.raises(ConfigError, match=r"knob.size: got 'big'; input should be a valid integer"):
+        KnobPlugin(size="big")
+
+
+class FlakyPlugin(Logger[LoggerConfig]):
+    """Fails to write on the given calls."""
+
+    def __init__(self, failing: set[int]) -> None:
+        super().__init__()
+        self.failing = failing
+        self.calls = 0
+
+    def write(self, engine: Any, metrics: Any) -> None:
+        self.calls += 1
+        if self.calls in self.failing:
+            raise OSError("no space left")
+
+
+@pytest.mark.filterwarnings("ignore:logger 'flaky' failed")
+def test_logger_may_fail_without_stopping_the_run_and_is_switched_off_after_three() -> None:
+    from tiny import Regression
+
+    data = [{"x": Regression().x, "y": Regression().y}]
+    steady, dead = FlakyPlugin({1, 2, 4, 5}), FlakyPlugin({2, 3, 4})
+    for logger in (steady, dead):
+        assert tiny_engine(logger, log_every=1).fit(data, until="8 steps").status == "finished"
+    assert steady.calls == 8
+    assert dead.calls == 4
+    with pytest.warns(RuntimeWarning, match="failed to write at step 1.*no space left"):
+        tiny_engine(FlakyPlugin({1}), log_every=1).fit(data, until="1 step")

@@ -1,0 +1,92 @@
+"""The loss algebra: a step's gradient must not depend on how its samples are split."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import AbsolutePlugin, Net, Regression, SquaredPlugin, weights
+from torch.utils.data import default_collate
+
+from nexus_core import Engine, Loss, LossConfig, PluginError, hookimpl
+from nexus_core.step import take_step
+
+
+def gradients(split: list[list[int]], *plugins: Loss) -> tuple[list[torch.Tensor], dict]:
+    """One step over the given micro-batches in double precision: gradients and logged means."""
+    torch.manual_seed(1)
+    model = Net(dtype=torch.float64)
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), plugins=plugins)
+    data = Regression(dtype=torch.float64)
+    take_step(engine, [default_collate([data[i] for i in rows]) for rows in split])
+    return [p.grad for p in model.parameters()], engine.meter.read(engine.ranks)
+
+
+splits = st.integers(1, 23).flatmap(
+    lambda n: st.permutations(range(n)).flatmap(
+        lambda rows: st.lists(st.integers(1, max(1, n - 1)), max_size=6).map(
+            lambda cuts: [
+                list(rows)[a:b]
+                for a, b in zip([0, *sorted(set(cuts))], [*sorted(set(cuts)), n], strict=True)
+                if a < b
+            ]
+        )
+    )
+)
+
+
+@given(splits)
+def test_gradient_is_the_same_for_every_split_of_ragged_labels(split: list[list[int]]) -> None:
+    """Rows have 1 to 3 labels that count: means of means would weigh them wrongly."""
+    plugins = [SquaredPlugin(weight=0.7), AbsolutePlugin(weight=2.0)]
+    whole, metrics = gradients([sum(split, [])], *plugins)
+    parts, split_metrics = gradients(split, *plugins)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+    assert split_metrics == pytest.approx(metrics, rel=1e-5)
+
+
+def test_gradient_is_that_of_the_mean_by_hand() -> None:
+    """The oracle: plain autograd over all labels of the step at once."""
+    found, metrics = gradients([[0, 1], [2]], SquaredPlugin(weight=3.0))
+    torch.manual_seed(1)
+    model, data = Net(dtype=torch.float64), Regression(dtype=torch.float64)
+    counted = data.y[:3].isfinite()
+    loss = 3.0 * torch.mean((model(data.x[:3])[counted] - data.y[:3][counted]) ** 2)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+    assert metrics["train/squared_loss"] == pytest.approx(loss.item() / 3)
+    assert metrics["train/total_loss"] == pytest.approx(loss.item())
+
+
+def test_step_without_a_label_that_counts_changes_nothing() -> None:
+    """Zero units must give a zero gradient, not nan."""
+    model = Net()
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=1.0), plugins=[SquaredPlugin()])
+    before = weights(engine)
+    take_step(engine, [{"x": torch.ones(2, 5), "y": torch.full((2, 4), torch.nan)}])
+    assert all(map(torch.equal, before, weights(engine)))
+
+
+class OtherPlugin(SquaredPlugin):
+    """A second plugin with the same term."""
+
+    term = "squared"
+
+
+class UnlabelledPlugin(Loss[LossConfig]):
+    """Answers `loss_terms` under another name than `loss_units`."""
+
+    def units(self, batch: object) -> float:
+        return 1.0
+
+    @hookimpl
+    def loss_terms(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"stranger": output.sum()}
+
+
+def test_terms_must_be_unique_and_have_units() -> None:
+    with pytest.raises(PluginError, match="two plugins give the loss term 'squared'"):
+        gradients([[0]], SquaredPlugin(), OtherPlugin())
+    with pytest.raises(PluginError, match="no units"):
+        gradients([[0]], UnlabelledPlugin())

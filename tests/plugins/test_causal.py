@@ -1,0 +1,112 @@
+"""The causal module: its graph, its structural step, and whether a known graph is found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nexus_core.engine import Engine
+from nexus_plugins.loss_causal import LossCausalPlugin
+from nexus_plugins.model_nexus.causal import CausalModule
+from nexus_plugins.model_nexus.nexus import NEXUSOutput
+
+
+def test_nothing_acts_on_itself_before_and_after_training():
+    """If it fails, a variable explains itself and the graph means nothing."""
+    module = CausalModule(6, n_variables=5)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    for _ in range(3):
+        assert module.adjacency.shape == (5, 5)
+        assert module.adjacency.diagonal().abs().max() == 0
+        assert module.adjacency.abs().sum() > 0
+        module(torch.randn(2, 6))[0].square().sum().backward()
+        optimizer.step()
+
+
+def test_update_is_one_structural_step():
+    """If it fails, what is written back is not what the graph says."""
+    module = CausalModule(6, n_variables=5).eval()
+    h = torch.randn(2, 3, 6)
+    update, reports = module(h)
+    variables = reports["causal"]["variables"]
+    effects = torch.zeros(2, 3, 5)
+    for cause in range(5):
+        for effect in range(5):
+            effects[..., effect] += variables[..., cause] * module.adjacency[cause, effect]
+    expected = (effects @ module.write.projection.weight.T) * module.write.gate
+    torch.testing.assert_close(update, expected)
+
+
+def test_noise_is_drawn_in_training_only_and_from_the_seed():
+    """If it fails, evaluation is random, or two runs of one seed differ."""
+    module = CausalModule(6)
+    h = torch.randn(2, 3, 6)
+
+    def drawn(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        update: Tensor = module(h)[0]
+        return update
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    module.eval()
+    assert torch.equal(drawn(1), drawn(2))
+    parts = [module.step(token) for token in h.unbind(1)]
+    torch.testing.assert_close(torch.stack(parts, 1), module(h)[0])
+
+
+class CausalAlone(nn.Module):
+    """A causal module that observes its variables directly."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.causal = CausalModule(n, n_variables=n)
+        with torch.no_grad():
+            self.causal.read.weight.copy_(torch.eye(n))
+            self.causal.read.bias.zero_()
+        self.causal.read.requires_grad_(False)
+
+    def forward(self, states: Tensor) -> NEXUSOutput:
+        update, reports = self.causal(states)
+        return NEXUSOutput(update, torch.empty(0), reports)
+
+
+def structural_data(n: int, samples: int) -> tuple[Tensor, Tensor]:
+    """A random graph on n variables, in random order, and samples of its linear model."""
+    order = torch.randperm(n)
+    edges = (torch.rand(n, n) < 0.3).triu(1)
+    strengths = (0.5 + 1.5 * torch.rand(n, n)) * torch.randn(n, n).sign() * edges
+    values = torch.randn(samples, n)
+    for effect in range(n):
+        values[:, effect] += values @ strengths[:, effect]
+    graph = torch.zeros(n, n)
+    graph[order[:, None], order] = strengths
+    shuffled = torch.zeros(samples, n)
+    shuffled[:, order] = values
+    return graph, shuffled
+
+
+def hamming_distance(found: Tensor, true: Tensor) -> int:
+    """Edges to add, remove or turn round to get from one graph to the other."""
+    found, true = found.bool(), true.bool()
+    pairs = torch.triu(torch.ones_like(true), 1)
+    differs = (found != true) | (found.T != true.T)
+    return int((differs & pairs).sum())
+
+
+def test_a_known_graph_of_eight_variables_is_recovered():
+    """If it fails, the module's adjacency does not become the structure of its variables."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        true, samples = structural_data(8, 1000)
+        assert true.bool().sum() >= 4
+        model = CausalAlone(8)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        plugin = LossCausalPlugin(
+            weight=1.0, dag_weight=10.0, sparsity_weight=0.05, reconstruction_weight=1.0
+        )
+        optimizer = torch.optim.Adam(trained, lr=0.02)
+        batch = {"states": samples[None]}
+        Engine(model, optimizer, plugins=[plugin]).fit([batch] * 500, until="500 steps")
+        found = model.causal.adjacency.detach()
+        assert hamming_distance(found.abs() > 0.3, true) <= 2

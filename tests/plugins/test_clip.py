@@ -1,0 +1,115 @@
+"""Gradient clipping: the same numbers as torch, and a logged norm from before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nexus_core import ConfigError, Engine
+from nexus_plugins.clip import ClipPlugin
+
+
+def engine_of(model: nn.Module, plugin: ClipPlugin, scale: float = 1.0) -> Engine:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return Engine(
+        model,
+        optimizer,
+        loss=lambda model, batch: scale * model(batch).square().mean(),
+        plugins=[plugin],
+        log_every=1,
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    scale=st.floats(1e-4, 1e4),
+    max_norm=st.floats(1e-3, 1e3),
+    mixed=st.booleans(),
+)
+def test_update_is_that_of_torchs_clipping(
+    seed: int, scale: float, max_norm: float, mixed: bool
+) -> None:
+    """Breaks if either way (one type, mixed types) clips to other numbers than torch."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    if mixed:
+        model[2].double()
+        model[1] = nn.Sequential(nn.Tanh(), _ToDouble())
+    batch = torch.randn(3, 5)
+    start = [p.detach().clone() for p in model.parameters()]
+
+    (scale * model(batch).square().mean()).backward()
+    length = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    expected = [p - p.grad for p in model.parameters()]
+
+    engine = engine_of(model, ClipPlugin(max_norm=max_norm), scale)
+    result = engine.fit([batch], until="1 step")
+
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), wanted.detach(), rtol=1e-5, atol=1e-7)
+    assert result.metrics["train/grad_norm"] == pytest.approx(float(length), rel=1e-5)
+    assert start[0].shape == expected[0].shape
+
+
+class _ToDouble(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+def test_a_step_is_never_longer_than_max_norm() -> None:
+    """Breaks if clipping runs before the gradient is complete (accumulation) or not at all."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = Engine(
+        model,
+        optimizer,
+        loss=lambda model, batch: 1e3 * model(batch).sum(),
+        plugins=[ClipPlugin(max_norm=0.5)],
+        accumulate=3,
+    )
+    engine.fit([torch.randn(2, 4) for _ in range(3)], until="1 step")
+    moved = torch.cat(
+        [(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
+    )
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_infinite_max_norm_only_logs() -> None:
+    """Breaks if the norm cannot be watched without changing the training."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    batch = torch.randn(2, 4)
+    (100 * model(batch).square().mean()).backward()
+    expected = [(p - p.grad).detach().clone() for p in model.parameters()]
+    result = engine_of(model, ClipPlugin(max_norm=float("inf")), 100.0).fit([batch], until=1)
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.detach(), wanted)
+    assert result.metrics["train/grad_norm"] > 0
+
+
+def test_frozen_and_unused_parameters_do_not_count() -> None:
+    """Breaks if a parameter without gradient stops the run or enters the norm."""
+    model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    model["used"].bias.requires_grad_(False)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        loss=lambda model, batch: model["used"](batch).sum(),
+        plugins=[ClipPlugin(max_norm=1e9)],
+        log_every=1,
+    )
+    result = engine.fit([torch.tensor([[3.0, 4.0]])], until=1)
+    assert result.metrics["train/grad_norm"] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("value", [0, -1, "much"])
+def test_refuses_a_norm_that_is_no_length(value: object) -> None:
+    """Breaks if a senseless setting gets as far as training."""
+    with pytest.raises(ConfigError, match=r"clip\.max_norm"):
+        ClipPlugin(max_norm=value)

@@ -1,0 +1,121 @@
+"""The console: plain lines off a terminal, a bar on one."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nexus_core import Engine
+from nexus_plugins.console import ConsolePlugin
+from nexus_plugins.throughput import ThroughputPlugin
+
+DATA = [torch.ones(2, 2)]
+
+
+def engine_of(**settings: Any) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    return Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda m, b: m(b).square().mean(),
+        plugins=[ThroughputPlugin(), ConsolePlugin(**settings)],
+        log_every=2,
+    )
+
+
+def test_off_a_terminal_each_log_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Breaks if a log file does not say where the run is, how well, how fast, how long yet."""
+    engine_of(every=None).fit(DATA, until="6 steps", eval_data=DATA, eval_every="4 steps")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 2/6",
+        "step 4/6",
+        "step 4/6",
+        "step 6/6",
+        "step 6/6",
+    ]
+    pattern = r"step 2/6  loss \d+\.\d{4}  lr 1\.00e-01  [\d,]+ tokens/s  \d\d:\d\d left"
+    assert re.fullmatch(pattern, lines[0])
+    assert re.search(r"evaluated: .*val/loss \d+\.\d{4}", lines[2])
+    assert "left" not in lines[3]
+
+
+def test_every_holds_lines_back_but_never_the_first_and_the_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Breaks if a long run floods its log, or a short one ends without its result."""
+    engine_of(every="6 steps").fit(DATA, until="16 steps")
+    places = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert places == ["step 2/16", "step 6/16", "step 12/16", "step 16/16"]
+
+
+def test_the_place_is_in_the_unit_of_the_horizon(capsys: pytest.CaptureFixture[str]) -> None:
+    """Breaks if a run of 2 epochs is shown as if nobody knew where it ends."""
+    engine_of(every=None).fit(DATA * 4, until="2 epochs")
+    assert "step 2  25.0% of 2 epochs" in capsys.readouterr().out
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    """Breaks if a script that wants silence gets lines."""
+    engine_of(quiet=True).fit(DATA, until="4 steps", eval_data=DATA)
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[bytes]]:
+    """The error stream on a real pseudo-terminal, and what is shown on it."""
+    shown, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, columns))
+    screen: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # raised when the other end is closed
+            while part := os.read(shown, 65536):
+                screen.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with monkeypatch.context() as patch, os.fdopen(inside, "w") as stream:
+        patch.setattr(sys, "stderr", stream)
+        yield screen
+    reader.join()
+    os.close(shown)
+
+
+@pytest.mark.parametrize("columns", [120, 0])
+def test_on_a_terminal_a_bar_moves_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
+    """Breaks if the bar is missing, in the wrong unit, stops short, or swallows evaluations."""
+    with terminal(monkeypatch, columns) as screen:
+        engine_of().fit(DATA, until="40 samples", eval_data=DATA, eval_every="10 steps")
+    text = b"".join(screen).decode()
+    assert capsys.readouterr().out == "", "with a bar there are no plain lines"
+    assert re.search(r" 10%\|.*\| 4/40 samples \[", text)
+    assert re.search(r"100%\|.*\| 40/40 samples \[", text)
+    assert re.search(r"loss \d+\.\d{4}  lr 1\.00e-01", text)
+    assert re.search(r"step 10  50\.0% of 40 samples  evaluated: .*val/loss", text)
+
+
+def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a resumed run is shown from zero, with too much time left."""
+    with terminal(monkeypatch, 120) as screen:
+        engine = engine_of()
+        engine.state.step = 30
+        engine.fit(DATA, until="40 steps")
+    places = re.findall(r"(\d+)/40 steps", b"".join(screen).decode())
+    assert places[0] == "30"
+    assert places[-1] == "40"

@@ -1,0 +1,121 @@
+"""The metrics file: complete, readable, and without repetitions after a crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nexus_core import ConfigError, Engine
+from nexus_plugins.jsonl import JsonlPlugin
+
+DATA = [torch.ones(2, 2)]
+
+
+def engine_of(out: Path | None, scale: float = 1.0, **settings: Any) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    return Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda m, b: m(b).square().mean() * scale,
+        plugins=[JsonlPlugin()],
+        out=out,
+        **{"log_every": 2, **settings},
+    )
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def test_each_log_and_each_evaluation_is_a_line(tmp_path: Path) -> None:
+    """Breaks if a metric is not stored under its name, with its step."""
+    engine_of(tmp_path).fit(DATA, until="4 steps", eval_data=DATA, eval_every="4 steps")
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert {"time", "tokens", "train/total_loss", "train/learning_rate"} <= lines[0].keys()
+    assert "val/loss" in lines[2]
+    assert "train/total_loss" not in lines[2]
+    assert lines[0]["tokens"] == 4
+
+
+def test_a_line_is_in_the_file_while_the_run_goes_on(tmp_path: Path) -> None:
+    """Breaks if a killed process takes its last lines with it."""
+    engine = engine_of(tmp_path, log_every=1)
+    for state in engine.steps(DATA, until="3 steps"):
+        assert len(lines_of(tmp_path)) == state.step
+
+
+@pytest.mark.parametrize("debris", ["", '{"step": 7, "ti', '{"step": 5}\nnot json\n', "\x00\x00"])
+def test_after_a_crash_each_step_is_there_once(tmp_path: Path, debris: str) -> None:
+    """Breaks if resuming repeats lines, loses lines, or is put off by a torn one."""
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    engine_of(whole).fit(DATA, until="10 steps", eval_data=DATA, eval_every="4 steps")
+
+    first = engine_of(crashed)
+    for state in first.steps(DATA, until="10 steps", eval_data=DATA, eval_every="4 steps"):
+        if state.step == 4:
+            snapshot = first.state_dict()
+            snapshot["model"] = {k: v.clone() for k, v in snapshot["model"].items()}
+        if state.step == 7:
+            break
+    with (crashed / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(debris)
+    second = engine_of(crashed)
+    second.load_state_dict(snapshot)
+    second.fit(DATA, until="10 steps", eval_data=DATA, eval_every="4 steps")
+
+    assert without_time(lines_of(crashed)) == without_time(lines_of(whole))
+
+
+def test_resuming_at_the_end_repeats_nothing(tmp_path: Path) -> None:
+    """Breaks if the closing log is written again by a session that trains nothing."""
+    engine = engine_of(tmp_path, log_every=3)
+    snapshots = []
+    for state in engine.steps(DATA, until="4 steps", eval_data=DATA):
+        if state.step == 4:
+            snapshots.append(engine.state_dict())
+    before = lines_of(tmp_path)
+    again = engine_of(tmp_path, log_every=3)
+    again.load_state_dict(snapshots[0])
+    again.fit(DATA, until="4 steps", eval_data=DATA)
+    assert without_time(lines_of(tmp_path)) == without_time(before)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """Breaks if a diverged run leaves a file that strict JSON readers refuse."""
+    engine_of(tmp_path, scale=float("nan")).fit(DATA, until="2 steps")
+    assert lines_of(tmp_path)[0]["train/total_loss"] is None
+
+
+def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path) -> None:
+    """Breaks if the curves of two runs are mixed in one file."""
+    engine_of(tmp_path).fit(DATA, until="6 steps")
+    engine_of(tmp_path).fit(DATA, until="4 steps")
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
+
+
+def test_going_on_in_the_same_process_appends(tmp_path: Path) -> None:
+    """Breaks if a second `fit` of one engine wipes the lines of the first."""
+    engine = engine_of(tmp_path)
+    engine.fit(DATA, until="4 steps")
+    engine.fit(DATA, until="8 steps")
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_without_a_folder_the_run_does_not_start() -> None:
+    """Breaks if metrics are lost without a word because `out` was forgotten."""
+    engine = engine_of(None)
+    with pytest.raises(ConfigError, match=r"jsonl writes into the run's folder.*out="):
+        engine.fit(DATA, until="1 step")
+    assert engine.state.step == 0

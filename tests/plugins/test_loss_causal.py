@@ -1,0 +1,130 @@
+"""The causal module's loss against scipy, the law of acyclicity, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_plugins.loss_causal import LossCausalPlugin, dag_constraint
+from nexus_plugins.model_nexus.nexus import NEXUSOutput
+
+
+def output(**reports):
+    return NEXUSOutput(torch.empty(0), torch.empty(0), reports)
+
+
+@st.composite
+def graphs(draw, acyclic: bool):
+    """A weighted graph on 2 to 10 nodes in random order: without a cycle, or with one for sure."""
+    n = draw(st.integers(2, 10))
+    numbers = np.random.default_rng(draw(st.integers(0, 99_999)))
+    density = draw(st.sampled_from([0.1, 0.4, 1.0]))
+    weights = numbers.normal(size=(n, n)) + np.sign(numbers.normal(size=(n, n))) * 0.1
+    graph = np.triu(weights * (numbers.random((n, n)) < density), 1)
+    if not acyclic:
+        length = draw(st.integers(2, n))
+        ring = numbers.permutation(n)[:length]
+        graph[ring, np.roll(ring, -1)] = 1.0
+    order = numbers.permutation(n)
+    return graph[np.ix_(order, order)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(acyclic=True))
+def test_constraint_is_zero_without_a_cycle(graph):
+    """If it fails, a graph is punished for edges that close no cycle."""
+    assert abs(dag_constraint(torch.from_numpy(graph)).item()) < 1e-8
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(acyclic=False))
+def test_constraint_is_positive_with_a_cycle(graph):
+    """If it fails, there are cycles that cost nothing; even one through all ten nodes must."""
+    assert dag_constraint(torch.from_numpy(graph)).item() > 1e-7
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(acyclic=False), st.booleans())
+def test_constraint_and_gradient_match_scipy(graph, transpose):
+    """If it fails, training follows another slope than that of NOTEARS."""
+    assume(np.abs(graph).max() < 4)
+    graph = graph.T.copy() if transpose else graph
+    exponential = scipy.linalg.expm(graph * graph)
+    adjacency = torch.from_numpy(graph).requires_grad_()
+    value = dag_constraint(adjacency)
+    value.backward()
+    np.testing.assert_allclose(value.item(), np.trace(exponential) - len(graph), rtol=1e-8)
+    np.testing.assert_allclose(adjacency.grad.numpy(), 2 * graph * exponential.T, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 9999), reconstruction=st.sampled_from([0.0, 0.5]))
+def test_loss_matches_numpy(seed, reconstruction):
+    """If it fails, the causal module is trained on another formula than documented."""
+    numbers = np.random.default_rng(seed)
+    adjacency, variables = numbers.normal(size=(4, 4)), numbers.normal(size=(2, 3, 4))
+    expected = 1.5 * (np.trace(scipy.linalg.expm(adjacency**2)) - 4)
+    expected += 0.02 * np.abs(adjacency).sum()
+    missed = [variable - adjacency.T @ variable for variable in variables.reshape(-1, 4)]
+    expected += reconstruction * np.mean([(miss**2).sum() / 2 for miss in missed])
+    plugin = LossCausalPlugin(
+        dag_weight=1.5, sparsity_weight=0.02, reconstruction_weight=reconstruction
+    )
+    report = {"adjacency": torch.from_numpy(adjacency), "variables": torch.from_numpy(variables)}
+    assert plugin.units({}) == 1.0
+    np.testing.assert_allclose(plugin.loss({}, output(causal=report)).item(), expected)
+
+
+class Graph(nn.Module):
+    """A learned adjacency, whatever the input."""
+
+    active_modules: tuple[str, ...] = ("causal",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.edges = nn.Parameter(torch.tensor([[0.0, 0.7], [0.5, 0.0]]))
+
+    def forward(self, input_ids):
+        return output(causal={"adjacency": self.edges})
+
+
+def test_the_term_counts_once_a_step_however_it_is_split():
+    """If it fails, accumulation multiplies the pressure on the graph."""
+    trained = []
+    for accumulate in (1, 4):
+        model = Graph()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        plugin = LossCausalPlugin(weight=1.0)
+        engine = Engine(model, optimizer, plugins=[plugin], accumulate=accumulate)
+        batches = [{"input_ids": torch.zeros(1, 2)}] * accumulate
+        before = dag_constraint(model.edges).item()
+        engine.fit(batches, until="1 steps")
+        assert engine.metrics["causal/dag_constraint"] == pytest.approx(before)
+        trained.append(model.edges.detach())
+    torch.testing.assert_close(*trained)
+    assert dag_constraint(trained[0]).item() < before
+
+
+@pytest.mark.parametrize("active", [(), ("causal",)])
+def test_a_model_without_the_module_is_refused(active):
+    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    model = Graph()
+    model.active_modules = active
+    model.forward = lambda input_ids: output(world=model.edges)
+    engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossCausalPlugin()])
+    with pytest.raises(ConfigError, match=r"model_nexus\.causal=true.*no:loss_causal"):
+        engine.fit([{"input_ids": torch.zeros(1, 3)}], until="1 steps")
+
+
+def test_defaults_are_those_of_the_full_model():
+    """If it fails, a default of the documented table has changed."""
+    config = LossCausalPlugin().config
+    assert (config.weight, config.dag_weight, config.sparsity_weight) == (0.05, 1.0, 0.01)
+    assert config.reconstruction_weight == 0

@@ -1,0 +1,84 @@
+"""The energy module's loss against numpy, its units, its metric, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_plugins.loss_energy import LossEnergyPlugin
+from nexus_plugins.model_nexus.nexus import NEXUSOutput
+
+
+def output(**reports):
+    return NEXUSOutput(torch.empty(0), torch.empty(0), reports)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999))
+def test_loss_and_units_match_numpy(seed):
+    """If it fails, the energy module is trained on another formula than documented."""
+    numbers = np.random.default_rng(seed)
+    energy, iterations = numbers.normal(size=(2, 4)), numbers.uniform(1, 9, (2, 4))
+    labels = np.array([[1, 2, 3, 4], [1, 2, -100, -100]])
+    real = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=bool)
+    expected = (energy[real] + 0.01 * np.abs(iterations[real] - 5)).sum()
+    batch = {"input_ids": torch.zeros(2, 4), "labels": torch.from_numpy(labels)}
+    report = {
+        "final_energy": torch.from_numpy(energy),
+        "iterations": torch.from_numpy(iterations),
+    }
+    plugin = LossEnergyPlugin()
+    assert plugin.units(batch) == 7
+    np.testing.assert_allclose(plugin.loss(batch, output(energy=report)).item(), expected)
+
+
+class Settler(nn.Module):
+    """Expects a learned number of refinements, and makes two or four."""
+
+    active_modules: tuple[str, ...] = ("energy",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = nn.Parameter(torch.tensor(8.0))
+
+    def forward(self, input_ids):
+        made = torch.full(input_ids.shape, 4.0)
+        made[:, 0] = 2.0
+        iterations = self.count.expand(input_ids.shape)
+        report = {"final_energy": 0 * iterations, "iterations": iterations, "refinements": made}
+        return output(energy=report)
+
+
+def test_training_aims_at_the_target_and_logs_the_iterations():
+    """If it fails, effort does not approach its target, or the metric is not the mean."""
+    model = Settler()
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    plugin = LossEnergyPlugin(weight=1.0)
+    engine = Engine(model, optimizer, plugins=[plugin], accumulate=2)
+    batches = [{"input_ids": torch.zeros(1, length)} for length in (1, 3)]
+    engine.fit(batches, until="1 steps")
+    assert model.count.item() == pytest.approx(8 - 10 * 0.01)
+    assert engine.metrics["energy/avg_iterations"] == pytest.approx((2 + 2 + 4 + 4) / 4)
+
+
+@pytest.mark.parametrize("active", [(), ("energy",)])
+def test_a_model_without_the_module_is_refused(active):
+    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    model = Settler()
+    model.active_modules = active
+    model.forward = lambda input_ids: output(world=model.count)
+    engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossEnergyPlugin()])
+    with pytest.raises(ConfigError, match=r"model_nexus\.energy=true.*no:loss_energy"):
+        engine.fit([{"input_ids": torch.zeros(1, 3)}], until="1 steps")
+
+
+def test_defaults_are_those_of_the_full_model():
+    """If it fails, a default of the documented table has changed."""
+    config = LossEnergyPlugin().config
+    assert (config.weight, config.iteration_weight, config.target_iterations) == (0.05, 0.01, 5)

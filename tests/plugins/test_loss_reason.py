@@ -1,0 +1,99 @@
+"""The reasoner's loss against numpy, its units, its metric, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_plugins.loss_reason import LossReasonPlugin
+from nexus_plugins.model_nexus.nexus import NEXUSOutput
+
+
+def output(**reports):
+    return NEXUSOutput(torch.empty(0), torch.empty(0), reports)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999), sharpness=st.sampled_from([0.0, 1.0, 100.0]))
+def test_loss_and_units_match_scipy(seed, sharpness):
+    """If it fails, the reasoner is trained on another formula than documented."""
+    numbers = np.random.default_rng(seed)
+    rules = scipy.special.softmax(sharpness * numbers.normal(size=(2, 4, 3, 6)), -1)
+    halting = numbers.dirichlet(np.ones(3), size=(2, 4))
+    labels = np.array([[1, 2, 3, -100], [1, -100, -100, -100]])
+    real = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    entropy = scipy.stats.entropy(rules, axis=-1)
+    per_position_and_step = 0.1 * np.mean(
+        [halting[place][step] * entropy[place][step] for place in real for step in range(3)]
+    )
+    batch = {"input_ids": torch.zeros(2, 4), "labels": torch.from_numpy(labels)}
+    reports = output(reason=torch.from_numpy(rules), reason_halting=torch.from_numpy(halting))
+    plugin = LossReasonPlugin()
+    assert plugin.units(batch) == len(real)
+    mean = plugin.loss(batch, reports) / plugin.units(batch)
+    np.testing.assert_allclose(mean.item(), per_position_and_step, atol=1e-8)
+
+
+def test_a_certain_choice_has_no_loss_and_a_finite_gradient():
+    """If it fails, a reasoner that has made up its mind ends in NaN."""
+    rules = torch.tensor([0.0, 1.0, 0.0]).expand(1, 2, 1, 3).clone().requires_grad_()
+    batch = {"input_ids": torch.zeros(1, 2)}
+    loss = LossReasonPlugin().loss(
+        batch, output(reason=rules, reason_halting=torch.ones(1, 2, 1))
+    )
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert rules.grad.isfinite().all()
+
+
+class Chooser(nn.Module):
+    """Halts after two of three steps, half of the time."""
+
+    active_modules: tuple[str, ...] = ("reason",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.arange(4.0))
+
+    def forward(self, input_ids):
+        shape = input_ids.shape
+        rules = self.scores.softmax(0).expand(*shape, 3, 4)
+        halting = torch.tensor([0.0, 0.5, 0.5]).expand(*shape, 3)
+        return output(reason=rules, reason_halting=halting)
+
+
+def test_training_lowers_the_entropy_and_logs_the_proof_length():
+    """If it fails, the term moves the wrong way, or its metric is not the expected steps."""
+    model = Chooser()
+    entropy = scipy.stats.entropy(model.scores.softmax(0).detach().numpy())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = Engine(model, optimizer, plugins=[LossReasonPlugin(weight=1.0)], accumulate=2)
+    batches = [{"input_ids": torch.zeros(2, length)} for length in (3, 5, 2, 7)]
+    engine.fit(batches, until="2 steps")
+    assert engine.metrics["reasoning/proof_length"] == pytest.approx(2.5)
+    assert scipy.stats.entropy(model.scores.softmax(0).detach().numpy()) < entropy
+
+
+@pytest.mark.parametrize("active", [(), ("reason",)])
+def test_a_model_without_the_module_is_refused(active):
+    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    model = Chooser()
+    model.active_modules = active
+    model.forward = lambda input_ids: output(world=model.scores)
+    engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossReasonPlugin()])
+    with pytest.raises(ConfigError, match=r"model_nexus\.reason=true.*no:loss_reason"):
+        engine.fit([{"input_ids": torch.zeros(1, 3)}], until="1 steps")
+
+
+def test_defaults_are_those_of_the_full_model():
+    """If it fails, a default of the documented table has changed."""
+    config = LossReasonPlugin().config
+    assert (config.weight, config.entropy_weight, config.eps) == (0.05, 0.1, 1e-10)

@@ -1,0 +1,121 @@
+"""The world-model loss against numpy, its units, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_plugins.loss_world import LossWorldPlugin
+from nexus_plugins.model_nexus.nexus import NEXUSOutput
+
+
+def output(**reports):
+    return NEXUSOutput(torch.empty(0), torch.empty(0), reports)
+
+
+def a_batch(draw_from: np.random.Generator, rows: int = 3, length: int = 9):
+    """Rows of short documents; the end of some rows is padding (no labels)."""
+    segments = np.sort(draw_from.integers(0, 4, (rows, length)), 1)
+    labels = draw_from.integers(0, 50, (rows, length))
+    for row in range(rows):
+        padding = int(draw_from.integers(0, length))
+        labels[row, length - padding :] = -100
+    return {
+        "input_ids": torch.zeros(rows, length, dtype=torch.long),
+        "segment_ids": torch.from_numpy(segments),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def counts(batch, row: int, position: int) -> bool:
+    """Whether a position has a next token, and both are real."""
+    labels, segments = batch["labels"][row].tolist(), batch["segment_ids"][row].tolist()
+
+    def real(place: int) -> bool:
+        return labels[place] != -100 or (place > 0 and labels[place - 1] != -100)
+
+    there = position + 1
+    return (
+        there < len(labels)
+        and segments[there] == segments[position]
+        and real(position)
+        and real(there)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999), with_targets=st.booleans(), scale=st.sampled_from([0.1, 1.0]))
+def test_loss_and_units_match_numpy(seed, with_targets, scale):
+    """If it fails, the world model is trained on another formula than documented."""
+    numbers = np.random.default_rng(seed)
+    batch = a_batch(numbers)
+    shape = (*batch["input_ids"].shape, 2, 5)
+    predictions = numbers.normal(size=shape).astype(np.float32) * scale
+    targets = numbers.normal(size=shape).astype(np.float32)
+    mask = numbers.random(shape[:3]) < 0.7
+    total, units = 0.0, 0
+    for row, position in np.ndindex(shape[:2]):
+        if not counts(batch, row, position):
+            continue
+        units += 1
+        each = []
+        for level in range(2):
+            guess, truth = predictions[row, position, level], targets[row, position, level]
+            hinge = 0.1 * max(0.0, 0.1 - guess.var())
+            if not with_targets:
+                each.append(hinge)
+            elif mask[row, position, level]:
+                each.append(((guess - truth) ** 2).mean() + hinge)
+        total += np.mean(each) if each else 0.0
+    reports = {"world": torch.from_numpy(predictions)}
+    if with_targets:
+        reports["world_targets"] = torch.from_numpy(targets)
+        reports["world_mask"] = torch.from_numpy(mask)
+    plugin = LossWorldPlugin()
+    assert plugin.units(batch) == units
+    np.testing.assert_allclose(plugin.loss(batch, output(**reports)).item(), total, atol=1e-4)
+
+
+def test_hinge_prevents_collapse_instead_of_causing_it():
+    """If it fails, a step down the loss makes the latents more alike."""
+    batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    guess = (torch.randn(1, 3, 1, 8) * 0.1).requires_grad_()
+    LossWorldPlugin().loss(batch, output(world=guess)).backward()
+    further = guess.detach() - 10 * guess.grad
+    assert (further[:, :2].var(-1) > guess.detach()[:, :2].var(-1)).all()
+
+
+def test_defaults_are_those_of_the_full_model():
+    """If it fails, a default of the documented table has changed."""
+    config = LossWorldPlugin().config
+    assert (config.weight, config.variance_weight, config.variance_floor) == (0.1, 0.1, 0.1)
+    assert (config.decay, config.decay_schedule) == (0.996, "constant")
+
+
+class Blind(nn.Module):
+    """A model without a world module, that says so or does not."""
+
+    def __init__(self, says_so: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        if says_so:
+            self.active_modules = ("reason",)
+
+    def forward(self, input_ids):
+        return output(reason=self.weight)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_model_without_the_module_is_refused(says_so):
+    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    model = Blind(says_so)
+    engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossWorldPlugin()])
+    batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    with pytest.raises(ConfigError, match=r"model_nexus\.world=true.*no:loss_world"):
+        engine.fit([batch], until="1 steps")

@@ -1,0 +1,261 @@
+"""The whole NEXUS model, all modules on: the laws that hold for every one of them together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_plugins.loss_causal import LossCausalPlugin
+from nexus_plugins.loss_energy import LossEnergyPlugin
+from nexus_plugins.loss_lm import LossLmPlugin
+from nexus_plugins.loss_reason import LossReasonPlugin
+from nexus_plugins.loss_world import LossWorldPlugin
+from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
+
+VOCAB = 23
+MODULES = ("world", "reason", "energy", "causal")
+
+
+def small_model(**settings) -> NEXUSCore:
+    """A model with all modules, whose gates are open, so that what a module does shows."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
+    model = NEXUSCore(**{**sizes, "ssm_d_state": 8, "ssm_chunk_length": 8, **settings})
+    with torch.no_grad():
+        for part in model.parts.values():
+            part.write.gate.fill_(1.0)
+    return model.eval()
+
+
+def tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(VOCAB, (rows, length))
+
+
+def five_losses():
+    return [
+        LossLmPlugin(),
+        LossWorldPlugin(),
+        LossReasonPlugin(),
+        LossEnergyPlugin(),
+        LossCausalPlugin(),
+    ]
+
+
+def batches(count: int, rows: int = 4, length: int = 24) -> list[dict[str, Tensor]]:
+    """Rows that repeat a short pattern each, with the next token as label."""
+    made = []
+    for _ in range(count):
+        pattern = tokens(rows, 4).repeat(1, length // 4 + 1)
+        made.append({"input_ids": pattern[:, :length], "labels": pattern[:, 1 : length + 1]})
+    return made
+
+
+def engine_for(model: NEXUSCore, **settings) -> Engine:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    plugins = [ModelNexusPlugin(), *five_losses()]
+    return Engine(model, optimizer, plugins=plugins, seed=0, **settings)
+
+
+def test_outputs_have_the_documented_names_and_shapes():
+    """If it fails, whoever reads `module_outputs` breaks."""
+    model = small_model(d_latent=6, world_levels=2, reasoning_steps=3, n_rules=5, n_variables=7)
+    logits, info = model(tokens(2, 9), return_all_outputs=True)
+    outputs = info["module_outputs"]
+    assert logits.shape == (2, 9, VOCAB)
+    assert outputs["world"].shape == outputs["world_targets"].shape == (2, 9, 2, 6)
+    assert outputs["reason"].shape == (2, 9, 3, 5)
+    assert outputs["energy"]["iterations"].shape == (2, 9)
+    assert outputs["energy"]["final_energy"].shape == (2, 9)
+    assert outputs["causal"]["adjacency"].shape == (7, 7)
+
+
+@given(length=st.integers(2, 30), data=st.data())
+def test_no_logit_depends_on_a_later_token(length, data):
+    """If it fails, the model reads the answer in training and is useless in generation."""
+    model = small_model()
+    changed_at = data.draw(st.integers(1, length - 1))
+    ids = tokens(2, length)
+    other = ids.clone()
+    other[:, changed_at:] = (ids[:, changed_at:] + 1 + tokens(2, length - changed_at)) % VOCAB
+    with torch.no_grad():
+        assert torch.equal(model(ids)[:, :changed_at], model(other)[:, :changed_at])
+
+
+def test_no_sequence_depends_on_its_neighbours():
+    """If it fails, a prediction changes with the batch that it happens to be in."""
+    model = small_model()
+    ids, others = tokens(3, 17), tokens(3, 17)
+    others[1] = ids[1]
+    with torch.no_grad():
+        assert torch.equal(model(ids)[1], model(others)[1])
+
+
+def test_documents_of_a_packed_row_are_isolated():
+    """If it fails, a document's logits or latents depend on the one packed before it."""
+    model = small_model()
+    first, second = tokens(1, 9), tokens(1, 12)
+    packed = torch.cat([first, second], 1)
+    segments = torch.cat([torch.zeros_like(first), torch.ones_like(second)], 1)
+    with torch.no_grad():
+        together = model.hidden(packed, segments)
+        alone = model.hidden(second)
+    torch.testing.assert_close(together.hidden[:, 9:], alone.hidden, atol=1e-5, rtol=1e-4)
+    for name in ("world_targets", "world_mask"):
+        of_pack, of_one = together.module_outputs[name], alone.module_outputs[name]
+        torch.testing.assert_close(of_pack[:, 9:], of_one, atol=1e-4, rtol=1e-4)
+    assert not together.module_outputs["world_mask"][0, 8].any()
+
+
+def test_generation_steps_equal_the_whole_sequence():
+    """If it fails, generated text comes from another model than the trained one."""
+    model = small_model()
+    ids = tokens(2, 19)
+    states = model.initial_state(2)
+    with torch.no_grad():
+        whole = model(ids)
+        for position, token in enumerate(ids.unbind(1)):
+            logits, states = model.step(token, states)
+            torch.testing.assert_close(logits, whole[:, position], atol=1e-4, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient_from_the_total_loss_at_the_start():
+    """If it fails, part of the model is never trained, or starts with NaN."""
+    torch.manual_seed(0)
+    model = NEXUSCore(vocab_size=VOCAB, d_model=32, ssm_n_layers=2, ssm_head_dim=16)
+    engine = engine_for(model)
+    engine.optimizer.param_groups[0]["lr"] = 0.0
+    engine.fit(batches(1), until="1 steps")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+        else:
+            assert "target_encoder" in name
+
+
+def test_modules_start_near_zero():
+    """If it fails, a fresh module disturbs the backbone that it should not be able to hurt."""
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
+    torch.manual_seed(0)
+    whole = NEXUSCore(**sizes).eval()
+    torch.manual_seed(0)
+    bare = NEXUSCore(**sizes, **dict.fromkeys(MODULES, False)).eval()
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        difference, logits = whole(ids) - bare(ids), bare(ids)
+    assert 0 < difference.std() < 0.05 * logits.std()
+
+
+@pytest.mark.parametrize("missing", MODULES)
+def test_a_module_that_is_off_reports_nothing_and_its_loss_says_so(missing):
+    """If it fails, a switch does nothing, or a loss fails in a way that no one understands."""
+    model = small_model(**{missing: False})
+    assert missing not in model.active_modules
+    _, info = model(tokens(1, 5), return_all_outputs=True)
+    kept = {name.split("_")[0] for name in info["module_outputs"]}
+    assert kept == set(MODULES) - {missing}
+    with pytest.raises(ConfigError, match=f"no:loss_{missing}"):
+        engine_for(model).fit(batches(1), until="1 steps")
+
+
+def test_cost_is_linear_in_length():
+    """If it fails, long texts cost more than their length in arithmetic."""
+    model = small_model()
+
+    def operations(length: int) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(tokens(1, length))
+        return counter.get_total_flops()
+
+    first, second, third = (operations(length) for length in (64, 128, 192))
+    assert third - second == second - first
+
+
+def test_one_seed_gives_one_run_and_a_resumed_run_the_same_bits():
+    """If it fails, a killed run ends elsewhere: the target encoder or the noise was lost."""
+
+    def state_after(cuts: tuple[int, ...]) -> dict[str, Tensor]:
+        data, snapshot = batches_of_seed(), None
+        for cut in cuts:
+            model = small_model(dropout=0.1).train()
+            engine = engine_for(model)
+            if snapshot is not None:
+                engine.load_state_dict(snapshot)
+            engine.fit(data, until=f"{cut} steps")
+            snapshot = engine.state_dict()
+        return model.state_dict()
+
+    def batches_of_seed():
+        torch.manual_seed(1)
+        return batches(4)
+
+    whole, again, resumed = state_after((4,)), state_after((4,)), state_after((2, 4))
+    assert any("target_encoder" in name for name in whole)
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_all_five_terms_move_in_the_sensible_direction():
+    """If it fails, the losses fight one another, or one of them is not trained at all."""
+    torch.manual_seed(0)
+    model = NEXUSCore(vocab_size=VOCAB, d_model=32, ssm_n_layers=2, ssm_head_dim=16)
+    engine = engine_for(model, log_every=1)
+    seen = []
+    steps = engine.steps(batches(120), until="120 steps")
+    for _ in steps:
+        seen.append(dict(engine.metrics))
+    terms = ["train/lm_loss", "train/world_loss", "train/reason_loss", "train/energy_loss"]
+    for name in [*terms, "train/causal_loss"]:
+        first, last = (sum(m[name] for m in part) / 10 for part in (seen[:10], seen[-10:]))
+        assert last < first, name
+    assert 1 <= seen[-1]["reasoning/proof_length"] <= 3
+    assert 1 <= seen[-1]["energy/avg_iterations"] <= 8
+    assert seen[-1]["causal/dag_constraint"] >= 0
+    measured = engine.evaluate(batches(1))
+    assert {f"val/{name}_loss" for name in ("lm", *MODULES)} <= set(measured)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("split", [1, 3])
+def test_gradient_is_the_same_for_every_split_of_a_step(padded, split):
+    """If it fails, accumulation or padding changes what is learned."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (6, 12), generator=generator)
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    for row in range(6):
+        labels[row, 3 + row :] = -100
+
+    def gradients(rows_of_each: int, extra: int) -> dict[str, Tensor]:
+        model = small_model().double()
+        rows = list(zip(ids.split(rows_of_each), labels.split(rows_of_each), strict=True))
+        data = [
+            {
+                "input_ids": torch.nn.functional.pad(part, (0, extra)),
+                "labels": torch.nn.functional.pad(label, (0, extra), value=-100),
+            }
+            for part, label in rows
+        ]
+        plugins = [ModelNexusPlugin(), *five_losses()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        model.parts["causal"].noise_scale.data.zero_()  # its noise is drawn per micro-batch
+        Engine(model, optimizer, plugins=plugins, accumulate=len(data)).fit(data, until="1 steps")
+        return {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and not name.endswith("noise_scale")
+        }
+
+    whole, parts = gradients(6, 0), gradients(6 // split, 4 if padded else 0)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-9, rtol=1e-7, msg=name)

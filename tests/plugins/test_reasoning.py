@@ -1,0 +1,128 @@
+"""The reasoner: its distributions, its chaining, its halting."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexus_plugins.model_nexus.reasoning import Reasoner
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    steps=st.integers(1, 5),
+    rules=st.integers(1, 9),
+    scale=st.sampled_from([0.01, 1.0, 100.0]),
+)
+def test_rules_and_halting_are_distributions(seed, steps, rules, scale):
+    """If it fails, the entropy of the loss and the proof length mean nothing."""
+    torch.manual_seed(seed)
+    reasoner = Reasoner(6, n_predicates=5, n_rules=rules, steps=steps)
+    _, reports = reasoner(torch.randn(2, 3, 6) * scale)
+    assert reports["reason"].shape == (2, 3, steps, rules)
+    assert reports["reason_halting"].shape == (2, 3, steps)
+    for distribution in reports.values():
+        assert (distribution >= 0).all()
+        torch.testing.assert_close(
+            distribution.sum(-1), torch.ones(distribution.shape[:-1]), rtol=0, atol=1e-5
+        )
+
+
+def test_update_matches_forward_chaining_written_in_numpy():
+    """If it fails, the steps do not apply the rules that they choose."""
+    torch.manual_seed(1)
+    reasoner = Reasoner(6, n_predicates=5, n_rules=4, steps=3, d_symbol=7).double()
+    h = torch.randn(6, dtype=torch.float64)
+    got, reports = reasoner(h)
+    weights = {name: value.detach().numpy() for name, value in reasoner.named_parameters()}
+
+    def softmax(scores):
+        return np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+
+    def meaning(symbols):
+        return softmax(symbols @ weights["predicates"].T / np.sqrt(7))
+
+    def sigmoid(value):
+        return 1 / (1 + np.exp(-value))
+
+    read = weights["read.weight"] @ h.numpy() + weights["read.bias"]
+    beliefs, affinity = sigmoid(read[:5]), read[5:]
+    running, result = 1.0, np.zeros(5)
+    for step in range(3):
+        truth = np.array(
+            [
+                (meaning(weights["premises"][0, rule]) @ beliefs)
+                * (meaning(weights["premises"][1, rule]) @ beliefs)
+                for rule in range(4)
+            ]
+        )
+        chosen = softmax(affinity + np.log(truth))
+        for_sure = sum(
+            chosen[rule] * truth[rule] * meaning(weights["conclusions"][rule]) for rule in range(4)
+        )
+        beliefs = 1 - (1 - beliefs) * (1 - for_sure)
+        halt = sigmoid((weights["halt.weight"] @ beliefs + weights["halt.bias"])[0])
+        weight = running if step == 2 else running * halt
+        running -= weight
+        result += weight * beliefs
+        np.testing.assert_allclose(reports["reason"][step].detach().numpy(), chosen)
+        np.testing.assert_allclose(reports["reason_halting"][step].item(), weight)
+    update = weights["write.gate"] * (weights["write.projection.weight"] @ result)
+    np.testing.assert_allclose(got.detach().numpy(), update, atol=1e-12)
+
+
+def test_a_chain_of_two_rules_is_learned_only_with_enough_steps():
+    """If it fails, more steps do not let the reasoner draw longer conclusions.
+
+    Rule 1 says a and b give c, rule 2 says c and d give e. With premises a, b and d believed, e
+    follows in two steps, not in one.
+    """
+
+    def belief_in_e(steps: int) -> float:
+        reasoner = Reasoner(4, n_predicates=5, n_rules=2, steps=steps, d_symbol=5)
+        with torch.no_grad():
+            reasoner.predicates.copy_(torch.eye(5))
+            sharp = 50 * torch.eye(5)
+            reasoner.premises[0].copy_(sharp[[0, 2]])
+            reasoner.premises[1].copy_(sharp[[1, 3]])
+            reasoner.conclusions.copy_(sharp[[2, 4]])
+            reasoner.read.weight.zero_()
+            believed = torch.tensor([9.0, 9.0, -9.0, 9.0, -9.0])
+            reasoner.read.bias.copy_(torch.cat([believed, torch.zeros(2)]))
+            reasoner.halt.weight.zero_()
+            reasoner.halt.bias.fill_(-20)  # never halts before the last step
+            reasoner.write.gate.fill_(1)
+            reasoner.write.projection.weight.zero_()
+            reasoner.write.projection.weight[0, 4] = 1
+        update, _ = reasoner(torch.zeros(1, 4))
+        return update[0, 0].item()
+
+    assert belief_in_e(1) < 0.05
+    assert belief_in_e(2) > 0.4
+    assert belief_in_e(4) > belief_in_e(2)
+
+
+def test_every_parameter_gets_a_gradient_and_a_step_equals_the_whole():
+    """If it fails, part of the reasoner is never trained, or generation differs from training."""
+    torch.manual_seed(0)
+    reasoner = Reasoner(6)
+    h = torch.randn(2, 3, 6)
+    update, _ = reasoner(h)
+    update.square().sum().backward()
+    for name, parameter in reasoner.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    parts = [reasoner.step(token) for token in h.unbind(1)]
+    torch.testing.assert_close(torch.stack(parts, 1), update)
+
+
+def test_reports_stay_in_float32_under_autocast():
+    """If it fails, probabilities are rounded to three digits and logarithms of them to nothing."""
+    reasoner = Reasoner(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, reports = reasoner(torch.randn(2, 3, 6))
+    assert {value.dtype for value in reports.values()} == {torch.float32}

@@ -1,0 +1,88 @@
+"""TensorBoard files, read with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from nexus_core import ConfigError, Engine
+from nexus_plugins.tensorboard import TensorboardPlugin
+
+DATA = [torch.ones(2, 2)]
+
+
+def engine_of(out: Path | None, **settings: Any) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    return Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda m, b: m(b).square().mean(),
+        plugins=[TensorboardPlugin()],
+        out=out,
+        log_every=2,
+        **settings,
+    )
+
+
+def read(out: Path) -> EventAccumulator:
+    return EventAccumulator(str(out / "tensorboard")).Reload()
+
+
+def steps_of(events: EventAccumulator, tag: str) -> list[int]:
+    return [point.step for point in events.Scalars(tag)]
+
+
+def test_every_metric_is_a_curve(tmp_path: Path) -> None:
+    """Breaks if TensorBoard does not find a metric under its name, step and value."""
+    engine = engine_of(tmp_path)
+    result = engine.fit(DATA, until="6 steps", eval_data=DATA, eval_every="3 steps")
+    events = read(tmp_path)
+    assert set(result.metrics) <= set(events.Tags()["scalars"])
+    assert steps_of(events, "train/total_loss") == [2, 4, 6]
+    assert steps_of(events, "val/loss") == [3, 6]
+    last = events.Scalars("val/loss")[-1].value
+    assert last == pytest.approx(result.metrics["val/loss"], rel=1e-6)
+
+
+def test_steps_done_again_after_a_crash_are_shown_once(tmp_path: Path) -> None:
+    """Breaks if a resumed run draws two curves over one another."""
+    first = engine_of(tmp_path)
+    for state in first.steps(DATA, until="12 steps"):
+        if state.step == 4:
+            snapshot = first.state_dict()
+        if state.step == 9:
+            break
+    second = engine_of(tmp_path)
+    second.load_state_dict(snapshot)
+    second.fit(DATA, until="12 steps")
+    assert steps_of(read(tmp_path), "train/total_loss") == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_new_run_in_an_old_folder_replaces_the_old_curve(tmp_path: Path) -> None:
+    """Breaks if the curves of two runs are mixed in one."""
+    engine_of(tmp_path).fit(DATA, until="6 steps")
+    engine_of(tmp_path).fit(DATA, until="4 steps")
+    assert steps_of(read(tmp_path), "train/total_loss") == [2, 4]
+
+
+def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
+    """Breaks if curves cannot be told apart by their settings in TensorBoard."""
+    config = {"seed": 0, "plugins": {"optim_adamw": {"lr": 0.25, "groups": []}}}
+    engine_of(tmp_path, config=config).fit(DATA, until="2 steps")
+    events = read(tmp_path)
+    (text,) = events.Tensors("config/text_summary")
+    assert "lr: 0.25" in text.tensor_proto.string_val[0].decode()
+    hparams = events.summary_metadata["_hparams_/session_start_info"]
+    assert b"plugins.optim_adamw.lr" in hparams.plugin_data.content
+
+
+def test_without_a_folder_the_run_does_not_start() -> None:
+    """Breaks if metrics are lost without a word because `out` was forgotten."""
+    with pytest.raises(ConfigError, match=r"tensorboard writes into the run's folder.*out="):
+        engine_of(None).fit(DATA, until="1 step")

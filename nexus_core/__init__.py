@@ -14,8 +14,15 @@ _NAMES = {
     ),
     "intervals": ("Every", "Interval", "IntervalField"),
     "loader": ("Batch", "ResumableLoader", "RunData"),
-    "logger": ("Logger", "LoggerConfig"),
-    "plugin": ("Loss", "LossConfig", "Plugin", "PluginConfig", "hookimpl"),
+    "plugin": (
+        "Logger",
+        "LoggerConfig",
+        "Loss",
+        "LossConfig",
+        "Plugin",
+        "PluginConfig",
+        "hookimpl",
+    ),
     "state": ("Snapshot", "StateDict", "TrainState"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

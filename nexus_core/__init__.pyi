@@ -12,8 +12,8 @@ from nexus_core.intervals import IntervalField as IntervalField
 from nexus_core.loader import Batch as Batch
 from nexus_core.loader import ResumableLoader as ResumableLoader
 from nexus_core.loader import RunData as RunData
-from nexus_core.logger import Logger as Logger
-from nexus_core.logger import LoggerConfig as LoggerConfig
+from nexus_core.plugin import Logger as Logger
+from nexus_core.plugin import LoggerConfig as LoggerConfig
 from nexus_core.plugin import Loss as Loss
 from nexus_core.plugin import LossConfig as LossConfig
 from nexus_core.plugin import Plugin as Plugin

@@ -16,14 +16,13 @@ from torch.optim import Optimizer
 from nexus_core import registry
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import measure
 from nexus_core.intervals import Every, Interval
 from nexus_core.loader import Batch, RunData, epoch_length, stream_batches, to_device
 from nexus_core.meter import Meter
 from nexus_core.plugin import Plugin
 from nexus_core.ranks import Ranks, pick_device
 from nexus_core.state import Snapshot, TrainState, restore, seed_everything, snap
-from nexus_core.step import take_step
+from nexus_core.step import measure, take_step
 
 __all__ = ["Engine", "Result"]
 
@@ -92,6 +91,7 @@ class Engine:
         self.split = "train"
         self.last_micro_batch = True
         self.losses: dict[str, Tensor] = {}
+        self.refused: Tensor | None = None
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
 

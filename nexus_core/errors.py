@@ -13,7 +13,7 @@ class NexusError(Exception):
     exit_code = 2
 
 
-class ConfigError(NexusError):
+class ConfigError(NexusError, ValueError):
     """A setting is unknown, of the wrong type or impossible beside another."""
 
 

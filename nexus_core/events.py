@@ -112,16 +112,12 @@ class Hooks:
     ) -> Mapping[str, Tensor | float] | None:
         """Seam, first answer, once a step before its first backward: the weight of each term.
 
-        To follow the losses, read `engine.losses` (this step's mean of each term) in `on_step` and
-        keep what you need in your state.
+        To follow the losses, read `engine.losses` (this step's means) in `on_step`.
         """
 
     @hookspec(firstresult=True)
     def backward(self, engine: Engine, loss: Tensor, terms: Mapping[str, Tensor]) -> bool | None:
-        """Seam, first answer: add the gradient of `loss`, the sum of the weighted `terms`.
-
-        An implementation returns True to say that it is done.
-        """
+        """Seam, first answer: add the gradient of `loss`, the sum of `terms`; True says done."""
 
     @hookspec
     def after_backward(self, engine: Engine) -> None:
@@ -131,13 +127,13 @@ class Hooks:
     def lr_scale(self, engine: Engine) -> float:
         """Seam, collected and multiplied: factor of every group's base learning rate now.
 
-        A pure function of `engine.state` and `engine.horizon`: nothing to save or to replay.
-        `engine.state.step` counts the steps done, so it is 0 for the first step.
+        A pure function of `engine.state` (whose `step` is 0 for the first step) and of
+        `engine.horizon`: nothing to save or to replay.
         """
 
     @hookspec(firstresult=True)
     def optimizer_step(self, engine: Engine) -> bool | None:
-        """Seam, first answer: update the weights. An implementation returns True: done."""
+        """Seam, first answer: update the weights; True says done."""
 
     @hookspec
     def on_step(self, engine: Engine) -> None:

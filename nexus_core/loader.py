@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from itertools import islice, pairwise
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -13,62 +13,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from nexus_core.errors import ConfigError, DataError
+from nexus_core.errors import DataError
 from nexus_core.intervals import Interval
 from nexus_core.ranks import Ranks
 from nexus_core.state import TrainState
 
-__all__ = [
-    "Batch",
-    "Codec",
-    "ResumableLoader",
-    "RunData",
-    "Seekable",
-    "batch_size",
-    "epoch_length",
-    "permute",
-    "stream_batches",
-    "to_device",
-]
+__all__ = ["Batch", "Codec", "ResumableLoader", "RunData", "batch_size", "permute", "to_device"]
 
 Batch: TypeAlias = Any
 """What a loader yields: usually a dict of tensors, but any nesting of dicts, lists and tuples."""
 
 _ROUNDS = 8  # of the Feistel network
-_SORTED_UP_TO = 4096
+_WORD = (1 << 64) - 1
+_TOGETHER = 64  # batches whose samples are permuted at once
 
 
 class Codec(Protocol):
     """What turns the ids of a data set into something a person reads: a tokenizer."""
 
     @property
-    def size(self) -> int:
-        """How many distinct ids there are."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids."""
-
-
-@runtime_checkable
-class Seekable(Protocol):
-    """A loader that starts anywhere without replaying what came before."""
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on."""
+    def size(self) -> int: ...  # how many distinct ids there are
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What `make_data` answers.
-
-    Args:
-        train: the batches to train on: a `ResumableLoader`, or any iterable.
-        valid: evaluation batches by the prefix of their metrics ("val").
-        codec: the tokenizer, where there is one.
-    """
+    """What `make_data` answers; `valid` goes by the prefix of its metrics: "val"."""
 
     train: Iterable[Batch]
     valid: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
@@ -78,25 +49,24 @@ class RunData:
 class ResumableLoader:
     """Batches of a map-style data set, in an order that needs no replay.
 
-    Where a sample comes in an epoch is computed from (seed, epoch) by a permutation in constant
-    memory, so any step can be sought in constant time and the order is the same for any number of
-    workers and processes. Batches that are dicts get `sample_ids`, the indices of their rows.
+    The order is a permutation computed from (seed, epoch), so any step is sought in constant time,
+    and it is the same for any number of workers and processes. Batches that are dicts get
+    `sample_ids`, the indices of their rows.
 
     Args:
-        dataset: has `__len__` and `__getitem__` (and `__getitems__`, which is used if there).
+        dataset: has `__len__` and `__getitem__` (or `__getitems__`, for a list of indices);
             `dataset[i]` must depend on `i` alone.
         batch_size: rows of a batch, over all processes together.
         seed: of the order.
-        shuffle: False gives the order of the data set (evaluation).
+        shuffle: False keeps the order of the data set (evaluation).
         drop_last: leave out a last batch that is not full.
         collate: makes a batch of a list of samples.
-        num_workers: processes that read ahead; 0 reads in this one.
-        prefetch: batches that each worker reads ahead.
+        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one.
         pin_memory: collate into page-locked memory, for fast copies to a CUDA device.
         ranks: this process among its peers; each takes its slice of every batch.
 
     Raises:
-        DataError: the data set is empty, or has no full batch with `drop_last`.
+        DataError: there is not a single batch.
     """
 
     def __init__(
@@ -119,17 +89,15 @@ class ResumableLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.ranks = ranks or Ranks()
-        if batch_size < self.ranks.size:
-            raise ConfigError(f"batch_size {batch_size} is less than {self.ranks.size} processes")
-        if len(self) == 0:
+        if len(self) == 0 or batch_size < self.ranks.size:
             raise DataError(
-                f"the data set has {len(dataset)} samples, too few for one batch of {batch_size}; "
-                "add data or lower the batch size"
+                f"{len(dataset)} samples are too few for a batch of {batch_size} in each of "
+                f"{self.ranks.size} processes; add data or change batch_size"
             )
-        self._order = _Order(self)
+        self._from = (0, 0)
         self._loader: DataLoader[Batch] = DataLoader(
             _Fetch(dataset, collate),
-            batch_sampler=self._order,
+            batch_sampler=_Order(self._sample_lists),
             collate_fn=_as_it_is,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
@@ -147,90 +115,75 @@ class ResumableLoader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `start` on, at once."""
-        self._order.epoch, self._order.start = epoch, start
+        self._from = (epoch, start)
         return iter(self._loader)
 
     def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
         """The indices into the data set that this process reads for a batch, in order."""
-        first = batch * self.batch_size
-        last = min(first + self.batch_size, len(self.dataset))
-        places = np.arange(first, last, dtype=np.int64)
-        share = np.array_split(places, self.ranks.size)[self.ranks.rank]
-        return permute(share, len(self.dataset), self.seed, epoch) if self.shuffle else share
+        return self._ids_of(epoch, range(batch, batch + 1))[0]
+
+    def _sample_lists(self) -> Iterator[list[int]]:
+        epoch, start = self._from
+        for first in range(start, len(self), _TOGETHER):
+            for ids in self._ids_of(epoch, range(first, min(first + _TOGETHER, len(self)))):
+                yield ids.tolist()
+
+    def _ids_of(self, epoch: int, batches: range) -> list[NDArray[np.int64]]:
+        """`sample_ids` of some batches: many together take hardly longer than one."""
+        edges = np.minimum(np.append(batches, batches.stop) * self.batch_size, len(self.dataset))
+        whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
+        shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
+        ids = np.concatenate(shares)
+        if self.shuffle:
+            ids = permute(ids, len(self.dataset), self.seed, epoch)
+        return np.split(ids, np.cumsum([len(share) for share in shares])[:-1])
 
 
+@dataclass
 class _Order:
-    """The batch sampler of the workers: index lists from wherever the loader has been sought to."""
+    """A batch sampler that asks anew for the lists of samples whenever it is iterated."""
 
-    def __init__(self, loader: ResumableLoader) -> None:
-        self._loader = loader
-        self.epoch = 0
-        self.start = 0
-
-    def __len__(self) -> int:
-        return len(self._loader) - self.start
+    lists: Callable[[], Iterator[list[int]]]
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch
-        for batch in range(self.start, len(self._loader)):
-            yield self._loader.sample_ids(epoch, batch).tolist()
+        return self.lists()
 
 
+@dataclass
 class _Fetch(Dataset[Batch]):
     """Reads the rows of a batch and collates them, in the worker."""
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch]) -> None:
-        self._dataset = dataset
-        self._collate = collate
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+    dataset: Any
+    collate: Callable[[list[Any]], Batch]
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        if hasattr(self._dataset, "__getitems__"):
-            rows = self._dataset.__getitems__(indices)
+        if hasattr(self.dataset, "__getitems__"):
+            rows = self.dataset.__getitems__(indices)
         else:
-            rows = [self._dataset[index] for index in indices]
-        batch = self._collate(rows)
+            rows = [self.dataset[index] for index in indices]
+        batch = self.collate(rows)
         if isinstance(batch, dict):
             batch["sample_ids"] = torch.tensor(indices)
         return batch
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which sample stands at each place of an epoch's shuffled order, in constant memory.
+    """Which sample stands at each place, in 0..size-1, of an epoch's order; in constant memory.
 
-    A few thousand samples are sorted by a keyed hash; more go through a Feistel network over the
-    next power of two with cycle walking (Black and Rogaway 2002), a bijection on 0..size-1 for any
-    size. Integer arithmetic alone: the same on every machine and for every version of numpy.
-
-    Args:
-        places: places in the order, each in 0..size-1.
-        size: how many samples there are.
-        seed: of the order.
-        epoch: counts from 0; each epoch has an order of its own.
-
-    Returns:
-        Sample indices, as many as there are places.
+    A Feistel network over the next power of two with cycle walking (Black and Rogaway 2002): a
+    bijection for any size, and integer arithmetic alone, the same on every machine.
     """
-    keys = _round_keys(seed, epoch)
-    if size <= _SORTED_UP_TO:
-        order = np.argsort(_mix(np.arange(size, dtype=np.uint64) ^ keys[0]), kind="stable")
-        return order[places].astype(np.int64)
-    bits = (size - 1).bit_length()
+    keys, bits = _round_keys(seed, epoch), max(2, (size - 1).bit_length())
     values = _feistel(places.astype(np.uint64), bits, keys)
-    outside = values >= size
-    while outside.any():
+    while (outside := values >= size).any():
         values[outside] = _feistel(values[outside], bits, keys)
-        outside = values >= size
     return values.astype(np.int64)
 
 
 def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    mask = (1 << 64) - 1
-    start = np.array([seed & mask], dtype=np.uint64)
-    keyed = _mix(_mix(start) ^ np.array([epoch & mask], dtype=np.uint64))
-    return _mix(keyed + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+    words = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
+    keyed = _mix(_mix(words[:1]) ^ words[1:])
+    return _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) + keyed)
 
 
 def _feistel(values: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -245,28 +198,22 @@ def _feistel(values: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) ->
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit hangs on every bit."""
-    with np.errstate(over="ignore"):
-        values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) -> Iterator[Batch]:
-    """Batches from the cursor on, epoch after epoch, moving the cursor, until the horizon.
-
-    Raises:
-        DataError: the data ends and cannot be read again.
-    """
-    epochs = horizon if horizon.unit == "epochs" else None
-    while not (epochs and epochs.reached(state)):
+    """Batches from the cursor on, epoch after epoch, moving the cursor, until the horizon."""
+    while not (horizon.unit == "epochs" and horizon.reached(state)):
         epoch = state.epoch
         for batch in _batches_from(data, epoch, state.batch):
             state.batch += 1
             if state.batch == state.epoch_length:
                 state.next_epoch()
             yield batch
-            if state.epoch > epoch or (epochs and epochs.reached(state)):
+            if state.epoch > epoch or (horizon.unit == "epochs" and horizon.reached(state)):
                 break
         else:
             if state.batch == 0 or iter(data) is data:
@@ -279,8 +226,8 @@ def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) 
 
 def _batches_from(data: Iterable[Batch], epoch: int, start: int) -> Iterator[Batch]:
     """The batches of an epoch from `start` on: sought where the data can, else read past."""
-    if isinstance(data, Seekable):
-        return data.batches(epoch, start)
+    if hasattr(data, "batches"):
+        return cast(ResumableLoader, data).batches(epoch, start)
     iterator = iter(data)
     return iterator if iterator is data else islice(iterator, start, None)
 
@@ -295,21 +242,12 @@ def epoch_length(data: Iterable[Batch]) -> int:
 
 def batch_size(batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a batch: its first tensor's length, and its `input_ids`."""
-    if isinstance(batch, Mapping):
-        ids = batch.get("input_ids")
-        if isinstance(ids, Tensor):
-            return len(ids), ids.numel()
-    rows = _rows(batch)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return len(batch["input_ids"]), batch["input_ids"].numel()
+    while isinstance(batch, Mapping | list | tuple) and batch:
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    rows = len(batch) if isinstance(batch, Tensor) and batch.ndim else 1
     return rows, rows
-
-
-def _rows(batch: Batch) -> int:
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(parts, str) or not isinstance(parts, Iterable):
-        return 1
-    return next((_rows(part) for part in parts), 1)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_args
 
 import pluggy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from nexus_core.loader import Batch
     from nexus_core.state import StateDict
 
-__all__ = ["Loss", "LossConfig", "Plugin", "PluginConfig", "config_error", "hookimpl"]
+__all__ = [
+    *("Logger", "LoggerConfig", "Loss", "LossConfig"),
+    *("Plugin", "PluginConfig", "config_error", "hookimpl"),
+]
 
 hookimpl = pluggy.HookimplMarker("nexus")
 """Marks a method as the answer to the hook of the same name."""
@@ -48,18 +52,13 @@ class Plugin(Generic[ConfigT]):
 
     name: ClassVar[str] = "plugin"
     config_class: ClassVar[type[PluginConfig]] = PluginConfig
-    before: ClassVar[tuple[str, ...]] = ()
-    """Plugins that must come after this one, where they are present."""
-    after: ClassVar[tuple[str, ...]] = ()
-    """Plugins that must come before this one, where they are present."""
-    requires: ClassVar[tuple[str, ...]] = ()
-    """Plugins that must be present."""
-    conflicts: ClassVar[tuple[str, ...]] = ()
-    """Plugins that must not be present."""
-    slot: ClassVar[str | None] = None
-    """A place that only one plugin of a run can fill: "lr", "optimizer", "model", ..."""
-    state_version: ClassVar[int] = 1
-    """Raise it when the layout of `state_dict` changes; see `migrate`."""
+    before: ClassVar[tuple[str, ...]] = ()  # plugins that come after this one, where present
+    after: ClassVar[tuple[str, ...]] = ()  # plugins that come before this one, where present
+    requires: ClassVar[tuple[str, ...]] = ()  # plugins that must be present
+    conflicts: ClassVar[tuple[str, ...]] = ()  # plugins that must be absent
+    slot: ClassVar[str | None] = None  # a place that one plugin of a run fills: "lr", "model"
+    state_version: ClassVar[int] = 1  # of the layout of `state_dict`; see `migrate`
+    config: ConfigT
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -71,17 +70,12 @@ class Plugin(Generic[ConfigT]):
                 if isinstance(argument, type) and issubclass(argument, PluginConfig):
                     cls.config_class = argument
 
-    config: ConfigT
-
     def __init__(self, config: ConfigT | None = None, /, **settings: object) -> None:
-        self.config = config if config is not None else self._validated(settings)
-
-    @classmethod
-    def _validated(cls, settings: Mapping[str, object]) -> Any:
         try:
-            return cls.config_class.model_validate(dict(settings))
+            made = self.config_class.model_validate(settings) if config is None else config
         except ValidationError as error:
-            raise config_error(error, cls.name, cls.config_class) from None
+            raise config_error(error, self.name, self.config_class) from None
+        self.config = cast(ConfigT, made)
 
     def state_dict(self) -> StateDict:
         """What this plugin must get back for a resumed run to end in the same bits."""
@@ -96,10 +90,6 @@ class Plugin(Generic[ConfigT]):
             f"plugin '{self.name}' cannot read its state of version {from_version}; it expects "
             f"version {self.state_version}. Install the release that wrote the checkpoint."
         )
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.config)
-        return f"{type(self).__name__}({settings})"
 
 
 class LossConfig(PluginConfig):
@@ -120,8 +110,7 @@ class Loss(Plugin[LossConfigT]):
     """
 
     term: ClassVar[str] = "loss"
-    weight: float
-    """Factor of this term now; starts at the config's and may be scheduled."""
+    weight: float  # the factor of this term now; starts at the config's and may be scheduled
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -133,23 +122,11 @@ class Loss(Plugin[LossConfigT]):
         self.weight = self.config.weight
 
     def units(self, batch: Batch) -> Tensor | float:
-        """How many units (labels, positions, ...) the batch holds; known before the forward pass.
-
-        Returns:
-            A number, or a tensor without dimensions on the batch's device.
-        """
+        """How many units (labels, positions, ...) the batch holds: a number, or a 0-d tensor."""
         raise NotImplementedError(f"{type(self).__name__}.units")
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """The sum of this term over the units of the batch, with its graph.
-
-        Args:
-            batch: what the loader gave, on the device.
-            output: what the `forward` hook answered.
-
-        Returns:
-            A tensor without dimensions.
-        """
+        """The sum of this term over the batch's units, 0-d; `output` is the `forward` hook's."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def validation_loss(self, batch: Batch, output: Any) -> Tensor:
@@ -168,6 +145,70 @@ class Loss(Plugin[LossConfigT]):
     @hookimpl
     def loss_weight(self, engine: Engine) -> dict[str, float]:
         return {self.term: self.weight}
+
+
+class LoggerConfig(PluginConfig):
+    """Settings that every logger has."""
+
+
+LoggerConfigT = TypeVar("LoggerConfigT", bound=LoggerConfig)
+
+
+class Logger(Plugin[LoggerConfigT]):
+    """A plugin that shows or stores metrics, and that may fail without stopping the run.
+
+    Answer `open`, `write` and `close` instead of hooks. Only the main process calls them. A
+    failure is a warning; after three in a row the logger is switched off for the rest of the run.
+    """
+
+    FAILURES_ALLOWED: ClassVar[int] = 3
+    failures: int = 0  # in a row, so far
+
+    def open(self, engine: Engine) -> None:
+        """Prepare to write; the run starts, or goes on, at `engine.state.step`."""
+
+    def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
+        """Store the metrics, by name, as they are at `engine.state.step`."""
+        raise NotImplementedError(f"{type(self).__name__}.write")
+
+    def write_evaluation(self, engine: Engine, metrics: Mapping[str, float]) -> None:
+        """Store the metrics of an evaluation; the same as `write` unless overridden."""
+        self.write(engine, metrics)
+
+    def close(self, engine: Engine) -> None:
+        """Finish writing; the run is over, well or not."""
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        self._attempt("open", engine)
+
+    @hookimpl
+    def on_log(self, engine: Engine, metrics: dict[str, float]) -> None:
+        self._attempt("write", engine, metrics)
+
+    @hookimpl
+    def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
+        self._attempt("write_evaluation", engine, metrics)
+
+    @hookimpl
+    def on_close(self, engine: Engine) -> None:
+        self._attempt("close", engine)
+
+    def _attempt(self, action: str, engine: Engine, *arguments: Mapping[str, float]) -> None:
+        if not engine.ranks.is_main or self.failures >= self.FAILURES_ALLOWED:
+            return
+        try:
+            getattr(self, action)(engine, *arguments)
+            self.failures = 0
+        except Exception as error:  # a logger must never end a run of weeks
+            self.failures += 1
+            end = "it is switched off" if self.failures == self.FAILURES_ALLOWED else "going on"
+            warnings.warn(
+                f"logger '{self.name}' failed to {action} at step {engine.state.step} "
+                f"({type(error).__name__}: {error}); {end}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> ConfigError:

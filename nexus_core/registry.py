@@ -16,7 +16,7 @@ from nexus_core.errors import PluginError, suggestion
 from nexus_core.events import Hooks
 from nexus_core.plugin import Plugin
 
-__all__ = ["HOOK_NAMES", "Plan", "arrange", "installed", "keep_named_of_slot", "load"]
+__all__ = ["HOOK_NAMES", "Plan", "arrange", "installed", "load"]
 
 HOOK_NAMES = tuple(name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec"))
 AnyPlugin: TypeAlias = Plugin[Any]
@@ -77,15 +77,6 @@ def load(name: str) -> type[AnyPlugin]:
     if found.name != name:
         raise PluginError(f"{where} calls itself '{found.name}'; give both the same name")
     return found
-
-
-def keep_named_of_slot(
-    defaults: Sequence[str], named: Sequence[str], classes: Mapping[str, type[AnyPlugin]]
-) -> list[str]:
-    """The plugins of a run: a default leaves its slot to a plugin that the user named for it."""
-    taken = {classes[name].slot for name in named} - {None}
-    kept = [name for name in defaults if name in named or classes[name].slot not in taken]
-    return list(dict.fromkeys([*kept, *named]))
 
 
 def arrange(plugins: Iterable[AnyPlugin]) -> Plan:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypedDict, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Union
 
 import numpy as np
 import torch
@@ -122,12 +122,12 @@ def random_state() -> RandomState:
     }
 
 
-def set_random_state(state: RandomState) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
     """Put every generator back to where `random_state` read it."""
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))  # type: ignore[arg-type]
+    random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # type: ignore[arg-type]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["devices"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["devices"])

@@ -1,4 +1,4 @@
-"""One optimizer step, and the loss algebra: sums over units become means over the whole step.
+"""One optimizer step, one evaluation, and their algebra: sums over units become means.
 
 Every term is a sum over its units. It is divided by the units of the step, over all micro-batches
 and processes, so the gradient does not depend on how the step is split.
@@ -7,20 +7,23 @@ and processes, so the gradient does not depend on how the step is split.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from nexus_core.errors import PluginError
-from nexus_core.loader import Batch, batch_size
+from nexus_core.errors import DataError, PluginError
+from nexus_core.loader import Batch, batch_size, to_device
+from nexus_core.meter import Meter
 from nexus_core.ranks import Ranks
+from nexus_core.state import random_state, seed_everything, set_random_state
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["backward", "merge", "metric_name", "take_step"]
+__all__ = ["backward", "measure", "merge", "metric_name", "take_step"]
 
 Value = TypeVar("Value")
 Numbers = Mapping[str, Tensor | float]
@@ -78,6 +81,42 @@ def backward(
     engine.hook.backward(engine=engine, loss=total, terms=shares)
     ends_step = engine.last_micro_batch and engine.ranks.is_main
     engine.meter.add("train/total_loss", total.detach(), float(ends_step))
+
+
+def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
+    """Every loss term and metric of one data set, weighted by units (see `Engine.evaluate`)."""
+    hook, units = engine.hook, None
+    with _evaluating(engine, split), torch.no_grad():
+        for batch in data:
+            batch = to_device(batch, engine.device)
+            units = merge(hook.loss_units(engine=engine, batch=batch))
+            output = hook.forward(engine=engine, batch=batch)
+            terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output))
+            for name, term in terms.items():
+                engine.meter.add(metric_name(split, name), term, units[name])
+        metrics = engine.meter.read(engine.ranks)
+    if units is None:
+        raise DataError(f"the evaluation data '{split}' holds no batch; add some or leave it out")
+    weights = merge(hook.loss_weight(engine=engine))
+    means = {name: metrics.get(metric_name(split, name), 0.0) for name in units}
+    metrics[f"{split}/total_loss"] = sum(weights.get(n, 1.0) * mean for n, mean in means.items())
+    metrics.setdefault(f"{split}/loss", metrics[f"{split}/total_loss"])
+    return metrics
+
+
+@contextmanager
+def _evaluating(engine: Engine, split: str) -> Iterator[None]:
+    """Evaluation mode, with a meter and random numbers of its own."""
+    mode, meter, generators = engine.model.training, engine.meter, random_state()
+    engine.training, engine.split, engine.meter = False, split, Meter()
+    engine.model.eval()
+    seed_everything(engine.seed)
+    try:
+        yield
+    finally:
+        set_random_state(generators)
+        engine.model.train(mode)
+        engine.training, engine.split, engine.meter = True, "train", meter
 
 
 def metric_name(split: str, term: str) -> str:

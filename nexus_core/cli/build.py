@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nexus_core.cli.config import RunConfig
 from nexus_core.cli.settings import Settings
-from nexus_core.config import RunConfig
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, PluginError
 from nexus_core.plugin import Plugin
-from nexus_core.registry import Plan, arrange, installed, keep_named_of_slot, load
+from nexus_core.registry import AnyPlugin, Plan, arrange, installed, load
 
-__all__ = ["Build", "build_plugins", "json_schema", "make_engine", "run_folder"]
+__all__ = [
+    "Build",
+    "build_plugins",
+    "json_schema",
+    "keep_named_of_slot",
+    "make_engine",
+    "run_folder",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,15 @@ def build_plugins(settings: Settings) -> Build:
     names = keep_named_of_slot(settings.defaults, settings.named, classes)
     plugins: list[Plugin[Any]] = [classes[n](**settings.run.plugins[n]) for n in names]
     return Build(settings.run, arrange(plugins), settings.name)
+
+
+def keep_named_of_slot(
+    defaults: Sequence[str], named: Sequence[str], classes: Mapping[str, type[AnyPlugin]]
+) -> list[str]:
+    """The plugins of a run: a default leaves its slot to a plugin that the user named for it."""
+    taken = {classes[name].slot for name in named} - {None}
+    kept = [name for name in defaults if name in named or classes[name].slot not in taken]
+    return list(dict.fromkeys([*kept, *named]))
 
 
 def make_engine(build: Build, out: Path) -> Engine:

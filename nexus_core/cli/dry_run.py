@@ -9,9 +9,8 @@ from itertools import islice
 import torch
 
 from nexus_core.engine import Engine
-from nexus_core.evaluation import measure
 from nexus_core.loader import batch_size, to_device
-from nexus_core.step import backward, merge, step_units
+from nexus_core.step import backward, measure, merge, step_units
 
 __all__ = ["dry_run"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,9 @@ def reported(debug: bool) -> Iterator[None]:
         debug: let the traceback through.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            yield
     except NexusError as error:
         if debug:
             traceback.print_exc()
@@ -37,6 +40,10 @@ def reported(debug: bool) -> Iterator[None]:
         if not debug:
             click.echo("run it again with --debug to see the traceback", err=True)
         sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    click.echo(f"{click.style('warning', fg='yellow')}: {message}", err=True)
 
 
 def _say(error: Exception, message: str) -> None:

@@ -14,7 +14,7 @@ from types import FrameType
 import click
 
 from nexus_core.cli.build import write_config
-from nexus_core.config import RunConfig
+from nexus_core.cli.config import RunConfig
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
 
@@ -34,7 +34,7 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     """
     out = engine.out
     assert out is not None
-    fresh = not out.exists()
+    missing = [path for path in (out, *out.parents) if not path.exists()]
     if resume is not None and (resume != "auto" or _has_checkpoints(out)):
         engine.resume(resume)
         _say(engine, quiet, f"resumed at step {engine.state.step:,}")
@@ -47,8 +47,8 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
             result = engine.fit(until=run.until, eval_every=run.eval_every)
     except Exception as error:
         mistake = isinstance(error, NexusError) and error.exit_code == 2
-        if fresh and mistake and engine.state.step == start and engine.ranks.is_main:
-            shutil.rmtree(out, ignore_errors=True)
+        if missing and mistake and engine.state.step == start and engine.ranks.is_main:
+            shutil.rmtree(missing[-1], ignore_errors=True)
         elif engine.ranks.is_main:
             _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
         raise

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from nexus_core.config import RunConfig
+from nexus_core.cli.config import RunConfig
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.plugin import config_error
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, promote_types
 from torch.amp import GradScaler
 from torch.amp.autocast_mode import is_autocast_available
 
@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["AmpConfig", "AmpPlugin"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TF32_SINCE = (8, 0)  # compute capability
+Answers = list[Mapping[str, Tensor]]
 
 
 class AmpConfig(PluginConfig):
     """Settings of mixed precision."""
 
-    dtype: Literal["bf16", "fp16"] = Field(
-        "bf16", description="bf16: the range of float32, no scaling; fp16: finer, with scaling"
-    )
+    dtype: Literal["bf16", "fp16"] = Field("bf16", description="fp16 is finer, and is scaled")
     initial_scale: float = Field(65536.0, gt=0, description="fp16: first factor of the loss")
     growth_interval: int = Field(2000, ge=1, description="fp16: steps until the factor doubles")
     tf32: bool = Field(False, description="CUDA: float32 products with a mantissa of 10 bits")
@@ -60,8 +58,8 @@ class AmpPlugin(Plugin[AmpConfig]):
                 f"amp: the weights are {narrow.pop()}, expected float32, which it computes from "
                 "in 16 bits; leave out model.half() or model.bfloat16(), or leave out amp"
             )
+        self._precision_before = torch.get_float32_matmul_precision()
         if self.config.tf32:
-            self._precision_before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("high")
         if self.config.dtype == "fp16" and self._scaler is None:
             scale, interval = self.config.initial_scale, self.config.growth_interval
@@ -76,7 +74,6 @@ class AmpPlugin(Plugin[AmpConfig]):
         """Give back the precision of float32 products."""
         if self._precision_before is not None:
             torch.set_float32_matmul_precision(self._precision_before)
-            self._precision_before = None
 
     @hookimpl(wrapper=True)
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:
@@ -85,10 +82,12 @@ class AmpPlugin(Plugin[AmpConfig]):
             return (yield)
 
     @hookimpl(wrapper=True)
-    def loss_terms(self, engine: Engine) -> Generator[None, Any, Any]:
-        """Compute the losses under autocast, which keeps their sums in float32."""
+    def loss_terms(self, engine: Engine) -> Generator[None, Answers, Answers]:
+        """Compute the losses under autocast, and give them on in float32 at least."""
         with torch.autocast(engine.device.type, DTYPES[self.config.dtype]):
-            return (yield)
+            answers = yield
+        single = torch.float32
+        return [{n: t.to(promote_types(t.dtype, single)) for n, t in a.items()} for a in answers]
 
     @hookimpl(wrapper=True)
     def backward(self, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
@@ -144,7 +143,7 @@ def _check_device(device: torch.device, config: AmpConfig) -> None:
         fault = f"fp16 can be scaled on cpu and cuda alone; on {kind} set amp.dtype=bf16"
     elif config.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(False):
         fault = f"{torch.cuda.get_device_name(device)} has no bfloat16; set amp.dtype=fp16"
-    elif config.tf32 and not (on_cuda and torch.cuda.get_device_capability(device) >= TF32_SINCE):
+    elif config.tf32 and not (on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
         fault = f"TF32 needs a CUDA device of capability 8.0, not {device}; leave out amp.tf32"
     if fault:
         raise ConfigError(f"amp: {fault}")

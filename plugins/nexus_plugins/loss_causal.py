@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,11 +100,13 @@ def dag_constraint(adjacency: Tensor) -> Tensor:
     """
     wide = adjacency.to(torch.promote_types(adjacency.dtype, torch.float32))
     with torch.autocast(wide.device.type, enabled=False):
-        return torch.linalg.matrix_exp(wide.square()).trace() - len(wide)
+        walks: Tensor = torch.linalg.matrix_exp(wide.square())
+        return walks.trace() - len(wide)
 
 
-def _report(output: Any) -> Any:
-    reports = getattr(output, "module_outputs", {})
+def _report(output: Any) -> Mapping[str, Tensor]:
+    reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
     if "causal" not in reports:
         raise ConfigError(NO_MODULE)
-    return reports["causal"]
+    report: Mapping[str, Tensor] = reports["causal"]
+    return report

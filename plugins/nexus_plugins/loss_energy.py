@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,11 +78,13 @@ class LossEnergyPlugin(Loss[LossEnergyConfig]):
         if "labels" not in batch:
             return torch.ones_like(batch["input_ids"], dtype=torch.bool)
         predicts = batch["labels"] != self.config.ignore_index
-        return predicts | F.pad(predicts[:, :-1], (1, 0))
+        result: Tensor = predicts | F.pad(predicts[:, :-1], (1, 0))
+        return result
 
 
-def _report(output: Any) -> Any:
-    reports = getattr(output, "module_outputs", {})
+def _report(output: Any) -> Mapping[str, Tensor]:
+    reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
     if "energy" not in reports:
         raise ConfigError(NO_MODULE)
-    return reports["energy"]
+    report: Mapping[str, Tensor] = reports["energy"]
+    return report

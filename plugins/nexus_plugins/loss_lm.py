@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LossLmConfig", "LossLmPlugin", "linear_cross_entropy"]
 
-LOGITS_AT_ONCE = 2**24  # one matrix product's worth: large enough to be fast, small beside a batch
+LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
 LOGITS_IN_CACHE = 2**20  # the softmax goes over its input several times
 
 
@@ -43,8 +43,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
 
     def units(self, batch: Batch) -> Tensor:
         """The number of labels that count."""
-        count: Tensor = (batch["labels"] != self.config.ignore_index).sum()
-        return count
+        return cast(Tensor, (batch["labels"] != self.config.ignore_index).sum())
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
         """The smoothed cross-entropy summed over the labels that count, in nats."""
@@ -59,8 +58,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
         """The term `lm`; in evaluation also `loss`, `perplexity` and `bits_per_byte`."""
         if engine.training:
             return {self.term: self.loss(batch, output)}
-        nats = self.validation_loss(batch, output)
-        units = self.units(batch)
+        nats, units = self.validation_loss(batch, output), self.units(batch)
         engine.log("loss", nats, units=units)
         engine.log("perplexity", nats, units=units, finish=math.exp)
         if "label_bytes" in batch:
@@ -68,27 +66,19 @@ class LossLmPlugin(Loss[LossLmConfig]):
         return {self.term: nats}
 
     def _cross_entropy(self, output: Any, labels: Tensor, smoothing: float) -> Tensor:
-        ignore = self.config.ignore_index
-        if hasattr(output, "hidden") and hasattr(output, "head_weight"):
-            _check_labels(labels, output.hidden)
-            hidden, weight = output.hidden.flatten(0, -2), output.head_weight
-            return linear_cross_entropy(hidden, weight, labels.flatten(), smoothing, ignore)
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-        _check_labels(labels, logits)
+        output = output[0] if isinstance(output, tuple) else output
+        fused = hasattr(output, "hidden") and hasattr(output, "head_weight")
+        rows: Any = output.hidden if fused else getattr(output, "logits", output)
+        if labels.shape != rows.shape[:-1]:
+            raise DataError(
+                f"labels have shape {tuple(labels.shape)}, the model's output is for "
+                f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
+            )
+        rows, labels, ignore = rows.flatten(0, -2), labels.flatten(), self.config.ignore_index
+        if fused:
+            return linear_cross_entropy(rows, output.head_weight, labels, smoothing, ignore)
         return F.cross_entropy(
-            logits.flatten(0, -2).float(),
-            labels.flatten(),
-            ignore_index=ignore,
-            label_smoothing=smoothing,
-            reduction="sum",
-        )
-
-
-def _check_labels(labels: Tensor, output: Tensor) -> None:
-    if labels.shape != output.shape[:-1]:
-        raise DataError(
-            f"labels have shape {tuple(labels.shape)}, but the model's output is for "
-            f"{tuple(output.shape[:-1])}; expected one label per position, aligned with input_ids"
+            rows.float(), labels, ignore_index=ignore, label_smoothing=smoothing, reduction="sum"
         )
 
 
@@ -99,59 +89,44 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Cross-entropy of `hidden @ weight.T`, summed, with a few rows of logits at a time.
+    """`F.cross_entropy(hidden @ weight.T, ..., reduction="sum")`, a few rows of logits at a time.
 
-    The gradients are made in the forward pass, while the logits are at hand, so that logits are
-    computed once and none are kept. Equal to `F.cross_entropy(..., reduction="sum")`.
-
-    Args:
-        hidden: `(n, D)`.
-        weight: `(V, D)`.
-        labels: `(n,)` class numbers.
-        label_smoothing: part of the target spread evenly over all V classes.
-        ignore_index: rows with this label do not count.
-
-    Returns:
-        The sum in nats, float32; 0 if no row counts.
-
-    Source: gradients in the forward pass as in Hsu et al. 2024, "Liger Kernel"; here the terms
-        of the smoothing are of rank one and never touch the logits.
+    `hidden` is `(n, D)`, `weight` `(V, D)`, `labels` `(n,)`; 0 nats if no row counts.
+    Source: Hsu et al. 2024, "Liger Kernel": the gradients are made in the forward pass, while the
+        logits are at hand. Here the smoothing's terms, of rank one, never touch the logits.
     """
     counted = labels != ignore_index
     if not bool(counted.all()):
         hidden, labels = hidden[counted], labels[counted]
-    keep_graph = torch.is_grad_enabled()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, keep_graph)
-    return total
+    inputs = (hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
+    return cast(Tensor, _LinearCrossEntropy.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, grad: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, train: bool
     ) -> Tensor:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         narrow = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(device, enabled=False):
             rows, head = hidden.to(narrow), weight.to(narrow)
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            # Spread over all classes: this part of the target has the same row for every token.
             share = smoothing / len(weight)
-            spread_head = weight.sum(0, dtype=wide) * share
-            spread_hidden = hidden.sum(0, dtype=wide) * share
+            spread_head, spread_hidden = (v.sum(0, dtype=wide) * share for v in (weight, hidden))
             total = -(hidden.to(wide) @ spread_head).sum()
-            grad_hidden = torch.empty_like(hidden) if grad else None
-            grad_weight = -spread_hidden.expand(weight.shape).contiguous() if grad else None
+            grad_hidden = torch.empty_like(hidden if train else hidden[:0])
+            grad_weight = -spread_hidden.repeat(len(weight) if train else 0, 1)
             size = max(1, LOGITS_AT_ONCE // len(weight))
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 logits = rows[part] @ head.T
                 total += _to_gradient(logits, labels[part], 1 - smoothing)
-                if grad:
+                if train:
                     grad_hidden[part] = logits @ head - spread_head
                     grad_weight += logits.T @ rows[part]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
@@ -162,14 +137,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:
-    """Replace logits by the gradient `softmax - confidence * one_hot`; return their loss."""
-    picked = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    """Replace logits by `softmax - confidence * one_hot`, their gradient; return their loss."""
+    picked = logits.gather(1, labels.unsqueeze(1))
     total = -confidence * picked.sum(dtype=torch.promote_types(logits.dtype, torch.float32))
-    for block in logits.split(max(1, LOGITS_IN_CACHE // logits.shape[1])):
+    for block in torch.split(logits, max(1, LOGITS_IN_CACHE // logits.shape[1])):
         wide = block.to(total.dtype)
         probabilities = wide.softmax(-1)
         # The likeliest class's probability is at least 1/V: its logarithm is always exact.
         total += (wide.amax(-1) - probabilities.amax(-1).log()).sum()
         block.copy_(probabilities)
-    logits[torch.arange(len(labels)), labels] -= confidence
+    logits[torch.arange(len(labels), device=labels.device), labels] -= confidence
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,8 @@ class LossReasonPlugin(Loss[LossReasonConfig]):
         """The term `reason`; in training also `reasoning/proof_length`."""
         if engine.training:
             halting = _reports(output)["reason_halting"].detach()
-            length = halting @ torch.arange(1.0, halting.shape[-1] + 1, device=halting.device)
+            steps = torch.arange(1, halting.shape[-1] + 1, device=halting.device)
+            length = (halting * steps).sum(-1)
             real = self._real(batch)
             engine.log("reasoning/proof_length", (length * real).sum(), units=real.sum())
         return {self.term: self.loss(batch, output)}
@@ -77,11 +79,12 @@ class LossReasonPlugin(Loss[LossReasonConfig]):
         if "labels" not in batch:
             return torch.ones_like(batch["input_ids"], dtype=torch.bool)
         predicts = batch["labels"] != self.config.ignore_index
-        return predicts | F.pad(predicts[:, :-1], (1, 0))
+        result: Tensor = predicts | F.pad(predicts[:, :-1], (1, 0))
+        return result
 
 
-def _reports(output: Any) -> Any:
-    reports = getattr(output, "module_outputs", {})
+def _reports(output: Any) -> Mapping[str, Tensor]:
+    reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
     if "reason" not in reports:
         raise ConfigError(NO_MODULE)
     return reports

@@ -66,7 +66,8 @@ class LossWorldPlugin(Loss[LossWorldConfig]):
         reports = getattr(output, "module_outputs", {})
         if "world" not in reports:
             raise ConfigError(NO_MODULE)
-        predictions = reports["world"].float()
+        predictions = reports["world"]
+        predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         variance = predictions.var(-1, correction=0)
         each = self.config.variance_weight * F.relu(self.config.variance_floor - variance)
         mask = self._foretelling(batch).unsqueeze(-1).expand(variance.shape)
@@ -111,4 +112,5 @@ def _real(batch: Batch, ignore_index: int) -> Tensor:
     if "labels" not in batch:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     predicts = batch["labels"] != ignore_index
-    return predicts | F.pad(predicts[:, :-1], (1, 0))
+    result: Tensor = predicts | F.pad(predicts[:, :-1], (1, 0))
+    return result

@@ -61,11 +61,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Find the parameters that may be shared.
-
-        Raises:
-            ConfigError: a pattern of `shared` matches none.
-        """
+        """Find the parameters that may be shared; a pattern without match is an error."""
         self._gradients = {}
         named = dict(engine.model.named_parameters())
         key = f"{self.name}.shared"
@@ -144,9 +140,9 @@ def _shared_norms(gradients: list[list[Tensor | None]]) -> Tensor:
     shared = [parts for parts in zip(*gradients, strict=True) if all(g is not None for g in parts)]
     if not shared:
         raise ConfigError(
-            "weigh_gradnorm: no parameter is reached by every loss term, so there is nothing to "
-            "balance; leave it out, or weigh by weigh_magnitude"
+            "weigh_gradnorm: no parameter is reached by every loss term; use weigh_magnitude"
         )
-    squares = [torch.stack([g.float().square().sum() for g in parts if g is not None])
-               for parts in shared]
+    squares = [
+        torch.stack([g.float().square().sum() for g in parts if g is not None]) for parts in shared
+    ]
     return torch.stack(squares).sum(0).sqrt()

@@ -68,6 +68,6 @@ def test_every_tells_each_passed_period_once(period: int, jumps: list[int], star
 
 def test_epochs_count_the_begun_one_as_a_fraction() -> None:
     state = TrainState(epoch=2, batch=3, epoch_length=4)
-    assert Interval(3, "epochs").count(state) == 2.75
+    assert state.counted("epochs") == 2.75
     assert not Interval(3, "epochs").reached(state)
     assert Interval(3, "epochs").progress(state) == pytest.approx(2.75 / 3)

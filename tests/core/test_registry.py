@@ -18,8 +18,9 @@ from nexus_core import (
     PluginError,
     hookimpl,
 )
+from nexus_core.cli.build import keep_named_of_slot
 from nexus_core.cli.explain import explain
-from nexus_core.registry import arrange, installed, keep_named_of_slot, load
+from nexus_core.registry import arrange, installed, load
 
 
 def plugin(name: str, **attributes: Any) -> Plugin[Any]:
@@ -108,7 +109,7 @@ def test_explain_gives_the_reason_for_each_place() -> None:
     lines = explain(arrange([late, AnswerPlugin()])).splitlines()
     start = lines.index("after_backward")
     assert lines[start + 1].split()[:2] == ["1.", "answer"]
-    assert lines[start + 2].split() == "2. late after answer, as answer declares".split()
+    assert lines[start + 2].split() == ["2.", "late", "after", "answer,", "as", "answer", "declares"]
 
 
 FAKES = {

@@ -97,6 +97,21 @@ def test_several_terms_are_scaled_once_each() -> None:
     torch.testing.assert_close(scaled.gradients[0], plain.gradients[0], rtol=2e-2, atol=1e-3)
 
 
+def test_a_loss_that_comes_out_in_16_bits_is_summed_and_scaled_in_32() -> None:
+    """Breaks if a plain loss function in fp16 stops the backward pass at the scaler's hook."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda model, batch: model(batch).square().mean(),
+        plugins=[AmpPlugin(dtype="fp16", initial_scale=16.0)],
+    )
+    engine.fit(data(), until="3 steps")
+    assert engine.losses["loss"].dtype == torch.float32
+    assert engine.metrics["amp/skipped_steps"] == 0
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_after_an_overflow_the_scale_falls_the_step_is_skipped_and_the_run_recovers(
     fused: bool,

@@ -29,10 +29,7 @@ def test_loss_and_units_match_numpy(seed):
     real = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=bool)
     expected = (energy[real] + 0.01 * np.abs(iterations[real] - 5)).sum()
     batch = {"input_ids": torch.zeros(2, 4), "labels": torch.from_numpy(labels)}
-    report = {
-        "final_energy": torch.from_numpy(energy),
-        "iterations": torch.from_numpy(iterations),
-    }
+    report = {"final_energy": torch.from_numpy(energy), "iterations": torch.from_numpy(iterations)}
     plugin = LossEnergyPlugin()
     assert plugin.units(batch) == 7
     np.testing.assert_allclose(plugin.loss(batch, output(energy=report)).item(), expected)

@@ -46,9 +46,7 @@ def test_a_certain_choice_has_no_loss_and_a_finite_gradient():
     """If it fails, a reasoner that has made up its mind ends in NaN."""
     rules = torch.tensor([0.0, 1.0, 0.0]).expand(1, 2, 1, 3).clone().requires_grad_()
     batch = {"input_ids": torch.zeros(1, 2)}
-    loss = LossReasonPlugin().loss(
-        batch, output(reason=rules, reason_halting=torch.ones(1, 2, 1))
-    )
+    loss = LossReasonPlugin().loss(batch, output(reason=rules, reason_halting=torch.ones(1, 2, 1)))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert rules.grad.isfinite().all()

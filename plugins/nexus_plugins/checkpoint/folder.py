@@ -145,17 +145,18 @@ def read_manifest(folder: Path) -> Manifest:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > _MANIFEST_LIMIT:
-                raise CheckpointError(f"{path} is no manifest: it has {size} bytes")
+                raise CheckpointError(f"{size} bytes are too many for a manifest")
             manifest = _manifest(json.loads(file.readall()))
         for name, (expected, _) in manifest.files.items():
-            with _opened(folder / name) as file:
+            path = folder / name
+            with _opened(path) as file:
                 _expect_size(file, expected)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no manifest: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     return manifest
 
 
@@ -214,7 +215,7 @@ def _opened(path: Path) -> FileIO:
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"'{path.name}' is not a regular file")
+        raise CheckpointError("it is not a regular file")
     return FileIO(descriptor, "r")
 
 

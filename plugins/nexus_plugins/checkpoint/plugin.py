@@ -111,7 +111,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     def load_state_dict(self, state: StateDict) -> None:
         """Take back what `state_dict` gave."""
-        self._best = _Record(**cast(dict[str, Any], state)) if state else None
+        value, step = state.get("value"), state.get("step")
+        if not isinstance(value, float) or not isinstance(step, int):
+            raise CheckpointError(f"the checkpoint's record of the best is {state}")
+        self._best = _Record(value, step)
 
     @hookimpl
     def load_snapshot(self, engine: Engine, source: str) -> Snapshot:
@@ -287,14 +290,14 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             _say(f"the run goes on from step {step}; the later checkpoint is now {moved}")
 
     def _snapshot(self, content: folder.Content, engine: Engine) -> Snapshot:
-        for difference in lock.compare(
-            content.documents["lock.json"], engine, self.config.resume_policy
-        ):
-            _say(f"resuming: {difference}")
+        policy = self.config.resume_policy
+        differences = lock.compare(content.documents["lock.json"], engine, policy)
         snapshot = _unpack(content, engine)
         states = cast(dict[str, Any], snapshot["plugins"])
-        for name in lock.drop_foreign_states(states, engine, self.config.resume_policy):
-            _say(f"resuming: the state of plugin '{name}' is lost")
+        for name in lock.drop_foreign_states(states, engine, policy):
+            differences.append(f"the state of plugin '{name}' is lost")
+        for difference in differences:
+            _say(f"resuming: {difference}")
         return snapshot
 
 

@@ -39,7 +39,7 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     _check_counters(tree["train"])
     _check_metrics(tree["pending"], tree["metrics"])
     _check_generators(tree["random"])
-    _check_plugins(tree["plugins"])
+    _check_plugins(tree["plugins"], engine)
     return cast(Snapshot, tree)
 
 
@@ -66,11 +66,13 @@ def _check_optimizer(saved: object, engine: Engine) -> None:
     )
     table = cast(dict[str, Any], saved)
     numbers = [number for group in table["param_groups"] for number in group["params"]]
+    whole = all(type(number) is int for number in [*numbers, *table["state"]])
+    _require(whole and table["state"].keys() <= set(numbers), "numbers parameters oddly")
     parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
     if len(numbers) != len(parameters):
         return  # the optimizer itself says what does not fit
     for number, parameter in zip(numbers, parameters, strict=True):
-        state = table["state"].get(number) if isinstance(number, int) else None
+        state = table["state"].get(number)
         if not isinstance(state, dict):
             continue
         for name in _SHAPED:
@@ -125,7 +127,7 @@ def _check_generators(saved: object) -> None:
         raise CheckpointError(f"state.json holds impossible generators: {error}") from error
 
 
-def _check_plugins(plugins: object) -> None:
+def _check_plugins(plugins: object, engine: Engine) -> None:
     _require(isinstance(plugins, dict), "has no plugin states")
     for name, saved in cast(dict[object, Any], plugins).items():
         good = (
@@ -136,3 +138,9 @@ def _check_plugins(plugins: object) -> None:
             and isinstance(saved["state"], dict)
         )
         _require(good, f"has no readable state of plugin '{str(name)[:80]}'")
+        plugin = engine.plugins.get(str(name))
+        if plugin is not None and saved["version"] > plugin.state_version:
+            raise CheckpointError(
+                f"the state of plugin '{name}' is of version {saved['version']}, and this release "
+                f"reads up to {plugin.state_version}; install the release that wrote it"
+            )

@@ -118,9 +118,8 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         index = path.with_suffix(".idx")
-        raw = MappedFile(index)
-        self.header = header = Header.unpack(raw.array[:_HEADER].tobytes(), index)
-        raw.close()
+        raw = MappedFile(index).array[:_HEADER].tobytes()
+        self.header = header = Header.unpack(raw, index)
         self._check_size(index, _HEADER + 8 * (header.documents + 1) + self._origins_size())
         self._check_size(path, header.tokens * header.id_bytes)
         if header.highest >= header.vocabulary and header.tokens:

@@ -246,3 +246,7 @@ def _show_row(row: Row, text: bool) -> None:
 
 def _one_line(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from nexus_plugins.data_text.index import open_text, scan_ids, split_documents
 from nexus_plugins.data_text.load import load_tokenizer, tokenizer_beside
 from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.rows import PackedRows, PaddedRows, Rows
-from nexus_plugins.data_text.stream import Chain, MappedFile, Named, Origin, Stream, TokenStream
+from nexus_plugins.data_text.stream import MappedFile, Named, Origin, Stream, TokenStream, chained
 from nexus_plugins.data_text.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
 
 __all__ = ["PreparedOrigin", "Streams", "TextData", "open_data", "open_streams"]
@@ -244,8 +244,8 @@ class _Opener:
             pairs += [[*open_text(path, *settings)] for path in texts]
         elif texts:
             pairs.append(self._converted(texts, share))
-        train = Chain([pair[0] for pair in pairs])
-        return train, Chain([stream for pair in pairs for stream in pair[1:]])
+        train = chained([pair[0] for pair in pairs])
+        return train, chained([stream for pair in pairs for stream in pair[1:]])
 
     def _can_map(self, texts: list[Path]) -> bool:
         """Whether the bytes of the files can be used as ids where they lie."""

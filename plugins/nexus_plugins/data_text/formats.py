@@ -22,6 +22,7 @@ __all__ = [
     "Slice",
     "find_files",
     "is_text",
+    "is_utf8",
     "read_slice",
     "slices_of",
     "suffix_of",
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 _BLOCK = 4 << 20  # bytes read at a time
-_SLICE = 16 << 20  # bytes of a file that are one piece of work
+_PIECE = 1 << 15  # bytes checked at a time
+_SLICE = 4 << 20  # bytes of a file that are one piece of work
 BOM = b"\xef\xbb\xbf"
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".bin")
 
@@ -235,9 +237,7 @@ def _take_lines(
     lines = block.split(b"\n")
     if b"\r" in block:
         lines = [line.removesuffix(b"\r") for line in lines]
-    try:
-        block.decode()
-    except UnicodeDecodeError:
+    if not is_utf8(block):
         return _take_doubtful(lines, reading, number, where)
     texts = [line for line in lines if line and not line.isspace()]
     numbers = list(range(number, number + len(texts)))
@@ -272,7 +272,7 @@ def _take_json(block: bytes, reading: Reading, number: int, where: Callable[[int
                 f'{{"{reading.text_key}": "..."}}'
             ) from None
         text = _text_of(entry, reading.text_key, lambda at=offset: where(at))  # type: ignore[misc]
-        damaged = policy != "error" and not _is_utf8(line)
+        damaged = policy != "error" and not is_utf8(line)
         raw = b"\xff" if damaged and policy == "skip" else text.encode(errors="surrogatepass")
         portion.replaced += damaged and policy == "replace"
         portion.add(number, raw, policy, lambda at=offset: where(at), entry.get("metadata"))  # type: ignore[misc]
@@ -300,11 +300,20 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
 
 
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
+def is_utf8(raw: bytes) -> bool:
+    """Whether bytes are UTF-8; in small pieces, because most of them are ASCII alone."""
+    begin = 0
+    while begin < len(raw):
+        end = begin + _PIECE
+        while end < len(raw) and raw[end] & 0xC0 == 0x80:  # not within a letter
+            end += 1
+        piece = raw[begin:end]
+        try:
+            if not piece.isascii():
+                piece.decode()
+        except UnicodeDecodeError:
+            return False
+        begin = end
     return True
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
 from nexus_plugins.data_text.cache import cached, fingerprint, signature
-from nexus_plugins.data_text.formats import BOM, Reading, read_slice, whole, whole_lines
+from nexus_plugins.data_text.formats import BOM, Reading, is_utf8, read_slice, whole, whole_lines
 from nexus_plugins.data_text.stream import MappedFile, TokenStream
 
 __all__ = ["LineOrigin", "Scan", "held_out", "open_text", "scan_ids", "split_documents"]
@@ -87,13 +89,15 @@ def open_text(
 
 
 def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
-    writers = [_IndexWriter(folder, part, eos=1) for part in _PARTS[: 2 if share else 1]]
-    for begins, ends, checksums in _found(path, reading, bool(share)):
-        valid = held_out(checksums, share) if share else np.zeros(len(begins), np.bool_)
-        for writer, chosen in zip(writers, (~valid, valid), strict=False):
-            writer.append(begins[chosen], (ends - begins)[chosen])
-    if not sum(writer.finish() for writer in writers):
-        raise DataError(f"{path} holds no text, only blank lines; leave it out")
+    with ExitStack() as stack:
+        parts = _PARTS[: 2 if share else 1]
+        writers = [stack.enter_context(_IndexWriter(folder, part, eos=1)) for part in parts]
+        for begins, ends, checksums in _found(path, reading, bool(share)):
+            valid = held_out(checksums, share) if share else np.zeros(len(begins), np.bool_)
+            for writer, chosen in zip(writers, (~valid, valid), strict=False):
+                writer.append(begins[chosen], (ends - begins)[chosen])
+        if not any(writer.documents for writer in writers):
+            raise DataError(f"{path} holds no text, only blank lines; leave it out")
 
 
 def _found(path: Path, reading: Reading, hashed: bool) -> Iterator[tuple[Ids, Ids, Ids]]:
@@ -102,9 +106,7 @@ def _found(path: Path, reading: Reading, hashed: bool) -> Iterator[tuple[Ids, Id
         yield _whole_file(path, reading)
         return
     for block, offset in _lines(path):
-        try:
-            block.decode()
-        except UnicodeDecodeError:
+        if not is_utf8(block):
             _complain(path, reading)
         begins, ends = _documents(block)
         pairs = zip(begins.tolist(), ends.tolist(), strict=True)
@@ -140,9 +142,7 @@ def _documents(block: bytes) -> tuple[Ids, Ids]:
 def _whole_file(path: Path, reading: Reading) -> tuple[Ids, Ids, Ids]:
     checksum, offset = 0, -1
     for block, begin in _lines(path):
-        try:
-            block.decode()
-        except UnicodeDecodeError:
+        if not is_utf8(block):
             _complain(path, reading)
         checksum = zlib.crc32(block, checksum)
         offset = begin if offset < 0 else offset
@@ -157,26 +157,30 @@ def _complain(path: Path, reading: Reading) -> None:
 
 
 class _IndexWriter:
-    """Appends to `NAME.starts` and `NAME.sources`."""
+    """Writes `NAME.starts` and `NAME.sources`; complete when it is left."""
 
     def __init__(self, folder: Path, name: str, eos: int = 0) -> None:
         self._starts = (folder / f"{name}.starts").open("wb")
         self._sources = (folder / f"{name}.sources").open("wb")
         self._eos = eos
-        self._documents = self._tokens = 0
+        self._tokens = 0
+        self.documents = 0
 
     def append(self, sources: Ids, lengths: Ids) -> None:
+        """Add documents: where each is in the data, and how long."""
         ends = (lengths + self._eos).cumsum() + self._tokens
         self._starts.write((ends - lengths - self._eos).astype("<i8").tobytes())
         self._sources.write(sources.astype("<i8").tobytes())
-        self._documents += len(sources)
+        self.documents += len(sources)
         self._tokens = int(ends[-1]) if len(ends) else self._tokens
 
-    def finish(self) -> int:
+    def __enter__(self) -> _IndexWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._starts.write(np.array([self._tokens], "<i8").tobytes())
         self._starts.close()
         self._sources.close()
-        return self._documents
 
 
 @dataclass(frozen=True)
@@ -235,17 +239,17 @@ def split_documents(
     """
 
     def build(folder: Path) -> None:
-        writers = [_IndexWriter(folder, part) for part in _PARTS]
-        edges = starts.array
-        for first in range(0, len(edges) - 1, _BLOCK):
-            some = edges[first : first + _BLOCK + 1]
-            tokens, pairs = ids.array, zip(some[:-1].tolist(), some[1:].tolist(), strict=True)
-            checksums = np.array([zlib.crc32(tokens[begin:end].data) for begin, end in pairs])
-            valid = held_out(checksums, share)
-            for writer, chosen in zip(writers, (~valid, valid), strict=True):
-                writer.append(some[:-1][chosen], np.diff(some)[chosen])
-        for writer in writers:
-            writer.finish()
+        edges, tokens = starts.array, ids.array.data
+        with ExitStack() as stack:
+            writers = [stack.enter_context(_IndexWriter(folder, part)) for part in _PARTS]
+            for first in range(0, len(edges) - 1, _BLOCK):
+                some = edges[first : first + _BLOCK + 1]
+                checksums = [
+                    zlib.crc32(tokens[begin:end]) for begin, end in pairwise(some.tolist())
+                ]
+                valid = held_out(np.array(checksums), share)
+                for writer, chosen in zip(writers, (~valid, valid), strict=True):
+                    writer.append(some[:-1][chosen], np.diff(some)[chosen])
 
     key = fingerprint("split", signature([path, starts.path]), share)
     folder = cached(cache, f"split-{key}", build)

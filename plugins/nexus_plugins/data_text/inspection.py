@@ -87,7 +87,8 @@ def _faults(stream: Stream, tokenizer: Tokenizer) -> list[str]:
         stream.read(first, last, ids)
         highest = max(highest, int(ids.max()))
         if tokenizer.eos is not None:
-            ends = stream.starts(first + 1, last) - first - 1
+            (starts,) = stream.starts(np.array([first + 1]), np.array([last]))
+            ends = starts - first - 1
             unended += int((ids[ends] != tokenizer.eos).sum())
             inside += int((ids == tokenizer.eos).sum())
     faults = []

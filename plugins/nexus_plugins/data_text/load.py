@@ -16,7 +16,6 @@ from nexus_plugins.data_text.tokenizer import ByteTokenizer, CharTokenizer, IdTo
 __all__ = ["load_tokenizer", "tokenizer_beside"]
 
 
-@lru_cache(maxsize=8)
 def load_tokenizer(
     wish: str, eos_token: str | None = None, pad_token: str | None = None
 ) -> Tokenizer:
@@ -41,6 +40,11 @@ def load_tokenizer(
             f"there is no tokenizer '{wish}' ({error.strerror}); expected \"bytes\" or the path "
             "of a tokenizer.json"
         ) from error
+    return _parsed(raw, path, eos_token, pad_token)
+
+
+@lru_cache(maxsize=8)
+def _parsed(raw: bytes, path: Path, eos_token: str | None, pad_token: str | None) -> Tokenizer:
     if path.suffix == ".pkl":
         return _of_nanogpt(raw, path)
     try:

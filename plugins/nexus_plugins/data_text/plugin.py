@@ -121,6 +121,15 @@ class DataTextPlugin(Plugin[DataTextConfig]):
                 stacklevel=2,
             )
 
+    @hookimpl
+    def summarize(self) -> dict[str, str]:
+        """What simpler models reach on the evaluation text, and what to know about the data."""
+        rows = {
+            f"{name} there": f"{bits:.4f} bits per byte" for name, bits in self.baselines().items()
+        }
+        notes = self.notes()
+        return {**rows, "data": "\n".join(notes)} if notes else rows
+
     def notes(self) -> list[str]:
         """What a user should know about the data: tokens left out, a limited evaluation."""
         return self._data.notes() if self._data is not None else []

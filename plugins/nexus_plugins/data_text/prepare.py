@@ -39,7 +39,7 @@ from nexus_plugins.data_text.workers import Workers
 
 __all__ = ["Job", "Summary", "encode_unit", "prepare", "units_of"]
 
-_UNIT = 16 << 20  # bytes of input that make one piece of work
+_UNIT = 4 << 20  # bytes of input that make one piece of work
 _RECORD = "prepare.json"
 
 
@@ -192,22 +192,25 @@ def _encode(
     progress: Callable[[int], object],
 ) -> Iterator[Path]:
     """The finished pieces of work in order, those of a killed run included."""
-    there = [_part(parts, number) for number in range(len(units))]
-    tasks = [(number, unit) for number, unit in enumerate(units) if there[number] is None]
+    there = _whole_parts(parts)
+    tasks = [(number, unit) for number, unit in enumerate(units) if number not in there]
     with Workers(min(workers, len(tasks)), job, parts) as pool:
         made = pool.run(tasks)
-        for path, unit in zip(there, units, strict=True):
-            yield path or next(made)
+        for number, unit in enumerate(units):
+            yield there[number] if number in there else next(made)
             progress(sum(part.size for part in unit))
 
 
-def _part(parts: Path, number: int) -> Path | None:
-    """The finished piece of work, whose name says its size, if it is whole."""
-    for path in parts.glob(f"{number:08d}-*.part"):
-        if path.stat().st_size == int(path.stem.partition("-")[2]):
-            return path
-        path.unlink()
-    return None
+def _whole_parts(parts: Path) -> dict[int, Path]:
+    """The finished pieces of work by number; one whose size is not that in its name is removed."""
+    found = {}
+    for path in parts.glob("*.part"):
+        number, _, size = path.stem.partition("-")
+        if path.stat().st_size == int(size):
+            found[int(number)] = path
+        else:
+            path.unlink()
+    return found
 
 
 def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Path:
@@ -227,9 +230,7 @@ def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Pa
     extra: dict[str, Any] = {"counts": dict(counts), "totals": totals, "metadata": None}
     if any(entry is not None for entry in metadata):
         extra["metadata"] = ["null" if entry is None else entry for entry in metadata]
-    names = pieces[0] if pieces else {}
-    arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
-    return _save_part(parts, number, arrays, extra)
+    return _save_part(parts, number, pieces, extra)
 
 
 def _columns(portion: Portion, tokenizer: Tokenizer, job: Job) -> dict[str, NDArray[Any]]:
@@ -252,14 +253,19 @@ def _columns(portion: Portion, tokenizer: Tokenizer, job: Job) -> dict[str, NDAr
 
 
 def _save_part(
-    parts: Path, number: int, arrays: dict[str, NDArray[Any]], extra: dict[str, Any]
+    parts: Path, number: int, pieces: list[dict[str, NDArray[Any]]], extra: dict[str, Any]
 ) -> Path:
+    """Write a line of JSON and the columns as they are, each piece behind the other."""
+    columns = {
+        name: (array.dtype.str, sum(len(piece[name]) for piece in pieces))
+        for name, array in (pieces[0] if pieces else {}).items()
+    }
     temporary = parts / f"{number:08d}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
-        head = json.dumps({"arrays": list(arrays), **extra}).encode()
-        np.save(file, np.frombuffer(head, np.uint8))
-        for array in arrays.values():
-            np.save(file, array)
+        file.write(json.dumps({"columns": columns, **extra}).encode() + b"\n")
+        for name in columns:
+            for piece in pieces:
+                file.write(piece[name].tobytes())
         size = file.tell()
     return temporary.rename(parts / f"{number:08d}-{size}.part")
 
@@ -276,8 +282,11 @@ class _Part:
     @classmethod
     def load(cls, path: Path) -> _Part:
         with path.open("rb") as file:
-            head = json.loads(np.load(file).tobytes())
-            arrays = {name: np.load(file) for name in head["arrays"]}
+            head = json.loads(file.readline())
+            arrays = {
+                name: np.fromfile(file, dtype, count)
+                for name, (dtype, count) in head["columns"].items()
+            }
         return cls(arrays, head["metadata"], head["totals"], head["counts"])
 
 

@@ -99,6 +99,7 @@ class Rows(ABC):
         self._pad = tokenizer.pad
         self._size = tokenizer.size
         self._table = _label_table(tokenizer)
+        self._ends = np.array([len(stream) for stream in self.streams])
         self.counts = [self.rows_of(stream) for stream in self.streams]
         if weights is not None and len(weights) > 1:
             self.layout = Layout.mixture(self.counts, weights)
@@ -110,8 +111,8 @@ class Rows(ABC):
         """How many rows a stream makes."""
 
     @abstractmethod
-    def span(self, stream: Stream, row: int) -> tuple[int, int]:
-        """The positions of the tokens in a row: the first, and the one behind the last."""
+    def spans(self, sources: Ids, rows: Ids) -> list[tuple[int, int]]:
+        """The positions of the tokens in each row: the first, and the one behind the last."""
 
     @abstractmethod
     def __getitems__(self, samples: Sequence[int]) -> RowBatch:
@@ -139,8 +140,15 @@ class Rows(ABC):
     def locate(self, samples: Sequence[int]) -> list[tuple[Stream, int, int]]:
         """The stream of each sample, and the positions of the tokens that it shows."""
         sources, rows = self.layout.locate(np.asarray(samples, dtype=np.int64))
-        places = zip(sources.tolist(), rows.tolist(), strict=True)
-        return [(self.streams[at], *self.span(self.streams[at], row)) for at, row in places]
+        pairs = zip(sources.tolist(), self.spans(sources, rows), strict=True)
+        return [(self.streams[source], *span) for source, span in pairs]
+
+    def _open(self, samples: Sequence[int]) -> list[tuple[Stream, int, int]]:
+        """`locate`, and make sure that the files behind it have not changed."""
+        spans = self.locate(samples)
+        for stream in dict.fromkeys(stream for stream, _, _ in spans):
+            stream.check()
+        return spans
 
     def _batch(
         self, arrays: dict[str, NDArray[Any]], spans: Sequence[tuple[Stream, int, int]]
@@ -186,8 +194,10 @@ class PackedRows(Rows):
         full, rest = divmod(len(stream), self.length)
         return full + (1 if rest and self._complete else 0)
 
-    def span(self, stream: Stream, row: int) -> tuple[int, int]:
-        return row * self.length, min((row + 1) * self.length, len(stream))
+    def spans(self, sources: Ids, rows: Ids) -> list[tuple[int, int]]:
+        firsts = rows * self.length
+        lasts = np.minimum(firsts + self.length, self._ends[sources])
+        return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
     @property
     def lost(self) -> int:
@@ -196,29 +206,34 @@ class PackedRows(Rows):
         return sum(len(stream) % self.length for stream in self.streams)
 
     def __getitems__(self, samples: Sequence[int]) -> RowBatch:
-        spans = self.locate(samples)
-        tokens, starts = self._read(spans)
-        inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        labels.reshape(-1)[starts - 1] = _IGNORE
-        for number, (_, first, last) in enumerate(spans):
-            inputs[number, last - first :] = self._pad
-        arrays: dict[str, NDArray[Any]] = {
-            "input_ids": inputs,
-            "labels": labels,
-            "segment_ids": self._segments(len(spans), starts),
-        }
-        return self._batch(arrays, spans)
-
-    def _read(self, spans: Sequence[tuple[Stream, int, int]]) -> tuple[Ids, Ids]:
-        """Tokens `(B, T + 1)`, -100 behind the end, and where in `(B * T,)` documents start."""
-        tokens = np.empty((len(spans), self.length + 1), np.int64)
-        found = []
+        spans = self._open(samples)
+        inputs = np.empty((len(spans), self.length), np.int64)
+        labels = np.empty((len(spans), self.length), np.int64)
+        row = np.empty(self.length + 1, np.int64)
         for number, (stream, first, last) in enumerate(spans):
             seen = min(last + 1, len(stream))
-            stream.read(first, seen, tokens[number, : seen - first])
-            tokens[number, seen - first :] = _IGNORE
-            found.append(stream.starts(first + 1, seen) + (number * self.length - first))
-        return tokens, np.concatenate(found)
+            stream.read(first, seen, row[: seen - first])
+            if seen - first <= self.length:  # the end of the stream
+                row[seen - first :] = _IGNORE
+            inputs[number] = row[:-1]
+            labels[number] = row[1:]
+            if last - first < self.length:
+                inputs[number, last - first :] = self._pad
+        starts = self._starts(spans)
+        labels.reshape(-1)[starts - 1] = _IGNORE
+        arrays = {"input_ids": inputs, "labels": labels}
+        return self._batch(arrays | {"segment_ids": self._segments(len(spans), starts)}, spans)
+
+    def _starts(self, spans: Sequence[tuple[Stream, int, int]]) -> Ids:
+        """Where in `(B * T + 1,)` documents start, but for the starts of rows."""
+        found = [np.zeros(0, np.int64)]
+        for stream in dict.fromkeys(stream for stream, _, _ in spans):
+            numbers = [number for number, span in enumerate(spans) if span[0] is stream]
+            firsts = np.array([spans[number][1] for number in numbers])
+            starts = stream.starts(firsts + 1, firsts + self.length + 1)
+            shifts = np.array(numbers) * self.length - firsts
+            found.append(np.concatenate(starts) + np.repeat(shifts, [*map(len, starts)]))
+        return np.concatenate(found)
 
     def _segments(self, rows: int, starts: Ids) -> NDArray[np.int32]:
         marks = np.zeros(rows * self.length + 1, np.int32)
@@ -240,9 +255,12 @@ class PaddedRows(Rows):
     def rows_of(self, stream: Stream) -> int:
         return stream.documents
 
-    def span(self, stream: Stream, row: int) -> tuple[int, int]:
-        first, last = stream.span(row)
-        return first, min(last, first + self.length)
+    def spans(self, sources: Ids, rows: Ids) -> list[tuple[int, int]]:
+        whole = [
+            self.streams[source].span(row)
+            for source, row in zip(sources.tolist(), rows.tolist(), strict=True)
+        ]
+        return [(first, min(last, first + self.length)) for first, last in whole]
 
     @property
     def lost(self) -> int:
@@ -254,7 +272,7 @@ class PaddedRows(Rows):
         )
 
     def __getitems__(self, samples: Sequence[int]) -> RowBatch:
-        spans = self.locate(samples)
+        spans = self._open(samples)
         width = max(1, *(last - first for _, first, last in spans))
         inputs = np.full((len(spans), width), self._pad, np.int64)
         labels = np.full((len(spans), width), _IGNORE, np.int64)
@@ -268,10 +286,13 @@ class PaddedRows(Rows):
         return self._batch(arrays, spans)
 
 
-def _label_table(tokenizer: Tokenizer) -> Ids | None:
+def _label_table(tokenizer: Tokenizer) -> NDArray[Any] | None:
     """Bytes of text by label; -100, read from the end of the table, stands for none."""
     lengths = tokenizer.token_bytes
-    return None if lengths is None else np.concatenate([lengths, np.zeros(-_IGNORE, np.int64)])
+    if lengths is None:
+        return None
+    table = np.concatenate([lengths, np.zeros(-_IGNORE, np.int64)])
+    return table.astype(np.min_scalar_type(table.max()))
 
 
 def as_it_is(batch: Any) -> Any:

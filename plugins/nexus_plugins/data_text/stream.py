@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
 
-__all__ = ["Chain", "MappedFile", "Named", "Origin", "Place", "Stream", "TokenStream"]
+__all__ = ["Chain", "MappedFile", "Named", "Origin", "Place", "Stream", "TokenStream", "chained"]
 
 Ids = NDArray[np.int64]
 Raw = NDArray[Any]
@@ -58,7 +60,8 @@ class Named:
     files: tuple[tuple[str, int], ...]
 
     def name(self, document: int, source: int) -> tuple[str, int]:
-        name, first = next(pair for pair in reversed(self.files) if pair[1] <= document)
+        number = bisect_right(self.files, document, key=lambda pair: pair[1]) - 1
+        name, first = self.files[number]
         return name, document - first
 
 
@@ -78,8 +81,8 @@ class Stream(Protocol):
     def read_bytes(self, first: int, last: int) -> Ids | None:
         """Bytes of text that each of the tokens stands for; None: the tokenizer's table says."""
 
-    def starts(self, first: int, last: int) -> Ids:
-        """The positions from `first` to `last - 1` at which a document starts, rising."""
+    def starts(self, firsts: Ids, lasts: Ids) -> list[Ids]:
+        """For each pair, the positions from `first` to `last - 1` at which a document starts."""
 
     def place(self, position: int) -> Place:
         """The document that a token belongs to."""
@@ -90,6 +93,13 @@ class Stream(Protocol):
     def document_lengths(self) -> Iterator[Ids]:
         """The tokens of each document, in portions that fit in memory."""
 
+    def check(self) -> None:
+        """Make sure that no file has changed; call it before each batch is read.
+
+        Raises:
+            DataError: one has; reading a file that was cut short would kill the process.
+        """
+
 
 class MappedFile:
     """A file of fixed-size numbers in memory-mapped form, watched for changes.
@@ -98,12 +108,12 @@ class MappedFile:
 
     Args:
         path: the file.
-        dtype: of its numbers.
+        dtype: of its numbers, which `array` holds.
         offset: bytes to leave out at the start.
         count: how many numbers to map; None: up to the end.
 
     Raises:
-        DataError: the file cannot be read; or, from `array`, it has changed since it was opened.
+        DataError: the file cannot be read.
     """
 
     def __init__(
@@ -117,40 +127,40 @@ class MappedFile:
 
     def _open(self) -> tuple[int, int]:
         try:
-            self._file = self.path.open("rb")
-            signature = self._stat()
-            there = max(0, signature[0] - self._offset) // self._dtype.itemsize
-            count = there if self._count is None else min(there, self._count)
-            self._array: Raw = (
-                np.memmap(self._file, self._dtype, "r", self._offset, (count,)).view(np.ndarray)
-                if count
-                else np.zeros(0, self._dtype)
-            )
+            with self.path.open("rb") as file:
+                self._descriptor = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._descriptor)
+                signature = self._stat()
+                there = max(0, signature[0] - self._offset) // self._dtype.itemsize
+                count = there if self._count is None else min(there, self._count)
+                self.array: Raw = (
+                    np.memmap(file, self._dtype, "r", self._offset, (count,)).view(np.ndarray)
+                    if count
+                    else np.zeros(0, self._dtype)
+                )
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
         return signature
 
     def _stat(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
-    @property
-    def array(self) -> Raw:
-        """The numbers; reading them is safe because the file is as long as it was."""
+    def check(self) -> None:
+        """Make sure that the file is still what it was.
+
+        Raises:
+            DataError: it has changed.
+        """
         if self._stat() != self._signature:
             raise DataError(
                 f"{self.path} has changed while it was in use; do not write to files that a run "
                 "reads (write a new file and rename it), and start the run again"
             )
-        return self._array
-
-    def close(self) -> None:
-        """Let go of the file; arrays that were handed out stay valid."""
-        self._file.close()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        del state["_file"], state["_array"]
+        del state["_descriptor"], state["array"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -231,11 +241,11 @@ class TokenStream:
             return lengths[first:last].astype(np.int64)
         return lengths[self._indices(first, last)[0]].astype(np.int64)
 
-    def starts(self, first: int, last: int) -> Ids:
-        starts = _array(self._starts)
-        low, high = starts.searchsorted((first, last))
-        found: Ids = starts[low : min(high, self._documents)]
-        return found
+    def starts(self, firsts: Ids, lasts: Ids) -> list[Ids]:
+        starts = _array(self._starts)[:-1]
+        edges = starts.searchsorted(np.concatenate([firsts, lasts])).tolist()
+        pairs = zip(edges[: len(firsts)], edges[len(firsts) :], strict=True)
+        return [starts[low:high] for low, high in pairs]
 
     def place(self, position: int) -> Place:
         starts = _array(self._starts)
@@ -253,6 +263,11 @@ class TokenStream:
         starts = _array(self._starts)
         return int(starts[document]), int(starts[document + 1])
 
+    def check(self) -> None:
+        for numbers in (self._data, self._starts, self._sources, self._lengths):
+            if isinstance(numbers, MappedFile):
+                numbers.check()
+
     def document_lengths(self) -> Iterator[Ids]:
         starts = _array(self._starts)
         for first in range(0, self._documents, _PORTION):
@@ -261,6 +276,11 @@ class TokenStream:
 
 def _array(numbers: Raw | MappedFile) -> Raw:
     return numbers.array if isinstance(numbers, MappedFile) else numbers
+
+
+def chained(streams: Sequence[Stream]) -> Stream:
+    """Several streams, one behind the other, as one."""
+    return streams[0] if len(streams) == 1 else Chain(streams)
 
 
 class Chain:
@@ -290,12 +310,16 @@ class Chain:
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if known else None
 
-    def starts(self, first: int, last: int) -> Ids:
-        parts = [
-            stream.starts(low - shift, high - shift) + shift
-            for stream, shift, low, high in self._parts(first, last)
+    def starts(self, firsts: Ids, lasts: Ids) -> list[Ids]:
+        return [
+            np.concatenate([np.zeros(0, np.int64), *self._starts_between(*pair)])
+            for pair in zip(firsts.tolist(), lasts.tolist(), strict=True)
         ]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _starts_between(self, first: int, last: int) -> Iterator[Ids]:
+        for stream, shift, low, high in self._parts(first, last):
+            (found,) = stream.starts(np.array([low - shift]), np.array([high - shift]))
+            yield found + shift
 
     def place(self, position: int) -> Place:
         stream, shift, _, _ = next(iter(self._parts(position, position + 1)))
@@ -307,12 +331,17 @@ class Chain:
         first, last = self._streams[number].span(document - int(self._document_edges[number]))
         return first + shift, last + shift
 
+    def check(self) -> None:
+        for stream in self._streams:
+            stream.check()
+
     def document_lengths(self) -> Iterator[Ids]:
         for stream in self._streams:
             yield from stream.document_lengths()
 
     def _parts(self, first: int, last: int) -> list[tuple[Stream, int, int, int]]:
         """Which streams hold the positions: (stream, where it begins, first, last)."""
+        last = min(last, len(self))
         low = int(self._edges.searchsorted(first, "right")) - 1
         high = int(self._edges.searchsorted(last, "left"))
         return [

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from nexus_core.errors import ConfigError
@@ -87,7 +88,8 @@ def _config(path: Path) -> dict[str, Any]:
 def _excerpts(rows: Rows, samples: list[int], tokenizer: Any) -> list[tuple[Excerpt, ...]]:
     found = []
     for (stream, first, last), ids in zip(rows.locate(samples), rows.tokens(samples), strict=True):
-        edges = [first, *stream.starts(first + 1, last).tolist(), last]
+        (starts,) = stream.starts(np.array([first + 1]), np.array([last]))
+        edges = [first, *starts.tolist(), last]
         found.append(
             tuple(
                 Excerpt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def train_tokenizer(paths: Sequence[Path], out: Path, size: int, reading: Readin
         vocab_size=size,
         special_tokens=[_EOS, _PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_texts(paths, reading), trainer)
     with writing(out.parent):

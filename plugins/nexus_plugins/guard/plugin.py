@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardConfig", "GuardPlugin"]
 
+WAITED_FOR = ("cpu",)
+"""Devices whose verdict costs nothing to read."""
+
 _KEPT_ATTEMPTS = 16  # of a device whose verdicts are read late
 Tree = TypeVar("Tree")
 
@@ -110,7 +113,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         optimizer = engine.optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         takes_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._waits = engine.device.type == "cpu" or not takes_flag
+        self._waits = engine.device.type in WAITED_FOR or not takes_flag
         self._attempts = deque(maxlen=1 if self._waits else _KEPT_ATTEMPTS)
         self._error = None
         self._spikes.to(engine.device)

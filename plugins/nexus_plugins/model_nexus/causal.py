@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite
+from nexus_plugins.model_nexus.residual import GatedWrite, Part
 
 __all__ = ["CausalModule"]
 
@@ -13,7 +13,7 @@ EDGE_STD = 0.1
 NOISE_STD = 0.1
 
 
-class CausalModule(nn.Module):
+class CausalModule(Part):
     """Read variables v of each token, apply one step `v A + noise` of a linear structural model.
 
     `A[i, j]` is the strength with which variable i acts on variable j; nothing acts on itself.
@@ -60,8 +60,3 @@ class CausalModule(nn.Module):
             effects = effects + torch.randn_like(effects) * self.noise_scale
         reports = {"adjacency": adjacency, "variables": variables}
         return self.write(effects), {"causal": reports}
-
-    def step(self, h: Tensor) -> Tensor:
-        """The update `(B, D)` of one token `(B, D)`; the same as `forward`."""
-        update, _ = self(h)
-        return update

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite, widened
+from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 
 __all__ = ["EnergyModule"]
 
@@ -18,7 +18,7 @@ STOP_SHARPNESS = 4.0  # power of change / threshold in the odds of going on
 NORM_EPS = 1e-12
 
 
-class EnergyModule(nn.Module):
+class EnergyModule(Part):
     """Refine a code z of each token by the gradient of an energy, until it hardly changes.
 
     `E(h, z) = |z - c(h)|^2 / 2 - log(mean_m exp(s * m . z)) / s` over M learned memories m of
@@ -82,11 +82,6 @@ class EnergyModule(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             code, reports = self._settle(F.normalize(context, dim=-1))
         return self.write(code), {"energy": reports}
-
-    def step(self, h: Tensor) -> Tensor:
-        """The update `(B, D)` of one token `(B, D)`; the same as `forward`."""
-        update, _ = self(h)
-        return update
 
     def energy(self, context: Tensor, code: Tensor) -> Tensor:
         """E for contexts of length 1 and codes, both `(..., d_code)`; returns `(...)`."""

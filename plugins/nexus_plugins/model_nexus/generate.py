@@ -92,11 +92,7 @@ def _sample(
 
 
 def _check(
-    prompt: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if prompt.dim() not in (1, 2) or prompt.numel() == 0:
         raise ValueError(

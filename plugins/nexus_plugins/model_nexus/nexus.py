@@ -1,11 +1,11 @@
-"""The NEXUS model: embeddings, a backbone of selective state-space layers, a language head."""
+"""The NEXUS model: embeddings, a backbone of state-space layers, four modules, a head."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus_core.plugin import PluginConfig
+from nexus_plugins.model_nexus.causal import CausalModule
+from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.generate import generate
 from nexus_plugins.model_nexus.operations import gated_rms_norm
+from nexus_plugins.model_nexus.reasoning import Reasoner
+from nexus_plugins.model_nexus.residual import Part
 from nexus_plugins.model_nexus.ssm import SelectiveSSM, SSMState
+from nexus_plugins.model_nexus.world import WorldModel
 
 __all__ = ["NEXUSConfig", "NEXUSCore", "NEXUSOutput"]
 
@@ -23,7 +28,7 @@ EMBEDDING_STD = 0.02
 
 
 class NEXUSConfig(PluginConfig):
-    """Sizes of the model; the defaults are those of the full model."""
+    """Sizes of the model and its modules; the defaults are those of the full model."""
 
     vocab_size: int = Field(32_000, ge=1, description="tokens that the model knows")
     d_model: int = Field(256, ge=1, description="width of the residual stream")
@@ -42,6 +47,26 @@ class NEXUSConfig(PluginConfig):
         True, description="the head uses the embedding's matrix instead of one of its own"
     )
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in every norm")
+    world: bool = Field(True, description="have the world model, which foretells later latents")
+    d_latent: int = Field(64, ge=1, description="width of the world model's latents")
+    world_levels: int = Field(
+        3, ge=1, description="distances that the world model foretells: 1, 2, 4, ... tokens ahead"
+    )
+    reason: bool = Field(True, description="have the reasoner, which chains learned rules")
+    n_predicates: int = Field(32, ge=1, description="predicates that the reasoner believes in")
+    n_rules: int = Field(16, ge=1, description="rules that the reasoner chooses from")
+    reasoning_steps: int = Field(3, ge=1, description="rules that the reasoner applies at most")
+    energy: bool = Field(
+        True, description="have the energy module, which refines a code by descent"
+    )
+    d_code: int = Field(32, ge=1, description="width of the energy module's codes")
+    n_memories: int = Field(32, ge=1, description="memories in the energy module's landscape")
+    max_energy_iters: int = Field(8, ge=1, description="refinements of a token's code at most")
+    energy_threshold: float = Field(
+        0.01, gt=0, description="a code is settled when a refinement moves it by less"
+    )
+    causal: bool = Field(True, description="have the causal module, which learns a graph")
+    n_variables: int = Field(16, ge=2, description="variables in the causal module's graph")
 
     @model_validator(mode="after")
     def _heads_fit(self) -> NEXUSConfig:
@@ -105,6 +130,9 @@ class NEXUSBlock(nn.Module):
 class NEXUSCore(nn.Module):
     """A language model with cost linear in length and generation in constant memory.
 
+    On a backbone of state-space layers, four modules read its states and update the stream before
+    the head: a world model, a reasoner, an energy module and a causal module.
+
     Nothing at position t depends on a later position, on a neighbour in the batch or, where
     `segment_ids` are given, on another document of the row.
 
@@ -122,19 +150,28 @@ class NEXUSCore(nn.Module):
         self.blocks = nn.ModuleList(
             NEXUSBlock(self.config) for _ in range(self.config.ssm_n_layers)
         )
+        self.dropout = nn.Dropout(self.config.dropout)
         self.final_norm = nn.RMSNorm(self.config.d_model, eps=self.config.norm_eps)
         self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._scale_initial_weights()
+        # Last, so that a seed gives the same backbone with and without them.
+        self.parts = _make_parts(self.config)
 
     def _scale_initial_weights(self) -> None:
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
         with torch.no_grad():
-            for block in self.blocks:
+            for block in self._layers():
                 block.ssm.out_proj.weight /= math.sqrt(self.config.ssm_n_layers)
+
+    def _layers(self) -> Iterator[NEXUSBlock]:
+        return cast("Iterator[NEXUSBlock]", iter(self.blocks))
+
+    def _parts(self) -> Iterator[Part]:
+        return cast("Iterator[Part]", iter(self.parts.values()))
 
     @overload
     def forward(
@@ -154,10 +191,7 @@ class NEXUSCore(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]: ...
 
     def forward(
-        self,
-        input_ids: Tensor,
-        segment_ids: Tensor | None = None,
-        return_all_outputs: bool = False,
+        self, input_ids: Tensor, segment_ids: Tensor | None = None, return_all_outputs: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """Predict the next token at every position.
 
@@ -187,9 +221,14 @@ class NEXUSCore(nn.Module):
         _check_shapes(input_ids, segment_ids)
         document = None if segment_ids is None else _document_numbers(segment_ids)
         x = self.embedding(input_ids)
-        for block in self.blocks:
+        for block in self._layers():
             x = block(x, document)
+        h = self._read(x)
         module_outputs: dict[str, Any] = {}
+        for part in self._parts():
+            update, reports = part(h, document)
+            x = x + self.dropout(update)
+            module_outputs |= reports
         return NEXUSOutput(self.final_norm(x), self.head.weight, module_outputs)
 
     def step(self, input_ids: Tensor, states: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
@@ -204,14 +243,32 @@ class NEXUSCore(nn.Module):
         """
         x = self.embedding(input_ids)
         new_states = []
-        for block, state in zip(self.blocks, states, strict=True):
+        for block, state in zip(self._layers(), states, strict=True):
             x, new_state = block.step(x, state)
             new_states.append(new_state)
-        return self.head(self.final_norm(x)), new_states
+        h = self._read(x)
+        for part in self._parts():
+            x = x + part.step(h)
+        logits: Tensor = self.head(self.final_norm(x))
+        return logits, new_states
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the modules see of the stream; each has a projection of its own behind it."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
 
     def initial_state(self, batch: int) -> list[SSMState]:
         """The states of all layers before the first token, for `batch` sequences."""
-        return [block.ssm.initial_state(batch) for block in self.blocks]
+        return [block.ssm.initial_state(batch) for block in self._layers()]
+
+    @property
+    def active_modules(self) -> tuple[str, ...]:
+        """Which of world, reason, energy and causal the model has."""
+        return tuple(self.parts)
+
+    def update_world_target(self, decay: float) -> None:
+        """Let the world model's target encoder follow its encoder; call it after each update."""
+        if "world" in self.parts:
+            cast(WorldModel, self.parts["world"]).update_target(decay)
 
     def generate(
         self,
@@ -224,6 +281,28 @@ class NEXUSCore(nn.Module):
     ) -> Tensor:
         """Continue a prompt token by token; see `generate.generate` for the arguments."""
         return generate(self, prompt, max_new_tokens, temperature, top_k, top_p, generator)
+
+
+def _make_parts(config: NEXUSConfig) -> nn.ModuleDict:
+    """The modules beside the backbone; each reads its states and updates the stream, gated."""
+    width, parts = config.d_model, nn.ModuleDict()
+    if config.world:
+        parts["world"] = WorldModel(width, config.d_latent, config.world_levels)
+    if config.reason:
+        parts["reason"] = Reasoner(
+            width, config.n_predicates, config.n_rules, config.reasoning_steps
+        )
+    if config.energy:
+        parts["energy"] = EnergyModule(
+            width,
+            config.d_code,
+            config.n_memories,
+            config.max_energy_iters,
+            config.energy_threshold,
+        )
+    if config.causal:
+        parts["causal"] = CausalModule(width, config.n_variables)
+    return parts
 
 
 def _check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:

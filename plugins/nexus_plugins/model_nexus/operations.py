@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["causal_conv_silu", "chunked_scan", "gated_rms_norm"]
 
 LOG2_E = 1 / math.log(2)
-TOKENS_IN_CACHE = 512
+TOKENS_IN_CACHE = 1024
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor |
     Returns:
         `(B, T, C)` in the type of `x`; sums are taken in the type of `weight`.
     """
-    result: Tensor = _CausalConvSiLU.apply(x, weight, bias, document)
+    result: Tensor = _CausalConvSiLU.apply(x, weight, bias, document)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -63,15 +63,17 @@ class _CausalConvSiLU(torch.autograd.Function):
         taps = len(weight)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_before_later_block = weight.new_zeros(())
         for rows, span in _blocks(x, 1, backwards=True):
             window, same = _window(x, document, rows, span, weight)
             grad_sum = torch.ops.aten.silu_backward(
                 grad[rows, span].to(weight.dtype), _convolved(window, weight, bias, same)
             )
             grad_bias += grad_sum.sum((0, 1))
+            if span.stop == x.shape[1]:
+                grad_before_later_block = weight.new_zeros(())
             grad_window = torch.zeros_like(window)
-            if span.stop < x.shape[1]:
-                grad_window[:, span.stop - span.start :] = grad_before_later_block
+            grad_window[:, span.stop - span.start :] = grad_before_later_block
             for lag in range(taps):
                 seen = _seen(window, taps, lag)
                 arriving = grad_sum if same is None else grad_sum * same[lag]
@@ -152,7 +154,7 @@ def chunked_scan(
     if missing:
         x, dt, log_decay, b, c = (_pad_time(value, missing) for value in (x, dt, log_decay, b, c))
         document = None if document is None else _pad_time(document, missing)
-    y: Tensor = _ChunkedScan.apply(x, dt, log_decay, b, c, skip, document, chunk)
+    y: Tensor = _ChunkedScan.apply(x, dt, log_decay, b, c, skip, document, chunk)  # type: ignore[no-untyped-call]
     return y[:, :length] if missing else y
 
 
@@ -186,12 +188,14 @@ class _Decays(NamedTuple):
             from_start = from_start * (document == before).unsqueeze(-1)
             to_end = to_end * (document == final).unsqueeze(-1)
             across = across * (final == before).unsqueeze(-1)
-        by_head = (part.unsqueeze(-1) for part in (from_start, to_end, across))
-        return cls(sums, *by_head, document)
+        from_start, to_end, across = (p.unsqueeze(-1) for p in (from_start, to_end, across))
+        return cls(sums, from_start, to_end, across, document)
 
     def at(self, block: tuple[slice, slice]) -> _Decays:
         """Those of some rows and chunks."""
-        return _Decays(*(None if part is None else part[block] for part in self))
+        sums, from_start, to_end, across = (part[block] for part in self[:4])
+        document = None if self.document is None else self.document[block]
+        return _Decays(sums, from_start, to_end, across, document)
 
     def pairwise(self) -> Tensor:
         """(B, K, H, Q, Q) decay from the second position to the first, at most 1 everywhere."""
@@ -228,12 +232,14 @@ class _ChunkedScan(torch.autograd.Function):
         document = None if document is None else _chunked(document, chunk)
         decays = _Decays.of(log_decay, document)
         states = x.new_empty(*b.shape[:2], b.shape[-1], x.shape[-2] * x.shape[-1])
+        state = dt.new_zeros(())
         for block in _blocks(x, chunk):
             if block[1].start == 0:
                 state = dt.new_zeros(())
             y_chunks[block], state = _scan_block(
-                x[block], dt[block], b[block], c[block], skip, decays.at(block), state, states[block]
-            )
+                x[block], dt[block], b[block], c[block], skip, decays.at(block), state,
+                states[block],
+            )  # fmt: skip
         ctx.save_for_backward(x, dt, log_decay, b, c, skip, document, states, y)
         return y
 
@@ -241,7 +247,7 @@ class _ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, log_decay, b, c, skip, document, states, y = ctx.saved_tensors
-        grad_y = grad_y.unflatten(1, x.shape[1:3])
+        grad_y = _chunked(grad_y, x.shape[2])
         y = y.view(x.shape)
         decays = _Decays.of(log_decay, document)
         grads = tuple(
@@ -249,6 +255,7 @@ class _ChunkedScan(torch.autograd.Function):
             for value in (x, dt, log_decay, b, c)
         )
         grad_skip = torch.zeros_like(skip)
+        grad_state = dt.new_zeros(())
         for block in _blocks(x, x.shape[2], backwards=True):
             rows, chunks = block
             if chunks.stop == x.shape[1]:
@@ -334,8 +341,8 @@ def _scan_block_backward(
     straight = (grad_y * x).sum(-1)
     grad_sums = (grad_y * y).sum(-1) - straight * skip - grad_dt * dt
     # What leaves a chunk has passed all of its decays.
-    passed = grad_leaving[:, : leaving.shape[1]].mul_(leaving).unflatten(-1, x.shape[-2:])
-    grad_sums[:, : leaving.shape[1], -1] += passed.sum((2, 4))
+    passed = grad_leaving[:, : leaving.shape[1]].mul_(leaving)
+    grad_sums[:, : leaving.shape[1], -1] += torch.unflatten(passed, -1, x.shape[-2:]).sum((2, 4))
     grad_log_decay = grad_sums.flip(2).cumsum(2).flip(2)
     grad_x = grad_written.mul_(dt.unsqueeze(-1)).addcmul_(grad_y, skip.unsqueeze(-1))
     grad_skip = straight.sum((0, 1, 2))
@@ -354,7 +361,7 @@ def _per_column(across: Tensor, x: Tensor) -> Tensor:
 
 def _chunked(value: Tensor, chunk: int) -> Tensor:
     """(B, T, ...) to (B, K, Q, ...)."""
-    return value.unflatten(1, (-1, chunk))
+    return torch.unflatten(value, 1, (-1, chunk))
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor | None, eps: float) -> Tensor:
@@ -371,7 +378,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor | None, eps: float) -> Tensor:
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", without a scale: the
         projection that follows can express the same.
     """
-    result: Tensor = _GatedRMSNorm.apply(x, gate, eps)
+    result: Tensor = _GatedRMSNorm.apply(x, gate, eps)  # type: ignore[no-untyped-call]
     return result
 
 

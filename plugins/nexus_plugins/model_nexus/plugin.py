@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
+import torch
 from pydantic import Field
 from torch import nn
 
+from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, hookimpl
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from nexus_core.loader import Batch
 
 __all__ = ["ModelNexusConfig", "ModelNexusPlugin"]
+
+PROMPT, SAMPLE = 48, 160  # tokens of the sample in the summary
 
 
 class ModelNexusConfig(NEXUSConfig):
@@ -35,11 +39,32 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         """Build the model, with the data's vocabulary where the config names none."""
         settings = self.config.model_dump(exclude_none=True)
         if self.config.vocab_size is None:
-            settings["vocab_size"] = engine.data.codec.size
+            codec = engine.data.codec if engine.data is not None else None
+            if codec is None:
+                raise ConfigError(
+                    "model_nexus.vocab_size is not set and the data has no tokenizer to take it "
+                    "from; set it: --set model_nexus.vocab_size=32000"
+                )
+            settings["vocab_size"] = codec.size
         return NEXUSCore(NEXUSConfig(**settings))
 
     @hookimpl
     def forward(self, engine: Engine, batch: Batch) -> NEXUSOutput:
         """Run the backbone over `input_ids`, isolated by `segment_ids` where there are any."""
-        output: NEXUSOutput = engine.model.hidden(batch["input_ids"], batch.get("segment_ids"))
-        return output
+        model = cast(NEXUSCore, engine.model)
+        return model.hidden(batch["input_ids"], batch.get("segment_ids"))
+
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """A short sample that the model just trained writes after a prompt from the data."""
+        data = engine.data
+        split = next(iter(data.valid.values()), None) if data is not None else None
+        if data is None or data.codec is None or split is None:
+            return {}
+        prompt = next(iter(split))["input_ids"][0, :PROMPT].to(engine.device)
+        generator = torch.Generator(engine.device).manual_seed(engine.seed)
+        model = cast(NEXUSCore, engine.model)
+        written = model.generate(prompt, SAMPLE, temperature=0.8, top_k=40, generator=generator)
+        text = data.codec.decode(written.tolist())
+        start = len(data.codec.decode(prompt.tolist()))
+        return {"prompt": text[:start], "sample": text[start:]}

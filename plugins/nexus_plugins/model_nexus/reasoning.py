@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite, widened
+from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 
 __all__ = ["Reasoner"]
 
@@ -14,7 +16,7 @@ TRUTH_FLOOR = 1e-6  # of a rule's premises, inside the logarithm
 HALT_BIAS = -1.0  # at the start, a quarter of what is left halts at each step
 
 
-class Reasoner(nn.Module):
+class Reasoner(Part):
     """Derive beliefs from what a token's state says, rule by rule, and write them to the stream.
 
     A state is the degree of belief, from 0 to 1, in each of P predicates. A rule is two premises
@@ -70,15 +72,11 @@ class Reasoner(nn.Module):
             step `(..., K, R)`, and `reason_halting`, the weight of each step `(..., K)`. Both sum
             to 1 over their last dimension and are in float32 or wider.
         """
-        beliefs, affinity = widened(self.read(h)).split([self.halt.in_features, self.n_rules], -1)
+        sizes = [self.halt.in_features, self.n_rules]
+        beliefs, affinity = torch.split(widened(self.read(h)), sizes, -1)
         with torch.autocast(h.device.type, enabled=False):
             beliefs, rules, halting = self._chain(beliefs.sigmoid(), affinity)
         return self.write(beliefs), {"reason": rules, "reason_halting": halting}
-
-    def step(self, h: Tensor) -> Tensor:
-        """The update `(B, D)` of one token `(B, D)`; the same as `forward`."""
-        update, _ = self(h)
-        return update
 
     def _chain(self, beliefs: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         premises, conclusions = self._unify(self.premises), self._unify(self.conclusions)
@@ -101,5 +99,5 @@ class Reasoner(nn.Module):
 
     def _unify(self, symbols: Tensor) -> Tensor:
         """(..., P) how far each symbol (..., d_symbol) means each predicate; rows sum to 1."""
-        scores = symbols @ self.predicates.T / self.predicates.shape[1] ** 0.5
+        scores = symbols @ self.predicates.T / math.sqrt(self.predicates.shape[1])
         return scores.softmax(-1)

@@ -1,13 +1,39 @@
-"""What the modules share: how they read the backbone's state and how they write back to it."""
+"""What the modules share: their shape, and how they write to the residual stream."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GATE_START", "GatedWrite", "widened"]
+__all__ = ["GATE_START", "GatedWrite", "Part", "widened"]
 
 GATE_START = 0.01
+
+
+class Part(nn.Module):
+    """A module beside the backbone: it reads the states and answers with an update of the stream.
+
+    No update may depend on another token: whatever crosses time is the backbone's.
+    """
+
+    def forward(
+        self, h: Tensor, document: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """The update, and what the module reports for its loss.
+
+        Args:
+            h: `(B, T, D)` normed states of the backbone.
+            document: `(B, T)` non-decreasing numbers of documents; None: every row is one.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def step(self, h: Tensor) -> Tensor:
+        """The update `(B, D)` of one token `(B, D)`; the same as `forward`."""
+        update: Tensor = self(h)[0]
+        return update
 
 
 class GatedWrite(nn.Module):

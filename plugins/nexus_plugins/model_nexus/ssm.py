@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.operations import (
-    causal_conv_silu,
-    chunked_scan,
-    gated_rms_norm,
-)
+from nexus_plugins.model_nexus.operations import causal_conv_silu, chunked_scan, gated_rms_norm
 
-__all__ = ["SelectiveSSM", "SSMState"]
+__all__ = ["SSMState", "SelectiveSSM"]
 
 DECAY_RANGE = (1.0, 16.0)
 STEP_RANGE = (1e-3, 1e-1)
@@ -139,12 +135,12 @@ class SelectiveSSM(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         channels = self.conv_weight.shape[1]
-        gate, mixed, dt = self.in_proj(x).split([self.inner, channels, self.heads], -1)
+        gate, mixed, dt = torch.split(self.in_proj(x), [self.inner, channels, self.heads], -1)
         return gate, mixed, F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
 
     def _split_channels(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, b, c = mixed.split([self.inner, self.d_state, self.d_state], -1)
-        return x.unflatten(-1, (self.heads, self.head_dim)), b, c
+        x, b, c = torch.split(mixed, [self.inner, self.d_state, self.d_state], -1)
+        return torch.unflatten(x, -1, (self.heads, self.head_dim)), b, c
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         result: Tensor = self.out_proj(gated_rms_norm(y, gate, self.norm_eps))

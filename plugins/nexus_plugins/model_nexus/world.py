@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite, widened
+from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 
 __all__ = ["WorldModel"]
 
 
-class WorldModel(nn.Module):
+class WorldModel(Part):
     """Predict latents 1, 2, 4, ... tokens ahead, and write the expectation to the stream.
 
     It learns in latent space: targets are what a slowly moving copy of the encoder makes of the
@@ -66,7 +66,7 @@ class WorldModel(nn.Module):
         return self.write(expected), reports
 
     def step(self, h: Tensor) -> Tensor:
-        """The update `(B, D)` of one token `(B, D)`; the same as `forward`."""
+        """The update `(B, D)` of one token `(B, D)`, without the targets."""
         update: Tensor = self.write(self.predictor(self.encoder(h)))
         return update
 

@@ -1,0 +1,93 @@
+"""Kill a small run with every first-party plugin again and again, and compare it bit by bit.
+
+    python -m benchmarks.crash [--kills 200] [--seed 0] [--out DIR]
+
+The same as `nexus-run verify-resume`, with a config of its own: the NEXUS model and all its
+losses on the standard library, accumulation, AMP, curriculum, EMA, guard, loggers, evaluation, and
+a checkpoint every other step. One kill in three comes while a checkpoint is being written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from nexus_core.cli.verify_resume import Report, verify_resume
+from nexus_core.registry import installed
+
+__all__ = ["config_of", "crash"]
+
+STEPS_PER_KILL = 3
+
+
+def config_of(steps: int) -> dict[str, object]:
+    """A config with each first-party plugin that can be in one run."""
+    plugins: dict[str, dict[str, object]] = {
+        "data_text": {"train": "stdlib", "seq_len": 32, "batch_size": 2},
+        "model_nexus": {"d_model": 32, "ssm_n_layers": 1},
+        "loss_lm": {},
+        "loss_world": {},
+        "loss_reason": {},
+        "loss_energy": {},
+        "loss_causal": {},
+        "optim_adamw": {"lr": 0.001},
+        "lr_cosine": {"warmup": "2 steps"},
+        "weigh_uncertainty": {},
+        "amp": {},
+        "guard": {"spike_threshold": 50.0},
+        "clip": {},
+        "curriculum": {},
+        "ema": {},
+        "early_stop": {},
+        "throughput": {},
+        "checkpoint": {"every": "2 steps", "keep_last": 3},
+        "jsonl": {},
+        "tensorboard": {},
+        "console": {},
+    }
+    there = installed()
+    return {
+        "until": f"{steps} steps",
+        "log_every": "3 steps",
+        "accumulate": 2,
+        "seed": 1,
+        "plugins": {name: block for name, block in plugins.items() if name in there},
+    }
+
+
+def crash(kills: int, out: Path, seed: int = 0) -> Report:
+    """Kill the run so often; the config is left in `out` beside the certificate."""
+    steps = STEPS_PER_KILL * kills + 10
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config = out.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(config_of(steps), sort_keys=False), encoding="utf-8")
+    return verify_resume(str(config), out, kills=kills, seed=seed, threads=1)
+
+
+def main() -> None:
+    """Print the outcome; exit 1 where one bit differs or fewer kills than asked for came."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    out = options.out or Path(tempfile.mkdtemp(prefix="nexus-crash-")) / "crash"
+    begin = time.perf_counter()
+    report = crash(options.kills, out, options.seed)
+    print(
+        f"{report.kills} kills, {report.within_saves} while saving, {report.kills} resumes, "
+        f"{report.steps} steps, {time.perf_counter() - begin:.0f} s: "
+        f"{'identical to the undisturbed run' if report.holds else 'DIFFERENT'}"
+    )
+    for difference in report.differences:
+        print(f"  {difference}")
+    print(f"state {report.fingerprint}; certificate and runs in {out}")
+    raise SystemExit(0 if report.holds and report.kills == options.kills else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""How fast text becomes batches, beside what others do: `python -m benchmarks.data`.
+
+Prints a table and writes JSON. Competitors are measured in interleaved rounds on the same files;
+each figure is the median, and every reading starts with the file in the page cache.
+
+- prepare: `nexus-data prepare`, `tokenizers.encode_batch_fast` with nothing around it (the upper
+  limit), and `datasets.map`, on the same text with the same tokenizer and cores;
+- bytes: `nexus-data prepare` with the bytes tokenizer;
+- batches: 32 x 2,048 tokens out of a .bin: ours (inputs, labels, segments, checks), nanoGPT's
+  `get_batch` written from its description (random offsets, inputs and labels, one memory map a
+  call), and a plain `DataLoader` over a map-style data set;
+- open: peak memory and time of opening a large .txt, the first and the second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nexus_plugins.data_text import DataTextConfig
+from nexus_plugins.data_text.binary import TokenWriter
+from nexus_plugins.data_text.dataset import open_data
+from nexus_plugins.data_text.formats import Reading
+from nexus_plugins.data_text.prepare import Job, prepare
+from nexus_plugins.data_text.rows import as_it_is
+from nexus_plugins.data_text.tokenizer import IdTokenizer
+from nexus_plugins.data_text.training import train_tokenizer
+from torch.utils.data import DataLoader, Dataset
+
+from nexus_core.loader import ResumableLoader
+
+ROWS, LENGTH = 32, 2048
+Timed = Callable[[], float]
+
+
+def main() -> None:
+    """Run all parts, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("parts", nargs="*", default=["prepare", "bytes", "batches", "open"])
+    parser.add_argument("--megabytes", type=int, default=8, help="text for the tokenizers")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the .txt to open")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    wish = parser.parse_args()
+    found: dict[str, Any] = {"cores": os.cpu_count()}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as name:
+        folder = Path(name)
+        for part in wish.parts:
+            measure = {
+                "prepare": lambda: prepare_text(folder, wish.megabytes, wish.rounds),
+                "bytes": lambda: prepare_bytes(folder, wish.rounds),
+                "batches": lambda: read_batches(folder, wish.rounds),
+                "open": lambda: open_large(folder, wish.gigabytes),
+            }[part]
+            found[part] = measure()
+            for what, value in found[part].items():
+                print(f"{part:<9}{what:<34}{value:>12,.3f}", flush=True)
+    if wish.json:
+        wish.json.write_text(json.dumps(found, indent=1))
+
+
+def interleaved(competitors: dict[str, Timed], rounds: int) -> dict[str, float]:
+    """The median of what each returns over rounds in turn."""
+    seen: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(rounds):
+        for name, run in competitors.items():
+            seen[name].append(run())
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def library_lines() -> Iterator[str]:
+    """Lines of Python's standard library: real text that every machine has."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "packages" not in str(path):
+            yield from path.read_text(errors="ignore").splitlines()
+
+
+def write_text(path: Path, size: int) -> int:
+    """Documents of some forty lines, one a line, up to a size; returns the bytes written."""
+    written, document = 0, []
+    with path.open("w") as file:
+        while written < size:
+            for line in library_lines():
+                document.append(line.replace("\r", " "))
+                if len(document) == 40:
+                    written += len((" ".join(document) + "\n").encode())
+                    file.write(" ".join(document) + "\n")
+                    document = []
+                    if written >= size:
+                        break
+    return written
+
+
+def prepare_text(folder: Path, megabytes: int, rounds: int) -> dict[str, float]:
+    """Megabytes a second of text into ids."""
+    path, vocabulary = folder / "text.txt", folder / "vocabulary.json"
+    size = write_text(path, megabytes << 20) / 1e6
+    train_tokenizer([path], vocabulary, 8000, Reading())
+
+    def ours() -> float:
+        out = folder / "prepared"
+        begin = time.perf_counter()
+        prepare([path], out, Job(tokenizer=str(vocabulary)), workers=os.cpu_count() or 1)
+        taken = time.perf_counter() - begin
+        shutil.rmtree(out)
+        return size / taken
+
+    competitors: dict[str, Timed] = {
+        "nexus-data prepare, MB/s": ours,
+        "encode_batch_fast alone, MB/s": lambda: size / raw_encoding(path, vocabulary),
+    }
+    if importlib.util.find_spec("datasets"):
+        competitors["datasets.map, MB/s"] = lambda: size / mapped(path, vocabulary, folder)
+    return interleaved(competitors, rounds)
+
+
+def raw_encoding(path: Path, vocabulary: Path) -> float:
+    """Seconds of the package alone, in a process of its own as the others."""
+    return timed_program(
+        "from tokenizers import Tokenizer\n"
+        f"texts = open({str(path)!r}).read().split('\\n')\n"
+        f"tokenizer = Tokenizer.from_file({str(vocabulary)!r})\n"
+        "begin = time.perf_counter()\n"
+        "for first in range(0, len(texts), 1000):\n"
+        "    tokenizer.encode_batch_fast(texts[first:first + 1000], add_special_tokens=False)\n"
+    )
+
+
+def mapped(path: Path, vocabulary: Path, folder: Path) -> float:
+    """Seconds of `datasets.map` in batches of a thousand, with as many processes as cores."""
+    cache = folder / "datasets"
+    taken = timed_program(
+        "import datasets\n"
+        "from tokenizers import Tokenizer\n"
+        "datasets.disable_progress_bars()\n"
+        f"tokenizer = Tokenizer.from_file({str(vocabulary)!r})\n"
+        f"loaded = datasets.load_dataset('text', data_files={str(path)!r}, "
+        f"cache_dir={str(cache)!r})['train']\n"
+        "def encode(rows):\n"
+        "    found = tokenizer.encode_batch_fast(rows['text'], add_special_tokens=False)\n"
+        "    return {'ids': [one.ids for one in found]}\n"
+        "begin = time.perf_counter()\n"
+        f"loaded.map(encode, batched=True, num_proc={os.cpu_count()}, remove_columns=['text'])\n",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+    )
+    shutil.rmtree(cache, ignore_errors=True)
+    return taken
+
+
+def timed_program(program: str, **environment: str) -> float:
+    """Seconds that a program takes from its line `begin = ...` on."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import time\n{program}print(time.perf_counter() - begin)"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+def prepare_bytes(folder: Path, rounds: int) -> dict[str, float]:
+    """Megabytes a second with the bytes tokenizer, the start of the workers included."""
+    path = folder / "bytes.txt"
+    size = write_text(path, 256 << 20) / 1e6
+
+    def ours() -> float:
+        begin = time.perf_counter()
+        prepare([path], folder / "bytes", Job(), workers=os.cpu_count() or 1)
+        taken = time.perf_counter() - begin
+        shutil.rmtree(folder / "bytes")
+        return size / taken
+
+    return interleaved({"nexus-data prepare, MB/s": ours}, rounds)
+
+
+class PlainRows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """What tutorials write: a row of a memory map, inputs and labels."""
+
+    def __init__(self, path: Path) -> None:
+        self._ids = np.memmap(path, np.uint16, "r")
+
+    def __len__(self) -> int:
+        return (len(self._ids) - 1) // LENGTH
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        piece = torch.from_numpy(self._ids[row * LENGTH : (row + 1) * LENGTH + 1].astype(np.int64))
+        return piece[:-1], piece[1:]
+
+
+def get_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random stretches of a file, mapped anew at each call so that memory does not grow."""
+    ids = np.memmap(path, dtype=np.uint16, mode="r")
+    places = torch.randint(len(ids) - LENGTH, (ROWS,)).tolist()
+    rows = [ids[at : at + LENGTH + 1].astype(np.int64) for at in places]
+    inputs = torch.stack([torch.from_numpy(row[:-1]) for row in rows])
+    labels = torch.stack([torch.from_numpy(row[1:]) for row in rows])
+    return inputs, labels
+
+
+def read_batches(folder: Path, rounds: int) -> dict[str, float]:
+    """Million tokens a second, in one process."""
+    torch.set_num_threads(1)
+    stem = folder / "train"
+    write_ids(stem, documents=100_000)
+    (folder / "tokenizer.json").write_text(IdTokenizer(50_257).to_json())
+    config = DataTextConfig(train=str(folder / "train.bin"), seq_len=LENGTH, valid_share=0)
+    data = open_data(config)
+    ours = ResumableLoader(data.train, ROWS, collate=as_it_is)
+    plain = DataLoader(PlainRows(stem.with_suffix(".bin")), ROWS, shuffle=True)
+    epoch = iter(range(10**9))
+
+    def rate(batches: Iterator[Any], count: int = 600) -> float:
+        next(batches)
+        begin = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        return count * ROWS * LENGTH / (time.perf_counter() - begin) / 1e6
+
+    def nanogpt() -> Iterator[Any]:
+        while True:
+            yield get_batch(stem.with_suffix(".bin"))
+
+    return interleaved(
+        {
+            "nexus, Mtokens/s": lambda: rate(ours.batches(next(epoch))),
+            "nanoGPT's get_batch, Mtokens/s": lambda: rate(nanogpt()),
+            "plain DataLoader, Mtokens/s": lambda: rate(iter(plain)),
+        },
+        rounds,
+    )
+
+
+def write_ids(stem: Path, documents: int) -> None:
+    """Documents of 200 to 1,800 random ids of GPT-2's vocabulary."""
+    random = np.random.default_rng(0)
+    writer = TokenWriter(stem, 50_257, IdTokenizer(50_257).hash, with_lengths=False)
+    for first in range(0, documents, 10_000):
+        lengths = random.integers(200, 1800, 10_000)
+        ids = random.integers(0, 50_000, lengths.sum()).astype(np.uint16)
+        writer.append(ids, lengths, np.arange(first, first + 10_000), int(lengths.sum()))
+    writer.finish()
+
+
+def open_large(folder: Path, gigabytes: float) -> dict[str, float]:
+    """Open a .txt twice, each time in a fresh process, and read a batch."""
+    path = folder / "large.txt"
+    write_text(path, int(gigabytes * 1e9))
+    found: dict[str, float] = {"size, GB": path.stat().st_size / 1e9}
+    program = (
+        "import json, resource, sys, time\n"
+        "import torch\n"
+        "from nexus_plugins.data_text import DataTextConfig\n"
+        "from nexus_plugins.data_text.dataset import open_data\n"
+        "def private():\n"
+        "    lines = [line for line in open('/proc/self/status') if 'Rss' in line]\n"
+        "    fields = dict(line.split(':') for line in lines)\n"
+        "    return int(fields['RssAnon'].split()[0]) / 1024\n"
+        "before = private()\n"
+        "begin = time.perf_counter()\n"
+        f"data = open_data(DataTextConfig(train={str(path)!r}, cache_dir={str(folder / 'c')!r}))\n"
+        "taken = time.perf_counter() - begin\n"
+        "data.train.__getitems__(range(0, len(data.train), len(data.train) // 32))\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "print(json.dumps([taken, before, private(), peak]))\n"
+    )
+    for which in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        taken, before, after, peak = json.loads(done.stdout)
+        found |= {
+            f"{which} opening, s": taken,
+            f"{which} opening, peak MB of the process": peak,
+            f"{which} opening, MB before": before,
+            f"{which} opening, MB held after": after,
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

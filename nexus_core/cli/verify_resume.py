@@ -1,0 +1,364 @@
+"""`nexus-run verify-resume`: show that a run killed at random moments ends in the same bits.
+
+The run is done once undisturbed, then again, killed by SIGKILL as often as asked for (a third of
+the times while a checkpoint is being written) and resumed each time. A witness plugin notes down,
+step by step, fingerprints of the batches, the weights, the optimizer, the random generators and
+each plugin's state; the notes of both runs must agree to the last line, and so must the metrics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+import torch
+from torch import Tensor
+
+from nexus_core.cli.errors import reported
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError, RunError
+from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_core.state import random_state
+
+__all__ = ["Report", "WitnessPlugin", "main", "verify_resume"]
+
+NOTES = "witness.jsonl"
+CERTIFICATE = "certificate.json"
+_CLOCKS = ("time", "seconds")  # what no two runs share
+_CLOCK_PREFIXES = ("system/",)
+_SAVE_SHARE = 1 / 3
+_PATIENCE_S = 600.0
+
+
+@dataclass
+class Report:
+    """How a verification went.
+
+    Args:
+        kills: how often the run was killed and resumed.
+        within_saves: how many of the kills met a checkpoint being written.
+        steps: how many steps the run has.
+        differences: what differs, first step first; empty where the runs agree.
+        fingerprint: of the last line of notes, which holds the whole state.
+    """
+
+    kills: int = 0
+    within_saves: int = 0
+    steps: int = 0
+    differences: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the killed run ended in the same bits."""
+        return not self.differences
+
+
+class WitnessPlugin(Plugin[PluginConfig]):
+    """Writes a line of fingerprints for each step; a resumed run goes on at its own step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batches = hashlib.sha256()
+        self._file: TextIO | None = None
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        assert engine.out is not None
+        path = engine.out / NOTES
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= engine.state.step]
+        engine.out.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        draft.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    @hookimpl(trylast=True)
+    def on_batch(self, batch: Any) -> None:
+        self._batches.update(fingerprint(batch).encode())
+
+    @hookimpl
+    def on_step_end(self, engine: Engine) -> None:
+        states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
+        notes = {
+            "step": engine.state.step,
+            "batches": self._batches.hexdigest(),
+            "weights": fingerprint(engine.model.state_dict()),
+            "optimizer": fingerprint(engine.optimizer.state_dict()),
+            "generators": fingerprint(random_state()),
+            **{f"plugin {name}": fingerprint(state) for name, state in states.items() if state},
+        }
+        self._batches = hashlib.sha256()
+        if self._file is not None:
+            self._file.write(json.dumps(notes) + "\n")
+
+    @hookimpl
+    def on_close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def fingerprint(value: object) -> str:
+    """A hash of a tree of values, to the bits of its tensors."""
+    digest = hashlib.sha256()
+    for path, leaf in _leaves(value):
+        digest.update(path.encode())
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().cpu().contiguous().view(-1)
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:32]
+
+
+def verify_resume(
+    config: str | None,
+    out: Path,
+    *,
+    kills: int = 5,
+    plugins: str = "",
+    sets: Sequence[str] = (),
+    seed: int = 0,
+    threads: int | None = None,
+) -> Report:
+    """Do a run twice, undisturbed and killed, and compare every step of it.
+
+    Args:
+        config: a config file or preset, as `nexus-run` takes it.
+        out: a folder for both runs and the certificate; must not exist yet.
+        kills: how often to kill.
+        plugins: as `--plugins`.
+        sets: as `--set`, each.
+        seed: of the moments of the kills.
+        threads: that torch uses in a run; None leaves it to torch.
+
+    Returns:
+        The report, which is also written to `certificate.json`.
+
+    Raises:
+        ConfigError: the folder exists.
+        RunError: a run failed by itself.
+    """
+    if out.exists():
+        raise ConfigError(f"'{out}' exists; verify-resume needs a folder of its own: --out DIR")
+    out.mkdir(parents=True)
+    order = Order(config, plugins, tuple(sets), threads)
+    nursery = multiprocessing.get_context("forkserver")
+    nursery.set_forkserver_preload(["nexus_core.cli.verify_resume"])
+    undisturbed, disturbed = out / "undisturbed", out / "killed"
+    _finish(_live(nursery, order, undisturbed), undisturbed)
+    report = Report(steps=len(_lines(undisturbed / NOTES)))
+    moments = random.Random(seed)
+    while report.kills < kills:
+        life = _live(nursery, order, disturbed)
+        if not _kill(life, disturbed, report.steps / max(kills, 1), moments):
+            _finish(life, disturbed)
+            break
+        report.kills += 1
+        report.within_saves += any((disturbed / "checkpoints").glob(".tmp-*"))
+    else:
+        _finish(_live(nursery, order, disturbed), disturbed)
+    _compare(undisturbed, disturbed, report)
+    _certify(order, report, out / CERTIFICATE)
+    return report
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to run."""
+
+    config: str | None
+    plugins: str
+    sets: tuple[str, ...]
+    threads: int | None
+
+
+def _live(nursery: Any, order: Order, out: Path) -> ForkServerProcess:
+    life: ForkServerProcess = nursery.Process(target=_life, args=(order, out))
+    life.start()
+    return life
+
+
+def _life(order: Order, out: Path) -> None:
+    """In a process of its own: the run, resumed where there is something to resume."""
+    from nexus_core.cli.build import build_plugins, make_engine
+    from nexus_core.cli.session import train
+    from nexus_core.cli.settings import read_settings
+    from nexus_core.registry import arrange
+
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if order.threads is not None:
+        torch.set_num_threads(order.threads)
+    with reported(debug=True):
+        sets = (*order.sets, f"out={out}")
+        made = build_plugins(read_settings(order.config, order.plugins, sets, os.environ))
+        plan = arrange([*made.plan.plugins, WitnessPlugin()])
+        made = dataclasses.replace(made, plan=plan)
+        sys.exit(train(make_engine(made, out), made.run, "auto", quiet=True))
+
+
+def _finish(life: ForkServerProcess, out: Path) -> None:
+    life.join()
+    if life.exitcode != 0:
+        log = out.with_suffix(".log")
+        raise RunError(
+            f"the run ended with exit code {life.exitcode}; its last words, in {log}: "
+            f"{log.read_text(errors='replace')[-600:].strip()}"
+        )
+
+
+def _kill(life: ForkServerProcess, out: Path, steps: float, moments: random.Random) -> bool:
+    """Kill a run at a random moment; False where it ended before that.
+
+    Args:
+        life: the run.
+        out: its folder.
+        steps: how many steps a life has on average, beyond the step it begins at.
+        moments: decides when; one kill in three waits for a checkpoint that is being written, and
+            one in ten does not wait for a step.
+    """
+    within_save = moments.random() < _SAVE_SHARE
+    at_start = not within_save and moments.random() < 0.1
+    target = len(_lines(out / NOTES)) + moments.uniform(0, 2 * steps)
+    limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
+    while life.is_alive() and time.monotonic() < limit:
+        if len(_lines(out / NOTES)) >= target and not at_start:
+            if not within_save:
+                time.sleep(moments.uniform(0, 0.02))
+                break
+            if any((out / "checkpoints").glob(".tmp-*")):
+                time.sleep(moments.uniform(0, 0.01))
+                break
+        time.sleep(0.0005)
+    if not life.is_alive():
+        return False
+    assert life.pid is not None
+    with suppress(ProcessLookupError):
+        os.kill(life.pid, signal.SIGKILL)
+    life.join()
+    return life.exitcode == -signal.SIGKILL
+
+
+def _compare(undisturbed: Path, killed: Path, report: Report) -> None:
+    """Find where the two runs first differ, and in what."""
+    ours, theirs = ([json.loads(line) for line in _lines(p / NOTES)] for p in (undisturbed, killed))
+    report.fingerprint = fingerprint(ours[-1]) if ours else ""
+    if [line["step"] for line in ours] != [line["step"] for line in theirs]:
+        report.differences.append(f"the steps: {len(ours)} undisturbed, {len(theirs)} killed")
+    for mine, other in zip(ours, theirs, strict=False):
+        odd = [key for key in {**mine, **other} if mine.get(key) != other.get(key)]
+        if odd:
+            report.differences.append(f"step {mine['step']}: {', '.join(odd)}")
+            break
+    lines, others = _metrics(undisturbed), _metrics(killed)
+    for number, (line, other) in enumerate(zip(lines, others, strict=False), start=1):
+        if line != other:
+            odd = [key for key in {**line, **other} if line.get(key) != other.get(key)]
+            report.differences.append(f"metrics.jsonl, line {number}: {', '.join(odd)}")
+            break
+    if len(lines) != len(others):
+        report.differences.append(f"metrics.jsonl: {len(lines)} lines, killed {len(others)}")
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    """The logged metrics without those that tell the time."""
+    return [
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if key not in _CLOCKS and not key.startswith(_CLOCK_PREFIXES)
+        }
+        for line in _lines(out / "metrics.jsonl")
+    ]
+
+
+def _certify(order: Order, report: Report, path: Path) -> None:
+    certificate = {
+        "holds": report.holds,
+        **dataclasses.asdict(report),
+        "order": dataclasses.asdict(order),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "machine": platform.platform(),
+    }
+    path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file, which may be cut off by a kill; none where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}/{index}")
+    else:
+        yield path, value
+
+
+@click.command(name="verify-resume", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", required=False, metavar="[CONFIG|PRESET]")
+@click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
+@click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="As in nexus-run.")
+@click.option("--kills", default=5, show_default=True, help="How often to kill the run.")
+@click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder for both runs.")
+@click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(
+    config: str | None,
+    plugins: str,
+    sets: tuple[str, ...],
+    kills: int,
+    seed: int,
+    out: Path | None,
+    keep: bool,
+    debug: bool,
+) -> None:
+    """Kill a run at random moments, resume it, and show that it ends in the same bits."""
+    with reported(debug):
+        out = out or Path("runs") / time.strftime("verify-resume-%Y%m%d-%H%M%S")
+        report = verify_resume(config, out, kills=kills, plugins=plugins, sets=sets, seed=seed)
+        if report.holds and not keep:
+            for folder in ("undisturbed", "killed"):
+                shutil.rmtree(out / folder)
+        click.echo(
+            f"{report.kills} kills, {report.within_saves} of them while saving, over "
+            f"{report.steps} steps: {'the same bits' if report.holds else 'NOT the same'}"
+        )
+        for difference in report.differences:
+            click.echo(f"  first difference in {difference}")
+        click.echo(f"certificate: {out / CERTIFICATE}")
+        sys.exit(0 if report.holds else 1)
+
+
+if __name__ == "__main__":
+    main()

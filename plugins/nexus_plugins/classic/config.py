@@ -1,0 +1,93 @@
+"""One object with every setting of a run, and the plugins that it stands for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nexus_core import Plugin, PluginConfig
+from nexus_core.registry import load
+
+__all__ = ["TrainingConfig"]
+
+TERMS = ("lm", "world", "reason", "energy", "causal")
+
+
+class TrainingConfig(PluginConfig):
+    """Everything that decides how a NEXUS model is trained; a weight of 0 leaves its loss out."""
+
+    vocab_size: int = Field(32_000, ge=1, description="tokens that the model knows")
+    d_model: int = Field(256, ge=1, description="width of the model")
+    ssm_n_layers: int = Field(6, ge=1, description="state-space layers of the model")
+    dropout: float = Field(0.0, ge=0, lt=1, description="part of each layer's output dropped")
+    learning_rate: float = Field(1e-4, gt=0, description="highest learning rate")
+    min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the end")
+    lr_decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="its way down")
+    warmup_steps: int = Field(1000, ge=0, description="optimizer steps of the rise at the start")
+    max_steps: int = Field(100_000, ge=1, description="optimizer steps in all")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's means")
+    eps: float = Field(1e-8, gt=0, description="added to the root in AdamW")
+    batch_size: int = Field(32, ge=1, description="rows of a micro-batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of a step")
+    max_seq_length: int = Field(2048, ge=1, description="most tokens in a row")
+    max_grad_norm: float = Field(1.0, ge=0, description="longest gradient (L2); 0: any")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="of the cross-entropy, in training")
+    lm_loss_weight: float = Field(1.0, ge=0, description="factor of the cross-entropy")
+    world_loss_weight: float = Field(0.1, ge=0, description="factor of the world model's loss")
+    reason_loss_weight: float = Field(0.05, ge=0, description="factor of the reasoner's loss")
+    energy_loss_weight: float = Field(0.05, ge=0, description="factor of the energy's loss")
+    causal_loss_weight: float = Field(0.05, ge=0, description="factor of the graph's loss")
+    save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(5, ge=1, description="newest checkpoints that stay")
+    output_dir: str = Field("runs/classic", description="folder of checkpoints and metrics")
+    eval_steps: int = Field(1000, ge=1, description="steps between evaluations")
+    eval_batch_size: int = Field(32, ge=1, description="rows of an evaluation batch")
+    log_steps: int = Field(10, ge=1, description="steps between logs")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; None: no log")
+    device: str = Field("auto", description='"cpu", "cuda:0", ...; "auto": the best there is')
+    fp16: bool = Field(False, description="compute in 16 bits, with scaled gradients")
+    compile: bool = Field(False, description="compile the model")
+    num_workers: int = Field(0, ge=0, description="processes that read ahead")
+    seed: int = Field(0, description="of weights, order and noise")
+
+    def model_settings(self) -> dict[str, Any]:
+        """The sizes of the model, by their names in `NEXUSConfig`."""
+        return self.model_dump(include={"vocab_size", "d_model", "ssm_n_layers", "dropout"})
+
+    def plugins(self) -> list[Plugin[Any]]:
+        """The plugins that the settings stand for.
+
+        Raises:
+            PluginError: one of them is not installed.
+        """
+        floor = {} if self.lr_decay == "constant" else {"min_lr": self.min_learning_rate}
+        chosen: dict[str, dict[str, Any]] = {
+            "model_nexus": self.model_settings(),
+            "optim_adamw": {
+                "lr": self.learning_rate,
+                "betas": self.betas,
+                "eps": self.eps,
+                "weight_decay": self.weight_decay,
+            },
+            f"lr_{self.lr_decay}": {"warmup": f"{self.warmup_steps} steps", **floor},
+            "checkpoint": {"every": self.save_steps, "keep_last": self.save_total_limit},
+            "console": {},
+            "jsonl": {},
+            "throughput": {},
+        }
+        for term in TERMS:
+            if weight := getattr(self, f"{term}_loss_weight"):
+                chosen[f"loss_{term}"] = {"weight": weight}
+        if "loss_lm" in chosen:
+            chosen["loss_lm"]["label_smoothing"] = self.label_smoothing
+        if self.max_grad_norm:
+            chosen["clip"] = {"max_norm": self.max_grad_norm}
+        if self.wandb_project is not None:
+            chosen["wandb"] = {"project": self.wandb_project}
+        if self.fp16:
+            chosen["amp"] = {"dtype": "fp16"}
+        if self.compile:
+            chosen["compile"] = {}
+        return [load(name)(**settings) for name, settings in chosen.items()]

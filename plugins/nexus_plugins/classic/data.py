@@ -1,0 +1,94 @@
+"""Documents of token ids as rows, batches and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from nexus_core import DataError, ResumableLoader
+from nexus_plugins.classic.config import TrainingConfig
+
+__all__ = ["NEXUSCollator", "NEXUSDataset", "create_dataloader"]
+
+IGNORED = -100  # the label that the losses leave out
+
+
+class NEXUSDataset:
+    """Rows of at most `max_seq_length` tokens, each with the token that follows it as label.
+
+    A longer document becomes several rows, so that every token but its first is a label once.
+
+    Args:
+        documents: token ids of each, two at least; the bytes of a text are such a document.
+        max_seq_length: most tokens in a row.
+
+    Raises:
+        DataError: there is no document, or one is too short to predict anything in.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]], max_seq_length: int) -> None:
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        if not len(lengths) or lengths.min() < 2:
+            found = f"number {lengths.argmin()} has {lengths.min()}" if len(lengths) else "none"
+            raise DataError(f"every document needs at least two tokens; found {found}")
+        self.documents = documents
+        self.max_seq_length = max_seq_length
+        self._ends = (-(-(lengths - 1) // max_seq_length)).cumsum()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        number = int(self._ends.searchsorted(row, "right"))
+        document = self.documents[number]
+        first = (row - (int(self._ends[number - 1]) if number else 0)) * self.max_seq_length
+        tokens = torch.tensor(list(document[first : first + self.max_seq_length + 1]))
+        return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+
+
+class NEXUSCollator:
+    """Makes a batch of rows: filled up at the end to the longest, which no loss counts.
+
+    Args:
+        pad_id: the token to fill with; it is never predicted and never predicted from.
+    """
+
+    def __init__(self, pad_id: int = 0) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The batch: `input_ids` and `labels`, both `(rows, longest row)` int64."""
+        return {
+            "input_ids": _filled([row["input_ids"] for row in rows], self.pad_id),
+            "labels": _filled([row["labels"] for row in rows], IGNORED),
+        }
+
+
+def create_dataloader(
+    documents: Sequence[Sequence[int]] | NEXUSDataset, config: TrainingConfig, train: bool = True
+) -> ResumableLoader:
+    """Batches of the documents: shuffled anew each epoch for training, in order for evaluation.
+
+    Args:
+        documents: token ids of each, or a `NEXUSDataset` of them.
+        config: gives the batch size of either kind, `max_seq_length`, `num_workers` and `seed`.
+        train: whether it is for training.
+    """
+    if not isinstance(documents, NEXUSDataset):
+        documents = NEXUSDataset(documents, config.max_seq_length)
+    return ResumableLoader(
+        documents,
+        config.batch_size if train else config.eval_batch_size,
+        config.seed,
+        shuffle=train,
+        collate=NEXUSCollator(),
+        num_workers=config.num_workers,
+    )
+
+
+def _filled(rows: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value)

@@ -1,0 +1,55 @@
+"""The learning rate falls with the root of the time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from nexus_core import ConfigError, IntervalField, hookimpl
+from nexus_core.schedule import Schedule, ScheduleConfig
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["LrRsqrtConfig", "LrRsqrtPlugin"]
+
+
+class LrRsqrtConfig(ScheduleConfig):
+    """Settings of the inverse square root."""
+
+    timescale: IntervalField | None = Field(
+        None, description="the rate is halved at four times this; null: as long as the warm-up"
+    )
+
+
+class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
+    """Warms the learning rate up, then lets it fall as `sqrt(timescale / time)`.
+
+    It does not depend on the horizon: a run can be stopped or extended at any time. The rate is
+    at its base until the timescale has passed.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 3, with the peak as base.
+    """
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse to run without any timescale.
+
+        Raises:
+            ConfigError: there is neither a timescale nor a warm-up.
+        """
+        super().on_start(engine)
+        if self.config.timescale is None and self.config.warmup is None:
+            raise ConfigError(
+                "lr_rsqrt needs a timescale where there is no warm-up to take it from; give one, "
+                "for instance with --set lr_rsqrt.timescale='1000 steps'"
+            )
+
+    def scale(self, engine: Engine) -> float:
+        """The root of timescale by time, at most 1."""
+        timescale = self.config.timescale or self.config.warmup
+        if timescale is None or not timescale.reached(engine.state):
+            return 1.0
+        return math.sqrt(timescale.amount / engine.state.counted(timescale.unit))

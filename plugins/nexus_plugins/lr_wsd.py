@@ -1,0 +1,86 @@
+"""The learning rate rises, stays, and falls only at the end."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from nexus_core import ConfigError, Interval, IntervalField, hookimpl
+from nexus_core.schedule import Decay, DecayConfig, amount_in
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["LrWsdConfig", "LrWsdPlugin"]
+
+SHARE_OF_THE_RUN = 0.2
+
+
+class LrWsdConfig(DecayConfig):
+    """Settings of warm-up, stable, decay."""
+
+    decay: IntervalField | None = Field(
+        None, description="length of the fall at the end; null: the last fifth of the run"
+    )
+    shape: Literal["sqrt", "linear"] = Field(
+        "sqrt", description="how it falls: one minus the root of the share done, or a line"
+    )
+
+
+class LrWsdPlugin(Decay[LrWsdConfig]):
+    """Warms the learning rate up, keeps it, and lets it fall to `min_lr` at the very end.
+
+    Until the fall begins, the rate does not depend on where the run will end. So a checkpoint of
+    the stable part can be resumed with a later horizon as if it had been planned, and one such run
+    gives models of many lengths.
+
+    Source: Hu et al. 2024, "MiniCPM", section 4.2; the root: Hägele et al. 2024, "Scaling Laws
+    and Compute-Optimal Training Beyond Fixed Training Durations", equation 1.
+    """
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse a fall that does not fit between the warm-up and the horizon.
+
+        Raises:
+            ConfigError: it does not fit, or its unit cannot be told in the horizon's.
+        """
+        super().on_start(engine)
+        horizon, warmup = engine.horizon, self.config.warmup
+        if horizon is None:
+            return
+        fall = self._fall(engine, horizon)
+        rise = amount_in(horizon.unit, warmup, engine) or 0.0 if warmup else 0.0
+        if rise + fall > horizon.amount:
+            raise ConfigError(
+                f"lr_wsd: a warm-up of {warmup} and a decay of {Interval(fall, horizon.unit)} do "
+                f"not fit into a run of {horizon}; shorten one of them, or train longer"
+            )
+
+    def scale(self, engine: Engine) -> float:
+        """The base learning rate until the fall, then down to the floor."""
+        horizon = engine.horizon
+        if horizon is None:
+            return 1.0
+        fall = self._fall(engine, horizon)
+        done = engine.state.counted(horizon.unit) - (horizon.amount - fall)
+        floor = self.floor(engine)
+        return floor + (1 - floor) * self.shape(min(1.0, max(0.0, done / fall)))
+
+    def shape(self, done: float) -> float:
+        """The height of the fall, from 1 to 0."""
+        return 1 - (math.sqrt(done) if self.config.shape == "sqrt" else done)
+
+    def _fall(self, engine: Engine, horizon: Interval) -> float:
+        """The length of the fall in the unit of the horizon."""
+        if self.config.decay is None:
+            return SHARE_OF_THE_RUN * horizon.amount
+        amount = amount_in(horizon.unit, self.config.decay, engine)
+        if amount is None:
+            raise ConfigError(
+                f"lr_wsd.decay is {self.config.decay}, and the run is until {horizon}; the fall "
+                f"ends with the run, so give it in {horizon.unit}"
+            )
+        return amount

@@ -1,0 +1,140 @@
+"""Muon for the matrices inside the model, AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from nexus_core import ConfigError, Plugin, hookimpl
+from nexus_core.parameters import OptimizerConfig, decaying, groups_of, matching
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
+
+FUSED_ON = ("cpu", "cuda")
+
+
+class OptimMuonConfig(OptimizerConfig):
+    """Settings of Muon with AdamW."""
+
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon: what the momentum keeps a step")
+    nesterov: bool = Field(True, description="Muon: look ahead along the momentum")
+    adjust: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="Muon: updates as long as AdamW's, so that both share one learning rate, or "
+        "scaled as its author does",
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="patterns of names of matrices to leave to AdamW"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW: decay of the two means")
+    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the mean square")
+
+
+class OptimMuonPlugin(Plugin[OptimMuonConfig]):
+    """Trains matrices with Muon, whose updates are orthogonal, and all else with AdamW.
+
+    All else: vectors, norms, biases, embeddings, heads (linear maps to as many outputs as an
+    embedding has entries), convolutions, and what `exclude` names. Decay as in `optim_adamw`.
+
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the
+    matched length: Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4;
+    `torch.optim.Muon`.
+    """
+
+    slot: ClassVar[str | None] = "optimizer"
+
+    @hookimpl
+    def make_optimizer(self, engine: Engine) -> Optimizer:
+        """Build both over the model's parameters.
+
+        Raises:
+            ConfigError: a pattern matches nothing, there is no matrix, or PyTorch has no Muon.
+        """
+        config, model = self.config, engine.model
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optim_muon needs the Muon of PyTorch 2.9 or later, and this is "
+                f"{torch.__version__}; upgrade torch, or use --plugins optim_adamw"
+            )
+        hidden = _hidden_matrices(model, config.exclude)
+        matrices: list[dict[str, Any]] = []
+        rest: list[dict[str, Any]] = []
+        for group in groups_of(model, config, self.name):
+            for wanted, groups in ((True, matrices), (False, rest)):
+                members = [p for p in group["params"] if (id(p) in hidden) is wanted]
+                if members:
+                    groups.append({**group, "params": members})
+        if not matrices:
+            raise ConfigError(
+                "optim_muon: the model has no matrix for Muon to train; use --plugins optim_adamw"
+            )
+        muon = torch.optim.Muon(
+            matrices,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            adjust_lr_fn=config.adjust,
+        )
+        if not rest:
+            return muon
+        fused = engine.device.type in FUSED_ON
+        adamw = AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        return MuonAndAdamw(muon, adamw)
+
+
+class MuonAndAdamw(Optimizer):
+    """Two optimizers that look like one: common groups, common state, one step.
+
+    Args:
+        muon: over the matrices.
+        adamw: over other parameters.
+    """
+
+    def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
+        self._parts = (muon, adamw)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._link()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter."""
+        loss = closure() if closure is not None else None
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over groups and state for both."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+    def _link(self) -> None:
+        """Let both parts see the groups and the state that are kept here."""
+        muon, adamw = self._parts
+        count = len(muon.param_groups)
+        muon.param_groups, adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        muon.state = adamw.state = self.state
+
+
+def _hidden_matrices(model: nn.Module, exclude: tuple[str, ...]) -> set[int]:
+    """The `id` of each two-dimensional parameter of a linear map that is not a head."""
+    sizes = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = {
+        id(m.weight)
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m.out_features in sizes
+    }
+    named = dict(model.named_parameters())
+    left = {n for pattern in exclude for n in matching(named, pattern, "optim_muon.exclude")}
+    candidates = decaying(model) - heads
+    return {
+        id(p) for n, p in named.items() if id(p) in candidates and p.ndim == 2 and n not in left
+    }

@@ -1,0 +1,92 @@
+"""Trades time for memory: activations are computed again instead of kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_core.parameters import matching
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["RecomputeConfig", "RecomputePlugin"]
+
+
+class RecomputeConfig(PluginConfig):
+    """Settings of recomputation."""
+
+    match: tuple[str, ...] = Field(
+        (), description="patterns of module names; none: the members of every ModuleList"
+    )
+    every: int = Field(1, ge=1, description="recompute each n-th of the modules, the first of n")
+
+
+class RecomputePlugin(Plugin[RecomputeConfig]):
+    """Keeps only the inputs of the chosen modules, and runs them again in the backward pass.
+
+    Gradients are the same bits, dropout included, since the random generators are put back for
+    the second run. The model's names and its `state_dict` stay as they are.
+
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost";
+    `torch.utils.checkpoint`, without re-entering autograd.
+    """
+
+    _wrapped: list[nn.Module]
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Wrap the modules.
+
+        Raises:
+            ConfigError: a pattern matches no module, or the model has none to choose.
+        """
+        self._wrapped = self._chosen(engine.model)[:: self.config.every]
+        for module in self._wrapped:
+            module.forward = _recomputing(module.forward)
+
+    @hookimpl
+    def on_close(self) -> None:
+        """Give the modules their own `forward` back."""
+        for module in getattr(self, "_wrapped", []):
+            module.__dict__.pop("forward", None)
+        self._wrapped = []
+
+    def _chosen(self, model: nn.Module) -> list[nn.Module]:
+        named = {name: module for name, module in model.named_modules() if name}
+        found: dict[str, nn.Module] = {}
+        for pattern in self.config.match:
+            names = matching(named, pattern, "recompute.match", "module")
+            found |= {name: named[name] for name in names}
+        if not self.config.match:
+            lists = [module for module in named.values() if isinstance(module, nn.ModuleList)]
+            members = {id(member) for members in lists for member in members}
+            found = {name: module for name, module in named.items() if id(module) in members}
+        outermost = {
+            name: module
+            for name, module in found.items()
+            if not any(name.startswith(f"{other}.") for other in found)
+        }
+        if not outermost:
+            raise ConfigError(
+                "recompute: the model has no ModuleList to choose from; name its modules, for "
+                f"instance with --set recompute.match='[\"*.{next(iter(named), 'block')}*\"]'"
+            )
+        return [module for name, module in named.items() if name in outermost]
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **keywords)
+        return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+    return run

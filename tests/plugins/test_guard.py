@@ -1,0 +1,402 @@
+"""The guard: bad numbers never reach the weights, and what happened can be done again."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.guard import GuardPlugin
+from nexus_plugins.guard.spikes import Spikes
+from tiny import RecorderPlugin
+from torch import Tensor, nn
+
+from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, hookimpl
+
+REFUSED = "the update of step .* was refused"
+
+
+class PoisonPlugin(Plugin[PluginConfig]):
+    """Spoils chosen steps: the loss, the gradient, or nothing but the size of the loss."""
+
+    before = ("guard",)
+
+    def __init__(self, *steps: int, kind: str = "gradient", value: float = float("nan")) -> None:
+        super().__init__()
+        self.steps, self.kind, self.value = steps, kind, value
+
+    @hookimpl
+    def on_batch(self, engine: Engine, batch: dict[str, Tensor]) -> None:
+        if self.kind == "batch" and engine.state.step + 1 in self.steps:
+            batch.update(x=batch["x"] * self.value, y=batch["y"] * self.value)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        if self.kind == "gradient" and engine.state.step + 1 in self.steps:
+            gradient = next(engine.model.parameters()).grad
+            assert gradient is not None
+            gradient.view(-1)[3] = self.value
+
+
+class FollowerPlugin(Plugin[PluginConfig]):
+    """Averages the weights, as ema does, but for refused steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average: list[Tensor] = []
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        weights = [p.detach().clone() for p in engine.model.parameters()]
+        weight = 0.1 * (1 - float(engine.refused))
+        before = self.average or weights
+        self.average = [a.lerp(w, weight) for a, w in zip(before, weights, strict=True)]
+
+
+def engine_of(*plugins: Plugin[Any], optimizer: str = "adamw", out: Path | None = None) -> Engine:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)]
+    model = Rows(nn.Sequential(*layers))
+    parameters = list(model.parameters())
+    made: dict[str, Any] = {
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        "fused": lambda: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, fused=True),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=0.1),
+    }
+    return Engine(
+        model, made[optimizer](), loss=loss, plugins=plugins, seed=1, log_every=5, out=out
+    )
+
+
+class Rows(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return (model(batch["x"]) - batch["y"]).square().mean()
+
+
+def data() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(10, 8, 4, generator=generator)
+    return [
+        {"x": x[i], "y": x[i].sum(1, keepdim=True), "sample_ids": torch.arange(8)}
+        for i in range(10)
+    ]
+
+
+def state(engine: Engine) -> list[Tensor]:
+    moments = engine.optimizer.state_dict()["state"]
+    tensors = [p.detach().clone() for p in engine.model.parameters()]
+    return tensors + [
+        v.clone() for s in moments.values() for v in s.values() if isinstance(v, Tensor)
+    ]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize(
+    ("optimizer", "device_path"),
+    [("adamw", False), ("sgd", False), ("fused", False), ("fused", True)],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_refused_step_leaves_everything_as_it_was(
+    value: float, optimizer: str, device_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if one bad number moves a weight, a moment, a step count or an average."""
+    follower = FollowerPlugin()
+    engine = engine_of(
+        PoisonPlugin(4, 5, value=value), GuardPlugin(), ClipPlugin(), follower, optimizer=optimizer
+    )
+    if device_path:
+        verdicts_stay_on_the_device(monkeypatch)
+    states, averages = [], []
+    for _ in engine.steps(data(), until=6):
+        states.append(state(engine))
+        averages.append(follower.average)
+    assert equal(states[2], states[3])
+    assert equal(states[2], states[4])
+    assert equal(averages[2], averages[4])
+    assert not equal(states[4], states[5])
+    assert all(tensor.isfinite().all() for tensor in states[5])
+
+
+def verdicts_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of a CUDA device: nothing is read until the log is."""
+    monkeypatch.setattr("nexus_plugins.guard.plugin.WAITED_FOR", ())
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_without_the_guard_the_same_step_spoils_the_weights() -> None:
+    """Breaks if the tests above would pass without a guard."""
+    engine = engine_of(PoisonPlugin(4))
+    engine.fit(data(), until=6)
+    assert not all(tensor.isfinite().all() for tensor in state(engine))
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_loss_is_refused_even_where_its_gradient_looks_good(value: float) -> None:
+    """Breaks if only gradients are looked at."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+
+    batches = data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(
+        model, optimizer, loss=lambda m, b: loss(m, b) + b["bad"], plugins=[GuardPlugin()]
+    )
+    spoiled = [
+        {**batch, "bad": torch.tensor(value if i == 2 else 0.0)} for i, batch in enumerate(batches)
+    ]
+    before = [state(engine) for _ in engine.steps(spoiled, until=4)]
+    assert equal(before[1], before[2])
+    assert not equal(before[2], before[3])
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_good_steps_are_not_touched() -> None:
+    """Breaks if the guard changes a run in which nothing is wrong, or very large gradients."""
+    plain, guarded = engine_of(), engine_of(GuardPlugin(spike_threshold=1e9))
+    huge = [{**batch, "y": batch["y"] * 1e15} for batch in data()]
+    plain.fit(huge, until=10)
+    guarded.fit(huge, until=10)
+    assert equal(state(plain), state(guarded))
+
+
+@pytest.mark.parametrize("device_path", [False, True], ids=["host", "device"])
+def test_refused_steps_are_counted_and_logged(
+    device_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a run can lose steps without anybody seeing it."""
+    if device_path:
+        verdicts_stay_on_the_device(monkeypatch)
+    record = RecorderPlugin()
+    engine = engine_of(PoisonPlugin(2, 3, 8), GuardPlugin(), record, optimizer="fused")
+    with pytest.warns(RuntimeWarning, match=REFUSED):
+        engine.fit(data(), until=10)
+    assert [line["guard/skipped_steps"] for _, line in record.lines] == [2.0, 3.0]
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize(
+    ("settings", "bad", "stop"),
+    [({"policy": "stop"}, (3,), 3), ({"max_consecutive": 3}, (2, 4, 5, 7, 8, 9, 10), 9)],
+)
+def test_a_stop_saves_first_and_then_says_why(
+    settings: dict[str, Any], bad: tuple[int, ...], stop: int, tmp_path: Path
+) -> None:
+    """Breaks if stopping for bad numbers loses the good weights, or looks like success."""
+    guard = GuardPlugin(**settings)
+    engine = engine_of(PoisonPlugin(*bad), guard, CheckpointPlugin(every=100), out=tmp_path)
+    with pytest.raises(RunError, match=f"step {stop} was refused"):
+        engine.fit(data(), until=20)
+    assert engine.state.step == stop
+    again = engine_of(
+        PoisonPlugin(), GuardPlugin(**settings), CheckpointPlugin(every=100), out=tmp_path
+    )
+    again.resume()
+    assert again.state.step == stop
+    assert equal(state(again), state(engine))
+    again.fit(data(), until=stop + 2)
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_a_rollback_restores_the_last_save_and_goes_on_with_new_data(tmp_path: Path) -> None:
+    """Breaks if weights, moments or a plugin's state stay as they were, or data is repeated."""
+    follower = StatefulPlugin()
+    guard = GuardPlugin(policy="rollback")
+    engine = engine_of(PoisonPlugin(8), guard, CheckpointPlugin(every=5), follower, out=tmp_path)
+    states, seen = [], []
+    for counters in engine.steps(data(), until=10):
+        states.append(state(engine))
+        seen.append((counters.step, counters.batch or 10, follower.count))
+    assert equal(states[7], states[4])
+    assert not equal(states[7], states[6])
+    assert [step for step, _, _ in seen] == list(range(1, 11))
+    assert [batch for _, batch, _ in seen] == list(range(1, 11))
+    assert [count for _, _, count in seen] == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7]
+    assert engine.metrics["guard/rollbacks"] == 1.0
+
+
+class StatefulPlugin(Plugin[PluginConfig]):
+    """Counts steps, and forgets on a rollback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    @hookimpl
+    def on_step(self) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_with_refused_steps_resumes_to_the_same_bits(policy: str, tmp_path: Path) -> None:
+    """Breaks if the guard's counts, or what it rolls back to, are lost by a kill."""
+
+    def made(out: Path) -> Engine:
+        guard = GuardPlugin(policy=policy, spike_threshold=3.0, spike_window=8)
+        return engine_of(PoisonPlugin(3, 8, 9, 14), guard, CheckpointPlugin(every=5), out=out)
+
+    whole = made(tmp_path / "whole")
+    whole.fit(data(), until=20)
+    for stop in (7, 9, 12, 20):
+        engine = made(tmp_path / "cut")
+        engine.resume()
+        for counters in engine.steps(data(), until=20):
+            if counters.step == stop:
+                break
+    assert equal(state(whole), state(engine))
+    assert (
+        whole.plugins["guard"].state_dict()["skipped"]
+        == engine.plugins["guard"].state_dict()["skipped"]
+    )
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_rolling_back_in_vain_ends() -> None:
+    """Breaks if a run goes back to the same save for ever."""
+    guard = GuardPlugin(policy="rollback", max_consecutive=3)
+    engine = engine_of(PoisonPlugin(*range(4, 100, 2)), guard)
+    with pytest.raises(RunError, match="3 times in vain"):
+        engine.fit(data(), until=100)
+
+
+@given(
+    values=st.lists(st.floats(-5, 5, width=32), min_size=20, max_size=40), threshold=st.floats(2, 6)
+)
+def test_spikes_are_those_of_the_median_rule(values: list[float], threshold: float) -> None:
+    """Breaks if the running median, its deviation, or what is remembered differ from the rule."""
+    spikes = Spikes(threshold, 9)
+    kept: list[float] = []
+    for value in values:
+        recent = kept[-9:]
+        expected = False
+        if len(kept) >= 9:
+            median = statistics.median(recent)
+            spread = 1.4826 * statistics.median(abs(x - median) for x in recent)
+            limit = median + threshold * max(spread, 1e-6)
+            expected = value > limit
+            if abs(value - limit) < 1e-4:
+                return  # too close to call in float32
+        assert bool(spikes.judge(torch.tensor(value))) == expected
+        if not expected:
+            kept.append(value)
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_a_spike_is_refused_only_where_asked_for() -> None:
+    """Breaks if spike detection is on by default, or off when asked for."""
+    for settings, refused in (({}, 0.0), ({"spike_threshold": 6.0, "spike_window": 8}, 1.0)):
+        poison = PoisonPlugin(15, kind="batch", value=100.0)
+        engine = engine_of(poison, GuardPlugin(**settings))  # type: ignore[arg-type]
+        engine.fit(data(), until=20)
+        assert engine.metrics["guard/skipped_steps"] == refused
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused"])
+def test_a_record_is_written_and_names_the_culprit(optimizer: str, tmp_path: Path) -> None:
+    """Breaks if a bad step cannot be done again, or the wrong module is blamed."""
+    engine = engine_of(
+        PoisonPlugin(3, kind="batch"), GuardPlugin(), optimizer=optimizer, out=tmp_path
+    )
+    with pytest.warns(RuntimeWarning, match=r"nexus-run replay .*step-00000003"):
+        engine.fit(data(), until=5)
+    record = tmp_path / "guard" / "step-00000003"
+    facts = json.loads((record / "record.json").read_text())
+    assert facts["step"] == 3
+    assert facts["losses"] == {"loss": "nan"}
+    assert facts["sample_ids"] == [list(range(8))]
+    assert facts["gradient_norms"] == {"layers.0": "nan", "layers.2": "nan"}
+    fresh = engine_of(GuardPlugin(), optimizer=optimizer)
+    report = fresh.plugins["guard"].replay(fresh, record)  # type: ignore[attr-defined]
+    assert "first bad output: layers.0 (Linear)" in report
+    assert "loss loss: nan" in report
+
+
+class Divides(nn.Module):
+    """Finite going forward, not going back: the root of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.root, self.last = nn.Linear(4, 4), Root(), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.root(self.first(x)))
+
+
+class Root(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 0).sqrt()
+
+
+def test_a_gradient_that_breaks_on_the_way_back_is_located(tmp_path: Path) -> None:
+    """Breaks if a step whose forward pass is fine is reported as fine."""
+
+    def made(out: Path | None) -> Engine:
+        torch.manual_seed(0)
+        model = Divides()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Engine(model, optimizer, loss=loss, plugins=[GuardPlugin(records=1)], out=out)
+
+    with pytest.warns(RuntimeWarning, match="the gradient is not finite"):
+        made(tmp_path).fit(data(), until=2)
+    records = list((tmp_path / "guard").iterdir())
+    assert len(records) == 1
+    again = made(None)
+    report = again.plugins["guard"].replay(again, records[0])  # type: ignore[attr-defined]
+    assert "first bad gradient: at the output of first (Linear)" in report
+    assert "first bad output" not in report
+
+
+def test_the_replayed_step_has_the_random_numbers_of_the_first(tmp_path: Path) -> None:
+    """Breaks if dropout differs in the replay, so that the fault does not appear again."""
+
+    def made(out: Path | None) -> Engine:
+        torch.manual_seed(0)
+        model = Rows(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), Explodes(), nn.Linear(4, 1)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        return Engine(model, optimizer, loss=loss, plugins=[GuardPlugin()], out=out, seed=3)
+
+    with pytest.warns(RuntimeWarning, match=REFUSED):
+        made(tmp_path).fit(data(), until=30)
+    record = min((tmp_path / "guard").iterdir())
+    again = made(None)
+    assert "first bad output: layers.2 (Explodes)" in again.plugins["guard"].replay(again, record)  # type: ignore[attr-defined]
+
+
+class Explodes(nn.Module):
+    """Not finite where dropout left one certain number of zeros, as happens now and then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / ((x == 0).sum() != 12).float()
+
+
+def test_a_record_that_is_none_is_said(tmp_path: Path) -> None:
+    """Breaks if a mistyped record ends in a traceback."""
+    engine = engine_of(GuardPlugin())
+    with pytest.raises(CheckpointError, match="cannot replay"):
+        engine.plugins["guard"].replay(engine, tmp_path)  # type: ignore[attr-defined]

@@ -1,0 +1,363 @@
+"""The NEXUS backbone: what it computes, and what may not influence what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nexus_plugins.model_nexus import (
+    ModelNexusPlugin,
+    NEXUSConfig,
+    NEXUSCore,
+    NEXUSOutput,
+    operations,
+)
+from pydantic import ValidationError
+from torch import Tensor
+
+from nexus_core.errors import ConfigError
+
+VOCAB = 23
+few = settings(max_examples=15)
+
+
+def small_model(seed: int = 0, **changes: object) -> NEXUSCore:
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB,
+        "d_model": 16,
+        "ssm_n_layers": 2,
+        "ssm_head_dim": 8,
+        "ssm_d_state": 4,
+        "ssm_chunk_length": 4,
+    }
+    model = NEXUSCore(**{**sizes, **changes}).eval()
+    for parameter in model.parameters():  # large weights make every influence visible
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def stepped(model: NEXUSCore, input_ids: Tensor) -> Tensor:
+    states, logits = model.initial_state(len(input_ids)), []
+    for token in input_ids.unbind(1):
+        step_logits, states = model.step(token, states)
+        logits.append(step_logits)
+    return torch.stack(logits, 1)
+
+
+def scan_inputs(time: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    dt, log_decay = normal(2, time, 3).exp(), -normal(2, time, 3).exp()
+    inputs = [normal(2, time, 3, 2), dt, log_decay, normal(2, time, 4), normal(2, time, 4)]
+    return [value.requires_grad_() for value in [*inputs, normal(3)]]
+
+
+def scan_token_by_token(inputs: list[Tensor], document: Tensor | None) -> Tensor:
+    """The recurrence as it is defined, one token after the other."""
+    x, dt, log_decay, b, c, skip = inputs
+    state = x.new_zeros(*x[:, 0].shape, b.shape[-1])
+    outputs = []
+    for t in range(x.shape[1]):
+        if document is not None and t > 0:
+            state = state * (document[:, t] == document[:, t - 1]).view(-1, 1, 1, 1)
+        written = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], b[:, t])
+        state = state * log_decay[:, t].exp()[..., None, None] + written
+        outputs.append(torch.einsum("bhpn,bn->bhp", state, c[:, t]) + skip[:, None] * x[:, t])
+    return torch.stack(outputs, 1)
+
+
+def documents(time: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(2, time, generator=generator) < 0.3).long().cumsum(1)
+
+
+@few
+@given(
+    time=st.integers(1, 17),
+    chunk=st.integers(1, 20),
+    in_cache=st.sampled_from([1, 5, 16, 512]),
+    isolated=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_scan_is_the_recurrence_for_every_length_chunk_and_block(
+    time: int, chunk: int, in_cache: int, isolated: bool, seed: int
+) -> None:
+    """Red: the chunked form computes something else than the model it stands for."""
+    inputs = scan_inputs(time, seed)
+    document = documents(time, seed) if isolated else None
+    expected = scan_token_by_token(inputs, document)
+    weights = torch.randn_like(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
+        actual = operations.chunked_scan(*inputs, document, chunk)
+        gradients = torch.autograd.grad((actual * weights).sum(), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs, allow_unused=True)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        # With one token the decay reaches nothing, and autograd gives no gradient at all.
+        wanted = torch.zeros_like(gradient) if wanted is None else wanted
+        torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-8)
+
+
+@few
+@given(
+    time=st.integers(1, 9),
+    in_cache=st.sampled_from([1, 2, 4, 512]),
+    isolated=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_convolution_is_the_sum_over_earlier_tokens(
+    time: int, in_cache: int, isolated: bool, seed: int
+) -> None:
+    """Red: the convolution sees the future, another document, or the wrong neighbours."""
+    torch.manual_seed(seed)
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((2, time, 3), (4, 3), (3,)))
+    document = documents(time, seed) if isolated else torch.zeros(2, time, dtype=torch.long)
+    expected = torch.zeros_like(x) + bias
+    for row in range(2):
+        for t in range(time):
+            for s in range(max(0, t - 3), t + 1):
+                if document[row, s] == document[row, t]:
+                    expected[row, t] += weight[t - s] * x[row, s]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
+        given_document = document if isolated else None
+        actual = operations.causal_conv_silu(x, weight, bias, given_document)
+    torch.testing.assert_close(actual, expected * expected.sigmoid())
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("in_cache", [1, 4, 512])
+def test_convolution_has_the_gradient_of_finite_differences(
+    isolated: bool, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: the handwritten backward pass of the convolution is wrong."""
+    monkeypatch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
+    document = documents(5, seed=0) if isolated else None
+    inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, 5, 2), (4, 2), (2,))]
+    assert torch.autograd.gradcheck(
+        lambda *values: operations.causal_conv_silu(*values, document),
+        [value.requires_grad_() for value in inputs],
+    )
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("in_cache", [2, 512])
+def test_norm_gives_unit_mean_square_and_its_gradient(
+    gated: bool, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: the norm or its handwritten gradient is wrong."""
+    monkeypatch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    gate = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) if gated else None
+    y = operations.gated_rms_norm(x, gate, 1e-12)
+    torch.testing.assert_close(y.square().mean(-1), torch.ones(2, 3, dtype=torch.float64))
+    value = x if gate is None else x * torch.nn.functional.silu(gate)
+    torch.testing.assert_close(torch.sign(y), torch.sign(value))
+    assert torch.autograd.gradcheck(operations.gated_rms_norm, (x, gate, 1e-5))
+
+
+@few
+@given(time=st.integers(1, 21), chunk=st.integers(1, 24), seed=st.integers(0, 999))
+def test_logits_do_not_depend_on_the_chunk_length(time: int, chunk: int, seed: int) -> None:
+    """Red: a setting that should only change speed changes the model."""
+    input_ids = tokens(2, time, seed)
+    reference = small_model(ssm_chunk_length=4)(input_ids)
+    torch.testing.assert_close(
+        small_model(ssm_chunk_length=chunk)(input_ids), reference, rtol=1e-4, atol=1e-4
+    )
+
+
+@few
+@given(time=st.integers(1, 21), seed=st.integers(0, 999))
+def test_step_by_step_equals_the_whole_sequence(time: int, seed: int) -> None:
+    """Red: generation runs a different model than training."""
+    model, input_ids = small_model(), tokens(2, time, seed)
+    torch.testing.assert_close(stepped(model, input_ids), model(input_ids), rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(time=st.integers(2, 21), data=st.data())
+def test_later_tokens_change_no_earlier_logit(time: int, data: st.DataObject) -> None:
+    """Red: the model can read the answer; its training loss means nothing."""
+    model, input_ids = small_model(), tokens(2, time)
+    position = data.draw(st.integers(1, time - 1))
+    changed = input_ids.clone()
+    changed[:, position:] = tokens(2, time - position, seed=1)
+    assert torch.equal(model(changed)[:, :position], model(input_ids)[:, :position])
+
+
+@few
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 999))
+def test_packed_documents_have_the_logits_of_documents_alone(lengths: list[int], seed: int) -> None:
+    """Red: documents that share a row leak into one another."""
+    model, input_ids = small_model(), tokens(1, sum(lengths), seed)
+    # An id that comes back later is a new document: 0, 1, 0, 1.
+    ids = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)
+    packed = model(input_ids, segment_ids=ids).split(lengths, 1)
+    for document, logits in zip(input_ids.split(lengths, 1), packed, strict=True):
+        torch.testing.assert_close(logits, model(document), rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_in_the_batch_do_not_matter() -> None:
+    """Red: a sequence's result depends on which others it was batched with."""
+    model, input_ids = small_model(), tokens(3, 11)
+    changed = input_ids.clone()
+    changed[1:] = tokens(2, 11, seed=1)
+    assert torch.equal(model(changed)[0], model(input_ids)[0])
+
+
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero() -> None:
+    """Red: part of the model does not train."""
+    backbone_alone = dict.fromkeys(("world", "reason", "energy", "causal"), False)
+    model = small_model(tie_embeddings=False, **backbone_alone)
+    model(tokens(2, 11)).logsumexp(-1).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.count_nonzero() > 0, name
+
+
+def test_bfloat16_autocast_stays_near_float32() -> None:
+    """Red: mixed precision changes results or gradients beyond rounding."""
+    model, input_ids = NEXUSCore(vocab_size=VOCAB, d_model=64, ssm_n_layers=2), tokens(2, 150)
+
+    def run(autocast: bool) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids)
+        logits.float().logsumexp(-1).sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return logits.float(), torch.cat(gradients)
+
+    for narrow, wide in zip(run(True), run(False), strict=True):
+        assert (narrow - wide).norm() < 0.03 * wide.norm()
+
+
+def test_state_of_generation_does_not_grow() -> None:
+    """Red: generation slows down and fills the memory as it goes on."""
+    model = small_model()
+    _, states = model.step(tokens(2, 1)[:, 0], model.initial_state(2))
+    shapes = [[part.shape for part in state] for state in model.initial_state(2)]
+    assert [[part.shape for part in state] for state in states] == shapes
+
+
+def test_generation_takes_the_likeliest_tokens_at_temperature_zero() -> None:
+    """Red: what the user reads is not what the model predicts."""
+    model, sequence = small_model(), tokens(2, 3)
+    generated = model.generate(sequence, 4, temperature=0)
+    for _ in range(4):
+        sequence = torch.cat([sequence, model(sequence)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, sequence)
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-9}, {"top_k": 3, "top_p": 1e-9}])
+def test_the_narrowest_limits_leave_the_likeliest_token(limit: dict[str, float]) -> None:
+    """Red: top_k or top_p lets unlikely tokens through, or keeps likely ones out."""
+    model, prompt = small_model(), tokens(2, 3)
+    expected = model.generate(prompt, 5, temperature=0)
+    assert torch.equal(model.generate(prompt, 5, **limit), expected)
+
+
+def test_samples_repeat_with_the_seed_and_stay_within_top_k() -> None:
+    """Red: a sample cannot be reproduced, or top_k is not kept."""
+    model, prompt = small_model(), tokens(1, 3).expand(50, -1)
+
+    def sample(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(prompt, 1, temperature=3.0, top_k=4, generator=generator)[:, -1]
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+    likeliest = model(prompt)[0, -1].topk(4).indices
+    assert set(sample(0).tolist()) == set(likeliest.tolist())
+
+
+def test_generation_leaves_the_training_mode_as_it_was() -> None:
+    """Red: a sample in the middle of training switches dropout off for the rest of the run."""
+    model = small_model(dropout=0.5).train()
+    prompt = tokens(1, 3)[0]
+    assert model.generate(prompt, 2, temperature=0).shape == (5,)
+    assert model.training
+    assert model.blocks[0].training
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model(tokens(1, 3)[0]), "expected \\(batch, time\\)"),
+        (lambda model: model(tokens(1, 3), tokens(1, 2)), "one document number per token"),
+        (lambda model: model.generate(tokens(1, 0), 1), "at least one token"),
+        (lambda model: model.generate(tokens(1, 1), -1), "max_new_tokens is -1"),
+        (lambda model: model.generate(tokens(1, 1), 1, temperature=-1.0), "temperature is -1"),
+        (lambda model: model.generate(tokens(1, 1), 1, top_k=0), "top_k is 0"),
+        (lambda model: model.generate(tokens(1, 1), 1, top_p=1.5), "top_p is 1.5"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(
+    call: Callable[[NEXUSCore], object], words: str
+) -> None:
+    """Red: a wrong shape or range ends in an error that does not say how to mend it."""
+    with pytest.raises(ValueError, match=words):
+        call(small_model())
+
+
+def test_config_refuses_heads_that_do_not_fit() -> None:
+    """Red: an impossible size fails deep inside the model."""
+    with pytest.raises(ValidationError, match="does not divide"):
+        NEXUSConfig(d_model=100, ssm_head_dim=64)
+
+
+def test_all_outputs_come_with_the_modules_reports() -> None:
+    """Red: `return_all_outputs` breaks what reads the modules' outputs."""
+    model, input_ids = small_model(), tokens(2, 5)
+    logits, info = model(input_ids, return_all_outputs=True)
+    assert torch.equal(logits, model(input_ids))
+    assert set(info["module_outputs"]) >= {"world", "reason", "energy", "causal"}
+
+
+def test_hidden_and_head_weight_give_the_logits() -> None:
+    """Red: the loss trains on other logits than the model shows."""
+    model, input_ids = small_model(), tokens(2, 5)
+    output = model.hidden(input_ids)
+    torch.testing.assert_close(output.hidden @ output.head_weight.T, model(input_ids))
+
+
+def test_plugin_takes_the_vocabulary_from_the_data_unless_told() -> None:
+    """Red: the model's vocabulary does not fit the tokenizer."""
+    engine = SimpleNamespace(data=SimpleNamespace(codec=SimpleNamespace(size=VOCAB)))
+    sizes = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
+    from_data = ModelNexusPlugin(**sizes).make_model(engine)
+    told = ModelNexusPlugin(vocab_size=99, **sizes).make_model(engine)
+    assert isinstance(from_data, NEXUSCore)
+    assert from_data.config.vocab_size == VOCAB
+    assert isinstance(told, NEXUSCore)
+    assert told.config.vocab_size == 99
+
+
+def test_plugin_asks_for_the_vocabulary_where_nothing_tells_it() -> None:
+    """Red: a run without a tokenizer ends in a traceback instead of the key to set."""
+    with pytest.raises(ConfigError, match=r"model_nexus\.vocab_size"):
+        ModelNexusPlugin().make_model(SimpleNamespace(data=None))
+
+
+def test_plugin_isolates_documents_where_the_batch_has_segments() -> None:
+    """Red: packed training data leaks between documents although the batch marks them."""
+    model, input_ids = small_model(), tokens(1, 6)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    engine = SimpleNamespace(model=model)
+    output = ModelNexusPlugin().forward(engine, {"input_ids": input_ids, "segment_ids": segments})
+    assert isinstance(output, NEXUSOutput)
+    assert torch.equal(output.logits, model(input_ids, segments))

@@ -1,0 +1,130 @@
+"""Muon with AdamW: who trains what, orthogonal updates, one optimizer to the outside."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nexus_core import ConfigError, Engine
+from nexus_plugins.amp import AmpPlugin
+from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.lr_linear import LrLinearPlugin
+from nexus_plugins.optim_muon import MuonAndAdamw, OptimMuonPlugin
+
+
+class Tiny(nn.Module):
+    """A language model in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.block = nn.Linear(8, 8)
+        self.wide = nn.Linear(8, 8, bias=False)
+        self.conv = nn.Conv1d(8, 8, 1)
+        self.head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = torch.tanh(self.block(self.embedding(ids)))
+        hidden = self.conv(self.wide(hidden).mT).mT
+        return self.head(hidden).square().mean()
+
+
+def engine_of(*plugins: Any, model: nn.Module | None = None, **config: Any) -> Engine:
+    torch.manual_seed(0)
+    return Engine(
+        model or Tiny(),
+        loss=lambda m, b: m(b),
+        plugins=[OptimMuonPlugin(**config), *plugins],
+        log_every=1,
+    )
+
+
+def data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(11, (2, 5), generator=generator) for _ in range(3)]
+
+
+def trained_by_muon(engine: Engine) -> set[str]:
+    engine.fit(data(), until="1 step")
+    state = engine.optimizer.state
+    return {n for n, p in engine.model.named_parameters() if "momentum_buffer" in state[p]}
+
+
+def test_muon_trains_the_hidden_matrices_alone() -> None:
+    """Breaks if an embedding, a head or a vector gets orthogonal updates, or a matrix does not."""
+    engine = engine_of()
+    assert trained_by_muon(engine) == {"block.weight", "wide.weight"}
+    everyone = [id(p) for group in engine.optimizer.param_groups for p in group["params"]]
+    assert sorted(everyone) == sorted(id(p) for p in engine.model.parameters())
+    assert trained_by_muon(engine_of(exclude=["*.wide*"])) == {"block.weight"}
+
+
+def test_its_updates_are_orthogonal_and_as_long_as_agreed() -> None:
+    """Breaks if the update of a matrix keeps the gradient's spread, or is not of RMS 0.2 lr."""
+    torch.manual_seed(0)
+    model = Tiny()
+    ids = torch.randint(11, (64, 16), generator=torch.Generator().manual_seed(1))
+    engine = engine_of(model=model, lr=0.1, weight_decay=0.0)
+    before = model.wide.weight.detach().clone()
+    model(ids).backward()
+    spread = torch.linalg.svdvals(model.wide.weight.grad)
+    engine.fit([ids], until="1 step")
+    values = torch.linalg.svdvals((before - model.wide.weight.detach()) / 0.1) / (0.2 * 8**0.5)
+    assert spread[0] / spread[3] > 4
+    assert values[0] / values[3] < 2
+    assert 0.6 < float(values[3]) < float(values[0]) < 1.3
+
+
+def test_the_rest_is_trained_as_by_adamw() -> None:
+    """Breaks if AdamW's part takes Muon's numbers: its first step moves by lr."""
+    engine = engine_of(lr=0.01, eps=1e-12, weight_decay=0.0)
+    before = engine.model.head.weight.detach().clone()
+    engine.fit(data(), until="1 step")
+    moved = (engine.model.head.weight.detach() - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=1e-3, atol=1e-6)
+
+
+def test_to_the_outside_it_is_one_optimizer() -> None:
+    """Breaks if schedule, clipping or fp16 scaling reach only one of the two."""
+    amp = AmpPlugin(dtype="fp16", initial_scale=2.0**30)
+    schedule = LrLinearPlugin(warmup=0, min_lr=0)
+    engine = engine_of(schedule, ClipPlugin(), amp, groups=[{"match": "*.conv*", "lr": 0.05}])
+    rates = []
+    for state in engine.steps(data(), until="40 steps"):
+        rates.append({g["name"]: g["lr"] / g["initial_lr"] for g in engine.optimizer.param_groups})
+        assert list(rates[-1].values()) == pytest.approx([1 - (state.step - 1) / 40] * 4)
+    assert {"all.matrices", "all.others", "*.conv*.matrices", "*.conv*.others"} == set(rates[0])
+    assert engine.metrics["amp/skipped_steps"] > 0
+    assert engine.metrics["train/loss"] < 0.5
+    assert isinstance(engine.optimizer, MuonAndAdamw)
+
+
+def test_a_resumed_run_ends_in_the_same_bits() -> None:
+    """Breaks if either part loses its momentum in a checkpoint."""
+    whole, first, second = (engine_of(lr=0.02) for _ in range(3))
+    whole.fit(data(), until="7 steps")
+    first.fit(data(), until="3 steps")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.fit(data(), until="7 steps")
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, second.model.get_parameter(name)), name
+
+
+def test_a_model_without_matrices_is_refused() -> None:
+    """Breaks if somebody believes to train with Muon and does not."""
+    with pytest.raises(ConfigError, match=r"no matrix for Muon.*optim_adamw"):
+        engine_of(model=nn.LayerNorm(3))
+
+
+def test_a_model_of_matrices_alone_needs_no_second_optimizer() -> None:
+    """Breaks if an empty AdamW stops the run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False))
+    plugin = OptimMuonPlugin(lr=0.1)
+    engine = Engine(model, loss=lambda m, b: m(b).square().mean(), plugins=[plugin], log_every=1)
+    first = engine.fit([torch.ones(2, 3)], until="1 step").metrics["train/loss"]
+    assert engine.fit([torch.ones(2, 3)], until="20 steps").metrics["train/loss"] < first

@@ -1,0 +1,133 @@
+"""Scheduled numbers: where they are at each step, and what can be a target."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nexus_core import ConfigError, Engine, Loss, LossConfig, TrainState
+from nexus_plugins.optim_adamw import OptimAdamwPlugin
+from nexus_plugins.schedule import RuleConfig, SchedulePlugin
+
+
+class LossWorldPlugin(Loss[LossConfig]):
+    """A term with a weight to move."""
+
+    def units(self, batch: Tensor) -> float:
+        return float(len(batch))
+
+    def loss(self, batch: Tensor, output: Tensor) -> Tensor:
+        return output.square().sum()
+
+
+DATA = [torch.ones(2, 2)] * 64
+
+
+def engine_of(*rules: dict[str, Any], **more: Any) -> Engine:
+    torch.manual_seed(0)
+    return Engine(
+        nn.Sequential(nn.Linear(2, 2)),
+        plugins=[
+            OptimAdamwPlugin(lr=0.1),
+            LossWorldPlugin(weight=9.0),
+            SchedulePlugin(rules=list(rules)),
+        ],
+        log_every=1,
+        **more,
+    )
+
+
+def test_a_weight_moves_from_the_first_step_to_the_last() -> None:
+    """Breaks if a step trains with the value of another: total = weight x term in each log."""
+    engine = engine_of({"target": "loss_world.weight", "start": 1, "end": 3, "over": "4 steps"})
+    weights = []
+    for _ in engine.steps(DATA, until="6 steps"):
+        weights.append(engine.metrics["train/total_loss"] / engine.metrics["train/world_loss"])
+    assert weights == pytest.approx([1, 1.5, 2, 2.5, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", [1, 1, 1, 2.75, 4.5, 6.25, 8, 8]),
+        ("cosine", [1, 1, 1, 2.02513, 4.5, 6.97487, 8, 8]),
+        ("exponential", [1, 1, 1, 8**0.25, 8**0.5, 8**0.75, 8, 8]),
+        ("step", [1, 1, 1, 1, 1, 1, 8, 8]),
+    ],
+)
+def test_the_way_is_a_pure_function_of_progress(shape: str, expected: list[float]) -> None:
+    """Breaks if a shape is drawn wrongly, or `begin` is not waited for."""
+    rule = RuleConfig(
+        target="x.y", start=1, end=8, begin="20 tokens", over="40 tokens", shape=shape
+    )
+    assert [rule.value(TrainState(tokens=10 * i)) for i in range(8)] == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_the_batch_can_grow() -> None:
+    """Breaks if `engine.accumulate` is not followed from the next step on: whole numbers."""
+    engine = engine_of({"target": "engine.accumulate", "start": 1, "end": 4, "over": "6 steps"})
+    samples = [state.samples for state in engine.steps(DATA, until="8 steps")]
+    batches = [(b - a) // 2 for a, b in zip([0, *samples], samples, strict=False)]
+    assert batches == [1, 2, 2, 2, 3, 4, 4, 4]
+
+
+def test_settings_of_the_optimizer_can_move() -> None:
+    """Breaks if groups are not found by name, or a learning rate is overwritten again."""
+    engine = engine_of(
+        {"target": "optimizer.all.matrices.weight_decay", "start": 0.5, "end": 0.0, "over": 4},
+        {"target": "optimizer.lr", "start": 0.2, "end": 0.1, "over": 4},
+    )
+    for state in engine.steps(DATA, until="5 steps"):
+        matrices, others = engine.optimizer.param_groups
+        share = min(1.0, state.step / 4)
+        assert matrices["weight_decay"] == pytest.approx(0.5 * (1 - share))
+        assert others["weight_decay"] == 0.0
+        assert matrices["lr"] == others["lr"] == pytest.approx(0.2 - 0.1 * share)
+
+
+def test_a_resumed_run_ends_in_the_same_bits() -> None:
+    """Breaks if a scheduled number starts from its beginning after a crash."""
+    rules = (
+        {"target": "loss_world.weight", "start": 1, "end": 3, "over": "8 steps"},
+        {"target": "engine.accumulate", "start": 1, "end": 3, "over": "6 steps"},
+    )
+    whole, first, second = (engine_of(*rules) for _ in range(3))
+    whole.fit(DATA, until="10 steps")
+    first.fit(DATA, until="5 steps")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.fit(DATA, until="10 steps")
+    for one, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("loss_word.weight", r"no 'loss_word'\. Did you mean 'loss_world'"),
+        ("loss_world.wieght", r"no 'wieght'\. Did you mean 'weight'"),
+        ("loss_world.config", "no 'config'"),
+        ("optimizer.matrices.lr", "no 'matrices'.*Known: all.matrices, all.others"),
+        ("optimizer.momentum", "no 'momentum'"),
+        ("engine.seed", r"no 'seed'\. Known: accumulate"),
+        ("weight", "no 'weight'"),
+    ],
+)
+def test_a_target_that_is_no_number_of_the_run_is_refused(target: str, words: str) -> None:
+    """Breaks if a misspelt target is scheduled into nothing."""
+    engine = engine_of({"target": target, "start": 1, "end": 2})
+    with pytest.raises(ConfigError, match=words):
+        engine.fit(DATA, until="1 step")
+
+
+def test_rules_without_sense_are_refused() -> None:
+    """Breaks if a way through zero by equal factors gets as far as training."""
+    with pytest.raises(ConfigError, match="needs a start and an end of one sign"):
+        SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "shape": "exponential"}])
+    with pytest.raises(ConfigError, match="begin must be in steps"):
+        SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "begin": "5 tokens"}])

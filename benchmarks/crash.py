@@ -3,8 +3,8 @@
     python -m benchmarks.crash [--kills 200] [--seed 0] [--out DIR]
 
 The same as `nexus-run verify-resume`, with a config of its own: the NEXUS model and all its
-losses on the standard library, accumulation, AMP, curriculum, EMA, guard, loggers, evaluation, and
-a checkpoint every other step. One kill in three comes while a checkpoint is being written.
+losses on a few kilobytes of text, accumulation, AMP, curriculum, EMA, guard, loggers, evaluation,
+and a checkpoint every other step. One kill in three comes while a checkpoint is being written.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nexus_core.registry import installed
 
 __all__ = ["config_of", "crash"]
 
-STEPS_PER_KILL = 3
+STEPS_PER_KILL = 6
 
 
-def config_of(steps: int) -> dict[str, object]:
-    """A config with each first-party plugin that can be in one run."""
+def config_of(steps: int, train: str, valid: str) -> dict[str, object]:
+    """A config with each first-party plugin that can be in one run, over two text files."""
     plugins: dict[str, dict[str, object]] = {
-        "data_text": {"train": "stdlib", "seq_len": 32, "batch_size": 2},
+        "data_text": {"train": train, "valid": valid, "seq_len": 32, "batch_size": 2},
         "model_nexus": {"d_model": 32, "ssm_n_layers": 1},
         "loss_lm": {},
         "loss_world": {},
@@ -53,6 +53,7 @@ def config_of(steps: int) -> dict[str, object]:
     return {
         "until": f"{steps} steps",
         "log_every": "3 steps",
+        "eval_every": "5 steps",
         "accumulate": 2,
         "seed": 1,
         "plugins": {name: block for name, block in plugins.items() if name in there},
@@ -64,7 +65,11 @@ def crash(kills: int, out: Path, seed: int = 0) -> Report:
     steps = STEPS_PER_KILL * kills + 10
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(config_of(steps), sort_keys=False), encoding="utf-8")
+    train, valid = out.with_suffix(".train.txt"), out.with_suffix(".valid.txt")
+    train.write_text("".join(f"{n} squared is {n * n}. " for n in range(300)), encoding="utf-8")
+    valid.write_text("".join(f"{n} squared is {n * n}. " for n in range(300, 310)), "utf-8")
+    text = yaml.safe_dump(config_of(steps, str(train), str(valid)), sort_keys=False)
+    config.write_text(text, encoding="utf-8")
     return verify_resume(str(config), out, kills=kills, seed=seed, threads=1)
 
 

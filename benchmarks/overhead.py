@@ -261,7 +261,7 @@ def ignite() -> Case:
         model, optimizer = run.model, run.fused()
         scheduler = run.cosine(optimizer)
 
-        def update(engine: Any, batch: Batch) -> Tensor:
+        def update(_engine: Any, batch: Batch) -> Tensor:
             optimizer.zero_grad()
             loss = loss_of(model, batch)
             loss.backward()

@@ -152,7 +152,9 @@ class Engine:
             self.hook.on_start(engine=self)
             started = time.perf_counter() - self.state.seconds
             stream = stream_batches(data, self.state, horizon)
-            while not self._over(horizon) and (micro := list(islice(stream, self.accumulate))):
+            while self.stop_reason is None and not horizon.reached(self.state):
+                if not (micro := list(islice(stream, self.accumulate))):
+                    break
                 take_step(self, [to_device(batch, self.device) for batch in micro])
                 self.state.seconds = time.perf_counter() - started
                 if log_due.due(self.state):
@@ -201,22 +203,19 @@ class Engine:
         units: Tensor | float = 1.0,
         finish: Callable[[float], float] | None = None,
     ) -> None:
-        """Record a metric without waiting for the device; its mean over units is read when due.
+        """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
 
         Args:
-            name: "grad_norm" is logged as "train/grad_norm", in an evaluation as "val/grad_norm";
-                a name with a slash is taken as it is.
-            value: the sum over the units, without dimensions.
-            units: how many units the sum runs over.
+            name: without a slash it gets the split's prefix: "train/grad_norm", "val/...".
             finish: applied to the mean when it is read: `math.exp` makes a perplexity.
         """
         self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
-        done = self.horizon is not None and self.horizon.reached(self.state)
-        status, reason = ("finished" if done else "stopped"), self.stop_reason or ""
-        state = self.state
+        state, reason = self.state, self.stop_reason or ""
+        done = self.horizon is not None and self.horizon.reached(state)
+        status = "finished" if done else "stopped"
         return Result(status, reason, state.step, state.tokens, state.seconds, dict(self.metrics))
 
     def state_dict(self) -> Snapshot:
@@ -247,6 +246,3 @@ class Engine:
             metrics.update(answer)
         self.metrics |= metrics
         self.hook.on_log(engine=self, metrics=metrics)
-
-    def _over(self, horizon: Interval) -> bool:
-        return self.stop_reason is not None or horizon.reached(self.state)

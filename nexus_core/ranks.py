@@ -55,7 +55,5 @@ def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> tor
     try:
         return torch.empty(0, device=wish).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"cannot use the device '{wish}': {reason}; try --set device=auto"
-        ) from error
+        said = str(error).partition("\n")[0]
+        raise ConfigError(f"cannot use the device '{wish}': {said}; try device=auto") from error

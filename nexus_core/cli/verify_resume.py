@@ -36,7 +36,7 @@ from nexus_core.errors import ConfigError, RunError
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 from nexus_core.state import random_state
 
-__all__ = ["Report", "WitnessPlugin", "main", "verify_resume"]
+__all__ = ["Report", "WitnessPlugin", "compare_runs", "main", "verify_resume"]
 
 NOTES = "witness.jsonl"
 CERTIFICATE = "certificate.json"
@@ -173,10 +173,11 @@ def verify_resume(
             _finish(life, disturbed)
             break
         report.kills += 1
-        report.within_saves += any((disturbed / "checkpoints").glob(".tmp-*"))
+        report.within_saves += _saving(disturbed)
     else:
         _finish(_live(nursery, order, disturbed), disturbed)
-    _compare(undisturbed, disturbed, report)
+    report.differences = compare_runs(undisturbed, disturbed)
+    report.fingerprint = fingerprint(_lines(undisturbed / NOTES)[-1])
     _certify(order, report, out / CERTIFICATE)
     return report
 
@@ -233,23 +234,22 @@ def _kill(life: ForkServerProcess, out: Path, steps: float, moments: random.Rand
     Args:
         life: the run.
         out: its folder.
-        steps: how many steps a life has on average, beyond the step it begins at.
+        steps: the most that a life does beyond where the notes of the last one end.
         moments: decides when; one kill in three waits for a checkpoint that is being written, and
             one in ten does not wait for a step.
     """
     within_save = moments.random() < _SAVE_SHARE
     at_start = not within_save and moments.random() < 0.1
-    target = len(_lines(out / NOTES)) + moments.uniform(0, 2 * steps)
+    target = _last_step(out / NOTES) + moments.uniform(0, steps)
     limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
     while life.is_alive() and time.monotonic() < limit:
-        if len(_lines(out / NOTES)) >= target and not at_start:
+        if not at_start and _last_step(out / NOTES) >= target:
             if not within_save:
                 time.sleep(moments.uniform(0, 0.02))
                 break
-            if any((out / "checkpoints").glob(".tmp-*")):
-                time.sleep(moments.uniform(0, 0.01))
+            if _saving(out) and _caught_saving(life, out, moments.uniform(0, 0.005)):
                 break
-        time.sleep(0.0005)
+        time.sleep(0.001)
     if not life.is_alive():
         return False
     assert life.pid is not None
@@ -259,25 +259,49 @@ def _kill(life: ForkServerProcess, out: Path, steps: float, moments: random.Rand
     return life.exitcode == -signal.SIGKILL
 
 
-def _compare(undisturbed: Path, killed: Path, report: Report) -> None:
-    """Find where the two runs first differ, and in what."""
+def _saving(out: Path) -> bool:
+    return any((out / "checkpoints").glob(".tmp-*"))
+
+
+def _caught_saving(life: ForkServerProcess, out: Path, delay: float) -> bool:
+    """Freeze the run a moment later; let it go on if its save was over by then."""
+    assert life.pid is not None
+    time.sleep(delay)
+    with suppress(ProcessLookupError):
+        os.kill(life.pid, signal.SIGSTOP)
+        if _saving(out):
+            return True
+        os.kill(life.pid, signal.SIGCONT)
+    return False
+
+
+def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
+    """Where two runs first differ, and in what: in their notes, and in their metrics.
+
+    Args:
+        undisturbed: folder of a run with a witness.
+        killed: folder of the other one.
+    """
     ours, theirs = ([json.loads(line) for line in _lines(p / NOTES)] for p in (undisturbed, killed))
-    report.fingerprint = fingerprint(ours[-1]) if ours else ""
+    differences = []
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
-        report.differences.append(f"the steps: {len(ours)} undisturbed, {len(theirs)} killed")
+        differences.append(f"the steps: {len(ours)} undisturbed, {len(theirs)} killed")
     for mine, other in zip(ours, theirs, strict=False):
-        odd = [key for key in {**mine, **other} if mine.get(key) != other.get(key)]
-        if odd:
-            report.differences.append(f"step {mine['step']}: {', '.join(odd)}")
+        if odd := _odd_keys(mine, other):
+            differences.append(f"step {mine['step']}: {odd}")
             break
     lines, others = _metrics(undisturbed), _metrics(killed)
-    for number, (line, other) in enumerate(zip(lines, others, strict=False), start=1):
-        if line != other:
-            odd = [key for key in {**line, **other} if line.get(key) != other.get(key)]
-            report.differences.append(f"metrics.jsonl, line {number}: {', '.join(odd)}")
-            break
     if len(lines) != len(others):
-        report.differences.append(f"metrics.jsonl: {len(lines)} lines, killed {len(others)}")
+        differences.append(f"metrics.jsonl: {len(lines)} lines undisturbed, {len(others)} killed")
+    for number, (line, other) in enumerate(zip(lines, others, strict=False), start=1):
+        if odd := _odd_keys(line, other):
+            differences.append(f"metrics.jsonl, line {number}: {odd}")
+            break
+    return differences
+
+
+def _odd_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    return ", ".join(key for key in {**mine, **other} if mine.get(key) != other.get(key))
 
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
@@ -302,6 +326,18 @@ def _certify(order: Order, report: Report, path: Path) -> None:
         "machine": platform.platform(),
     }
     path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+
+
+def _last_step(path: Path) -> int:
+    """The step of the last whole line of notes; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            whole = file.read().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        return 0
+    last = whole.rpartition(b"\n")[2]
+    return int(json.loads(last)["step"]) if last else 0
 
 
 def _lines(path: Path) -> list[str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from torch._dynamo.utils import counters
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.parameters import matching
@@ -81,6 +80,8 @@ class CompilePlugin(Plugin[CompileConfig]):
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
         """How many graphs there are, and how often Python had to step in between."""
+        from torch._dynamo.utils import counters  # slow to import, and there by now
+
         return {
             "compile/graphs": float(counters["stats"]["unique_graphs"]),
             "compile/graph_breaks": float(sum(counters["graph_break"].values())),

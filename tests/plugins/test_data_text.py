@@ -7,7 +7,7 @@ import math
 import pickle
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,15 +88,6 @@ def expected_rows(documents: Sequence[Sequence[int]], length: int) -> list[dict[
             row["label_bytes"] += 0 <= label < 256
         rows.append(row)
     return rows
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models wait for threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def _faults(stream: Stream, tokenizer: Tokenizer) -> list[str]:
         stream.read(first, last, ids)
         highest = max(highest, int(ids.max()))
         if tokenizer.eos is not None:
-            (starts,) = stream.starts(np.array([first + 1]), np.array([last]))
+            starts, _ = stream.starts(np.array([first + 1]), np.array([last]))
             ends = starts - first - 1
             unended += int((ids[ends] != tokenizer.eos).sum())
             inside += int((ids == tokenizer.eos).sum())

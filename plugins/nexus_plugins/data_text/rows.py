@@ -150,15 +150,17 @@ class Rows(ABC):
             stream.check()
         return spans
 
-    def _batch(
-        self, arrays: dict[str, NDArray[Any]], spans: Sequence[tuple[Stream, int, int]]
-    ) -> RowBatch:
-        highest = int(arrays["input_ids"].max(initial=0))
+    def _check_ids(self, tokens: NDArray[Any]) -> None:
+        highest = int(tokens.max(initial=0))
         if highest >= self._size:
             raise DataError(
                 f"the data holds id {highest}, but the vocabulary has {self._size} ids; check it "
                 "with: nexus-data inspect"
             )
+
+    def _batch(
+        self, arrays: dict[str, NDArray[Any]], spans: Sequence[tuple[Stream, int, int]]
+    ) -> RowBatch:
         counted = self._label_bytes(arrays["labels"], spans)
         if counted is not None:
             arrays["label_bytes"] = counted
@@ -207,32 +209,41 @@ class PackedRows(Rows):
 
     def __getitems__(self, samples: Sequence[int]) -> RowBatch:
         spans = self._open(samples)
-        inputs = np.empty((len(spans), self.length), np.int64)
-        labels = np.empty((len(spans), self.length), np.int64)
-        row = np.empty(self.length + 1, np.int64)
-        for number, (stream, first, last) in enumerate(spans):
-            seen = min(last + 1, len(stream))
-            stream.read(first, seen, row[: seen - first])
-            if seen - first <= self.length:  # the end of the stream
-                row[seen - first :] = _IGNORE
-            inputs[number] = row[:-1]
-            labels[number] = row[1:]
+        tokens = self._tokens(spans)
+        self._check_ids(tokens)
+        inputs, labels = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+        for number, (_, first, last) in enumerate(spans):
             if last - first < self.length:
                 inputs[number, last - first :] = self._pad
         starts = self._starts(spans)
         labels.reshape(-1)[starts - 1] = _IGNORE
-        arrays = {"input_ids": inputs, "labels": labels}
-        return self._batch(arrays | {"segment_ids": self._segments(len(spans), starts)}, spans)
+        segments = self._segments(len(spans), starts)
+        arrays: dict[str, NDArray[Any]] = {"input_ids": inputs, "labels": labels}
+        arrays["segment_ids"] = segments
+        return self._batch(arrays, spans)
+
+    def _tokens(self, spans: Sequence[tuple[Stream, int, int]]) -> NDArray[Any]:
+        """The tokens of each row and the one behind it, `(B, T + 1)`; -100 behind the end."""
+        first_stream = spans[0][0]
+        if all(stream is first_stream for stream, _, _ in spans):
+            firsts = np.array([first for _, first, _ in spans])
+            block = first_stream.block(firsts, self.length + 1)
+            if block is not None:
+                return block
+        tokens = np.full((len(spans), self.length + 1), _IGNORE, np.int64)
+        for number, (stream, first, last) in enumerate(spans):
+            seen = min(last + 1, len(stream))
+            stream.read(first, seen, tokens[number, : seen - first])
+        return tokens
 
     def _starts(self, spans: Sequence[tuple[Stream, int, int]]) -> Ids:
         """Where in `(B * T + 1,)` documents start, but for the starts of rows."""
-        found = [np.zeros(0, np.int64)]
+        found = []
         for stream in dict.fromkeys(stream for stream, _, _ in spans):
-            numbers = [number for number, span in enumerate(spans) if span[0] is stream]
-            firsts = np.array([spans[number][1] for number in numbers])
-            starts = stream.starts(firsts + 1, firsts + self.length + 1)
-            shifts = np.array(numbers) * self.length - firsts
-            found.append(np.concatenate(starts) + np.repeat(shifts, [*map(len, starts)]))
+            mine = [number for number, span in enumerate(spans) if span[0] is stream]
+            firsts = np.array([spans[number][1] for number in mine])
+            starts, counts = stream.starts(firsts + 1, firsts + self.length + 1)
+            found.append(starts + np.repeat(np.array(mine) * self.length - firsts, counts))
         return np.concatenate(found)
 
     def _segments(self, rows: int, starts: Ids) -> NDArray[np.int32]:
@@ -282,6 +293,7 @@ class PaddedRows(Rows):
             stream.read(first, last, inputs[number, :count])
             labels[number, : max(0, count - 1)] = inputs[number, 1:count]
             mask[number, :count] = 1
+        self._check_ids(inputs)
         arrays = {"input_ids": inputs, "labels": labels, "attention_mask": mask}
         return self._batch(arrays, spans)
 

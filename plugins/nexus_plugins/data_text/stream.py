@@ -78,11 +78,18 @@ class Stream(Protocol):
     def read(self, first: int, last: int, out: Ids) -> None:
         """Write the tokens of positions `first` to `last - 1` into `out`."""
 
+    def block(self, firsts: Ids, count: int) -> Raw | None:
+        """`(B, count)`: `count` tokens from each position on, where they can be had at once."""
+
     def read_bytes(self, first: int, last: int) -> Ids | None:
         """Bytes of text that each of the tokens stands for; None: the tokenizer's table says."""
 
-    def starts(self, firsts: Ids, lasts: Ids) -> list[Ids]:
-        """For each pair, the positions from `first` to `last - 1` at which a document starts."""
+    def starts(self, firsts: Ids, lasts: Ids) -> tuple[Ids, Ids]:
+        """The positions at which a document starts, from `first` to `last - 1` of each pair.
+
+        Returns:
+            Those of all pairs one behind the other, and how many each pair has.
+        """
 
     def place(self, position: int) -> Place:
         """The document that a token belongs to."""
@@ -214,6 +221,16 @@ class TokenStream:
         elif last > first:
             self._gather(data, first, last, out)
 
+    def block(self, firsts: Ids, count: int) -> Raw | None:
+        if self._sources is not None or int(firsts.max()) + count > self._length:
+            return None
+        data = _array(self._data)
+        windows: Raw = np.ndarray(
+            (self._length - count + 1, count), data.dtype, data, strides=2 * data.strides
+        )
+        stretches: Raw = windows[firsts]
+        return stretches
+
     def _gather(self, data: Raw, first: int, last: int, out: Ids) -> None:
         indices, begins = self._indices(first, last)
         if self._eos is None:
@@ -241,11 +258,13 @@ class TokenStream:
             return lengths[first:last].astype(np.int64)
         return lengths[self._indices(first, last)[0]].astype(np.int64)
 
-    def starts(self, firsts: Ids, lasts: Ids) -> list[Ids]:
+    def starts(self, firsts: Ids, lasts: Ids) -> tuple[Ids, Ids]:
         starts = _array(self._starts)[:-1]
-        edges = starts.searchsorted(np.concatenate([firsts, lasts])).tolist()
-        pairs = zip(edges[: len(firsts)], edges[len(firsts) :], strict=True)
-        return [starts[low:high] for low, high in pairs]
+        lows, highs = starts.searchsorted(np.stack([firsts, lasts]))
+        counts = highs - lows
+        ends = counts.cumsum()
+        numbers = np.arange(ends[-1]) + np.repeat(highs - ends, counts)
+        return starts[numbers], counts
 
     def place(self, position: int) -> Place:
         starts = _array(self._starts)
@@ -302,6 +321,9 @@ class Chain:
         for stream, shift, low, high in self._parts(first, last):
             stream.read(low - shift, high - shift, out[low - first : high - first])
 
+    def block(self, firsts: Ids, count: int) -> Raw | None:
+        return None
+
     def read_bytes(self, first: int, last: int) -> Ids | None:
         parts = [
             stream.read_bytes(low - shift, high - shift)
@@ -310,16 +332,16 @@ class Chain:
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if known else None
 
-    def starts(self, firsts: Ids, lasts: Ids) -> list[Ids]:
-        return [
+    def starts(self, firsts: Ids, lasts: Ids) -> tuple[Ids, Ids]:
+        found = [
             np.concatenate([np.zeros(0, np.int64), *self._starts_between(*pair)])
             for pair in zip(firsts.tolist(), lasts.tolist(), strict=True)
         ]
+        return np.concatenate(found), np.array([len(some) for some in found])
 
     def _starts_between(self, first: int, last: int) -> Iterator[Ids]:
         for stream, shift, low, high in self._parts(first, last):
-            (found,) = stream.starts(np.array([low - shift]), np.array([high - shift]))
-            yield found + shift
+            yield stream.starts(np.array([low - shift]), np.array([high - shift]))[0] + shift
 
     def place(self, position: int) -> Place:
         stream, shift, _, _ = next(iter(self._parts(position, position + 1)))

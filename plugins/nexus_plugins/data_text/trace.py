@@ -88,7 +88,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _excerpts(rows: Rows, samples: list[int], tokenizer: Any) -> list[tuple[Excerpt, ...]]:
     found = []
     for (stream, first, last), ids in zip(rows.locate(samples), rows.tokens(samples), strict=True):
-        (starts,) = stream.starts(np.array([first + 1]), np.array([last]))
+        starts, _ = stream.starts(np.array([first + 1]), np.array([last]))
         edges = [first, *starts.tolist(), last]
         found.append(
             tuple(

@@ -1,0 +1,72 @@
+"""Real processes, killed: the short form of `python -m benchmarks.crash`, and its verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.jsonl import JsonlPlugin
+from tiny import Regression, tiny_engine
+
+from benchmarks.crash import crash
+from nexus_core import ConfigError, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core.cli.verify_resume import WitnessPlugin, compare_runs, verify_resume
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """Breaks if a SIGKILL, some of them inside a save, costs a bit, a log line or a sample."""
+    report = crash(3, tmp_path / "crash", seed=1)
+    assert report.differences == []
+    assert report.kills == 3
+    certificate = json.loads((tmp_path / "crash" / "certificate.json").read_text())
+    assert certificate["holds"] is True
+    assert certificate["kills"] == 3
+
+
+class ForgetfulPlugin(Plugin[PluginConfig]):
+    """Changes the weights by something that it does not save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    @hookimpl
+    def on_step(self, engine: Any) -> None:
+        self.steps += 1
+        next(engine.model.parameters()).data.add_(1e-3 * self.steps)
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path: Path) -> None:
+    """Breaks if a plugin that forgets its state gets a certificate, or another one is blamed."""
+
+    def run(out: Path, until: int) -> None:
+        extra = [ForgetfulPlugin()] if forgetful else []
+        engine = tiny_engine(
+            CheckpointPlugin(every=4), JsonlPlugin(), WitnessPlugin(), *extra, dropout=0.2, out=out
+        )
+        engine.resume()
+        loader = ResumableLoader(Regression(), 4, seed=1)
+        for state in engine.steps(loader, until=12):
+            if state.step == until:
+                break
+
+    run(tmp_path / "whole", 12)
+    for stop in (6, 9, 12):
+        run(tmp_path / "cut", stop)
+    found = compare_runs(tmp_path / "whole", tmp_path / "cut")
+    if forgetful:
+        assert found[0] == "step 5: weights"
+        assert found[1].startswith("metrics.jsonl, line 2: train/squared_loss")
+    else:
+        assert found == []
+
+
+def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    """Breaks if a verification writes into somebody's run."""
+    with pytest.raises(ConfigError, match="--out DIR"):
+        verify_resume("quickstart", tmp_path)

@@ -1,0 +1,51 @@
+"""The benchmarks run, and write what their readers rely on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"bare", "tutorial", "nexus"}
+PEERS = {"lightning", "ignite", "accelerate", "transformers"}
+
+
+@pytest.mark.slow
+def test_overhead_times_every_case_that_can_run_and_names_the_others(tmp_path: Path) -> None:
+    """Fails if a case no longer trains, ends with other weights than the bare loop, or is lost."""
+    path = tmp_path / "overhead.json"
+    command = [sys.executable, "-m", "benchmarks.overhead", "--quick", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(path.read_text(encoding="utf-8"))
+    timed, skipped = results["cases"], results["skipped"]
+    assert timed.keys() >= OURS
+    assert timed.keys() | skipped.keys() == OURS | PEERS
+    assert not timed.keys() & skipped.keys()
+    assert all("pip install" in reason for reason in skipped.values())
+    for name, row in timed.items():
+        spread = row["microseconds"]
+        assert 0 < spread["least"] <= spread["median"] <= spread["most"], name
+        by_round = results["microseconds_by_round"]
+        assert len(by_round[name]) == results["rounds"], name
+        over = [mine - base for mine, base in zip(by_round[name], by_round["bare"], strict=True)]
+        assert math.isclose(row["over_bare"]["most"], max(over)), name
+        assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_overhead_refuses_a_case_that_does_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a case could win by leaving out clipping, the schedule or steps."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import overhead
+
+    def idle(run: overhead.Run) -> None:
+        run.losses.extend(0.0 for _ in run.feed)
+
+    with pytest.raises(SystemExit, match="idle ended .* not the same work"):
+        overhead.measure({"bare": overhead.bare(), "idle": idle}, rounds=1, steps=10)

@@ -153,6 +153,7 @@ def loss_step(case: Case) -> Callable[[], None]:
     """Make hidden states and a head; return the step from them to their gradients."""
     import torch
     import torch.nn.functional as F
+
     from nexus_plugins.loss_lm import linear_cross_entropy
 
     hidden = torch.randn(case.tokens, WIDTH, requires_grad=True)

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nexus_plugins.checkpoint import CheckpointPlugin
-from nexus_plugins.guard import GuardPlugin
 from torch import Tensor, nn
 
 from nexus_core import Batch, Engine, hookimpl
 from nexus_core.cli.build import build_plugins, make_engine
 from nexus_core.cli.settings import read_settings
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.guard import GuardPlugin
 
 WIDTH = 1024
 PERIOD = 2  # steps

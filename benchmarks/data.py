@@ -32,6 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nexus_parts.loader import ResumableLoader
 from nexus_plugins.data_text import DataTextConfig
 from nexus_plugins.data_text.binary import TokenWriter
 from nexus_plugins.data_text.dataset import open_data
@@ -40,9 +43,6 @@ from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.rows import as_it_is
 from nexus_plugins.data_text.tokenizer import IdTokenizer
 from nexus_plugins.data_text.training import train_tokenizer
-from torch.utils.data import DataLoader, Dataset
-
-from nexus_core.loader import ResumableLoader
 
 ROWS, LENGTH = 32, 2048
 Timed = Callable[[], float]

@@ -51,15 +51,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from nexus_plugins.clip import ClipPlugin
-from nexus_plugins.jsonl import JsonlPlugin
-from nexus_plugins.lr_cosine import LrCosinePlugin
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from nexus_core import Engine
+from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.jsonl import JsonlPlugin
+from nexus_plugins.lr_cosine import LrCosinePlugin
 
 ROWS, WIDTH, CLASSES = 16, 64, 10
 LEARNING_RATE, MAX_NORM = 1e-3, 1.0

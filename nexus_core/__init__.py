@@ -1,31 +1,24 @@
 """A small training engine for PyTorch that emits events, and plugins that do everything else.
 
-Names are imported on first use, so that `nexus-run --help` does not wait for torch.
+Names are imported on first use, so that `nexus-run --help` does not wait for torch. Those of
+`nexus_parts`, the bases that plugins are built on, are given here too.
 """
 
 from importlib import import_module
 from typing import Any
 
 _NAMES = {
-    "engine": ("Engine", "Result"),
-    "errors": (
-        *("CheckpointError", "ConfigError", "DataError"),
-        *("NexusError", "PluginError", "RunError"),
-    ),
-    "intervals": ("Every", "Interval", "IntervalField"),
-    "loader": ("Batch", "ResumableLoader", "RunData"),
-    "plugin": (
-        "Logger",
-        "LoggerConfig",
-        "Loss",
-        "LossConfig",
-        "Plugin",
-        "PluginConfig",
-        "hookimpl",
-    ),
-    "state": ("Snapshot", "StateDict", "TrainState"),
+    "nexus_core.engine": "Engine Result",
+    "nexus_core.errors": "CheckpointError ConfigError DataError NexusError PluginError RunError",
+    "nexus_core.intervals": "Every Interval IntervalField",
+    "nexus_core.loader": "Batch RunData",
+    "nexus_core.plugin": "Plugin PluginConfig hookimpl",
+    "nexus_core.state": "Snapshot StateDict TrainState",
+    "nexus_parts.loader": "ResumableLoader",
+    "nexus_parts.logger": "Logger LoggerConfig",
+    "nexus_parts.loss": "Loss LossConfig",
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
 
@@ -33,4 +26,4 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'nexus_core' has no attribute '{name}'")
-    return getattr(import_module(f"nexus_core.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -1,31 +1,23 @@
-"""Batches in an order that is a pure function of (seed, epoch, index), and what they consist of."""
+"""What batches are, how many rows and tokens they hold, and the stream of them that a run reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
-from typing import Any, Protocol, TypeAlias, cast
+from itertools import islice
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nexus_core.errors import DataError
 from nexus_core.intervals import Interval
-from nexus_core.ranks import Ranks
 from nexus_core.state import TrainState
 
-__all__ = ["Batch", "Codec", "ResumableLoader", "RunData", "batch_size", "permute", "to_device"]
+__all__ = ["Batch", "Codec", "RunData", "Seekable", "batch_size", "to_device"]
 
 Batch: TypeAlias = Any
 """What a loader yields: usually a dict of tensors, but any nesting of dicts, lists and tuples."""
-
-_ROUNDS = 8  # of the Feistel network
-_WORD = (1 << 64) - 1
-_TOGETHER = 64  # batches whose samples are permuted at once
 
 
 class Codec(Protocol):
@@ -37,6 +29,13 @@ class Codec(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+@runtime_checkable
+class Seekable(Protocol):
+    """Data that starts anywhere in an epoch without replaying what came before."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+
 @dataclass(frozen=True)
 class RunData:
     """What `make_data` answers; `valid` goes by the prefix of its metrics: "val"."""
@@ -44,164 +43,6 @@ class RunData:
     train: Iterable[Batch]
     valid: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
     codec: Codec | None = None
-
-
-class ResumableLoader:
-    """Batches of a map-style data set, in an order that needs no replay.
-
-    The order is a permutation computed from (seed, epoch), so any step is sought in constant time,
-    and it is the same for any number of workers and processes. Batches that are dicts get
-    `sample_ids`, the indices of their rows.
-
-    Args:
-        dataset: has `__len__` and `__getitem__` (or `__getitems__`, for a list of indices);
-            `dataset[i]` must depend on `i` alone.
-        batch_size: rows of a batch, over all processes together.
-        seed: of the order.
-        shuffle: False keeps the order of the data set (evaluation).
-        drop_last: leave out a last batch that is not full.
-        collate: makes a batch of a list of samples.
-        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one.
-        pin_memory: collate into page-locked memory, for fast copies to a CUDA device.
-        ranks: this process among its peers; each takes its slice of every batch.
-
-    Raises:
-        DataError: there is not a single batch.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        seed: int = 0,
-        *,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        collate: Callable[[list[Any]], Batch] = default_collate,
-        num_workers: int = 0,
-        prefetch: int = 2,
-        pin_memory: bool = False,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.ranks = ranks or Ranks()
-        if len(self) == 0 or batch_size < self.ranks.size:
-            raise DataError(
-                f"{len(dataset)} samples are too few for a batch of {batch_size} in each of "
-                f"{self.ranks.size} processes; add data or change batch_size"
-            )
-        self._from = (0, 0)
-        self._loader: DataLoader[Batch] = DataLoader(
-            _Fetch(dataset, collate),
-            batch_sampler=_Order(self._sample_lists),
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            prefetch_factor=prefetch if num_workers else None,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # leaves the global generator alone
-        )
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(epoch=0)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch number `start` on, at once."""
-        self._from = (epoch, start)
-        return iter(self._loader)
-
-    def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
-        """The indices into the data set that this process reads for a batch, in order."""
-        return self._ids_of(epoch, range(batch, batch + 1))[0]
-
-    def _sample_lists(self) -> Iterator[list[int]]:
-        epoch, start = self._from
-        for first in range(start, len(self), _TOGETHER):
-            for ids in self._ids_of(epoch, range(first, min(first + _TOGETHER, len(self)))):
-                yield ids.tolist()
-
-    def _ids_of(self, epoch: int, batches: range) -> list[NDArray[np.int64]]:
-        """`sample_ids` of some batches: many together take hardly longer than one."""
-        edges = np.minimum(np.append(batches, batches.stop) * self.batch_size, len(self.dataset))
-        whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
-        shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
-        ids = np.concatenate(shares)
-        if self.shuffle:
-            ids = permute(ids, len(self.dataset), self.seed, epoch)
-        return np.split(ids, np.cumsum([len(share) for share in shares])[:-1])
-
-
-@dataclass
-class _Order:
-    """A batch sampler that asks anew for the lists of samples whenever it is iterated."""
-
-    lists: Callable[[], Iterator[list[int]]]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.lists()
-
-
-@dataclass
-class _Fetch(Dataset[Batch]):
-    """Reads the rows of a batch and collates them, in the worker."""
-
-    dataset: Any
-    collate: Callable[[list[Any]], Batch]
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(indices)
-        else:
-            rows = [self.dataset[index] for index in indices]
-        batch = self.collate(rows)
-        if isinstance(batch, dict):
-            batch["sample_ids"] = torch.tensor(indices)
-        return batch
-
-
-def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which sample stands at each place, in 0..size-1, of an epoch's order; in constant memory.
-
-    A Feistel network over the next power of two with cycle walking (Black and Rogaway 2002): a
-    bijection for any size, and integer arithmetic alone, the same on every machine.
-    """
-    keys, bits = _round_keys(seed, epoch), max(2, (size - 1).bit_length())
-    values = _feistel(places.astype(np.uint64), bits, keys)
-    while (outside := values >= size).any():
-        values[outside] = _feistel(values[outside], bits, keys)
-    return values.astype(np.int64)
-
-
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    words = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
-    keyed = _mix(_mix(words[:1]) ^ words[1:])
-    return _mix(np.arange(1, _ROUNDS + 1, dtype=np.uint64) + keyed)
-
-
-def _feistel(values: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    left_bits, right_bits = bits // 2, bits - bits // 2
-    for key in keys:
-        left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-        mixed = left ^ (_mix(right ^ key) & np.uint64((1 << left_bits) - 1))
-        values = (right << np.uint64(left_bits)) | mixed
-        left_bits, right_bits = right_bits, left_bits
-    return values
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit hangs on every bit."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) -> Iterator[Batch]:
@@ -226,8 +67,8 @@ def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) 
 
 def _batches_from(data: Iterable[Batch], epoch: int, start: int) -> Iterator[Batch]:
     """The batches of an epoch from `start` on: sought where the data can, else read past."""
-    if hasattr(data, "batches"):
-        return cast(ResumableLoader, data).batches(epoch, start)
+    if isinstance(data, Seekable):
+        return data.batches(epoch, start)
     iterator = iter(data)
     return iterator if iterator is data else islice(iterator, start, None)
 
@@ -258,8 +99,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def _as_it_is(batch: Batch) -> Batch:
     return batch

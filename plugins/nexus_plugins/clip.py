@@ -72,5 +72,7 @@ def _clip_plain(parameters: list[Tensor], max_norm: float) -> Tensor:
     if not gradients:
         return torch.zeros(())
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    torch._foreach_mul_(gradients, (max_norm / (norm + EPS)).clamp_(max=1.0))
+    if norm.is_cpu and norm.item() + EPS <= max_norm:
+        return norm  # on the host, looking is free: nothing to scale
+    torch._foreach_mul_(gradients, (norm + EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0))
     return norm

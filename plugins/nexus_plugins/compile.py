@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_core.parameters import matching
+from nexus_parts.parameters import matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nexus_core.errors import DataError
-from nexus_core.plugin import Loss, LossConfig, hookimpl
+from nexus_core.plugin import hookimpl
+from nexus_parts.loss import Loss, LossConfig
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core.errors import ConfigError
-from nexus_core.plugin import Loss, LossConfig, hookimpl
+from nexus_core.plugin import hookimpl
+from nexus_parts.loss import Loss, LossConfig
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
-from nexus_core.parameters import OptimizerConfig, decaying, groups_of, matching
+from nexus_parts.parameters import OptimizerConfig, decaying, groups_of, matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
-from nexus_core.parameters import matching
+from nexus_parts.parameters import matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine

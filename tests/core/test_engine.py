@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import Net, RecorderPlugin, Regression, SquaredPlugin, tiny_engine, weights
 from torch import nn
 
 from nexus_core import (
@@ -21,6 +20,7 @@ from nexus_core import (
     hookimpl,
 )
 from nexus_core.registry import HOOK_NAMES
+from tiny import Net, RecorderPlugin, Regression, SquaredPlugin, tiny_engine, weights
 
 
 def loader(batch_size: int = 4, **options: Any) -> ResumableLoader:

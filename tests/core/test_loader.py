@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus_core import DataError, Interval, ResumableLoader, TrainState
-from nexus_core.loader import batch_size, permute, stream_batches, to_device
+from nexus_core.loader import batch_size, stream_batches, to_device
 from nexus_core.ranks import Ranks
+from nexus_parts.loader import permute
 
 
 class Squares:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_engine
 
 from nexus_core import (
     ConfigError,
@@ -21,6 +20,7 @@ from nexus_core import (
 from nexus_core.cli.build import keep_named_of_slot
 from nexus_core.cli.explain import explain
 from nexus_core.registry import arrange, installed, load
+from tiny import tiny_engine
 
 
 def plugin(name: str, **attributes: Any) -> Plugin[Any]:
@@ -109,7 +109,15 @@ def test_explain_gives_the_reason_for_each_place() -> None:
     lines = explain(arrange([late, AnswerPlugin()])).splitlines()
     start = lines.index("after_backward")
     assert lines[start + 1].split()[:2] == ["1.", "answer"]
-    assert lines[start + 2].split() == ["2.", "late", "after", "answer,", "as", "answer", "declares"]
+    assert lines[start + 2].split() == [
+        "2.",
+        "late",
+        "after",
+        "answer,",
+        "as",
+        "answer",
+        "declares",
+    ]
 
 
 FAKES = {

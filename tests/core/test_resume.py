@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
 from nexus_core.state import Snapshot
+from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 
 class NoisePlugin(Plugin[PluginConfig]):

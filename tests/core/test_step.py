@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import AbsolutePlugin, Net, Regression, SquaredPlugin, weights
 from torch.utils.data import default_collate
 
 from nexus_core import Engine, Loss, LossConfig, PluginError, hookimpl
 from nexus_core.step import take_step
+from tiny import AbsolutePlugin, Net, Regression, SquaredPlugin, weights
 
 
 def gradients(split: list[list[int]], *plugins: Loss) -> tuple[list[torch.Tensor], dict]:

@@ -19,10 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nexus_plugins.checkpoint import CheckpointPlugin
 from pydantic import Field
 from safetensors.torch import load_file, load_model
-from tiny import Net, RecorderPlugin, Regression, tiny_engine
 from torch import Tensor, nn
 
 from nexus_core import (
@@ -35,6 +33,8 @@ from nexus_core import (
     StateDict,
     hookimpl,
 )
+from nexus_plugins.checkpoint import CheckpointPlugin
+from tiny import Net, RecorderPlugin, Regression, tiny_engine
 
 FILES = {
     "lock.json", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",

@@ -17,6 +17,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nexus_core import CheckpointError
 from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
 from nexus_plugins.checkpoint.tensorfile import (
     DTYPES,
@@ -25,11 +30,6 @@ from nexus_plugins.checkpoint.tensorfile import (
     read_tensors,
     write_tensors,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from nexus_core import CheckpointError
 
 
 def tensor_of(dtype: torch.dtype, shape: list[int]) -> Tensor:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nexus_plugins.checkpoint import CheckpointPlugin
-from nexus_plugins.jsonl import JsonlPlugin
-from tiny import Regression, tiny_engine
 
 from benchmarks.crash import crash
 from nexus_core import ConfigError, Plugin, PluginConfig, ResumableLoader, hookimpl
 from nexus_core.cli.verify_resume import WitnessPlugin, compare_runs, verify_resume
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.jsonl import JsonlPlugin
+from tiny import Regression, tiny_engine
 
 
 @pytest.mark.slow

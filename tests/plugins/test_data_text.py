@@ -17,6 +17,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from nexus_core import CheckpointError, DataError, Engine, Plugin, PluginConfig, hookimpl
+from nexus_core.ranks import Ranks
+from nexus_parts.loader import ResumableLoader, permute
 from nexus_plugins.data_text import DataTextConfig, DataTextPlugin
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.dataset import TextData, open_data
@@ -24,12 +30,6 @@ from nexus_plugins.data_text.rows import Layout, PackedRows, PaddedRows, as_it_i
 from nexus_plugins.data_text.stream import Chain, Named, Stream, TokenStream
 from nexus_plugins.data_text.tokenizer import ByteTokenizer
 from nexus_plugins.data_text.trace import trained_on
-from scipy import stats
-from torch import nn
-
-from nexus_core import CheckpointError, DataError, Engine, Plugin, PluginConfig, hookimpl
-from nexus_core.loader import ResumableLoader, permute
-from nexus_core.ranks import Ranks
 
 TOKENIZER = ByteTokenizer()
 EOS, PAD = TOKENIZER.eos, TOKENIZER.pad

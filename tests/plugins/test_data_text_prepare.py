@@ -20,6 +20,8 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from nexus_core import DataError
 from nexus_plugins.data_text import DataTextConfig, cli, formats
 from nexus_plugins.data_text import prepare as preparing
 from nexus_plugins.data_text.binary import TokenFile
@@ -27,8 +29,6 @@ from nexus_plugins.data_text.dataset import open_data, open_streams
 from nexus_plugins.data_text.formats import Reading, read_slice, slices_of
 from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.stream import Stream
-
-from nexus_core import DataError
 
 LINES = [f"document {number} " + "ä" * (number % 13) for number in range(300)]
 FUZZ = settings(

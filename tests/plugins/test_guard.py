@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, hookimpl
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.guard import GuardPlugin
 from nexus_plugins.guard.spikes import Spikes
 from tiny import RecorderPlugin
-from torch import Tensor, nn
-
-from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, hookimpl
 
 REFUSED = "the update of step .* was refused"
 

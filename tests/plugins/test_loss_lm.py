@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nexus_plugins import loss_lm
-from nexus_plugins.loss_lm import LossLmPlugin, linear_cross_entropy
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import Tensor
 
 from nexus_core.errors import ConfigError, DataError
+from nexus_plugins import loss_lm
+from nexus_plugins.loss_lm import LossLmPlugin, linear_cross_entropy
 
 few = settings(max_examples=20)
 

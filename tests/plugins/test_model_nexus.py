@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from nexus_core.errors import ConfigError
 from nexus_plugins.model_nexus import (
     ModelNexusPlugin,
     NEXUSConfig,
@@ -16,10 +20,6 @@ from nexus_plugins.model_nexus import (
     NEXUSOutput,
     operations,
 )
-from pydantic import ValidationError
-from torch import Tensor
-
-from nexus_core.errors import ConfigError
 
 VOCAB = 23
 few = settings(max_examples=15)

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from nexus_core.errors import ConfigError
-from nexus_core.loader import ResumableLoader
+from nexus_parts.loader import ResumableLoader
 from nexus_plugins.data_text.dataset import open_data
 from nexus_plugins.data_text.plugin import DataTextPlugin
 from nexus_plugins.data_text.rows import Rows, as_it_is

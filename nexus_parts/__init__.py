@@ -1,0 +1,1 @@
+"""What families of plugins are built from: losses, loggers, schedules, loaders, groups."""

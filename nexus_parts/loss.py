@@ -1,0 +1,72 @@
+"""One term of the loss: how many units a batch holds, and the sum over them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import Field
+
+from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nexus_core.engine import Engine
+    from nexus_core.loader import Batch
+
+__all__ = ["Loss", "LossConfig"]
+
+
+class LossConfig(PluginConfig):
+    """Settings that every loss term has."""
+
+    weight: float = Field(1.0, description="factor of this term in the total loss")
+
+
+LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
+
+
+class Loss(Plugin[LossConfigT]):
+    """One term of the loss: how many units a batch holds, and the sum over them.
+
+    The engine divides by the units of the whole step (all micro-batches, all processes), so the
+    gradient does not depend on how a step is split. `LossLmPlugin` is the term `lm`, logged as
+    `train/lm_loss`.
+    """
+
+    term: ClassVar[str] = "loss"
+    weight: float  # the factor of this term now; starts at the config's and may be scheduled
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "term" not in cls.__dict__:
+            cls.term = cls.name.removeprefix("loss_")
+
+    def __init__(self, config: LossConfigT | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self.weight = self.config.weight
+
+    def units(self, batch: Batch) -> Tensor | float:
+        """How many units (labels, positions, ...) the batch holds: a number, or a 0-d tensor."""
+        raise NotImplementedError(f"{type(self).__name__}.units")
+
+    def loss(self, batch: Batch, output: Any) -> Tensor:
+        """The sum of this term over the batch's units, 0-d; `output` is the `forward` hook's."""
+        raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def validation_loss(self, batch: Batch, output: Any) -> Tensor:
+        """The sum that evaluation reports, where it differs from the one trained on."""
+        return self.loss(batch, output)
+
+    @hookimpl
+    def loss_units(self, engine: Engine, batch: Batch) -> dict[str, Tensor | float]:
+        return {self.term: self.units(batch)}
+
+    @hookimpl
+    def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
+        measure = self.loss if engine.training else self.validation_loss
+        return {self.term: measure(batch, output)}
+
+    @hookimpl
+    def loss_weight(self, engine: Engine) -> dict[str, float]:
+        return {self.term: self.weight}

@@ -13,7 +13,7 @@ from nexus_core.errors import ConfigError, suggestion
 if TYPE_CHECKING:
     from nexus_core.state import StateDict
 
-__all__ = ["Plugin", "PluginConfig", "config_error", "hookimpl"]
+__all__ = ["Plugin", "PluginConfig", "config_error", "example", "hookimpl"]
 
 hookimpl = pluggy.HookimplMarker("nexus")
 """Marks a method as the answer to the hook of the same name."""
@@ -23,6 +23,11 @@ class PluginConfig(BaseModel):
     """Base of every plugin's settings: unknown keys are errors, values never change in a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def example(settings: dict[str, Any]) -> ConfigDict:
+    """A `model_config` that shows these settings in the JSON schema and tries them in tests."""
+    return ConfigDict(json_schema_extra={"examples": [settings]})
 
 
 ConfigT = TypeVar("ConfigT", bound=PluginConfig)

@@ -11,9 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nexus_core.errors import DataError
-from nexus_core.plugin import hookimpl
-from nexus_parts.loss import Loss, LossConfig
+from nexus_core import DataError, Loss, LossConfig, hookimpl
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

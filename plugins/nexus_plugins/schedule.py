@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from nexus_core import ConfigError, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import suggestion
+from nexus_core.plugin import example
 
 if TYPE_CHECKING:
     from nexus_core import Engine, TrainState
@@ -57,6 +58,7 @@ class RuleConfig(PluginConfig):
 class ScheduleConfig(PluginConfig):
     """Settings of the scheduled numbers."""
 
+    model_config = example({"rules": [{"target": "loss_lm.weight", "start": 0.5, "end": 1.0}]})
     rules: tuple[RuleConfig, ...] = Field(min_length=1, description="one for each number")
 
 

@@ -17,6 +17,7 @@ from nexus_core import (
     Plugin,
     PluginConfig,
     ResumableLoader,
+    RunData,
     hookimpl,
 )
 from nexus_core.registry import HOOK_NAMES
@@ -140,6 +141,30 @@ def test_stop_ends_after_the_present_step_and_says_why() -> None:
     result = engine.fit(loader(), until="10 steps", eval_data=loader())
     assert (result.status, result.reason, result.step) == ("stopped", "enough", 3)
     assert log[-3:] == ["on_step_end", "on_finish", "on_close"]
+
+
+class BuilderPlugin(Plugin[PluginConfig]):
+    """Answers every seam that builds a part of the run."""
+
+    @hookimpl
+    def make_data(self) -> RunData:
+        return RunData(loader(), {"held_out": loader(8, shuffle=False)})
+
+    @hookimpl
+    def make_model(self, engine: Engine) -> nn.Module:
+        assert engine.data is not None, "the model may depend on the data"
+        return Net()
+
+    @hookimpl
+    def make_optimizer(self, engine: Engine) -> torch.optim.Optimizer:
+        return torch.optim.SGD(engine.model.parameters(), lr=0.1)
+
+
+def test_plugins_build_what_is_not_passed() -> None:
+    engine = Engine(plugins=[BuilderPlugin(), SquaredPlugin()], seed=0)
+    result = engine.fit(until="3 steps")
+    assert result.step == 3
+    assert "held_out/loss" in result.metrics
 
 
 class PadPlugin(Loss[LossConfig]):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,17 +92,6 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def assert_same_state(a: Engine, b: Engine) -> None:
-    """Everything but the clock."""
-    ours, theirs = dict(flat(a.state_dict())), dict(flat(b.state_dict()))
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        if name == "/train/seconds":
-            continue
-        same = value.equal(theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
-        assert same, name
-
-
 def resign(folder: Path) -> None:
     """Make the manifest of a changed checkpoint hold, as somebody who means harm would."""
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -126,6 +116,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
 ) -> None:
     """Breaks if any state is missing from a checkpoint: mid-epoch, with dropout, accumulation."""
     whole = train(engine_in(tmp_path / "whole", NotesPlugin(), **options), 14)
+    generator = torch.get_rng_state()
     first = engine_in(tmp_path / "cut", NotesPlugin(), **options)
     for state in first.steps(ResumableLoader(Regression(), 4, seed=1), until=14):
         if state.step == stop:
@@ -140,7 +131,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
         whole.plugins["notes"].state_dict()["seen"]["ids"]
         == second.plugins["notes"].state_dict()["seen"]["ids"]
     )
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_the_whole_state_is_equal_after_a_resume_with_evaluations(tmp_path: Path) -> None:
@@ -159,10 +150,6 @@ def test_the_whole_state_is_equal_after_a_resume_with_evaluations(tmp_path: Path
     second.resume("auto")
     assert second.state.step == 6
     train(second, 13)
-    expected = whole.state_dict()
-    train_seconds = second.state.seconds
-    assert train_seconds > 0
-    assert dict(flat(expected)).keys() == dict(flat(second.state_dict())).keys()
     assert_same_model_optimizer_plugins(whole, second)
     assert logs[2].lines == [line for line in logs[0].lines if line[0] > 6]
 
@@ -184,8 +171,6 @@ def assert_same_model_optimizer_plugins(a: Engine, b: Engine) -> None:
 def test_the_generators_go_on_where_they_were(tmp_path: Path) -> None:
     """Breaks if python's, numpy's or torch's random numbers start anew after a resume."""
     engine = train(engine_in(tmp_path), 3)
-    import numpy as np
-
     expected = (random.random(), np.random.rand(), torch.rand(2).tolist())
     random_state_elsewhere()
     np.random.seed(5)
@@ -698,7 +683,7 @@ base = store.Store(root / "base")
 for step in (1, 2):
     base.save(content(step), ("best",), 2)
 crashes = 0
-for at in range(1, 200):
+for at in range(1, 200, int(sys.argv[2])):
     shutil.rmtree(root / "run", ignore_errors=True)
     shutil.copytree(base.root, root / "run", symlinks=True)
     child = os.fork()
@@ -736,15 +721,16 @@ print("crashes", crashes)
 """
 
 
-def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(
+    stride: int, tmp_path: Path
+) -> None:
     """Breaks if there is one moment in saving, naming or deleting at which a kill loses work."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", CRASHES, str(tmp_path)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", CRASHES, str(tmp_path), str(stride)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[1]) > 50
+    assert int(done.stdout.split()[1]) > 50 / stride
 
 
 def test_a_second_run_is_kept_out_and_told_by_whom(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ def _read_file(
 ) -> None:
     with _opened(path) as file:
         _expect_size(file, size)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         reader = HashingReader(file, pool)
         if path.name in TENSOR_FILES:
             content.tensors[path.name] = read_tensors(reader, size)

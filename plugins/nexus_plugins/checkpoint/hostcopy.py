@@ -25,10 +25,15 @@ class HostCopy:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._queued: list[torch.cuda.Event] = []
 
-    def reserve(self, tensors: Iterable[Tensor]) -> None:
-        """Get the memory for such tensors ready, which takes longer than copying them."""
+    def reserve(self, tensors: Iterable[Tensor], spare: int = 0) -> None:
+        """Get the memory for such tensors ready, which takes longer than copying them.
+
+        Args:
+            tensors: as many and as large as those to come.
+            spare: bytes beyond that.
+        """
         listed = list(tensors)
-        size = sum(_space(tensor) for tensor in listed)
+        size = spare + sum(_space(tensor) for tensor in listed)
         if size > self._block.numel():
             pinned = any(tensor.is_cuda for tensor in listed)
             self._block = torch.empty(0, dtype=torch.uint8)  # give back the old one first

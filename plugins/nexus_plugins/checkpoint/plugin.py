@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from pydantic import Field
-from torch import Tensor
 
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import CheckpointError, ConfigError, RunError
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointConfig", "CheckpointPlugin"]
 
+_GENERATORS = 1 << 20  # bytes, ample for the states of all random generators
 _IGNORED: dict[str, Any] = {"resume": "ignored"}
 
 
@@ -253,9 +253,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _reserve(self, engine: Engine, writer: Writer) -> None:
         """Have the memory for the copies ready before the first save, while the loop goes on."""
         self._reserved = True
-        tensors = [*engine.model.state_dict().values()]
-        tensors += [v for s in engine.optimizer.state.values() for v in s.values()]
-        writer.start(lambda: self._host.reserve(t for t in tensors if isinstance(t, Tensor)))
+        states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
+        parts = [dict(engine.model.state_dict()), engine.optimizer.state_dict(), states]
+        bag = TensorBag()
+        encode(parts, bag)
+        writer.start(lambda: self._host.reserve(bag.tensors.values(), _GENERATORS))
 
     def _is_best(self, value: float) -> bool:
         if math.isnan(value):

@@ -65,13 +65,19 @@ class HashingWriter:
 
 
 class HashingReader:
-    """Reads a file from front to back; another thread hashes what has been read meanwhile."""
+    """Reads a file from front to back; another thread hashes what has been read meanwhile.
+
+    Args:
+        file: at its start.
+        pool: of one thread, which sees the pieces in order.
+    """
 
     def __init__(self, file: RawIOBase, pool: ThreadPoolExecutor) -> None:
         self._file = file
         self._pool = pool
         self._hash = hashlib.sha256()
         self._hashing: Future[None] | None = None
+        """Of the piece read last; the pool has one thread, so all pieces before it are done too."""
 
     def read(self, size: int) -> bytearray:
         """Exactly so many bytes."""
@@ -89,8 +95,6 @@ class HashingReader:
             count = self._file.readinto(view[:_CHUNK])
             if not count:
                 raise CheckpointError("the file ends too early")
-            if self._hashing is not None:
-                self._hashing.result()
             self._hashing = self._pool.submit(self._hash.update, view[:count])
             view = view[count:]
 

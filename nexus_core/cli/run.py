@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +20,24 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class _WithCommands(click.Command):
+    """Hands over to a command of the entry-point group `nexus.commands` that is named first."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        found = [c for c in entry_points(group="nexus.commands") if c.name in words[:1]]
+        if not found:
+            return super().main(words, *rest, **options)
+        options["prog_name"] = f"nexus-run {words[0]}"
+        return found[0].load().main(words[1:], *rest, **options)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = ", ".join(sorted(c.name for c in entry_points(group="nexus.commands")))
+        with formatter.section("Commands"):
+            formatter.write_text(f"{names}: see nexus-run COMMAND --help")
+
+
+@click.command(cls=_WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",

@@ -1,6 +1,6 @@
 """The whole NEXUS model with its five losses, beside its backbone and transformers' Mamba-2.
 
-    python -m benchmarks.model [--rounds 9] [--json PATH]
+    python -m benchmarks.model [--rounds 9] [--threads 1] [--json PATH]
 
 Forward and backward, no optimizer: vocabulary 32,000, width 256, 6 layers, batch 2 x 512, in
 bfloat16 autocast. "backbone" has the language-model loss alone; "+world" adds that module and its
@@ -11,7 +11,8 @@ Each has a process of its own and they take turns, so that a slower moment of th
 all of them. A ratio is the median over the rounds of the ratio within a round. Peak memory is the
 highest resident set over what the process had when the model was built. The machine's rate is
 that of a bfloat16 matrix product of 2048 x 2048 x 2048, taken in the same turns; a step's share of
-it counts the arithmetic of its matrix products alone.
+counts the arithmetic of its matrix products alone. With --threads 1 the time is that of the
+processor, which other work on a busy machine hardly touches; else it is that of the clock.
 """
 
 from __future__ import annotations
@@ -120,12 +121,14 @@ def product_step() -> Callable[[], None]:
     return step
 
 
-def serve(connection: Connection, name: str) -> None:
+def serve(connection: Connection, name: str, threads: int | None) -> None:
     """In a process of its own: build, count, warm up, then time a step for each request."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    now = time.process_time if threads == 1 else time.perf_counter
     if name in CASES:
         step = nexus_step(CASES[name])
     else:
@@ -139,9 +142,9 @@ def serve(connection: Connection, name: str) -> None:
     step()
     connection.send((counter.get_total_flops(), peak))
     while connection.recv():
-        begin = time.perf_counter()
+        begin = now()
         step()
-        connection.send(time.perf_counter() - begin)
+        connection.send(now() - begin)
 
 
 def _peak_memory_mb() -> float:
@@ -150,14 +153,14 @@ def _peak_memory_mb() -> float:
     return peak / 1024 if in_kilobytes else peak / 1024**2
 
 
-def measure(rounds: int) -> dict[str, dict[str, Any]]:
+def measure(rounds: int, threads: int | None) -> dict[str, dict[str, Any]]:
     """Let all cases take turns for some rounds."""
     context = multiprocessing.get_context("spawn")
     results: dict[str, dict[str, Any]] = {}
     workers = {}
     for name in (*CASES, PEER, MACHINE):
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, name), daemon=True)
+        process = context.Process(target=serve, args=(theirs, name, threads), daemon=True)
         process.start()
         theirs.close()  # so that a process that fails ends this one too
         operations, peak = ours.recv()
@@ -202,9 +205,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=9, help="turns per model")
+    parser.add_argument("--threads", type=int, help="threads of each; default: as many as cores")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
-    results = measure(options.rounds)
+    results = measure(options.rounds, options.threads)
     show(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -3,15 +3,16 @@
     python -m benchmarks.overhead [--rounds 30] [--steps 300] [--quick] [--json PATH]
 
 Everybody trains the same tiny network (three linear layers of width 64, batch 16, cross-entropy)
-on the same batches from memory, with one thread: AdamW, clipping that is always at work, a cosine schedule, the
-loss logged every 10 steps. The work of a step is so small that what is left is overhead.
+on the same batches from memory, with one thread: AdamW, a cosine schedule, the loss logged every
+10 steps, and gradients clipped to a length that every one of them exceeds. The work of a step is
+so small that what is left is overhead.
 
-    bare          a loop by hand, as lean as it gets: fused AdamW, the schedule as one formula
+    bare          a loop by hand of PyTorch's own calls: fused AdamW, the schedule as a formula
     tutorial      the loop of PyTorch's tutorials: AdamW as it comes, a scheduler, `loss.item()`
     nexus         our engine with clip, lr_cosine and jsonl
     lightning, ignite, accelerate, transformers
-                  each as its documentation advises for speed, with fused AdamW, without
-                  checkpoints, bars and evaluation; where two ways do the same, the faster one
+                  with fused AdamW and PyTorch's schedule, without checkpoints, bars and
+                  evaluation; comments say why each is set up as it is
 
 Nobody loads data: all pull ready batches from one iterable, which notes the time at every tenth
 pull. So building and ending a run are not counted, and a step is timed alike for all. Time is the
@@ -225,7 +226,7 @@ def lightning() -> Case:
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             loss = loss_of(self.model, batch)
-            if batch_idx % LOG_EVERY == LOG_EVERY - 1:  # usually each step, which costs more
+            if batch_idx % LOG_EVERY == LOG_EVERY - 1:  # not each step: spare it the calls between
                 self.log("loss", loss)
             return loss
 

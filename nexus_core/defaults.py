@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nexus_core.errors import CheckpointError, ConfigError, DataError
 from nexus_core.loader import Batch
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_core.step import merge
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -50,10 +51,7 @@ class Defaults:
 
     @hookimpl(trylast=True)
     def weigh_losses(self, engine: Engine) -> dict[str, float]:
-        weights: dict[str, float] = {}
-        for answer in engine.hook.loss_weight(engine=engine):
-            weights.update(answer)
-        return weights
+        return merge(engine.hook.loss_weight(engine=engine))
 
     @hookimpl(trylast=True)
     def backward(self, loss: Tensor) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nexus_core import registry
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.errors import ConfigError
 from nexus_core.intervals import Every, Interval
-from nexus_core.loader import Batch, RunData, epoch_length, stream_batches, to_device
+from nexus_core.loader import Batch, RunData, stream_batches, to_device
 from nexus_core.meter import Meter
 from nexus_core.plugin import Plugin
 from nexus_core.ranks import Ranks, pick_device
@@ -97,8 +98,10 @@ class Engine:
 
         self.plan = registry.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
-        self.hook = registry.plugin_manager(self.plan, Defaults()).hook
-        if not self.hook.loss_terms.get_hookimpls():
+        hooks = registry.plugin_manager(self.plan, Defaults()).hook
+        self.hook = registry.shortcuts(hooks)
+        self._on_close = hooks.on_close
+        if not hooks.loss_terms.get_hookimpls():
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
         self.device = pick_device(device, model)
         self.data: RunData | None = None if model else self.hook.make_data(engine=self)
@@ -145,7 +148,7 @@ class Engine:
             eval_data = self.data.valid if eval_data is None else eval_data
         self.horizon = horizon = Interval.parse(until)
         self.stop_reason = None
-        self.state.epoch_length = epoch_length(data)
+        self.state.epoch_length = length_hint(data)
         log_due = Every(self.log_every, self.state)
         eval_due = Every(Interval.parse(eval_every) if eval_every else None, self.state)
         try:
@@ -173,7 +176,7 @@ class Engine:
             self.hook.on_error(engine=self, error=error)
             raise
         finally:
-            registry.call_in_reverse(self.hook.on_close, engine=self)
+            registry.call_in_reverse(self._on_close, engine=self)
 
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
         """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.

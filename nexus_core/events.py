@@ -110,10 +110,7 @@ class Hooks:
     def weigh_losses(
         self, engine: Engine, terms: tuple[str, ...]
     ) -> Mapping[str, Tensor | float] | None:
-        """Seam, first answer, once a step before its first backward: the weight of each term.
-
-        To follow the losses, read `engine.losses` (this step's means) in `on_step`.
-        """
+        """Seam, first answer, once a step: each term's weight; `engine.losses` is for `on_step`."""
 
     @hookspec(firstresult=True)
     def backward(self, engine: Engine, loss: Tensor, terms: Mapping[str, Tensor]) -> bool | None:
@@ -127,8 +124,7 @@ class Hooks:
     def lr_scale(self, engine: Engine) -> float:
         """Seam, collected and multiplied: factor of every group's base learning rate now.
 
-        A pure function of `engine.state` (whose `step` is 0 for the first step) and of
-        `engine.horizon`: nothing to save or to replay.
+        A pure function of `engine.state` (its `step` is 0 in the first) and `engine.horizon`.
         """
 
     @hookspec(firstresult=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -73,14 +73,6 @@ def _batches_from(data: Iterable[Batch], epoch: int, start: int) -> Iterator[Bat
     return iterator if iterator is data else islice(iterator, start, None)
 
 
-def epoch_length(data: Iterable[Batch]) -> int:
-    """How many batches an epoch holds, 0 where the data does not say."""
-    try:
-        return len(data) if isinstance(data, Sized) else 0
-    except TypeError:  # a DataLoader over an iterable data set has __len__ and no length
-        return 0
-
-
 def batch_size(batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a batch: its first tensor's length, and its `input_ids`."""
     if isinstance(batch, Mapping) and "input_ids" in batch:
@@ -94,9 +86,10 @@ def batch_size(batch: Batch) -> tuple[int, int]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on the device; containers are new, so they may be changed."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch if batch.device == device else batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_arg
 import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nexus_core.errors import ConfigError, suggestion
+from nexus_core.errors import CheckpointError, ConfigError, suggestion
 
 if TYPE_CHECKING:
     from nexus_core.state import StateDict
 
-__all__ = ["Plugin", "PluginConfig", "config_error", "example", "hookimpl"]
+__all__ = ["Plugin", "PluginConfig", "config_error", "hookimpl"]
 
 hookimpl = pluggy.HookimplMarker("nexus")
 """Marks a method as the answer to the hook of the same name."""
@@ -23,11 +23,6 @@ class PluginConfig(BaseModel):
     """Base of every plugin's settings: unknown keys are errors, values never change in a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-def example(settings: dict[str, Any]) -> ConfigDict:
-    """A `model_config` that shows these settings in the JSON schema and tries them in tests."""
-    return ConfigDict(json_schema_extra={"examples": [settings]})
 
 
 ConfigT = TypeVar("ConfigT", bound=PluginConfig)
@@ -82,7 +77,7 @@ class Plugin(Generic[ConfigT]):
 
     def migrate(self, state: StateDict, from_version: int) -> StateDict:
         """Turn the state that an older `state_version` wrote into today's layout."""
-        raise ConfigError(
+        raise CheckpointError(
             f"plugin '{self.name}' cannot read its state of version {from_version}; it expects "
             f"version {self.state_version}. Install the release that wrote the checkpoint."
         )

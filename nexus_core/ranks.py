@@ -50,8 +50,7 @@ def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> tor
         parameter = next(model.parameters(), None) if model is not None else None
         return parameter.device if parameter is not None else torch.device("cpu")
     if wish == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=wish).device
     except (RuntimeError, AssertionError) as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, entry_points
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pluggy
@@ -111,6 +112,31 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
     }
     order = _sorted(names, edges)
     return Plan(tuple(sorted(given, key=lambda plugin: order.index(plugin.name))), reasons)
+
+
+def shortcuts(hooks: pluggy.HookRelay) -> SimpleNamespace:
+    """Every hook by name, quick enough to be called many times a step."""
+    return SimpleNamespace(**{name: _shortcut(getattr(hooks, name)) for name in HOOK_NAMES})
+
+
+def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
+    """The hook itself where a wrapper is around it, else a plain loop with the same answers."""
+    impls = hook.get_hookimpls()
+    if hook.spec is None or any(impl.wrapper or impl.hookwrapper for impl in impls):
+        return hook
+    calls = [(impl.function, impl.argnames) for impl in reversed(impls)]
+
+    def first(**given: object) -> Any:
+        for function, names in calls:
+            if (answer := function(*[given[name] for name in names])) is not None:
+                return answer
+        return None
+
+    def every(**given: object) -> list[Any]:
+        answers = [function(*[given[name] for name in names]) for function, names in calls]
+        return [answer for answer in answers if answer is not None]
+
+    return first if hook.spec.opts["firstresult"] else every
 
 
 def plugin_manager(plan: Plan, defaults: object) -> pluggy.PluginManager:

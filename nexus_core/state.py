@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Union
 
@@ -23,6 +23,7 @@ StateValue: TypeAlias = Union[
 ]
 """What a state may be made of: what JSON holds, and tensors."""
 
+_MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 StateDict: TypeAlias = dict[str, StateValue]
 
 
@@ -62,13 +63,6 @@ class TrainState:
     def next_epoch(self) -> None:
         """Move the cursor to the start of the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
-
-    def count_step(self, sizes: Iterable[tuple[int, int]]) -> None:
-        """Count a step over micro-batches of so many (rows, tokens)."""
-        self.step += 1
-        for rows, tokens in sizes:
-            self.samples += rows
-            self.tokens += tokens
 
 
 class RandomState(TypedDict):
@@ -128,7 +122,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].clone())  # of a view with an offset torch reads garbage
     if state["devices"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["devices"])
 
@@ -166,16 +160,16 @@ def restore(engine: Engine, snapshot: Snapshot) -> None:
     try:
         engine.model.load_state_dict(snapshot["model"])
         engine.optimizer.load_state_dict(snapshot["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        for name, saved in snapshot["plugins"].items():
+            plugin, state = engine.plugins[name], saved["state"]
+            if saved["version"] != plugin.state_version:
+                state = plugin.migrate(state, saved["version"])
+            plugin.load_state_dict(state)
+    except _MISFITS as error:
         raise CheckpointError(
             f"the checkpoint does not fit this run: {' '.join(str(error).split())[:400]}; resume "
             "with the config that wrote it (config.yaml in its folder)"
         ) from error
-    for name, saved in snapshot["plugins"].items():
-        plugin, state = engine.plugins[name], saved["state"]
-        if saved["version"] != plugin.state_version:
-            state = plugin.migrate(state, saved["version"])
-        plugin.load_state_dict(state)
     for counter, value in snapshot["train"].items():
         setattr(engine.state, counter, value)
     engine.meter.load_state_dict(snapshot["pending"])

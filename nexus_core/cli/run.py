@@ -45,6 +45,8 @@ class _WithCommands(click.Command):
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", metavar="auto|PATH",
               help="Go on from the newest good checkpoint, or from this one.")  # fmt: skip
+@click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
+              help="What may differ from the checkpoint: checkpoint.resume_policy.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show which plugin is called when, and why.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
 @click.option("--dry-run", is_flag=True, help="Build all, try one batch, write nothing.")
@@ -57,6 +59,7 @@ def main(
     sets: tuple[str, ...],
     out: Path | None,
     resume: str | None,
+    resume_policy: str | None,
     explain: bool,
     schema: bool,
     dry_run: bool,
@@ -80,6 +83,8 @@ def main(
             return
         if out is not None:
             sets = (*sets, f"out={out}")
+        if resume_policy is not None:
+            sets = (*sets, f"checkpoint.resume_policy={resume_policy}")
         made = build.build_plugins(read_settings(config, plugins, sets, os.environ))
         if explain:
             from nexus_core.cli.explain import explain as explained

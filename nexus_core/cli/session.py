@@ -41,10 +41,8 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     _say(engine, quiet, _headline(engine, run))
     start = engine.state.step
     try:
-        if engine.ranks.is_main:
-            write_config(engine.config, out)
         with stopping_on_signals(engine) as received:
-            result = engine.fit(until=run.until, eval_every=run.eval_every)
+            result = _fit(engine, run, out)
     except Exception as error:
         mistake = isinstance(error, NexusError) and error.exit_code == 2
         if missing and mistake and engine.state.step == start and engine.ranks.is_main:
@@ -56,6 +54,19 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
         _write_summary(out, result, result.status, result.reason)
         click.echo(_report(engine, result, out, quiet))
     return 128 + received[0] if received else 0
+
+
+def _fit(engine: Engine, run: RunConfig, out: Path) -> Result:
+    """Train; the config of a run in progress is replaced once the run is known to go on."""
+    to_write = engine.ranks.is_main
+    if to_write and not (out / "config.yaml").exists():
+        write_config(engine.config, out)
+        to_write = False
+    for _ in engine.steps(until=run.until, eval_every=run.eval_every):
+        if to_write:
+            write_config(engine.config, out)
+            to_write = False
+    return engine.result()
 
 
 @contextmanager

@@ -6,11 +6,10 @@ import shutil
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_core.plugin import example
 from nexus_parts.parameters import matching
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ COMPILERS = ("c++", "g++", "clang++")
 class CompileConfig(PluginConfig):
     """Settings of compilation."""
 
-    model_config = example({"backend": "aot_eager"})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"backend": "aot_eager"}]})
     match: tuple[str, ...] = Field(
         (),
         description="patterns of names of modules to compile each by itself; none: the members of "

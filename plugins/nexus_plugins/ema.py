@@ -73,14 +73,16 @@ class EmaPlugin(Plugin[EmaConfig]):
 
     @hookimpl
     @torch.no_grad()
-    def on_step(self) -> None:
-        """Move the average towards the weights."""
+    def on_step(self, engine: Engine) -> None:
+        """Move the average towards the weights; a refused step leaves it where it is."""
         self._updates += 1
         decay = self.config.decay
         if self.config.ramp:
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
         average = list(self._average.values())
-        torch._foreach_lerp_(average, [_wide(p) for p in self._live], 1 - decay)
+        step = 1 - decay if engine.refused is None else (1 - decay) * (1 - engine.refused)
+        weights = [torch.as_tensor(step, dtype=mean.dtype, device=mean.device) for mean in average]
+        torch._foreach_lerp_(average, [_wide(p) for p in self._live], weights)
 
     @hookimpl(wrapper=True)
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:

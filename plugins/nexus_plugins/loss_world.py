@@ -89,7 +89,8 @@ class LossWorldPlugin(Loss[LossWorldConfig]):
         """Let the target encoder follow the encoder."""
         follow = getattr(engine.model, "update_world_target", None)
         if follow is not None:
-            follow(self.decay(engine))
+            keep, refused = self.decay(engine), engine.refused
+            follow(keep if refused is None else keep + (1 - keep) * refused)
 
     def decay(self, engine: Engine) -> float:
         """The part of the target encoder that this step keeps."""

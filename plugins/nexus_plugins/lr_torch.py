@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch.optim import SGD, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import suggestion
-from nexus_core.plugin import example
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -27,7 +26,9 @@ Make = Callable[..., LRScheduler]
 class LrTorchConfig(PluginConfig):
     """Settings of a scheduler of `torch.optim.lr_scheduler`."""
 
-    model_config = example({"scheduler": "StepLR", "settings": {"step_size": 100}})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"scheduler": "StepLR", "settings": {"step_size": 100}}]}
+    )
     scheduler: str = Field(description="class in torch.optim.lr_scheduler, such as OneCycleLR")
     settings: dict[str, Setting] = Field({}, description="its arguments; steps are the run's steps")
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from nexus_core import ConfigError, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import suggestion
-from nexus_core.plugin import example
 
 if TYPE_CHECKING:
     from nexus_core import Engine, TrainState
@@ -58,7 +57,11 @@ class RuleConfig(PluginConfig):
 class ScheduleConfig(PluginConfig):
     """Settings of the scheduled numbers."""
 
-    model_config = example({"rules": [{"target": "loss_lm.weight", "start": 0.5, "end": 1.0}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"rules": [{"target": "loss_lm.weight", "start": 0.5, "end": 1.0}]}]
+        }
+    )
     rules: tuple[RuleConfig, ...] = Field(min_length=1, description="one for each number")
 
 

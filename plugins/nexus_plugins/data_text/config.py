@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from nexus_core.plugin import PluginConfig
 
 __all__ = ["DataTextConfig", "SourceConfig", "SourceList"]
+
+
+_LOCKED: dict[str, Any] = {"resume": "locked"}  # a resumed run must not change it
 
 
 class SourceConfig(PluginConfig):
@@ -36,6 +39,7 @@ class DataTextConfig(PluginConfig):
         "stdlib",
         description="training text: a file, folder, glob, list of them, or a mixture "
         '[{path, weight, name}]; "stdlib" is the source of this Python\'s standard library',
+        json_schema_extra=_LOCKED,
     )
     valid: SourceList | None = Field(
         None, description="evaluation text; null: a share of the training documents"
@@ -57,12 +61,18 @@ class DataTextConfig(PluginConfig):
         "pack",
         description="pack: documents one after another, cut into rows of seq_len; "
         "pad: one document a row, cut off at max_length",
+        json_schema_extra=_LOCKED,
     )
-    seq_len: int = Field(512, ge=2, description="tokens in a packed row")
+    seq_len: int = Field(512, ge=2, description="tokens in a packed row", json_schema_extra=_LOCKED)
     max_length: int | None = Field(
         None, ge=2, description="most tokens in a padded row; null: seq_len"
     )
-    batch_size: int = Field(8, ge=1, description="rows in a training batch, over all processes")
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="rows in a training batch, over all processes",
+        json_schema_extra=_LOCKED,
+    )
     eval_batch_size: int | None = Field(
         None, ge=1, description="rows in an evaluation batch; null: batch_size"
     )

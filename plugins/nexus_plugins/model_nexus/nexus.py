@@ -265,7 +265,7 @@ class NEXUSCore(nn.Module):
         """Which of world, reason, energy and causal the model has."""
         return tuple(self.parts)
 
-    def update_world_target(self, decay: float) -> None:
+    def update_world_target(self, decay: float | Tensor) -> None:
         """Let the world model's target encoder follow its encoder; call it after each update."""
         if "world" in self.parts:
             cast(WorldModel, self.parts["world"]).update_target(decay)

@@ -71,10 +71,11 @@ class WorldModel(Part):
         return update
 
     @torch.no_grad()
-    def update_target(self, decay: float) -> None:
+    def update_target(self, decay: float | Tensor) -> None:
         """Move the target encoder to `decay * itself + (1 - decay) * encoder`."""
-        targets, sources = self.target_encoder.parameters(), self.encoder.parameters()
-        torch._foreach_lerp_(list(targets), list(sources), 1 - decay)
+        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
+        for target, source in pairs:
+            target.lerp_(source, torch.as_tensor(1 - decay, dtype=target.dtype))
 
     @torch.no_grad()
     def _targets(self, h: Tensor, document: Tensor | None) -> tuple[Tensor, Tensor]:

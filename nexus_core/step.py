@@ -1,4 +1,4 @@
-"""One step, one evaluation, and their algebra: sums over units, divided by all units of the step."""
+"""One step, one evaluation, and their algebra: sums over units, divided by those of the step."""
 
 from __future__ import annotations
 

@@ -75,6 +75,11 @@ class JsonlPlugin(Logger[JsonlConfig]):
         if self._stream is not None:
             self._stream.write(_line(record))
 
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """Where every metric is."""
+        return {"metrics": f"{engine.out}/metrics.jsonl"}
+
     def close(self, engine: Engine) -> None:
         """Close the file."""
         if self._stream is not None:

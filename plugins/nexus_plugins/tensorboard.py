@@ -82,6 +82,11 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self._writer.add_summary(Summary(value=values), engine.state.step)
 
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """How to look at the curves."""
+        return {"curves": f"tensorboard --logdir {engine.out}"}
+
     def close(self, engine: Engine) -> None:
         """Write what is left, and close the file."""
         if self._writer is not None:

@@ -189,6 +189,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._save(engine)
 
     @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """Where the checkpoints are."""
+        return {"checkpoints": str(engine.out / "checkpoints")} if engine.out else {}
+
+    @hookimpl
     def on_close(self) -> None:
         writer, self._writer = self._writer, None
         held, self._run_lock = self._run_lock, None

@@ -104,8 +104,11 @@ class Engine:
         if not hooks.loss_terms.get_hookimpls():
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
         self.device = pick_device(device, model)
-        self.data: RunData | None = None if model else self.hook.make_data(engine=self)
-        self.model: nn.Module = (model or self.hook.make_model(engine=self)).to(self.device)
+        self.data: RunData | None = None
+        if model is None:
+            self.data = self.hook.make_data(engine=self)
+            model = self.hook.make_model(engine=self)
+        self.model: nn.Module = model.to(self.device)
         self.optimizer: Optimizer = optimizer or self.hook.make_optimizer(engine=self)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -181,11 +184,7 @@ class Engine:
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
         """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.
 
-        Args:
-            data: batches, reported as `val/...`, or several sets of them by name.
-
-        Returns:
-            `val/loss`, `val/total_loss`, `val/<term>_loss` for each term, and what plugins log.
+        Returns `val/loss`, `val/total_loss`, `val/<term>_loss` and what plugins log, by split.
         """
         metrics: dict[str, float] = {}
         for name, batches in (data if isinstance(data, Mapping) else {"val": data}).items():
@@ -212,14 +211,14 @@ class Engine:
             name: without a slash it gets the split's prefix: "train/grad_norm", "val/...".
             finish: applied to the mean when it is read: `math.exp` makes a perplexity.
         """
+        value = value.detach() if isinstance(value, Tensor) else value
         self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
-        state, reason = self.state, self.stop_reason or ""
-        done = self.horizon is not None and self.horizon.reached(state)
-        status = "finished" if done else "stopped"
-        return Result(status, reason, state.step, state.tokens, state.seconds, dict(self.metrics))
+        at, reason = self.state, self.stop_reason or ""
+        status = "finished" if self.horizon and self.horizon.reached(at) else "stopped"
+        return Result(status, reason, at.step, at.tokens, at.seconds, dict(self.metrics))
 
     def state_dict(self) -> Snapshot:
         """Everything that decides how the run goes on, read in place; fires `on_save`."""
@@ -246,6 +245,6 @@ class Engine:
             return
         metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         for answer in self.hook.collect_metrics(engine=self):
-            metrics.update(answer)
+            metrics |= answer
         self.metrics |= metrics
         self.hook.on_log(engine=self, metrics=metrics)

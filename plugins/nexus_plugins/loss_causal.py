@@ -9,21 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_core.errors import ConfigError
 from nexus_core.plugin import hookimpl
-from nexus_parts.loss import Loss, LossConfig
+from nexus_parts.loss import LossConfig
+from nexus_parts.module_loss import ModuleLoss
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
     from nexus_core.loader import Batch
 
 __all__ = ["LossCausalConfig", "LossCausalPlugin", "dag_constraint"]
-
-NO_MODULE = (
-    "loss_causal needs a model whose output has module_outputs['causal']; got one without. Switch "
-    "the module on with --set model_nexus.causal=true, or leave the loss out with "
-    "--plugins no:loss_causal"
-)
 
 
 class LossCausalConfig(LossConfig):
@@ -42,7 +36,7 @@ class LossCausalConfig(LossConfig):
     )
 
 
-class LossCausalPlugin(Loss[LossCausalConfig]):
+class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
     """Trains on `dag_weight * h(A) + sparsity_weight * sum|A|`, once a step.
 
     The model reports `causal`, a dict of the `adjacency` A `(n, n)` and the `variables` v
@@ -59,28 +53,24 @@ class LossCausalPlugin(Loss[LossCausalConfig]):
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
         """The term once, whatever the batch holds."""
-        return self._term(output, dag_constraint(_report(output)["adjacency"]))
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Refuse a model that says it has no causal module."""
-        if "causal" not in getattr(engine.model, "active_modules", ("causal",)):
-            raise ConfigError(NO_MODULE)
+        graph: Mapping[str, Tensor] = self.reports(output)["causal"]
+        return self._term(graph, dag_constraint(graph["adjacency"]))
 
     @hookimpl
     def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
         """The term `causal`; in training also `causal/dag_constraint`."""
-        constraint = dag_constraint(_report(output)["adjacency"])
+        graph: Mapping[str, Tensor] = self.reports(output)["causal"]
+        constraint = dag_constraint(graph["adjacency"])
         if engine.training:
             engine.log("causal/dag_constraint", constraint.detach())
-        return {self.term: self._term(output, constraint)}
+        return {self.term: self._term(graph, constraint)}
 
-    def _term(self, output: Any, constraint: Tensor) -> Tensor:
-        adjacency = _report(output)["adjacency"]
+    def _term(self, graph: Mapping[str, Tensor], constraint: Tensor) -> Tensor:
+        adjacency = graph["adjacency"]
         term = self.config.dag_weight * constraint
         term = term + self.config.sparsity_weight * adjacency.abs().sum()
         if self.config.reconstruction_weight:
-            given = _report(output)["variables"].detach().to(adjacency.dtype).flatten(0, -2)
+            given = graph["variables"].detach().to(adjacency.dtype).flatten(0, -2)
             with torch.autocast(given.device.type, enabled=False):
                 missed = given - given @ adjacency
             misfit = missed.square().sum(-1).mean() / 2
@@ -103,11 +93,3 @@ def dag_constraint(adjacency: Tensor) -> Tensor:
     with torch.autocast(wide.device.type, enabled=False):
         walks: Tensor = torch.linalg.matrix_exp(wide.square())
         return walks.trace() - len(wide)
-
-
-def _report(output: Any) -> Mapping[str, Tensor]:
-    reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
-    if "causal" not in reports:
-        raise ConfigError(NO_MODULE)
-    report: Mapping[str, Tensor] = reports["causal"]
-    return report

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from nexus_core.errors import ConfigError
 from nexus_core.plugin import hookimpl
-from nexus_parts.loss import Loss, LossConfig
+from nexus_parts.module_loss import ModuleLoss, PositionLossConfig, real_positions
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -20,14 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]
 
-NO_MODULE = (
-    "loss_energy needs a model whose output has module_outputs['energy']; got one without. Switch "
-    "the module on with --set model_nexus.energy=true, or leave the loss out with "
-    "--plugins no:loss_energy"
-)
 
-
-class LossEnergyConfig(LossConfig):
+class LossEnergyConfig(PositionLossConfig):
     """Settings of the energy module's loss."""
 
     weight: float = Field(0.05, description="factor of this term in the total loss")
@@ -37,10 +27,9 @@ class LossEnergyConfig(LossConfig):
     target_iterations: float = Field(
         5.0, ge=0, description="refinements that a token should take on average"
     )
-    ignore_index: int = Field(-100, description="label of positions that do not count")
 
 
-class LossEnergyPlugin(Loss[LossEnergyConfig]):
+class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     """Trains on `final_energy + iteration_weight * |iterations - target_iterations|`.
 
     The model reports `energy`, a dict of `final_energy` and `iterations`, both `(B, T)`. The mean
@@ -50,42 +39,22 @@ class LossEnergyPlugin(Loss[LossEnergyConfig]):
 
     def units(self, batch: Batch) -> Tensor:
         """The number of positions; padding is none."""
-        return self._real(batch).sum()
+        return real_positions(batch, self.config.ignore_index).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
         """The sum over positions."""
-        energy = _report(output)
+        energy = self.reports(output)["energy"]
         distance = (energy["iterations"] - self.config.target_iterations).abs()
         each = energy["final_energy"] + self.config.iteration_weight * distance
-        return (each * self._real(batch)).sum()
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Refuse a model that says it has no energy module."""
-        if "energy" not in getattr(engine.model, "active_modules", ("energy",)):
-            raise ConfigError(NO_MODULE)
+        total: Tensor = (each * real_positions(batch, self.config.ignore_index)).sum()
+        return total
 
     @hookimpl
     def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
         """The term `energy`; in training also `energy/avg_iterations`."""
         if engine.training:
-            energy, real = _report(output), self._real(batch)
+            energy = self.reports(output)["energy"]
+            real = real_positions(batch, self.config.ignore_index)
             made = energy.get("refinements", energy["iterations"].detach())
             engine.log("energy/avg_iterations", (made * real).sum(), units=real.sum())
         return {self.term: self.loss(batch, output)}
-
-    def _real(self, batch: Batch) -> Tensor:
-        """(B, T) whether a token predicts or is predicted; padding is neither."""
-        if "labels" not in batch:
-            return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-        predicts = batch["labels"] != self.config.ignore_index
-        result: Tensor = predicts | F.pad(predicts[:, :-1], (1, 0))
-        return result
-
-
-def _report(output: Any) -> Mapping[str, Tensor]:
-    reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
-    if "energy" not in reports:
-        raise ConfigError(NO_MODULE)
-    report: Mapping[str, Tensor] = reports["energy"]
-    return report

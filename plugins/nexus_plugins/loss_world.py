@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from nexus_core.errors import ConfigError
 from nexus_core.plugin import hookimpl
-from nexus_parts.loss import Loss, LossConfig
+from nexus_parts.module_loss import ModuleLoss, PositionLossConfig, real_positions
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -20,14 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossWorldConfig", "LossWorldPlugin"]
 
-NO_MODULE = (
-    "loss_world needs a model whose output has module_outputs['world']; got one without. Switch "
-    "the module on with --set model_nexus.world=true, or leave the loss out with "
-    "--plugins no:loss_world"
-)
 
-
-class LossWorldConfig(LossConfig):
+class LossWorldConfig(PositionLossConfig):
     """Settings of the world-model loss and of its target encoder."""
 
     weight: float = Field(0.1, description="factor of this term in the total loss")
@@ -41,10 +34,9 @@ class LossWorldConfig(LossConfig):
     decay_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: the decay rises to 1 by the end of the run"
     )
-    ignore_index: int = Field(-100, description="label of positions that do not count")
 
 
-class LossWorldPlugin(Loss[LossWorldConfig]):
+class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     """Trains latents to foretell later ones, and moves the target encoder after each step.
 
     The model reports `world` and `world_targets` `(B, T, L, d)` and `world_mask` `(B, T, L)`, true
@@ -64,9 +56,7 @@ class LossWorldPlugin(Loss[LossWorldConfig]):
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
         """The sum over positions of the mean over their targets."""
-        reports = getattr(output, "module_outputs", {})
-        if "world" not in reports:
-            raise ConfigError(NO_MODULE)
+        reports = self.reports(output)
         predictions = reports["world"]
         predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         variance = predictions.var(-1, correction=0)
@@ -77,12 +67,6 @@ class LossWorldPlugin(Loss[LossWorldConfig]):
             mask = mask & reports.get("world_mask", mask)
         share = mask / mask.sum(-1, keepdim=True).clamp(min=1)
         return (each * share).sum()
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Refuse a model that says it has no world module."""
-        if "world" not in getattr(engine.model, "active_modules", ("world",)):
-            raise ConfigError(NO_MODULE)
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -103,16 +87,7 @@ class LossWorldPlugin(Loss[LossWorldConfig]):
     def _foretelling(self, batch: Batch) -> Tensor:
         """(B, T) whether a token and the next one are real and of one document."""
         ids = batch["input_ids"]
-        real = _real(batch, self.config.ignore_index)
+        real = real_positions(batch, self.config.ignore_index)
         documents = batch.get("segment_ids", torch.zeros_like(ids))
         pairs = real[:, :-1] & real[:, 1:] & (documents[:, :-1] == documents[:, 1:])
         return F.pad(pairs, (0, 1))
-
-
-def _real(batch: Batch, ignore_index: int) -> Tensor:
-    """(B, T) whether a token predicts or is predicted; padding is neither."""
-    if "labels" not in batch:
-        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    predicts = batch["labels"] != ignore_index
-    result: Tensor = predicts | F.pad(predicts[:, :-1], (1, 0))
-    return result

@@ -1,0 +1,79 @@
+"""A loss of what one module of the model reports, and the positions that such a loss counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from nexus_core.errors import ConfigError
+from nexus_core.plugin import hookimpl
+from nexus_parts.loss import Loss, LossConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nexus_core.engine import Engine
+    from nexus_core.loader import Batch
+
+__all__ = ["ModuleLoss", "PositionLossConfig", "real_positions"]
+
+
+class PositionLossConfig(LossConfig):
+    """Settings that every loss over positions has."""
+
+    ignore_index: int = Field(-100, description="label of positions that do not count")
+
+
+LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
+
+
+class ModuleLoss(Loss[LossConfigT]):
+    """A loss of what the model's module of the same name reports: `loss_world` reads `world`.
+
+    The model's output has `module_outputs`, a dict with that key. A model that has
+    `active_modules`, a tuple of such names, is refused before the first step if it is not one.
+    """
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse a model that says it does not have the module (a ConfigError)."""
+        if self.term not in getattr(engine.model, "active_modules", (self.term,)):
+            raise self._no_module()
+
+    def reports(self, output: Any) -> Mapping[str, Any]:
+        """The `module_outputs`, if the module is among them.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
+        if self.term not in reports:
+            raise self._no_module()
+        return reports
+
+    def _no_module(self) -> ConfigError:
+        return ConfigError(
+            f"{self.name} needs a model whose output has module_outputs['{self.term}']; got one "
+            f"without. Switch the module on with --set model_nexus.{self.term}=true, or leave the "
+            f"loss out with --plugins no:{self.name}"
+        )
+
+
+def real_positions(batch: Batch, ignore_index: int) -> Tensor:
+    """Which tokens of a batch predict or are predicted; padding is neither.
+
+    Args:
+        batch: with `input_ids` and, where some do not count, `labels`, both `(B, T)`.
+        ignore_index: the label of positions that predict nothing.
+
+    Returns:
+        `(B, T)` bool; all of them where there are no labels.
+    """
+    if "labels" not in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    predicts: Tensor = batch["labels"] != ignore_index
+    return predicts | F.pad(predicts[:, :-1], (1, 0))

@@ -126,7 +126,8 @@ class DataTextPlugin(Plugin[DataTextConfig]):
     def summarize(self) -> dict[str, str]:
         """What simpler models reach on the evaluation text, and what to know about the data."""
         rows = {
-            f"{name} there": f"{bits:.4f} bits per byte" for name, bits in self.baselines().items()
+            f"{name}, same text": f"{bits:.4f} bits per byte"
+            for name, bits in self.baselines().items()
         }
         notes = self.notes()
         return {**rows, "data": "\n".join(notes)} if notes else rows

@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds at once")
     parser.add_argument("--json", type=Path, help="also write the runs to this file")
     options = parser.parse_args(arguments)
-    seeds = [(seed, options.steps) for seed in range(options.seeds)]
+    of_seed = partial(compete, steps=options.steps)
+    runs: list[Run] = []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        runs = [run for of_seed in pool.starmap(compete, seeds, chunksize=1) for run in of_seed]
+        for done in pool.imap_unordered(of_seed, range(options.seeds)):
+            runs += done
+            print(f"seed {done[0].seed} is done", flush=True)
+            if options.json:  # each time, so that a run that is cut short leaves what it has
+                text = json.dumps([asdict(run) for run in runs], indent=2)
+                options.json.write_text(text + "\n", encoding="utf-8")
     print(table(runs))
-    if options.json:
-        text = json.dumps([asdict(run) for run in runs], indent=2)
-        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

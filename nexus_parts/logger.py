@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Logger(Plugin[LoggerConfigT]):
     failure is a warning; after three in a row the logger is switched off for the rest of the run.
     """
 
+    writes_files: ClassVar[bool] = False  # into the run's folder, which must then be there
     FAILURES_ALLOWED: ClassVar[int] = 3
     failures: int = 0  # in a row, so far
 
@@ -47,6 +49,16 @@ class Logger(Plugin[LoggerConfigT]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
+        """Open it.
+
+        Raises:
+            ConfigError: it writes files, and the engine has no `out`.
+        """
+        if self.writes_files and engine.out is None:
+            raise ConfigError(
+                f"{self.name} writes into the run's folder, and there is none; give it, as in "
+                'Engine(..., out="runs/mine"), or leave the plugin out'
+            )
         self._attempt("open", engine)
 
     @hookimpl

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from nexus_core import ConfigError, Logger, LoggerConfig, hookimpl
+from nexus_core import Logger, LoggerConfig, hookimpl
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -34,23 +34,10 @@ class JsonlPlugin(Logger[JsonlConfig]):
     removed, so that each is there once.
     """
 
+    writes_files = True
     _stream: IO[str] | None = None
     _resumed_at: int = 0
     _repeated: frozenset[frozenset[str]] = frozenset()
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Refuse to run without a folder, then open the file.
-
-        Raises:
-            ConfigError: the engine has no `out`.
-        """
-        if engine.out is None:
-            raise ConfigError(
-                "jsonl writes into the run's folder, and there is none; give it, as in "
-                'Engine(..., out="runs/mine"), or leave the plugin out'
-            )
-        super().on_start(engine)
 
     def open(self, engine: Engine) -> None:
         """Cut the file back to the step that the run goes on from, and open it."""

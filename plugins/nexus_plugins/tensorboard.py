@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from nexus_core import ConfigError, Logger, LoggerConfig, hookimpl
+from nexus_core import Logger, LoggerConfig, hookimpl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import FileWriter
@@ -34,21 +34,8 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
     that will be done again. Look at it with `tensorboard --logdir OUT/tensorboard`.
     """
 
+    writes_files = True
     _writer: FileWriter | None = None
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Refuse to run without a folder, then open a file.
-
-        Raises:
-            ConfigError: the engine has no `out`.
-        """
-        if engine.out is None:
-            raise ConfigError(
-                "tensorboard writes into the run's folder, and there is none; give it, as in "
-                'Engine(..., out="runs/mine"), or leave the plugin out'
-            )
-        super().on_start(engine)
 
     def open(self, engine: Engine) -> None:
         """Begin an event file, with the point that it takes up, and the config."""

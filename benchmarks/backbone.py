@@ -101,6 +101,7 @@ def _nexus(_length: int) -> tuple[Any, Callable[..., Any]]:
         ssm_n_layers=LAYERS,
         ssm_head_dim=HEAD_WIDTH,
         ssm_d_state=STATE,
+        **dict.fromkeys(("world", "reason", "energy", "causal"), False),  # the backbone alone
     )
     return model, loss_of
 

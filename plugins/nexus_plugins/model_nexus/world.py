@@ -75,7 +75,7 @@ class WorldModel(Part):
         """Move the target encoder to `decay * itself + (1 - decay) * encoder`."""
         pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
         for target, source in pairs:
-            target.lerp_(source, torch.as_tensor(1 - decay, dtype=target.dtype))
+            target.lerp_(source, torch.as_tensor(1 - decay).to(target))
 
     @torch.no_grad()
     def _targets(self, h: Tensor, document: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ The loop, with the hooks in capitals where they fire:
         ON_STEP
         COLLECT_METRICS, ON_LOG                      every `log_every`
         ON_EVAL                                      every `eval_every`, and at the end
-        ON_STEP_END                                  where a checkpoint is due
+        ON_STEP_END                                  a checkpoint is taken here: ON_SAVE
     ON_FINISH, or ON_ERROR when something raised
     ON_CLOSE                                         whatever happened, in reverse order
     SUMMARIZE                                        `nexus-run` prints what is answered

@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablation [--steps 200] [--seeds 3] [--json PATH]
 
-Text and model are those of the quickstart (the standard library's source as bytes, width 192,
+Text and model are those of the quickstart (the standard library's source as bytes, width 128,
 4 layers), 2,048 tokens a step, with a constant learning rate after the warm-up, so that a run may
 be read at any step. The variants of a seed share backbone weights and data order, and take turns
 step by step. Each seed has a process with one thread, and time is that of the processor, so that
@@ -64,7 +64,7 @@ class Contender:
         settings: dict[str, dict[str, Any]] = {
             "data_text": {"seq_len": 512, "batch_size": 4, "valid_limit": 65_536},
             "model_nexus": {
-                "d_model": 192,
+                "d_model": 128,
                 "ssm_n_layers": 4,
                 **{name: name in modules for name in MODULES},
             },

@@ -1,10 +1,14 @@
 """How fast text becomes batches, beside what others do: `python -m benchmarks.data`.
 
 Prints a table and writes JSON. Competitors are measured in interleaved rounds on the same files;
-each figure is the median, and every reading starts with the file in the page cache.
+each figure is the median, ratios are taken round by round, and every reading starts with the file
+in the page cache.
 
 - prepare: `nexus-data prepare`, `tokenizers.encode_batch_fast` with nothing around it (the upper
-  limit), and `datasets.map`, on the same text with the same tokenizer and cores;
+  limit), and `datasets.map` as the guides of transformers show it and with `encode_batch_fast` put
+  in by hand, on the same text with the same tokenizer and cores. Ours reads the text file, starts
+  its workers and writes a file of ids within its time; the others have the text in memory or in
+  Arrow's cache already, and `datasets.map` writes Arrow lists;
 - bytes: `nexus-data prepare` with the bytes tokenizer;
 - batches: 32 x 2,048 tokens out of a .bin: ours (inputs, labels, segments, checks), nanoGPT's
   `get_batch` written from its description (random offsets, inputs and labels, one memory map a
@@ -27,6 +31,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +57,7 @@ def main() -> None:
     """Run all parts, or those named."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("parts", nargs="*", default=["prepare", "bytes", "batches", "open"])
-    parser.add_argument("--megabytes", type=int, default=8, help="text for the tokenizers")
+    parser.add_argument("--megabytes", type=int, default=64, help="text for the tokenizers")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the .txt to open")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -69,18 +74,23 @@ def main() -> None:
             }[part]
             found[part] = measure()
             for what, value in found[part].items():
-                print(f"{part:<9}{what:<34}{value:>12,.3f}", flush=True)
+                print(f"{part:<9}{what:<36}{value:>12,.3f}", flush=True)
     if wish.json:
         wish.json.write_text(json.dumps(found, indent=1))
 
 
 def interleaved(competitors: dict[str, Timed], rounds: int) -> dict[str, float]:
-    """The median of what each returns over rounds in turn."""
+    """The median of what each returns over rounds in turn, and of the first's ratio to the rest."""
     seen: dict[str, list[float]] = {name: [] for name in competitors}
     for _ in range(rounds):
         for name, run in competitors.items():
             seen[name].append(run())
-    return {name: statistics.median(values) for name, values in seen.items()}
+    found = {name: statistics.median(values) for name, values in seen.items()}
+    first, *others = seen
+    for other in others:
+        ratios = [own / peer for own, peer in zip(seen[first], seen[other], strict=True)]
+        found[f"of {other.partition(',')[0]}"] = statistics.median(ratios)
+    return found
 
 
 def library_lines() -> Iterator[str]:
@@ -117,12 +127,17 @@ def prepare_text(folder: Path, megabytes: int, rounds: int) -> dict[str, float]:
         shutil.rmtree(out)
         return size / taken
 
+    def rate(peer: Timed) -> float:
+        return size / peer()
+
     competitors: dict[str, Timed] = {
         "nexus-data prepare, MB/s": ours,
-        "encode_batch_fast alone, MB/s": lambda: size / raw_encoding(path, vocabulary),
+        "encode_batch_fast alone, MB/s": partial(rate, partial(raw_encoding, path, vocabulary)),
     }
     if importlib.util.find_spec("datasets"):
-        competitors["datasets.map, MB/s"] = lambda: size / mapped(path, vocabulary, folder)
+        for what, encode in {"as in guides": AS_IN_GUIDES, "by hand": BY_HAND}.items():
+            peer = partial(mapped, path, vocabulary, folder, encode)
+            competitors[f"datasets.map {what}, MB/s"] = partial(rate, peer)
     return interleaved(competitors, rounds)
 
 
@@ -138,19 +153,30 @@ def raw_encoding(path: Path, vocabulary: Path) -> float:
     )
 
 
-def mapped(path: Path, vocabulary: Path, folder: Path) -> float:
+AS_IN_GUIDES = (
+    "from transformers import PreTrainedTokenizerFast\n"
+    "tokenizer = PreTrainedTokenizerFast(tokenizer_file={vocabulary!r})\n"
+    "def encode(rows):\n"
+    "    return tokenizer(rows['text'])\n"
+)
+BY_HAND = (
+    "from tokenizers import Tokenizer\n"
+    "tokenizer = Tokenizer.from_file({vocabulary!r})\n"
+    "def encode(rows):\n"
+    "    found = tokenizer.encode_batch_fast(rows['text'], add_special_tokens=False)\n"
+    "    return {{'ids': [one.ids for one in found]}}\n"
+)
+
+
+def mapped(path: Path, vocabulary: Path, folder: Path, encode: str) -> float:
     """Seconds of `datasets.map` in batches of a thousand, with as many processes as cores."""
     cache = folder / "datasets"
     taken = timed_program(
         "import datasets\n"
-        "from tokenizers import Tokenizer\n"
         "datasets.disable_progress_bars()\n"
-        f"tokenizer = Tokenizer.from_file({str(vocabulary)!r})\n"
-        f"loaded = datasets.load_dataset('text', data_files={str(path)!r}, "
+        + encode.format(vocabulary=str(vocabulary))
+        + f"loaded = datasets.load_dataset('text', data_files={str(path)!r}, "
         f"cache_dir={str(cache)!r})['train']\n"
-        "def encode(rows):\n"
-        "    found = tokenizer.encode_batch_fast(rows['text'], add_special_tokens=False)\n"
-        "    return {'ids': [one.ids for one in found]}\n"
         "begin = time.perf_counter()\n"
         f"loaded.map(encode, batched=True, num_proc={os.cpu_count()}, remove_columns=['text'])\n",
         TOKENIZERS_PARALLELISM="false",

@@ -72,7 +72,7 @@ class ResumableLoader:
                 f"{self.ranks.size} processes; add data or change batch_size"
             )
         self._from = (0, 0)
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch | DataError] = DataLoader(
             _Fetch(dataset, collate),
             batch_sampler=_Order(self._sample_lists),
             collate_fn=_as_it_is,
@@ -93,7 +93,7 @@ class ResumableLoader:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from batch number `start` on, at once."""
         self._from = (epoch, start)
-        return iter(self._loader)
+        return map(_batch_or_raise, iter(self._loader))
 
     def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
         """The indices into the data set that this process reads for a batch, in order."""
@@ -128,12 +128,22 @@ class _Order:
 
 @dataclass
 class _Fetch(Dataset[Batch]):
-    """Reads the rows of a batch and collates them, in the worker."""
+    """Reads the rows of a batch and collates them, in the worker.
+
+    An error in the data is handed over as a value: raised there, it would arrive with the
+    worker's traceback as its text.
+    """
 
     dataset: Any
     collate: Callable[[list[Any]], Batch]
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitems__(self, indices: list[int]) -> Batch | DataError:
+        try:
+            return self._batch(indices)
+        except DataError as error:
+            return error
+
+    def _batch(self, indices: list[int]) -> Batch:
         if hasattr(self.dataset, "__getitems__"):
             rows = self.dataset.__getitems__(indices)
         else:
@@ -181,5 +191,11 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch
+
+
+def _batch_or_raise(batch: Batch | DataError) -> Batch:
+    if isinstance(batch, DataError):
+        raise batch
     return batch

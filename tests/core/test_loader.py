@@ -74,6 +74,24 @@ def test_sought_batches_equal_those_read_through_for_any_number_of_workers(worke
             assert torch.equal(batch["x"], batch["sample_ids"] ** 2)
 
 
+class Torn(Squares):
+    """A data set with one sample that cannot be read."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == 5:
+            raise DataError("file.txt is torn at byte 5")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_data_says_the_same_wherever_it_is_read(workers: int) -> None:
+    """Fails if a worker's traceback takes the place of the one clear message."""
+    batches = ResumableLoader(Torn(8), 2, shuffle=False, num_workers=workers).batches(epoch=0)
+    assert [len(next(batches)["x"]), len(next(batches)["x"])] == [2, 2]
+    with pytest.raises(DataError, match=r"^file.txt is torn at byte 5$"):
+        next(batches)
+
+
 def test_epoch_holds_every_sample_once_and_unshuffled_keeps_the_order() -> None:
     loader = ResumableLoader(Squares(23), 4, seed=1)
     assert sorted(sum(ids(loader), [])) == list(range(23))

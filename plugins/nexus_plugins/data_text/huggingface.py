@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ Ids = NDArray[np.int64]
 
 _EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "[SEP]")
 _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+_WORDS_REMEMBERED = 200_000  # some tens of MB; the package's own default is 10,000
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|bos|>", "[BOS]", "[CLS]", "<|startoftext|>")
 
 
@@ -93,11 +95,13 @@ class HfTokenizer(Tokenizer):
             encoded = batch(words, add_special_tokens=False)
         except Exception as error:  # the package raises bare exceptions
             raise DataError(f"{self._path} cannot encode the text: {error}") from error
-        lists: list[list[int]] = [one.ids for one in encoded]
-        for own in lists:
+        joined, lengths = array("I"), np.empty(len(words), np.int64)
+        for place, one in enumerate(encoded):
+            own: list[int] = one.ids  # made anew at each access
             own.append(self.eos)
-        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-        ids = np.fromiter(chain.from_iterable(lists), np.uint32, int(lengths.sum()))
+            joined.fromlist(own)
+            lengths[place] = len(own)
+        ids = np.frombuffer(joined, np.uint32)
         if by_table:
             return Encoded(ids, lengths, None)
         counts = [_byte_counts(word, one.offsets) for word, one in zip(words, encoded, strict=True)]
@@ -133,6 +137,8 @@ def _load(text: str, path: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if hasattr(tokenizer.model, "_resize_cache"):  # changes the speed, never the ids
+        tokenizer.model._resize_cache(_WORDS_REMEMBERED)
     return tokenizer
 
 

@@ -29,7 +29,8 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
     What is minimised is the sum over terms of `exp(-s) * loss + s`; its gradient in `s` is known,
     `1 - exp(-s) * loss`, so `s` moves towards the logarithm of its loss without a graph. The
     `s` does not show in `train/total_loss`. Weights, times the term's own `weight`, are logged
-    as `weight/<term>`.
+    as `weight/<term>`. Only a positive loss tells a noise level: while a term is zero or below,
+    its `s` stays where it is, for the sum above would have no minimum.
 
     Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh
     Losses", equation 10 with the common factor 1/2 left out. Deviation: `s` has plain gradient
@@ -58,12 +59,13 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Descend in each log-variance; a loss that is not finite leaves it where it is."""
+        """Descend in each log-variance; one whose loss is not positive and finite stays."""
         for name, loss in engine.losses.items():
             variance = self._log_variances[name]
-            gradient = 1 - torch.exp(-variance) * engine.ranks.sum(loss).detach().float()
-            step = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
-            self._log_variances[name] = variance - self.config.lr * step
+            value = engine.ranks.sum(loss).detach().float()
+            step = (1 - torch.exp(-variance) * value).clamp(-1, 1)
+            moves = (value > 0) & torch.isfinite(value)
+            self._log_variances[name] = variance - self.config.lr * torch.where(moves, step, 0.0)
 
     def state_dict(self) -> StateDict:
         """The log-variances by term."""

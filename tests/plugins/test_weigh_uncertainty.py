@@ -66,3 +66,12 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
     engine_of(plugin, bad=float("nan"), good=1.0).fit([torch.ones(1, 1)], until="3 steps")
     assert log_variance(plugin, "bad") == 0.0
     assert log_variance(plugin, "good") == 0.0
+
+
+@pytest.mark.parametrize("loss", [-0.5, 0.0])
+def test_a_loss_that_is_not_positive_keeps_its_weight(loss: float) -> None:
+    """Breaks if a term below zero (an energy) pulls its weight up without end."""
+    plugin = WeighUncertaintyPlugin()
+    engine_of(plugin, energy=loss, good=2.0).fit([torch.ones(1, 1)], until="50 steps")
+    assert log_variance(plugin, "energy") == 0.0
+    assert log_variance(plugin, "good") > 0.3

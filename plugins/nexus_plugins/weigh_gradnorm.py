@@ -40,8 +40,8 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     """Balances the gradients that the terms send into the weights they share.
 
     A term's gradient norm is moved towards the mean of all, times its relative inverse training
-    rate to the power `alpha`, times its own `weight`. The weights sum to the number of terms and
-    are logged as `weight/<term>`.
+    rate to the power `alpha` (1 for a term that began at zero or below), times its own `weight`.
+    The weights sum to the number of terms and are logged as `weight/<term>`.
 
     Source: Chen et al. 2018, "GradNorm", algorithm 1. Deviation: the paper descends on the
     distance to the target in the weights, which may turn them negative; here their logarithms
@@ -104,7 +104,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
             first = self._first_losses.get(name, loss)
             self._first_losses[name] = torch.where(torch.isfinite(first), first, loss)
         first = torch.stack([self._first_losses[name] for name in names])
-        rates = (losses / first).clamp(min=TINY)
+        rates = torch.where(first > 0, (losses / first).clamp(min=TINY), 1.0)
         shares = torch.tensor([own.get(name, 1.0) for name in names], device=losses.device)
         targets = squares.sqrt().mean() * (rates / rates.mean()) ** self.config.alpha * shares
         now = torch.stack(

@@ -83,6 +83,18 @@ def test_at_the_fixed_point_weighted_gradients_follow_the_training_rates(alpha: 
     assert pull["one"] / pull["two"] == pytest.approx(0.5**alpha, rel=1e-4)
 
 
+def test_a_term_that_began_below_zero_counts_as_training_at_the_common_rate() -> None:
+    """Breaks if a loss that falls from -1 to -2 is taken for one that doubles."""
+    plugin = WeighGradnormPlugin(alpha=1.5, lr=1.0, every=1)
+    engine = engine_of(plugin)
+    one = engine.model(BATCH)["one"].square().mean().detach()
+    first = {"one": -one / 2, "two": 1000 * engine.model(BATCH)["two"].square().mean().detach()}
+    plugin.load_state_dict({"weights": {}, "first_losses": first})
+    engine.fit([BATCH], until="1 step")
+    weights, norms = weights_of(plugin), trunk_norms(engine.model)
+    assert weights["one"] * norms["one"] == pytest.approx(weights["two"] * norms["two"], rel=1e-4)
+
+
 def test_an_own_weight_is_the_share_of_the_gradient() -> None:
     """Breaks if balancing takes away the preference that the user set."""
     plugin = WeighGradnormPlugin(alpha=0.0, lr=1.0, every=1)

@@ -206,3 +206,26 @@ def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
     subprocess.run([*command, *long, "--out", "parts", "--resume", "auto"], env=environment,
                    check=True, capture_output=True)  # fmt: skip
     assert weights("whole", "step-00000150") == weights("parts", "step-00000150")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:resuming. until is")
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+def test_read_only_folder_is_one_clear_error_and_the_run_in_it_stays_good(resumed: bool) -> None:
+    """Breaks if the error hides behind another one, or the last checkpoint is touched."""
+    assert run("tiny.yaml", "--out", "runs/one", "-s", "until=4 steps").exit_code == 0
+    mount = "mount --bind runs runs && mount -o remount,ro,bind runs && exec "
+    inside = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*inside, mount + "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets nobody mount a folder read-only in a namespace")
+    where = "--out runs/one --resume auto -s until=6" if resumed else "--out runs/two"
+    done = subprocess.run(
+        [*inside, f"{mount}{sys.executable} -m nexus_core.cli.run tiny.yaml {where}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Read-only file system" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run("runs/one/config.yaml", "--resume", "auto", "-s", "until=6 steps").exit_code == 0
+    assert weights("runs/one")

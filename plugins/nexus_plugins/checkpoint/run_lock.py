@@ -29,15 +29,21 @@ class RunLock:
         folder: of the run; made if it is not there.
 
     Raises:
-        CheckpointError: another run holds it; its process id and since when are named.
-        OSError: the folder cannot be written.
+        CheckpointError: another run holds it (its process id and since when are named), or the
+            folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "run.lock"
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to the run folder {folder}: {error.strerror}; make it writable, or "
+                "choose another --out"
+            ) from error
         try:
             self._take()
         except BaseException:

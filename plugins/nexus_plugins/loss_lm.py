@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nexus_core import DataError, Loss, LossConfig, hookimpl
+from nexus_parts.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
     from nexus_core.loader import Batch
 
-__all__ = ["LossLmConfig", "LossLmPlugin", "linear_cross_entropy"]
-
-LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
-LOGITS_IN_CACHE = 2**20  # the softmax goes over its input several times
+__all__ = ["LossLmConfig", "LossLmPlugin"]
 
 
 class LossLmConfig(LossConfig):
@@ -79,71 +75,3 @@ class LossLmPlugin(Loss[LossLmConfig]):
         return F.cross_entropy(
             rows.float(), labels, ignore_index=ignore, label_smoothing=smoothing, reduction="sum"
         )
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """`F.cross_entropy(hidden @ weight.T, ..., reduction="sum")`, a few rows of logits at a time.
-
-    `hidden` is `(n, D)`, `weight` `(V, D)`, `labels` `(n,)`; 0 nats if no row counts.
-    Source: Hsu et al. 2024, "Liger Kernel": the gradients are made in the forward pass, while the
-        logits are at hand. Here the smoothing's terms, of rank one, never touch the logits.
-    """
-    counted = labels != ignore_index
-    if not bool(counted.all()):
-        hidden, labels = hidden[counted], labels[counted]
-    inputs = (hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
-    return cast(Tensor, _LinearCrossEntropy.apply(*inputs))  # type: ignore[no-untyped-call]
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, train: bool
-    ) -> Tensor:
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        narrow = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(device, enabled=False):
-            rows, head = hidden.to(narrow), weight.to(narrow)
-            share = smoothing / len(weight)
-            spread_head, spread_hidden = (v.sum(0, dtype=wide) * share for v in (weight, hidden))
-            total = -(hidden.to(wide) @ spread_head).sum()
-            grad_hidden = torch.empty_like(hidden if train else hidden[:0])
-            grad_weight = -spread_hidden.repeat(len(weight) if train else 0, 1)
-            size = max(1, LOGITS_AT_ONCE // len(weight))
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
-                logits = rows[part] @ head.T
-                total += _to_gradient(logits, labels[part], 1 - smoothing)
-                if train:
-                    grad_hidden[part] = logits @ head - spread_head
-                    grad_weight += logits.T @ rows[part]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
-
-
-def _to_gradient(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:
-    """Replace logits by `softmax - confidence * one_hot`, their gradient; return their loss."""
-    picked = logits.gather(1, labels.unsqueeze(1))
-    total = -confidence * picked.sum(dtype=torch.promote_types(logits.dtype, torch.float32))
-    for block in torch.split(logits, max(1, LOGITS_IN_CACHE // logits.shape[1])):
-        wide = block.to(total.dtype)
-        probabilities = wide.softmax(-1)
-        # The likeliest class's probability is at least 1/V: its logarithm is always exact.
-        total += (wide.amax(-1) - probabilities.amax(-1).log()).sum()
-        block.copy_(probabilities)
-    logits[torch.arange(len(labels), device=labels.device), labels] -= confidence
-    return total

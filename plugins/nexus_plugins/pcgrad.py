@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from nexus_core import Plugin, PluginConfig, hookimpl
+from nexus_parts.term_gradients import Gradient, add_term_gradients, stack_parts, sum_products
 
 if TYPE_CHECKING:
     from nexus_core import Engine
 
 __all__ = ["PcgradConfig", "PcgradPlugin"]
-
-Gradient = list[Tensor | None]
 
 
 class PcgradConfig(PluginConfig):
@@ -36,7 +35,9 @@ class PcgradPlugin(Plugin[PcgradConfig]):
     of inner products. The random order of the projections is a function of seed and step.
     """
 
-    _gradients: dict[str, Gradient]
+    def __init__(self, config: PcgradConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._gradients: dict[str, Gradient] = {}
 
     @hookimpl
     def on_start(self) -> None:
@@ -48,10 +49,7 @@ class PcgradPlugin(Plugin[PcgradConfig]):
         """Take each term's gradient by itself; with the last micro-batch, combine them."""
         groups = engine.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        for name, term in terms.items():
-            if term.requires_grad:
-                parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-                self._gradients[name] = _added(self._gradients.get(name), parts)
+        self._gradients = add_term_gradients(self._gradients, terms, parameters)
         if engine.last_micro_batch and self._gradients:
             names, self._gradients, gradients = sorted(self._gradients), {}, self._gradients
             order = random.Random(f"{engine.seed} {engine.state.step}")
@@ -63,36 +61,21 @@ class PcgradPlugin(Plugin[PcgradConfig]):
         return True
 
 
-def _added(total: Gradient | None, parts: Sequence[Tensor | None]) -> Gradient:
-    if total is None:
-        return list(parts)
-    return [
-        b if a is None else a if b is None else a + b for a, b in zip(total, parts, strict=True)
-    ]
-
-
 def _combined(gradients: Sequence[Gradient], order: random.Random) -> Gradient:
     """The sum of the projected gradients, parameter by parameter."""
     columns = [
         [part for part in parts if part is not None] for parts in zip(*gradients, strict=True)
     ]
     shared = [
-        _stacked(parts)
+        stack_parts(parts)
         for parts, found in zip(zip(*gradients, strict=True), columns, strict=True)
         if len(found) > 1
     ]
     if not shared:
         return [found[0] if found else None for found in columns]
-    products = torch.stack([(flat := s.flatten(1).float()) @ flat.T for s in shared]).sum(0)
-    shares = _projected(products, order)
+    shares = _projected(sum_products(shared), order)
     mixed = iter(torch.einsum("t,t...->...", shares.to(s.dtype), s) for s in shared)
     return [next(mixed) if len(found) > 1 else (found or [None])[0] for found in columns]
-
-
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor:
-    """The gradients `(terms, ...)` of one parameter, zero where a term does not reach it."""
-    shape = next(part for part in parts if part is not None)
-    return torch.stack([torch.zeros_like(shape) if part is None else part for part in parts])
 
 
 def _projected(products: Tensor, order: random.Random) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_parts.parameters import matching
+from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -32,7 +33,7 @@ class WeighGradnormConfig(PluginConfig):
     )
     every: int = Field(10, ge=1, description="steps between updates; one costs a backward per term")
     shared: tuple[str, ...] = Field(
-        (), description="patterns of the shared parameters; none: those that every term reaches"
+        (), description="patterns of the shared parameters; none: those that the most terms reach"
     )
 
 
@@ -41,7 +42,8 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
     A term's gradient norm is moved towards the mean of all, times its relative inverse training
     rate to the power `alpha` (1 for a term that began at zero or below), times its own `weight`.
-    The weights sum to the number of terms and are logged as `weight/<term>`.
+    The weights sum to the number of terms and are logged as `weight/<term>`. A term that does not
+    reach the shared weights keeps its own.
 
     Source: Chen et al. 2018, "GradNorm", algorithm 1. Deviation: the paper descends on the
     distance to the target in the weights, which may turn them negative; here their logarithms
@@ -52,12 +54,13 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     after: ClassVar[tuple[str, ...]] = ("amp",)
     _weights: dict[str, Tensor]
     _first_losses: dict[str, Tensor]
-    _gradients: dict[str, list[Tensor | None]]
+    _gradients: dict[str, Gradient]
     _parameters: list[nn.Parameter]
 
     def __init__(self, config: WeighGradnormConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._weights, self._first_losses, self._gradients = {}, {}, {}
+        self._parameters = []
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -80,25 +83,23 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     @hookimpl(wrapper=True)
     def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
         """Where an update is due, take each term's gradient by itself before the common one."""
-        if engine.state.step % self.config.every == 0:
-            for name, term in terms.items():
-                if term.requires_grad:
-                    parts = torch.autograd.grad(
-                        term, self._parameters, retain_graph=True, allow_unused=True
-                    )
-                    self._gradients[name] = _added(self._gradients.get(name), parts)
+        if self._parameters and engine.state.step % self.config.every == 0:
+            self._gradients = add_term_gradients(self._gradients, terms, self._parameters)
         return (yield)
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
         """Move the weights towards balance."""
         gradients, self._gradients = self._gradients, {}
-        names = sorted(gradients)
-        if len(names) < 2:
+        if len(gradients) < 2:
             return
-        norms = _shared_norms([gradients[name] for name in names])
+        names, products = trunk_products(gradients)
+        if not names:
+            raise ConfigError(
+                "weigh_gradnorm: no parameter is reached by two loss terms; use weigh_magnitude"
+            )
         losses = torch.stack([engine.losses[name].detach().float() for name in names])
-        losses, squares = engine.ranks.sum(torch.stack([losses, norms**2]))
+        losses, squares = engine.ranks.sum(torch.stack([losses, products.diagonal()]))
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         for name, loss in zip(names, losses, strict=True):
             first = self._first_losses.get(name, loss)
@@ -123,26 +124,3 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         """Take over weights and first losses."""
         self._weights = dict(cast(dict[str, Tensor], state["weights"]))
         self._first_losses = dict(cast(dict[str, Tensor], state["first_losses"]))
-
-
-def _added(
-    total: list[Tensor | None] | None, parts: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
-    if total is None:
-        return list(parts)
-    return [
-        b if a is None else a if b is None else a + b for a, b in zip(total, parts, strict=True)
-    ]
-
-
-def _shared_norms(gradients: list[list[Tensor | None]]) -> Tensor:
-    """The L2 norm of each term's gradient over the parameters that all terms reach."""
-    shared = [parts for parts in zip(*gradients, strict=True) if all(g is not None for g in parts)]
-    if not shared:
-        raise ConfigError(
-            "weigh_gradnorm: no parameter is reached by every loss term; use weigh_magnitude"
-        )
-    squares = [
-        torch.stack([g.float().square().sum() for g in parts if g is not None]) for parts in shared
-    ]
-    return torch.stack(squares).sum(0).sqrt()

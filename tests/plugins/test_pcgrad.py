@@ -16,16 +16,17 @@ from nexus_plugins.pcgrad import PcgradPlugin
 
 
 class Point(nn.Module):
-    """Shared parameters in two pieces, and one that only the first term reaches."""
+    """Shared parameters in three pieces, one a number; one that only the first term reaches."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.left = nn.Parameter(torch.zeros(size))
+        self.number = nn.Parameter(torch.zeros(()))
+        self.left = nn.Parameter(torch.zeros(size - 1))
         self.right = nn.Parameter(torch.zeros(2, size))
         self.own = nn.Parameter(torch.zeros(1))
 
     def forward(self) -> Tensor:
-        return torch.cat([self.left, self.right.flatten()])
+        return torch.cat([self.number.view(1), self.left, self.right.flatten()])
 
 
 class SlopePlugin(Loss[LossConfig]):

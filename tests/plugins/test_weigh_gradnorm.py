@@ -152,5 +152,28 @@ def test_shared_parameters_can_be_named() -> None:
 def test_terms_that_share_nothing_are_refused() -> None:
     """Breaks if weights are made of nothing."""
     engine = engine_of(WeighGradnormPlugin(shared=["heads.*"], every=1))
-    with pytest.raises(ConfigError, match="no parameter is reached by every loss term"):
+    with pytest.raises(ConfigError, match="no parameter is reached by two loss terms"):
         engine.fit([BATCH], until="1 step")
+
+
+class SidePlugin(HeadPlugin):
+    """A term of a parameter of its own."""
+
+    parameter: nn.Parameter
+
+    def loss(self, batch: Tensor, output: dict[str, Tensor]) -> Tensor:
+        return len(batch) * self.parameter.square().sum()
+
+
+def test_a_term_beside_the_trunk_keeps_its_own_weight() -> None:
+    """Breaks if one term that reaches only a module of its own stops the run, or is balanced."""
+    plugin, side = WeighGradnormPlugin(every=1), SidePlugin("side", 1.0, weight=0.5)
+    model = Shared().double()
+    model.register_parameter("side", nn.Parameter(torch.ones(2).double()))
+    side.parameter = model.side
+    terms = [HeadPlugin("one", 1.0), HeadPlugin("two", 1000.0), side]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine = Engine(model, optimizer, plugins=[plugin, *terms], log_every=1)
+    engine.fit([BATCH], until="3 steps")
+    assert weights_of(plugin).keys() == {"one", "two"}
+    assert engine.metrics["weight/side"] == 0.5

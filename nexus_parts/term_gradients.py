@@ -1,0 +1,78 @@
+"""The gradient of each loss term by itself, and how those of several terms lie to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gradient", "add_term_gradients", "stack_parts", "sum_products", "trunk_products"]
+
+Gradient: TypeAlias = list[Tensor | None]
+"""One tensor for each parameter, None where the term does not reach it."""
+
+
+def add_term_gradients(
+    before: Mapping[str, Gradient], terms: Mapping[str, Tensor], parameters: Sequence[Tensor]
+) -> dict[str, Gradient]:
+    """Add a micro-batch's gradients to those of the micro-batches before it.
+
+    Costs a backward pass a term. The graph is kept, and no `.grad` changes.
+
+    Args:
+        before: of the step so far, by term.
+        terms: what the `backward` hook gets, each 0-d; one without a graph is left out.
+        parameters: the leaves to differentiate by.
+    """
+    gradients = dict(before)
+    for name, term in terms.items():
+        if term.requires_grad:
+            parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            gradients[name] = _added(gradients.get(name), parts)
+    return gradients
+
+
+def trunk_products(gradients: Mapping[str, Gradient]) -> tuple[tuple[str, ...], Tensor]:
+    """The inner products of the terms' gradients over the trunk, on the device.
+
+    The trunk are the parameters that more terms reach than any other, and at least two.
+
+    Returns:
+        The names of the n terms that reach it, sorted, and a float32 matrix `(n, n)`; no name and
+        an empty matrix where there is no trunk.
+    """
+    reached = [
+        sum(part is not None for part in parts) for parts in zip(*gradients.values(), strict=True)
+    ]
+    most = max(reached, default=0)
+    if most < 2:
+        return (), torch.zeros(0, 0)
+    trunk = {
+        name: [part for part, terms in zip(gradients[name], reached, strict=True) if terms == most]
+        for name in sorted(gradients)
+    }
+    there = {name: parts for name, parts in trunk.items() if any(p is not None for p in parts)}
+    columns = zip(*there.values(), strict=True)
+    return tuple(there), sum_products([stack_parts(parts) for parts in columns])
+
+
+def sum_products(stacked: Sequence[Tensor]) -> Tensor:
+    """The inner products `(terms, terms)`, float32, summed over tensors `(terms, ...)`."""
+    flat = [tensor.reshape(len(tensor), -1).float() for tensor in stacked]
+    return torch.stack([rows @ rows.T for rows in flat]).sum(0)
+
+
+def stack_parts(parts: Sequence[Tensor | None]) -> Tensor:
+    """The gradients `(terms, ...)` of one parameter, zero where a term does not reach it."""
+    shape = next(part for part in parts if part is not None)
+    return torch.stack([torch.zeros_like(shape) if part is None else part for part in parts])
+
+
+def _added(total: Gradient | None, parts: Sequence[Tensor | None]) -> Gradient:
+    if total is None:
+        return list(parts)
+    return [
+        b if a is None else a if b is None else a + b for a, b in zip(total, parts, strict=True)
+    ]

@@ -1,0 +1,214 @@
+"""What has been read of a run so far: the numbers that the rules judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, pstdev
+from typing import Any, cast
+
+from nexus_core import StateDict
+
+__all__ = [
+    "SURE",
+    "Baseline",
+    "History",
+    "Memory",
+    "Probe",
+    "Reading",
+    "TermProbe",
+    "Wait",
+    "reading_of",
+]
+
+READINGS_KEPT = 24
+PROBES_KEPT = 3
+SURE = 3.0
+"""Standard deviations, or errors, that nearly every value lies within."""
+SURE_IN_LOGARITHMS = 5.0
+"""The same for logarithms, whose lower tail is long: squared errors of single rows come near 0."""
+RISE = 1.001  # a learning rate this much higher than the highest so far is a new peak
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in use and how much there is, in bytes, and what it is the memory of."""
+
+    used: float
+    limit: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The share of the time that the loop waited for batches, and milliseconds of it a step."""
+
+    share: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A period of training in numbers.
+
+    Args:
+        step: the last step of the period.
+        steps: how many steps it has.
+        loss: mean of the finite losses of its steps; each the sum of the terms' means, in their
+            static weights.
+        deviation: standard deviation of them.
+        floor: what nearly every one lies above: some standard deviations below the mean, of the
+            losses or of their logarithms, whichever is higher.
+        bad_step: the first step whose loss was not finite.
+        lr: learning rate of the first parameter group in the last step.
+        gradient_finite: whether the gradient of the last step was.
+        silent: matrices without a gradient in the last step.
+        memory: at the end of the period.
+        wait: for batches.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    deviation: float
+    floor: float
+    bad_step: int | None
+    lr: float
+    gradient_finite: bool = True
+    silent: tuple[str, ...] = ()
+    memory: Memory | None = None
+    wait: Wait | None = None
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean loss."""
+        return self.deviation / math.sqrt(self.steps)
+
+
+@dataclass(frozen=True)
+class TermProbe:
+    """A loss term: its static weight, its unweighted mean, and the norm of its weighted gradient
+    over the trunk."""
+
+    weight: float
+    loss: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is too costly for every reading, measured in one step.
+
+    Args:
+        step: the step.
+        terms: the terms that reach the trunk, by name; none where there are not two.
+        outputs: standard deviation over the rows of the batch of what each module put out.
+    """
+
+    step: int
+    terms: Mapping[str, TermProbe] = field(default_factory=dict)
+    outputs: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the run is compared with.
+
+    Args:
+        start: loss of the first finite step.
+        first: mean loss of the first reading with one.
+        lowest: lowest mean loss of a reading.
+        ceiling: lowest upper end of a mean loss: three standard errors above it.
+        peak_lr: highest learning rate of a reading.
+        peak_step: the step of that reading.
+        first_losses: the unweighted mean of each term when it was first probed.
+        widest: the largest deviation of each module's output.
+    """
+
+    start: float = math.inf
+    first: float = math.inf
+    lowest: float = math.inf
+    ceiling: float = math.inf
+    peak_lr: float = 0.0
+    peak_step: int = 0
+    first_losses: Mapping[str, float] = field(default_factory=dict)
+    widest: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class History:
+    """The last readings and probes, oldest first, and the baseline."""
+
+    readings: tuple[Reading, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    baseline: Baseline = Baseline()
+
+    def with_reading(self, reading: Reading, first_loss: float) -> History:
+        """One reading more; `first_loss` is that of its first finite step, nan if it has none."""
+        before = self.baseline
+        found, fresh = math.isfinite(first_loss), math.isinf(before.start)
+        higher = reading.lr > RISE * before.peak_lr
+        baseline = replace(
+            before,
+            start=first_loss if found and fresh else before.start,
+            first=reading.loss if found and fresh else before.first,
+            lowest=min(before.lowest, reading.loss) if found else before.lowest,
+            ceiling=min(before.ceiling, reading.loss + SURE * reading.error)
+            if found
+            else before.ceiling,
+            peak_lr=reading.lr if higher else before.peak_lr,
+            peak_step=reading.step if higher else before.peak_step,
+        )
+        readings = (*self.readings, reading)[-READINGS_KEPT:]
+        return replace(self, readings=readings, baseline=baseline)
+
+    def with_probe(self, probe: Probe) -> History:
+        """One probe more."""
+        before = self.baseline
+        losses = {name: term.loss for name, term in probe.terms.items()}
+        widest = {
+            name: max(width, before.widest.get(name, 0.0)) for name, width in probe.outputs.items()
+        }
+        baseline = replace(
+            before,
+            first_losses={**losses, **before.first_losses},
+            widest={**before.widest, **widest},
+        )
+        return replace(self, probes=(*self.probes, probe)[-PROBES_KEPT:], baseline=baseline)
+
+    def state_dict(self) -> StateDict:
+        """What JSON holds; memory and waiting are this session's own, and left out."""
+        lasting = tuple(replace(reading, memory=None, wait=None) for reading in self.readings)
+        state = asdict(replace(self, readings=lasting))
+        state["readings"] = [{**r, "silent": list(r["silent"])} for r in state["readings"]]
+        state["probes"] = list(state["probes"])
+        return cast(StateDict, state)
+
+    @classmethod
+    def from_state(cls, state: StateDict) -> History:
+        """What `state_dict` gave."""
+        saved = cast(dict[str, Any], state)
+        return cls(
+            tuple(Reading(**{**r, "silent": tuple(r["silent"])}) for r in saved["readings"]),
+            tuple(_probe(probe) for probe in saved["probes"]),
+            Baseline(**saved["baseline"]),
+        )
+
+
+def reading_of(losses: Sequence[float], step: int, lr: float) -> Reading:
+    """Sum up the losses of the steps up to `step`; where none is finite, 0 stands for the mean."""
+    first = step - len(losses) + 1
+    bad_step = next((first + i for i, v in enumerate(losses) if not math.isfinite(v)), None)
+    finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
+    mean, deviation = fmean(finite), pstdev(finite)
+    floor = mean - SURE * deviation
+    if min(finite) > 0:
+        logarithms = [math.log(loss) for loss in finite]
+        floor = max(floor, math.exp(fmean(logarithms) - SURE_IN_LOGARITHMS * pstdev(logarithms)))
+    return Reading(step, len(losses), mean, deviation, floor, bad_step, lr)
+
+
+def _probe(saved: Mapping[str, Any]) -> Probe:
+    terms = {name: TermProbe(**term) for name, term in saved["terms"].items()}
+    return Probe(saved["step"], terms, saved["outputs"])

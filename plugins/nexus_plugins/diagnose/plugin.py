@@ -1,0 +1,222 @@
+"""Reads the run at a period, has the rules judge it, and says what they find."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import ChainMap
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
+from nexus_plugins.diagnose.history import History, Memory, Probe, Reading, TermProbe, reading_of
+from nexus_plugins.diagnose.rules import Finding, examine
+from nexus_plugins.diagnose.sensors import (
+    WaitClock,
+    gradient_sizes,
+    memory_gauge,
+    silent,
+    to_host,
+    watch_outputs,
+)
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["DiagnoseConfig", "DiagnosePlugin"]
+
+RuleName = Literal[
+    "loss_explosion",
+    "slow_convergence",
+    "memory_near_limit",
+    "module_collapse",
+    "dead_layers",
+    "lr_at_floor",
+    "data_starvation",
+]
+
+
+class DiagnoseConfig(PluginConfig):
+    """Settings of the diagnosis."""
+
+    every: int = Field(10, ge=1, description="steps between readings")
+    probe_every: int | None = Field(
+        50,
+        ge=1,
+        description="steps between probes of module outputs and of the gradient by term, which "
+        "cost a backward pass a term; null: never, and no module_collapse",
+    )
+    ignore: tuple[RuleName, ...] = Field((), description="rules that are not judged")
+
+
+class DiagnosePlugin(Plugin[DiagnoseConfig]):
+    """Watches loss, gradients, outputs, memory and the loader, and changes nothing in training.
+
+    Each finding is said once: as a warning when it is found, in the summary of the run, and as
+    `diagnose/<rule>`, the step in which it was found, to every logger, beside the number of
+    `diagnose/findings`. The rules are in `nexus_plugins.diagnose.rules`. The device is waited for
+    at a reading only. What was found and read is saved; times and memory, which belong to a
+    session, are not.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("guard", "clip")
+    after: ClassVar[tuple[str, ...]] = ("amp",)
+
+    def __init__(self, config: DiagnoseConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._history = History()
+        self._found: list[Finding] = []
+        self._pending: list[dict[str, Tensor]] = []  # the terms of each step since the reading
+        self._outputs: dict[str, Tensor] = {}  # of the probe since the reading, and its norms
+        self._norms: dict[str, Tensor] = {}
+        self._gradients: dict[str, Gradient] = {}
+        self._sizes: dict[str, Tensor] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._clock: WaitClock | None = None
+        self._memory: Callable[[], Memory | None] = lambda: None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What has been found so far, in order."""
+        return tuple(self._found)
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Begin to watch."""
+        named = engine.model.named_parameters()
+        self._parameters = {name: p for name, p in named if p.requires_grad}
+        self._gradients, self._sizes = {}, {}
+        self._clock = WaitClock(engine.device)
+        self._memory = memory_gauge(engine.device)
+
+    @hookimpl
+    def on_batch(self) -> None:
+        """The loop has its batch."""
+        if self._clock is not None:
+            self._clock.batch_came()
+
+    @hookimpl(wrapper=True)
+    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
+        """In a probe, look at what the modules put out for the last micro-batch."""
+        if not (engine.training and engine.last_micro_batch and self._probes(engine)):
+            return (yield)
+        with watch_outputs(engine.model, self._outputs):
+            return (yield)
+
+    @hookimpl(wrapper=True)
+    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+        """In a probe, take each term's gradient by itself before the common one."""
+        if self._probes(engine) and len(terms) > 1:
+            parameters = list(self._parameters.values())
+            self._gradients = add_term_gradients(self._gradients, terms, parameters)
+            if engine.last_micro_batch:
+                names, products = trunk_products(self._gradients)
+                self._norms = dict(zip(names, products.diagonal().sqrt().unbind(), strict=True))
+                self._gradients = {}
+        return (yield)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        """Where a reading is due after this step, measure its gradient."""
+        if (engine.state.step + 1) % self.config.every == 0:
+            self._sizes = gradient_sizes(self._parameters)
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        """Keep the step's losses on the device, and read where it is due."""
+        if self._clock is not None:
+            self._clock.step_trained()
+        self._pending.append(dict(engine.losses))
+        if engine.state.step % self.config.every == 0:
+            self._read(engine)
+
+    @hookimpl(trylast=True)
+    def on_step_end(self) -> None:
+        """From now on the loop waits for its batch."""
+        if self._clock is not None:
+            self._clock.step_ended()
+
+    @hookimpl
+    def collect_metrics(self) -> dict[str, float]:
+        """How many findings there are, and the step of each."""
+        steps = {f"diagnose/{finding.rule}": float(finding.step) for finding in self._found}
+        return {"diagnose/findings": float(len(self._found)), **steps}
+
+    @hookimpl
+    def summarize(self) -> dict[str, str]:
+        """Every finding, or that there is none."""
+        lines = [f"step {finding.step:,}: {finding.text}" for finding in self._found]
+        return {"diagnose": "\n".join(lines) or "nothing found"}
+
+    def state_dict(self) -> StateDict:
+        """What was read and found, and what is still to be read."""
+        state: dict[str, Any] = {
+            "history": self._history.state_dict(),
+            "found": [asdict(finding) for finding in self._found],
+            "pending": [dict(step) for step in self._pending],
+            "outputs": dict(self._outputs),
+            "norms": dict(self._norms),
+        }
+        return state
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Go on watching."""
+        saved = cast(dict[str, Any], state)
+        self._history = History.from_state(saved["history"])
+        self._found = [Finding(**finding) for finding in saved["found"]]
+        self._pending = [dict(step) for step in saved["pending"]]
+        self._outputs, self._norms = dict(saved["outputs"]), dict(saved["norms"])
+
+    def _probes(self, engine: Engine) -> bool:
+        period = self.config.probe_every
+        return bool(self._parameters and period and engine.state.step % period == 0)
+
+    def _read(self, engine: Engine) -> None:
+        """Bring everything to the host, judge it, and say what is new."""
+        steps, self._pending = self._pending, []
+        losses = _losses(engine, steps)
+        weights = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
+        totals = [sum(weights.get(n, 1.0) * v for n, v in step.items()) for step in losses]
+        reading = self._reading(engine, totals)
+        first = next((total for total in totals if math.isfinite(total)), math.nan)
+        self._history = self._history.with_reading(reading, first)
+        outputs, norms = to_host(self._outputs), to_host(self._norms)
+        if outputs or norms:
+            means = {name: fmean([step[name] for step in losses]) for name in losses[0]}
+            terms = {n: TermProbe(weights.get(n, 1.0), means[n], v) for n, v in norms.items()}
+            self._history = self._history.with_probe(Probe(reading.step, terms, outputs))
+            self._outputs, self._norms = {}, {}
+        known = [*self.config.ignore, *(finding.rule for finding in self._found)]
+        for finding in examine(self._history, known):
+            self._found.append(finding)
+            if engine.ranks.is_main:
+                warnings.warn(f"step {finding.step}: {finding.text}", RuntimeWarning, stacklevel=2)
+
+    def _reading(self, engine: Engine, totals: list[float]) -> Reading:
+        sizes, self._sizes = to_host(self._sizes), {}
+        matrices = [name for name, parameter in self._parameters.items() if parameter.ndim > 1]
+        finite = all(map(math.isfinite, sizes.values()))
+        lr = float(engine.optimizer.param_groups[0]["lr"])
+        return replace(
+            reading_of(totals, engine.state.step, lr),
+            gradient_finite=finite,
+            silent=silent(sizes, matrices) if finite else (),
+            memory=self._memory(),
+            wait=self._clock.read() if self._clock is not None else None,
+        )
+
+
+def _losses(engine: Engine, steps: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """The unweighted mean of each term in each step, over all processes; 0 where it was absent."""
+    names = sorted({name for step in steps for name in step})
+    absent = torch.zeros((), device=engine.device)
+    rows = [[step.get(name, absent).to(absent) for name in names] for step in steps]
+    table = engine.ranks.sum(torch.stack([torch.stack(row) for row in rows])).tolist()
+    return [dict(zip(names, row, strict=True)) for row in table]

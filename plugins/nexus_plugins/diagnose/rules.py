@@ -1,0 +1,329 @@
+"""The rules: what counts as an illness, from which numbers, and what helps against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from nexus_plugins.diagnose.history import SURE, Baseline, History, Probe, Reading
+
+__all__ = ["RULES", "Finding", "Rule", "examine"]
+
+LOST = 0.5
+"""Explosion: losing half of what was learned, or half of the first loss on top, is no noise."""
+TWICE = 2
+"""Explosion: readings in a row, since the lowest of many levels is low by luck as well."""
+ROW = 3
+"""Readings in a row that show the same: one alone may be chance."""
+WINDOW = 12
+"""Readings that a trend is told from: two halves of six."""
+FLAT = 0.01
+"""Slow convergence: less of the loss than this, from half to half, is a plateau."""
+HIDDEN = 0.05
+"""Slow convergence: noise that could hide as much of a fall forbids to speak of a plateau."""
+UNLEARNED = 0.5
+"""Slow convergence: a run that still has half of its first loss has not got to its end."""
+JUST_PAST = 20
+"""Slow convergence: readings after the peak of the learning rate, or as long as the warm-up."""
+FULL = 0.9
+"""Memory: allocators fail before the last tenth, from fragments and short-lived peaks."""
+DOMINANT = 10.0
+"""Collapse: with a gradient ten times as long, one term turns the sum by at most 6 degrees."""
+FALLEN = 0.05
+"""Collapse: a term that lost this part of its first loss is being learned."""
+DEAD_WIDTH = 0.05
+"""Collapse: with a twentieth of the deviation once there, the output hardly tells rows apart."""
+DEAD_PROBES = 2
+"""Collapse: probes that show it; a deviation over a batch is hardly a matter of chance."""
+DEAD_READINGS = 5
+"""Dead layers: a unit may rest for a batch, a whole matrix not in five readings."""
+SAME_LR = 1e-3
+"""Floor: learning rates closer than this, relatively, are one."""
+FLOOR = 0.1
+"""Floor: schedules end at a tenth of the peak or lower."""
+FLOOR_READINGS = 8
+"""Floor: readings at the same learning rate, so that the tail of a cosine is none."""
+STARVED = 0.3
+"""Starvation: waiting this share of the time, a run takes 1.4 times as long as it need."""
+STARVED_MS = 2.0
+"""Starvation: handing over a batch from another process takes about as long; less cannot be won."""
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An illness that was found: the rule, the step, and the sentence for the user."""
+
+    rule: str
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An illness: its name, how the history shows it, and what to change.
+
+    Args:
+        name: as in the metric `diagnose/<name>`.
+        judge: the numbers that show it, in words; None where it is not there.
+        remedy: what to change.
+    """
+
+    name: str
+    judge: Callable[[History], str | None]
+    remedy: str
+
+    @property
+    def title(self) -> str:
+        """The name as words."""
+        return self.name.replace("_", " ")
+
+
+def examine(history: History, known: Sequence[str] = ()) -> list[Finding]:
+    """What every rule finds in a history with at least one reading, but for those known."""
+    step = history.readings[-1].step
+    judged = [(rule, rule.judge(history)) for rule in RULES if rule.name not in known]
+    return [
+        Finding(rule.name, step, f"{rule.title}: {shown}. {rule.remedy}")
+        for rule, shown in judged
+        if shown is not None
+    ]
+
+
+def loss_explosion(history: History) -> str | None:
+    """A loss that is not finite, gradients that stay so, or a loss far over its level."""
+    now, baseline = history.readings[-1], history.baseline
+    if now.bad_step is not None:
+        return f"the loss of step {now.bad_step} is not finite (learning rate {now.lr:.3g})"
+    row, last = history.readings[-ROW:], history.readings[-TWICE:]
+    if len(row) == ROW and not any(reading.gradient_finite for reading in row):
+        return f"the gradient was not finite in each of the last {ROW} readings"
+    if len(last) < TWICE:
+        return None
+    margin = LOST * max(abs(baseline.first), baseline.first - baseline.lowest)
+    # The first step's loss is one draw, so nearly every loss must lie above what it allows.
+    from_start = baseline.start + LOST * abs(baseline.start) < min(r.floor for r in last)
+    from_level = baseline.ceiling + margin < min(r.loss - SURE * r.error for r in last)
+    if not from_start and not from_level:
+        return None
+    return (
+        f"the loss is {now.loss:.4g} over the last {now.steps} steps, after {baseline.start:.4g} "
+        f"in the first step and {min(baseline.start, baseline.lowest):.4g} at its lowest (learning "
+        f"rate {now.lr:.3g})"
+    )
+
+
+def slow_convergence(history: History) -> str | None:
+    """A plateau near the start, while the learning rate is in its warm-up or just past it."""
+    window, baseline = history.readings[-WINDOW:], history.baseline
+    now, trend = window[-1], _trend(window)
+    late = now.step - baseline.peak_step > max(baseline.peak_step, JUST_PAST * now.steps)
+    if len(window) < WINDOW or late or trend is None:
+        return None
+    first, second, error = trend
+    fall, size = first - second, abs(baseline.first)
+    far_from_start = abs(second - baseline.first) > UNLEARNED * size
+    if far_from_start or fall >= FLAT * abs(first) or fall + 2 * error >= HIDDEN * abs(first):
+        return None
+    rising = now.step == baseline.peak_step
+    where = "is still rising" if rising else f"was at its highest in step {baseline.peak_step}"
+    return (
+        f"the loss went from {first:.4g} to {second:.4g} in {_steps(window)} steps, from "
+        f"{baseline.first:.4g} at the start, while the learning rate {where} ({now.lr:.3g})"
+    )
+
+
+def memory_near_limit(history: History) -> str | None:
+    """More than nine tenths of the memory in use."""
+    memory = history.readings[-1].memory
+    if memory is None or memory.used < FULL * memory.limit:
+        return None
+    share, gib = memory.used / memory.limit, 2**30
+    return (
+        f"{memory.used / gib:.2f} of {memory.limit / gib:.2f} GiB {memory.where} are in use "
+        f"({share:.0%})"
+    )
+
+
+def module_collapse(history: History) -> str | None:
+    """A term that drowns another in the trunk, or modules that put out the same for any input."""
+    return _dominance(history.probes[-ROW:], history.baseline) or _dead_outputs(
+        history.probes[-DEAD_PROBES:], history.baseline
+    )
+
+
+def dead_layers(history: History) -> str | None:
+    """Matrices without a gradient in five readings in a row."""
+    last = history.readings[-DEAD_READINGS:]
+    if len(last) < DEAD_READINGS:
+        return None
+    silent = [name for name in last[-1].silent if all(name in r.silent for r in last)]
+    if not silent:
+        return None
+    return (
+        f"{_listed(silent)} had no gradient (less than 1e-7 of the largest) in each of the last "
+        f"{DEAD_READINGS} readings, since step {last[0].step}"
+    )
+
+
+def lr_at_floor(history: History) -> str | None:
+    """A learning rate that has come to rest low down, with a loss that still falls."""
+    window = history.readings[-FLOOR_READINGS:]
+    rates, peak = [reading.lr for reading in window], history.baseline.peak_lr
+    low = max(rates) <= FLOOR * peak * (1 + SAME_LR)
+    resting = max(rates) - min(rates) <= SAME_LR * max(rates)
+    trend = _trend(window)
+    if len(window) < FLOOR_READINGS or not low or not resting or trend is None:
+        return None
+    first, second, error = trend
+    if first - second < max(SURE * error, FLAT * abs(first)):
+        return None
+    return (
+        f"the learning rate has been at {rates[-1]:.3g} for {_steps(window)} steps, "
+        f"{rates[-1] / peak:.0%} of its highest, and the loss still fell in them from {first:.4g} "
+        f"to {second:.4g}"
+    )
+
+
+def data_starvation(history: History) -> str | None:
+    """A loop that waits for its batches."""
+    waits = [reading.wait for reading in history.readings[-ROW:] if reading.wait is not None]
+    if len(waits) < ROW:
+        return None
+    if min(w.share for w in waits) < STARVED or min(w.milliseconds for w in waits) < STARVED_MS:
+        return None
+    return (
+        f"{waits[-1].share:.0%} of the time the loop waits for the next batch, "
+        f"{waits[-1].milliseconds:.1f} ms a step, in each of the last {ROW} readings"
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "loss_explosion",
+        loss_explosion,
+        "Lower the learning rate, limit the gradient (clip), or lengthen the warm-up; guard keeps "
+        "steps that are not finite from the weights.",
+    ),
+    Rule(
+        "slow_convergence",
+        slow_convergence,
+        "Check that inputs and labels belong together. If they do: past its peak, a longer warm-up "
+        "to a lower learning rate; in a warm-up with hardly any rate yet, a shorter one.",
+    ),
+    Rule(
+        "memory_near_limit",
+        memory_near_limit,
+        "Make the batch smaller and accumulate more of them, or add recompute.",
+    ),
+    Rule(
+        "module_collapse",
+        module_collapse,
+        "Change the weights of the loss terms, or let weigh_magnitude, weigh_gradnorm or "
+        "weigh_uncertainty find them.",
+    ),
+    Rule(
+        "dead_layers",
+        dead_layers,
+        "Lower the learning rate, use an activation that has a slope everywhere (GELU, SiLU), "
+        "start from smaller biases, or see that a loss reaches them.",
+    ),
+    Rule(
+        "lr_at_floor",
+        lr_at_floor,
+        "Let the schedule fall later (a longer horizon), or raise its floor (min_lr).",
+    ),
+    Rule(
+        "data_starvation",
+        data_starvation,
+        "Read ahead in more processes (data_text.workers, or num_workers of a loader), or do the "
+        "costly part of the reading once and store it.",
+    ),
+)
+"""Every rule, in the order in which they are judged and documented."""
+
+
+def _trend(window: Sequence[Reading]) -> tuple[float, float, float] | None:
+    """Mean loss of the first and of the second half, and the standard error of the difference.
+
+    None where there are not two readings, or a loss was not finite.
+    """
+    if len(window) < 2 or any(reading.bad_step is not None for reading in window):
+        return None
+    middle = len(window) // 2
+    first, second = window[:middle], window[middle:]
+    variance = fmean([reading.deviation**2 for reading in window])
+    error = math.sqrt(variance * (1 / _steps(first) + 1 / _steps(second)))
+    return fmean([r.loss for r in first]), fmean([r.loss for r in second]), error
+
+
+def _steps(readings: Sequence[Reading]) -> int:
+    return sum(reading.steps for reading in readings)
+
+
+def _dominance(probes: Sequence[Probe], baseline: Baseline) -> str | None:
+    """A term whose gradient is ten times that of one that is meant to count, and should fall."""
+    if len(probes) < ROW:
+        return None
+    names = [name for name in probes[-1].terms if all(name in probe.terms for probe in probes)]
+    for strong in names:
+        for weak in names:
+            ratio = _typical_ratio(probes, strong, weak)
+            if (
+                strong != weak
+                and ratio >= DOMINANT
+                and _is_harmed(probes[-1], strong, weak, baseline)
+            ):
+                one, other = probes[-1].terms[strong], probes[-1].terms[weak]
+                return (
+                    f"the gradient of the term {strong} (weight {one.weight:g}, loss "
+                    f"{one.loss:.4g}) is {ratio:.0f} times as long in the shared parameters as "
+                    f"that of {weak} (weight {other.weight:g}, loss {other.loss:.4g}), in the last "
+                    f"{len(probes)} probes together"
+                )
+    return None
+
+
+def _typical_ratio(probes: Sequence[Probe], strong: str, weak: str) -> float:
+    """The geometric mean of the ratio of two gradients' norms; 0 where one is missing."""
+    pairs = [(probe.terms[strong].norm, probe.terms[weak].norm) for probe in probes]
+    if any(not math.isfinite(a) or not math.isfinite(b) or min(a, b) <= 0 for a, b in pairs):
+        return 0.0
+    return math.exp(fmean([math.log(a / b) for a, b in pairs]))
+
+
+def _is_harmed(probe: Probe, strong: str, weak: str, baseline: Baseline) -> bool:
+    """Whether the weak term was not turned down on purpose, and is large or does not fall."""
+    one, other = probe.terms[strong], probe.terms[weak]
+    meant_to_count = other.weight >= min(1.0, one.weight)
+    first = baseline.first_losses[weak]
+    falls = other.loss < first - FALLEN * abs(first)
+    return meant_to_count and (other.loss >= one.loss or not falls)
+
+
+def _dead_outputs(probes: Sequence[Probe], baseline: Baseline) -> str | None:
+    """Modules whose output has stayed below a twentieth of its widest deviation."""
+    if len(probes) < DEAD_PROBES:
+        return None
+    dead = [
+        name
+        for name in probes[-1].outputs
+        if all(
+            probe.outputs.get(name, math.inf) < DEAD_WIDTH * baseline.widest[name]
+            for probe in probes
+        )
+    ]
+    if not dead:
+        return None
+    now, before = probes[-1].outputs[dead[0]], baseline.widest[dead[0]]
+    return (
+        f"{_listed(dead)} put out nearly the same for every row of the batch: the deviation of "
+        f"{dead[0]} fell from {before:.3g} to {now:.3g}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

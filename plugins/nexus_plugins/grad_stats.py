@@ -1,0 +1,115 @@
+"""Logs the length of the gradient by module and by loss term, and where terms disagree."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator, Mapping
+from itertools import combinations
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from nexus_core import Plugin, PluginConfig, hookimpl
+from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["GradStatsConfig", "GradStatsPlugin"]
+
+TINY = 1e-30
+
+
+class GradStatsConfig(PluginConfig):
+    """Settings of the gradient statistics."""
+
+    depth: int = Field(
+        2, ge=1, description="names of a module's path that count: 2 tells blocks.0 from blocks.1"
+    )
+    every: int = Field(10, ge=1, description="steps between measurements by module")
+    terms_every: int | None = Field(
+        100,
+        ge=1,
+        description="steps between measurements by term, which cost a backward pass a term; "
+        "null: never",
+    )
+
+
+class GradStatsPlugin(Plugin[GradStatsConfig]):
+    """Measures gradients before they are clipped, and changes nothing in the training.
+
+    `grad_norm/<module>`: L2 norm over the module's parameters. `grad_norm/term/<name>` and
+    `grad_cosine/<a>_<b>`: the weighted gradient of each term over the trunk, which are the
+    parameters that the most terms reach, its L2 norm and the cosine between two of them (-1: they
+    undo one another). All are of the whole step, whatever its split into micro-batches, and of
+    this process where there are several. No device is waited for.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("guard", "clip")
+    after: ClassVar[tuple[str, ...]] = ("amp",)
+    _modules: Mapping[str, list[nn.Parameter]]
+    _parameters: list[nn.Parameter]
+    _gradients: dict[str, Gradient]
+
+    def __init__(self, config: GradStatsConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._modules, self._parameters, self._gradients = {}, [], {}
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Sort the parameters by module once, not every step."""
+        self._modules = by_module(engine.model, self.config.depth)
+        self._parameters = [p for members in self._modules.values() for p in members]
+        self._gradients = {}
+
+    @hookimpl(wrapper=True)
+    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+        """Where it is due, take each term's gradient by itself before the common one."""
+        period, parameters = self.config.terms_every, self._parameters
+        if parameters and period and engine.state.step % period == 0 and len(terms) > 1:
+            self._gradients = add_term_gradients(self._gradients, terms, parameters)
+            if engine.last_micro_batch:
+                gradients, self._gradients = self._gradients, {}
+                self._log_terms(engine, gradients, _entry_scale(terms))
+        return (yield)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        """Log the length of each module's part of the gradient, in steps 1, 1 + every, ..."""
+        if engine.state.step % self.config.every:
+            return
+        for path, members in self._modules.items():
+            gradients = [p.grad for p in members if p.grad is not None]
+            if gradients:
+                engine.log(f"grad_norm/{path}", get_total_norm(gradients))
+
+    def _log_terms(self, engine: Engine, gradients: Mapping[str, Gradient], scale: Tensor) -> None:
+        names, products = trunk_products(gradients)
+        norms = products.diagonal().sqrt()
+        for name, norm in zip(names, norms, strict=True):
+            engine.log(f"grad_norm/term/{name}", norm / scale)
+        for (i, one), (j, other) in combinations(enumerate(names), 2):
+            cosine = products[i, j] / (norms[i] * norms[j]).clamp(min=TINY)
+            engine.log(f"grad_cosine/{one}_{other}", cosine)
+
+
+def by_module(model: nn.Module, depth: int) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters by the first `depth` names of their module's path.
+
+    The model's own parameters, outside of any module in it, go by "model".
+    """
+    modules: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path = name.split(".")[:-1][:depth]
+            modules[".".join(path) or "model"].append(parameter)
+    return dict(modules)
+
+
+def _entry_scale(terms: Mapping[str, Tensor]) -> Tensor:
+    """What hooks on the terms, such as the scaling of fp16, multiply the gradient by."""
+    term = next(term for term in terms.values() if term.requires_grad)
+    return torch.autograd.grad(term, term, retain_graph=True)[0].float()

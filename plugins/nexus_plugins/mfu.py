@@ -1,0 +1,150 @@
+"""Measures which part of the machine's arithmetic the training uses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch.utils.flop_counter import FlopCounterMode
+
+from nexus_core import Batch, Plugin, PluginConfig, hookimpl
+from nexus_core.loader import batch_size
+from nexus_core.meter import Meter
+from nexus_core.state import random_state, set_random_state
+from nexus_core.step import merge
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["MfuConfig", "MfuPlugin", "count_flops", "matmul_rate"]
+
+SPEED = "system/throughput_tokens_per_sec"
+SIDES = {"cuda": 8192}  # of the matrices, 1024 elsewhere: long enough to fill the device
+SECONDS_SPENT = 0.5  # on the rate, after one product to warm up
+Answers = list[Mapping[str, Any]]
+
+
+class MfuConfig(PluginConfig):
+    """Settings of the utilization."""
+
+    flops_per_token: float | None = Field(
+        None, gt=0, description="operations of a token, forward and backward; null: counted"
+    )
+    peak: float | None = Field(
+        None, gt=0, description="operations a second that count as 1; null: measured"
+    )
+
+
+class MfuPlugin(Plugin[MfuConfig]):
+    """Logs `system/mfu`, model FLOPs utilization, and changes nothing in the training.
+
+    It is tokens per second, times operations per token, by the rate of the machine. Operations
+    are those of matrix products, convolutions and attention, forward and backward, a multiply-add
+    being two: counted once, in a pass over the last micro-batch of the session's first step. What
+    a backward pass needs beyond twice the forward one is recomputation of activations, and is
+    left out. The rate is the fastest product of large square matrices on this device, in the type
+    that the model computes in (that of autocast, if it is on).
+
+    Source: Chowdhery et al. 2022, "PaLM", appendix B. Deviations: operations are counted instead
+    of worked out by formula, and the rate is measured instead of the vendor's.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ("throughput",)
+    after: ClassVar[tuple[str, ...]] = ("amp", "curriculum")
+
+    _batch: Batch = None
+    _dtype: torch.dtype | None = None
+
+    def __init__(self, config: MfuConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._flops_per_token = self.config.flops_per_token
+        self._peak = self.config.peak
+
+    @hookimpl
+    def on_batch(self, batch: Batch) -> None:
+        """Keep a batch until it has been counted."""
+        if self._flops_per_token is None:
+            self._batch = batch
+
+    @hookimpl(wrapper=True)
+    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
+        """Note the type that the model computes in."""
+        self._dtype = self._dtype or _compute_dtype(engine)
+        return (yield)
+
+    @hookimpl
+    def on_step_end(self, engine: Engine) -> None:
+        """After the first step, outside of the time that counts, count and measure."""
+        if self._flops_per_token is None:
+            tokens = max(1, batch_size(self._batch)[1])
+            self._flops_per_token = count_flops(engine, self._batch) / tokens
+            self._batch = None
+        if self._peak is None:
+            self._peak = matmul_rate(engine.device, self._dtype or torch.float32)
+
+    @hookimpl(wrapper=True)
+    def collect_metrics(self) -> Generator[None, Answers, Answers]:
+        """Add the utilization to the speed, once the rate is known."""
+        answers = yield
+        speeds = [answer[SPEED] for answer in answers if SPEED in answer]
+        if self._peak is None or self._flops_per_token is None or not speeds:
+            return answers
+        return [*answers, {"system/mfu": speeds[0] * self._flops_per_token / self._peak}]
+
+
+def count_flops(engine: Engine, batch: Batch) -> int:
+    """The operations of a training pass over a batch, done once more without a trace.
+
+    Counting within a step would change its rounding: PyTorch folds products otherwise meanwhile.
+    """
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
+    with _leaving_no_trace(engine):
+        with FlopCounterMode(display=False) as forward:
+            output = engine.hook.forward(engine=engine, batch=batch)
+            terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
+        total = sum(term for term in terms.values() if term.requires_grad)
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(total, parameters, allow_unused=True)
+    once = int(forward.get_total_flops())
+    return once + min(int(backward.get_total_flops()), 2 * once)
+
+
+@contextmanager
+def _leaving_no_trace(engine: Engine) -> Iterator[None]:
+    """Put random generators, buffers of the model and the metrics back afterwards."""
+    generators, meter, engine.meter = random_state(), engine.meter, Meter()
+    buffers = {buffer: buffer.clone() for buffer in engine.model.buffers()}
+    try:
+        yield
+    finally:
+        set_random_state(generators)
+        engine.meter = meter
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The fastest product of two large square matrices, in FLOP/s; waits for the device."""
+    side = SIDES.get(device.type, 1024)
+    one = torch.ones(side, side, device=device, dtype=dtype)
+    _seconds_of_product(one)
+    start, best = time.perf_counter(), _seconds_of_product(one)
+    while time.perf_counter() - start < SECONDS_SPENT:
+        best = min(best, _seconds_of_product(one))
+    return 2 * side**3 / best
+
+
+def _seconds_of_product(matrix: torch.Tensor) -> float:
+    start = time.perf_counter()
+    (matrix @ matrix)[0, 0].item()  # waits for the device, of whatever kind
+    return time.perf_counter() - start
+
+
+def _compute_dtype(engine: Engine) -> torch.dtype:
+    if torch.is_autocast_enabled(engine.device.type):
+        return torch.get_autocast_dtype(engine.device.type)
+    return next((p.dtype for p in engine.model.parameters()), torch.float32)

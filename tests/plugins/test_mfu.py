@@ -1,0 +1,111 @@
+"""Utilization: operations counted by hand, the speed as logged, the rate of this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nexus_core import Engine, Plugin, PluginError
+from nexus_plugins import mfu
+from nexus_plugins.amp import AmpPlugin
+from nexus_plugins.jsonl import JsonlPlugin
+from nexus_plugins.mfu import MfuPlugin, matmul_rate
+from nexus_plugins.throughput import ThroughputPlugin
+from tiny import RecorderPlugin
+
+SPEED = "system/throughput_tokens_per_sec"
+
+
+class Rows(nn.Module):
+    """Two layers over embedded tokens, the first of them recomputed on request."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.embed = nn.Embedding(10, 8)
+        self.wide, self.narrow = nn.Linear(8, 32, bias=False), nn.Linear(32, 4, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        if self.recompute:
+            return checkpoint(self._layers, hidden, use_reentrant=False)
+        return self._layers(hidden)
+
+    def _layers(self, hidden: Tensor) -> Tensor:
+        return self.narrow(torch.tanh(self.wide(hidden)))
+
+
+def logs_of(
+    *plugins: Plugin[Any], recompute: bool = False, **options: Any
+) -> list[dict[str, float]]:
+    model, keep = Rows(recompute), RecorderPlugin()
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda m, batch: m(batch["input_ids"]).square().mean(),
+        plugins=[*plugins, keep],
+        log_every=1,
+        **options,
+    )
+    engine.fit([{"input_ids": torch.zeros(3, 5, dtype=torch.long)}] * 6, until="3 steps")
+    return [metrics for _, metrics in keep.lines]
+
+
+FLOPS_PER_TOKEN = 3 * 2 * (8 * 32 + 32 * 4)
+"""Forward once, backward twice, a multiply-add is two: the sum over both matrices."""
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_is_speed_times_operations_by_rate(recompute: bool, accumulate: int) -> None:
+    """Breaks if micro-batches or tokens are counted wrongly, or recomputation counts as work."""
+    plugins = [ThroughputPlugin(), MfuPlugin(peak=1e6)]
+    for line in logs_of(*plugins, recompute=recompute, accumulate=accumulate)[1:]:
+        assert line["system/mfu"] == pytest.approx(line[SPEED] * FLOPS_PER_TOKEN / 1e6)
+
+
+def test_given_operations_are_not_counted() -> None:
+    """Breaks if a user's own number is overruled."""
+    for line in logs_of(ThroughputPlugin(), MfuPlugin(peak=1e6, flops_per_token=5.0)):
+        assert line["system/mfu"] == pytest.approx(line[SPEED] * 5 / 1e6)
+
+
+@pytest.mark.parametrize(("amp", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_rate_is_that_of_the_type_the_model_computes_in(
+    amp: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a bf16 run is held against float32, or the rate is measured more than once."""
+    asked: list[torch.dtype] = []
+
+    def rate(device: torch.device, dtype: torch.dtype) -> float:
+        asked.append(dtype)
+        return 1e6
+
+    monkeypatch.setattr(mfu, "matmul_rate", rate)
+    lines = logs_of(*[AmpPlugin()] * amp, ThroughputPlugin(), MfuPlugin())
+    assert asked == [expected]
+    assert ["system/mfu" in line for line in lines] == [False, True, True]
+
+
+def test_the_rate_of_this_machine_is_plausible() -> None:
+    """Breaks if the unit is off by a thousand, or the time is not that of a product."""
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e13
+
+
+def test_it_needs_the_speed() -> None:
+    """Breaks if a run without `throughput` silently has no utilization."""
+    with pytest.raises(PluginError, match="'mfu' requires 'throughput'"):
+        logs_of(MfuPlugin())
+
+
+def test_a_run_on_this_machine_is_between_nothing_and_all(tmp_path: Path) -> None:
+    """Breaks if counted operations and measured rate do not fit together."""
+    lines = logs_of(ThroughputPlugin(), MfuPlugin(), JsonlPlugin(), out=tmp_path)
+    stored = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < stored["system/mfu"] == lines[-1]["system/mfu"] < 1

@@ -26,12 +26,18 @@ class Logger(Plugin[LoggerConfigT]):
     """A plugin that shows or stores metrics, and that may fail without stopping the run.
 
     Answer `open`, `write` and `close` instead of hooks. Only the main process calls them. A
-    failure is a warning; after three in a row the logger is switched off for the rest of the run.
+    failure is a warning; after three in a row the logger is switched off for the rest of the run,
+    and closed at its end. What failed is said once more at the end: a logger that answers
+    `summarize` itself adds its lines to those of `super().summarize(engine)`. For a service that
+    may be slow or hang, see `nexus_parts.background`.
     """
 
     writes_files: ClassVar[bool] = False  # into the run's folder, which must then be there
     FAILURES_ALLOWED: ClassVar[int] = 3
     failures: int = 0  # in a row, so far
+    failures_in_all: int = 0
+    switched_off: bool = False
+    _last_failure: str = ""
 
     def open(self, engine: Engine) -> None:
         """Prepare to write; the run starts, or goes on, at `engine.state.step`."""
@@ -73,18 +79,39 @@ class Logger(Plugin[LoggerConfigT]):
     def on_close(self, engine: Engine) -> None:
         self._attempt("close", engine)
 
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """What failed; nothing where all went well."""
+        if not self.failures_in_all:
+            return {}
+        end = "; it was switched off" if self.switched_off else ""
+        times = "once" if self.failures_in_all == 1 else f"{self.failures_in_all} times"
+        return {f"logger {self.name}": f"failed {times}, last to {self._last_failure}{end}"}
+
     def _attempt(self, action: str, engine: Engine, *arguments: Mapping[str, float]) -> None:
-        if not engine.ranks.is_main or self.failures >= self.FAILURES_ALLOWED:
+        if not engine.ranks.is_main or (self.switched_off and action != "close"):
             return
+        raised: Exception | None = None
         try:
             getattr(self, action)(engine, *arguments)
-            self.failures = 0
         except Exception as error:  # a logger must never end a run of weeks
-            self.failures += 1
-            end = "it is switched off" if self.failures == self.FAILURES_ALLOWED else "going on"
-            warnings.warn(
-                f"logger '{self.name}' failed to {action} at step {engine.state.step} "
-                f"({type(error).__name__}: {error}); {end}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            raised = error
+        self._attempted(action, engine.state.step, raised)
+
+    def _attempted(self, action: str, step: int, error: BaseException | None) -> None:
+        """Take note of how a call went."""
+        if error is None:
+            self.failures = 0
+            return
+        self.failures += 1
+        self._fail(action, step, error, fatal=self.failures >= self.FAILURES_ALLOWED)
+
+    def _fail(self, action: str, step: int, error: BaseException, *, fatal: bool) -> None:
+        """Warn of a failure, and switch the logger off where it is `fatal`."""
+        self.failures_in_all += 1
+        self.switched_off = fatal
+        what = f"{action} at step {step} ({type(error).__name__}: {error})"
+        self._last_failure = what
+        end = "it is switched off" if fatal else "going on"
+        message = f"logger '{self.name}' failed to {what}; {end}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,12 @@ from hypothesis import settings
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("house")
+os.environ.update(  # read when these packages are imported: nothing leaves the machine
+    WANDB_MODE="offline",
+    WANDB_ERROR_REPORTING="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    TRACKIO_DIR=tempfile.mkdtemp(prefix="trackio-"),
+)
 
 
 @pytest.fixture(autouse=True)

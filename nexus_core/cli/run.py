@@ -48,8 +48,14 @@ class _WithCommands(click.Command):
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
               help="What may differ from the checkpoint: checkpoint.resume_policy.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show which plugin is called when, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Show the same as JSON.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
 @click.option("--dry-run", is_flag=True, help="Build all, try one batch, write nothing.")
+@click.option("--plot-lr", is_flag=True, help="Draw the learning rate over the run, and stop.")
+@click.option("--profile", is_flag=True,
+              help="Show at the end where time and tensor memory went.")  # fmt: skip
+@click.option("--profile-trace", type=click.Path(path_type=Path), metavar="FILE.json",
+              help="With --profile: a Chrome trace of the first steps.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Print errors and the final line alone.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="nexus-trainer", prog_name="nexus-run")
@@ -61,8 +67,12 @@ def main(
     resume: str | None,
     resume_policy: str | None,
     explain: bool,
+    as_json: bool,
     schema: bool,
     dry_run: bool,
+    plot_lr: bool,
+    profile: bool,
+    profile_trace: Path | None,
     quiet: bool,
     debug: bool,
 ) -> None:
@@ -78,6 +88,10 @@ def main(
         from nexus_core.cli import build
         from nexus_core.cli.settings import read_settings
 
+        if profile or profile_trace is not None:
+            others = {"--schema": schema, "--explain": explain, "--json": as_json,
+                      "--dry-run": dry_run, "--plot-lr": plot_lr}  # fmt: skip
+            _check_profile(profile, [name for name, given in others.items() if given])
         if schema:
             click.echo(json.dumps(build.json_schema(), indent=2))
             return
@@ -85,13 +99,31 @@ def main(
             sets = (*sets, f"out={out}")
         if resume_policy is not None:
             sets = (*sets, f"checkpoint.resume_policy={resume_policy}")
-        made = build.build_plugins(read_settings(config, plugins, sets, os.environ))
-        if explain:
-            from nexus_core.cli.explain import explain as explained
+        settings = read_settings(config, plugins, sets, os.environ)
+        made = build.build_plugins(settings)
+        if explain or as_json:
+            from nexus_core.cli.explain import explain as table
+            from nexus_core.cli.explain import explain_json
 
-            click.echo(explained(made.plan))
+            click.echo((explain_json if as_json else table)(made.plan, settings.defaults))
             return
+        if plot_lr:
+            from nexus_core.cli.plot_lr import plot_lr as drawn
+
+            click.echo(drawn(made))
+            return
+        if profile:
+            sys.exit(_run_profiled(made, resume, profile_trace, quiet=quiet))
         sys.exit(_run(made, resume, dry=dry_run, quiet=quiet))
+
+
+def _check_profile(profile: bool, others: Sequence[str]) -> None:
+    from nexus_core.errors import ConfigError
+
+    if not profile:
+        raise ConfigError("--profile-trace goes with --profile; add it")
+    if others:
+        raise ConfigError(f"--profile measures a run, and {others[0]} makes none; leave one out")
 
 
 def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
@@ -104,6 +136,25 @@ def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
         click.echo(dry_run(engine))
         return 0
     return session.train(engine, made.run, resume, quiet=quiet)
+
+
+def _run_profiled(made: Build, resume: str | None, trace: Path | None, *, quiet: bool) -> int:
+    from nexus_core.cli import build, session
+    from nexus_core.cli.profile import Profiler, check_trace
+
+    if trace is not None:
+        check_trace(trace)
+    out = build.run_folder(made, resume)
+    profiler = Profiler(trace)
+    profiler.watch(made.plan)
+    try:
+        engine = build.make_engine(made, out)
+        profiler.attach(engine)
+        return session.train(engine, made.run, resume, quiet=quiet)
+    finally:
+        profiler.stop()
+        if profiler.has_news:
+            click.echo("\n" + profiler.report())
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """Where every metric is."""
-        return {"metrics": f"{engine.out}/metrics.jsonl"}
+        return {"metrics": f"{engine.out}/metrics.jsonl", **super().summarize(engine)}
 
     def close(self, engine: Engine) -> None:
         """Close the file."""

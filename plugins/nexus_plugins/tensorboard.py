@@ -72,7 +72,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """How to look at the curves."""
-        return {"curves": f"tensorboard --logdir {engine.out}"}
+        return {"curves": f"tensorboard --logdir {engine.out}", **super().summarize(engine)}
 
     def close(self, engine: Engine) -> None:
         """Write what is left, and close the file."""

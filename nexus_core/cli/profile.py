@@ -1,0 +1,450 @@
+"""Where a run's time and tensor memory go: measured around every hook, from outside the engine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_core.loader import Batch, Seekable
+from nexus_core.registry import HOOK_NAMES, Plan
+
+__all__ = ["Profiler", "Row", "Sync", "check_trace"]
+
+CORE = "the core"
+LOOP = "the loop"
+OTHER = "other events"
+PHASES = {
+    **dict.fromkeys(["make_data", "make_model", "make_optimizer"], "building"),
+    **dict.fromkeys(["loss_units", "loss_terms", "weigh_losses"], "losses"),
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer_step": "optimizer",
+}
+UNOBSERVED = frozenset(
+    {"forward", "backward", "optimizer_step"}
+)  # may run compiled code, which a mode would change
+SYNCS = frozenset(
+    {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select"}
+    | {"__bool__", "__float__", "__int__", "__index__"}
+)
+END: Final = object()
+MEBIBYTE = 2**20
+TRACED_STEPS = 5
+SHOWN_SHARE = 0.001  # of the time; smaller rows without memory or syncs are added up
+
+
+@dataclass
+class Row:
+    """What one plugin did in one event.
+
+    Args:
+        calls: of its method; one that wraps a seam counts twice, before and after the rest.
+        seconds: spent in it, without what it called that has a row of its own.
+        allocated: bytes of the tensors that it made.
+        kept: bytes of those that lived on when it returned.
+    """
+
+    calls: int = 0
+    seconds: float = 0.0
+    allocated: int = 0
+    kept: int = 0
+
+
+@dataclass
+class Sync:
+    """How often a method waited, or on a GPU would wait, for the device; and where first."""
+
+    count: int = 0
+    function: str = ""
+    place: str = ""
+
+
+@dataclass
+class _Span:
+    """A stretch of time that is open."""
+
+    row: tuple[str, str]
+    phase: str
+    entered: float
+    started: float = 0.0
+    elsewhere: float = 0.0  # seconds within that belong to other spans, or to the measuring
+
+
+class Profiler:
+    """Measures a run: call `watch` before the engine is built, and `attach` after.
+
+    Every moment between `watch` and `stop` belongs to exactly one row, to the loop or to the
+    measuring itself, so that all add up to the whole. Times are those of the host: on a GPU, work
+    that is under way is found where the host waits for it.
+
+    Args:
+        trace: file for a Chrome trace of the first 5 steps, by torch's profiler; None: no trace.
+    """
+
+    def __init__(self, trace: Path | None = None) -> None:
+        self.rows: defaultdict[tuple[str, str], Row] = defaultdict(Row)
+        self.syncs: defaultdict[tuple[str, str], Sync] = defaultdict(Sync)
+        self.phases: defaultdict[str, float] = defaultdict(float)
+        self.cost = 0.0
+        self.whole = 0.0
+        self.steps = 0
+        self._trace = trace
+        self._tracing: profile | None = None
+        self._stack: list[_Span] = []
+        self._engine: Engine | None = None
+        self._stop = ExitStack()
+
+    def watch(self, plan: Plan) -> None:
+        """Put a measurement around every hook of the plugins, and start the clock."""
+        for plugin in plan.plugins:
+            for name in HOOK_NAMES:
+                method = getattr(plugin, name, None)
+                if method is not None:
+                    setattr(plugin, name, self._around(method, plugin.name, name))
+        if self._trace is not None:
+            self._tracing = profile(activities=_activities())
+            self._tracing.start()
+        self._stop.enter_context(self._span((LOOP, ""), LOOP))
+
+    def attach(self, engine: Engine) -> None:
+        """Put a measurement around every event of the engine, and around its data."""
+        self._engine = engine
+        for name in HOOK_NAMES:
+            hook = getattr(engine.hook, name)
+            setattr(engine.hook, name, self._event(name, hook, _phase(name)))
+        evaluate = self._event("evaluate", engine.evaluate, "evaluation")
+        setattr(engine, "evaluate", evaluate)  # noqa: B010, mypy would not let it be assigned
+        if engine.data is not None and not hasattr(engine.data.train, "__next__"):
+            kind = _TimedSeekable if isinstance(engine.data.train, Seekable) else _TimedData
+            engine.data = replace(engine.data, train=kind(engine.data.train, self._waiting))
+
+    def stop(self) -> None:
+        """Stop the clock, and write the trace where one was asked for."""
+        self.whole = time.perf_counter() - self._stack[0].entered
+        self._stop.close()
+        self._end_trace()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether this process took a step, and is the one that speaks for the run."""
+        return self.steps > 0 and self._engine is not None and self._engine.ranks.is_main
+
+    def report(self) -> str:
+        """The tables: phases, plugins by event, syncs, and what the measuring took."""
+        return "\n".join(_report(self))
+
+    def _event(self, name: str, hook: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*arguments: object, **given: object) -> Any:
+            with self._span((CORE, name), phase):
+                answer = hook(*arguments, **given)
+            if name == "on_step_end":
+                self._step_done()
+            return answer
+
+        return timed
+
+    def _around(self, method: Callable[..., Any], plugin: str, name: str) -> Callable[..., Any]:
+        row, phase = (plugin, name), _phase(name)
+
+        @wraps(method)
+        def call(*arguments: object) -> Any:
+            with self._span(row, phase, observed=name not in UNOBSERVED):
+                return method(*arguments)
+
+        @wraps(method)
+        def wrapper(*arguments: object) -> Generator[None, object, object]:
+            inner = method(*arguments)
+            with self._span(row, phase):
+                next(inner)
+            try:
+                answer = yield
+            except BaseException as error:
+                go_on: Callable[[], object] = partial(inner.throw, error)
+            else:
+                go_on = partial(inner.send, answer)
+            with self._span(row, phase):
+                try:
+                    go_on()
+                except StopIteration as end:
+                    return cast(object, end.value)
+            raise RuntimeError(f"{plugin}.{name} yields twice; a wrapper yields once")
+
+        return wrapper if getattr(method, "nexus_impl", {}).get("wrapper") else call
+
+    @contextmanager
+    def _span(self, key: tuple[str, str], phase: str, *, observed: bool = False) -> Iterator[None]:
+        """Charge what happens within to a row and a phase."""
+        entered = time.perf_counter()
+        parent = self._stack[-1] if self._stack else None
+        if parent is not None and parent.phase not in (LOOP, OTHER):
+            phase = parent.phase
+        if self._engine is not None and not self._engine.training:
+            phase = "evaluation"
+        span = _Span(key, phase, entered)
+        self._stack.append(span)
+        memory = _Memory(self) if observed else None
+        try:
+            with ExitStack() as modes:
+                if self._tracing is not None:
+                    modes.enter_context(record_function(f"{key[1]}/{key[0]}"))
+                if memory is not None:
+                    modes.enter_context(_Syncs(self, key))
+                    modes.enter_context(memory)
+                span.started = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    ended = time.perf_counter()
+        finally:
+            row = self.rows[key]
+            row.calls += 1
+            if memory is not None:
+                row.allocated += memory.allocated
+                row.kept += memory.kept()
+            own = ended - span.started - span.elsewhere
+            row.seconds += own
+            self.phases[span.phase] += own
+            self._stack.pop()
+            left = time.perf_counter()
+            self.cost += span.started - entered + left - ended
+            if parent is not None:
+                parent.elsewhere += left - entered
+
+    def charge(self, seconds: float) -> None:
+        """Take time that the measuring took out of what is measured."""
+        self.cost += seconds
+        self._stack[-1].elsewhere += seconds
+
+    def saw_sync(self, key: tuple[str, str], function: str, tensor: Tensor) -> None:
+        """Note a call that waits for the device, if the tensor is on the run's."""
+        if self._engine is None or tensor.device.type != self._engine.device.type:
+            return
+        sync = self.syncs[key]
+        sync.count += 1
+        if sync.count == 1:
+            sync.function, sync.place = function.strip("_"), _place()
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return self._span((CORE, "data wait"), "data wait")
+
+    def _step_done(self) -> None:
+        self.steps += 1
+        if self.steps == TRACED_STEPS:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        tracing, self._tracing = self._tracing, None
+        if tracing is not None:
+            tracing.stop()
+            if self.has_news:
+                tracing.export_chrome_trace(str(self._trace))
+
+
+class _Syncs(TorchFunctionMode):
+    """Sees the functions that hand a tensor's values to the host."""
+
+    def __init__(self, profiler: Profiler, key: tuple[str, str]) -> None:
+        super().__init__()
+        self._profiler = profiler
+        self._key = key
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        before = time.perf_counter()
+        name = getattr(func, "__name__", "")
+        if name in SYNCS and args and isinstance(args[0], Tensor):
+            self._profiler.saw_sync(self._key, name, args[0])
+        self._profiler.charge(time.perf_counter() - before)
+        return func(*args, **(kwargs or {}))
+
+
+class _Memory(TorchDispatchMode):
+    """Sees every new tensor's storage."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, profiler: Profiler) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._profiler = profiler
+        self._made: dict[int, tuple[Any, int]] = {}  # a StorageWeakRef, and its bytes
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of all storages that were made."""
+        return sum(size for _, size in self._made.values())
+
+    def kept(self) -> int:
+        """Bytes of those that are alive still."""
+        return sum(size for storage, size in self._made.values() if not storage.expired())
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        answer = func(*args, **kwargs)
+        before = time.perf_counter()
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(answer):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._made:
+                alive = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._made[storage._cdata] = alive, storage.nbytes()
+        self._profiler.charge(time.perf_counter() - before)
+        return answer
+
+
+class _TimedData:
+    """Training data whose batches are waited for on the clock."""
+
+    def __init__(
+        self, data: Iterable[Batch], waiting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._data = data
+        self._waiting = waiting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self._data))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._timed(lambda: iter(self._data))
+
+    def _timed(self, start: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+        with self._waiting():
+            batches = start()
+        while True:
+            with self._waiting():
+                batch = next(batches, END)
+            if batch is END:
+                return
+            yield batch
+
+
+class _TimedSeekable(_TimedData):
+    """The same for data that starts anywhere."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return self._timed(lambda: cast(Seekable, self._data).batches(epoch, start))
+
+
+def check_trace(trace: Path) -> None:
+    """Refuse a trace file that could not be written at the end.
+
+    Raises:
+        ConfigError: it does not end in .json, or its folder is not there.
+    """
+    if trace.suffix != ".json":
+        raise ConfigError(f"--profile-trace writes JSON; got '{trace}', expected a name in .json")
+    if not trace.absolute().parent.is_dir():
+        raise ConfigError(f"--profile-trace: there is no folder '{trace.parent}'; make it first")
+
+
+def _report(profiler: Profiler) -> Iterator[str]:
+    whole = max(profiler.whole, 1e-9)
+    yield f"profile of {profiler.steps:,} steps, {whole:.2f} s from the building of the run on"
+    yield ""
+    yield f"  {'where the time goes':<44} {'s':>10} {'share':>7}"
+    phases = sorted(profiler.phases.items(), key=lambda item: -item[1])
+    for name, seconds in [*phases, ("this profile", profiler.cost)]:
+        yield f"  {name:<44} {seconds:>10.3f} {seconds / whole:>7.1%}"
+    yield ""
+    yield (
+        f"  {'event':<20} {'plugin':<23} {'s':>10} {'share':>7} {'calls':>7} {'ms/call':>9} "
+        f"{'MiB/call':>9} {'kept':>9} {'syncs':>6}"
+    )
+    rest = Row()
+    for key, row in sorted(profiler.rows.items(), key=lambda item: -item[1].seconds):
+        sync = profiler.syncs.get(key, Sync())
+        if row.seconds < SHOWN_SHARE * whole and row.allocated < MEBIBYTE and not sync.count:
+            rest.calls, rest.seconds = rest.calls + row.calls, rest.seconds + row.seconds
+        else:
+            yield _line(key, row, sync, whole)
+    yield _line(("all others", ""), rest, Sync(), whole)
+    yield ""
+    yield from _sync_lines(profiler.syncs)
+    yield ""
+    yield (
+        f"  Measuring took {profiler.cost:.3f} s ({profiler.cost / whole:.1%}), which no other row "
+        "holds. Not looked into for memory and"
+    )
+    yield f"  syncs, only timed: {', '.join(sorted(UNOBSERVED))}, wrappers, and the core itself."
+
+
+def _line(key: tuple[str, str], row: Row, sync: Sync, whole: float) -> str:
+    plugin, event = key
+    calls = max(row.calls, 1)
+    return (
+        f"  {event:<20} {plugin:<23} {row.seconds:>10.3f} {row.seconds / whole:>7.1%} "
+        f"{row.calls:>7,} {row.seconds / calls * 1000:>9.3f} "
+        f"{row.allocated / calls / MEBIBYTE:>9.3f} {row.kept / calls / MEBIBYTE:>9.3f} "
+        f"{sync.count:>6,}"
+    )
+
+
+def _sync_lines(syncs: Mapping[tuple[str, str], Sync]) -> Iterator[str]:
+    if not syncs:
+        yield "  No plugin has the host read a tensor of the device, as far as was looked."
+        return
+    yield "  Tensors of the device that the host reads; on a GPU, each reading waits for it:"
+    for (plugin, event), sync in sorted(syncs.items(), key=lambda item: -item[1].count):
+        yield f"    {plugin}, {event}: {sync.count:,}, first {sync.function} at {sync.place}"
+
+
+def _phase(event: str) -> str:
+    return PHASES.get(event, OTHER)
+
+
+def _place() -> str:
+    """File and line of the innermost caller outside of torch and of this file."""
+    frame = sys._getframe(1)
+    torch_folder = str(Path(torch.__file__).parent)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(
+        (torch_folder, __file__)
+    ):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    """The tensors of an operator's arguments or answers that have a storage."""
+    if isinstance(tree, Tensor):
+        if tree.layout is torch.strided:
+            yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _activities() -> list[ProfilerActivity]:
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return [ProfilerActivity.CPU, *cuda]

@@ -1,0 +1,313 @@
+"""Loggers whose service may hang: a thread makes the calls, and what takes too long is given up."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
+
+from pydantic import Field
+
+from nexus_core.errors import CheckpointError
+from nexus_core.plugin import hookimpl
+from nexus_parts.logger import Logger, LoggerConfig
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+    from nexus_core.state import StateDict
+
+__all__ = ["BackgroundConfig", "BackgroundLogger", "Ending", "Job", "Outcome", "RunInfo", "Worker"]
+
+Line: TypeAlias = tuple[int, Mapping[str, float]]
+Ending: TypeAlias = Literal["finished", "stopped", "failed"]
+"""How a run went: to its horizon, ended before it on purpose, or ended by an error."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a service is told about a run.
+
+    Args:
+        name: of the run's folder; "run" where there is none.
+        folder: the run's folder, as an absolute path.
+        step: optimizer steps done so far: above 0 where the run goes on.
+        config: the resolved settings.
+        key: no other run has it; a resumed run has that of its checkpoint.
+    """
+
+    name: str
+    folder: Path | None
+    step: int
+    config: Mapping[str, Any]
+    key: str
+
+
+class BackgroundConfig(LoggerConfig):
+    """Settings that every logger with a service behind it has."""
+
+    timeout: float = Field(
+        30.0,
+        gt=0,
+        description="longest time for one call of the service, and for closing, in seconds; then "
+        "the logger is switched off",
+        json_schema_extra={"resume": "ignored"},
+    )
+
+
+BackgroundConfigT = TypeVar("BackgroundConfigT", bound=BackgroundConfig)
+
+
+class BackgroundLogger(Logger[BackgroundConfigT]):
+    """A logger that the training never waits for, whatever its service does.
+
+    Answer `connect`, `send` and `disconnect`: they are called one after another on a thread of
+    this logger, beside the training. A call that raises is a warning, and three in a row switch
+    the logger off, as does a first call that raises. A call that takes longer than
+    `config.timeout` is given up: the logger is switched off, and what waits is dropped. What
+    waits is bounded by `CAPACITY` calls; a call for which there is no room is a failure. Closing
+    waits until all is stored, but never longer than `config.timeout`.
+
+    `RunInfo.key` names the run. It is in the checkpoints, so that a resumed run finds its own; so
+    is what waits still, so that a run that is killed and resumed misses no line.
+    """
+
+    CAPACITY: ClassVar[int] = 1000
+    _key: str | None = None
+    _worker: Worker | None = None
+    _stored: Mapping[str, int] | None = None  # None: not connected
+    _broken: bool = False
+
+    def __init__(self, config: BackgroundConfigT | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._waiting: deque[Line] = deque()  # what has not been sent, in order
+
+    def connect(self, run: RunInfo) -> Mapping[str, int]:
+        """Begin the run with the service, or go on with it.
+
+        Returns:
+            The last step of each metric that the service has already; what comes up to there is
+            not sent again.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.connect")
+
+    def send(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Store the metrics, by name, as they were at an optimizer step."""
+        raise NotImplementedError(f"{type(self).__name__}.send")
+
+    def disconnect(self, run: RunInfo, ending: Ending) -> None:
+        """Store what is left, and say how the run ended."""
+
+    def state_dict(self) -> StateDict:
+        """The key of the run, and the lines that wait."""
+        if self._key is None:
+            return {}
+        waiting = [] if self.switched_off else list(self._waiting)
+        return {"run": self._key, "waiting": [[step, {**line}] for step, line in waiting]}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Go on with the run that has this key, and send what waited."""
+        key, waiting = state.get("run"), state.get("waiting")
+        if not isinstance(key, str) or not isinstance(waiting, list):
+            raise CheckpointError(f"the checkpoint's state of plugin '{self.name}' is {state}")
+        self._key = key
+        self._waiting = deque(cast(list[Line], waiting))
+
+    def open(self, engine: Engine) -> None:
+        """Start the thread, have it connect, and have it send what waited in the checkpoint."""
+        if self._key is None or engine.state.step == 0:
+            self._key = secrets.token_hex(4)
+            self._waiting.clear()
+        waited, self._waiting = self._waiting, deque()
+        self._stored, self._broken = None, False
+        self._worker = Worker(self.name, self.CAPACITY)
+        connect = partial(self._connect, self._info(engine))
+        self._worker.submit(Job("open", engine.state.step, connect, vital=True))
+        for step, metrics in waited:
+            self._hand_over(self._worker, step, metrics)
+
+    def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
+        """Hand the metrics to the thread."""
+        if self._worker is not None:
+            self._hand_over(self._worker, engine.state.step, dict(metrics))
+
+    @hookimpl
+    def on_error(self, error: BaseException) -> None:
+        self._broken = True
+
+    def close(self, engine: Engine) -> None:
+        """Wait until all is stored, but not longer than `config.timeout`."""
+        if self._worker is None or self.switched_off:
+            return
+        ending: Ending = "failed" if self._broken else _ending(engine)
+        call = partial(self._disconnect, self._info(engine), ending)
+        if not self._worker.finish(Job("close", engine.state.step, call), self.config.timeout):
+            raise TimeoutError(f"not done within {self.config.timeout:g} s")
+
+    def _info(self, engine: Engine) -> RunInfo:
+        assert self._key is not None
+        folder = engine.out.absolute() if engine.out is not None else None
+        name = folder.name if folder is not None else "run"
+        return RunInfo(name, folder, engine.state.step, engine.config, self._key)
+
+    def _connect(self, run: RunInfo) -> None:
+        if self.writes_files and run.folder is not None:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        self._stored = dict(self.connect(run))
+
+    def _hand_over(self, worker: Worker, step: int, metrics: Mapping[str, float]) -> None:
+        self._waiting.append((step, metrics))
+        try:
+            worker.submit(Job("write", step, partial(self._send, step, metrics)))
+        except BufferError:
+            self._waiting.pop()
+            raise
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+        stored = self._stored
+        try:
+            if stored is None:
+                return
+            new = {name: value for name, value in metrics.items() if step > stored.get(name, -1)}
+            if new:
+                self.send(step, new)
+        finally:
+            self._waiting.popleft()
+
+    def _disconnect(self, run: RunInfo, ending: Ending) -> None:
+        if self._stored is not None:
+            self.disconnect(run, ending)
+
+    def _attempted(self, action: str, step: int, error: BaseException | None) -> None:
+        """Take note of how the calls went that the thread has made since the last time."""
+        worker = self._worker
+        if worker is None:
+            super()._attempted(action, step, error)
+            return
+        outcomes = worker.outcomes()
+        if late := worker.hanging(self.config.timeout):
+            hang = TimeoutError(f"no answer within {self.config.timeout:g} s")
+            outcomes.append(Outcome(late.action, late.step, hang, fatal=True))
+        if error is not None:
+            outcomes.append(Outcome(action, step, error, fatal=action == "close"))
+        for outcome in outcomes:
+            if not self.switched_off:
+                self._note(outcome)
+        if self.switched_off:
+            worker.abandon()
+
+    def _note(self, outcome: Outcome) -> None:
+        if outcome.error is not None and outcome.fatal:
+            self._fail(outcome.action, outcome.step, outcome.error, fatal=True)
+        else:
+            super()._attempted(outcome.action, outcome.step, outcome.error)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call to make.
+
+    Args:
+        action: what it does, for messages.
+        step: the optimizer step that it belongs to.
+        call: makes it.
+        vital: nothing that comes after can work where it fails.
+    """
+
+    action: str
+    step: int
+    call: Callable[[], None]
+    vital: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call went: its error, if there was one, and whether that ends everything."""
+
+    action: str
+    step: int
+    error: BaseException | None
+    fatal: bool = False
+
+
+class Worker:
+    """A daemon thread that makes calls one after another; whoever submits them never waits.
+
+    Args:
+        name: of the thread.
+        capacity: calls that may wait.
+    """
+
+    def __init__(self, name: str, capacity: int) -> None:
+        self._jobs: queue.Queue[Job | None] = queue.Queue(capacity)
+        self._outcomes: deque[Outcome] = deque()
+        self._present: tuple[Job, float] | None = None
+        self._abandoned = False
+        self._thread = Thread(target=self._run, name=f"nexus-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Have a call made when those before it are done.
+
+        Raises:
+            BufferError: `capacity` calls wait already; this one is not made.
+        """
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            waiting = f"{self._jobs.maxsize:,} calls wait for the service"
+            raise BufferError(f"{waiting}; this one is not made") from None
+
+    def outcomes(self) -> list[Outcome]:
+        """The calls that have ended since this was asked last."""
+        return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
+
+    def hanging(self, timeout: float) -> Job | None:
+        """The present call, if it has taken longer than `timeout` seconds."""
+        present = self._present
+        if present is None or time.monotonic() - present[1] <= timeout:
+            return None
+        return present[0]
+
+    def finish(self, last: Job, timeout: float) -> bool:
+        """Make a last call after those that wait, and end the thread.
+
+        Returns:
+            Whether that was done within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            self._jobs.put(last, timeout=timeout)
+            self._jobs.put(None, timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Full:
+            return False
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Drop what waits; the thread ends with its present call, whenever that is."""
+        self._abandoned = True
+        with suppress(queue.Full):  # then there is something that wakes the thread
+            self._jobs.put_nowait(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._abandoned:
+            self._present = job, time.monotonic()
+            error: BaseException | None = None
+            try:
+                job.call()
+            except BaseException as raised:  # nobody above this thread would hear of it
+                error = raised
+            self._outcomes.append(Outcome(job.action, job.step, error, fatal=job.vital))
+            self._present = None
+
+
+def _ending(engine: Engine) -> Ending:
+    return "finished" if engine.result().status == "finished" else "stopped"

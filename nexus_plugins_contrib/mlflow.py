@@ -1,0 +1,138 @@
+"""Stores every metric with MLflow, in a database of the run's folder or on a tracking server."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from nexus_core import ConfigError, hookimpl
+from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+
+try:
+    from mlflow.entities import Metric, Param, Run
+    from mlflow.tracking import MlflowClient
+except ImportError as error:
+    raise ConfigError(
+        "the plugin mlflow needs the package mlflow: pip install 'nexus-trainer[mlflow]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["MlflowConfig", "MlflowPlugin"]
+
+KEY = "nexus.run"
+LONGEST_PARAMETER = 6000  # characters, and
+PARAMETERS_AT_ONCE = 100  # are MLflow's own limits
+STATUS: Mapping[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+class MlflowConfig(BackgroundConfig):
+    """Settings of the run with MLflow."""
+
+    timeout: float = Field(
+        60.0,
+        gt=0,
+        description="longest time for one call of MLflow, and for closing, in seconds; then the "
+        "logger is switched off (making the tables of a new database takes some of them)",
+        json_schema_extra={"resume": "ignored"},
+    )
+    tracking_uri: str | None = Field(
+        None,
+        description="store, such as http://HOST:5000 or sqlite:////PATH/mlflow.db; null: as "
+        "MLFLOW_TRACKING_URI says, else mlflow.db in the run's folder",
+    )
+    experiment: str = Field("nexus", min_length=1, description="experiment of the run")
+    run_name: str | None = Field(None, description="shown name; null: that of the run's folder")
+    run_id: str | None = Field(None, description="id of a run to go on with; null: a new run")
+    tags: dict[str, str] = Field({}, description="tags of the run, by name")
+    artifact: bool = Field(
+        False,
+        description="store the checkpoint `final` as an artifact at the end",
+        json_schema_extra={"resume": "ignored"},
+    )
+
+
+class MlflowPlugin(BackgroundLogger[MlflowConfig]):
+    """Sends each log and each evaluation to MLflow, and the config as parameters.
+
+    Changes nothing in training. A resumed run goes on in the same run; steps that are done again
+    are not sent again.
+    """
+
+    writes_files = True
+    before = ("checkpoint",)  # and so closes after it, when `final` is whole
+    _client: MlflowClient
+    _run_id: str = ""
+    _place: str = ""
+
+    def connect(self, run: RunInfo) -> Mapping[str, int]:
+        """Begin the run, or go on with it."""
+        assert run.folder is not None
+        uri = self.config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        store = uri or f"sqlite:///{run.folder / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=store)
+        found = self._found(run, self._experiment(None if uri else run.folder))
+        self._run_id = found.info.run_id
+        self._client.update_run(self._run_id, status="RUNNING")
+        new = [p for p in _parameters(run.config) if p.key not in found.data.params]
+        for start in range(0, len(new), PARAMETERS_AT_ONCE):
+            self._client.log_batch(self._run_id, params=new[start : start + PARAMETERS_AT_ONCE])
+        self._place = f"run {self._run_id}; mlflow ui --backend-store-uri {store}"
+        return {name: self._last_step(name) for name in found.data.metrics}
+
+    def send(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Store the metrics in one transaction."""
+        now = int(time.time() * 1000)
+        points = [Metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._run_id, metrics=points)
+
+    def disconnect(self, run: RunInfo, ending: Ending) -> None:
+        """Store the artifact, where asked for, and end the run."""
+        assert run.folder is not None
+        final = run.folder / "checkpoints" / "final"
+        if self.config.artifact and final.is_dir():
+            self._client.log_artifacts(self._run_id, str(final.resolve()), "final")
+        self._client.set_terminated(self._run_id, STATUS[ending])
+
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """Where to look at the run."""
+        place = {"mlflow": self._place} if self._place else {}
+        return {**place, **super().summarize(engine)}
+
+    def _experiment(self, folder: Path | None) -> str:
+        """The id of the experiment; a new one keeps its artifacts in `folder`, where given."""
+        name = self.config.experiment
+        if (found := self._client.get_experiment_by_name(name)) is not None:
+            return str(found.experiment_id)
+        location = (folder / "mlflow-artifacts").as_uri() if folder is not None else None
+        return str(self._client.create_experiment(name, artifact_location=location))
+
+    def _found(self, run: RunInfo, experiment: str) -> Run:
+        """The run of this id or key; a new one where there is none."""
+        if self.config.run_id is not None:
+            return self._client.get_run(self.config.run_id)
+        earlier = self._client.search_runs([experiment], f"tags.`{KEY}` = '{run.key}'")
+        if earlier:
+            return earlier[0]
+        tags = {**self.config.tags, KEY: run.key}
+        name = self.config.run_name or run.name
+        return self._client.create_run(experiment, run_name=name, tags=tags)
+
+    def _last_step(self, name: str) -> int:
+        return max(point.step for point in self._client.get_metric_history(self._run_id, name))
+
+
+def _parameters(config: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:
+    """The leaves of a config under dotted keys."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _parameters(value, f"{prefix}{key}.")
+        else:
+            yield Param(f"{prefix}{key}", str(value)[:LONGEST_PARAMETER])

@@ -1,0 +1,87 @@
+"""Stores every metric with Trackio, in its store on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from nexus_core import ConfigError, hookimpl
+from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+
+try:
+    import trackio
+    from trackio.run import Run
+    from trackio.sqlite_storage import SQLiteStorage
+except ImportError as error:
+    raise ConfigError(
+        "the plugin trackio needs the package trackio: pip install 'nexus-trainer[trackio]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["TrackioConfig", "TrackioPlugin"]
+
+NOT_METRICS = ("step", "timestamp")
+
+
+class TrackioConfig(BackgroundConfig):
+    """Settings of the run with Trackio."""
+
+    project: str = Field("nexus", min_length=1, description="project that the run belongs to")
+    run_name: str | None = Field(
+        None, description="name of the run; null: that of the run's folder, and a few digits"
+    )
+    group: str | None = Field(None, description="group of runs that the dashboard shows together")
+
+
+class TrackioPlugin(BackgroundLogger[TrackioConfig]):
+    """Stores each log and each evaluation with Trackio; changes nothing in training.
+
+    The store is Trackio's own, `TRACKIO_DIR` or its default, so that the dashboard shows the runs
+    of a project together. A resumed run goes on under the same name; steps that are done again
+    are not stored again.
+    """
+
+    _run: Run | None = None
+
+    def connect(self, run: RunInfo) -> Mapping[str, int]:
+        """Begin the run, or go on with it."""
+        self._run = trackio.init(
+            project=self.config.project,
+            name=self.config.run_name or f"{run.name}-{run.key}",
+            group=self.config.group,
+            config=dict(run.config),
+            resume="allow" if run.step else "never",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        return self._last_steps(self._run) if run.step else {}
+
+    def send(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand the metrics to Trackio."""
+        assert self._run is not None
+        self._run.log(dict(metrics), step=step)
+
+    def disconnect(self, run: RunInfo, ending: Ending) -> None:
+        """Have everything stored."""
+        assert self._run is not None
+        self._run.finish()  # type: ignore[no-untyped-call]
+
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """How to look at the curves."""
+        show = f"trackio show --project {self.config.project}"
+        place = {"trackio": f"{show}, run {self._run.name}"} if self._run is not None else {}
+        return {**place, **super().summarize(engine)}
+
+    def _last_steps(self, run: Run) -> dict[str, int]:
+        """The last step of each metric of the run that is in the store."""
+        steps: dict[str, int] = {}
+        for line in SQLiteStorage.get_logs(self.config.project, run.name, run_id=run.id):
+            for name in line.keys() - set(NOT_METRICS):
+                steps[name] = max(line["step"], steps.get(name, -1))
+        return steps

@@ -1,0 +1,224 @@
+"""Weights & Biases, offline: what it stored, read back with wandb's own reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from click.testing import CliRunner
+
+from nexus_core import ConfigError, Engine, Plugin
+from nexus_core.cli.run import main as nexus_run
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins_contrib.wandb import WandbPlugin
+from tiny import RecorderPlugin, Regression, tiny_engine, weights
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without an account, whose wandb sends no reports about itself."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    rows = Regression()
+    return [{"x": rows.x[i : i + 4], "y": rows.y[i : i + 4]} for i in range(0, 20, 4)]
+
+
+def engine_of(out: Path, *plugins: Plugin[Any], **options: Any) -> Engine:
+    return tiny_engine(*plugins, out=out, log_every=1, **options)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """Every record of every session of the runs in a folder."""
+    records = []
+    for path in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        records += [json.loads(line) for line in done.stdout.splitlines()]
+    return records
+
+
+def points(records: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
+    """Every value that was logged: step, name, value."""
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return sorted(
+        (item["_step"], name, value)
+        for item in items
+        for name, value in item.items()
+        if not name.startswith("_")
+    )
+
+
+def recorded(*recorders: RecorderPlugin) -> list[tuple[int, str, float]]:
+    """What the engine logged, in the same shape."""
+    lines = [line for recorder in recorders for line in recorder.lines]
+    return sorted({(step, name, v) for step, metrics in lines for name, v in metrics.items()})
+
+
+def runs_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["run"] for record in records if record["type"] == "run"]
+
+
+def test_every_metric_and_the_config_can_be_read_back(tmp_path: Path) -> None:
+    """Breaks if a metric, its step, the config or a name does not get into wandb's file."""
+    recorder = RecorderPlugin()
+    settings = {"project": "p", "run_name": "n", "tags": ("a", "b")}
+    config = {"seed": 5, "plugins": {"clip": {"max_norm": 0.5}}}
+    engine = engine_of(tmp_path, WandbPlugin(**settings), recorder, config=config)
+    engine.fit(data(), until="4 steps", eval_data=data(), eval_every="2 steps")
+    records = read(tmp_path)
+    (run,) = runs_of(records)
+    assert (run["project"], run["display_name"], run["tags"]) == ("p", "n", ["a", "b"])
+    assert run["config"]["update"]["plugins"] == {"clip": {"max_norm": 0.5}}
+    assert points(records) == recorded(recorder)
+    assert sorted({step for step, _, _ in points(records)}) == [1, 2, 3, 4]
+    (answer,) = engine.hook.summarize(engine=engine)
+    assert answer["wandb"].startswith(f"wandb sync {tmp_path}/wandb/offline-run-")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(tmp_path: Path) -> None:
+    """Breaks if resuming makes a second run, or lines are doubled or missing."""
+    one, other = RecorderPlugin(), RecorderPlugin()
+    first = engine_of(tmp_path, WandbPlugin(), one)
+    for state in first.steps(data(), until="6 steps"):
+        if state.step == 2:
+            snapshot = first.state_dict()
+            snapshot["model"] = {k: v.clone() for k, v in snapshot["model"].items()}
+        if state.step == 4:
+            break
+    second = engine_of(tmp_path, WandbPlugin(), other)
+    second.load_state_dict(snapshot)
+    second.fit(data(), until="6 steps", eval_data=data())
+    records = read(tmp_path)
+    assert len({run["run_id"] for run in runs_of(records)}) == 1
+    found = points(records)
+    assert len({(step, name) for step, name, _ in found}) == len(found), "nothing twice"
+    assert {(step, name) for step, name, _ in found} == {
+        (step, name) for step, name, _ in recorded(one, other)
+    }
+
+
+@pytest.mark.slow
+def test_the_final_checkpoint_is_stored_on_request(tmp_path: Path) -> None:
+    """Breaks if the artifact is missing, or is taken before the checkpoint is whole."""
+    engine = engine_of(tmp_path, CheckpointPlugin(), WandbPlugin(artifact=True))
+    engine.fit(data(), until="2 steps")
+    (artifact,) = [r["artifact"] for r in read(tmp_path) if r["type"] == "artifact"]
+    assert "final" in artifact["aliases"]
+    files = {entry["path"]: entry["local_path"] for entry in artifact["manifest"]["contents"]}
+    assert {"model.safetensors", "manifest.json"} <= files.keys()
+    assert all(path.startswith(str(tmp_path / "checkpoints")) for path in files.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "netrc", "mode"),
+    [
+        ({}, {}, "", "offline"),
+        ({}, {"WANDB_API_KEY": "k" * 40}, "", "online"),
+        ({}, {}, "machine api.wandb.ai login user password secret", "online"),
+        ({}, {"WANDB_BASE_URL": "https://own.org"}, "machine own.org login u password s", "online"),
+        ({}, {"WANDB_BASE_URL": "https://own.org"}, "machine api.wandb.ai login u password s",
+         "offline"),
+        ({}, {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", None),
+        ({"mode": "offline"}, {"WANDB_API_KEY": "k" * 40}, "", "offline"),
+        ({"mode": "online"}, {}, "", "online"),
+    ],
+)  # fmt: skip
+def test_online_only_where_there_are_credentials(
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    netrc: str,
+    mode: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Breaks if a run without an account asks for one, or one with an account stays offline.
+
+    The failing `init` shows too that an exception of the package changes nothing in training.
+    """
+    asked: list[str | None] = []
+
+    def init(**given: Any) -> None:
+        asked.append(given["mode"])
+        raise ConnectionError("planted")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    engine = engine_of(tmp_path, WandbPlugin(**settings))
+    with pytest.warns(RuntimeWarning, match="'wandb' failed to open at step 0.*planted.*off"):
+        engine.fit(data(), until="3 steps")
+    assert asked == [mode]
+    plain = tiny_engine(log_every=1)
+    plain.fit(data(), until="3 steps")
+    assert all(torch.equal(*pair) for pair in zip(weights(engine), weights(plain), strict=True))
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a missing package is a riddle."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.wandb")
+    with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[wandb\]'"):
+        import_module("nexus_plugins_contrib.wandb")
+
+
+@pytest.mark.slow
+def test_the_command_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if `--plugins amp,curriculum,wandb` needs an account, a network or an answer."""
+    monkeypatch.chdir(tmp_path)
+    small = ["-s", "until=3 steps", "-s", "lr_cosine.warmup=1 steps", "-s", "log_every=1",
+             "-s", "data_text.batch_size=2", "-s", "data_text.valid_limit=2048"]  # fmt: skip
+    result = CliRunner().invoke(nexus_run, ["-p", "amp,curriculum,wandb", *small, "--out", "o"])
+    assert result.exit_code == 0, result.output
+    assert "wandb sync" in result.output
+    records = read(tmp_path / "o")
+    lines = [json.loads(line) for line in Path("o/metrics.jsonl").read_text().splitlines()]
+    names = Counter((line["step"], k) for line in lines for k in line.keys() - {"time", "step"})
+    assert {(s, n) for s, n, _ in points(records)} == {key for key in names if key[1] != "tokens"}
+    assert runs_of(records)[0]["config"]["update"]["plugins"]["amp"]
+
+
+SILENT_SERVER = """
+import sys
+from tiny import tiny_engine
+from nexus_plugins_contrib.wandb import WandbPlugin
+address = sys.argv[1]
+engine = tiny_engine(WandbPlugin(mode="online", timeout=1), out="run", log_every=1)
+batch = {"x": __import__("torch").ones(2, 5), "y": __import__("torch").ones(2, 4)}
+print(engine.fit([batch] * 5, until="5 steps").status)
+print(*engine.hook.summarize(engine=engine))
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> None:
+    """Breaks if a hung network keeps a run, or its process, from ending."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        path = os.pathsep.join(
+            [str(Path(__file__).parents[1] / "core"), os.environ.get("PYTHONPATH", "")]
+        )
+        environment = {**os.environ, "PYTHONPATH": path, "WANDB_BASE_URL": address,
+                       "WANDB_API_KEY": "k" * 40}  # fmt: skip
+        command = [sys.executable, "-c", SILENT_SERVER, address]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True,
+                              text=True, timeout=120, check=True)  # fmt: skip
+    assert done.stdout.startswith("finished\n")
+    assert "no answer within 1 s); it was switched off" in done.stdout

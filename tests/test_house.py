@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = (ROOT / "plugins/nexus_plugins", ROOT / "nexus_plugins_contrib")
 PACKAGES = (ROOT / "nexus_core", ROOT / "nexus_parts", *PLUGINS)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VENDORS = {"optim_schedulefree": "schedulefree", "optim_adamw8bit": "bitsandbytes"}
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
 
@@ -96,7 +97,8 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("module", modules())
 def test_public_names_exist_and_are_documented(module: str) -> None:
     if module.startswith("nexus_plugins_contrib."):
-        pytest.importorskip(module.rpartition(".")[2])
+        name = module.rpartition(".")[2]
+        pytest.importorskip(VENDORS.get(name, name))
     found = import_module(module)
     assert found.__doc__
     for name in getattr(found, "__all__", ()):
@@ -118,7 +120,7 @@ def loaded(name: str) -> type[Plugin[Any]]:
     """The plugin's class; skipped where its vendor's package is not installed."""
     module = installed()[name].value.partition(":")[0]
     if module.startswith("nexus_plugins_contrib."):
-        pytest.importorskip(name)
+        pytest.importorskip(VENDORS.get(name, name))
     return load(name)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from nexus_core.intervals import Interval, IntervalField
 
 __all__ = ["RunConfig"]
+
+_ACCUMULATE = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}
 
 
 class RunConfig(BaseModel):
@@ -22,7 +24,12 @@ class RunConfig(BaseModel):
     until: IntervalField = Field(
         Interval.parse("1000 steps"), description="horizon: steps, epochs, tokens or time"
     )
-    accumulate: int = Field(1, ge=1, description="micro-batches in an optimizer step")
+    accumulate: Annotated[int, WithJsonSchema(_ACCUMULATE)] = Field(
+        1,
+        ge=1,
+        description="micro-batches in an optimizer step; auto: each batch is a step, split as "
+        "memory asks by the plugin auto_accumulate",
+    )
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     log_every: IntervalField = Field(
         Interval.parse("10 steps"), description="period of the training metrics"

@@ -88,6 +88,10 @@ def read_settings(
         if not sign:
             raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as clip.max_norm=1")
         _set(merged, key.strip(), _scalar(value), f"--set {assignment}")
+    if merged.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
+        merged["accumulate"] = 1
+        blocks.setdefault("auto_accumulate", {})
+        added.append("auto_accumulate")
     named = [*(name for name in own if name in blocks), *added]
     try:
         run = RunConfig.model_validate(merged)

@@ -119,9 +119,10 @@ def test_run_that_is_extended_ends_like_one_that_was_not_stopped() -> None:
     assert weights("whole") == weights("parts")
 
 
-def test_dry_run_reports_and_writes_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("more", ["", "pcgrad,loss_reason", "weigh_gradnorm,loss_reason"])
+def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
     before = sorted(folder.rglob("*"))
-    result = run("tiny.yaml", "--dry-run")
+    result = run("tiny.yaml", "--dry-run", "-p", more)
     assert result.exit_code == 0, result.output
     assert "tokens a step   128" in result.output
     assert "parameters" in result.output
@@ -132,7 +133,7 @@ def test_dry_run_reports_and_writes_nothing(folder: Path) -> None:
 def test_explain_shows_the_plan_without_building_anything() -> None:
     result = run("tiny.yaml", "--explain", "-s", "data_text.train=absent.txt", "-p", "no:clip")
     assert result.exit_code == 0, result.output
-    assert "lr_scale\n  1. lr_cosine" in result.output
+    assert "lr_scale  (seam, collected and multiplied)\n  1. lr_cosine" in result.output
     assert "clip" not in result.output
 
 

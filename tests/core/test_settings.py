@@ -62,6 +62,16 @@ def test_plugins_are_added_and_left_out(config: str) -> None:
     assert preset.named == ("lr_linear",)
 
 
+def test_accumulate_auto_leaves_the_batch_whole_and_brings_the_plugin_that_splits_it(
+    config: str,
+) -> None:
+    settings = read_settings(config, sets=("accumulate=auto",))
+    assert settings.run.accumulate == 1
+    assert settings.named[-1] == "auto_accumulate"
+    with pytest.raises(ConfigError, match="accumulate"):
+        read_settings(config, sets=("accumulate=automatic",))
+
+
 def test_set_reads_values_as_yaml_does_and_reaches_into_blocks(config: str) -> None:
     sets = (
         "until=2 epochs",

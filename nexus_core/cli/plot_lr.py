@@ -1,0 +1,168 @@
+"""`nexus-run --plot-lr`: the learning rate of every parameter group, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import length_hint
+from pathlib import Path
+
+from nexus_core.cli.build import Build, make_engine
+from nexus_core.cli.chart import Chart, Line, save_picture, text_chart
+from nexus_core.defaults import Defaults
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_core.intervals import Interval
+from nexus_core.loader import Batch, batch_size
+from nexus_core.registry import plugin_manager
+from nexus_core.state import TrainState
+
+__all__ = ["LrPlan", "plan_lr", "plot_lr"]
+
+POINTS = 600  # more than a terminal or a picture can tell apart
+
+
+@dataclass(frozen=True)
+class LrPlan:
+    """The learning rates of a run.
+
+    Args:
+        total: steps of the run.
+        steps: those of them that are planned here, the first is 0, the last `total - 1`.
+        rates: at these steps, by the names of the optimizer's parameter groups.
+    """
+
+    total: int
+    steps: tuple[int, ...]
+    rates: Mapping[str, tuple[float, ...]]
+
+
+def plot_lr(made: Build) -> str:
+    """Draw the plan of a run: model, optimizer and schedules are built, nothing is trained.
+
+    Returns:
+        The chart and where its picture is: `lr.png` in the run's folder if one is set, else
+        `runs/NAME-lr.png`.
+
+    Raises:
+        ConfigError: the horizon or a schedule counts seconds.
+    """
+    out = made.run.out or Path("runs") / made.name
+    run = made.run.model_copy(update={"device": "cpu"})
+    plan = plan_lr(make_engine(dataclasses.replace(made, run=run), out), run.until)
+    merged = groupby(sorted(plan.rates, key=lambda name: plan.rates[name]), plan.rates.__getitem__)
+    numbers = [step + 1 for step in plan.steps]
+    lines = [Line(", ".join(names), numbers, rates) for rates, names in merged]
+    top = max(max(line.y) for line in lines)
+    chart = Chart(lines, "step", "learning rate", (0.0, 1.05 * top or 1.0))
+    path = out / "lr.png" if made.run.out else Path("runs") / f"{made.name}-lr.png"
+    picture = save_picture(chart, path)
+    where = picture or "none; matplotlib draws one: pip install 'nexus-trainer[plot]'"
+    return "\n".join(
+        [
+            f"the learning rate over {plan.total:,} steps ({run.until})",
+            text_chart(chart),
+            *map(_in_words, lines),
+            f"picture: {where}",
+        ]
+    )
+
+
+def plan_lr(engine: Engine, until: Interval | str | int, points: int = POINTS) -> LrPlan:
+    """Ask the schedules for the learning rates of a run that has not begun.
+
+    Every plugin that answers `lr_scale` gets its `on_start`, and is then asked at steps spread
+    evenly over the run. One batch is read where an interval counts tokens or samples; all are
+    taken to be as large.
+
+    Args:
+        engine: built from plugins alone, never run; it is of no use afterwards.
+        until: the horizon.
+        points: the most steps to ask at.
+
+    Raises:
+        ConfigError: the horizon or a schedule counts seconds, or the length of an epoch is not
+            known.
+    """
+    assert engine.data is not None
+    data = engine.data.train
+    state = _PlannedState(epoch_length=length_hint(data), data=data, accumulate=engine.accumulate)
+    engine.state, engine.horizon = state, Interval.parse(until)
+    total = state.steps_until(engine.horizon)
+    _start_schedules(engine)
+    count = min(points, total)
+    steps = tuple(round(i * (total - 1) / max(count - 1, 1)) for i in range(count))
+    factors = []
+    for step in steps:
+        state.go_to(step)
+        factors.append(math.prod(engine.hook.lr_scale(engine=engine)))
+    rates = {
+        str(group.get("name", f"group {number}")): tuple(group["initial_lr"] * f for f in factors)
+        for number, group in enumerate(engine.optimizer.param_groups)
+    }
+    return LrPlan(total, steps, rates)
+
+
+@dataclass
+class _PlannedState(TrainState):
+    """The counters of a run that is thought through: told from the step and one batch."""
+
+    data: Iterable[Batch] = ()
+    accumulate: int = 1
+
+    def counted(self, unit: str) -> float:
+        if unit == "seconds":
+            raise ConfigError(
+                "the plan counts seconds, and how many steps fit into them is known only when the "
+                "run is on; count otherwise, for instance with --set until='1000 steps'"
+            )
+        if unit in ("samples", "tokens"):
+            return self.step * self._a_step[unit]
+        return super().counted(unit)
+
+    def go_to(self, step: int) -> None:
+        """Be in the given step: its batches are read, its update is not done."""
+        self.step = step
+        read = (step + 1) * self.accumulate
+        self.epoch, self.batch = divmod(read, self.epoch_length) if self.epoch_length else (0, read)
+
+    def steps_until(self, horizon: Interval) -> int:
+        """The steps of a run with this horizon, at least one."""
+        if horizon.unit == "epochs" and not self.epoch_length:
+            raise ConfigError(
+                f"the horizon is {horizon}, and this data does not say how long an epoch is; "
+                "count in steps, for instance with --set until='1000 steps'"
+            )
+        a_step = 1.0
+        if horizon.unit == "epochs":
+            a_step = self.accumulate / self.epoch_length
+        elif horizon.unit != "steps":
+            self.step = 1
+            a_step = self.counted(horizon.unit)
+            self.step = 0
+        return max(1, math.ceil(round(horizon.amount / a_step, 6)))
+
+    @cached_property
+    def _a_step(self) -> dict[str, int]:
+        rows, tokens = batch_size(next(iter(self.data)))
+        return {"samples": rows * self.accumulate, "tokens": tokens * self.accumulate}
+
+
+def _start_schedules(engine: Engine) -> None:
+    """Fire `on_start` for the plugins that answer `lr_scale`, and for no others."""
+    manager = plugin_manager(engine.plan, Defaults())
+    others = [plugin for plugin in engine.plan.plugins if not hasattr(plugin, "lr_scale")]
+    manager.subset_hook_caller("on_start", others)(engine=engine)
+
+
+def _in_words(line: Line) -> str:
+    top = max(line.y)
+    place = line.y.index(top)
+    return (
+        f"{line.label}: first {line.y[0]:.3g}, highest {top:.3g} at step "
+        f"{line.x[place]:,.0f}, last {line.y[-1]:.3g}"
+    )

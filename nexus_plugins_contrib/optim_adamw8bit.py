@@ -1,0 +1,68 @@
+"""AdamW whose state takes a quarter of the memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from pydantic import Field
+from torch.optim import Optimizer
+
+from nexus_core import ConfigError, Plugin, hookimpl
+from nexus_parts.parameters import OptimizerConfig, groups_of
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["OptimAdamw8BitConfig", "OptimAdamw8BitPlugin"]
+
+
+class OptimAdamw8BitConfig(OptimizerConfig):
+    """Settings of AdamW with a state of 8 bits."""
+
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="decay rates of the running means of gradient and its square"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    min_8bit_size: int = Field(
+        4096, ge=1, description="parameters with fewer numbers keep a state of 32 bits"
+    )
+
+
+class OptimAdamw8BitPlugin(Plugin[OptimAdamw8BitConfig]):
+    """Trains with AdamW that keeps both running means in 8 bits, scaled by blocks of 256.
+
+    Two bytes of state for each weight instead of eight. Groups and decay as in `optim_adamw`.
+
+    Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization";
+    `bitsandbytes.optim.AdamW8bit`.
+    """
+
+    name: ClassVar[str] = "optim_adamw8bit"
+    slot: ClassVar[str | None] = "optimizer"
+
+    @hookimpl
+    def make_optimizer(self, engine: Engine) -> Optimizer:
+        """Build it over the model's parameters, grouped by pattern and by what decays.
+
+        Raises:
+            ConfigError: bitsandbytes is not installed, a pattern matches no parameter, or all are
+                frozen.
+        """
+        try:
+            from bitsandbytes import optim
+        except ImportError as error:
+            raise ConfigError(
+                f"optim_adamw8bit needs bitsandbytes 0.50 or later, which cannot be imported "
+                f"({error}); install it: pip install 'nexus-trainer[adamw8bit]'"
+            ) from error
+        config = self.config
+        make: Any = optim.AdamW8bit  # type: ignore[attr-defined]
+        made = make(
+            groups_of(engine.model, config, self.name),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            min_8bit_size=config.min_8bit_size,
+        )
+        return cast(Optimizer, made)

@@ -1,0 +1,150 @@
+"""AdamW that averages instead of following a schedule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nexus_core import ConfigError, Plugin, StateDict, hookimpl
+from nexus_parts.parameters import OptimizerConfig, groups_of
+
+if TYPE_CHECKING:
+    from nexus_core import Engine, Snapshot
+
+__all__ = ["OptimSchedulefreeConfig", "OptimSchedulefreePlugin"]
+
+
+class OptimSchedulefreeConfig(OptimizerConfig):
+    """Settings of Schedule-Free AdamW."""
+
+    lr: float = Field(2.5e-3, gt=0, description="learning rate; higher than that of a schedule")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999),
+        description="share of the average in the point of the gradient; decay rate of the running "
+        "mean of the squared gradient",
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    warmup_steps: int = Field(0, ge=0, description="steps of a linear rise of the learning rate")
+    r: float = Field(0.0, ge=0, description="later steps count by this power of their number")
+
+
+class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
+    """Trains with Schedule-Free AdamW: no decay of the learning rate, no horizon to know.
+
+    Gradients are taken at one set of weights (`y`), and another (`x`), their average, is the
+    model. Evaluation runs with `x`, and a checkpoint's model is `x`; the weights `y` come back
+    bit for bit, and are saved with the plugin's state, so that a resumed run is exact. Schedules
+    that decay are refused; `lr_constant` may warm up.
+
+    Source: Defazio et al. 2024, "The Road Less Scheduled"; `schedulefree.AdamWScheduleFree`.
+    """
+
+    slot: ClassVar[str | None] = "optimizer"
+    before: ClassVar[tuple[str, ...]] = ("checkpoint", "early_stop")
+    conflicts: ClassVar[tuple[str, ...]] = (
+        "ema",  # averages the same weights once more
+        "lr_cosine",
+        "lr_linear",
+        "lr_rsqrt",
+        "lr_torch",
+        "lr_wsd",
+    )
+    _optimizer: Any = None  # the package has no types
+    _model: nn.Module
+    _training_weights: dict[str, Tensor] | None = None  # copies, while `x` stands in their place
+
+    @hookimpl
+    def make_optimizer(self, engine: Engine) -> Optimizer:
+        """Build it over the model's parameters, grouped by pattern and by what decays.
+
+        Raises:
+            ConfigError: schedulefree is not installed, or a pattern matches no parameter.
+        """
+        try:
+            from schedulefree import AdamWScheduleFree
+        except ImportError as error:
+            raise ConfigError(
+                f"optim_schedulefree needs schedulefree, which cannot be imported ({error}); "
+                "install it: pip install 'nexus-trainer[schedulefree]'"
+            ) from error
+        config = self.config
+        made = AdamWScheduleFree(
+            groups_of(engine.model, config, self.name),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            warmup_steps=config.warmup_steps,
+            r=config.r,
+        )
+        made.train()
+        self._optimizer, self._model = made, engine.model
+        return cast(Optimizer, made)
+
+    @hookimpl(wrapper=True)
+    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
+        """Put the average in the model's place at the first batch of an evaluation."""
+        if not engine.training:
+            self._show_average()
+        return (yield)
+
+    @hookimpl
+    def on_eval(self) -> None:
+        """Bring the training weights back."""
+        self._bring_back()
+
+    @hookimpl
+    def on_start(self) -> None:
+        """Bring the training weights back, where a run goes on."""
+        self._bring_back()
+
+    @hookimpl
+    def on_finish(self) -> None:
+        """Leave the average in the model: it is what the run was for."""
+        self._show_average()
+
+    @hookimpl
+    def on_save(self, engine: Engine, snapshot: Snapshot) -> None:
+        """Let the snapshot's model be the average, and its optimizer one that trains."""
+        shown = self._training_weights is not None
+        self._bring_back()
+        snapshot["optimizer"] = engine.optimizer.state_dict()
+        snapshot["plugins"][self.name] = {
+            "version": self.state_version,
+            "state": {"training_weights": cast(StateDict, self._weights())},
+        }
+        self._show_average()
+        snapshot["model"] = copy.deepcopy(dict(engine.model.state_dict()))
+        if not shown:
+            self._bring_back()
+
+    @torch.no_grad()
+    def load_state_dict(self, state: StateDict) -> None:
+        """Put the training weights in the place of the average that the model was saved with."""
+        self._training_weights = None
+        saved = cast(dict[str, Tensor], state["training_weights"])
+        for name, weight in self._weights().items():
+            weight.copy_(saved[name])
+
+    def _weights(self) -> dict[str, Tensor]:
+        named = self._model.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad}
+
+    def _show_average(self) -> None:
+        if self._training_weights is None and self._optimizer is not None:
+            self._training_weights = {n: weight.clone() for n, weight in self._weights().items()}
+            self._optimizer.eval()
+
+    @torch.no_grad()
+    def _bring_back(self) -> None:
+        if self._training_weights is not None and self._optimizer is not None:
+            self._optimizer.train()
+            for name, weight in self._weights().items():
+                weight.copy_(self._training_weights[name])  # `train` alone comes near to them
+            self._training_weights = None

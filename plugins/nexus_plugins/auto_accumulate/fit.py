@@ -1,0 +1,104 @@
+"""How many rows fit into memory: by trying on CUDA, by measuring on Linux."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nexus_core.errors import RunError
+
+__all__ = ["forget_peak", "free_memory", "largest_measured", "largest_tried", "peak_memory"]
+
+Attempt = Callable[[int], None]
+"""Runs forward and backward over so many rows, and leaves nothing behind."""
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+def largest_tried(rows: int, attempt: Attempt, forget: Callable[[], None]) -> int:
+    """Halve the rows until an attempt does not run out of memory.
+
+    Args:
+        rows: to begin with.
+        attempt: raises `torch.OutOfMemoryError` where so many do not fit.
+        forget: gives memory back after an attempt that failed.
+
+    Raises:
+        RunError: one row does not fit.
+    """
+    while True:
+        try:
+            attempt(rows)
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                raise RunError(
+                    "auto_accumulate: not even one row fits into memory; use shorter rows, a "
+                    "smaller model, or --plugins recompute"
+                ) from error
+        else:
+            return rows
+        forget()  # out of the handler, which holds the failed attempt's tensors
+        rows = -(-rows // 2)
+
+
+def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
+    """Double the rows from one on while the next peak is sure to stay within `room`.
+
+    The peak of n rows is at most a constant and n times a slope, so twice the rows take at most
+    twice the peak: memory is never asked for that is not there.
+
+    Args:
+        rows: the most that are wanted.
+        peak: bytes that the attempts up to so many rows have taken at the most.
+        room: bytes that it may take.
+
+    Raises:
+        RunError: one row does not fit.
+    """
+    fits, taken = 1, peak(1)
+    if taken > room:
+        raise RunError(
+            f"auto_accumulate: one row takes {taken / 2**20:,.0f} MiB, and there is room for "
+            f"{max(room, 0) / 2**20:,.0f} MiB; use shorter rows, or --plugins recompute"
+        )
+    while fits < rows:
+        more = min(2 * fits, rows)
+        if taken * more / fits > room:
+            break
+        taken = peak(more)
+        if taken > room:
+            break
+        fits = more
+    return fits
+
+
+def forget_peak() -> bool:
+    """Set the high-water mark of this process's memory back; False where the system cannot."""
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Bytes that this process had resident at the most since `forget_peak`."""
+    return int(_found(r"VmHWM:\s+(\d+)", _STATUS)) * 1024
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group."""
+    free = int(_found(r"MemAvailable:\s+(\d+)", _MEMINFO)) * 1024
+    limit = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
+    return free if limit == "max" else min(free, int(limit) - int(_USED.read_text()))
+
+
+def _found(pattern: str, path: Path) -> str:
+    match = re.search(pattern, path.read_text())
+    assert match is not None, f"{path} has no {pattern}"
+    return match[1]

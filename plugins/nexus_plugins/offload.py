@@ -1,0 +1,146 @@
+"""Trades transfers for memory: activations wait in host memory for the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_parts.parameters import matching
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["OffloadConfig", "OffloadPlugin"]
+
+KIB = 1024
+
+
+class OffloadConfig(PluginConfig):
+    """Settings of offloading."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"without_cuda": "copy"}]})
+    match: tuple[str, ...] = Field(
+        ("*",), description="patterns of names of the modules whose activations are moved"
+    )
+    min_kib: float = Field(
+        1024, ge=0, description="smaller tensors stay on the device, in KiB: a transfer has a price"
+    )
+    without_cuda: Literal["refuse", "copy"] = Field(
+        "refuse",
+        description="on other devices: refuse, or copy within host memory, which saves nothing "
+        "and is for tests",
+    )
+
+
+class OffloadPlugin(Plugin[OffloadConfig]):
+    """Moves what the chosen modules keep for the backward pass to pinned host memory, and back.
+
+    The copies run beside the computation, on a stream of their own. Gradients are the same bits.
+    Weights are never moved, nor what autograd keeps outside of these modules (the losses).
+
+    Source: Rhu et al. 2016, "vDNN"; the hooks are those of `torch.autograd.graph`, as in
+    `save_on_cpu`, which waits for each copy and moves weights too.
+    """
+
+    after: ClassVar[tuple[str, ...]] = ("recompute",)  # then only its inputs are left to move
+    _wrapped: list[nn.Module]
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Wrap the modules.
+
+        Raises:
+            ConfigError: the device has no memory of its own, or a pattern matches no module.
+        """
+        if engine.device.type != "cuda" and self.config.without_cuda == "refuse":
+            raise ConfigError(
+                f"offload moves activations from CUDA to host memory, and this run is on "
+                f"{engine.device}; leave out offload, and try --plugins recompute"
+            )
+        mover = _Mover(engine.model, engine.device, int(self.config.min_kib * KIB))
+        self._wrapped = self._chosen(engine.model)
+        for module in self._wrapped:
+            module.forward = _offloading(module.forward, mover)
+
+    @hookimpl
+    def on_close(self) -> None:
+        """Give the modules their own `forward` back."""
+        for module in getattr(self, "_wrapped", []):
+            module.__dict__.pop("forward", None)
+        self._wrapped = []
+
+    def _chosen(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that match, without those that lie inside of another one."""
+        named = {name: module for name, module in model.named_modules() if name}
+        key = "offload.match"
+        found = {n for p in self.config.match for n in matching(named, p, key, "module")}
+        inner = {n for n in found if any(n.startswith(f"{other}.") for other in found)}
+        return [named[name] for name in named if name in found - inner]
+
+
+class _Mover:
+    """Takes tensors to host memory when autograd keeps them, and back when it asks for them."""
+
+    def __init__(self, model: nn.Module, device: torch.device, least: int) -> None:
+        self._model, self._least = model, least
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def hooks(self) -> AbstractContextManager[None]:
+        """What is kept for the backward pass within this context is moved."""
+        weights = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+
+        def keep(tensor: Tensor) -> tuple[torch.device, Tensor]:
+            moves = (
+                tensor.layout == torch.strided
+                and tensor.nbytes >= self._least
+                and tensor.untyped_storage().data_ptr() not in weights
+            )
+            return tensor.device, self._to_host(tensor) if moves else tensor
+
+        def bring(kept: tuple[torch.device, Tensor]) -> Tensor:
+            device, tensor = kept
+            return tensor if tensor.device == device else self._to_device(tensor, device)
+
+        return saved_tensors_hooks(keep, bring)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self._stream is None:
+            return tensor.clone()
+        computing = torch.cuda.current_stream(tensor.device)
+        self._stream.wait_stream(computing)
+        with torch.cuda.stream(self._stream):
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)
+        return host
+
+    def _to_device(self, host: Tensor, device: torch.device) -> Tensor:
+        if self._stream is None:
+            return host.to(device)
+        computing = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._stream):  # behind the copy to the host, in the same stream
+            tensor = host.to(device, non_blocking=True)
+        computing.wait_stream(self._stream)
+        tensor.record_stream(computing)
+        return tensor
+
+
+def _offloading(forward: Callable[..., Any], mover: _Mover) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **keywords)
+        with mover.hooks():
+            return forward(*arguments, **keywords)
+
+    return run

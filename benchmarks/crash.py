@@ -44,6 +44,8 @@ def config_of(steps: int, train: str, valid: str) -> dict[str, object]:
         "ema": {},
         "early_stop": {"patience": 1_000_000},  # watches, and lets the run reach all its kills
         "throughput": {},
+        "diagnose": {},
+        "grad_stats": {},
         "checkpoint": {"every": "2 steps", "keep_last": 3},
         "jsonl": {},
         "tensorboard": {},

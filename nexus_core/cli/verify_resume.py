@@ -95,7 +95,11 @@ class WitnessPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
-        states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
+        states = {
+            name: plugin.state_dict()
+            for name, plugin in engine.plugins.items()
+            if not getattr(plugin, "only_watches", False)  # a run's id in a service, say
+        }
         notes = {
             "step": engine.state.step,
             "batches": self._batches.hexdigest(),

@@ -126,7 +126,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     def state_dict(self) -> StateDict:
         """Scale, its growth, and the count of skipped steps."""
         if self._scaler is None:
-            return {}
+            return self._saved or {}
         return {"scaler": self._scaler.state_dict(), "skipped": self._skipped.item()}
 
     def load_state_dict(self, state: StateDict) -> None:

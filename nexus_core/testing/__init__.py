@@ -1,0 +1,37 @@
+"""A kit for the authors of plugins: a contract to test them by, and tiny things to try them in.
+
+    class TestSparkle(PluginContract):
+        plugin = "sparkle"
+        configs = ({}, {"strength": 2.0})
+
+See docs/testing.md. Nothing here needs pytest, which finds the checks of such a class by itself.
+"""
+
+from nexus_core.testing.contract import PluginContract
+from nexus_core.testing.distribution import fake_distribution
+from nexus_core.testing.probes import example_config
+from nexus_core.testing.report import Outcome, run_contract
+from nexus_core.testing.tiny import (
+    Parts,
+    TinyModel,
+    tiny_data,
+    tiny_engine,
+    tiny_losses,
+    tiny_model,
+    tiny_optimizer,
+)
+
+__all__ = [
+    "Outcome",
+    "Parts",
+    "PluginContract",
+    "TinyModel",
+    "example_config",
+    "fake_distribution",
+    "run_contract",
+    "tiny_data",
+    "tiny_engine",
+    "tiny_losses",
+    "tiny_model",
+    "tiny_optimizer",
+]

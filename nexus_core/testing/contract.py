@@ -1,0 +1,426 @@
+"""What every plugin must hold to, as a class of tests that a plugin's author subclasses."""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import SkipTest
+
+from nexus_core import ConfigError, Engine, Plugin, PluginError
+from nexus_core.defaults import Defaults
+from nexus_core.registry import HOOK_NAMES, Plan, arrange, installed, load, plugin_manager
+from nexus_core.state import Snapshot, seed_everything
+from nexus_core.testing.probes import (
+    FailingPlugin,
+    GradientProbePlugin,
+    answered,
+    gradients,
+    gradients_of_a_step,
+    joined,
+    make,
+    models_of,
+    shared_containers,
+    unmarked_methods,
+)
+from nexus_core.testing.states import differences, foreign_leaves, of_training, stored
+from nexus_core.testing.syncs import ReadWatch
+from nexus_core.testing.traces import changed, of_engine, of_process, of_torch
+from nexus_core.testing.trial import STEPS, Settings, Trial, some
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["PluginContract"]
+
+RESUMED_AT = (1, 4)
+ACCUMULATIONS = (1, 3)
+SPLIT = 3  # micro-batches
+UNKNOWN = "no_such_key"
+READS_ALLOWED = 1  # of the watched steps may read: a period of its own, as the log has
+PATIENCE = 2.0  # quickest steps without the plugin, where that is more than its budget
+SAMPLES = 4  # runs of which the quickest step counts
+LIKENESS = 0.85  # of a method's name to a hook's, from which on it is a slip
+IN_REVERSE = ("on_close",)
+
+
+class PluginContract(Trial):
+    """The checks. Subclass it in a test file, name the plugin, and run pytest.
+
+        class TestSparkle(PluginContract):
+            plugin = "sparkle"                  # as installed; or the class itself
+            configs = ({}, {"strength": 2.0})
+
+    By default the plugin trains a tiny model of token ids with two loss terms. One that needs
+    something else says so by overriding `model`, `data`, `optimizer`, `losses`, `beside` or
+    `settings_in`. Loss terms and plugins beside it are there in the runs without the plugin too.
+
+    Attributes:
+        plugin: name of an installed plugin, or its class.
+        configs: settings to try, each in every check; none: the examples of the config's JSON
+            schema, or the defaults.
+        off: settings under which training ends in the same bits as without the plugin (a logger's
+            ordinary ones, a limit that nothing reaches); None: there are none.
+        split_invariant: whether a step's gradient is the same however it is cut into
+            micro-batches; False for a plugin that changes the gradient by micro-batch.
+        tolerance: the relative distance up to which such gradients are the same.
+        budget: tensor operations that the plugin may add to a step, as a multiple of those of the
+            tiny step without it.
+        seconds: what it may add to the quickest step, in seconds.
+        reads_on_cpu: its functions that read tensors only where they are on the host.
+        horizon: of the runs; they are stopped after six steps.
+    """
+
+    def test_trains(self, settings: Settings, accumulate: int, tmp_path: Path) -> None:
+        """Trains, evaluates, logs and ends; parameters stay finite."""
+        engine = self._engine(settings, tmp_path, accumulate)
+        self._run(engine)
+        bad = [n for n, p in engine.model.named_parameters() if not bool(p.isfinite().all())]
+        self._expect(not bad, f"parameters are not finite after {engine.state.step} steps: {bad}")
+        told = engine.hook.summarize(engine=engine)
+        self._expect(all(isinstance(answer, Mapping) for answer in told), f"summarize gives {told}")
+
+    def test_config_is_strict(self, settings: Settings) -> None:
+        """Unknown keys and later changes are refused, in nested blocks too."""
+        plugin_class = self.plugin_class()
+        for model in models_of(plugin_class.config_class):
+            rules = model.model_config
+            for rule, wanted in (("extra", "forbid"), ("frozen", True)):
+                fault = f"{model.__name__} must have {rule}={wanted!r}: derive it from PluginConfig"
+                self._expect(rules.get(rule) == wanted, fault)
+        try:
+            plugin_class(**{**settings, UNKNOWN: 1})
+        except ConfigError as error:
+            self._expect(UNKNOWN in str(error), f"the error does not name the key: {error}")
+        else:
+            self._fail(f"the unknown key '{UNKNOWN}' is accepted")
+
+    def test_config_is_described(self) -> None:
+        """Plugin, config and every field say what they are."""
+        plugin_class = self.plugin_class()
+        for owner in (plugin_class, plugin_class.config_class):
+            text = vars(owner).get("__doc__") or ""
+            self._expect(bool(text.strip()), f"{owner.__name__} has no docstring")
+        missing = [
+            f"{model.__name__}.{key}"
+            for model in models_of(plugin_class.config_class)
+            for key, field in model.model_fields.items()
+            if not field.description
+        ]
+        self._expect(not missing, f"no description: {', '.join(missing)}; Field(description=...)")
+
+    def test_config_is_repeated_by_its_dump(self, settings: Settings) -> None:
+        """The config that a run writes into its folder gives the same config again."""
+        config = self._made(settings).config
+        again = self._made(config.model_dump(mode="json")).config
+        self._expect(again == config, f"{config!r} comes back as {again!r}")
+
+    def test_hooks_are_known(self, settings: Settings) -> None:
+        """No hook is misspelt, marked or not, and none asks for an argument that is not there."""
+        plugin = self._made(settings)
+        try:
+            plugin_manager(arrange([plugin, *self._needed(plugin)]), Defaults())
+        except PluginError as error:
+            self._fail(str(error))
+        for name in unmarked_methods(type(plugin)):
+            near = difflib.get_close_matches(name, HOOK_NAMES, 1, LIKENESS)
+            self._expect(
+                not near,
+                f"the method '{name}' is never called: it is no hook; is it '{''.join(near)}'?",
+            )
+
+    def test_order_holds(self, settings: Settings) -> None:
+        """The order it declares can be had, and is the order in which each hook is called."""
+        plugin = self._made(settings)
+        named = (*plugin.before, *plugin.after, *plugin.requires, *plugin.conflicts)
+        known = installed() if named else {}
+        for name in named:
+            near = difflib.get_close_matches(name, known, 1, LIKENESS)
+            slip = name not in known and near
+            self._expect(not slip, f"it names '{name}', which is not installed; is it {near}?")
+        others = self._companions(plugin)
+        groups = [others, *([other] for other in others)]
+        for group in [*groups, list(reversed(others))]:
+            company = {p.name: p for p in [*self._needed(plugin), *group]}
+            for given in ([plugin, *company.values()], [*company.values(), plugin]):
+                try:
+                    self._check_order(plugin, arrange(given))
+                except PluginError as error:
+                    self._fail(str(error))
+
+    def test_state_round_trips(self, settings: Settings, tmp_path: Path) -> None:
+        """What it saves is JSON and tensors, and loading it gives the same state back."""
+        engine = self._engine(settings, tmp_path / "one")
+        snapshot = self._run(engine)
+        saved = snapshot["plugins"].get(self._name())
+        if saved is None:
+            return
+        strange = foreign_leaves(saved["state"], f"{self._name()}.state_dict()")
+        self._expect(not strange, f"neither tensors nor JSON: {'; '.join(strange)}")
+        fresh = self._engine(settings, tmp_path / "other")
+        fresh.load_state_dict({**snapshot, "plugins": stored(snapshot["plugins"])})
+        loaded = fresh.plugins[self._name()].state_dict()
+        self._same(saved["state"], loaded, "load_state_dict gives another state than was saved")
+
+    def test_resume_is_bit_equal(self, settings: Settings, accumulate: int, tmp_path: Path) -> None:
+        """A run that goes on from a snapshot ends in the same bits as one that was not stopped."""
+        whole = self._run(self._engine(settings, tmp_path / "whole", accumulate))
+        taken: dict[int, Snapshot] = {}
+        self._run(self._engine(settings, tmp_path / "saving", accumulate), taken, RESUMED_AT)
+        for step, snapshot in taken.items():
+            engine = self._engine(settings, tmp_path / f"from-{step}", accumulate)
+            seed_everything(1234)  # generators are elsewhere, as in a new process
+            engine.load_state_dict(snapshot)
+            end = self._run(engine)
+            what = f"resumed at step {step}, step {STEPS} is not that of the run that went on"
+            self._same(of_training(whole), of_training(end), what)
+
+    def test_saving_changes_nothing(self, settings: Settings, tmp_path: Path) -> None:
+        """A run whose state is read at every step ends in the same bits."""
+        whole = self._run(self._engine(settings, tmp_path / "whole"))
+        saving = self._run(self._engine(settings, tmp_path / "saving"), {}, range(STEPS))
+        what = "reading the state (state_dict, on_save) changes the run"
+        self._same(of_training(whole), of_training(saving), what)
+
+    def test_split_of_a_step_is_free(self, settings: Settings, tmp_path: Path) -> None:
+        """The gradient of three micro-batches is that of one batch with all their rows."""
+        if not self.split_invariant:
+            raise SkipTest("the gradient hangs on the split, as the plugin says")
+        split = self._engine(settings, tmp_path / "split", SPLIT)
+        assert split.data is not None
+        batches = list(islice(iter(split.data.train), split.accumulate))
+        found = gradients_of_a_step(split, batches, self.horizon)
+        whole = self._engine(settings, tmp_path / "whole")
+        expected = gradients_of_a_step(whole, [joined(batches)], self.horizon)
+        for name, wanted in expected.items():
+            apart = (found[name] - wanted).norm() / wanted.norm().clamp(min=1e-6)
+            self._expect(
+                bool(apart <= self.tolerance),
+                f"the gradient of {name} in three micro-batches is {apart:.2g} (relative) away "
+                "from that of one batch: count in units of the step, and change gradients in "
+                "after_backward, once a step",
+            )
+
+    def test_gradient_is_left_alone_after_the_update(
+        self, settings: Settings, tmp_path: Path
+    ) -> None:
+        """What is done to gradients after the update has no effect any more."""
+        probe = GradientProbePlugin()
+        engine = self._engine(settings, tmp_path, first=[probe])
+        for at in self._steps(engine):
+            now = gradients(engine.model)
+            lines = differences(probe.seen, now)
+            what = f"in step {at}, gradients were changed after the update, where it is too late"
+            self._expect(not lines, f"{what} (use after_backward): {some(lines)}")
+
+    def test_device_is_not_waited_for(self, settings: Settings, tmp_path: Path) -> None:
+        """No tensor is read on the host in an ordinary step; logs and saves may read."""
+        engine = self._engine(settings, tmp_path, log_every=self.horizon)
+        watch = ReadWatch(engine, self._name(), self.reads_on_cpu)
+        with closing(self._steps(engine, evaluate=False)) as steps:
+            next(steps)
+            reading = 0
+            for _ in range(STEPS - 1):
+                before = len(watch.reads)
+                with watch:
+                    next(steps)
+                reading += len(watch.reads) > before
+        places = "; ".join(f"{read.what} at {read.where}" for read in dict.fromkeys(watch.reads))
+        self._expect(
+            reading <= READS_ALLOWED,
+            f"the device is waited for in {reading} of {STEPS - 1} steps: {places}. Keep the "
+            "number on the device (engine.log takes tensors), or read it in collect_metrics",
+        )
+
+    def test_operations_are_within_budget(self, settings: Settings, tmp_path: Path) -> None:
+        """It adds no more tensor operations to a step than `budget` allows, and not ever more."""
+        self._skip_makers("make_model", "make_data")
+        *_, plain = self._counted(self._plain_engine(tmp_path / "without", log_every=self.horizon))
+        early, middle, late = self._counted(
+            self._engine(settings, tmp_path / "with", log_every=self.horizon)
+        )
+        added, base = (late - plain).total(), plain.total()
+        self._expect(
+            added <= self.budget * base,
+            f"a step takes {added} more tensor operations beside {base}, more than the budget of "
+            f"{self.budget:g} times as many: {_most(late - plain)}. torch._foreach_* does many "
+            "tensors at once",
+        )
+        self._expect(
+            not early.total() < middle.total() < late.total(),
+            f"each step takes more operations than the one before: {_most(late - early)}",
+        )
+
+    def test_time_is_within_budget(self, settings: Settings, tmp_path: Path) -> None:
+        """The quickest step is hardly slower than the quickest without it.
+
+        Up to `seconds`, or on a machine that is busy elsewhere twice the step itself, are granted.
+        """
+        self._skip_makers("make_model", "make_data")
+        quickest = {"with": float("inf"), "without": float("inf")}
+        for sample in range(SAMPLES):
+            for kind, best in quickest.items():
+                folder = tmp_path / f"{kind}-{sample}"
+                plain = kind == "without"
+                engine = self._plain_engine(folder) if plain else self._engine(settings, folder)
+                quickest[kind] = min(best, self._quickest_step(engine))
+            added = quickest["with"] - quickest["without"]
+            if added <= max(self.seconds, PATIENCE * quickest["without"]):
+                return
+        slow, quick = (1e3 * quickest[kind] for kind in ("with", "without"))
+        self._fail(f"its quickest step takes {slow:.1f} ms, and {quick:.1f} ms without it")
+
+    def test_engines_share_no_state(self, settings: Settings, tmp_path: Path) -> None:
+        """Two runs side by side in one process end as each does alone."""
+        seeds = (5, 6)
+        alone = [
+            self._run(self._engine(settings, tmp_path / f"alone-{seed}", seed=seed))
+            for seed in seeds
+        ]
+        plugin_class = self.plugin_class()
+        before = shared_containers(plugin_class)
+        together = self._side_by_side(settings, seeds, tmp_path)
+        for seed, one, other in zip(seeds, alone, together, strict=True):
+            what = f"beside another engine, the run of seed {seed} takes another course"
+            self._same(of_training(one), of_training(other), what)
+        lines = differences(before, shared_containers(plugin_class))
+        self._expect(not lines, f"engines share what belongs to each plugin object: {some(lines)}")
+
+    def test_off_is_absent(self, tmp_path: Path) -> None:
+        """With the settings `off`, training ends in the same bits as without the plugin."""
+        if self.off is None:
+            raise SkipTest("no settings are declared (off) that leave training as it is")
+        plain = self._run(self._plain_engine(tmp_path / "without"))
+        off = self._run(self._engine(self.off, tmp_path / "off"))
+        for part in ("model", "optimizer", "random"):
+            what = f"with {dict(self.off)} training is not as without the plugin"
+            self._same({part: plain[part]}, {part: off[part]}, what)
+
+    def test_leaves_no_trace(self, settings: Settings, tmp_path: Path) -> None:
+        """After it, model, optimizer and torch are as they were, and train on as without it."""
+        plain = self._run(self._plain_engine(tmp_path / "before"))
+        engine = self._checked_for_traces(settings, tmp_path / "with")
+        again = self._run(self._plain_engine(tmp_path / "after"))
+        what = "a run without the plugin takes another course after one with it"
+        self._same(of_training(plain), of_training(again), what)
+        if "make_model" in answered(self._made(settings)):
+            return
+        copied = self._plain_engine(tmp_path / "copied").model
+        copied.load_state_dict(engine.model.state_dict())
+        used, fresh = (
+            self._run(self._plain_engine(tmp_path / name, model=model))
+            for name, model in (("used", engine.model), ("fresh", copied))
+        )
+        what = "the model that it was used on trains on in another way than a copy of it"
+        self._same({"model": fresh["model"]}, {"model": used["model"]}, what)
+
+    def test_leaves_no_trace_after_a_failure(self, settings: Settings, tmp_path: Path) -> None:
+        """The same where the run fails: in its third step, or before the plugin has started."""
+        for failing in (FailingPlugin(3), FailingPlugin(0)):
+            self._checked_for_traces(settings, tmp_path / f"failing-{failing.at}", failing)
+
+    def test_leaks_nothing(self, settings: Settings, tmp_path: Path) -> None:
+        """Threads, processes, open files, signal handlers and streams are given back."""
+        self._checked_for_leaks(settings, tmp_path)
+
+    def test_leaks_nothing_after_a_failure(self, settings: Settings, tmp_path: Path) -> None:
+        """The same where the run fails: in its third step, or before the plugin has started."""
+        for failing in (FailingPlugin(3), FailingPlugin(0)):
+            self._checked_for_leaks(settings, tmp_path / f"failing-{failing.at}", failing)
+
+    @classmethod
+    def checks(cls) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every check by name, with the arguments of each of its cases (all but `tmp_path`)."""
+        arguments = {"settings": cls.cases(), "accumulate": ACCUMULATIONS}
+        for name in dict.fromkeys(name for base in cls.__mro__[::-1] for name in vars(base)):
+            if name.startswith("test_") and callable(getattr(cls, name)):
+                cases: list[dict[str, Any]] = [{}]
+                wanted = inspect.signature(getattr(cls, name)).parameters
+                for key, values in arguments.items():
+                    if key in wanted:
+                        cases = [{**case, key: value} for case in cases for value in values]
+                yield from ((name, case) for case in cases)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Tell pytest the cases of each check."""
+        if "settings" in metafunc.fixturenames:
+            cases = self.cases()
+            metafunc.parametrize("settings", cases, ids=[str(i) for i in range(len(cases))])
+        if "accumulate" in metafunc.fixturenames:
+            metafunc.parametrize("accumulate", ACCUMULATIONS, ids="accumulate-{}".format)
+
+    def _checked_for_traces(
+        self, settings: Settings, out: Path, failing: FailingPlugin | None = None
+    ) -> Engine:
+        torch_before = of_torch()
+        engine = self._engine(settings, out, first=[failing] if failing else [])
+        before = of_engine(engine)
+        self._ended(engine, failing)
+        left = changed(before, of_engine(engine)) + changed(torch_before, of_torch())
+        self._expect(not left, f"after on_close it has left behind: {some(left)}")
+        return engine
+
+    def _checked_for_leaks(
+        self, settings: Settings, out: Path, failing: FailingPlugin | None = None
+    ) -> None:
+        self._run(self._plain_engine(out / "plain"))  # what torch and the engine open, they keep
+        before = of_process()
+        engine = self._engine(settings, out / "with", first=[failing] if failing else [])
+        made = of_process()
+        self._ended(engine, failing)
+        left = changed(made, of_process(made))
+        self._expect(not left, f"after on_close it has left behind: {some(left)}")
+        del engine  # what was opened for making it, such as data, goes with it
+        if changed(before, of_process(before)):
+            gc.collect()
+        left = changed(before, of_process(before))
+        self._expect(not left, f"when the engine is gone, there still is: {some(left)}")
+
+    def _needed(self, plugin: Plugin[Any]) -> list[Plugin[Any]]:
+        """What it requires, as far as that can be loaded."""
+        return [other for other in self.beside() if other.name in plugin.requires]
+
+    def _companions(self, plugin: Plugin[Any]) -> list[Plugin[Any]]:
+        """The installed plugins whose place it speaks of, one for each slot."""
+        found: dict[str, Plugin[Any]] = {}
+        for name in (*plugin.before, *plugin.after):
+            try:
+                other = make(load(name))
+            except PluginError:  # not installed, or not with what it needs: then it is not there
+                continue
+            taken = {p.slot for p in found.values()} | {plugin.slot}
+            if other.slot is None or other.slot not in taken:
+                found[name] = other
+        names = {plugin.name, *found}
+        return [p for p in found.values() if {*p.requires} <= names and not {*p.conflicts} & names]
+
+    def _check_order(self, plugin: Plugin[Any], plan: Plan) -> None:
+        """Each hook that both answer is called in the declared order."""
+        hooks = plugin_manager(plan, Defaults()).hook
+        rules = [(plugin.name, other) for other in plugin.before]
+        rules += [(other, plugin.name) for other in plugin.after]
+        for hook in (name for name in HOOK_NAMES if name not in IN_REVERSE):
+            called = list(reversed(getattr(hooks, hook).get_hookimpls()))
+            order = [impl.plugin_name for impl in called]
+            kinds = {impl.plugin_name: impl.wrapper for impl in called}
+            marks = {impl.plugin_name: impl.tryfirst or impl.trylast for impl in called}
+            if not marks.get(plugin.name):
+                continue  # what another plugin's mark does is not this one's to mend
+            for earlier, later in rules:
+                comparable = earlier in kinds and kinds[earlier] is kinds.get(later)
+                self._expect(
+                    not comparable or order.index(earlier) < order.index(later),
+                    f"'{later}' is called before '{earlier}' in {hook}, against what it declares: "
+                    "its tryfirst or trylast there stands above before and after",
+                )
+
+
+def _most(counts: Counter[str]) -> str:
+    """The operations that are most of it, and how many there are of each."""
+    return ", ".join(f"{name} {count}x" for name, count in counts.most_common(5))

@@ -1,0 +1,241 @@
+"""The runs that a plugin is tried in: what they are made of, and how they go."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeAlias
+from unittest import SkipTest
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nexus_core import Batch, Engine, Plugin
+from nexus_core.registry import load
+from nexus_core.state import Snapshot, random_state, set_random_state, snap
+from nexus_core.testing.probes import FailingPlugin, PlannedError, answered, example_config, make
+from nexus_core.testing.states import differences
+from nexus_core.testing.syncs import Operations
+from nexus_core.testing.tiny import (
+    Parts,
+    tiny_data,
+    tiny_engine,
+    tiny_losses,
+    tiny_model,
+    tiny_optimizer,
+)
+
+__all__ = ["STEPS", "Settings", "Trial", "some"]
+
+Settings: TypeAlias = Mapping[str, Any]
+
+STEPS = 6
+SEED, LOGGED = 5, "2 steps"
+ENOUGH = "the check has seen enough"
+
+
+class Trial:
+    """What a plugin is tried in; `PluginContract` says what the attributes mean."""
+
+    plugin: ClassVar[str | type[Plugin[Any]]]
+    configs: ClassVar[Sequence[Settings]] = ()
+    off: ClassVar[Settings | None] = None
+    split_invariant: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-4
+    budget: ClassVar[float] = 1.0
+    seconds: ClassVar[float] = 0.02
+    reads_on_cpu: ClassVar[tuple[str, ...]] = ()
+    horizon: ClassVar[str] = "100000 steps"
+
+    # -- what the plugin needs; override at will
+
+    def model(self) -> nn.Module:
+        """A new model, from torch's generator; not asked where a plugin makes the model."""
+        return tiny_model()
+
+    def data(self) -> Iterable[Batch]:
+        """Batches to train and evaluate on; not asked where a plugin makes the data."""
+        return tiny_data()
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """An optimizer; not asked where a plugin makes it."""
+        return tiny_optimizer(model)
+
+    def losses(self) -> Iterable[Plugin[Any]]:
+        """New plugins with loss terms, beside those of the plugin itself."""
+        return tiny_losses()
+
+    def beside(self) -> Iterable[Plugin[Any]]:
+        """New plugins that the plugin cannot do without."""
+        return [make(load(name)) for name in self.plugin_class().requires]
+
+    def settings_in(self, folder: Path, settings: Settings) -> Settings:
+        """The settings for a run in a folder: write there what the plugin reads, and name it."""
+        return settings
+
+    @classmethod
+    def plugin_class(cls) -> type[Plugin[Any]]:
+        """The class under test.
+
+        Raises:
+            PluginError: there is no such plugin, or it cannot be loaded.
+        """
+        if isinstance(cls.plugin, str):
+            cls.plugin = load(cls.plugin)
+        return cls.plugin
+
+    @classmethod
+    def cases(cls) -> list[Settings]:
+        """The settings that every check is made with."""
+        return list(cls.configs) or [example_config(cls.plugin_class())]
+
+    def _made(self, settings: Settings) -> Plugin[Any]:
+        return self.plugin_class()(**settings)
+
+    def _name(self) -> str:
+        return self.plugin_class().name
+
+    def _engine(
+        self,
+        settings: Settings,
+        out: Path,
+        accumulate: int = 1,
+        *,
+        seed: int = SEED,
+        log_every: str = LOGGED,
+        first: Sequence[Plugin[Any]] = (),
+    ) -> Engine:
+        """An engine with the plugin, those that it needs, and the parts."""
+        out.mkdir(parents=True, exist_ok=True)
+        return tiny_engine(
+            *first,
+            self._made(self.settings_in(out, settings)),
+            *self.beside(),
+            parts=self._parts(),
+            seed=seed,
+            accumulate=accumulate,
+            log_every=log_every,
+            out=out,
+        )
+
+    def _plain_engine(
+        self, out: Path, *, model: nn.Module | None = None, log_every: str = LOGGED
+    ) -> Engine:
+        """The same without the plugin."""
+        out.mkdir(parents=True, exist_ok=True)
+        return tiny_engine(
+            *self.beside(),
+            parts=self._parts(),
+            model=model,
+            seed=SEED,
+            log_every=log_every,
+            out=out,
+        )
+
+    def _parts(self) -> Parts:
+        return Parts(self.model, self.data, self.optimizer, self.losses)
+
+    def _steps(self, engine: Engine, evaluate: bool = True) -> Generator[int]:
+        """Run it for a few steps, and to a proper end."""
+        data: dict[str, Iterable[Batch]] | None = None if evaluate else {}
+        steps = engine.steps(until=self.horizon, eval_every="3 steps", eval_data=data)
+        for state in steps:
+            yield state.step
+            if state.step >= STEPS:
+                engine.stop(ENOUGH)
+        self._expect(
+            engine.state.step >= STEPS,
+            f"the run ended at step {engine.state.step} ({engine.stop_reason}); the checks need "
+            f"{STEPS} steps: give settings with which it goes on for so long",
+        )
+
+    def _run(
+        self, engine: Engine, taken: dict[int, Snapshot] | None = None, at: Iterable[int] = ()
+    ) -> Snapshot:
+        """What the state is after the last step; and what it saves at the steps `at`."""
+        for step in self._steps(engine):
+            if taken is not None and step in at:
+                taken[step] = copy.deepcopy(engine.state_dict())
+            if step == STEPS:
+                end = copy.deepcopy(snap(engine))
+        return end
+
+    def _side_by_side(self, settings: Settings, seeds: Sequence[int], out: Path) -> list[Snapshot]:
+        """Run an engine for each seed, a step of one after a step of the other.
+
+        Each has the random generators for itself, which a process has but once.
+        """
+        ends: list[Snapshot] = []
+        running = []
+        for seed in seeds:
+            engine = self._engine(settings, out / f"together-{seed}", seed=seed)
+            running.append((engine, self._steps(engine), random_state()))
+        while running:
+            engine, steps, generators = running.pop(0)
+            set_random_state(generators)
+            if next(steps, None) is None:
+                continue
+            if engine.state.step == STEPS:
+                ends.append(copy.deepcopy(snap(engine)))
+            running.append((engine, steps, random_state()))
+        return ends
+
+    def _counted(self, engine: Engine) -> list[Counter[str]]:
+        """The tensor operations of the second, the fourth and the last step."""
+        counts = []
+        with closing(self._steps(engine, evaluate=False)) as steps:
+            for _ in range(STEPS):
+                with Operations() as operations:
+                    next(steps)
+                counts.append(Counter(operations.counts))
+        return counts[1::2]
+
+    def _quickest_step(self, engine: Engine) -> float:
+        seconds = []
+        with closing(self._steps(engine, evaluate=False)) as steps:
+            for _ in range(STEPS):
+                started = time.perf_counter()
+                next(steps)
+                seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    def _ended(self, engine: Engine, failing: FailingPlugin | None) -> None:
+        """Run it to its end, or to the failure."""
+        if failing is None:
+            self._run(engine)
+            return
+        try:
+            self._run(engine)
+        except PlannedError:
+            return
+        except Exception as error:
+            self._fail(
+                f"where another plugin fails in {failing.moment}, it fails too, with "
+                f"{type(error).__name__}: {error}; on_close must work after any failure"
+            )
+        self._fail(f"an error of another plugin in {failing.moment} is swallowed")
+
+    def _skip_makers(self, *hooks: str) -> None:
+        if found := {*hooks} & answered(self._made(self.cases()[0])):
+            raise SkipTest(f"it answers {min(found)}: no step without it compares with its own")
+
+    def _same(self, one: Any, other: Any, what: str) -> None:
+        lines = differences(one, other)
+        self._expect(not lines, f"{what}: {some(lines)}")
+
+    def _expect(self, holds: bool, fault: str) -> None:
+        if not holds:
+            self._fail(fault)
+
+    def _fail(self, fault: str) -> NoReturn:
+        raise AssertionError(f"plugin '{self._name()}': {fault}")
+
+
+def some(lines: Sequence[str], most: int = 3) -> str:
+    """The first lines, not too long, and how many there are besides."""
+    rest = f"; and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(f"{line:.300}" for line in lines[:most]) + rest

@@ -1,0 +1,128 @@
+"""Every plugin of this distribution, found by its entry point, holds to the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nexus_core import Plugin
+from nexus_core.registry import load
+from nexus_core.testing import PluginContract, tiny_model
+
+QUICK = {
+    "test_config_is_strict",
+    "test_config_is_repeated_by_its_dump",
+    "test_hooks_are_known",
+    "test_device_is_not_waited_for",
+}
+"""Checks that are made each time; made for every plugin, the others take a minute."""
+
+
+class FirstPartyContract(PluginContract):
+    """The contract with its longer checks marked as slow."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        marks = [] if metafunc.function.__name__ in QUICK else [pytest.mark.slow]
+        if "settings" in metafunc.fixturenames:
+            cases = [pytest.param(case, marks=marks) for case in self.cases()]
+            metafunc.parametrize("settings", cases, ids=range(len(cases)))
+        if "accumulate" in metafunc.fixturenames:
+            metafunc.parametrize("accumulate", (1, 3), ids="accumulate-{}".format)
+
+
+class OnNexus(FirstPartyContract):
+    """For losses of what the modules of NEXUS report: they are beside a small one."""
+
+    pytestmark = pytest.mark.slow
+    tolerance = 1e-3
+
+    def beside(self) -> Iterable[Plugin[Any]]:
+        sizes = {"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16}
+        return [load("model_nexus")(**sizes)]
+
+
+class OnText(FirstPartyContract):
+    """For what reads text: a file, and a model that knows bytes."""
+
+    pytestmark = pytest.mark.slow
+
+    def model(self) -> nn.Module:
+        return tiny_model(vocabulary=300)
+
+    def settings_in(self, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        text = folder / "corpus.txt"
+        text.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(400)))
+        return {**settings, "train": str(text), "cache_dir": str(folder / "cache")}
+
+
+class Compiled(FirstPartyContract):
+    """For what compiles: the compiler forgets between checks, and takes its time."""
+
+    pytestmark = pytest.mark.slow
+
+    def setup_method(self) -> None:
+        torch.compiler.reset()
+
+
+TIMED = {"start_length": 2, "end_length": 8, "round_to": 2, "warmup": "4 steps"}
+RULE = {"target": "tiny_next.weight", "start": 0.5, "end": 1.0, "over": "4 steps"}
+ON_FP16 = {"dtype": "fp16", "initial_scale": 1024.0, "growth_interval": 2}
+BASES: Mapping[str, type[FirstPartyContract]] = {
+    "compile": Compiled,
+    "data_text": OnText,
+    **dict.fromkeys(("loss_causal", "loss_energy", "loss_reason", "loss_world"), OnNexus),
+}
+NEEDS: Mapping[str, Mapping[str, Any]] = {
+    "amp": {"configs": ({}, ON_FP16), "tolerance": 2e-2},
+    "checkpoint": {"configs": ({"every": "4 steps"},), "off": {"every": "2 steps"}},
+    "clip": {"configs": ({}, {"max_norm": 0.01}), "off": {"max_norm": 1e9}},
+    "console": {"off": {}},
+    "curriculum": {"configs": (TIMED, {**TIMED, "mode": "truncate"}), "off": {"start_length": 8}},
+    "data_text": {"configs": ({"seq_len": 32, "batch_size": 2},)},
+    "early_stop": {"off": {}},
+    "ema": {"off": {}},
+    "guard": {
+        "configs": ({}, {"policy": "rollback", "spike_threshold": 100.0}),
+        "off": {},
+        "reads_on_cpu": ("after_backward",),
+    },
+    "jsonl": {"off": {}},
+    "loss_reason": {"configs": ({}, {"weight": 1.0})},
+    "lr_finder": {"reads_on_cpu": ("on_step",)},
+    "lr_cosine": {"configs": ({"warmup": "2 steps"},)},
+    "model_nexus": {
+        "configs": ({"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},),
+        "pytestmark": pytest.mark.slow,
+        "tolerance": 1e-3,
+    },
+    "pcgrad": {"budget": 2.0},  # a gradient for each term, and the projections
+    "recompute": {"off": {}},
+    "schedule": {"configs": ({"rules": [RULE]},)},
+    "tensorboard": {"off": {}},
+    "throughput": {"off": {}},
+    "weigh_gradnorm": {"configs": ({}, {"every": 2})},
+}
+
+
+def contract_of(name: str) -> type[FirstPartyContract]:
+    """The contract of one plugin, with what it needs."""
+    return type(f"Test_{name}", (BASES.get(name, FirstPartyContract),), {
+        "plugin": name, "__module__": __name__, **NEEDS.get(name, {})
+    })  # fmt: skip
+
+
+NAMES = [
+    e.name for e in entry_points(group="nexus.plugins") if e.value.startswith("nexus_plugins.")
+]
+globals().update({f"Test_{name}": contract_of(name) for name in NAMES})
+
+
+def test_no_need_is_of_a_plugin_that_is_gone() -> None:
+    """Breaks if an entry above outlives its plugin, or misspells it and is never used."""
+    assert {*NEEDS, *BASES} <= {*NAMES}

@@ -38,7 +38,7 @@ def linear_cross_entropy(
         logits are at hand. Here the smoothing's terms, of rank one, never touch the logits.
     """
     counted = labels != ignore_index
-    chosen = _dropped if hidden.device.type == "cpu" else _emptied
+    chosen = _dropped if hidden.is_cpu else _emptied
     hidden, labels, silent = chosen(hidden, labels, counted)
     inputs = (hidden, weight, labels, label_smoothing, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(*inputs)  # type: ignore[no-untyped-call]

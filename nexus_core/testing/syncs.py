@@ -48,8 +48,9 @@ class ReadWatch(TorchFunctionMode):
     """While it is active, notes every read of a tensor that the code of one plugin makes.
 
     A read counts when a frame of the plugin is on the stack below the engine that called it:
-    a method of its, or a function of its module or package. Tensors tell the plugin's own lines
-    that they are not on the host (`is_cpu` is False), so what it reads on a CPU alone is not seen.
+    a method of its, or a function of its module or package. Tensors tell the plugin, and what it
+    calls, that they are not on the host (`is_cpu` is False), so what it reads on a CPU alone is
+    not seen.
     A copy to the host is seen as `.cpu()` and `.to("cpu")`; to a `torch.device` it may be one to
     the run's own device. Other threads are not watched.
 
@@ -76,7 +77,8 @@ class ReadWatch(TorchFunctionMode):
     ) -> Any:
         """Note the call where it is a read, and make it."""
         keywords = kwargs or {}
-        if func == _IS_CPU.__get__ and self._owns(sys._getframe(1)):
+        frames = _below_the_engine(sys._getframe(1))
+        if func == _IS_CPU.__get__ and any(map(self._owns, frames)):
             return False
         if what := _read(func, args, keywords):
             self._note(what, sys._getframe(1))

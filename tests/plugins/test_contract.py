@@ -76,7 +76,9 @@ ON_FP16 = {"dtype": "fp16", "initial_scale": 1024.0, "growth_interval": 2}
 BASES: Mapping[str, type[FirstPartyContract]] = {
     "compile": Compiled,
     "data_text": OnText,
-    **dict.fromkeys(("loss_causal", "loss_energy", "loss_reason", "loss_world"), OnNexus),
+    **dict.fromkeys(
+        ("loss_causal", "loss_energy", "loss_lm", "loss_reason", "loss_world"), OnNexus
+    ),
 }
 NEEDS: Mapping[str, Mapping[str, Any]] = {
     "amp": {"configs": ({}, ON_FP16), "tolerance": 2e-2},

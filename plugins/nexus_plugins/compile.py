@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import ConfigDict, Field
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_parts.parameters import matching
@@ -53,6 +54,7 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     after: ClassVar[tuple[str, ...]] = ("recompute",)
     _compiled: list[nn.Module]
+    _donated: bool
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -63,6 +65,8 @@ class CompilePlugin(Plugin[CompileConfig]):
         """
         self._check_backend(engine.device)
         self._compiled = self._chosen(engine.model)
+        # Compiled code must not reuse what it saved: pcgrad, say, goes backward once a term.
+        self._donated, functorch_config.donated_buffer = functorch_config.donated_buffer, False
         for module in self._compiled:
             module.compile(
                 mode=None if self.config.mode == "default" else self.config.mode,
@@ -73,8 +77,10 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     @hookimpl
     def on_close(self) -> None:
-        """Give the modules back as they were."""
-        for module in getattr(self, "_compiled", []):
+        """Give the modules back as they were, and PyTorch's setting."""
+        if compiled := getattr(self, "_compiled", []):
+            functorch_config.donated_buffer = self._donated
+        for module in compiled:
             module._compiled_call_impl = None
         self._compiled = []
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from nexus_core import ConfigError, Engine
 from nexus_plugins.compile import CompilePlugin
@@ -119,6 +120,17 @@ def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
     second.fit(data(), until="4 steps")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_what_is_saved_for_the_backward_pass_stays_for_a_second_one() -> None:
+    """Breaks if compiled code may reuse its buffers: pcgrad's second term then finds them gone."""
+    before = functorch_config.donated_buffer
+    for _ in (engine := engine_of(CompilePlugin(backend="aot_eager"))).steps(
+        data(), until="1 step"
+    ):
+        assert not functorch_config.donated_buffer
+    assert engine.state.step == 1
+    assert functorch_config.donated_buffer == before
 
 
 @pytest.mark.slow

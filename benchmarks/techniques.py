@@ -1,0 +1,504 @@
+"""What each training technique costs and gains: time, memory and loss, with it and without.
+
+    python -m benchmarks.techniques [NAME ...] [--rounds 5] [--seeds 2] [--quick] [--json PATH]
+
+    amp          a step of the whole model with its five losses, in bfloat16 and in float32
+    recompute    peak of activation memory and time, at 8 layers and rows of 2,048 tokens
+    compile      a step of the backbone, compiled and eager, in both precisions
+    cost         a step of the whole model with clip, ema, and each way of weighing
+    scales       what is left of two loss terms of scales 1:1000, weighed in each way
+    quickstart   the quickstart with curriculum, ema, lr_wsd and optim_muon
+
+All train through the engine, with random tokens but for the quickstart. The whole model has
+vocabulary 32,000, width 256 and 6 layers, and reads rows of 512 tokens. What is compared takes
+turns in one process, in an order that turns around from round to round, so that a slower moment
+of the machine meets all of it; a ratio is the median over the rounds of the ratio within a round.
+The first step of each is not counted.
+
+Activation memory is the most that one forward and backward pass has allocated at any moment, from
+the profiler's record of every allocation; weights and their gradients are there before.
+
+The quickstart and its variants train 10 steps in turn, and are then evaluated, off the clock. The
+time of a variant is that of its training until an evaluation was first as good as the last one of
+the quickstart itself; the loss after as many steps has a line of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.overhead import machine
+from nexus_core import Engine, Loss, LossConfig, Plugin
+from nexus_core.cli.build import build_plugins, make_engine
+from nexus_core.cli.settings import read_settings
+from nexus_core.loader import RunData
+from nexus_core.registry import load
+from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
+
+LOSSES = ("loss_lm", "loss_world", "loss_reason", "loss_energy", "loss_causal")
+MODULES = ("world", "reason", "energy", "causal")
+FOREVER = "1000000 steps"
+EVALUATED_EVERY = 10  # steps of the quickstart
+TERMS = ("small", "large")
+PLAIN = "quickstart"
+WITHOUT_FILES = "no:console,no:jsonl,no:tensorboard,no:checkpoint"
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # plugins and settings beside the preset's
+    "curriculum": (
+        "curriculum",
+        ("curriculum.start_length=64", "curriculum.end_length=512", "curriculum.warmup=70 steps"),
+    ),
+    "ema": ("ema", ("ema.decay=0.98",)),
+    "lr_wsd": ("lr_wsd", ("lr_wsd.warmup=15 steps", "lr_wsd.min_lr=0.0003")),
+    "optim_muon": ("optim_muon", ("optim_muon.lr=0.006", "optim_muon.weight_decay=0.1")),
+}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is.
+
+    Args:
+        vocabulary: tokens that the model knows.
+        width: of the model.
+        layers: of the backbone.
+        rows: in a batch.
+        length: of a row, in tokens.
+    """
+
+    vocabulary: int = 32_000
+    width: int = 256
+    layers: int = 6
+    rows: int = 2
+    length: int = 512
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is measured.
+
+    Args:
+        rounds: turns of what is compared.
+        seeds: of the runs that are compared by their loss.
+        size: of the whole model.
+        deep: where memory is what counts.
+        steps: of the problem with two terms.
+        quickstart: settings of the quickstart over those of the preset.
+    """
+
+    rounds: int
+    seeds: int
+    size: Size = Size()
+    deep: Size = Size(layers=8, rows=1, length=2_048)
+    steps: int = 400
+    quickstart: tuple[str, ...] = ()
+
+
+TINY = Size(vocabulary=64, width=16, layers=2, rows=1, length=64)
+QUICK_QUICKSTART = (
+    "until=20 steps",
+    "data_text.seq_len=64",
+    "data_text.batch_size=2",
+    "data_text.valid_limit=512",
+    "model_nexus.d_model=32",
+    "model_nexus.ssm_head_dim=32",
+    "model_nexus.ssm_n_layers=1",
+)
+QUICK = Scope(2, 1, TINY, replace(TINY, layers=8, length=128), 30, QUICK_QUICKSTART)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing measured with a technique and without.
+
+    Args:
+        technique: the plugin, with what else matters.
+        what: what was measured.
+        unit: of the two numbers.
+        without: the median.
+        with_it: the median; None where it never came to that.
+        ratio: with it over without: the median over rounds or seeds.
+        at_most: what the ratio is asked to be; None: nothing is asked.
+    """
+
+    technique: str
+    what: str
+    unit: str
+    without: float
+    with_it: float | None
+    ratio: float | None
+    at_most: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        technique: str,
+        what: str,
+        unit: str,
+        without: Sequence[float],
+        with_it: Sequence[float | None],
+        at_most: float | None = None,
+    ) -> Row:
+        """Of the numbers of each round, or of each seed."""
+        before, there = statistics.median(without), [n for n in with_it if n is not None]
+        if len(there) < len(with_it):
+            return cls(technique, what, unit, before, None, None, at_most)
+        ratio = statistics.median(b / a for a, b in zip(without, there, strict=True))
+        return cls(technique, what, unit, before, statistics.median(there), ratio, at_most)
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the ratio is as asked; None where nothing is asked."""
+        return None if self.at_most is None or self.ratio is None else self.ratio <= self.at_most
+
+
+# -- what is measured
+
+
+def measure_amp(scope: Scope) -> Iterator[Row]:
+    """A step in bfloat16 beside one in float32; asked: 1.6 times as fast."""
+    wide, narrow = in_turns(
+        {
+            "float32": stepping(nexus_engine(scope.size)),
+            "bfloat16": stepping(nexus_engine(scope.size, plugin("amp"))),
+        },
+        scope.rounds,
+    ).values()
+    yield Row.of("amp", "step, whole model", "s", wide, narrow, at_most=1 / 1.6)
+
+
+def measure_recompute(scope: Scope) -> Iterator[Row]:
+    """Peak of activations, asked: 40% less; and the time that it costs."""
+    kept, recomputed = (
+        [peak_memory(stepping(nexus_engine(scope.deep, *chosen))) / 2**20]
+        for chosen in ((), (plugin("recompute"),))
+    )
+    depth = f"{scope.deep.layers} layers, {scope.deep.length:,} tokens"
+    yield Row.of("recompute", f"activations, {depth}", "MB", kept, recomputed, at_most=0.6)
+    kept, recomputed = in_turns(
+        {
+            "kept": stepping(nexus_engine(scope.deep)),
+            "recomputed": stepping(nexus_engine(scope.deep, plugin("recompute"))),
+        },
+        scope.rounds,
+    ).values()
+    yield Row.of("recompute", f"step, {depth}", "s", kept, recomputed)
+
+
+def measure_compile(scope: Scope) -> Iterator[Row]:
+    """A step of the backbone compiled beside eager; asked: 1.3 times as fast."""
+    for precision, narrow in (("float32", False), ("bfloat16", True)):
+        steps = {
+            name: stepping(backbone_engine(scope.size, *amp(narrow), *chosen))
+            for name, chosen in (("eager", ()), ("compiled", (plugin("compile"),)))
+        }
+        title = f"compile, {precision}"
+        eager, compiled = ([timed(step)] for step in steps.values())
+        yield Row.of(title, "first step", "s", eager, compiled)
+        eager, compiled = in_turns(steps, scope.rounds).values()
+        yield Row.of(title, "step, backbone", "s", eager, compiled, at_most=1 / 1.3)
+
+
+def measure_cost(scope: Scope) -> Iterator[Row]:
+    """A step with each of the small techniques beside one without any."""
+    names = ("clip", "ema", "weigh_magnitude", "weigh_uncertainty", "weigh_gradnorm", "pcgrad")
+    cases = {"none": (), **{name: (plugin(name),) for name in names}}
+    steps = {n: stepping(nexus_engine(scope.size, *chosen)) for n, chosen in cases.items()}
+    period = load("weigh_gradnorm").config_class.model_fields["every"].default
+    seconds = in_turns(steps, scope.rounds, steps=period)
+    for name in names:
+        yield Row.of(name, f"{period} steps, whole model", "s", seconds["none"], seconds[name])
+
+
+def measure_scales(scope: Scope) -> Iterator[Row]:
+    """What is left of a term a thousand times smaller than the other, and of the other."""
+    ways = ("weigh_magnitude", "weigh_uncertainty", "weigh_gradnorm", "pcgrad")
+    static = [left_of_terms(seed, scope.steps) for seed in range(scope.seeds)]
+    for way in ways:
+        # An update in ten steps, the default, is for runs longer than this one.
+        settings = {"every": 1} if way == "weigh_gradnorm" else {}
+        weighed = [
+            left_of_terms(seed, scope.steps, plugin(way, **settings)) for seed in range(scope.seeds)
+        ]
+        for term in ("small", "large"):
+            before, left = ([run[term] for run in runs] for runs in (static, weighed))
+            told = f"left of the {term} term after {scope.steps} steps"
+            yield Row.of(way, told, "of its start", before, left)
+
+
+def measure_quickstart(scope: Scope) -> Iterator[Row]:
+    """The quickstart's variants: time to its last loss, and loss after as many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [quickstart_curves(scope, seed, Path(folder)) for seed in range(scope.seeds)]
+    plain = [run[PLAIN] for run in runs]
+    ends = [curve[-1] for curve in plain]
+    for name in VARIANTS:
+        curves = [run[name] for run in runs]
+        last = [curve[-1].loss for curve in curves]
+        told = f"validation loss after {ends[0].step} steps"
+        yield Row.of(name, told, "nats", [end.loss for end in ends], last)
+        reached = [time_to(end.loss, curve) for end, curve in zip(ends, curves, strict=True)]
+        told = "training until the last loss of the plain run"
+        yield Row.of(name, told, "s", [end.seconds for end in ends], reached)
+
+
+MEASURES: dict[str, Callable[[Scope], Iterator[Row]]] = {
+    "amp": measure_amp,
+    "recompute": measure_recompute,
+    "compile": measure_compile,
+    "cost": measure_cost,
+    "scales": measure_scales,
+    "quickstart": measure_quickstart,
+}
+
+
+# -- engines on random tokens
+
+
+def plugin(name: str, **settings: object) -> Plugin[Any]:
+    """A plugin by its name."""
+    return load(name)(**settings)
+
+
+def amp(wanted: bool) -> list[Plugin[Any]]:
+    """Mixed precision, or nothing."""
+    return [plugin("amp")] if wanted else []
+
+
+def nexus_engine(size: Size, *plugins: Plugin[Any]) -> Engine:
+    """The whole model with its five losses and AdamW."""
+    return _engine(size, MODULES, [*map(plugin, LOSSES), *plugins])
+
+
+def backbone_engine(size: Size, *plugins: Plugin[Any]) -> Engine:
+    """The backbone with the language model's loss and AdamW."""
+    return _engine(size, (), [plugin("loss_lm"), *plugins])
+
+
+def _engine(size: Size, modules: Sequence[str], plugins: Sequence[Plugin[Any]]) -> Engine:
+    torch.manual_seed(0)
+    model = NEXUSCore(
+        vocab_size=size.vocabulary,
+        d_model=size.width,
+        ssm_n_layers=size.layers,
+        ssm_head_dim=min(64, size.width),
+        **{name: name in modules for name in MODULES},
+    )
+    optimizer = KeepingAdamW(model.parameters(), lr=1e-4, fused=True)
+    engine = Engine(model, optimizer, plugins=[ModelNexusPlugin(), *plugins], log_every=FOREVER)
+    inputs, labels = torch.randint(size.vocabulary, (2, size.rows, size.length))
+    engine.data = RunData([{"input_ids": inputs, "labels": labels}])
+    return engine
+
+
+class KeepingAdamW(torch.optim.AdamW):
+    """AdamW that sets gradients to zero in place, so that a step has none of them to allocate."""
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Set them to zero."""
+        super().zero_grad(set_to_none)
+
+
+def stepping(engine: Engine) -> Step:
+    """One step of the engine at each call."""
+    loop = engine.steps(until=FOREVER)
+    return lambda: next(loop)
+
+
+def in_turns(cases: Mapping[str, Step], rounds: int, steps: int = 1) -> dict[str, list[float]]:
+    """Seconds of so many steps of each case, round by round, after one that does not count."""
+    for step in cases.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds):
+        for name in list(cases)[:: -1 if turn % 2 else 1]:
+            seconds[name].append(timed(cases[name], steps))
+    return seconds
+
+
+def timed(step: Step, times: int = 1) -> float:
+    """Seconds that it takes to do it so many times."""
+    begin = time.perf_counter()
+    for _ in range(times):
+        step()
+    return time.perf_counter() - begin
+
+
+def peak_memory(step: Step) -> int:
+    """The most bytes that the second step has allocated and not yet freed at any moment."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    records = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(accumulate(int(size) for _, size in records))
+
+
+# -- two terms of scales 1:1000
+
+
+class SmallPlugin(Loss[LossConfig]):
+    """The squared error of the first target."""
+
+    target, factor = 0, 1.0
+
+    def units(self, batch: Mapping[str, Tensor]) -> float:
+        """The rows."""
+        return float(len(batch["input"]))
+
+    def loss(self, batch: Mapping[str, Tensor], output: Tensor) -> Tensor:
+        """The sum over the rows."""
+        error = output[:, self.target] - batch["y"][:, self.target]
+        return self.factor * error.square().sum()
+
+
+class LargePlugin(SmallPlugin):
+    """The squared error of the second target, a thousand times as large."""
+
+    target, factor = 1, 1000.0
+
+
+def left_of_terms(seed: int, steps: int, *plugins: Plugin[Any]) -> dict[str, float]:
+    """The share of each term that is left after so many steps of plain gradient descent.
+
+    Two targets, functions of eight inputs, through a narrow layer that they share; the gradient
+    is clipped to length 1, as it must be for the large term not to throw the weights off.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(256, 8, generator=generator)
+    y = torch.tanh(x @ torch.randn(8, 2, generator=generator))
+    data = [{"input": a, "y": b} for a, b in zip(x.split(32), y.split(32), strict=True)]
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    terms = (SmallPlugin(), LargePlugin(), plugin("clip", max_norm=1.0))
+    engine = Engine(model, optimizer, plugins=[*terms, *plugins])
+    before = engine.evaluate(data)
+    after = engine.fit(data, until=steps, eval_data=data).metrics
+    return {name: after[f"val/{name}_loss"] / before[f"val/{name}_loss"] for name in TERMS}
+
+
+# -- the quickstart and its variants
+
+
+@dataclass(frozen=True)
+class Point:
+    """How far a run was, and how good."""
+
+    step: int
+    seconds: float
+    loss: float
+
+
+class Racer:
+    """One run of the quickstart, a few steps at a time; only training is on its clock.
+
+    Args:
+        plugins: added to the preset's, as after `--plugins`.
+        sets: changed settings, as after `--set`.
+        out: the run's folder.
+    """
+
+    def __init__(self, plugins: str, sets: tuple[str, ...], out: Path) -> None:
+        build = build_plugins(read_settings("quickstart", f"{WITHOUT_FILES},{plugins}", sets))
+        self._engine = make_engine(build, out)
+        self._loop = self._engine.steps(until=build.run.until, eval_data={})
+        self._seconds = 0.0
+
+    def race(self, steps: int) -> Point | None:
+        """Train so many steps and evaluate; None where the run is over."""
+        before = self._engine.state.step
+        self._seconds += timed(lambda: list(islice(self._loop, steps)))
+        if self._engine.state.step == before or self._engine.data is None:
+            return None
+        metrics = self._engine.evaluate(self._engine.data.valid)
+        return Point(self._engine.state.step, self._seconds, metrics["val/loss"])
+
+
+def quickstart_curves(scope: Scope, seed: int, folder: Path) -> dict[str, list[Point]]:
+    """The quickstart and every variant of it, in turns of ten steps."""
+    common = (f"seed={seed}", *scope.quickstart)
+    racers = {
+        name: Racer(plugins, (*common, *sets), folder / f"{name}-{seed}")
+        for name, (plugins, sets) in {PLAIN: ("", ()), **VARIANTS}.items()
+    }
+    curves: dict[str, list[Point]] = {name: [] for name in racers}
+    while True:
+        for name, racer in racers.items():
+            if (point := racer.race(EVALUATED_EVERY)) is None:
+                return curves
+            curves[name].append(point)
+
+
+def time_to(loss: float, curve: Sequence[Point]) -> float | None:
+    """The seconds after which a run first was as good; None where it never was."""
+    return next((point.seconds for point in curve if point.loss <= loss), None)
+
+
+# -- what is shown
+
+
+def show(rows: Sequence[Row], judged: bool) -> None:
+    """Print where this was measured, and the table as Markdown."""
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(
+        f"vector units {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    print("\n| technique | what | without | with | with / without | asked |")
+    print("|---|---|---:|---:|---:|---|")
+    for row in rows:
+        asked = "" if row.at_most is None else f"at most {row.at_most:.2f}"
+        asked += ", not kept" if judged and row.kept is False else ""
+        numbers = (_number(row.without), _number(row.with_it), _number(row.ratio))
+        print(f"| {row.technique} | {row.what}, {row.unit} | {' | '.join(numbers)} | {asked} |")
+
+
+def _number(value: float | None) -> str:
+    return "never" if value is None else f"{value:.3g}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write JSON where asked; exit 1 where something is not as asked."""
+    parser = argparse.ArgumentParser(prog="benchmarks.techniques", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of what is timed")
+    parser.add_argument("--seeds", type=int, default=2, help="of runs compared by their loss")
+    parser.add_argument("--quick", action="store_true", help="too small to judge: no exit 1")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args(arguments)
+    if strangers := sorted(set(options.names) - MEASURES.keys()):
+        parser.error(
+            f"no such measurement: {', '.join(strangers)}; there are {', '.join(MEASURES)}"
+        )
+    if min(options.rounds, options.seeds) < 1:
+        parser.error("--rounds and --seeds must be at least 1")
+    scope = QUICK if options.quick else Scope(options.rounds, options.seeds)
+    rows = [row for name in options.names or MEASURES for row in MEASURES[name](scope)]
+    show(rows, judged=not options.quick)
+    if options.json:
+        results = {"machine": machine(), "scope": asdict(scope), "rows": [asdict(r) for r in rows]}
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    sys.exit(0 if options.quick or all(row.kept is not False for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

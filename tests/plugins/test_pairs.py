@@ -1,0 +1,233 @@
+"""Every pair of first-party plugins trains together and resumes to the same bits, or is refused.
+
+A run is a tiny NEXUS on a little text with all five losses, and the two plugins in place of what
+fills their slots. It trains five steps of two micro-batches, with evaluations and logs between,
+and from its own third step once more, with a fresh engine and fresh plugins.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from functools import cache
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_core import ConfigError, Engine, Plugin
+from nexus_core.errors import PluginError
+from nexus_core.registry import arrange, installed, load
+
+pytestmark = pytest.mark.slow
+
+NAMES = sorted(
+    name
+    for name, entry in installed().items()
+    if entry.dist
+    and entry.dist.name == "nexus-trainer"
+    and not entry.value.startswith("nexus_plugins_contrib.")
+)
+LENGTH, SAVED_AT, LAST = 16, 3, 5
+BASIS: dict[str, dict[str, Any]] = {
+    "data_text": {"seq_len": LENGTH, "batch_size": 2, "valid_limit": 2 * LENGTH},
+    "model_nexus": {
+        "d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4,
+        "dropout": 0.1, "d_latent": 4, "n_predicates": 4, "n_rules": 2, "reasoning_steps": 1,
+        "d_code": 4, "n_memories": 2, "max_energy_iters": 2, "n_variables": 2,
+    },
+    "loss_lm": {}, "loss_world": {}, "loss_reason": {}, "loss_energy": {}, "loss_causal": {},
+    "optim_adamw": {"lr": 1e-2},
+}  # fmt: skip
+LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so short a run
+    "checkpoint": {"every": f"{SAVED_AT} steps", "sync": True, "best": None},
+    "clip": {"max_norm": 0.1},
+    "curriculum": {"start_length": 4, "end_length": LENGTH, "warmup": "4 steps", "round_to": 4},
+    "weigh_gradnorm": {"every": 2},
+}
+NOT_OF_TRAINING = (
+    "system/",  # seconds and bytes of this machine
+    "compile/",  # counted over the whole process
+)
+WHAT_MAY_BE_MISSING = ("CUDA", "torchrun")
+
+Run: TypeAlias = frozenset[str]
+
+
+class Trials:
+    """What came of each run; one that several pairs amount to is tried once.
+
+    Args:
+        corpus: the text to train on.
+        folder: where the runs write.
+    """
+
+    def __init__(self, corpus: Path, folder: Path) -> None:
+        self._corpus, self._folder = corpus, folder
+        self._faults: dict[Run, str | None] = {}
+
+    def fault(self, run: Run) -> str | None:
+        """What is wrong with the run; None where all is well."""
+        if run not in self._faults:
+            self._faults[run] = self._try(run)
+        return self._faults[run]
+
+    def _try(self, run: Run) -> str | None:
+        try:
+            return trained_and_resumed(run, self._corpus, self._folder / str(len(self._faults)))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    folder = tmp_path_factory.mktemp("pairs")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(60)))
+    return Trials(corpus, folder)
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_every_pair_trains_and_resumes_to_the_same_bits(first: str, trials: Trials) -> None:
+    """Red where two plugins spoil each other: by an error, or by state that is lost in company."""
+    faults = {}
+    for second in NAMES[NAMES.index(first) + 1 :]:
+        run = run_of(first, second)
+        refused_alone = {trials.fault(run_of(first)), trials.fault(run_of(second))} - {None}
+        fault = None if enemies(run) else trials.fault(run)
+        if fault and fault not in refused_alone:
+            faults[f"{first} and {second}"] = fault
+    assert not faults, "\n".join(f"{pair}: {fault}" for pair, fault in faults.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plugin_alone_runs_or_says_what_this_machine_lacks(name: str, trials: Trials) -> None:
+    """Red where a plugin would be let off in all pairs for a reason of another kind."""
+    fault = trials.fault(run_of(name))
+    lacks = fault and any(word in fault for word in WHAT_MAY_BE_MISSING)
+    assert fault is None or (lacks and fault.startswith(ConfigError.__name__)), fault
+
+
+def test_every_pair_that_declares_a_conflict_is_refused_by_name(tmp_path: Path) -> None:
+    """Red where a declared conflict is let through, or its message leaves a side unnamed."""
+    refused = 0
+    for first, second in combinations(NAMES, 2):
+        run = run_of(first, second)
+        if not (conflicts := enemies(run)):
+            continue
+        with pytest.raises(PluginError) as caught:
+            arrange(plugins_of(run, tmp_path))
+        message = str(caught.value)
+        assert "\n" not in message
+        assert any(f"'{one}'" in message and f"'{other}'" in message for one, other in conflicts)
+        refused += 1
+    assert refused >= 3, "schedules, optimizers and weighings have one place each"
+
+
+def trained_and_resumed(run: Run, corpus: Path, out: Path) -> str | None:
+    """Train, and once more from the third step; the first difference between the two ends."""
+    whole = engine_of(run, corpus, out)
+    snapshot = None
+    for step in steps(whole):
+        if step == SAVED_AT:
+            snapshot = copy.deepcopy(whole.state_dict())
+    expected = outcome(whole)
+    again = engine_of(run, corpus, out)
+    torch.rand(17)  # generators are elsewhere, as in a new process
+    if "checkpoint" in run:
+        again.resume()  # through its files
+    else:
+        again.load_state_dict(snapshot)
+    done = list(steps(again))
+    assert done == [4, LAST], f"resumed to do the steps {done}"
+    return difference(expected, outcome(again))
+
+
+def steps(engine: Engine) -> Iterator[int]:
+    """Train up to the last step of the test, far from the horizon that schedules go by."""
+    with closing(engine.steps(until="100000 steps", eval_every="2 steps")) as loop:
+        for state in islice(loop, LAST - engine.state.step):
+            yield state.step
+
+
+def outcome(engine: Engine) -> dict[str, Any]:
+    """Everything that the steps to come depend on, and the metrics."""
+    snapshot: dict[str, Any] = copy.deepcopy(engine.state_dict())
+    snapshot["train"].pop("seconds")
+    snapshot["metrics"] = {
+        name: value
+        for name, value in snapshot["metrics"].items()
+        if not name.startswith(NOT_OF_TRAINING)
+    }
+    return snapshot
+
+
+def difference(one: Any, other: Any, where: str = "") -> str | None:
+    """Where two nested states differ first, and in what; None where they do not."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+        parts = [(f"{where}.{key}", one[key], other[key]) for key in one]
+    elif isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
+        parts = [(f"{where}.{i}", *pair) for i, pair in enumerate(zip(one, other, strict=True))]
+    elif isinstance(one, Tensor) and isinstance(other, Tensor):
+        equal = one.dtype == other.dtype and torch.equal(one, other)
+        return None if equal else f"{where.lstrip('.')} differs"
+    else:
+        equal = one == other or (one != one and other != other)  # nan is like nan
+        return None if equal else f"{where.lstrip('.')} is {other!r:.80}, not {one!r:.80}"
+    found = (difference(mine, theirs, at) for at, mine, theirs in parts)
+    return next(filter(None, found), None)
+
+
+def engine_of(run: Run, corpus: Path, out: Path) -> Engine:
+    """A fresh engine of the run."""
+    return Engine(plugins=plugins_of(run, corpus), seed=1, out=out, log_every=2, accumulate=2)
+
+
+def plugins_of(run: Run, corpus: Path) -> list[Plugin[Any]]:
+    """Fresh plugins of the run: the basis first, then the others by name."""
+    text = {"train": str(corpus), "cache_dir": str(corpus.parent / "cache")}
+    return [
+        kind(name)(**settings_of(name), **(text if name == "data_text" else {}))
+        for name in sorted(run, key=lambda name: (name not in BASIS, name))
+    ]
+
+
+@cache
+def settings_of(name: str) -> dict[str, Any]:
+    """Settings with which the plugin acts within five steps."""
+    schema = kind(name).config_class.model_json_schema()
+    example: dict[str, Any] = schema.get("examples", [{}])[0]
+    return example | BASIS.get(name, {}) | LIVELY.get(name, {})
+
+
+def run_of(*wanted: str) -> Run:
+    """The plugins with what they require, and of the basis what goes with them."""
+    names = list(wanted)
+    for name in names:
+        names += [needed for needed in kind(name).requires if needed not in names]
+    basis = {name for name in BASIS if not any(are_enemies(name, other) for other in names)}
+    return frozenset(basis | {*names})
+
+
+def enemies(run: Run) -> list[tuple[str, str]]:
+    """The pairs of the run that declare that they cannot be in one."""
+    return [pair for pair in combinations(sorted(run), 2) if are_enemies(*pair)]
+
+
+def are_enemies(one: str, other: str) -> bool:
+    """Whether two plugins fill one slot, or one names the other as a conflict."""
+    if one == other:
+        return False
+    mine, theirs = kind(one), kind(other)
+    shared = mine.slot is not None and mine.slot == theirs.slot
+    return shared or other in mine.conflicts or one in theirs.conflicts
+
+
+@cache
+def kind(name: str) -> type[Plugin[Any]]:
+    """The plugin's class; looking it up anew each time would take longer than training."""
+    return load(name)

@@ -22,7 +22,7 @@ from nexus_plugins.classic import (
 )
 from nexus_plugins.model_nexus import NEXUSCore
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "02_classic.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "07_classic.py"
 DOCUMENTS = [bytes([65 + (start + place) % 20 for place in range(33)]) for start in range(12)]
 TINY = {
     "vocab_size": 128,

@@ -1,0 +1,301 @@
+"""Reference pages out of the code, at every build: `mkdocs` calls this file as a hook.
+
+A page carries a marker, and the marker is replaced where the page is built, so that no table can
+fall behind the code:
+
+    <!-- settings: clip -->   the settings of a plugin, its hooks and its place among the others
+    <!-- plugins -->          every plugin of this distribution
+    <!-- hooks -->            every hook, and who answers it
+    <!-- loop -->             the loop of `nexus_core.events`, drawn
+    <!-- config -->           the engine's own settings
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexus_core import Interval, Plugin, events
+from nexus_core.cli.build import json_schema
+from nexus_core.events import Hooks
+from nexus_core.registry import HOOK_NAMES, AnyPlugin, installed, load
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+
+__all__ = ["first_party", "on_config", "on_page_markdown", "with_reference"]
+
+MARKER = re.compile(r"^<!-- (settings|plugins|hooks|loop|config)(?:: (\w+))? -->$", re.MULTILINE)
+PAGES = Path(__file__).parent / "plugins"
+Schema = Mapping[str, Any]
+
+
+# -- what mkdocs calls
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the page of every plugin into the navigation, below "Plugins"."""
+    for entry in config.nav or ():
+        if isinstance(entry.get("Plugins"), list):
+            entry["Plugins"] += [{p.stem: f"plugins/{p.name}"} for p in sorted(PAGES.glob("*.md"))]
+    return config
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Replace the markers of a page."""
+    return with_reference(markdown)
+
+
+# -- pages
+
+
+def with_reference(markdown: str) -> str:
+    """A page with every marker replaced by what the code says now."""
+    return MARKER.sub(lambda found: _SECTIONS[found[1]](found[2]), markdown)
+
+
+def first_party() -> list[str]:
+    """The names of the plugins that come with this distribution."""
+    entries = installed().items()
+    return [name for name, entry in entries if entry.dist and entry.dist.name == "nexus-trainer"]
+
+
+def _plugin_section(name: str) -> str:
+    plugin = load(name)
+    schema = plugin.config_class.model_json_schema()
+    facts = {"answers": ", ".join(f"[`{hook}`](../hooks.md#{hook})" for hook in _hooks_of(plugin))}
+    facts["fills the slot"] = f"`{plugin.slot}`" if plugin.slot else ""
+    for rule, said in _RULES.items():
+        facts[said] = ", ".join(map(_linked, getattr(plugin, rule)))
+    facts["keeps state in checkpoints"] = "yes" if _keeps_state(plugin) else "no"
+    told = [f"- {what}: {value}" for what, value in facts.items() if value]
+    tables = _settings_tables(schema, f"{name}.")
+    return "\n".join([*tables, *told, "\n[interval]: ../config.md#intervals"])
+
+
+def _plugins_section(_: str) -> str:
+    rows = [(_linked(name, "plugins/"), plugin.slot and f"`{plugin.slot}`", _purpose(plugin))
+            for name, plugin in _first_party_classes()]  # fmt: skip
+    return "\n".join(_table(("plugin", "slot", "what it does"), rows))
+
+
+def _hooks_section(_: str) -> str:
+    answers = {name: _hooks_of(plugin) for name, plugin in _first_party_classes()}
+    return "\n\n".join(
+        _hook(name, [p for p in answers if name in answers[p]]) for name in HOOK_NAMES
+    )
+
+
+def _hook(name: str, answered_by: list[str]) -> str:
+    spec = getattr(Hooks, name)
+    kind, said = re.split(r"[:.] ", inspect.cleandoc(spec.__doc__ or ""), maxsplit=1)
+    arguments = ", ".join(p for p in inspect.signature(spec).parameters if p != "self")
+    answer = inspect.signature(spec).return_annotation
+    plugins = ", ".join(_linked(plugin, "plugins/") for plugin in answered_by)
+    return "\n\n".join([
+        f"### `{name}` {{ #{name} }}",
+        f"`{name}(self, {arguments}) -> {answer}` · *{kind.lower()}*",
+        said[:1].upper() + said[1:],
+        f"Answered by: {plugins or 'no plugin of this distribution'}.",
+    ])  # fmt: skip
+
+
+def _config_section(_: str) -> str:
+    schema = json_schema()
+    properties = {k: v for k, v in schema["properties"].items() if k not in ("plugins", "preset")}
+    tables = _settings_tables({**schema, "properties": properties}, "")
+    return "\n".join([*tables, "[interval]: #intervals"])
+
+
+# -- tables of settings, out of a JSON schema
+
+
+def _settings_tables(schema: Schema, prefix: str) -> Iterator[str]:
+    """A table of the settings, and one for each kind of block among them."""
+    definitions = schema.get("$defs", {})
+    required = schema.get("required", ())
+    properties = schema.get("properties", {})
+    if not properties:
+        yield "It has no settings."
+    rows = [
+        (
+            f"`{prefix}{key}`",
+            _type(field, definitions),
+            "required" if key in required else f"`{_default(field)}`",
+            field.get("description", ""),
+        )
+        for key, field in properties.items()
+    ]
+    yield from _table(("setting", "type", "default", "meaning"), rows) if rows else ()
+    yield ""
+    for name in dict.fromkeys(re.findall(r"#/\$defs/(\w+)", json.dumps(properties))):
+        if "properties" in definitions[name]:
+            yield f"A `{name}` is a block of its own:\n"
+            yield from _settings_tables({**definitions[name], "$defs": definitions}, "")
+
+
+def _default(field: Schema) -> str:
+    default = field.get("default")
+    if isinstance(default, dict) and default.keys() == {"amount", "unit"}:
+        return f'"{Interval(**default)}"'
+    return json.dumps(default)
+
+
+def _type(schema: Schema, definitions: Schema) -> str:
+    """The type of a setting in words: "number > 0", "interval or null"."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(part, definitions) for part in schema["anyOf"]))
+    if reference := schema.get("$ref"):
+        name = reference.rpartition("/")[2]
+        return f"`{name}`" if "properties" in definitions[name] else _type(definitions[name], {})
+    if values := schema.get("enum", [schema["const"]] if "const" in schema else []):
+        return " or ".join(f"`{value}`" for value in values)
+    kind: str | list[str] = schema.get("type", "any value")
+    if isinstance(kind, list):
+        return "[interval]" if "string" in kind else " or ".join(kind)
+    if kind == "array" and (parts := schema.get("prefixItems")):
+        return f"list of {len(parts)}: {', '.join(_type(part, definitions) for part in parts)}"
+    if kind == "array":
+        return f"list of {_type(schema.get('items', {}), definitions)}"
+    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"block of {_type(schema['additionalProperties'], definitions)}"
+    if kind == "string":
+        return {"path": "path"}.get(schema.get("format", ""), "text")
+    names = {"boolean": "true or false", "object": "block"}
+    limits = [f"{sign} {schema[key]}" for key, sign in _LIMITS.items() if key in schema]
+    return " ".join([names.get(kind, kind), ", ".join(limits)]).strip()
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    rule = ["---"] * len(head)
+    cells = [[_cell(str(cell or "")) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *cells)]
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell; what stands in backticks is safe there as it is."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(p if p.startswith("`") else p.translate(_IN_A_CELL) for p in parts)
+
+
+# -- what a plugin says of itself
+
+
+def _first_party_classes() -> list[tuple[str, type[AnyPlugin]]]:
+    return [(name, load(name)) for name in first_party()]
+
+
+def _hooks_of(plugin: type[AnyPlugin]) -> list[str]:
+    return [hook for hook in HOOK_NAMES if hasattr(plugin, hook)]
+
+
+def _keeps_state(plugin: type[AnyPlugin]) -> bool:
+    return plugin.state_dict is not Plugin.state_dict
+
+
+def _purpose(plugin: type[AnyPlugin]) -> str:
+    """The first sentence of the docstring."""
+    return re.split(r"(?<=\.)\s|\n\n", inspect.cleandoc(plugin.__doc__ or ""))[0]
+
+
+def _linked(name: str, folder: str = "") -> str:
+    page = PAGES / f"{name}.md"
+    return f"[`{name}`]({folder}{page.name})" if page.exists() else f"`{name}`"
+
+
+# -- the loop as a picture
+
+CHAR, ROW, INDENT, LEFT, TOP, WIDTH = 7.4, 27, 4, 18, 58, 820  # in pixels, but INDENT
+PAD = 4
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the loop: how deep it stands, what it says, and the remark behind it."""
+
+    depth: int
+    text: str
+    remark: str
+
+
+def _loop_lines() -> list[_Line]:
+    """The pseudocode at the top of `nexus_core.events`."""
+    _, _, text = (events.__doc__ or "").partition("where they fire:\n\n")
+    found = []
+    for line in takewhile(str.strip, text.splitlines()):
+        said, *remark = re.split(r"\s{3,}", line.strip().replace("`", ""), maxsplit=1)
+        depth = (len(line) - len(line.lstrip())) // INDENT - 1
+        found.append(_Line(depth, said, "".join(remark)))
+    return found
+
+
+def _loop_section(_: str) -> str:
+    lines = _loop_lines()
+    body = [_frame(lines, place) for place, line in enumerate(lines) if line.text.endswith(":")]
+    body += [_drawn_line(line, TOP + place * ROW) for place, line in enumerate(lines)]
+    legend = _pill("EVENT", "event", LEFT, 20) + _pill("SEAM", "seam", LEFT + 70, 20)
+    size = f'viewBox="0 0 {WIDTH} {TOP + len(lines) * ROW + 8}"'
+    head = f'<svg class="loop" {size} role="img" aria-label="The loop with its hooks">'
+    return f"<figure>{head}{legend}{''.join(body)}</svg></figure>"
+
+
+def _frame(lines: list[_Line], place: int) -> str:
+    """A box around the lines of a `for`, with an arrow back from its end to its start."""
+    depth = lines[place].depth
+    length = sum(1 for _ in takewhile(lambda line: line.depth > depth, lines[place + 1 :]))
+    x, y = LEFT + depth * INDENT * CHAR - 8, TOP + place * ROW - 17
+    width, height = WIDTH - 2 * x - 20, (length + 1) * ROW - 2
+    right, end = x + width, y + height
+    arrow = f"M{right} {end - 12} h10 V{y + 12} h-8 m5 -4 l-5 4 l5 4"  # out, up, back, and its head
+    box = f'<rect class="frame" x="{x:.0f}" y="{y}" width="{width:.0f}" height="{height}" rx="8"/>'
+    return f'{box}<path class="back" d="{arrow}"/>'
+
+
+def _drawn_line(line: _Line, y: int) -> str:
+    x, drawn = LEFT + line.depth * INDENT * CHAR, ""
+    for word in re.findall(r"[A-Z_]{2,}|(?:(?![A-Z_]{2}).)+", line.text):
+        name = word.lower()
+        if name in HOOK_NAMES:
+            kind = "event" if (getattr(Hooks, name).__doc__ or "").startswith("Event") else "seam"
+            drawn += f'<a href="#{name}">{_pill(word, kind, x, y)}</a>'
+            x += 2 * PAD
+        else:
+            drawn += _words(word, x, y)
+        x += len(word) * CHAR
+    return drawn + f'<text class="remark" x="{WIDTH - 350}" y="{y}">{escape(line.remark)}</text>'
+
+
+def _pill(name: str, kind: str, x: float, y: int) -> str:
+    size = f'width="{len(name) * CHAR + 2 * PAD:.1f}" height="19" rx="6"'
+    box = f'<rect class="{kind}" x="{x:.1f}" y="{y - 14}" {size}/>'
+    return box + _words(name, x + PAD, y, kind)
+
+
+def _words(text: str, x: float, y: int, kind: str = "") -> str:
+    length = f'textLength="{len(text) * CHAR:.1f}" lengthAdjust="spacingAndGlyphs"'
+    words = escape(text).replace(" ", "\N{NO-BREAK SPACE}")
+    return f'<text class="{kind}" x="{x:.1f}" y="{y}" {length}>{words}</text>'
+
+
+_IN_A_CELL = str.maketrans({"|": "\\|", "<": "&lt;"})
+_RULES = {
+    "before": "comes before",
+    "after": "comes after",
+    "requires": "requires",
+    "conflicts": "cannot be with",
+}
+_LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_SECTIONS: dict[str, Callable[[str], str]] = {
+    "settings": _plugin_section,
+    "plugins": _plugins_section,
+    "hooks": _hooks_section,
+    "loop": _loop_section,
+    "config": _config_section,
+}

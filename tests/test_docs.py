@@ -1,0 +1,352 @@
+"""What the documentation shows runs as it stands, and what it names is there.
+
+Python blocks of a page run one after another and share their names; a finished run lies in
+`runs/mine`. In shell blocks, every command of this project is read by its own parser, and its
+plugins and settings are looked up. YAML blocks are configs. A comment before a block says that it
+is not for running (`<!-- not run: reason -->`), or that it shows a mistake (`<!-- fails -->`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from html.parser import HTMLParser
+from importlib.metadata import entry_points
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import yaml
+from sybil import Document, Example
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+
+from docs.reference import first_party, with_reference
+from nexus_core import Engine, NexusError, PluginError, registry
+from nexus_core.cli.build import build_plugins
+from nexus_core.cli.config import RunConfig
+from nexus_core.cli.plugins import main as nexus_plugins
+from nexus_core.cli.run import main as nexus_run
+from nexus_core.cli.settings import presets, read_settings
+from nexus_core.registry import HOOK_NAMES, load
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.jsonl import JsonlPlugin
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+SHELLS = ("bash", "sh", "console", "")  # without a name: lines that begin with a command
+PRESET = read_settings("quickstart").defaults
+READ_ONCE = cache(entry_points)
+CONTROL = {"&&", "||", "|", ";", ">", ">>", "<", "&"}
+
+
+@pytest.fixture(autouse=True)
+def metadata_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for plugins again for each command would take most of the time."""
+    monkeypatch.setattr(registry, "entry_points", READ_ONCE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, and the comment in the line before it."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+        before = page.read_text()[: match.start()]
+        note = re.search(r"<!-- (not run: .+|fails) -->\n$", before)
+        line = before.count("\n") + 1
+        found.append(Block(page, line, match[1], match[2], note[1] if note else ""))
+    return [block for block in found if block.language in languages]
+
+
+def all_blocks(*languages: str) -> list[Block]:
+    return [block for page in PAGES for block in blocks(page, *languages)]
+
+
+# -- Python
+
+
+def finished_run(folder: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda model, batch: model(batch).square().mean(),
+        plugins=[CheckpointPlugin(), JsonlPlugin()],
+        out=folder,
+    )
+    engine.fit([torch.ones(4, 2)], until="2 steps", eval_data=[torch.ones(4, 2)])
+
+
+def evaluate(example: Example) -> None:
+    before = example.document.text[: example.start].rstrip().rpartition("\n")[2]
+    if not before.startswith("<!-- not run: "):
+        PythonEvaluator()(example)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Red when code that a user would paste does not run, or does not do what the page says."""
+    monkeypatch.chdir(tmp_path)
+    finished_run(Path("runs/mine"))
+    document = Document.parse(str(page), CodeBlockParser("python", evaluate))
+    document.namespace["__name__"] = "page"
+    for example in document.examples():
+        example.evaluate()
+
+
+# -- commands and configs
+
+
+def words_of(line: str) -> list[str]:
+    lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    return list(lexer)
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The commands of this project in a shell block, each as its words."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if not line.startswith({"console": "$ ", "": "nexus-"}.get(block.language, "")):
+            continue
+        words = words_of(line)
+        for place, word in enumerate(words):
+            if word in ("nexus-run", "nexus-plugins", "nexus-data"):
+                yield list(takewhile(lambda word: word not in CONTROL, words[place:]))
+
+
+def check_command(words: list[str]) -> None:
+    """Read a command as the program would, without running it.
+
+    Raises:
+        ClickException, NexusError: it names something that there is not.
+    """
+    tool, first, rest = words[0], words[1] if words[1:] else "", words[2:]
+    if tool == "nexus-run":
+        extra = {entry.name: entry for entry in entry_points(group="nexus.commands")}
+        command = extra[first].load() if first in extra else nexus_run
+        arguments = rest if first in extra else words[1:]
+        check_run(command.make_context(tool, arguments).params)
+        return
+    group = nexus_plugins if tool == "nexus-plugins" else data_group()
+    command = group.get_command(click.Context(group), first)
+    assert command, f"no command {tool} {first}"
+    parameters = command.make_context(first, rest).params
+    if command is nexus_plugins.commands["show"] and parameters["name"].islower():
+        load(parameters["name"])
+
+
+def data_group() -> click.Group:
+    from nexus_plugins.data_text import cli
+
+    return cli._group
+
+
+def check_run(parameters: dict[str, Any]) -> None:
+    config = parameters.get("config")
+    if config is not None and not re.search(r"\.(ya?ml|toml|json)$", config):
+        assert config in presets(), f"no preset {config}"
+    preset = config if config in presets() else "quickstart"
+    plugins, sets = parameters.get("plugins", ""), tuple(parameters.get("sets", ()))
+    own = [] if config == preset else in_the_file(sets, plugins)
+    build_plugins(read_settings(preset, ",".join([plugins, *own]), sets))
+
+
+def in_the_file(sets: tuple[str, ...], plugins: str) -> list[str]:
+    """The plugins that a reader's file must have for these settings to be of use."""
+    heads = dict.fromkeys(key.split(".")[0] for key in sets if "." in key.split("=")[0])
+    return [head for head in heads if head not in (*PRESET, *plugins.split(","))]
+
+
+@pytest.mark.parametrize("block", [b for b in all_blocks(*SHELLS) if list(commands(b))], ids=str)
+def test_commands_and_what_they_name_exist(block: Block) -> None:
+    """Red when a page names an option, a plugin or a setting that there is not."""
+    for words in commands(block):
+        try:
+            check_command(words)
+        except click.exceptions.Exit:
+            continue
+        except NexusError:
+            assert block.note == "fails", shlex.join(words)
+        else:
+            assert block.note != "fails", f"this works: {shlex.join(words)}"
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_config_blocks_are_configs(block: Block, tmp_path: Path) -> None:
+    """Red when a page shows a setting that there is not."""
+    if block.note:
+        pytest.skip(block.note)
+    content = next(yaml.safe_load_all(block.text))
+    if content.keys() & registry.installed().keys():
+        content = {"plugins": content}
+    elif not content.keys() & {"preset", *RunConfig.model_fields}:
+        pytest.skip("a file of another program")
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    build_plugins(read_settings(str(path)))
+
+
+SMALL = {
+    "UNTIL": "20 steps",
+    "DATA_TEXT__SEQ_LEN": "64",
+    "DATA_TEXT__BATCH_SIZE": "2",
+    "MODEL_NEXUS__D_MODEL": "32",
+    "MODEL_NEXUS__SSM_N_LAYERS": "1",
+    "DATA_TEXT__VALID_LIMIT": "512",
+    "CHECKPOINT__EVERY": "5 steps",
+}
+
+
+@pytest.mark.slow
+def test_tutorial_can_be_followed(tmp_path: Path) -> None:
+    """Every step of the tutorial, as typed, one after another, with a model that is small."""
+    environment = {
+        **os.environ,
+        **{f"NEXUS_{key}": value for key, value in SMALL.items()},
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    tutorial = DOCS / "tutorial.md"
+    (config,) = blocks(tutorial, "yaml")
+    (tmp_path / "my.yaml").write_text(config.text)
+    for block in blocks(tutorial, "bash"):
+        if block.note.startswith("not run"):
+            continue
+        script = ["bash", "-euo", "pipefail", "-c", block.text]
+        ran = subprocess.run(
+            script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert ran.returncode == (2 if block.note == "fails" else 0), f"{block}: {ran.stderr}"
+        if block.note == "fails":
+            (said,) = blocks(tutorial, "text")
+            assert ran.stderr == said.text
+
+
+# -- links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_to_files_hold(page: Path) -> None:
+    """Red when a page links to a file that is not there; anchors are checked in the built site."""
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+class _Page(HTMLParser):
+    """The ids of a built page, and where its links go."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids.add(found.get("id") or "")
+        if tag == "a" and (target := found.get("href")):
+            self.links.add(target)
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning_and_every_link_inside_holds(tmp_path: Path) -> None:
+    """Red when a page is not in the navigation, or a link or an anchor leads nowhere."""
+    pytest.importorskip("mkdocs", reason="the site needs the extra: pip install -e '.[docs]'")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    pages = {path.resolve(): _Page(path) for path in site.rglob("*.html")}
+    assert broken_links(pages) == []
+
+
+def broken_links(pages: dict[Path, _Page]) -> list[str]:
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            target, _, anchor = link.partition("#")
+            if ":" in target or path.name == "404.html":
+                continue
+            goal = (path.parent / target).resolve() if target else path
+            goal = goal / "index.html" if goal.is_dir() else goal
+            no_page = not goal.exists()
+            no_anchor = goal in pages and anchor not in {"", *pages[goal].ids}
+            if no_page or no_anchor:
+                broken.append(f"{path}: {link}")
+    return broken
+
+
+# -- the reference
+
+NO_PAGE_YET = ("ddp", "mlflow", "trackio", "wandb")  # a page that is there now makes this red
+
+
+def with_missing_pages_marked(names: list[str]) -> list[Any]:
+    unwritten = pytest.mark.xfail(strict=True, reason="its page is not written yet")
+    return [pytest.param(n, marks=unwritten) if n in NO_PAGE_YET else n for n in names]
+
+
+@pytest.mark.parametrize("name", with_missing_pages_marked(first_party()))
+def test_every_plugin_has_a_page_with_its_settings(name: str) -> None:
+    """Red when a plugin comes without documentation, or its page would not show its settings."""
+    page = DOCS / "plugins" / f"{name}.md"
+    assert page.exists(), f"write {page.relative_to(ROOT)}"
+    assert f"<!-- settings: {name} -->" in page.read_text()
+
+
+@pytest.mark.parametrize("name", first_party())
+def test_settings_tables_show_every_setting_with_its_meaning(name: str) -> None:
+    try:
+        plugin = load(name)
+    except PluginError as error:
+        pytest.skip(str(error))
+    shown = with_reference(f"<!-- settings: {name} -->")
+    for key, field in plugin.config_class.model_fields.items():
+        (row,) = (line for line in shown.splitlines() if line.startswith(f"| `{name}.{key}` |"))
+        assert (field.description or "").split("\n")[0].split("|")[0].split("<")[0] in row
+        assert ("required" in row) == field.is_required()
+    assert all(f"#{hook})" in shown for hook in HOOK_NAMES if hasattr(plugin, hook))
+
+
+def test_reference_shows_the_engine_and_every_hook() -> None:
+    config, hooks, loop = (
+        with_reference(f"<!-- {name} -->") for name in ("config", "hooks", "loop")
+    )
+    assert all(f"| `{key}` |" in config for key in RunConfig.model_fields if key != "plugins")
+    assert re.findall(r"^### `(\w+)`", hooks, flags=re.M) == list(HOOK_NAMES)
+    assert [hook for hook in HOOK_NAMES if hook.upper() not in loop] == []
+    assert '"1000 steps"' in config, "intervals are shown as they are written"
+
+
+def test_a_page_without_a_marker_stays_as_it_is() -> None:
+    assert with_reference("# Title\n\n`<!-- settings: clip -->` in a line\n").startswith("# Title")
+    assert with_reference("plain") == "plain"

@@ -1,0 +1,79 @@
+"""Every example runs as a user would run it, and does what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    """What an example prints, run in a process and a folder of its own."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in {text!r}"
+    return float(found[1])
+
+
+def test_every_example_is_tested_here_or_beside_its_plugin() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [path.stem for path in EXAMPLES.glob("0*.py") if path.stem not in tests] == []
+
+
+def test_minimal_is_short_and_learns_a_sine(tmp_path: Path) -> None:
+    said = run("01_minimal", tmp_path)
+    assert number(r"loss ([\d.]+)", said) < 0.001
+    assert len((EXAMPLES / "01_minimal.py").read_text().splitlines()) <= 20
+
+
+@pytest.mark.slow
+def test_nexus_from_python_learns_and_writes(tmp_path: Path) -> None:
+    said = run("02_nexus_from_python", tmp_path, "--steps", "30", "--out", "out")
+    assert number(r"([\d.]+) bits per byte", said) < 5
+    assert (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_own_loop_stops_goes_on_and_goes_back(tmp_path: Path) -> None:
+    said = run("03_own_loop", tmp_path)
+    stopped, ended = re.findall(r"step (\d+)", said)
+    assert int(stopped) < int(ended) == 300
+    assert "the same loss to the last bit" in said
+
+
+@pytest.mark.slow
+def test_huggingface_losses_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the example trains a model of transformers")
+    said = run("04_huggingface_model", tmp_path)
+    assert "30 of 30 losses are equal to the last bit" in said
+    columns = re.findall(r"^ *\d+ +([\d.]+) +([\d.]+)$", said, flags=re.M)
+    assert float(columns[-1][0]) < 0.5 * float(columns[0][0]), "it learns"
+
+
+@pytest.mark.slow
+def test_vision_reads_digits_and_draws_those_it_cannot_read(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = run("05_vision", tmp_path)
+    assert number(r"([\d.]+)% of the digits", said) > 95
+    folder = tmp_path / "runs/digits/tensorboard/misread"
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Tags()["images"], "TensorBoard shows images"
+
+
+@pytest.mark.slow
+def test_reinforcement_learns_from_what_it_does(tmp_path: Path) -> None:
+    moves = [int(n) for n in re.findall(r"stands for (\d+)", run("06_reinforcement", tmp_path))]
+    assert moves[0] < 40
+    assert min(moves[-3:]) > 150

@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     from nexus_core.loader import Batch, RunData
     from nexus_core.state import Snapshot
 
-__all__ = ["Hooks"]
+__all__ = ["API_VERSIONS", "RENAMED", "Hooks"]
+
+API_VERSIONS: tuple[str, ...] = ("1.0",)  # those whose plugins can be run, newest last
+RENAMED: Mapping[str, str] = {}  # a hook's earlier name to its own: warns for a release
 
 hookspec = pluggy.HookspecMarker("nexus")
 

@@ -50,11 +50,7 @@ class Interval:
         seconds = _SECONDS.get(name) or _SECONDS.get(name.removesuffix("s"))
         if seconds:
             return cls(amount * seconds, "seconds")
-        return (
-            cls(amount, name if name.endswith("s") or not name else f"{name}s")
-            if name
-            else cls(amount, "steps")
-        )
+        return cls(amount, f"{name.removesuffix('s')}s" if name else "steps")
 
     def progress(self, state: TrainState) -> float:
         """The share of this interval that is done, from 0 to 1."""

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pluggy
 
 from nexus_core.errors import PluginError, suggestion
-from nexus_core.events import Hooks
+from nexus_core.events import API_VERSIONS, RENAMED, Hooks
 from nexus_core.plugin import Plugin
 
-__all__ = ["HOOK_NAMES", "Plan", "arrange", "installed", "load"]
+__all__ = ["HOOK_NAMES", "Plan", "arrange", "find", "installed", "load"]
 
 HOOK_NAMES = tuple(name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec"))
 AnyPlugin: TypeAlias = Plugin[Any]
@@ -25,27 +26,32 @@ AnyPlugin: TypeAlias = Plugin[Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """Plugins in the order in which they are called, and why each stands where it stands."""
+    """Plugins in the order in which they are called, and what they declare of one another."""
 
     plugins: tuple[AnyPlugin, ...]
-    reasons: Mapping[str, str]
+    declared: Mapping[tuple[str, str], str]  # (earlier, later) to the one that says so
 
 
 def installed() -> dict[str, EntryPoint]:
-    """Every installed plugin by name, from metadata alone: nothing is imported.
+    """Every installed plugin by name, from metadata alone: nothing is imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group="nexus.plugins"))}
+
+
+def find(name: str) -> EntryPoint:
+    """Where an installed plugin is; nothing is imported.
 
     Raises:
-        PluginError: two distributions give a plugin the same name.
+        PluginError: it is not installed, or two distributions give a plugin of that name.
     """
-    found: dict[str, EntryPoint] = {}
-    for entry in sorted(entry_points(group="nexus.plugins"), key=lambda entry: entry.name):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value:
-            raise PluginError(
-                f"two distributions give a plugin '{entry.name}': {distribution(other)} and "
-                f"{distribution(entry)}; uninstall one of them"
-            )
-    return found
+    found = {entry.value: entry for entry in entry_points(group="nexus.plugins", name=name)}
+    if not found:
+        known = installed()
+        names = f"Installed: {', '.join(known) or 'none'}. See: nexus-plugins list"
+        raise PluginError(f"no plugin named '{name}'.{suggestion(name, known)} {names}")
+    if len(found) > 1:
+        givers = " and ".join(sorted(map(distribution, found.values())))
+        raise PluginError(f"two distributions give a plugin '{name}': {givers}; uninstall one")
+    return next(iter(found.values()))
 
 
 def distribution(entry: EntryPoint) -> str:
@@ -57,26 +63,22 @@ def load(name: str) -> type[AnyPlugin]:
     """Import one plugin's class.
 
     Raises:
-        PluginError: it is not installed, cannot be imported, or is not a plugin of that name.
+        PluginError: it is not installed once, cannot be imported, is not a plugin of that name,
+            was built for another API, or has a method that is not the hook it looks like.
     """
-    plugins = installed()
-    if name not in plugins:
-        raise PluginError(
-            f"no plugin named '{name}'.{suggestion(name, plugins)} "
-            f"Installed: {', '.join(plugins) or 'none'}. See: nexus-plugins list"
-        )
-    entry = plugins[name]
+    entry = find(name)
     where = f"plugin '{name}' ({distribution(entry)}, {entry.value})"
     try:
         found = entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         mend = f"repair its distribution, or leave it out: --plugins no:{name}"
         raise PluginError(f"{where} cannot be imported: {reason}; {mend}") from error
-    if not (inspect.isclass(found) and issubclass(found, Plugin)):
+    if not (isinstance(found, type) and issubclass(found, Plugin)):
         raise PluginError(f"{where} must be a subclass of nexus_core.Plugin, got {found!r}")
     if found.name != name:
         raise PluginError(f"{where} calls itself '{found.name}'; give both the same name")
+    _check_class(found, where)
     return found
 
 
@@ -85,33 +87,26 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
 
     Raises:
         PluginError: a name or slot taken twice, a missing requirement, a conflict, a circle, or
-            a method that is not the hook it looks like.
+            what `load` says of the class of one.
     """
     given = list(plugins)
     names = [plugin.name for plugin in given]
     for plugin in given:
-        _check_hooks(type(plugin))
+        _check_class(type(plugin), f"plugin '{plugin.name}'")
         if names.count(plugin.name) > 1:
             raise PluginError(f"plugin '{plugin.name}' is given twice; keep one of them")
         if missing := set(plugin.requires) - set(names):
-            needed = min(missing)
-            raise PluginError(
-                f"plugin '{plugin.name}' requires '{needed}', which is not in this run; "
-                f"add it with --plugins {needed}"
-            )
+            mend = f"which is not in this run; add it with --plugins {min(missing)}"
+            raise PluginError(f"plugin '{plugin.name}' requires '{min(missing)}', {mend}")
         if enemies := set(plugin.conflicts) & set(names):
             _refuse_pair(plugin.name, min(enemies), "cannot be in one run")
-    _check_unique({plugin.name: plugin.slot for plugin in given if plugin.slot}, "fill the slot")
-    for hook in HOOK_NAMES:
-        first = {p.name: hook for p in given if _options(p, hook).get("tryfirst")}
-        _check_unique(first, "ask to be first (declare before or after instead) in")
-    edges = _edges(given)
-    reasons = {
-        name: "; ".join(why for (_, later), why in edges.items() if later == name) or "as named"
-        for name in names
-    }
-    order = _sorted(names, edges)
-    return Plan(tuple(sorted(given, key=lambda plugin: order.index(plugin.name))), reasons)
+    owner: dict[str, str] = {}
+    for name, claim in _claims(given):
+        if owner.setdefault(claim, name) != name:
+            _refuse_pair(owner[claim], name, f"both {claim}")
+    declared = _declared(given)
+    order = _sorted(names, declared)
+    return Plan(tuple(sorted(given, key=lambda plugin: order.index(plugin.name))), declared)
 
 
 def shortcuts(hooks: pluggy.HookRelay) -> SimpleNamespace:
@@ -139,9 +134,23 @@ def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
     return first if hook.spec.opts["firstresult"] else every
 
 
+class _Manager(pluggy.PluginManager):
+    """Hears a hook's earlier name too; a plugin that has both names answers by the new one."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        options = super().parse_hookimpl_opts(plugin, name)
+        if options is None or name not in RENAMED:
+            return options
+        if hasattr(plugin, now := RENAMED[name]):
+            return None
+        said = f"{type(plugin).__qualname__}.{name}: the hook is called '{now}' now; rename it"
+        warnings.warn(f"{said}, as the earlier name will go", FutureWarning, stacklevel=2)
+        return {**options, "specname": now}
+
+
 def plugin_manager(plan: Plan, defaults: object) -> pluggy.PluginManager:
     """A manager of this engine's own that calls the plugins in the order of the plan."""
-    manager = pluggy.PluginManager("nexus")
+    manager = _Manager("nexus")
     manager.add_hookspecs(Hooks)
     manager.register(defaults, name="the core")
     for plugin in reversed(plan.plugins):  # pluggy calls what was registered last first
@@ -164,71 +173,62 @@ def blame(error: Exception, plan: Plan, step: int) -> None:
 
 def call_in_reverse(hook: pluggy.HookCaller, **arguments: object) -> None:
     """Call every implementation, last in the plan first, even if one raises; raise at the end."""
-    errors = []
-    for impl in hook.get_hookimpls():
-        try:
-            impl.function(*(arguments[name] for name in impl.argnames))
-        except Exception as error:
-            errors.append(error)
-    if errors:
-        raise errors[0] if len(errors) == 1 else ExceptionGroup("while closing", errors)
+    with ExitStack() as stack:
+        for impl in reversed(hook.get_hookimpls()):  # the stack calls what came last first
+            stack.callback(impl.function, *(arguments[name] for name in impl.argnames))
 
 
-def _check_hooks(plugin: type[AnyPlugin]) -> None:
+def _check_class(plugin: type[AnyPlugin], whose: str) -> None:
+    """Refuse a plugin that was built for other hooks than there are, or misspells one."""
+    if plugin.api_version not in API_VERSIONS:
+        ours = f"nexus-trainer {version('nexus-trainer')} has {' and '.join(API_VERSIONS)}"
+        mend = "install a release of the plugin for that, or the nexus-trainer that it is for"
+        raise PluginError(f"{whose} is built for plugin API {plugin.api_version}; {ours}: {mend}")
     for name in dir(plugin):
-        marked = hasattr(getattr(plugin, name), "nexus_impl")
-        where = f"{plugin.__module__}.{plugin.__qualname__}.{name}"
+        marked = getattr(getattr(plugin, name), "nexus_impl", None)
+        where = f"{whose}: {plugin.__qualname__}.{name}"
         if name in HOOK_NAMES and not marked:
             raise PluginError(f"{where} is named like a hook: mark it @hookimpl, or rename it")
-        if marked and name not in HOOK_NAMES:
+        if marked and not marked["optionalhook"] and name not in (*HOOK_NAMES, *RENAMED):
             known = f"{suggestion(name, HOOK_NAMES)} Hooks: {', '.join(HOOK_NAMES)}"
             raise PluginError(f"{where} is marked @hookimpl, but there is no such hook.{known}")
 
 
-def _options(plugin: AnyPlugin, hook: str) -> Mapping[str, object]:
-    return getattr(getattr(plugin, hook, None), "nexus_impl", {})
-
-
-def _check_unique(claims: Mapping[str, str], what: str) -> None:
-    """Refuse two plugins that claim the same place."""
-    owner: dict[str, str] = {}
-    for name, place in claims.items():
-        if owner.setdefault(place, name) != name:
-            _refuse_pair(owner[place], name, f"both {what} '{place}'")
+def _claims(plugins: Iterable[AnyPlugin]) -> Iterator[tuple[str, str]]:
+    """What one plugin of a run alone may do, by the names of those that want to."""
+    for plugin in plugins:
+        if plugin.slot:
+            yield plugin.name, f"fill the slot '{plugin.slot}'"
+        for hook in HOOK_NAMES:
+            if getattr(getattr(plugin, hook, None), "nexus_impl", {}).get("tryfirst"):
+                yield plugin.name, f"ask to be first (declare before or after) in '{hook}'"
 
 
 def _refuse_pair(one: str, other: str, why: str) -> None:
-    mend = f"leave one out, for instance with --plugins no:{one}"
+    mend = f"leave one out; --plugins no:{one} does it where a preset or file brings it"
     raise PluginError(f"plugins '{one}' and '{other}' {why}; {mend}")
 
 
-def _edges(plugins: Sequence[AnyPlugin]) -> dict[tuple[str, str], str]:
-    """(earlier, later) to who asked for it."""
-    edges = {}
-    for plugin in plugins:
-        for other in plugins:
-            if other.name in plugin.after:
-                edges[other.name, plugin.name] = f"after {other.name}, as it declares"
-            if other.name in plugin.before:
-                edges[plugin.name, other.name] = f"after {plugin.name}, as {plugin.name} declares"
-    return edges
+def _declared(plugins: Sequence[AnyPlugin]) -> dict[tuple[str, str], str]:
+    """(earlier, later) to who declares it, of the plugins that are there."""
+    names = {plugin.name for plugin in plugins}
+    pairs = {(plugin.name, other): plugin.name for plugin in plugins for other in plugin.before}
+    pairs |= {(other, plugin.name): plugin.name for plugin in plugins for other in plugin.after}
+    return {pair: name for pair, name in pairs.items() if names.issuperset(pair)}
 
 
-def _sorted(names: Sequence[str], edges: Iterable[tuple[str, str]]) -> list[str]:
+def _sorted(names: Sequence[str], declared: Mapping[tuple[str, str], str]) -> list[str]:
     """Topological order that keeps the given order wherever no constraint speaks."""
-    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(names, ()))
-    for earlier, later in edges:
-        sorter.add(later, earlier)
+    before = {name: {first for first, then in declared if then == name} for name in names}
     try:
-        sorter.prepare()
+        TopologicalSorter(before).prepare()
     except CycleError as error:
-        circle = " before ".join(error.args[1])
-        raise PluginError(f"the plugins' order is a circle: {circle}; leave one out") from None
-    ready: set[str] = set()
+        pairs = list(zip(error.args[1], error.args[1][1:], strict=False))
+        circle = ", ".join(f"'{a}' before '{b}' (as '{declared[a, b]}' says)" for a, b in pairs)
+        mend = f"leave one out; --plugins no:{pairs[0][0]} does it where a preset or file brings it"
+        raise PluginError(f"the plugins' order is a circle: {circle}; {mend}") from None
     order: list[str] = []
-    while sorter.is_active():
-        ready.update(sorter.get_ready())
-        order.append(min(ready, key=names.index))
-        ready.remove(order[-1])
-        sorter.done(order[-1])
+    while len(order) < len(names):
+        free = (name for name in names if name not in order and before[name].issubset(order))
+        order.append(next(free))
     return order

@@ -2,27 +2,186 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import pluggy
+
 from nexus_core.defaults import Defaults
-from nexus_core.registry import HOOK_NAMES, Plan, plugin_manager
+from nexus_core.events import Hooks
+from nexus_core.registry import HOOK_NAMES, Plan, load, plugin_manager
 
-__all__ = ["explain"]
+__all__ = [
+    "Call",
+    "Event",
+    "Explanation",
+    "LeftOut",
+    "Place",
+    "explain",
+    "explain_json",
+    "explanation",
+]
+
+CORE = "the core"
+IN_REVERSE = "on_close"
+ROLES = {
+    "wraps": "wraps the rest",
+    "first": "asks to be first (tryfirst)",
+    "last": "asks to be last (trylast)",
+    "": "",
+}
 
 
-def explain(plan: Plan) -> str:
-    """A table of every hook that is answered: place, plugin, role, reason."""
-    hooks = plugin_manager(plan, Defaults()).hook
-    lines = [f"{len(plan.plugins)} plugins, in the order in which they are called"]
-    for plugin in plan.plugins:
-        slot = f"  [slot {plugin.slot}]" if plugin.slot else ""
-        lines.append(f"  {plugin.name:<20} {plan.reasons[plugin.name]}{slot}")
-    for name in HOOK_NAMES:
-        implementations = list(reversed(getattr(hooks, name).get_hookimpls()))
-        if not implementations:
-            continue
-        lines += ["", name]
-        for place, impl in enumerate(implementations, start=1):
-            roles = {"wraps the rest": impl.wrapper, "asks first": impl.tryfirst}
-            said = [role for role, applies in roles.items() if applies]
-            reason = plan.reasons.get(impl.plugin_name, "the answer where no plugin gives one")
-            lines.append(f"  {place}. {impl.plugin_name:<20} {'; '.join([*said, reason])}")
+@dataclass(frozen=True)
+class Place:
+    """A plugin's place in the plan.
+
+    Args:
+        plugin: its name.
+        slot: the place in a run that it alone fills; null: none.
+        reasons: the constraints that put it behind others, or that it is where it was named.
+    """
+
+    plugin: str
+    slot: str | None
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A preset's plugin that is not in the run.
+
+    Args:
+        plugin: its name.
+        slot: the place in a run that it would fill.
+        taken_by: the plugin that was named for it.
+    """
+
+    plugin: str
+    slot: str
+    taken_by: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an event.
+
+    Args:
+        plugin: its name, or "the core".
+        role: "wraps", "first", "last", or empty where the plan alone decides.
+        reasons: why it is called at this place.
+    """
+
+    plugin: str
+    role: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A hook that is answered in this run.
+
+    Args:
+        hook: its name.
+        kind: event or seam, and whose answer counts.
+        calls: in the order in which they are made.
+    """
+
+    hook: str
+    kind: str
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plugins in their order, those left out, and every event with its calls in order."""
+
+    plugins: tuple[Place, ...]
+    left_out: tuple[LeftOut, ...]
+    events: tuple[Event, ...]
+
+
+def explain(plan: Plan, defaults: Sequence[str] = ()) -> str:
+    """The explanation as a table: of each event its calls, in order, with role and reasons."""
+    found = explanation(plan, defaults)
+    width = max(len(name) for name in (CORE, *(place.plugin for place in found.plugins))) + 2
+    lines = [f"{len(found.plugins)} plugins, in the order in which they are called"]
+    for place in found.plugins:
+        slot = f"  [slot {place.slot}]" if place.slot else ""
+        lines.append(f"  {place.plugin:<{width}}{'; '.join(place.reasons)}{slot}")
+    for gone in found.left_out:
+        lines.append(f"left out: {gone.plugin}, as {gone.taken_by} fills the slot {gone.slot}")
+    for event in found.events:
+        lines += ["", f"{event.hook}  ({event.kind})"]
+        digits = len(str(len(event.calls)))
+        for number, call in enumerate(event.calls, start=1):
+            said = "; ".join(part for part in (ROLES[call.role], *call.reasons) if part)
+            lines.append(f"  {number:>{digits}}. {call.plugin:<{width}}{said}")
     return "\n".join(lines)
+
+
+def explain_json(plan: Plan, defaults: Sequence[str] = ()) -> str:
+    """The explanation as a JSON object with the fields of `Explanation`."""
+    return json.dumps(asdict(explanation(plan, defaults)), indent=2)
+
+
+def explanation(plan: Plan, defaults: Sequence[str] = ()) -> Explanation:
+    """What will be called when, and why there; nothing is built and nothing is called.
+
+    Args:
+        plan: of the run.
+        defaults: names of the plugins that a preset brings, whether they are in the plan or not.
+    """
+    hooks = plugin_manager(plan, Defaults()).hook
+    names = [plugin.name for plugin in plan.plugins]
+    places = [Place(p.name, p.slot, _reasons(plan, p.name, names)) for p in plan.plugins]
+    events = [_event(plan, getattr(hooks, name)) for name in HOOK_NAMES]
+    left_out = _left_out(plan, [name for name in defaults if name not in names])
+    return Explanation(tuple(places), left_out, tuple(event for event in events if event.calls))
+
+
+def _left_out(plan: Plan, names: Sequence[str]) -> tuple[LeftOut, ...]:
+    owner = {plugin.slot: plugin.name for plugin in plan.plugins if plugin.slot}
+    slots = {name: load(name).slot for name in names}
+    return tuple(LeftOut(name, slot, owner[slot]) for name, slot in slots.items() if slot)
+
+
+def _event(plan: Plan, hook: pluggy.HookCaller) -> Event:
+    kind = (getattr(Hooks, hook.name).__doc__ or "").partition(":")[0].lower()
+    if hook.name == IN_REVERSE:
+        back = "the reverse of the plan's order"
+        names = [impl.plugin_name for impl in hook.get_hookimpls()]
+        return Event(hook.name, kind, tuple(Call(name, "", (back,)) for name in names))
+    calls: list[Call] = []
+    for impl in reversed(hook.get_hookimpls()):
+        reasons = _reasons(plan, impl.plugin_name, [call.plugin for call in calls])
+        calls.append(Call(impl.plugin_name, _role(impl), reasons))
+    return Event(hook.name, kind, tuple(calls))
+
+
+def _role(impl: pluggy.HookImpl) -> str:
+    roles = {"wraps": impl.wrapper, "first": impl.tryfirst, "last": impl.trylast}
+    return next((role for role, applies in roles.items() if applies), "")
+
+
+def _reasons(plan: Plan, name: str, among: Collection[str]) -> tuple[str, ...]:
+    if name == CORE:
+        return ("the answer where no plugin gives one",)
+    return tuple(_constraints(plan, name, among)) or ("as named",)
+
+
+def _constraints(plan: Plan, name: str, among: Collection[str]) -> Iterator[str]:
+    """What puts a plugin behind those of `among`: it or they declare it, or a chain of others."""
+    seen, chains = {name}, list[tuple[str, ...]]([(name,)])
+    for chain in chains:
+        for (earlier, later), who in plan.declared.items():
+            if later != chain[0] or earlier in seen:
+                continue
+            seen.add(earlier)
+            if earlier not in among:
+                chains.append((earlier, *chain))
+            elif len(chain) > 1:
+                yield f"after {earlier}, through {' and '.join(chain[:-1])}"
+            else:
+                yield f"after {earlier}, as {'it' if who == name else who} declares"

@@ -18,7 +18,6 @@ from nexus_core import (
     hookimpl,
 )
 from nexus_core.cli.build import keep_named_of_slot
-from nexus_core.cli.explain import explain
 from nexus_core.registry import arrange, installed, load
 from tiny import tiny_engine
 
@@ -75,7 +74,7 @@ def first() -> Any:
         ([plugin("a", slot="lr"), plugin("b", slot="lr")], "'a' and 'b' both fill the slot 'lr'"),
         ([plugin("a", requires=("z",))], "'a' requires 'z'.*--plugins z"),
         ([plugin("a", conflicts=("b",)), plugin("b")], "'a' and 'b' cannot be in one run"),
-        ([plugin("a", before=("b",)), plugin("b", before=("a",))], "a circle: . before . before"),
+        ([plugin("a", before=("b",)), plugin("b", before=("a",))], "a circle: .*before.*before"),
         ([plugin("a", on_step=first()), plugin("b", on_step=first())], "both ask to be first"),
         ([BarePlugin()], "on_step is named like a hook: mark it @hookimpl"),
         ([StrangerPlugin()], "no such hook. Did you mean 'on_step'"),
@@ -96,28 +95,6 @@ def test_named_plugin_takes_the_slot_of_a_default() -> None:
                [("cosine", "lr"), ("linear", "lr"), ("clip", None)]}  # fmt: skip
     assert keep_named_of_slot(["cosine", "clip"], ["linear"], classes) == ["clip", "linear"]
     assert keep_named_of_slot(["cosine", "clip"], ["cosine"], classes) == ["cosine", "clip"]
-
-
-def test_explain_gives_the_reason_for_each_place() -> None:
-    class AnswerPlugin(Plugin[PluginConfig]):
-        before = ("late",)
-
-        @hookimpl
-        def after_backward(self) -> None: ...
-
-    late = type("LatePlugin", (AnswerPlugin,), {"before": ()})()
-    lines = explain(arrange([late, AnswerPlugin()])).splitlines()
-    start = lines.index("after_backward")
-    assert lines[start + 1].split()[:2] == ["1.", "answer"]
-    assert lines[start + 2].split() == [
-        "2.",
-        "late",
-        "after",
-        "answer,",
-        "as",
-        "answer",
-        "declares",
-    ]
 
 
 FAKES = {
@@ -171,7 +148,8 @@ def test_name_given_by_two_distributions_is_refused(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 3\n")
     (info / "entry_points.txt").write_text("[nexus.plugins]\ngood = elsewhere:GoodPlugin\n")
     with pytest.raises(PluginError, match="two distributions give a plugin 'good'.*uninstall"):
-        installed()
+        load("good")
+    assert "good" in installed(), "what does not name it goes on"
 
 
 class KnobConfig(PluginConfig):

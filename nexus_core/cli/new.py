@@ -1,0 +1,134 @@
+"""`nexus-plugins new`: a plugin's package, complete and with its tests."""
+
+from __future__ import annotations
+
+import keyword
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import date
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+
+import click
+
+from nexus_core.cli.errors import reported
+
+__all__ = ["new", "package_files"]
+
+PLAIN = "plain"
+TEMPLATES = {
+    ".github/workflows/test.yml": "workflow.yml",
+    ".gitignore": "gitignore",
+    "LICENSE": "LICENSE",
+    "README.md": "README.md",
+    "pyproject.toml": "pyproject.toml",
+    "src/$name/__init__.py": "init.py",
+    "src/$name/plugin.py": "plugin_$kind.py",
+    "src/$name/py.typed": "py.typed",
+    "tests/test_$name.py": "test_$kind.py",
+}
+"""Path in the new package to the template that fills it."""
+
+
+@click.command()
+@click.argument("name")
+@click.option("--loss", "kind", flag_value="loss", help="One term of the loss.")
+@click.option("--logger", "kind", flag_value="logger", help="Shows or stores metrics.")
+@click.option("--schedule", "kind", flag_value="schedule", help="A learning rate over the run.")
+@click.option("--out", type=click.Path(path_type=Path), help="The package's folder; default: NAME.")
+def new(name: str, kind: str | None, out: Path | None) -> None:
+    """Write the package of a new plugin, ready to install, with tests that pass."""
+    with reported(debug=False):
+        folder = out or Path(name)
+        _check_name(name)
+        _write(folder, package_files(name, kind or PLAIN))
+        click.echo(
+            f"wrote the package of '{name}' into {folder}; next:\n"
+            f"  pip install -e '{folder}[test]'\n"
+            f"  pytest {folder}\n"
+            f"  nexus-run --plugins {name}"
+        )
+
+
+def package_files(name: str, kind: str = PLAIN) -> dict[str, str]:
+    """The files of a plugin's package: path to text.
+
+    Args:
+        name: of the plugin, its module and its distribution.
+        kind: "plain", "loss", "logger" or "schedule".
+    """
+    from nexus_core.events import API_VERSIONS
+
+    words = {
+        "name": name,
+        "Name": "".join(word.title() for word in name.split("_")),
+        "distribution": name.replace("_", "-"),
+        "kind": kind,
+        "trainer": version("nexus-trainer"),
+        "api": API_VERSIONS[-1],
+        "year": str(date.today().year),
+    }
+    return dict(_filled(words))
+
+
+def _filled(words: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    folder = files("nexus_core.cli").joinpath("templates")
+    for path, source in TEMPLATES.items():
+        template = folder.joinpath(f"{Template(source).substitute(words)}.tmpl")
+        text = template.read_text(encoding="utf-8")
+        yield Template(path).substitute(words), Template(text).substitute(words)
+
+
+def _check_name(name: str) -> None:
+    """Refuse what cannot be a plugin's name, or is one already.
+
+    Raises:
+        ConfigError: with a name that would do, where there is one.
+    """
+    from nexus_core.errors import ConfigError
+    from nexus_core.registry import distribution, installed
+
+    plain = name.isidentifier() and name.isascii() and name.islower() and name[0] != "_"
+    if not plain or keyword.iskeyword(name) or "__" in name:
+        raise ConfigError(
+            f"'{name}' cannot be a plugin's name: expected lower-case letters, digits and single "
+            "underscores, a letter first, and no word of Python's own, such as 'gradient_noise'"
+        )
+    if entry := installed().get(name):
+        raise ConfigError(
+            f"there is a plugin '{name}' already, of {distribution(entry)}; choose another name"
+        )
+    if find_spec(name) is not None:
+        raise ConfigError(
+            f"there is a module '{name}' already, which the plugin's would hide or be hidden by; "
+            f"choose another name, such as '{name}_plugin'"
+        )
+
+
+def _write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write all files or none.
+
+    Raises:
+        ConfigError: the folder is there already, or cannot be made.
+    """
+    from nexus_core.errors import ConfigError
+
+    if folder.exists():
+        raise ConfigError(f"'{folder}' is there already; choose another folder with --out")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as draft:
+            for path, text in texts.items():
+                file = Path(draft) / "package" / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+            shutil.move(Path(draft) / "package", folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write '{folder}': {error.strerror} ({error.filename}); choose another folder "
+            "with --out"
+        ) from error

@@ -1,0 +1,189 @@
+"""`--explain` tells what happens: the order is the one of the calls, and each reason is true."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexus_core import Plugin, PluginConfig, PluginError, hookimpl
+from nexus_core.cli.explain import Explanation, explain, explain_json, explanation
+from nexus_core.cli.run import main as nexus_run
+from nexus_core.events import Hooks
+from nexus_core.registry import HOOK_NAMES, arrange
+from tiny import Regression, tiny_engine
+
+NAMES = "abcde"
+ROLES: dict[str, dict[str, bool]] = {"": {}, "first": {"tryfirst": True}, "last": {"trylast": True}}
+
+
+def listener(name: str, log: list[tuple[str, str]], role: str = "", **place: Any) -> Plugin[Any]:
+    """A plugin that writes down when it is called."""
+
+    def on_step(self: object) -> None:
+        log.append(("on_step", name))
+
+    def on_close(self: object) -> None:
+        log.append(("on_close", name))
+
+    hooks = {"on_step": hookimpl(**ROLES[role])(on_step), "on_close": hookimpl(on_close)}
+    return type(f"{name.title()}Plugin", (Plugin,), {"name": name, **hooks, **place})()
+
+
+def waiting(name: str, hook: str = "on_step", **place: Any) -> Plugin[Any]:
+    """A plugin that answers one hook, with nothing."""
+
+    def answer(self: object) -> None: ...
+
+    hooks = {hook: hookimpl(answer)}
+    return type(f"{name.title()}Plugin", (Plugin,), {"name": name, **hooks, **place})()
+
+
+def calls(found: Explanation, hook: str) -> list[str]:
+    (event,) = [event for event in found.events if event.hook == hook]
+    return [call.plugin for call in event.calls]
+
+
+@settings(max_examples=20)
+@given(
+    names=st.permutations(NAMES),
+    rules=st.sets(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=4),
+    roles=st.tuples(*[st.sampled_from(["", "last"])] * 4, st.sampled_from(["", "first"])),
+)
+def test_explained_order_is_that_of_the_calls_and_every_reason_holds(
+    names: list[str], rules: set[tuple[int, int]], roles: tuple[str, ...]
+) -> None:
+    """The oracle is a run: what was called, one after the other."""
+    log: list[tuple[str, str]] = []
+    after = {b: tuple(NAMES[a] for a, c in rules if a < c and NAMES[c] == b) for b in NAMES}
+    role = dict(zip(NAMES, roles, strict=True))
+    engine = tiny_engine(*(listener(n, log, role[n], after=after[n]) for n in names))
+    data = Regression()
+    engine.fit([{"x": data.x, "y": data.y}], until="1 step")
+
+    found = explanation(engine.plan)
+    for hook in ("on_step", "on_close"):
+        assert calls(found, hook) == [name for event, name in log if event == hook]
+    for event in found.events:
+        for number, call in enumerate(event.calls):
+            assert call.reasons
+            before = [other.plugin for other in event.calls[:number]]
+            for reason in call.reasons:
+                if match := re.match(r"after (\w+), ", reason):
+                    assert match[1] in before
+                    assert match[1] in after[call.plugin] or "through" in reason
+
+
+def test_reason_may_be_a_chain_through_plugins_that_the_event_does_not_call() -> None:
+    plugins = [waiting("c", after=("b",)), waiting("b", "on_eval"), waiting("a", before=("b",))]
+    found = explanation(arrange(plugins))
+    (event,) = [event for event in found.events if event.hook == "on_step"]
+    assert [(call.plugin, call.reasons) for call in event.calls] == [
+        ("a", ("as named",)),
+        ("c", ("after a, through b",)),
+    ]
+    assert [(place.plugin, place.reasons) for place in found.plugins] == [
+        ("a", ("as named",)),
+        ("b", ("after a, as a declares",)),
+        ("c", ("after b, as it declares",)),
+    ]
+
+
+class WrapPlugin(Plugin[PluginConfig]):
+    """Is around every update."""
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self) -> Any:
+        return (yield)
+
+
+def test_table_has_kind_roles_and_the_answers_of_the_core() -> None:
+    """Breaks if a reader cannot tell who only wraps, and who answers where nobody does."""
+    plan = arrange([waiting("noop", "optimizer_step"), WrapPlugin()])
+    lines = explain(plan).splitlines()
+    start = lines.index("optimizer_step  (seam, first answer)")
+    assert [re.sub(" +", " ", line) for line in lines[start + 1 : start + 4]] == [
+        " 1. wrap wraps the rest; as named",
+        " 2. noop as named",
+        " 3. the core asks to be last (trylast); the answer where no plugin gives one",
+    ]
+
+
+def test_json_says_the_same_as_the_table() -> None:
+    plan = arrange([waiting("b", after=("a",), slot="lr"), waiting("a"), WrapPlugin()])
+    table, data = explain(plan), json.loads(explain_json(plan))
+    for event in data["events"]:
+        assert f"\n{event['hook']}  ({event['kind']})\n" in table
+        for number, call in enumerate(event["calls"], start=1):
+            line = rf" +{number}\. {call['plugin']} .*{re.escape('; '.join(call['reasons']))}"
+            assert re.search(line, table), (event["hook"], call)
+    assert data["plugins"][1] == {
+        "plugin": "b",
+        "slot": "lr",
+        "reasons": ["after a, as it declares"],
+    }
+    assert "[slot lr]" in table
+
+
+@pytest.mark.parametrize("hook", HOOK_NAMES)
+def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
+    """The explanation takes it from the docstring, and a first answer must be told as one."""
+    kind, colon, _ = (getattr(Hooks, hook).__doc__ or "").partition(":")
+    assert colon
+    assert re.fullmatch(
+        r"(Event|Seam, (first answer|collected))(, once a step| and multiplied)?", kind
+    )
+    first = getattr(Hooks, hook).nexus_spec["firstresult"]
+    assert first == ("first answer" in kind)
+
+
+@pytest.mark.parametrize(
+    ("plugins", "message"),
+    [
+        (
+            [waiting("a", after=("c",)), waiting("b", after=("a",)), waiting("c", after=("b",))],
+            "a circle: '.' before '.' .as '.' says.*leave one out; --plugins no:. does it",
+        ),
+        (
+            [waiting("a", before=("b",)), waiting("b", before=("a",))],
+            "'a' before 'b' .as 'a' says., 'b' before 'a' .as 'b' says.|"
+            "'b' before 'a' .as 'b' says., 'a' before 'b' .as 'a' says.",
+        ),
+        (
+            [waiting("a", slot="lr"), waiting("b", slot="lr")],
+            "both fill the slot 'lr'; leave one out; --plugins no:a does it",
+        ),
+    ],
+)
+def test_conflict_is_explained_with_the_way_out(plugins: list[Plugin[Any]], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        arrange(plugins)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(nexus_run, arguments)
+
+
+def test_command_gives_json_and_says_which_default_left_its_slot() -> None:
+    result = run("quickstart", "--explain", "--json", "--plugins", "lr_linear")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["left_out"] == [{"plugin": "lr_cosine", "slot": "lr", "taken_by": "lr_linear"}]
+    (event,) = [event for event in data["events"] if event["hook"] == "lr_scale"]
+    assert [call["plugin"] for call in event["calls"]] == ["lr_linear"]
+    table = run("quickstart", "--explain", "--plugins", "lr_linear").output
+    assert "left out: lr_cosine, as lr_linear fills the slot lr" in table
+
+
+def test_impossible_plan_is_one_error_on_stderr_and_no_half_json() -> None:
+    result = run("quickstart", "--explain", "--json", "--plugins", "lr_linear,lr_wsd")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(
+        "error: plugins 'lr_linear' and 'lr_wsd' both fill the slot 'lr'"
+    )

@@ -1,0 +1,201 @@
+"""`nexus-plugins new` writes packages that install, pass their tests and run, or says why not."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fresh_venv import FreshVenv
+from nexus_core.cli.new import package_files
+from nexus_core.cli.plugins import main as nexus_plugins
+from nexus_core.testing import fake_distribution
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("plain", "loss", "logger", "schedule")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test writes into a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def new(*arguments: str) -> Result:
+    return CliRunner().invoke(nexus_plugins, ["new", *arguments])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_package_is_complete_and_goes_by_one_name(kind: str) -> None:
+    """Breaks if the entry point names what the package does not have."""
+    option = [] if kind == "plain" else [f"--{kind}"]
+    result = new("gold_dust", *option)
+    assert result.exit_code == 0, result.output
+    assert "pip install -e 'gold_dust[test]'" in result.output
+    package = Path("gold_dust")
+    project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "gold-dust"
+    assert project["entry-points"]["nexus.plugins"] == {"gold_dust": "gold_dust:GoldDustPlugin"}
+    code = ast.parse((package / "src/gold_dust/plugin.py").read_text())
+    classes = [node.name for node in code.body if isinstance(node, ast.ClassDef)]
+    assert classes == ["GoldDustConfig", "GoldDustPlugin"]
+    workflow = yaml.safe_load((package / ".github/workflows/test.yml").read_text())
+    assert workflow["jobs"]["test"]["steps"][1]["with"] == {
+        "python-version": "${{ matrix.python }}"
+    }
+    for file in ("README.md", "LICENSE", "tests/test_gold_dust.py", "src/gold_dust/py.typed"):
+        assert (package / file).exists(), file
+
+
+@given(
+    name=st.from_regex(r"[a-z][a-z0-9]{0,12}(_[a-z0-9]{1,8}){0,2}", fullmatch=True).filter(
+        lambda name: not keyword.iskeyword(name)
+    ),
+    kind=st.sampled_from(KINDS),
+)
+def test_any_good_name_gives_code_that_compiles_and_no_hole_is_left(name: str, kind: str) -> None:
+    for path, text in package_files(name, kind).items():
+        assert "$" not in path
+        assert "$" not in text.replace("${{ matrix.python }}", "")
+        if path.endswith(".py"):
+            ast.parse(text)
+
+
+def test_code_is_formatted_and_lints_clean() -> None:
+    """Breaks if an author's first `ruff` run would find faults in what we wrote."""
+    pytest.importorskip("ruff")
+    for kind in KINDS:
+        for path, text in package_files(f"sparkle_{kind}", kind).items():
+            file = Path(kind, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+    for action in (["check", "--no-cache"], ["format", "--no-cache", "--diff"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *action, "."],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Sparkle", "'Sparkle' cannot be a plugin's name: expected lower-case"),
+        ("spark-le", "cannot be a plugin's name"),
+        ("1spark", "cannot be a plugin's name"),
+        ("_spark", "cannot be a plugin's name"),
+        ("spark__le", "cannot be a plugin's name"),
+        ("spärkle", "cannot be a plugin's name"),
+        ("", "cannot be a plugin's name"),
+        ("class", "cannot be a plugin's name"),
+        ("../spark", "cannot be a plugin's name"),
+        ("clip", "there is a plugin 'clip' already, of nexus-trainer"),
+        ("json", "there is a module 'json' already"),
+    ],
+)
+def test_bad_or_taken_name_is_one_error_and_writes_nothing(
+    name: str, message: str, folder: Path
+) -> None:
+    result = new(name)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+    assert list(folder.rglob("*")) == []
+
+
+def test_name_of_another_ones_plugin_is_taken() -> None:
+    with fake_distribution("glitter", {"sparkle": "glitter_module:SparklePlugin"}, version="2.1"):
+        result = new("sparkle")
+    assert result.exit_code == 2
+    assert "there is a plugin 'sparkle' already, of glitter 2.1; choose another" in result.output
+
+
+def test_folder_that_is_there_stays_as_it_is(folder: Path) -> None:
+    (folder / "work").mkdir()
+    (folder / "work/mine.txt").write_text("mine")
+    result = new("sparkle", "--out", "work")
+    assert result.exit_code == 2
+    assert "'work' is there already" in result.output
+    assert [path.name for path in folder.rglob("*")] == ["work", "mine.txt"]
+
+
+def test_folder_that_cannot_be_written_is_one_error(folder: Path) -> None:
+    (folder / "file").write_text("in the way")
+    result = new("sparkle", "--out", "file/sparkle")
+    assert result.exit_code == 2
+    assert "cannot write 'file/sparkle': File exists (file); choose" in result.output
+    assert [path.name for path in folder.rglob("*")] == ["file"]
+
+
+def test_package_goes_where_out_says() -> None:
+    assert new("sparkle", "--out", "deep/down/here").exit_code == 0
+    assert Path("deep/down/here/src/sparkle/plugin.py").exists()
+    assert [path.name for path in Path("deep/down").iterdir()] == ["here"]
+
+
+@pytest.mark.slow
+def test_wheel_of_the_trainer_holds_the_templates(folder: Path) -> None:
+    """Breaks if `new` works from a checkout alone."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps",
+               "--quiet", "--wheel-dir", str(folder), str(ROOT)]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "templates" in name}
+    assert names == {path.name for path in (ROOT / "nexus_core/cli/templates").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_package_installs_passes_its_tests_runs_and_goes(kind: str, folder: Path) -> None:
+    """The whole way of an author, in a new environment; nothing but the package is written."""
+    fresh = FreshVenv(folder / "venv")
+    option = [] if kind == "plain" else [f"--{kind}"]
+    assert fresh.run("nexus-plugins", "new", "sparkle", *option, cwd=folder).returncode == 0
+    fresh.pip("install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "sparkle")
+
+    tests = fresh.run("pytest", "-q", "-p", "no:cacheprovider", cwd=folder / "sparkle")
+    assert tests.returncode == 0, tests.stdout
+    assert "passed" in tests.stdout
+
+    listed = fresh.run("nexus-plugins", "list", cwd=folder)
+    (line,) = [line for line in listed.stdout.splitlines() if line.startswith("sparkle ")]
+    assert "(sparkle 0.1.0)" in line
+    assert "BROKEN" not in line
+
+    Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    run = fresh.run("nexus-run", "tiny.yaml", "--plugins", "sparkle", "--out", "one", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    assert "sparkle" in yaml.safe_load(Path("one/config.yaml").read_text())["plugins"]
+    without = fresh.run("nexus-run", "tiny.yaml", "--explain", cwd=folder)
+    assert "sparkle" not in without.stdout, "installed is not active"
+
+    fresh.pip("uninstall", "-y", "sparkle")
+    assert "sparkle" not in fresh.run("nexus-plugins", "list", cwd=folder).stdout
+    gone = fresh.run("nexus-run", "tiny.yaml", "--plugins", "sparkle", cwd=folder)
+    assert gone.returncode == 2
+    assert "no plugin named 'sparkle'" in gone.stderr
+
+
+TINY = {
+    "until": "2 steps",
+    "plugins": {
+        "data_text": {"train": "corpus.txt", "seq_len": 32, "batch_size": 4},
+        "model_nexus": {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
+        "loss_lm": {},
+        "optim_adamw": {"lr": 1e-3},
+    },
+}

@@ -1,0 +1,402 @@
+"""What plugins rely on stays, and what is wrong with one is one message to those who name it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import pytest
+from click.testing import CliRunner, Result
+
+import nexus_core
+from nexus_core import Engine, Plugin, PluginConfig, PluginError, hookimpl
+from nexus_core.cli.plugins import main as nexus_plugins
+from nexus_core.cli.run import main as nexus_run
+from nexus_core.events import API_VERSIONS, RENAMED, Hooks
+from nexus_core.registry import HOOK_NAMES, arrange, load, plugin_manager
+from nexus_core.testing import fake_distribution, tiny_engine
+
+PAGE = (Path(__file__).parents[2] / "docs/plugin_api.md").read_text()
+
+HOOKS_OF_1_0 = {
+    "make_data": "engine",
+    "make_model": "engine",
+    "make_optimizer": "engine",
+    "load_snapshot": "engine source",
+    "on_start": "engine",
+    "on_finish": "engine",
+    "on_error": "engine error",
+    "on_close": "engine",
+    "on_batch": "engine batch",
+    "forward": "engine batch",
+    "loss_units": "engine batch",
+    "loss_terms": "engine batch output",
+    "loss_weight": "engine",
+    "weigh_losses": "engine terms",
+    "backward": "engine loss terms",
+    "after_backward": "engine",
+    "lr_scale": "engine",
+    "optimizer_step": "engine",
+    "on_step": "engine",
+    "collect_metrics": "engine",
+    "on_log": "engine metrics",
+    "on_eval": "engine metrics",
+    "on_step_end": "engine",
+    "summarize": "engine",
+    "on_save": "engine snapshot",
+    "on_load": "engine snapshot",
+}
+"""Every hook of API 1.0 with its arguments: a record, which later versions add to below."""
+
+
+# -- the promise
+
+
+@pytest.mark.skipif("1.0" not in API_VERSIONS, reason="plugins for 1.0 are not run any more")
+@pytest.mark.parametrize("hook", HOOKS_OF_1_0)
+def test_no_hook_or_argument_is_taken_away_within_a_major_version(hook: str) -> None:
+    """Red when plugins out there would break: rename through RENAMED, or begin API 2.0."""
+    spec = getattr(Hooks, RENAMED.get(hook, hook))
+    arguments = spec.__code__.co_varnames[1 : spec.__code__.co_argcount]
+    assert set(HOOKS_OF_1_0[hook].split()) <= set(arguments)
+
+
+def test_a_new_hook_moves_the_version() -> None:
+    """Red when a hook was added: raise API_VERSIONS, and record the hook here."""
+    assert set(HOOK_NAMES) == set(HOOKS_OF_1_0)
+    assert API_VERSIONS == ("1.0",)
+
+
+def test_versions_are_major_and_minor_and_in_order() -> None:
+    numbers = [tuple(map(int, version.split("."))) for version in API_VERSIONS]
+    assert numbers == sorted(set(numbers))
+    assert all(len(number) == 2 for number in numbers)
+    assert Plugin.api_version == "1.0", "a plugin that says nothing was built for the first"
+
+
+def names_in(row: str) -> list[str]:
+    """The names in the first column of one row of the page's table."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {row}")]
+    return re.findall(r"`(\w+)`", line.split("|")[1].partition(":")[2])
+
+
+def test_page_lists_what_is_exported() -> None:
+    assert names_in("what `nexus_core` exports") == sorted(nexus_core.__all__)
+
+
+@pytest.mark.parametrize("row", ["what a hook finds on", "what a hook may call on"])
+def test_what_the_page_promises_of_the_engine_is_there(row: str) -> None:
+    engine, names = tiny_engine(), names_in(row)
+    assert len(names) > 5
+    assert [name for name in names if not hasattr(engine, name)] == []
+
+
+@pytest.mark.parametrize("row", ["what a plugin's class may say", "what a plugin's class may ans"])
+def test_what_the_page_promises_of_plugins_is_there(row: str) -> None:
+    names = names_in(row)
+    assert len(names) > 2
+    assert [name for name in names if not hasattr(Plugin, name)] == []
+
+
+# -- renamed hooks and arguments
+
+
+class EarlierPlugin(Plugin[PluginConfig]):
+    """Uses the earlier name of a hook, and of a seam that it wraps."""
+
+    before = ("later",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    @hookimpl
+    def on_update(self, engine: Engine) -> None:
+        self.called.append(f"step {engine.state.step}")
+
+    @hookimpl(wrapper=True)
+    def apply_update(self) -> Generator[None, bool, bool]:
+        self.called.append("before the update")
+        done = yield
+        self.called.append("after the update")
+        return done
+
+
+class LaterPlugin(Plugin[PluginConfig]):
+    """Uses the present name."""
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        earlier = engine.plugins["earlier"]
+        assert isinstance(earlier, EarlierPlugin)
+        earlier.called.append("later")
+
+
+class BothPlugin(Plugin[PluginConfig]):
+    """Has the earlier name and the present one, to run with releases before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    @hookimpl(optionalhook=True)
+    def on_update(self) -> None:
+        self.called.append("earlier")
+
+    @hookimpl(optionalhook=True)
+    def on_step(self) -> None:
+        self.called.append("present")
+
+    @hookimpl(optionalhook=True)
+    def on_later_still(self) -> None:
+        self.called.append("future")
+
+
+@pytest.fixture
+def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release in which two hooks have just got their present names."""
+    names = {"on_update": "on_step", "apply_update": "optimizer_step"}
+    monkeypatch.setattr("nexus_core.registry.RENAMED", names)
+
+
+@pytest.mark.usefixtures("renamed")
+def test_earlier_name_of_a_hook_is_called_in_its_place_and_warned_of() -> None:
+    """Breaks if a plugin is dropped without a word, or called in another order than declared."""
+    earlier = EarlierPlugin()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = tiny_engine(LaterPlugin(), earlier)
+    engine.fit(until="1 step")
+    assert earlier.called == ["before the update", "after the update", "step 1", "later"]
+    said = sorted(str(warning.message) for warning in caught)
+    assert said == [
+        "EarlierPlugin.apply_update: the hook is called 'optimizer_step' now; rename it, as the "
+        "earlier name will go",
+        "EarlierPlugin.on_update: the hook is called 'on_step' now; rename it, as the earlier name "
+        "will go",
+    ]
+    assert {warning.category for warning in caught} == {FutureWarning}
+
+
+@pytest.mark.usefixtures("renamed")
+def test_plugin_with_both_names_is_called_once_and_not_warned_of() -> None:
+    both = BothPlugin()
+    tiny_engine(both).fit(until="2 steps")
+    assert both.called == ["present", "present"]
+
+
+def test_plugin_with_both_names_runs_where_one_of_them_is_not_known() -> None:
+    """Breaks if no release of a plugin can serve trainers from before and after a change."""
+    both = BothPlugin()
+    tiny_engine(both).fit(until="2 steps")
+    assert both.called == ["present", "present"]
+
+
+def test_earlier_name_is_refused_once_it_is_gone() -> None:
+    with pytest.raises(PluginError, match=r"EarlierPlugin.apply_update .* no such hook"):
+        arrange([EarlierPlugin()])
+
+
+def test_earlier_name_of_an_argument_still_comes_and_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the page tells maintainers: both names are in the specification, the earlier warns."""
+    hookspec = pluggy.HookspecMarker("nexus")
+
+    class NextHooks(Hooks):
+        @hookspec(warn_on_impl_args={"metrics": FutureWarning("on_log: take 'values' instead")})
+        def on_log(self, engine: Engine, metrics: Any, values: Any) -> None: ...
+
+    class ArgumentPlugin(Plugin[PluginConfig]):
+        seen: Any = None
+
+        @hookimpl
+        def on_log(self, metrics: Any) -> None:
+            self.seen = metrics
+
+    monkeypatch.setattr("nexus_core.registry.Hooks", NextHooks)
+    plugin = ArgumentPlugin()
+    with pytest.warns(FutureWarning, match="take 'values' instead"):
+        manager = plugin_manager(arrange([plugin]), object())
+    manager.hook.on_log(engine=None, metrics={"a": 1.0}, values={"a": 1.0})
+    assert plugin.seen == {"a": 1.0}
+
+
+# -- plugins that are wrong
+
+HEAD = "from pydantic import Field\nfrom nexus_core import Plugin, PluginConfig, hookimpl\n"
+FAULTY = {
+    "raising": "raise OSError('no licence found')",
+    "exiting": "raise SystemExit('not on this machine')",
+    "lacking": "",
+    "number": "NumberPlugin = 3",
+    "function": "def FunctionPlugin(): ...",
+    "misnamed": "class MisnamedPlugin(Plugin[PluginConfig]):\n    name = 'other'",
+    "future": "class FuturePlugin(Plugin[PluginConfig]):\n    api_version = '7.3'\n"
+    "    @hookimpl\n    def on_something_new(self): ...",
+    "misspelt": "class MisspeltPlugin(Plugin[PluginConfig]):\n"
+    "    @hookimpl\n    def on_stepp(self): ...",
+}
+SAID = {
+    "raising": r"cannot be imported: OSError: no licence found; .*--plugins no:raising",
+    "exiting": r"cannot be imported: SystemExit: not on this machine",
+    "lacking": r"cannot be imported: AttributeError: .*LackingPlugin",
+    "number": r"must be a subclass of nexus_core.Plugin, got 3",
+    "function": r"must be a subclass of nexus_core.Plugin, got <function FunctionPlugin",
+    "misnamed": r"calls itself 'other'; give both the same name",
+    "future": r"is built for plugin API 7.3; nexus-trainer [\d.]+ has 1.0: install a release",
+    "misspelt": r"no such hook. Did you mean 'on_step'",
+    "twice": r"two distributions give a plugin 'twice': one-of-two 1.0 and two-of-two 2.0; uninst",
+}
+SETTING = """
+class SettingConfig(PluginConfig):
+    strength: float = Field(1.0, gt=0, description="factor")
+class SettingPlugin(Plugin[SettingConfig]):
+    '''Has a setting.'''
+"""
+
+
+@pytest.fixture
+def faulty() -> Iterator[None]:
+    """A machine with one package of each fault, a name given twice, and a good one."""
+    with ExitStack() as stack:
+        for name, code in {**FAULTY, "setting": SETTING}.items():
+            module = f"faulty_{name}"
+            plugins = {name: f"{module}:{name.title()}Plugin"}
+            stack.enter_context(
+                fake_distribution(f"a-{name}", plugins, modules={module: HEAD + code})
+            )
+        for dist, version in (("one-of-two", "1.0"), ("two-of-two", "2.0")):
+            plugins = {"twice": f"{dist.replace('-', '_')}:TwicePlugin"}
+            stack.enter_context(fake_distribution(dist, plugins, version=version))
+        yield
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(nexus_run, ["quickstart", *arguments])
+
+
+@pytest.mark.usefixtures("faulty")
+@pytest.mark.parametrize("name", SAID)
+def test_faulty_plugin_is_one_clear_message_to_those_who_name_it(name: str) -> None:
+    result = run("--explain", "--plugins", name)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert re.search(rf"^error: .*'{name}'.*{SAID[name]}|^error: .*{SAID[name]}", result.stderr)
+    assert "Traceback" not in result.stderr
+    shown = CliRunner().invoke(nexus_plugins, ["show", name])
+    assert shown.exit_code == 2
+    assert shown.stderr == result.stderr
+
+
+@pytest.mark.usefixtures("faulty")
+def test_message_names_distribution_and_place() -> None:
+    for name in FAULTY:
+        with pytest.raises(PluginError, match=rf"'{name}' \(a-{name} 1.0, faulty_{name}:") as error:
+            load(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("faulty")
+def test_invalid_setting_is_one_clear_message() -> None:
+    result = run("--explain", "--plugins", "setting", "--set", "setting.strength=-1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "setting.strength: got -1; input should be greater than 0" in result.stderr
+    result = run("--explain", "--plugins", "setting", "--set", "setting.strenght=1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "unknown key 'setting.strenght'. Did you mean 'strength'?" in result.stderr
+
+
+@pytest.mark.usefixtures("faulty")
+def test_runs_that_do_not_name_them_do_not_notice() -> None:
+    """Breaks if a broken neighbour, or a name that two packages give, ends other people's runs."""
+    result = run("--explain", "--plugins", "setting")
+    assert result.exit_code == 0, result.output
+    assert "setting" in result.stdout
+    assert result.stderr == ""
+    assert not {f"faulty_{name}" for name in FAULTY} & set(sys.modules)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("faulty")
+def test_schema_describes_the_others() -> None:
+    schema = run("--schema")
+    assert schema.exit_code == 0
+    blocks = json.loads(schema.stdout)["properties"]["plugins"]["properties"]
+    assert {"setting", "clip"} <= set(blocks)
+    assert not set(SAID) & set(blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("faulty")
+def test_list_shows_each_as_broken_with_its_reason_and_the_others_as_they_are() -> None:
+    result = CliRunner().invoke(nexus_plugins, ["list"])
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line for line in result.output.splitlines()}
+    for name, said in SAID.items():
+        assert re.search(rf"^{name} +BROKEN: .*{said}", lines[name])
+    assert re.search(r"^setting +Has a setting. \(a-setting 1.0\)$", lines["setting"])
+    assert re.search(r"^lr_cosine +\[lr\] +Warms .* \(nexus-trainer [\d.]+\)$", lines["lr_cosine"])
+
+
+@pytest.mark.usefixtures("faulty")
+def test_list_of_metadata_imports_nothing_and_shows_a_name_given_twice() -> None:
+    result = CliRunner().invoke(nexus_plugins, ["list", "--no-load"])
+    assert result.exit_code == 0
+    assert not {f"faulty_{name}" for name in (*FAULTY, "setting")} & set(sys.modules)
+    lines = {line.split()[0]: line for line in result.output.splitlines()}
+    assert re.search(rf"^twice +BROKEN: {SAID['twice']}", lines["twice"])
+    assert re.search(r"^raising +faulty_raising:RaisingPlugin \(a-raising 1.0\)$", lines["raising"])
+
+
+class AheadPlugin(Plugin[PluginConfig]):
+    """Was built for a later API."""
+
+    api_version = "1.1"
+
+    @hookimpl
+    def on_something_new(self) -> None: ...
+
+
+def test_plugin_made_by_hand_for_another_api_is_refused_by_the_engine() -> None:
+    """The version is looked at first: that the new hook is unknown is only what follows."""
+    with pytest.raises(PluginError, match=r"plugin 'ahead' is built for plugin API 1.1;.* has 1.0"):
+        tiny_engine(AheadPlugin())
+
+
+# -- show
+
+
+def test_show_tells_settings_hooks_order_and_state() -> None:
+    shown = CliRunner().invoke(nexus_plugins, ["show", "ema"]).output
+    for said in (
+        r"^from +nexus-trainer [\d.]+, nexus_plugins.ema:EmaPlugin$",
+        r"^built for +plugin API 1.0$",
+        r"^before +checkpoint, early_stop$",
+        r"^state +version 1: The average and how many steps are in it\.$",
+        r"^  decay: float >= 0 < 1, default 0.999\n      what the average keeps",
+        r"^  forward +Put the average .* \[wraps\]$",
+    ):
+        assert re.search(said, shown, re.MULTILINE), said
+
+
+def test_show_writes_types_and_defaults_as_one_sets_them() -> None:
+    shown = CliRunner().invoke(nexus_plugins, ["show", "checkpoint"]).output
+    assert 'every: Interval, default "1000 steps"' in shown
+    assert "mode: 'min' | 'max', default \"min\"" in shown
+    assert "keep_every: Interval | null, default null" in shown
+    clip = CliRunner().invoke(nexus_plugins, ["show", "clip"]).output
+    assert re.search(r"^state +none to save$", clip, re.MULTILINE)
+    data = CliRunner().invoke(nexus_plugins, ["show", "data_text"]).output
+    assert re.search(r"^state +version 1$", data, re.MULTILINE)
+    block = r"\n      SourceConfig\n        path: str, required\n            "
+    assert re.search(block, data), "the settings within a setting"
+    assert re.search(r"^slot +data: one plugin of a run fills it$", data, re.MULTILINE)

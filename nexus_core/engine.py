@@ -88,8 +88,9 @@ class Engine:
         self.state = TrainState()
         self.horizon: Interval | None = None
         self.stop_reason: str | None = None
-        self.training = True
-        self.split = "train"
+        self.clock = time.perf_counter  # in seconds; a plugin may bring one for all processes
+        self.alone = True  # False: a plugin sets `stopping`, when all processes know of the stop
+        self.training, self.split = True, "train"
         self.last_micro_batch = True
         self.losses: dict[str, Tensor] = {}
         self.refused: Tensor | None = None
@@ -150,26 +151,26 @@ class Engine:
             data = self.data.train
             eval_data = self.data.valid if eval_data is None else eval_data
         self.horizon = horizon = Interval.parse(until)
-        self.stop_reason = None
+        self.stop_reason, self.stopping = None, False
         self.state.epoch_length = length_hint(data)
         log_due = Every(self.log_every, self.state)
         eval_due = Every(Interval.parse(eval_every) if eval_every else None, self.state)
         try:
             self.hook.on_start(engine=self)
-            started = time.perf_counter() - self.state.seconds
+            started = self.clock() - self.state.seconds
             stream = stream_batches(data, self.state, horizon)
-            while self.stop_reason is None and not horizon.reached(self.state):
+            while not (self.stopping or horizon.reached(self.state)):
                 if not (micro := list(islice(stream, self.accumulate))):
                     break
                 take_step(self, [to_device(batch, self.device) for batch in micro])
-                self.state.seconds = time.perf_counter() - started
+                self.state.seconds = self.clock() - started
                 if log_due.due(self.state):
                     self._log()
                 if eval_due.due(self.state) and eval_data:
                     self.evaluate(eval_data)
                 self.hook.on_step_end(engine=self)
                 yield self.state
-            if self.stop_reason is None:
+            if not self.stopping:
                 self._log()
                 if eval_data and self.state.evaluated_at != self.state.step:
                     self.evaluate(eval_data)
@@ -195,8 +196,8 @@ class Engine:
         return metrics
 
     def stop(self, reason: str = "stopped by the program") -> None:
-        """End the loop after the present step."""
-        self.stop_reason = reason
+        """End the loop after the present step; several processes end together, a step later."""
+        self.stop_reason, self.stopping = reason, self.alone
 
     def log(
         self,
@@ -240,8 +241,7 @@ class Engine:
         self.load_state_dict(self.hook.load_snapshot(engine=self, source=source))
 
     def _log(self) -> None:
-        metrics = self.meter.read(self.ranks)
-        if not metrics:
+        if not (metrics := self.meter.read(self.ranks)):
             return
         metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         for answer in self.hook.collect_metrics(engine=self):

@@ -152,9 +152,10 @@ def step_units(micro: Sequence[Numbers], ranks: Ranks) -> dict[str, Tensor | flo
     for units in micro[1:]:
         totals.update({name: totals.get(name, 0.0) + count for name, count in units.items()})
     if ranks.size > 1:
-        names = sorted(totals)
-        counts = torch.stack([torch.as_tensor(totals[name]).double() for name in names])
-        totals = dict(zip(names, ranks.sum(counts), strict=True))
+        device = next((n.device for n in totals.values() if isinstance(n, Tensor)), None)
+        names, double = sorted(totals), torch.float64
+        counts = [torch.as_tensor(totals[n], dtype=double, device=device) for n in names]
+        totals = dict(zip(names, ranks.sum(torch.stack(counts)).float(), strict=True))
     return {
         name: count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
         for name, count in totals.items()

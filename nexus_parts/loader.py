@@ -28,7 +28,8 @@ class ResumableLoader:
 
     The order is a permutation computed from (seed, epoch), so any step is sought in constant time,
     and it is the same for any number of workers and processes. Batches that are dicts get
-    `sample_ids`, the indices of their rows.
+    `sample_ids`, the indices of their rows. Where a batch has fewer rows than there are processes,
+    some get a row without an index, which the plugins that join processes leave out of all sums.
 
     Args:
         dataset: has `__len__` and `__getitem__` (or `__getitems__`, for a list of indices);
@@ -144,14 +145,27 @@ class _Fetch(Dataset[Batch]):
             return error
 
     def _batch(self, indices: list[int]) -> Batch:
+        wanted = indices or [0]  # a share without rows borrows one, which does not count
         if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(indices)
+            rows = self.dataset.__getitems__(wanted)
         else:
-            rows = [self.dataset[index] for index in indices]
+            rows = [self.dataset[index] for index in wanted]
         batch = self.collate(rows)
         if isinstance(batch, dict):
-            batch["sample_ids"] = torch.tensor(indices)
-        return batch
+            batch["sample_ids"] = torch.tensor(indices, dtype=torch.int64)
+            return batch
+        return batch if indices else _without_rows(batch)
+
+
+def _without_rows(batch: Batch) -> Batch:
+    """The batch with its rows cut off, for a process whose share of few rows is none."""
+    if isinstance(batch, torch.Tensor):
+        return batch[:0]
+    if isinstance(batch, dict):
+        return {key: _without_rows(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)([_without_rows(value) for value in batch])
+    return batch
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:

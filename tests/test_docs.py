@@ -307,15 +307,8 @@ def broken_links(pages: dict[Path, _Page]) -> list[str]:
 
 # -- the reference
 
-NO_PAGE_YET = ("ddp", "mlflow", "trackio", "wandb")  # a page that is there now makes this red
 
-
-def with_missing_pages_marked(names: list[str]) -> list[Any]:
-    unwritten = pytest.mark.xfail(strict=True, reason="its page is not written yet")
-    return [pytest.param(n, marks=unwritten) if n in NO_PAGE_YET else n for n in names]
-
-
-@pytest.mark.parametrize("name", with_missing_pages_marked(first_party()))
+@pytest.mark.parametrize("name", first_party())
 def test_every_plugin_has_a_page_with_its_settings(name: str) -> None:
     """Red when a plugin comes without documentation, or its page would not show its settings."""
     page = DOCS / "plugins" / f"{name}.md"

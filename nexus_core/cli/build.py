@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nexus_core.cli import distributed
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
@@ -86,9 +87,16 @@ def make_engine(build: Build, out: Path) -> Engine:
 def run_folder(build: Build, resume: str | None) -> Path:
     """The folder of this run: as set, of the run to resume, or a new one under `runs/`.
 
+    All processes of a run get the one that the main process found.
+
     Raises:
         ConfigError: it holds another run, and `resume` was not asked for.
     """
+    ranks = distributed.join(build)
+    return distributed.of_main(ranks, lambda: _folder(build, distributed.resume_source(resume)))
+
+
+def _folder(build: Build, resume: str | None) -> Path:
     if build.run.out is not None:
         if resume is None and (build.run.out / "config.yaml").exists():
             raise ConfigError(
@@ -106,11 +114,21 @@ def run_folder(build: Build, resume: str | None) -> Path:
 
 
 def write_config(resolved: dict[str, Any], out: Path) -> None:
-    """Write the resolved config into the run's folder, all of it or nothing."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the resolved config into the run's folder, all of it or nothing.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
     draft = out / ".config.yaml.tmp"
-    draft.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    draft.replace(out / "config.yaml")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draft.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        draft.replace(out / "config.yaml")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the run's folder '{out}': {error.strerror}; "
+            "choose another with --out, or make room"
+        ) from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -99,7 +99,8 @@ def main(
             sets = (*sets, f"out={out}")
         if resume_policy is not None:
             sets = (*sets, f"checkpoint.resume_policy={resume_policy}")
-        settings = read_settings(config, plugins, sets, os.environ)
+        environment = {**os.environ, "NEXUS_CONSOLE__QUIET": "true"} if quiet else os.environ
+        settings = read_settings(config, plugins, sets, environment)
         made = build.build_plugins(settings)
         if explain or as_json:
             from nexus_core.cli.explain import explain as table

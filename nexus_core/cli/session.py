@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import click
 
+from nexus_core.cli import distributed
 from nexus_core.cli.build import write_config
 from nexus_core.cli.config import RunConfig
 from nexus_core.engine import Engine, Result
@@ -34,6 +35,7 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     """
     out = engine.out
     assert out is not None
+    resume = distributed.resume_source(resume)
     missing = [path for path in (out, *out.parents) if not path.exists()]
     if resume is not None and (resume != "auto" or _has_checkpoints(out)):
         engine.resume(resume)
@@ -41,19 +43,21 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     _say(engine, quiet, _headline(engine, run))
     start = engine.state.step
     try:
-        with stopping_on_signals(engine) as received:
+        with stopping_on_signals(engine):
             result = _fit(engine, run, out)
     except Exception as error:
         mistake = isinstance(error, NexusError) and error.exit_code == 2
         if missing and mistake and engine.state.step == start and engine.ranks.is_main:
             shutil.rmtree(missing[-1], ignore_errors=True)
         elif engine.ranks.is_main:
-            _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # the error that ended the run says more
+                _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
         raise
     if engine.ranks.is_main:
         _write_summary(out, result, result.status, result.reason)
         click.echo(_report(engine, result, out, quiet))
-    return 128 + received[0] if received else 0
+    distributed.leave(engine.ranks)
+    return _exit_code(result)
 
 
 def _fit(engine: Engine, run: RunConfig, out: Path) -> Result:
@@ -91,6 +95,11 @@ def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exit_code(result: Result) -> int:
+    """128 + the signal that ended the run, whichever of its processes got it; else 0."""
+    return 128 + signal.Signals[result.reason] if result.reason in signal.Signals.__members__ else 0
 
 
 def _has_checkpoints(out: Path) -> bool:

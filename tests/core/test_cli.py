@@ -63,7 +63,7 @@ def test_run_leaves_config_log_checkpoint_and_summary_and_config_repeats_it() ->
     assert summary["metrics"]["val/bits_per_byte"] > 0
     lines = [json.loads(line) for line in Path("one/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/total_loss" in line] == [2, 4, 6]
-    again = run("one/config.yaml", "--out", "two", "--quiet")
+    again = run("one/config.yaml", "--out", "two", "--quiet", "-p", "console")
     assert again.exit_code == 0, again.output
     assert len(again.output.splitlines()) == 1
     assert weights("one") == weights("two")

@@ -9,7 +9,9 @@
 | `codec` | trees of Python values as JSON and tensors |
 | `hostcopy` | the copy that lets the loop go on while a thread writes |
 | `writer` | that thread |
+| `peers` | what several processes add to a checkpoint, and each takes from it |
 | `lock` | which plugins, versions and settings wrote a checkpoint, and how this run differs |
+| `export` | the model alone, for other programs |
 | `validate` | the shape that a snapshot must have before anything is restored from it |
 """
 

@@ -15,9 +15,11 @@ from pydantic import Field
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import CheckpointError, ConfigError, RunError
 from nexus_core.state import Snapshot, StateDict
+from nexus_parts.distributed import gather
 from nexus_plugins.checkpoint import folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
+from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
 from nexus_plugins.checkpoint.run_lock import RunLock
 from nexus_plugins.checkpoint.store import NAMES, Store, is_checkpoint
 from nexus_plugins.checkpoint.validate import checked
@@ -130,14 +132,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """
         self._resumed = True
         self._best = None
-        if source in ("auto", *NAMES):
-            store = self._own_store(engine)
-            if source == "auto" and not store.folders():
-                return _fresh(engine)
-            content = _newest(store) if source == "auto" else folder.read(store.named(source))
-        else:
-            content = _read_path(Path(source))
-        return self._snapshot(content, engine)
+        content = self._find(engine, source)
+        check_same_step(content.step if content else -1, engine.ranks)
+        return self._snapshot(content, engine) if content else _fresh(engine)
 
     @hookimpl(tryfirst=True)
     def on_start(self, engine: Engine) -> None:
@@ -176,8 +173,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if self._every.due(engine.state) or self._best_is_due(engine):
             self._save(engine)
         elif self._writer is not None and not self._writer.busy:
-            self._settle(self._writer)
-            if not (self._reserved or self.config.sync):
+            if engine.ranks.size == 1:  # several processes must learn together how it went
+                self._settle(self._writer)
+            if not (self._writer.pending or self._reserved or self.config.sync):
                 self._reserve(engine, self._writer)
 
     @hookimpl(trylast=True)
@@ -211,20 +209,21 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """Copy the state, and have it written."""
         if self._writer is not None:
             self._settle(self._writer)
-        snapshot = engine.state_dict()
-        if self._writer is None:  # not the main process
-            return
-        step = engine.state.step
+        self._best = gather(engine.ranks, self._best)[0]  # the main one knows what has failed
+        snapshot = with_peers(engine.state_dict(), engine.ranks)
+        step = self._saved_step = engine.state.step
         if self._is_best_step(engine):
             self._best_saved_step = step
             names = ("best", *names)
+        if self._writer is None:  # not the main process
+            return
         content = _pack(snapshot)
         content.documents["lock.json"] = self._about
         content.config = self._config_bytes
         content.keep = self._keep_every.due(engine.state)
         if not self.config.sync:
             content.tensors = self._host.copy(content.tensors)
-        self._in_flight, self._saved_step = names, step
+        self._in_flight = names
 
         def write() -> None:
             self._host.wait()
@@ -278,6 +277,15 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _best_is_due(self, engine: Engine) -> bool:
         return self._is_best_step(engine) and self._best_saved_step != engine.state.step
 
+    def _find(self, engine: Engine, source: str) -> folder.Content | None:
+        """The checkpoint that a source means; None: "auto", and there is none yet."""
+        if source not in ("auto", *NAMES):
+            return _read_path(Path(source))
+        store = self._own_store(engine)
+        if source != "auto":
+            return folder.read(store.named(source))
+        return _newest(store) if store.folders() else None
+
     def _own_store(self, engine: Engine) -> Store:
         if engine.out is None:
             raise ConfigError(
@@ -299,7 +307,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _snapshot(self, content: folder.Content, engine: Engine) -> Snapshot:
         policy = self.config.resume_policy
         differences = lock.compare(content.documents["lock.json"], engine, policy)
-        snapshot = _unpack(content, engine)
+        snapshot = own_share(_unpack(content, engine), engine.ranks, engine.seed)
         states = cast(dict[str, Any], snapshot["plugins"])
         for name in lock.drop_foreign_states(states, engine, policy):
             differences.append(f"the state of plugin '{name}' is lost")

@@ -111,9 +111,15 @@ def _numbers(values: list[object]) -> bool:
 
 def _check_generators(saved: object) -> None:
     """Try the states of the generators on generators that nobody uses."""
-    good = isinstance(saved, dict) and saved.keys() == {"python", "numpy", "torch", "devices"}
+    kinds = {"python", "numpy", "torch", "devices"}
+    good = isinstance(saved, dict) and kinds <= saved.keys() <= {*kinds, "peers"}
     _require(good, "has no generators")
-    table = cast(dict[str, Any], saved)
+    table = dict(cast(dict[str, Any], saved))
+    peers = table.pop("peers", [])
+    _require(isinstance(peers, list), "has odd generators of other processes")
+    for other in peers:
+        _require(isinstance(other, dict) and "peers" not in other, "nests generators")
+        _check_generators(other)
     try:
         version, words, gauss = table["python"]
         random.Random().setstate((version, tuple(words), gauss))

@@ -1,0 +1,145 @@
+"""`nexus-run` under a launcher such as torchrun: several processes that behave as one command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from nexus_core.errors import ConfigError, NexusError
+from nexus_core.ranks import Ranks
+from nexus_core.registry import distribution, installed
+
+if TYPE_CHECKING:
+    from nexus_core.cli.build import Build
+
+__all__ = ["join", "leave", "of_main", "resume_source"]
+
+Answer = TypeVar("Answer")
+SLOT = "processes"
+"""The slot of the plugin that lets several processes train one model."""
+
+
+class Joining(Protocol):
+    """What a plugin that fills the slot can do."""
+
+    def join(self) -> Ranks: ...
+
+
+def join(build: Build) -> Ranks:
+    """Bring this process together with those that the launcher started beside it.
+
+    Raises:
+        ConfigError: there are several and no plugin for that, or they were not started alike.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
+        return Ranks.current()
+    plugin = next((p for p in build.plan.plugins if p.slot == SLOT), None)
+    if plugin is None:
+        raise ConfigError(
+            f"a launcher started {started} processes (WORLD_SIZE={started}), and no plugin of this "
+            "run lets them train one model; add one: --plugins ddp"
+        )
+    if build.run.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "a run that the launcher may start again needs a folder in which it finds what it has "
+            "saved: --out runs/mine (or torchrun --max-restarts 0)"
+        )
+    ranks = cast(Joining, plugin).join()
+    if differences := _differences(build, ranks):
+        _end(ranks, ConfigError(
+            f"the processes of this run were not started alike: {differences}; give all of them "
+            "the same files, options, NEXUS_* variables and packages"
+        ))  # fmt: skip
+    return ranks
+
+
+def of_main(ranks: Ranks, work: Callable[[], Answer]) -> Answer:
+    """Do something in the main process alone; all get what it returned, or end with its error."""
+    if ranks.size == 1:
+        return work()
+    answer: Answer | None = None
+    error: NexusError | None = None
+    if ranks.is_main:
+        try:
+            answer = work()
+        except NexusError as raised:
+            error = raised
+    shared = [(answer, error)]
+    dist.broadcast_object_list(shared, src=0)
+    answer, error = shared[0]
+    if error is not None:
+        _end(ranks, error)
+    return cast(Answer, answer)
+
+
+def resume_source(wished: str | None) -> str | None:
+    """What to resume from: in a restart by the launcher, what this very run has saved."""
+    return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else wished
+
+
+def leave(ranks: Ranks) -> None:
+    """Wait until all processes are done, so that none is ended while it saves, and part."""
+    if ranks.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _end(ranks: Ranks, error: NexusError) -> None:
+    """Raise the error in the main process; the others end in silence, after it."""
+    if ranks.is_main:
+        raise error
+    with suppress(RuntimeError):
+        dist.barrier()  # broken off when the main process is gone
+    sys.exit(error.exit_code)
+
+
+def _differences(build: Build, ranks: Ranks) -> str:
+    """How this run is not the same in every process, in words; nothing where it is."""
+    own = dict(_settings(build))
+    digests = _gather(ranks, hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return ""
+    main, *others = _gather(ranks, own)
+    return "; ".join(
+        f"{key} is {other.get(key)} in rank {rank}, {main.get(key)} in rank 0"
+        for rank, other in enumerate(others, start=1)
+        for key in {**main, **other}
+        if main.get(key) != other.get(key)
+    )
+
+
+def _settings(build: Build) -> Iterator[tuple[str, str]]:
+    """Each setting, the order of the plugins, and the versions of what they are made of."""
+    yield from _flat(build.resolved(Path(build.run.out or "")))
+    yield "the order of plugins", " ".join(plugin.name for plugin in build.plan.plugins)
+    yield "torch", torch.__version__
+    yield "nexus-trainer", version("nexus-trainer")
+    entries = installed()
+    for plugin in build.plan.plugins:
+        if plugin.name in entries:
+            yield f"the distribution of {plugin.name}", distribution(entries[plugin.name])
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, "" if key == "plugins" else f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _gather(ranks: Ranks, value: Answer) -> list[Answer]:
+    found = [value] * ranks.size
+    dist.all_gather_object(found, value)
+    return found

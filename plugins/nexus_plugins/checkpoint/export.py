@@ -1,0 +1,116 @@
+"""A checkpoint's model alone, for programs that know nothing of runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nexus_core.errors import CheckpointError, ConfigError
+from nexus_plugins.checkpoint import folder
+from nexus_plugins.checkpoint.store import Store, is_checkpoint
+
+__all__ = ["export"]
+
+MODEL = "model.safetensors"
+
+
+def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
+    """Write a model's weights, its settings and its tokenizer into a folder.
+
+    Every byte of the checkpoint is checked on the way. Tied weights are written under each of
+    their names.
+
+    Args:
+        source: the folder of a checkpoint, a name of one (`best`, `final`), or the folder of a
+            run, which means its newest checkpoint.
+        out: a new folder.
+        ema: take the averaged weights that the plugin `ema` keeps, where there are any.
+
+    Returns:
+        What was written: `model.safetensors`, `config.json` (the settings of the model's plugin
+        and its tensors' sizes) and `tokenizer.json` where the run has one.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it holds no average.
+        ConfigError: the folder exists.
+    """
+    if out.exists():
+        raise ConfigError(f"'{out}' exists; export needs a folder of its own: --out FOLDER")
+    found = _folder_of(source)
+    content = folder.read(found)
+    weights = _named(content)
+    if ema:
+        weights |= _averaged(content, weights)
+    out.mkdir(parents=True)
+    save_file(weights, out / MODEL, metadata={"format": "pt"})
+    _write_config(content, weights, out / "config.json")
+    written = [out / MODEL, out / "config.json"]
+    tokenizer = found.parent.parent / "tokenizer.json"
+    if tokenizer.is_file():
+        written.append(Path(shutil.copyfile(tokenizer, out / "tokenizer.json")))
+    return written
+
+
+def _folder_of(source: Path) -> Path:
+    if is_checkpoint(source):
+        return source.resolve()
+    for root in (source / "checkpoints", source):
+        if folders := Store(root).folders():
+            return folders[-1].resolve()
+    raise CheckpointError(
+        f"there is no checkpoint at '{source}'; give the folder of one "
+        "(runs/x/checkpoints/best) or of a run (runs/x)"
+    )
+
+
+def _named(content: folder.Content) -> dict[str, Tensor]:
+    """The weights, each under every name that the model has for it."""
+    tensors = content.tensors[MODEL]
+    table = content.documents["state.json"]
+    names = table.get("model") if isinstance(table, dict) else None
+    if not isinstance(names, dict):
+        raise CheckpointError("state.json holds no model")
+    taken: set[str] = set()
+    weights = {}
+    for name, place in names.items():
+        key = place.get("$tensor") if isinstance(place, dict) else None
+        if not isinstance(key, str) or key not in tensors:
+            raise CheckpointError(f"the model's '{name}' is not a tensor of {MODEL}")
+        weights[name] = tensors[key].clone() if key in taken else tensors[key]
+        taken.add(key)
+    return weights
+
+
+def _averaged(content: folder.Content, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The averages that `ema` keeps, in the dtypes of the weights."""
+    prefix = "plugins.ema.state.average."
+    found = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in content.tensors["state.safetensors"].items()
+        if key.startswith(prefix)
+    }
+    if not found or not found.keys() <= weights.keys():
+        raise CheckpointError(
+            "the checkpoint holds no averaged weights; train with --plugins ema, or leave out --ema"
+        )
+    return {name: tensor.to(weights[name].dtype) for name, tensor in found.items()}
+
+
+def _write_config(content: folder.Content, weights: dict[str, Tensor], path: Path) -> None:
+    """What a reader must know to build the model: its plugin's settings, and how many weights."""
+    settings: Any = yaml.safe_load(content.config) if content.config else {}
+    blocks = settings.get("plugins") or {}
+    model = {name: block for name, block in blocks.items() if name.startswith("model_")}
+    facts = {
+        "model_type": next(iter(model), None),
+        **next(iter(model.values()), {}),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "trained_steps": content.step,
+    }
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""What a checkpoint holds of a run of several processes, and what each of them takes from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+from nexus_core.errors import CheckpointError
+from nexus_core.ranks import Ranks
+from nexus_core.state import RandomState, Snapshot, random_state, seed_everything
+from nexus_parts.distributed import gather, own_seed
+
+__all__ = ["check_same_step", "own_share", "with_peers"]
+
+
+def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
+    """Add what the other processes have of their own: generators, and sums not yet logged.
+
+    Args:
+        snapshot: of this process; every process must call, at the same step.
+        ranks: this process among its peers.
+
+    Returns:
+        The same snapshot; in the main process it stands for all of them.
+    """
+    if ranks.size == 1:
+        return snapshot
+    everyone = gather(ranks, (snapshot["random"], snapshot["pending"]))
+    random = {**snapshot["random"], "peers": [generators for generators, _ in everyone[1:]]}
+    snapshot["random"] = cast(RandomState, random)
+    totals: dict[str, Counter[int]] = {}
+    for _, pending in everyone:
+        for name, sums in pending.items():
+            totals.setdefault(name, Counter()).update(dict(enumerate(sums)))
+    snapshot["pending"] = {name: [sums[0], sums[1]] for name, sums in totals.items()}
+    return snapshot
+
+
+def own_share(snapshot: Snapshot, ranks: Ranks, seed: int) -> Snapshot:
+    """What this process takes from a checkpoint, however many processes wrote it.
+
+    The sums not yet logged go to the main process. A process that had no counterpart gets
+    generators that follow from seed, rank and step.
+    """
+    random = dict(cast(dict[str, Any], snapshot["random"]))
+    peers: list[RandomState] = random.pop("peers", [])
+    if not ranks.is_main:
+        snapshot["pending"] = {name: [0.0, 0.0] for name in snapshot["pending"]}
+        if ranks.rank <= len(peers):
+            random = dict(peers[ranks.rank - 1])
+        else:
+            seed_everything(own_seed(seed, ranks) + int(snapshot["train"]["step"]))
+            random = dict(random_state())
+    snapshot["random"] = cast(RandomState, random)
+    return snapshot
+
+
+def check_same_step(step: int, ranks: Ranks) -> None:
+    """Refuse to go on where the processes found different checkpoints.
+
+    Raises:
+        CheckpointError: they did; the message says who found what.
+    """
+    steps = gather(ranks, step)
+    if len(set(steps)) > 1:
+        found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
+        raise CheckpointError(
+            f"the processes found checkpoints of different steps: {found}; the run's folder must "
+            "be on a file system that all machines share"
+        )

@@ -1,0 +1,142 @@
+"""Trains one model in several processes that each hold all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from nexus_core import hookimpl
+from nexus_parts.distributed import Distributed, DistributedConfig
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["DdpConfig", "DdpPlugin"]
+
+
+class DdpConfig(DistributedConfig):
+    """Settings of data-parallel training."""
+
+    find_unused: bool | None = Field(
+        None,
+        description="look in each step for parameters that the loss does not reach; null: only if "
+        "the first step has some",
+    )
+    bucket_mb: float = Field(25.0, gt=0, description="gradients that are sent at once, in MiB")
+
+
+class DdpPlugin(Distributed[DdpConfig]):
+    """Gives every process its slice of each batch, and sums their gradients.
+
+    The batch size in the config is that of all processes together. Losses and gradients are those
+    of one process with the same batch, since the engine divides by the units of all of them.
+    Gradients travel during the backward pass of a step's last micro-batch alone. Without a
+    launcher (`torchrun`) the plugin changes nothing.
+
+    Source: Li et al. 2020, "PyTorch Distributed"; `torch.nn.parallel.DistributedDataParallel`,
+    with a communication hook that sums where its own takes the mean.
+    """
+
+    _parallel: DistributedDataParallel | None = None
+    _first_step: bool = True
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Make the weights of all processes those of the main one."""
+        Distributed.on_start(self, engine)
+        if engine.ranks.size > 1:
+            _share_buffers(engine.model)
+            self._first_step = self.config.find_unused is None
+            self._parallel = self._wrapped(engine.model, bool(self.config.find_unused))
+            _sum_gradients(self._parallel, _trained(engine.model))  # settles who is sent with whom
+            engine.optimizer.zero_grad()
+
+    @hookimpl(wrapper=True)
+    def backward(self, engine: Engine, loss: Tensor) -> Generator[None, bool, bool]:
+        """Sum the gradients over the processes while the last micro-batch makes them."""
+        if self._parallel is None or self._first_step:
+            return (yield)
+        with nullcontext() if engine.last_micro_batch else self._parallel.no_sync():
+            self._parallel(loss)  # prepares the sum for the backward pass of this loss
+            return (yield)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        """After the first step, sum at once, and see which parameters the loss does not reach."""
+        if self._parallel is not None and self._first_step:
+            self._first_step = False
+            parameters = _trained(engine.model)
+            found = torch.tensor([float(p.grad is not None) for p in parameters])
+            reached = [p for p, n in zip(parameters, engine.ranks.sum(found), strict=True) if n]
+            if len(reached) < len(parameters):
+                self._parallel = self._wrapped(engine.model, find_unused=True)
+            _sum_gradients(self._parallel, reached)
+
+    @hookimpl(tryfirst=True)
+    def on_step(self, engine: Engine) -> None:
+        """Count what all processes did; running statistics are those of the main one."""
+        Distributed.on_step(self, engine)
+        if self._parallel is not None:
+            _share_buffers(engine.model)
+
+    @hookimpl
+    def on_close(self, engine: Engine) -> None:
+        """Give the model back as it was."""
+        Distributed.on_close(self, engine)
+        self._parallel = None
+
+    def _wrapped(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
+        parallel = DistributedDataParallel(
+            _LossOf(model), bucket_cap_mb=self.config.bucket_mb, find_unused_parameters=find_unused
+        )
+        parallel.register_comm_hook(None, lambda state, bucket: _sum(bucket.buffer()))
+        return parallel
+
+
+class _LossOf(nn.Module):
+    """A module with the model's parameters, without its buffers, that hands a loss through.
+
+    So DDP gets to know the loss, whichever functions of the model and of the plugins made it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(model.parameters())
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+def _sum(gradients: Tensor) -> Future[Tensor]:
+    work = dist.all_reduce(gradients, async_op=True)
+    future: Future[list[Tensor]] = work.get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def _share_buffers(model: nn.Module) -> None:
+    sent = [dist.broadcast(buffer, src=0, async_op=True) for buffer in model.buffers()]
+    for work in sent:
+        work.wait()
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _sum_gradients(parallel: DistributedDataParallel, parameters: list[Tensor]) -> None:
+    """Sum the gradients that are there, by the backward pass of a loss that adds nothing.
+
+    So they are added in the same order as in any other step, to the same bits.
+    """
+    if parameters:
+        nothing = torch.stack([p.sum().float() for p in parameters]).sum() * 0.0
+        parallel(nothing)
+        nothing.backward()  # type: ignore[no-untyped-call]

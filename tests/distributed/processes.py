@@ -1,0 +1,61 @@
+"""Starts several processes that train together, and brings back what each of them found."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+PATIENCE_S = 60.0
+_NURSERY = multiprocessing.get_context("forkserver")
+_NURSERY.set_forkserver_preload(["tests.distributed.works", "torch._dynamo"])
+
+
+def together(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of `size` processes, by rank.
+
+    Raises:
+        AssertionError: a process raised; the message holds its traceback.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(size):
+        ours, theirs = _NURSERY.Pipe(duplex=False)
+        process = _NURSERY.Process(
+            target=_live, args=(theirs, rank, size, port, work, arguments), daemon=True
+        )
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    answers, faults = [], []
+    for rank, (process, pipe) in enumerate(started):
+        fault, answer = pipe.recv() if pipe.poll(PATIENCE_S) else ("no answer in time", None)
+        answers.append(answer)
+        faults += [f"rank {rank}: {fault}"] if fault else []
+        process.join(PATIENCE_S)
+        pipe.close()
+        process.close()
+    assert not faults, "\n".join(faults)
+    return answers
+
+
+def _live(
+    pipe: Connection, rank: int, size: int, port: int, work: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        pipe.send((None, work(*arguments)))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))

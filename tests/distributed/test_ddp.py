@@ -1,0 +1,129 @@
+"""Two processes that train as one: the same numbers, the same samples, one end for all."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.ddp import DdpPlugin
+from nexus_plugins.early_stop import EarlyStopPlugin
+from nexus_plugins.ema import EmaPlugin
+from nexus_plugins.guard import GuardPlugin
+from tests.distributed.processes import together
+from tests.distributed.works import train, train_apart, train_with
+
+
+def more(*values: object) -> list[ParameterSet]:
+    """Cases of the same that are left out where time is short."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("accumulate", [2, *more(1)])
+def test_two_processes_get_the_numbers_of_one(accumulate: int) -> None:
+    """Red if losses, weights, samples, counters or evaluations depend on the number of processes.
+
+    The labels are ragged, 23 samples leave a last batch of 5, and 11 a last evaluation of 3.
+    """
+    work = partial(train, 50, accumulate=accumulate, eval_every=20)
+    alone, pair = work(), together(2, work)
+    for seen in pair:
+        assert seen.losses == pytest.approx(alone.losses, rel=1e-6)
+        assert len(seen.losses) == 50
+        assert [e["val/loss"] for e in seen.evaluations] == pytest.approx(
+            [e["val/loss"] for e in alone.evaluations], rel=1e-5
+        )
+        assert seen.weights == pytest.approx(alone.weights, rel=1e-5, abs=1e-6)
+        assert (seen.samples, seen.tokens) == (alone.samples, alone.tokens)
+    for step, ids in enumerate(alone.ids):
+        assert sorted(pair[0].ids[step] + pair[1].ids[step]) == sorted(ids)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), *more((2, 1), (1, 3))], ids=str)
+def test_a_run_goes_on_with_other_processes(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """Red if a resumed run sees other samples or other losses than one that was not stopped.
+
+    Dropout is on where the number of processes stays, so their generators are tested too.
+    """
+    dropout = 0.2 if sizes[0] == sizes[1] else 0.0
+    whole = together(sizes[0], partial(train, 20, dropout=dropout))[0]
+    saved = partial(train, 20, dropout=dropout, out=tmp_path / "run", every=7)
+    first = together(sizes[0], partial(saved, stop_at=16))
+    assert {seen.step for seen in first} == {16}
+    second = together(sizes[1], partial(saved, resume=True))
+    tolerance = 0.0 if dropout else 1e-5
+    assert second[0].losses == pytest.approx(whole.losses[16:], rel=tolerance)
+    assert second[0].weights == pytest.approx(whole.weights, rel=tolerance)
+    assert second[0].samples == whole.samples
+    ids = [
+        [i for seen in part for i in seen.ids[step]] for part, step in ((first, 15), (second, 16))
+    ]
+    expected = train(18).ids
+    assert [sorted(found) for found in ids] == [sorted(expected[15]), sorted(expected[16])]
+
+
+def test_all_end_where_one_wants_to(tmp_path: Path) -> None:
+    """Red if a stop in one process leaves the others waiting for it, or loses its reason."""
+    for seen in together(2, partial(train, 1000, stop_at=4, stop_rank=1)):
+        assert (seen.status, seen.reason, seen.step) == ("stopped", "rank 1 stops", 4)
+
+
+def test_time_is_that_of_the_main_process() -> None:
+    """Red if processes that measure time for themselves end at different steps."""
+    first, second = together(2, partial(train, "0.5 s"))
+    assert (first.step, first.seconds) == (second.step, second.seconds)
+    assert first.status == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("find_unused", [None, True])
+def test_a_layer_that_no_loss_reaches_is_left_alone(find_unused: bool | None) -> None:
+    """Red if the sum of gradients waits for one that never comes, or makes one up."""
+    plugin = partial(DdpPlugin, timeout=20, find_unused=find_unused)
+    alone = train(6, unreached=True)
+    for seen in together(2, partial(train_with, plugin, 6, unreached=True)):
+        assert seen.weights == pytest.approx(alone.weights, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_batch_of_fewer_rows_than_processes_counts_each_row_once() -> None:
+    """Red if a last batch of one row ends the run, or counts twice (25 in sixes, 9 in fours)."""
+    work = partial(train, 12, size=25, eval_every=6)
+    alone = work()
+    for seen in together(3, work):
+        assert seen.losses == pytest.approx(alone.losses, rel=1e-5)
+        assert seen.samples == alone.samples
+        assert seen.evaluations[-1]["val/loss"] == pytest.approx(
+            alone.evaluations[-1]["val/loss"], rel=1e-5
+        )
+
+
+def test_an_early_stop_comes_at_the_step_at_which_it_comes_alone() -> None:
+    """Red if processes that agree on an evaluation train on after it."""
+    work = partial(train, 60, partial(EarlyStopPlugin, patience=2, min_delta=100.0), eval_every=3)
+    alone = work()
+    for seen in together(2, work):
+        assert (seen.status, seen.step, seen.reason) == ("stopped", 9, alone.reason)
+        assert alone.step == seen.step
+
+
+@pytest.mark.slow
+def test_clip_guard_and_average_see_the_gradient_of_all() -> None:
+    """Red if a plugin looks at the gradient before it has been summed, or at a share of it."""
+    work = partial(train, 12, partial(ClipPlugin, max_norm=0.1), GuardPlugin, EmaPlugin)
+    alone = work()
+    for seen in together(2, work):
+        assert seen.losses == pytest.approx(alone.losses, rel=1e-5)
+        assert seen.evaluations[-1]["val/loss"] == pytest.approx(
+            alone.evaluations[-1]["val/loss"], rel=1e-5
+        )
+
+
+def test_processes_that_find_different_checkpoints_do_not_go_on(tmp_path: Path) -> None:
+    """Red if a machine without the shared folder begins anew beside one that goes on."""
+    train(6, out=tmp_path / "0")
+    with pytest.raises(AssertionError, match="rank 0 step 6, rank 1 step -1"):
+        together(2, partial(train_apart, tmp_path))

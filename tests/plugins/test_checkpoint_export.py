@@ -1,0 +1,87 @@
+"""`nexus-run export`: what other programs read is what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import nn
+
+from nexus_core import Engine, ResumableLoader
+from nexus_core.cli.run import main as nexus_run
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.ema import EmaPlugin
+from tiny import Net, Regression, SquaredPlugin
+
+
+class Tied(Net):
+    """Two names for one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(5, 8)
+        self.again.weight = self.hidden.weight
+
+
+def trained(out: Path) -> Engine:
+    """Six steps with an average, saved as final."""
+    torch.manual_seed(3)
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    plugins = [SquaredPlugin(), EmaPlugin(decay=0.5), CheckpointPlugin(every=3)]
+    settings = {"plugins": {"model_tied": {"width": 8}}}
+    engine = Engine(model, optimizer, plugins=plugins, out=out, config=settings)
+    engine.fit(ResumableLoader(Regression(), 4), until=6)
+    return engine
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(nexus_run, ["export", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints/final", "checkpoints/step-00000006"])
+def test_export_holds_every_name_with_the_trained_values(source: str, tmp_path: Path) -> None:
+    """Red if a weight is lost, tied ones under one name only, or another checkpoint is taken."""
+    engine = trained(tmp_path / "run")
+    (tmp_path / "run/tokenizer.json").write_text("{}")
+    code, output = command(tmp_path / "run" / source, "--out", tmp_path / "model")
+    assert code == 0, output
+    weights = load_file(tmp_path / "model/model.safetensors")
+    expected = engine.model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    facts = json.loads((tmp_path / "model/config.json").read_text())
+    assert (facts["model_type"], facts["width"], facts["trained_steps"]) == ("model_tied", 8, 6)
+    assert (tmp_path / "model/tokenizer.json").read_text() == "{}"
+
+
+def test_export_gives_the_average_on_request(tmp_path: Path) -> None:
+    """Red if --ema writes the weights of the last step."""
+    engine = trained(tmp_path / "run")
+    average = engine.plugins["ema"].weights()
+    code, output = command(tmp_path / "run", "--out", tmp_path / "model", "--ema")
+    assert code == 0, output
+    weights = load_file(tmp_path / "model/model.safetensors")
+    assert all(torch.equal(weights[name], average[name]) for name in average)
+    assert not torch.equal(weights["head.weight"], engine.model.head.weight)
+
+
+def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    """Red if a folder is overwritten, or a damaged or missing checkpoint ends in a traceback."""
+    trained(tmp_path / "run")
+    code, output = command(tmp_path / "run", "--out", tmp_path / "run")
+    assert (code, "--out FOLDER" in output) == (2, True)
+    code, output = command(tmp_path / "nothing", "--out", tmp_path / "model")
+    assert (code, "no checkpoint" in output) == (2, True)
+    file = tmp_path / "run/checkpoints/step-00000006/model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    code, output = command(tmp_path / "run", "--out", tmp_path / "model")
+    assert (code, "SHA-256" in output) == (2, True)
+    assert not (tmp_path / "model").exists()

@@ -180,7 +180,7 @@ class Engine:
             self.hook.on_error(engine=self, error=error)
             raise
         finally:
-            registry.call_in_reverse(self._on_close, engine=self)
+            registry.call_all(iter(self._on_close.get_hookimpls()), engine=self)
 
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
         """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, entry_points, version
@@ -128,8 +127,7 @@ def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
         return None
 
     def every(**given: object) -> list[Any]:
-        answers = [function(*[given[name] for name in names]) for function, names in calls]
-        return [answer for answer in answers if answer is not None]
+        return [a for call, names in calls if (a := call(*[given[n] for n in names])) is not None]
 
     return first if hook.spec.opts["firstresult"] else every
 
@@ -171,11 +169,13 @@ def blame(error: Exception, plan: Plan, step: int) -> None:
                 return
 
 
-def call_in_reverse(hook: pluggy.HookCaller, **arguments: object) -> None:
-    """Call every implementation, last in the plan first, even if one raises; raise at the end."""
-    with ExitStack() as stack:
-        for impl in reversed(hook.get_hookimpls()):  # the stack calls what came last first
-            stack.callback(impl.function, *(arguments[name] for name in impl.argnames))
+def call_all(impls: Iterator[pluggy.HookImpl], **arguments: object) -> None:
+    """Call every implementation of a hook, even if one raises; the errors are chained."""
+    for impl in impls:
+        try:
+            impl.function(*(arguments[name] for name in impl.argnames))
+        finally:
+            call_all(impls, **arguments)
 
 
 def _check_class(plugin: type[AnyPlugin], whose: str) -> None:

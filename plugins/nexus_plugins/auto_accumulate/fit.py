@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +80,14 @@ def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
 
 
 def forget_peak() -> bool:
-    """Set the high-water mark of this process's memory back; False where the system cannot."""
+    """Set the high-water mark of this process's memory back; False where the system cannot.
+
+    Garbage, and memory that the C library keeps back, would hide what comes next: both go back to
+    the system first.
+    """
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     try:
         _RESET.write_text("5")
     except OSError:

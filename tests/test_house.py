@@ -172,7 +172,13 @@ def tensors(tree: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors(part)]
 
 
-@pytest.mark.parametrize("name", installed())
+LONG = {"compile", "mlflow", "trackio", "wandb"}  # seconds to compile, or to make a database
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in installed()],
+)
 def test_plugin_trains_two_steps_and_resumes_to_the_same_bits(
     name: str, corpus: Path, tmp_path: Path
 ) -> None:

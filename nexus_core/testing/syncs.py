@@ -77,8 +77,7 @@ class ReadWatch(TorchFunctionMode):
     ) -> Any:
         """Note the call where it is a read, and make it."""
         keywords = kwargs or {}
-        frames = _below_the_engine(sys._getframe(1))
-        if func == _IS_CPU.__get__ and any(map(self._owns, frames)):
+        if func == _IS_CPU.__get__ and any(map(self._owns, _below_the_engine(sys._getframe(1)))):
             return False
         if what := _read(func, args, keywords):
             self._note(what, sys._getframe(1))

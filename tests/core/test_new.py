@@ -158,36 +158,43 @@ def test_wheel_of_the_trainer_holds_the_templates(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_package_installs_passes_its_tests_runs_and_goes(kind: str, folder: Path) -> None:
-    """The whole way of an author, in a new environment; nothing but the package is written."""
+def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
+    """The whole way of an author, in a new environment; nothing but the packages is written."""
     fresh = FreshVenv(folder / "venv")
-    option = [] if kind == "plain" else [f"--{kind}"]
-    assert fresh.run("nexus-plugins", "new", "sparkle", *option, cwd=folder).returncode == 0
-    fresh.pip("install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "sparkle")
+    names = {kind: f"sparkle{kind}" for kind in KINDS}
+    for kind, name in names.items():
+        option = [] if kind == "plain" else [f"--{kind}"]
+        assert fresh.run("nexus-plugins", "new", name, *option, cwd=folder).returncode == 0
+    editable = [part for name in names.values() for part in ("-e", name)]
+    fresh.pip("install", "--no-build-isolation", "--no-deps", "--no-index", *editable)
 
-    tests = fresh.run("pytest", "-q", "-p", "no:cacheprovider", cwd=folder / "sparkle")
-    assert tests.returncode == 0, tests.stdout
-    assert "passed" in tests.stdout
+    for name in names.values():
+        tests = fresh.run("pytest", "-q", "-p", "no:cacheprovider", cwd=folder / name)
+        assert tests.returncode == 0, tests.stdout
+        assert "passed" in tests.stdout
 
-    listed = fresh.run("nexus-plugins", "list", cwd=folder)
-    (line,) = [line for line in listed.stdout.splitlines() if line.startswith("sparkle ")]
-    assert "(sparkle 0.1.0)" in line
-    assert "BROKEN" not in line
+    listed = fresh.run("nexus-plugins", "list", cwd=folder).stdout.splitlines()
+    for name in names.values():
+        (line,) = [line for line in listed if line.startswith(f"{name} ")]
+        assert f"({name} 0.1.0)" in line
+        assert "BROKEN" not in line
 
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
-    run = fresh.run("nexus-run", "tiny.yaml", "--plugins", "sparkle", "--out", "one", cwd=folder)
+    together = ["tiny.yaml", "--plugins", ",".join(names.values())]
+    run = fresh.run("nexus-run", *together, "--out", "one", cwd=folder)
     assert run.returncode == 0, run.stderr
-    assert "sparkle" in yaml.safe_load(Path("one/config.yaml").read_text())["plugins"]
+    assert {*names.values()} <= yaml.safe_load(Path("one/config.yaml").read_text())[
+        "plugins"
+    ].keys()
     without = fresh.run("nexus-run", "tiny.yaml", "--explain", cwd=folder)
     assert "sparkle" not in without.stdout, "installed is not active"
 
-    fresh.pip("uninstall", "-y", "sparkle")
+    fresh.pip("uninstall", "-y", *names.values())
     assert "sparkle" not in fresh.run("nexus-plugins", "list", cwd=folder).stdout
-    gone = fresh.run("nexus-run", "tiny.yaml", "--plugins", "sparkle", cwd=folder)
+    gone = fresh.run("nexus-run", *together, cwd=folder)
     assert gone.returncode == 2
-    assert "no plugin named 'sparkle'" in gone.stderr
+    assert "no plugin named 'sparkle" in gone.stderr
 
 
 TINY = {

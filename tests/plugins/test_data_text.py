@@ -235,7 +235,7 @@ def test_two_processes_share_each_batch_of_one(tmp_path: Path, cache: Path) -> N
     rows=st.lists(st.integers(1, 90), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.1, 9), min_size=4, max_size=4),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_a_mixture_keeps_its_shares_and_leaves_out_no_row(
     rows: list[int], weights: list[float]
 ) -> None:

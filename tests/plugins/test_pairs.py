@@ -44,9 +44,11 @@ BASIS: dict[str, dict[str, Any]] = {
     "optim_adamw": {"lr": 1e-2},
 }  # fmt: skip
 LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so short a run
+    "auto_accumulate": {"rows": 1},
     "checkpoint": {"every": f"{SAVED_AT} steps", "sync": True, "best": None},
     "clip": {"max_norm": 0.1},
     "curriculum": {"start_length": 4, "end_length": LENGTH, "warmup": "4 steps", "round_to": 4},
+    "offload": {"without_cuda": "copy", "min_kib": 0},
     "weigh_gradnorm": {"every": 2},
 }
 NOT_OF_TRAINING = (

@@ -209,7 +209,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         size = torch.stack([*losses, *(norm.to(losses[0].device).float() for norm in largest)])
         refused = ~size.isfinite().all()
         if self._spikes.enabled:
-            refused |= self._spikes.judge(torch.stack(losses).sum())
+            refused |= self._spikes.judge(engine.ranks.sum(torch.stack(losses).sum()))
         flag = refused.float()
         return engine.ranks.sum(flag).clamp(max=1.0) if engine.ranks.size > 1 else flag
 

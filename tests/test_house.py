@@ -176,8 +176,7 @@ LONG = {"compile", "mlflow", "trackio", "wandb"}  # seconds to compile, or to ma
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in installed()],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in installed()]
 )
 def test_plugin_trains_two_steps_and_resumes_to_the_same_bits(
     name: str, corpus: Path, tmp_path: Path

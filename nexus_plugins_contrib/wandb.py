@@ -7,7 +7,7 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WandbConfig", "WandbPlugin"]
 
+Mode: TypeAlias = Literal["online", "offline", "disabled", "shared"]
 HOST = "https://api.wandb.ai"
 KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
@@ -121,10 +122,10 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
         return {**place, **super().summarize(engine)}
 
 
-def _mode(wish: str) -> Literal["online", "offline"] | None:
-    """What to ask wandb for; None leaves it to WANDB_MODE."""
-    if wish == "auto" and os.environ.get("WANDB_MODE"):
-        return None
+def _mode(wish: str) -> Mode:
+    """What to ask wandb for: it reads WANDB_MODE only once in a process."""
+    if wish == "auto" and (said := os.environ.get("WANDB_MODE")):
+        return cast(Mode, said)
     return "online" if wish == "online" or (wish == "auto" and _has_credentials()) else "offline"
 
 

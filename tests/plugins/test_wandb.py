@@ -135,7 +135,7 @@ def test_the_final_checkpoint_is_stored_on_request(tmp_path: Path) -> None:
         ({}, {"WANDB_BASE_URL": "https://own.org"}, "machine own.org login u password s", "online"),
         ({}, {"WANDB_BASE_URL": "https://own.org"}, "machine api.wandb.ai login u password s",
          "offline"),
-        ({}, {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", None),
+        ({}, {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", "offline"),
         ({"mode": "offline"}, {"WANDB_API_KEY": "k" * 40}, "", "offline"),
         ({"mode": "online"}, {}, "", "online"),
     ],

@@ -124,9 +124,8 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
 def _mode(wish: str) -> Mode:
     """What to ask wandb for: it reads WANDB_MODE only once in a process."""
-    if wish == "auto" and (said := os.environ.get("WANDB_MODE")):
-        return cast(Mode, said)
-    return "online" if wish == "online" or (wish == "auto" and _has_credentials()) else "offline"
+    said = os.environ.get("WANDB_MODE") if wish == "auto" else wish
+    return cast(Mode, said or ("online" if _has_credentials() else "offline"))
 
 
 def _has_credentials() -> bool:

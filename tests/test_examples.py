@@ -31,6 +31,7 @@ def test_every_example_is_tested_here_or_beside_its_plugin() -> None:
     assert [path.stem for path in EXAMPLES.glob("0*.py") if path.stem not in tests] == []
 
 
+@pytest.mark.slow
 def test_minimal_is_short_and_learns_a_sine(tmp_path: Path) -> None:
     said = run("01_minimal", tmp_path)
     assert number(r"loss ([\d.]+)", said) < 0.001
@@ -44,6 +45,7 @@ def test_nexus_from_python_learns_and_writes(tmp_path: Path) -> None:
     assert (tmp_path / "out/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_own_loop_stops_goes_on_and_goes_back(tmp_path: Path) -> None:
     said = run("03_own_loop", tmp_path)
     stopped, ended = re.findall(r"step (\d+)", said)

@@ -591,6 +591,7 @@ def test_a_failure_of_the_last_save_is_never_swallowed(
         train(engine_in(tmp_path, every=100, best=None), 4)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_survived(tmp_path: Path) -> None:
     """Breaks if the file size limit of a real system leaves a checkpoint that looks whole."""
     script = f"""

@@ -1,12 +1,17 @@
 """Backbone with loss, forward and backward, beside transformers' Mamba-2 and GPT-2.
 
-    python -m benchmarks.backbone [--rounds 5] [--quick] [--json PATH]
+    python -m benchmarks.backbone [--rounds 5] [--quick] [--lengths 512 ...]
+                                  [--precisions bfloat16 ...] [--json PATH]
 
 All models have vocabulary 32,000, width 256, 6 layers and tied embeddings; the two state-space
 models also share inner width 512, heads of 64 and a state of 64. All read the same 8,192 random
 tokens a step, as rows of the length in question. The peers run as their users get them without
 extra kernels: Mamba-2 in its own PyTorch path, GPT-2 with PyTorch's fused attention and room for
 the length, both with their own loss. Nothing is compiled.
+
+Dropout decides what GPT-2 costs, because PyTorch's fused attention on a CPU cannot do it. So up to
+length 2,048 there are two pairs: `nexus` and `gpt2` without dropout, and `nexus_dropout` and
+`gpt2_dropout` with the 0.1 that GPT2Config has where nobody sets it.
 
 Each model has a process of its own, which does one step to warm up. Then the models take turns,
 so that a slower moment of the machine meets all of them; the median over the rounds counts.
@@ -41,7 +46,9 @@ STATE = 64
 TOKENS = 8_192
 LENGTHS = (512, 2_048, 8_192)
 PRECISIONS = ("bfloat16", "float32")
-MODELS = ("nexus", "mamba2", "gpt2")
+MODELS = ("nexus", "mamba2", "gpt2", "nexus_dropout", "gpt2_dropout")
+DROPOUT = 0.1
+LONGEST_WITH_DROPOUT = 2_048  # attention that is not fused keeps every score
 LOSSES = ("ours", "full logits", "torch fused")
 QUICK_TOKENS = 2_048
 
@@ -86,7 +93,7 @@ def model_step(case: Case) -> Callable[[], None]:
     return step
 
 
-def _nexus(_length: int) -> tuple[Any, Callable[..., Any]]:
+def _nexus(_length: int, dropout: float = 0.0) -> tuple[Any, Callable[..., Any]]:
     from nexus_plugins.loss_lm import LossLmPlugin
     from nexus_plugins.model_nexus import NEXUSCore
 
@@ -101,6 +108,7 @@ def _nexus(_length: int) -> tuple[Any, Callable[..., Any]]:
         ssm_n_layers=LAYERS,
         ssm_head_dim=HEAD_WIDTH,
         ssm_d_state=STATE,
+        dropout=dropout,
         **dict.fromkeys(("world", "reason", "energy", "causal"), False),  # the backbone alone
     )
     return model, loss_of
@@ -126,7 +134,7 @@ def _mamba2(_length: int) -> tuple[Any, Callable[..., Any]]:
     return Mamba2ForCausalLM(config), _transformers_loss
 
 
-def _gpt2(length: int) -> tuple[Any, Callable[..., Any]]:
+def _gpt2(length: int, dropout: float = 0.0) -> tuple[Any, Callable[..., Any]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -135,15 +143,23 @@ def _gpt2(length: int) -> tuple[Any, Callable[..., Any]]:
         n_embd=WIDTH,
         n_layer=LAYERS,
         n_head=WIDTH // HEAD_WIDTH,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         bos_token_id=0,
         eos_token_id=0,
         attn_implementation="sdpa",
         use_cache=False,
     )
     return GPT2LMHeadModel(config), _transformers_loss
+
+
+def _nexus_dropout(length: int) -> tuple[Any, Callable[..., Any]]:
+    return _nexus(length, DROPOUT)
+
+
+def _gpt2_dropout(length: int) -> tuple[Any, Callable[..., Any]]:
+    return _gpt2(length, DROPOUT)
 
 
 def _transformers_loss(model: Any, input_ids: Any, labels: Any) -> Any:
@@ -246,15 +262,16 @@ def _summary(case: Case, seconds: list[float], peak_memory_mb: float) -> Measure
 def show(results: Iterable[Measurement], reference: str) -> None:
     """Print one line per case, each beside the reference under the same load."""
     results = list(results)
-    ours = {(r.precision, r.length): r for r in results if r.name == reference}
-    print(f"{'':12} {'precision':9} {'length':>6} {'tokens/s':>9} {'min':>7} {'max':>7}", end="")
+    ours = {(r.name, r.precision, r.length): r for r in results}
+    print(f"{'':13} {'precision':9} {'length':>6} {'tokens/s':>9} {'min':>7} {'max':>7}", end="")
     print(f" {'peak MB':>8}  {reference} has")
     for result in results:
-        base = ours[result.precision, result.length]
+        ending = "_dropout" if result.name.endswith("_dropout") else ""
+        base = ours[reference + ending, result.precision, result.length]
         speed = base.tokens_per_second / result.tokens_per_second
         memory = base.peak_memory_mb / max(result.peak_memory_mb, 1e-9)
         print(
-            f"{result.name:12} {result.precision:9} {result.length:6,} "
+            f"{result.name:13} {result.precision:9} {result.length:6,} "
             f"{result.tokens_per_second:9,.0f} {result.slowest:7,.0f} {result.fastest:7,.0f} "
             f"{result.peak_memory_mb:8,.0f}  {speed:.2f} x speed, {memory:.2f} x memory"
         )
@@ -266,16 +283,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=5, help="turns per model")
     parser.add_argument("--quick", action="store_true", help="2,048 tokens a step, bfloat16")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     tokens = QUICK_TOKENS if options.quick else TOKENS
-    precisions = PRECISIONS[:1] if options.quick else PRECISIONS
+    precisions = PRECISIONS[:1] if options.quick else options.precisions
 
     models: list[Measurement] = []
     for precision in precisions:
-        for length in LENGTHS:
+        for length in options.lengths:
             if length <= tokens:
-                group = [Case(name, precision, length, tokens) for name in MODELS]
+                names = MODELS if length <= LONGEST_WITH_DROPOUT else MODELS[:3]
+                group = [Case(name, precision, length, tokens) for name in names]
                 models += measure(group, options.rounds)
     show(models, "nexus")
     print()

@@ -9,6 +9,7 @@
 | `codec` | trees of Python values as JSON and tensors |
 | `hostcopy` | the copy that lets the loop go on while a thread writes |
 | `writer` | that thread |
+| `shards` | tensors of which each process holds a part, written and read by all together |
 | `peers` | what several processes add to a checkpoint, and each takes from it |
 | `lock` | which plugins, versions and settings wrote a checkpoint, and how this run differs |
 | `export` | the model alone, for other programs |

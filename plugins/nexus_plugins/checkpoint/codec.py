@@ -21,6 +21,7 @@ from typing import TypeAlias, Union
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
+from nexus_parts.distributed import local_part
 
 __all__ = ["Json", "TensorBag", "decode", "encode"]
 
@@ -42,11 +43,12 @@ class TensorBag:
 
     def add(self, path: str, tensor: Tensor) -> str:
         """Store a tensor under a name made of its path; returns the name."""
+        own = local_part(tensor)
         memory = (
-            tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(),
-            tensor.is_conj(), tensor.is_neg(),
+            own.device, own.data_ptr(), own.dtype, own.shape, own.stride(), own.is_conj(),
+            own.is_neg(),
         )  # fmt: skip
-        if tensor.numel() and memory in self._seen:
+        if own.numel() and memory in self._seen:
             self.aliases[path] = self._seen[memory]
             return self._seen[memory]
         key = path

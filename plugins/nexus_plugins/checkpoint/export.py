@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError, ConfigError
 from nexus_plugins.checkpoint import folder
+from nexus_plugins.checkpoint.shards import lay_out
 from nexus_plugins.checkpoint.store import Store, is_checkpoint
 
 __all__ = ["export"]
@@ -44,6 +45,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
         raise ConfigError(f"'{out}' exists; export needs a folder of its own: --out FOLDER")
     found = _folder_of(source)
     content = folder.read(found)
+    lay_out(content, lambda name, shape: None)  # nothing is divided here
     weights = _named(content)
     if ema:
         weights |= _averaged(content, weights)

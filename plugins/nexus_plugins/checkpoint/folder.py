@@ -10,12 +10,14 @@ import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import file_digest
 from io import FileIO
 from pathlib import Path
 
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
+from nexus_core.ranks import Ranks
 from nexus_plugins.checkpoint.codec import Json
 from nexus_plugins.checkpoint.tensorfile import (
     HashingReader,
@@ -24,17 +26,31 @@ from nexus_plugins.checkpoint.tensorfile import (
     write_tensors,
 )
 
-__all__ = ["FORMAT", "MANIFEST", "Content", "Manifest", "read", "read_manifest", "sync", "write"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "SHARDS",
+    "Content",
+    "Manifest",
+    "read",
+    "read_manifest",
+    "sync",
+    "write",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SHARDS = "shards"
+"""Folder within, with the parts of the tensors that several processes hold in parts."""
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors")
 JSON_FILES = ("state.json", "lock.json")
 OPTIONAL = ("config.yaml",)
 
+_DAMAGED = "its SHA-256 is not the one in the manifest: it is damaged"
 _JSON_LIMIT = 256 << 20
-_MANIFEST_LIMIT = 64 << 10
+_MANIFEST_LIMIT = 1 << 20
 _HASH = re.compile(r"[0-9a-f]{64}")
+_SHARD = re.compile(SHARDS + r"/shard-\d{5,9}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass
@@ -48,6 +64,7 @@ class Content:
         documents: file name to the JSON in it.
         config: the resolved config of the run, as text.
         keep: retention must leave it.
+        shards: of what was read: the folder itself, where there are tensors in parts in it.
     """
 
     step: int
@@ -56,6 +73,7 @@ class Content:
     aliases: dict[str, dict[str, str]] = field(default_factory=dict)
     config: bytes | None = None
     keep: bool = False
+    shards: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +86,20 @@ class Manifest:
     """File name to its size in bytes and its SHA-256."""
 
 
-def write(folder: Path, content: Content, before_rename: Callable[[], None]) -> None:
+def write(
+    folder: Path,
+    content: Content,
+    before_rename: Callable[[], None],
+    write_parts: Callable[[Path], Mapping[str, tuple[int, str]]],
+) -> None:
     """Write a checkpoint into a folder beside, sync it, and give it its name.
 
     Args:
         folder: the final name.
         content: what to write; its tensors lie in host memory.
         before_rename: makes room for the name, where the folder exists already.
+        write_parts: writes what several processes hold in parts into the folder that it is given;
+            returns the size and the SHA-256 of each file.
 
     Raises:
         OSError: the disk is full, broken or read-only. Nothing is left behind under `folder`.
@@ -83,7 +108,7 @@ def write(folder: Path, content: Content, before_rename: Callable[[], None]) -> 
     beside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
         beside.mkdir(parents=True)
-        files: dict[str, tuple[int, str]] = {}
+        files = dict(write_parts(beside))
         for name, tensors in content.tensors.items():
             metadata = {"format": "pt", **content.aliases.get(name, {})}
             with _Written(beside / name, files) as file:
@@ -111,22 +136,32 @@ def write(folder: Path, content: Content, before_rename: Callable[[], None]) -> 
         raise
 
 
-def read(folder: Path) -> Content:
+def read(folder: Path, ranks: Ranks = Ranks()) -> Content:  # noqa: B008 (it is frozen)
     """Read a checkpoint of which every byte is as it was written.
+
+    Args:
+        folder: of the checkpoint.
+        ranks: this process among those that read it; tensors in parts are checked by turns, and
+            not read.
 
     Raises:
         CheckpointError: it is not a checkpoint, or not a whole one; the message says why.
     """
     manifest = read_manifest(folder)
-    total = sum(size for size, _ in manifest.files.values())
+    total = sum(size for name, (size, _) in manifest.files.items() if not _SHARD.fullmatch(name))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > memory:
         raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
     content = Content(manifest.step, {}, {}, keep=manifest.keep)
     with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
-        for name, (size, digest) in manifest.files.items():
+        for number, (name, (size, digest)) in enumerate(manifest.files.items()):
             try:
-                _read_file(folder / name, size, digest, pool, content)
+                if not _SHARD.fullmatch(name):
+                    _read_file(folder / name, size, digest, pool, content)
+                    continue
+                content.shards = folder
+                if number % ranks.size == ranks.rank:
+                    _check_file(folder / name, digest)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder / name}: {error}") from error
             except OSError as error:
@@ -204,11 +239,17 @@ def _read_file(
         else:
             raw = reader.read(size)
         if reader.sha256() != digest:
-            raise CheckpointError("its SHA-256 is not the one in the manifest: it is damaged")
+            raise CheckpointError(_DAMAGED)
     if raw is not None and path.name in JSON_FILES:
         content.documents[path.name] = _from_json(raw)
     elif raw is not None:
         content.config = bytes(raw)
+
+
+def _check_file(path: Path, digest: str) -> None:
+    with _opened(path) as file:
+        if file_digest(file, "sha256").hexdigest() != digest:
+            raise CheckpointError(_DAMAGED)
 
 
 def _opened(path: Path) -> FileIO:
@@ -236,8 +277,9 @@ def _manifest(parsed: object) -> Manifest:
     if type(step) is not int or type(keep) is not bool or not isinstance(files, dict):
         raise ValueError("step, keep or files is of the wrong type")
     required = {*TENSOR_FILES, *JSON_FILES}
-    if not required <= files.keys() <= required.union(OPTIONAL):
-        odd = files.keys() ^ required
+    single = {name for name in files if not _SHARD.fullmatch(name)}
+    if not required <= single <= required.union(OPTIONAL):
+        odd = single ^ required
         raise ValueError(f"its files are not those of a checkpoint: {str(sorted(odd))[:200]}")
     for facts in files.values():
         if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,14 +15,16 @@ from pydantic import Field
 
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import CheckpointError, ConfigError, RunError
+from nexus_core.ranks import Ranks
 from nexus_core.state import Snapshot, StateDict
-from nexus_parts.distributed import gather
+from nexus_parts.distributed import gather, is_sharded, local_part
 from nexus_plugins.checkpoint import folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
 from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
 from nexus_plugins.checkpoint.run_lock import RunLock
-from nexus_plugins.checkpoint.store import NAMES, Store, is_checkpoint
+from nexus_plugins.checkpoint.shards import Shards, lay_out, layout_of
+from nexus_plugins.checkpoint.store import NAMES, Store, is_checkpoint, step_of
 from nexus_plugins.checkpoint.validate import checked
 from nexus_plugins.checkpoint.writer import Writer
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointConfig", "CheckpointPlugin"]
 
+_PARTS = "parts"
 _GENERATORS = 1 << 20  # bytes, ample for the states of all random generators
 _IGNORED: dict[str, Any] = {"resume": "ignored"}
 
@@ -103,6 +107,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._in_flight: tuple[str, ...] = ()
         self._best_before: _Record | None = None
         self._host = HostCopy()
+        self._shards = Shards()
         self._writer: Writer | None = None
         self._run_lock: RunLock | None = None
         self._resumed = False
@@ -132,6 +137,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """
         self._resumed = True
         self._best = None
+        if source == "auto":
+            folders = self._own_store(engine).folders()
+            check_same_step(step_of(folders[-1].name) if folders else -1, engine.ranks)
         content = self._find(engine, source)
         check_same_step(content.step if content else -1, engine.ranks)
         return self._snapshot(content, engine) if content else _fresh(engine)
@@ -142,15 +150,15 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._failures = 0
         self._every = Every(self.config.every, engine.state)
         self._keep_every = Every(self.config.keep_every, engine.state)
-        if not engine.ranks.is_main:
-            return
         self._store = self._own_store(engine)
-        self._run_lock = RunLock(self._store.root.parent)
-        self._store.recover()
-        self._make_way(engine)
-        self._about = cast(Json, lock.describe(engine))
-        self._config_bytes = _config_text(engine)
-        self._writer = Writer()
+        if engine.ranks.is_main:
+            self._run_lock = RunLock(self._store.root.parent)
+            self._store.recover()
+            self._make_way(engine)
+            self._about = cast(Json, lock.describe(engine))
+            self._config_bytes = _config_text(engine)
+        if engine.ranks.is_main or any(map(is_sharded, engine.model.parameters())):
+            self._writer = Writer()
 
     @hookimpl
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
@@ -215,19 +223,25 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if self._is_best_step(engine):
             self._best_saved_step = step
             names = ("best", *names)
-        if self._writer is None:  # not the main process
+        if self._writer is None:  # the main process writes for this one
             return
         content = _pack(snapshot)
-        content.documents["lock.json"] = self._about
-        content.config = self._config_bytes
-        content.keep = self._keep_every.due(engine.state)
+        parts = self._shards.take_out(content)
+        if engine.ranks.is_main:
+            content.documents["lock.json"] = self._about
+            content.config = self._config_bytes
+            content.keep = self._keep_every.due(engine.state)
+        else:
+            content.tensors = {}
         if not self.config.sync:
-            content.tensors = self._host.copy(content.tensors)
+            content.tensors = self._host.copy({**content.tensors, _PARTS: parts})
+            self._shards.replace(content.tensors.pop(_PARTS))
         self._in_flight = names
+        save = partial(self._store.save, content, names, self.config.keep_last)
 
         def write() -> None:
             self._host.wait()
-            self._store.save(content, names, self.config.keep_last)
+            self._shards.write(engine.ranks, save)
 
         self._writer.start(write)
         if self.config.sync:
@@ -261,7 +275,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         parts = [dict(engine.model.state_dict()), engine.optimizer.state_dict(), states]
         bag = TensorBag()
         encode(parts, bag)
-        writer.start(lambda: self._host.reserve(bag.tensors.values(), _GENERATORS))
+        tensors = [local_part(tensor) for tensor in bag.tensors.values()]
+        writer.start(lambda: self._host.reserve(tensors, _GENERATORS))
 
     def _is_best(self, value: float) -> bool:
         if math.isnan(value):
@@ -280,11 +295,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _find(self, engine: Engine, source: str) -> folder.Content | None:
         """The checkpoint that a source means; None: "auto", and there is none yet."""
         if source not in ("auto", *NAMES):
-            return _read_path(Path(source))
+            return _read_path(Path(source), engine.ranks)
         store = self._own_store(engine)
         if source != "auto":
-            return folder.read(store.named(source))
-        return _newest(store) if store.folders() else None
+            return _read(store.named(source), engine.ranks)
+        return _newest(store, engine.ranks) if store.folders() else None
 
     def _own_store(self, engine: Engine) -> Store:
         if engine.out is None:
@@ -307,6 +322,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _snapshot(self, content: folder.Content, engine: Engine) -> Snapshot:
         policy = self.config.resume_policy
         differences = lock.compare(content.documents["lock.json"], engine, policy)
+        lay_out(content, layout_of(engine))
         snapshot = own_share(_unpack(content, engine), engine.ranks, engine.seed)
         states = cast(dict[str, Any], snapshot["plugins"])
         for name in lock.drop_foreign_states(states, engine, policy):
@@ -356,7 +372,24 @@ def _unpack(content: folder.Content, engine: Engine) -> Snapshot:
     return snapshot
 
 
-def _newest(store: Store) -> folder.Content:
+def _read(path: Path, ranks: Ranks) -> folder.Content:
+    """Read a checkpoint in every process; where one finds a fault, all do.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    content, fault = None, ""
+    try:
+        content = folder.read(path, ranks)
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [fault for fault in gather(ranks, fault) if fault]
+    if content is None or faults:
+        raise CheckpointError(faults[0])
+    return content
+
+
+def _newest(store: Store, ranks: Ranks) -> folder.Content:
     """The newest checkpoint that is whole; those passed over are said.
 
     Raises:
@@ -365,7 +398,7 @@ def _newest(store: Store) -> folder.Content:
     faults = []
     for path in reversed(store.folders()):
         try:
-            content = folder.read(path)
+            content = _read(path, ranks)
         except CheckpointError as error:
             faults.append(str(error))
             continue
@@ -378,13 +411,13 @@ def _newest(store: Store) -> folder.Content:
     )
 
 
-def _read_path(path: Path) -> folder.Content:
+def _read_path(path: Path, ranks: Ranks) -> folder.Content:
     """The checkpoint at a path, or the newest good one of the run at a path."""
     if is_checkpoint(path):
-        return folder.read(path.resolve())
+        return _read(path.resolve(), ranks)
     for root in (path / "checkpoints", path):
         if Store(root).folders():
-            return _newest(Store(root))
+            return _newest(Store(root), ranks)
     raise CheckpointError(
         f"there is no checkpoint at '{path}'; give the folder of one "
         "(runs/x/checkpoints/step-00000100), of a run (runs/x), or auto, best or final"

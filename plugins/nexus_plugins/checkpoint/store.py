@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nexus_core.errors import CheckpointError
@@ -53,7 +53,13 @@ class Store:
             raise CheckpointError(f"{link} leads to '{target}', which is no checkpoint beside it")
         return self.root / target
 
-    def save(self, content: Content, names: Iterable[str], keep_last: int) -> Path:
+    def save(
+        self,
+        content: Content,
+        names: Iterable[str],
+        keep_last: int,
+        write_parts: Callable[[Path], Mapping[str, tuple[int, str]]] = lambda folder: {},
+    ) -> Path:
         """Write a checkpoint, give it its names, then delete those that need not stay.
 
         Raises:
@@ -66,7 +72,7 @@ class Store:
             if folder.exists():
                 folder.rename(replaced)
 
-        write(folder, content, make_room)
+        write(folder, content, make_room, write_parts)
         for name in names:
             self._give_name(name, folder)
         if replaced.exists():
@@ -135,7 +141,7 @@ class Store:
 
 def step_of(name: str) -> int:
     """The number of steps in the name of a checkpoint folder."""
-    return int(name.removeprefix("step-"))
+    return int(name.rpartition("-")[2])
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -1,0 +1,232 @@
+"""Tensors of which each process holds a part: all processes write them and read them, together.
+
+PyTorch's distributed checkpointing does both, into safetensors files whose headers say which part
+of which tensor they hold. So a run may go on with another number of processes, or with one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nexus_core.errors import CheckpointError
+from nexus_core.ranks import Ranks
+from nexus_parts.distributed import is_sharded, local_part
+from nexus_plugins.checkpoint.folder import SHARDS, Content, sync
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    from nexus_core.engine import Engine
+
+__all__ = ["Layout", "Shards", "lay_out", "layout_of"]
+
+Value = TypeVar("Value")
+Files: TypeAlias = dict[str, tuple[int, str]]
+Layout: TypeAlias = Callable[[str, torch.Size], "DTensor | None"]
+"""Given a tensor's file, name and shape: the tensor of this run that is divided as it should be."""
+
+
+class Shards:
+    """Writes the parts of all processes into a checkpoint, beside the training."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+        self._parts: dict[str, DTensor] = {}
+
+    def take_out(self, content: Content) -> dict[str, Tensor]:
+        """Take the divided tensors out of a content; every process must, at the same step.
+
+        Returns:
+            This process's part of each, in place, by file and name.
+        """
+        self._parts = {
+            f"{file}/{name}": tensors.pop(name)  # type: ignore[misc]
+            for file, tensors in content.tensors.items()
+            for name in [name for name, tensor in tensors.items() if is_sharded(tensor)]
+        }
+        if self._parts and self._group is None:
+            self._group = dist.new_group(backend="gloo")  # a thread of its own uses it
+        return {name: local_part(tensor) for name, tensor in self._parts.items()}
+
+    def replace(self, copies: Mapping[str, Tensor]) -> None:
+        """From now on, the parts are these copies of them in host memory."""
+        from torch.distributed.tensor import DTensor
+
+        for name, tensor in self._parts.items():
+            self._parts[name] = DTensor.from_local(
+                copies[name],
+                self._on_host(tensor.device_mesh),
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+
+    def write(self, ranks: Ranks, save: Callable[[Callable[[Path], Files]], object]) -> None:
+        """Write a checkpoint in which all processes have a part; every one of them must call.
+
+        Args:
+            ranks: this process among its peers.
+            save: writes the checkpoint, in the main process alone; it calls what it is given
+                with the folder that is to become the checkpoint, and gets what to list of it.
+
+        Raises:
+            OSError: a disk is full, broken or read-only.
+        """
+        if not self._parts:
+            save(lambda folder: {})
+            return
+        told = False
+
+        def write_parts(folder: Path) -> Files:
+            nonlocal told
+            told = True
+            return self._write(self._told(folder), ranks)
+
+        if not ranks.is_main:
+            if (folder := self._told(None)) is not None:
+                self._write(folder, ranks)
+            return
+        try:
+            save(write_parts)
+        finally:
+            if not told:
+                self._told(None)  # the others must not wait for a checkpoint that is none
+
+    def _told(self, folder: Path | None) -> Path:
+        """The folder that the main process names; None where it has failed."""
+        shared = [folder]
+        dist.broadcast_object_list(shared, src=0, group=self._group)
+        return shared[0]  # type: ignore[return-value]
+
+    def _write(self, folder: Path, ranks: Ranks) -> Files:
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        place = folder / SHARDS
+        writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+        fault = ""
+        try:
+            save(dict(self._parts), storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:
+            fault = "; ".join(f"rank {rank}: {what[0]}" for rank, what in error.failures.items())
+        found: list[tuple[Files, str]] = [({}, "")] * ranks.size
+        own = _described(place, ranks) if not fault else ({}, fault)
+        dist.all_gather_object(found, own, group=self._group)
+        if faults := [fault for _, fault in found if fault]:
+            raise OSError(faults[0])
+        return {name: facts for files, _ in found for name, facts in files.items()}
+
+    def _on_host(self, mesh: DeviceMesh) -> DeviceMesh:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if mesh not in self._meshes:
+            on_host = mesh.device_type == "cpu"
+            self._meshes[mesh] = mesh if on_host else DeviceMesh("cpu", mesh.mesh)
+        return self._meshes[mesh]
+
+
+def layout_of(engine: Engine) -> Layout:
+    """How this run divides tensors: weights, the optimizer's states, and averages of weights."""
+    weights = engine.model.state_dict()
+    trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
+
+    def like(name: str, shape: torch.Size) -> DTensor | None:
+        file, _, key = name.partition("/")
+        found = _parameter(key, trained) if file.startswith("optimizer") else _weight(key, weights)
+        fits = found is not None and is_sharded(found) and found.shape == shape
+        return found if fits else None  # type: ignore[return-value]
+
+    return like
+
+
+def lay_out(content: Content, like: Layout) -> None:
+    """Make every tensor of a content that of this run: whole, or this process's part of it.
+
+    Raises:
+        CheckpointError: the shards are not what the header of their files says.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    for file, tensors in content.tensors.items():
+        for name, tensor in tensors.items():
+            model = like(f"{file}/{name}", tensor.shape)
+            if model is not None:
+                tensors[name] = distribute_tensor(
+                    tensor, model.device_mesh, model.placements, src_data_rank=None
+                )
+    if content.shards is not None:
+        for place, tensor in _read_shards(content.shards, like).items():
+            file, _, name = place.partition("/")
+            content.tensors.setdefault(file, {})[name] = tensor
+
+
+def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
+    """Read the divided tensors of a checkpoint, by file and name; every process must call.
+
+    Args:
+        folder: of the checkpoint.
+        like: how this run divides each of them.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder / SHARDS))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is not a mistake
+            table = reader.read_metadata().state_dict_metadata
+            tensors: dict[str, Tensor] = {}
+            for name, facts in table.items():
+                assert isinstance(facts, TensorStorageMetadata)  # the files hold nothing else
+                model, kind = like(name, facts.size), facts.properties.dtype
+                tensors[name] = (
+                    torch.empty(facts.size, dtype=kind)
+                    if model is None
+                    else torch.empty_like(model, dtype=kind, requires_grad=False)
+                )
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}") from error
+    return tensors
+
+
+def _described(place: Path, ranks: Ranks) -> tuple[Files, str]:
+    """Size and hash of the files that this process has written, or what went wrong."""
+    files: Files = {}
+    try:
+        for path in sorted(place.glob(f"shard-{ranks.rank + 1:05d}-*")):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[f"{SHARDS}/{path.name}"] = (path.stat().st_size, digest)
+        if ranks.is_main:
+            sync(place)
+    except OSError as error:
+        return {}, f"{error.filename}: {error.strerror}"
+    return files, ""
+
+
+def _parameter(key: str, trained: list[Tensor]) -> Tensor | None:
+    """The parameter that a state of the optimizer belongs to: `state.12.exp_avg`."""
+    number = key.split(".")[1]
+    return trained[int(number)] if number.isdecimal() and int(number) < len(trained) else None
+
+
+def _weight(key: str, weights: Mapping[str, Tensor]) -> Tensor | None:
+    """The weight whose name a tensor's name ends with: `plugins.ema.state.average.head.weight`."""
+    parts = key.split(".")
+    endings = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((weights[ending] for ending in endings if ending in weights), None)

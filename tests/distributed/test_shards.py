@@ -1,0 +1,138 @@
+"""Checkpoints of weights that are divided among processes: any number of them goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nexus_plugins.checkpoint.export import export
+from nexus_plugins.ema import EmaPlugin
+from nexus_plugins.fsdp import FsdpPlugin
+from nexus_plugins.optim_adamw import OptimAdamwPlugin
+from tests.distributed.processes import together
+from tests.distributed.works import Seen, train_with
+
+DIVIDED = partial(
+    train_with,
+    partial(FsdpPlugin, timeout=20),
+    optimizer=partial(OptimAdamwPlugin, lr=1e-2, eps=1e-4),
+)
+
+
+def ids(seen: list[Seen], step: int) -> list[int]:
+    return sorted(number for process in seen for number in process.ids[step])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 4), (1, 2), (3, 2)))],
+)
+def test_a_divided_run_goes_on_with_other_processes(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    """Red if weights, optimizer states or averages are put together wrongly, or samples differ."""
+    work = partial(DIVIDED, 20, EmaPlugin, eval_every=5)
+    alone = work()
+    saved = partial(work, out=tmp_path / "run", every=6)
+    first = together(before, partial(saved, stop_at=11))
+    second = together(after, partial(saved, resume=True))
+    assert {seen.step for seen in first} == {11}
+    for seen in second:
+        assert seen.losses == pytest.approx(alone.losses[11:], rel=1e-5)
+        assert seen.weights == pytest.approx(alone.weights, rel=1e-5, abs=1e-6)
+        assert [e["val/loss"] for e in seen.evaluations] == pytest.approx(
+            [e["val/loss"] for e in alone.evaluations[2:]], rel=1e-5
+        )
+    for step in (11, 12):
+        assert ids(second, step) == sorted(alone.ids[step])
+
+
+def test_a_divided_run_that_goes_on_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    """Red if the copy that is written is not that of the step, or the generators are lost."""
+    work = partial(DIVIDED, 14, dropout=0.2)
+    whole = together(2, work)
+    saved = partial(work, out=tmp_path / "run", every=3)
+    together(2, partial(saved, stop_at=8))
+    for one, other in zip(whole, together(2, partial(saved, resume=True)), strict=True):
+        assert other.losses == one.losses[8:]
+        assert other.weights == one.weights
+
+
+def test_the_files_hold_each_part_once_and_nothing_is_pickled(tmp_path: Path) -> None:
+    """Red if a process writes more than its part, or a file that only PyTorch can read."""
+    seen = together(2, partial(DIVIDED, 4, out=tmp_path / "run"))
+    (saved,) = (tmp_path / "run/checkpoints").glob("step-*")
+    found = sorted(path.name for path in (saved / "shards").iterdir())
+    assert found == [f"shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2)]
+    listed = json.loads((saved / "manifest.json").read_text())["files"]
+    assert {f"shards/{name}" for name in found} <= listed.keys()
+    rows: dict[str, int] = {}
+    for name in found:
+        with safe_open(saved / "shards" / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                rows[key] = rows.get(key, 0) + file.get_tensor(key).shape[0]
+    with safe_open(saved / "shards" / found[0], "pt") as file:
+        widths = {key: file.get_tensor(key)[0].numel() for key in rows}
+    weights = sum(rows[key] * widths[key] for key in rows if key.startswith("model."))
+    assert weights == len(seen[0].weights)
+    assert load_file(saved / "model.safetensors") == {}
+
+
+@pytest.mark.parametrize("fault", ["damaged", "gone", "longer"])
+def test_a_damaged_part_makes_all_take_the_checkpoint_before(fault: str, tmp_path: Path) -> None:
+    """Red if a process trusts a part that another has found damaged, or all begin anew."""
+    work = partial(DIVIDED, 9, out=tmp_path / "run", every=3)
+    before = together(2, work)
+    part = tmp_path / "run/checkpoints/step-00000009/shards"
+    part /= "shard-00002-model-00001-of-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    if fault == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(content + b"x" * (fault == "longer"))
+    for seen, one in zip(together(2, partial(work, resume=True)), before, strict=True):
+        assert seen.losses == one.losses[6:]
+        assert seen.weights == one.weights
+
+
+def test_one_process_without_a_launcher_goes_on_and_exports(tmp_path: Path) -> None:
+    """Red if a run that outgrew its machines cannot come home, or its weights not leave."""
+    seen = together(2, partial(DIVIDED, 6, out=tmp_path / "run"))
+    export(tmp_path / "run", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    flat = [number for tensor in weights.values() for number in tensor.reshape(-1).tolist()]
+    assert sorted(flat) == sorted(seen[0].weights)
+    assert DIVIDED(8, out=tmp_path / "run", resume=True).step == 8
+
+
+def full_disk(folder: Path) -> None:
+    """A run whose second process can write no file."""
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    DIVIDED(4, out=folder)
+
+
+def unusable_folder(folder: Path) -> None:
+    """A run whose main process fails before the others have written anything."""
+    folder.mkdir(exist_ok=True)
+    (folder / "checkpoints").touch()
+    DIVIDED(4, out=folder)
+
+
+@pytest.mark.parametrize("broken", [full_disk, unusable_folder])
+def test_a_process_that_cannot_write_does_not_leave_the_others_waiting(
+    broken: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Red if a disk that fails in one process hangs the rest, or leaves half a checkpoint."""
+    with pytest.raises(AssertionError, match="step 4 could not be written"):
+        together(2, partial(broken, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -20,6 +20,7 @@ The loop, with the hooks in capitals where they fire:
         COLLECT_METRICS, ON_LOG                      every `log_every`
         ON_EVAL                                      every `eval_every`, and at the end
         ON_STEP_END                                  a checkpoint is taken here: ON_SAVE
+    ON_NOTE                                          whenever a plugin has something to say
     ON_FINISH, or ON_ERROR when something raised
     ON_CLOSE                                         whatever happened, in reverse order
     SUMMARIZE                                        `nexus-run` prints what is answered
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["API_VERSIONS", "RENAMED", "Hooks"]
 
-API_VERSIONS: tuple[str, ...] = ("1.0",)  # those whose plugins can be run, newest last
+API_VERSIONS: tuple[str, ...] = ("1.0", "1.1")  # those whose plugins can be run, newest last
 RENAMED: Mapping[str, str] = {}  # a hook's earlier name to its own: warns for a release
 
 hookspec = pluggy.HookspecMarker("nexus")
@@ -149,6 +150,10 @@ class Hooks:
     @hookspec
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
         """Event: an evaluation is done; its metrics, weighted by units."""
+
+    @hookspec
+    def on_note(self, engine: Engine, title: str, text: str) -> None:
+        """Event: a plugin says a few words about the run; loggers that hold text keep them."""
 
     @hookspec
     def on_step_end(self, engine: Engine) -> None:

@@ -52,7 +52,7 @@ def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) 
         for batch in _batches_from(data, epoch, state.batch):
             state.batch += 1
             if state.batch == state.epoch_length:
-                state.next_epoch()
+                state.epoch, state.batch = epoch + 1, 0
             yield batch
             if state.epoch > epoch or (horizon.unit == "epochs" and horizon.reached(state)):
                 break
@@ -62,7 +62,7 @@ def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) 
                     f"the data ended after {state.batch} batches, at step {state.step}, before "
                     f"{horizon}; pass data that can be read again, or an earlier horizon"
                 )
-            state.next_epoch()
+            state.epoch, state.batch = epoch + 1, 0
 
 
 def _batches_from(data: Iterable[Batch], epoch: int, start: int) -> Iterator[Batch]:

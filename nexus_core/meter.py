@@ -13,6 +13,7 @@ from nexus_core.ranks import Ranks
 __all__ = ["Meter"]
 
 Number = Tensor | float
+Finish = Callable[[float], float] | None
 
 
 @dataclass
@@ -21,7 +22,7 @@ class _Entry:
 
     total: float = 0.0
     units: float = 0.0
-    finish: Callable[[float], float] | None = None
+    finish: Finish = None
     pending: list[tuple[Number, Number]] = field(default_factory=list)
 
     def mean(self) -> float:
@@ -38,10 +39,7 @@ class Meter:
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
 
-    def add(
-        self, name: str, value: Number, units: Number = 1.0,
-        finish: Callable[[float], float] | None = None,
-    ) -> None:  # fmt: skip
+    def add(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Add a sum over units, numbers or tensors of one element; nothing waits for the device."""
         entry = self._entries.get(name)
         if entry is None:
@@ -82,8 +80,6 @@ class Meter:
 
 
 def _to_host(tensors: list[Tensor]) -> list[float]:
-    if not tensors:
-        return []
     if all(tensor.is_cpu for tensor in tensors):
         return [float(tensor.item()) for tensor in tensors]  # exact, and quicker than stacking
     device = next((t.device for t in tensors if t.device.type != "cpu"), None)

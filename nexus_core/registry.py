@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from nexus_core.errors import PluginError, suggestion
 from nexus_core.events import API_VERSIONS, RENAMED, Hooks
 from nexus_core.plugin import Plugin
 
-__all__ = ["HOOK_NAMES", "Plan", "arrange", "find", "installed", "load"]
+__all__ = ["HOOK_NAMES", "Plan", "arrange", "find", "installed", "load", "scan"]
 
 HOOK_NAMES = tuple(name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec"))
 AnyPlugin: TypeAlias = Plugin[Any]
@@ -31,20 +31,25 @@ class Plan:
     declared: Mapping[tuple[str, str], str]  # (earlier, later) to the one that says so
 
 
+def scan() -> EntryPoints:
+    """The entry point of every installed plugin, from metadata alone: nothing is imported."""
+    return entry_points(group="nexus.plugins")
+
+
 def installed() -> dict[str, EntryPoint]:
-    """Every installed plugin by name, from metadata alone: nothing is imported."""
-    return {entry.name: entry for entry in sorted(entry_points(group="nexus.plugins"))}
+    """Every installed plugin by name; of two that go by one name, one."""
+    return {entry.name: entry for entry in sorted(scan())}
 
 
-def find(name: str) -> EntryPoint:
-    """Where an installed plugin is; nothing is imported.
+def find(name: str, scanned: EntryPoints) -> EntryPoint:
+    """Which of the entry points that `scan` gave is this plugin's.
 
     Raises:
         PluginError: it is not installed, or two distributions give a plugin of that name.
     """
-    found = {entry.value: entry for entry in entry_points(group="nexus.plugins", name=name)}
+    found = {entry.value: entry for entry in scanned.select(name=name)}
     if not found:
-        known = installed()
+        known = sorted(scanned.names)
         names = f"Installed: {', '.join(known) or 'none'}. See: nexus-plugins list"
         raise PluginError(f"no plugin named '{name}'.{suggestion(name, known)} {names}")
     if len(found) > 1:
@@ -58,14 +63,14 @@ def distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"
 
 
-def load(name: str) -> type[AnyPlugin]:
-    """Import one plugin's class.
+def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
+    """Import one plugin's class; who loads several gives what one `scan` found.
 
     Raises:
         PluginError: it is not installed once, cannot be imported, is not a plugin of that name,
             was built for another API, or has a method that is not the hook it looks like.
     """
-    entry = find(name)
+    entry = find(name, scanned or scan())
     where = f"plugin '{name}' ({distribution(entry)}, {entry.value})"
     try:
         found = entry.load()
@@ -229,6 +234,5 @@ def _sorted(names: Sequence[str], declared: Mapping[tuple[str, str], str]) -> li
         raise PluginError(f"the plugins' order is a circle: {circle}; {mend}") from None
     order: list[str] = []
     while len(order) < len(names):
-        free = (name for name in names if name not in order and before[name].issubset(order))
-        order.append(next(free))
+        order.append(next(n for n in names if n not in order and before[n].issubset(order)))
     return order

@@ -23,7 +23,6 @@ StateValue: TypeAlias = Union[
 ]
 """What a state may be made of: what JSON holds, and tensors."""
 
-_MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 StateDict: TypeAlias = dict[str, StateValue]
 
 
@@ -59,10 +58,6 @@ class TrainState:
     def counted(self, unit: str) -> float:
         """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
         return self.step if unit == "steps" else float(getattr(self, unit))
-
-    def next_epoch(self) -> None:
-        """Move the cursor to the start of the next epoch."""
-        self.epoch, self.batch = self.epoch + 1, 0
 
 
 class RandomState(TypedDict):
@@ -165,7 +160,7 @@ def restore(engine: Engine, snapshot: Snapshot) -> None:
             if saved["version"] != plugin.state_version:
                 state = plugin.migrate(state, saved["version"])
             plugin.load_state_dict(state)
-    except _MISFITS as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint does not fit this run: {' '.join(str(error).split())[:400]}; resume "
             "with the config that wrote it (config.yaml in its folder)"

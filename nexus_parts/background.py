@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BackgroundConfig", "BackgroundLogger", "Ending", "Job", "Outcome", "RunInfo", "Worker"]
 
-Line: TypeAlias = tuple[int, Mapping[str, float]]
+Line: TypeAlias = tuple[int, Mapping[str, float | str]]
+"""A step, and metrics by name or notes by title."""
 Ending: TypeAlias = Literal["finished", "stopped", "failed"]
 """How a run went: to its horizon, ended before it on purpose, or ended by an error."""
 
@@ -68,12 +69,13 @@ BackgroundConfigT = TypeVar("BackgroundConfigT", bound=BackgroundConfig)
 class BackgroundLogger(Logger[BackgroundConfigT]):
     """A logger that the training never waits for, whatever its service does.
 
-    Answer `connect`, `send` and `disconnect`: they are called one after another on a thread of
-    this logger, beside the training. A call that raises is a warning, and three in a row switch
-    the logger off, as does a first call that raises. A call that takes longer than
-    `config.timeout` is given up: the logger is switched off, and what waits is dropped. What
-    waits is bounded by `CAPACITY` calls; a call for which there is no room is a failure. Closing
-    waits until all is stored, but never longer than `config.timeout`.
+    Answer `connect`, `send` and `disconnect`, and `send_note` where there is a place for text:
+    they are called one after another on a thread of this logger, beside the training. A call
+    that raises is a warning, and three in a row switch the logger off, as does a first call that
+    raises. A call that takes longer than `config.timeout` is given up: the logger is switched off,
+    and what waits is dropped. What waits is bounded by `CAPACITY` calls; a call for which there is
+    no room is a failure. Closing waits until all is stored, but never longer than
+    `config.timeout`.
 
     `RunInfo.key` names the run. It is in the checkpoints, so that a resumed run finds its own; so
     is what waits still, so that a run that is killed and resumed misses no line.
@@ -93,14 +95,20 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         """Begin the run with the service, or go on with it.
 
         Returns:
-            The last step of each metric that the service has already; what comes up to there is
-            not sent again.
+            The last step of each metric, and of each note by its title, that the service has
+            already; what comes up to there is not sent again.
         """
         raise NotImplementedError(f"{type(self).__name__}.connect")
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store the metrics, by name, as they were at an optimizer step."""
         raise NotImplementedError(f"{type(self).__name__}.send")
+
+    def send_note(self, step: int, title: str, text: str) -> None:
+        """Store a few words about the run as it was at an optimizer step; nothing unless answered.
+
+        They may come a second time in a resumed run, unless `connect` answers their title.
+        """
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store what is left, and say how the run ended."""
@@ -130,13 +138,18 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         self._worker = Worker(self.name, self.CAPACITY)
         connect = partial(self._connect, self._info(engine))
         self._worker.submit(Job("open", engine.state.step, connect, vital=True))
-        for step, metrics in waited:
-            self._hand_over(self._worker, step, metrics)
+        for step, content in waited:
+            self._hand_over(self._worker, step, content)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to the thread."""
         if self._worker is not None:
             self._hand_over(self._worker, engine.state.step, dict(metrics))
+
+    def write_note(self, engine: Engine, title: str, text: str) -> None:
+        """Hand the words to the thread."""
+        if self._worker is not None:
+            self._hand_over(self._worker, engine.state.step, {title: text})
 
     @hookimpl
     def on_error(self, error: BaseException) -> None:
@@ -162,22 +175,26 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
             run.folder.mkdir(parents=True, exist_ok=True)
         self._stored = dict(self.connect(run))
 
-    def _hand_over(self, worker: Worker, step: int, metrics: Mapping[str, float]) -> None:
-        self._waiting.append((step, metrics))
+    def _hand_over(self, worker: Worker, step: int, content: Mapping[str, float | str]) -> None:
+        self._waiting.append((step, content))
         try:
-            worker.submit(Job("write", step, partial(self._send, step, metrics)))
+            worker.submit(Job("write", step, partial(self._send, step, content)))
         except BufferError:
             self._waiting.pop()
             raise
 
-    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _send(self, step: int, content: Mapping[str, float | str]) -> None:
         stored = self._stored
         try:
             if stored is None:
                 return
-            new = {name: value for name, value in metrics.items() if step > stored.get(name, -1)}
-            if new:
-                self.send(step, new)
+            new = {name: value for name, value in content.items() if step > stored.get(name, -1)}
+            metrics = {name: value for name, value in new.items() if not isinstance(value, str)}
+            if metrics:
+                self.send(step, metrics)
+            for title, text in new.items():
+                if isinstance(text, str):
+                    self.send_note(step, title, text)
         finally:
             self._waiting.popleft()
 

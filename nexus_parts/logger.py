@@ -25,11 +25,12 @@ LoggerConfigT = TypeVar("LoggerConfigT", bound=LoggerConfig)
 class Logger(Plugin[LoggerConfigT]):
     """A plugin that shows or stores metrics, and that may fail without stopping the run.
 
-    Answer `open`, `write` and `close` instead of hooks. Only the main process calls them. A
-    failure is a warning; after three in a row the logger is switched off for the rest of the run,
-    and closed at its end. What failed is said once more at the end: a logger that answers
-    `summarize` itself adds its lines to those of `super().summarize(engine)`. For a service that
-    may be slow or hang, see `nexus_parts.background`.
+    Answer `open`, `write` and `close` instead of hooks, and `write_note` where there is a place
+    for text. Only the main process calls them. A failure is a warning; after three in a row the
+    logger is switched off for the rest of the run, and closed at its end. What failed is said once
+    more at the end: a logger that answers `summarize` itself adds its lines to those of
+    `super().summarize(engine)`. For a service that may be slow or hang, see
+    `nexus_parts.background`.
     """
 
     writes_files: ClassVar[bool] = False  # into the run's folder, which must then be there
@@ -50,6 +51,14 @@ class Logger(Plugin[LoggerConfigT]):
     def write_evaluation(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Store the metrics of an evaluation; the same as `write` unless overridden."""
         self.write(engine, metrics)
+
+    def write_note(self, engine: Engine, title: str, text: str) -> None:
+        """Store a few words about the run as it is at `engine.state.step`; nothing unless answered.
+
+        Args:
+            title: what they are about, named as metrics are: `diagnose/loss_explosion`.
+            text: sentences, without Markdown, in one or more lines.
+        """
 
     def close(self, engine: Engine) -> None:
         """Finish writing; the run is over, well or not."""
@@ -77,6 +86,10 @@ class Logger(Plugin[LoggerConfigT]):
         self._attempt("write_evaluation", engine, metrics)
 
     @hookimpl
+    def on_note(self, engine: Engine, title: str, text: str) -> None:
+        self._attempt("write_note", engine, title, text)
+
+    @hookimpl
     def on_close(self, engine: Engine) -> None:
         self._attempt("close", engine)
 
@@ -89,7 +102,7 @@ class Logger(Plugin[LoggerConfigT]):
         times = "once" if self.failures_in_all == 1 else f"{self.failures_in_all} times"
         return {f"logger {self.name}": f"failed {times}, last to {self._last_failure}{end}"}
 
-    def _attempt(self, action: str, engine: Engine, *arguments: Mapping[str, float]) -> None:
+    def _attempt(self, action: str, engine: Engine, *arguments: Mapping[str, float] | str) -> None:
         if not engine.ranks.is_main or (self.switched_off and action != "close"):
             return
         raised: Exception | None = None

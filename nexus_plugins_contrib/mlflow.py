@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["MlflowConfig", "MlflowPlugin"]
 
 KEY = "nexus.run"
-LONGEST_PARAMETER = 6000  # characters, and
+LONGEST_PARAMETER, LONGEST_TAG = 6000, 8000  # characters, and
 PARAMETERS_AT_ONCE = 100  # are MLflow's own limits
 STATUS: Mapping[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -91,6 +91,10 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         now = int(time.time() * 1000)
         points = [Metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=points)
+
+    def send_note(self, step: int, title: str, text: str) -> None:
+        """Store the words as a tag of the run; a later note of this title takes its place."""
+        self._client.set_tag(self._run_id, title, f"step {step:,}: {text}"[:LONGEST_TAG])
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store the artifact, where asked for, and end the run."""

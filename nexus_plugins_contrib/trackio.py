@@ -12,6 +12,7 @@ from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, R
 
 try:
     import trackio
+    from trackio.markdown import Markdown
     from trackio.run import Run
     from trackio.sqlite_storage import SQLiteStorage
 except ImportError as error:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["TrackioConfig", "TrackioPlugin"]
 
 NOT_METRICS = ("step", "timestamp")
+NOTE = "/text"  # behind the title of a note, which may be the name of a metric too
 
 
 class TrackioConfig(BackgroundConfig):
@@ -66,6 +68,11 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
         assert self._run is not None
         self._run.log(dict(metrics), step=step)
 
+    def send_note(self, step: int, title: str, text: str) -> None:
+        """Hand the words to Trackio as Markdown, which its dashboard shows among the reports."""
+        assert self._run is not None
+        self._run.log({title + NOTE: Markdown(text)}, step=step)
+
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Have everything stored."""
         assert self._run is not None
@@ -79,9 +86,10 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
         return {**place, **super().summarize(engine)}
 
     def _last_steps(self, run: Run) -> dict[str, int]:
-        """The last step of each metric of the run that is in the store."""
+        """The last step of each metric, and of each note by its title, that is in the store."""
         steps: dict[str, int] = {}
         for line in SQLiteStorage.get_logs(self.config.project, run.name, run_id=run.id):
             for name in line.keys() - set(NOT_METRICS):
+                name = name.removesuffix(NOTE)
                 steps[name] = max(line["step"], steps.get(name, -1))
         return steps

@@ -16,7 +16,7 @@ from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, PluginError
 from nexus_core.plugin import Plugin
-from nexus_core.registry import AnyPlugin, Plan, arrange, installed, load
+from nexus_core.registry import AnyPlugin, Plan, arrange, load, scan
 
 __all__ = [
     "Build",
@@ -55,7 +55,8 @@ def build_plugins(settings: Settings) -> Build:
     Raises:
         ConfigError, PluginError: as the plugins and their order demand.
     """
-    classes = {name: load(name) for name in (*settings.defaults, *settings.named)}
+    scanned = scan()
+    classes = {name: load(name, scanned) for name in (*settings.defaults, *settings.named)}
     names = keep_named_of_slot(settings.defaults, settings.named, classes)
     plugins: list[Plugin[Any]] = [classes[n](**settings.run.plugins[n]) for n in names]
     return Build(settings.run, arrange(plugins), settings.name)
@@ -135,9 +136,10 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a config file with every plugin that is installed and loads."""
     schema = RunConfig.model_json_schema()
     blocks: dict[str, Any] = {}
-    for name in installed():
+    scanned = scan()
+    for name in sorted(scanned.names):
         try:
-            block = load(name).config_class.model_json_schema()
+            block = load(name, scanned).config_class.model_json_schema()
         except PluginError:  # a broken neighbour is shown by `nexus-plugins list`
             continue
         schema.setdefault("$defs", {}).update(block.pop("$defs", {}))

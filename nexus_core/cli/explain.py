@@ -10,7 +10,7 @@ import pluggy
 
 from nexus_core.defaults import Defaults
 from nexus_core.events import Hooks
-from nexus_core.registry import HOOK_NAMES, Plan, load, plugin_manager
+from nexus_core.registry import HOOK_NAMES, Plan, load, plugin_manager, scan
 
 __all__ = [
     "Call",
@@ -143,7 +143,8 @@ def explanation(plan: Plan, defaults: Sequence[str] = ()) -> Explanation:
 
 def _left_out(plan: Plan, names: Sequence[str]) -> tuple[LeftOut, ...]:
     owner = {plugin.slot: plugin.name for plugin in plan.plugins if plugin.slot}
-    slots = {name: load(name).slot for name in names}
+    scanned = scan() if names else None
+    slots = {name: load(name, scanned).slot for name in names}
     return tuple(LeftOut(name, slot, owner[slot]) for name, slot in slots.items() if slot)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
+from importlib.metadata import EntryPoints
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,7 +16,7 @@ from pydantic.fields import FieldInfo
 from nexus_core.errors import PluginError
 from nexus_core.events import Hooks
 from nexus_core.plugin import Plugin
-from nexus_core.registry import HOOK_NAMES, AnyPlugin, distribution, find, installed, load
+from nexus_core.registry import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
 
 __all__ = ["list_plugins", "show_plugin"]
 
@@ -33,7 +34,8 @@ def list_plugins(*, loading: bool = True) -> str:
         loading: import each plugin; False reads metadata alone, and tells where each would be
             imported from instead of what it does.
     """
-    rows = [(name, *(_loaded(name) if loading else _found(name))) for name in installed()]
+    scanned, look = scan(), _loaded if loading else _found
+    rows = [(name, *look(name, scanned)) for name in sorted(scanned.names)]
     names, slots = (max((len(row[i]) for row in rows), default=0) + 2 for i in (0, 1))
     return "\n".join(f"{name:<{names}}{slot:<{slots}}{what}" for name, slot, what in rows)
 
@@ -44,7 +46,8 @@ def show_plugin(name: str) -> str:
     Raises:
         PluginError: it cannot be loaded.
     """
-    plugin, entry = load(name), find(name)
+    scanned = scan()
+    plugin, entry = load(name, scanned), find(name, scanned)
     facts = {
         "from": f"{distribution(entry)}, {entry.value}",
         "built for": f"plugin API {plugin.api_version}",
@@ -65,21 +68,21 @@ def show_plugin(name: str) -> str:
     )
 
 
-def _found(name: str) -> tuple[str, str]:
+def _found(name: str, scanned: EntryPoints) -> tuple[str, str]:
     try:
-        entry = find(name)
+        entry = find(name, scanned)
     except PluginError as error:
         return "", _broken(error)
     return "", f"{entry.value} ({distribution(entry)})"
 
 
-def _loaded(name: str) -> tuple[str, str]:
+def _loaded(name: str, scanned: EntryPoints) -> tuple[str, str]:
     try:
-        plugin = load(name)
+        plugin = load(name, scanned)
     except PluginError as error:
         return "", _broken(error)
     slot = f"[{plugin.slot}]" if plugin.slot else ""
-    return slot, f"{_first_line(plugin.__doc__)} ({distribution(find(name))})"
+    return slot, f"{_first_line(plugin.__doc__)} ({distribution(find(name, scanned))})"
 
 
 def _broken(error: PluginError) -> str:

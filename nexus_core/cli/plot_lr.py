@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import length_hint
@@ -34,11 +34,13 @@ class LrPlan:
         total: steps of the run.
         steps: those of them that are planned here, the first is 0, the last `total - 1`.
         rates: at these steps, by the names of the optimizer's parameter groups.
+        assumed: how large every step is taken to be, in words; empty where that has no influence.
     """
 
     total: int
     steps: tuple[int, ...]
     rates: Mapping[str, tuple[float, ...]]
+    assumed: str = ""
 
 
 def plot_lr(made: Build) -> str:
@@ -67,6 +69,7 @@ def plot_lr(made: Build) -> str:
             f"the learning rate over {plan.total:,} steps ({run.until})",
             text_chart(chart),
             *map(_in_words, lines),
+            *([plan.assumed] if plan.assumed else []),
             f"picture: {where}",
         ]
     )
@@ -76,8 +79,8 @@ def plan_lr(engine: Engine, until: Interval | str | int, points: int = POINTS) -
     """Ask the schedules for the learning rates of a run that has not begun.
 
     Every plugin that answers `lr_scale` gets its `on_start`, and is then asked at steps spread
-    evenly over the run. One batch is read where an interval counts tokens or samples; all are
-    taken to be as large.
+    evenly over the run. One batch is read where an interval counts tokens or samples; all steps
+    are taken to be as large as the first, as `LrPlan.assumed` says then.
 
     Args:
         engine: built from plugins alone, never run; it is of no use afterwards.
@@ -92,19 +95,21 @@ def plan_lr(engine: Engine, until: Interval | str | int, points: int = POINTS) -
     data = engine.data.train
     state = _PlannedState(epoch_length=length_hint(data), data=data, accumulate=engine.accumulate)
     engine.state, engine.horizon = state, Interval.parse(until)
-    total = state.steps_until(engine.horizon)
     _start_schedules(engine)
+    state.accumulate = engine.accumulate
+    state.asked.clear()
+    total = state.steps_until(engine.horizon)
     count = min(points, total)
     steps = tuple(round(i * (total - 1) / max(count - 1, 1)) for i in range(count))
-    factors = []
+    groups = engine.optimizer.param_groups
+    rates: list[list[float]] = []
     for step in steps:
         state.go_to(step)
-        factors.append(math.prod(engine.hook.lr_scale(engine=engine)))
-    rates = {
-        str(group.get("name", f"group {number}")): tuple(group["initial_lr"] * f for f in factors)
-        for number, group in enumerate(engine.optimizer.param_groups)
-    }
-    return LrPlan(total, steps, rates)
+        factor = math.prod(engine.hook.lr_scale(engine=engine))
+        rates.append([group["initial_lr"] * factor for group in groups])
+    names = [str(group.get("name", f"group {number}")) for number, group in enumerate(groups)]
+    by_name = dict(zip(names, zip(*rates, strict=True), strict=True))
+    return LrPlan(total, steps, by_name, state.assumed())
 
 
 @dataclass
@@ -113,16 +118,13 @@ class _PlannedState(TrainState):
 
     data: Iterable[Batch] = ()
     accumulate: int = 1
+    asked: set[str] = field(default_factory=set)  # the units that the plan depends on
 
     def counted(self, unit: str) -> float:
-        if unit == "seconds":
-            raise ConfigError(
-                "the plan counts seconds, and how many steps fit into them is known only when the "
-                "run is on; count otherwise, for instance with --set until='1000 steps'"
-            )
-        if unit in ("samples", "tokens"):
-            return self.step * self._a_step[unit]
-        return super().counted(unit)
+        self.asked.add(unit)
+        if unit == "epochs":
+            return self.epochs
+        return self.step * self.a_step(unit) if self.step else 0.0
 
     def go_to(self, step: int) -> None:
         """Be in the given step: its batches are read, its update is not done."""
@@ -137,19 +139,32 @@ class _PlannedState(TrainState):
                 f"the horizon is {horizon}, and this data does not say how long an epoch is; "
                 "count in steps, for instance with --set until='1000 steps'"
             )
-        a_step = 1.0
-        if horizon.unit == "epochs":
-            a_step = self.accumulate / self.epoch_length
-        elif horizon.unit != "steps":
-            self.step = 1
-            a_step = self.counted(horizon.unit)
-            self.step = 0
-        return max(1, math.ceil(round(horizon.amount / a_step, 6)))
+        self.asked.add(horizon.unit)
+        return max(1, math.ceil(round(horizon.amount / self.a_step(horizon.unit), 6)))
+
+    def a_step(self, unit: str) -> float:
+        """How much of a unit a step is: the first step, as all are taken to be like it."""
+        if unit == "seconds":
+            raise ConfigError(
+                "the plan counts seconds, and how many steps fit into them is known only when the "
+                "run is on; count otherwise, for instance with --set until='1000 steps'"
+            )
+        if unit == "steps":
+            return 1
+        if unit == "epochs":
+            return self.accumulate / self.epoch_length if self.epoch_length else 0.0
+        return self.accumulate * self._a_batch[unit]
+
+    def assumed(self) -> str:
+        """What the plan takes every step to hold, in words; empty where it depends on no size."""
+        decisive = sorted(self.asked & {"epochs", "samples", "tokens"})
+        sizes = [f"{self.a_step(unit):.6g} {unit}" for unit in decisive]
+        return f"every step is taken to be {' and '.join(sizes)}, as the first is" if sizes else ""
 
     @cached_property
-    def _a_step(self) -> dict[str, int]:
+    def _a_batch(self) -> dict[str, int]:
         rows, tokens = batch_size(next(iter(self.data)))
-        return {"samples": rows * self.accumulate, "tokens": tokens * self.accumulate}
+        return {"samples": rows, "tokens": tokens}
 
 
 def _start_schedules(engine: Engine) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field
 from nexus_core import Logger, LoggerConfig, hookimpl
 
 if TYPE_CHECKING:
+    from nexus_core import TrainState
     from nexus_core.engine import Engine
 
 __all__ = ["JsonlConfig", "JsonlPlugin"]
@@ -26,18 +27,18 @@ class JsonlConfig(LoggerConfig):
 
 
 class JsonlPlugin(Logger[JsonlConfig]):
-    """Appends each log and each evaluation to `metrics.jsonl`, and changes nothing in training.
+    """Appends logs, evaluations and notes to `metrics.jsonl`, and changes nothing in training.
 
-    A line is an object: `step`, `time` (seconds since 1970), `tokens`, and the metrics by name. A
-    number that is not finite is written as null, since JSON has no name for it. Each line is
-    handed to the system at once. On resuming, lines of steps that will be done again are
-    removed, so that each is there once.
+    A line is an object: `step`, `time` (seconds since 1970), `tokens`, and the metrics by name, or
+    a note's `note`, which is its title, and `text`. A number that is not finite is written as
+    null, since JSON has no name for it. Each line is handed to the system at once. On resuming,
+    lines of steps that will be done again are removed, so that each is there once.
     """
 
     writes_files = True
     _stream: IO[str] | None = None
     _resumed_at: int = 0
-    _repeated: frozenset[frozenset[str]] = frozenset()
+    _repeated: frozenset[frozenset[str | None]] = frozenset()
 
     def open(self, engine: Engine) -> None:
         """Cut the file back to the step that the run goes on from, and open it."""
@@ -45,19 +46,27 @@ class JsonlPlugin(Logger[JsonlConfig]):
         path = engine.out / self.config.file
         path.parent.mkdir(parents=True, exist_ok=True)
         step = self._resumed_at = engine.state.step
-        kept = [record for record in _records(path) if 0 < record["step"] <= step]
-        self._repeated = frozenset(frozenset(r) for r in kept if r["step"] == step)
+        kept = [record for record in _records(path) if record["step"] <= step] if step else []
+        self._repeated = frozenset(_kind(record) for record in kept if record["step"] == step)
         draft = path.with_name(f".{path.name}.tmp")
         draft.write_text("".join(map(_line, kept)), encoding="utf-8")
         draft.replace(path)
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """Append a line, unless the session before this one wrote it already."""
-        state = engine.state
+        """Append a line of numbers."""
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._append(engine.state, finite)
+
+    def write_note(self, engine: Engine, title: str, text: str) -> None:
+        """Append a line of words."""
+        self._append(engine.state, {"note": title, "text": text})
+
+    def _append(self, state: TrainState, content: Mapping[str, Any]) -> None:
+        """Write a line, unless the session before this one wrote it already."""
         now = {"step": state.step, "time": round(time.time(), 3), "tokens": state.tokens}
-        record = now | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        if state.step == self._resumed_at and frozenset(record) in self._repeated:
+        record = {**now, **content}
+        if state.step == self._resumed_at and _kind(record) in self._repeated:
             return
         if self._stream is not None:
             self._stream.write(_line(record))
@@ -72,6 +81,11 @@ class JsonlPlugin(Logger[JsonlConfig]):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _kind(record: Mapping[str, Any]) -> frozenset[str | None]:
+    """What a line has in common with its repetition alone: names of metrics, words of a note."""
+    return frozenset({*record, record.get("note"), record.get("text")})
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -67,18 +67,11 @@ class ScheduleConfig(PluginConfig):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a number lives: an attribute of an object, or a key of a dict."""
+    """Where a number lives: a key of a group's settings, or of an object's attributes."""
 
-    owner: Any
+    owner: dict[str, Any]
     key: str
     whole: bool
-
-    def write(self, value: float) -> None:
-        new = round(value) if self.whole else value
-        if isinstance(self.owner, MutableMapping):
-            self.owner[self.key] = new
-        else:
-            setattr(self.owner, self.key, new)
 
 
 class SchedulePlugin(Plugin[ScheduleConfig]):
@@ -90,7 +83,7 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
     learning rate (`optimizer.lr`) is multiplied by the schedule of the run as ever.
     """
 
-    _places: list[tuple[RuleConfig, list[_Place]]]
+    _places: list[tuple[RuleConfig, _Place]]
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -99,8 +92,14 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
         Raises:
             ConfigError: there is no such target, or it is no number.
         """
-        self._places = [(rule, _places(rule.target, engine)) for rule in self.config.rules]
+        rules = self.config.rules
+        self._places = [(rule, place) for rule in rules for place in _places(rule.target, engine)]
         self._apply(engine)
+
+    @hookimpl
+    def lr_scale(self, engine: Engine) -> float | None:
+        """Set the base learning rates of this step, just before they are multiplied."""
+        return 1.0 if self._apply(engine, base_lr=True) else None
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -112,10 +111,13 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
         """The numbers as they are, as `schedule/<target>`."""
         return {f"schedule/{r.target}": r.value(engine.state) for r in self.config.rules}
 
-    def _apply(self, engine: Engine) -> None:
-        for rule, places in self._places:
-            for place in places:
-                place.write(rule.value(engine.state))
+    def _apply(self, engine: Engine, *, base_lr: bool = False) -> bool:
+        """Set the base learning rates, or all other numbers; whether there are any."""
+        chosen = [pair for pair in self._places if (pair[1].key == "initial_lr") is base_lr]
+        for rule, place in chosen:
+            value = rule.value(engine.state)
+            place.owner[place.key] = round(value) if place.whole else value
+        return bool(chosen)
 
 
 def _places(target: str, engine: Engine) -> list[_Place]:
@@ -126,15 +128,15 @@ def _places(target: str, engine: Engine) -> list[_Place]:
         names = [str(group.get("name", number)) for number, group in enumerate(groups)]
         chosen = [g for g, n in zip(groups, names, strict=True) if name in ("", n)]
         _check(bool(chosen), target, name, names)
-        keys = ["initial_lr", "lr"] if key == "lr" else [key]
-        return [_place(group, key, group, target) for group in chosen for key in keys]
+        key = "initial_lr" if key == "lr" else key  # the engine makes `lr` of it
+        return [_place(group, key, group, target) for group in chosen]
     if owner == "engine":
-        return [_place(engine, rest, {"accumulate": engine.accumulate}, target)]
+        return [_place(vars(engine), rest, {"accumulate": engine.accumulate}, target)]
     _check(owner in engine.plugins, target, owner, ["engine", "optimizer", *engine.plugins])
-    return [_place(engine.plugins[owner], rest, vars(engine.plugins[owner]), target)]
+    return [_place(mine := vars(engine.plugins[owner]), rest, mine, target)]
 
 
-def _place(owner: Any, key: str, known: Mapping[str, Any], target: str) -> _Place:
+def _place(owner: dict[str, Any], key: str, known: Mapping[str, Any], target: str) -> _Place:
     numbers = [k for k, v in known.items() if type(v) in (int, float) and k[0] != "_"]
     _check(key in numbers, target, key, numbers)
     return _Place(owner, key, isinstance(known[key], int))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorboardConfig", "TensorboardPlugin"]
 
+_MARKUP = re.compile(r"[\\`*_#\[\]]")  # what the Text tab, which reads Markdown, would not show
+
 
 class TensorboardConfig(LoggerConfig):
     """Settings of the TensorBoard files."""
@@ -28,7 +31,7 @@ class TensorboardConfig(LoggerConfig):
 
 
 class TensorboardPlugin(Logger[TensorboardConfig]):
-    """Writes each log and each evaluation as scalars, and the config as text and as HParams.
+    """Writes logs and evaluations as scalars, notes as text, the config as text and as HParams.
 
     Changes nothing in training. On resuming, TensorBoard is told to forget the points of steps
     that will be done again. Look at it with `tensorboard --logdir OUT/tensorboard`.
@@ -68,6 +71,15 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
             return
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self._writer.add_summary(Summary(value=values), engine.state.step)
+
+    def write_note(self, engine: Engine, title: str, text: str) -> None:
+        """Write the text under its title, for the Text tab."""
+        from torch.utils.tensorboard.summary import text as summary
+
+        if self._writer is None:
+            return
+        shown = _MARKUP.sub(r"\\\g<0>", text).replace("<", "&lt;").replace("\n", "  \n")
+        self._writer.add_summary(summary(title, shown), engine.state.step)  # type: ignore[no-untyped-call]
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:

@@ -39,6 +39,7 @@ class ServicePlugin(BackgroundLogger[BackgroundConfig]):
         self.trouble: dict[str, Callable[[], None]] = {}
         self.entered = threading.Event()
         self.lines: list[tuple[int, dict[str, float]]] = []
+        self.notes: list[tuple[int, str, str]] = []
         self.runs: list[RunInfo] = []
         self.endings: list[Ending] = []
         self.there: Mapping[str, int] = {}
@@ -51,6 +52,10 @@ class ServicePlugin(BackgroundLogger[BackgroundConfig]):
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
         self._meet("send")
         self.lines.append((step, dict(metrics)))
+
+    def send_note(self, step: int, title: str, text: str) -> None:
+        self._meet("send_note")
+        self.notes.append((step, title, text))
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         self._meet("disconnect")
@@ -283,6 +288,45 @@ def test_what_waited_when_the_run_was_killed_is_sent_by_the_next(hang: Callable[
     first.config = BackgroundConfig(timeout=1e-9)
     with pytest.warns(RuntimeWarning, match="switched off"):
         steps.close()
+
+
+def test_notes_wait_with_the_lines_and_are_sent_by_the_next(hang: Callable[[], None]) -> None:
+    """Breaks if words are lost with a killed process, or come to `send` as if they were numbers."""
+    first = ServicePlugin()
+    first.trouble["connect"] = hang
+    engine = tiny_engine(first, log_every=1)
+    steps = engine.steps(data(), until="4 steps")
+    for state in steps:
+        engine.hook.on_note(engine=engine, title="talk", text=f"step {state.step}")
+        if state.step == 2:
+            snapshot = copy.deepcopy(engine.state_dict())
+            break
+    second = ServicePlugin()
+    again = tiny_engine(second, log_every=1)
+    again.load_state_dict(snapshot)
+    for _ in again.steps(data(), until="4 steps"):
+        again.hook.on_note(engine=again, title="talk", text=f"step {again.state.step}")
+    assert second.notes == [(step, "talk", f"step {step}") for step in (1, 2, 3, 4)]
+    assert [step for step, _ in second.lines] == [1, 2, 3, 4]
+    assert all("talk" not in line for _, line in second.lines)
+    first.config = BackgroundConfig(timeout=1e-9)
+    with pytest.warns(RuntimeWarning, match="switched off"):
+        steps.close()
+
+
+def test_a_service_that_refuses_words_goes_on_with_numbers() -> None:
+    """Breaks if a note that fails takes the curves with it, or the run."""
+    service = ServicePlugin()
+    service.trouble["send_note"] = fail
+    engine = tiny_engine(service, log_every=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for state in engine.steps(data(), until=STEPS):
+            if state.step == 2:
+                engine.hook.on_note(engine=engine, title="talk", text="words")
+    assert [step for step, _ in service.lines] == [1, 2, 3, 4, 5]
+    (warning,) = seen
+    assert "'service' failed to write at step 2 (ConnectionError: planted)" in str(warning.message)
 
 
 def test_another_run_has_another_key() -> None:

@@ -31,8 +31,8 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def engine_of(corpus: Path, schedule: str, settings: dict[str, Any]) -> Engine:
-    blocks = {**BASIS, schedule: settings}
+def engine_of(corpus: Path, name: str, settings: dict[str, Any], **more: dict[str, Any]) -> Engine:
+    blocks = {**BASIS, name: settings, **more}
     blocks["data_text"] = {**blocks["data_text"], "train": str(corpus)}
     plugins = [load(name)(**block) for name, block in blocks.items()]
     return Engine(plugins=plugins, seed=1, accumulate=2, device="cpu")
@@ -54,8 +54,69 @@ def test_the_plan_is_what_the_run_does(
     corpus: Path, schedule: str, settings: dict[str, Any], until: str
 ) -> None:
     """Breaks if the picture and the training disagree at any step or parameter group."""
-    plan = plan_lr(engine_of(corpus, schedule, settings), until)
-    run = engine_of(corpus, schedule, settings)
+    assert_as_planned(
+        engine_of(corpus, schedule, settings), engine_of(corpus, schedule, settings), until
+    )
+
+
+RULES: dict[str, list[dict[str, Any]]] = {
+    "all groups, beside a schedule": [
+        {"target": "optimizer.lr", "start": 1e-3, "end": 1e-2, "over": "6 steps"}
+    ],
+    "one group": [
+        {"target": "optimizer.*.embedding*.others.lr", "start": 1e-3, "end": 1e-2,
+         "over": "0.2 epochs"},
+    ],
+    "by tokens, in a batch of another size": [
+        {"target": "engine.accumulate", "start": 3, "end": 3},
+        {"target": "optimizer.lr", "start": 0.1, "end": 0.01, "over": "300 tokens",
+         "begin": "100 tokens", "shape": "exponential"},
+    ],
+    "beside a number that time moves": [
+        {"target": "loss_lm.weight", "start": 0.5, "end": 1.0, "over": "1 h"},
+        {"target": "optimizer.lr", "start": 0.1, "end": 0.01, "over": "5 steps"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_base_learning_rates_that_a_rule_moves_are_in_the_plan(corpus: Path, case: str) -> None:
+    """Breaks if the picture leaves out the plugin `schedule`, or draws it a step too late."""
+    schedule = {"rules": RULES[case]}
+    planned, run = (
+        engine_of(corpus, "lr_cosine", {"warmup": "4 steps"}, schedule=schedule) for _ in range(2)
+    )
+    assert_as_planned(planned, run, "700 tokens" if "tokens" in case else "9 steps")
+
+
+@pytest.mark.parametrize(
+    ("settings", "until", "said"),
+    [
+        ({"warmup": "4 steps"}, "12 steps", ""),
+        (
+            {"warmup": "100 tokens"},
+            "12 steps",
+            "every step is taken to be 64 tokens, as the first is",
+        ),
+        (
+            {"warmup": "4 steps"},
+            "60 samples",
+            "every step is taken to be 4 samples, as the first is",
+        ),
+    ],
+)
+def test_what_the_plan_cannot_know_it_says(
+    corpus: Path, settings: dict[str, Any], until: str, said: str
+) -> None:
+    """Breaks if a plan by tokens passes for certain beside a batch that grows."""
+    rules = [{"target": "engine.accumulate", "start": 2, "end": 4, "over": "100 tokens"}]
+    engine = engine_of(corpus, "lr_cosine", settings, schedule={"rules": rules})
+    assert plan_lr(engine, until).assumed == said
+
+
+def assert_as_planned(planned: Engine, run: Engine, until: str) -> None:
+    """What was planned for one engine is what another one like it does."""
+    plan = plan_lr(planned, until)
     done: list[list[float]] = []
     stepping = run.hook.optimizer_step
 
@@ -67,8 +128,8 @@ def test_the_plan_is_what_the_run_does(
     run.fit(until=until, eval_data={})
     assert plan.total == len(done)
     assert plan.steps == tuple(range(len(done)))
-    for planned, happened in zip(plan.rates.values(), zip(*done, strict=True), strict=True):
-        assert planned == pytest.approx(happened)
+    for rates, happened in zip(plan.rates.values(), zip(*done, strict=True), strict=True):
+        assert rates == pytest.approx(happened)
     assert len(set(plan.rates)) == len(run.optimizer.param_groups) > 1
 
 
@@ -107,6 +168,7 @@ def test_the_command_draws_and_leaves_no_run(
     assert "over 30 steps" in result.output
     assert "⠀" in result.output
     assert "highest 0.006 at step 5," in result.output
+    assert "is taken to be" not in result.output
     picture = Path("runs/quickstart-lr.png")
     assert picture.exists() is with_matplotlib
     expected = str(picture) if with_matplotlib else "pip install 'nexus-trainer[plot]'"
@@ -141,6 +203,14 @@ def test_what_counts_seconds_is_refused(corpus: Path, settings: dict[str, Any], 
     """Breaks if a plan is drawn that nobody can know."""
     with pytest.raises(ConfigError, match="counts seconds"):
         plan_lr(engine_of(corpus, "lr_constant", settings), until)
+
+
+def test_the_command_says_what_it_takes_for_granted(corpus: Path, tmp_path: Path) -> None:
+    """Breaks if what the plan cannot know stays inside of it."""
+    tokens = arguments(corpus, "--plot-lr", "--out", str(tmp_path / "o"))
+    result = CliRunner().invoke(main, [*tokens, "--set", "until=900 tokens"])
+    assert result.exit_code == 0, result.output
+    assert "\nevery step is taken to be 32 tokens, as the first is\n" in result.output
 
 
 def test_a_mistake_is_one_line(corpus: Path) -> None:

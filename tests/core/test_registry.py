@@ -5,21 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus_core import (
     ConfigError,
+    Engine,
     Logger,
     LoggerConfig,
     Plugin,
     PluginConfig,
     PluginError,
     hookimpl,
+    registry,
 )
 from nexus_core.cli.build import keep_named_of_slot
+from nexus_core.cli.run import main as nexus_run
+from nexus_core.ranks import Ranks
 from nexus_core.registry import arrange, installed, load
-from tiny import tiny_engine
+from tiny import Regression, tiny_engine
+
+DATA = [{"x": Regression().x, "y": Regression().y}]
 
 
 def plugin(name: str, **attributes: Any) -> Plugin[Any]:
@@ -188,13 +195,85 @@ class FlakyPlugin(Logger[LoggerConfig]):
 
 @pytest.mark.filterwarnings("ignore:logger 'flaky' failed")
 def test_logger_may_fail_without_stopping_the_run_and_is_switched_off_after_three() -> None:
-    from tiny import Regression
-
-    data = [{"x": Regression().x, "y": Regression().y}]
     steady, dead = FlakyPlugin({1, 2, 4, 5}), FlakyPlugin({2, 3, 4})
     for logger in (steady, dead):
-        assert tiny_engine(logger, log_every=1).fit(data, until="8 steps").status == "finished"
+        assert tiny_engine(logger, log_every=1).fit(DATA, until="8 steps").status == "finished"
     assert steady.calls == 8
     assert dead.calls == 4
     with pytest.warns(RuntimeWarning, match="failed to write at step 1.*no space left"):
-        tiny_engine(FlakyPlugin({1}), log_every=1).fit(data, until="1 step")
+        tiny_engine(FlakyPlugin({1}), log_every=1).fit(DATA, until="1 step")
+
+
+class NotebookPlugin(Logger[LoggerConfig]):
+    """Keeps notes, and fails at some."""
+
+    def __init__(self, failing: set[int]) -> None:
+        super().__init__()
+        self.failing = failing
+        self.notes: list[tuple[int, str, str]] = []
+        self.logs = 0
+
+    def write(self, engine: Any, metrics: Any) -> None:
+        self.logs += 1
+
+    def write_note(self, engine: Any, title: str, text: str) -> None:
+        if engine.state.step in self.failing:
+            raise OSError("no space left")
+        self.notes.append((engine.state.step, title, text))
+
+
+class TalkativePlugin(Plugin[PluginConfig]):
+    """Says something after each step."""
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        engine.hook.on_note(engine=engine, title="talk/step", text=f"step {engine.state.step}")
+
+
+def test_what_a_plugin_says_reaches_loggers_that_hold_text_and_leaves_the_others_alone() -> None:
+    """Breaks if `on_note` loses words or their step, or a logger must hold text to be one."""
+    notebook, numbers = NotebookPlugin(set()), FlakyPlugin(set())
+    tiny_engine(notebook, TalkativePlugin(), numbers, log_every=1).fit(DATA, until="3 steps")
+    assert notebook.notes == [(step, "talk/step", f"step {step}") for step in (1, 2, 3)]
+    assert notebook.logs == numbers.calls == 3
+    assert numbers.failures_in_all == 0
+
+
+def test_a_note_that_cannot_be_written_is_a_warning_like_any_failure_of_a_logger() -> None:
+    """Breaks if a full disk ends a run in the moment in which it has something to say."""
+    notebook = NotebookPlugin({2})
+    engine = tiny_engine(notebook, TalkativePlugin(), log_every=1)
+    with pytest.warns(RuntimeWarning, match="failed to write_note at step 2.*no space left"):
+        assert engine.fit(DATA, until="3 steps").status == "finished"
+    assert [step for step, *_ in notebook.notes] == [1, 3]
+    (answer,) = engine.hook.summarize(engine=engine)
+    assert "failed once, last to write_note at step 2" in answer["logger notebook"]
+
+
+def test_of_several_processes_the_first_alone_keeps_notes() -> None:
+    """Breaks if every process writes the same words into one file."""
+    notebook = NotebookPlugin(set())
+    engine = tiny_engine(notebook, TalkativePlugin(), log_every=1)
+    engine.ranks = Ranks(rank=1)
+    engine.fit(DATA, until="2 steps")
+    assert notebook.notes == []
+
+
+@pytest.mark.parametrize("command", [["--explain"], ["--explain", "--plugins", "lr_linear"]])
+def test_a_command_looks_once_for_plugins(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if every plugin of a run costs another walk through all that is installed."""
+    scans: list[str] = []
+    scan = registry.entry_points
+
+    def counted(*, group: str) -> Any:
+        scans.append(group)
+        return scan(group=group)
+
+    monkeypatch.setattr(registry, "entry_points", counted)
+    result = CliRunner().invoke(nexus_run, ["quickstart", *command])
+    assert result.exit_code == 0, result.output
+    left_out = "left out" in result.output
+    assert left_out is (len(command) > 1)
+    assert scans == ["nexus.plugins"] * (1 + left_out)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nexus_core import ConfigError, Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
+from nexus_core.ranks import Ranks
 from nexus_core.registry import load
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
@@ -600,8 +601,29 @@ def test_a_finding_reaches_every_logger_and_the_summary(tmp_path: Path) -> None:
     assert lines[-1]["diagnose/findings"] == 1
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("diagnose/loss_explosion")[-1].value == 10
+    (note,) = events.Tensors("diagnose/loss_explosion/text_summary")
+    assert note.step == 10
+    shown = note.tensor_proto.string_val[0].decode()
+    assert shown == findings["loss_explosion"]
+    assert "(learning rate 10)" in shown, "the numbers that led to it"
+    said = [(line["step"], line["note"], line["text"]) for line in lines if "note" in line]
+    assert said == [(10, "diagnose/loss_explosion", findings["loss_explosion"])]
     assert plugins[0].summarize() == {"diagnose": f"step 10: {findings['loss_explosion']}"}
     assert DiagnosePlugin().summarize() == {"diagnose": "nothing found"}
+
+
+def test_of_several_processes_the_first_alone_speaks() -> None:
+    """Breaks if a finding is said once a process, or the others do not know that it was said."""
+    engine = engine_of(mlp(0), DiagnosePlugin(), lr=10.0, optimizer=torch.optim.SGD)
+    engine.ranks = Ranks(rank=1)
+    said: list[str] = []
+    engine.hook.on_note = lambda **note: said.append(note["text"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.fit(data_of(0), until="30 steps")
+    assert [finding.rule for finding in findings_of(engine)] == ["loss_explosion"]
+    assert said == []
+    assert [w for w in caught if w.category is RuntimeWarning] == []
 
 
 def test_a_rule_can_be_left_out() -> None:
@@ -631,8 +653,11 @@ def test_a_resumed_run_knows_what_the_first_one_knew(stop: int, tmp_path: Path) 
     found_in(first, data_of(0), stop, until="120 steps")
     second.resume()
     assert second.state.step == stop
+    said: list[str] = []
+    second.hook.on_note = lambda **note: said.append(note["text"])
     found_again = found_in(second, data_of(0), 120, known=first)
     assert found_again == findings
+    assert said == [finding.text for finding in findings_of(second)[len(findings_of(first)) :]]
     one, other = (engine.plugins["diagnose"].state_dict() for engine in (whole, second))
     assert json.dumps(one, default=str) == json.dumps(other, default=str)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,22 @@ import pytest
 import torch
 from torch import nn
 
-from nexus_core import ConfigError, Engine
+from nexus_core import ConfigError, Engine, Plugin, PluginConfig, hookimpl
 from nexus_plugins.jsonl import JsonlPlugin
 
 DATA = [torch.ones(2, 2)]
 
 
-def engine_of(out: Path | None, scale: float = 1.0, **settings: Any) -> Engine:
+def engine_of(
+    out: Path | None, scale: float = 1.0, plugins: Sequence[Plugin[Any]] = (), **settings: Any
+) -> Engine:
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     return Engine(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loss=lambda m, b: m(b).square().mean() * scale,
-        plugins=[JsonlPlugin()],
+        plugins=[JsonlPlugin(), *plugins],
         out=out,
         **{"log_every": 2, **settings},
     )
@@ -119,3 +123,59 @@ def test_without_a_folder_the_run_does_not_start() -> None:
     with pytest.raises(ConfigError, match=r"jsonl writes into the run's folder.*out="):
         engine.fit(DATA, until="1 step")
     assert engine.state.step == 0
+
+
+class TalkativePlugin(Plugin[PluginConfig]):
+    """Says two things before the update of a step, and one after it."""
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        for word in ("one", "two"):
+            text = f"{word} before {engine.state.step + 1}"
+            engine.hook.on_note(engine=engine, title="talk", text=text)
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        engine.hook.on_note(engine=engine, title="talk", text=f"after {engine.state.step}")
+
+
+def test_a_note_is_a_line_with_its_step_and_none_is_lost_or_doubled(tmp_path: Path) -> None:
+    """Breaks if words are not stored, or a killed and resumed run has other lines than a whole."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    engine_of(whole, plugins=[TalkativePlugin()]).fit(DATA, until="6 steps")
+    first = engine_of(killed, plugins=[TalkativePlugin()])
+    for state in first.steps(DATA, until="6 steps"):
+        if state.step == 3:
+            snapshot = copy.deepcopy(first.state_dict())
+        if state.step == 5:
+            break
+    second = engine_of(killed, plugins=[TalkativePlugin()])
+    second.load_state_dict(snapshot)
+    second.fit(DATA, until="6 steps")
+    lines = lines_of(whole)
+    assert without_time(lines_of(killed)) == without_time(lines)
+    notes = [line for line in lines if "note" in line]
+    assert [(line["step"], line["text"]) for line in notes] == [
+        (step - (word != "after"), f"{word} {step}")
+        for step in range(1, 7)
+        for word in ("one before", "two before", "after")
+    ]
+    assert notes[0].keys() == {"step", "time", "tokens", "note", "text"}
+    assert {line["note"] for line in notes} == {"talk"}
+
+
+def test_a_note_from_before_the_first_step_outlives_a_resumption(tmp_path: Path) -> None:
+    """Breaks if what was said at step 0 is taken for the rest of another run."""
+    engine = engine_of(tmp_path)
+    engine.hook.on_start(engine=engine)
+    engine.hook.on_note(engine=engine, title="talk", text="at once")
+    engine.hook.on_close(engine=engine)
+    snapshot = copy.deepcopy(engine.state_dict())
+    snapshot["train"]["step"] = 2
+    again = engine_of(tmp_path)
+    again.load_state_dict(snapshot)
+    again.fit(DATA, until="4 steps")
+    assert [(line["step"], line.get("text")) for line in lines_of(tmp_path)] == [
+        (0, "at once"),
+        (4, None),
+    ]

@@ -207,3 +207,18 @@ def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> No
                               text=True, timeout=120, check=True)  # fmt: skip
     assert done.stdout.startswith("finished\n")
     assert "no answer within 1 s); it was switched off" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_note_is_a_tag_of_the_run(out: Path) -> None:
+    """Breaks if what a plugin says in words does not reach MLflow, or is too long for it."""
+    engine = engine_of(out, MlflowPlugin())
+    for state in engine.steps(data(), until="3 steps"):
+        engine.hook.on_note(engine=engine, title="talk/last", text=f"step {state.step}")
+        if state.step == 2:
+            engine.hook.on_note(engine=engine, title="talk/long", text="x" * 9000)
+    (run,) = runs_of(out)
+    assert run.data.tags["talk/last"] == "step 3: step 3"
+    assert run.data.tags["talk/long"] == ("step 2: " + "x" * 9000)[:8000]
+    (answer,) = engine.hook.summarize(engine=engine)
+    assert "logger mlflow" not in answer

@@ -83,12 +83,32 @@ def test_settings_of_the_optimizer_can_move() -> None:
         {"target": "optimizer.all.matrices.weight_decay", "start": 0.5, "end": 0.0, "over": 4},
         {"target": "optimizer.lr", "start": 0.2, "end": 0.1, "over": 4},
     )
-    for state in engine.steps(DATA, until="5 steps"):
+    used: list[tuple[float, float, float]] = []
+    stepping = engine.hook.optimizer_step
+
+    def noted(**given: Any) -> Any:
         matrices, others = engine.optimizer.param_groups
-        share = min(1.0, state.step / 4)
-        assert matrices["weight_decay"] == pytest.approx(0.5 * (1 - share))
-        assert others["weight_decay"] == 0.0
-        assert matrices["lr"] == others["lr"] == pytest.approx(0.2 - 0.1 * share)
+        assert matrices["lr"] == others["lr"]
+        used.append((matrices["weight_decay"], others["weight_decay"], matrices["lr"]))
+        return stepping(**given)
+
+    engine.hook.optimizer_step = noted
+    logged = [engine.metrics["train/learning_rate"] for _ in engine.steps(DATA, until="6 steps")]
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    decays, fixed, rates = zip(*used, strict=True)
+    assert decays == pytest.approx([0.5 * (1 - share) for share in shares])
+    assert fixed == (0.0,) * 6
+    assert rates == pytest.approx([0.2 - 0.1 * share for share in shares])
+    assert logged == pytest.approx(rates), "what is logged is what was trained with"
+
+
+def test_a_learning_rate_that_no_rule_moves_is_left_alone() -> None:
+    """Breaks if scheduling a weight takes the learning rate out of a host's hands."""
+    engine = engine_of({"target": "loss_world.weight", "start": 1, "end": 3})
+    for state in engine.steps(DATA, until="2 steps"):
+        for group in engine.optimizer.param_groups:
+            assert state.step == 1 or group["lr"] == 0.025
+            group["lr"] = 0.025
 
 
 def test_a_resumed_run_ends_in_the_same_bits() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,26 @@ def test_without_a_folder_the_run_does_not_start() -> None:
     """Breaks if metrics are lost without a word because `out` was forgotten."""
     with pytest.raises(ConfigError, match=r"tensorboard writes into the run's folder.*out="):
         engine_of(None).fit(DATA, until="1 step")
+
+
+WORDS = (
+    "a_b and __init__: 3 * 4 < 5 * 6, see [docs](x) `code`\n# 2 of 2 (num_workers) \\ 1e-07 & so"
+)
+
+
+def test_a_note_is_shown_as_it_was_said(tmp_path: Path) -> None:
+    """Breaks if the Text tab drops or reshapes words; the oracle is TensorBoard's own rendering."""
+    engine = engine_of(tmp_path)
+    for state in engine.steps(DATA, until="3 steps"):
+        if state.step == 2:
+            engine.hook.on_note(engine=engine, title="talk/words", text=WORDS)
+    events = read(tmp_path)
+    assert "talk/words/text_summary" in events.PluginTagToContent("text")
+    (note,) = events.Tensors("talk/words/text_summary")
+    assert note.step == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what it is made of warns of itself
+        from tensorboard.plugin_util import markdown_to_safe_html
+
+        shown = markdown_to_safe_html(note.tensor_proto.string_val[0])
+    assert unescape(re.sub(r"<br ?/?>|</?p>", "", shown)) == WORDS

@@ -104,6 +104,21 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles() -> None:
     }
 
 
+def test_a_note_is_kept_as_markdown_with_its_step() -> None:
+    """Breaks if what a plugin says in words does not reach Trackio, or disturbs a resumed run."""
+    first = engine_of(TrackioPlugin())
+    for state in first.steps(data(), until="6 steps"):
+        if state.step == 2:
+            first.hook.on_note(engine=first, title="talk", text="two steps are done")
+            snapshot = first.state_dict()
+            break
+    second = engine_of(TrackioPlugin())
+    second.load_state_dict(snapshot)
+    second.fit(data(), until="4 steps")
+    notes = [(step, value) for step, name, value in points() if name == "talk/text"]
+    assert notes == [(2, {"_type": "trackio.markdown", "_value": "two steps are done"})]
+
+
 def test_two_runs_without_a_name_are_two() -> None:
     """Breaks if the curves of two runs are mixed in one."""
     for _ in range(2):

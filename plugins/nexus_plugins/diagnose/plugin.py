@@ -59,15 +59,16 @@ class DiagnoseConfig(PluginConfig):
 class DiagnosePlugin(Plugin[DiagnoseConfig]):
     """Watches loss, gradients, outputs, memory and the loader, and changes nothing in training.
 
-    Each finding is said once: as a warning when it is found, in the summary of the run, and as
-    `diagnose/<rule>`, the step in which it was found, to every logger, beside the number of
-    `diagnose/findings`. The rules are in `nexus_plugins.diagnose.rules`. The device is waited for
-    at a reading only. What was found and read is saved; times and memory, which belong to a
-    session, are not.
+    Each finding is said once: as a warning when it is found, in the summary of the run, and to
+    every logger as `diagnose/<rule>`: in words, as a note, where the logger holds text, and as the
+    step in which it was found, beside the number of `diagnose/findings`. The rules are in
+    `nexus_plugins.diagnose.rules`. The device is waited for at a reading only. What was found and
+    read is saved; times and memory, which belong to a session, are not.
     """
 
     before: ClassVar[tuple[str, ...]] = ("guard", "clip")
     after: ClassVar[tuple[str, ...]] = ("amp",)
+    api_version: ClassVar[str] = "1.1"
 
     def __init__(self, config: DiagnoseConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -198,6 +199,8 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
             self._found.append(finding)
             if engine.ranks.is_main:
                 warnings.warn(f"step {finding.step}: {finding.text}", RuntimeWarning, stacklevel=2)
+                title = f"diagnose/{finding.rule}"
+                engine.hook.on_note(engine=engine, title=title, text=finding.text)
 
     def _reading(self, engine: Engine, totals: list[float]) -> Reading:
         sizes, self._sizes = to_host(self._sizes), {}

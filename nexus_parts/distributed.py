@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -25,7 +25,17 @@ from nexus_core.state import seed_everything
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["Distributed", "DistributedConfig", "gather", "launched", "own_seed"]
+__all__ = [
+    "Distributed",
+    "DistributedConfig",
+    "gather",
+    "is_sharded",
+    "launched",
+    "local_part",
+    "own_seed",
+    "share_buffers",
+    "whole",
+]
 
 Value = TypeVar("Value")
 Units: TypeAlias = list[Mapping[str, Tensor | float]]
@@ -89,6 +99,18 @@ class Distributed(Plugin[ConfigT]):
                 raise RunError(f"{_self()} cannot join its peers: {_first_line(error)}") from error
         return Ranks.current()
 
+    def check_joined(self) -> None:
+        """See that `join` was called where there are peers.
+
+        Raises:
+            ConfigError: it was not.
+        """
+        if launched() and not dist.is_initialized():
+            raise ConfigError(
+                f"{self.name}: a launcher started {os.environ['WORLD_SIZE']} processes that do "
+                f"not know one another; call join() of the plugin before Engine(...)"
+            )
+
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Take over the clock and the stops.
@@ -96,11 +118,7 @@ class Distributed(Plugin[ConfigT]):
         Raises:
             ConfigError: a launcher started several processes, and they have not been joined.
         """
-        if launched() and not dist.is_initialized():
-            raise ConfigError(
-                f"{self.name}: a launcher started {os.environ['WORLD_SIZE']} processes that do "
-                f"not know one another; call join() of the plugin before Engine(...)"
-            )
+        self.check_joined()
         if engine.ranks.size == 1:
             return
         engine.alone = False
@@ -112,9 +130,10 @@ class Distributed(Plugin[ConfigT]):
         self._begin_exchange(engine)
         self._end_exchange(engine)
 
-    @hookimpl
-    def on_batch(self, batch: Batch) -> None:
-        """Count the rows of this process that count."""
+    @hookimpl(wrapper=True)
+    def on_batch(self, batch: Batch) -> Generator[None, None, None]:
+        """Count the rows of this process that count, as they are once plugins have changed them."""
+        yield
         if not _is_borrowed(batch):
             rows, tokens = batch_size(batch)
             self._own = self._own[0] + rows, self._own[1] + tokens
@@ -154,9 +173,10 @@ class Distributed(Plugin[ConfigT]):
         if engine.ranks.size > 1:
             self._end_exchange(engine)
 
-    @hookimpl(trylast=True)
-    def on_eval(self, engine: Engine) -> None:
+    @hookimpl(wrapper=True)
+    def on_eval(self, engine: Engine) -> Generator[None, None, None]:
         """Stop all where the evaluation of a run made one stop."""
+        yield
         if not engine.alone:
             self._begin_exchange(engine)
             self._end_exchange(engine)
@@ -218,6 +238,30 @@ def gather(ranks: Ranks, value: Value) -> list[Value]:
     if ranks.size > 1:
         dist.all_gather_object(found, value)
     return found
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a `DTensor`, of which this process may hold but a part."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in place: all of it, unless it is a `DTensor`."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is a `DTensor`; then every process must ask."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Make the model's buffers in all processes those of the main one."""
+    sent = [dist.broadcast(buffer, src=0, async_op=True) for buffer in model.buffers()]
+    for work in sent:
+        work.wait()
 
 
 def _start_group(timeout: timedelta) -> None:

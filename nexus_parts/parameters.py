@@ -12,7 +12,7 @@ from torch import nn
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.plugin import PluginConfig
 
-__all__ = ["GroupConfig", "OptimizerConfig", "decaying", "groups_of", "matching"]
+__all__ = ["GroupConfig", "OptimizerConfig", "blocks", "decaying", "groups_of", "matching"]
 
 UNDECAYED_MODULES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
@@ -70,6 +70,26 @@ def matching(names: Iterable[str], pattern: str, key: str, what: str = "paramete
             f"Names: {shown or 'none'}; a pattern is like '*.{names[0] if names else 'name'}'"
         )
     return found
+
+
+def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
+    """The modules of a model that patterns choose, by name, in the model's order.
+
+    Args:
+        model: whose modules; the model itself is none of them.
+        patterns: as for `matching`; none: the members of every ModuleList.
+        key: the setting that the patterns come from, for the message.
+
+    Raises:
+        ConfigError: a pattern matches no module.
+    """
+    named = {name: module for name, module in model.named_modules() if name}
+    if patterns:
+        names = {n for pattern in patterns for n in matching(named, pattern, key, "module")}
+        return {name: module for name, module in named.items() if name in names}
+    lists = [module for module in named.values() if isinstance(module, nn.ModuleList)]
+    members = {id(member) for members in lists for member in members}
+    return {name: module for name, module in named.items() if id(module) in members}
 
 
 def decaying(model: nn.Module) -> set[int]:

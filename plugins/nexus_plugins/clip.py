@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
+from nexus_parts.distributed import whole
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -57,7 +58,7 @@ class ClipPlugin(Plugin[ClipConfig]):
     @hookimpl
     def after_backward(self, engine: Engine) -> None:
         """Clip, and log the norm without waiting for the device."""
-        clip = _clip_plain if self._plain else clip_grad_norm_
+        clip = _clip_plain if self._plain else _clip_any
         engine.log("grad_norm", clip(self._parameters, self.config.max_norm))
 
 
@@ -75,4 +76,25 @@ def _clip_plain(parameters: list[Tensor], max_norm: float) -> Tensor:
     if norm.is_cpu and norm.item() + EPS <= max_norm:
         return norm  # on the host, looking is free: nothing to scale
     torch._foreach_mul_(gradients, (norm + EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def _clip_any(parameters: list[Tensor], max_norm: float) -> Tensor:
+    """`clip_grad_norm_` for any mixture; PyTorch's own takes no `DTensor` beside other tensors."""
+    kinds: dict[type, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault(type(parameter.grad), []).append(parameter)
+    norms = [
+        whole(get_total_norm([p.grad for p in kind if p.grad is not None]))
+        for kind in kinds.values()
+    ]
+    if not norms:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(norms[0].device) for norm in norms])
+    )
+    for kind in kinds.values():
+        clip_grads_with_norm_(kind, max_norm, norm)
     return norm

@@ -11,7 +11,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_parts.parameters import matching
+from nexus_parts.parameters import blocks
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -95,15 +95,8 @@ class CompilePlugin(Plugin[CompileConfig]):
         }
 
     def _chosen(self, model: nn.Module) -> list[nn.Module]:
-        named = dict(model.named_modules())
-        if self.config.match:
-            key = "compile.match"
-            patterns = self.config.match
-            names = {n for p in patterns for n in matching(filter(None, named), p, key, "module")}
-            return [module for name, module in named.items() if name in names]
-        lists = [module for module in named.values() if isinstance(module, nn.ModuleList)]
-        members = {id(member): member for members in lists for member in members}
-        return list(members.values()) or [model]
+        chosen = blocks(model, self.config.match, "compile.match")
+        return list(chosen.values()) or [model]
 
     def _check_backend(self, device: torch.device) -> None:
         backend = self.config.backend

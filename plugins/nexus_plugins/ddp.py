@@ -14,7 +14,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_core import hookimpl
-from nexus_parts.distributed import Distributed, DistributedConfig
+from nexus_parts.distributed import Distributed, DistributedConfig, share_buffers
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -53,7 +53,7 @@ class DdpPlugin(Distributed[DdpConfig]):
         """Make the weights of all processes those of the main one."""
         Distributed.on_start(self, engine)
         if engine.ranks.size > 1:
-            _share_buffers(engine.model)
+            share_buffers(engine.model)
             self._first_step = self.config.find_unused is None
             self._parallel = self._wrapped(engine.model, bool(self.config.find_unused))
             _sum_gradients(self._parallel, _trained(engine.model))  # settles who is sent with whom
@@ -85,7 +85,7 @@ class DdpPlugin(Distributed[DdpConfig]):
         """Count what all processes did; running statistics are those of the main one."""
         Distributed.on_step(self, engine)
         if self._parallel is not None:
-            _share_buffers(engine.model)
+            share_buffers(engine.model)
 
     @hookimpl
     def on_close(self, engine: Engine) -> None:
@@ -119,12 +119,6 @@ def _sum(gradients: Tensor) -> Future[Tensor]:
     work = dist.all_reduce(gradients, async_op=True)
     future: Future[list[Tensor]] = work.get_future()
     return future.then(lambda done: done.value()[0])
-
-
-def _share_buffers(model: nn.Module) -> None:
-    sent = [dist.broadcast(buffer, src=0, async_op=True) for buffer in model.buffers()]
-    for work in sent:
-        work.wait()
 
 
 def _trained(model: nn.Module) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core import CheckpointError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_parts.distributed import local_part
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Snapshot
@@ -79,10 +80,10 @@ class EmaPlugin(Plugin[EmaConfig]):
         decay = self.config.decay
         if self.config.ramp:
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
-        average = list(self._average.values())
+        average = [local_part(mean) for mean in self._average.values()]
         step = 1 - decay if engine.refused is None else (1 - decay) * (1 - engine.refused)
         weights = [torch.as_tensor(step, dtype=mean.dtype, device=mean.device) for mean in average]
-        torch._foreach_lerp_(average, [_wide(p) for p in self._live], weights)
+        torch._foreach_lerp_(average, [_wide(local_part(p)) for p in self._live], weights)
 
     @hookimpl(wrapper=True)
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:

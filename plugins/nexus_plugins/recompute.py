@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_parts.parameters import matching
+from nexus_parts.parameters import blocks
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -60,26 +60,19 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
         self._wrapped = []
 
     def _chosen(self, model: nn.Module) -> list[nn.Module]:
-        named = {name: module for name, module in model.named_modules() if name}
-        found: dict[str, nn.Module] = {}
-        for pattern in self.config.match:
-            names = matching(named, pattern, "recompute.match", "module")
-            found |= {name: named[name] for name in names}
-        if not self.config.match:
-            lists = [module for module in named.values() if isinstance(module, nn.ModuleList)]
-            members = {id(member) for members in lists for member in members}
-            found = {name: module for name, module in named.items() if id(module) in members}
+        found = blocks(model, self.config.match, "recompute.match")
         outermost = {
             name: module
             for name, module in found.items()
             if not any(name.startswith(f"{other}.") for other in found)
         }
         if not outermost:
+            first = next((name for name, _ in model.named_children()), "block")
             raise ConfigError(
                 "recompute: the model has no ModuleList to choose from; name its modules, for "
-                f"instance with --set recompute.match='[\"*.{next(iter(named), 'block')}*\"]'"
+                f"instance with --set recompute.match='[\"*.{first}*\"]'"
             )
-        return [module for name, module in named.items() if name in outermost]
+        return list(outermost.values())
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from nexus_core.testing import fake_distribution
 from tests.distributed.launcher import NEXUS_RUN, PATIENCE_S, process_of, start, wait_for, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -27,19 +28,61 @@ def lines(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+WITNESS = '''
+import json, os
+from nexus_core import Plugin, PluginConfig, hookimpl
+
+
+class WitnessPlugin(Plugin[PluginConfig]):
+    """Writes the samples of each step into a file of this process, as a crash would leave it."""
+
+    @hookimpl
+    def on_batch(self, engine, batch):
+        step, ids = engine.state.step + 1, batch["sample_ids"].tolist()
+        with open(f"{os.environ['WITNESS']}.{engine.ranks.rank}", "a") as file:
+            file.write(json.dumps([step, ids]) + "\\n")
+            file.flush()
+            os.fsync(file.fileno())
+'''
+
+
+def witnessed(folder: Path, name: str) -> dict[int, list[int]]:
+    """The samples of each step over all processes; what was done again counts as it was last."""
+    kept: dict[tuple[int, int], list[int]] = {}
+    for rank in range(4):
+        for line in (folder / f"{name}.{rank}").read_text().splitlines():
+            step, ids = json.loads(line)
+            kept[step, rank] = ids
+    return {
+        step: sorted(i for rank in range(4) for i in kept[step, rank])
+        for step in sorted({step for step, _ in kept})
+    }
+
+
 def test_a_killed_process_makes_all_start_again_where_they_had_saved(tmp_path: Path) -> None:
-    """Red if a crash costs more than the steps since the last save, or changes the outcome."""
+    """Red if a crash costs more than the steps since the last save, or changes the outcome.
+
+    Red as well if a sample is left out or comes twice in an epoch, of which there is a whole one.
+    """
     write_run(tmp_path)
     ends = []
-    for name in ("undisturbed", "killed"):
-        options = ["--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", "--out", name]
-        launcher = start(tmp_path, 4, *options)
-        if name == "killed":
-            wait_for(lambda: lines(tmp_path / "killed") >= 12, launcher)
-            os.kill(process_of(launcher, rank=2), signal.SIGKILL)
-        output = launcher.communicate(timeout=PATIENCE_S)[0]
-        assert launcher.returncode == 0, output
-        ends.append(output)
+    options = ["--plugins", "witness", "--set", "data_text.batch_size=40"]
+    with fake_distribution(
+        "witness", {"witness": "witness:WitnessPlugin"}, modules={"witness": WITNESS}
+    ) as package:
+        for name in ("undisturbed", "killed"):
+            launcher = start(
+                tmp_path,
+                4,
+                *("--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", "--out", name, *options),
+                environment={"PYTHONPATH": str(package), "WITNESS": str(tmp_path / name)},
+            )
+            if name == "killed":
+                wait_for(lambda: lines(tmp_path / "killed") >= 12, launcher)
+                os.kill(process_of(launcher, rank=2), signal.SIGKILL)
+            output = launcher.communicate(timeout=PATIENCE_S)[0]
+            assert launcher.returncode == 0, output
+            ends.append(output)
     assert "resumed at step" in ends[1]
     one, other = (
         load_file(tmp_path / name / "checkpoints/final/model.safetensors")
@@ -52,6 +95,13 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(tmp_path: P
         json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
     ]
     assert [r["step"] for r in records if "train/total_loss" in r] == list(range(1, 21))
+    undisturbed, killed = (witnessed(tmp_path, name) for name in ("undisturbed", "killed"))
+    assert killed == undisturbed
+    assert list(killed) == list(range(1, 21))
+    in_order = [i for step in killed for i in killed[step]]
+    epoch = max(in_order) + 1
+    assert epoch < len(in_order)
+    assert sorted(in_order[:epoch]) == list(range(epoch))
 
 
 def test_a_signal_to_one_process_saves_and_ends_all(tmp_path: Path) -> None:
@@ -82,6 +132,37 @@ def test_processes_that_were_started_unlike_end_with_one_error(tmp_path: Path) -
     assert "optim_adamw.lr is 0.002 in rank 1, 0.001 in rank 0" in output
     assert "exitcode  : 2" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
+    """Red if every process prints the error that all of them end with, before or after they join.
+
+    A setting is wrong, so nobody joins; then the model cannot be divided as it says.
+    """
+    write_run(tmp_path)
+    for extra, message in (
+        (["--set", "clip.max_norm=-1"], "clip.max_norm"),
+        (["--plugins", "no:ddp,fsdp", "--set", "fsdp.match=['*.nothing']"], "matches no module"),
+    ):
+        options = [*NEXUS_RUN, "tiny.yaml", "--out", "run", *extra]
+        output = start(tmp_path, 3, *options).communicate(timeout=PATIENCE_S)[0]
+        assert output.count(message) == 1, output
+        assert "exitcode  : 2" in output
+        assert "error in rank" not in output
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_one_is_told_by_it(tmp_path: Path) -> None:
+    """Red if a process other than the main one ends without a word, as one without the file."""
+    write_run(tmp_path)
+    (tmp_path / "tiny.yaml").rename(tmp_path / "0.yaml")
+    command = f"exec {sys.executable} -m nexus_core.cli.run $RANK.yaml --out run\n"
+    (tmp_path / "unlike.sh").write_text(command)
+    launcher = start(tmp_path, 2, "--no-python", "sh", "unlike.sh")
+    output = launcher.communicate(timeout=PATIENCE_S)[0]
+    assert output.count("error in rank 1: ") == 1, output
+    assert "1.yaml" in output
+    assert "exitcode  : 2" in output
 
 
 def test_several_processes_without_a_plugin_for_it_are_refused(tmp_path: Path) -> None:
@@ -118,9 +199,9 @@ def waited(out: Path) -> bool:
 def test_the_benchmark_times_both_and_they_do_the_same_work(tmp_path: Path) -> None:
     """Red if a case no longer runs or ends with other weights; the ratio is not judged here."""
     path = tmp_path / "times.json"
-    command = [sys.executable, "-m", "benchmarks.distributed", "--rounds", "1", "--steps", "12"]
-    command += ["--width", "32", "--json", str(path)]
+    command = [sys.executable, "-m", "benchmarks.distributed", "--rounds", "1"]
+    command += ["--problems", "small", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
-    times = json.loads(path.read_text()) if path.exists() else done.stderr
+    times = json.loads(path.read_text())["small"] if path.exists() else done.stderr
     assert times.keys() == {"alone", "ours", "by hand", "over", "speed"}
     assert min(times["alone"] + times["ours"] + times["by hand"]) > 0

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from nexus_core.errors import ConfigError, NexusError
 from nexus_core.ranks import Ranks
@@ -22,11 +24,13 @@ from nexus_core.registry import distribution, installed
 if TYPE_CHECKING:
     from nexus_core.cli.build import Build
 
-__all__ = ["join", "leave", "of_main", "resume_source"]
+__all__ = ["join", "leave", "of_main", "resume_source", "said_by_main"]
 
 Answer = TypeVar("Answer")
 SLOT = "processes"
 """The slot of the plugin that lets several processes train one model."""
+PATIENCE_S = 5.0
+"""How long a process waits for the main one to end with the same error, in seconds."""
 
 
 class Joining(Protocol):
@@ -93,6 +97,33 @@ def leave(ranks: Ranks) -> None:
     if ranks.size > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def said_by_main(message: str) -> bool:
+    """Whether the main process ends with this very error too; its peers ask and wait for it.
+
+    They ask the launcher, which they reach whether or not they have joined.
+
+    Args:
+        message: the error that this process ends with.
+
+    Returns:
+        False in the main process, and where it is well, says something else or cannot be reached.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    place = f"error of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=PATIENCE_S)
+        store = TCPStore(address, port, timeout=patience, wait_for_workers=False)
+        if os.environ["RANK"] == "0":
+            store.set(place, message)
+            return False
+        said: bytes = store.get(place)
+    except (LookupError, ValueError, RuntimeError):
+        return False
+    return said == message.encode()
 
 
 def _end(ranks: Ranks, error: NexusError) -> None:

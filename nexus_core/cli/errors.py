@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -29,7 +30,8 @@ def reported(debug: bool) -> Iterator[None]:
     except NexusError as error:
         if debug:
             traceback.print_exc()
-        _say(error, str(error))
+        if not _said_by_main(str(error)):
+            _say(error, str(error))
         sys.exit(error.exit_code)
     except (click.exceptions.Exit, click.ClickException, SystemExit, KeyboardInterrupt):
         raise
@@ -46,7 +48,18 @@ def _show_warning(message: Warning | str, *_: object) -> None:
     click.echo(f"{click.style('warning', fg='yellow')}: {message}", err=True)
 
 
+def _said_by_main(message: str) -> bool:
+    """Whether this is one of several processes, whose main one says the same."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    from nexus_core.cli.distributed import said_by_main  # needs torch, which is slow to import
+
+    return said_by_main(message)
+
+
 def _say(error: Exception, message: str) -> None:
     where = [] if isinstance(error, NexusError) else getattr(error, "__notes__", [])
     places = "".join(f" [{place}]" for place in where)
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {message}{places}", err=True)
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    head = "error" if rank == "0" else f"error in rank {rank}"
+    click.echo(f"{click.style(head, fg='red', bold=True)}: {message}{places}", err=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, ClassVar, Literal
+from inspect import ismethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 from torch._functorch import config as functorch_config
 
@@ -30,6 +31,14 @@ class CompileConfig(PluginConfig):
         description="patterns of names of modules to compile each by itself; none: the members of "
         "every ModuleList, or the whole model where it has none",
     )
+    whole: bool = Field(
+        False, description="compile the model as one: faster steps, and a start that takes minutes"
+    )
+    methods: tuple[str, ...] = Field(
+        ("hidden",),
+        description="with `whole`: methods by which the model is run, besides forward; those that "
+        "it does not have are passed over",
+    )
     mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
         "default", description="what torch.compile spends its effort on"
     )
@@ -39,15 +48,21 @@ class CompileConfig(PluginConfig):
     )
     fullgraph: bool = Field(False, description="whether a break in the graph is an error")
 
+    @model_validator(mode="after")
+    def _chooses_once(self) -> Self:
+        if self.whole and self.match:
+            raise ValueError("match chooses modules, and whole takes all of them; set one of both")
+        return self
+
 
 class CompilePlugin(Plugin[CompileConfig]):
     """Runs the model as compiled code, for training and for evaluation.
 
     Repeated blocks are compiled once for all of them, so starting takes seconds instead of
-    minutes. Names and `state_dict` stay as they are, and the model is given back at the end.
-    Rounding may differ from eager code; a resumed run is equal to one that was not. What is
-    compiled is cached on disk by PyTorch and found again by the next run. `compile/graphs` and
-    `compile/graph_breaks` are logged.
+    minutes; `whole` takes the minutes, for what can be saved between the blocks. Names and
+    `state_dict` stay as they are, and the model is given back at the end. Rounding may differ from
+    eager code; a resumed run is equal to one that was not. What is compiled is cached on disk by
+    PyTorch and found again by the next run. `compile/graphs` and `compile/graph_breaks` are logged.
 
     Source: Ansel et al. 2024, "PyTorch 2".
     """
@@ -55,6 +70,11 @@ class CompilePlugin(Plugin[CompileConfig]):
     after: ClassVar[tuple[str, ...]] = ("recompute",)
     _compiled: list[nn.Module]
     _donated: bool
+    _methods_before: dict[str, object]
+
+    def __init__(self, config: CompileConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._compiled, self._methods_before = [], {}
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -67,22 +87,31 @@ class CompilePlugin(Plugin[CompileConfig]):
         self._compiled = self._chosen(engine.model)
         # Compiled code must not reuse what it saved: pcgrad, say, goes backward once a term.
         self._donated, functorch_config.donated_buffer = functorch_config.donated_buffer, False
+        options: dict[str, Any] = {
+            "mode": None if self.config.mode == "default" else self.config.mode,
+            "backend": self.config.backend,
+            "dynamic": self.config.dynamic,
+            "fullgraph": self.config.fullgraph,
+        }
         for module in self._compiled:
-            module.compile(
-                mode=None if self.config.mode == "default" else self.config.mode,
-                backend=self.config.backend,
-                dynamic=self.config.dynamic,
-                fullgraph=self.config.fullgraph,
-            )
+            module.compile(**options)
+        for name in self._methods(engine.model):
+            self._methods_before[name] = vars(engine.model).get(name)
+            setattr(engine.model, name, torch.compile(getattr(engine.model, name), **options))
 
     @hookimpl
-    def on_close(self) -> None:
-        """Give the modules back as they were, and PyTorch's setting."""
-        if compiled := getattr(self, "_compiled", []):
+    def on_close(self, engine: Engine) -> None:
+        """Give the model back as it was, and PyTorch's setting."""
+        if self._compiled:
             functorch_config.donated_buffer = self._donated
-        for module in compiled:
+        for module in self._compiled:
             module._compiled_call_impl = None
         self._compiled = []
+        for name, before in self._methods_before.items():
+            delattr(engine.model, name)
+            if before is not None:
+                setattr(engine.model, name, before)
+        self._methods_before = {}
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
@@ -94,7 +123,13 @@ class CompilePlugin(Plugin[CompileConfig]):
             "compile/graph_breaks": float(sum(counters["graph_break"].values())),
         }
 
+    def _methods(self, model: nn.Module) -> list[str]:
+        names = self.config.methods if self.config.whole else ()
+        return [name for name in names if ismethod(getattr(model, name, None))]
+
     def _chosen(self, model: nn.Module) -> list[nn.Module]:
+        if self.config.whole:
+            return [model]
         chosen = blocks(model, self.config.match, "compile.match")
         return list(chosen.values()) or [model]
 

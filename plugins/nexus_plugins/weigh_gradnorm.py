@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.ranks import Ranks
 from nexus_parts.parameters import matching
 from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
 
@@ -93,13 +94,15 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         gradients, self._gradients = self._gradients, {}
         if len(gradients) < 2:
             return
+        gradients = {n: _of_all(gradient, engine.ranks) for n, gradient in gradients.items()}
         names, products = trunk_products(gradients)
         if not names:
             raise ConfigError(
                 "weigh_gradnorm: no parameter is reached by two loss terms; use weigh_magnitude"
             )
+        squares = products.diagonal()
         losses = torch.stack([engine.losses[name].detach().float() for name in names])
-        losses, squares = engine.ranks.sum(torch.stack([losses, products.diagonal()]))
+        losses = engine.ranks.sum(losses)
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         for name, loss in zip(names, losses, strict=True):
             first = self._first_losses.get(name, loss)
@@ -124,3 +127,14 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         """Take over weights and first losses."""
         self._weights = dict(cast(dict[str, Tensor], state["weights"]))
         self._first_losses = dict(cast(dict[str, Tensor], state["first_losses"]))
+
+
+def _of_all(gradient: Gradient, ranks: Ranks) -> Gradient:
+    """A term's gradient summed over all processes, in one exchange."""
+    there = [part.float() for part in gradient if part is not None]
+    if ranks.size == 1 or not there:
+        return gradient
+    whole = ranks.sum(torch.cat([part.reshape(-1) for part in there]))
+    sizes = [part.numel() for part in there]
+    parts = iter([w.view_as(p) for w, p in zip(torch.split(whole, sizes), there, strict=True)])
+    return [None if part is None else next(parts) for part in gradient]

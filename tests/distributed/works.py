@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core import Engine, NexusError, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
 from nexus_core.ranks import Ranks
+from nexus_core.registry import load
+from nexus_parts.distributed import local_part, whole
 from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin
+from nexus_plugins.fsdp import FsdpPlugin
+from nexus_plugins.optim_adamw import OptimAdamwPlugin
 from tiny import AbsolutePlugin, Net, RecorderPlugin, Regression, SquaredPlugin
 
 
@@ -26,6 +32,13 @@ class Seen:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)  # of each step
     weights: list[float] = field(default_factory=list)
+    logged: list[dict[str, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    first: dict[str, list[float]] = field(default_factory=dict)
+    last: dict[str, list[float]] = field(default_factory=dict)
+    marks: dict[str, tuple[bool, bool]] = field(default_factory=dict)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of what this process holds
+    hooks: list[int] = field(default_factory=list)
     status: str = ""
     reason: str = ""
     step: int = 0
@@ -59,12 +72,258 @@ class StopperPlugin(Plugin[PluginConfig]):
             engine.stop(self.reason)
 
 
+class DamagePlugin(Plugin[PluginConfig]):
+    """Spoils one step, as a process sees it or as all do, before anybody has looked at it."""
+
+    before = ("amp", "guard", "clip")
+
+    def __init__(self, step: int, ranks: tuple[int, ...], loss: float = 1.0, grad: float = 0.0):
+        super().__init__()
+        self.step, self.ranks, self.factor, self.grad = step, ranks, loss, grad
+
+    @hookimpl(wrapper=True)
+    def loss_terms(self, engine: Engine) -> Any:
+        answers = yield
+        if not self._now(engine):
+            return answers
+        return [{name: term * self.factor for name, term in a.items()} for a in answers]
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        if self._now(engine) and self.grad:
+            weight = next(engine.model.parameters())
+            local_part(weight.grad)[0, 0] = self.grad
+
+    def _now(self, engine: Engine) -> bool:
+        return (
+            engine.training
+            and engine.state.step + 1 == self.step
+            and engine.ranks.rank in self.ranks
+        )
+
+
 class UnreachedNet(Net):
     """Has a layer that no loss reaches."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.unreached = nn.Linear(3, 3)
+
+
+class Block(nn.Module):
+    """A residual layer that holds layers of its own in a list."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width, bias=False)])
+        self.register_buffer("scale", torch.rand(width))
+        self.register_buffer("shift", torch.rand(width), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.inner:
+            x = x + torch.tanh(layer(x)) * self.scale + self.shift
+        return x
+
+
+@dataclass
+class Output:
+    """What a model with a tied head gives to its loss: the head's weight is the model's own."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+class DeepNet(nn.Module):
+    """Has what makes a model hard to divide.
+
+    Lists within a list, buffers that are not saved, tied, frozen and marked weights, a weight that
+    is a single number, odd sizes, and an output that holds a weight.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.read = nn.Linear(5, 7)
+        self.blocks = nn.ModuleList([Block(7), Block(7)])
+        self.marked = nn.Parameter(torch.rand(7, 7) / 7)
+        self.marked._no_weight_decay = True
+        self.frozen = nn.Parameter(torch.rand(3, 7), requires_grad=False)
+        self.sharpness = nn.Parameter(torch.tensor(0.7))
+        self.head = nn.Linear(7, 4, bias=False)
+        self.twin = nn.Linear(7, 4, bias=False)
+        self.twin.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Output:
+        x = self.read(x)
+        for block in self.blocks:
+            x = block(x)
+        x = x @ self.marked + (x @ self.frozen.T).sum(-1, keepdim=True) * self.sharpness
+        return Output(x, self.twin.weight)
+
+
+class DeepPlugin(Plugin[PluginConfig]):
+    """Makes a `DeepNet`, and the data that it is trained on; notes its first weights."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    @hookimpl
+    def make_data(self) -> RunData:
+        ranks = Ranks.current()
+        valid = ResumableLoader(Regression(11), 4, shuffle=False, ranks=ranks)
+        return RunData(ResumableLoader(Regression(), 6, seed=1, ranks=ranks), {"val": valid})
+
+    @hookimpl
+    def make_model(self) -> nn.Module:
+        return DeepNet()
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        self.seen.first = whole_state(engine.model)
+        named = engine.model.named_parameters()
+        self.seen.marks = {n: (p.requires_grad, hasattr(p, "_no_weight_decay")) for n, p in named}
+
+    @hookimpl(wrapper=True)
+    def forward(self, engine: Engine) -> Any:
+        output = yield
+        self.seen.hooks.append(len(output.weight._backward_hooks or ()))
+        return output.hidden.to(output.weight.dtype) @ output.weight.T
+
+
+def whole_state(model: nn.Module) -> dict[str, list[float]]:
+    """Every parameter and buffer of a model, to the bit."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: whole(value.detach()).reshape(-1).tolist() for name, value in named}
+
+
+def train_deep(
+    make: Callable[[], Plugin[Any]], steps: int, *extra: Callable[[], Plugin[Any]], **options: Any
+) -> Seen:
+    """A run whose plugins make everything."""
+    seen, recorder, parallel = Seen(), RecorderPlugin(), make()
+    parallel.join()
+    optimizer = OptimAdamwPlugin(lr=1e-2, eps=1e-4, weight_decay=0.1)
+    plugins = [parallel, DeepPlugin(seen), SquaredPlugin(), optimizer, ClipPlugin(), recorder]
+    plugins += [make_extra() for make_extra in extra]
+    engine = Engine(plugins=plugins, seed=5, log_every=1, **options)
+    engine.fit(until=steps, eval_every=3)
+    seen.logged = [line for _, line in recorder.lines]
+    seen.last = whole_state(engine.model)
+    seen.shapes = [tuple(local_part(p).shape) for p in engine.model.parameters()]
+    return seen
+
+
+TEXT_RUN: dict[str, dict[str, Any]] = {
+    "data_text": {"seq_len": 32, "batch_size": 8, "valid_limit": 64},
+    "model_nexus": {"d_model": 16, "ssm_n_layers": 2, "ssm_head_dim": 16, "ssm_d_state": 8},
+    "loss_lm": {},
+    "optim_adamw": {"lr": 1e-3, "eps": 1e-4},
+}
+
+
+def train_text(
+    make: Callable[[], Plugin[Any]], corpus: Path, steps: int, **more: dict[str, Any]
+) -> Seen:
+    """A run of the NEXUS model on a corpus, with further plugins by name."""
+    seen, recorder, parallel = Seen(), RecorderPlugin(), make()
+    parallel.join()
+    blocks = {**TEXT_RUN, **more}
+    blocks["data_text"] = {**TEXT_RUN["data_text"], "train": str(corpus)}
+    plugins = [load(name)(**settings) for name, settings in blocks.items()]
+    engine = Engine(plugins=[parallel, recorder, *plugins], seed=1, log_every=1)
+    engine.fit(until=steps, eval_every=5)
+    seen.logged = [line for _, line in recorder.lines]
+    seen.samples, seen.tokens = engine.state.samples, engine.state.tokens
+    return seen
+
+
+class CrossedNet(DeepNet):
+    """Ties a weight of a block to one outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.Linear(7, 7, bias=False)
+        self.tied.weight = self.blocks[0].inner[1].weight
+
+
+class TableNet(Net):
+    """Holds a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.ones(3)
+
+
+class ReadNet(Net):
+    """Looks at a weight while it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.head.weight.max().item()
+
+
+class Opaque:
+    """An output that nobody can look into."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class OpaqueNet(Net):
+    """Hides its output."""
+
+    def forward(self, x: Tensor) -> Any:
+        return Opaque(super().forward(x))
+
+
+class MakerPlugin(Plugin[PluginConfig]):
+    """Makes a model, and looks into an opaque output."""
+
+    def __init__(self, model: type[nn.Module]) -> None:
+        super().__init__()
+        self.model = model
+
+    @hookimpl
+    def make_data(self) -> RunData:
+        return RunData([])
+
+    @hookimpl
+    def make_model(self) -> nn.Module:
+        return self.model()
+
+    @hookimpl(wrapper=True)
+    def forward(self) -> Any:
+        output = yield
+        return getattr(output, "value", output)
+
+
+def build(
+    model: type[nn.Module],
+    program_model: bool = True,
+    program_optimizer: bool = False,
+    **settings: Any,
+) -> None:
+    """Train a divided model for a step; it and its optimizer are the program's or a plugin's."""
+    plugin = FsdpPlugin(timeout=20, **settings)
+    plugin.join()
+    brought = model() if program_model else None
+    optimizer = torch.optim.SGD(brought.parameters(), lr=0.1) if program_optimizer else None
+    plugins = [plugin, MakerPlugin(model), SquaredPlugin(), OptimAdamwPlugin()]
+    batch = {"x": torch.ones(4, 5), "y": torch.ones(4, 4)}
+    Engine(brought, optimizer, plugins=plugins).fit([batch], until=1)
+
+
+def refused(*tries: Callable[[], object]) -> list[str]:
+    """The error of each try, or "" where there is none."""
+    return [_error(attempt) for attempt in tries]
+
+
+def _error(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except NexusError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def train(
@@ -79,18 +338,23 @@ def train(
     resume: bool = False,
     every: int = 5,
     parallel: Plugin[Any] | None = None,
+    optimizer: Callable[[], Plugin[Any]] | None = None,
+    net: Callable[..., nn.Module] = Net,
     stop_at: int | None = None,
     stop_rank: int | None = None,
     **options: Any,
 ) -> Seen:
-    """A run on the tiny problem; under a launcher the processes share it."""
+    """A run on the tiny problem; under a launcher the processes share it.
+
+    A plugin makes the optimizer where one is given, as it must be where weights are divided.
+    """
     seen, recorder = Seen(), RecorderPlugin()
     plugins = [parallel or DdpPlugin(timeout=20)]
     plugins[0].join()
     ranks = Ranks.current()
     torch.manual_seed(3)
-    model = (UnreachedNet if unreached else Net)(dropout=dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    model = (UnreachedNet if unreached else net)(dropout=dropout)
+    made = None if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     stopper = StopperPlugin()
     plugins += [
         stopper,
@@ -98,12 +362,13 @@ def train(
         AbsolutePlugin(weight=0.3),
         recorder,
         WitnessPlugin(seen),
+        *(make() for make in ([optimizer] if optimizer else [])),
         *(make() for make in extra),
     ]
     if out is not None:
         plugins.append(CheckpointPlugin(every=every))
     engine = Engine(
-        model, optimizer, plugins=plugins, seed=5, log_every=1, accumulate=accumulate, out=out
+        model, made, plugins=plugins, seed=5, log_every=1, accumulate=accumulate, out=out
     )
     if stop_at is not None and stop_rank in (None, ranks.rank):
         stopper.at, stopper.reason = stop_at, f"rank {ranks.rank} stops"
@@ -111,11 +376,15 @@ def train(
     valid = ResumableLoader(Regression(11 if size == 23 else 9), 4, shuffle=False, ranks=ranks)
     if resume:
         engine.resume()
-    result = engine.fit(data, until=steps, eval_data=valid, **options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        result = engine.fit(data, until=steps, eval_data=valid, **options)
+    seen.warnings = [str(warning.message) for warning in warned]
     lines = [line for _, line in recorder.lines]
     seen.losses = [line["train/total_loss"] for line in lines if "train/total_loss" in line]
     seen.evaluations = [line for line in lines if "val/loss" in line]
-    seen.weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()
+    seen.logged = [line for line in lines if "train/total_loss" in line]
+    seen.weights = torch.cat([whole(p.detach()).reshape(-1) for p in model.parameters()]).tolist()
     seen.status, seen.reason, seen.step = result.status, result.reason, result.step
     seen.samples, seen.tokens = engine.state.samples, engine.state.tokens
     seen.seconds = engine.state.seconds

@@ -107,6 +107,32 @@ def test_a_model_without_lists_is_compiled_whole() -> None:
         assert compiled(engine) == [""]
 
 
+class Featured(Stack):
+    """Is run by a method other than `forward`, as models with a head of their own are."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden(x)
+
+
+def test_the_whole_model_is_one_graph_and_its_method_is_given_back() -> None:
+    """Breaks if `whole` leaves the method that plugins call as it was, or does not undo it."""
+    torch.manual_seed(0)
+    models = [Featured(), Featured()]
+    models[1].load_state_dict(models[0].state_dict())
+    plain = engine_of(model=models[0])
+    engine = engine_of(CompilePlugin(backend="aot_eager", whole=True), model=models[1])
+    plain.fit(data(), until="3 steps")
+    for _ in engine.steps(data(), until="3 steps"):
+        assert compiled(engine) == [""]
+        assert "hidden" in vars(engine.model)
+    assert "hidden" not in vars(engine.model)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(engine.model.state_dict()[name], value)
+
+
 def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
     """Breaks if compiled code does not see the wrapped modules, or resuming is not exact."""
 
@@ -146,6 +172,7 @@ def test_the_default_compiler_trains_to_the_same_losses() -> None:
     ("config", "words"),
     [
         ({"match": ["*.blok*"]}, r"compile\.match: the pattern '\*\.blok\*' matches no module"),
+        ({"whole": True, "match": ["*.head"]}, "set one of both"),
         ({"backend": "inducto"}, "compile.backend is 'inducto', which is not there; known: .*indu"),
     ],
 )

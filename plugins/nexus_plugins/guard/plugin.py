@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nexus_core import Batch, Plugin, PluginConfig, RunError, StateDict, hookimpl
 from nexus_core.state import Snapshot, random_state
+from nexus_parts.distributed import gather, is_sharded, local_part
 from nexus_plugins.guard.record import Attempt, write_record
 from nexus_plugins.guard.replay import replay
 from nexus_plugins.guard.spikes import Spikes
@@ -65,11 +66,12 @@ class GuardPlugin(Plugin[GuardConfig]):
     the update itself looks at the flag, and the counts are read when the log is. Elsewhere the
     verdict is read each step, and the gradients of a refused one are dropped.
 
-    `guard/skipped_steps` and `guard/rollbacks` are logged. The first refused steps are written to
-    `OUT/guard/step-00000123`, for `nexus-run replay`. With a gradient scaler, whose first steps
-    overflow by design, the policy should be 'skip'.
+    `guard/skipped_steps` and `guard/rollbacks` are logged, and each refusal is a note. The first
+    refused steps are written to `OUT/guard/step-00000123`, for `nexus-run replay`. With a gradient
+    scaler, whose first steps overflow by design, the policy should be 'skip'.
     """
 
+    api_version: ClassVar[str] = "1.1"
     before: ClassVar[tuple[str, ...]] = ("clip",)
     after: ClassVar[tuple[str, ...]] = ("amp", "curriculum")
 
@@ -204,6 +206,7 @@ class GuardPlugin(Plugin[GuardConfig]):
     def _judge(self, engine: Engine) -> Tensor:
         """1.0 where the step is to be refused, else 0.0, on the device; nothing waits for it."""
         gradients = [_values(p.grad) for p in self._parameters if p.grad is not None]
+        gradients = [values for values in gradients if values.numel()]
         losses = [loss.reshape(()).float() for loss in engine.losses.values()]
         largest = torch._foreach_norm(gradients, math.inf) if gradients else []
         size = torch.stack([*losses, *(norm.to(losses[0].device).float() for norm in largest)])
@@ -214,10 +217,13 @@ class GuardPlugin(Plugin[GuardConfig]):
         return engine.ranks.sum(flag).clamp(max=1.0) if engine.ranks.size > 1 else flag
 
     def _react(self, engine: Engine, attempt: Attempt, streak: Tensor | float) -> None:
-        """Write the step down and do as the policy says."""
+        """Write the step down and do as the policy says; all processes say the same, one aloud."""
+        attempt.losses = {name: engine.ranks.sum(loss) for name, loss in attempt.losses.items()}
         what = f"the update of step {attempt.step} was refused: {attempt.verdict()}"
-        what += self._write_down(engine, attempt)
-        warnings.warn(what, RuntimeWarning, stacklevel=2)
+        what += gather(engine.ranks, self._write_down(engine, attempt))[0]
+        if engine.ranks.is_main:
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+            engine.hook.on_note(engine=engine, title="guard/refused", text=what)
         if self.config.policy == "stop":
             self._stop(engine, what)
         elif streak >= self.config.max_consecutive:
@@ -233,6 +239,8 @@ class GuardPlugin(Plugin[GuardConfig]):
         """Write the record; returns where it is, in words."""
         if engine.out is None or not engine.ranks.is_main:
             return ""
+        if any(map(is_sharded, self._parameters)):
+            return "; it is not written down, since no process has all of the weights"
         try:
             folder = write_record(engine, attempt, engine.out / "guard", self.config.records)
         except (OSError, SafetensorError) as error:  # a full disk must not end the run
@@ -256,7 +264,8 @@ class GuardPlugin(Plugin[GuardConfig]):
 
 
 def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    """The numbers of a gradient that this process holds."""
+    return gradient.coalesce().values() if gradient.is_sparse else local_part(gradient)
 
 
 def _host_copy(tree: Tree) -> Tree:

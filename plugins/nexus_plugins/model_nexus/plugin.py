@@ -10,6 +10,7 @@ from torch import nn
 
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, hookimpl
+from nexus_parts.distributed import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
 if TYPE_CHECKING:
@@ -56,10 +57,15 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """A short sample that the model just trained writes after a prompt from the data."""
+        """A short sample that the model just trained writes after a prompt from the data.
+
+        There is none where no process has all of the weights.
+        """
         data = engine.data
         split = next(iter(data.valid.values()), None) if data is not None else None
         if data is None or data.codec is None or split is None:
+            return {}
+        if any(map(is_sharded, engine.model.parameters())):
             return {}
         prompt = next(iter(split))["input_ids"][0, :PROMPT].to(engine.device)
         generator = torch.Generator(engine.device).manual_seed(engine.seed)

@@ -1,0 +1,178 @@
+"""Trains one model in several processes that each hold a part of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from nexus_core import ConfigError, hookimpl
+from nexus_parts.distributed import Distributed, is_sharded, launched, share_buffers
+from nexus_plugins.fsdp.config import FsdpConfig
+from nexus_plugins.fsdp.shard import (
+    divide,
+    keep_weights_on_host,
+    mark,
+    marks,
+    part_again,
+    reached,
+    scalars,
+    sum_gradients,
+)
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["FsdpPlugin"]
+
+
+class FsdpPlugin(Distributed[FsdpConfig]):
+    """Gives every process its slice of each batch, and a part of every weight.
+
+    Weights, gradients and optimizer states are divided among the processes; those of a module are
+    gathered while it runs. Losses and gradients are those of one process with the same batch.
+    Without a launcher (`torchrun`) the plugin changes nothing.
+
+    It conflicts with plugins that read whole weights or gradients (`weigh_gradnorm`,
+    `grad_stats`, `diagnose`, `mfu`), with `optim_adamw8bit`, whose kernels take no parts, and with
+    `auto_accumulate`, which would let processes gather weights a different number of times and so
+    wait for one another for ever.
+
+    Source: Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP";
+    `torch.distributed.fsdp.fully_shard`, with a sum where its own takes the mean.
+    """
+
+    conflicts: ClassVar[tuple[str, ...]] = (
+        *Distributed.conflicts, "auto_accumulate", "diagnose", "grad_stats", "mfu",
+        "optim_adamw8bit", "weigh_gradnorm",
+    )  # fmt: skip
+    _noticed: bool = False
+    _scalars: list[nn.Parameter]
+    _marks: Mapping[str, Mapping[str, object]] = MappingProxyType({})
+
+    @hookimpl(wrapper=True)
+    def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
+        """Divide the model among the processes as soon as it is built."""
+        self._check(engine)
+        empty = launched() and self.config.build_once and not engine.ranks.is_main
+        with _without_numbers() if empty else nullcontext():
+            model = yield
+        if launched():
+            self._divide(model, engine)
+        return model
+
+    @hookimpl(wrapper=True)
+    def make_optimizer(self, engine: Engine) -> Generator[None, Optimizer, Optimizer]:
+        """Divide a model that the program brought, before the optimizer sees it."""
+        self._check(engine)
+        if launched():
+            if not isinstance(engine.model, FSDPModule):
+                self._divide(engine.model, engine)
+            if self.config.offload:
+                keep_weights_on_host(engine.model)
+            mark(engine.model, self._marks)  # now, since moving a model makes its weights anew too
+        return (yield)
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Take over the clock and the stops.
+
+        Raises:
+            ConfigError: the optimizer was made before the model could be divided.
+        """
+        Distributed.on_start(self, engine)
+        if engine.ranks.size == 1:
+            return
+        if not isinstance(engine.model, FSDPModule):
+            raise ConfigError(
+                "fsdp must divide the model before its optimizer is made: pass the Engine no "
+                "optimizer, and let a plugin make it (optim_adamw)"
+            )
+        # Harmless here: the weights of the model itself stay gathered until its backward pass.
+        kind = type(engine.model).__name__
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({kind}\) returned a view")
+        self._noticed = False
+        self._scalars = [scalar for scalar in scalars(engine.model) if scalar.requires_grad]
+
+    @hookimpl(wrapper=True)
+    def backward(self, engine: Engine) -> Generator[None, bool, bool]:
+        """Sum the gradients over the processes while they are made."""
+        if not isinstance(engine.model, FSDPModule):
+            return (yield)
+        if self.config.reduce_at_end:
+            engine.model.set_requires_gradient_sync(engine.last_micro_batch)
+        gathered = [p for p in engine.model.parameters() if p.ndim and not is_sharded(p)]
+        done = yield
+        for parameter in gathered:  # FSDP adds a hook to a weight each time the model returns it
+            (parameter._backward_hooks or {}).clear()
+        return done
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        """Sum the gradients of parameters that have no parts."""
+        if engine.ranks.size > 1:
+            if not self._noticed:
+                self._notice(engine)
+            sum_gradients(self._scalars, engine.ranks)
+
+    @hookimpl(tryfirst=True)
+    def on_step(self, engine: Engine) -> None:
+        """Count what all processes did; running statistics are those of the main one."""
+        Distributed.on_step(self, engine)
+        if engine.ranks.size > 1:
+            share_buffers(engine.model)
+
+    @hookimpl(wrapper=True)
+    def on_eval(self, engine: Engine) -> Generator[None, None, None]:
+        """Part the weights again before others see them; stop all where one is to stop."""
+        part_again(engine.model)
+        return (yield from Distributed.on_eval(self, engine))
+
+    def _divide(self, model: nn.Module, engine: Engine) -> None:
+        self._marks = marks(model)
+        divide(model, self.config, engine.device, engine.ranks)
+
+    def _notice(self, engine: Engine) -> None:
+        """After the first step, see what its backward pass did.
+
+        Raises:
+            ConfigError: FSDP did not notice it, and has summed no gradient.
+        """
+        if not _is_parted(engine.model):
+            raise ConfigError(
+                "fsdp sees no tensor in what the model returns, so that it cannot sum the "
+                "gradients; return tensors, in dicts, lists, tuples or dataclasses"
+            )
+        self._scalars = reached(self._scalars, engine.ranks)
+        self._noticed = True
+
+    def _check(self, engine: Engine) -> None:
+        self.check_joined()
+        if self.config.offload and engine.device.type == "cpu":
+            raise ConfigError("fsdp.offload: the weights are in host memory as it is; leave it out")
+
+
+def _is_parted(model: nn.Module) -> bool:
+    """Whether the weights have been given up again, as they are after a backward pass."""
+    return all(is_sharded(parameter) for parameter in model.parameters() if parameter.ndim)
+
+
+@contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Build a model whose weights have shapes alone."""
+    try:
+        with torch.device("meta"):
+            yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"fsdp.build_once: the model cannot be built without numbers in its weights ({said}); "
+            "set fsdp.build_once=false"
+        ) from error

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nexus_core.testing import fake_distribution
+from nexus_plugins.checkpoint.export import export
 from tests.distributed.launcher import NEXUS_RUN, PATIENCE_S, process_of, start, wait_for, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -59,14 +60,18 @@ def witnessed(folder: Path, name: str) -> dict[int, list[int]]:
     }
 
 
-def test_a_killed_process_makes_all_start_again_where_they_had_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
+def test_a_killed_process_makes_all_start_again_where_they_had_saved(
+    plugin: str, tmp_path: Path
+) -> None:
     """Red if a crash costs more than the steps since the last save, or changes the outcome.
 
     Red as well if a sample is left out or comes twice in an epoch, of which there is a whole one.
     """
     write_run(tmp_path)
     ends = []
-    options = ["--plugins", "witness", "--set", "data_text.batch_size=40"]
+    chosen = "witness" if plugin == "ddp" else f"no:ddp,{plugin},witness"
+    options = ["--plugins", chosen, "--set", "data_text.batch_size=40"]
     with fake_distribution(
         "witness", {"witness": "witness:WitnessPlugin"}, modules={"witness": WITNESS}
     ) as package:
@@ -84,8 +89,10 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(tmp_path: P
             assert launcher.returncode == 0, output
             ends.append(output)
     assert "resumed at step" in ends[1]
+    for name in ("undisturbed", "killed"):
+        export(tmp_path / name / "checkpoints/final", tmp_path / f"{name} model")
     one, other = (
-        load_file(tmp_path / name / "checkpoints/final/model.safetensors")
+        load_file(tmp_path / f"{name} model/model.safetensors")
         for name in ("undisturbed", "killed")
     )
     assert one.keys() == other.keys()

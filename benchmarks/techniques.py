@@ -62,6 +62,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # plugins and settings bes
         ("curriculum.start_length=64", "curriculum.end_length=512", "curriculum.warmup=70 steps"),
     ),
     "ema": ("ema", ("ema.decay=0.98",)),
+    "lr_linear": ("lr_linear", ("lr_linear.warmup=15 steps", "lr_linear.min_lr=0.0003")),
+    "lr_rsqrt": ("lr_rsqrt", ("lr_rsqrt.warmup=15 steps",)),
     "lr_wsd": ("lr_wsd", ("lr_wsd.warmup=15 steps", "lr_wsd.min_lr=0.0003")),
     "optim_muon": ("optim_muon", ("optim_muon.lr=0.006", "optim_muon.weight_decay=0.1")),
 }
@@ -201,23 +203,31 @@ def measure_recompute(scope: Scope) -> Iterator[Row]:
 
 
 def measure_compile(scope: Scope) -> Iterator[Row]:
-    """A step of the backbone compiled beside eager; asked: 1.3 times as fast.
+    """A step of the backbone compiled beside eager: block by block, and as one; asked: 1.3 times.
 
-    Asked of bytes, where nearly all of a step is the backbone. Of 32,000 ids the head and the
-    loss, which are not compiled, are the larger part.
+    Asked of the whole over bytes, where nearly all of a step is the backbone. Of 32,000 ids the
+    head and the loss, which are not compiled, are the larger part.
     """
-    for vocabulary, limit in ((min(256, scope.size.vocabulary), 1 / 1.3), (None, None)):
-        for precision, narrow in (("float32", False), ("bfloat16", True)):
-            size = replace(scope.size, vocabulary=vocabulary or scope.size.vocabulary)
-            steps = {
-                name: stepping(backbone_engine(size, *amp(narrow), *chosen))
-                for name, chosen in (("eager", ()), ("compiled", (plugin("compile"),)))
-            }
-            title = f"compile, {precision}, {size.vocabulary:,} ids"
-            eager, compiled = ([timed(step)] for step in steps.values())
-            yield Row.of(title, "first step", "s", eager, compiled)
-            eager, compiled = in_turns(steps, scope.rounds).values()
-            yield Row.of(title, "step, backbone", "s", eager, compiled, at_most=limit)
+    small = replace(scope.size, vocabulary=min(256, scope.size.vocabulary))
+    for precision, narrow in (("float32", False), ("bfloat16", True)):
+        yield from _compiled(scope, small, precision, narrow, {"blocks": None, "whole": 1 / 1.3})
+        yield from _compiled(scope, scope.size, precision, narrow, {"blocks": None})
+
+
+def _compiled(
+    scope: Scope, size: Size, precision: str, narrow: bool, forms: Mapping[str, float | None]
+) -> Iterator[Row]:
+    compilers = {form: [plugin("compile", whole=form == "whole")] for form in forms}
+    steps = {
+        form: stepping(backbone_engine(size, *amp(narrow), *chosen))
+        for form, chosen in {"eager": [], **compilers}.items()
+    }
+    first = {form: [timed(step)] for form, step in steps.items()}
+    times = in_turns(steps, scope.rounds)
+    for form, limit in forms.items():
+        title = f"compile, {form}, {precision}, {size.vocabulary:,} ids"
+        yield Row.of(title, "first step", "s", first["eager"], first[form])
+        yield Row.of(title, "step, backbone", "s", times["eager"], times[form], at_most=limit)
 
 
 def measure_cost(scope: Scope) -> Iterator[Row]:

@@ -24,7 +24,8 @@ def dry_run(engine: Engine) -> str:
     weights = engine.hook.weigh_losses(engine=engine, terms=tuple(units))
     backward(engine, batch, units, step_units([units], engine.ranks), weights)
     lines = [
-        f"{name} loss".ljust(16) + f"{loss.item():.4f}" for name, loss in engine.losses.items()
+        f"{name} loss".ljust(16) + f"{engine.ranks.sum(loss).item():.4f}"
+        for name, loss in engine.losses.items()
     ]
     for split, batches in engine.data.valid.items():
         metrics = measure(engine, split, islice(batches, 1))

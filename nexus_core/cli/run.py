@@ -128,13 +128,16 @@ def _check_profile(profile: bool, others: Sequence[str]) -> None:
 
 
 def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
-    from nexus_core.cli import build, session
+    from nexus_core.cli import build, distributed, session
     from nexus_core.cli.dry_run import dry_run
 
     out = build.run_folder(made, resume)
     engine = build.make_engine(made, out)
     if dry:
-        click.echo(dry_run(engine))
+        report = dry_run(engine)
+        if engine.ranks.is_main:
+            click.echo(report)
+        distributed.leave(engine.ranks)
         return 0
     return session.train(engine, made.run, resume, quiet=quiet)
 

@@ -51,12 +51,12 @@ class AmpPlugin(Plugin[AmpConfig]):
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Refuse what the device cannot do (a ConfigError), and set up the scaler."""
-        _check_device(engine.device, self.config)
         trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        _check_device(engine.device, {p.device.type for p in trained}, self.config)
         if narrow := {p.dtype for p in trained} & {torch.float16, torch.bfloat16}:
             raise ConfigError(
-                f"amp: the weights are {narrow.pop()}, expected float32, which it computes from "
-                "in 16 bits; leave out model.half() or model.bfloat16(), or leave out amp"
+                f"amp: the weights are {narrow.pop()}, expected float32; leave out model.half() "
+                "or model.bfloat16(), or leave out amp"
             )
         self._precision_before = torch.get_float32_matmul_precision()
         if self.config.tf32:
@@ -134,13 +134,14 @@ class AmpPlugin(Plugin[AmpConfig]):
         self._scaler, self._saved = None, state
 
 
-def _check_device(device: torch.device, config: AmpConfig) -> None:
-    kind, fault = device.type, ""
-    on_cuda = kind == "cuda"
+def _check_device(device: torch.device, kept_on: set[str], config: AmpConfig) -> None:
+    kind, on_cuda, fault = device.type, device.type == "cuda", ""
     if not is_autocast_available(kind):
         fault = f"there is no autocast on {kind}; run on cpu or cuda, or leave out amp"
     elif config.dtype == "fp16" and kind not in ("cpu", "cuda"):
         fault = f"fp16 can be scaled on cpu and cuda alone; on {kind} set amp.dtype=bf16"
+    elif config.dtype == "fp16" and kept_on != {kind}:
+        fault = f"fp16 cannot be scaled for weights kept off {device}; set amp.dtype=bf16"
     elif config.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(False):
         fault = f"{torch.cuda.get_device_name(device)} has no bfloat16; set amp.dtype=fp16"
     elif config.tf32 and not (on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)):

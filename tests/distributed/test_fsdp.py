@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from nexus_core import ConfigError, Engine
+from nexus_core import ConfigError, Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
@@ -127,6 +128,55 @@ def test_16_bits_are_those_of_the_computation_alone(reduce_dtype: str | None) ->
         assert seen.losses != pytest.approx(alone.losses, rel=1e-6), "computes in 32 bits"
         assert seen.losses == pytest.approx(alone.losses, rel=0.1)
         assert torch.tensor(seen.weights).bfloat16().tolist() != seen.weights
+
+
+class LatePlugin(Plugin[PluginConfig]):
+    """Lets a number take part from the fifth step on."""
+
+    @hookimpl
+    def on_batch(self, engine: Engine) -> None:
+        cast(LateNet, engine.model).late = engine.state.step >= 4
+
+
+class LateNet(Net):
+    """Has a single number that no loss reaches at first."""
+
+    late = False
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        return output * self.factor if self.late else output
+
+
+def test_a_number_that_is_reached_late_is_the_same_in_all() -> None:
+    """Red if processes part ways on a weight that has no gradient in the first step."""
+    work = partial(train_with, HIDDEN, 10, LatePlugin, net=LateNet, optimizer=ADAMW)
+    alone = work()
+    for seen in together(2, work):
+        assert seen.losses == pytest.approx(alone.losses, rel=1e-5)
+        assert seen.weights == pytest.approx(alone.weights, rel=1e-5, abs=1e-6)
+
+
+class NarrowPlugin(Loss[LossConfig]):
+    """Is 1 where the model's output would make a loss in 16 bits."""
+
+    def units(self, batch: dict[str, Tensor]) -> float:
+        return 1.0
+
+    def loss(self, batch: dict[str, Tensor], output: Tensor) -> Tensor:
+        return output.sum() * 0.0 + float(output.dtype != torch.float32)
+
+
+def test_losses_of_a_model_in_16_bits_are_not_rounded_to_them() -> None:
+    """Red if what is logged and chosen by has three digits."""
+    plugin = partial(HIDDEN, compute_dtype="bf16")
+    for seen in together(2, partial(train_with, plugin, 2, NarrowPlugin, optimizer=ADAMW)):
+        logged = [line["train/narrow_loss"] for line in seen.logged if "train/narrow_loss" in line]
+        assert logged == [0.0, 0.0]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from nexus_core import CheckpointError
+from nexus_plugins.checkpoint import folder as checkpoint_folder
 from nexus_plugins.checkpoint.export import export
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
@@ -128,11 +132,65 @@ def unusable_folder(folder: Path) -> None:
     DIVIDED(4, out=folder)
 
 
-@pytest.mark.parametrize("broken", [full_disk, unusable_folder])
+def full_disk_at_the_end(folder: Path) -> None:
+    """A run whose main process fails when the others have written their parts."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if os.environ["RANK"] == "0":
+        checkpoint_folder.write_tensors = fail
+    DIVIDED(4, out=folder)
+
+
+@pytest.mark.parametrize("broken", [full_disk, unusable_folder, full_disk_at_the_end])
 def test_a_process_that_cannot_write_does_not_leave_the_others_waiting(
     broken: Callable[[Path], None], tmp_path: Path
 ) -> None:
     """Red if a disk that fails in one process hangs the rest, or leaves half a checkpoint."""
-    with pytest.raises(AssertionError, match="step 4 could not be written"):
+    with pytest.raises(AssertionError) as raised:
         together(2, partial(broken, tmp_path / "run"))
+    assert all(f"rank {rank}: Traceback" in str(raised.value) for rank in (0, 1))
+    assert str(raised.value).count("RunError: the checkpoint of step 4 could not be written") == 2
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+class TiedNet(nn.Module):
+    """Two layers with one weight, of fewer rows than there are processes."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 2), nn.Linear(5, 2)
+        self.second.weight = self.first.weight
+        self.between, self.last = nn.Linear(2, 5), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = self.between(self.first(x)).tanh()
+        return self.last(self.second(between).tanh())
+
+
+@pytest.mark.slow
+def test_a_process_that_holds_nothing_of_a_tied_weight_saves_with_the_others(
+    tmp_path: Path,
+) -> None:
+    """Red if weights under two names can only be saved where every process has a row of them."""
+    work = partial(DIVIDED, 6, net=TiedNet, out=tmp_path / "run", every=4)
+    alone = DIVIDED(9, net=TiedNet)
+    together(3, work)
+    for seen in together(2, partial(DIVIDED, 9, net=TiedNet, out=tmp_path / "run", resume=True)):
+        assert seen.losses == pytest.approx(alone.losses[6:], rel=1e-5)
+
+
+@pytest.mark.parametrize("intruder", ["a file", "a link"])
+def test_what_the_manifest_does_not_list_is_not_read(intruder: str, tmp_path: Path) -> None:
+    """Red if weights that nobody hashed are taken for those of the run."""
+    together(2, partial(DIVIDED, 4, out=tmp_path / "run"))
+    (saved,) = (tmp_path / "run/checkpoints").glob("step-*")
+    if intruder == "a file":
+        found = next((saved / "shards").iterdir())
+        (saved / "shards/zz.safetensors").write_bytes(found.read_bytes())
+    else:
+        (saved / "shards").rename(tmp_path / "elsewhere")
+        (saved / "shards").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="does not hold what the manifest lists"):
+        export(tmp_path / "run", tmp_path / "model")

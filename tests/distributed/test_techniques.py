@@ -19,6 +19,7 @@ from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.guard import GuardPlugin
 from nexus_plugins.lr_cosine import LrCosinePlugin
+from nexus_plugins.lr_finder import LrFinderPlugin
 from nexus_plugins.lr_wsd import LrWsdPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
 from nexus_plugins.optim_muon import OptimMuonPlugin
@@ -49,6 +50,7 @@ EXACT: dict[str, tuple[Any, ...]] = {
     "schedule": (partial(SchedulePlugin, rules=RULES),),
     "lr_wsd": (partial(LrWsdPlugin, warmup="3 steps"),),
     "lr_cosine": (partial(LrCosinePlugin, warmup="20 samples"),),
+    "lr_finder": (partial(LrFinderPlugin, steps=10),),
     "recompute": (partial(RecomputePlugin, match=("hidden",)),),
     "compile": (partial(CompilePlugin, match=("hidden",), backend="aot_eager"),),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -259,3 +261,14 @@ def test_gradient_is_the_same_for_every_split_of_a_step(padded, split):
     whole, parts = gradients(6, 0), gradients(6 // split, 4 if padded else 0)
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, atol=1e-9, rtol=1e-7, msg=name)
+
+
+def test_the_model_computes_in_weights_of_16_bits() -> None:
+    """Breaks if a module mixes its own 32 bits with weights that a run keeps or gathers in 16."""
+    model = small_model()
+    narrow = copy.deepcopy(model).bfloat16()
+    input_ids = tokens(2, 40)
+    output = narrow(input_ids)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), model(input_ids), rtol=0.0, atol=0.1)
+    assert narrow.generate(input_ids[0, :5], 3).shape == (8,)

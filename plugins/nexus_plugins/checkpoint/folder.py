@@ -186,6 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
             path = folder / name
             with _opened(path) as file:
                 _expect_size(file, expected)
+        _check_listed(folder / SHARDS, manifest)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -260,6 +261,13 @@ def _opened(path: Path) -> FileIO:
         os.close(descriptor)
         raise CheckpointError("it is not a regular file")
     return FileIO(descriptor, "r")
+
+
+def _check_listed(shards: Path, manifest: Manifest) -> None:
+    """See that the folder of parts is one, and that nothing in it is read unchecked."""
+    there = {f"{SHARDS}/{path.name}" for path in shards.iterdir()} if shards.is_dir() else set()
+    if shards.is_symlink() or there != set(filter(_SHARD.fullmatch, manifest.files)):
+        raise CheckpointError(f"the folder '{SHARDS}' does not hold what the manifest lists")
 
 
 def _expect_size(file: FileIO, expected: int) -> None:

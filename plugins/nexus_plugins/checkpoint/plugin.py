@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -111,6 +112,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._writer: Writer | None = None
         self._run_lock: RunLock | None = None
         self._resumed = False
+        self._speaks = True  # the main process does for all
 
     def state_dict(self) -> StateDict:
         """The best value so far, so that a resumed run does not call a worse one best."""
@@ -151,6 +153,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._every = Every(self.config.every, engine.state)
         self._keep_every = Every(self.config.keep_every, engine.state)
         self._store = self._own_store(engine)
+        self._speaks = engine.ranks.is_main
         if engine.ranks.is_main:
             self._run_lock = RunLock(self._store.root.parent)
             self._store.recover()
@@ -226,7 +229,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if self._writer is None:  # the main process writes for this one
             return
         content = _pack(snapshot)
-        parts = self._shards.take_out(content)
+        parts = self._shards.take_out(content, _patience(engine))
         if engine.ranks.is_main:
             content.documents["lock.json"] = self._about
             content.config = self._config_bytes
@@ -266,7 +269,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         what = f"{where} to {self._store.root}: {error}"
         if not isinstance(error, OSError) or self._failures > self.config.failures_allowed:
             raise RunError(f"{what}; make room or mend the disk, then --resume auto") from error
-        warnings.warn(f"{what}; going on, the next save tries again", RuntimeWarning, stacklevel=2)
+        if self._speaks:
+            _say(f"{what}; going on, the next save tries again")
 
     def _reserve(self, engine: Engine, writer: Writer) -> None:
         """Have the memory for the copies ready before the first save, while the loop goes on."""
@@ -330,6 +334,12 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         for difference in differences:
             _say(f"resuming: {difference}")
         return snapshot
+
+
+def _patience(engine: Engine) -> timedelta | None:
+    """How long the processes of this run wait for one another; None where nobody says."""
+    sharing = (plugin for plugin in engine.plugins.values() if plugin.slot == "processes")
+    return next((timedelta(seconds=plugin.config.timeout) for plugin in sharing), None)
 
 
 def _pack(snapshot: Snapshot) -> folder.Content:

@@ -7,8 +7,10 @@ of which tensor they hold. So a run may go on with another number of processes, 
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -43,8 +45,12 @@ class Shards:
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
         self._parts: dict[str, DTensor] = {}
 
-    def take_out(self, content: Content) -> dict[str, Tensor]:
+    def take_out(self, content: Content, timeout: timedelta | None) -> dict[str, Tensor]:
         """Take the divided tensors out of a content; every process must, at the same step.
+
+        Args:
+            content: loses them.
+            timeout: how long this process is to wait for the others; None: as long as PyTorch does.
 
         Returns:
             This process's part of each, in place, by file and name.
@@ -55,7 +61,7 @@ class Shards:
             for name in [name for name, tensor in tensors.items() if is_sharded(tensor)]
         }
         if self._parts and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # a thread of its own uses it
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # for a thread
         return {name: local_part(tensor) for name, tensor in self._parts.items()}
 
     def replace(self, copies: Mapping[str, Tensor]) -> None:
@@ -64,7 +70,7 @@ class Shards:
 
         for name, tensor in self._parts.items():
             self._parts[name] = DTensor.from_local(
-                copies[name],
+                _of_its_own(copies[name]),
                 self._on_host(tensor.device_mesh),
                 tensor.placements,
                 run_check=False,
@@ -86,28 +92,44 @@ class Shards:
         if not self._parts:
             save(lambda folder: {})
             return
-        told = False
+        if ranks.is_main:
+            self._lead(ranks, save)
+            return
+        folder = self._told("")
+        try:
+            if folder:
+                self._write(Path(folder), ranks)
+        finally:
+            fault = self._told("")
+        if fault:
+            raise OSError(fault)
+
+    def _lead(self, ranks: Ranks, save: Callable[[Callable[[Path], Files]], object]) -> None:
+        """Save, and tell the others in any case which folder it is, and then how it went."""
+        named, fault = False, "the main process failed"
 
         def write_parts(folder: Path) -> Files:
-            nonlocal told
-            told = True
-            return self._write(self._told(folder), ranks)
+            nonlocal named
+            named = True
+            self._told(str(folder))
+            return self._write(folder, ranks)
 
-        if not ranks.is_main:
-            if (folder := self._told(None)) is not None:
-                self._write(folder, ranks)
-            return
         try:
             save(write_parts)
+            fault = ""
+        except OSError as error:
+            fault = str(error)
+            raise
         finally:
-            if not told:
-                self._told(None)  # the others must not wait for a checkpoint that is none
+            if not named:
+                self._told("")
+            self._told(fault)
 
-    def _told(self, folder: Path | None) -> Path:
-        """The folder that the main process names; None where it has failed."""
-        shared = [folder]
+    def _told(self, words: str) -> str:
+        """What the main process says; it must say it twice a checkpoint."""
+        shared = [words]
         dist.broadcast_object_list(shared, src=0, group=self._group)
-        return shared[0]  # type: ignore[return-value]
+        return shared[0]
 
     def _write(self, folder: Path, ranks: Ranks) -> Files:
         from torch.distributed.checkpoint.api import CheckpointException
@@ -116,11 +138,15 @@ class Shards:
 
         place = folder / SHARDS
         writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+        # What is empty here may be another name of what is not empty elsewhere (tied weights).
+        parts: dict[str, object] = {n: p for n, p in self._parts.items() if local_part(p).numel()}
         fault = ""
         try:
-            save(dict(self._parts), storage_writer=writer, process_group=self._group)
+            save(parts, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             fault = "; ".join(f"rank {rank}: {what[0]}" for rank, what in error.failures.items())
+            if not all(isinstance(what[0], OSError) for what in error.failures.values()):
+                raise CheckpointError(f"the parts cannot be written: {fault}") from error
         found: list[tuple[Files, str]] = [({}, "")] * ranks.size
         own = _described(place, ranks) if not fault else ({}, fault)
         dist.all_gather_object(found, own, group=self._group)
@@ -192,6 +218,8 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = {}
             for name, facts in table.items():
                 assert isinstance(facts, TensorStorageMetadata)  # the files hold nothing else
+                if sum(math.prod(chunk.sizes) for chunk in facts.chunks) != math.prod(facts.size):
+                    raise ValueError(f"the parts of '{name}' are not all there")
                 model, kind = like(name, facts.size), facts.properties.dtype
                 tensors[name] = (
                     torch.empty(facts.size, dtype=kind)
@@ -202,6 +230,15 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
     except (CheckpointException, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder / SHARDS} cannot be read: {error}") from error
     return tensors
+
+
+def _of_its_own(part: Tensor) -> Tensor:
+    """The same memory as a storage that holds nothing else; PyTorch's writer would copy a view."""
+    if not part.numel():
+        return part
+    return (
+        torch.from_numpy(part.reshape(-1).view(torch.uint8).numpy()).view(part.dtype).view_as(part)
+    )
 
 
 def _described(place: Path, ranks: Ranks) -> tuple[Files, str]:

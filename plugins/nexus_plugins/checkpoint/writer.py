@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 __all__ = ["Writer"]
 
 
@@ -12,7 +14,11 @@ class Writer:
     """Runs one job at a time beside the loop; its error waits until somebody asks for it."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "checkpoint-writer")
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        device = torch.cuda.current_device() if initialized else -1  # of this thread; -1: none
+        self._pool = ThreadPoolExecutor(
+            1, "checkpoint-writer", initializer=torch.cuda.set_device, initargs=(device,)
+        )
         self._job: Future[None] | None = None
 
     @property

@@ -95,9 +95,6 @@ class FsdpPlugin(Distributed[FsdpConfig]):
                 "fsdp must divide the model before its optimizer is made: pass the Engine no "
                 "optimizer, and let a plugin make it (optim_adamw)"
             )
-        # Harmless here: the weights of the model itself stay gathered until its backward pass.
-        kind = type(engine.model).__name__
-        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({kind}\) returned a view")
         self._noticed = False
         self._scalars = [scalar for scalar in scalars(engine.model) if scalar.requires_grad]
 
@@ -120,7 +117,8 @@ class FsdpPlugin(Distributed[FsdpConfig]):
         if engine.ranks.size > 1:
             if not self._noticed:
                 self._notice(engine)
-            sum_gradients(self._scalars, engine.ranks)
+            if self._scalars:
+                sum_gradients(reached(self._scalars, engine.ranks), engine.ranks)
 
     @hookimpl(tryfirst=True)
     def on_step(self, engine: Engine) -> None:
@@ -138,6 +136,9 @@ class FsdpPlugin(Distributed[FsdpConfig]):
     def _divide(self, model: nn.Module, engine: Engine) -> None:
         self._marks = marks(model)
         divide(model, self.config, engine.device, engine.ranks)
+        # Harmless here: the weights of the model itself stay gathered until its backward pass.
+        kind = type(model).__name__
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({kind}\) returned a view")
 
     def _notice(self, engine: Engine) -> None:
         """After the first step, see what its backward pass did.
@@ -150,7 +151,6 @@ class FsdpPlugin(Distributed[FsdpConfig]):
                 "fsdp sees no tensor in what the model returns, so that it cannot sum the "
                 "gradients; return tensors, in dicts, lists, tuples or dataclasses"
             )
-        self._scalars = reached(self._scalars, engine.ranks)
         self._noticed = True
 
     def _check(self, engine: Engine) -> None:
@@ -170,7 +170,7 @@ def _without_numbers() -> Iterator[None]:
     try:
         with torch.device("meta"):
             yield
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         said = str(error).partition("\n")[0]
         raise ConfigError(
             f"fsdp.build_once: the model cannot be built without numbers in its weights ({said}); "

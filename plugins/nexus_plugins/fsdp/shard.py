@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_leaves
 
 from nexus_core import ConfigError
 from nexus_core.ranks import Ranks
@@ -89,7 +90,7 @@ def scalars(model: nn.Module) -> list[nn.Parameter]:
 
 
 def reached(parameters: Sequence[nn.Parameter], ranks: Ranks) -> list[nn.Parameter]:
-    """Those that have a gradient in any process; waits for the device."""
+    """Those that have a gradient in any process; no device is waited for."""
     found = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
     return [p for p, there in zip(parameters, ranks.sum(found).tolist(), strict=True) if there]
 
@@ -126,7 +127,7 @@ def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh) -> None:
                 module,
                 mesh=mesh,
                 reshard_after_forward=config.reshard and module is not model,
-                mp_policy=_precision(config),
+                mp_policy=_precision(config, torch.float32 if module is model else None),
                 offload_policy=CPUOffloadPolicy() if config.offload else OffloadPolicy(),
                 ignored_params=set(scalars(model)),
             )
@@ -141,9 +142,12 @@ def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh) -> None:
             register_fsdp_forward_method(model, name)
 
 
-def _precision(config: FsdpConfig) -> MixedPrecisionPolicy:
+def _precision(config: FsdpConfig, output: torch.dtype | None) -> MixedPrecisionPolicy:
+    """What a module computes in; the model itself returns 32 bits, or losses would be rounded."""
     return MixedPrecisionPolicy(
-        param_dtype=_dtype(config.compute_dtype), reduce_dtype=_dtype(config.reduce_dtype)
+        param_dtype=_dtype(config.compute_dtype),
+        reduce_dtype=_dtype(config.reduce_dtype),
+        output_dtype=output if config.compute_dtype else None,
     )
 
 
@@ -155,7 +159,9 @@ def _check_filled(model: nn.Module, ranks: Ranks) -> None:
     empty = [
         f"the tensor '{name}' of {f'the module {path!r}' if path else 'the model itself'}"
         for path, module in model.named_modules()
-        for name, value in vars(module).items()
+        for name, held in vars(module).items()
+        if not name.startswith("_")  # there are the parameters, buffers and modules
+        for value in tree_leaves(held)
         if isinstance(value, Tensor) and value.is_meta
     ]
     if found := next(filter(None, gather(ranks, empty)), None):

@@ -115,7 +115,8 @@ class GuardPlugin(Plugin[GuardConfig]):
         optimizer = engine.optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         takes_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._waits = engine.device.type in WAITED_FOR or not takes_flag
+        devices = {engine.device.type, *(p.device.type for p in self._parameters)}
+        self._waits = bool(devices & {*WAITED_FOR}) or not takes_flag
         self._attempts = deque(maxlen=1 if self._waits else _KEPT_ATTEMPTS)
         self._error = None
         self._spikes.to(engine.device)

@@ -112,7 +112,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         """Note the loss down; stop after the last step, or where the loss diverges."""
         if self._loss is None:
             return
-        self._pending.append(self._loss)
+        self._pending.append(engine.ranks.sum(self._loss))
         self._loss = None
         done = len(self._losses) + len(self._pending) >= self.config.steps
         if not (done or engine.device.type == "cpu" or len(self._pending) == READ_EVERY):

@@ -81,7 +81,7 @@ class EnergyModule(Part):
         context = widened(self.read(h))
         with torch.autocast(h.device.type, enabled=False):
             code, reports = self._settle(F.normalize(context, dim=-1))
-        return self.write(code), {"energy": reports}
+        return self.write(code.to(h.dtype)), {"energy": reports}
 
     def energy(self, context: Tensor, code: Tensor) -> Tensor:
         """E for contexts of length 1 and codes, both `(..., d_code)`; returns `(...)`."""
@@ -90,7 +90,7 @@ class EnergyModule(Part):
         return (code - context).square().sum(-1) / 2 - soft_best
 
     def _settle(self, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        memories, rate = self._unit_memories(), self.step_logit.sigmoid()
+        memories, rate = self._unit_memories(), widened(self.step_logit).sigmoid()
         code = context
         moving = torch.ones_like(context[..., :1], dtype=torch.bool)
         going_on = torch.ones_like(context[..., :1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
@@ -76,7 +77,7 @@ class Reasoner(Part):
         beliefs, affinity = torch.split(widened(self.read(h)), sizes, -1)
         with torch.autocast(h.device.type, enabled=False):
             beliefs, rules, halting = self._chain(beliefs.sigmoid(), affinity)
-        return self.write(beliefs), {"reason": rules, "reason_halting": halting}
+        return self.write(beliefs.to(h.dtype)), {"reason": rules, "reason_halting": halting}
 
     def _chain(self, beliefs: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         premises, conclusions = self._unify(self.premises), self._unify(self.conclusions)
@@ -89,7 +90,7 @@ class Reasoner(Part):
             rules = (affinity + truth.clamp_min(TRUTH_FLOOR).log()).softmax(-1)
             beliefs = beliefs + (1 - beliefs) * ((rules * truth) @ conclusions)
             last = step == self.steps - 1
-            chance = torch.ones_like(running) if last else self.halt(beliefs).sigmoid()
+            chance = torch.ones_like(running) if last else self._halts(beliefs)
             weight = running * chance
             running = running - weight
             result = result + weight * beliefs
@@ -97,7 +98,11 @@ class Reasoner(Part):
             halting.append(weight)
         return result, torch.stack(distributions, -2), torch.cat(halting, -1)
 
+    def _halts(self, beliefs: Tensor) -> Tensor:
+        weight, bias = widened(self.halt.weight), widened(self.halt.bias)
+        return F.linear(beliefs, weight, bias).sigmoid()
+
     def _unify(self, symbols: Tensor) -> Tensor:
         """(..., P) how far each symbol (..., d_symbol) means each predicate; rows sum to 1."""
-        scores = symbols @ self.predicates.T / math.sqrt(self.predicates.shape[1])
+        scores = widened(symbols) @ widened(self.predicates).T / math.sqrt(self.predicates.shape[1])
         return scores.softmax(-1)

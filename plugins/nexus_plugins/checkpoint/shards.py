@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "Shards", "lay_out", "layout_of"]
 
-Value = TypeVar("Value")
 Files: TypeAlias = dict[str, tuple[int, str]]
 Layout: TypeAlias = Callable[[str, torch.Size], "DTensor | None"]
 """Given a tensor's file, name and shape: the tensor of this run that is divided as it should be."""

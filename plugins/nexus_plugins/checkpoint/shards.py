@@ -182,15 +182,11 @@ def lay_out(content: Content, like: Layout) -> None:
     Raises:
         CheckpointError: the shards are not what the header of their files says.
     """
-    from torch.distributed.tensor import distribute_tensor
-
     for file, tensors in content.tensors.items():
         for name, tensor in tensors.items():
             model = like(f"{file}/{name}", tensor.shape)
             if model is not None:
-                tensors[name] = distribute_tensor(
-                    tensor, model.device_mesh, model.placements, src_data_rank=None
-                )
+                tensors[name] = _part_of(tensor, model)
     if content.shards is not None:
         for place, tensor in _read_shards(content.shards, like).items():
             file, _, name = place.partition("/")
@@ -231,6 +227,13 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
     return tensors
 
 
+def _part_of(tensor: Tensor, model: DTensor) -> DTensor:
+    """A tensor that every process has whole, divided as the model is; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
 def _of_its_own(part: Tensor) -> Tensor:
     """The same memory as a storage that holds nothing else; PyTorch's writer would copy a view."""
     if not part.numel():
@@ -257,7 +260,7 @@ def _described(place: Path, ranks: Ranks) -> tuple[Files, str]:
 
 def _parameter(key: str, trained: list[Tensor]) -> Tensor | None:
     """The parameter that a state of the optimizer belongs to: `state.12.exp_avg`."""
-    number = key.split(".")[1]
+    number = key.partition(".")[2].partition(".")[0]
     return trained[int(number)] if number.isdecimal() and int(number) < len(trained) else None
 
 

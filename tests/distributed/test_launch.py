@@ -120,7 +120,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path: Path) -> None:
     output = launcher.communicate(timeout=PATIENCE_S)[0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("stopped", "SIGTERM")
-    assert "exitcode  : 143" in output
+    assert "exitcode  : 143" in output, output
     saved = sorted((tmp_path / "run/checkpoints").glob("step-*"))
     assert saved[-1].name == f"step-{summary['steps']:08d}"
     assert (saved[-1] / "manifest.json").exists()

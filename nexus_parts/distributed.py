@@ -203,6 +203,7 @@ class Distributed(Plugin[ConfigT]):
     def _end_exchange(self, engine: Engine) -> None:
         """Take over what all processes sent."""
         self._exchange.wait()
+        del self._exchange  # it keeps the group's connections
         samples, tokens, self._now, stops = self._sums.tolist()
         self._samples += int(samples)
         self._tokens += int(tokens)
@@ -266,6 +267,9 @@ def share_buffers(model: nn.Module) -> None:
 
 def _start_group(timeout: timedelta) -> None:
     """Start the process group that the launcher's environment describes."""
+    # its functions keep the group of the time of import as a default, past the end of the group
+    import torch.distributed.nn.functional
+
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     # a launcher that starts everybody again keeps the store, with the addresses of the dead
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -92,11 +93,17 @@ def resume_source(wished: str | None) -> str | None:
     return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else wished
 
 
-def leave(ranks: Ranks) -> None:
-    """Wait until all processes are done, so that none is ended while it saves, and part."""
-    if ranks.size > 1:
+def leave() -> None:
+    """Wait until all processes are done, so that none is ended while it saves, and part.
+
+    Call it when engine and plugins are gone. Threads of a group that is still held live on into the
+    end of the interpreter, which aborts if they let go of a Python object then
+    (pytorch/pytorch#179291), and the exit code is lost.
+    """
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def said_by_main(message: str) -> bool:

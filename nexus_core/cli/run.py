@@ -85,7 +85,7 @@ def main(
     nexus-run --resume auto                      go on where the newest run stopped
     """
     with reported(debug):
-        from nexus_core.cli import build
+        from nexus_core.cli import build, distributed
         from nexus_core.cli.settings import read_settings
 
         if profile or profile_trace is not None:
@@ -114,8 +114,12 @@ def main(
             click.echo(drawn(made))
             return
         if profile:
-            sys.exit(_run_profiled(made, resume, profile_trace, quiet=quiet))
-        sys.exit(_run(made, resume, dry=dry_run, quiet=quiet))
+            code = _run_profiled(made, resume, profile_trace, quiet=quiet)
+        else:
+            code = _run(made, resume, dry=dry_run, quiet=quiet)
+        del made  # with it goes what plugins hold of the process group
+        distributed.leave()
+        sys.exit(code)
 
 
 def _check_profile(profile: bool, others: Sequence[str]) -> None:
@@ -128,7 +132,7 @@ def _check_profile(profile: bool, others: Sequence[str]) -> None:
 
 
 def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
-    from nexus_core.cli import build, distributed, session
+    from nexus_core.cli import build, session
     from nexus_core.cli.dry_run import dry_run
 
     out = build.run_folder(made, resume)
@@ -137,7 +141,6 @@ def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
         report = dry_run(engine)
         if engine.ranks.is_main:
             click.echo(report)
-        distributed.leave(engine.ranks)
         return 0
     return session.train(engine, made.run, resume, quiet=quiet)
 

@@ -56,7 +56,6 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     if engine.ranks.is_main:
         _write_summary(out, result, result.status, result.reason)
         click.echo(_report(engine, result, out, quiet))
-    distributed.leave(engine.ranks)
     return _exit_code(result)
 
 

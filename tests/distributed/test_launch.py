@@ -126,6 +126,38 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path: Path) -> None:
     assert (saved[-1] / "manifest.json").exists()
 
 
+LAST_LOOK = """
+import atexit
+from pathlib import Path
+from nexus_core import Plugin, PluginConfig
+
+
+def look():
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print("threads at the end:", sorted(threads), flush=True)
+
+
+atexit.register(look)
+
+
+class LastLookPlugin(Plugin[PluginConfig]):
+    \"\"\"Tells which threads the interpreter ends with.\"\"\"
+"""
+
+
+def test_no_thread_of_the_process_group_lives_on_into_the_end(tmp_path: Path) -> None:
+    """Red if the interpreter ends beside threads that may want it, and aborts in rare cases."""
+    write_run(tmp_path, until="6 steps")
+    with fake_distribution(
+        "last_look", {"last_look": "last_look:LastLookPlugin"}, modules={"last_look": LAST_LOOK}
+    ) as package:
+        options = [*NEXUS_RUN, "tiny.yaml", "--out", "run", "--plugins", "last_look"]
+        launcher = start(tmp_path, 2, *options, environment={"PYTHONPATH": str(package)})
+        output = launcher.communicate(timeout=PATIENCE_S)[0]
+    assert output.count("threads at the end: ") == 2, output
+    assert "gloo" not in output, output
+
+
 def test_processes_that_were_started_unlike_end_with_one_error(tmp_path: Path) -> None:
     """Red if a run begins with two learning rates, or each process prints the error."""
     write_run(tmp_path)

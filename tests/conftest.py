@@ -12,8 +12,9 @@ from hypothesis import settings
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("house")
-os.environ.update(  # read when these packages are imported: nothing leaves the machine
-    WANDB_MODE="offline",
+os.environ.update(  # read when these packages are imported, in processes that tests start too
+    OMP_NUM_THREADS="1",  # as many processes as there are cores would wait for one another
+    WANDB_MODE="offline",  # with what follows: nothing leaves the machine
     WANDB_ERROR_REPORTING="false",
     MLFLOW_DISABLE_TELEMETRY="true",
     TRACKIO_DIR=tempfile.mkdtemp(prefix="trackio-"),

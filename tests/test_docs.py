@@ -229,7 +229,6 @@ def test_tutorial_can_be_followed(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         **{f"NEXUS_{key}": value for key, value in SMALL.items()},
-        "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     tutorial = DOCS / "tutorial.md"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import sysconfig
@@ -39,7 +38,6 @@ class FreshVenv:
         return subprocess.run(
             [str(self.python), *start, *arguments],
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -191,10 +190,8 @@ def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
 ) -> None:
     command = [sys.executable, "-u", "-m", "nexus_core.cli.run", "tiny.yaml", "-p", "console"]
     long = ["-s", "until=150 steps", "-s", "log_every=1", "-s", "checkpoint.every=1000 steps"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *long, "--out", "whole"], env=environment, check=True,
-                   capture_output=True)  # fmt: skip
-    with subprocess.Popen([*command, *long, "--out", "parts"], env=environment, text=True,
+    subprocess.run([*command, *long, "--out", "whole"], check=True, capture_output=True)
+    with subprocess.Popen([*command, *long, "--out", "parts"], text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
@@ -204,8 +201,8 @@ def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
         process.stdout.read()
     assert process.returncode == code
     assert json.loads(Path("parts/summary.json").read_text())["status"] == "stopped"
-    subprocess.run([*command, *long, "--out", "parts", "--resume", "auto"], env=environment,
-                   check=True, capture_output=True)  # fmt: skip
+    resume = [*command, *long, "--out", "parts", "--resume", "auto"]
+    subprocess.run(resume, check=True, capture_output=True)
     assert weights("whole", "step-00000150") == weights("parts", "step-00000150")
 
 
@@ -222,8 +219,10 @@ def test_read_only_folder_is_one_clear_error_and_the_run_in_it_stays_good(resume
     where = "--out runs/one --resume auto -s until=6" if resumed else "--out runs/two"
     done = subprocess.run(
         [*inside, f"{mount}{sys.executable} -m nexus_core.cli.run tiny.yaml {where}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
     assert "Read-only file system" in done.stderr

@@ -40,7 +40,7 @@ def start(
     return subprocess.Popen(
         [*TORCHRUN, "--nproc-per-node", str(processes), *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

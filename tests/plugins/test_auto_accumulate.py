@@ -236,7 +236,6 @@ MEASURED = """
 import torch
 from nexus_plugins.auto_accumulate import AutoAccumulatePlugin, fit
 from test_auto_accumulate import wide_engine
-torch.set_num_threads(1)
 wide_engine(AutoAccumulatePlugin(rows=1)).fit([{"x": torch.ones(2, 5)}], until=1)  # imports
 told = fit.forget_peak()
 before = fit.peak_memory()

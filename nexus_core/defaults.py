@@ -78,7 +78,12 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def forward(self, engine: Engine, batch: Batch) -> Tensor:
-        return self._function(engine.model, batch)
+        loss = self._function(engine.model, batch)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return loss
+        raise ConfigError(
+            f"loss(model, batch) must return a tensor of one number, got {loss!r:.99}"
+        )
 
     @hookimpl
     def loss_units(self) -> dict[str, float]:
@@ -91,7 +96,8 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a batch that the model's `forward` has a parameter for."""
-    parameters = inspect.signature(model.forward).parameters
+    compiled = getattr(model, "_orig_mod", model)  # torch.compile hides the parameters' names
+    parameters = inspect.signature(compiled.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(batch)
     return {key: value for key, value in batch.items() if key in parameters}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from operator import length_hint
@@ -19,7 +20,7 @@ from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.errors import ConfigError
 from nexus_core.intervals import Every, Interval
 from nexus_core.loader import Batch, RunData, stream_batches, to_device
-from nexus_core.meter import Meter
+from nexus_core.meter import Finish, Meter, Number
 from nexus_core.plugin import Plugin
 from nexus_core.ranks import Ranks, pick_device
 from nexus_core.state import Snapshot, TrainState, restore, seed_everything, snap
@@ -101,7 +102,7 @@ class Engine:
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
         hooks = registry.plugin_manager(self.plan, Defaults()).hook
         self.hook = registry.shortcuts(hooks)
-        self._on_close = hooks.on_close
+        self._hooks = hooks
         if not hooks.loss_terms.get_hookimpls():
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
         self.device = pick_device(device, model)
@@ -141,7 +142,7 @@ class Engine:
             data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
             until: the horizon, counted from the very first step, restarts included.
             eval_data: batches to evaluate on, or several sets of them by name.
-            eval_every: the period of evaluations; there is one at the end in any case.
+            eval_every: the period of evaluations; there is one at the horizon in any case.
 
         Yields:
             The counters, after each step with its log and evaluation.
@@ -150,9 +151,10 @@ class Engine:
             self.data = self.data or self.hook.make_data(engine=self)
             data = self.data.train
             eval_data = self.data.valid if eval_data is None else eval_data
+        eval_data = eval_data or None if isinstance(eval_data, Mapping) else eval_data
         self.horizon = horizon = Interval.parse(until)
-        self.stop_reason, self.stopping = None, False
-        self.state.epoch_length = length_hint(data)
+        self.stop_reason, self.stopping, failure = None, False, None
+        self.state.epoch_length = 0 if isinstance(data, Iterator) else length_hint(data)
         log_due = Every(self.log_every, self.state)
         eval_due = Every(Interval.parse(eval_every) if eval_every else None, self.state)
         try:
@@ -166,21 +168,22 @@ class Engine:
                 self.state.seconds = self.clock() - started
                 if log_due.due(self.state):
                     self._log()
-                if eval_due.due(self.state) and eval_data:
+                if eval_due.due(self.state) and eval_data is not None:
                     self.evaluate(eval_data)
                 self.hook.on_step_end(engine=self)
                 yield self.state
-            if not self.stopping:
+            if not self.stopping or horizon.reached(self.state):
                 self._log()
-                if eval_data and self.state.evaluated_at != self.state.step:
+                if eval_data is not None and self.state.evaluated_at != self.state.step:
                     self.evaluate(eval_data)
             self.hook.on_finish(engine=self)
         except Exception as error:
+            failure = error
             registry.blame(error, self.plan, self.state.step)
-            self.hook.on_error(engine=self, error=error)
+            registry.call_all(self._hooks.on_error, failure, engine=self, error=error)
             raise
         finally:
-            registry.call_all(iter(self._on_close.get_hookimpls()), engine=self)
+            registry.call_all(self._hooks.on_close, failure, engine=self)
 
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
         """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.
@@ -199,13 +202,7 @@ class Engine:
         """End the loop after the present step; several processes end together, a step later."""
         self.stop_reason, self.stopping = reason, self.alone
 
-    def log(
-        self,
-        name: str,
-        value: Tensor | float,
-        units: Tensor | float = 1.0,
-        finish: Callable[[float], float] | None = None,
-    ) -> None:
+    def log(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
 
         Args:
@@ -234,11 +231,13 @@ class Engine:
             CheckpointError: it does not fit the model, the optimizer or the plugins.
         """
         self.hook.on_load(engine=self, snapshot=snapshot)
-        restore(self, snapshot)
+        restore(self, deepcopy(snapshot))
 
     def resume(self, source: str = "auto") -> None:
         """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
-        self.load_state_dict(self.hook.load_snapshot(engine=self, source=source))
+        snapshot = self.hook.load_snapshot(engine=self, source=source)
+        self.hook.on_load(engine=self, snapshot=snapshot)
+        restore(self, snapshot)
 
     def _log(self) -> None:
         if not (metrics := self.meter.read(self.ranks)):

@@ -92,7 +92,7 @@ class Hooks:
 
     @hookspec
     def on_batch(self, engine: Engine, batch: Batch) -> None:
-        """Event: a training micro-batch is on the device and may be changed in place."""
+        """Event: a training micro-batch is on the device; its entries may be replaced."""
 
     @hookspec(firstresult=True)
     def forward(self, engine: Engine, batch: Batch) -> Any:

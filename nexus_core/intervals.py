@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
@@ -46,11 +47,11 @@ class Interval:
         if match is None:
             raise ConfigError(f"cannot read the interval {value!r}; expected {_EXAMPLES}")
         number, factor, name = match.groups()
-        amount = float(number.replace("_", "")) * _FACTORS[factor]
+        amount = Decimal(number.replace("_", "")) * _FACTORS[factor]
         seconds = _SECONDS.get(name) or _SECONDS.get(name.removesuffix("s"))
         if seconds:
-            return cls(amount * seconds, "seconds")
-        return cls(amount, f"{name.removesuffix('s')}s" if name else "steps")
+            return cls(float(amount * seconds), "seconds")
+        return cls(float(amount), f"{name.removesuffix('s')}s" if name else "steps")
 
     def progress(self, state: TrainState) -> float:
         """The share of this interval that is done, from 0 to 1."""
@@ -61,18 +62,13 @@ class Interval:
         return state.counted(self.unit) >= self.amount
 
     def __str__(self) -> str:
-        if self.unit == "seconds" and self.amount >= 60:
-            return f"{self.amount / 60:.10g} min"
-        return f"{self.amount:.10g} {self.unit}"
+        minutes = self.unit == "seconds" and self.amount % 60 == 0
+        amount, unit = (self.amount / 60, "min") if minutes else (self.amount, self.unit)
+        return f"{Decimal(repr(amount)).normalize():f} {unit}"
 
 
 class Every:
-    """Tells once per period that the period has passed.
-
-    Args:
-        interval: the period, or None for never.
-        state: the counters now; periods that had passed before are not told again.
-    """
+    """Tells once per period that it has passed since the counters were `state`; None: never."""
 
     def __init__(self, interval: Interval | None, state: TrainState) -> None:
         self._interval = interval
@@ -85,7 +81,8 @@ class Every:
 
     def _periods(self, state: TrainState) -> int:
         interval = self._interval
-        return int(state.counted(interval.unit) // interval.amount) if interval else 0
+        # rounded up by a hair: three tenths of an epoch are three times a tenth of one
+        return int(state.counted(interval.unit) / interval.amount + 1e-9) if interval else 0
 
 
 IntervalField = Annotated[

@@ -57,20 +57,19 @@ def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) 
             if state.epoch > epoch or (horizon.unit == "epochs" and horizon.reached(state)):
                 break
         else:
-            if state.batch == 0 or iter(data) is data:
+            read, state.epoch, state.batch = state.batch, epoch + 1, 0
+            if read == 0 or (isinstance(data, Iterator) and not horizon.reached(state)):
                 raise DataError(
-                    f"the data ended after {state.batch} batches, at step {state.step}, before "
+                    f"the data ended after {read} batches, at step {state.step}, before "
                     f"{horizon}; pass data that can be read again, or an earlier horizon"
                 )
-            state.epoch, state.batch = epoch + 1, 0
 
 
 def _batches_from(data: Iterable[Batch], epoch: int, start: int) -> Iterator[Batch]:
     """The batches of an epoch from `start` on: sought where the data can, else read past."""
     if isinstance(data, Seekable):
         return data.batches(epoch, start)
-    iterator = iter(data)
-    return iterator if iterator is data else islice(iterator, start, None)
+    return data if isinstance(data, Iterator) else islice(iter(data), start, None)
 
 
 def batch_size(batch: Batch) -> tuple[int, int]:

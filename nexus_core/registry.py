@@ -94,6 +94,8 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
             what `load` says of the class of one.
     """
     given = list(plugins)
+    if wrong := [plugin for plugin in given if not isinstance(plugin, Plugin)]:
+        raise PluginError(f"a plugin is an object such as ClipPlugin(max_norm=1), got {wrong[0]!r}")
     names = [plugin.name for plugin in given]
     for plugin in given:
         _check_class(type(plugin), f"plugin '{plugin.name}'")
@@ -174,13 +176,18 @@ def blame(error: Exception, plan: Plan, step: int) -> None:
                 return
 
 
-def call_all(impls: Iterator[pluggy.HookImpl], **arguments: object) -> None:
-    """Call every implementation of a hook, even if one raises; the errors are chained."""
-    for impl in impls:
+def call_all(hook: pluggy.HookCaller, failure: Exception | None, /, **arguments: object) -> None:
+    """Call every implementation of a hook; what they raise becomes a note on the first error."""
+    first: BaseException | None = failure
+    for impl in hook.get_hookimpls():
         try:
             impl.function(*(arguments[name] for name in impl.argnames))
-        finally:
-            call_all(impls, **arguments)
+        except BaseException as raised:
+            note = f"plugin '{impl.plugin_name}', {hook.name}"
+            (first or raised).add_note(f"{note}: {raised!r}" if first else note)
+            first = first or raised
+    if first is not None and first is not failure:
+        raise first
 
 
 def _check_class(plugin: type[AnyPlugin], whose: str) -> None:

@@ -28,32 +28,21 @@ StateDict: TypeAlias = dict[str, StateValue]
 
 @dataclass
 class TrainState:
-    """How far a run is. The engine alone writes it; everything else reads it.
+    """How far a run is. The engine alone writes it; everything else reads it."""
 
-    Args:
-        step: optimizer steps done.
-        epoch: passes over the data completed.
-        batch: micro-batches done within the present epoch: the data cursor.
-        epoch_length: micro-batches in an epoch, 0 where the data does not say.
-        samples: rows trained on.
-        tokens: tokens trained on (rows, where a batch holds no `input_ids`).
-        seconds: time spent in the training loop, over all restarts.
-        evaluated_at: the step of the last evaluation.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    epoch_length: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluated_at: int = -1
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # passes over the data completed
+    batch: int = 0  # micro-batches done within the present epoch: the data cursor
+    epoch_length: int = 0  # micro-batches in an epoch, 0 where the data does not say
+    samples: int = 0  # rows trained on
+    tokens: int = 0  # tokens trained on (rows, where a batch holds no `input_ids`)
+    seconds: float = 0.0  # time spent in the training loop, over all restarts
+    evaluated_at: int = -1  # the step of the last evaluation
 
     @property
     def epochs(self) -> float:
-        """Epochs done, with the begun one as a fraction where its length is known."""
-        return self.epoch + (self.batch / self.epoch_length if self.epoch_length else 0.0)
+        """Epochs done, with the begun one as a fraction where its length is known, to 9 digits."""
+        return round(self.epoch + (self.batch / self.epoch_length if self.epoch_length else 0), 9)
 
     def counted(self, unit: str) -> float:
         """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
@@ -77,19 +66,15 @@ class PluginState(TypedDict):
 
 
 class Snapshot(TypedDict):
-    """Everything that decides how a run goes on: what a checkpoint stores.
-
-    `train` holds the counters with the data cursor; `pending` the sums and units of each metric
-    since the last log; `metrics` their last values; `plugins` each plugin's state by name.
-    """
+    """Everything that decides how a run goes on: what a checkpoint stores."""
 
     model: dict[str, Tensor]
     optimizer: StateDict
-    train: dict[str, int | float]
-    pending: dict[str, list[float]]
-    metrics: dict[str, float]
+    train: dict[str, int | float]  # the counters, with the data cursor
+    pending: dict[str, list[float]]  # the sum and units of each metric since the last log
+    metrics: dict[str, float]  # the last value of each
     random: RandomState
-    plugins: dict[str, PluginState]
+    plugins: dict[str, PluginState]  # by name
 
 
 def seed_everything(seed: int) -> None:
@@ -141,7 +126,7 @@ def snap(engine: Engine) -> Snapshot:
 
 
 def restore(engine: Engine, snapshot: Snapshot) -> None:
-    """Put a snapshot back into an engine of the same make.
+    """Put a snapshot back into an engine of the same make; the optimizer takes over its tensors.
 
     Raises:
         CheckpointError: it does not fit the model, the optimizer or the plugins.

@@ -45,7 +45,7 @@ def take_step(engine: Engine, micro: Sequence[Batch]) -> None:
     scales = hook.lr_scale(engine=engine)
     if scales:
         for group in engine.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * math.prod(scales)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * math.prod(scales)
     hook.optimizer_step(engine=engine)
     engine.state.step += 1
     for batch in micro:
@@ -70,12 +70,7 @@ def backward(
 ) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms.
 
-    Args:
-        engine: whose hooks answer, and whose `losses` grow by this share.
-        batch: the micro-batch.
-        counts: its own units of each term.
-        units: those of the whole step.
-        weights: of each term, 1 where there is none.
+    Its own units of each term are `counts`, those of the whole step `units`.
     """
     output = engine.hook.forward(engine=engine, batch=batch)
     terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
@@ -89,6 +84,8 @@ def backward(
         done = engine.losses.get(name)
         engine.losses[name] = mean.detach() if done is None else done + mean.detach()
         engine.meter.add(metric_name("train", name), term.detach(), counts[name])
+    if not shares:
+        raise PluginError("no plugin gave a loss term for this batch: answer loss_terms")
     total = reduce(add, shares.values())
     engine.hook.backward(engine=engine, loss=total, terms=shares)
     ends_step = engine.last_micro_batch and engine.ranks.is_main
@@ -97,7 +94,7 @@ def backward(
 
 def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
     """Every loss term and metric of one data set, weighted by units (see `Engine.evaluate`)."""
-    hook, units = engine.hook, None
+    hook, seen = engine.hook, set[str]()
     with _evaluating(engine, split), torch.no_grad():
         for batch in data:
             batch = to_device(batch, engine.device)
@@ -106,11 +103,16 @@ def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, floa
             terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output))
             for name, term in terms.items():
                 engine.meter.add(metric_name(split, name), term, units[name])
+            seen |= terms.keys()
         metrics = engine.meter.read(engine.ranks)
-    if units is None:
-        raise DataError(f"the evaluation data '{split}' holds no batch; add some or leave it out")
+    names = [name for name in seen if metric_name(split, name) in metrics]
+    if not names:
+        mend = "add some, leave it out, or pass data that can be read again"
+        raise DataError(
+            f"the evaluation data '{split}' holds no batch with units of a loss; {mend}"
+        )
     weights = merge(hook.loss_weight(engine=engine))
-    means = {name: metrics.get(metric_name(split, name), 0.0) for name in units}
+    means = {name: metrics[metric_name(split, name)] for name in sorted(names)}
     metrics[f"{split}/total_loss"] = sum(weights.get(n, 1.0) * mean for n, mean in means.items())
     metrics.setdefault(f"{split}/loss", metrics[f"{split}/total_loss"])
     return metrics
@@ -119,7 +121,8 @@ def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, floa
 @contextmanager
 def _evaluating(engine: Engine, split: str) -> Iterator[None]:
     """Evaluation mode, with a meter and random numbers of its own."""
-    mode, meter, generators = engine.model.training, engine.meter, random_state()
+    modes = [(module, module.training) for module in engine.model.modules()]  # some are frozen
+    meter, generators = engine.meter, random_state()
     engine.training, engine.split, engine.meter = False, split, Meter()
     engine.model.eval()
     seed_everything(engine.seed)
@@ -127,7 +130,8 @@ def _evaluating(engine: Engine, split: str) -> Iterator[None]:
         yield
     finally:
         set_random_state(generators)
-        engine.model.train(mode)
+        for module, mode in modes:
+            module.training = mode
         engine.training, engine.split, engine.meter = True, "train", meter
 
 

@@ -221,6 +221,11 @@ def test_what_waits_is_bounded() -> None:
     class SmallPlugin(ServicePlugin):
         name = "small"
         CAPACITY = 2
+        sent = threading.Semaphore(0)
+
+        def send(self, step: int, metrics: Mapping[str, float]) -> None:
+            super().send(step, metrics)
+            self.sent.release()
 
     service, free = SmallPlugin(), threading.Event()
     service.trouble["connect"] = lambda: free.wait(60) and None
@@ -229,6 +234,8 @@ def test_what_waits_is_bounded() -> None:
         service.entered.wait(10)
         if step == 4:
             free.set()
+            assert service.sent.acquire(timeout=10)
+            assert service.sent.acquire(timeout=10)
 
     run = trained(service, each_step=each_step)
     assert "BufferError: 2 calls wait for the service" in run.warnings[0]

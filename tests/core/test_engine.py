@@ -263,12 +263,16 @@ def test_error_names_plugin_event_and_step_and_everything_is_closed() -> None:
             closed.append(type(error).__name__)
 
     engine = tiny_engine(CloserPlugin(), FailingPlugin(), BadCloserPlugin())
-    with pytest.raises(OSError, match="disk gone") as caught:
+    with pytest.raises(ZeroDivisionError, match="planted") as caught:
         engine.fit(loader(), until="5 steps")
     assert closed == ["ZeroDivisionError", "bad", "good"], "closed in reverse, all of them"
-    planted = caught.value.__context__
-    assert isinstance(planted, ZeroDivisionError)
-    assert planted.__notes__ == ["plugin 'failing', after_backward, step 2"]
+    assert caught.value.__notes__ == [
+        "plugin 'failing', after_backward, step 2",
+        "plugin 'bad_closer', on_close: OSError('disk gone')",
+    ]
+    with pytest.raises(OSError, match="disk gone") as caught_alone:
+        tiny_engine(BadCloserPlugin()).fit(loader(), until="1 step")
+    assert caught_alone.value.__notes__ == ["plugin 'bad_closer', on_close"]
 
 
 def test_wrappers_first_in_the_plan_are_outermost() -> None:

@@ -10,11 +10,12 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -596,6 +597,57 @@ def test_a_failure_of_the_last_save_is_never_swallowed(
     monkeypatch.setattr(os, "fsync", FailingDisk(10**9, OSError(5, "Input/output error")))
     with pytest.raises(RunError, match="Input/output error"):
         train(engine_in(tmp_path, every=100, best=None), 4)
+
+
+class ScoresPlugin(Plugin[PluginConfig]):
+    """Gives evaluations their values; at each, the writer may go on that was held before."""
+
+    before: ClassVar[tuple[str, ...]] = ("checkpoint",)
+
+    def __init__(self, values: list[float], release: Callable[[], None]) -> None:
+        super().__init__()
+        self.values, self.release = iter(values), release
+
+    @hookimpl
+    def on_eval(self, metrics: dict[str, float]) -> None:
+        self.release()
+        metrics["val/score"] = next(self.values)
+
+
+@pytest.mark.parametrize(
+    ("values", "failures", "best", "record"),
+    [
+        ([3.0, 2.0, 2.5], 1, "step-00000002", {"value": 2.0, "step": 2}),
+        ([3.0, 2.0, 2.5], 2, None, {}),
+        ([2.0, 3.0, 1.0], 1, "step-00000003", {"value": 1.0, "step": 3}),
+    ],
+)
+def test_a_best_that_could_not_be_written_takes_no_other_with_it(
+    values: list[float],
+    failures: int,
+    best: str | None,
+    record: StateDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Breaks if a save that fails late undoes a newer best, or leaves one that is nowhere."""
+    writes = [threading.Event() for _ in range(failures)]
+    held = iter(writes)
+    waiting = iter([threading.Event(), *writes])  # the first evaluation comes before any write
+
+    def fail_late(descriptor: int) -> None:
+        if (write := next(held, None)) is not None:
+            assert write.wait(60)
+            raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", fail_late)
+    scores = ScoresPlugin(values, lambda: next(waiting, threading.Event()).set())
+    engine = engine_in(tmp_path, scores, every=100, best="val/score")
+    with pytest.warns(RuntimeWarning, match="could not be written"):
+        train(engine, 3, eval_every="1 steps")
+    link = tmp_path / "checkpoints" / "best"
+    assert (str(link.readlink()) if link.is_symlink() else None) == best
+    assert engine.plugins["checkpoint"].state_dict() == record
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_export_holds_every_name_with_the_trained_values(source: str, tmp_path: 
 
 
 def test_export_gives_the_average_on_request(tmp_path: Path) -> None:
-    """Red if --ema writes the weights of the last step."""
+    """Red if --ema writes the weights of the last step, be it under one name of a tied weight."""
     engine = trained(tmp_path / "run")
     average = engine.plugins["ema"].weights()
     code, output = command(tmp_path / "run", "--out", tmp_path / "model", "--ema")
@@ -69,6 +69,9 @@ def test_export_gives_the_average_on_request(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model/model.safetensors")
     assert all(torch.equal(weights[name], average[name]) for name in average)
     assert not torch.equal(weights["head.weight"], engine.model.head.weight)
+    model = Tied()
+    model.load_state_dict(weights)
+    assert torch.equal(model.hidden.weight, average["hidden.weight"])
 
 
 def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:

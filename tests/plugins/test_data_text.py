@@ -432,6 +432,23 @@ def test_the_tokenizer_goes_with_the_run_and_another_is_refused(
         ).fit(until="1 steps")
 
 
+def test_a_tokenizer_with_any_line_breaks_is_that_of_its_run(tmp_path: Path, cache: Path) -> None:
+    """A run with a tokenizer.json from Windows could never be resumed."""
+    from nexus_plugins.data_text.formats import Reading
+    from nexus_plugins.data_text.training import train_tokenizer
+
+    path = write_lines(tmp_path / "a.txt", sentences(60))
+    file = tmp_path / "crlf.json"
+    train_tokenizer([path], file, 300, Reading())
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    for steps in (1, 2):
+        plugin = DataTextPlugin(
+            train=str(path), seq_len=16, tokenizer=str(file), cache_dir=cache, valid_share=0
+        )
+        tiny_engine([plugin], vocabulary=300, out=tmp_path / "run").fit(until=f"{steps} steps")
+        assert (tmp_path / "run/tokenizer.json").read_bytes() == file.read_bytes()
+
+
 def test_a_character_corpus_of_nanogpt_trains_as_it_is(tmp_path: Path, cache: Path) -> None:
     """Headerless .bin files with a meta.pkl must need no conversion, and know their letters."""
     text = "to be or not to be, that is the question: é\n" * 40
@@ -590,3 +607,19 @@ def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
         firsts += int(known[0] if known is not None else table[ids[0]])  # type: ignore[index]
     assert int(batch["label_bytes"].sum()) + firsts == sum(len(line.encode()) for line in lines)
     assert (batch["label_bytes"] >= 0).all()
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_bytes_that_nobody_counted_are_not_guessed(
+    tmp_path: Path, cache: Path, mixture: bool
+) -> None:
+    """Bits per byte would be wrong where only some of the ids know their bytes of text."""
+    name = lossy_tokenizer(tmp_path / "tok.json")
+    path = write_lines(tmp_path / "a.txt", ["the cafés, the", "the unknown"] * 9)
+    np.array([5, 3, 4, 1] * 9, np.uint16).tofile(tmp_path / "bare.bin")
+    counted = data_of(cache, train=str(path), tokenizer=name, seq_len=5, valid_share=0)
+    assert "label_bytes" in counted.train.__getitems__(range(len(counted.train)))
+    both = [str(path), str(tmp_path / "bare.bin")]
+    wish = [{"path": one} for one in both] if mixture else both
+    mixed = data_of(cache, train=wish, tokenizer=name, seq_len=5, valid_share=0)
+    assert "label_bytes" not in mixed.train.__getitems__(range(len(mixed.train)))

@@ -123,6 +123,83 @@ def test_one_file_can_be_one_document(tmp_path: Path) -> None:
     assert documents(stream_of(tmp_path / "out", tmp_path / "c")) == texts
 
 
+@pytest.mark.parametrize(
+    ("train", "trained", "valid", "evaluated"),
+    [
+        ("p", ["p"], None, ["p"]),
+        (["p", "deep/q"], ["p", "deep/q"], None, ["p", "deep/q"]),
+        (["p", "deep/q"], ["p", "deep/q"], "p", ["p"]),
+        (["p", "deep/q"], ["p", "deep/q"], ["deep/q", "p"], ["deep/q", "p"]),
+        ("", ["deep/q", "p"], None, ["deep/q", "p"]),
+        ("", ["deep/q", "p"], "deep", ["deep/q"]),
+        ("**/*.bin", ["deep/q", "p"], None, ["deep/q", "p"]),
+        ("p/train.bin", ["p"], "deep/q", ["deep/q"]),
+    ],
+)
+def test_what_prepare_held_out_is_never_trained_on(
+    tmp_path: Path, train: Any, trained: list[str], valid: Any, evaluated: list[str]
+) -> None:
+    """A model that has seen what it is measured on looks better than it is."""
+    corpora = tmp_path / "corpora"
+    for name in ("p", "deep/q"):
+        source = write_format(tmp_path / f"{name[-1]}.jsonl", [f"{name} {line}" for line in LINES])
+        prepare([source], corpora / name, Job(share=0.1))
+        (corpora / name / "input.txt").write_text("text that the ids were made of\n")
+    assert (corpora / "p/train.meta.jsonl").exists()
+
+    def absolute(wish: Any) -> Any:
+        return [absolute(one) for one in wish] if isinstance(wish, list) else f"{corpora}/{wish}"
+
+    def parts(names: list[str], part: str) -> list[str]:
+        files = [corpora / name / part for name in names]
+        return [text for file in files for text in documents(stream_of(file, tmp_path / "c"))]
+
+    config = DataTextConfig(
+        train=absolute(train), valid=valid and absolute(valid), cache_dir=tmp_path / "c"
+    )
+    streams = open_streams(config)
+    assert documents(*streams.train.values()) == parts(trained, "train.bin")
+    assert documents(*streams.valid.values()) == parts(evaluated, "val.bin")
+
+
+def test_prepared_data_and_text_share_a_list(tmp_path: Path) -> None:
+    """Text beside prepared data must still be split, and the rest stay as it was prepared."""
+    source = write_format(tmp_path / "a.jsonl", [f"a {line}" for line in LINES])
+    prepare([source], tmp_path / "a", Job(share=0.1))
+    text = write_format(tmp_path / "b.txt", LINES)
+    config = DataTextConfig(
+        train=[str(text), str(tmp_path / "a")], valid_share=0.2, cache_dir=tmp_path / "c"
+    )
+    streams = open_streams(config)
+    seen, held = documents(*streams.train.values()), documents(*streams.valid.values())
+    assert sorted(seen + held) == sorted([*LINES, *(f"a {line}" for line in LINES)])
+    prepared = documents(stream_of(tmp_path / "a/val.bin", tmp_path / "c"))
+    assert [line for line in held if line.startswith("a ")] == prepared
+    assert len(held) > len(prepared)
+
+
+def test_metadata_beside_ids_is_not_text(tmp_path: Path) -> None:
+    """Metadata read as documents would be trained on, or stop the run."""
+    source = write_format(tmp_path / "a.jsonl", LINES)
+    prepare([source], tmp_path / "made", Job())
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for file in (tmp_path / "made").glob("train.*"):
+        file.rename(folder / file.name.replace("train", "books"))
+    write_format(folder / "own.meta.jsonl", ["no ids beside it"])
+    assert (folder / "books.meta.jsonl").exists()
+    expected = [*LINES, "no ids beside it"]
+    assert documents(stream_of(folder, tmp_path / "c")) == expected
+    assert documents(stream_of(f"{folder}/*.jsonl", tmp_path / "c")) == expected[-1:]
+
+
+def test_a_byte_order_mark_alone_is_an_empty_file(tmp_path: Path) -> None:
+    """The mark would become a document of bytes that are no text."""
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(DataError, match=r"bom\.txt is empty but for a byte-order mark"):
+        stream_of(tmp_path / "bom.txt", tmp_path / "c", one_file_one_document=True)
+
+
 PIECES = st.lists(
     st.sampled_from(
         [b"\n", b"\r\n", b"\r", b" ", b"\t", b"a", b"bc", "é".encode(), b"\x0b", b"\x1c"]

@@ -46,9 +46,10 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
     found = _folder_of(source)
     content = folder.read(found)
     lay_out(content, lambda name, shape: None)  # nothing is divided here
-    weights = _named(content)
+    tensors, keys = content.tensors[MODEL], _keys(content)
     if ema:
-        weights |= _averaged(content, weights)
+        tensors = tensors | _averaged(content, keys)
+    weights = _named(tensors, keys)
     out.mkdir(parents=True)
     save_file(weights, out / MODEL, metadata={"format": "pt"})
     _write_config(content, weights, out / "config.json")
@@ -71,37 +72,45 @@ def _folder_of(source: Path) -> Path:
     )
 
 
-def _named(content: folder.Content) -> dict[str, Tensor]:
-    """The weights, each under every name that the model has for it."""
-    tensors = content.tensors[MODEL]
+def _keys(content: folder.Content) -> dict[str, str]:
+    """Of each of the model's names, the key of its tensor; tied weights share one."""
     table = content.documents["state.json"]
     names = table.get("model") if isinstance(table, dict) else None
     if not isinstance(names, dict):
         raise CheckpointError("state.json holds no model")
-    taken: set[str] = set()
-    weights = {}
+    keys = {}
     for name, place in names.items():
         key = place.get("$tensor") if isinstance(place, dict) else None
-        if not isinstance(key, str) or key not in tensors:
+        if not isinstance(key, str) or key not in content.tensors[MODEL]:
             raise CheckpointError(f"the model's '{name}' is not a tensor of {MODEL}")
+        keys[name] = key
+    return keys
+
+
+def _named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]:
+    """The weights, each under every name that the model has for it, in memory of its own."""
+    taken: set[str] = set()
+    weights = {}
+    for name, key in keys.items():
         weights[name] = tensors[key].clone() if key in taken else tensors[key]
         taken.add(key)
     return weights
 
 
-def _averaged(content: folder.Content, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The averages that `ema` keeps, in the dtypes of the weights."""
+def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]:
+    """The averages that `ema` keeps, by the keys and in the dtypes of the weights."""
     prefix = "plugins.ema.state.average."
     found = {
         key.removeprefix(prefix): tensor
         for key, tensor in content.tensors["state.safetensors"].items()
         if key.startswith(prefix)
     }
-    if not found or not found.keys() <= weights.keys():
+    if not found or not found.keys() <= keys.keys():
         raise CheckpointError(
             "the checkpoint holds no averaged weights; train with --plugins ema, or leave out --ema"
         )
-    return {name: tensor.to(weights[name].dtype) for name, tensor in found.items()}
+    weights = content.tensors[MODEL]
+    return {keys[name]: mean.to(weights[keys[name]].dtype) for name, mean in found.items()}
 
 
 def _write_config(content: folder.Content, weights: dict[str, Tensor], path: Path) -> None:

@@ -105,8 +105,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._best_saved_step = -1
         self._reserved = False
         self._failures = 0
-        self._in_flight: tuple[str, ...] = ()
-        self._best_before: _Record | None = None
+        self._best_written: _Record | None = None
+        self._best_in_flight: _Record | None = None
         self._host = HostCopy()
         self._shards = Shards()
         self._writer: Writer | None = None
@@ -123,7 +123,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         value, step = state.get("value"), state.get("step")
         if not isinstance(value, float) or not isinstance(step, int):
             raise CheckpointError(f"the checkpoint's record of the best is {state}")
-        self._best = _Record(value, step)
+        self._best = self._best_written = _Record(value, step)
 
     @hookimpl
     def load_snapshot(self, engine: Engine, source: str) -> Snapshot:
@@ -138,7 +138,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             CheckpointError: there is no good one, or it does not belong to such a run.
         """
         self._resumed = True
-        self._best = None
+        self._best = self._best_written = None
         if source == "auto":
             folders = self._own_store(engine).folders()
             check_same_step(step_of(folders[-1].name) if folders else -1, engine.ranks)
@@ -176,7 +176,6 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 stacklevel=2,
             )
         elif self._is_best(metrics[name]):
-            self._best_before = self._best
             self._best = _Record(metrics[name], engine.state.step)
 
     @hookimpl(trylast=True)
@@ -239,7 +238,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if not self.config.sync:
             content.tensors = self._host.copy({**content.tensors, _PARTS: parts})
             self._shards.replace(content.tensors.pop(_PARTS))
-        self._in_flight = names
+        self._best_in_flight = self._best if "best" in names else None
         save = partial(self._store.save, content, names, self.config.keep_last)
 
         def write() -> None:
@@ -259,11 +258,13 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if not writer.pending:
             return
         error = writer.finish()
+        tried, self._best_in_flight = self._best_in_flight, None
         if error is None:
             self._failures = 0
+            self._best_written = tried or self._best_written
             return
-        if "best" in self._in_flight:
-            self._best = self._best_before
+        if self._best == tried:  # a better one since then is still to be saved
+            self._best = self._best_written
         self._failures += 1
         where = f"the checkpoint of step {self._saved_step} could not be written"
         what = f"{where} to {self._store.root}: {error}"

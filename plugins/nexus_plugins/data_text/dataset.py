@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from nexus_plugins.data_text.binary import TokenFile
 from nexus_plugins.data_text.cache import cache_folder, fingerprint, signature
 from nexus_plugins.data_text.config import DataTextConfig, SourceConfig, SourceList
 from nexus_plugins.data_text.embedded import standard_library
-from nexus_plugins.data_text.formats import Reading, find_files, is_text
+from nexus_plugins.data_text.formats import HELD_OUT, TRAIN, Reading, find_files, is_text
 from nexus_plugins.data_text.index import open_text, scan_ids, split_documents
 from nexus_plugins.data_text.load import load_tokenizer, tokenizer_beside
 from nexus_plugins.data_text.prepare import Job, prepare
@@ -63,12 +63,19 @@ class TextData:
 
 @dataclass(frozen=True)
 class _Source:
-    """A source whose files have been found; the embedded text has none."""
+    """A source whose files have been found; the embedded text has none.
+
+    Args:
+        name: its own.
+        weight: its share of the rows.
+        files: to train on.
+        held_out: of those that are prepared data, what was held out for evaluation.
+    """
 
     name: str
     weight: float
     files: tuple[Path, ...]
-    valid: Path | None = None
+    held_out: Mapping[Path, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,8 +170,7 @@ def _find(wish: SourceList) -> list[_Source]:
         return [_source(SourceConfig(path=wish))]
     paths = [one for one in wish if isinstance(one, str)]
     if paths:
-        files = tuple(path for one in paths for path in find_files(one))
-        return [_Source("text", 1.0, files)]
+        return [_Source("text", 1.0, *_files(paths))]
     sources = [_source(one) for one in wish if isinstance(one, SourceConfig)]
     if not sources:
         raise DataError("the list of sources is empty; name at least one file, folder or glob")
@@ -180,18 +186,29 @@ def _source(wish: SourceConfig) -> _Source:
     name = wish.name or stem or "text"
     if wish.path == _EMBEDDED:
         return _Source(name, wish.weight, ())
-    folder = Path(wish.path).expanduser()
-    if (folder / "train.bin").is_file():
-        valid = folder / "val.bin"
-        return _Source(
-            name, wish.weight, (folder / "train.bin",), valid if valid.is_file() else None
-        )
-    return _Source(name, wish.weight, tuple(find_files(wish.path)))
+    return _Source(name, wish.weight, *_files([wish.path]))
+
+
+def _files(paths: Sequence[str]) -> tuple[tuple[Path, ...], dict[Path, Path]]:
+    """The files to train on, and which of them have a part that was held out.
+
+    Such a part is what a folder or a glob brings along; a file that is named by itself is meant.
+    """
+    files: list[Path] = []
+    held_out: dict[Path, Path] = {}
+    for one in paths:
+        found = find_files(one)
+        pairs = {path: path.with_name(HELD_OUT) for path in found if path.name == TRAIN}
+        pairs = {path: part for path, part in pairs.items() if part in found}
+        held_out |= pairs
+        files += [path for path in found if path not in pairs.values()]
+    return tuple(files), held_out
 
 
 def _instead(source: _Source) -> _Source:
     """Of prepared data that is named for evaluation, what was held out."""
-    return source if source.valid is None else replace(source, files=(source.valid,), valid=None)
+    files = tuple(source.held_out.get(path, path) for path in source.files)
+    return _Source(source.name, source.weight, files)
 
 
 def _tokenizer(config: DataTextConfig, files: list[Path]) -> tuple[Tokenizer, str]:
@@ -233,11 +250,9 @@ class _Opener:
         """The documents to train on and those to evaluate on (none of them if share is 0)."""
         if not source.files:
             return self._embedded(share)
-        if source.valid is not None and share:
-            return self._ids(source.files[0], 0.0)[0], self._ids(source.valid, 0.0)[0]
         texts = [path for path in source.files if is_text(path)]
         ids = [path for path in source.files if not is_text(path)]
-        pairs: list[list[Stream]] = [self._ids(path, share) for path in ids]
+        pairs = [self._pair(path, source.held_out.get(path), share) for path in ids]
         if texts and self._can_map(texts):
             assert self.tokenizer.eos is not None
             settings = (self._reading, share, self.tokenizer.eos, self._cache)
@@ -288,6 +303,12 @@ class _Opener:
             )
         names = ("train.bin", "val.bin") if share else ("train.bin",)
         return [stream for name in names for stream in self._ids(folder / name, 0.0)]
+
+    def _pair(self, path: Path, held_out: Path | None, share: float) -> list[Stream]:
+        """Like `_ids`, but what was held out already is all that is evaluated."""
+        if held_out is None or not share:
+            return self._ids(path, share)
+        return [*self._ids(path, 0.0), *self._ids(held_out, 0.0)]
 
     def _ids(self, path: Path, share: float) -> list[Stream]:
         """The streams of a .bin file: to train on, and if share is not 0, to evaluate on."""

@@ -16,7 +16,9 @@ from nexus_core.errors import DataError
 
 __all__ = [
     "BOM",
+    "HELD_OUT",
     "SUFFIXES",
+    "TRAIN",
     "Portion",
     "Reading",
     "Slice",
@@ -34,6 +36,7 @@ _BLOCK = 4 << 20  # bytes read at a time
 _PIECE = 1 << 15  # bytes checked at a time
 _SLICE = 4 << 20  # bytes of a file that are one piece of work
 BOM = b"\xef\xbb\xbf"
+TRAIN, HELD_OUT = "train.bin", "val.bin"  # of prepared data
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".bin")
 
 
@@ -126,21 +129,23 @@ def find_files(wish: str) -> list[Path]:
     """The files that a path, a folder or a glob stands for, sorted.
 
     Of a folder, all files of known formats in it and below; files and folders that begin with a
-    dot are left out.
+    dot are left out. A folder with train.bin is prepared data, and stands for train.bin and val.bin
+    alone. Metadata beside ids is no text.
 
     Raises:
         DataError: there is none, or one is of an unknown format.
     """
     path = Path(wish).expanduser()
     if path.is_dir():
-        found = [one for one in path.rglob("*") if suffix_of(one) and not _hidden(one, path)]
+        found = [one for one in _below(path) if not _is_metadata(one)]
         what = f"the folder {path} holds no file that can be read"
     elif path.exists():
         found, what = [path], ""
     else:
         anchor = Path(path.anchor)
         pattern = str(path.relative_to(anchor)) if path.anchor else str(path)
-        found = list(anchor.glob(pattern)) if any(mark in wish for mark in "*?[") else []
+        matching = anchor.glob(pattern) if any(mark in wish for mark in "*?[") else ()
+        found = [one for one in matching if not _is_metadata(one)]
         what = f"there is no file or folder '{wish}'"
     files = sorted(one for one in found if one.is_file())
     if not files:
@@ -151,6 +156,20 @@ def find_files(wish: str) -> list[Path]:
                 f"{one} is of an unknown format '{one.suffix}'; known: {', '.join(SUFFIXES)}"
             )
     return files
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files of known formats; where data was prepared, not what else lies there."""
+    found = [one for one in folder.rglob("*") if suffix_of(one) and not _hidden(one, folder)]
+    prepared = {one.parent for one in found if one.name == TRAIN}
+    ids = {folder / name for folder in prepared for name in (TRAIN, HELD_OUT)}
+    return [one for one in found if one in ids or prepared.isdisjoint(one.parents)]
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether it is NAME.meta.jsonl beside NAME.bin."""
+    name = path.name.removesuffix(".meta.jsonl")
+    return name != path.name and path.with_name(f"{name}.bin").exists()
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -146,6 +146,8 @@ def _whole_file(path: Path, reading: Reading) -> tuple[Ids, Ids, Ids]:
             _complain(path, reading)
         checksum = zlib.crc32(block, checksum)
         offset = begin if offset < 0 else offset
+    if offset < 0:
+        raise DataError(f"{path} is empty but for a byte-order mark; leave it out")
     size = path.stat().st_size
     return np.array([offset]), np.array([size]), np.array([checksum])
 

@@ -79,11 +79,11 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         if self._data is None or engine.out is None or not engine.ranks.is_main:
             return
         path = engine.out / "tokenizer.json"
-        text = self._data.tokenizer.to_json()
+        raw = self._data.tokenizer.to_json().encode()
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        elif path.read_text() != text:
+            path.write_bytes(raw)
+        elif path.read_bytes() != raw:
             raise CheckpointError(
                 f"{path} is not the {self._data.tokenizer} of this run's data; use another "
                 "folder (--out), or the tokenizer that the folder's run began with"

@@ -99,6 +99,9 @@ class Rows(ABC):
         self._pad = tokenizer.pad
         self._size = tokenizer.size
         self._table = _label_table(tokenizer)
+        self._counted = self._table is not None or all(
+            stream.read_bytes(0, 0) is not None for stream in self.streams
+        )
         self._ends = np.array([len(stream) for stream in self.streams])
         self.counts = [self.rows_of(stream) for stream in self.streams]
         if weights is not None and len(weights) > 1:
@@ -167,14 +170,15 @@ class Rows(ABC):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _label_bytes(self, labels: Ids, spans: Sequence[tuple[Stream, int, int]]) -> Ids | None:
-        """Bytes of text behind the counted labels of each row, `(B,)`."""
-        known: Ids | None = None
+        """Bytes of text behind the counted labels of each row, `(B,)`; None: not all are known."""
+        if not self._counted:
+            return None
+        known = np.zeros(len(spans), np.int64)
         if self._table is not None:
             known = self._table.take(labels).sum(axis=1, dtype=np.int64)
         for number, (stream, first, last) in enumerate(spans):
             counts = stream.read_bytes(first + 1, min(last + 1, len(stream)))
             if counts is not None:
-                known = np.zeros(len(spans), np.int64) if known is None else known
                 known[number] = counts[labels[number, : len(counts)] != _IGNORE].sum()
         return known
 

@@ -309,6 +309,7 @@ class Chain:
         self._streams = tuple(streams)
         self._edges = np.cumsum([0, *map(len, streams)])
         self._document_edges = np.cumsum([0, *(stream.documents for stream in streams)])
+        self._counted = all(stream.read_bytes(0, 0) is not None for stream in streams)
 
     def __len__(self) -> int:
         return int(self._edges[-1])
@@ -325,12 +326,14 @@ class Chain:
         return None
 
     def read_bytes(self, first: int, last: int) -> Ids | None:
-        parts = [
+        if not self._counted:
+            return None
+        parts = (
             stream.read_bytes(low - shift, high - shift)
             for stream, shift, low, high in self._parts(first, last)
-        ]
+        )
         known = [part for part in parts if part is not None]
-        return np.concatenate(known) if known else None
+        return np.concatenate([np.zeros(0, np.int64), *known])
 
     def starts(self, firsts: Ids, lasts: Ids) -> tuple[Ids, Ids]:
         found = [

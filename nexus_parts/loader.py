@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -72,17 +72,11 @@ class ResumableLoader:
                 f"{len(dataset)} samples are too few for a batch of {batch_size} in each of "
                 f"{self.ranks.size} processes; add data or change batch_size"
             )
-        self._from = (0, 0)
-        self._loader: DataLoader[Batch | DataError] = DataLoader(
-            _Fetch(dataset, collate),
-            batch_sampler=_Order(self._sample_lists),
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            prefetch_factor=prefetch if num_workers else None,
-            persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # leaves the global generator alone
-        )
+        self._fetch = _Fetch(dataset, collate)
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._pin_memory = pin_memory
+        self._idle: list[_Reader] = []
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.dataset), self.batch_size)
@@ -92,16 +86,38 @@ class ResumableLoader:
         return self.batches(epoch=0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch number `start` on, at once."""
-        self._from = (epoch, start)
-        return map(_batch_or_raise, iter(self._loader))
+        """The batches of an epoch, from batch number `start` on, at once.
+
+        Several epochs may be read side by side, such as one for training and one for evaluation.
+        """
+        order, loader = self._idle.pop() if self._idle else self._new_reader()
+        order.epoch, order.start = epoch, start
+        return self._read((order, loader), iter(loader))
+
+    def _read(self, reader: _Reader, batches: Iterator[Batch | DataError]) -> Iterator[Batch]:
+        try:
+            yield from map(_batch_or_raise, batches)
+        finally:
+            self._idle.append(reader)  # its workers live on for the next epoch
+
+    def _new_reader(self) -> _Reader:
+        order = _Order(self._sample_lists)
+        return order, DataLoader(
+            self._fetch,
+            batch_sampler=order,
+            collate_fn=_as_it_is,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch if self._num_workers else None,
+            persistent_workers=self._num_workers > 0,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # leaves the global generator alone
+        )
 
     def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self) -> Iterator[list[int]]:
-        epoch, start = self._from
+    def _sample_lists(self, epoch: int, start: int) -> Iterator[list[int]]:
         for first in range(start, len(self), _TOGETHER):
             for ids in self._ids_of(epoch, range(first, min(first + _TOGETHER, len(self)))):
                 yield ids.tolist()
@@ -119,12 +135,14 @@ class ResumableLoader:
 
 @dataclass
 class _Order:
-    """A batch sampler that asks anew for the lists of samples whenever it is iterated."""
+    """A batch sampler that asks for the lists of samples from where it is told to start."""
 
-    lists: Callable[[], Iterator[list[int]]]
+    lists: Callable[[int, int], Iterator[list[int]]]
+    epoch: int = 0
+    start: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.lists()
+        return self.lists(self.epoch, self.start)
 
 
 @dataclass
@@ -207,6 +225,9 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
     return batch
+
+
+_Reader: TypeAlias = tuple[_Order, DataLoader[Batch | DataError]]
 
 
 def _batch_or_raise(batch: Batch | DataError) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,8 +107,9 @@ def _folder(build: Build, resume: str | None) -> Path:
             )
         return build.run.out
     if resume == "auto":
-        earlier = [p for p in Path("runs").glob(f"{build.name}-*") if (p / "checkpoints").is_dir()]
-        if earlier:
+        named = re.compile(rf"{re.escape(build.name)}-\d{{8}}-\d{{6}}[b-k]?")
+        runs = [path for path in Path("runs").glob("*") if named.fullmatch(path.name)]
+        if earlier := [path for path in runs if (path / "checkpoints").is_dir()]:
             return max(earlier)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (Path("runs") / f"{build.name}-{stamp}{suffix}" for suffix in ["", *"bcdefghijk"])

@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 
 from nexus_core.engine import Engine
+from nexus_core.errors import DataError
 from nexus_core.loader import batch_size, to_device
 from nexus_core.step import backward, measure, merge, step_units
 
@@ -18,7 +19,9 @@ __all__ = ["dry_run"]
 def dry_run(engine: Engine) -> str:
     """Try the run's parts together and report parameters, tokens of a step and memory."""
     assert engine.data is not None
-    batch = to_device(next(iter(engine.data.train)), engine.device)
+    if (batch := next(iter(engine.data.train), None)) is None:
+        raise DataError("the training data holds no batch; add data or make batches smaller")
+    batch = to_device(batch, engine.device)
     engine.hook.on_batch(engine=engine, batch=batch)
     units = merge(engine.hook.loss_units(engine=engine, batch=batch))
     weights = engine.hook.weigh_losses(engine=engine, terms=tuple(units))

@@ -35,6 +35,8 @@ def reported(debug: bool) -> Iterator[None]:
         sys.exit(error.exit_code)
     except (click.exceptions.Exit, click.ClickException, SystemExit, KeyboardInterrupt):
         raise
+    except BrokenPipeError:
+        raise  # click ends in silence, as `nexus-run | head` wants
     except Exception as error:
         if debug:
             traceback.print_exc()

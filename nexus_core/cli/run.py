@@ -96,7 +96,7 @@ def main(
             click.echo(json.dumps(build.json_schema(), indent=2))
             return
         if out is not None:
-            sets = (*sets, f"out={out}")
+            sets = (*sets, f"out={json.dumps(str(out))}")  # quoted: a date is no name in YAML
         if resume_policy is not None:
             sets = (*sets, f"checkpoint.resume_policy={resume_policy}")
         environment = {**os.environ, "NEXUS_CONSOLE__QUIET": "true"} if quiet else os.environ

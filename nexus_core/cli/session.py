@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -43,12 +44,15 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     _say(engine, quiet, _headline(engine, run))
     start = engine.state.step
     try:
-        with stopping_on_signals(engine):
-            result = _fit(engine, run, out)
+        with stopping_on_signals(engine) as received:
+            result = _fit(engine, run, out, received)
     except Exception as error:
         mistake = isinstance(error, NexusError) and error.exit_code == 2
         if missing and mistake and engine.state.step == start and engine.ranks.is_main:
-            shutil.rmtree(missing[-1], ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
+            for parent in missing[1:]:
+                with suppress(OSError):  # another run has come to live in it
+                    parent.rmdir()
         elif engine.ranks.is_main:
             with suppress(OSError):  # the error that ended the run says more
                 _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
@@ -59,13 +63,15 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     return _exit_code(result)
 
 
-def _fit(engine: Engine, run: RunConfig, out: Path) -> Result:
+def _fit(engine: Engine, run: RunConfig, out: Path, received: list[int]) -> Result:
     """Train; the config of a run in progress is replaced once the run is known to go on."""
     to_write = engine.ranks.is_main
     if to_write and not (out / "config.yaml").exists():
         write_config(engine.config, out)
         to_write = False
     for _ in engine.steps(until=run.until, eval_every=run.eval_every):
+        if received and engine.stop_reason is None:  # it came before the loop had begun
+            engine.stop(signal.Signals(received[0]).name)
         if to_write:
             write_config(engine.config, out)
             to_write = False
@@ -97,8 +103,9 @@ def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
 
 
 def _exit_code(result: Result) -> int:
-    """128 + the signal that ended the run, whichever of its processes got it; else 0."""
-    return 128 + signal.Signals[result.reason] if result.reason in signal.Signals.__members__ else 0
+    """128 + the signal that stopped the run, whichever of its processes got it; else 0."""
+    stopped = result.status == "stopped" and result.reason in signal.Signals.__members__
+    return 128 + signal.Signals[result.reason] if stopped else 0
 
 
 def _has_checkpoints(out: Path) -> bool:
@@ -107,6 +114,8 @@ def _has_checkpoints(out: Path) -> bool:
 
 
 def _headline(engine: Engine, run: RunConfig) -> str:
+    if run.until.reached(engine.state):
+        return f"{engine.out} is at {run.until} already; to train on: --set until=..."
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     return f"training {trained:,} parameters on {engine.device} until {run.until} in {engine.out}"
 
@@ -123,7 +132,7 @@ def _write_summary(out: Path, result: Result, status: str, reason: str) -> None:
         "steps": result.step,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),
-        "metrics": result.metrics,
+        "metrics": {n: v if math.isfinite(v) else None for n, v in result.metrics.items()},
     }
     draft = out / ".summary.json.tmp"
     draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

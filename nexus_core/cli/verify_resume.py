@@ -39,6 +39,7 @@ from nexus_core.state import random_state
 __all__ = ["Report", "WitnessPlugin", "compare_runs", "main", "verify_resume"]
 
 NOTES = "witness.jsonl"
+STARTS = "starts.txt"
 CERTIFICATE = "certificate.json"
 _CLOCKS = ("time", "seconds")  # what no two runs share
 _CLOCK_PREFIXES = ("system/",)
@@ -84,6 +85,8 @@ class WitnessPlugin(Plugin[PluginConfig]):
         path = engine.out / NOTES
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= engine.state.step]
         engine.out.mkdir(parents=True, exist_ok=True)
+        with (engine.out / STARTS).open("a", encoding="utf-8") as starts:
+            starts.write(f"{engine.state.step}\n")
         draft = path.with_suffix(".tmp")
         draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         draft.replace(path)
@@ -181,6 +184,11 @@ def verify_resume(
     else:
         _finish(_live(nursery, order, disturbed), disturbed)
     report.differences = compare_runs(undisturbed, disturbed)
+    if not any(int(line) for line in _lines(disturbed / STARTS)):
+        report.differences.append(
+            "nothing was shown, as the killed run never went on from a checkpoint; add the plugin "
+            "checkpoint, save more often (--set checkpoint.every=...) or train longer"
+        )
     report.fingerprint = fingerprint(_lines(undisturbed / NOTES)[-1])
     _certify(order, report, out / CERTIFICATE)
     return report
@@ -215,7 +223,7 @@ def _life(order: Order, out: Path) -> None:
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     with reported(debug=True):
-        sets = (*order.sets, f"out={out}")
+        sets = (*order.sets, f"out={json.dumps(str(out))}")  # quoted: a date is no name in YAML
         made = build_plugins(read_settings(order.config, order.plugins, sets, os.environ))
         plan = arrange([*made.plan.plugins, WitnessPlugin()])
         made = dataclasses.replace(made, plan=plan)
@@ -396,7 +404,7 @@ def main(
             f"{report.steps} steps: {'the same bits' if report.holds else 'NOT the same'}"
         )
         for difference in report.differences:
-            click.echo(f"  first difference in {difference}")
+            click.echo(f"  {difference}")
         click.echo(f"certificate: {out / CERTIFICATE}")
         sys.exit(0 if report.holds else 1)
 

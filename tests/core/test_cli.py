@@ -13,6 +13,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from nexus_core import DataError
+from nexus_core.cli import session
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 
@@ -104,6 +106,37 @@ def test_folder_with_a_run_is_not_written_over() -> None:
     assert result.exit_code == 2
     assert "holds a run already" in result.output
     assert Path("one/metrics.jsonl").read_bytes() == log
+
+
+def test_a_mistake_takes_nothing_away_from_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a run that ends at once removes what another has written beside it meanwhile."""
+
+    def neighbour(*_: object) -> None:
+        Path("runs/other/checkpoints").mkdir(parents=True)
+        raise DataError("planted")
+
+    monkeypatch.setattr(session, "_fit", neighbour)
+    assert run("tiny.yaml").exit_code == 2
+    assert [path.name for path in Path("runs").iterdir()] == ["other"]
+    assert Path("runs/other/checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["2025-01-31", "42", "#5", "null", "a: b"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    assert (
+        run("tiny.yaml", "--out", name, "-s", "until=1 steps", "-p", "no:lr_cosine").exit_code == 0
+    )
+    assert Path(name, "summary.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:resuming. until is")
+def test_auto_finds_the_runs_of_this_very_config() -> None:
+    """Red if `my` goes on with the checkpoints of `my-big`."""
+    for folder in ("tiny-20250101-000000", "tiny-big-20260101-000000"):
+        assert run("tiny.yaml", "--out", f"runs/{folder}", "-s", "until=4").exit_code == 0
+    resumed = run("tiny.yaml", "--resume", "auto", "-s", "until=5")
+    assert "resumed at step 4" in resumed.output
+    assert "in runs/tiny-20250101-000000" in resumed.output
 
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")

@@ -1,12 +1,14 @@
 """The loop: what fires when, when it ends, and what it reports."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from nexus_core import (
     ConfigError,
@@ -16,6 +18,7 @@ from nexus_core import (
     LossConfig,
     Plugin,
     PluginConfig,
+    PluginError,
     ResumableLoader,
     RunData,
     hookimpl,
@@ -351,3 +354,125 @@ def test_default_forward_passes_what_the_model_accepts() -> None:
 
     tuples = Engine(model, optimizer, plugins=[TuplePlugin()])
     assert tuples.fit([(torch.ones(2, 5), torch.ones(2, 1))], until="2 steps").step == 2
+
+
+def test_a_snapshot_can_be_gone_back_to_again_and_again() -> None:
+    """Red if training on changes the moments in the snapshot that it came from."""
+    engine = tiny_engine()
+    engine.fit(loader(), until="3 steps")
+    snapshot = copy.deepcopy(engine.state_dict())
+    ends = []
+    for _ in range(3):
+        engine.load_state_dict(snapshot)
+        engine.fit(loader(), until="9 steps")
+        ends.append(weights(engine))
+    assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end, strict=True))
+
+
+def test_modules_that_are_frozen_stay_frozen_through_an_evaluation() -> None:
+    engine = tiny_engine(dropout=0.5)
+    engine.model.dropout.eval()
+    engine.fit(loader(), until="4 steps", eval_data=loader(), eval_every="1 step")
+    assert engine.model.training
+    assert not engine.model.dropout.training
+
+
+class OnlyInPlugin(Loss[LossConfig]):
+    """A constant, in batches of one kind alone."""
+
+    def __init__(self, kind: int, value: float) -> None:
+        super().__init__()
+        self.kind, self.value = kind, value
+
+    def units(self, batch: dict[str, torch.Tensor]) -> float:
+        return float(batch["kind"] == self.kind)
+
+    def loss(self, batch: dict[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.sum() * 0.0 + self.value * (batch["kind"] == self.kind)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_total_loss_of_an_evaluation_counts_the_terms_of_all_its_batches(
+    order: tuple[int, int],
+) -> None:
+    """Red if the total depends on which batch comes last, or a set without labels is perfect."""
+    first = type("FirstPlugin", (OnlyInPlugin,), {})(0, 3.0)
+    other = type("OtherPlugin", (OnlyInPlugin,), {})(1, 1.0)
+    model = nn.Linear(2, 1)
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), plugins=[first, other])
+    batches = [{"input": torch.ones(1, 2), "kind": torch.tensor(kind)} for kind in order]
+    metrics = engine.evaluate(batches)
+    assert (metrics["val/first_loss"], metrics["val/other_loss"]) == (3.0, 1.0)
+    assert metrics["val/total_loss"] == 4.0
+    with pytest.raises(DataError, match="no batch with units of a loss"):
+        engine.evaluate([{"input": torch.ones(1, 2), "kind": torch.tensor(7)}])
+
+
+def test_evaluation_data_without_a_length_is_read_and_what_ends_for_good_is_said() -> None:
+    class Endless(IterableDataset[dict[str, torch.Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            rows = Regression()
+            return (rows[i] for i in range(8))
+
+    engine = tiny_engine()
+    result = engine.fit(loader(), until="4 steps", eval_data=DataLoader(Endless(), 4), eval_every=2)
+    assert "val/loss" in result.metrics
+    once = (batch for batch in loader())
+    with pytest.raises(DataError, match="can be read again"):
+        tiny_engine().fit(loader(), until="4 steps", eval_data=once, eval_every=2)
+
+
+def test_a_stop_in_the_last_step_takes_nothing_from_its_end() -> None:
+    """Red if a run that reached its horizon has no last evaluation, since a stop came with it."""
+
+    class StopperPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def on_step_end(self, engine: Engine) -> None:
+            if engine.state.step == 4:
+                engine.stop("SIGTERM")
+
+    result = tiny_engine(StopperPlugin()).fit(loader(), until="4 steps", eval_data=loader())
+    assert result.status == "finished"
+    assert "val/loss" in result.metrics
+
+
+def test_groups_that_come_later_follow_the_schedule() -> None:
+    engine = tiny_engine(ScalePlugin())
+    for state in engine.steps(loader(), until="3 steps"):
+        if state.step == 1:
+            extra = {"params": [nn.Parameter(torch.ones(1))], "lr": 0.5}
+            engine.optimizer.add_param_group(extra)
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [1e-2 * 0.25, 0.5 * 0.25]
+
+
+@pytest.mark.parametrize("wrong", [None, 3.0, torch.ones(2)], ids=["none", "float", "two"])
+def test_a_loss_function_that_gives_no_loss_is_refused(wrong: Any) -> None:
+    """Red if a forgotten `return` trains the model on its own output."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, optimizer, loss=lambda model, batch: wrong)
+    with pytest.raises(ConfigError, match="must return a tensor of one number"):
+        engine.fit([torch.ones(1, 2)], until="1 step")
+
+
+@pytest.mark.parametrize("wrong", [RecorderPlugin, "clip"])
+def test_what_is_no_plugin_is_refused(wrong: Any) -> None:
+    with pytest.raises(PluginError, match="a plugin is an object such as"):
+        tiny_engine(wrong)
+
+
+def test_a_compiled_model_gets_the_entries_that_it_accepts() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(torch.compile(model, backend="eager"), optimizer, plugins=[SumPlugin()])
+    engine.fit([{"input": torch.ones(1, 2), "labels": torch.ones(1)}], until="1 step")
+
+
+class SumPlugin(Loss[LossConfig]):
+    """The sum of what the model returns."""
+
+    def units(self, batch: dict[str, torch.Tensor]) -> float:
+        return 1.0
+
+    def loss(self, batch: dict[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output.sum()

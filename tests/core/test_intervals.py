@@ -1,5 +1,7 @@
 """Wrong intervals would end runs early, or save and evaluate at the wrong steps."""
 
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,12 +40,47 @@ def test_parse_refuses_what_is_not_an_interval(text: str) -> None:
         Interval.parse(text)
 
 
-@given(st.integers(1, 10**9), st.sampled_from(["steps", "epochs", "tokens", "samples", "seconds"]))
-def test_text_form_reads_back_as_the_same_interval(amount: int, unit: str) -> None:
-    interval = Interval(amount, unit)
-    again = Interval.parse(str(interval))
-    assert again.unit == unit
-    assert again.amount == pytest.approx(amount, rel=1e-9)
+@given(
+    st.one_of(
+        st.tuples(st.integers(1, 10**15), st.sampled_from(["steps", "tokens", "samples"])),
+        st.tuples(st.floats(1e-9, 1e12), st.sampled_from(["epochs", "seconds"])),
+    )
+)
+def test_text_form_reads_back_as_the_same_interval(made_of: tuple[float, str]) -> None:
+    """Red if a run's config.yaml, from which it is resumed, holds another horizon or none."""
+    interval = Interval(*made_of)
+    assert Interval.parse(str(interval)) == interval
+
+
+@given(st.integers(1, 9999), st.integers(0, 3), st.sampled_from("kMB"))
+def test_amounts_are_the_decimal_numbers_that_are_written(
+    digits: int, places: int, factor: str
+) -> None:
+    """Red if "4.1M tokens" is refused, as the float that is nearest to it is no whole number."""
+    text = f"{digits / 10**places:.{places}f}{factor} tokens"
+    whole = digits * {"k": 10**3, "M": 10**6, "B": 10**9}[factor] // 10**places
+    assert Interval.parse(text) == Interval(whole, "tokens")
+
+
+@given(st.integers(1, 40), st.integers(1, 25), st.integers(1, 5))
+def test_a_share_of_an_epoch_passes_when_its_last_batch_does(
+    periods: int, length: int, epochs: int
+) -> None:
+    """Red if a tenth of an epoch is told late, or left out, as the sum of tenths is inexact."""
+    state = TrainState(epoch_length=periods * length)
+    every = Every(Interval.parse(f"{Decimal(1) / periods:.12f} epochs"), state)
+    told = []
+    for batch in range(1, epochs * periods * length + 1):
+        state.epoch, state.batch = divmod(batch, periods * length)
+        told += [batch] if every.due(state) else []
+    if 10**9 % periods == 0:  # else the share itself is not written exactly
+        assert told == list(range(length, epochs * periods * length + 1, length))
+
+
+def test_a_horizon_in_parts_of_an_epoch_is_reached_at_its_batch() -> None:
+    for tenths in range(1, 200):
+        state = TrainState(epoch=tenths // 10, batch=tenths % 10, epoch_length=10)
+        assert Interval.parse(f"{tenths / 10} epochs").reached(state)
 
 
 def test_config_field_reports_a_wrong_interval_as_a_validation_error() -> None:

@@ -1,12 +1,14 @@
 """A wrong order would train on samples twice or never, and make resuming inexact."""
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nexus_core import DataError, Interval, ResumableLoader, TrainState
 from nexus_core.loader import batch_size, stream_batches, to_device
@@ -58,7 +60,7 @@ def test_positions_are_uniform_and_epochs_independent(size: int) -> None:
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 4 / size**0.5
 
 
-def ids(batches: itertools.islice | ResumableLoader) -> list[list[int]]:
+def ids(batches: Iterable[dict[str, Tensor]]) -> list[list[int]]:
     return [batch["sample_ids"].tolist() for batch in batches]
 
 
@@ -72,6 +74,20 @@ def test_sought_batches_equal_those_read_through_for_any_number_of_workers(worke
         assert [batch["sample_ids"].tolist() for batch in batches] == expected
         for batch in batches:
             assert torch.equal(batch["x"], batch["sample_ids"] ** 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_can_be_read_side_by_side(workers: int) -> None:
+    """Red if an evaluation on the training data moves the training to other batches."""
+    plain = ResumableLoader(Squares(23), 4, seed=9)
+    loader = ResumableLoader(Squares(23), 4, seed=9, num_workers=workers)
+    training = loader.batches(0)
+    read = [next(training)]
+    assert ids(loader.batches(3)) == ids(plain.batches(3))
+    unread = loader.batches(5)
+    read += training
+    assert ids(read) == ids(plain.batches(0))
+    assert ids(unread) == ids(plain.batches(5))
 
 
 class Torn(Squares):
@@ -149,6 +165,16 @@ def test_stream_of_data_that_cannot_be_read_again_is_an_error() -> None:
     for data in (iter([1, 2]), []):
         with pytest.raises(DataError, match="the data ended"):
             list(stream_batches(data, TrainState(), Interval(9, "steps")))
+
+
+def test_what_can_be_read_once_is_enough_for_an_epoch() -> None:
+    """Red if a generator ends a run of one epoch with an error; nothing at all is no epoch."""
+    for data in (iter([1, 2, 3]), (n for n in [1, 2, 3])):
+        state = TrainState()
+        assert list(stream_batches(data, state, Interval(1, "epochs"))) == [1, 2, 3]
+        assert state.epochs == 1
+    with pytest.raises(DataError, match="after 0 batches"):
+        list(stream_batches(iter([]), TrainState(), Interval(1, "epochs")))
 
 
 def test_batch_size_counts_rows_and_tokens() -> None:

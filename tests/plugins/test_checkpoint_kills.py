@@ -27,6 +27,24 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Pa
     assert certificate["kills"] == 3
 
 
+@pytest.mark.slow
+def test_a_run_that_never_resumed_gets_no_certificate(tmp_path: Path) -> None:
+    """Breaks if kills without a checkpoint are said to show that resuming is exact."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
+    sets = [
+        f"data_text.train={corpus}", "data_text.seq_len=32", "data_text.batch_size=2",
+        "model_nexus.d_model=16", "model_nexus.ssm_n_layers=1", "model_nexus.ssm_head_dim=16",
+        "until=30 steps", "lr_cosine.warmup=2 steps",
+    ]  # fmt: skip
+    report = verify_resume(
+        "quickstart", tmp_path / "out", kills=1, plugins="no:checkpoint", sets=sets, threads=1
+    )
+    assert not report.holds
+    assert "never went on from a checkpoint" in report.differences[-1]
+    assert json.loads((tmp_path / "out/certificate.json").read_text())["holds"] is False
+
+
 class ForgetfulPlugin(Plugin[PluginConfig]):
     """Changes the weights by something that it does not save."""
 

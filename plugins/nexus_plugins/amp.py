@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor, promote_types
-from torch.amp import GradScaler
-from torch.amp.autocast_mode import is_autocast_available
+from torch.amp import GradScaler, is_autocast_available
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 
@@ -66,8 +65,7 @@ class AmpPlugin(Plugin[AmpConfig]):
             self._scaler = GradScaler(engine.device.type, scale, growth_interval=interval)
             self._skipped = torch.zeros((), device=engine.device)
             if self._saved is not None:
-                self._scaler.load_state_dict(cast(dict[str, Any], self._saved["scaler"]))
-                self._skipped += cast(float, self._saved["skipped"])
+                self.load_state_dict(self._saved)
 
     @hookimpl
     def on_close(self) -> None:
@@ -109,8 +107,7 @@ class AmpPlugin(Plugin[AmpConfig]):
         """Step unless the gradient overflowed, adapt the scale, count; without waiting."""
         if self._scaler is None:
             return None
-        one = torch.ones((), device=engine.device)
-        before = self._scaler.scale(one)
+        before = self._scaler.scale(one := torch.ones((), device=engine.device))
         self._scaler.step(engine.optimizer)
         self._scaler.update()
         self._skipped += self._scaler.scale(one) < before
@@ -130,8 +127,11 @@ class AmpPlugin(Plugin[AmpConfig]):
         return {"scaler": self._scaler.state_dict(), "skipped": self._skipped.item()}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Keep it until the device is known."""
-        self._scaler, self._saved = None, state
+        """Take it over; before the start, when the device is not known, keep it until then."""
+        self._saved = state
+        if self._scaler is not None:
+            self._scaler.load_state_dict(cast(dict[str, Any], state["scaler"]))
+            self._skipped.fill_(cast(float, state["skipped"]))
 
 
 def _check_device(device: torch.device, kept_on: set[str], config: AmpConfig) -> None:

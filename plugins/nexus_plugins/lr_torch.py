@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import ConfigDict, Field
 from torch.optim import SGD, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.errors import suggestion
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
     The scheduler drives an optimizer of its own with one parameter and the run's base learning
     rate; the ratio to the base is what the groups of the run follow. Momentum is not touched.
-    On resuming, its turns are made again (a few microseconds each), so nothing is saved.
+    On resuming, its turns are made again (a few microseconds each), so the base alone is saved.
     """
 
     slot: ClassVar[str | None] = "lr"
-    _base: float
+    _base: float | None = None
     _shadow: SGD
     _scheduler: LRScheduler
     _turns: int
@@ -54,7 +54,8 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
         Raises:
             ConfigError: there is no such scheduler, or it does not take the settings.
         """
-        self._base = float(engine.optimizer.param_groups[0]["initial_lr"])
+        if self._base is None:
+            self._base = float(engine.optimizer.param_groups[0]["initial_lr"])
         self._shadow = SGD([torch.zeros(1, requires_grad=True)], lr=self._base)
         name, settings = self.config.scheduler, self.config.settings
         make = _scheduler_class(name)
@@ -73,7 +74,15 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
     def lr_scale(self, engine: Engine) -> float:
         """The ratio of the scheduler's learning rate to the base."""
         self._follow(engine)
-        return float(self._shadow.param_groups[0]["lr"]) / self._base
+        return float(self._shadow.param_groups[0]["lr"]) / cast(float, self._base)
+
+    def state_dict(self) -> StateDict:
+        """The base: a rule of `schedule` may have moved the run's own by the time it resumes."""
+        return {} if self._base is None else {"base": self._base}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        self._base = cast(float, state["base"])
 
     def _follow(self, engine: Engine) -> None:
         while self._turns < engine.state.step:

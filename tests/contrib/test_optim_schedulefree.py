@@ -14,6 +14,7 @@ from torch import Tensor
 from nexus_core import ConfigError, Engine, Plugin
 from nexus_core.errors import PluginError
 from nexus_core.registry import load
+from nexus_plugins.guard import GuardPlugin
 from nexus_plugins_contrib.optim_schedulefree import OptimSchedulefreePlugin
 from tiny import Net, Regression, SquaredPlugin
 
@@ -100,6 +101,19 @@ def test_evaluation_sees_the_average_and_training_does_not_notice() -> None:
     for a, b, trained in zip(seen[-1], average, weights(watched), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, trained)
+
+
+@pytest.mark.filterwarnings("ignore:the update of step 5 was refused")
+def test_a_refused_step_does_not_count() -> None:
+    """Breaks if the average gives weight to a step whose update the guard refused."""
+    engine = engine_of(GuardPlugin())
+    batches = [data()[0]] * 4 + [{**data()[0], "x": data()[0]["x"] * float("nan")}] + data()
+    counters = [
+        [(group["k"], group["weight_sum"]) for group in engine.optimizer.param_groups]
+        for _ in engine.steps(batches, until=6)
+    ]
+    assert counters[4] == counters[3]
+    assert counters[5] != counters[4]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -175,13 +175,14 @@ def test_all_refuse_the_step_that_one_cannot_trust(name: str, damage: dict[str, 
 
 
 @pytest.mark.slow
-def test_all_go_back_to_where_they_had_saved(way: Any) -> None:
+def test_all_go_back_to_where_they_had_saved(way: Any, tmp_path: Path) -> None:
     """Red if a process takes back weights that are not its part, or goes back alone."""
     guard = partial(GuardPlugin, policy="rollback")
-    run = partial(train_with, way, 8, guard, optimizer=ADAMW)
-    alone = run(partial(DamagePlugin, 4, (0,), grad=float("nan")))
+    run = partial(train_with, way, 8, guard, optimizer=ADAMW, every=2)
+    alone = run(partial(DamagePlugin, 4, (0,), grad=float("nan")), out=tmp_path / "alone")
     assert alone.logged[-1]["guard/rollbacks"] == 1
-    for seen in together(2, partial(run, partial(DamagePlugin, 4, (1,), grad=float("nan")))):
+    damage = partial(DamagePlugin, 4, (1,), grad=float("nan"))
+    for seen in together(2, partial(run, damage, out=tmp_path / "pair")):
         close(seen, alone, rel=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -150,6 +151,21 @@ def test_a_resumed_run_ends_in_the_same_bits() -> None:
         assert torch.equal(one, other)
     for key in ("amp/scale", "amp/skipped_steps"):
         assert whole.metrics[key] == second.metrics[key] > 0
+
+
+def test_a_state_that_is_loaded_within_a_run_keeps_the_scaler_at_work() -> None:
+    """Breaks if going back to a save (guard does) ends the scaling, or keeps the newer scale."""
+    amp = AmpPlugin(dtype="fp16", initial_scale=2.0**10, growth_interval=3)
+    engine = engine_of(amp)
+    scales, saved = [], {}
+    for state in engine.steps(data(), until="8 steps"):
+        scales.append(engine.metrics["amp/scale"])
+        if state.step == 2:
+            saved = copy.deepcopy(amp.state_dict())
+        if state.step == 4:
+            amp.load_state_dict(saved)
+    assert [int(math.log2(scale)) for scale in scales] == [10, 10, 11, 11, 11, 11, 11, 12]
+    assert engine.metrics["amp/skipped_steps"] == 0
 
 
 @pytest.mark.parametrize(

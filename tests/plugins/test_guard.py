@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, hookimpl
+from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
-from nexus_plugins.guard import GuardPlugin
+from nexus_plugins.ema import EmaPlugin
+from nexus_plugins.guard import GuardPlugin, record
 from nexus_plugins.guard.spikes import Spikes
 from tiny import RecorderPlugin
 
@@ -280,9 +284,149 @@ def test_a_run_with_refused_steps_resumes_to_the_same_bits(policy: str, tmp_path
 def test_rolling_back_in_vain_ends() -> None:
     """Breaks if a run goes back to the same save for ever."""
     guard = GuardPlugin(policy="rollback", max_consecutive=3)
-    engine = engine_of(PoisonPlugin(*range(4, 100, 2)), guard)
+    engine = engine_of(PoisonPlugin(*range(4, 100, 2)), guard, SavePlugin(2))
     with pytest.raises(RunError, match="3 times in vain"):
         engine.fit(data(), until=100)
+
+
+class SavePlugin(Plugin[PluginConfig]):
+    """Takes a snapshot after one step, as a plugin that writes checkpoints does."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    @hookimpl
+    def on_step_end(self, engine: Engine) -> None:
+        if engine.state.step == self.step:
+            engine.state_dict()
+
+
+class NotesPlugin(Plugin[PluginConfig]):
+    """Keeps what is said of the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    @hookimpl
+    def on_note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("device_path", [False, True], ids=["host", "device"])
+def test_a_rollback_says_where_it_goes(device_path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a run loses steps without a word of how many."""
+    if device_path:
+        verdicts_stay_on_the_device(monkeypatch)
+    notes = NotesPlugin()
+    parts: list[Plugin[Any]] = [
+        PoisonPlugin(8),
+        GuardPlugin(policy="rollback"),
+        SavePlugin(6),
+        notes,
+    ]
+    with pytest.warns(RuntimeWarning, match="the run goes back to the save of step 6"):
+        engine_of(*parts, optimizer="fused").fit(data(), until=10)
+    assert len(notes.texts) == 1
+    assert "goes back to the save of step 6" in notes.texts[0]
+
+
+@pytest.mark.parametrize("device_path", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("begin", ["new", "loaded"])
+def test_without_a_save_a_rollback_keeps_the_progress(
+    begin: str, device_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a bad step before the first save throws away all that was learnt."""
+    if device_path:
+        verdicts_stay_on_the_device(monkeypatch)
+    engine = engine_of(PoisonPlugin(8), GuardPlugin(policy="rollback"), optimizer="fused")
+    if begin == "loaded":  # as `--resume auto` does where there is no checkpoint yet
+        engine.load_state_dict(engine.state_dict())
+    states: list[list[Tensor]] = []
+    engine_steps = engine.steps(data(), until=10)
+    with pytest.warns(RuntimeWarning, match="nothing has been saved yet to go back to"):
+        states.extend(state(engine) for _ in engine_steps)
+    assert equal(states[6], states[7])
+    assert not equal(states[7], states[9])
+    assert engine.metrics["guard/rollbacks"] == 0.0
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize("guard_first", [True, False])
+def test_averages_go_back_with_the_weights(guard_first: bool) -> None:
+    """Breaks if the order in which plugins are named decides what a rollback reaches."""
+    average, guard = EmaPlugin(decay=0.9), GuardPlugin(policy="rollback")
+    pair: list[Plugin[Any]] = [guard, average] if guard_first else [average, guard]
+    engine = engine_of(PoisonPlugin(8), *pair, SavePlugin(5))
+    seen = []
+    for _ in engine.steps(data(), until=8):
+        saved = average.state_dict()["average"]
+        assert isinstance(saved, dict)
+        seen.append([value.clone() for value in saved.values() if isinstance(value, Tensor)])
+    assert seen[4]
+    assert equal(seen[7], seen[4])
+    assert not equal(seen[6], seen[4])
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_a_log_right_after_a_rollback_shows_what_it_always_does() -> None:
+    """Breaks if a rollback forgets how a metric is finished, or its sums: a mean for a root."""
+
+    class RootPlugin(Plugin[PluginConfig]):
+        """Logs the root of the mean of the step's number."""
+
+        @hookimpl
+        def on_batch(self, engine: Engine) -> None:
+            engine.log("root", float(engine.state.step + 1), finish=math.sqrt)
+
+    engine = engine_of(PoisonPlugin(5), GuardPlugin(policy="rollback"), SavePlugin(2), RootPlugin())
+    engine.fit(data(), until=5)
+    assert engine.metrics["guard/rollbacks"] == 1.0
+    assert engine.metrics["train/root"] == math.sqrt(3)
+
+
+class CountingSgd(torch.optim.SGD):
+    """Counts its steps in its groups, whether or not there are gradients, as some do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_refused_step_is_no_step_of_an_optimizer_that_counts(scaled: bool) -> None:
+    """Breaks if a refused step moves warm-up or averages that an optimizer keeps in its groups."""
+    model = Rows(nn.Linear(4, 1))
+    optimizer = CountingSgd(model.parameters(), lr=0.01)
+    spike = PoisonPlugin(12, kind="batch", value=20.0)
+    plugins: list[Plugin[Any]] = [spike, GuardPlugin(spike_threshold=6.0, spike_window=8)]
+    plugins += [AmpPlugin(dtype="fp16", initial_scale=1.0)] if scaled else []
+    engine = Engine(model, optimizer, loss=loss, plugins=plugins)
+    counts = []
+    for _ in engine.steps(data(), until=13):
+        counts.append(engine.optimizer.param_groups[0]["k"])
+    assert counts == [*range(1, 12), 11, 12]
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+@pytest.mark.parametrize("bad", ["spike", "nan"])
+def test_a_gradient_scaler_does_not_let_a_refused_step_pass(
+    bad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if the scaler's own flag takes the place of the guard's, where nothing is read."""
+    verdicts_stay_on_the_device(monkeypatch)
+    spike = PoisonPlugin(12, kind="batch", value=1000.0 if bad == "spike" else float("nan"))
+    guard = GuardPlugin(spike_threshold=6.0, spike_window=8)
+    amp = AmpPlugin(dtype="fp16", initial_scale=2.0)
+    engine = engine_of(spike, guard, amp, optimizer="fused")
+    states = [state(engine) for _ in engine.steps(data(), until=13)]
+    assert equal(states[10], states[11])
+    assert not equal(states[11], states[12])
+    assert engine.metrics["guard/skipped_steps"] == 1.0
+    assert engine.metrics["amp/skipped_steps"] == float(bad == "nan"), "a spike is no overflow"
 
 
 @given(
@@ -393,6 +537,27 @@ class Explodes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x / ((x == 0).sum() != 12).float()
+
+
+@pytest.mark.filterwarnings(f"ignore:{REFUSED}")
+def test_a_record_whose_write_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a full disk leaves half a record, which replay cannot read and which counts."""
+
+    def full(model: nn.Module, filename: str) -> None:
+        save_model(model, filename)
+        monkeypatch.undo()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "save_model", full)
+    engine = engine_of(PoisonPlugin(3, 5), GuardPlugin(records=1), out=tmp_path)
+    with pytest.warns(RuntimeWarning, match="could not be written down.*No space left"):
+        engine.fit(data(), until=6)
+    assert [path.name for path in (tmp_path / "guard").iterdir()] == ["step-00000005"]
+    replayed = engine_of(GuardPlugin())
+    report = replayed.plugins["guard"].replay(replayed, tmp_path / "guard" / "step-00000005")  # type: ignore[attr-defined]
+    assert report.startswith("step 5:")
 
 
 def test_a_record_that_is_none_is_said(tmp_path: Path) -> None:

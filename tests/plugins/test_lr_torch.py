@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 from nexus_core import ConfigError, Engine
 from nexus_plugins.lr_torch import LrTorchPlugin
+from nexus_plugins.schedule import SchedulePlugin
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("StepLR", {"step_size": 3, "gamma": 0.5}),
@@ -25,14 +26,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def engine_of(name: str, settings: dict[str, Any]) -> Engine:
+def engine_of(name: str, settings: dict[str, Any], *others: SchedulePlugin) -> Engine:
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(
         [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.05}], lr=0.5
     )
     plugin = LrTorchPlugin(scheduler=name, settings=settings)
-    return Engine(model, optimizer, loss=lambda m, b: m(b).mean(), plugins=[plugin])
+    return Engine(model, optimizer, loss=lambda m, b: m(b).mean(), plugins=[plugin, *others])
 
 
 def rates(engine: Engine, until: int) -> list[float]:
@@ -63,6 +64,21 @@ def test_rates_are_those_of_a_plain_loop(name: str, settings: dict[str, Any]) ->
 def test_a_resumed_run_has_the_same_rates(name: str, settings: dict[str, Any]) -> None:
     """Breaks if the scheduler starts anew after a crash."""
     whole, first, second = (engine_of(name, settings) for _ in range(3))
+    expected = rates(whole, 12)
+    rates(first, 5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert rates(second, 12) == expected[5:]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
+    name: str, settings: dict[str, Any]
+) -> None:
+    """Breaks if the base of the first day is taken from where a rule has brought it since."""
+    rule = {"target": "optimizer.lr", "start": 0.5, "end": 0.1, "over": "10 steps"}
+    whole, first, second = (
+        engine_of(name, settings, SchedulePlugin(rules=[rule])) for _ in range(3)
+    )
     expected = rates(whole, 12)
     rates(first, 5)
     second.load_state_dict(copy.deepcopy(first.state_dict()))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
@@ -14,8 +16,10 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nexus_core import Batch, Plugin, PluginConfig, RunError, StateDict, hookimpl
+from nexus_core.meter import Meter
 from nexus_core.state import Snapshot, random_state
 from nexus_parts.distributed import gather, is_sharded, local_part
 from nexus_plugins.guard.record import Attempt, write_record
@@ -40,7 +44,8 @@ class GuardConfig(PluginConfig):
     policy: Literal["skip", "rollback", "stop"] = Field(
         "skip",
         description="after refusing the update: 'skip' goes on with the next batch; 'rollback' "
-        "goes back to the state of the last save first; 'stop' saves and ends the run",
+        "goes back to the state of the last save first, where there is one (checkpoint.every); "
+        "'stop' saves and ends the run",
     )
     max_consecutive: int = Field(
         20, ge=1, description="refused steps in a row, or rollbacks to one save, that end the run"
@@ -65,6 +70,9 @@ class GuardPlugin(Plugin[GuardConfig]):
     the optimizer takes a `found_inf` flag (the fused ones of torch), a device is never waited for:
     the update itself looks at the flag, and the counts are read when the log is. Elsewhere the
     verdict is read each step, and the gradients of a refused one are dropped.
+
+    A rollback needs a save of this run, or the one that it was resumed from; before the first,
+    a step is refused and no more, since going back to the beginning would undo all progress.
 
     `guard/skipped_steps` and `guard/rollbacks` are logged, and each refusal is a note. The first
     refused steps are written to `OUT/guard/step-00000123`, for `nexus-run replay`. With a gradient
@@ -120,8 +128,6 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._attempts = deque(maxlen=1 if self._waits else _KEPT_ATTEMPTS)
         self._error = None
         self._spikes.to(engine.device)
-        if self.config.policy == "rollback" and self._snapshot is None:
-            self._snapshot = _host_copy(engine.state_dict())
 
     @hookimpl(trylast=True)
     def on_batch(self, engine: Engine, batch: Batch) -> None:
@@ -150,16 +156,14 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine) -> Generator[None, bool, bool]:
-        """Hand the flag to an optimizer that takes it."""
-        if self._waits:
+        """Hand the flag to an optimizer that takes it; let others find their counters again."""
+        guarded: AbstractContextManager[None] = nullcontext()
+        if not self._waits:
+            guarded = _flagged(engine)
+        elif self._streak:
+            guarded = _unmoved(engine.optimizer)
+        with guarded:
             return (yield)
-        optimizer: Any = engine.optimizer
-        optimizer.found_inf = engine.refused
-        try:
-            return (yield)
-        finally:
-            if hasattr(optimizer, "found_inf"):  # a gradient scaler cleans up after itself
-                del optimizer.found_inf
 
     @hookimpl(trylast=True)
     def on_step(self, engine: Engine) -> None:
@@ -184,13 +188,13 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl(trylast=True)
     def on_save(self, snapshot: Snapshot) -> None:
-        if self.config.policy == "rollback":
-            self._snapshot, self._returns = _host_copy(snapshot), 0
+        self._keep(snapshot)
+        self._returns = 0
 
     @hookimpl(trylast=True)
     def on_load(self, snapshot: Snapshot) -> None:
-        if self.config.policy == "rollback" and not self._going_back:
-            self._snapshot = _host_copy(snapshot)
+        if not self._going_back:
+            self._keep(snapshot)
 
     @hookimpl
     def on_close(self) -> None:
@@ -222,19 +226,34 @@ class GuardPlugin(Plugin[GuardConfig]):
         attempt.losses = {name: engine.ranks.sum(loss) for name, loss in attempt.losses.items()}
         what = f"the update of step {attempt.step} was refused: {attempt.verdict()}"
         what += gather(engine.ranks, self._write_down(engine, attempt))[0]
+        limit = self.config.max_consecutive
+        if self.config.policy == "stop":
+            self._stop(engine, what)
+        elif streak >= limit:
+            self._stop(engine, f"{what}; it is the {streak:.0f}th in a row")
+        elif self._returns >= limit:
+            self._stop(engine, f"{what}; the run went back {self._returns} times in vain")
+        elif self.config.policy == "rollback":
+            what += self._prepare_return()
         if engine.ranks.is_main:
             warnings.warn(what, RuntimeWarning, stacklevel=2)
             engine.hook.on_note(engine=engine, title="guard/refused", text=what)
-        if self.config.policy == "stop":
-            self._stop(engine, what)
-        elif streak >= self.config.max_consecutive:
-            self._stop(engine, f"{what}; it is the {streak:.0f}th in a row")
-        elif self.config.policy == "rollback":
-            self._returns += 1
-            if self._returns > self.config.max_consecutive:
-                self._stop(engine, f"{what}; the run went back {self._returns - 1} times in vain")
-            else:
-                self._going_back = True
+
+    def _prepare_return(self) -> str:
+        """Have the run go back where there is a save; returns which it is, in words."""
+        if self._snapshot is None:
+            return (
+                "; nothing has been saved yet to go back to, so the run goes on with the weights "
+                "before that step (checkpoint.every says how often is saved)"
+            )
+        self._returns += 1
+        self._going_back = True
+        return f"; the run goes back to the save of step {self._snapshot['train']['step']}"
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        """Copy what a rollback goes back to; the state before the first step is not worth it."""
+        if self.config.policy == "rollback":
+            self._snapshot = _host_copy(snapshot) if snapshot["train"]["step"] else None
 
     def _write_down(self, engine: Engine, attempt: Attempt) -> str:
         """Write the record; returns where it is, in words."""
@@ -254,14 +273,44 @@ class GuardPlugin(Plugin[GuardConfig]):
         engine.stop(f"guard: {why}")
 
     def _go_back(self, engine: Engine) -> None:
-        """Restore everything of the last save but the counters and the data: time goes on."""
-        saved = _host_copy(cast(Snapshot, self._snapshot))
-        saved["train"] = asdict(engine.state)
-        saved["pending"], saved["metrics"] = engine.meter.state_dict(), dict(engine.metrics)
-        saved["random"] = random_state()
+        """Restore everything of the last save but counters, metrics and data: time goes on."""
+        saved = copy(cast(Snapshot, self._snapshot))  # the engine copies the tensors
+        saved["train"], saved["random"] = asdict(engine.state), random_state()
+        saved["pending"], saved["metrics"] = {}, {}
+        meter, engine.meter = engine.meter, Meter()
         engine.load_state_dict(saved)
+        engine.meter = meter
         self._rollbacks += 1
         self._going_back = False
+
+
+@contextmanager
+def _unmoved(optimizer: Optimizer) -> Iterator[None]:
+    """Undo what an optimizer counts in its groups though a refused step left it no gradient."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    yield
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.clear()
+        group.update(before)
+
+
+@contextmanager
+def _flagged(engine: Engine) -> Iterator[None]:
+    """Have an optimizer's `found_inf` be raised as it steps, besides what a scaler has found."""
+
+    def flag(optimizer: Any, *_: object) -> None:
+        refused = cast(Tensor, engine.refused)
+        found = getattr(optimizer, "found_inf", refused)
+        optimizer.found_inf = torch.maximum(refused, found.to(refused.device))
+
+    optimizer: Any = engine.optimizer
+    handle = optimizer.register_step_pre_hook(flag)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if hasattr(optimizer, "found_inf"):  # a gradient scaler cleans up after itself
+            del optimizer.found_inf
 
 
 def _values(gradient: Tensor) -> Tensor:

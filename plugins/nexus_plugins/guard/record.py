@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,16 @@ def write_record(engine: Engine, attempt: Attempt, root: Path, limit: int) -> Pa
     there = len(list(root.glob("step-*"))) if root.is_dir() else 0
     if there >= limit or folder.exists():
         return None
-    folder.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root, prefix=".") as beside:
+        draft = Path(beside) / folder.name
+        draft.mkdir()
+        _write(engine, attempt, draft)
+        draft.rename(folder)
+    return folder
+
+
+def _write(engine: Engine, attempt: Attempt, folder: Path) -> None:
     tensors = {"torch": attempt.generators["torch"]}
     tensors |= {f"device.{i}": s for i, s in enumerate(attempt.generators["devices"])}
     kinds: dict[str, list[str]] = {}
@@ -88,7 +98,6 @@ def write_record(engine: Engine, attempt: Attempt, root: Path, limit: int) -> Pa
         "numpy": attempt.generators["numpy"],
     }
     (folder / "record.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    return folder
 
 
 def gradient_norms(engine: Engine) -> dict[str, str]:

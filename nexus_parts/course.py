@@ -1,0 +1,48 @@
+"""The course of a number over a run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from nexus_core.intervals import Interval, IntervalField
+from nexus_core.plugin import PluginConfig
+
+if TYPE_CHECKING:
+    from nexus_core.state import TrainState
+
+__all__ = ["Course"]
+
+
+class Course(PluginConfig):
+    """Settings of a number that goes from one value to another as the run goes on."""
+
+    start: float = Field(description="value at the start, in the unit of the target")
+    end: float = Field(description="value at the end")
+    over: IntervalField = Field(Interval(1000, "steps"), description="length of the way")
+    begin: IntervalField | None = Field(None, description="what comes before the way; null: none")
+    shape: Literal["linear", "cosine", "exponential", "step"] = Field(
+        "linear", description="the way; exponential: by equal factors; step: at its end"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.shape == "exponential" and not self.start * self.end > 0:
+            raise ValueError("shape 'exponential' needs a start and an end of one sign, not 0")
+        if self.begin is not None and self.begin.unit != self.over.unit:
+            raise ValueError(f"begin must be in {self.over.unit}, as over is")
+        return self
+
+    def value(self, state: TrainState) -> float:
+        """Where the number is now: a pure function of progress."""
+        done = state.counted(self.over.unit) - (self.begin.amount if self.begin else 0.0)
+        share = min(1.0, max(0.0, done / self.over.amount))
+        if self.shape == "exponential":
+            return self.start * math.pow(self.end / self.start, share)
+        if self.shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        if self.shape == "step":
+            share = float(share >= 1)
+        return self.start + share * (self.end - self.start)

@@ -52,7 +52,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
     weights = _named(tensors, keys)
     out.mkdir(parents=True)
     save_file(weights, out / MODEL, metadata={"format": "pt"})
-    _write_config(content, weights, out / "config.json")
+    _write_config(content, tensors, out / "config.json")
     written = [out / MODEL, out / "config.json"]
     tokenizer = found.parent.parent / "tokenizer.json"
     if tokenizer.is_file():
@@ -113,15 +113,21 @@ def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor
     return {keys[name]: mean.to(weights[keys[name]].dtype) for name, mean in found.items()}
 
 
-def _write_config(content: folder.Content, weights: dict[str, Tensor], path: Path) -> None:
-    """What a reader must know to build the model: its plugin's settings, and how many weights."""
+def _write_config(content: folder.Content, tensors: dict[str, Tensor], path: Path) -> None:
+    """What a reader must know to build the model, and how large it is.
+
+    The settings of the model's plugin, and its state: what it found out by itself.
+    """
     settings: Any = yaml.safe_load(content.config) if content.config else {}
     blocks = settings.get("plugins") or {}
-    model = {name: block for name, block in blocks.items() if name.startswith("model_")}
+    name = next((name for name in blocks if name.startswith("model_")), None)
+    state: Any = content.documents["state.json"]
+    found = state.get("plugins", {}).get(name, {}).get("state", {}).items()
     facts = {
-        "model_type": next(iter(model), None),
-        **next(iter(model.values()), {}),
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "model_type": name,
+        **(blocks[name] if name else {}),
+        **{key: value for key, value in found if isinstance(value, str | int | float)},
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "trained_steps": content.step,
     }
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

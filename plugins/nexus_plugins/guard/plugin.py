@@ -230,7 +230,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         if self.config.policy == "stop":
             self._stop(engine, what)
         elif streak >= limit:
-            self._stop(engine, f"{what}; it is the {streak:.0f}th in a row")
+            self._stop(engine, f"{what}; that makes {streak:.0f} in a row")
         elif self._returns >= limit:
             self._stop(engine, f"{what}; the run went back {self._returns} times in vain")
         elif self.config.policy == "rollback":

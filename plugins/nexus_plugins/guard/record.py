@@ -46,7 +46,8 @@ class Attempt:
         """Why it was refused, in words."""
         bad = [name for name, loss in self.losses.items() if not math.isfinite(float(loss))]
         if bad:
-            return f"the loss {' and '.join(bad)} is not finite"
+            terms = "" if bad == ["loss"] else f" {' and '.join(bad)}"
+            return f"the loss{terms} is not finite"
         total = sum(float(loss) for loss in self.losses.values())
         return f"the gradient is not finite, or the loss of {total:.4g} is a spike"
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, hookimpl
+from nexus_core.state import StateDict
 from nexus_parts.distributed import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
@@ -34,6 +35,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
     """Trains a `NEXUSCore`, and hands the losses hidden states instead of full logits."""
 
     slot: ClassVar[str | None] = "model"
+    _vocab_size: int | None = None
 
     @hookimpl
     def make_model(self, engine: Engine) -> nn.Module:
@@ -47,19 +49,29 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
                     "from; set it: --set model_nexus.vocab_size=32000"
                 )
             settings["vocab_size"] = codec.size
+        self._vocab_size = settings["vocab_size"]
         return NEXUSCore(NEXUSConfig(**settings))
+
+    def state_dict(self) -> StateDict:
+        """The vocabulary that the data brought, for who builds the model from a checkpoint."""
+        return {} if self._vocab_size is None else {"vocab_size": self._vocab_size}
 
     @hookimpl
     def forward(self, engine: Engine, batch: Batch) -> NEXUSOutput:
-        """Run the backbone over `input_ids`, isolated by `segment_ids` where there are any."""
+        """Run the backbone over `input_ids`, isolated by `segment_ids` where there are any.
+
+        Where there are none, the padding that an `attention_mask` marks is a document of its own.
+        """
         model = cast(NEXUSCore, engine.model)
-        return model.hidden(batch["input_ids"], batch.get("segment_ids"))
+        segments = batch.get("segment_ids", batch.get("attention_mask"))
+        return model.hidden(batch["input_ids"], segments)
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """A short sample that the model just trained writes after a prompt from the data.
 
-        There is none where no process has all of the weights.
+        There is none where no process has all of the weights. Where the model cannot write one,
+        it says so: whatever comes out, the training is done.
         """
         data = engine.data
         split = next(iter(data.valid.values()), None) if data is not None else None
@@ -67,10 +79,15 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             return {}
         if any(map(is_sharded, engine.model.parameters())):
             return {}
+        if not all(bool(weight.isfinite().all()) for weight in engine.model.parameters()):
+            return {"sample": "none: the weights are not finite"}
         prompt = next(iter(split))["input_ids"][0, :PROMPT].to(engine.device)
         generator = torch.Generator(engine.device).manual_seed(engine.seed)
         model = cast(NEXUSCore, engine.model)
-        written = model.generate(prompt, SAMPLE, temperature=0.8, top_k=40, generator=generator)
+        try:
+            written = model.generate(prompt, SAMPLE, temperature=0.8, top_k=40, generator=generator)
+        except RuntimeError as error:  # logits that are not finite, though the weights are
+            return {"sample": f"none: {str(error).partition(chr(10))[0]}"}
         text = data.codec.decode(written.tolist())
         start = len(data.codec.decode(prompt.tolist()))
         return {"prompt": text[:start], "sample": text[start:]}

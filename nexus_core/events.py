@@ -96,7 +96,7 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def forward(self, engine: Engine, batch: Batch) -> Any:
-        """Seam, first answer: run the model; what it returns is the `output` of the losses."""
+        """Seam, first answer: run the model; the losses' `output` (with `loss=fn`, the loss itself)."""
 
     @hookspec
     def loss_units(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:

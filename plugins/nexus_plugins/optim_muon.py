@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
-from nexus_parts.parameters import OptimizerConfig, decaying, groups_of, matching
+from nexus_parts.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -41,8 +41,10 @@ class OptimMuonConfig(OptimizerConfig):
 class OptimMuonPlugin(Plugin[OptimMuonConfig]):
     """Trains matrices with Muon, whose updates are orthogonal, and all else with AdamW.
 
-    All else: vectors, norms, biases, embeddings, heads (linear maps to as many outputs as an
-    embedding has entries), convolutions, and what `exclude` names. Decay as in `optim_adamw`.
+    All else: vectors, norms, biases, embeddings, heads, convolutions, and what `exclude` names. A
+    head is a linear map to as many outputs as an embedding has entries, where no linear map takes
+    that many, or it stands outside every ModuleList and mirrors the embedding's shape. The summary
+    of the run says what Muon got. Decay as in `optim_adamw`.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the
     matched length: Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4;
@@ -50,6 +52,12 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
     """
 
     slot: ClassVar[str | None] = "optimizer"
+    _trained: str = ""
+
+    @hookimpl
+    def summarize(self) -> dict[str, str]:
+        """How many matrices Muon trained."""
+        return {"muon": self._trained}
 
     @hookimpl
     def make_optimizer(self, engine: Engine) -> Optimizer:
@@ -58,24 +66,23 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         Raises:
             ConfigError: a pattern matches nothing, there is no matrix, or PyTorch has no Muon.
         """
-        config, model = self.config, engine.model
+        config = self.config
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(
-                f"optim_muon needs the Muon of PyTorch 2.9 or later, and this is "
-                f"{torch.__version__}; upgrade torch, or use --plugins optim_adamw"
+                f"optim_muon needs PyTorch 2.9 or later, and this is {torch.__version__}; upgrade "
+                "torch, or use --plugins optim_adamw"
             )
-        hidden = _hidden_matrices(model, config.exclude)
-        matrices: list[dict[str, Any]] = []
-        rest: list[dict[str, Any]] = []
-        for group in groups_of(model, config, self.name):
+        hidden = _hidden_matrices(engine.model, config.exclude)
+        matrices, rest = list[dict[str, Any]](), list[dict[str, Any]]()
+        for group in groups_of(engine.model, config, self.name):
             for wanted, groups in ((True, matrices), (False, rest)):
-                members = [p for p in group["params"] if (id(p) in hidden) is wanted]
-                if members:
+                if members := [p for p in group["params"] if (id(p) in hidden) is wanted]:
                     groups.append({**group, "params": members})
         if not matrices:
-            raise ConfigError(
-                "optim_muon: the model has no matrix for Muon to train; use --plugins optim_adamw"
-            )
+            mend = "use --plugins optim_adamw"
+            raise ConfigError(f"optim_muon: the model has no matrix for Muon to train; {mend}")
+        ours, others = (sum(len(g["params"]) for g in groups) for groups in (matrices, rest))
+        self._trained = f"trained {ours} matrices; AdamW {others} other parameters"
         muon = torch.optim.Muon(
             matrices,
             lr=config.lr,
@@ -126,15 +133,18 @@ class MuonAndAdamw(Optimizer):
 
 def _hidden_matrices(model: nn.Module, exclude: tuple[str, ...]) -> set[int]:
     """The `id` of each two-dimensional parameter of a linear map that is not a head."""
-    sizes = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and m.out_features in sizes
-    }
     named = dict(model.named_parameters())
     left = {n for pattern in exclude for n in matching(named, pattern, "optim_muon.exclude")}
-    candidates = decaying(model) - heads
-    return {
-        id(p) for n, p in named.items() if id(p) in candidates and p.ndim == 2 and n not in left
-    }
+    inside = decaying(model) - _heads(model)
+    return {id(p) for n, p in named.items() if id(p) in inside and p.ndim == 2 and n not in left}
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """The `id` of the weight of each head; sizes also agree by chance (positions and channels)."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    mirrored = {weight.shape for weight in embeddings if len(weight) != weight.shape[1]}
+    unread = {shape[0] for shape in mirrored} - {linear.in_features for linear in linears}
+    within = {id(m) for block in blocks(model, (), "").values() for m in block.modules()}
+    outside = [m for m in linears if m.weight.shape in mirrored and id(m) not in within]
+    return {id(m.weight) for m in linears if m.out_features in unread or m in outside}

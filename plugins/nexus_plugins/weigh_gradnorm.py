@@ -43,8 +43,9 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
     A term's gradient norm is moved towards the mean of all, times its relative inverse training
     rate to the power `alpha` (1 for a term that began at zero or below), times its own `weight`.
-    The weights sum to the number of terms and are logged as `weight/<term>`. A term that does not
-    reach the shared weights keeps its own.
+    The weights sum to the number of terms and are logged as `weight/<term>`. A term whose gradient
+    is zero or not finite keeps its weight, and the others are balanced among themselves. One that
+    does not reach the shared weights, or has no weight above zero, keeps its own.
 
     Source: Chen et al. 2018, "GradNorm", algorithm 1. Deviation: the paper descends on the
     distance to the target in the weights, which may turn them negative; here their logarithms
@@ -76,7 +77,9 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:
         """The weights of the terms of this step: their own until there has been an update."""
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
-        weights = {name: self._weights.get(name, own.get(name, 1.0)) for name in terms}
+        weights: dict[str, Tensor | float] = {name: own.get(name, 1.0) for name in terms}
+        known = [name for name in terms if name in self._weights and own.get(name, 1.0) > 0]
+        weights |= {name: self._weights[name] for name in known}
         for name, weight in weights.items():
             engine.log(f"weight/{name}", weight)
         return weights
@@ -85,7 +88,9 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
         """Where an update is due, take each term's gradient by itself before the common one."""
         if self._parameters and engine.state.step % self.config.every == 0:
-            self._gradients = add_term_gradients(self._gradients, terms, self._parameters)
+            own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
+            on = {name: term for name, term in terms.items() if own.get(name, 1.0) > 0}
+            self._gradients = add_term_gradients(self._gradients, on, self._parameters)
         return (yield)
 
     @hookimpl
@@ -94,30 +99,35 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         gradients, self._gradients = self._gradients, {}
         if len(gradients) < 2:
             return
-        gradients = {n: _of_all(gradient, engine.ranks) for n, gradient in gradients.items()}
+        gradients = {name: _of_all(parts, engine.ranks) for name, parts in gradients.items()}
         names, products = trunk_products(gradients)
         if not names:
             raise ConfigError(
                 "weigh_gradnorm: no parameter is reached by two loss terms; use weigh_magnitude"
             )
-        squares = products.diagonal()
-        losses = torch.stack([engine.losses[name].detach().float() for name in names])
-        losses = engine.ranks.sum(losses)
+        losses = engine.ranks.sum(torch.stack([engine.losses[n].detach().float() for n in names]))
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
+        one = torch.ones_like(losses[0])  # a number times it is on the device without a wait
         for name, loss in zip(names, losses, strict=True):
-            first = self._first_losses.get(name, loss)
+            first = self._first_losses.get(name, loss) * one
             self._first_losses[name] = torch.where(torch.isfinite(first), first, loss)
         first = torch.stack([self._first_losses[name] for name in names])
+        shares = torch.stack([own.get(name, 1.0) * one for name in names])
+        now = torch.stack([self._weights.get(n, own.get(n, 1.0)) * one for n in names])
         rates = torch.where(first > 0, (losses / first).clamp(min=TINY), 1.0)
-        shares = torch.tensor([own.get(name, 1.0) for name in names], device=losses.device)
-        targets = squares.sqrt().mean() * (rates / rates.mean()) ** self.config.alpha * shares
-        now = torch.stack(
-            [torch.as_tensor(self._weights.get(n, own.get(n, 1.0))).to(losses) for n in names]
-        )
-        moved = now * (targets / squares.sqrt()) ** self.config.lr
-        moved = moved * (len(names) / moved.sum())
-        kept = torch.where(torch.isfinite(moved).all(), moved, now)
-        self._weights |= dict(zip(names, kept.unbind(), strict=True))
+        weights = self._balanced(now, products.diagonal().sqrt(), rates, shares)
+        self._weights |= dict(zip(names, weights.unbind(), strict=True))
+
+    def _balanced(self, now: Tensor, norms: Tensor, rates: Tensor, shares: Tensor) -> Tensor:
+        """The weights `(terms,)` after an update; a term that does not pull keeps its part."""
+        now = now * (len(now) / now.sum())
+        pulls = torch.isfinite(norms) & (norms > 0) & torch.isfinite(rates)
+        mean_norm, mean_rate = (torch.where(pulls, x, torch.nan).nanmean() for x in (norms, rates))
+        targets = mean_norm * (rates / mean_rate) ** self.config.alpha * shares
+        moved = now * (targets / norms) ** self.config.lr
+        pulls = pulls & torch.isfinite(moved) & (moved > 0)
+        before, after = (torch.where(pulls, x, 0.0).sum() for x in (now, moved))
+        return torch.where(pulls, moved * (before / after), now)
 
     def state_dict(self) -> StateDict:
         """Weights and first losses by term."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
@@ -32,28 +34,29 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
     """Divides each loss term by the running mean of its magnitude.
 
     The mean is corrected for its start at zero, as Adam's are. A term's own `weight` is its share:
-    twice the weight, twice the part in the total. A term that has not been seen yet counts with
-    its own weight until it has. Weights are logged as `weight/<term>`.
+    twice the weight, twice the part in the total. A term that has not had a finite loss yet counts
+    with its own weight until it has. Weights are logged as `weight/<term>`.
     """
 
     slot: ClassVar[str | None] = "weighing"
     _means: dict[str, Tensor]
-    _counts: dict[str, int]
+    _filled: dict[str, Tensor]  # how far a mean has come from its start at zero, 0 to 1
 
     def __init__(self, config: WeighMagnitudeConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
-        self._means, self._counts = {}, {}
+        self._means, self._filled = {}, {}
 
     @hookimpl
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:
         """The weights of the terms of this step, from the steps before it."""
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         weights: dict[str, Tensor | float] = {name: own.get(name, 1.0) for name in terms}
-        seen = [name for name in terms if name in self._means]
-        raw = {name: own.get(name, 1.0) / self._mean(name).clamp(min=TINY) for name in seen}
+        seen = {n: self._filled[n].to(engine.device) > 0 for n in terms if n in self._filled}
+        raw = {name: own.get(name, 1.0) * there / self._mean(name) for name, there in seen.items()}
         if raw:
-            scale = len(seen) / torch.stack(list(raw.values())).sum().clamp(min=TINY)
-            weights |= {name: weight * scale for name, weight in raw.items()}
+            count = reduce(add, (there.float() for there in seen.values()))
+            scale = count / reduce(add, raw.values()).clamp(min=TINY)
+            weights |= {n: torch.where(seen[n], raw[n] * scale, own.get(n, 1.0)) for n in seen}
         share = len(terms) if self.config.total == "one" else 1
         weights = {name: weight / share for name, weight in weights.items()}
         for name, weight in weights.items():
@@ -66,19 +69,21 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
         keep = self.config.momentum
         for name, loss in engine.losses.items():
             size = engine.ranks.sum(loss).detach().abs().float()
-            before = self._means.get(name, torch.zeros_like(size))
             finite = torch.isfinite(size)
-            self._means[name] = torch.where(finite, keep * before + (1 - keep) * size, before)
-            self._counts[name] = self._counts.get(name, 0) + 1
+            mean = self._means.get(name, torch.zeros_like(size)).to(size.device)
+            filled = self._filled.get(name, torch.zeros_like(size)).to(size.device)
+            self._means[name] = torch.where(finite, keep * mean + (1 - keep) * size, mean)
+            self._filled[name] = torch.where(finite, keep * filled + (1 - keep), filled)
 
     def state_dict(self) -> StateDict:
-        """The running means, and how many losses are in each."""
-        return {"means": dict(self._means), "counts": dict(self._counts)}
+        """The running means, and how far each has come from its start at zero."""
+        return {"means": dict(self._means), "filled": dict(self._filled)}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Take over the running means."""
         self._means = dict(cast(dict[str, Tensor], state["means"]))
-        self._counts = dict(cast(dict[str, int], state["counts"]))
+        self._filled = dict(cast(dict[str, Tensor], state["filled"]))
 
     def _mean(self, name: str) -> Tensor:
-        return self._means[name] / (1 - self.config.momentum ** self._counts[name])
+        """The corrected mean, kept away from zero; without meaning for an unseen term."""
+        return (self._means[name] / self._filled[name].clamp(min=TINY)).clamp(min=TINY)

@@ -63,6 +63,57 @@ def test_muon_trains_the_hidden_matrices_alone() -> None:
     assert trained_by_muon(engine_of(exclude=["*.wide*"])) == {"block.weight"}
 
 
+class Decoder(nn.Module):
+    """The shapes of a decoder with positions, whose sizes may agree by chance."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, tied: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+        block = {"mix": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*sizes) for name, sizes in block.items()})
+            for _ in range(2)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        for block in self.blocks:
+            hidden = hidden + block["down"](block["up"](block["mix"](hidden)).tanh())
+        return self.head(hidden).square().mean()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("vocabulary", "positions", "width"), [(50, 8, 8), (50, 32, 8), (32, 5, 8), (13, 24, 8)]
+)
+def test_sizes_that_agree_by_chance_take_no_matrix_from_muon(
+    vocabulary: int, positions: int, width: int, tied: bool
+) -> None:
+    """Breaks if as many positions as channels make the matrices of every block heads.
+
+    GPT-2 medium has 1,024 of both; four times as many positions as channels is common, and so is a
+    vocabulary of bytes that equals an inner width.
+    """
+    torch.manual_seed(0)
+    engine = engine_of(model=Decoder(vocabulary, positions, width, tied))
+    inside = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("mix", "up", "down")}
+    assert trained_by_muon(engine) == inside
+    (line,) = engine.hook.summarize(engine=engine)
+    assert line["muon"].startswith("trained 6 matrices")
+
+
+def test_a_head_that_reads_another_width_than_the_embedding_has_is_one() -> None:
+    """Breaks if a head behind wider states gets orthogonal updates."""
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 8), nn.Linear(8, 11))
+    engine = Engine(
+        model, loss=lambda m, b: m(b).square().mean(), plugins=[OptimMuonPlugin()], log_every=1
+    )
+    assert trained_by_muon(engine) == {"1.weight"}
+
+
 def test_its_updates_are_orthogonal_and_as_long_as_agreed() -> None:
     """Breaks if the update of a matrix keeps the gradient's spread, or is not of RMS 0.2 lr."""
     torch.manual_seed(0)

@@ -7,8 +7,10 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nexus_core import ConfigError, Engine, Loss, LossConfig
+from nexus_core import ConfigError, Engine, Interval, Loss, LossConfig
+from nexus_plugins.guard import GuardPlugin
 from nexus_plugins.weigh_gradnorm import WeighGradnormPlugin
 
 
@@ -177,3 +179,85 @@ def test_a_term_beside_the_trunk_keeps_its_own_weight() -> None:
     engine.fit([BATCH], until="3 steps")
     assert weights_of(plugin).keys() == {"one", "two"}
     assert engine.metrics["weight/side"] == 0.5
+
+
+class HingePlugin(HeadPlugin):
+    """A term that is satisfied, and whose gradient is zero, or that is not finite."""
+
+    level: float = 0.0
+
+    def loss(self, batch: Tensor, output: dict[str, Tensor]) -> Tensor:
+        return self.level * output["one"].square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:the update of step")
+@pytest.mark.parametrize("level", [0.0, float("nan")])
+def test_a_term_without_a_usable_gradient_does_not_stop_the_balancing(level: float) -> None:
+    """Breaks if one satisfied hinge, or one overflow, freezes the weights of all terms."""
+    plugin, hinge = WeighGradnormPlugin(alpha=0.0, lr=0.5, every=1), HingePlugin("hinge", 1.0)
+    hinge.level = level
+    model = Shared().double()
+    terms = [HeadPlugin("one", 1.0), HeadPlugin("two", 1000.0), hinge]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    guard = GuardPlugin(max_consecutive=99, records=0)
+    engine = Engine(model, optimizer, plugins=[plugin, guard, *terms], log_every=1)
+    engine.fit([BATCH], until="60 steps")
+    weights, norms = weights_of(plugin), trunk_norms(model)
+    assert weights["one"] * norms["one"] == pytest.approx(weights["two"] * norms["two"], rel=1e-3)
+    assert weights["hinge"] == pytest.approx(1.0)
+    assert sum(weights.values()) == pytest.approx(3.0)
+
+
+def test_a_gradient_that_goes_does_not_move_the_sum_of_the_weights() -> None:
+    """Breaks if a term that pulls in some updates only shakes the length of the whole gradient."""
+    plugin, hinge = WeighGradnormPlugin(alpha=0.0, lr=0.5, every=1), HingePlugin("hinge", 1.0)
+    model = Shared().double()
+    terms = [HeadPlugin("one", 1.0), HeadPlugin("two", 1000.0), hinge]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine, seen = Engine(model, optimizer, plugins=[plugin, *terms]), []
+    for state in engine.steps([BATCH], until="9 steps"):
+        hinge.level = 5.0 if state.step < 6 else 0.0
+        seen.append(weights_of(plugin))
+    assert [sum(weights.values()) for weights in seen] == pytest.approx([3.0] * 9)
+    assert seen[-1]["hinge"] == pytest.approx(seen[5]["hinge"])
+    assert seen[-1]["hinge"] != pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_a_term_with_no_weight_above_zero_is_not_balanced(weight: float) -> None:
+    """Breaks if a term that is switched off, or pushed up, freezes the weights of the others."""
+    plugin, third = (
+        WeighGradnormPlugin(alpha=0.0, lr=0.5, every=1),
+        HingePlugin("third", 1.0, weight),
+    )
+    third.level = 5.0
+    model = Shared().double()
+    terms = [HeadPlugin("one", 1.0), HeadPlugin("two", 1000.0), third]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine = Engine(model, optimizer, plugins=[plugin, *terms], log_every=1)
+    engine.fit([BATCH], until="60 steps")
+    weights, norms = weights_of(plugin), trunk_norms(model)
+    assert weights["one"] * norms["one"] == pytest.approx(weights["two"] * norms["two"], rel=1e-3)
+    assert weights.keys() == {"one", "two"}
+    assert engine.metrics["weight/third"] == weight
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read as a number, which waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Breaks if an update of the weights reads a tensor."""
+    engine, reads = engine_of(WeighGradnormPlugin(every=1)), Reads()
+    engine.log_every = Interval.parse("99 steps")
+    with reads:
+        for state in engine.steps([BATCH], until="99 steps"):
+            if state.step == 4:
+                break
+    assert reads.count == 0

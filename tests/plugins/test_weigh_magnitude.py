@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_core import Engine, Loss, LossConfig
 from nexus_plugins.weigh_magnitude import WeighMagnitudePlugin
@@ -74,8 +78,73 @@ def test_weights_can_sum_to_one() -> None:
     assert got == pytest.approx({"one": 0.75, "two": 0.25})
 
 
-def test_a_loss_that_is_not_finite_is_left_out() -> None:
-    """Breaks if one overflow makes every later weight NaN."""
-    values = {"one": [1.0, float("nan"), 1.0], "two": [1.0, float("inf"), 1.0]}
-    got = weights_after(WeighMagnitudePlugin(), values, {})
-    assert got == pytest.approx({"one": 1.0, "two": 1.0})
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1e-2, 1e2), st.floats(1e-2, 1e2)), min_size=1, max_size=5),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+    st.sampled_from([float("nan"), float("inf"), -float("inf")]),
+)
+def test_a_loss_that_is_not_finite_is_left_out_of_mean_and_correction(
+    losses: list[tuple[float, float]], bad: list[bool], value: float
+) -> None:
+    """Breaks if a bad loss spoils the mean, or counts as a loss of zero: the mean of the others."""
+    momentum = 0.9
+    series = {
+        "one": [a for a, _ in losses],
+        "two": [value if spoilt else b for (_, b), spoilt in zip(losses, bad, strict=False)],
+    }
+    got = weights_after(WeighMagnitudePlugin(momentum=momentum), series, {"two": 3.0})
+    means = {}
+    for name, values in series.items():
+        good = [v for v in values if math.isfinite(v)]
+        shares = [momentum ** (len(good) - 1 - i) for i in range(len(good))]
+        if good:
+            total = sum(s * v for s, v in zip(shares, good, strict=True))
+            means[name] = total / sum(shares)
+    raw = {name: (3.0 if name == "two" else 1.0) / mean for name, mean in means.items()}
+    expected = {name: len(raw) * value / sum(raw.values()) for name, value in raw.items()}
+    assert got == pytest.approx({"two": 3.0} | expected, rel=1e-4)
+
+
+def test_a_bad_first_loss_does_not_make_a_term_rule_the_total() -> None:
+    """Breaks if a term whose only loss was NaN is taken for one whose losses are zero."""
+    values = {"one": [1.0], "two": [float("nan")]}
+    got = weights_after(WeighMagnitudePlugin(), values, {"one": 0.5, "two": 2.0})
+    assert got == pytest.approx({"one": 1.0, "two": 2.0})
+
+
+def test_a_resumed_run_has_the_same_weights() -> None:
+    """Breaks if a mean comes back without how far it has come from its start at zero."""
+    plugin, again = WeighMagnitudePlugin(), WeighMagnitudePlugin()
+    first = {"one": [1.0, float("nan"), 3.0], "two": [2.0, 5.0, 4.0]}
+    weights_after(plugin, first, {})
+    again.load_state_dict(plugin.state_dict())
+    then = {"one": [2.0], "two": [1.0]}
+    assert weights_after(again, then, {}) == weights_after(plugin, then, {})
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read as a number, which waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Breaks if counting the finite losses reads a tensor."""
+    model, reads = nn.Linear(1, 1), Reads()
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        plugins=[WeighMagnitudePlugin(), PlannedPlugin("one"), PlannedPlugin("two")],
+        log_every=99,
+    )
+    batch = {"input": torch.ones(1, 1), "one": torch.ones(1), "two": torch.tensor([float("nan")])}
+    with reads:
+        for state in engine.steps([batch], until="99 steps"):
+            if state.step == 4:
+                break
+    assert reads.count == 0

@@ -96,7 +96,7 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def forward(self, engine: Engine, batch: Batch) -> Any:
-        """Seam, first answer: run the model; the losses' `output` (with `loss=fn`, the loss itself)."""
+        """Seam, first answer: run the model; gives the losses' `output` (`loss=fn`: the loss)."""
 
     @hookspec
     def loss_units(self, engine: Engine, batch: Batch) -> Mapping[str, Tensor | float]:

@@ -13,6 +13,7 @@ __all__ = ["linear_cross_entropy"]
 
 LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
 LOGITS_IN_CACHE = 2**20  # the softmax goes over its input several times
+FLOAT16_ROWS = 4096  # sums over more rows may exceed its 65,504, whatever scale the loss has
 
 
 def linear_cross_entropy(
@@ -78,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = -(hidden.to(wide) @ spread_head).sum()
             grad_hidden = torch.empty_like(hidden if train else hidden[:0])
             grad_weight = -spread_hidden.repeat(len(weight) if train else 0, 1)
-            size = max(1, LOGITS_AT_ONCE // len(weight))
+            size = _rows_at_once(len(weight), narrow)
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 logits = rows[part] @ head.T
@@ -94,6 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None, None, None
+
+
+def _rows_at_once(vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows whose product with their logits' gradients stays in the range of its type."""
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return min(rows, FLOAT16_ROWS) if dtype == torch.float16 else rows
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import netrc
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 from urllib.parse import urlsplit
@@ -14,6 +17,7 @@ from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
 from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_parts.handed import HandedLines, Line, last_steps
 
 try:
     import wandb
@@ -28,8 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["WandbConfig", "WandbPlugin"]
 
 Mode: TypeAlias = Literal["online", "offline", "disabled", "shared"]
-HOST = "https://api.wandb.ai"
-KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 class WandbConfig(BackgroundConfig):
@@ -56,19 +58,19 @@ class WandbConfig(BackgroundConfig):
 class WandbPlugin(BackgroundLogger[WandbConfig]):
     """Sends each log and each evaluation to Weights & Biases; changes nothing in training.
 
-    Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run goes
-    on in the same run; steps that are done again are not sent again.
+    Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run goes on
+    in the same run: it sends what a kill took from wandb, and no line a second time.
     """
 
     writes_files = True
     before = ("checkpoint",)  # and so closes after it, when `final` is whole
-    _run: wandb.Run | None = None
-    _logged: dict[str, int] | None = None
+    _run: wandb.Run
     _place: str = ""
+    _handed: HandedLines
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
         """Begin the run, or go on with it."""
-        config = self.config
+        config, t = self.config, self.config.timeout
         assert run.folder is not None
         self._run = wandb.init(
             project=config.project,
@@ -81,32 +83,26 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
             dir=run.folder,
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=config.timeout,
-                finish_timeout=config.timeout,
-            ),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=t, finish_timeout=t),
         )
         offline = f"wandb sync {Path(self._run.dir).parent}"
         self._place = offline if self._run.offline else str(self._run.url)
-        self._log_file = run.folder / "wandb" / f"logged-{self._run.id}.json"
-        self._logged = _read(self._log_file) if run.step else {}
-        return self._logged
+        self._handed = HandedLines(run.folder / "wandb" / f"lines-{self._run.id}.jsonl")
+        if run.step == 0:
+            return {}
+        found = _stored(run.folder / "wandb", self._run.id) if self._run.offline else ()
+        stored = last_steps(found)
+        for step, metrics in self._handed.missing(stored, self._run.starting_step):
+            self._run.log(dict(metrics), step=step)
+        return stored | last_steps(self._handed)
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics to wandb's own process, and note that it has them."""
-        assert self._run is not None
-        assert self._logged is not None
+        """Keep the metrics, and hand them to wandb's own process, which holds them in memory."""
+        self._handed.add(step, metrics)
         self._run.log(dict(metrics), step=step)
-        self._logged |= dict.fromkeys(metrics, step)
-        draft = self._log_file.with_suffix(".tmp")
-        draft.write_text(json.dumps(self._logged), encoding="utf-8")
-        draft.replace(self._log_file)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store the artifact, where asked for, and end the run."""
-        assert self._run is not None
         assert run.folder is not None
         final = run.folder / "checkpoints" / "final"
         if self.config.artifact and final.is_dir():
@@ -129,22 +125,21 @@ def _mode(wish: str) -> Mode:
 
 
 def _has_credentials() -> bool:
-    if any(os.environ.get(key) for key in KEYS):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", HOST)).hostname or ""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     homes = (Path.home() / ".netrc", Path.home() / "_netrc")
-    for path in (Path(os.environ["NETRC"]),) if "NETRC" in os.environ else homes:
-        try:
-            return netrc.netrc(str(path)).authenticators(host) is not None
-        except (OSError, netrc.NetrcParseError):
-            continue
+    path = os.environ.get("NETRC") or next(filter(Path.exists, homes), homes[0])
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(str(path)).authenticators(host) is not None
     return False
 
 
-def _read(path: Path) -> dict[str, int]:
-    """The last step of each metric that a session before this one handed over."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(name): int(step) for name, step in content.items()}
+def _stored(folder: Path, run_id: str) -> Iterator[Line]:
+    """The lines that wandb's own reader finds in its files."""
+    for path in folder.glob(f"*run-*-{run_id}/*.wandb"):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        for record in map(json.loads, printed.splitlines()):
+            if item := record.get("history", {}).get("item"):
+                yield item["_step"], item

@@ -74,7 +74,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """Where every metric is."""
-        return {"metrics": f"{engine.out}/metrics.jsonl", **super().summarize(engine)}
+        return {"metrics": f"{engine.out}/{self.config.file}", **super().summarize(engine)}
 
     def close(self, engine: Engine) -> None:
         """Close the file."""

@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core.plugin import hookimpl
-from nexus_parts.loss import LossConfig
-from nexus_parts.module_loss import ModuleLoss
+from nexus_parts.module_loss import ModuleLoss, PositionLossConfig, real_positions
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["LossCausalConfig", "LossCausalPlugin", "dag_constraint"]
 
 
-class LossCausalConfig(LossConfig):
+class LossCausalConfig(PositionLossConfig):
     """Settings of the causal module's loss."""
 
     weight: float = Field(0.05, description="factor of this term in the total loss")
@@ -32,7 +31,7 @@ class LossCausalConfig(LossConfig):
         0.0,
         ge=0,
         description="factor of half the squared distance between the variables of a position and "
-        "what the graph makes of them, on average over positions",
+        "what the graph makes of them, on average over positions; padding is none",
     )
 
 
@@ -40,21 +39,23 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
     """Trains on `dag_weight * h(A) + sparsity_weight * sum|A|`, once a step.
 
     The model reports `causal`, a dict of the `adjacency` A `(n, n)` and the `variables` v
-    `(..., n)`. With a `reconstruction_weight` the term `|v - v A|^2 / 2` is added; the variables
-    are taken as given there, since reading zeros would explain them best. Training also logs
-    `causal/dag_constraint`, h(A).
+    `(B, T, n)`. With a `reconstruction_weight` the mean over positions of `|v - v A|^2 / 2` is
+    added; the variables are taken as given there, since reading zeros would explain them best.
+    Training also logs `causal/dag_constraint`, h(A).
 
     Source: Zheng et al. 2018 (NOTEARS), with fixed weights in place of an augmented Lagrangian.
     """
 
-    def units(self, batch: Batch) -> float:
-        """One a micro-batch: their mean is the term, once a step."""
-        return 1.0
+    def units(self, batch: Batch) -> Tensor | float:
+        """One a micro-batch; with a reconstruction, its positions. Padding is none."""
+        if not self.config.reconstruction_weight:
+            return 1.0
+        return real_positions(batch, self.config.ignore_index).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """The term once, whatever the batch holds."""
+        """What the graph alone costs, once a unit, and the sum of what it does not explain."""
         graph: Mapping[str, Tensor] = self.reports(output)["causal"]
-        return self._term(graph, dag_constraint(graph["adjacency"]))
+        return self._term(batch, graph, dag_constraint(graph["adjacency"]))
 
     @hookimpl
     def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
@@ -63,19 +64,20 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
         constraint = dag_constraint(graph["adjacency"])
         if engine.training:
             engine.log("causal/dag_constraint", constraint.detach())
-        return {self.term: self._term(graph, constraint)}
+        return {self.term: self._term(batch, graph, constraint)}
 
-    def _term(self, graph: Mapping[str, Tensor], constraint: Tensor) -> Tensor:
+    def _term(self, batch: Batch, graph: Mapping[str, Tensor], constraint: Tensor) -> Tensor:
         adjacency = graph["adjacency"]
-        term = self.config.dag_weight * constraint
-        term = term + self.config.sparsity_weight * adjacency.abs().sum()
-        if self.config.reconstruction_weight:
-            given = graph["variables"].detach().to(adjacency.dtype).flatten(0, -2)
-            with torch.autocast(given.device.type, enabled=False):
-                missed = given - given @ adjacency
-            misfit = missed.square().sum(-1).mean() / 2
-            term = term + self.config.reconstruction_weight * misfit
-        return term
+        once = self.config.dag_weight * constraint
+        once = once + self.config.sparsity_weight * adjacency.abs().sum()
+        if not self.config.reconstruction_weight:
+            return once
+        given = graph["variables"].detach().to(adjacency.dtype)
+        with torch.autocast(given.device.type, enabled=False):
+            missed = given - given @ adjacency
+        real = real_positions(batch, self.config.ignore_index)
+        misfit = (missed.square().sum(-1) * real).sum() / 2
+        return once * real.sum() + self.config.reconstruction_weight * misfit
 
 
 def dag_constraint(adjacency: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The world-model loss: predict the latents of tokens to come, without collapse."""
+"""The world-model loss: predict the latents of tokens to come."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LossWorldConfig(PositionLossConfig):
     """Settings of the world-model loss and of its target encoder."""
 
     weight: float = Field(0.1, description="factor of this term in the total loss")
-    variance_weight: float = Field(0.1, ge=0, description="factor of the hinge against collapse")
+    variance_weight: float = Field(0.1, ge=0, description="factor of the hinge on the variance")
     variance_floor: float = Field(
-        0.1, ge=0, description="variance over the latent dimension below which the hinge acts"
+        0.1, ge=0, description="variance of a prediction over its dimensions where the hinge begins"
     )
     decay: float = Field(
         0.996, ge=0, le=1, description="part of the target encoder kept at each optimizer step"
@@ -46,8 +46,14 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     variance (population) being that of the prediction over d. Without `world_targets` there is
     only the second part.
 
-    Source: the hinge on the variance is that of VICReg (Bardes et al. 2022), here over the latent
-        dimension; the cosine decay is that of BYOL (Grill et al. 2020).
+    The hinge keeps one prediction from being the same number in every dimension. It is no defence
+    against collapse: latents that are equal for all tokens cost nothing. What works against that
+    is that the targets have no gradient and follow slowly, and have mean 0 and variance 1.
+
+    Source: VICReg (Bardes et al. 2022) has a hinge on the standard deviation over the batch, for
+        each dimension. That is no sum over positions, so the gradient of a step would depend on
+        its split into micro-batches; here it is on the variance over the latent dimension. The
+        cosine decay is that of BYOL (Grill et al. 2020).
     """
 
     def units(self, batch: Batch) -> Tensor:

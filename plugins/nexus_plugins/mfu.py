@@ -42,15 +42,14 @@ class MfuConfig(PluginConfig):
 class MfuPlugin(Plugin[MfuConfig]):
     """Logs `system/mfu`, model FLOPs utilization, and changes nothing in the training.
 
-    It is tokens per second, times operations per token, by the rate of the machine. Operations
-    are those of matrix products, convolutions and attention, forward and backward, a multiply-add
-    being two: counted once, in a pass over the last micro-batch of the session's first step. What
-    a backward pass needs beyond twice the forward one is recomputation of activations, and is
-    left out. The rate is the fastest product of large square matrices on this device, in the type
-    that the model computes in (that of autocast, if it is on).
+    It is tokens per second, times operations per token, by the rate of the devices, one a process.
+    Operations are those of matrix products, convolutions and attention, forward and backward, a
+    multiply-add being two: counted once, with the last micro-batch of the session's first step.
+    What goes beyond three forward passes without gradients is recomputation, and is left out. The
+    rate is that of the fastest product of large matrices, in the type that the model computes in.
 
-    Source: Chowdhery et al. 2022, "PaLM", appendix B. Deviations: operations are counted instead
-    of worked out by formula, and the rate is measured instead of the vendor's.
+    Source: Chowdhery et al. 2022, "PaLM", appendix B; here operations are counted instead of worked
+    out by formula, and the rate is measured instead of the vendor's.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("throughput",)
@@ -83,34 +82,35 @@ class MfuPlugin(Plugin[MfuConfig]):
             tokens = max(1, batch_size(self._batch)[1])
             self._flops_per_token = count_flops(engine, self._batch) / tokens
             self._batch = None
-        if self._peak is None:
-            self._peak = matmul_rate(engine.device, self._dtype or torch.float32)
+        self._peak = self._peak or matmul_rate(engine.device, self._dtype or torch.float32)
 
     @hookimpl(wrapper=True)
-    def collect_metrics(self) -> Generator[None, Answers, Answers]:
+    def collect_metrics(self, engine: Engine) -> Generator[None, Answers, Answers]:
         """Add the utilization to the speed, once the rate is known."""
         answers = yield
         speeds = [answer[SPEED] for answer in answers if SPEED in answer]
         if self._peak is None or self._flops_per_token is None or not speeds:
             return answers
-        return [*answers, {"system/mfu": speeds[0] * self._flops_per_token / self._peak}]
+        speed = speeds[0] / engine.ranks.size
+        return [*answers, {"system/mfu": speed * self._flops_per_token / self._peak}]
 
 
 def count_flops(engine: Engine, batch: Batch) -> int:
-    """The operations of a training pass over a batch, done once more without a trace.
-
-    Counting within a step would change its rounding: PyTorch folds products otherwise meanwhile.
-    """
+    """The operations of a training pass over a batch, done once more without a trace."""
+    # counting within a step would change its rounding: PyTorch folds products otherwise meanwhile
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     with _leaving_no_trace(engine):
-        with FlopCounterMode(display=False) as forward:
-            output = engine.hook.forward(engine=engine, batch=batch)
-            terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
-        total = sum(term for term in terms.values() if term.requires_grad)
-        with FlopCounterMode(display=False) as backward:
-            torch.autograd.grad(total, parameters, allow_unused=True)
-    once = int(forward.get_total_flops())
-    return once + min(int(backward.get_total_flops()), 2 * once)
+        with torch.no_grad(), FlopCounterMode(display=False) as forward:
+            _total_loss(engine, batch)
+        with FlopCounterMode(display=False) as training:
+            torch.autograd.grad(_total_loss(engine, batch), parameters, allow_unused=True)
+    return min(int(training.get_total_flops()), 3 * int(forward.get_total_flops()))
+
+
+def _total_loss(engine: Engine, batch: Batch) -> torch.Tensor:
+    output = engine.hook.forward(engine=engine, batch=batch)
+    terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
+    return torch.stack([*terms.values()]).sum()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class ThroughputConfig(PluginConfig):
 class ThroughputPlugin(Plugin[ThroughputConfig]):
     """Logs speed and memory, and changes nothing in the training.
 
-    `system/throughput_tokens_per_sec`: tokens of this process (rows, where batches hold no
+    `system/throughput_tokens_per_sec`: tokens of all processes (rows, where batches hold no
     `input_ids`) by the seconds of training since the last log; what logging, evaluating and saving
     took is not counted. `system/gpu_memory`: most memory of tensors since the last log, in GiB,
     on CUDA. `system/cpu_memory`: most resident memory of the process so far, in GiB, elsewhere.

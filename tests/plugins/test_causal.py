@@ -106,7 +106,7 @@ def test_a_known_graph_of_eight_variables_is_recovered():
             weight=1.0, dag_weight=10.0, sparsity_weight=0.05, reconstruction_weight=1.0
         )
         optimizer = torch.optim.Adam(trained, lr=0.02)
-        batch = {"states": samples[None]}
+        batch = {"states": samples[None], "input_ids": torch.zeros(1, len(samples))}
         Engine(model, optimizer, plugins=[plugin]).fit([batch] * 500, until="500 steps")
         found = model.causal.adjacency.detach()
         assert hamming_distance(found.abs() > 0.3, true) <= 2

@@ -53,6 +53,22 @@ def test_each_log_and_each_evaluation_is_a_line(tmp_path: Path) -> None:
     assert lines[0]["tokens"] == 4
 
 
+def test_the_summary_names_the_file_that_was_written(tmp_path: Path) -> None:
+    """Breaks if the end of the run points to a file that is not there."""
+    model = nn.Linear(2, 1)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=lambda m, b: m(b).square().mean(),
+        plugins=[JsonlPlugin(file="other.jsonl")],
+        out=tmp_path,
+    )
+    engine.fit(DATA, until="1 steps")
+    (answer,) = engine.hook.summarize(engine=engine)
+    assert Path(answer["metrics"]) == tmp_path / "other.jsonl"
+    assert Path(answer["metrics"]).exists()
+
+
 def test_a_line_is_in_the_file_while_the_run_goes_on(tmp_path: Path) -> None:
     """Breaks if a killed process takes its last lines with it."""
     engine = engine_of(tmp_path, log_every=1)

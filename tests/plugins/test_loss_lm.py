@@ -149,6 +149,17 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
         assert (near - far).norm() < 0.02 * far.norm()
 
 
+def test_float16_sums_over_many_rows_stay_in_range() -> None:
+    """Red: a frequent token overflows float16 before any loss scale could help; nothing trains."""
+    hidden = torch.full((40_000, 2), 8.0, requires_grad=True)
+    weight = torch.zeros(4, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        total = linear_cross_entropy(hidden, weight, torch.zeros(40_000, dtype=torch.long))
+    (gradient,) = torch.autograd.grad(total, weight)
+    expected = 8.0 * 40_000 * torch.tensor([-0.75, 0.25, 0.25, 0.25])
+    torch.testing.assert_close(gradient, expected.unsqueeze(1).expand(4, 2), rtol=1e-3, atol=0)
+
+
 def outputs() -> dict[str, Any]:
     hidden, weight = torch.randn(2, 3, 5), torch.randn(7, 5)
     logits = hidden @ weight.T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
 from nexus_plugins.loss_world import LossWorldPlugin
+from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
 from nexus_plugins.model_nexus.nexus import NEXUSOutput
 
 
@@ -82,8 +85,8 @@ def test_loss_and_units_match_numpy(seed, with_targets, scale):
     np.testing.assert_allclose(plugin.loss(batch, output(**reports)).item(), total, atol=1e-4)
 
 
-def test_hinge_prevents_collapse_instead_of_causing_it():
-    """If it fails, a step down the loss makes the latents more alike."""
+def test_the_hinge_pushes_the_dimensions_of_a_prediction_apart():
+    """If it fails, a step down the loss makes the numbers of a prediction more alike."""
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
     guess = (torch.randn(1, 3, 1, 8) * 0.1).requires_grad_()
     LossWorldPlugin().loss(batch, output(world=guess)).backward()
@@ -96,6 +99,22 @@ def test_defaults_are_those_of_the_full_model():
     config = LossWorldPlugin().config
     assert (config.weight, config.variance_weight, config.variance_floor) == (0.1, 0.1, 0.1)
     assert (config.decay, config.decay_schedule) == (0.996, "constant")
+
+
+@pytest.mark.parametrize("mark", ["attention_mask", "segment_ids"])
+def test_what_stands_in_the_padding_does_not_matter(mark):
+    """If it fails, latents are trained to foretell padding."""
+    torch.manual_seed(0)
+    model = NEXUSCore(vocab_size=9, d_model=16, ssm_n_layers=1, ssm_head_dim=8).eval()
+    ids, real = torch.randint(9, (2, 12)), torch.arange(12) < torch.tensor([[7], [12]])
+    labels = ids.roll(-1, 1).where(real.roll(-1, 1) & (torch.arange(12) < 11), -100)
+    found = []
+    for padding in (0, 5):
+        batch = {"input_ids": ids.where(real, padding), "labels": labels, mark: real.long()}
+        engine = SimpleNamespace(model=model)
+        result = ModelNexusPlugin().forward(engine, batch)
+        found.append(LossWorldPlugin().loss(batch, result).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 class Blind(nn.Module):

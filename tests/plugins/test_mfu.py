@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from nexus_core import Engine, Plugin, PluginError
 from nexus_plugins import mfu
 from nexus_plugins.amp import AmpPlugin
+from nexus_plugins.ddp import DdpPlugin
 from nexus_plugins.jsonl import JsonlPlugin
 from nexus_plugins.mfu import MfuPlugin, matmul_rate
 from nexus_plugins.throughput import ThroughputPlugin
+from tests.distributed.processes import together
 from tiny import RecorderPlugin
 
 SPEED = "system/throughput_tokens_per_sec"
@@ -68,6 +70,61 @@ def test_it_is_speed_times_operations_by_rate(recompute: bool, accumulate: int) 
     plugins = [ThroughputPlugin(), MfuPlugin(peak=1e6)]
     for line in logs_of(*plugins, recompute=recompute, accumulate=accumulate)[1:]:
         assert line["system/mfu"] == pytest.approx(line[SPEED] * FLOPS_PER_TOKEN / 1e6)
+
+
+class FusedLoss(torch.autograd.Function):
+    """The mean square of `hidden @ weight`, which makes its gradients in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, train: bool) -> Tensor:
+        logits = hidden @ weight
+        if train:
+            slope = logits * (2 / logits.numel())
+            ctx.save_for_backward(slope @ weight.T, hidden.T @ slope)
+        return logits.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputation_is_left_out_beside_a_loss_that_makes_its_gradients_early(
+    recompute: bool,
+) -> None:
+    """Breaks if `recompute` seems to use the machine better than a run without it."""
+    head = nn.Parameter(torch.ones(4, 7))
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        hidden = model(batch["input_ids"]).flatten(0, 1)
+        return FusedLoss.apply(hidden, head, torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+    model, keep = Rows(recompute), RecorderPlugin()
+    model.register_parameter("head", head)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=loss,
+        plugins=[ThroughputPlugin(), MfuPlugin(peak=1e6), keep],
+        log_every=1,
+    )
+    engine.fit([{"input_ids": torch.zeros(3, 5, dtype=torch.long)}] * 3, until="3 steps")
+    expected = FLOPS_PER_TOKEN + 3 * 2 * 4 * 7
+    for _, line in keep.lines[1:]:
+        assert line["system/mfu"] == pytest.approx(line[SPEED] * expected / 1e6)
+
+
+def shared_logs() -> list[dict[str, float]]:
+    ddp = DdpPlugin()
+    ddp.join()
+    return logs_of(ddp, ThroughputPlugin(), MfuPlugin(peak=1e6))
+
+
+def test_two_processes_use_two_devices() -> None:
+    """Breaks if the work of all processes is held against the rate of one device."""
+    for line in together(2, shared_logs)[0][1:]:
+        assert line["system/mfu"] == pytest.approx(line[SPEED] / 2 * FLOPS_PER_TOKEN / 1e6)
 
 
 def test_given_operations_are_not_counted() -> None:

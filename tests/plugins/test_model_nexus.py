@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from nexus_plugins.model_nexus import (
 )
 
 VOCAB = 23
+BACKBONE_ALONE = dict.fromkeys(("world", "reason", "energy", "causal"), False)
 few = settings(max_examples=15)
 
 
@@ -221,8 +223,7 @@ def test_neighbours_in_the_batch_do_not_matter() -> None:
 
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero() -> None:
     """Red: part of the model does not train."""
-    backbone_alone = dict.fromkeys(("world", "reason", "energy", "causal"), False)
-    model = small_model(tie_embeddings=False, **backbone_alone)
+    model = small_model(tie_embeddings=False, **BACKBONE_ALONE)
     model(tokens(2, 11)).logsumexp(-1).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -244,6 +245,57 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
 
     for narrow, wide in zip(run(True), run(False), strict=True):
         assert (narrow - wide).norm() < 0.03 * wide.norm()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_autocast_keeps_the_gradient_of_each_parameter(seed: int) -> None:
+    """Red: decays or step sizes, too small to show in a norm over all, learn from rounding."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "d_model": 64, "ssm_n_layers": 2, "ssm_head_dim": 8}
+    model = NEXUSCore(**{**sizes, **BACKBONE_ALONE})
+    input_ids = tokens(4, 256, seed)
+
+    def gradients(autocast: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids)[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits.float(), input_ids[:, 1:].flatten()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    narrow, wide = gradients(autocast=True), gradients(autocast=False)
+    errors = {
+        name: ((narrow[name] - wide[name]).norm() / wide[name].norm()).item() for name in wide
+    }
+    assert {name: error for name, error in errors.items() if not error < 0.1} == {}
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rate", "step"), [(16.0, 0.01), (8.0, 0.5)])
+def test_scan_in_half_precision_keeps_the_gradient_of_strong_decays(
+    rate: float, step: float, narrow: torch.dtype, isolated: bool
+) -> None:
+    """Red: where little of the state remains, decays and step sizes learn from rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 200, 3, 16), (2, 200, 8), (2, 200, 8), (2, 200, 3, 16))
+    values = [torch.randn(shape, generator=generator).to(narrow) for shape in shapes]
+    dt = step * (1 + torch.rand(2, 200, 3, generator=generator))
+    document = documents(200, seed=0) // 9 if isolated else None
+
+    def gradients(exact: bool) -> list[Tensor]:
+        wide = torch.float64 if exact else torch.float32
+        x, b, c, grad_y = (value.to(wide if exact else narrow) for value in values)
+        steps = dt.to(wide, copy=True).requires_grad_()
+        log_rate = torch.full((3,), rate, dtype=wide).log().requires_grad_()
+        inputs = [x, steps, -steps * log_rate.exp(), b, c, torch.ones(3, dtype=wide)]
+        if exact:
+            y = scan_token_by_token(inputs, document)
+        else:
+            y = operations.chunked_scan(*inputs, document, 64)
+        return list(torch.autograd.grad(y, (steps, log_rate), grad_y))
+
+    for actual, expected in zip(gradients(exact=False), gradients(exact=True), strict=True):
+        assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 def test_state_of_generation_does_not_grow() -> None:
@@ -285,13 +337,22 @@ def test_samples_repeat_with_the_seed_and_stay_within_top_k() -> None:
     assert set(sample(0).tolist()) == set(likeliest.tolist())
 
 
-def test_generation_leaves_the_training_mode_as_it_was() -> None:
-    """Red: a sample in the middle of training switches dropout off for the rest of the run."""
+def test_generation_leaves_the_training_mode_of_every_part_as_it_was() -> None:
+    """Red: a sample in mid-training switches dropout off, or on in a part the user froze."""
     model = small_model(dropout=0.5).train()
+    model.blocks[0].eval()
+    before = {name: part.training for name, part in model.named_modules()}
     prompt = tokens(1, 3)[0]
     assert model.generate(prompt, 2, temperature=0).shape == (5,)
-    assert model.training
-    assert model.blocks[0].training
+    assert {name: part.training for name, part in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-30])
+def test_the_coldest_temperatures_take_the_likeliest_tokens(temperature: float) -> None:
+    """Red: logits divided by a tiny temperature overflow, and sampling fails."""
+    model, prompt = small_model(), tokens(2, 3)
+    expected = model.generate(prompt, 4, temperature=0)
+    assert torch.equal(model.generate(prompt, 4, temperature=temperature), expected)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +363,8 @@ def test_generation_leaves_the_training_mode_as_it_was() -> None:
         (lambda model: model.generate(tokens(1, 0), 1), "at least one token"),
         (lambda model: model.generate(tokens(1, 1), -1), "max_new_tokens is -1"),
         (lambda model: model.generate(tokens(1, 1), 1, temperature=-1.0), "temperature is -1"),
+        (lambda model: model.generate(tokens(1, 1), 1, temperature=math.nan), "temperature is nan"),
+        (lambda model: model.generate(tokens(1, 1), 1, temperature=math.inf), "temperature is inf"),
         (lambda model: model.generate(tokens(1, 1), 1, top_k=0), "top_k is 0"),
         (lambda model: model.generate(tokens(1, 1), 1, top_p=1.5), "top_p is 1.5"),
     ],
@@ -351,6 +414,23 @@ def test_plugin_asks_for_the_vocabulary_where_nothing_tells_it() -> None:
     """Red: a run without a tokenizer ends in a traceback instead of the key to set."""
     with pytest.raises(ConfigError, match=r"model_nexus\.vocab_size"):
         ModelNexusPlugin().make_model(SimpleNamespace(data=None))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(float("nan"), "the weights are not finite"), (3e38, "none: sampling failed: prob")],
+)
+def test_a_sample_that_cannot_be_written_says_why(value: float, said: str) -> None:
+    """Red: a run that has diverged ends in an error of its summary, and without one."""
+    model = small_model()
+    torch.nn.init.constant_(model.final_norm.weight, value)
+    data = SimpleNamespace(
+        codec=SimpleNamespace(decode=str), valid={"val": [{"input_ids": tokens(1, 6)}]}
+    )
+    engine = SimpleNamespace(model=model, data=data, device="cpu", seed=0)
+    answer = ModelNexusPlugin().summarize(engine)
+    assert answer.keys() == {"sample"}
+    assert said in answer["sample"]
 
 
 def test_plugin_isolates_documents_where_the_batch_has_segments() -> None:

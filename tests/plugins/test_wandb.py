@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def recorded(*recorders: RecorderPlugin) -> list[tuple[int, str, float]]:
     return sorted({(step, name, v) for step, metrics in lines for name, v in metrics.items()})
 
 
+def run_script(
+    folder: Path, script: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A process of its own, that finds the tests' helpers and starts a wandb of its own."""
+    helpers = str(Path(__file__).parents[1] / "core")
+    path = os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**inherited, "PYTHONPATH": path, **environment},
+        cwd=folder, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
 def runs_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record["run"] for record in records if record["type"] == "run"]
 
@@ -111,6 +126,89 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(tmp_path: Path) -
     assert len({(step, name) for step, name, _ in found}) == len(found), "nothing twice"
     assert {(step, name) for step, name, _ in found} == {
         (step, name) for step, name, _ in recorded(one, other)
+    }
+
+
+KILLED = """
+import os, signal, sys, time
+import torch
+from nexus_core import Plugin, PluginConfig, hookimpl
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins_contrib.wandb import WandbPlugin
+from tiny import tiny_engine
+
+class KillPlugin(Plugin[PluginConfig]):
+    after = ("checkpoint",)
+
+    @hookimpl
+    def on_step_end(self, engine):
+        if engine.state.step == int(sys.argv[1]):
+            while wandb_plugin.state_dict()["waiting"]:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+wandb_plugin = WandbPlugin(mode="offline")
+checkpoint = CheckpointPlugin(every="2 steps")
+engine = tiny_engine(wandb_plugin, checkpoint, KillPlugin(), out="run", log_every=1)
+engine.resume("auto")
+batch = {"x": torch.ones(2, 5), "y": torch.ones(2, 4)}
+engine.fit([batch] * 7, until="7 steps", eval_data=[batch], eval_every="3 steps")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_misses_no_line_and_has_none_twice(tmp_path: Path) -> None:
+    """Breaks if what wandb's own process held in memory is lost with it.
+
+    The first session is killed after a checkpoint, the second one before it has stored what it
+    took over from the first, the third one ends.
+    """
+    for killed_at in ("5", "6", "0"):
+        done = run_script(tmp_path, KILLED, killed_at)
+        assert done.returncode == (0 if killed_at == "0" else -signal.SIGKILL), done.stderr
+    found = points(read(tmp_path / "run"))
+    assert [step for step, name, _ in found if name == "train/total_loss"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, name, _ in found if name == "val/total_loss"] == [3, 6, 7]
+
+
+class Server:
+    """Stands in for an online run of wandb, whose server has the steps before `starting_step`."""
+
+    id, url, dir, offline = "abc", "https://wandb", "files", False
+
+    def __init__(self, starting_step: int) -> None:
+        self.starting_step = starting_step
+        self.lines: list[tuple[int, set[str]]] = []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.lines.append((step, set(metrics)))
+
+    def finish(self, exit_code: int) -> None:
+        assert exit_code == 0
+
+
+def test_online_what_the_server_has_not_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a line that was not uploaded before a kill is lost, or all are uploaded again."""
+    (tmp_path / "wandb").mkdir()
+    first, second = Server(0), Server(3)
+    monkeypatch.setattr(wandb, "init", lambda **given: first)
+    engine = engine_of(tmp_path, WandbPlugin(mode="online"))
+    for state in engine.steps(data(), until="6 steps"):
+        if state.step == 4:
+            break
+    snapshot = engine.state_dict()
+    with (tmp_path / "wandb" / "lines-abc.jsonl").open("a") as file:
+        file.write('\n[4, {"train/lo')  # the disk was full
+    monkeypatch.setattr(wandb, "init", lambda **given: second)
+    engine = engine_of(tmp_path, WandbPlugin(mode="online"))
+    engine.load_state_dict(snapshot)
+    engine.fit(data(), until="6 steps")
+    assert [step for step, _ in first.lines] == [1, 2, 3, 4]
+    assert [step for step, _ in second.lines] == [3, 4, 5, 6]
+    assert {frozenset(names) for _, names in first.lines + second.lines} == {
+        frozenset(first.lines[0][1])
     }
 
 
@@ -196,10 +294,8 @@ def test_the_command_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 SILENT_SERVER = """
-import sys
 from tiny import tiny_engine
 from nexus_plugins_contrib.wandb import WandbPlugin
-address = sys.argv[1]
 engine = tiny_engine(WandbPlugin(mode="online", timeout=1), out="run", log_every=1)
 batch = {"x": __import__("torch").ones(2, 5), "y": __import__("torch").ones(2, 4)}
 print(engine.fit([batch] * 5, until="5 steps").status)
@@ -212,13 +308,8 @@ def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> No
     """Breaks if a hung network keeps a run, or its process, from ending."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        path = os.pathsep.join(
-            [str(Path(__file__).parents[1] / "core"), os.environ.get("PYTHONPATH", "")]
-        )
-        environment = {**os.environ, "PYTHONPATH": path, "WANDB_BASE_URL": address,
-                       "WANDB_API_KEY": "k" * 40}  # fmt: skip
-        command = [sys.executable, "-c", SILENT_SERVER, address]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True,
-                              text=True, timeout=120, check=True)  # fmt: skip
+        environment = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "k" * 40}
+        done = run_script(tmp_path, SILENT_SERVER, **environment)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("finished\n")
     assert "no answer within 1 s); it was switched off" in done.stdout

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Stepper", "generate"]
 
 
 class Stepper(Protocol):
     """A model that carries its past in a state of constant size."""
-
-    training: bool
 
     def initial_state(self, batch: int) -> Any:
         """The state before the first token."""
@@ -23,6 +23,9 @@ class Stepper(Protocol):
 
     def train(self, mode: bool = True) -> Any:
         """Switch dropout on or off."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model and all of its parts."""
 
 
 @torch.no_grad()
@@ -56,7 +59,7 @@ def generate(
     """
     _check(prompt, max_new_tokens, temperature, top_k, top_p)
     tokens = list(prompt.reshape(-1, prompt.shape[-1]).unbind(1))
-    was_training = model.training
+    training = [part for part in model.modules() if part.training]
     model.train(False)
     try:
         states = model.initial_state(len(tokens[0]))
@@ -66,7 +69,8 @@ def generate(
             tokens.append(_sample(logits.float(), temperature, top_k, top_p, generator))
             logits, states = model.step(tokens[-1], states)
     finally:
-        model.train(was_training)
+        for part in training:
+            part.training = True
     return torch.stack(tokens, 1).reshape(*prompt.shape[:-1], -1)
 
 
@@ -79,7 +83,9 @@ def _sample(
 ) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits / temperature).sort(-1, descending=True)
+    ordered, tokens = logits.sort(-1, descending=True)
+    # From the likeliest down, so that a low temperature cannot overflow; 0 / 0 is no number.
+    ordered = (ordered - ordered[:, :1]) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         ordered[:, top_k:] = -torch.inf
     probabilities = ordered.softmax(-1)
@@ -101,8 +107,10 @@ def _check(
         )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; expected 0 (likeliest token) or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}; expected a finite number: 0 (likeliest token) or more"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected 1 or more, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:

@@ -144,9 +144,10 @@ def chunked_scan(
         `(B, T, H, P)` in the type of `x`.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 6 (block decomposition). The
-        gradient of the decays uses `d/d log(decay) = <dy, y> - <x, dx>` summed backwards in
-        time (Yang et al. 2024, "Gated Linear Attention", section 4 and appendix C) instead of
-        differentiating the pairwise decays.
+        gradient of the decays goes through the pairwise decays, as in the stable kernels of its
+        authors. The shorter `<dy, y> - <x, dx>`, summed backwards in time (Yang et al. 2024,
+        "Gated Linear Attention", appendix C), is a difference of large numbers: in bfloat16 its
+        rounding can exceed the gradient.
     """
     length = x.shape[1]
     chunk = min(chunk_length, length)
@@ -240,15 +241,14 @@ class _ChunkedScan(torch.autograd.Function):
                 x[block], dt[block], b[block], c[block], skip, decays.at(block), state,
                 states[block],
             )  # fmt: skip
-        ctx.save_for_backward(x, dt, log_decay, b, c, skip, document, states, y)
+        ctx.save_for_backward(x, dt, log_decay, b, c, skip, document, states)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, log_decay, b, c, skip, document, states, y = ctx.saved_tensors
+        x, dt, log_decay, b, c, skip, document, states = ctx.saved_tensors
         grad_y = _chunked(grad_y, x.shape[2])
-        y = y.view(x.shape)
         decays = _Decays.of(log_decay, document)
         grads = tuple(
             torch.empty(value.shape, dtype=value.dtype, device=value.device)
@@ -257,13 +257,11 @@ class _ChunkedScan(torch.autograd.Function):
         grad_skip = torch.zeros_like(skip)
         grad_state = dt.new_zeros(())
         for block in _blocks(x, x.shape[2], backwards=True):
-            rows, chunks = block
-            if chunks.stop == x.shape[1]:
+            if block[1].stop == x.shape[1]:
                 grad_state = dt.new_zeros(())
-            leaving = states[rows, chunks.start + 1 : chunks.stop + 1]
             *block_grads, straight, grad_state = _scan_block_backward(
                 grad_y[block], x[block], dt[block], b[block], c[block], skip, decays.at(block),
-                states[block], leaving, y[block], grad_state,
+                states[block], grad_state,
             )  # fmt: skip
             for whole, part in zip(grads, block_grads, strict=True):
                 whole[block] = part
@@ -307,23 +305,18 @@ def _scan_block_backward(
     skip: Tensor,
     decays: _Decays,
     states: Tensor,
-    leaving: Tensor,
-    y: Tensor,
     grad_state: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, dt, log decay, b, c, skip and of the state before the block."""
     narrow, wide = x.dtype, dt.dtype
-    grad_heads = grad_y.transpose(2, 3).contiguous()
-    x, y, grad_y = x.to(wide), y.to(wide), grad_y.to(wide)
+    heads = grad_y.transpose(2, 3).contiguous()
+    x, grad_y = x.to(wide), grad_y.to(wide)
     written = x * dt.unsqueeze(-1)
+    grad_inside, grad_scores, grad_sums = _pairs_backward(heads, written.to(narrow), b, c, decays)
 
-    pairwise = decays.pairwise()
-    grad_weights = grad_heads @ written.to(narrow).transpose(2, 3).mT
-    grad_scores = grad_weights.to(wide).mul_(pairwise).sum(2).mul_(decays.visible()).to(narrow)
-    weights = pairwise.mul_(_scores(b, c, decays).unsqueeze(2)).to(narrow)
-    grad_written = (weights.mT @ grad_heads).transpose(2, 3)
-
-    read = (grad_y * decays.from_start).flatten(-2).to(narrow)
+    grad_read = grad_y * decays.from_start
+    grad_sums = grad_sums + (c @ states).view_as(x).to(wide).mul_(grad_read).sum(-1)
+    read = grad_read.flatten(-2).to(narrow)
     grad_before = (c.mT @ read).to(wide)
     across = _per_column(decays.across, x)
     grad_leaving = torch.empty_like(grad_before)
@@ -331,22 +324,46 @@ def _scan_block_backward(
         grad_leaving[:, k] = grad_state
         grad_state = torch.addcmul(grad_before[:, k], grad_state, across[:, k])
     narrow_leaving = grad_leaving.to(narrow)
-    grad_kept = (b @ narrow_leaving).view_as(x).to(wide)
-    grad_written = grad_kept.mul_(decays.to_end).add_(grad_written)
+    grad_kept = (b @ narrow_leaving).view_as(x).to(wide).mul_(decays.to_end)
+    grad_to_end = (grad_kept * written).sum(-1)
+    grad_written = grad_kept.add_(grad_inside)
     kept = written.mul_(decays.to_end).flatten(-2).to(narrow)
     grad_b = grad_scores.mT @ c + kept @ narrow_leaving.mT
     grad_c = grad_scores @ b + read @ states.mT
 
+    # What is kept has passed the decays after its own position, and what entered the chunk has
+    # passed them all.
+    passed = torch.unflatten(grad_leaving.mul_(states), -1, x.shape[-2:]).sum((2, 4))
+    grad_sums[:, :, -1] += grad_to_end.sum(2) + passed * decays.across.flatten(2)
+    grad_log_decay = (grad_sums - grad_to_end).flip(2).cumsum(2).flip(2)
     grad_dt = (grad_written * x).sum(-1)
-    straight = (grad_y * x).sum(-1)
-    grad_sums = (grad_y * y).sum(-1) - straight * skip - grad_dt * dt
-    # What leaves a chunk has passed all of its decays.
-    passed = grad_leaving[:, : leaving.shape[1]].mul_(leaving)
-    grad_sums[:, : leaving.shape[1], -1] += torch.unflatten(passed, -1, x.shape[-2:]).sum((2, 4))
-    grad_log_decay = grad_sums.flip(2).cumsum(2).flip(2)
+    grad_skip = (grad_y * x).sum(-1).sum((0, 1, 2))
     grad_x = grad_written.mul_(dt.unsqueeze(-1)).addcmul_(grad_y, skip.unsqueeze(-1))
-    grad_skip = straight.sum((0, 1, 2))
     return grad_x, grad_dt, grad_log_decay, grad_b, grad_c, grad_skip, grad_state
+
+
+def _pairs_backward(
+    grad_heads: Tensor, written: Tensor, b: Tensor, c: Tensor, decays: _Decays
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through what positions of one chunk read of one another.
+
+    Args:
+        grad_heads: (B, K, H, Q, P), of the output.
+        written: (B, K, Q, H, P).
+
+    Returns:
+        Gradients of `written`, of the scores, and (B, K, Q, H) of the sums of log decays.
+    """
+    pairwise, scores = decays.pairwise(), _scores(b, c, decays).unsqueeze(2)
+    grad_weights = (grad_heads @ written.transpose(2, 3).mT).to(scores.dtype).mul_(pairwise)
+    grad_scores = grad_weights.sum(2).mul_(decays.visible()).to(written.dtype)
+    # A pair decays from its second position to its first. The decays outside of it see it in
+    # both of these sums, which must take the same rounded number for it to cancel.
+    by_pair = grad_weights.mul_(scores)
+    grad_sums = (by_pair.sum(-1) - by_pair.sum(-2)).transpose(2, 3)
+    weights = pairwise.mul_(scores).to(written.dtype)
+    grad_written = (weights.mT @ grad_heads).transpose(2, 3)
+    return grad_written, grad_scores, grad_sums
 
 
 def _scores(b: Tensor, c: Tensor, decays: _Decays) -> Tensor:

@@ -87,7 +87,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         try:
             written = model.generate(prompt, SAMPLE, temperature=0.8, top_k=40, generator=generator)
         except RuntimeError as error:  # logits that are not finite, though the weights are
-            return {"sample": f"none: {str(error).partition(chr(10))[0]}"}
+            return {"sample": f"none: sampling failed: {str(error).partition(chr(10))[0]}"}
         text = data.codec.decode(written.tolist())
         start = len(data.codec.decode(prompt.tolist()))
         return {"prompt": text[:start], "sample": text[start:]}

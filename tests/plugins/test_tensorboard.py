@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import nn
 
 from nexus_core import ConfigError, Engine
 from nexus_plugins.tensorboard import TensorboardPlugin
 
 DATA = [torch.ones(2, 2)]
+
+
+@pytest.fixture(autouse=True)
+def files_sort_as_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second are read by their number as text: the tenth before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
 def engine_of(out: Path | None, **settings: Any) -> Engine:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_core import Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
 
@@ -74,6 +75,16 @@ class RecorderPlugin(Plugin[PluginConfig]):
     @hookimpl
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
         self.lines.append((engine.state.step, dict(metrics)))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read as a number, which waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def tiny_engine(*plugins: Plugin[Any], dropout: float = 0.0, **options: Any) -> Engine:

@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_core import ConfigError, Engine, Interval, Loss, LossConfig
 from nexus_plugins.guard import GuardPlugin
 from nexus_plugins.weigh_gradnorm import WeighGradnormPlugin
+from tiny import Reads
 
 
 class Shared(nn.Module):
@@ -240,16 +240,6 @@ def test_a_term_with_no_weight_above_zero_is_not_balanced(weight: float) -> None
     assert weights["one"] * norms["one"] == pytest.approx(weights["two"] * norms["two"], rel=1e-3)
     assert weights.keys() == {"one", "two"}
     assert engine.metrics["weight/third"] == weight
-
-
-class Reads(TorchDispatchMode):
-    """Counts how often a tensor is read as a number, which waits for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_no_step_waits_for_the_device() -> None:

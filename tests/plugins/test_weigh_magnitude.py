@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_core import Engine, Loss, LossConfig
 from nexus_plugins.weigh_magnitude import WeighMagnitudePlugin
+from tiny import Reads
 
 
 class PlannedPlugin(Loss[LossConfig]):
@@ -121,16 +120,6 @@ def test_a_resumed_run_has_the_same_weights() -> None:
     again.load_state_dict(plugin.state_dict())
     then = {"one": [2.0], "two": [1.0]}
     assert weights_after(again, then, {}) == weights_after(plugin, then, {})
-
-
-class Reads(TorchDispatchMode):
-    """Counts how often a tensor is read as a number, which waits for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_no_step_waits_for_the_device() -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from nexus_core import Engine
-from nexus_core.registry import load
+from nexus_core.plan import load
 
 MODULES = ("world", "reason", "energy", "causal")
 VARIANTS: dict[str, tuple[str, ...]] = {

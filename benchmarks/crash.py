@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from nexus_core.cli.verify_resume import Report, verify_resume
-from nexus_core.registry import installed
+from nexus_core.plan import installed
 
 __all__ = ["config_of", "crash"]
 

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nexus_parts.loader import ResumableLoader
+from nexus_core.bases.loader import ResumableLoader
 from nexus_plugins.data_text import DataTextConfig
 from nexus_plugins.data_text.binary import TokenWriter
 from nexus_plugins.data_text.dataset import open_data

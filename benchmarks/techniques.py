@@ -45,8 +45,8 @@ from benchmarks.overhead import machine
 from nexus_core import Engine, Loss, LossConfig, Plugin
 from nexus_core.cli.build import build_plugins, make_engine
 from nexus_core.cli.settings import read_settings
-from nexus_core.loader import RunData
-from nexus_core.registry import load
+from nexus_core.data import RunData
+from nexus_core.plan import load
 from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
 
 LOSSES = ("loss_lm", "loss_world", "loss_reason", "loss_energy", "loss_causal")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from nexus_core import Interval, Plugin, events
 from nexus_core.cli.build import json_schema
 from nexus_core.events import Hooks
-from nexus_core.registry import HOOK_NAMES, AnyPlugin, installed, load
+from nexus_core.plan import HOOK_NAMES, AnyPlugin, installed, load
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig

@@ -1,7 +1,6 @@
 """A small training engine for PyTorch that emits events, and plugins that do everything else.
 
-Names are imported on first use, so that `nexus-run --help` does not wait for torch. Those of
-`nexus_parts`, the bases that plugins are built on, are given here too.
+Names are imported on first use, so that `nexus-run --help` does not wait for torch.
 """
 
 from importlib import import_module
@@ -11,12 +10,12 @@ _NAMES = {
     "nexus_core.engine": "Engine Result",
     "nexus_core.errors": "CheckpointError ConfigError DataError NexusError PluginError RunError",
     "nexus_core.intervals": "Every Interval IntervalField",
-    "nexus_core.loader": "Batch RunData",
+    "nexus_core.data": "Batch RunData",
     "nexus_core.plugin": "Plugin PluginConfig hookimpl",
     "nexus_core.state": "Snapshot StateDict TrainState",
-    "nexus_parts.loader": "ResumableLoader",
-    "nexus_parts.logger": "Logger LoggerConfig",
-    "nexus_parts.loss": "Loss LossConfig",
+    "nexus_core.bases.loader": "ResumableLoader",
+    "nexus_core.bases.logger": "Logger LoggerConfig",
+    "nexus_core.bases.loss": "Loss LossConfig",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

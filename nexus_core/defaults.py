@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
+from nexus_core.data import Batch
 from nexus_core.errors import CheckpointError, ConfigError, DataError
-from nexus_core.loader import Batch
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 from nexus_core.step import merge
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_core import registry
+from nexus_core import plan as planning
+from nexus_core.data import Batch, RunData, stream_batches, to_device
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.errors import ConfigError
 from nexus_core.intervals import Every, Interval
-from nexus_core.loader import Batch, RunData, stream_batches, to_device
 from nexus_core.meter import Finish, Meter, Number
 from nexus_core.plugin import Plugin
-from nexus_core.ranks import Ranks, pick_device
+from nexus_core.processes import Ranks, pick_device
 from nexus_core.state import Snapshot, TrainState, restore, seed_everything, snap
 from nexus_core.step import measure, take_step
 
@@ -98,10 +98,10 @@ class Engine:
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
 
-        self.plan = registry.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
+        self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
-        hooks = registry.plugin_manager(self.plan, Defaults()).hook
-        self.hook = registry.shortcuts(hooks)
+        hooks = planning.plugin_manager(self.plan, Defaults()).hook
+        self.hook = planning.shortcuts(hooks)
         self._hooks = hooks
         if not hooks.loss_terms.get_hookimpls():
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
@@ -179,11 +179,11 @@ class Engine:
             self.hook.on_finish(engine=self)
         except Exception as error:
             failure = error
-            registry.blame(error, self.plan, self.state.step)
-            registry.call_all(self._hooks.on_error, failure, engine=self, error=error)
+            planning.blame(error, self.plan, self.state.step)
+            planning.call_all(self._hooks.on_error, failure, engine=self, error=error)
             raise
         finally:
-            registry.call_all(self._hooks.on_close, failure, engine=self)
+            planning.call_all(self._hooks.on_close, failure, engine=self)
 
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
         """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from nexus_core.data import Batch, RunData
     from nexus_core.engine import Engine
-    from nexus_core.loader import Batch, RunData
     from nexus_core.state import Snapshot
 
 __all__ = ["API_VERSIONS", "RENAMED", "Hooks"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 
 __all__ = ["Meter"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nexus_core.data import Batch, batch_size, to_device
 from nexus_core.errors import DataError, PluginError
-from nexus_core.loader import Batch, batch_size, to_device
 from nexus_core.meter import Meter
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 from nexus_core.state import random_state, seed_everything, set_random_state
 
 if TYPE_CHECKING:

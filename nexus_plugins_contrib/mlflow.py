@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
-from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
 
 try:
     from mlflow.entities import Metric, Param, Run

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
-from nexus_parts.parameters import OptimizerConfig, groups_of
+from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
 if TYPE_CHECKING:
     from nexus_core import Engine

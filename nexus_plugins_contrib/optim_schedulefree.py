@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, Plugin, StateDict, hookimpl
-from nexus_parts.parameters import OptimizerConfig, groups_of
+from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Snapshot

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
-from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
 
 try:
     import trackio

@@ -31,13 +31,14 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
 from docs.reference import first_party, with_reference
-from nexus_core import Engine, NexusError, PluginError, registry
+from nexus_core import Engine, NexusError, PluginError
+from nexus_core import plan as planning
 from nexus_core.cli.build import build_plugins
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.cli.settings import presets, read_settings
-from nexus_core.registry import HOOK_NAMES, load
+from nexus_core.plan import HOOK_NAMES, load
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.jsonl import JsonlPlugin
 
@@ -53,7 +54,7 @@ CONTROL = {"&&", "||", "|", ";", ">", ">>", "<", "&"}
 @pytest.fixture(autouse=True)
 def metadata_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking for plugins again for each command would take most of the time."""
-    monkeypatch.setattr(registry, "entry_points", READ_ONCE)
+    monkeypatch.setattr(planning, "entry_points", READ_ONCE)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def test_config_blocks_are_configs(block: Block, tmp_path: Path) -> None:
     if block.note:
         pytest.skip(block.note)
     content = next(yaml.safe_load_all(block.text))
-    if content.keys() & registry.installed().keys():
+    if content.keys() & planning.installed().keys():
         content = {"plugins": content}
     elif not content.keys() & {"preset", *RunConfig.model_fields}:
         pytest.skip("a file of another program")

@@ -16,8 +16,8 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, PluginError
+from nexus_core.plan import AnyPlugin, Plan, arrange, load, scan
 from nexus_core.plugin import Plugin
-from nexus_core.registry import AnyPlugin, Plan, arrange, load, scan
 
 __all__ = [
     "Build",

@@ -54,7 +54,7 @@ def _check(
     name: str, configs: list[dict[str, Any]], beside: dict[str, Any], only: list[str]
 ) -> bool:
     """Make the checks, say how each went, and whether one failed."""
-    from nexus_core.registry import distribution, installed
+    from nexus_core.plan import distribution, installed
     from nexus_core.testing import run_contract
 
     contract = _contract(name, configs, beside)
@@ -72,7 +72,7 @@ def _contract(
     name: str, configs: list[dict[str, Any]], beside: dict[str, Any]
 ) -> type[PluginContract]:
     """The class that an author would write."""
-    from nexus_core.registry import load
+    from nexus_core.plan import load
     from nexus_core.testing import PluginContract
 
     class Contract(PluginContract):

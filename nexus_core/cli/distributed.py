@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from nexus_core.errors import ConfigError, NexusError
-from nexus_core.ranks import Ranks
-from nexus_core.registry import distribution, installed
+from nexus_core.plan import distribution, installed
+from nexus_core.processes import Ranks
 
 if TYPE_CHECKING:
     from nexus_core.cli.build import Build

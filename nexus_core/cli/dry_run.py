@@ -8,9 +8,9 @@ from itertools import islice
 
 import torch
 
+from nexus_core.data import batch_size, to_device
 from nexus_core.engine import Engine
 from nexus_core.errors import DataError
-from nexus_core.loader import batch_size, to_device
 from nexus_core.step import backward, measure, merge, step_units
 
 __all__ = ["dry_run"]

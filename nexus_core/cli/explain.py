@@ -10,7 +10,7 @@ import pluggy
 
 from nexus_core.defaults import Defaults
 from nexus_core.events import Hooks
-from nexus_core.registry import HOOK_NAMES, Plan, load, plugin_manager, scan
+from nexus_core.plan import HOOK_NAMES, Plan, load, plugin_manager, scan
 
 __all__ = [
     "Call",

@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from nexus_core.errors import PluginError
 from nexus_core.events import Hooks
+from nexus_core.plan import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
 from nexus_core.plugin import Plugin
-from nexus_core.registry import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
 
 __all__ = ["list_plugins", "show_plugin"]
 

@@ -90,7 +90,7 @@ def _check_name(name: str) -> None:
         ConfigError: with a name that would do, where there is one.
     """
     from nexus_core.errors import ConfigError
-    from nexus_core.registry import distribution, installed
+    from nexus_core.plan import distribution, installed
 
     plain = name.isidentifier() and name.isascii() and name.islower() and name[0] != "_"
     if not plain or keyword.iskeyword(name) or "__" in name:

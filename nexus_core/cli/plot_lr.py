@@ -13,12 +13,12 @@ from pathlib import Path
 
 from nexus_core.cli.build import Build, make_engine
 from nexus_core.cli.chart import Chart, Line, save_picture, text_chart
+from nexus_core.data import Batch, batch_size
 from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
 from nexus_core.intervals import Interval
-from nexus_core.loader import Batch, batch_size
-from nexus_core.registry import plugin_manager
+from nexus_core.plan import plugin_manager
 from nexus_core.state import TrainState
 
 __all__ = ["LrPlan", "plan_lr", "plot_lr"]

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nexus_core.data import Batch, Seekable
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
-from nexus_core.loader import Batch, Seekable
-from nexus_core.registry import HOOK_NAMES, Plan
+from nexus_core.plan import HOOK_NAMES, Plan
 
 __all__ = ["Profiler", "Row", "Sync", "check_trace"]
 

@@ -215,7 +215,7 @@ def _life(order: Order, out: Path) -> None:
     from nexus_core.cli.build import build_plugins, make_engine
     from nexus_core.cli.session import train
     from nexus_core.cli.settings import read_settings
-    from nexus_core.registry import arrange
+    from nexus_core.plan import arrange
 
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)

@@ -15,7 +15,7 @@ from unittest import SkipTest
 
 from nexus_core import ConfigError, Engine, Plugin, PluginError
 from nexus_core.defaults import Defaults
-from nexus_core.registry import HOOK_NAMES, Plan, arrange, installed, load, plugin_manager
+from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load, plugin_manager
 from nexus_core.state import Snapshot, seed_everything
 from nexus_core.testing.probes import (
     FailingPlugin,

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from nexus_core import Batch, Engine, Plugin, PluginConfig, hookimpl
-from nexus_core.registry import HOOK_NAMES
+from nexus_core.plan import HOOK_NAMES
 
 __all__ = [
     "FailingPlugin",
@@ -28,7 +28,7 @@ __all__ = [
     "unmarked_methods",
 ]
 
-OURS = ("nexus_core.", "nexus_parts.")
+OURS = ("nexus_core.",)
 
 
 class PlannedError(Exception):

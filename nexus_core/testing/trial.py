@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nexus_core import Batch, Engine, Plugin
-from nexus_core.registry import load
+from nexus_core.plan import load
 from nexus_core.state import Snapshot, random_state, set_random_state, snap
 from nexus_core.testing.probes import FailingPlugin, PlannedError, answered, example_config, make
 from nexus_core.testing.states import differences

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
-from nexus_parts.distributed import whole
+from nexus_core.bases.parallel import whole
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

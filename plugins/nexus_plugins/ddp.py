@@ -14,7 +14,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_core import hookimpl
-from nexus_parts.distributed import Distributed, DistributedConfig, share_buffers
+from nexus_core.bases.parallel import Distributed, DistributedConfig, share_buffers
 
 if TYPE_CHECKING:
     from nexus_core import Engine

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core import CheckpointError, Plugin, PluginConfig, StateDict, hookimpl
-from nexus_parts.distributed import local_part
+from nexus_core.bases.parallel import local_part
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Snapshot

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
-from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
+from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 
 if TYPE_CHECKING:
     from nexus_core import Engine

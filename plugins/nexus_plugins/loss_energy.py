@@ -8,11 +8,11 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core.plugin import hookimpl
-from nexus_parts.module_loss import ModuleLoss, PositionLossConfig, real_positions
+from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, real_positions
 
 if TYPE_CHECKING:
+    from nexus_core.data import Batch
     from nexus_core.engine import Engine
-    from nexus_core.loader import Batch
 
 __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]
 

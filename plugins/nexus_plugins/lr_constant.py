@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nexus_parts.schedule import Schedule, ScheduleConfig
+from nexus_core.bases.schedule import Schedule, ScheduleConfig
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

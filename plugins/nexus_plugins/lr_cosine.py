@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nexus_parts.schedule import Decay, DecayConfig
+from nexus_core.bases.schedule import Decay, DecayConfig
 
 __all__ = ["LrCosineConfig", "LrCosinePlugin"]
 

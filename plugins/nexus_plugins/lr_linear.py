@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nexus_parts.schedule import Decay, DecayConfig
+from nexus_core.bases.schedule import Decay, DecayConfig
 
 __all__ = ["LrLinearConfig", "LrLinearPlugin"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from nexus_core import ConfigError, IntervalField, hookimpl
-from nexus_parts.schedule import Schedule, ScheduleConfig
+from nexus_core.bases.schedule import Schedule, ScheduleConfig
 
 if TYPE_CHECKING:
     from nexus_core import Engine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from nexus_core import ConfigError, Interval, IntervalField, hookimpl
-from nexus_parts.schedule import Decay, DecayConfig, amount_in
+from nexus_core.bases.schedule import Decay, DecayConfig, amount_in
 
 if TYPE_CHECKING:
     from nexus_core import Engine

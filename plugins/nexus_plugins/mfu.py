@@ -12,7 +12,7 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_core import Batch, Plugin, PluginConfig, hookimpl
-from nexus_core.loader import batch_size
+from nexus_core.data import batch_size
 from nexus_core.meter import Meter
 from nexus_core.state import random_state, set_random_state
 from nexus_core.step import merge

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_parts.parameters import matching
+from nexus_plugins._shared.parameters import matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine

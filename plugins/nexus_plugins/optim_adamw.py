@@ -8,7 +8,7 @@ from pydantic import Field
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import Plugin, hookimpl
-from nexus_parts.parameters import OptimizerConfig, groups_of
+from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

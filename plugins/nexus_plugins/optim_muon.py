@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
-from nexus_parts.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
+from nexus_plugins._shared.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine

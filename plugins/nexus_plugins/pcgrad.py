@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from nexus_core import Plugin, PluginConfig, hookimpl
-from nexus_parts.term_gradients import Gradient, add_term_gradients, stack_parts, sum_products
+from nexus_plugins._shared.term_gradients import (
+    Gradient,
+    add_term_gradients,
+    stack_parts,
+    sum_products,
+)
 
 if TYPE_CHECKING:
     from nexus_core import Engine

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_parts.parameters import blocks
+from nexus_plugins._shared.parameters import blocks
 
 if TYPE_CHECKING:
     from nexus_core import Engine

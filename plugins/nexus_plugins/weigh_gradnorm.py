@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
-from nexus_core.ranks import Ranks
-from nexus_parts.parameters import matching
-from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
+from nexus_core.processes import Ranks
+from nexus_plugins._shared.parameters import matching
+from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 
 if TYPE_CHECKING:
     from nexus_core import Engine

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Engine, Plugin
-from nexus_core.registry import load
+from nexus_core.plan import load
 from nexus_plugins_contrib.optim_adamw8bit import OptimAdamw8BitPlugin
 
 pytest.importorskip("bitsandbytes")

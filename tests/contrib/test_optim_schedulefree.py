@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus_core import ConfigError, Engine, Plugin
 from nexus_core.errors import PluginError
-from nexus_core.registry import load
+from nexus_core.plan import load
 from nexus_plugins.guard import GuardPlugin
 from nexus_plugins_contrib.optim_schedulefree import OptimSchedulefreePlugin
 from tiny import Net, Regression, SquaredPlugin

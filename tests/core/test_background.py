@@ -16,9 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus_core import CheckpointError, Engine, Logger, LoggerConfig
-from nexus_core.loader import Batch
+from nexus_core.bases.background import (
+    BackgroundConfig,
+    BackgroundLogger,
+    Ending,
+    Job,
+    RunInfo,
+    Worker,
+)
+from nexus_core.data import Batch
 from nexus_core.state import random_state
-from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, Job, RunInfo, Worker
 from tiny import Regression, tiny_engine, weights
 
 STEPS = "5 steps"

@@ -23,7 +23,7 @@ from nexus_core import (
     RunData,
     hookimpl,
 )
-from nexus_core.registry import HOOK_NAMES
+from nexus_core.plan import HOOK_NAMES
 from tiny import Net, RecorderPlugin, Regression, SquaredPlugin, tiny_engine, weights
 
 

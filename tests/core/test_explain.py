@@ -15,7 +15,7 @@ from nexus_core import Plugin, PluginConfig, PluginError, hookimpl
 from nexus_core.cli.explain import Explanation, explain, explain_json, explanation
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.events import Hooks
-from nexus_core.registry import HOOK_NAMES, arrange
+from nexus_core.plan import HOOK_NAMES, arrange
 from tiny import Regression, tiny_engine
 
 NAMES = "abcde"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nexus_core import DataError, Interval, ResumableLoader, TrainState
-from nexus_core.loader import batch_size, stream_batches, to_device
-from nexus_core.ranks import Ranks
-from nexus_parts.loader import permute
+from nexus_core.bases.loader import permute
+from nexus_core.data import batch_size, stream_batches, to_device
+from nexus_core.processes import Ranks
 
 
 class Squares:

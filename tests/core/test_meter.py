@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus_core.meter import Meter
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 
 values = st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 50)), min_size=1)
 

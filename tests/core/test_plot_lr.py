@@ -14,7 +14,7 @@ from nexus_core import ConfigError, Engine
 from nexus_core.cli import chart
 from nexus_core.cli.plot_lr import plan_lr
 from nexus_core.cli.run import main
-from nexus_core.registry import load
+from nexus_core.plan import load
 
 BASIS: dict[str, dict[str, Any]] = {
     "data_text": {"seq_len": 16, "batch_size": 2},

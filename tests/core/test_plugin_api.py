@@ -20,7 +20,7 @@ from nexus_core import Engine, Plugin, PluginConfig, PluginError, hookimpl
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.events import API_VERSIONS, RENAMED, Hooks
-from nexus_core.registry import HOOK_NAMES, arrange, load, plugin_manager
+from nexus_core.plan import HOOK_NAMES, arrange, load, plugin_manager
 from nexus_core.testing import fake_distribution, tiny_engine
 
 PAGE = (Path(__file__).parents[2] / "docs/plugin_api.md").read_text()
@@ -166,7 +166,7 @@ class BothPlugin(Plugin[PluginConfig]):
 def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A release in which two hooks have just got their present names."""
     names = {"on_update": "on_step", "apply_update": "optimizer_step"}
-    monkeypatch.setattr("nexus_core.registry.RENAMED", names)
+    monkeypatch.setattr("nexus_core.plan.RENAMED", names)
 
 
 @pytest.mark.usefixtures("renamed")
@@ -224,7 +224,7 @@ def test_earlier_name_of_an_argument_still_comes_and_is_warned_of(
         def on_log(self, metrics: Any) -> None:
             self.seen = metrics
 
-    monkeypatch.setattr("nexus_core.registry.Hooks", NextHooks)
+    monkeypatch.setattr("nexus_core.plan.Hooks", NextHooks)
     plugin = ArgumentPlugin()
     with pytest.warns(FutureWarning, match="take 'values' instead"):
         manager = plugin_manager(arrange([plugin]), object())

@@ -17,7 +17,7 @@ from torch import Tensor
 from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
 from nexus_core.cli.profile import Profiler
 from nexus_core.cli.run import main as nexus_run
-from nexus_core.registry import arrange
+from nexus_core.plan import arrange
 from tiny import Regression, SquaredPlugin, tiny_engine, weights
 
 MIB = 2**20

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from nexus_core import PluginError
 from nexus_core.cli.plugins import main as nexus_plugins
-from nexus_core.registry import installed, load
+from nexus_core.plan import installed, load
 from nexus_core.testing import fake_distribution, tiny_data, tiny_engine, tiny_model
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.loss_lm import LossLmPlugin

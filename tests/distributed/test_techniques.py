@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nexus_core import PluginError
-from nexus_core.registry import arrange, load
+from nexus_core.plan import arrange, load
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.compile import CompilePlugin

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nexus_core import Engine, NexusError, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
-from nexus_core.ranks import Ranks
-from nexus_core.registry import load
-from nexus_parts.distributed import local_part, whole
+from nexus_core.bases.parallel import local_part, whole
+from nexus_core.plan import load
+from nexus_core.processes import Ranks
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus_core import ConfigError, DataError, PluginError
-from nexus_core.registry import installed
+from nexus_core.plan import installed
 from nexus_plugins.classic import (
     NEXUSCollator,
     NEXUSDataset,

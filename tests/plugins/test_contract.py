@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nexus_core import Plugin
-from nexus_core.registry import load
+from nexus_core.plan import load
 from nexus_core.testing import PluginContract, tiny_model
 
 QUICK = {

@@ -21,8 +21,8 @@ from scipy import stats
 from torch import nn
 
 from nexus_core import CheckpointError, DataError, Engine, Plugin, PluginConfig, hookimpl
-from nexus_core.ranks import Ranks
-from nexus_parts.loader import ResumableLoader, permute
+from nexus_core.bases.loader import ResumableLoader, permute
+from nexus_core.processes import Ranks
 from nexus_plugins.data_text import DataTextConfig, DataTextPlugin
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.dataset import TextData, open_data

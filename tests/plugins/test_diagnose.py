@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nexus_core import ConfigError, Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
-from nexus_core.ranks import Ranks
-from nexus_core.registry import load
+from nexus_core.plan import load
+from nexus_core.processes import Ranks
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nexus_core import Engine, Loss, LossConfig, Plugin
-from nexus_core.registry import load
-from nexus_parts.term_gradients import trunk_products
+from nexus_core.plan import load
+from nexus_plugins._shared.term_gradients import trunk_products
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.grad_stats import GradStatsPlugin

@@ -17,9 +17,9 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from nexus_core.errors import ConfigError, DataError
-from nexus_parts import linear_cross_entropy as home
-from nexus_parts.linear_cross_entropy import linear_cross_entropy
 from nexus_plugins.loss_lm import LossLmPlugin
+from nexus_plugins.loss_lm import linear_cross_entropy as home
+from nexus_plugins.loss_lm.linear_cross_entropy import linear_cross_entropy
 
 few = settings(max_examples=20)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nexus_core import ConfigError, Engine, Plugin
 from nexus_core.errors import PluginError
-from nexus_core.registry import arrange, installed, load
+from nexus_core.plan import arrange, installed, load
 
 pytestmark = pytest.mark.slow
 

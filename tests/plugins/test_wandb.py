@@ -272,9 +272,9 @@ def test_online_only_where_there_are_credentials(
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks if a missing package is a riddle."""
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.wandb")
+    monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.wandb.plugin")
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[wandb\]'"):
-        import_module("nexus_plugins_contrib.wandb")
+        import_module("nexus_plugins_contrib.wandb.plugin")
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core import DataError, Plugin, PluginConfig, StateDict, hookimpl
-from nexus_core.loader import Batch, batch_size
+from nexus_core.data import Batch, batch_size
 from nexus_core.meter import Meter
 from nexus_core.state import random_state, set_random_state
 from nexus_core.step import backward, merge, step_units

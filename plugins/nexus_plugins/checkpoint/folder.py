@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 from nexus_plugins.checkpoint.codec import Json
 from nexus_plugins.checkpoint.tensorfile import (
     HashingReader,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nexus_core.errors import CheckpointError
+from nexus_core.plan import installed
 from nexus_core.plugin import Plugin
-from nexus_core.registry import installed
 from nexus_plugins.checkpoint.codec import Json
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, cast
 
+from nexus_core.bases.parallel import gather, own_seed
 from nexus_core.errors import CheckpointError
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 from nexus_core.state import RandomState, Snapshot, random_state, seed_everything
-from nexus_parts.distributed import gather, own_seed
 
 __all__ = ["check_same_step", "own_share", "with_peers"]
 

@@ -15,10 +15,10 @@ import yaml
 from pydantic import Field
 
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
+from nexus_core.bases.parallel import gather, is_sharded, local_part
 from nexus_core.errors import CheckpointError, ConfigError, RunError
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 from nexus_core.state import Snapshot, StateDict
-from nexus_parts.distributed import gather, is_sharded, local_part
 from nexus_plugins.checkpoint import folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nexus_core.bases.parallel import is_sharded, local_part
 from nexus_core.errors import CheckpointError
-from nexus_core.ranks import Ranks
-from nexus_parts.distributed import is_sharded, local_part
+from nexus_core.processes import Ranks
 from nexus_plugins.checkpoint.folder import SHARDS, Content, sync
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from nexus_core import Plugin, PluginConfig
-from nexus_core.registry import load
+from nexus_core.plan import load
 
 __all__ = ["TrainingConfig"]
 

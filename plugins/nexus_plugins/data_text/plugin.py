@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from nexus_core.bases.loader import ResumableLoader
+from nexus_core.data import RunData
 from nexus_core.errors import CheckpointError
-from nexus_core.loader import RunData
 from nexus_core.plugin import Plugin, hookimpl
-from nexus_parts.loader import ResumableLoader
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.dataset import TextData, open_data

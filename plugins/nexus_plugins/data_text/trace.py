@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from nexus_core.bases.loader import ResumableLoader
 from nexus_core.errors import ConfigError
-from nexus_parts.loader import ResumableLoader
 from nexus_plugins.data_text.dataset import open_data
 from nexus_plugins.data_text.plugin import DataTextPlugin
 from nexus_plugins.data_text.rows import Rows, as_it_is

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
-from nexus_parts.term_gradients import Gradient, add_term_gradients, trunk_products
+from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 from nexus_plugins.diagnose.history import History, Memory, Probe, Reading, TermProbe, reading_of
 from nexus_plugins.diagnose.rules import Finding, examine
 from nexus_plugins.diagnose.sensors import (

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
-from nexus_parts.distributed import DistributedConfig
+from nexus_core.bases.parallel import DistributedConfig
 
 __all__ = ["FsdpConfig", "Precision"]
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, hookimpl
-from nexus_parts.distributed import Distributed, is_sharded, launched, share_buffers
+from nexus_core.bases.parallel import Distributed, is_sharded, launched, share_buffers
 from nexus_plugins.fsdp.config import FsdpConfig
 from nexus_plugins.fsdp.shard import (
     divide,

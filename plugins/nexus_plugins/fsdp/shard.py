@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 from nexus_core import ConfigError
-from nexus_core.ranks import Ranks
-from nexus_parts.distributed import gather, is_sharded, share_buffers
-from nexus_parts.parameters import blocks
+from nexus_core.bases.parallel import gather, is_sharded, share_buffers
+from nexus_core.processes import Ranks
+from nexus_plugins._shared.parameters import blocks
 from nexus_plugins.fsdp.config import FsdpConfig, Precision
 
 __all__ = [

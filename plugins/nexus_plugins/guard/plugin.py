@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus_core import Batch, Plugin, PluginConfig, RunError, StateDict, hookimpl
+from nexus_core.bases.parallel import gather, is_sharded, local_part
 from nexus_core.meter import Meter
 from nexus_core.state import Snapshot, random_state
-from nexus_parts.distributed import gather, is_sharded, local_part
 from nexus_plugins.guard.record import Attempt, write_record
 from nexus_plugins.guard.replay import replay
 from nexus_plugins.guard.spikes import Spikes

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from nexus_core import Batch, CheckpointError
-from nexus_core.loader import to_device
+from nexus_core.data import to_device
 from nexus_core.state import set_random_state
 from nexus_core.step import backward, merge, step_units
 

@@ -8,15 +8,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from nexus_core.bases.parallel import is_sharded
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, hookimpl
 from nexus_core.state import StateDict
-from nexus_parts.distributed import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
 if TYPE_CHECKING:
+    from nexus_core.data import Batch
     from nexus_core.engine import Engine
-    from nexus_core.loader import Batch
 
 __all__ = ["ModelNexusConfig", "ModelNexusPlugin"]
 

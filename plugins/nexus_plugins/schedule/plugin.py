@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import suggestion
-from nexus_parts.course import Course
+from nexus_plugins.schedule.course import Course
 
 if TYPE_CHECKING:
     from nexus_core import Engine

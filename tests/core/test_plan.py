@@ -18,12 +18,12 @@ from nexus_core import (
     PluginConfig,
     PluginError,
     hookimpl,
-    registry,
 )
+from nexus_core import plan as planning
 from nexus_core.cli.build import keep_named_of_slot
 from nexus_core.cli.run import main as nexus_run
-from nexus_core.ranks import Ranks
-from nexus_core.registry import arrange, installed, load
+from nexus_core.plan import arrange, installed, load
+from nexus_core.processes import Ranks
 from tiny import Regression, tiny_engine
 
 DATA = [{"x": Regression().x, "y": Regression().y}]
@@ -265,13 +265,13 @@ def test_a_command_looks_once_for_plugins(
 ) -> None:
     """Breaks if every plugin of a run costs another walk through all that is installed."""
     scans: list[str] = []
-    scan = registry.entry_points
+    scan = planning.entry_points
 
     def counted(*, group: str) -> Any:
         scans.append(group)
         return scan(group=group)
 
-    monkeypatch.setattr(registry, "entry_points", counted)
+    monkeypatch.setattr(planning, "entry_points", counted)
     result = CliRunner().invoke(nexus_run, ["quickstart", *command])
     assert result.exit_code == 0, result.output
     left_out = "left out" in result.output

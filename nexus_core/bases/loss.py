@@ -11,8 +11,8 @@ from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nexus_core.data import Batch
     from nexus_core.engine import Engine
-    from nexus_core.loader import Batch
 
 __all__ = ["Loss", "LossConfig"]
 

@@ -30,7 +30,7 @@ class Logger(Plugin[LoggerConfigT]):
     logger is switched off for the rest of the run, and closed at its end. What failed is said once
     more at the end: a logger that answers `summarize` itself adds its lines to those of
     `super().summarize(engine)`. For a service that may be slow or hang, see
-    `nexus_parts.background`.
+    `nexus_core.bases.background`.
     """
 
     writes_files: ClassVar[bool] = False  # into the run's folder, which must then be there

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from nexus_core.data import Batch, batch_size
 from nexus_core.errors import ConfigError, RunError
-from nexus_core.loader import Batch, batch_size
 from nexus_core.meter import Meter
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 from nexus_core.state import seed_everything
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ Value = TypeVar("Value")
 Units: TypeAlias = list[Mapping[str, Tensor | float]]
 Terms: TypeAlias = list[Mapping[str, Tensor]]
 _IGNORED: dict[str, Any] = {"resume": "ignored"}
-_EVENTS = "nexus_core", "nexus_parts", "nexus_plugins"
+_EVENTS = "nexus_core", "nexus_plugins"
 
 
 class DistributedConfig(PluginConfig):

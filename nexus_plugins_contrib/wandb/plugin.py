@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
-from nexus_parts.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
-from nexus_parts.handed import HandedLines, Line, last_steps
+from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_plugins_contrib.wandb.handed import HandedLines, Line, last_steps
 
 try:
     import wandb

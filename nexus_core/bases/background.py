@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, ca
 
 from pydantic import Field
 
+from nexus_core.bases.logger import Logger, LoggerConfig
 from nexus_core.errors import CheckpointError
 from nexus_core.plugin import hookimpl
-from nexus_parts.logger import Logger, LoggerConfig
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from nexus_core.bases.loss import Loss, LossConfig
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import hookimpl
-from nexus_parts.loss import Loss, LossConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nexus_core.data import Batch
     from nexus_core.engine import Engine
-    from nexus_core.loader import Batch
 
 __all__ = ["ModuleLoss", "PositionLossConfig", "real_positions"]
 

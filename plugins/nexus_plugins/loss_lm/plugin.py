@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core import DataError, Loss, LossConfig, hookimpl
-from nexus_parts.linear_cross_entropy import linear_cross_entropy
+from nexus_plugins.loss_lm.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
+    from nexus_core.data import Batch
     from nexus_core.engine import Engine
-    from nexus_core.loader import Batch
 
 __all__ = ["LossLmConfig", "LossLmPlugin"]
 

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from nexus_core.data import Batch
 from nexus_core.errors import DataError
-from nexus_core.loader import Batch
-from nexus_core.ranks import Ranks
+from nexus_core.processes import Ranks
 
 __all__ = ["ResumableLoader", "permute"]
 

@@ -1,0 +1,1 @@
+"""What plugin authors derive from: `Loss`, `Schedule`, `Logger`, `Parallel`, `ResumableLoader`."""

@@ -1,1 +1,0 @@
-"""What families of plugins are built from: losses, loggers, schedules, loaders, groups."""

@@ -1,0 +1,1 @@
+"""Helpers that at least two plugins use, and nothing else."""

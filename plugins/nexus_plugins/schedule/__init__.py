@@ -1,0 +1,5 @@
+"""Schedules any number of a run: `plugin` finds and sets it, `course` says where it goes."""
+
+from nexus_plugins.schedule.plugin import RuleConfig, ScheduleConfig, SchedulePlugin
+
+__all__ = ["RuleConfig", "ScheduleConfig", "SchedulePlugin"]

@@ -9,13 +9,16 @@ from typing import Any
 _NAMES = {
     "nexus_core.engine": "Engine Result",
     "nexus_core.errors": "CheckpointError ConfigError DataError NexusError PluginError RunError",
-    "nexus_core.intervals": "Every Interval IntervalField",
+    "nexus_core.intervals": "Every Interval IntervalField TrainState",
     "nexus_core.data": "Batch RunData",
-    "nexus_core.plugin": "Plugin PluginConfig hookimpl",
-    "nexus_core.state": "Snapshot StateDict TrainState",
+    "nexus_core.plugin": "Plugin PluginConfig StateDict hookimpl",
+    "nexus_core.snapshot": "Snapshot",
+    "nexus_core.step": "Step",
     "nexus_core.bases.loader": "ResumableLoader",
     "nexus_core.bases.logger": "Logger LoggerConfig",
     "nexus_core.bases.loss": "Loss LossConfig",
+    "nexus_core.bases.schedule": "Schedule ScheduleConfig",
+    "nexus_core.bases.parallel": "Parallel ParallelConfig",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

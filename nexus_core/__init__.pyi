@@ -3,6 +3,10 @@ from nexus_core.bases.logger import Logger as Logger
 from nexus_core.bases.logger import LoggerConfig as LoggerConfig
 from nexus_core.bases.loss import Loss as Loss
 from nexus_core.bases.loss import LossConfig as LossConfig
+from nexus_core.bases.parallel import Parallel as Parallel
+from nexus_core.bases.parallel import ParallelConfig as ParallelConfig
+from nexus_core.bases.schedule import Schedule as Schedule
+from nexus_core.bases.schedule import ScheduleConfig as ScheduleConfig
 from nexus_core.data import Batch as Batch
 from nexus_core.data import RunData as RunData
 from nexus_core.engine import Engine as Engine
@@ -16,11 +20,12 @@ from nexus_core.errors import RunError as RunError
 from nexus_core.intervals import Every as Every
 from nexus_core.intervals import Interval as Interval
 from nexus_core.intervals import IntervalField as IntervalField
+from nexus_core.intervals import TrainState as TrainState
 from nexus_core.plugin import Plugin as Plugin
 from nexus_core.plugin import PluginConfig as PluginConfig
+from nexus_core.plugin import StateDict as StateDict
 from nexus_core.plugin import hookimpl as hookimpl
-from nexus_core.state import Snapshot as Snapshot
-from nexus_core.state import StateDict as StateDict
-from nexus_core.state import TrainState as TrainState
+from nexus_core.snapshot import Snapshot as Snapshot
+from nexus_core.step import Step as Step
 
 __all__: list[str]

@@ -1,23 +1,47 @@
-"""What batches are, how many rows and tokens they hold, and the stream of them that a run reads."""
+"""Batches of any make, and the stream of them that a run reads from where its cursor is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import copy
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypedDict, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from nexus_core.errors import DataError
-from nexus_core.intervals import Interval
-from nexus_core.state import TrainState
+from nexus_core.intervals import Interval, TrainState
+from nexus_core.plugin import StateDict
 
-__all__ = ["Batch", "Codec", "RunData", "Seekable", "batch_size", "to_device"]
+__all__ = [
+    "Batch",
+    "Codec",
+    "DataState",
+    "Micro",
+    "RunData",
+    "Seekable",
+    "Stream",
+    "batch_size",
+    "digest",
+    "fresh",
+    "length_of",
+    "to_device",
+]
 
 Batch: TypeAlias = Any
-"""What a loader yields: usually a dict of tensors, but any nesting of dicts, lists and tuples."""
+"""What a loader yields: usually a dict of tensors, but any object that holds tensors will do."""
+
+_NO_LENGTH = (TypeError, NotImplementedError, AttributeError, RuntimeError)
+_DIGESTED = 1024  # numbers of each tensor
+_LOOKS = 16  # batches until a loader is trusted not to write over them
+_END: Batch = object()  # after the last batch
 
 
 class Codec(Protocol):
@@ -31,9 +55,22 @@ class Codec(Protocol):
 
 @runtime_checkable
 class Seekable(Protocol):
-    """Data that starts anywhere in an epoch without replaying what came before."""
+    """Data that starts anywhere in an epoch without replaying what came before.
+
+    It may also have `batches_from_row(epoch, row)` and `batch_size`, to resume at the right row
+    with another batch size; `is_borrowed(row)`, which tells that this process has no row of the
+    batch there and gets one that must not count; and a `fingerprint` of what it holds.
+    """
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Data that holds its own place, as the loaders of torchdata and streams of datasets do."""
+
+    def state_dict(self) -> StateDict: ...
+    def load_state_dict(self, state: StateDict) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -45,50 +82,368 @@ class RunData:
     codec: Codec | None = None
 
 
-def stream_batches(data: Iterable[Batch], state: TrainState, horizon: Interval) -> Iterator[Batch]:
-    """Batches from the cursor on, epoch after epoch, moving the cursor, until the horizon."""
-    while not (horizon.unit == "epochs" and horizon.reached(state)):
-        epoch = state.epoch
-        for batch in _batches_from(data, epoch, state.batch):
-            state.batch += 1
-            if state.batch == state.epoch_length:
-                state.epoch, state.batch = epoch + 1, 0
-            yield batch
-            if state.epoch > epoch or (horizon.unit == "epochs" and horizon.reached(state)):
-                break
-        else:
-            read, state.epoch, state.batch = state.batch, epoch + 1, 0
-            if read == 0 or (isinstance(data, Iterator) and not horizon.reached(state)):
-                raise DataError(
-                    f"the data ended after {read} batches, at step {state.step}, before "
-                    f"{horizon}; pass data that can be read again, or an earlier horizon"
-                )
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: what one forward and backward pass sees.
+
+    Args:
+        batch: its rows.
+        share: of a batch that was cut, the part of its rows that is here; else 1.
+        borrowed: a row that another process trains on too, read so that this one takes part; it
+            has no units and no loss.
+    """
+
+    batch: Batch
+    share: float = 1.0
+    borrowed: bool = False
 
 
-def _batches_from(data: Iterable[Batch], epoch: int, start: int) -> Iterator[Batch]:
-    """The batches of an epoch from `start` on: sought where the data can, else read past."""
-    if isinstance(data, Seekable):
-        return data.batches(epoch, start)
-    return data if isinstance(data, Iterator) else islice(iter(data), start, None)
+class DataState(TypedDict):
+    """What a snapshot keeps of the data, besides the counters."""
+
+    fingerprint: str | None
+    batch_size: int | None  # rows of a batch, over all processes
+    row: int  # rows read within the epoch, where the batch size is known
+    loader: StateDict | None  # of a loader that holds its own place
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is in its data: the cursor after a micro-batch."""
+
+    epoch: int
+    batch: int
+    row: int = 0
+    loader: StateDict | None = None
+
+
+class Stream:
+    """The micro-batches of a run, from its cursor on, epoch after epoch.
+
+    It reads a batch ahead only to see whether an epoch is over: after the last batch of data that
+    says its length, and always for data that does not.
+
+    Args:
+        data: batches; what it can do is found by what it has (see `Seekable`, `Stateful`).
+        state: the counters of the run, read once.
+        saved: what is known of the data that the cursor was in; None: nothing.
+        known: whether this is the very data that the cursor is in; None: a new process cannot tell.
+
+    Raises:
+        DataError: there is not a single batch.
+    """
+
+    def __init__(
+        self, data: Iterable[Batch], state: TrainState, saved: DataState | None, known: bool | None
+    ) -> None:
+        self.data = data
+        self.length = length_of(data)
+        self._size: int | None = getattr(data, "batch_size", None)
+        self._print = fingerprint(data)
+        self.place = Place(state.epoch, state.batch)
+        self._returned: list[Micro] = []
+        self._waits = False  # a micro-batch waits for others to be read before it is computed
+        self._memory: list[tuple[set[int], Batch]] = []
+        self._reuses: bool | None = None  # whether the loader writes over earlier batches
+        if saved is not None and (state.batch or saved["loader"]):
+            self._settle(state, saved, known)
+        self._batches = self._read()
+
+    def take(self, count: int, horizon: Interval) -> list[Micro]:
+        """The next micro-batches, fewer where the horizon, in epochs, comes first."""
+        taken, start = list[Micro](), self.place
+        self._waits = count > 1
+        try:
+            while len(taken) < count and not self._passed(horizon):
+                if self._returned:
+                    taken.append(self._returned.pop(0))
+                    self.place = replace(self.place, batch=self.place.batch + 1)
+                    continue
+                micro, self.place = next(self._batches)
+                if micro is not None:
+                    taken.append(micro)
+        except BaseException:
+            self._batches = self._read()  # a generator that raised is at its end
+            self.give_back(taken, start)
+            raise
+        return taken
+
+    def give_back(self, taken: Sequence[Micro], place: Place) -> None:
+        """Return micro-batches that were not trained on, where they cannot be read again."""
+        if isinstance(self.data, Iterator):
+            self._returned = [*taken, *self._returned]
+            self.place = place
+
+    def state(self) -> DataState:
+        """What a snapshot keeps of the data."""
+        size = self._size if isinstance(self.data, Seekable) else None
+        return {
+            "fingerprint": self._print,
+            "batch_size": size,
+            "row": self.place.row,
+            "loader": self.place.loader,
+        }
+
+    def _passed(self, horizon: Interval) -> bool:
+        if horizon.unit != "epochs":
+            return False
+        part = self.place.batch / self.length if self.length else 0.0
+        return round(self.place.epoch + part, 9) >= horizon.amount
+
+    def _settle(self, state: TrainState, saved: DataState, known: bool | None) -> None:
+        """Find the cursor's place in this data: other data begins at its beginning."""
+        before, now = saved["fingerprint"], self._print
+        compared = before is not None and now is not None
+        if not known and (before != now if compared else known is False):
+            _say(
+                f"the run was {state.batch} batches into an epoch of other data; this data begins "
+                "at its first batch"
+            )
+            self.place = Place(state.epoch, 0)
+            return
+        self.place = Place(state.epoch, state.batch, saved["row"], saved["loader"])
+        if saved["batch_size"] not in (None, self._size) and hasattr(self.data, "batches_from_row"):
+            return  # the row tells the place
+        if self.length and state.epoch_length not in (0, self.length):
+            _say(
+                f"the data had {state.epoch_length} batches an epoch and has {self.length} now; "
+                f"the run continues at batch {state.batch} of the epoch"
+            )
+
+    def _read(self) -> Iterator[tuple[Micro | None, Place]]:
+        """Each micro-batch with the cursor after it; None with that of an end seen late."""
+        while True:
+            epoch = self.place.epoch
+            _tell_epoch(self.data, epoch)
+            number, row, batches = self._open(self.place)
+            found, ahead = number, next(batches, _END)
+            while ahead is not _END:
+                reads_ahead = not (isinstance(self.data, Iterator) or 0 < self.length > number + 1)
+                batch = self._kept(ahead) if reads_ahead or self._waits else ahead
+                borrowed = self._borrowed(row)
+                number, row = number + 1, self._row_after(row)
+                held = self._held() if number != self.length else None
+                last = False
+                if reads_ahead:
+                    ahead = self._ahead(batches, number)
+                    last = ahead is _END
+                place = Place(epoch, number, row, held)
+                if last:
+                    place = Place(epoch + 1, 0, 0, self._held())
+                yield Micro(batch, borrowed=borrowed), place
+                if not reads_ahead:
+                    ahead = next(batches, _END)
+            if self.place.epoch == epoch:
+                self._ended_early(found, number)
+                yield None, Place(epoch + 1, 0, 0, self._held())
+
+    def _open(self, place: Place) -> tuple[int, int, Iterator[Batch]]:
+        """Batches from a place on, with its number and row in the epoch."""
+        data, size = self.data, self._size
+        if isinstance(data, Iterator):
+            return place.batch, 0, data
+        if isinstance(data, Stateful) and not isinstance(data, Seekable):
+            if place.loader is not None:
+                data.load_state_dict(place.loader)
+            skipped = 0 if place.loader is not None else place.batch
+            return place.batch, 0, islice(iter(data), skipped, None)
+        if isinstance(data, Seekable):
+            if size and place.row and place.row != place.batch * size:
+                rest = -(-(self._rows() - place.row) // size)
+                batches = cast(Any, data).batches_from_row(place.epoch, place.row)
+                return self.length - rest, place.row, batches
+            return place.batch, place.batch * (size or 0), data.batches(place.epoch, place.batch)
+        return place.batch, 0, islice(iter(data), place.batch, None)
+
+    def _ahead(self, batches: Iterator[Batch], number: int) -> Batch:
+        ahead = next(batches, _END)
+        if ahead is not _END and number == self.length:
+            _say(f"the data says that it has {self.length} batches, and has more; all are read")
+            self.length = 0
+        if ahead is _END and not self.length:
+            self.length = number
+        return ahead
+
+    def _ended_early(self, found: int, number: int) -> None:
+        """The data ended where its length, or that it cannot be read again, promised more."""
+        if (number == found and not found) or (isinstance(self.data, Iterator) and number == found):
+            raise DataError(
+                f"the data ended after {number} batches; pass data that holds batches and can be "
+                "read again, or an earlier horizon"
+            )
+        if self.length > number:
+            _say(f"the data says that it has {self.length} batches, and has {number}")
+        self.length = 0 if isinstance(self.data, Iterator) else number
+
+    def _kept(self, batch: Batch) -> Batch:
+        """The batch, in memory of its own where the loader may write over it before its turn."""
+        if self._reuses is None:
+            mine = {t.data_ptr() for t in leaves(batch) if isinstance(t, Tensor) and t.numel()}
+            if any(mine & others for others, _ in self._memory):
+                self._reuses, self._memory = True, []
+            elif len(self._memory) == _LOOKS:
+                self._reuses, self._memory = False, []
+            else:
+                self._memory.append((mine, batch))  # held, so that its memory is not given away
+        return batch if self._reuses is False else _copied(batch)
+
+    def _row_after(self, row: int) -> int:
+        if self._size and isinstance(self.data, Seekable):
+            return min(row + self._size, self._rows())
+        return 0
+
+    def _rows(self) -> int:
+        return length_of(getattr(self.data, "dataset", ()))
+
+    def _borrowed(self, row: int) -> bool:
+        asked = getattr(self.data, "is_borrowed", None)
+        return bool(asked(row)) if asked else False
+
+    def _held(self) -> StateDict | None:
+        """The place of a loader that holds its own, as plain values that later reads leave."""
+        if isinstance(self.data, Stateful) and not isinstance(self.data, Seekable):
+            return copy.deepcopy(self.data.state_dict())
+        return None
+
+
+def length_of(data: object) -> int:
+    """The length of data, 0 where it does not say, or cannot."""
+    if isinstance(data, Iterator) or not hasattr(data, "__len__"):
+        return 0
+    try:
+        return len(cast(Any, data))
+    except _NO_LENGTH:
+        return 0
+
+
+def fingerprint(data: Iterable[Batch]) -> str | None:
+    """What tells data from other data: its own `fingerprint`, or a digest of a list of batches."""
+    own = getattr(data, "fingerprint", None)
+    if own is not None:
+        return str(own)
+    if not isinstance(data, list | tuple) or not data:
+        return None
+    return digest([len(data), data[0], data[-1]])
+
+
+def digest(batch: Batch) -> str:
+    """A short digest of a batch: the types, shapes and first numbers of what it is made of."""
+    found = hashlib.sha256()
+    for leaf in leaves(batch):
+        found.update(_bytes_of(leaf))
+    return found.hexdigest()[:16]
+
+
+def _bytes_of(leaf: object) -> bytes:
+    if isinstance(leaf, Tensor):
+        values = leaf.detach().flatten()[:_DIGESTED].cpu().contiguous()
+        return (
+            f"{leaf.dtype}{tuple(leaf.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
+        )
+    if isinstance(leaf, np.ndarray):
+        return f"{leaf.dtype}{leaf.shape}".encode() + leaf.ravel()[:_DIGESTED].tobytes()
+    plain = leaf is None or isinstance(leaf, str | bytes | int | float)
+    return repr(leaf).encode() if plain else type(leaf).__qualname__.encode()
+
+
+def _tell_epoch(data: Any, epoch: int) -> None:
+    """Call `set_epoch` of a loader, its samplers and its data set, each once."""
+    sampler, batches = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    owners = (data, sampler, batches, getattr(batches, "sampler", None))
+    for owner in {id(o): o for o in (*owners, getattr(data, "dataset", None))}.values():
+        if callable(set_epoch := getattr(owner, "set_epoch", None)):
+            set_epoch(epoch)
+
+
+def leaves(batch: object) -> Iterator[object]:
+    """What a batch is made of, without its containers, in order."""
+    if isinstance(batch, Tensor | str | bytes | np.ndarray) or batch is None:
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from leaves(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from leaves(value)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
+        yield from leaves(vars(batch))
+    else:
+        yield batch
 
 
 def batch_size(batch: Batch) -> tuple[int, int]:
-    """The rows and the tokens of a batch: its first tensor's length, and its `input_ids`."""
-    if isinstance(batch, Mapping) and "input_ids" in batch:
-        return len(batch["input_ids"]), batch["input_ids"].numel()
-    while isinstance(batch, Mapping | list | tuple) and batch:
-        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
-    rows = len(batch) if isinstance(batch, Tensor) and batch.ndim else 1
+    """The rows and the tokens of a batch: those of `input_ids`, else its first tensor's length."""
+    ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
+    if isinstance(ids, Tensor | np.ndarray):
+        return (len(ids) if ids.ndim > 1 else 1), int(np.prod(ids.shape))
+    if isinstance(ids, list | tuple):
+        return len(ids), sum(np.size(cast(Any, row)) for row in ids)
+    arrays = (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim)
+    rows = next((len(array) for array in arrays), 1)
     return rows, rows
 
 
+def fresh(batch: Batch) -> Batch:
+    """The batch in new containers with the same tensors, so that plugins may change entries."""
+    return _mapped(batch, lambda leaf: leaf)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on the device; containers are new, so they may be changed."""
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
+    """The batch in new containers, with every tensor on the device."""
+
+    def move(leaf: Batch) -> Batch:
+        if isinstance(leaf, Tensor):
+            return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
+
+    return _mapped(batch, move)
+
+
+def _copied(batch: Batch) -> Batch:
+    """The batch with tensors and arrays of its own."""
+
+    def copied(leaf: Batch) -> Batch:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return _mapped(batch, copied)
+
+
+def _mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
+    """The batch in new containers of the same classes, each leaf changed."""
+    if type(batch) is dict:
+        return {key: _mapped(value, change) for key, value in batch.items()}
+    if isinstance(batch, Tensor | PackedSequence):
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
+        values = {key: _mapped(value, change) for key, value in batch.items()}
+        return _filled(batch, values) if isinstance(batch, MutableMapping) else values
+    if isinstance(batch, tuple):
+        return tuple.__new__(type(batch), [_mapped(value, change) for value in batch])
+    if isinstance(batch, list):
+        new = copy.copy(batch)
+        new[:] = [_mapped(value, change) for value in batch]
+        return new
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return _mapped_fields(batch, change)
+    return change(batch)
+
+
+def _mapped_fields(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
+    new = copy.copy(batch)
+    for name in (part.name for part in dataclasses.fields(batch) if hasattr(batch, part.name)):
+        object.__setattr__(new, name, _mapped(getattr(batch, name), change))
+    return new
+
+
+def _filled(batch: MutableMapping[Any, Any], values: dict[Any, Any]) -> MutableMapping[Any, Any]:
+    """A mapping of the same class, with its other attributes, that holds the values."""
+    new = copy.copy(batch)
+    for key, value in values.items():
+        new[key] = value
+    return new
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)

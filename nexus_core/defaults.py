@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nexus_core.data import Batch
 from nexus_core.errors import CheckpointError, ConfigError, DataError
+from nexus_core.events import Run
+from nexus_core.optimizers import members, needs_closure
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
-from nexus_core.step import merge
-
-if TYPE_CHECKING:
-    from nexus_core.engine import Engine
+from nexus_core.step import Step, merge
 
 __all__ = ["Defaults", "FunctionLossPlugin"]
 
@@ -39,18 +39,26 @@ class Defaults:
     @hookimpl(trylast=True)
     def load_snapshot(self, source: str) -> NoReturn:
         raise CheckpointError(
-            f"cannot resume from '{source}': no plugin of this run reads checkpoints; add one, "
-            "for instance with --plugins checkpoint"
+            f"cannot resume from '{source}': no plugin of this run reads checkpoints; add one that "
+            "does (nexus-plugins list)"
         )
 
     @hookimpl(trylast=True)
-    def forward(self, engine: Engine, batch: Batch) -> Any:
+    def cut_batch(self, batch: Batch) -> tuple[Batch]:
+        return (batch,)
+
+    @hookimpl(trylast=True)
+    def take_turns(self) -> tuple[None]:
+        return (None,)
+
+    @hookimpl(trylast=True)
+    def forward(self, engine: Run, batch: Batch) -> Any:
         if isinstance(batch, Mapping):
             return engine.model(**accepted(engine.model, batch))
         return engine.model(batch[0] if isinstance(batch, list | tuple) else batch)
 
     @hookimpl(trylast=True)
-    def weigh_losses(self, engine: Engine) -> dict[str, float]:
+    def weigh_losses(self, engine: Run) -> dict[str, float]:
         return merge(engine.hook.loss_weight(engine=engine))
 
     @hookimpl(trylast=True)
@@ -59,15 +67,31 @@ class Defaults:
         return True
 
     @hookimpl(trylast=True)
-    def optimizer_step(self, engine: Engine) -> bool:
-        engine.optimizer.step()
+    def optimizer_step(self, engine: Run, step: Step, again: Callable[[], Tensor]) -> bool:
+        for optimizer in members(engine.optimizer, step.turn).values():
+            if needs_closure(optimizer):
+                _step_with_closure(optimizer, step.total, again)
+            else:
+                optimizer.step()
+            step.applied = True
         return True
+
+
+def _step_with_closure(optimizer: Optimizer, loss: Tensor, again: Callable[[], Tensor]) -> None:
+    """The closure's first answer is what the step has computed already."""
+    first = [loss]
+
+    def closure() -> float:
+        return (first.pop() if first else again()).item()
+
+    optimizer.step(closure)
 
 
 class FunctionLossPlugin(Plugin[PluginConfig]):
     """The term `loss` of an embedded engine: a function of model and batch that returns a mean.
 
     Micro-batches count the same; where they hold unequal numbers of labels, a `Loss` is exact.
+    Parts that one batch was cut into count by their rows.
     """
 
     name = "loss"
@@ -77,7 +101,7 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
         self._function = function
 
     @hookimpl
-    def forward(self, engine: Engine, batch: Batch) -> Tensor:
+    def forward(self, engine: Run, batch: Batch) -> Tensor:
         loss = self._function(engine.model, batch)
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss
@@ -86,12 +110,13 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
         )
 
     @hookimpl
-    def loss_units(self) -> dict[str, float]:
-        return {"loss": 1.0}
+    def loss_units(self, step: Step | None) -> dict[str, float]:
+        return {"loss": step.share if step else 1.0}
 
     @hookimpl
-    def loss_terms(self, output: Tensor) -> dict[str, Tensor]:
-        return {"loss": output}
+    def loss_terms(self, output: Tensor, step: Step | None) -> dict[str, Tensor]:
+        share = step.share if step else 1.0
+        return {"loss": output if share == 1.0 else output * share}
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

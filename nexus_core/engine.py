@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import time
+import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
-from operator import length_hint
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core import plan as planning
-from nexus_core.data import Batch, RunData, stream_batches, to_device
+from nexus_core import snapshot as snapshots
+from nexus_core.data import Batch, DataState, Place, RunData, Stream
 from nexus_core.defaults import Defaults, FunctionLossPlugin
+from nexus_core.device import Undo, pick_device, seed_everything
+from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.intervals import Every, Interval
+from nexus_core.evaluation import evaluating, measure, train_mode
+from nexus_core.events import Hooks
+from nexus_core.intervals import Every, Interval, TrainState
 from nexus_core.meter import Finish, Meter, Number
+from nexus_core.optimizers import check_optimizer, trained, untrained
 from nexus_core.plugin import Plugin
-from nexus_core.processes import Ranks, pick_device
-from nexus_core.state import Snapshot, TrainState, restore, seed_everything, snap
-from nexus_core.step import measure, take_step
+from nexus_core.processes import Agreement, Ranks
+from nexus_core.snapshot import Snapshot
+from nexus_core.step import Step
+from nexus_core.update import compute_gradient, count_units, prepare, take_step
 
 __all__ = ["Engine", "Result"]
 
 Data = Iterable[Batch]
+GivenOptimizer = Optimizer | list[Optimizer] | Mapping[str, Optimizer]
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,18 @@ class Result:
     metrics: dict[str, float]
 
 
-class Engine:
+class Engine(EarlierNames):
     """Trains a model: a loop of events whose every part a plugin can listen to or replace.
 
     Args:
         model: any module; None asks the plugins (`make_model`).
-        optimizer: over the model's parameters; None asks the plugins (`make_optimizer`).
+        optimizer: over the model's parameters; a list of several steps all of them, a dict by
+            name lets them take turns (the hook `take_turns`). None asks the plugins.
         loss: `loss(model, batch)` returns a mean; None where plugins bring the loss terms.
         plugins: in the order in which to call them, where they do not say themselves.
         seed: of python, numpy and torch, set at once; None leaves the generators alone.
-        device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None: the model's own.
+        device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None leaves the model
+            where it is.
         accumulate: micro-batches in a step.
         log_every: period of `on_log`.
         out: the run's folder, for plugins that write files.
@@ -65,7 +77,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: GivenOptimizer | None = None,
         *,
         loss: Callable[[nn.Module, Batch], Tensor] | None = None,
         plugins: Iterable[Plugin[Any]] = (),
@@ -89,31 +101,33 @@ class Engine:
         self.state = TrainState()
         self.horizon: Interval | None = None
         self.stop_reason: str | None = None
-        self.clock = time.perf_counter  # in seconds; a plugin may bring one for all processes
-        self.alone = True  # False: a plugin sets `stopping`, when all processes know of the stop
         self.training, self.split = True, "train"
-        self.last_micro_batch = True
-        self.losses: dict[str, Tensor] = {}
-        self.refused: Tensor | None = None
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
+        self._agreement = Agreement(self.ranks)
+        self._wish: str | None = None  # to stop, of this process
+        self._running = False
+        self._read: Data | None = None  # the data that the cursor is in
+        self._stream: Stream | None = None
+        self._data_state: DataState | None = None
+        self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
-        hooks = planning.plugin_manager(self.plan, Defaults()).hook
-        self.hook = planning.shortcuts(hooks)
-        self._hooks = hooks
-        if not hooks.loss_terms.get_hookimpls():
+        self.hook: Hooks = planning.relay(self.plan, Defaults())
+        if not self._answers("loss_terms"):
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
         self.device = pick_device(device, model)
         self.data: RunData | None = None
+        given = model is not None
         if model is None:
             self.data = self.hook.make_data(engine=self)
             model = self.hook.make_model(engine=self)
-        self.model: nn.Module = model.to(self.device)
-        self.optimizer: Optimizer = optimizer or self.hook.make_optimizer(engine=self)
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+        self.model: nn.Module = model if given and device is None else model.to(self.device)
+        made = self.hook.make_optimizer(engine=self) if optimizer is None else optimizer
+        self.optimizer: Optimizer = check_optimizer(made, self.model)
+        planning.claim(self.plan, self)
+        self.hook.on_build(engine=self)
 
     def fit(
         self,
@@ -123,9 +137,14 @@ class Engine:
         eval_data: Data | Mapping[str, Data] | None = None,
         eval_every: Interval | str | int | None = None,
     ) -> Result:
-        """Train until the horizon, or until `stop`; see `steps` for the arguments."""
-        for _ in self.steps(data, until=until, eval_data=eval_data, eval_every=eval_every):
-            pass
+        """Train until the horizon, or until `stop`; see `steps` for the arguments.
+
+        Ctrl-C ends the run after its present step, with all that is saved at an end; a second one
+        interrupts at once.
+        """
+        with _stopping_on_interrupt(self):
+            for _ in self.steps(data, until=until, eval_data=eval_data, eval_every=eval_every):
+                pass
         return self.result()
 
     def steps(
@@ -136,7 +155,9 @@ class Engine:
         eval_data: Data | Mapping[str, Data] | None = None,
         eval_every: Interval | str | int | None = None,
     ) -> Iterator[TrainState]:
-        """The loop as a generator, one optimizer step a turn; close it and go on later.
+        """The loop as a generator, one optimizer step a turn; close it and continue later.
+
+        A step that is interrupted, or that fails, has not happened: the next call takes it again.
 
         Args:
             data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
@@ -147,60 +168,79 @@ class Engine:
         Yields:
             The counters, after each step with its log and evaluation.
         """
+        if self._running:
+            raise ConfigError(
+                "a loop of this engine is open already: exhaust it, or close() what steps() gave, "
+                "before the next begins"
+            )
         if data is None:
             self.data = self.data or self.hook.make_data(engine=self)
             data = self.data.train
             eval_data = self.data.valid if eval_data is None else eval_data
-        eval_data = eval_data or None if isinstance(eval_data, Mapping) else eval_data
-        self.horizon = horizon = Interval.parse(until)
-        self.stop_reason, self.stopping, failure = None, False, None
-        self.state.epoch_length = 0 if isinstance(data, Iterator) else length_hint(data)
-        log_due = Every(self.log_every, self.state)
-        eval_due = Every(Interval.parse(eval_every) if eval_every else None, self.state)
+        if isinstance(eval_data, Mapping) and not eval_data:
+            eval_data = None
+        self.horizon = Interval.parse(until)
+        period = Interval.parse(eval_every) if eval_every else None
+        self._running = True
         try:
-            self.hook.on_start(engine=self)
-            started = self.clock() - self.state.seconds
-            stream = stream_batches(data, self.state, horizon)
-            while not (self.stopping or horizon.reached(self.state)):
-                if not (micro := list(islice(stream, self.accumulate))):
-                    break
-                take_step(self, [to_device(batch, self.device) for batch in micro])
-                self.state.seconds = self.clock() - started
-                if log_due.due(self.state):
-                    self._log()
-                if eval_due.due(self.state) and eval_data is not None:
-                    self.evaluate(eval_data)
-                self.hook.on_step_end(engine=self)
-                yield self.state
-            if not self.stopping or horizon.reached(self.state):
-                self._log()
-                if eval_data is not None and self.state.evaluated_at != self.state.step:
-                    self.evaluate(eval_data)
-            self.hook.on_finish(engine=self)
-        except Exception as error:
-            failure = error
-            planning.blame(error, self.plan, self.state.step)
-            planning.call_all(self._hooks.on_error, failure, engine=self, error=error)
-            raise
+            yield from self._loop(data, self.horizon, eval_data, period)
         finally:
-            planning.call_all(self._hooks.on_close, failure, engine=self)
+            self._running = False
+
+    def rehearse(
+        self, data: Data, *, until: Interval | str | int, eval_data: Mapping[str, Data]
+    ) -> tuple[Step, dict[str, float]]:
+        """Compute the gradient of one step, and evaluate, without an update.
+
+        What `on_start`, a batch or a loss refuses is refused here. Plugins that only watch, such
+        as loggers, are not called.
+
+        Returns:
+            The step, and the metrics of the evaluation.
+        """
+        self.horizon = Interval.parse(until)
+        acting = planning.relay(
+            self.plan, Defaults(), lambda plugin: not getattr(plugin, "only_watches", False)
+        )
+        try:
+            stream = self._opened(data, self.horizon, None)
+            acting.on_start(engine=self)
+            step = prepare(self, stream.take(self.accumulate, self.horizon))
+            count_units(self, step)
+            compute_gradient(self, step)
+            return step, self._measured(eval_data)
+        finally:
+            acting.on_close(engine=self)
 
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
         """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.
 
-        Returns `val/loss`, `val/total_loss`, `val/<term>_loss` and what plugins log, by split.
+        Within an evaluation (from the hook `measure`) it measures and fires nothing.
+
+        Returns:
+            `val/loss`, `val/total_loss`, `val/<term>_loss` and what plugins measure or log, by
+            split.
         """
-        metrics: dict[str, float] = {}
-        for name, batches in (data if isinstance(data, Mapping) else {"val": data}).items():
-            metrics |= measure(self, name, batches)
+        nested = not self.training
+        metrics = self._measured(data if isinstance(data, Mapping) else {"val": data})
+        if nested:
+            return metrics
         self.metrics |= metrics
         self.state.evaluated_at = self.state.step
         self.hook.on_eval(engine=self, metrics=metrics)
+        self.metrics |= metrics
         return metrics
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the loop ends after the present step."""
+        return self.stop_reason is not None
+
     def stop(self, reason: str = "stopped by the program") -> None:
-        """End the loop after the present step; several processes end together, a step later."""
-        self.stop_reason, self.stopping = reason, self.alone
+        """End the loop after the present step, or before its first; all processes end together."""
+        self._wish = reason
+        if self.ranks.size == 1:
+            self.stop_reason = reason
 
     def log(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
@@ -208,9 +248,22 @@ class Engine:
         Args:
             name: without a slash it gets the split's prefix: "train/grad_norm", "val/...".
             finish: applied to the mean when it is read: `math.exp` makes a perplexity.
+
+        Raises:
+            ConfigError: the value is more than one number.
         """
-        value = value.detach() if isinstance(value, Tensor) else value
         self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
+
+    def parameters(self, turn: str | None = None) -> list[nn.Parameter]:
+        """What the optimizer updates now, or that of one turn; ask each time, as it may change."""
+        return trained(self.optimizer, turn)
+
+    def untrained(self) -> list[nn.Parameter]:
+        """The model's other parameters; looked up anew when the optimizer's groups have changed."""
+        size = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if self._outside[0] != size:
+            self._outside = size, untrained(self.optimizer, self.model)
+        return self._outside[1]
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
@@ -219,25 +272,163 @@ class Engine:
         return Result(status, reason, at.step, at.tokens, at.seconds, dict(self.metrics))
 
     def state_dict(self) -> Snapshot:
-        """Everything that decides how the run goes on, read in place; fires `on_save`."""
-        snapshot = snap(self)
-        self.hook.on_save(engine=self, snapshot=snapshot)
+        """Everything that decides how the run continues, read in place; fires `on_save`."""
+        snapshot = snapshots.gather(self, self._data_state)
+        planning.call_each(
+            self._answers("on_save"),
+            lambda plugin: snapshots.check_parts(snapshot, plugin),
+            engine=self,
+            snapshot=snapshot,
+        )
         return snapshot
 
     def load_state_dict(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot, to the same bits; fires `on_load` first.
+        """Continue from a snapshot, to the same bits; fires `on_load` first.
 
         Raises:
-            CheckpointError: it does not fit the model, the optimizer or the plugins.
+            CheckpointError: it does not fit; then the engine is as it was.
         """
-        self.hook.on_load(engine=self, snapshot=snapshot)
-        restore(self, deepcopy(snapshot))
+        self._restore(deepcopy(snapshot))
 
     def resume(self, source: str = "auto") -> None:
         """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
-        snapshot = self.hook.load_snapshot(engine=self, source=source)
+        self._restore(self.hook.load_snapshot(engine=self, source=source))
+
+    def rewind(self, snapshot: Snapshot) -> None:
+        """Restore weights, optimizer and plugins of an earlier snapshot of this run, and no more.
+
+        Counters, metrics, random generators and the place in the data stay: time goes on.
+        """
+        now, read, stream = snapshots.gather(self, self._data_state), self._read, self._stream
+        kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
+        self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
+        self._read, self._stream = read, stream
+
+    def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
+        before, metrics = (self.training, self.split, self.meter), dict[str, float]()
+        with evaluating(self, nested=not self.training):
+            try:
+                for name, batches in sets.items():
+                    self.training, self.split, self.meter = False, name, Meter()
+                    metrics |= measure(self, name, batches)
+            finally:
+                self.training, self.split, self.meter = before
+        return metrics
+
+    def _restore(self, snapshot: Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
-        restore(self, snapshot)
+        snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
+        self._data_state, self._read, self._stream = snapshot.get("data"), None, None
+
+    def _loop(
+        self,
+        data: Data,
+        horizon: Interval,
+        eval_data: Data | Mapping[str, Data] | None,
+        period: Interval | None,
+    ) -> Iterator[TrainState]:
+        failure: BaseException | None = None
+        try:
+            self.stop_reason = self._wish if self.ranks.size == 1 else None
+            stream = self._opened(data, horizon, period)
+            log_due = Every(self.log_every, self.state)
+            eval_due = Every(period, self.state)
+            self.hook.on_start(engine=self)
+            train_mode(self.optimizer)
+            _say_mode(self.model)
+            self._agree()
+            started = self._agreement.clock() - self.state.seconds
+            undo = Undo(self.model)
+            while not (self.stopping or horizon.reached(self.state)):
+                if not self._take_step(stream, horizon, undo):
+                    break
+                self.state.seconds = self._agreement.clock() - started
+                if log_due.due(self.state):
+                    self._log()
+                if eval_due.due(self.state) and eval_data is not None:
+                    self.evaluate(eval_data)
+                    self._agree()
+                self.hook.on_step_end(engine=self)
+                yield self.state
+            if not self.stopping or horizon.reached(self.state):
+                self._log()
+                if eval_data is not None and self.state.evaluated_at != self.state.step:
+                    self.evaluate(eval_data)
+            if failed := self._call_all("on_finish", None):
+                raise failed
+        except (Exception, KeyboardInterrupt) as error:
+            failure = error
+            planning.blame(error, self.plan, self.state.step)
+            self._call_all("on_error", failure, error=error)
+            raise
+        finally:
+            self._wish = None
+            closing = self._call_all("on_close", failure)
+            if closing is not None and closing is not failure:
+                raise closing
+
+    def _opened(self, data: Data, horizon: Interval, period: Interval | None) -> Stream:
+        """The stream of this data from the cursor on; the open one of an iterator goes on."""
+        if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
+            return self._stream
+        owner = getattr(data, "dataset", None)
+        known = None
+        if self._read is not None:
+            last = getattr(self._read, "dataset", None)
+            known = data is self._read or (owner is not None and owner is last)
+        stream = Stream(data, self.state, self._data_state, known)
+        for length in (horizon, period):
+            if length and length.unit == "epochs" and length.amount % 1 and not stream.length:
+                raise ConfigError(
+                    f"'{length}' is part of an epoch, and this data does not say how many batches "
+                    "an epoch has; give it a __len__, or count in steps"
+                )
+        self._read, self._stream = data, stream
+        self.state.epoch, self.state.batch = stream.place.epoch, stream.place.batch
+        self.state.epoch_length = stream.length
+        return stream
+
+    def _take_step(self, stream: Stream, horizon: Interval, undo: Undo) -> bool:
+        """Take one step, or none at the data's end; one that fails leaves no trace."""
+        undo.take()
+        place, mark = stream.place, self.meter.mark()
+        self._step, micro = None, stream.take(self.accumulate, horizon)
+        if not micro:
+            self._commit(stream, None)
+            return False
+        try:
+            step = self._step = prepare(self, micro)
+            take_step(self, step, lambda: self._agreement.begin(*step.size(), self._wish))
+        except BaseException:
+            if self._step is not None and self._step.applied:
+                self._commit(stream, self._step)
+            else:
+                stream.give_back(micro, place)
+                self.meter.rollback(mark)
+                undo.put_back()
+            raise
+        self._commit(stream, step)
+        self.hook.on_step(engine=self, step=step)
+        return True
+
+    def _commit(self, stream: Stream, step: Step | None) -> None:
+        """Move all counters and the cursor together: here, and nowhere else."""
+        place: Place = stream.place
+        self.state.epoch, self.state.batch = place.epoch, place.batch
+        self.state.epoch_length, self._data_state = stream.length, stream.state()
+        if step is None:
+            return
+        rows, tokens, reason = self._agreement.end()
+        self.state.step += 1
+        self.state.samples += rows
+        self.state.tokens += tokens
+        self.stop_reason = reason
+
+    def _agree(self) -> None:
+        """Have all processes know of a stop, outside of a step."""
+        if self.ranks.size > 1:
+            self._agreement.begin(stop=self._wish)
+            *_, self.stop_reason = self._agreement.end()
 
     def _log(self) -> None:
         if not (metrics := self.meter.read(self.ranks)):
@@ -247,3 +438,40 @@ class Engine:
             metrics |= answer
         self.metrics |= metrics
         self.hook.on_log(engine=self, metrics=metrics)
+
+    def _answers(self, hook: str) -> list[planning.Impl]:
+        return planning.implementations(self.plan, hook, Defaults())
+
+    def _call_all(
+        self, hook: str, failure: BaseException | None, **given: object
+    ) -> BaseException | None:
+        return planning.call_all(self._answers(hook), hook, failure, engine=self, **given)
+
+
+def _say_mode(model: nn.Module) -> None:
+    if not model.training:
+        warnings.warn(
+            "the model is in evaluation mode, and trains so: without dropout, and with running "
+            "statistics as they are; call model.train() if that is not wanted",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _stopping_on_interrupt(engine: Engine) -> Iterator[None]:
+    """Let the first Ctrl-C end the run after its step, where nobody else listens for it."""
+    listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if listens or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.default_int_handler)
+        engine.stop("interrupted (Ctrl-C)")
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Lengths and periods of training: "500 steps", "2 epochs", "10M tokens", "15 min"."""
+"""How far a run is, and lengths of training: "500 steps", "2 epochs", "10M tokens", "15 min"."""
 
 from __future__ import annotations
 
@@ -10,15 +10,37 @@ from typing import Annotated
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from nexus_core.errors import ConfigError
-from nexus_core.state import TrainState
 
-__all__ = ["Every", "Interval", "IntervalField"]
+__all__ = ["Every", "Interval", "IntervalField", "TrainState"]
 
 _EXAMPLES = '"500 steps", "2 epochs", "10M tokens", "15 min"'
 _AMOUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([kKMB]?)\s*([a-z]*)")
 _FACTORS = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 _WHOLE = ("steps", "samples", "tokens")
+
+
+@dataclass
+class TrainState:
+    """How far a run is. The engine alone writes it, when a step is done; all else reads it."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # passes over the data completed
+    batch: int = 0  # micro-batches trained on within the present epoch: the data cursor
+    epoch_length: int = 0  # micro-batches in an epoch, 0 while that is not known
+    samples: int = 0  # rows trained on
+    tokens: int = 0  # tokens trained on (rows, where a batch holds no `input_ids`)
+    seconds: float = 0.0  # time spent in the training loop, over all restarts
+    evaluated_at: int = -1  # the step of the last evaluation
+
+    @property
+    def epochs(self) -> float:
+        """Epochs done, the present one as a fraction where its length is known, to 9 digits."""
+        return round(self.epoch + (self.batch / self.epoch_length if self.epoch_length else 0), 9)
+
+    def counted(self, unit: str) -> float:
+        """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
+        return self.step if unit == "steps" else float(getattr(self, unit))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nexus_core.processes import Ranks
+from nexus_core.errors import ConfigError
+from nexus_core.processes import Ranks, gather
 
 __all__ = ["Meter"]
 
@@ -41,18 +42,38 @@ class Meter:
 
     def add(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Add a sum over units, numbers or tensors of one element; nothing waits for the device."""
+        value, units = _plain(name, value), _plain(name, units)
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = _Entry()
         entry.finish = finish
         entry.pending.append((value, units))
 
+    def mark(self) -> dict[str, int]:
+        """Where the record is now, for `rollback`; nothing may be read in between."""
+        return {name: len(entry.pending) for name, entry in self._entries.items()}
+
+    def rollback(self, mark: Mapping[str, int]) -> None:
+        """Forget what was added since the mark."""
+        for name in list(self._entries):
+            if name in mark:
+                del self._entries[name].pending[mark[name] :]
+            else:
+                del self._entries[name]
+
+    def void(self, mark: Mapping[str, int]) -> None:
+        """Let what was added since the mark count nothing, while its names stay known."""
+        for name, entry in self._entries.items():
+            since = mark.get(name, 0)
+            entry.pending[since:] = [(0.0, 0.0)] * (len(entry.pending) - since)
+
     def read(self, ranks: Ranks) -> dict[str, float]:
         """The mean of every metric since the last reading, over all processes."""
         self._settle()
         entries, self._entries = self._entries, {}
         if ranks.size > 1:
-            names = sorted(entries)
+            names = sorted({name for known in gather(ranks, list(entries)) for name in known})
+            entries = {name: entries.get(name, _Entry()) for name in names}
             sums = [[entries[name].total, entries[name].units] for name in names]
             reduced = ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
             for name, (total, units) in zip(names, reduced, strict=True):
@@ -77,6 +98,22 @@ class Meter:
                 entry.total += next(read) if isinstance(value, Tensor) else value
                 entry.units += next(read) if isinstance(units, Tensor) else units
             entry.pending.clear()
+
+
+def _plain(name: str, number: Number) -> Number:
+    """The number without its graph.
+
+    Raises:
+        ConfigError: it is more than one number.
+    """
+    if not isinstance(number, Tensor):
+        return number
+    if number.numel() != 1:
+        raise ConfigError(
+            f"the metric '{name}' is a tensor of shape {tuple(number.shape)}; log one number, for "
+            "instance its sum with units=its numel()"
+        )
+    return number.detach() if number.requires_grad else number
 
 
 def _to_host(tensors: list[Tensor]) -> list[float]:

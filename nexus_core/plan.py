@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,16 +10,35 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pluggy
 
 from nexus_core.errors import PluginError, suggestion
-from nexus_core.events import API_VERSIONS, RENAMED, Hooks
+from nexus_core.events import API_VERSIONS, RENAMED, STAGES, Hooks
 from nexus_core.plugin import Plugin
 
-__all__ = ["HOOK_NAMES", "Plan", "arrange", "find", "installed", "load", "scan"]
+__all__ = [
+    "CORE",
+    "HOOK_NAMES",
+    "Impl",
+    "Plan",
+    "arrange",
+    "find",
+    "implementations",
+    "installed",
+    "load",
+    "relay",
+    "scan",
+]
 
+CORE = "the core"
+NOT_WRAPPED = {
+    "on_batch": "return the changed batch instead",
+    **dict.fromkeys(
+        ("on_save", "on_finish", "on_error", "on_close"), "its calls are made one by one"
+    ),
+}
 HOOK_NAMES = tuple(name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec"))
 AnyPlugin: TypeAlias = Plugin[Any]
 
@@ -115,17 +135,110 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
     return Plan(tuple(sorted(given, key=lambda plugin: order.index(plugin.name))), declared)
 
 
-def shortcuts(hooks: pluggy.HookRelay) -> SimpleNamespace:
-    """Every hook by name, quick enough to be called many times a step."""
-    return SimpleNamespace(**{name: _shortcut(getattr(hooks, name)) for name in HOOK_NAMES})
+@dataclass(frozen=True)
+class Impl:
+    """One plugin's answer to one hook.
+
+    Args:
+        plugin: its name, or "the core".
+        method: what is called.
+        wrapper: it is a generator around the others.
+        rank: -1 asks to be first, 1 to be last, 0 neither.
+        stage: its stage's place among those of the hook, and its name; "" where there are none.
+    """
+
+    plugin: str
+    method: Callable[..., Any]
+    wrapper: bool = False
+    rank: int = 0
+    stage: tuple[int, str] = (0, "")
+
+
+def implementations(plan: Plan, hook: str, defaults: object) -> list[Impl]:
+    """Who answers a hook, in the order of the calls: by rank, by stage, then by the plan.
+
+    Wrappers come first, the outermost at the head. `on_close` runs in reverse.
+    """
+    found = [_impl(plugin, hook, method) for plugin in plan.plugins
+             for method in _methods(plugin, hook)]  # fmt: skip
+    found.sort(key=lambda impl: (not impl.wrapper, impl.rank, impl.stage))
+    core = getattr(defaults, hook, None)
+    ordered = [*found, *([Impl(CORE, core)] if core else [])]
+    return ordered[::-1] if hook == "on_close" else ordered
+
+
+def relay(
+    plan: Plan, defaults: object, only: Callable[[AnyPlugin], bool] = lambda plugin: True
+) -> Hooks:
+    """What calls the hooks of an engine's own plugins: one method a hook, typed as `Hooks`.
+
+    Args:
+        plan: the plugins.
+        defaults: the core's own answers.
+        only: which of the plugins to call.
+
+    Raises:
+        PluginError: an implementation asks for an argument that its hook does not have.
+    """
+    chosen = Plan(tuple(filter(only, plan.plugins)), plan.declared)
+    manager = pluggy.PluginManager("nexus")
+    manager.add_hookspecs(Hooks)
+    for name in HOOK_NAMES:
+        hook = getattr(manager.hook, name)
+        hook.spec.argnames = tuple(inspect.signature(getattr(Hooks, name)).parameters)[1:]
+        impls = implementations(chosen, name, defaults)
+        for impl in impls if name == "on_close" else reversed(impls):
+            _register(manager, name, impl)
+    calls = {name: _shortcut(getattr(manager.hook, name)) for name in HOOK_NAMES}
+    return cast(Hooks, SimpleNamespace(**calls))
+
+
+def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
+    """Register one method: pluggy calls what was registered last first."""
+    try:
+        manager.register(SimpleNamespace(**{hook: impl.method}), f"{impl.plugin}: {hook}")
+    except pluggy.PluginValidationError as error:
+        said = " ".join(str(error).split("\n")[1:])
+        raise PluginError(f"plugin '{impl.plugin}' answers {hook} wrongly: {said}") from error
+
+
+def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
+    """The plugin's method for a hook, under its own name or else under an earlier one."""
+    if getattr(getattr(plugin, hook, None), "nexus_impl", None):
+        yield getattr(plugin, hook)
+        return
+    for earlier, now in RENAMED.items():
+        if now == hook and getattr(getattr(plugin, earlier, None), "nexus_impl", None):
+            said = f"{type(plugin).__qualname__}.{earlier}: the hook is called '{now}' now"
+            text = f"{said}; rename it, as the earlier name will go"
+            warnings.warn(text, FutureWarning, stacklevel=2)
+            yield getattr(plugin, earlier)
+
+
+def _impl(plugin: AnyPlugin, hook: str, method: Callable[..., Any]) -> Impl:
+    marks = method.nexus_impl  # type: ignore[attr-defined]
+    rank = bool(marks["trylast"]) - bool(marks["tryfirst"])
+    return Impl(plugin.name, method, bool(marks["wrapper"]), rank, _stage(hook, method))
+
+
+def _stage(hook: str, method: Callable[..., Any]) -> tuple[int, str]:
+    stages = STAGES.get(hook, ())
+    names = [stage.rstrip("*") for stage in stages]
+    wanted = getattr(method, "nexus_stage", None)
+    if wanted is None:
+        place = next((i for i, stage in enumerate(stages) if stage.endswith("*")), 0)
+        return place, names[place] if names else ""
+    return names.index(wanted), wanted
 
 
 def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
     """The hook itself where a wrapper is around it, else a plain loop with the same answers."""
     impls = hook.get_hookimpls()
+    calls = [(impl.function, impl.argnames) for impl in reversed(impls)]
+    if hook.name == "on_batch":
+        return _chained(calls, "batch")
     if hook.spec is None or any(impl.wrapper or impl.hookwrapper for impl in impls):
         return hook
-    calls = [(impl.function, impl.argnames) for impl in reversed(impls)]
 
     def first(**given: object) -> Any:
         for function, names in calls:
@@ -139,55 +252,60 @@ def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
     return first if hook.spec.opts["firstresult"] else every
 
 
-class _Manager(pluggy.PluginManager):
-    """Hears a hook's earlier name too; a plugin that has both names answers by the new one."""
+def _chained(
+    calls: Sequence[tuple[Callable[..., Any], Sequence[str]]], link: str
+) -> Callable[..., Any]:
+    """Each implementation gets the answer of the one before; what answers None leaves it."""
 
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        options = super().parse_hookimpl_opts(plugin, name)
-        if options is None or name not in RENAMED:
-            return options
-        if hasattr(plugin, now := RENAMED[name]):
-            return None
-        said = f"{type(plugin).__qualname__}.{name}: the hook is called '{now}' now; rename it"
-        warnings.warn(f"{said}, as the earlier name will go", FutureWarning, stacklevel=2)
-        return {**options, "specname": now}
+    def chained(**given: object) -> Any:
+        for function, names in calls:
+            answer = function(*[given[name] for name in names])
+            if answer is not None:
+                given[link] = answer
+        return given[link]
+
+    return chained
 
 
-def plugin_manager(plan: Plan, defaults: object) -> pluggy.PluginManager:
-    """A manager of this engine's own that calls the plugins in the order of the plan."""
-    manager = _Manager("nexus")
-    manager.add_hookspecs(Hooks)
-    manager.register(defaults, name="the core")
-    for plugin in reversed(plan.plugins):  # pluggy calls what was registered last first
+def call_each(impls: Iterable[Impl], done: Callable[[str], None], /, **arguments: object) -> None:
+    """Call implementations one by one, and `done` with the plugin's name after each."""
+    for impl in impls:
+        impl.method(*(arguments[name] for name in argument_names(impl.method)))
+        done(impl.plugin)
+
+
+def call_all(
+    impls: Iterable[Impl], hook: str, failure: BaseException | None, /, **arguments: object
+) -> BaseException | None:
+    """Call every implementation of an event; what they raise becomes a note on the first error.
+
+    Returns:
+        The first error: `failure`, where there is one already.
+    """
+    first = failure
+    for impl in impls:
         try:
-            manager.register(plugin, name=plugin.name)
-        except pluggy.PluginValidationError as error:
-            said = " ".join(str(error).split())
-            raise PluginError(f"plugin '{plugin.name}' answers a hook wrongly: {said}") from error
-    return manager
+            impl.method(*(arguments[name] for name in argument_names(impl.method)))
+        except BaseException as raised:
+            note = f"plugin '{impl.plugin}', {hook}"
+            (first or raised).add_note(f"{note}: {raised!r}" if first else note)
+            first = first or raised
+    return first
 
 
-def blame(error: Exception, plan: Plan, step: int) -> None:
+def argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments that an implementation takes."""
+    parameters = inspect.signature(method).parameters.values()
+    return tuple(p.name for p in parameters if p.default is p.empty)
+
+
+def blame(error: BaseException, plan: Plan, step: int) -> None:
     """Note on an error which plugin raised it, in which method, at which step."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for plugin in plan.plugins:
             if frame.f_locals.get("self") is plugin:
                 error.add_note(f"plugin '{plugin.name}', {frame.f_code.co_name}, step {step}")
                 return
-
-
-def call_all(hook: pluggy.HookCaller, failure: Exception | None, /, **arguments: object) -> None:
-    """Call every implementation of a hook; what they raise becomes a note on the first error."""
-    first: BaseException | None = failure
-    for impl in hook.get_hookimpls():
-        try:
-            impl.function(*(arguments[name] for name in impl.argnames))
-        except BaseException as raised:
-            note = f"plugin '{impl.plugin_name}', {hook.name}"
-            (first or raised).add_note(f"{note}: {raised!r}" if first else note)
-            first = first or raised
-    if first is not None and first is not failure:
-        raise first
 
 
 def _check_class(plugin: type[AnyPlugin], whose: str) -> None:
@@ -204,6 +322,33 @@ def _check_class(plugin: type[AnyPlugin], whose: str) -> None:
         if marked and not marked["optionalhook"] and name not in (*HOOK_NAMES, *RENAMED):
             known = f"{suggestion(name, HOOK_NAMES)} Hooks: {', '.join(HOOK_NAMES)}"
             raise PluginError(f"{where} is marked @hookimpl, but there is no such hook.{known}")
+        if marked and name in HOOK_NAMES:
+            _check_place(getattr(plugin, name), name, where)
+
+
+def claim(plan: Plan, engine: object) -> None:
+    """Give the plugins to an engine: each belongs to one, as it keeps that engine's state.
+
+    Raises:
+        PluginError: one of them belongs to another engine.
+    """
+    for plugin in plan.plugins:
+        if vars(plugin).setdefault("_claimed_by", id(engine)) != id(engine):
+            raise PluginError(
+                f"plugin '{plugin.name}' is the object of another engine already, and keeps its "
+                f"state; make a new one: {type(plugin).__name__}(...)"
+            )
+
+
+def _check_place(method: Any, hook: str, where: str) -> None:
+    """Refuse a stage that the hook does not have, and a wrapper where there can be none."""
+    stages = [stage.rstrip("*") for stage in STAGES.get(hook, ())]
+    stage = getattr(method, "nexus_stage", None)
+    if stage is not None and stage not in stages:
+        known = f"its stages: {', '.join(stages)}" if stages else "it has no stages"
+        raise PluginError(f"{where}: there is no stage '{stage}'; {known}")
+    if method.nexus_impl["wrapper"] and hook in NOT_WRAPPED:
+        raise PluginError(f"{where}: {hook} cannot be wrapped: {NOT_WRAPPED[hook]}")
 
 
 def _claims(plugins: Iterable[AnyPlugin]) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, get_args
+from collections.abc import Callable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    TypeAlias,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    overload,
+)
 
 import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,12 +23,60 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nexus_core.errors import CheckpointError, ConfigError, suggestion
 
 if TYPE_CHECKING:
-    from nexus_core.state import StateDict
+    from torch import Tensor
 
-__all__ = ["Plugin", "PluginConfig", "config_error", "hookimpl"]
+__all__ = ["Plugin", "PluginConfig", "StateDict", "StateValue", "config_error", "hookimpl"]
 
-hookimpl = pluggy.HookimplMarker("nexus")
-"""Marks a method as the answer to the hook of the same name."""
+StateValue: TypeAlias = Union[
+    bool, int, float, str, "Tensor", "list[StateValue]", "dict[str, StateValue]", None
+]
+"""What a state may be made of: what JSON holds, and tensors."""
+
+StateDict: TypeAlias = dict[str, StateValue]
+
+_marker = pluggy.HookimplMarker("nexus")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@overload
+def hookimpl(function: Function, /) -> Function: ...
+@overload
+def hookimpl(
+    *,
+    stage: str | None = None,
+    wrapper: bool = False,
+    tryfirst: bool = False,
+    trylast: bool = False,
+    optionalhook: bool = False,
+) -> Callable[[Function], Function]: ...
+def hookimpl(
+    function: Any = None,
+    /,
+    *,
+    stage: str | None = None,
+    wrapper: bool = False,
+    tryfirst: bool = False,
+    trylast: bool = False,
+    optionalhook: bool = False,
+) -> Any:
+    """Mark a method as the answer to the hook of the same name.
+
+    Args:
+        function: the method, where the decorator has no settings.
+        stage: one of the hook's stages (see `nexus_core.events`); None: its ordinary one.
+        wrapper: the method is a generator around the other answers; it yields once.
+        tryfirst: before all others, whatever their stage; one plugin of a run may ask for it.
+        trylast: after all others, whatever their stage.
+        optionalhook: not an error where this release has no such hook.
+    """
+
+    def mark(method: Any) -> Any:
+        method.nexus_stage = stage
+        return _marker(
+            method, wrapper=wrapper, tryfirst=tryfirst, trylast=trylast, optionalhook=optionalhook
+        )
+
+    return mark if function is None else mark(function)
 
 
 class PluginConfig(BaseModel):
@@ -63,6 +123,12 @@ class Plugin(Generic[ConfigT]):
                     cls.config_class = argument
 
     def __init__(self, config: ConfigT | None = None, /, **settings: object) -> None:
+        if config is not None and not isinstance(config, self.config_class):
+            raise ConfigError(
+                f"{type(self).__name__} takes its settings by name, such as "
+                f"{type(self).__name__}({next(iter(self.config_class.model_fields), 'key')}=...), "
+                f"or a {self.config_class.__name__}; got {config!r:.80}"
+            )
         try:
             made = self.config_class.model_validate(settings) if config is None else config
         except ValidationError as error:

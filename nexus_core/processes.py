@@ -1,16 +1,18 @@
-"""This process among its peers: rank, size, sums over all of them; and its device."""
+"""This process among its peers: its rank, sums over all, and what they agree on after a step."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from nexus_core.errors import ConfigError
+__all__ = ["Agreement", "Ranks", "gather", "is_sharded", "local_part", "whole"]
 
-__all__ = ["Ranks", "pick_device"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,67 @@ class Ranks:
         return tensor
 
 
-def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> torch.device:
-    """The device to train on: "auto" is an accelerator if there is one, None the model's own.
+class Agreement:
+    """What all processes of a run know alike: how much was read, the time, and whether to stop.
 
-    Raises:
-        ConfigError: this machine has no such device.
+    `begin` sends what this process has, `end` takes what all have; the exchange runs while the
+    weights are updated. In a single process nothing is sent.
     """
-    if wish is None:
-        parameter = next(model.parameters(), None) if model is not None else None
-        return parameter.device if parameter is not None else torch.device("cpu")
-    if wish == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=wish).device
-    except (RuntimeError, AssertionError) as error:
-        said = str(error).partition("\n")[0]
-        raise ConfigError(f"cannot use the device '{wish}': {said}; try device=auto") from error
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._sums = torch.zeros(4, dtype=torch.double)
+        self._work: dist.Work | None = None
+
+    def begin(self, rows: int = 0, tokens: int = 0, stop: str | None = None) -> None:
+        """Send rows and tokens of this process since the last time, and its reason to stop."""
+        self._stop = stop
+        now = time.perf_counter() if self._ranks.is_main else 0.0
+        self._sums = torch.tensor([rows, tokens, now, stop is not None], dtype=torch.double)
+        if self._ranks.size > 1:
+            self._work = dist.all_reduce(self._sums, async_op=True)
+
+    def end(self) -> tuple[int, int, str | None]:
+        """Rows and tokens of all processes, and the reason of the first that wants to stop."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None  # it keeps the group's connections
+        rows, tokens, self._now, stops = self._sums.tolist()
+        reason = self._stop
+        if stops and self._ranks.size > 1:
+            reason = next(filter(None, gather(self._ranks, self._stop)))
+        return int(rows), int(tokens), reason
+
+    def clock(self) -> float:
+        """Seconds; in several processes those of the main one, as of the last exchange."""
+        return time.perf_counter() if self._ranks.size == 1 else self._now
+
+
+def gather(ranks: Ranks, value: Value) -> list[Value]:
+    """What each process has, by rank, for all of them; every one of them must ask.
+
+    Args:
+        ranks: this process among its peers.
+        value: anything that can be pickled; it goes to processes of this very run alone.
+    """
+    found = [value] * ranks.size
+    if ranks.size > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a `DTensor`, of which this process may hold but a part."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in place: all of it, unless it is a `DTensor`."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is a `DTensor`; then every process must ask."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full

@@ -1,138 +1,98 @@
-"""One step, one evaluation, and their algebra: sums over units, divided by those of the step."""
+"""One optimizer step as an object, and its algebra: sums over units, divided by the step's."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from nexus_core.data import Batch, batch_size, to_device
-from nexus_core.errors import DataError, PluginError
-from nexus_core.meter import Meter
+from nexus_core.data import Micro, batch_size
+from nexus_core.errors import PluginError
 from nexus_core.processes import Ranks
-from nexus_core.state import random_state, seed_everything, set_random_state
 
-if TYPE_CHECKING:
-    from nexus_core.engine import Engine
-
-__all__ = ["backward", "measure", "merge", "metric_name", "take_step"]
+__all__ = ["Numbers", "Step", "merge", "metric_name", "sum_units"]
 
 Value = TypeVar("Value")
-Numbers = Mapping[str, Tensor | float]
+Numbers: TypeAlias = Mapping[str, Tensor | float]
+"""A number for each loss term, on the device or on the host."""
 
 
-def take_step(engine: Engine, micro: Sequence[Batch]) -> None:
-    """Train on one step's micro-batches, all of them on the device."""
-    hook = engine.hook
-    _clear_gradients(engine.optimizer)
-    for batch in micro:
-        hook.on_batch(engine=engine, batch=batch)
-    counts = [merge(hook.loss_units(engine=engine, batch=batch)) for batch in micro]
-    units = step_units(counts, engine.ranks)
-    weights = hook.weigh_losses(engine=engine, terms=tuple(units))
-    engine.losses, engine.refused = {}, None
-    for place, batch in enumerate(micro, start=1):
-        engine.last_micro_batch = place == len(micro)
-        backward(engine, batch, counts[place - 1], units, weights)
-    hook.after_backward(engine=engine)
-    scales = hook.lr_scale(engine=engine)
-    if scales:
-        for group in engine.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * math.prod(scales)
-    hook.optimizer_step(engine=engine)
-    engine.state.step += 1
-    for batch in micro:
-        rows, tokens = batch_size(batch)
-        engine.state.samples += rows
-        engine.state.tokens += tokens
-    hook.on_step(engine=engine)
+@dataclass
+class Step:
+    """One optimizer step: what it is computed from, and what has come out of it so far.
 
-
-def _clear_gradients(optimizer: Optimizer) -> None:
-    """`zero_grad`, without what torch's own spends on profiling where nobody overrode it."""
-    if type(optimizer).zero_grad is not Optimizer.zero_grad:
-        optimizer.zero_grad()
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-
-
-def backward(
-    engine: Engine, batch: Batch, counts: Numbers, units: Numbers, weights: Numbers
-) -> None:
-    """Add one micro-batch's share of the step's gradient, and record its terms.
-
-    Its own units of each term are `counts`, those of the whole step `units`.
+    Attributes:
+        number: of the step in the run, from 1.
+        micro: its micro-batches, as `on_batch` left them; they wait on the host for their turn.
+        turn: which of several optimizers the gradient is for; None: all of them.
+        counts: the units of each micro-batch, by loss term.
+        units: those of the whole step, over all processes, at least one where there are any.
+        weights: the factor of each term.
+        place: which micro-batch is being computed, from 0.
+        again: the gradient is computed anew, at other weights (`optimizer_step`'s `again`).
+        losses: the mean of each term over the step, as far as it is computed; this process's part
+            of it where there are several.
+        refused: 1.0 where the update is to leave no trace, else 0.0, on the device; None: nobody
+            refuses steps in this run.
+        applied: whether the weights have been updated.
     """
-    output = engine.hook.forward(engine=engine, batch=batch)
-    terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
-    shares: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        if name not in units:
-            raise PluginError(f"loss term '{name}' has no units: answer loss_units for it too")
-        mean = term if isinstance(units[name], float) and units[name] == 1.0 else term / units[name]
-        weight = weights.get(name, 1.0)
-        shares[name] = mean if isinstance(weight, float) and weight == 1.0 else mean * weight
-        done = engine.losses.get(name)
-        engine.losses[name] = mean.detach() if done is None else done + mean.detach()
-        engine.meter.add(metric_name("train", name), term.detach(), counts[name])
-    if not shares:
-        raise PluginError("no plugin gave a loss term for this batch: answer loss_terms")
-    total = reduce(add, shares.values())
-    engine.hook.backward(engine=engine, loss=total, terms=shares)
-    ends_step = engine.last_micro_batch and engine.ranks.is_main
-    engine.meter.add("train/total_loss", total.detach(), float(ends_step))
 
+    number: int
+    micro: tuple[Micro, ...]
+    turn: str | None = None
+    counts: tuple[Numbers, ...] = ()
+    units: Numbers = field(default_factory=dict)
+    weights: Numbers = field(default_factory=dict)
+    place: int = 0
+    again: bool = False
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    refused: Tensor | None = None
+    applied: bool = False
 
-def measure(engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
-    """Every loss term and metric of one data set, weighted by units (see `Engine.evaluate`)."""
-    hook, seen = engine.hook, set[str]()
-    with _evaluating(engine, split), torch.no_grad():
-        for batch in data:
-            batch = to_device(batch, engine.device)
-            units = merge(hook.loss_units(engine=engine, batch=batch))
-            output = hook.forward(engine=engine, batch=batch)
-            terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output))
-            for name, term in terms.items():
-                engine.meter.add(metric_name(split, name), term, units[name])
-            seen |= terms.keys()
-        metrics = engine.meter.read(engine.ranks)
-    names = [name for name in seen if metric_name(split, name) in metrics]
-    if not names:
-        mend = "add some, leave it out, or pass data that can be read again"
-        raise DataError(
-            f"the evaluation data '{split}' holds no batch with units of a loss; {mend}"
-        )
-    weights = merge(hook.loss_weight(engine=engine))
-    means = {name: metrics[metric_name(split, name)] for name in sorted(names)}
-    metrics[f"{split}/total_loss"] = sum(weights.get(n, 1.0) * mean for n, mean in means.items())
-    metrics.setdefault(f"{split}/loss", metrics[f"{split}/total_loss"])
-    return metrics
+    @property
+    def is_last(self) -> bool:
+        """Whether the micro-batch that is being computed is the step's last."""
+        return self.place == len(self.micro) - 1
 
+    @property
+    def share(self) -> float:
+        """Of the batch that the present micro-batch was cut from, the part of its rows."""
+        return self.micro[self.place].share
 
-@contextmanager
-def _evaluating(engine: Engine, split: str) -> Iterator[None]:
-    """Evaluation mode, with a meter and random numbers of its own."""
-    modes = [(module, module.training) for module in engine.model.modules()]  # some are frozen
-    meter, generators = engine.meter, random_state()
-    engine.training, engine.split, engine.meter = False, split, Meter()
-    engine.model.eval()
-    seed_everything(engine.seed)
-    try:
-        yield
-    finally:
-        set_random_state(generators)
-        for module, mode in modes:
-            module.training = mode
-        engine.training, engine.split, engine.meter = True, "train", meter
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum of the terms of this turn: the loss whose gradient was taken."""
+        here = [n for n in self.losses if n in self.units]
+        return reduce(add, (self.losses[name] * self.weights.get(name, 1.0) for name in here))
+
+    def size(self) -> tuple[int, int]:
+        """The rows and tokens of the step that this process alone trains on."""
+        own = [batch_size(micro.batch) for micro in self.micro if not micro.borrowed]
+        return sum(rows for rows, _ in own), sum(tokens for _, tokens in own)
+
+    def shares_of(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each term of the present micro-batch adds to the loss of the step.
+
+        Raises:
+            PluginError: a term has no units, or there is no term.
+        """
+        if not terms:
+            raise PluginError("no plugin gave a loss term for this batch: answer loss_terms")
+        shares: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            if name not in self.units:
+                raise PluginError(f"loss term '{name}' has no units: answer loss_units for it too")
+            units, weight = self.units[name], self.weights.get(name, 1.0)
+            mean = term if isinstance(units, float) and units == 1.0 else term / units
+            shares[name] = mean if isinstance(weight, float) and weight == 1.0 else mean * weight
+            done = self.losses.get(name)
+            self.losses[name] = mean.detach() if done is None else done + mean.detach()
+        return shares
 
 
 def metric_name(split: str, term: str) -> str:
@@ -150,17 +110,21 @@ def merge(answers: Iterable[Mapping[str, Value]]) -> dict[str, Value]:
     return merged
 
 
-def step_units(micro: Sequence[Numbers], ranks: Ranks) -> dict[str, Tensor | float]:
-    """Units of each term over a step's micro-batches and all processes, at least one."""
-    totals = dict(micro[0])
-    for units in micro[1:]:
+def sum_units(counts: Sequence[Numbers], ranks: Ranks) -> dict[str, Tensor | float]:
+    """Units of each term over a step's micro-batches and all processes; one in place of none."""
+    totals = dict(counts[0])
+    for units in counts[1:]:
         totals.update({name: totals.get(name, 0.0) + count for name, count in units.items()})
     if ranks.size > 1:
-        device = next((n.device for n in totals.values() if isinstance(n, Tensor)), None)
         names, double = sorted(totals), torch.float64
-        counts = [torch.as_tensor(totals[n], dtype=double, device=device) for n in names]
-        totals = dict(zip(names, ranks.sum(torch.stack(counts)).float(), strict=True))
-    return {
-        name: count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
-        for name, count in totals.items()
-    }
+        device = next((n.device for n in totals.values() if isinstance(n, Tensor)), None)
+        own = [torch.as_tensor(totals[n], dtype=double, device=device) for n in names]
+        totals = dict(zip(names, ranks.sum(torch.stack(own)).float(), strict=True))
+    return {name: _at_least_some(count) for name, count in totals.items()}
+
+
+def _at_least_some(count: Tensor | float) -> Tensor | float:
+    """The count, or one where it is zero: units may be weights whose sum is below one."""
+    if isinstance(count, Tensor):
+        return torch.where(count == 0, torch.ones_like(count), count)
+    return count or 1.0

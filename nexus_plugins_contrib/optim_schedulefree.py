@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -46,7 +45,6 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
     """
 
     slot: ClassVar[str | None] = "optimizer"
-    before: ClassVar[tuple[str, ...]] = ("checkpoint", "early_stop")
     conflicts: ClassVar[tuple[str, ...]] = (
         "ema",  # averages the same weights once more
         "lr_cosine",
@@ -87,24 +85,12 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
         self._optimizer, self._model = made, engine.model
         return cast(Optimizer, made)
 
-    @hookimpl(wrapper=True)
-    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
-        """Put the average in the model's place at the first batch of an evaluation."""
-        if not engine.training:
-            self._show_average()
-        return (yield)
-
-    @hookimpl
-    def on_eval(self) -> None:
-        """Bring the training weights back."""
-        self._bring_back()
-
     @hookimpl
     def on_start(self) -> None:
         """Bring the training weights back, where a run goes on."""
         self._bring_back()
 
-    @hookimpl
+    @hookimpl(stage="settle")
     def on_finish(self) -> None:
         """Leave the average in the model: it is what the run was for."""
         self._show_average()

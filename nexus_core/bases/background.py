@@ -22,7 +22,7 @@ from nexus_core.plugin import hookimpl
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
-    from nexus_core.state import StateDict
+    from nexus_core.plugin import StateDict
 
 __all__ = ["BackgroundConfig", "BackgroundLogger", "Ending", "Job", "Outcome", "RunInfo", "Worker"]
 

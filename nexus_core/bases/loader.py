@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -12,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from nexus_core.data import Batch
+from nexus_core.data import Batch, digest
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
 
@@ -29,7 +31,7 @@ class ResumableLoader:
     The order is a permutation computed from (seed, epoch), so any step is sought in constant time,
     and it is the same for any number of workers and processes. Batches that are dicts get
     `sample_ids`, the indices of their rows. Where a batch has fewer rows than there are processes,
-    some get a row without an index, which the plugins that join processes leave out of all sums.
+    some get a row without an index (`is_borrowed`), which the engine leaves out of all sums.
 
     Args:
         dataset: has `__len__` and `__getitem__` (or `__getitems__`, for a list of indices);
@@ -90,9 +92,29 @@ class ResumableLoader:
 
         Several epochs may be read side by side, such as one for training and one for evaluation.
         """
+        return self.batches_from_row(epoch, start * self.batch_size)
+
+    def batches_from_row(self, epoch: int, row: int) -> Iterator[Batch]:
+        """The batches of an epoch from a row on, wherever a batch of another size ended."""
         order, loader = self._idle.pop() if self._idle else self._new_reader()
-        order.epoch, order.start = epoch, start
+        order.epoch, order.row = epoch, row
         return self._read((order, loader), iter(loader))
+
+    def is_borrowed(self, row: int) -> bool:
+        """Whether this process has no row of the batch from a row on, and gets one of another's."""
+        return self.ranks.rank >= min(self.batch_size, len(self.dataset) - row)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this data, in this order, from other data; any batch size has the same.
+
+        It is the data set's own `fingerprint` where it has one, else a digest of its first and last
+        samples.
+        """
+        own = getattr(self.dataset, "fingerprint", None)
+        ends = [self.dataset[0], self.dataset[len(self.dataset) - 1]] if own is None else []
+        known = f"{own} {len(self.dataset)} {self.seed} {self.shuffle}"
+        return hashlib.sha256(f"{known} {digest(ends)}".encode()).hexdigest()[:16]
 
     def _read(self, reader: _Reader, batches: Iterator[Batch | DataError]) -> Iterator[Batch]:
         try:
@@ -117,14 +139,18 @@ class ResumableLoader:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self, epoch: int, start: int) -> Iterator[list[int]]:
-        for first in range(start, len(self), _TOGETHER):
-            for ids in self._ids_of(epoch, range(first, min(first + _TOGETHER, len(self)))):
+    def _sample_lists(self, epoch: int, row: int) -> Iterator[list[int]]:
+        rest = len(self.dataset) - row
+        count = rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
+        for first in range(0, count, _TOGETHER):
+            batches = range(first, min(first + _TOGETHER, count))
+            for ids in self._ids_of(epoch, batches, row):
                 yield ids.tolist()
 
-    def _ids_of(self, epoch: int, batches: range) -> list[NDArray[np.int64]]:
-        """`sample_ids` of some batches: many together take hardly longer than one."""
-        edges = np.minimum(np.append(batches, batches.stop) * self.batch_size, len(self.dataset))
+    def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
+        """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
+        places = row + np.append(batches, batches.stop) * self.batch_size
+        edges = np.minimum(places, len(self.dataset))
         whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
         shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
         ids = np.concatenate(shares)
@@ -139,10 +165,10 @@ class _Order:
 
     lists: Callable[[int, int], Iterator[list[int]]]
     epoch: int = 0
-    start: int = 0
+    row: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.lists(self.epoch, self.start)
+        return self.lists(self.epoch, self.row)
 
 
 @dataclass
@@ -171,19 +197,7 @@ class _Fetch(Dataset[Batch]):
         batch = self.collate(rows)
         if isinstance(batch, dict):
             batch["sample_ids"] = torch.tensor(indices, dtype=torch.int64)
-            return batch
-        return batch if indices else _without_rows(batch)
-
-
-def _without_rows(batch: Batch) -> Batch:
-    """The batch with its rows cut off, for a process whose share of few rows is none."""
-    if isinstance(batch, torch.Tensor):
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _without_rows(value) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)([_without_rows(value) for value in batch])
-    return batch
+        return batch
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:

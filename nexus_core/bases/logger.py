@@ -77,11 +77,11 @@ class Logger(Plugin[LoggerConfigT]):
             )
         self._attempt("open", engine)
 
-    @hookimpl
+    @hookimpl(stage="record")
     def on_log(self, engine: Engine, metrics: dict[str, float]) -> None:
         self._attempt("write", engine, metrics)
 
-    @hookimpl
+    @hookimpl(stage="record")
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
         self._attempt("write_evaluation", engine, metrics)
 

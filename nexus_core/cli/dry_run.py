@@ -8,32 +8,25 @@ from itertools import islice
 
 import torch
 
-from nexus_core.data import batch_size, to_device
 from nexus_core.engine import Engine
-from nexus_core.errors import DataError
-from nexus_core.step import backward, measure, merge, step_units
+from nexus_core.intervals import Interval
 
 __all__ = ["dry_run"]
 
 
-def dry_run(engine: Engine) -> str:
+def dry_run(engine: Engine, until: Interval) -> str:
     """Try the run's parts together and report parameters, tokens of a step and memory."""
     assert engine.data is not None
-    if (batch := next(iter(engine.data.train), None)) is None:
-        raise DataError("the training data holds no batch; add data or make batches smaller")
-    batch = to_device(batch, engine.device)
-    engine.hook.on_batch(engine=engine, batch=batch)
-    units = merge(engine.hook.loss_units(engine=engine, batch=batch))
-    weights = engine.hook.weigh_losses(engine=engine, terms=tuple(units))
-    backward(engine, batch, units, step_units([units], engine.ranks), weights)
+    first = {split: list(islice(batches, 1)) for split, batches in engine.data.valid.items()}
+    step, metrics = engine.rehearse(engine.data.train, until=until, eval_data=first)
     lines = [
         f"{name} loss".ljust(16) + f"{engine.ranks.sum(loss).item():.4f}"
-        for name, loss in engine.losses.items()
+        for name, loss in step.losses.items()
     ]
-    for split, batches in engine.data.valid.items():
-        metrics = measure(engine, split, islice(batches, 1))
-        lines.append(f"{split}/loss".ljust(16) + f"{metrics[f'{split}/loss']:.4f} (one batch)")
-    tokens = batch_size(batch)[1] * engine.accumulate * engine.ranks.size
+    lines += [
+        f"{split}/loss".ljust(16) + f"{metrics[f'{split}/loss']:.4f} (one batch)" for split in first
+    ]
+    tokens = step.size()[1] * engine.ranks.size
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     return "\n".join(
         [

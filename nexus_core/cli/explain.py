@@ -6,11 +6,9 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-import pluggy
-
 from nexus_core.defaults import Defaults
 from nexus_core.events import Hooks
-from nexus_core.plan import HOOK_NAMES, Plan, load, plugin_manager, scan
+from nexus_core.plan import CORE, HOOK_NAMES, Impl, Plan, implementations, load, scan
 
 __all__ = [
     "Call",
@@ -23,7 +21,6 @@ __all__ = [
     "explanation",
 ]
 
-CORE = "the core"
 IN_REVERSE = "on_close"
 ROLES = {
     "wraps": "wraps the rest",
@@ -69,12 +66,14 @@ class Call:
 
     Args:
         plugin: its name, or "the core".
-        role: "wraps", "first", "last", or empty where the plan alone decides.
+        role: "wraps", "first", "last", or empty where stage and plan alone decide.
+        stage: the stage of the hook that it is called in; empty where the hook has none.
         reasons: why it is called at this place.
     """
 
     plugin: str
     role: str
+    stage: str
     reasons: tuple[str, ...]
 
 
@@ -116,7 +115,8 @@ def explain(plan: Plan, defaults: Sequence[str] = ()) -> str:
         lines += ["", f"{event.hook}  ({event.kind})"]
         digits = len(str(len(event.calls)))
         for number, call in enumerate(event.calls, start=1):
-            said = "; ".join(part for part in (ROLES[call.role], *call.reasons) if part)
+            stage = f"stage {call.stage}" if call.stage else ""
+            said = "; ".join(part for part in (ROLES[call.role], stage, *call.reasons) if part)
             lines.append(f"  {number:>{digits}}. {call.plugin:<{width}}{said}")
     return "\n".join(lines)
 
@@ -133,10 +133,9 @@ def explanation(plan: Plan, defaults: Sequence[str] = ()) -> Explanation:
         plan: of the run.
         defaults: names of the plugins that a preset brings, whether they are in the plan or not.
     """
-    hooks = plugin_manager(plan, Defaults()).hook
     names = [plugin.name for plugin in plan.plugins]
     places = [Place(p.name, p.slot, _reasons(plan, p.name, names)) for p in plan.plugins]
-    events = [_event(plan, getattr(hooks, name)) for name in HOOK_NAMES]
+    events = [_event(plan, name) for name in HOOK_NAMES]
     left_out = _left_out(plan, [name for name in defaults if name not in names])
     return Explanation(tuple(places), left_out, tuple(event for event in events if event.calls))
 
@@ -148,22 +147,27 @@ def _left_out(plan: Plan, names: Sequence[str]) -> tuple[LeftOut, ...]:
     return tuple(LeftOut(name, slot, owner[slot]) for name, slot in slots.items() if slot)
 
 
-def _event(plan: Plan, hook: pluggy.HookCaller) -> Event:
-    kind = (getattr(Hooks, hook.name).__doc__ or "").partition(":")[0].lower()
-    if hook.name == IN_REVERSE:
+def _event(plan: Plan, hook: str) -> Event:
+    kind = (getattr(Hooks, hook).__doc__ or "").partition(":")[0].lower()
+    impls = implementations(plan, hook, Defaults())
+    if hook == IN_REVERSE:
         back = "the reverse of the plan's order"
-        names = [impl.plugin_name for impl in hook.get_hookimpls()]
-        return Event(hook.name, kind, tuple(Call(name, "", (back,)) for name in names))
+        return Event(hook, kind, tuple(Call(impl.plugin, "", "", (back,)) for impl in impls))
     calls: list[Call] = []
-    for impl in reversed(hook.get_hookimpls()):
-        reasons = _reasons(plan, impl.plugin_name, [call.plugin for call in calls])
-        calls.append(Call(impl.plugin_name, _role(impl), reasons))
-    return Event(hook.name, kind, tuple(calls))
+    for impl in impls:
+        before = [call.plugin for call in calls]
+        calls.append(
+            Call(impl.plugin, _role(impl), _stage(impl), _reasons(plan, impl.plugin, before))
+        )
+    return Event(hook, kind, tuple(calls))
 
 
-def _role(impl: pluggy.HookImpl) -> str:
-    roles = {"wraps": impl.wrapper, "first": impl.tryfirst, "last": impl.trylast}
-    return next((role for role, applies in roles.items() if applies), "")
+def _role(impl: Impl) -> str:
+    return "wraps" if impl.wrapper else {-1: "first", 0: "", 1: "last"}[impl.rank]
+
+
+def _stage(impl: Impl) -> str:
+    return impl.stage[1] if impl.plugin != CORE else ""
 
 
 def _reasons(plan: Plan, name: str, among: Collection[str]) -> tuple[str, ...]:

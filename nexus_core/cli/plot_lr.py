@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -17,9 +18,8 @@ from nexus_core.data import Batch, batch_size
 from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
-from nexus_core.intervals import Interval
-from nexus_core.plan import plugin_manager
-from nexus_core.state import TrainState
+from nexus_core.intervals import Interval, TrainState
+from nexus_core.plan import relay
 
 __all__ = ["LrPlan", "plan_lr", "plot_lr"]
 
@@ -94,18 +94,20 @@ def plan_lr(engine: Engine, until: Interval | str | int, points: int = POINTS) -
     assert engine.data is not None
     data = engine.data.train
     state = _PlannedState(epoch_length=length_hint(data), data=data, accumulate=engine.accumulate)
-    engine.state, engine.horizon = state, Interval.parse(until)
-    _start_schedules(engine)
-    state.accumulate = engine.accumulate
+    planned = copy(engine)  # shares its optimizer and plugins, and has counters of its own
+    planned.state, planned.horizon = state, Interval.parse(until)
+    schedules = relay(planned.plan, Defaults(), lambda plugin: hasattr(plugin, "lr_scale"))
+    schedules.on_start(engine=planned)
+    state.accumulate = planned.accumulate
     state.asked.clear()
-    total = state.steps_until(engine.horizon)
+    total = state.steps_until(planned.horizon)
     count = min(points, total)
     steps = tuple(round(i * (total - 1) / max(count - 1, 1)) for i in range(count))
     groups = engine.optimizer.param_groups
     rates: list[list[float]] = []
     for step in steps:
         state.go_to(step)
-        factor = math.prod(engine.hook.lr_scale(engine=engine))
+        factor = math.prod(schedules.lr_scale(engine=planned))
         rates.append([group["initial_lr"] * factor for group in groups])
     names = [str(group.get("name", f"group {number}")) for number, group in enumerate(groups)]
     by_name = dict(zip(names, zip(*rates, strict=True), strict=True))
@@ -127,9 +129,9 @@ class _PlannedState(TrainState):
         return self.step * self.a_step(unit) if self.step else 0.0
 
     def go_to(self, step: int) -> None:
-        """Be in the given step: its batches are read, its update is not done."""
+        """Be before the given step: nothing of it is counted."""
         self.step = step
-        read = (step + 1) * self.accumulate
+        read = step * self.accumulate
         self.epoch, self.batch = divmod(read, self.epoch_length) if self.epoch_length else (0, read)
 
     def steps_until(self, horizon: Interval) -> int:
@@ -165,13 +167,6 @@ class _PlannedState(TrainState):
     def _a_batch(self) -> dict[str, int]:
         rows, tokens = batch_size(next(iter(self.data)))
         return {"samples": rows, "tokens": tokens}
-
-
-def _start_schedules(engine: Engine) -> None:
-    """Fire `on_start` for the plugins that answer `lr_scale`, and for no others."""
-    manager = plugin_manager(engine.plan, Defaults())
-    others = [plugin for plugin in engine.plan.plugins if not hasattr(plugin, "lr_scale")]
-    manager.subset_hook_caller("on_start", others)(engine=engine)
 
 
 def _in_words(line: Line) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -136,12 +137,14 @@ def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
     from nexus_core.cli.dry_run import dry_run
 
     out = build.run_folder(made, resume)
-    engine = build.make_engine(made, out)
     if dry:
-        report = dry_run(engine)
+        with TemporaryDirectory() as aside:
+            engine = build.make_engine(made, Path(aside) / "run")
+            report = dry_run(engine, made.run.until)
         if engine.ranks.is_main:
             click.echo(report)
         return 0
+    engine = build.make_engine(made, out)
     return session.train(engine, made.run, resume, quiet=quiet)
 
 

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from nexus_core.cli.errors import reported
+from nexus_core.device import random_state
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, RunError
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
-from nexus_core.state import random_state
 
 __all__ = ["Report", "WitnessPlugin", "compare_runs", "main", "verify_resume"]
 

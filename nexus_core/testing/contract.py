@@ -15,8 +15,9 @@ from unittest import SkipTest
 
 from nexus_core import ConfigError, Engine, Plugin, PluginError
 from nexus_core.defaults import Defaults
-from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load, plugin_manager
-from nexus_core.state import Snapshot, seed_everything
+from nexus_core.device import seed_everything
+from nexus_core.plan import HOOK_NAMES, Plan, arrange, implementations, installed, load, relay
+from nexus_core.snapshot import Snapshot
 from nexus_core.testing.probes import (
     FailingPlugin,
     GradientProbePlugin,
@@ -125,7 +126,7 @@ class PluginContract(Trial):
         """No hook is misspelt, marked or not, and none asks for an argument that is not there."""
         plugin = self._made(settings)
         try:
-            plugin_manager(arrange([plugin, *self._needed(plugin)]), Defaults())
+            relay(arrange([plugin, *self._needed(plugin)]), Defaults())
         except PluginError as error:
             self._fail(str(error))
         for name in unmarked_methods(type(plugin)):
@@ -402,14 +403,13 @@ class PluginContract(Trial):
 
     def _check_order(self, plugin: Plugin[Any], plan: Plan) -> None:
         """Each hook that both answer is called in the declared order."""
-        hooks = plugin_manager(plan, Defaults()).hook
         rules = [(plugin.name, other) for other in plugin.before]
         rules += [(other, plugin.name) for other in plugin.after]
         for hook in (name for name in HOOK_NAMES if name not in IN_REVERSE):
-            called = list(reversed(getattr(hooks, hook).get_hookimpls()))
-            order = [impl.plugin_name for impl in called]
-            kinds = {impl.plugin_name: impl.wrapper for impl in called}
-            marks = {impl.plugin_name: impl.tryfirst or impl.trylast for impl in called}
+            called = implementations(plan, hook, Defaults())
+            order = [impl.plugin for impl in called]
+            kinds = {impl.plugin: impl.wrapper for impl in called}
+            marks = {impl.plugin: impl.rank for impl in called}
             if not marks.get(plugin.name):
                 continue  # what another plugin's mark does is not this one's to mend
             for earlier, later in rules:

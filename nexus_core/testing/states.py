@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nexus_core.state import Snapshot
+from nexus_core.snapshot import Snapshot
 
 __all__ = ["differences", "foreign_leaves", "of_training", "stored"]
 

@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nexus_core import Batch, Engine, Plugin
+from nexus_core.device import random_state, set_random_state
 from nexus_core.plan import load
-from nexus_core.state import Snapshot, random_state, set_random_state, snap
+from nexus_core.snapshot import Snapshot, gather
 from nexus_core.testing.probes import FailingPlugin, PlannedError, answered, example_config, make
 from nexus_core.testing.states import differences
 from nexus_core.testing.syncs import Operations
@@ -161,7 +162,7 @@ class Trial:
             if taken is not None and step in at:
                 taken[step] = copy.deepcopy(engine.state_dict())
             if step == STEPS:
-                end = copy.deepcopy(snap(engine))
+                end = copy.deepcopy(gather(engine, None))
         return end
 
     def _side_by_side(self, settings: Settings, seeds: Sequence[int], out: Path) -> list[Snapshot]:
@@ -180,7 +181,7 @@ class Trial:
             if next(steps, None) is None:
                 continue
             if engine.state.step == STEPS:
-                ends.append(copy.deepcopy(snap(engine)))
+                ends.append(copy.deepcopy(gather(engine, None)))
             running.append((engine, steps, random_state()))
         return ends
 

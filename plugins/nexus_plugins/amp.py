@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, promote_types
 from torch.amp import GradScaler, is_autocast_available
+from torch.optim import Optimizer
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.optimizers import members, needs_closure
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["AmpConfig", "AmpPlugin"]
 
@@ -41,7 +43,6 @@ class AmpPlugin(Plugin[AmpConfig]):
     Source: Micikevicius et al. 2018, "Mixed Precision Training"; `torch.amp`.
     """
 
-    before: ClassVar[tuple[str, ...]] = ("guard", "clip")
     _scaler: GradScaler | None = None
     _skipped: Tensor
     _saved: StateDict | None = None
@@ -50,7 +51,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Refuse what the device cannot do (a ConfigError), and set up the scaler."""
-        trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        trained = engine.parameters()
         _check_device(engine.device, {p.device.type for p in trained}, self.config)
         if narrow := {p.dtype for p in trained} & {torch.float16, torch.bfloat16}:
             raise ConfigError(
@@ -60,7 +61,16 @@ class AmpPlugin(Plugin[AmpConfig]):
         self._precision_before = torch.get_float32_matmul_precision()
         if self.config.tf32:
             torch.set_float32_matmul_precision("high")
-        if self.config.dtype == "fp16" and self._scaler is None:
+        if self.config.dtype == "fp16" and any(
+            map(needs_closure, members(engine.optimizer).values())
+        ):
+            raise ConfigError(
+                "amp: with fp16 an optimizer that needs a closure (LBFGS) cannot be scaled; set "
+                "amp.dtype to bf16"
+            )
+        if self._scaler is not None:  # forget what an interrupted step has left in it
+            self._saved, self._scaler = self.state_dict(), None
+        if self.config.dtype == "fp16":
             scale, interval = self.config.initial_scale, self.config.growth_interval
             self._scaler = GradScaler(engine.device.type, scale, growth_interval=interval)
             self._skipped = torch.zeros((), device=engine.device)
@@ -73,13 +83,13 @@ class AmpPlugin(Plugin[AmpConfig]):
         if self._precision_before is not None:
             torch.set_float32_matmul_precision(self._precision_before)
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, stage="context")
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:
         """Run the model under autocast, in training and in evaluation."""
         with torch.autocast(engine.device.type, DTYPES[self.config.dtype]):
             return (yield)
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, stage="context")
     def loss_terms(self, engine: Engine) -> Generator[None, Answers, Answers]:
         """Compute the losses under autocast, and give them on in float32 at least."""
         with torch.autocast(engine.device.type, DTYPES[self.config.dtype]):
@@ -87,7 +97,7 @@ class AmpPlugin(Plugin[AmpConfig]):
         single = torch.float32
         return [{n: t.to(promote_types(t.dtype, single)) for n, t in a.items()} for a in answers]
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, stage="scale")
     def backward(self, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
         """Multiply the gradient by the scale where it enters the terms."""
         if self._scaler is not None:
@@ -96,21 +106,36 @@ class AmpPlugin(Plugin[AmpConfig]):
                     term.register_hook(self._scaler.scale)  # type: ignore[no-untyped-call]
         return (yield)
 
-    @hookimpl
-    def after_backward(self, engine: Engine) -> None:
-        """Divide by the scale, before anybody looks at the gradient."""
-        if self._scaler is not None:
-            self._scaler.unscale_(engine.optimizer)
+    @hookimpl(stage="unscale")
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        """Divide by the scale, before anybody looks at the gradient.
+
+        Raises:
+            ConfigError: the gradient is computed again within the step.
+        """
+        if self._scaler is None:
+            return
+        if step.again:
+            raise ConfigError(
+                "amp: with fp16 the gradient cannot be computed again within a step, as the "
+                "optimizer or a plugin does here; set amp.dtype to bf16"
+            )
+        for optimizer in _reached(engine, step):
+            self._scaler.unscale_(optimizer)
 
     @hookimpl
-    def optimizer_step(self, engine: Engine) -> bool | None:
+    def optimizer_step(self, engine: Engine, step: Step) -> bool | None:
         """Step unless the gradient overflowed, adapt the scale, count; without waiting."""
-        if self._scaler is None:
+        if self._scaler is None or not (reached := _reached(engine, step)):
             return None
         before = self._scaler.scale(one := torch.ones((), device=engine.device))
-        self._scaler.step(engine.optimizer)
+        for optimizer in reached:
+            self._scaler.step(optimizer)
+        step.applied = True
         self._scaler.update()
-        self._skipped += self._scaler.scale(one) < before
+        skipped = (self._scaler.scale(one) < before).float()
+        self._skipped += skipped
+        step.refused = skipped if step.refused is None else torch.maximum(step.refused, skipped)
         return True
 
     @hookimpl
@@ -132,6 +157,15 @@ class AmpPlugin(Plugin[AmpConfig]):
         if self._scaler is not None:
             self._scaler.load_state_dict(cast(dict[str, Any], state["scaler"]))
             self._skipped.fill_(cast(float, state["skipped"]))
+
+
+def _reached(engine: Engine, step: Step) -> list[Optimizer]:
+    """The optimizers of the turn that the loss has given a gradient to."""
+    return [
+        optimizer
+        for optimizer in members(engine.optimizer, step.turn).values()
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    ]
 
 
 def _check_device(device: torch.device, kept_on: set[str], config: AmpConfig) -> None:

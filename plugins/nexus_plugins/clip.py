@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -11,10 +12,10 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
-from nexus_core.bases.parallel import whole
+from nexus_core.processes import whole
 
 if TYPE_CHECKING:
-    from nexus_core.engine import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["ClipConfig", "ClipPlugin"]
 
@@ -40,30 +41,33 @@ class ClipPlugin(Plugin[ClipConfig]):
     algorithm 1; over what the optimizer trains, to the numbers of `torch.nn.utils.clip_grad_norm_`.
     """
 
-    after: ClassVar[tuple[str, ...]] = ("amp", "guard")
-    _parameters: list[Tensor]
-    _plain: bool
+    @hookimpl(stage="limit")
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        """Clip, and log the norm without waiting for the device; that of a refused step is not."""
+        parameters = [p for p in engine.parameters(step.turn) if p.grad is not None]
+        clip = _clip_plain if _are_plain(parameters) else _clip_any
+        norm = clip(parameters, self.config.max_norm)
+        if step.refused is None:
+            engine.log("grad_norm", norm)
+        else:
+            counted = 1.0 - step.refused
+            engine.log("grad_norm", torch.where(counted > 0, norm, 0.0), counted)
 
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Collect the parameters once, not every step."""
-        groups = engine.optimizer.param_groups
-        self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._plain = (
-            len({(p.device, p.dtype) for p in self._parameters}) == 1
-            and self._parameters[0].device.type in FOREACH_ON
-            and all(type(p) in (Tensor, Parameter) for p in self._parameters)
+
+def _are_plain(parameters: Sequence[Parameter]) -> bool:
+    """Whether all gradients are plain tensors of one device and type."""
+    kinds = {(p.device.type, p.device.index, p.dtype, type(p)) for p in parameters}
+    return (
+        len(kinds) == 1
+        and all(
+            device in FOREACH_ON and kind in (Tensor, Parameter) for device, _, _, kind in kinds
         )
-
-    @hookimpl
-    def after_backward(self, engine: Engine) -> None:
-        """Clip, and log the norm without waiting for the device."""
-        clip = _clip_plain if self._plain else _clip_any
-        engine.log("grad_norm", clip(self._parameters, self.config.max_norm))
+        and not any(p.grad.is_sparse for p in parameters if p.grad is not None)
+    )
 
 
 @torch.no_grad()
-def _clip_plain(parameters: list[Tensor], max_norm: float) -> Tensor:
+def _clip_plain(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
     """`clip_grad_norm_` for plain tensors of one device and type, in half its time.
 
     It leaves out the sorting of tensors by device and type, which costs a small model more than
@@ -80,9 +84,9 @@ def _clip_plain(parameters: list[Tensor], max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def _clip_any(parameters: list[Tensor], max_norm: float) -> Tensor:
+def _clip_any(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
     """`clip_grad_norm_` for any mixture; PyTorch's own takes no `DTensor` beside other tensors."""
-    kinds: dict[type, list[Tensor]] = {}
+    kinds: dict[type, list[Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             kinds.setdefault(type(parameter.grad), []).append(parameter)

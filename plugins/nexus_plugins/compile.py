@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from inspect import ismethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -67,7 +67,6 @@ class CompilePlugin(Plugin[CompileConfig]):
     Source: Ansel et al. 2024, "PyTorch 2".
     """
 
-    after: ClassVar[tuple[str, ...]] = ("recompute",)
     _compiled: list[nn.Module]
     _donated: bool
     _methods_before: dict[str, object]
@@ -76,7 +75,7 @@ class CompilePlugin(Plugin[CompileConfig]):
         super().__init__(config, **settings)
         self._compiled, self._methods_before = [], {}
 
-    @hookimpl
+    @hookimpl(stage="compile")
     def on_start(self, engine: Engine) -> None:
         """Have the modules compiled when they are first called.
 

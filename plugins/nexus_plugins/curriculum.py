@@ -97,13 +97,21 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
         for name, value in batch.items():
             if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != rows:
                 continue
-            by_token = value.ndim > 1 and value.shape[1] == time
+            by_token = [place for place in range(1, value.ndim) if value.shape[place] == time]
             if self.config.mode == "truncate":
-                batch[name] = value[:, :length] if by_token else value
-            elif by_token:
+                for place in by_token:
+                    value = value.narrow(place, 0, length)
+                batch[name] = value
+            elif by_token == [1]:
                 batch[name] = value.reshape(rows * (time // length), length, *value.shape[2:])
-            else:
+            elif not by_token:
                 batch[name] = value.repeat_interleave(time // length, dim=0)
+            else:
+                raise DataError(
+                    f"curriculum: '{name}' of shape {tuple(value.shape)} has tokens elsewhere than "
+                    "in its second dimension, so its rows cannot be cut; set curriculum.mode to "
+                    "truncate, or let the model make the mask"
+                )
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from nexus_core import hookimpl
-from nexus_core.bases.parallel import Distributed, DistributedConfig, share_buffers
+from nexus_core import ConfigError, hookimpl
+from nexus_core.bases.parallel import Parallel, ParallelConfig, share_buffers
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["DdpConfig", "DdpPlugin"]
 
 
-class DdpConfig(DistributedConfig):
+class DdpConfig(ParallelConfig):
     """Settings of data-parallel training."""
 
     find_unused: bool | None = Field(
@@ -33,7 +33,7 @@ class DdpConfig(DistributedConfig):
     bucket_mb: float = Field(25.0, gt=0, description="gradients that are sent at once, in MiB")
 
 
-class DdpPlugin(Distributed[DdpConfig]):
+class DdpPlugin(Parallel[DdpConfig]):
     """Gives every process its slice of each batch, and sums their gradients.
 
     The batch size in the config is that of all processes together. Losses and gradients are those
@@ -48,10 +48,10 @@ class DdpPlugin(Distributed[DdpConfig]):
     _parallel: DistributedDataParallel | None = None
     _first_step: bool = True
 
-    @hookimpl
+    @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
         """Make the weights of all processes those of the main one."""
-        Distributed.on_start(self, engine)
+        Parallel.on_start(self, engine)
         if engine.ranks.size > 1:
             share_buffers(engine.model)
             self._first_step = self.config.find_unused is None
@@ -59,16 +59,39 @@ class DdpPlugin(Distributed[DdpConfig]):
             _sum_gradients(self._parallel, _trained(engine.model))  # settles who is sent with whom
             engine.optimizer.zero_grad()
 
-    @hookimpl(wrapper=True)
-    def backward(self, engine: Engine, loss: Tensor) -> Generator[None, bool, bool]:
-        """Sum the gradients over the processes while the last micro-batch makes them."""
-        if self._parallel is None or self._first_step:
+    @hookimpl(wrapper=True, stage="reduce")
+    def backward(self, loss: Tensor, step: Step) -> Generator[None, bool, bool]:
+        """Sum the gradients over the processes while the last micro-batch makes them.
+
+        Raises:
+            ConfigError: optimizers take turns, or layers that were used before are not any more.
+        """
+        if self._parallel is None:
             return (yield)
-        with nullcontext() if engine.last_micro_batch else self._parallel.no_sync():
-            self._parallel(loss)  # prepares the sum for the backward pass of this loss
+        if step.turn is not None:
+            raise ConfigError(
+                f"ddp sums one gradient a step, and optimizers take turns here ('{step.turn}'); "
+                "train in one process, or with one optimizer"
+            )
+        if self._first_step:
+            return (yield)
+        with nullcontext() if step.is_last else self._parallel.no_sync():
+            self._prepare(self._parallel, loss, step)
             return (yield)
 
-    @hookimpl
+    def _prepare(self, parallel: DistributedDataParallel, loss: Tensor, step: Step) -> None:
+        """Prepare the sum for the backward pass of this loss."""
+        try:
+            parallel(loss)
+        except RuntimeError as error:
+            if "finished reduction" not in str(error):
+                raise
+            raise ConfigError(
+                f"ddp: in a step before step {step.number}, the loss did not reach all parameters "
+                "that it reached in the first; set ddp.find_unused to true"
+            ) from error
+
+    @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
         """After the first step, sum at once, and see which parameters the loss does not reach."""
         if self._parallel is not None and self._first_step:
@@ -80,17 +103,15 @@ class DdpPlugin(Distributed[DdpConfig]):
                 self._parallel = self._wrapped(engine.model, find_unused=True)
             _sum_gradients(self._parallel, reached)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Count what all processes did; running statistics are those of the main one."""
-        Distributed.on_step(self, engine)
+        """Make the running statistics those of the main process."""
         if self._parallel is not None:
             share_buffers(engine.model)
 
     @hookimpl
-    def on_close(self, engine: Engine) -> None:
+    def on_close(self) -> None:
         """Give the model back as it was."""
-        Distributed.on_close(self, engine)
         self._parallel = None
 
     def _wrapped(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:

@@ -40,7 +40,7 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
     _best_step: int = 0
     _waited: int = 0
 
-    @hookimpl
+    @hookimpl(stage="decide")
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
         """Compare with the best evaluation so far.
 

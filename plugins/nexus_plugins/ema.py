@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nexus_core import CheckpointError, Plugin, PluginConfig, StateDict, hookimpl
-from nexus_core.bases.parallel import local_part
+from nexus_core.processes import local_part
 
 if TYPE_CHECKING:
-    from nexus_core import Engine, Snapshot
+    from nexus_core import Engine, Step
 
 __all__ = ["EmaConfig", "EmaPlugin"]
 
@@ -40,17 +42,16 @@ class EmaPlugin(Plugin[EmaConfig]):
     Source: Polyak and Juditsky 1992; the ramp is that of `tf.train.ExponentialMovingAverage`.
     """
 
-    before: ClassVar[tuple[str, ...]] = ("checkpoint", "early_stop")
     _average: dict[str, Tensor]
     _updates: int
-    _live: list[Tensor]
-    """The model's parameters, in the order of the average."""
-    _put_by: list[Tensor] | None
-    """The weights' values while the average stands in their place."""
+    _live: dict[str, nn.Parameter]
+    """The parameters that are averaged, by name."""
+    _seen: tuple[int, int, int]
+    """How many parameters there were, how many of them trained, how many without a shape yet."""
 
     def __init__(self, config: EmaConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
-        self._average, self._updates, self._live, self._put_by = {}, 0, [], None
+        self._average, self._updates, self._live, self._seen = {}, 0, {}, (0, 0, 0)
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged parameters, by their names in the model."""
@@ -58,55 +59,62 @@ class EmaPlugin(Plugin[EmaConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Begin with the weights as they are, unless there is an average from before."""
-        self._bring_back()
-        trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
-        if not self._average:
-            self._average = {name: _wide(p).clone() for name, p in trained.items()}
-        if self._average.keys() != trained.keys():
-            odd = min(self._average.keys() ^ trained.keys())
+        """Begin with the weights as they are, unless there is an average from before.
+
+        Raises:
+            CheckpointError: the saved average is of another model.
+        """
+        named = dict(engine.model.named_parameters())
+        if odd := self._average.keys() - named.keys():
             raise CheckpointError(
-                f"ema: the saved average and the trained parameters differ, for instance in "
-                f"'{odd}'; resume with the config that wrote the checkpoint"
+                f"ema: the saved average has '{min(odd)}', which the model does not; resume with "
+                "the config that wrote the checkpoint"
             )
-        self._live = list(trained.values())
-        self._average = {n: self._average[n].to(p.device) for n, p in trained.items()}
+        self._seen = (0, 0, 0)
+        self._collect(engine)
 
     @hookimpl
     @torch.no_grad()
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Move the average towards the weights; a refused step leaves it where it is."""
+        self._collect(engine)
         self._updates += 1
         decay = self.config.decay
         if self.config.ramp:
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
-        average = [local_part(mean) for mean in self._average.values()]
-        step = 1 - decay if engine.refused is None else (1 - decay) * (1 - engine.refused)
-        weights = [torch.as_tensor(step, dtype=mean.dtype, device=mean.device) for mean in average]
-        torch._foreach_lerp_(average, [_wide(local_part(p)) for p in self._live], weights)
-
-    @hookimpl(wrapper=True)
-    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
-        """Put the average in the model's place at the first batch of an evaluation."""
-        if not engine.training and self.config.evaluate and self._put_by is None and self._live:
-            self._put_by = [p.detach().clone() for p in self._live]
-            self._fill(list(self._average.values()))
-        return (yield)
+        average = [local_part(self._average[name]) for name in self._live]
+        move = 1 - decay if step.refused is None else (1 - decay) * (1 - step.refused)
+        weights = [torch.as_tensor(move, dtype=mean.dtype, device=mean.device) for mean in average]
+        torch._foreach_lerp_(average, [_wide(local_part(p)) for p in self._live.values()], weights)
 
     @hookimpl
-    def on_eval(self) -> None:
-        """Bring the weights back."""
-        self._bring_back()
+    def evaluating(self) -> AbstractContextManager[object] | None:
+        """Evaluate with the average in the weights' place, and bring them back bit for bit."""
+        return self._shown() if self.config.evaluate else None
 
-    @hookimpl
-    def on_save(self, snapshot: Snapshot) -> None:
-        """Bring the weights back: the snapshot holds the model's tensors in place."""
-        self._bring_back()
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        before = [parameter.detach().clone() for parameter in self._live.values()]
+        _fill(self._live.values(), [self._average[name] for name in self._live])
+        try:
+            yield
+        finally:
+            _fill(self._live.values(), before)
 
-    @hookimpl
-    def on_close(self) -> None:
-        """Bring the weights back after an evaluation that failed."""
-        self._bring_back()
+    def _collect(self, engine: Engine) -> None:
+        """Take in what has begun to be trained, with its weights as they are now."""
+        parameters = engine.parameters()
+        trained = sum(p.requires_grad for p in parameters)
+        seen = len(parameters), trained, sum(map(is_lazy, parameters))
+        if seen == self._seen:
+            return
+        named = engine.model.named_parameters()
+        self._live = {n: p for n, p in named if p.requires_grad and not is_lazy(p)}
+        for name, parameter in self._live.items():
+            mean = self._average.get(name)
+            new = _wide(parameter).clone() if mean is None else mean.to(parameter.device)
+            self._average[name] = new
+        self._seen = seen
 
     def state_dict(self) -> StateDict:
         """The average and how many steps are in it."""
@@ -118,15 +126,11 @@ class EmaPlugin(Plugin[EmaConfig]):
         self._average = {name: tensor.clone() for name, tensor in average.items()}
         self._updates = cast(int, state["updates"])
 
-    def _bring_back(self) -> None:
-        if self._put_by is not None:
-            self._fill(self._put_by)
-            self._put_by = None
 
-    @torch.no_grad()
-    def _fill(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._live, values, strict=True):
-            parameter.copy_(value)
+@torch.no_grad()
+def _fill(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _wide(parameter: Tensor) -> Tensor:

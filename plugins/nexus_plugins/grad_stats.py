@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from nexus_core import Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["GradStatsConfig", "GradStatsPlugin"]
 
@@ -48,40 +48,33 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
     this process where there are several. No device is waited for.
     """
 
-    before: ClassVar[tuple[str, ...]] = ("guard", "clip")
-    after: ClassVar[tuple[str, ...]] = ("amp",)
-    _modules: Mapping[str, list[nn.Parameter]]
-    _parameters: list[nn.Parameter]
     _gradients: dict[str, Gradient]
 
     def __init__(self, config: GradStatsConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
-        self._modules, self._parameters, self._gradients = {}, [], {}
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        """Sort the parameters by module once, not every step."""
-        self._modules = by_module(engine.model, self.config.depth)
-        self._parameters = [p for members in self._modules.values() for p in members]
         self._gradients = {}
 
     @hookimpl(wrapper=True)
-    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+    def backward(
+        self, engine: Engine, terms: Mapping[str, Tensor], step: Step
+    ) -> Generator[None, bool, bool]:
         """Where it is due, take each term's gradient by itself before the common one."""
-        period, parameters = self.config.terms_every, self._parameters
-        if parameters and period and engine.state.step % period == 0 and len(terms) > 1:
-            self._gradients = add_term_gradients(self._gradients, terms, parameters)
-            if engine.last_micro_batch:
+        period = self.config.terms_every
+        if period and (step.number - 1) % period == 0 and len(terms) > 1 and not step.again:
+            before = self._gradients if step.place else {}
+            parameters = [p for p in engine.model.parameters() if p.requires_grad]
+            self._gradients = add_term_gradients(before, terms, parameters)
+            if step.is_last:
                 gradients, self._gradients = self._gradients, {}
                 self._log_terms(engine, gradients, _entry_scale(terms))
         return (yield)
 
-    @hookimpl
-    def after_backward(self, engine: Engine) -> None:
+    @hookimpl(stage="inspect")
+    def after_backward(self, engine: Engine, step: Step) -> None:
         """Log the length of each module's part of the gradient, in steps 1, 1 + every, ..."""
-        if engine.state.step % self.config.every:
+        if (step.number - 1) % self.config.every or step.again:
             return
-        for path, members in self._modules.items():
+        for path, members in by_module(engine.model, self.config.depth).items():
             gradients = [p.grad for p in members if p.grad is not None]
             if gradients:
                 engine.log(f"grad_norm/{path}", get_total_norm(gradients))

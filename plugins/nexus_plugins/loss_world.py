@@ -14,8 +14,8 @@ from nexus_core.plugin import hookimpl
 from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, real_positions
 
 if TYPE_CHECKING:
+    from nexus_core import Engine, Step
     from nexus_core.data import Batch
-    from nexus_core.engine import Engine
 
 __all__ = ["LossWorldConfig", "LossWorldPlugin"]
 
@@ -75,11 +75,11 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
         return (each * share).sum()
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Let the target encoder follow the encoder."""
         follow = getattr(engine.model, "update_world_target", None)
         if follow is not None:
-            keep, refused = self.decay(engine), engine.refused
+            keep, refused = self.decay(engine), step.refused
             follow(keep if refused is None else keep + (1 - keep) * refused)
 
     def decay(self, engine: Engine) -> float:

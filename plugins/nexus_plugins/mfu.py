@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,13 +11,12 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_core import Batch, Plugin, PluginConfig, hookimpl
-from nexus_core.data import batch_size
-from nexus_core.meter import Meter
-from nexus_core.state import random_state, set_random_state
+from nexus_core.data import batch_size, to_device
 from nexus_core.step import merge
+from nexus_core.update import leaving_no_trace
 
 if TYPE_CHECKING:
-    from nexus_core.engine import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["MfuConfig", "MfuPlugin", "count_flops", "matmul_rate"]
 
@@ -53,7 +51,6 @@ class MfuPlugin(Plugin[MfuConfig]):
     """
 
     requires: ClassVar[tuple[str, ...]] = ("throughput",)
-    after: ClassVar[tuple[str, ...]] = ("amp", "curriculum")
 
     _batch: Batch = None
     _dtype: torch.dtype | None = None
@@ -64,10 +61,10 @@ class MfuPlugin(Plugin[MfuConfig]):
         self._peak = self.config.peak
 
     @hookimpl
-    def on_batch(self, batch: Batch) -> None:
-        """Keep a batch until it has been counted."""
+    def on_step(self, step: Step) -> None:
+        """Keep a micro-batch until it has been counted."""
         if self._flops_per_token is None:
-            self._batch = batch
+            self._batch = step.micro[-1].batch
 
     @hookimpl(wrapper=True)
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:
@@ -99,7 +96,8 @@ def count_flops(engine: Engine, batch: Batch) -> int:
     """The operations of a training pass over a batch, done once more without a trace."""
     # counting within a step would change its rounding: PyTorch folds products otherwise meanwhile
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
-    with _leaving_no_trace(engine):
+    batch = to_device(batch, engine.device)
+    with leaving_no_trace(engine):
         with torch.no_grad(), FlopCounterMode(display=False) as forward:
             _total_loss(engine, batch)
         with FlopCounterMode(display=False) as training:
@@ -108,23 +106,9 @@ def count_flops(engine: Engine, batch: Batch) -> int:
 
 
 def _total_loss(engine: Engine, batch: Batch) -> torch.Tensor:
-    output = engine.hook.forward(engine=engine, batch=batch)
-    terms = merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output))
-    return torch.stack([*terms.values()]).sum()
-
-
-@contextmanager
-def _leaving_no_trace(engine: Engine) -> Iterator[None]:
-    """Put random generators, buffers of the model and the metrics back afterwards."""
-    generators, meter, engine.meter = random_state(), engine.meter, Meter()
-    buffers = {buffer: buffer.clone() for buffer in engine.model.buffers()}
-    try:
-        yield
-    finally:
-        set_random_state(generators)
-        engine.meter = meter
-        for buffer, before in buffers.items():
-            buffer.copy_(before)
+    output = engine.hook.forward(engine=engine, batch=batch, step=None)
+    terms = engine.hook.loss_terms(engine=engine, batch=batch, output=output, step=None)
+    return torch.stack([*merge(terms).values()]).sum()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.parameters import matching
+from nexus_plugins._shared.wrapped import give_back_forward, wrap_forward
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -53,7 +55,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
     after: ClassVar[tuple[str, ...]] = ("recompute",)  # then only its inputs are left to move
     _wrapped: list[nn.Module]
 
-    @hookimpl
+    @hookimpl(stage="wrap")
     def on_start(self, engine: Engine) -> None:
         """Wrap the modules.
 
@@ -68,13 +70,13 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         mover = _Mover(engine.model, engine.device, int(self.config.min_kib * KIB))
         self._wrapped = self._chosen(engine.model)
         for module in self._wrapped:
-            module.forward = _offloading(module.forward, mover)
+            wrap_forward(module, partial(_offloading, mover=mover))
 
     @hookimpl
     def on_close(self) -> None:
         """Give the modules their own `forward` back."""
         for module in getattr(self, "_wrapped", []):
-            module.__dict__.pop("forward", None)
+            give_back_forward(module)
         self._wrapped = []
 
     def _chosen(self, model: nn.Module) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from nexus_plugins._shared.term_gradients import (
 )
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["PcgradConfig", "PcgradPlugin"]
 
@@ -40,22 +40,20 @@ class PcgradPlugin(Plugin[PcgradConfig]):
     of inner products. The random order of the projections is a function of seed and step.
     """
 
+    conflicts: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")  # its gradient is of one process
+
     def __init__(self, config: PcgradConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._gradients: dict[str, Gradient] = {}
 
     @hookimpl
-    def on_start(self) -> None:
-        """Begin with no gradient."""
-        self._gradients = {}
-
-    @hookimpl
-    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> bool:
+    def backward(self, engine: Engine, terms: Mapping[str, Tensor], step: Step) -> bool:
         """Take each term's gradient by itself; with the last micro-batch, combine them."""
-        groups = engine.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        parameters = [p for p in engine.parameters(step.turn) if p.requires_grad]
+        if step.place == 0:
+            self._gradients = {}
         self._gradients = add_term_gradients(self._gradients, terms, parameters)
-        if engine.last_micro_batch and self._gradients:
+        if step.is_last and self._gradients:
             names, self._gradients, gradients = sorted(self._gradients), {}, self._gradients
             order = random.Random(f"{engine.seed} {engine.state.step}")
             combined = _combined([gradients[name] for name in names], order)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.parameters import blocks
+from nexus_plugins._shared.wrapped import give_back_forward, wrap_forward
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -41,7 +42,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
 
     _wrapped: list[nn.Module]
 
-    @hookimpl
+    @hookimpl(stage="wrap")
     def on_start(self, engine: Engine) -> None:
         """Wrap the modules.
 
@@ -50,13 +51,13 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
         """
         self._wrapped = self._chosen(engine.model)[:: self.config.every]
         for module in self._wrapped:
-            module.forward = _recomputing(module.forward)
+            wrap_forward(module, _recomputing)
 
     @hookimpl
     def on_close(self) -> None:
         """Give the modules their own `forward` back."""
         for module in getattr(self, "_wrapped", []):
-            module.__dict__.pop("forward", None)
+            give_back_forward(module)
         self._wrapped = []
 
     def _chosen(self, model: nn.Module) -> list[nn.Module]:

@@ -39,7 +39,7 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
     _paused: float
     _tokens: int
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="clock")
     def on_start(self, engine: Engine) -> None:
         """Start the clock where the engine starts its own."""
         self._since = time.perf_counter()
@@ -56,7 +56,7 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
         self._since, self._paused, self._tokens = now, 0.0, tokens
         return {"system/throughput_tokens_per_sec": rate, **_memory(engine.device)}
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="clock")
     def on_step_end(self, engine: Engine) -> None:
         """Take what came after the update (log, evaluation, checkpoint) out of the time."""
         trained_until = max(self._started + engine.state.seconds, self._since)

@@ -16,7 +16,7 @@ from nexus_plugins._shared.parameters import matching
 from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["WeighGradnormConfig", "WeighGradnormPlugin"]
 
@@ -53,25 +53,24 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     """
 
     slot: ClassVar[str | None] = "weighing"
-    after: ClassVar[tuple[str, ...]] = ("amp",)
     _weights: dict[str, Tensor]
     _first_losses: dict[str, Tensor]
     _gradients: dict[str, Gradient]
-    _parameters: list[nn.Parameter]
 
     def __init__(self, config: WeighGradnormConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._weights, self._first_losses, self._gradients = {}, {}, {}
-        self._parameters = []
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Find the parameters that may be shared; a pattern without match is an error."""
-        self._gradients = {}
+        self._chosen(engine)
+
+    def _chosen(self, engine: Engine) -> list[nn.Parameter]:
         named = dict(engine.model.named_parameters())
         key = f"{self.name}.shared"
         chosen = {n for p in self.config.shared for n in matching(named, p, key)} or set(named)
-        self._parameters = [p for n, p in named.items() if n in chosen and p.requires_grad]
+        return [p for n, p in named.items() if n in chosen and p.requires_grad]
 
     @hookimpl
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:
@@ -85,16 +84,19 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         return weights
 
     @hookimpl(wrapper=True)
-    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+    def backward(
+        self, engine: Engine, terms: Mapping[str, Tensor], step: Step
+    ) -> Generator[None, bool, bool]:
         """Where an update is due, take each term's gradient by itself before the common one."""
-        if self._parameters and engine.state.step % self.config.every == 0:
+        if (step.number - 1) % self.config.every == 0 and not step.again:
             own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
             on = {name: term for name, term in terms.items() if own.get(name, 1.0) > 0}
-            self._gradients = add_term_gradients(self._gradients, on, self._parameters)
+            before = self._gradients if step.place else {}
+            self._gradients = add_term_gradients(before, on, self._chosen(engine))
         return (yield)
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Move the weights towards balance."""
         gradients, self._gradients = self._gradients, {}
         if len(gradients) < 2:
@@ -105,7 +107,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
             raise ConfigError(
                 "weigh_gradnorm: no parameter is reached by two loss terms; use weigh_magnitude"
             )
-        losses = engine.ranks.sum(torch.stack([engine.losses[n].detach().float() for n in names]))
+        losses = engine.ranks.sum(torch.stack([step.losses[n].detach().float() for n in names]))
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         one = torch.ones_like(losses[0])  # a number times it is on the device without a wait
         for name, loss in zip(names, losses, strict=True):

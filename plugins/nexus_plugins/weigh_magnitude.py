@@ -14,7 +14,7 @@ from torch import Tensor
 from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["WeighMagnitudeConfig", "WeighMagnitudePlugin"]
 
@@ -64,10 +64,10 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
         return weights
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Move the means towards this step's losses; a loss that is not finite is left out."""
         keep = self.config.momentum
-        for name, loss in engine.losses.items():
+        for name, loss in step.losses.items():
             size = engine.ranks.sum(loss).detach().abs().float()
             finite = torch.isfinite(size)
             mean = self._means.get(name, torch.zeros_like(size)).to(size.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["WeighUncertaintyConfig", "WeighUncertaintyPlugin"]
 
@@ -58,14 +58,14 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
         return weights
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Descend in each log-variance; one whose loss is not positive and finite stays."""
-        for name, loss in engine.losses.items():
+        for name, loss in step.losses.items():
             variance = self._log_variances[name]
             value = engine.ranks.sum(loss).detach().float()
-            step = (1 - torch.exp(-variance) * value).clamp(-1, 1)
+            pull = (1 - torch.exp(-variance) * value).clamp(-1, 1)
             moves = (value > 0) & torch.isfinite(value)
-            self._log_variances[name] = variance - self.config.lr * torch.where(moves, step, 0.0)
+            self._log_variances[name] = variance - self.config.lr * torch.where(moves, pull, 0.0)
 
     def state_dict(self) -> StateDict:
         """The log-variances by term."""

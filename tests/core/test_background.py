@@ -25,7 +25,7 @@ from nexus_core.bases.background import (
     Worker,
 )
 from nexus_core.data import Batch
-from nexus_core.state import random_state
+from nexus_core.device import random_state
 from tiny import Regression, tiny_engine, weights
 
 STEPS = "5 steps"

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from nexus_core import Engine, Loss, LossConfig, PluginError, hookimpl
-from nexus_core.step import take_step
+from nexus_core.data import Micro
+from nexus_core.update import prepare, take_step
 from tiny import AbsolutePlugin, Net, Regression, SquaredPlugin, weights
 
 
@@ -17,7 +18,8 @@ def gradients(split: list[list[int]], *plugins: Loss) -> tuple[list[torch.Tensor
     model = Net(dtype=torch.float64)
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), plugins=plugins)
     data = Regression(dtype=torch.float64)
-    take_step(engine, [default_collate([data[i] for i in rows]) for rows in split])
+    micro = [Micro(default_collate([data[i] for i in rows])) for rows in split]
+    take_step(engine, prepare(engine, micro))
     return [p.grad for p in model.parameters()], engine.meter.read(engine.ranks)
 
 
@@ -37,9 +39,12 @@ splits = st.integers(1, 23).flatmap(
 @given(splits)
 def test_gradient_is_the_same_for_every_split_of_ragged_labels(split: list[list[int]]) -> None:
     """Rows have 1 to 3 labels that count: means of means would weigh them wrongly."""
-    plugins = [SquaredPlugin(weight=0.7), AbsolutePlugin(weight=2.0)]
-    whole, metrics = gradients([sum(split, [])], *plugins)
-    parts, split_metrics = gradients(split, *plugins)
+
+    def plugins() -> list[Loss]:
+        return [SquaredPlugin(weight=0.7), AbsolutePlugin(weight=2.0)]
+
+    whole, metrics = gradients([sum(split, [])], *plugins())
+    parts, split_metrics = gradients(split, *plugins())
     for one, other in zip(whole, parts, strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
     assert split_metrics == pytest.approx(metrics, rel=1e-5)
@@ -64,7 +69,8 @@ def test_step_without_a_label_that_counts_changes_nothing() -> None:
     model = Net()
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=1.0), plugins=[SquaredPlugin()])
     before = weights(engine)
-    take_step(engine, [{"x": torch.ones(2, 5), "y": torch.full((2, 4), torch.nan)}])
+    batch = {"x": torch.ones(2, 5), "y": torch.full((2, 4), torch.nan)}
+    take_step(engine, prepare(engine, [Micro(batch)]))
     assert all(map(torch.equal, before, weights(engine)))
 
 

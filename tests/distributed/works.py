@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nexus_core import Engine, NexusError, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
-from nexus_core.bases.parallel import local_part, whole
 from nexus_core.plan import load
-from nexus_core.processes import Ranks
+from nexus_core.processes import Ranks, local_part, whole
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin

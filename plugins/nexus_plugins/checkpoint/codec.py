@@ -20,8 +20,8 @@ from typing import TypeAlias, Union
 
 from torch import Tensor
 
-from nexus_core.bases.parallel import local_part
 from nexus_core.errors import CheckpointError
+from nexus_core.processes import local_part
 
 __all__ = ["Json", "TensorBag", "decode", "encode"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, cast
 
-from nexus_core.bases.parallel import gather, own_seed
+from nexus_core.bases.parallel import own_seed
+from nexus_core.device import RandomState, random_state, seed_everything
 from nexus_core.errors import CheckpointError
-from nexus_core.processes import Ranks
-from nexus_core.state import RandomState, Snapshot, random_state, seed_everything
+from nexus_core.processes import Ranks, gather
+from nexus_core.snapshot import Snapshot
 
 __all__ = ["check_same_step", "own_share", "with_peers"]
 

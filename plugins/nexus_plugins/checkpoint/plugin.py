@@ -15,10 +15,10 @@ import yaml
 from pydantic import Field
 
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
-from nexus_core.bases.parallel import gather, is_sharded, local_part
 from nexus_core.errors import CheckpointError, ConfigError, RunError
-from nexus_core.processes import Ranks
-from nexus_core.state import Snapshot, StateDict
+from nexus_core.plugin import StateDict
+from nexus_core.processes import Ranks, gather, is_sharded, local_part
+from nexus_core.snapshot import Snapshot
 from nexus_plugins.checkpoint import folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
@@ -146,7 +146,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         check_same_step(content.step if content else -1, engine.ranks)
         return self._snapshot(content, engine) if content else _fresh(engine)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:
         self._saved_step = self._best_saved_step = -1
         self._failures = 0
@@ -163,7 +163,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if engine.ranks.is_main or any(map(is_sharded, engine.model.parameters())):
             self._writer = Writer()
 
-    @hookimpl
+    @hookimpl(stage="decide")
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
         name = self.config.best
         if name is None:
@@ -178,7 +178,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         elif self._is_best(metrics[name]):
             self._best = _Record(metrics[name], engine.state.step)
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="save")
     def on_step_end(self, engine: Engine) -> None:
         if self._every.due(engine.state) or self._best_is_due(engine):
             self._save(engine)
@@ -188,7 +188,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             if not (self._writer.pending or self._reserved or self.config.sync):
                 self._reserve(engine, self._writer)
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="save")
     def on_finish(self, engine: Engine) -> None:
         done = engine.horizon is not None and engine.horizon.reached(engine.state)
         if done and self.config.final:

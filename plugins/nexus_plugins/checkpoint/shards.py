@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nexus_core.bases.parallel import is_sharded, local_part
 from nexus_core.errors import CheckpointError
-from nexus_core.processes import Ranks
+from nexus_core.processes import Ranks, is_sharded, local_part
 from nexus_plugins.checkpoint.folder import SHARDS, Content, sync
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
-from nexus_core.state import Snapshot, TrainState
+from nexus_core.intervals import TrainState
+from nexus_core.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

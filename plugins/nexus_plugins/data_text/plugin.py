@@ -18,7 +18,7 @@ from nexus_plugins.data_text.rows import Rows, as_it_is
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
-    from nexus_core.state import StateDict
+    from nexus_core.plugin import StateDict
 
 __all__ = ["DataTextPlugin"]
 

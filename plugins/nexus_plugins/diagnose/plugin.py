@@ -28,7 +28,7 @@ from nexus_plugins.diagnose.sensors import (
 )
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["DiagnoseConfig", "DiagnosePlugin"]
 
@@ -66,9 +66,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
     read is saved; times and memory, which belong to a session, are not.
     """
 
-    before: ClassVar[tuple[str, ...]] = ("guard", "clip")
-    after: ClassVar[tuple[str, ...]] = ("amp",)
-    api_version: ClassVar[str] = "1.1"
+    api_version: ClassVar[str] = "1.2"
 
     def __init__(self, config: DiagnoseConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -79,7 +77,6 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
         self._norms: dict[str, Tensor] = {}
         self._gradients: dict[str, Gradient] = {}
         self._sizes: dict[str, Tensor] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
         self._clock: WaitClock | None = None
         self._memory: Callable[[], Memory | None] = lambda: None
 
@@ -91,8 +88,6 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Begin to watch."""
-        named = engine.model.named_parameters()
-        self._parameters = {name: p for name, p in named if p.requires_grad}
         self._gradients, self._sizes = {}, {}
         self._clock = WaitClock(engine.device)
         self._memory = memory_gauge(engine.device)
@@ -104,41 +99,44 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
             self._clock.batch_came()
 
     @hookimpl(wrapper=True)
-    def forward(self, engine: Engine) -> Generator[None, Any, Any]:
+    def forward(self, engine: Engine, step: Step | None) -> Generator[None, Any, Any]:
         """In a probe, look at what the modules put out for the last micro-batch."""
-        if not (engine.training and engine.last_micro_batch and self._probes(engine)):
+        if step is None or not (step.is_last and self._probes(step)):
             return (yield)
         with watch_outputs(engine.model, self._outputs):
             return (yield)
 
     @hookimpl(wrapper=True)
-    def backward(self, engine: Engine, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
+    def backward(
+        self, engine: Engine, terms: Mapping[str, Tensor], step: Step
+    ) -> Generator[None, bool, bool]:
         """In a probe, take each term's gradient by itself before the common one."""
-        if self._probes(engine) and len(terms) > 1:
-            parameters = list(self._parameters.values())
-            self._gradients = add_term_gradients(self._gradients, terms, parameters)
-            if engine.last_micro_batch:
+        if self._probes(step) and len(terms) > 1:
+            before = self._gradients if step.place else {}
+            parameters = list(_trained(engine.model).values())
+            self._gradients = add_term_gradients(before, terms, parameters)
+            if step.is_last:
                 names, products = trunk_products(self._gradients)
                 self._norms = dict(zip(names, products.diagonal().sqrt().unbind(), strict=True))
                 self._gradients = {}
         return (yield)
 
-    @hookimpl
-    def after_backward(self, engine: Engine) -> None:
+    @hookimpl(stage="inspect")
+    def after_backward(self, engine: Engine, step: Step) -> None:
         """Where a reading is due after this step, measure its gradient."""
-        if (engine.state.step + 1) % self.config.every == 0:
-            self._sizes = gradient_sizes(self._parameters)
+        if step.number % self.config.every == 0:
+            self._sizes = gradient_sizes(_trained(engine.model))
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Keep the step's losses on the device, and read where it is due."""
         if self._clock is not None:
             self._clock.step_trained()
-        self._pending.append(dict(engine.losses))
+        self._pending.append(dict(step.losses))
         if engine.state.step % self.config.every == 0:
             self._read(engine)
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="clock")
     def on_step_end(self) -> None:
         """From now on the loop waits for its batch."""
         if self._clock is not None:
@@ -175,9 +173,9 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
         self._pending = [dict(step) for step in saved["pending"]]
         self._outputs, self._norms = dict(saved["outputs"]), dict(saved["norms"])
 
-    def _probes(self, engine: Engine) -> bool:
+    def _probes(self, step: Step) -> bool:
         period = self.config.probe_every
-        return bool(self._parameters and period and engine.state.step % period == 0)
+        return bool(period and (step.number - 1) % period == 0 and not step.again)
 
     def _read(self, engine: Engine) -> None:
         """Bring everything to the host, judge it, and say what is new."""
@@ -204,7 +202,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
     def _reading(self, engine: Engine, totals: list[float]) -> Reading:
         sizes, self._sizes = to_host(self._sizes), {}
-        matrices = [name for name, parameter in self._parameters.items() if parameter.ndim > 1]
+        matrices = [name for name, p in _trained(engine.model).items() if p.ndim > 1]
         finite = all(map(math.isfinite, sizes.values()))
         lr = float(engine.optimizer.param_groups[0]["lr"])
         return replace(
@@ -214,6 +212,11 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
             memory=self._memory(),
             wait=self._clock.read() if self._clock is not None else None,
         )
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained now, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _losses(engine: Engine, steps: list[dict[str, Tensor]]) -> list[dict[str, float]]:

@@ -6,14 +6,14 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
-from nexus_core.bases.parallel import DistributedConfig
+from nexus_core.bases.parallel import ParallelConfig
 
 __all__ = ["FsdpConfig", "Precision"]
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
-class FsdpConfig(DistributedConfig):
+class FsdpConfig(ParallelConfig):
     """Settings of sharded data-parallel training."""
 
     match: tuple[str, ...] = Field(

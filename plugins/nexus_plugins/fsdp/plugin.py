@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, hookimpl
-from nexus_core.bases.parallel import Distributed, is_sharded, launched, share_buffers
+from nexus_core.bases.parallel import Parallel, launched, share_buffers
+from nexus_core.processes import is_sharded
 from nexus_plugins.fsdp.config import FsdpConfig
 from nexus_plugins.fsdp.shard import (
     divide,
@@ -28,12 +29,12 @@ from nexus_plugins.fsdp.shard import (
 )
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["FsdpPlugin"]
 
 
-class FsdpPlugin(Distributed[FsdpConfig]):
+class FsdpPlugin(Parallel[FsdpConfig]):
     """Gives every process its slice of each batch, and a part of every weight.
 
     Weights, gradients and optimizer states are divided among the processes; those of a module are
@@ -50,8 +51,7 @@ class FsdpPlugin(Distributed[FsdpConfig]):
     """
 
     conflicts: ClassVar[tuple[str, ...]] = (
-        *Distributed.conflicts, "auto_accumulate", "diagnose", "grad_stats", "mfu",
-        "optim_adamw8bit", "weigh_gradnorm",
+        "auto_accumulate", "diagnose", "grad_stats", "mfu", "optim_adamw8bit", "weigh_gradnorm",
     )  # fmt: skip
     _noticed: bool = False
     _scalars: list[nn.Parameter]
@@ -80,14 +80,14 @@ class FsdpPlugin(Distributed[FsdpConfig]):
             mark(engine.model, self._marks)  # now, since moving a model makes its weights anew too
         return (yield)
 
-    @hookimpl
+    @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
-        """Take over the clock and the stops.
+        """See that the model is divided.
 
         Raises:
             ConfigError: the optimizer was made before the model could be divided.
         """
-        Distributed.on_start(self, engine)
+        Parallel.on_start(self, engine)
         if engine.ranks.size == 1:
             return
         if not isinstance(engine.model, FSDPModule):
@@ -98,20 +98,24 @@ class FsdpPlugin(Distributed[FsdpConfig]):
         self._noticed = False
         self._scalars = [scalar for scalar in scalars(engine.model) if scalar.requires_grad]
 
-    @hookimpl(wrapper=True)
-    def backward(self, engine: Engine) -> Generator[None, bool, bool]:
+    @hookimpl(wrapper=True, stage="reduce")
+    def backward(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
         """Sum the gradients over the processes while they are made."""
         if not isinstance(engine.model, FSDPModule):
             return (yield)
+        if step.turn is not None:
+            raise ConfigError(
+                f"fsdp trains with one optimizer, and several take turns here ('{step.turn}')"
+            )
         if self.config.reduce_at_end:
-            engine.model.set_requires_gradient_sync(engine.last_micro_batch)
+            engine.model.set_requires_gradient_sync(step.is_last)
         gathered = [p for p in engine.model.parameters() if p.ndim and not is_sharded(p)]
         done = yield
         for parameter in gathered:  # FSDP adds a hook to a weight each time the model returns it
             (parameter._backward_hooks or {}).clear()
         return done
 
-    @hookimpl
+    @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
         """Sum the gradients of parameters that have no parts."""
         if engine.ranks.size > 1:
@@ -120,18 +124,16 @@ class FsdpPlugin(Distributed[FsdpConfig]):
             if self._scalars:
                 sum_gradients(reached(self._scalars, engine.ranks), engine.ranks)
 
-    @hookimpl(tryfirst=True)
+    @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Count what all processes did; running statistics are those of the main one."""
-        Distributed.on_step(self, engine)
+        """Make the running statistics those of the main process."""
         if engine.ranks.size > 1:
             share_buffers(engine.model)
 
-    @hookimpl(wrapper=True)
-    def on_eval(self, engine: Engine) -> Generator[None, None, None]:
-        """Part the weights again before others see them; stop all where one is to stop."""
-        part_again(engine.model)
-        return (yield from Distributed.on_eval(self, engine))
+    @hookimpl
+    def evaluating(self, engine: Engine) -> AbstractContextManager[object]:
+        """Part the weights again after an evaluation, before others see them."""
+        return _parting(engine.model)
 
     def _divide(self, model: nn.Module, engine: Engine) -> None:
         self._marks = marks(model)
@@ -162,6 +164,14 @@ class FsdpPlugin(Distributed[FsdpConfig]):
 def _is_parted(model: nn.Module) -> bool:
     """Whether the weights have been given up again, as they are after a backward pass."""
     return all(is_sharded(parameter) for parameter in model.parameters() if parameter.ndim)
+
+
+@contextmanager
+def _parting(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        part_again(model)
 
 
 @contextmanager

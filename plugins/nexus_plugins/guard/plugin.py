@@ -6,9 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
@@ -18,16 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nexus_core import Batch, Plugin, PluginConfig, RunError, StateDict, hookimpl
-from nexus_core.bases.parallel import gather, is_sharded, local_part
-from nexus_core.meter import Meter
-from nexus_core.state import Snapshot, random_state
+from nexus_core import Plugin, PluginConfig, RunError, StateDict, hookimpl
+from nexus_core.device import RandomState, random_state
+from nexus_core.optimizers import members
+from nexus_core.processes import gather, is_sharded, local_part
+from nexus_core.snapshot import Snapshot
 from nexus_plugins.guard.record import Attempt, write_record
 from nexus_plugins.guard.replay import replay
 from nexus_plugins.guard.spikes import Spikes
 
 if TYPE_CHECKING:
-    from nexus_core.engine import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["GuardConfig", "GuardPlugin"]
 
@@ -66,7 +65,7 @@ class GuardPlugin(Plugin[GuardConfig]):
     """Keeps updates from non-finite losses or gradients, and on request from loss spikes, away.
 
     A refused step counts as a step and leaves weights, optimizer state and whatever follows the
-    weights as they were: `engine.refused` says so (1.0, on the device) until the next step. Where
+    weights as they were: `step.refused` says so (1.0, on the device). Where
     the optimizer takes a `found_inf` flag (the fused ones of torch), a device is never waited for:
     the update itself looks at the flag, and the counts are read when the log is. Elsewhere the
     verdict is read each step, and the gradients of a refused one are dropped.
@@ -79,9 +78,7 @@ class GuardPlugin(Plugin[GuardConfig]):
     scaler, whose first steps overflow by design, the policy should be 'skip'.
     """
 
-    api_version: ClassVar[str] = "1.1"
-    before: ClassVar[tuple[str, ...]] = ("clip",)
-    after: ClassVar[tuple[str, ...]] = ("amp", "curriculum")
+    api_version: ClassVar[str] = "1.2"
 
     def __init__(self, config: GuardConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -97,7 +94,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._waits = True
         self._attempts: deque[Attempt] = deque(maxlen=1)
         self._noted = 0.0
-        self._parameters: list[Tensor] = []
+        self._generators: tuple[int, RandomState] | None = None  # before the forward pass of a step
 
     def state_dict(self) -> StateDict:
         """Counts, and the losses that a spike is measured by."""
@@ -120,28 +117,32 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        optimizer = engine.optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        takes_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
-        devices = {engine.device.type, *(p.device.type for p in self._parameters)}
+        optimizers = members(engine.optimizer).values()
+        takes_flag = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+        devices = {engine.device.type, *(p.device.type for p in engine.parameters())}
         self._waits = bool(devices & {*WAITED_FOR}) or not takes_flag
         self._attempts = deque(maxlen=1 if self._waits else _KEPT_ATTEMPTS)
         self._error = None
         self._spikes.to(engine.device)
 
-    @hookimpl(trylast=True)
-    def on_batch(self, engine: Engine, batch: Batch) -> None:
+    @hookimpl(stage="inspect")
+    def on_batch(self, engine: Engine) -> None:
         step = engine.state.step + 1
-        if not self._attempts or self._attempts[-1].step != step:
-            self._attempts.append(Attempt(step, random_state()))
-        self._attempts[-1].batches.append(batch)
+        if self._generators is None or self._generators[0] != step:
+            self._generators = step, random_state()
 
-    @hookimpl
-    def after_backward(self, engine: Engine) -> None:
-        refused = self._judge(engine)
-        attempt = self._attempts[-1]
-        attempt.refused, attempt.losses = refused, dict(engine.losses)
-        engine.refused = refused
+    @hookimpl(stage="inspect")
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        if step.again:
+            return
+        refused = self._judge(engine, step)
+        if step.refused is not None:  # by another plugin, or in an earlier turn
+            refused = torch.maximum(refused, step.refused)
+        step.refused = refused
+        generators = self._generators[1] if self._generators else random_state()
+        batches = [micro.batch for micro in step.micro]
+        attempt = Attempt(step.number, generators, batches, dict(step.losses), refused)
+        self._attempts.append(attempt)
         if not self._waits:
             self._skipped = self._skipped + refused
             self._streak = (self._streak + refused) * refused
@@ -149,23 +150,24 @@ class GuardPlugin(Plugin[GuardConfig]):
         elif refused.item():
             self._skipped, self._streak = self._skipped + 1, self._streak + 1
             self._react(engine, attempt, self._streak)
-            for parameter in self._parameters:
-                parameter.grad = None  # an optimizer leaves alone what has no gradient
         else:
             self._streak = 0.0
 
     @hookimpl(wrapper=True)
-    def optimizer_step(self, engine: Engine) -> Generator[None, bool, bool]:
-        """Hand the flag to an optimizer that takes it; let others find their counters again."""
-        guarded: AbstractContextManager[None] = nullcontext()
-        if not self._waits:
-            guarded = _flagged(engine)
-        elif self._streak:
-            guarded = _unmoved(engine.optimizer)
-        with guarded:
+    def optimizer_step(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
+        """Hand the flag to an optimizer that takes it; others get no gradient, and are put back."""
+        with ExitStack() as guarded:
+            for optimizer in members(engine.optimizer, step.turn).values():
+                if not self._waits:
+                    guarded.enter_context(_flagged(optimizer, step))
+                elif self._streak:
+                    guarded.enter_context(_unmoved(optimizer))
+            if self._waits and self._streak:
+                for parameter in engine.parameters(step.turn):
+                    parameter.grad = None  # an optimizer leaves alone what has no gradient
             return (yield)
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="restore")
     def on_step(self, engine: Engine) -> None:
         if self._going_back:
             self._go_back(engine)
@@ -186,12 +188,12 @@ class GuardPlugin(Plugin[GuardConfig]):
             metrics["guard/rollbacks"] = float(self._rollbacks)
         return metrics
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="copy")
     def on_save(self, snapshot: Snapshot) -> None:
         self._keep(snapshot)
         self._returns = 0
 
-    @hookimpl(trylast=True)
+    @hookimpl(stage="copy")
     def on_load(self, snapshot: Snapshot) -> None:
         if not self._going_back:
             self._keep(snapshot)
@@ -208,11 +210,12 @@ class GuardPlugin(Plugin[GuardConfig]):
         return replay(engine, record)
 
     @torch.no_grad()
-    def _judge(self, engine: Engine) -> Tensor:
+    def _judge(self, engine: Engine, step: Step) -> Tensor:
         """1.0 where the step is to be refused, else 0.0, on the device; nothing waits for it."""
-        gradients = [_values(p.grad) for p in self._parameters if p.grad is not None]
+        parameters = engine.parameters(step.turn)
+        gradients = [_values(p.grad) for p in parameters if p.grad is not None]
         gradients = [values for values in gradients if values.numel()]
-        losses = [loss.reshape(()).float() for loss in engine.losses.values()]
+        losses = [step.losses[name].reshape(()).float() for name in step.units]
         largest = torch._foreach_norm(gradients, math.inf) if gradients else []
         size = torch.stack([*losses, *(norm.to(losses[0].device).float() for norm in largest)])
         refused = ~size.isfinite().all()
@@ -259,7 +262,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         """Write the record; returns where it is, in words."""
         if engine.out is None or not engine.ranks.is_main:
             return ""
-        if any(map(is_sharded, self._parameters)):
+        if any(map(is_sharded, engine.parameters())):
             return "; it is not written down, since no process has all of the weights"
         try:
             folder = write_record(engine, attempt, engine.out / "guard", self.config.records)
@@ -274,12 +277,7 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     def _go_back(self, engine: Engine) -> None:
         """Restore everything of the last save but counters, metrics and data: time goes on."""
-        saved = copy(cast(Snapshot, self._snapshot))  # the engine copies the tensors
-        saved["train"], saved["random"] = asdict(engine.state), random_state()
-        saved["pending"], saved["metrics"] = {}, {}
-        meter, engine.meter = engine.meter, Meter()
-        engine.load_state_dict(saved)
-        engine.meter = meter
+        engine.rewind(cast(Snapshot, self._snapshot))
         self._rollbacks += 1
         self._going_back = False
 
@@ -295,15 +293,14 @@ def _unmoved(optimizer: Optimizer) -> Iterator[None]:
 
 
 @contextmanager
-def _flagged(engine: Engine) -> Iterator[None]:
+def _flagged(optimizer: Any, step: Step) -> Iterator[None]:
     """Have an optimizer's `found_inf` be raised as it steps, besides what a scaler has found."""
 
     def flag(optimizer: Any, *_: object) -> None:
-        refused = cast(Tensor, engine.refused)
+        refused = cast(Tensor, step.refused)
         found = getattr(optimizer, "found_inf", refused)
         optimizer.found_inf = torch.maximum(refused, found.to(refused.device))
 
-    optimizer: Any = engine.optimizer
     handle = optimizer.register_step_pre_hook(flag)
     try:
         yield

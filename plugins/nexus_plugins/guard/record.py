@@ -16,7 +16,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor
 
 from nexus_core import Batch
-from nexus_core.state import RandomState
+from nexus_core.device import RandomState
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from nexus_core import Batch, CheckpointError
-from nexus_core.data import to_device
-from nexus_core.state import set_random_state
-from nexus_core.step import backward, merge, step_units
+from nexus_core.data import Micro
+from nexus_core.device import set_random_state
+from nexus_core.step import Step
+from nexus_core.update import compute_gradient, count_units
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -41,16 +42,11 @@ def replay(engine: Engine, record: Path) -> str:
     facts, batches = _read(engine, record)
     findings: list[str] = []
     engine.model.train()
-    engine.optimizer.zero_grad(set_to_none=True)
     with _watched(engine.model, findings):
-        counts = [merge(engine.hook.loss_units(engine=engine, batch=b)) for b in batches]
-        units = step_units(counts, engine.ranks)
-        weights = engine.hook.weigh_losses(engine=engine, terms=tuple(units))
-        engine.losses = {}
-        for place, batch in enumerate(batches, start=1):
-            engine.last_micro_batch = place == len(batches)
-            backward(engine, batch, counts[place - 1], units, weights)
-    losses = {name: float(loss) for name, loss in engine.losses.items()}
+        step = Step(facts["step"], tuple(map(Micro, batches)))
+        count_units(engine, step)
+        compute_gradient(engine, step)
+    losses = {name: float(loss) for name, loss in step.losses.items()}
     return "\n".join([f"step {facts['step']}: {facts['verdict']}", *_report(losses, findings)])
 
 
@@ -120,7 +116,7 @@ def _read(engine: Engine, record: Path) -> tuple[dict[str, Any], list[Batch]]:
             f"cannot replay '{record}': {error}; expected a folder such as "
             "runs/x/guard/step-00000123, and the config of its run"
         ) from error
-    return facts, [to_device(batch, engine.device) for batch in batches]
+    return facts, batches
 
 
 def _batch(tensors: dict[str, Tensor]) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
@@ -15,7 +14,7 @@ from nexus_core.cli.chart import save_picture, text_chart
 from nexus_plugins.lr_finder.sweep import FEWEST, Sweep, length_until_divergence
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["LrFinderConfig", "LrFinderPlugin"]
 
@@ -58,14 +57,12 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
     """
 
     slot: ClassVar[str | None] = "lr"
-    before: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
     def __init__(self, config: LrFinderConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._begin: int | None = None
         self._losses: list[float] = []
         self._pending: list[Tensor] = []
-        self._loss: Tensor | None = None
         self._put_by: StateDict = {}
 
     def sweep(self) -> Sweep:
@@ -101,19 +98,10 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         """The ratio of this step's rate to the base."""
         return self._rate(engine.state.step - (self._begin or 0)) / _base(engine)
 
-    @hookimpl(wrapper=True)
-    def backward(self, loss: Tensor) -> Generator[None, Any, Any]:
-        """Add up the loss of the step's micro-batches."""
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        return (yield)
-
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         """Note the loss down; stop after the last step, or where the loss diverges."""
-        if self._loss is None:
-            return
-        self._pending.append(engine.ranks.sum(self._loss))
-        self._loss = None
+        self._pending.append(engine.ranks.sum(step.total))
         done = len(self._losses) + len(self._pending) >= self.config.steps
         if not (done or engine.device.type == "cpu" or len(self._pending) == READ_EVERY):
             return
@@ -126,7 +114,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         elif done:
             engine.stop(f"lr_finder: the test is done, up to {self.config.end:.2e}")
 
-    @hookimpl
+    @hookimpl(stage="settle")
     def on_finish(self, engine: Engine) -> None:
         """Give weights and optimizer back, and write the curve into the run's folder."""
         self._give_back(engine)

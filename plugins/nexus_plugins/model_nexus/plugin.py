@@ -8,10 +8,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from nexus_core.bases.parallel import is_sharded
 from nexus_core.errors import ConfigError
-from nexus_core.plugin import Plugin, hookimpl
-from nexus_core.state import StateDict
+from nexus_core.plugin import Plugin, StateDict, hookimpl
+from nexus_core.processes import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
 if TYPE_CHECKING:

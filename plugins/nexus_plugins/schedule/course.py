@@ -11,7 +11,7 @@ from nexus_core.intervals import Interval, IntervalField
 from nexus_core.plugin import PluginConfig
 
 if TYPE_CHECKING:
-    from nexus_core.state import TrainState
+    from nexus_core.intervals import TrainState
 
 __all__ = ["Course"]
 

@@ -1,0 +1,165 @@
+"""All that depends on the kind of device: which one, its random generators, how copies reach it."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypeAlias, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nexus_core.errors import ConfigError
+
+__all__ = [
+    "RandomState",
+    "Undo",
+    "pick_device",
+    "random_state",
+    "seed_everything",
+    "set_random_state",
+]
+
+_MT19937_BYTES = 2500  # its words and its place among them, as NumPy holds them
+
+Words: TypeAlias = list[Any]
+"""Numbers, in the nesting that a generator of Python or NumPy gives its state in."""
+
+
+class RandomState(TypedDict):
+    """The state of every global random generator of this process."""
+
+    python: Words
+    numpy: Words
+    torch: Tensor
+    devices: list[Tensor]  # one for each accelerator of this process
+    accelerator: NotRequired[str]  # their kind: "cuda", "mps", "xpu", ...
+
+
+def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> torch.device:
+    """The device to train on: "auto" is an accelerator if there is one, None the model's own.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if wish is None:
+        own = (p.device for p in model.parameters()) if model is not None else iter(())
+        return next((d for d in own if d.type != "meta"), torch.device("cpu"))
+    if wish == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=wish).device
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).partition("\n")[0]
+        raise ConfigError(f"cannot use the device '{wish}': {said}; try device=auto") from error
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of python, numpy, torch and its devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> RandomState:
+    """Read the generators of python, numpy, torch and each accelerator of this process."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state: RandomState = {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "devices": [],
+    }
+    kind, count = _accelerators()
+    if kind:
+        module = torch.get_device_module(kind)
+        state["devices"] = [module.get_rng_state(index) for index in range(count)]
+        state["accelerator"] = kind
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put every generator back to where `random_state` read it; says which cannot be."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].clone())  # of a view with an offset torch reads garbage
+    saved, kind = state["devices"], state.get("accelerator", "cuda")
+    here, count = _accelerators()
+    if saved and (here != kind or count < len(saved)):
+        found = f"{count} of kind {here}" if here else "none"
+        warnings.warn(
+            f"the generators of {len(saved)} {kind} devices were saved, and this process has "
+            f"{found}: random numbers drawn on the device differ from those of the saved run",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if here == kind:
+        for index, generator in enumerate(saved[:count]):
+            torch.get_device_module(kind).set_rng_state(generator.clone(), index)
+
+
+class Undo:
+    """What a step draws and updates besides weights, as it was before: generators and buffers.
+
+    It is taken before every step, so it must be quick: nothing is turned into lists, and NumPy's
+    generator, which takes 40 microseconds to read, is read where a look at its memory says that it
+    was used (or where it holds back half of a pair of normal numbers, which no look shows).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = list(model.buffers())
+        self._copies = [buffer.clone() for buffer in self._buffers]
+        self._versions = [buffer._version for buffer in self._buffers]
+        self._numpy, self._numpy_memory = np.random.get_state(legacy=False), _numpy_memory()
+        self.take()
+
+    def take(self) -> None:
+        """Remember the present state."""
+        self._python = random.getstate()
+        self._torch, self._devices = torch.get_rng_state(), _device_states()
+        if self._numpy["has_gauss"] or _numpy_memory() != self._numpy_memory:
+            self._numpy, self._numpy_memory = np.random.get_state(legacy=False), _numpy_memory()
+        for place, buffer in enumerate(self._buffers):
+            if buffer._version != self._versions[place]:
+                self._copies[place].copy_(buffer)
+                self._versions[place] = buffer._version
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Return to the state that was remembered last."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        for index, generator in enumerate(self._devices):
+            torch.get_device_module(_accelerators()[0]).set_rng_state(generator, index)
+        for place, buffer in enumerate(self._buffers):
+            if buffer._version != self._versions[place]:
+                buffer.copy_(self._copies[place])
+                self._versions[place] = buffer._version
+
+
+def _accelerators() -> tuple[str, int]:
+    """The kind of accelerator of this process, and how many there are; "" and 0 for none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return (found.type, torch.accelerator.device_count()) if found else ("", 0)
+
+
+def _numpy_memory() -> bytes:
+    """The memory of NumPy's global generator, to see whether it was used."""
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    assert isinstance(generator, np.random.MT19937)
+    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+
+
+def _device_states() -> list[Tensor]:
+    kind, count = _accelerators()
+    if not kind:
+        return []
+    module = torch.get_device_module(kind)
+    return [module.get_rng_state(index) for index in range(count)]

@@ -1,0 +1,41 @@
+"""What plugins of API 1.0 and 1.1 found on the engine, and plugins of 1.2 get as `step`."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from nexus_core.step import Step
+
+__all__ = ["EarlierNames"]
+
+
+class EarlierNames:
+    """Attributes of earlier releases: they work during a step, and warn."""
+
+    _step: Step | None = None
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The mean of each loss term of the step: `step.losses`."""
+        return self._of_step("losses", "step.losses").losses
+
+    @property
+    def refused(self) -> Tensor | None:
+        """Whether the step was refused: `step.refused`."""
+        return self._of_step("refused", "step.refused").refused
+
+    @refused.setter
+    def refused(self, value: Tensor | None) -> None:
+        self._of_step("refused", "step.refused").refused = value
+
+    @property
+    def last_micro_batch(self) -> bool:
+        """Whether the step's last micro-batch is being computed: `step.is_last`."""
+        return self._of_step("last_micro_batch", "step.is_last").is_last
+
+    def _of_step(self, name: str, now: str) -> Step:
+        text = f"engine.{name} is {now} since plugin API 1.2: let the hook take `step`"
+        warnings.warn(text, FutureWarning, stacklevel=3)
+        return self._step or Step(0, ())

@@ -1,0 +1,133 @@
+"""An evaluation as a scope that is always left the way it was entered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nexus_core.data import Batch, to_device
+from nexus_core.device import random_state, seed_everything, set_random_state
+from nexus_core.errors import DataError
+from nexus_core.events import Run
+from nexus_core.optimizers import members, trained
+from nexus_core.step import merge, metric_name
+
+__all__ = ["evaluating", "measure", "train_mode"]
+
+
+@contextmanager
+def evaluating(engine: Run, *, nested: bool) -> Iterator[None]:
+    """Evaluation mode, with what plugins put in place of the weights, and no trace afterwards.
+
+    Modules are switched as PyTorch does it, by `eval()` and `train()`, and each gets its own mode
+    back. Within another evaluation the weights are those of that one.
+    """
+    modes = [(module, module.training) for module in engine.model.modules()]
+    generators = random_state()
+    with ExitStack() as scope:
+        scope.callback(set_random_state, generators)
+        if not nested:
+            scope.enter_context(_averaged_weights(engine))
+        if not nested:
+            for context in engine.hook.evaluating(engine=engine):
+                scope.enter_context(context)
+        scope.callback(_set_modes, modes)
+        if any(mode for _, mode in modes):
+            engine.model.eval()
+        yield
+
+
+def measure(engine: Run, split: str, data: Iterable[Batch]) -> dict[str, float]:
+    """Every loss term and metric of one data set, weighted by units, within `evaluating`.
+
+    Args:
+        engine: with a meter of its own for this set.
+        split: the prefix of the metrics.
+        data: batches; those in which this process has no row of its own do not count.
+
+    Raises:
+        DataError: there is no batch with units of a loss.
+    """
+    seed_everything(engine.seed)
+    hook, seen, differentiates = engine.hook, set[str](), False
+    borrowed = getattr(data, "is_borrowed", lambda row: False)
+    rows = getattr(data, "batch_size", 0)
+    for number, batch in enumerate(data):
+        units = merge(hook.loss_units(engine=engine, batch=batch, step=None))
+        moved, mark = to_device(batch, engine.device), engine.meter.mark()
+        try:
+            with torch.set_grad_enabled(differentiates):
+                terms = _terms(engine, moved)
+        except RuntimeError as error:
+            if differentiates or "does not require grad" not in str(error):
+                raise
+            differentiates = True  # the loss does: a gradient penalty, an equation of physics
+            engine.meter.rollback(mark)
+            with torch.enable_grad():
+                terms = _terms(engine, moved)
+        for name, term in terms.items():
+            engine.meter.add(metric_name(split, name), term.detach(), units[name])
+        if borrowed(number * rows):
+            engine.meter.void(mark)
+        seen |= terms.keys()
+    metrics = engine.meter.read(engine.ranks)
+    metrics |= _totals(engine, split, seen, metrics)
+    with torch.no_grad():
+        for answer in hook.measure(engine=engine, split=split):
+            metrics |= answer
+    return metrics
+
+
+def train_mode(optimizer: Optimizer) -> None:
+    """Switch an optimizer that has a mode of its own (schedule-free ones do) to training."""
+    for member in members(optimizer).values():
+        if callable(train := getattr(member, "train", None)):
+            train()
+
+
+@contextmanager
+def _averaged_weights(engine: Run) -> Iterator[None]:
+    """Evaluate with the weights that such an optimizer means, and bring the others back exactly."""
+    modal = [m for m in members(engine.optimizer).values() if callable(getattr(m, "eval", None))]
+    live = [p for member in modal for p in trained(member)]
+    before = [parameter.detach().clone() for parameter in live]
+    for member in modal:
+        cast(Any, member).eval()
+    try:
+        yield
+    finally:
+        train_mode(engine.optimizer)
+        with torch.no_grad():
+            for parameter, value in zip(live, before, strict=True):
+                parameter.copy_(value)
+
+
+def _terms(engine: Run, batch: Batch) -> dict[str, Tensor]:
+    output: Any = engine.hook.forward(engine=engine, batch=batch, step=None)
+    return merge(engine.hook.loss_terms(engine=engine, batch=batch, output=output, step=None))
+
+
+def _totals(
+    engine: Run, split: str, terms: set[str], metrics: Mapping[str, float]
+) -> dict[str, float]:
+    names = sorted(name for name in terms if metric_name(split, name) in metrics)
+    if not names:
+        raise DataError(
+            f"the evaluation data '{split}' holds no batch with units of a loss; add some, leave "
+            "it out, or pass data that can be read again"
+        )
+    weights = merge(engine.hook.loss_weight(engine=engine))
+    total = sum(weights.get(name, 1.0) * metrics[metric_name(split, name)] for name in names)
+    return {f"{split}/loss": metrics.get(f"{split}/loss", total), f"{split}/total_loss": total}
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Give every module its mode back, from the model down: `train` sets those below too."""
+    for module, mode in modes:
+        if module.training != mode:
+            module.train(mode)

@@ -1,0 +1,196 @@
+"""Several optimizers as one, and what is asked of any optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nexus_core.errors import ConfigError
+
+__all__ = [
+    "Optimizers",
+    "check_optimizer",
+    "clear_gradients",
+    "members",
+    "needs_closure",
+    "set_rates",
+    "trained",
+    "untrained",
+]
+
+Group = dict[str, Any]
+
+
+class Optimizers(Optimizer):
+    """Several optimizers, by name, that stand where one is expected.
+
+    `step` steps all of them, or the one of a turn (see the hook `take_turns`); groups and states
+    are those of all, in order; the state dict is nested by name.
+
+    Args:
+        named: the optimizers. Those of a list go by their place: "0", "1", ...
+    """
+
+    def __init__(self, named: Mapping[str, Optimizer]) -> None:
+        self.named = dict(named)
+        self.defaults: dict[str, Any] = {}
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The groups of all of them: the very dicts, so that what is set in one acts."""
+        return [group for optimizer in self.named.values() for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The states of all parameters."""
+        return {p: s for optimizer in self.named.values() for p, s in optimizer.state.items()}
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all weights."""
+        for optimizer in self.named.values():
+            optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients."""
+        for optimizer in self.named.values():
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each, by its name."""
+        return {"optimizers": {name: opt.state_dict() for name, opt in self.named.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other optimizers.
+        """
+        saved = state_dict.get("optimizers", {})
+        if list(saved) != list(self.named):
+            raise ValueError(
+                f"the state is of the optimizers {list(saved)}, not {list(self.named)}"
+            )
+        for name, optimizer in self.named.items():
+            optimizer.load_state_dict(saved[name])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"named": self.named, "defaults": self.defaults}
+
+    def __repr__(self) -> str:
+        return f"Optimizers({self.named})"
+
+
+def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimizer]:
+    """The optimizers of a turn by name: all of them where no turn is taken.
+
+    Raises:
+        ConfigError: the turn is none of theirs.
+    """
+    named = optimizer.named if isinstance(optimizer, Optimizers) else {"": optimizer}
+    if turn is None:
+        return named
+    if turn not in named:
+        raise ConfigError(
+            f"there is no optimizer for the turn '{turn}', only {', '.join(map(repr, named))}; "
+            "give the Engine a dict of optimizers by the names of their turns"
+        )
+    return {turn: named[turn]}
+
+
+def trained(optimizer: Optimizer, turn: str | None = None) -> list[nn.Parameter]:
+    """The parameters that a turn updates, as they are now, each once."""
+    groups = (g for opt in members(optimizer, turn).values() for g in opt.param_groups)
+    return list(dict.fromkeys(p for group in groups for p in group["params"]))
+
+
+def set_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's learning rate to its base times a factor; a tensor keeps its identity."""
+    for group in optimizer.param_groups:
+        rate = base_rate(group) * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def base_rate(group: Group) -> float:
+    """The base learning rate of a group, noted down when it is first asked for."""
+    if "initial_lr" not in group:
+        group["initial_lr"] = float(group["lr"])
+    return float(group["initial_lr"])
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether `step` cannot do without a function that computes the gradient anew (LBFGS)."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
+    """One optimizer for an engine, of what was given.
+
+    Args:
+        optimizer: an optimizer, a list of them, or a dict by the names of their turns.
+        model: what it should train.
+
+    Raises:
+        ConfigError: it is something else, or trains nothing of the model.
+    """
+    made = _one(optimizer)
+    own = {id(parameter) for parameter in model.parameters()}
+    for name, member in members(made).items():
+        if not any(id(parameter) in own for parameter in trained(member)):
+            which = f"the optimizer '{name}'" if name else "the optimizer"
+            raise ConfigError(
+                f"{which} trains no parameter of the model; make it over model.parameters() after "
+                "the last change to the model (moving, resizing or wrapping makes new parameters)"
+            )
+    for group in made.param_groups:
+        base_rate(group)
+    return made
+
+
+def _one(optimizer: object) -> Optimizer:
+    if isinstance(optimizer, list | tuple):
+        optimizer = {str(place): each for place, each in enumerate(optimizer)}
+    if isinstance(optimizer, Mapping):
+        if not optimizer or not all(map(_steps, optimizer.values())):
+            raise ConfigError(f"expected optimizers by name, got {optimizer!r:.200}")
+        return Optimizers(optimizer)
+    if _steps(optimizer):
+        return cast(Optimizer, optimizer)
+    raise ConfigError(
+        f"optimizer must be an optimizer, a list or a dict of them, got {optimizer!r:.200}; for "
+        "instance torch.optim.AdamW(model.parameters())"
+    )
+
+
+def _steps(optimizer: object) -> bool:
+    return not isinstance(optimizer, type) and hasattr(optimizer, "param_groups")
+
+
+def clear_gradients(optimizer: Optimizer, others: Iterable[nn.Parameter]) -> None:
+    """Clear the gradients of what is trained and of `others`.
+
+    Without what torch's own `zero_grad` spends on profiling, where nobody overrode it.
+    """
+    for member in members(optimizer).values():
+        if type(member).zero_grad is not torch.optim.Optimizer.zero_grad:
+            member.zero_grad()
+            continue
+        for group in member.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+    for parameter in others:
+        parameter.grad = None
+
+
+def untrained(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
+    """The model's parameters that the optimizer does not update; they may get gradients."""
+    known = {id(parameter) for parameter in trained(optimizer)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in known]

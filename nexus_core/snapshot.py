@@ -1,0 +1,223 @@
+"""What a run is made of, typed: gathered, checked whole, and applied all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from typing import Any, NotRequired, Protocol, TypeAlias, TypedDict, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nexus_core.data import DataState
+from nexus_core.device import RandomState, random_state, set_random_state
+from nexus_core.errors import CheckpointError, PluginError
+from nexus_core.intervals import TrainState
+from nexus_core.meter import Meter
+from nexus_core.plugin import Plugin, StateDict
+
+__all__ = ["PluginState", "Snapshot", "apply", "check", "check_parts", "gather"]
+
+
+class PluginState(TypedDict):
+    """What a plugin saved, and the `state_version` that it had."""
+
+    version: int
+    state: StateDict
+
+
+class Snapshot(TypedDict):
+    """Everything that decides how a run continues: what a checkpoint stores."""
+
+    model: dict[str, Tensor]
+    optimizer: StateDict
+    train: dict[str, int | float]  # the counters, with the data cursor
+    pending: dict[str, list[float]]  # the sum and units of each metric since the last log
+    metrics: dict[str, float]  # the last value of each
+    random: RandomState
+    plugins: dict[str, PluginState]  # by name
+    data: NotRequired[DataState | None]  # which data the cursor is in
+    extras: NotRequired[dict[str, StateDict]]  # what `on_save` added, by the plugin's name
+
+
+class Parts(Protocol):
+    """What of an engine a snapshot is of."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    state: TrainState
+    meter: Meter
+    metrics: dict[str, float]
+    plugins: dict[str, Plugin[Any]]
+
+
+Load: TypeAlias = tuple[Plugin[Any], StateDict]
+_FAULTS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+
+
+def gather(engine: Parts, data: DataState | None) -> Snapshot:
+    """Read the state of an engine, tensors in place."""
+    states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
+    return {
+        "model": engine.model.state_dict(),
+        "optimizer": engine.optimizer.state_dict(),
+        "train": asdict(engine.state),
+        "pending": engine.meter.state_dict(),
+        "metrics": dict(engine.metrics),
+        "random": random_state(),
+        "plugins": {
+            name: {"version": engine.plugins[name].state_version, "state": state}
+            for name, state in states.items()
+            if state
+        },
+        "data": data,
+        "extras": {},
+    }
+
+
+def check_parts(snapshot: Snapshot, plugin: str) -> None:
+    """Refuse what a plugin has put where it cannot come back.
+
+    Raises:
+        PluginError: the snapshot has a part that is not one of its own.
+    """
+    known = Snapshot.__annotations__.keys()
+    if strange := snapshot.keys() - known:
+        raise PluginError(
+            f"plugin '{plugin}' put '{min(strange)}' into the snapshot, which has no such part; "
+            f"put it into snapshot['extras']['{plugin}'], or return it from state_dict"
+        )
+
+
+def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
+    """See that a snapshot fits the engine, changing nothing.
+
+    Returns:
+        The plugins that get a state, with it in their present layout.
+
+    Raises:
+        CheckpointError: a part of it is missing, or does not fit model, optimizer or plugins.
+    """
+    if missing := Snapshot.__required_keys__ - snapshot.keys():
+        raise CheckpointError(f"the snapshot has no part '{min(missing)}'")
+    if strangers := snapshot["plugins"].keys() - engine.plugins.keys():
+        name = min(strangers)
+        raise CheckpointError(
+            f"the checkpoint holds the state of plugin '{name}', which is not in this run; "
+            f"add it with --plugins {name}"
+        )
+    _check_model(engine.model, snapshot["model"])
+    _check_optimizer(engine.optimizer, cast(dict[str, Any], snapshot["optimizer"]))
+    known = {counter.name for counter in fields(TrainState)}
+    if strange := snapshot["train"].keys() - known:
+        raise CheckpointError(f"the snapshot counts '{min(strange)}', which this release does not")
+    with _as_misfit():
+        return [
+            (plugin, _present(plugin, saved))
+            for name, saved in snapshot["plugins"].items()
+            for plugin in [engine.plugins[name]]
+        ]
+
+
+def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
+    """Put a checked snapshot into its engine; the optimizer takes over its tensors.
+
+    Plugins take their state twice: first as a rehearsal, with their own put back where one of them
+    refuses, so that a refused load leaves the engine as it was; then after model and optimizer,
+    since some of them put other weights into the model.
+
+    Raises:
+        CheckpointError: a plugin refuses its state.
+    """
+    before = [(plugin, plugin.state_dict()) for plugin, _ in loads]
+    try:
+        _load(loads)
+    except CheckpointError:
+        for plugin, state in before:
+            if state:
+                plugin.load_state_dict(state)
+        raise
+    with _as_misfit():
+        engine.model.load_state_dict(snapshot["model"])
+        engine.optimizer.load_state_dict(cast(dict[str, Any], snapshot["optimizer"]))
+    _load(loads)
+    for counter in fields(TrainState):
+        setattr(engine.state, counter.name, snapshot["train"].get(counter.name, counter.default))
+    engine.meter.load_state_dict(snapshot["pending"])
+    engine.metrics.clear()
+    engine.metrics.update(snapshot["metrics"])
+    set_random_state(snapshot["random"])
+
+
+def _load(loads: list[Load]) -> None:
+    for plugin, state in loads:
+        try:
+            plugin.load_state_dict(state)
+        except _FAULTS as error:
+            raise CheckpointError(
+                f"plugin '{plugin.name}' cannot take its saved state: {_words(error)}; resume with "
+                "the config that wrote it, and let the plugin make what it needs for that in "
+                "__init__ or on_build, not in on_start"
+            ) from error
+
+
+def _present(plugin: Plugin[Any], saved: PluginState) -> StateDict:
+    if saved["version"] == plugin.state_version:
+        return saved["state"]
+    return plugin.migrate(saved["state"], saved["version"])
+
+
+def _check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    if (odd := sorted(own.keys() ^ saved.keys())) and not any(map(_renames, model.modules())):
+        where = "the model" if odd[0] in own else "the checkpoint"
+        raise _misfit(f"only {where} has '{odd[0]}' ({len(odd)} names differ)")
+    for name in own.keys() & saved.keys():
+        one, other = own[name], saved[name]
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        if both and one.shape != other.shape and not nn.parameter.is_lazy(one):
+            raise _misfit(f"'{name}' is {tuple(other.shape)}, and {tuple(one.shape)} in the model")
+
+
+def _renames(module: nn.Module) -> bool:
+    """Whether a module may load names that differ from those it saves."""
+    plain = type(module)._load_from_state_dict is nn.Module._load_from_state_dict
+    return not plain or bool(module._load_state_dict_pre_hooks)
+
+
+def _check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    own = optimizer.state_dict()
+    if own.keys() != saved.keys():
+        raise _misfit(f"the optimizer's state has {sorted(saved)}, and {sorted(own)} here")
+    nested = own.get("optimizers")
+    pairs = [(own, saved)]
+    if nested is not None:
+        if list(nested) != list(saved["optimizers"]):
+            raise _misfit(f"it has the optimizers {list(saved['optimizers'])}, not {list(nested)}")
+        pairs = [(nested[name], saved["optimizers"][name]) for name in nested]
+    for mine, other in pairs:
+        sizes = [[len(group["params"]) for group in s["param_groups"]] for s in (mine, other)]
+        if sizes[0] != sizes[1]:
+            raise _misfit(
+                f"its optimizer has groups of {sizes[1]} parameters, and this one of {sizes[0]}"
+            )
+
+
+@contextmanager
+def _as_misfit() -> Iterator[None]:
+    try:
+        yield
+    except _FAULTS as error:
+        raise _misfit(_words(error)) from error
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _misfit(why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint does not fit this run: {why}; resume with the config that wrote it "
+        "(config.yaml in its folder)"
+    )

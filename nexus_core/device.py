@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypeAlias, TypedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from nexus_core.errors import ConfigError
 
@@ -113,7 +114,9 @@ class Undo:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = list(model.buffers())
+        owned = [(m, b) for m in model.modules() for b in m.buffers(recurse=False)]
+        self._buffers = [buffer for _, buffer in owned]
+        self._always = [isinstance(module, _NormBase) for module, _ in owned]
         self._copies = [buffer.clone() for buffer in self._buffers]
         self._versions = [buffer._version for buffer in self._buffers]
         self._numpy, self._numpy_memory = np.random.get_state(legacy=False), _numpy_memory()
@@ -125,10 +128,9 @@ class Undo:
         self._torch, self._devices = torch.get_rng_state(), _device_states()
         if self._numpy["has_gauss"] or _numpy_memory() != self._numpy_memory:
             self._numpy, self._numpy_memory = np.random.get_state(legacy=False), _numpy_memory()
-        for place, buffer in enumerate(self._buffers):
-            if buffer._version != self._versions[place]:
-                self._copies[place].copy_(buffer)
-                self._versions[place] = buffer._version
+        for place in self._changed():
+            self._copies[place].copy_(self._buffers[place])
+            self._versions[place] = self._buffers[place]._version
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -138,10 +140,17 @@ class Undo:
         torch.set_rng_state(self._torch)
         for index, generator in enumerate(self._devices):
             torch.get_device_module(_accelerators()[0]).set_rng_state(generator, index)
-        for place, buffer in enumerate(self._buffers):
-            if buffer._version != self._versions[place]:
-                buffer.copy_(self._copies[place])
-                self._versions[place] = buffer._version
+        for place in self._changed():
+            self._buffers[place].copy_(self._copies[place])
+            self._versions[place] = self._buffers[place]._version
+
+    def _changed(self) -> list[int]:
+        """The places of the buffers that may have changed: kernels of norms do not tell."""
+        return [
+            place
+            for place, buffer in enumerate(self._buffers)
+            if self._always[place] or buffer._version != self._versions[place]
+        ]
 
 
 def _accelerators() -> tuple[str, int]:

@@ -16,7 +16,7 @@ The loop, with the hooks in capitals where they fire:
                 terms  = LOSS_TERMS                  one sum over units per term
                 BACKWARD(sum of weight * term / units)
             AFTER_BACKWARD                           by stage: reduce > unscale > inspect >
-                                                     transform > limit > measure
+                                                     transform > judge > limit > measure
             learning rate = base * product of LR_SCALE
             OPTIMIZER_STEP(again)                    again() computes the gradient anew
         step, samples, tokens and cursor are committed together
@@ -74,7 +74,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "forward": ("context", "inspect*"),
     "loss_terms": ("context", "inspect*"),
     "backward": ("reduce", "scale", "inspect*"),
-    "after_backward": ("reduce", "unscale", "inspect", "transform*", "limit", "measure"),
+    "after_backward": ("reduce", "unscale", "inspect", "transform*", "judge", "limit", "measure"),
     "on_step": ("follow*", "restore"),
     "on_log": ("measure*", "record"),
     "on_eval": ("measure*", "decide", "record"),
@@ -242,7 +242,7 @@ class Hooks:
     def after_backward(self, *, engine: Run, step: Step) -> None:
         """Event, once a gradient: it is complete; change or measure it.
 
-        Stages: reduce > unscale > inspect > transform* > limit > measure.
+        Stages: reduce > unscale > inspect > transform* > judge > limit > measure.
         """
 
     @hookspec

@@ -181,7 +181,7 @@ def relay(
         PluginError: an implementation asks for an argument that its hook does not have.
     """
     chosen = Plan(tuple(filter(only, plan.plugins)), plan.declared)
-    manager = pluggy.PluginManager("nexus")
+    manager = _Manager("nexus")
     manager.add_hookspecs(Hooks)
     for name in HOOK_NAMES:
         hook = getattr(manager.hook, name)
@@ -193,8 +193,16 @@ def relay(
     return cast(Hooks, SimpleNamespace(**calls))
 
 
+class _Manager(pluggy.PluginManager):
+    """Calls what was registered last first, with no order of its own: the plan has decided."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        options = super().parse_hookimpl_opts(plugin, name)
+        return None if options is None else {**options, "tryfirst": False, "trylast": False}
+
+
 def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
-    """Register one method: pluggy calls what was registered last first."""
+    """Register one method under the name of its plugin and hook."""
     try:
         manager.register(SimpleNamespace(**{hook: impl.method}), f"{impl.plugin}: {hook}")
     except pluggy.PluginValidationError as error:

@@ -344,11 +344,11 @@ def test_a_service_that_refuses_words_goes_on_with_numbers() -> None:
 
 
 def test_another_run_has_another_key() -> None:
-    """Breaks if two runs of one plugin object are mixed in one curve."""
-    service = ServicePlugin()
-    tiny_engine(service).fit(data(), until="2 steps")
-    tiny_engine(service).fit(data(), until="2 steps")
-    assert service.runs[0].key != service.runs[1].key
+    """Breaks if two runs are mixed in one curve."""
+    services = ServicePlugin(), ServicePlugin()
+    for service in services:
+        tiny_engine(service).fit(data(), until="2 steps")
+    assert services[0].runs[0].key != services[1].runs[0].key
 
 
 def test_a_checkpoint_with_a_broken_key_is_refused() -> None:

@@ -110,7 +110,7 @@ def test_table_has_kind_roles_and_the_answers_of_the_core() -> None:
     assert [re.sub(" +", " ", line) for line in lines[start + 1 : start + 4]] == [
         " 1. wrap wraps the rest; as named",
         " 2. noop as named",
-        " 3. the core asks to be last (trylast); the answer where no plugin gives one",
+        " 3. the core the answer where no plugin gives one",
     ]
 
 
@@ -136,7 +136,8 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
     kind, colon, _ = (getattr(Hooks, hook).__doc__ or "").partition(":")
     assert colon
     assert re.fullmatch(
-        r"(Event|Seam, (first answer|collected))(, once a step| and multiplied)?", kind
+        r"(Event|Seam, (first answer|collected|chained))(, once a (turn|gradient)| and multiplied)?",
+        kind,
     )
     first = getattr(Hooks, hook).nexus_spec["firstresult"]
     assert first == ("first answer" in kind)

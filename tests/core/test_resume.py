@@ -72,9 +72,10 @@ def run(saver: SaverPlugin, accumulate: int, resumed: bool) -> tuple[Engine, lis
 @settings(max_examples=15)
 def test_resumed_run_ends_in_the_same_bits_with_the_same_log(at: int, accumulate: int) -> None:
     """At every step: mid-epoch, in the middle of a log period, right at an evaluation."""
-    saver = SaverPlugin(at)
+    saver, loader = SaverPlugin(at), SaverPlugin(0)
     whole, lines = run(saver, accumulate, resumed=False)
-    again, later = run(saver, accumulate, resumed=True)
+    loader.snapshot = saver.snapshot
+    again, later = run(loader, accumulate, resumed=True)
     assert all(map(torch.equal, weights(whole), weights(again)))
     for one, other in zip(
         whole.optimizer.state.values(), again.optimizer.state.values(), strict=True
@@ -93,16 +94,28 @@ def test_events_tell_of_saving_and_loading() -> None:
 
         @hookimpl
         def on_save(self, snapshot: dict[str, Any]) -> None:
-            snapshot["guest"] = "was here"
+            snapshot["extras"]["guest"] = {"seen": "was here"}
 
         @hookimpl
         def on_load(self, snapshot: dict[str, Any]) -> None:
-            self.seen = snapshot["guest"]
+            self.seen = snapshot["extras"]["guest"]["seen"]
 
     guest = GuestPlugin()
     engine = tiny_engine(guest)
     engine.load_state_dict(engine.state_dict())
     assert guest.seen == "was here"
+
+
+def test_a_part_of_a_snapshot_that_cannot_come_back_is_refused() -> None:
+    """Breaks if what a plugin saves is lost in silence, or makes checkpoints unreadable."""
+
+    class StrayPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def on_save(self, snapshot: dict[str, Any]) -> None:
+            snapshot["stray"] = {"git": "abc123"}
+
+    with pytest.raises(PluginError, match=r"'stray' put 'stray' into the snapshot.*extras"):
+        tiny_engine(StrayPlugin()).state_dict()
 
 
 def test_state_of_an_older_version_is_migrated() -> None:

@@ -16,7 +16,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from nexus_core import Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
+from nexus_core import Engine, Loss, LossConfig, Plugin, PluginConfig, Step, hookimpl
 from nexus_core.testing import Outcome, PluginContract, run_contract
 
 
@@ -81,16 +81,16 @@ class ReadsPlugin(GoodPlugin):
     """Looks at the gradient's length on the host, in each step."""
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
-        self.size = engine.losses["tiny_next"].item()
+    def on_step(self, engine: Engine, step: Step) -> None:
+        self.size = step.losses["tiny_next"].item()
 
 
 class BranchesPlugin(GoodPlugin):
     """Decides by a tensor, which is a read too, in a helper."""
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
-        self.high = is_high(engine.losses["tiny_next"])
+    def on_step(self, engine: Engine, step: Step) -> None:
+        self.high = is_high(step.losses["tiny_next"])
 
 
 def is_high(loss: Tensor) -> bool:
@@ -338,8 +338,8 @@ class GrowingPlugin(GoodPlugin):
         self.losses: list[Tensor] = []
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
-        self.losses.append(engine.losses["tiny_next"])
+    def on_step(self, engine: Engine, step: Step) -> None:
+        self.losses.append(step.losses["tiny_next"])
         self.mean = sum(loss * 0.5 for loss in self.losses)
 
 
@@ -347,8 +347,8 @@ class ManyOperationsPlugin(GoodPlugin):
     """Takes a thousand operations for what takes one."""
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
-        self.total = sum(engine.losses["tiny_next"] for _ in range(1000))
+    def on_step(self, engine: Engine, step: Step) -> None:
+        self.total = sum(step.losses["tiny_next"] for _ in range(1000))
 
 
 class SlowPlugin(GoodPlugin):
@@ -413,15 +413,15 @@ class HostOnlyPlugin(GoodPlugin):
     """Reads where it costs nothing: on the host, by either way of asking, and for the log."""
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
-        loss = engine.losses["tiny_next"]
+    def on_step(self, engine: Engine, step: Step) -> None:
+        loss = step.losses["tiny_next"]
         if loss.is_cpu:
             self.seen = loss.item()
         self.look(engine)
 
-    def look(self, engine: Engine) -> None:
+    def look(self, engine: Engine, step: Step) -> None:
         if engine.device.type == "cpu":
-            self.seen = float(engine.losses["tiny_size"])
+            self.seen = float(step.losses["tiny_size"])
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nexus_core import ConfigError, Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
+from nexus_core import ConfigError, Engine, Loss, LossConfig, Plugin, PluginConfig, Step, hookimpl
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.clip import ClipPlugin
 
@@ -98,6 +98,14 @@ def test_several_terms_are_scaled_once_each() -> None:
     torch.testing.assert_close(scaled.gradients[0], plain.gradients[0], rtol=2e-2, atol=1e-3)
 
 
+class LossesPlugin(Plugin[PluginConfig]):
+    """Keeps the losses of the last step."""
+
+    @hookimpl
+    def on_step(self, step: Step) -> None:
+        self.losses = step.losses
+
+
 def test_a_loss_that_comes_out_in_16_bits_is_summed_and_scaled_in_32() -> None:
     """Breaks if a plain loss function in fp16 stops the backward pass at the scaler's hook."""
     torch.manual_seed(0)
@@ -106,10 +114,10 @@ def test_a_loss_that_comes_out_in_16_bits_is_summed_and_scaled_in_32() -> None:
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loss=lambda model, batch: model(batch).square().mean(),
-        plugins=[AmpPlugin(dtype="fp16", initial_scale=16.0)],
+        plugins=[AmpPlugin(dtype="fp16", initial_scale=16.0), seen := LossesPlugin()],
     )
     engine.fit(data(), until="3 steps")
-    assert engine.losses["loss"].dtype == torch.float32
+    assert seen.losses["loss"].dtype == torch.float32
     assert engine.metrics["amp/skipped_steps"] == 0
 
 

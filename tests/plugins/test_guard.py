@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, hookimpl
+from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, Step, hookimpl
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
@@ -57,9 +57,9 @@ class FollowerPlugin(Plugin[PluginConfig]):
         self.average: list[Tensor] = []
 
     @hookimpl
-    def on_step(self, engine: Engine) -> None:
+    def on_step(self, engine: Engine, step: Step) -> None:
         weights = [p.detach().clone() for p in engine.model.parameters()]
-        weight = 0.1 * (1 - float(engine.refused))
+        weight = 0.1 * (1 - float(step.refused))
         before = self.average or weights
         self.average = [a.lerp(w, weight) for a, w in zip(before, weights, strict=True)]
 

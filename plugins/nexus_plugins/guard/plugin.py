@@ -131,7 +131,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         if self._generators is None or self._generators[0] != step:
             self._generators = step, random_state()
 
-    @hookimpl(stage="inspect")
+    @hookimpl(stage="judge")
     def after_backward(self, engine: Engine, step: Step) -> None:
         if step.again:
             return

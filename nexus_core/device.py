@@ -47,7 +47,7 @@ def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> tor
         ConfigError: this machine has no such device.
     """
     if wish is None:
-        own = (p.device for p in model.parameters()) if model is not None else iter(())
+        own = [p.device for p in model.parameters()] if model is not None else []
         return next((d for d in own if d.type != "meta"), torch.device("cpu"))
     if wish == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

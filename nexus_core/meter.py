@@ -87,7 +87,10 @@ class Meter:
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Go on from sums that `state_dict` gave."""
-        self._entries = {name: _Entry(total, units) for name, (total, units) in state.items()}
+        known = {name: entry.finish for name, entry in self._entries.items()}
+        self._entries = {
+            name: _Entry(total, units, known.get(name)) for name, (total, units) in state.items()
+        }
 
     def _settle(self) -> None:
         """Bring all that is pending to the host at once, and add it up in double precision."""

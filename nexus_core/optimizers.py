@@ -150,6 +150,11 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
                 f"{which} trains no parameter of the model; make it over model.parameters() after "
                 "the last change to the model (moving, resizing or wrapping makes new parameters)"
             )
+    if empty := [n for n, p in model.named_parameters() if p.is_meta and p.requires_grad]:
+        raise ConfigError(
+            f"'{empty[0]}' is on the device 'meta': it has a shape and no values; give it some "
+            "before it is trained, for instance with model.to_empty(device=...)"
+        )
     for group in made.param_groups:
         base_rate(group)
     return made

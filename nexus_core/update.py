@@ -17,7 +17,14 @@ from nexus_core.events import Run
 from nexus_core.optimizers import clear_gradients, set_rates
 from nexus_core.step import Numbers, Step, merge, metric_name, sum_units
 
-__all__ = ["compute_gradient", "count_units", "leaving_no_trace", "prepare", "take_step"]
+__all__ = [
+    "accumulate_gradient",
+    "compute_gradient",
+    "count_units",
+    "leaving_no_trace",
+    "prepare",
+    "take_step",
+]
 
 
 def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
@@ -61,7 +68,13 @@ def count_units(engine: Run, step: Step) -> None:
 
 
 def compute_gradient(engine: Run, step: Step) -> None:
-    """Compute the gradient of the step's turn, micro-batch by micro-batch, and record its terms.
+    """Compute the gradient of the step's turn, and hand it to `after_backward`."""
+    accumulate_gradient(engine, step)
+    engine.hook.after_backward(engine=engine, step=step)
+
+
+def accumulate_gradient(engine: Run, step: Step) -> None:
+    """Add up the gradient of the step's turn, micro-batch by micro-batch, and record its terms.
 
     The next micro-batch is on its way to the device while the present one computes.
     """
@@ -75,7 +88,6 @@ def compute_gradient(engine: Run, step: Step) -> None:
             ahead = to_device(step.micro[place + 1].batch, engine.device)
         _backward(engine, step, batch)
     _clear_other_turns(engine, step)
-    engine.hook.after_backward(engine=engine, step=step)
 
 
 @contextmanager

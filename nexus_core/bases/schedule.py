@@ -47,8 +47,9 @@ DecayConfigT = TypeVar("DecayConfigT", bound=DecayConfig)
 class Schedule(Plugin[ScheduleConfigT]):
     """A learning rate that is a pure function of how far the run is: warm-up times `scale`.
 
-    A warm-up in steps is at `1 / n` in the first of n steps, so that no step is without effect;
-    in tokens, samples or seconds it starts from zero, as none have passed.
+    A warm-up in steps, or in epochs of a known length, is at `1 / n` in the first of n steps, so
+    that no step is without effect; in tokens, samples or seconds it starts from zero, as none have
+    passed.
     """
 
     slot: ClassVar[str | None] = "lr"
@@ -81,7 +82,8 @@ class Schedule(Plugin[ScheduleConfigT]):
         warmup = self.config.warmup
         if warmup is None:
             return self.scale(engine)
-        done = engine.state.counted(warmup.unit) + (warmup.unit == "steps")
+        a_step = amount_in(warmup.unit, Interval(1, "steps"), engine) or 0.0
+        done = engine.state.counted(warmup.unit) + a_step
         return min(1.0, done / warmup.amount) * self.scale(engine)
 
     def after_warmup(self, engine: Engine, end: Interval) -> float:

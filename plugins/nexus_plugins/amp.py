@@ -45,6 +45,8 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     _scaler: GradScaler | None = None
     _skipped: Tensor
+    _unscaled: list[Optimizer]
+    """The optimizers whose gradients this step has divided by the scale."""
     _saved: StateDict | None = None
     _precision_before: str | None = None
 
@@ -120,16 +122,17 @@ class AmpPlugin(Plugin[AmpConfig]):
                 "amp: with fp16 the gradient cannot be computed again within a step, as the "
                 "optimizer or a plugin does here; set amp.dtype to bf16"
             )
-        for optimizer in _reached(engine, step):
+        self._unscaled = _reached(engine, step)
+        for optimizer in self._unscaled:
             self._scaler.unscale_(optimizer)
 
     @hookimpl
     def optimizer_step(self, engine: Engine, step: Step) -> bool | None:
         """Step unless the gradient overflowed, adapt the scale, count; without waiting."""
-        if self._scaler is None or not (reached := _reached(engine, step)):
+        if self._scaler is None or not self._unscaled:
             return None
         before = self._scaler.scale(one := torch.ones((), device=engine.device))
-        for optimizer in reached:
+        for optimizer in self._unscaled:
             self._scaler.step(optimizer)
         step.applied = True
         self._scaler.update()

@@ -136,7 +136,8 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
     kind, colon, _ = (getattr(Hooks, hook).__doc__ or "").partition(":")
     assert colon
     assert re.fullmatch(
-        r"(Event|Seam, (first answer|collected|chained))(, once a (turn|gradient)| and multiplied)?",
+        r"(Event|Seam, (first answer|collected|chained))"
+        r"(, once a (turn|gradient)| and multiplied)?",
         kind,
     )
     first = getattr(Hooks, hook).nexus_spec["firstresult"]

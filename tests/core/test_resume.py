@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core import (
+    CheckpointError,
+    Engine,
+    Plugin,
+    PluginConfig,
+    PluginError,
+    ResumableLoader,
+    hookimpl,
+)
 from nexus_core.snapshot import Snapshot
 from tiny import RecorderPlugin, Regression, tiny_engine, weights
 

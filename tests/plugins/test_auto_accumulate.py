@@ -82,8 +82,8 @@ def test_a_batch_is_whole_again_when_the_step_is_over() -> None:
     """Breaks if whoever keeps a batch (a recorder of bad steps) is left with a part of it."""
     kept: list[dict[str, Tensor]] = []
     engine = tiny_engine(AutoAccumulatePlugin(rows=3))
-    on_batch = engine.hook.on_batch
-    engine.hook.on_batch = lambda **given: (kept.append(given["batch"]), on_batch(**given))
+    cut_batch = engine.hook.cut_batch
+    engine.hook.cut_batch = lambda **given: (kept.append(given["batch"]), cut_batch(**given))[1]
     engine.fit(batches(), until=1)
     assert torch.equal(kept[0]["x"], batches()[0]["x"])
 

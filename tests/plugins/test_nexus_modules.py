@@ -227,6 +227,7 @@ def test_all_five_terms_move_in_the_sensible_direction():
     assert {f"val/{name}_loss" for name in ("lm", *MODULES)} <= set(measured)
 
 
+@pytest.mark.filterwarnings("ignore:the model is in evaluation mode")  # no dropout
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("split", [1, 3])
 def test_gradient_is_the_same_for_every_split_of_a_step(padded, split):

@@ -58,10 +58,9 @@ def data() -> list[Tensor]:
 @pytest.mark.parametrize("amp", [[], ["amp"]])
 def test_training_is_the_same_to_the_bit(amp: list[str]) -> None:
     """Breaks if the second run draws another dropout, or computes in another precision."""
-    others = [AmpPlugin() for _ in amp]
-    plain = engine_of(*others)
+    plain = engine_of(*[AmpPlugin() for _ in amp])
     plain.fit(data(), until="4 steps")
-    saving = engine_of(*others, RecomputePlugin())
+    saving = engine_of(*[AmpPlugin() for _ in amp], RecomputePlugin())
     saving.fit(data(), until="4 steps")
     names = list(plain.model.state_dict())
     assert list(saving.model.state_dict()) == names

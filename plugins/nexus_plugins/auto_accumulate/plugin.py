@@ -79,10 +79,11 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
                 self._tried_rows, self._tried_width = rows, width
 
     @hookimpl
-    def cut_batch(self, batch: Rows) -> list[dict[str, object]] | None:
+    def cut_batch(self, batch: Batch) -> list[dict[str, object]] | None:
         """Cut the batch where it has more rows than fit."""
-        fits = not 0 < self._rows < batch_size(batch)[0]
-        return None if fits else parts(batch, self._rows)
+        if self._rows == 0 or not is_splittable(batch) or batch_size(batch)[0] <= self._rows:
+            return None
+        return parts(batch, self._rows)
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:

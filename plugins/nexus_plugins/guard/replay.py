@@ -17,7 +17,7 @@ from nexus_core import Batch, CheckpointError
 from nexus_core.data import Micro
 from nexus_core.device import set_random_state
 from nexus_core.step import Step
-from nexus_core.update import compute_gradient, count_units
+from nexus_core.update import accumulate_gradient, count_units
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -45,7 +45,7 @@ def replay(engine: Engine, record: Path) -> str:
     with _watched(engine.model, findings):
         step = Step(facts["step"], tuple(map(Micro, batches)))
         count_units(engine, step)
-        compute_gradient(engine, step)
+        accumulate_gradient(engine, step)
     losses = {name: float(loss) for name, loss in step.losses.items()}
     return "\n".join([f"step {facts['step']}: {facts['verdict']}", *_report(losses, findings)])
 

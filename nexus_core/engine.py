@@ -21,7 +21,7 @@ from nexus_core import plan as planning
 from nexus_core import snapshot as snapshots
 from nexus_core.data import Batch, DataState, Place, RunData, Stream
 from nexus_core.defaults import Defaults, FunctionLossPlugin
-from nexus_core.device import Undo, pick_device, seed_everything
+from nexus_core.device import Undo, check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
 from nexus_core.evaluation import evaluating, measure, train_mode
@@ -123,6 +123,7 @@ class Engine(EarlierNames):
         if model is None:
             self.data = self.hook.make_data(engine=self)
             model = self.hook.make_model(engine=self)
+        check_values(model)
         self.model: nn.Module = model if given and device is None else model.to(self.device)
         made = self.hook.make_optimizer(engine=self) if optimizer is None else optimizer
         self.optimizer: Optimizer = check_optimizer(made, self.model)

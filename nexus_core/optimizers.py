@@ -171,8 +171,8 @@ def _say_replaced(optimizer: Optimizer, model: nn.Module) -> None:
         new = parameter.requires_grad and parameter not in known and not is_lazy(parameter)
         if new and parameter.shape in shapes:
             warnings.warn(
-                f"'{name}' is not trained, and the optimizer holds a parameter of its shape that is "
-                "not the model's: make the optimizer after the last change to the model",
+                f"'{name}' is not trained, and the optimizer holds a parameter of its shape that "
+                "is not the model's: make the optimizer after the last change to the model",
                 RuntimeWarning,
                 stacklevel=2,
             )

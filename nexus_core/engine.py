@@ -109,7 +109,8 @@ class Engine(EarlierNames):
         self._running = False
         self._read: Data | None = None  # the data that the cursor is in
         self._stream: Stream | None = None
-        self._data_state: DataState | None = None
+        self._place: Place | None = None  # in the stream, as of the last step
+        self._data_state: DataState | None = None  # of a snapshot, until there is a stream
         self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
@@ -273,7 +274,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
-        snapshot = snapshots.gather(self, self._data_state)
+        snapshot = snapshots.gather(self, self._where())
         planning.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
@@ -299,10 +300,10 @@ class Engine(EarlierNames):
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
-        now, read, stream = snapshots.gather(self, self._data_state), self._read, self._stream
+        now, at = snapshots.gather(self, self._where()), (self._read, self._stream, self._place)
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
         self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
-        self._read, self._stream = read, stream
+        self._read, self._stream, self._place = at
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
@@ -318,7 +319,14 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self._data_state, self._read, self._stream = snapshot.get("data"), None, None
+        self._data_state = snapshot.get("data")
+        self._read = self._stream = self._place = None
+
+    def _where(self) -> DataState | None:
+        """Which data the cursor is in, and where."""
+        if self._stream is None or self._place is None:
+            return self._data_state
+        return self._stream.state(self._place)
 
     def _loop(
         self,
@@ -376,14 +384,14 @@ class Engine(EarlierNames):
         if self._read is not None:
             last = getattr(self._read, "dataset", None)
             known = data is self._read or (owner is not None and owner is last)
-        stream = Stream(data, self.state, self._data_state, known)
+        stream = Stream(data, self.state, self._where(), known)
         for length in (horizon, period):
             if length and length.unit == "epochs" and length.amount % 1 and not stream.length:
                 raise ConfigError(
                     f"'{length}' is part of an epoch, and this data does not say how many batches "
                     "an epoch has; give it a __len__, or count in steps"
                 )
-        self._read, self._stream = data, stream
+        self._read, self._stream, self._place = data, stream, stream.place
         self.state.epoch, self.state.batch = stream.place.epoch, stream.place.batch
         self.state.epoch_length = stream.length
         return stream
@@ -413,9 +421,9 @@ class Engine(EarlierNames):
 
     def _commit(self, stream: Stream, step: Step | None) -> None:
         """Move all counters and the cursor together: here, and nowhere else."""
-        place: Place = stream.place
+        place = stream.place
         self.state.epoch, self.state.batch = place.epoch, place.batch
-        self.state.epoch_length, self._data_state = stream.length, stream.state()
+        self.state.epoch_length, self._place = stream.length, place
         if step is None:
             return
         rows, tokens, reason = self._agreement.end()

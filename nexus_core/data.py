@@ -203,7 +203,8 @@ class Stream:
             return
         self.place = Place(state.epoch, state.batch, saved["row"], saved["loader"])
         if saved["batch_size"] not in (None, self._size) and hasattr(self.data, "batches_from_row"):
-            return  # the row tells the place
+            self.place = self.place._replace(batch=self._number(saved["row"]))
+            return
         if self.length and state.epoch_length not in (0, self.length):
             _say(
                 f"the data had {state.epoch_length} batches an epoch and has {self.length} now; "
@@ -249,9 +250,8 @@ class Stream:
             return place.batch, 0, islice(iter(self.data), skipped, None)
         if can_seek(data):
             if size and place.row and place.row != place.batch * size:
-                rest = -(-(self._rows() - place.row) // size)
                 batches = cast(Any, data).batches_from_row(place.epoch, place.row)
-                return self.length - rest, place.row, batches
+                return self._number(place.row), place.row, batches
             return place.batch, place.batch * (size or 0), data.batches(place.epoch, place.batch)
         return place.batch, 0, islice(iter(data), place.batch, None)
 
@@ -286,6 +286,10 @@ class Stream:
             else:
                 self._memory.append((mine, batch))  # held, so that its memory is not given away
         return batch if self._reuses is False else _copied(batch)
+
+    def _number(self, row: int) -> int:
+        """How many batches of this size an epoch has before a row, counted from its end."""
+        return self.length - -(-(self._rows() - row) // (self._size or 1))
 
     def _row_after(self, row: int) -> int:
         if self._size and self._seeks:
@@ -385,7 +389,7 @@ def batch_size(batch: Batch) -> tuple[int, int]:
     if isinstance(ids, Tensor | np.ndarray):
         return (len(ids) if ids.ndim > 1 else 1), math.prod(ids.shape)
     if isinstance(ids, list | tuple):
-        return len(ids), sum(np.size(cast(Any, row)) for row in ids)
+        return len(ids), sum(r.numel() if isinstance(r, Tensor) else np.size(r) for r in ids)
     first = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if isinstance(first, Tensor) and first.ndim:
         return len(first), len(first)  # as most batches are, without a search

@@ -18,6 +18,7 @@ from nexus_core.errors import ConfigError
 __all__ = [
     "RandomState",
     "Undo",
+    "check_values",
     "pick_device",
     "random_state",
     "seed_everything",
@@ -56,6 +57,19 @@ def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> tor
     except (RuntimeError, AssertionError) as error:
         said = str(error).partition("\n")[0]
         raise ConfigError(f"cannot use the device '{wish}': {said}; try device=auto") from error
+
+
+def check_values(model: nn.Module) -> None:
+    """See that the model's parameters have values.
+
+    Raises:
+        ConfigError: it was made on the device meta.
+    """
+    if name := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ConfigError(
+            f"'{name}' is on the device meta, and has no values; call model.to_empty(device=...), "
+            "initialize the parameters, and make the optimizer then"
+        )
 
 
 def seed_everything(seed: int) -> None:

@@ -21,7 +21,15 @@ from nexus_core import plan as planning
 from nexus_core import snapshot as snapshots
 from nexus_core.data import Batch, DataState, Place, RunData, Stream
 from nexus_core.defaults import Defaults, FunctionLossPlugin
-from nexus_core.device import Undo, pick_device, seed_everything
+from nexus_core.device import (
+    RandomState,
+    Undo,
+    check_values,
+    pick_device,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
 from nexus_core.evaluation import evaluating, measure, train_mode
@@ -111,6 +119,8 @@ class Engine(EarlierNames):
         self._stream: Stream | None = None
         self._place: Place | None = None  # in the stream, as of the last step
         self._data_state: DataState | None = None  # of a snapshot, until there is a stream
+        self._due: set[str] = set()  # what the end of the present step has not come to yet
+        self._partial: tuple[Step, RandomState] | None = None  # a step between two of its turns
         self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
@@ -124,6 +134,7 @@ class Engine(EarlierNames):
         if model is None:
             self.data = self.hook.make_data(engine=self)
             model = self.hook.make_model(engine=self)
+        check_values(model)
         self.model: nn.Module = model if given and device is None else model.to(self.device)
         made = self.hook.make_optimizer(engine=self) if optimizer is None else optimizer
         self.optimizer: Optimizer = check_optimizer(made, self.model)
@@ -159,6 +170,7 @@ class Engine(EarlierNames):
         """The loop as a generator, one optimizer step a turn; close it and continue later.
 
         A step that is interrupted, or that fails, has not happened: the next call takes it again.
+        Where its update was made already, the next call does what was due after it and not begun.
 
         Args:
             data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
@@ -300,10 +312,11 @@ class Engine(EarlierNames):
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
-        now, at = snapshots.gather(self, self._where()), (self._read, self._stream, self._place)
+        now, due = snapshots.gather(self, self._where()), self._due
+        at = self._read, self._stream, self._place
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
         self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
-        self._read, self._stream, self._place = at
+        (self._read, self._stream, self._place), self._due = at, due
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
@@ -321,6 +334,7 @@ class Engine(EarlierNames):
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
         self._data_state = snapshot.get("data")
         self._read = self._stream = self._place = None
+        self._due, self._partial = set(), None
 
     def _where(self) -> DataState | None:
         """Which data the cursor is in, and where."""
@@ -339,24 +353,18 @@ class Engine(EarlierNames):
         try:
             self.stop_reason = self._wish if self.ranks.size == 1 else None
             stream = self._opened(data, horizon, period)
-            log_due = Every(self.log_every, self.state)
-            eval_due = Every(period, self.state)
+            self._log_due = Every(self.log_every, self.state)
+            self._eval_due = Every(period, self.state)
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
             _say_mode(self.model)
             self._agree()
-            started = self._agreement.clock() - self.state.seconds
+            self._started = self._agreement.clock() - self.state.seconds
             undo = Undo(self.model)
-            while not (self.stopping or horizon.reached(self.state)):
-                if not self._take_step(stream, horizon, undo):
+            while self._due or not (self.stopping or horizon.reached(self.state)):
+                if not self._due and not self._take_step(stream, horizon, undo):
                     break
-                self.state.seconds = self._agreement.clock() - started
-                if log_due.due(self.state):
-                    self._log()
-                if eval_due.due(self.state) and eval_data is not None:
-                    self.evaluate(eval_data)
-                    self._agree()
-                self.hook.on_step_end(engine=self)
+                self._end_step(eval_data)
                 yield self.state
             if not self.stopping or horizon.reached(self.state):
                 self._log()
@@ -404,20 +412,51 @@ class Engine(EarlierNames):
         if not micro:
             self._commit(stream, None)
             return False
+
+        def between_turns() -> None:
+            nonlocal mark
+            mark = self.meter.mark()
+            undo.take()
+
         try:
-            step = self._step = prepare(self, micro)
-            take_step(self, step, lambda: self._agreement.begin(*step.size(), self._wish))
+            step = self._step = self._continued() or prepare(self, micro)
+            begin = self._agreement.begin
+            take_step(self, step, lambda: begin(*step.size(), self._wish), between_turns)
         except BaseException:
-            if self._step is not None and self._step.applied:
+            if self._step is not None and self._step.is_done:
                 self._commit(stream, self._step)
             else:
                 stream.give_back(micro, place)
                 self.meter.rollback(mark)
                 undo.put_back()
+                if self._step is not None and self._step.turns_done:
+                    self._partial = self._step, random_state()
             raise
         self._commit(stream, step)
-        self.hook.on_step(engine=self, step=step)
         return True
+
+    def _continued(self) -> Step | None:
+        """The step that failed after some of its turns, at the turn that failed."""
+        if self._partial is None:
+            return None
+        (step, generators), self._partial = self._partial, None
+        set_random_state(generators)
+        return step
+
+    def _end_step(self, eval_data: Data | Mapping[str, Data] | None) -> None:
+        """Do what is due when a step is done; what failed before it was begun stays due."""
+        if "follow" in self._due:
+            self._due.remove("follow")
+            assert self._step is not None
+            self.hook.on_step(engine=self, step=self._step)
+        if "log" in self._due:
+            self._log()
+        evaluated = self.state.evaluated_at == self.state.step
+        if "evaluate" in self._due and eval_data is not None and not evaluated:
+            self.evaluate(eval_data)
+            self._agree()
+        self._due.clear()
+        self.hook.on_step_end(engine=self)
 
     def _commit(self, stream: Stream, step: Step | None) -> None:
         """Move all counters and the cursor together: here, and nowhere else."""
@@ -430,7 +469,11 @@ class Engine(EarlierNames):
         self.state.step += 1
         self.state.samples += rows
         self.state.tokens += tokens
+        self.state.seconds = self._agreement.clock() - self._started
         self.stop_reason = reason
+        self._due = {"follow", "end"}
+        self._due |= {"log"} if self._log_due.due(self.state) else set()
+        self._due |= {"evaluate"} if self._eval_due.due(self.state) else set()
 
     def _agree(self) -> None:
         """Have all processes know of a stop, outside of a step."""
@@ -439,11 +482,16 @@ class Engine(EarlierNames):
             *_, self.stop_reason = self._agreement.end()
 
     def _log(self) -> None:
+        sums = self.meter.state_dict()
         if not (metrics := self.meter.read(self.ranks)):
             return
         metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        for answer in self.hook.collect_metrics(engine=self):
-            metrics |= answer
+        try:
+            for answer in self.hook.collect_metrics(engine=self):
+                metrics |= answer
+        except BaseException:
+            self.meter.load_state_dict(sums)
+            raise
         self.metrics |= metrics
         self.hook.on_log(engine=self, metrics=metrics)
 

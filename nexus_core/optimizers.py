@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from nexus_core.errors import ConfigError
@@ -164,9 +166,25 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
             f"'{empty[0]}' is on the device 'meta': it has a shape and no values; give it some "
             "before it is trained, for instance with model.to_empty(device=...)"
         )
+    _say_replaced(made, model)
     for group in made.param_groups:
         base_rate(group)
     return made
+
+
+def _say_replaced(optimizer: Optimizer, model: nn.Module) -> None:
+    """Warn of parameters that came into the model in the place of some that are still trained."""
+    inside, known = set(model.parameters()), set(trained(optimizer))
+    shapes = [p.shape for p in known - inside if not is_lazy(p)]
+    for name, parameter in model.named_parameters():
+        new = parameter.requires_grad and parameter not in known and not is_lazy(parameter)
+        if new and parameter.shape in shapes:
+            warnings.warn(
+                f"'{name}' is not trained, and the optimizer holds a parameter of its shape that "
+                "is not the model's: make the optimizer after the last change to the model",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _one(optimizer: object) -> Optimizer:

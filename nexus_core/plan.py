@@ -6,7 +6,7 @@ import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from types import SimpleNamespace
@@ -157,10 +157,14 @@ class Impl:
 def implementations(plan: Plan, hook: str, defaults: object) -> list[Impl]:
     """Who answers a hook, in the order of the calls: by rank, by stage, then by the plan.
 
-    Wrappers come first, the outermost at the head. `on_close` runs in reverse.
+    Wrappers come first, the outermost at the head. `on_close` runs in reverse. What names no stage
+    but stands before or after a plugin that does goes to the stage of that one where it must.
     """
     found = [_impl(plugin, hook, method) for plugin in plan.plugins
              for method in _methods(plugin, hook)]  # fmt: skip
+    if hook in STAGES:
+        named = {i.plugin: i.stage for i in found if getattr(i.method, "nexus_stage", None)}
+        found = [_beside(impl, plan, named) for impl in found]
     found.sort(key=lambda impl: (not impl.wrapper, impl.rank, impl.stage))
     core = getattr(defaults, hook, None)
     ordered = [*found, *([Impl(CORE, core)] if core else [])]
@@ -237,6 +241,16 @@ def _stage(hook: str, method: Callable[..., Any]) -> tuple[int, str]:
         place = next((i for i, stage in enumerate(stages) if stage.endswith("*")), 0)
         return place, names[place] if names else ""
     return names.index(wanted), wanted
+
+
+def _beside(impl: Impl, plan: Plan, named: Mapping[str, tuple[int, str]]) -> Impl:
+    """The implementation in a stage that keeps what was declared, where it names none itself."""
+    if impl.plugin in named:
+        return impl
+    pairs = [pair for pair in plan.declared if impl.plugin in pair]
+    floors = [named[first] for first, _ in pairs if first in named]
+    ceilings = [named[then] for _, then in pairs if then in named]
+    return replace(impl, stage=max([min([impl.stage, *ceilings]), *floors]))
 
 
 def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:

@@ -130,7 +130,7 @@ def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
     Raises:
         CheckpointError: a plugin refuses its state.
     """
-    before = [(plugin, plugin.state_dict()) for plugin, _ in loads]
+    before = [(plugin, _state_of(plugin)) for plugin, _ in loads]
     try:
         _load(loads)
     except CheckpointError:
@@ -152,14 +152,25 @@ def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
 
 def _load(loads: list[Load]) -> None:
     for plugin, state in loads:
-        try:
+        with _as_refusal(plugin):
             plugin.load_state_dict(state)
-        except _FAULTS as error:
-            raise CheckpointError(
-                f"plugin '{plugin.name}' cannot take its saved state: {_words(error)}; resume with "
-                "the config that wrote it, and let the plugin make what it needs for that in "
-                "__init__ or on_build, not in on_start"
-            ) from error
+
+
+def _state_of(plugin: Plugin[Any]) -> StateDict:
+    with _as_refusal(plugin):
+        return plugin.state_dict()
+
+
+@contextmanager
+def _as_refusal(plugin: Plugin[Any]) -> Iterator[None]:
+    try:
+        yield
+    except _FAULTS as error:
+        raise CheckpointError(
+            f"plugin '{plugin.name}' cannot take its saved state: {_words(error)}; resume with "
+            "the config that wrote it, and let the plugin make what it needs for that in "
+            "__init__ or on_build, not in on_start"
+        ) from error
 
 
 def _present(plugin: Plugin[Any], saved: PluginState) -> StateDict:

@@ -40,6 +40,7 @@ class Step:
         refused: 1.0 where the update is to leave no trace, else 0.0, on the device; None: nobody
             refuses steps in this run.
         applied: whether the weights have been updated.
+        turns: those of the step, in order, and `turns_done` how many of them have been.
     """
 
     number: int
@@ -53,6 +54,13 @@ class Step:
     losses: dict[str, Tensor] = field(default_factory=dict)
     refused: Tensor | None = None
     applied: bool = False
+    turns: tuple[str | None, ...] = ()
+    turns_done: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the update of every turn has been made."""
+        return 0 < len(self.turns) == self.turns_done
 
     @property
     def is_last(self) -> bool:

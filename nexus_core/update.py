@@ -41,18 +41,30 @@ def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
     return Step(engine.state.step + 1, tuple(parts))
 
 
-def take_step(engine: Run, step: Step, about_to_update: Callable[[], None] = lambda: None) -> None:
-    """Train on one step, in all its turns.
+def take_step(
+    engine: Run,
+    step: Step,
+    about_to_update: Callable[[], None] = lambda: None,
+    between_turns: Callable[[], None] = lambda: None,
+) -> None:
+    """Train on one step, in all its turns that have not been.
 
     Args:
         engine: whose weights are updated.
         step: as `prepare` gives it.
         about_to_update: called when the last gradient is complete.
+        between_turns: called after the update of each turn but the last.
     """
-    turns = engine.hook.take_turns(engine=engine, step=step)
-    for turn in turns:
-        step.turn, step.applied = turn, False
-        _take_turn(engine, step, about_to_update if turn == turns[-1] else None)
+    step.turns = step.turns or tuple(engine.hook.take_turns(engine=engine, step=step))
+    for place in range(step.turns_done, len(step.turns)):
+        step.turn, step.applied = step.turns[place], False
+        is_last = place == len(step.turns) - 1
+        try:
+            _take_turn(engine, step, about_to_update if is_last else None)
+        finally:
+            step.turns_done += step.applied
+            if step.applied and not is_last:
+                between_turns()
 
 
 def count_units(engine: Run, step: Step) -> None:

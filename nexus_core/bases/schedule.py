@@ -95,10 +95,13 @@ class Schedule(Plugin[ScheduleConfigT]):
         start = 0.0
         if self.config.warmup is not None:
             start = amount_in(end.unit, self.config.warmup, engine) or 0.0
-        length = end.amount - start
-        if length <= 0:
+        done, amount, state = engine.state.counted(end.unit), end.amount, engine.state
+        if end.unit == "epochs" and state.epoch_length:  # in whole batches: exact, as in steps
+            done = state.epoch * state.epoch_length + state.batch
+            start, amount = (round(n * state.epoch_length, 6) for n in (start, amount))
+        if amount <= start:
             return float(end.reached(engine.state))
-        return min(1.0, max(0.0, (engine.state.counted(end.unit) - start) / length))
+        return min(1.0, max(0.0, (done - start) / (amount - start)))
 
 
 class Decay(Schedule[DecayConfigT]):

@@ -1,0 +1,214 @@
+"""A step that fails or is interrupted, wherever that is, has not happened: the next `fit` shows it.
+
+The oracle is a run that nobody disturbs: the same rows, each once, the same weights to the bit, the
+same log.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core.plan import HOOK_NAMES
+from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.ema import EmaPlugin
+from nexus_plugins.guard import GuardPlugin
+from nexus_plugins.lr_linear import LrLinearPlugin
+from tiny import RecorderPlugin
+
+ROWS, SIZE, STEPS = 10, 2, 5
+BEFORE_A_LOOP = {"make_data", "make_model", "make_optimizer", "on_build"}
+NOT_IN_A_LOOP = {"load_snapshot", "on_load", "on_save", "on_error", "on_note", "summarize"}
+IN_A_LOOP = [name for name in HOOK_NAMES if name not in BEFORE_A_LOOP | NOT_IN_A_LOOP]
+
+
+class Rows:
+    """Ten rows of three numbers with their index."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        return {"x": torch.randn(3, generator=generator), "id": torch.tensor(index)}
+
+
+class Unsized:
+    """Batches that can be read again, and do not say how many they are."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(batches())
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return list(ResumableLoader(Rows(), SIZE, shuffle=False))
+
+
+def endless() -> Iterator[dict[str, Tensor]]:
+    while True:
+        yield from batches()
+
+
+DATA: dict[str, Callable[[], Iterable[Any]]] = {
+    "list": batches,
+    "loader": lambda: ResumableLoader(Rows(), SIZE, seed=3),
+    "generator": endless,
+    "unsized": Unsized,
+}
+
+
+class LedgerPlugin(Plugin[PluginConfig]):
+    """Writes down which rows the steps that are done were computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    @hookimpl
+    def on_step(self, step: Any) -> None:
+        self.rows += [row for micro in step.micro for row in micro.batch["id"].tolist()]
+
+
+class Fuse:
+    """Raises in one call of one hook, and never again."""
+
+    def __init__(self, hook: str = "", call: int = 0, error: BaseException | None = None) -> None:
+        self.hook, self.call, self.error = hook, call, error
+        self.calls: Counter[str] = Counter()
+
+    def burn(self, hook: str) -> None:
+        self.calls[hook] += 1
+        if self.error is not None and hook == self.hook and self.calls[hook] == self.call:
+            raise self.error
+
+    def plugin(self) -> Plugin[PluginConfig]:
+        def answer(hook: str) -> Any:
+            def method(plugin: Plugin[PluginConfig]) -> None:
+                self.burn(hook)
+
+            method.__name__ = hook
+            return hookimpl(method)
+
+        return type("FusePlugin", (Plugin,), {name: answer(name) for name in IN_A_LOOP})()
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """One that draws from every generator there is."""
+    noise = random.random() + np.random.rand() + torch.rand(())
+    target = batch["x"].sum(1, keepdim=True) * (1 + 0.1 * noise)
+    return mse_loss(model(batch["x"]), target)
+
+
+def start(fuse: Fuse, accumulate: int) -> tuple[Engine, LedgerPlugin, RecorderPlugin]:
+    ledger, recorder = LedgerPlugin(), RecorderPlugin()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+    watchers = [EmaPlugin(decay=0.5), GuardPlugin(), ClipPlugin(max_norm=0.5)]
+    engine = Engine(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.05),
+        loss=loss,
+        plugins=[LrLinearPlugin(warmup=None), *watchers, ledger, recorder, fuse.plugin()],
+        seed=1,
+        accumulate=accumulate,
+        log_every=2,
+    )
+    return engine, ledger, recorder
+
+
+def train(engine: Engine, data: Iterable[Any]) -> None:
+    engine.fit(data, until=STEPS, eval_data=batches()[:2], eval_every=2)
+
+
+def tensors(engine: Engine) -> list[Tensor]:
+    """All that a run leaves: weights, buffers, moments and the average."""
+    moments = [v for state in engine.optimizer.state.values() for v in state.values()]
+    average = engine.plugins["ema"].weights().values()
+    return [*engine.model.state_dict().values(), *moments, *average]
+
+
+@pytest.mark.parametrize("hook", IN_A_LOOP)
+@given(
+    share=st.floats(0, 1, exclude_max=True),
+    accumulate=st.integers(1, 3),
+    kind=st.sampled_from(sorted(DATA)),
+    error=st.sampled_from([ZeroDivisionError, KeyboardInterrupt]),
+)
+@settings(max_examples=3, deadline=None)
+def test_after_an_error_in_any_hook_the_run_goes_on_as_if_there_had_been_none(
+    hook: str, share: float, accumulate: int, kind: str, error: type[BaseException]
+) -> None:
+    """Breaks if rows are lost or seen twice, generators or buffers move on, or a log is missing."""
+    calm = Fuse()
+    whole, ledger, recorder = start(calm, accumulate)
+    train(whole, DATA[kind]())
+    assert calm.calls[hook], f"'{hook}' does not fire in a loop"
+
+    fuse = Fuse(hook, 1 + int(share * calm.calls[hook]), error("planted"))
+    engine, again, records = start(fuse, accumulate)
+    data = DATA[kind]()
+    with pytest.raises(error, match="planted"):
+        train(engine, data)
+    train(engine, data)
+
+    assert again.rows == ledger.rows
+    assert all(map(torch.equal, tensors(whole), tensors(engine)))
+    assert records.lines == recorder.lines
+    counters = [
+        (e.state.step, e.state.samples, e.state.epoch, e.state.batch) for e in (whole, engine)
+    ]
+    assert counters[0] == counters[1]
+
+
+class Alternating(Plugin[PluginConfig]):
+    """Two turns a step, each with the loss of its own."""
+
+    name = "alternating"
+
+    @hookimpl
+    def take_turns(self) -> tuple[str, ...]:
+        return ("first", "second")
+
+
+@pytest.mark.parametrize("hook", ["forward", "backward", "after_backward", "optimizer_step"])
+@given(share=st.floats(0, 1, exclude_max=True), accumulate=st.integers(1, 2))
+@settings(max_examples=4, deadline=None)
+def test_an_error_between_two_turns_leaves_the_first_as_it_is(
+    hook: str, share: float, accumulate: int
+) -> None:
+    """Breaks if the optimizer whose turn was over steps twice on the same rows."""
+
+    def new(fuse: Fuse) -> Engine:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1))
+        optimizers = {
+            "first": torch.optim.AdamW(model[0].parameters(), lr=0.05),
+            "second": torch.optim.SGD(model[2].parameters(), lr=0.05, momentum=0.9),
+        }
+        plugins = [Alternating(), fuse.plugin()]
+        return Engine(model, optimizers, loss=loss, plugins=plugins, accumulate=accumulate, seed=1)
+
+    calm = Fuse()
+    whole = new(calm)
+    whole.fit(batches(), until=STEPS)
+    fuse = Fuse(hook, 1 + int(share * calm.calls[hook]), KeyboardInterrupt("planted"))
+    engine, data = new(fuse), batches()
+    with pytest.raises(KeyboardInterrupt, match="planted"):
+        engine.fit(data, until=STEPS)
+    engine.fit(data, until=STEPS)
+    assert all(
+        map(torch.equal, whole.model.state_dict().values(), engine.model.state_dict().values())
+    )
+    assert whole.metrics == engine.metrics
+    assert engine.state.samples == whole.state.samples

@@ -470,7 +470,7 @@ class Engine(EarlierNames):
         self.state.samples += rows
         self.state.tokens += tokens
         self.state.seconds = self._agreement.clock() - self._started
-        self.stop_reason = reason
+        self.stop_reason = reason if self.ranks.size > 1 else self._wish
         self._due = {"follow", "end"}
         self._due |= {"log"} if self._log_due.due(self.state) else set()
         self._due |= {"evaluate"} if self._eval_due.due(self.state) else set()

@@ -28,7 +28,7 @@ def number(pattern: str, text: str) -> float:
 
 def test_every_example_is_tested_here_or_beside_its_plugin() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
-    assert [path.stem for path in EXAMPLES.glob("0*.py") if path.stem not in tests] == []
+    assert [path.stem for path in EXAMPLES.glob("[0-9]*.py") if path.stem not in tests] == []
 
 
 @pytest.mark.slow
@@ -79,3 +79,28 @@ def test_reinforcement_learns_from_what_it_does(tmp_path: Path) -> None:
     moves = [int(n) for n in re.findall(r"stands for (\d+)", run("06_reinforcement", tmp_path))]
     assert moves[0] < 40
     assert min(moves[-3:]) > 150
+
+
+def test_optimizers_of_another_kind_take_forty_lines_at_most() -> None:
+    for name in ("08_gan", "09_lbfgs", "10_sam"):
+        lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 40, name
+
+
+@pytest.mark.slow
+def test_gan_generates_where_the_data_lies(tmp_path: Path) -> None:
+    x, y = re.findall(r"-?\d\.\d{3,}", run("08_gan", tmp_path))
+    assert abs(float(x) - 2) < 0.4
+    assert abs(float(y) + 1) < 0.4
+
+
+@pytest.mark.slow
+def test_lbfgs_fits_a_sine_in_ten_steps(tmp_path: Path) -> None:
+    said = run("09_lbfgs", tmp_path)
+    assert number(r"^(\d+) steps", said) == 10
+    assert number(r"loss ([\d.]+)", said) < 1e-5
+
+
+@pytest.mark.slow
+def test_sam_learns(tmp_path: Path) -> None:
+    assert number(r"loss ([\d.]+)", run("10_sam", tmp_path)) < 0.1

@@ -76,6 +76,8 @@ class PluginContract(Trial):
             ordinary ones, a limit that nothing reaches); None: there are none.
         split_invariant: whether a step's gradient is the same however it is cut into
             micro-batches; False for a plugin that changes the gradient by micro-batch.
+        resumes_after_stop: whether a run that was stopped, with `on_finish`, continues where it was;
+            False for a plugin that ends its work there, such as a test of learning rates.
         tolerance: the relative distance up to which such gradients are the same.
         budget: tensor operations that the plugin may add to a step, as a multiple of those of the
             tiny step without it.
@@ -202,6 +204,8 @@ class PluginContract(Trial):
 
         An installed plugin does so, the first by name that answers `load_snapshot`.
         """
+        if not self.resumes_after_stop:
+            raise SkipTest("its work ends where a run is stopped, as the plugin says")
         try:
             self._check_checkpoint(settings, tmp_path)
         except (CheckpointError, PluginError) as error:

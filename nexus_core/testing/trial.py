@@ -53,6 +53,7 @@ class Trial:
     configs: ClassVar[Sequence[Settings]] = ()
     off: ClassVar[Settings | None] = None
     split_invariant: ClassVar[bool] = True
+    resumes_after_stop: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-4
     budget: ClassVar[float] = 1.0
     seconds: ClassVar[float] = 0.02

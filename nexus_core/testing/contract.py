@@ -76,7 +76,7 @@ class PluginContract(Trial):
             ordinary ones, a limit that nothing reaches); None: there are none.
         split_invariant: whether a step's gradient is the same however it is cut into
             micro-batches; False for a plugin that changes the gradient by micro-batch.
-        resumes_after_stop: whether a run that was stopped, with `on_finish`, continues where it was;
+        resumes_after_stop: whether a run that was stopped (`on_finish`) continues where it was;
             False for a plugin that ends its work there, such as a test of learning rates.
         tolerance: the relative distance up to which such gradients are the same.
         budget: tensor operations that the plugin may add to a step, as a multiple of those of the

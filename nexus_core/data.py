@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol, TypeAlias, TypedDict, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypedDict, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ __all__ = [
     "Seekable",
     "Stream",
     "batch_size",
+    "can_seek",
     "digest",
     "fresh",
+    "holds_its_place",
     "length_of",
     "to_device",
 ]
@@ -53,7 +55,6 @@ class Codec(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-@runtime_checkable
 class Seekable(Protocol):
     """Data that starts anywhere in an epoch without replaying what came before.
 
@@ -65,7 +66,6 @@ class Seekable(Protocol):
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
 
-@runtime_checkable
 class Stateful(Protocol):
     """Data that holds its own place, as the loaders of torchdata and streams of datasets do."""
 
@@ -176,7 +176,7 @@ class Stream:
 
     def state(self) -> DataState:
         """What a snapshot keeps of the data."""
-        size = self._size if isinstance(self.data, Seekable) else None
+        size = self._size if can_seek(self.data) else None
         return {
             "fingerprint": self._print,
             "batch_size": size,
@@ -242,12 +242,12 @@ class Stream:
         data, size = self.data, self._size
         if isinstance(data, Iterator):
             return place.batch, 0, data
-        if isinstance(data, Stateful) and not isinstance(data, Seekable):
+        if holds_its_place(data):
             if place.loader is not None:
                 data.load_state_dict(place.loader)
             skipped = 0 if place.loader is not None else place.batch
-            return place.batch, 0, islice(iter(data), skipped, None)
-        if isinstance(data, Seekable):
+            return place.batch, 0, islice(iter(self.data), skipped, None)
+        if can_seek(data):
             if size and place.row and place.row != place.batch * size:
                 rest = -(-(self._rows() - place.row) // size)
                 batches = cast(Any, data).batches_from_row(place.epoch, place.row)
@@ -288,7 +288,7 @@ class Stream:
         return batch if self._reuses is False else _copied(batch)
 
     def _row_after(self, row: int) -> int:
-        if self._size and isinstance(self.data, Seekable):
+        if self._size and can_seek(self.data):
             return min(row + self._size, self._rows())
         return 0
 
@@ -301,9 +301,20 @@ class Stream:
 
     def _held(self) -> StateDict | None:
         """The place of a loader that holds its own, as plain values that later reads leave."""
-        if isinstance(self.data, Stateful) and not isinstance(self.data, Seekable):
+        if holds_its_place(self.data):
             return copy.deepcopy(self.data.state_dict())
         return None
+
+
+def can_seek(data: object) -> TypeGuard[Seekable]:
+    """Whether data starts anywhere in an epoch: it has a method `batches`."""
+    return callable(getattr(data, "batches", None))
+
+
+def holds_its_place(data: object) -> TypeGuard[Stateful]:
+    """Whether data is to be asked for its place: it has a `state_dict`, and cannot seek."""
+    both = (getattr(data, name, None) for name in ("state_dict", "load_state_dict"))
+    return all(map(callable, both)) and not can_seek(data)
 
 
 def length_of(data: object) -> int:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nexus_core.data import Batch, Seekable
+from nexus_core.data import Batch, RunData, Seekable, can_seek
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
 from nexus_core.plan import HOOK_NAMES, Plan
@@ -128,11 +128,19 @@ class Profiler:
         for name in HOOK_NAMES:
             hook = getattr(engine.hook, name)
             setattr(engine.hook, name, self._event(name, hook, _phase(name)))
-        evaluate = self._event("evaluate", engine.evaluate, "evaluation")
-        setattr(engine, "evaluate", evaluate)  # noqa: B010, mypy would not let it be assigned
-        if engine.data is not None and not hasattr(engine.data.train, "__next__"):
-            kind = _TimedSeekable if isinstance(engine.data.train, Seekable) else _TimedData
-            engine.data = replace(engine.data, train=kind(engine.data.train, self._waiting))
+        scopes = engine.hook.evaluating
+
+        def evaluating(**given: Any) -> list[AbstractContextManager[object]]:
+            return [self._span((CORE, "evaluate"), "evaluation"), *scopes(**given)]
+
+        vars(engine.hook)["evaluating"] = evaluating
+
+    def _timed_data(self, data: RunData) -> RunData:
+        """The same data, with the clock on what training waits for."""
+        if isinstance(data.train, Iterator):
+            return data
+        kind = _TimedSeekable if can_seek(data.train) else _TimedData
+        return replace(data, train=kind(data.train, self._waiting))
 
     def stop(self) -> None:
         """Stop the clock, and write the trace where one was asked for."""
@@ -165,7 +173,8 @@ class Profiler:
         @wraps(method)
         def call(*arguments: object) -> Any:
             with self._span(row, phase, observed=name not in UNOBSERVED):
-                return method(*arguments)
+                answer = method(*arguments)
+            return self._timed_data(answer) if isinstance(answer, RunData) else answer
 
         @wraps(method)
         def wrapper(*arguments: object) -> Generator[None, object, object]:
@@ -352,6 +361,9 @@ class _TimedSeekable(_TimedData):
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         return self._timed(lambda: cast(Seekable, self._data).batches(epoch, start))
+
+    def batches_from_row(self, epoch: int, row: int) -> Iterator[Batch]:
+        return self._timed(lambda: cast(Any, self._data).batches_from_row(epoch, row))
 
 
 def check_trace(trace: Path) -> None:

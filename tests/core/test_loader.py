@@ -1,7 +1,7 @@
 """A wrong order would train on samples twice or never, and make resuming inexact."""
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nexus_core import DataError, Interval, ResumableLoader, TrainState
 from nexus_core.bases.loader import permute
-from nexus_core.data import batch_size, stream_batches, to_device
+from nexus_core.data import Stream, batch_size, to_device
 from nexus_core.processes import Ranks
 
 
@@ -137,50 +137,67 @@ def test_empty_data_set_is_refused() -> None:
         ResumableLoader(Squares(3), 4, drop_last=True)
 
 
-@given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 39))
-def test_stream_goes_on_where_it_stopped(length: int, count: int, stop: int) -> None:
+FAR = Interval(10**6, "steps")
+
+
+def stream_of(data: object, state: TrainState | None = None) -> Stream:
+    return Stream(data, state or TrainState(), None, known=True)
+
+
+def taken(stream: Stream, count: int, horizon: Interval = FAR) -> list[Any]:
+    return [micro.batch for micro in stream.take(count, horizon)]
+
+
+class Unsized:
+    """Data that does not say its length."""
+
+    def __init__(self, batches: list[int]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.batches)
+
+
+@given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 39), st.booleans())
+def test_stream_continues_where_it_stopped(length: int, count: int, stop: int, sized: bool) -> None:
     """For data that says its length and for data that does not: the same batches in order."""
-    horizon = Interval(10**6, "steps")
-
-    def read(data: object, state: TrainState, n: int) -> list[int]:
-        return list(itertools.islice(stream_batches(data, state, horizon), n))
-
-    expected = [i % length for i in range(count)]
-    data = list(range(length))
-    for known in (length, 0):
-        state = TrainState(epoch_length=known)
-        got = read(data, state, min(stop, count))
-        later = TrainState(epoch=state.epoch, batch=state.batch, epoch_length=known)
-        assert got + read(data, later, count - len(got)) == expected
+    data = list(range(length)) if sized else Unsized(list(range(length)))
+    stream = stream_of(data)
+    got = taken(stream, min(stop, count))
+    state = TrainState(epoch=stream.place.epoch, batch=stream.place.batch)
+    assert got + taken(stream_of(data, state), count - len(got)) == [
+        i % length for i in range(count)
+    ]
 
 
-@pytest.mark.parametrize("known", [4, 0])
-def test_stream_ends_with_the_horizon_in_epochs(known: int) -> None:
-    state = TrainState(epoch_length=known)
-    assert len(list(stream_batches([1, 2, 3, 4], state, Interval(2, "epochs")))) == 8
-    assert state.epochs == 2
+@pytest.mark.parametrize("data", [[1, 2, 3, 4], Unsized([1, 2, 3, 4])])
+def test_stream_ends_with_the_horizon_in_epochs(data: object) -> None:
+    stream = stream_of(data)
+    assert taken(stream, 99, Interval(2, "epochs")) == [1, 2, 3, 4] * 2
+    assert (stream.place.epoch, stream.place.batch) == (2, 0)
 
 
 def test_stream_of_data_that_cannot_be_read_again_is_an_error() -> None:
     for data in (iter([1, 2]), []):
         with pytest.raises(DataError, match="the data ended"):
-            list(stream_batches(data, TrainState(), Interval(9, "steps")))
+            taken(stream_of(data), 9)
 
 
 def test_what_can_be_read_once_is_enough_for_an_epoch() -> None:
     """Red if a generator ends a run of one epoch with an error; nothing at all is no epoch."""
     for data in (iter([1, 2, 3]), (n for n in [1, 2, 3])):
-        state = TrainState()
-        assert list(stream_batches(data, state, Interval(1, "epochs"))) == [1, 2, 3]
-        assert state.epochs == 1
+        stream = stream_of(data)
+        assert taken(stream, 99, Interval(1, "epochs")) == [1, 2, 3]
+        assert stream.place.epoch == 1
     with pytest.raises(DataError, match="after 0 batches"):
-        list(stream_batches(iter([]), TrainState(), Interval(1, "epochs")))
+        taken(stream_of(iter([])), 1, Interval(1, "epochs"))
 
 
 def test_batch_size_counts_rows_and_tokens() -> None:
     assert batch_size({"input_ids": torch.zeros(3, 7)}) == (3, 21)
     assert batch_size((torch.zeros(5, 2), torch.zeros(5))) == (5, 5)
-    assert batch_size([{"name": "a", "x": torch.zeros(4)}]) == (1, 1)
+    assert batch_size([{"name": "a", "x": torch.zeros(4)}]) == (4, 4)
+    assert batch_size({"names": ["a", "b"]}) == (1, 1)
 
 
 def test_to_device_gives_containers_that_may_be_changed() -> None:

@@ -56,7 +56,7 @@ class Logger(Plugin[LoggerConfigT]):
         """Store a few words about the run as it is at `engine.state.step`; nothing unless answered.
 
         Args:
-            title: what they are about, named as metrics are: `diagnose/loss_explosion`.
+            title: what they are about, named as metrics are: `sensors/loss_explosion`.
             text: sentences, without Markdown, in one or more lines.
         """
 

@@ -186,8 +186,8 @@ def verify_resume(
     report.differences = compare_runs(undisturbed, disturbed)
     if not any(int(line) for line in _lines(disturbed / STARTS)):
         report.differences.append(
-            "nothing was shown, as the killed run never went on from a checkpoint; add the plugin "
-            "checkpoint, save more often (--set checkpoint.every=...) or train longer"
+            "nothing was shown, as the killed run never went on from a checkpoint; add a "
+            "plugin that saves, let it save more often, or train longer"
         )
     report.fingerprint = fingerprint(_lines(undisturbed / NOTES)[-1])
     _certify(order, report, out / CERTIFICATE)

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from nexus_core import Batch, Engine, Plugin, PluginConfig, PluginError, hookimpl
+from nexus_core import Batch, Engine, Plugin, PluginConfig, hookimpl
 from nexus_core.data import batch_size
-from nexus_core.plan import HOOK_NAMES, load, scan
+from nexus_core.plan import HOOK_NAMES
 from nexus_core.snapshot import Snapshot
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "gradients",
     "gradients_of_a_step",
     "joined",
-    "keeper",
     "make",
     "models_of",
     "shared_containers",
@@ -181,19 +180,6 @@ def _has_rows(part: Batch, rows: int) -> bool:
     return not single and batch_size(part)[0] == rows
 
 
-def keeper() -> type[Plugin[Any]] | None:
-    """The first installed plugin, by name, that reads checkpoints and can be loaded."""
-    scanned = scan()
-    for name in sorted(scanned.names):
-        try:
-            found = load(name, scanned)
-        except PluginError:  # not with what it needs: then it is not there
-            continue
-        if "load_snapshot" in answered(found):
-            return found
-    return None
-
-
 def example_config(plugin_class: type[Plugin[Any]]) -> dict[str, Any]:
     """The first example in the JSON schema of a plugin's config, else no settings."""
     examples = plugin_class.config_class.model_json_schema().get("examples", [{}])
@@ -205,7 +191,7 @@ def make(plugin_class: type[Plugin[Any]]) -> Plugin[Any]:
     return plugin_class(**example_config(plugin_class))
 
 
-def answered(plugin: Plugin[Any] | type[Plugin[Any]]) -> set[str]:
+def answered(plugin: Plugin[Any]) -> set[str]:
     """The hooks that a plugin answers, those aside that it only wraps."""
     marks = {name: getattr(getattr(plugin, name, None), "nexus_impl", None) for name in HOOK_NAMES}
     return {name for name, mark in marks.items() if mark and not mark["wrapper"]}

@@ -14,18 +14,11 @@ from unittest import SkipTest
 from torch import nn
 from torch.optim import Optimizer
 
-from nexus_core import Batch, Engine, Plugin
+from nexus_core import Batch, Engine, Plugin, PluginError
 from nexus_core.device import random_state, set_random_state
-from nexus_core.plan import load
+from nexus_core.plan import answering, load
 from nexus_core.snapshot import Snapshot, gather
-from nexus_core.testing.probes import (
-    FailingPlugin,
-    PlannedError,
-    answered,
-    example_config,
-    keeper,
-    make,
-)
+from nexus_core.testing.probes import FailingPlugin, PlannedError, answered, example_config, make
 from nexus_core.testing.states import differences
 from nexus_core.testing.syncs import Operations
 from nexus_core.testing.tiny import (
@@ -245,9 +238,10 @@ class Trial:
         own = [self._made(self.cases()[0]), *self.beside()]
         if any("load_snapshot" in answered(plugin) for plugin in own):
             return []
-        found = keeper()
-        if found is None:
-            raise SkipTest("no installed plugin reads checkpoints")
+        try:
+            found = answering("load_snapshot")
+        except PluginError as error:
+            raise SkipTest(str(error)) from error
         for plugin in own:
             enemies = {plugin.name, found.name} & {*plugin.conflicts, *found.conflicts}
             if enemies or (found.slot is not None and found.slot == plugin.slot):

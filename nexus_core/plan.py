@@ -111,7 +111,7 @@ def answering(hook: str) -> type[AnyPlugin]:
     """The first installed plugin, by name, that answers a hook and can be loaded.
 
     Raises:
-        PluginError: there is none.
+        PluginError: no installed plugin does.
     """
     scanned = scan()
     for name in sorted(scanned.names):

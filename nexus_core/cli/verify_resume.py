@@ -342,7 +342,7 @@ def _certify(order: Order, report: Report, path: Path) -> None:
 
 
 def _last_step(path: Path) -> int:
-    """The step of the last whole line of notes; 0 where there is none."""
+    """The step of the last whole line of notes; 0 if no line is whole."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))

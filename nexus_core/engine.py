@@ -91,7 +91,8 @@ class Engine(EarlierNames):
         self._running = False
         self._read: Data | None = None  # the data that the cursor is in
         self._stream: Stream | None = None
-        self._data_state: DataState | None = None
+        self._place: Place | None = None  # in the stream, as of the last step
+        self._data_state: DataState | None = None  # of a snapshot, until there is a stream
         self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
@@ -255,7 +256,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
-        snapshot = snapshots.gather(self, self._data_state)
+        snapshot = snapshots.gather(self, self._where())
         planning.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
@@ -281,10 +282,10 @@ class Engine(EarlierNames):
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
-        now, read, stream = snapshots.gather(self, self._data_state), self._read, self._stream
+        now, at = snapshots.gather(self, self._where()), (self._read, self._stream, self._place)
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
         self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
-        self._read, self._stream = read, stream
+        self._read, self._stream, self._place = at
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
@@ -300,7 +301,14 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self._data_state, self._read, self._stream = snapshot.get("data"), None, None
+        self._data_state = snapshot.get("data")
+        self._read = self._stream = self._place = None
+
+    def _where(self) -> DataState | None:
+        """Which data the cursor is in, and where."""
+        if self._stream is None or self._place is None:
+            return self._data_state
+        return self._stream.state(self._place)
 
     def _loop(
         self,
@@ -356,7 +364,7 @@ class Engine(EarlierNames):
         stream = Stream(data, self.state, self._data_state, is_same(data, self._read))
         for length in filter(None, (horizon, period)):
             stream.check(length)
-        self._read, self._stream = data, stream
+        self._read, self._stream, self._place = data, stream, stream.place
         self.state.epoch, self.state.batch = stream.place.epoch, stream.place.batch
         self.state.epoch_length = stream.length
         return stream
@@ -386,9 +394,9 @@ class Engine(EarlierNames):
 
     def _commit(self, stream: Stream, step: Step | None) -> None:
         """Move all counters and the cursor together: here, and nowhere else."""
-        place: Place = stream.place
+        place = stream.place
         self.state.epoch, self.state.batch = place.epoch, place.batch
-        self.state.epoch_length, self._data_state = stream.length, stream.state()
+        self.state.epoch_length, self._place = stream.length, place
         if step is None:
             return
         rows, tokens, reason = self._agreement.end()

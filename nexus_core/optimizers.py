@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -105,7 +106,10 @@ def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimize
 def trained(optimizer: Optimizer, turn: str | None = None) -> list[nn.Parameter]:
     """The parameters that a turn updates, as they are now, each once."""
     groups = (g for opt in members(optimizer, turn).values() for g in opt.param_groups)
-    return list(dict.fromkeys(p for group in groups for p in group["params"]))
+    found = [parameter for group in groups for parameter in group["params"]]
+    if len(set(map(id, found))) == len(found):
+        return found
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def set_rates(optimizer: Optimizer, factor: float) -> None:
@@ -127,7 +131,12 @@ def base_rate(group: Group) -> float:
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `step` cannot do without a function that computes the gradient anew (LBFGS)."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return _needs_closure(type(optimizer).step)
+
+
+@cache
+def _needs_closure(step: Callable[..., object]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is closure.empty
 
 

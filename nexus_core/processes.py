@@ -64,27 +64,29 @@ class Agreement:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._sums = torch.zeros(4, dtype=torch.double)
+        self._own = 0, 0
+        self._stop: str | None = None
+        self._sums: Tensor
         self._work: dist.Work | None = None
+        self._now = 0.0
 
     def begin(self, rows: int = 0, tokens: int = 0, stop: str | None = None) -> None:
         """Send rows and tokens of this process since the last time, and its reason to stop."""
-        self._stop = stop
-        now = time.perf_counter() if self._ranks.is_main else 0.0
-        self._sums = torch.tensor([rows, tokens, now, stop is not None], dtype=torch.double)
+        self._own, self._stop = (rows, tokens), stop
         if self._ranks.size > 1:
+            now = time.perf_counter() if self._ranks.is_main else 0.0
+            self._sums = torch.tensor([rows, tokens, now, stop is not None], dtype=torch.double)
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def end(self) -> tuple[int, int, str | None]:
         """Rows and tokens of all processes, and the reason of the first that wants to stop."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None  # it keeps the group's connections
+        if self._work is None:
+            return *self._own, self._stop
+        self._work.wait()
+        self._work = None  # it keeps the group's connections
         rows, tokens, self._now, stops = self._sums.tolist()
-        reason = self._stop
-        if stops and self._ranks.size > 1:
-            reason = next(filter(None, gather(self._ranks, self._stop)))
-        return int(rows), int(tokens), reason
+        found = gather(self._ranks, self._stop) if stops else []
+        return int(rows), int(tokens), next(filter(None, found), None)
 
     def clock(self) -> float:
         """Seconds; in several processes those of the main one, as of the last exchange."""

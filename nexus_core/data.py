@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from nexus_core.errors import DataError
+from nexus_core.errors import ConfigError, DataError
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.plugin import StateDict
 
@@ -34,6 +34,7 @@ __all__ = [
     "digest",
     "fresh",
     "holds_its_place",
+    "is_same",
     "length_of",
     "to_device",
 ]
@@ -184,6 +185,18 @@ class Stream:
             "loader": place.loader,
         }
 
+    def check(self, length: Interval) -> None:
+        """Refuse a length that cannot be told in this data.
+
+        Raises:
+            ConfigError: it is part of an epoch, and the data does not say how long one is.
+        """
+        if length.unit == "epochs" and length.amount % 1 and not self.length:
+            raise ConfigError(
+                f"'{length}' is part of an epoch, and this data does not say how many batches "
+                "an epoch has; give it a __len__, or count in steps"
+            )
+
     def _passed(self, horizon: Interval) -> bool:
         if horizon.unit != "epochs":
             return False
@@ -316,6 +329,14 @@ def holds_its_place(data: object) -> TypeGuard[Stateful]:
     """Whether data is to be asked for its place: it has a `state_dict`, and cannot seek."""
     both = (getattr(data, name, None) for name in ("state_dict", "load_state_dict"))
     return all(map(callable, both)) and not can_seek(data)
+
+
+def is_same(data: Iterable[Batch], last: Iterable[Batch] | None) -> bool | None:
+    """Whether data is what was read last, or another loader of it; None: nothing was read."""
+    if last is None:
+        return None
+    owner = getattr(data, "dataset", None)
+    return data is last or (owner is not None and owner is getattr(last, "dataset", None))
 
 
 def length_of(data: object) -> int:

@@ -92,7 +92,7 @@ def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimize
     """The optimizers of a turn by name: all of them where no turn is taken.
 
     Raises:
-        ConfigError: the turn is none of theirs.
+        ConfigError: no optimizer has this turn's name.
     """
     named = optimizer.named if isinstance(optimizer, Optimizers) else {"": optimizer}
     if turn is None:

@@ -115,7 +115,7 @@ class Portion:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that decides the format, `.jsonl.gz` as a whole; "" where it is none we know."""
+    """The suffix that decides the format, `.jsonl.gz` as a whole; "" for an unknown one."""
     name = path.name.lower()
     return next((known for known in SUFFIXES[::-1] if name.endswith(known)), "")
 
@@ -133,7 +133,7 @@ def find_files(wish: str) -> list[Path]:
     alone. Metadata beside ids is no text.
 
     Raises:
-        DataError: there is none, or one is of an unknown format.
+        DataError: no file is found, or one is of an unknown format.
     """
     path = Path(wish).expanduser()
     if path.is_dir():

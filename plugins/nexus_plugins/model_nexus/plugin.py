@@ -69,7 +69,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
     def summarize(self, engine: Engine) -> dict[str, str]:
         """A short sample that the model just trained writes after a prompt from the data.
 
-        There is none where no process has all of the weights. Where the model cannot write one,
+        It is left out where no process has all of the weights. Where the model cannot write one,
         it says so: whatever comes out, the training is done.
         """
         data = engine.data

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
 
-__all__ = ["ByteTokenizer", "CharTokenizer", "Encoded", "IdTokenizer", "Tokenizer"]
+__all__ = ["ByteTokenizer", "CharTokenizer", "Encoded", "IdTokenizer", "Tokenizer", "loss_of"]
 
 Ids = NDArray[np.int64]
+_COMPARED = 32  # documents of a few megabytes of text
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Encoded:
         ids: of all documents one behind the other, each with its eos.
         lengths: `(documents,)`, ids of each.
         token_bytes: bytes of text that each id stands for, where no table says it.
+        lost_bytes: of text that no id stands for, or only the one of unknown text.
     """
 
     ids: NDArray[Any]
     lengths: Ids
     token_bytes: Ids | None
+    lost_bytes: int = 0
 
 
 class Tokenizer(ABC):
@@ -83,6 +86,24 @@ class Tokenizer(ABC):
 
     def __str__(self) -> str:
         return f"{self.kind} tokenizer of {self.size:,} ids, hash {self.hash[:12]}"
+
+
+def loss_of(tokenizer: Tokenizer, texts: Sequence[bytes], encoded: Encoded) -> dict[str, int]:
+    """How much of some documents their ids do not give back; a few of them are compared.
+
+    Returns:
+        `compared` documents, those `altered` (spaces aside), and the bytes that were lost.
+    """
+    if encoded.token_bytes is None:
+        return {"compared": 0, "altered": 0, "lost_bytes": 0}
+    ends = encoded.lengths.cumsum()
+    picked = np.linspace(0, len(texts) - 1, min(len(texts), _COMPARED)).astype(np.int64)
+    altered = 0
+    for number in dict.fromkeys(picked.tolist()):
+        first, last = int(ends[number] - encoded.lengths[number]), int(ends[number]) - 1
+        back = tokenizer.decode(encoded.ids[first:last].tolist())
+        altered += "".join(back.split()) != "".join(texts[number].decode().split())
+    return {"compared": len(picked), "altered": altered, "lost_bytes": encoded.lost_bytes}
 
 
 class ByteTokenizer(Tokenizer):

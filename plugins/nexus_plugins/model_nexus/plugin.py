@@ -49,6 +49,13 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
                     "from; set it: --set model_nexus.vocab_size=32000"
                 )
             settings["vocab_size"] = codec.size
+        codec = engine.data.codec if engine.data is not None else None
+        if codec is not None and settings["vocab_size"] < codec.size:
+            raise ConfigError(
+                f"model_nexus.vocab_size is {settings['vocab_size']:,}, but the data has "
+                f"{codec.size:,} ids ({codec}); leave it out to take the data's, or set it to "
+                f"{codec.size} or more"
+            )
         self._vocab_size = settings["vocab_size"]
         return NEXUSCore(NEXUSConfig(**settings))
 

@@ -22,6 +22,9 @@ from nexus_plugins.data_text.stream import Place
 __all__ = ["Excerpt", "Row", "trained_on"]
 
 
+_MOST_ROWS = 100_000
+
+
 @dataclass(frozen=True)
 class Excerpt:
     """A stretch of one document in a row: where it begins, how many tokens it has, its text."""
@@ -63,12 +66,16 @@ def trained_on(run: Path, step: int) -> list[Row]:
     settings = _config(run / "config.yaml")
     block = settings["plugins"]["data_text"] or {}
     seed, accumulate = settings.get("seed") or 0, settings.get("accumulate") or 1
-    if not isinstance(block, dict) or not isinstance(seed, int) or not isinstance(accumulate, int):
+    named = isinstance(block, dict) and all(isinstance(key, str) for key in block)
+    if not named or not isinstance(seed, int) or not isinstance(accumulate, int):
         raise ConfigError(
             f"{run / 'config.yaml'} is not the resolved config of a run: expected settings for "
             f"data_text, and numbers for seed and accumulate (got {seed!r} and {accumulate!r})"
         )
     plugin = DataTextPlugin(**block)
+    count = accumulate * plugin.config.batch_size
+    if not 0 < count <= _MOST_ROWS:
+        raise ConfigError(f"a step of {count:,} rows cannot be listed; at most {_MOST_ROWS:,} can")
     data = open_data(plugin.config)
     _check_same(run, data)
     loader = ResumableLoader(data.train, plugin.config.batch_size, seed, collate=as_it_is)
@@ -103,7 +110,8 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; expected the folder of a run") from error
+        said = " ".join(str(error).split())
+        raise ConfigError(f"cannot read {path}: {said}; expected the folder of a run") from error
     plugins = found.get("plugins") if isinstance(found, dict) else None
     if not isinstance(plugins, dict) or "data_text" not in plugins:
         raise ConfigError(f"{path} is not the config of a run with the plugin data_text")

@@ -37,6 +37,7 @@ __all__ = [
 _BLOCK = 4 << 20  # bytes read at a time
 _PIECE = 1 << 15  # bytes checked at a time
 _SLICE = 4 << 20  # bytes of a file that are one piece of work
+_LONG = 16 << 20  # bytes of a line of which copies are avoided
 _LONGEST = 1 << 30  # bytes of a document
 _WINDOW = 1 << 31  # bytes that zstd may look back: all that `zstd --long=31` writes
 BOM = b"\xef\xbb\xbf"
@@ -124,7 +125,8 @@ class Portion:
     ) -> None:
         """Take in a document, by the policy for bytes that are not UTF-8."""
         try:
-            raw.decode()
+            if not is_utf8(raw):
+                raw.decode()
         except UnicodeDecodeError as error:
             if policy == "error":
                 raise DataError(_not_utf8(where(), raw[error.start], error.start)) from None
@@ -224,13 +226,11 @@ def read_slice(part: Slice, reading: Reading) -> Iterator[Portion]:
 
 
 def _take_file(part: Slice, form: Format, reading: Reading) -> Portion:
-    blocks, size = [], 0
+    content = bytearray()
     for block in _decompressed(part, form.packing) if form.packing else _plain(part):
-        blocks.append(block)
-        size += len(block)
-        _check_length(size, part)
-    raw = b"".join(blocks)
-    blocks.clear()
+        content += block
+        _check_length(len(content), part)
+    raw = _taken(content)
     portion = Portion()
     portion.add(0, raw.removeprefix(BOM), reading.invalid_utf8, lambda: part.path)
     return portion
@@ -244,16 +244,17 @@ def _check_length(size: int, part: Slice) -> None:
         )
 
 
-_Take = Callable[[bytes, Reading, int, Callable[[int], str]], Portion]
+_Take = Callable[[list[bytes], Reading, int, Callable[[int], str]], Portion]
 
 
 def _read_lines(part: Slice, packing: str, reading: Reading, take: _Take) -> Iterator[Portion]:
     line, number = 0, 0
     for block in whole_lines(part, packing):
-        portion = take(block, reading, number, _namer(part, line))
-        line += block.count(b"\n")
+        breaks, blocks = block.count(b"\n"), [block]
+        del block  # it may be one long line: whoever pops it is the only one to hold it
+        portion = take(blocks, reading, number, _namer(part, line))
+        line += breaks
         number += len(portion.texts) + portion.skipped + portion.empty
-        del block  # it may be one long line
         yield portion
 
 
@@ -274,9 +275,10 @@ def _namer(part: Slice, line: int) -> Callable[[int], str]:
 
 
 def _take_lines(
-    block: bytes, reading: Reading, number: int, where: Callable[[int], str]
+    blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
 ) -> Portion:
     """One document a line; blank lines are none."""
+    block = blocks.pop()
     lines = block.split(b"\n")
     if b"\r" in block:
         lines = [line.removesuffix(b"\r") for line in lines]
@@ -298,11 +300,15 @@ def _take_doubtful(
     return portion
 
 
-def _take_json(block: bytes, reading: Reading, number: int, where: Callable[[int], str]) -> Portion:
+def _take_json(
+    blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
+) -> Portion:
     """One JSON object a line, its text under a key."""
+    if _is_one_long_line(blocks[0]):
+        return _take_long_json(blocks, reading, number, where)
     portion = Portion()
     policy = reading.invalid_utf8
-    for offset, line in enumerate(block.split(b"\n")):
+    for offset, line in enumerate(blocks.pop().split(b"\n")):
         if not line or line.isspace():
             continue
         try:
@@ -320,6 +326,38 @@ def _take_json(block: bytes, reading: Reading, number: int, where: Callable[[int
         portion.replaced += damaged and policy == "replace"
         portion.add(number, raw, policy, lambda at=offset: where(at), entry.get("metadata"))  # type: ignore[misc]
         number += 1
+    return portion
+
+
+def _is_one_long_line(block: bytes) -> bool:
+    """Whether a block is one line of valid UTF-8 without \\u, so long that copies of it count."""
+    breaks = block.find(b"\n")
+    long = len(block) > _LONG and breaks in (-1, len(block) - 1)
+    return long and b"\\u" not in block and is_utf8(block)
+
+
+def _take_long_json(
+    blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
+) -> Portion:
+    """Like `_take_json`, but never holds more than two copies of the line.
+
+    Each byte is taken as one character: without \\u, the characters of a string then are the
+    bytes of its UTF-8, and take one byte each, where a single rare letter would make it four.
+    """
+    line = blocks.pop().decode("latin-1")
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where(0)} is not JSON ({error}); expected one object a line") from None
+    del line
+    key = reading.text_key.encode().decode("latin-1")
+    known = isinstance(entry, dict) and isinstance(entry.get(key), str)
+    raw = entry.pop(key).encode("latin-1") if known else b""
+    rest = json.loads(json.dumps(entry, ensure_ascii=False).encode("latin-1"))
+    if not known:
+        _text_of(rest, reading.text_key, lambda: where(0))
+    portion = Portion()
+    portion.add(number, raw, reading.invalid_utf8, lambda: where(0), rest.get("metadata"))
     return portion
 
 
@@ -369,28 +407,27 @@ def _not_utf8(where: str, value: int, byte: int) -> str:
 
 def whole_lines(part: Slice, packing: str = "") -> Iterator[bytes]:
     """Whole lines, a few megabytes at a time, without a byte-order mark."""
-    rest: list[bytes] = []
-    size, at_start = 0, part.first == 0
+    rest, at_start = bytearray(), part.first == 0
     for chunk in _decompressed(part, packing) if packing else _plain(part):
         if at_start:
             chunk, at_start = chunk.removeprefix(BOM), False
         cut = chunk.rfind(b"\n") + 1
-        if cut:
-            rest.append(chunk[:cut])
-            yield _joined(rest)
-            size = 0
-        rest.append(chunk[cut:])
-        size += len(rest[-1])
-        _check_length(size, part)
-    if size:
-        yield _joined(rest)
+        if cut and rest:
+            rest += chunk[:cut]
+            yield _taken(rest)
+        elif cut:
+            yield chunk[:cut]
+        rest += chunk[cut:]
+        _check_length(len(rest), part)
+    if rest:
+        yield _taken(rest)
 
 
-def _joined(pieces: list[bytes]) -> bytes:
-    """The pieces as one, kept by nobody else: a long line is not held twice."""
-    together = b"".join(pieces)
-    pieces.clear()
-    return together
+def _taken(buffer: bytearray) -> bytes:
+    """The content of a buffer, which is empty afterwards: a long line is not kept twice."""
+    content = bytes(buffer)
+    buffer.clear()
+    return content
 
 
 def _plain(part: Slice) -> Iterator[bytes]:

@@ -25,13 +25,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from shutil import rmtree
 
 from benchmarks.fuzz_data import TARGETS as DATA
-from benchmarks.fuzzing import Target, damaged, write
+from benchmarks.fuzzing import Input, Target, damaged, write
 from nexus_core.errors import NexusError
 
-__all__ = ["TARGETS", "main"]
+__all__ = ["TARGETS", "Outcome", "above_limit", "main", "read_once", "reset_peak"]
 
 TARGETS: dict[str, Target] = {**DATA}
 
@@ -125,31 +124,33 @@ def _feed(name: str, inputs: int, seed: int, keep: Path) -> Outcome:
 
 def _child(name: str, first: int, last: int, seed: int, keep: Path) -> None:
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _too_slow)
     target, outcome = TARGETS[name], Outcome()
     seeds = target.seeds()
-    base = Path(tempfile.mkdtemp(dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None))
-    try:
-        for number in range(first, last):
-            if number % 50 == 0 or number == first:
-                print(json.dumps({"at": number}), flush=True)
-            folder = base / "input"
-            folder.mkdir()
-            files = damaged(target, seeds, Random(f"{seed}/{name}/{number}"))
-            fault = _read(target, folder, write(files, folder), outcome)
-            if fault is not None:
-                outcome.faults.append(fault)
-                write(files, keep / name.replace(" ", "-") / str(number))
-            rmtree(folder)
-    finally:
-        rmtree(base, ignore_errors=True)
+    for number in range(first, last):
+        if number % 50 == 0 or number == first:
+            print(json.dumps({"at": number}), flush=True)
+        files = damaged(target, seeds, Random(f"{seed}/{name}/{number}"))
+        fault = read_once(target, files, outcome)
+        if fault is not None:
+            outcome.faults.append(fault)
+            write(files, keep / name.replace(" ", "-") / str(number))
     print(json.dumps(asdict(outcome)), flush=True)
 
 
-def _read(target: Target, folder: Path, size: int, outcome: Outcome) -> str | None:
-    """Read one input; what is wrong, or None."""
+def read_once(target: Target, files: Input, outcome: Outcome) -> str | None:
+    """Read one input, and count it; what is wrong, or None."""
+    place = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
+        size = write(files, Path(folder))
+        before, began = reset_peak(), time.perf_counter()
+        fault = _read(target, Path(folder), outcome)
+        outcome.slowest_ms = max(outcome.slowest_ms, 1000 * (time.perf_counter() - began))
+        return fault or above_limit(before, size, outcome)
+
+
+def _read(target: Target, folder: Path, outcome: Outcome) -> str | None:
     outcome.inputs += 1
-    before, began = _reset_peak(), time.perf_counter()
+    before = signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(SECONDS)
     try:
         target.read(folder)
@@ -162,11 +163,18 @@ def _read(target: Target, folder: Path, size: int, outcome: Outcome) -> str | No
         return f"{type(error).__name__}: {str(error)[:90]} ({place})"
     finally:
         signal.alarm(0)
-        outcome.slowest_ms = max(outcome.slowest_ms, 1000 * (time.perf_counter() - began))
-    return _memory(before, size, outcome)
+        signal.signal(signal.SIGALRM, before)
+    return None
 
 
-def _memory(before: int | None, size: int, outcome: Outcome) -> str | None:
+def above_limit(before: int | None, size: int, outcome: Outcome) -> str | None:
+    """How much more memory was taken than an input of some bytes may take; None: not too much.
+
+    Args:
+        before: what `reset_peak` returned.
+        size: bytes of the input.
+        outcome: notes the peak.
+    """
     peak = _status("VmHWM")
     if before is None or peak is None:
         outcome.measured = False
@@ -178,8 +186,8 @@ def _memory(before: int | None, size: int, outcome: Outcome) -> str | None:
     return None
 
 
-def _reset_peak() -> int | None:
-    """Make the peak what is used now; None where the system does not allow it."""
+def reset_peak() -> int | None:
+    """Make the peak of memory what is used now; None where the system does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -99,22 +99,25 @@ def _is_wide(words: NDArray[Any]) -> bool:
     """Whether every second number is zero, or tiny among others that are large.
 
     Where both came from one distribution, each number above all of the second ones would stand at
-    a first place with a chance of one half.
+    a first place with a chance of one half. Each number counts once: one that is everywhere proves
+    nothing.
     """
     low, high = words[: len(words) // 2 * 2 : 2], words[1::2]
     if not len(high) or (most := int(high.max())) > _WIDE:
         return False
-    large = most == 0 or int(low.max()) >= _LARGE  # letters of an alphabet may alternate
-    return large and int((low > most).sum()) >= _SIGNS
+    if most == 0:
+        return int((low > 0).sum()) >= _SIGNS
+    large = int(low.max()) >= _LARGE  # letters of an alphabet may alternate
+    return large and len(np.unique(low[low > most])) >= _SIGNS
 
 
 def _is_swapped(raw: Bytes) -> bool:
     """Whether the lower byte of a number is the one with less in it."""
     low, high = raw[::2], raw[1::2]
-    if len(np.unique(raw.view("<u2"))) < 16:
-        return False
-    above = int((high > low.max()).sum())
-    return above >= _SIGNS or (len(low) >= 256 and _entropy(high) > _entropy(low) + 1.0)
+    words = raw.view("<u2")
+    if len(np.unique(words[high > low.max()])) >= _SIGNS:
+        return True
+    return len(np.unique(words)) >= 256 and _entropy(high) > _entropy(low) + 1.0
 
 
 def _entropy(values: Bytes) -> float:

@@ -144,17 +144,15 @@ class _Choice:
         return self._leave("links that lead nowhere" if broken else "not regular files", path)
 
     def _once(self, files: Sequence[Path]) -> list[Path]:
-        """The files without links to others of them."""
-        real = {os.path.realpath(path) for path in files if not path.is_symlink()}
-        kept = []
-        for path in dict.fromkeys(files):
-            target = os.path.realpath(path)
-            if path.is_symlink() and target in real:
+        """Each file once, by its own name where links lead to it too."""
+        real = {path: os.path.realpath(path) for path in files}
+        kept: dict[str, Path] = {}
+        for path in sorted(real, key=lambda path: (real[path] != str(path.absolute()), path)):
+            if real[path] not in kept:
+                kept[real[path]] = path
+            elif path.is_symlink():
                 self._leave("links to files that are read", path)
-                continue
-            real.add(target)
-            kept.append(path)
-        return kept
+        return list(kept.values())
 
     def _is_known(self, path: Path) -> bool:
         if self._as_text:

@@ -123,7 +123,6 @@ def _feed(name: str, inputs: int, seed: int, keep: Path) -> Outcome:
 
 
 def _child(name: str, first: int, last: int, seed: int, keep: Path) -> None:
-    warnings.simplefilter("ignore")
     target, outcome = TARGETS[name], Outcome()
     seeds = target.seeds()
     for number in range(first, last):
@@ -153,7 +152,9 @@ def _read(target: Target, folder: Path, outcome: Outcome) -> str | None:
     before = signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(SECONDS)
     try:
-        target.read(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            target.read(folder)
         outcome.read += 1
     except NexusError:
         outcome.refused += 1

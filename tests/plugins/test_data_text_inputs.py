@@ -828,3 +828,29 @@ def test_any_error_is_one_line(
         said = capsys.readouterr().err.splitlines()
         assert said[-1].startswith("error: ")
         assert (len(said) == 1) if lines == 1 else (len(said) > lines)
+
+
+def test_a_sample_of_the_model_does_not_steer_the_terminal(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained model of bytes writes any bytes."""
+    from nexus_core import Engine
+    from nexus_plugins.loss_lm import LossLmPlugin
+    from nexus_plugins.model_nexus import ModelNexusPlugin
+    from nexus_plugins.model_nexus.nexus import NEXUSCore
+    from nexus_plugins.optim_adamw import OptimAdamwPlugin
+
+    (tmp_path / "a.txt").write_text("some words of text\n" * 50 + "held out words\n" * 9)
+    data = DataTextPlugin(
+        train=str(tmp_path / "a.txt"), valid_share=0.5, seq_len=4, cache_dir=cache
+    )
+    model = ModelNexusPlugin(d_model=8, ssm_n_layers=1, ssm_head_dim=8)
+    engine = Engine(plugins=[data, model, LossLmPlugin(), OptimAdamwPlugin()])
+    engine.fit(until="1 step")
+
+    def generate(self: NEXUSCore, prompt: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        written = torch.tensor([*"\x1b[2J\n\tü".encode()])
+        return torch.cat([prompt, written])
+
+    monkeypatch.setattr(NEXUSCore, "generate", generate)
+    assert model.summarize(engine)["sample"] == "\\x1b[2J\n\tü"

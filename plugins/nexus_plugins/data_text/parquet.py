@@ -13,7 +13,7 @@ from nexus_plugins.data_text.paths import printable
 
 __all__ = ["parquet_slices", "read_parquet"]
 
-_ROWS = 4096  # read at a time
+_ROWS, _BYTES = 4096, 32 << 20  # read at a time, at most
 _METADATA = "metadata"
 _TEXT = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
 
@@ -35,12 +35,17 @@ def read_parquet(part: Slice, reading: Reading) -> Iterator[Portion]:
     with _opened(part.path) as file:
         columns = _columns(file.schema_arrow, part.path, reading.text_key)
         before = sum(file.metadata.row_group(group).num_rows for group in range(part.first))
-        number = 0
-        for rows in file.iter_batches(
-            _ROWS, row_groups=list(range(part.first, part.last)), columns=columns
-        ):
+        groups, number = list(range(part.first, part.last)), 0
+        for rows in file.iter_batches(_rows_at_once(file, groups), groups, columns):
             yield _take_rows(rows, reading, number, before, part.path)
             number += rows.num_rows
+
+
+def _rows_at_once(file: Any, groups: list[int]) -> int:
+    """So many rows that they take some megabytes, also where each is a book."""
+    about = [file.metadata.row_group(group) for group in groups]
+    size = max(1, sum(int(group.total_byte_size) for group in about))
+    return max(1, min(_ROWS, _BYTES * sum(int(group.num_rows) for group in about) // size))
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def _whole_parts(parts: Path) -> dict[int, Path]:
     found = {}
     for path in parts.glob("*.part"):
         number, _, size = path.stem.partition("-")
-        if path.stat().st_size == int(size):
+        if f"{path.stat().st_size}" == size and number.isdecimal():
             found[int(number)] = path
         else:
             path.unlink()

@@ -73,12 +73,10 @@ def find_sources(config: DataTextConfig) -> Sources:
     Raises:
         DataError: there is none, or one cannot be read.
     """
-    finder = _Finder()
+    finder, other = _Finder(), _Finder()
     train = finder.find(config.train)
     valid = (
-        []
-        if config.valid is None
-        else [one.for_evaluation() for one in _Finder().find(config.valid)]
+        [] if config.valid is None else [one.for_evaluation() for one in other.find(config.valid)]
     )
     if config.valid is None:
         finder.say_apart(train, evaluated=config.valid_share > 0)
@@ -86,7 +84,7 @@ def find_sources(config: DataTextConfig) -> Sources:
         finder.say_apart(train, evaluated=False)
         train = finder.without_evaluated(train, valid)
     finder.say_twice(train)
-    return Sources(train, valid, tuple(finder.remarks))
+    return Sources(train, valid, tuple(dict.fromkeys(finder.remarks + other.remarks)))
 
 
 def has_held_out(wish: SourceList) -> bool:

@@ -97,4 +97,12 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             return {"sample": f"none: sampling failed: {str(error).partition(chr(10))[0]}"}
         text = data.codec.decode(written.tolist())
         start = len(data.codec.decode(prompt.tolist()))
-        return {"prompt": text[:start], "sample": text[start:]}
+        return {"prompt": _shown(text[:start]), "sample": _shown(text[start:])}
+
+
+def _shown(text: str) -> str:
+    """The text with what would steer a terminal as escapes; line breaks stay."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+        for letter in text
+    )

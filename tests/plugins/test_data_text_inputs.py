@@ -438,6 +438,7 @@ def test_without_a_home_folder_the_cache_has_another_place(
         (["x_train_0", "x_val_0"], {"train": "c"}, "x_train_0", "x_val_0", "in place of a share"),
         (["x_0", "x_val_0"], {"train": "c", "valid_share": 0}, "x_0", "", "named as held-out text"),
         (["train", "validation"], {"train": "c", "valid": "c"}, "train", "validation", "named as"),
+        (["naïvalé"], {"train": "c", "valid_share": 0}, "naïvalé", "", ""),
         (["w.train", "w.test"], {"train": "c", "valid_share": 0}, "w.train", "", "named as test"),
         (["x_train", "x_val"], {"train": ["c/x_train.txt", "c/x_val.txt"], "valid_share": 0},
          "x_train x_val", "", ""),
@@ -470,6 +471,27 @@ def test_what_is_evaluated_on_is_not_brought_along_for_training(
     if said:
         assert re.search(said, notes[0])
         assert "bytes" in notes[0]
+
+
+@pytest.mark.parametrize("wish", ["c", "c/**/*.txt", "c/*"])
+def test_folders_named_as_held_out_are_not_trained_on(
+    tmp_path: Path, cache: Path, wish: str
+) -> None:
+    """Data sets come as train/ and val/; the name above them says nothing."""
+    for name in ("train", "val"):
+        (tmp_path / f"valid/c/{name}").mkdir(parents=True)
+        (tmp_path / f"valid/c/{name}/a.txt").write_text(f"{name}\n" * 30)
+    data = data_of(cache, f"{tmp_path}/valid/{wish}", valid_share=0.1)
+    assert {*text_of(data)} == {"train"}
+    assert {*valid_text_of(data)} == {"val"}
+
+
+def test_a_cache_below_the_text_is_not_text(tmp_path: Path) -> None:
+    """The second run would train on the ids that the first one has left there."""
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 9)
+    first, second = (data_of(tmp_path / "cache", tmp_path, valid_share=0) for _ in range(2))
+    assert ids_of(first) == ids_of(second)
+    assert second.remarks == ()
 
 
 def test_copies_and_files_named_twice_are_said(tmp_path: Path, cache: Path) -> None:
@@ -647,6 +669,22 @@ def test_parquet_with_odd_columns(tmp_path: Path, cache: Path) -> None:
     pq.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(DataError, match="has 2 columns called 'text'"):
         data_of(cache, tmp_path / "twice.parquet")
+
+
+def test_an_array_of_objects_says_how_to_make_lines(tmp_path: Path, cache: Path) -> None:
+    for number, raw in enumerate(('[{"text": "a"}]', '[\n {"text": "a"}\n]')):
+        (tmp_path / f"{number}.json").write_text(raw)
+        with pytest.raises(DataError, match=r"line 1 is .*jq -c '\.\[\]'"):
+            data_of(cache, tmp_path / f"{number}.json")
+
+
+def test_zstd_in_many_frames_is_read(tmp_path: Path, cache: Path) -> None:
+    """pzstd writes frames of its own that decoders have to skip."""
+    pack = zstandard.ZstdCompressor().compress
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
+    raw = skipped + pack(b"one\n") + pack(b"") + skipped + pack(b"two\n") + skipped
+    (tmp_path / "a.txt.zst").write_bytes(raw)
+    assert text_of(data_of(cache, tmp_path / "a.txt.zst")) == ["one", "two"]
 
 
 def test_zstd_with_a_long_window_is_read(tmp_path: Path, cache: Path) -> None:

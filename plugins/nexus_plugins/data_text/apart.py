@@ -49,7 +49,7 @@ def split_by_name(files: Sequence[Path], root: Path) -> Split:
 def _words(path: Path, root: Path) -> frozenset[str]:
     """The words in the name of a file and of its folders below the root, without numbers."""
     below = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-    return frozenset(re.findall(r"[a-z]+", str(below).lower()))
+    return frozenset(re.findall(r"[^\W\d_]+", str(below).lower()))
 
 
 def copies(files: Iterable[Path], among: Iterable[Path]) -> list[Path]:

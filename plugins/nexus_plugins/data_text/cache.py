@@ -15,8 +15,18 @@ from typing import IO
 from nexus_core.errors import DataError
 from nexus_plugins.data_text.paths import expanded, reason
 
-__all__ = ["cache_folder", "cached", "fingerprint", "sample", "signature", "writing"]
+__all__ = [
+    "CACHE_TAG",
+    "cache_folder",
+    "cached",
+    "fingerprint",
+    "sample",
+    "signature",
+    "tag_cache",
+    "writing",
+]
 
+CACHE_TAG = "CACHEDIR.TAG"
 _WHOLE = 1 << 20  # bytes of a file that are looked at whole
 _BLOCKS, _BLOCK = 32, 1 << 14  # else
 
@@ -87,6 +97,17 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
+def tag_cache(folder: Path) -> None:
+    """Mark a folder of derived files, so that it is not read as data, nor backed up.
+
+    Source: the Cache Directory Tagging Specification, https://bford.info/cachedir/
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / CACHE_TAG).exists():
+            (folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
+
+
 def cached(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
     """The folder `folder/name`, built by `build(temporary folder)` if it is not there yet.
 
@@ -98,6 +119,7 @@ def cached(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
     target = folder / name
     if target.is_dir():
         return target
+    tag_cache(folder)
     temporary = folder / f".{name}.{os.getpid()}"
     with writing(folder):
         temporary.mkdir(parents=True, exist_ok=True)

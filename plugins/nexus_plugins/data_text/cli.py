@@ -80,7 +80,7 @@ def _group(debug: bool) -> None:
 def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
     """The files of all inputs; what is left out is said."""
     from nexus_plugins.data_text.apart import in_words, split_by_name
-    from nexus_plugins.data_text.folders import find
+    from nexus_plugins.data_text.folders import find, root_of
 
     paths: list[Path] = []
     for one in inputs:
@@ -89,7 +89,7 @@ def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
         for note in found.left_out:
             _note(f"{one}: {note}")
         if not found.named and not as_text:
-            split = split_by_name(files, expanded(one))
+            split = split_by_name(files, root_of(expanded(one)))
             files = list(split.train)
             if split.valid or split.test:
                 _note(

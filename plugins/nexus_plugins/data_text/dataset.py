@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import cache_folder, fingerprint, signature
+from nexus_plugins.data_text.cache import cache_folder, fingerprint, signature, tag_cache
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.embedded import standard_library
 from nexus_plugins.data_text.folders import HELD_OUT, TRAIN
@@ -296,6 +296,7 @@ class _Opener:
         signed = signature(texts, changes=True)
         key = fingerprint("tokens", 2, asdict(job), self.tokenizer.hash, signed)
         folder = self._cache / f"tokens-{key}"
+        tag_cache(self._cache)
         size = sum(path.stat().st_size for path in texts)
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
             summary = prepare(

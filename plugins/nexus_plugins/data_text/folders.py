@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_core.errors import DataError
+from nexus_plugins.data_text.cache import CACHE_TAG
 from nexus_plugins.data_text.formats import KNOWN, format_of, suffix_of
 from nexus_plugins.data_text.paths import expanded, printable, reason
 
-__all__ = ["HELD_OUT", "TRAIN", "Found", "find"]
+__all__ = ["HELD_OUT", "TRAIN", "Found", "find", "root_of"]
 
 TRAIN, HELD_OUT = "train.bin", "val.bin"  # of prepared data
 _ALONE = {".json"}  # in a folder, most often a file of settings
@@ -65,6 +66,12 @@ def find(wish: str, as_text: bool = False) -> Found:
     raise DataError(f"there is no file or folder '{wish}'; expected {KNOWN} (from {Path.cwd()})")
 
 
+def root_of(path: Path) -> Path:
+    """The folder below which a folder or a glob finds files."""
+    marked = [place for place in (path, *path.parents) if any(mark in place.name for mark in "*?[")]
+    return path if path.exists() or not marked else marked[-1].parent
+
+
 def _named(path: Path, as_text: bool) -> Path:
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder; write its content into a file")
@@ -79,7 +86,7 @@ def _named(path: Path, as_text: bool) -> Path:
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     """All files in a folder and below that are not hidden; a folder that links lead to, once."""
     status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:
+    if (status.st_dev, status.st_ino) in seen or (folder / CACHE_TAG).exists():
         return
     seen.add((status.st_dev, status.st_ino))
     try:

@@ -318,7 +318,7 @@ def _take_json(
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where(offset)} is not JSON ({error}); expected one object a line, such as "
-                f'{{"{reading.text_key}": "..."}}'
+                f'{{"{reading.text_key}": "..."}}{_of_array(line)}'
             ) from None
         text = _text_of(entry, reading.text_key, lambda at=offset: where(at))  # type: ignore[misc]
         damaged = policy != "error" and not is_utf8(line)
@@ -364,17 +364,25 @@ def _take_long_json(
 def _text_of(entry: Any, key: str, where: Callable[[], str]) -> str:
     if not isinstance(entry, dict):
         raise DataError(
-            f'{where()} holds {_kind(entry)}; expected an object such as {{"{key}": "..."}}'
+            f"{where()} is {_kind(entry)}; expected an object such as "
+            f'{{"{key}": "..."}}{_of_array(b"[" if isinstance(entry, list) else b"")}'
         )
     if key not in entry:
         raise DataError(
-            f"{where()} has no key '{key}', only {', '.join(map(repr, entry)) or 'none'}; "
+            f"{where()} has no key '{key}', only {', '.join(map(repr, [*entry][:9])) or 'none'}; "
             "set data_text.text_key (--text-key) to the key of the text"
         )
     text = entry[key]
     if not isinstance(text, str):
         raise DataError(f"{where()}: '{key}' is {_kind(text)}; expected a string")
     return text
+
+
+def _of_array(line: bytes) -> str:
+    """What to do with a file that is one array."""
+    if not line.lstrip().startswith(b"["):
+        return ""
+    return "; an array becomes such lines by: jq -c '.[]' FILE > FILE.jsonl"
 
 
 def _kind(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from nexus_core.errors import DataError
 from nexus_plugins.data_text.apart import Split, copies, in_words, split_by_name
 from nexus_plugins.data_text.config import DataTextConfig, SourceConfig, SourceList
-from nexus_plugins.data_text.folders import HELD_OUT, TRAIN, find
+from nexus_plugins.data_text.folders import HELD_OUT, TRAIN, find, root_of
 from nexus_plugins.data_text.formats import is_text
 from nexus_plugins.data_text.paths import expanded
 
@@ -151,8 +151,7 @@ class _Finder:
         return Source(name, weight, tuple(files), held_out, tuple(apart), frozenset(named), as_text)
 
     def _by_name(self, files: Sequence[Path], wish: str) -> Split:
-        root = expanded(wish)
-        split = split_by_name(files, root)
+        split = split_by_name(files, root_of(expanded(wish)))
         if split.test:
             self.remarks.append(
                 f"{in_words(split.test)} named as test data: not trained on; name a file by "

@@ -198,7 +198,7 @@ class _Choice:
             note = f"{_files(len(paths))} left out, {why}: {names}{more}"
             if why.startswith("of formats"):
                 counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
-                note += f" ({printable(counts)}; `as: text` reads text of any suffix)"
+                note += f" ({printable(counts)}; `as: text` or --as-text reads text of any suffix)"
             notes.append(note)
         return notes
 

@@ -22,7 +22,7 @@ from nexus_plugins.data_text.stream import Place
 __all__ = ["Excerpt", "Row", "trained_on"]
 
 
-_MOST_ROWS = 100_000
+_MOST_ROWS = 50_000
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_pe
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.dataset import TextData, open_data
 from nexus_plugins.data_text.rows import Rows, as_it_is
+from nexus_plugins.data_text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
     from nexus_core.state import StateDict
-    from nexus_plugins.data_text.tokenizer import Tokenizer
 
 __all__ = ["DATA", "DataTextPlugin"]
 

@@ -30,6 +30,7 @@ from nexus_plugins.data_text import DataTextConfig, DataTextPlugin, cli
 from nexus_plugins.data_text.dataset import TextData, open_data, open_streams
 from nexus_plugins.data_text.doubts import doubts
 from nexus_plugins.data_text.formats import Reading, read_slice, slices_of
+from nexus_plugins.data_text.index import held_out
 from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.tokenizer import ByteTokenizer
 
@@ -219,7 +220,7 @@ def test_prepared_ids_without_their_index_are_read_by_the_record(
     (tmp_path / "a.txt").write_text("".join(f"line {number} of text\n" for number in range(99)))
     train_tokenizer([tmp_path / "a.txt"], tmp_path / "t.json", 300, Reading())
     layout = json.loads((tmp_path / "t.json").read_text())
-    layout["model"]["vocab"] |= {f"zz{number}": number for number in range(300, 70_000)}
+    layout["model"]["vocab"] |= {f"zz{number}": number for number in range(300, 65_700)}
     (tmp_path / "big.json").write_text(json.dumps(layout))
     prepare([tmp_path / "a.txt"], tmp_path / "p", Job(tokenizer=str(tmp_path / "big.json")))
     whole = ids_of(data_of(cache, tmp_path / "p"))
@@ -553,6 +554,29 @@ def test_a_copy_that_keeps_size_and_time_is_not_taken_for_the_old_file(
     old = ids_of(data_of(cache, aged(tmp_path / name, contents[0])))
     new = ids_of(data_of(cache, aged(tmp_path / name, contents[1])))
     assert ids_of(data_of(tmp_path / "fresh", tmp_path / name)) == new != old
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.bin", "a.jsonl"])
+def test_a_file_that_grows_while_it_is_read_is_noticed(
+    tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index of half a download would be kept for the whole."""
+    lines = (f'{{"text": "words of {number}"}}\n' for number in range(100))
+    (tmp_path / name).write_text("".join(lines))
+    real: Callable[..., Any] = np.flatnonzero if name == "a.bin" else held_out
+    module = {"a.txt": "nexus_plugins.data_text.index", "a.bin": "numpy"}.get(
+        name, "nexus_plugins.data_text.prepare"
+    )
+
+    def growing(*arguments: Any) -> Any:
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"  ")
+        return real(*arguments)
+
+    monkeypatch.setattr(f"{module}.{real.__name__}", growing)
+    wish = {"ids_dtype": "uint16"} if name == "a.bin" else {}
+    with pytest.raises(DataError, match="changed while it was read"):
+        data_of(cache, tmp_path / name, valid_share=0.5, tokenizer="bytes", **wish)
 
 
 def test_the_fingerprint_is_of_the_content_and_its_order(tmp_path: Path, cache: Path) -> None:

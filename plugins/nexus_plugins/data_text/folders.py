@@ -86,7 +86,7 @@ def _named(path: Path, as_text: bool) -> Path:
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     """All files in a folder and below that are not hidden; a folder that links lead to, once."""
     status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen or (folder / CACHE_TAG).exists():
+    if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     try:
@@ -96,6 +96,8 @@ def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             f"cannot read the folder {folder}: {reason(error)}; make it readable, or name the "
             "files and folders beside it"
         ) from error
+    if any(entry.name == CACHE_TAG for entry in entries):
+        return
     for entry in sorted(entries, key=lambda one: (one.is_symlink(), one.name)):
         path = folder / entry.name
         if path.is_dir():

@@ -86,8 +86,10 @@ def open_text(
     def build(folder: Path) -> None:
         _index(path, reading, share, folder)
 
-    key = fingerprint("text", signature([path], changes=True), share, reading.one_file_one_document)
+    signed = signature([path], changes=True)
+    key = fingerprint("text", signed, share, reading.one_file_one_document)
     folder = cached(cache, f"lines-{key}", build)
+    _check_same(path, signed)
     checksum = (folder / "checksum").read_text()
     return [
         TokenStream(
@@ -100,6 +102,11 @@ def open_text(
         )
         for part in _PARTS[: 2 if share else 1]
     ]
+
+
+def _check_same(path: Path, signed: list[list[str | int]]) -> None:
+    if signature([path], changes=True) != signed:
+        raise DataError(f"{path} has changed while it was read; start again when it is complete")
 
 
 def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
@@ -249,8 +256,9 @@ def scan_ids(file: MappedFile, eos: int | None, cache: Path) -> Scan:
         (folder / "scan.json").write_text(json.dumps(found))
 
     layout = (file.dtype.str, file.offset, len(file.array))
-    key = fingerprint("ids", signature([file.path], changes=True), layout, eos)
-    folder = cached(cache, f"ids-{key}", build)
+    signed = signature([file.path], changes=True)
+    folder = cached(cache, f"ids-{fingerprint('ids', signed, layout, eos)}", build)
+    _check_same(file.path, signed)
     found = json.loads((folder / "scan.json").read_text())
     return Scan(**found, starts=MappedFile(folder / "starts", "i8"))
 

@@ -6,6 +6,7 @@ fall behind the code:
     <!-- settings: clip -->   the settings of a plugin, its hooks and its place among the others
     <!-- plugins -->          every plugin of this distribution
     <!-- hooks -->            every hook, and who answers it
+    <!-- stages -->           the stages of the hooks that have some, and who is there
     <!-- loop -->             the loop of `nexus_core.events`, drawn
     <!-- config -->           the engine's own settings
 """
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["first_party", "on_config", "on_page_markdown", "with_reference"]
 
-MARKER = re.compile(r"^<!-- (settings|plugins|hooks|loop|config)(?:: (\w+))? -->$", re.MULTILINE)
+MARKER = re.compile(
+    r"^<!-- (settings|plugins|hooks|stages|loop|config)(?:: (\w+))? -->$", re.MULTILINE
+)
 PAGES = Path(__file__).parent / "plugins"
 Schema = Mapping[str, Any]
 
@@ -105,6 +108,17 @@ def _hook(name: str, answered_by: list[str]) -> str:
         said[:1].upper() + said[1:],
         f"Answered by: {plugins or 'no plugin of this distribution'}.",
     ])  # fmt: skip
+
+
+def _stages_section(_: str) -> str:
+    plugins = [plugin for _, plugin in _first_party_classes()]
+    rows = []
+    for hook, stages in events.STAGES.items():
+        for stage in stages:
+            there = [p.name for p in plugins if _stage_of(p, hook) == stage]
+            first = f"[`{hook}`](#{hook})" if stage == stages[0] else ""
+            rows.append((first, f"`{stage}`", ", ".join(_linked(n, "plugins/") for n in there)))
+    return "\n".join(_table(("hook", "stage", "who is there"), rows))
 
 
 def _config_section(_: str) -> str:
@@ -190,6 +204,17 @@ def _cell(text: str) -> str:
 
 def _first_party_classes() -> list[tuple[str, type[AnyPlugin]]]:
     return [(name, load(name)) for name in first_party()]
+
+
+def _stage_of(plugin: type[AnyPlugin], hook: str) -> str | None:
+    """The stage that a plugin answers a hook at, as the hook lists it."""
+    if not hasattr(plugin, hook):
+        return None
+    named = getattr(getattr(plugin, hook), "nexus_stage", None)
+    ordinary = named is None
+    return next(
+        s for s in events.STAGES[hook] if (s[-1] == "*" if ordinary else s.rstrip("*") == named)
+    )
 
 
 def _hooks_of(plugin: type[AnyPlugin]) -> list[str]:
@@ -296,6 +321,7 @@ _SECTIONS: dict[str, Callable[[str], str]] = {
     "settings": _plugin_section,
     "plugins": _plugins_section,
     "hooks": _hooks_section,
+    "stages": _stages_section,
     "loop": _loop_section,
     "config": _config_section,
 }

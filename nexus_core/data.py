@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, TypeAlias, TypedDict, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from nexus_core.errors import DataError
+from nexus_core.errors import ConfigError, DataError
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.plugin import StateDict
 
@@ -33,6 +34,7 @@ __all__ = [
     "digest",
     "fresh",
     "holds_its_place",
+    "is_same",
     "length_of",
     "to_device",
 ]
@@ -82,8 +84,7 @@ class RunData:
     codec: Codec | None = None
 
 
-@dataclass(frozen=True)
-class Micro:
+class Micro(NamedTuple):
     """A micro-batch: what one forward and backward pass sees.
 
     Args:
@@ -107,8 +108,7 @@ class DataState(TypedDict):
     loader: StateDict | None  # of a loader that holds its own place
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a run is in its data: the cursor after a micro-batch."""
 
     epoch: int
@@ -139,6 +139,8 @@ class Stream:
         self.data = data
         self.length = length_of(data)
         self._size: int | None = getattr(data, "batch_size", None)
+        self._seeks, self._holds = can_seek(data), holds_its_place(data)
+        self._asks = getattr(data, "is_borrowed", None)
         self._print = fingerprint(data)
         self.place = Place(state.epoch, state.batch)
         self._returned: list[Micro] = []
@@ -157,7 +159,7 @@ class Stream:
             while len(taken) < count and not self._passed(horizon):
                 if self._returned:
                     taken.append(self._returned.pop(0))
-                    self.place = replace(self.place, batch=self.place.batch + 1)
+                    self.place = self.place._replace(batch=self.place.batch + 1)
                     continue
                 micro, self.place = next(self._batches)
                 if micro is not None:
@@ -174,15 +176,26 @@ class Stream:
             self._returned = [*taken, *self._returned]
             self.place = place
 
-    def state(self) -> DataState:
-        """What a snapshot keeps of the data."""
-        size = self._size if can_seek(self.data) else None
+    def state(self, place: Place) -> DataState:
+        """What a snapshot keeps of the data, at a place in it."""
         return {
             "fingerprint": self._print,
-            "batch_size": size,
-            "row": self.place.row,
-            "loader": self.place.loader,
+            "batch_size": self._size if self._seeks else None,
+            "row": place.row,
+            "loader": place.loader,
         }
+
+    def check(self, length: Interval) -> None:
+        """Refuse a length that cannot be told in this data.
+
+        Raises:
+            ConfigError: it is part of an epoch, and the data does not say how long one is.
+        """
+        if length.unit == "epochs" and length.amount % 1 and not self.length:
+            raise ConfigError(
+                f"'{length}' is part of an epoch, and this data does not say how many batches "
+                "an epoch has; give it a __len__, or count in steps"
+            )
 
     def _passed(self, horizon: Interval) -> bool:
         if horizon.unit != "epochs":
@@ -203,7 +216,7 @@ class Stream:
             return
         self.place = Place(state.epoch, state.batch, saved["row"], saved["loader"])
         if saved["batch_size"] not in (None, self._size) and hasattr(self.data, "batches_from_row"):
-            self.place = replace(self.place, batch=self._number(saved["row"]))
+            self.place = self.place._replace(batch=self._number(saved["row"]))
             return
         if self.length and state.epoch_length not in (0, self.length):
             _say(
@@ -292,7 +305,7 @@ class Stream:
         return self.length - -(-(self._rows() - row) // (self._size or 1))
 
     def _row_after(self, row: int) -> int:
-        if self._size and can_seek(self.data):
+        if self._size and self._seeks:
             return min(row + self._size, self._rows())
         return 0
 
@@ -300,14 +313,11 @@ class Stream:
         return length_of(getattr(self.data, "dataset", ()))
 
     def _borrowed(self, row: int) -> bool:
-        asked = getattr(self.data, "is_borrowed", None)
-        return bool(asked(row)) if asked else False
+        return bool(self._asks(row)) if self._asks else False
 
     def _held(self) -> StateDict | None:
         """The place of a loader that holds its own, as plain values that later reads leave."""
-        if holds_its_place(self.data):
-            return copy.deepcopy(self.data.state_dict())
-        return None
+        return copy.deepcopy(cast(Stateful, self.data).state_dict()) if self._holds else None
 
 
 def can_seek(data: object) -> TypeGuard[Seekable]:
@@ -319,6 +329,14 @@ def holds_its_place(data: object) -> TypeGuard[Stateful]:
     """Whether data is to be asked for its place: it has a `state_dict`, and cannot seek."""
     both = (getattr(data, name, None) for name in ("state_dict", "load_state_dict"))
     return all(map(callable, both)) and not can_seek(data)
+
+
+def is_same(data: Iterable[Batch], last: Iterable[Batch] | None) -> bool | None:
+    """Whether data is what was read last, or another loader of it; None: nothing was read."""
+    if last is None:
+        return None
+    owner = getattr(data, "dataset", None)
+    return data is last or (owner is not None and owner is getattr(last, "dataset", None))
 
 
 def length_of(data: object) -> int:
@@ -390,9 +408,12 @@ def batch_size(batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a batch: those of `input_ids`, else its first tensor's length."""
     ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
     if isinstance(ids, Tensor | np.ndarray):
-        return (len(ids) if ids.ndim > 1 else 1), int(np.prod(ids.shape))
+        return (len(ids) if ids.ndim > 1 else 1), math.prod(ids.shape)
     if isinstance(ids, list | tuple):
         return len(ids), sum(r.numel() if isinstance(r, Tensor) else np.size(r) for r in ids)
+    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if isinstance(first, Tensor) and first.ndim:
+        return len(first), len(first)  # as most batches are, without a search
     arrays = (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim)
     rows = next((len(array) for array in arrays), 1)
     return rows, rows

@@ -128,20 +128,29 @@ class Undo:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._devices: list[Tensor] = []
         owned = [(m, b) for m in model.modules() for b in m.buffers(recurse=False)]
         self._buffers = [buffer for _, buffer in owned]
         self._always = [isinstance(module, _NormBase) for module, _ in owned]
         self._copies = [buffer.clone() for buffer in self._buffers]
         self._versions = [buffer._version for buffer in self._buffers]
-        self._numpy, self._numpy_memory = np.random.get_state(legacy=False), _numpy_memory()
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        self._numpy_generator = generator
+        self._looks = isinstance(generator, np.random.MT19937)
+        self._address = generator.ctypes.state_address if self._looks else 0
+        self._accelerator, self._count = _accelerators()
+        self._read_numpy()
         self.take()
 
     def take(self) -> None:
         """Remember the present state."""
         self._python = random.getstate()
-        self._torch, self._devices = torch.get_rng_state(), _device_states()
-        if self._numpy["has_gauss"] or _numpy_memory() != self._numpy_memory:
-            self._numpy, self._numpy_memory = np.random.get_state(legacy=False), _numpy_memory()
+        self._torch = torch.get_rng_state()
+        if self._accelerator:
+            module = torch.get_device_module(self._accelerator)
+            self._devices = [module.get_rng_state(index) for index in range(self._count)]
+        if self._numpy["has_gauss"] or not self._looks or self._look() != self._seen:
+            self._read_numpy()
         for place in self._changed():
             self._copies[place].copy_(self._buffers[place])
             self._versions[place] = self._buffers[place]._version
@@ -153,10 +162,17 @@ class Undo:
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         for index, generator in enumerate(self._devices):
-            torch.get_device_module(_accelerators()[0]).set_rng_state(generator, index)
+            torch.get_device_module(self._accelerator).set_rng_state(generator, index)
         for place in self._changed():
             self._buffers[place].copy_(self._copies[place])
             self._versions[place] = self._buffers[place]._version
+
+    def _read_numpy(self) -> None:
+        self._numpy = np.random.get_state(legacy=False)
+        self._seen = self._look() if self._looks else b""
+
+    def _look(self) -> bytes:
+        return ctypes.string_at(self._address, _MT19937_BYTES)
 
     def _changed(self) -> list[int]:
         """The places of the buffers that may have changed: kernels of norms do not tell."""
@@ -171,18 +187,3 @@ def _accelerators() -> tuple[str, int]:
     """The kind of accelerator of this process, and how many there are; "" and 0 for none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return (found.type, torch.accelerator.device_count()) if found else ("", 0)
-
-
-def _numpy_memory() -> bytes:
-    """The memory of NumPy's global generator, to see whether it was used."""
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    assert isinstance(generator, np.random.MT19937)
-    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
-
-
-def _device_states() -> list[Tensor]:
-    kind, count = _accelerators()
-    if not kind:
-        return []
-    module = torch.get_device_module(kind)
-    return [module.get_rng_state(index) for index in range(count)]

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -19,7 +13,7 @@ from torch.optim import Optimizer
 
 from nexus_core import plan as planning
 from nexus_core import snapshot as snapshots
-from nexus_core.data import Batch, DataState, Place, RunData, Stream
+from nexus_core.data import Batch, DataState, Place, RunData, Stream, is_same
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import (
     RandomState,
@@ -32,13 +26,13 @@ from nexus_core.device import (
 )
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import evaluating, measure, train_mode
+from nexus_core.evaluation import evaluating, measure, say_mode, train_mode
 from nexus_core.events import Hooks
-from nexus_core.intervals import Every, Interval, TrainState
+from nexus_core.intervals import Every, Interval, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
 from nexus_core.optimizers import check_optimizer, trained, untrained
 from nexus_core.plugin import Plugin
-from nexus_core.processes import Agreement, Ranks
+from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
 from nexus_core.snapshot import Snapshot
 from nexus_core.step import Step
 from nexus_core.update import compute_gradient, count_units, prepare, take_step
@@ -47,18 +41,6 @@ __all__ = ["Engine", "Result"]
 
 Data = Iterable[Batch]
 GivenOptimizer = Optimizer | list[Optimizer] | Mapping[str, Optimizer]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: "finished", or "stopped" early for a reason; the last of every metric."""
-
-    status: str
-    reason: str
-    step: int
-    tokens: int
-    seconds: float
-    metrics: dict[str, float]
 
 
 class Engine(EarlierNames):
@@ -117,7 +99,8 @@ class Engine(EarlierNames):
         self._running = False
         self._read: Data | None = None  # the data that the cursor is in
         self._stream: Stream | None = None
-        self._data_state: DataState | None = None
+        self._place: Place | None = None  # in the stream, as of the last step
+        self._data_state: DataState | None = None  # of a snapshot, until there is a stream
         self._due: set[str] = set()  # what the end of the present step has not come to yet
         self._partial: tuple[Step, RandomState] | None = None  # a step between two of its turns
         self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
@@ -153,7 +136,7 @@ class Engine(EarlierNames):
         Ctrl-C ends the run after its present step, with all that is saved at an end; a second one
         interrupts at once.
         """
-        with _stopping_on_interrupt(self):
+        with stopping_on_interrupt(self.stop):
             for _ in self.steps(data, until=until, eval_data=eval_data, eval_every=eval_every):
                 pass
         return self.result()
@@ -285,7 +268,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
-        snapshot = snapshots.gather(self, self._data_state)
+        snapshot = snapshots.gather(self, self._where())
         planning.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
@@ -311,11 +294,11 @@ class Engine(EarlierNames):
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
-        now, due = snapshots.gather(self, self._data_state), self._due
-        read, stream = self._read, self._stream
+        now, due = snapshots.gather(self, self._where()), self._due
+        at = self._read, self._stream, self._place
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
         self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
-        self._read, self._stream, self._due = read, stream, due
+        (self._read, self._stream, self._place), self._due = at, due
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
@@ -331,8 +314,15 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self._data_state, self._read, self._stream = snapshot.get("data"), None, None
+        self._data_state = snapshot.get("data")
+        self._read = self._stream = self._place = None
         self._due, self._partial = set(), None
+
+    def _where(self) -> DataState | None:
+        """Which data the cursor is in, and where."""
+        if self._stream is None or self._place is None:
+            return self._data_state
+        return self._stream.state(self._place)
 
     def _loop(
         self,
@@ -349,7 +339,7 @@ class Engine(EarlierNames):
             self._eval_due = Every(period, self.state)
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
-            _say_mode(self.model)
+            say_mode(self.model)
             self._agree()
             self._started = self._agreement.clock() - self.state.seconds
             undo = Undo(self.model)
@@ -379,19 +369,10 @@ class Engine(EarlierNames):
         """The stream of this data from the cursor on; the open one of an iterator goes on."""
         if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
             return self._stream
-        owner = getattr(data, "dataset", None)
-        known = None
-        if self._read is not None:
-            last = getattr(self._read, "dataset", None)
-            known = data is self._read or (owner is not None and owner is last)
-        stream = Stream(data, self.state, self._data_state, known)
-        for length in (horizon, period):
-            if length and length.unit == "epochs" and length.amount % 1 and not stream.length:
-                raise ConfigError(
-                    f"'{length}' is part of an epoch, and this data does not say how many batches "
-                    "an epoch has; give it a __len__, or count in steps"
-                )
-        self._read, self._stream = data, stream
+        stream = Stream(data, self.state, self._data_state, is_same(data, self._read))
+        for length in filter(None, (horizon, period)):
+            stream.check(length)
+        self._read, self._stream, self._place = data, stream, stream.place
         self.state.epoch, self.state.batch = stream.place.epoch, stream.place.batch
         self.state.epoch_length = stream.length
         return stream
@@ -452,9 +433,9 @@ class Engine(EarlierNames):
 
     def _commit(self, stream: Stream, step: Step | None) -> None:
         """Move all counters and the cursor together: here, and nowhere else."""
-        place: Place = stream.place
+        place = stream.place
         self.state.epoch, self.state.batch = place.epoch, place.batch
-        self.state.epoch_length, self._data_state = stream.length, stream.state()
+        self.state.epoch_length, self._place = stream.length, place
         if step is None:
             return
         rows, tokens, reason = self._agreement.end()
@@ -462,7 +443,7 @@ class Engine(EarlierNames):
         self.state.samples += rows
         self.state.tokens += tokens
         self.state.seconds = self._agreement.clock() - self._started
-        self.stop_reason = reason
+        self.stop_reason = reason if self.ranks.size > 1 else self._wish
         self._due = {"follow", "end"}
         self._due |= {"log"} if self._log_due.due(self.state) else set()
         self._due |= {"evaluate"} if self._eval_due.due(self.state) else set()
@@ -494,32 +475,3 @@ class Engine(EarlierNames):
         self, hook: str, failure: BaseException | None, **given: object
     ) -> BaseException | None:
         return planning.call_all(self._answers(hook), hook, failure, engine=self, **given)
-
-
-def _say_mode(model: nn.Module) -> None:
-    if not model.training:
-        warnings.warn(
-            "the model is in evaluation mode, and trains so: without dropout, and with running "
-            "statistics as they are; call model.train() if that is not wanted",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-@contextmanager
-def _stopping_on_interrupt(engine: Engine) -> Iterator[None]:
-    """Let the first Ctrl-C end the run after its step, where nobody else listens for it."""
-    listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    if listens or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler)
-        engine.stop("interrupted (Ctrl-C)")
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

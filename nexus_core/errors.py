@@ -1,4 +1,4 @@
-"""Every error that the trainer raises on purpose: what, what was got, what mends it.
+"""Every error that the trainer raises on purpose: what, what was got, what fixes it.
 
 The command line turns a `NexusError` into one line and an exit code; `--debug` shows the traceback.
 """

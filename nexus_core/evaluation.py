@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -17,7 +18,7 @@ from nexus_core.events import Run
 from nexus_core.optimizers import members, trained
 from nexus_core.step import merge, metric_name
 
-__all__ = ["evaluating", "measure", "train_mode"]
+__all__ = ["evaluating", "measure", "say_mode", "train_mode"]
 
 
 @contextmanager
@@ -88,6 +89,17 @@ def train_mode(optimizer: Optimizer) -> None:
     for member in members(optimizer).values():
         if callable(train := getattr(member, "train", None)):
             train()
+
+
+def say_mode(model: nn.Module) -> None:
+    """Say where a model is about to be trained in evaluation mode."""
+    if not model.training:
+        warnings.warn(
+            "the model is in evaluation mode, and trains so: without dropout, and with running "
+            "statistics as they are; call model.train() if that is not wanted",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

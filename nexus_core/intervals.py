@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from nexus_core.errors import ConfigError
 
-__all__ = ["Every", "Interval", "IntervalField", "TrainState"]
+__all__ = ["Every", "Interval", "IntervalField", "Result", "TrainState"]
 
 _EXAMPLES = '"500 steps", "2 epochs", "10M tokens", "15 min"'
 _AMOUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([kKMB]?)\s*([a-z]*)")
@@ -41,6 +41,18 @@ class TrainState:
     def counted(self, unit: str) -> float:
         """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
         return self.step if unit == "steps" else float(getattr(self, unit))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: "finished", or "stopped" early for a reason; the last of every metric."""
+
+    status: str
+    reason: str
+    step: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -91,7 +92,7 @@ def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimize
     """The optimizers of a turn by name: all of them where no turn is taken.
 
     Raises:
-        ConfigError: the turn is none of theirs.
+        ConfigError: no optimizer has this turn's name.
     """
     named = optimizer.named if isinstance(optimizer, Optimizers) else {"": optimizer}
     if turn is None:
@@ -107,7 +108,10 @@ def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimize
 def trained(optimizer: Optimizer, turn: str | None = None) -> list[nn.Parameter]:
     """The parameters that a turn updates, as they are now, each once."""
     groups = (g for opt in members(optimizer, turn).values() for g in opt.param_groups)
-    return list(dict.fromkeys(p for group in groups for p in group["params"]))
+    found = [parameter for group in groups for parameter in group["params"]]
+    if len(set(map(id, found))) == len(found):
+        return found
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def set_rates(optimizer: Optimizer, factor: float) -> None:
@@ -129,7 +133,12 @@ def base_rate(group: Group) -> float:
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether `step` cannot do without a function that computes the gradient anew (LBFGS)."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return _needs_closure(type(optimizer).step)
+
+
+@cache
+def _needs_closure(step: Callable[..., object]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is closure.empty
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "HOOK_NAMES",
     "Impl",
     "Plan",
+    "answering",
     "arrange",
     "find",
     "implementations",
@@ -106,6 +107,24 @@ def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
     return found
 
 
+def answering(hook: str) -> type[AnyPlugin]:
+    """The first installed plugin, by name, that answers a hook and can be loaded.
+
+    Raises:
+        PluginError: no installed plugin does.
+    """
+    scanned = scan()
+    for name in sorted(scanned.names):
+        try:
+            found = load(name, scanned)
+        except PluginError:  # not with what it needs: then it is not there
+            continue
+        marks = getattr(getattr(found, hook, None), "nexus_impl", None)
+        if marks and not marks["wrapper"]:
+            return found
+    raise PluginError(f"no installed plugin answers {hook}; see: nexus-plugins list")
+
+
 def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
     """Check plugins against one another, and sort them by their constraints, then as given.
 
@@ -115,7 +134,7 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
     """
     given = list(plugins)
     if wrong := [plugin for plugin in given if not isinstance(plugin, Plugin)]:
-        raise PluginError(f"a plugin is an object such as ClipPlugin(max_norm=1), got {wrong[0]!r}")
+        raise PluginError(f"a plugin is an object such as MyPlugin(), got {wrong[0]!r}")
     names = [plugin.name for plugin in given]
     for plugin in given:
         _check_class(type(plugin), f"plugin '{plugin.name}'")

@@ -91,11 +91,11 @@ ConfigT = TypeVar("ConfigT", bound=PluginConfig)
 class Plugin(Generic[ConfigT]):
     """One ability of a run. Subclass it as `Plugin[YourConfig]` and answer hooks with `@hookimpl`.
 
-    The class name gives the plugin's name: `ClipPlugin` is `clip`, `LrCosinePlugin` is
-    `lr_cosine`; entry point, config block and state in a checkpoint go by the same name.
+    The class name gives the plugin's name: `SparklePlugin` is `sparkle`, `SlowFadePlugin`
+    is `slow_fade`; entry point, config block and state in a checkpoint go by the same name.
 
     Args:
-        config: the settings as an object; or give them as keywords: `ClipPlugin(max_norm=1.0)`.
+        config: the settings as an object; or give them as keywords: `SparklePlugin(size=1.0)`.
 
     Raises:
         ConfigError: a setting is unknown, missing or of the wrong type.

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Agreement", "Ranks", "gather", "is_sharded", "local_part", "whole"]
+__all__ = [
+    "Agreement",
+    "Ranks",
+    "gather",
+    "is_sharded",
+    "local_part",
+    "stopping_on_interrupt",
+    "whole",
+]
 
 Value = TypeVar("Value")
 
@@ -51,31 +64,52 @@ class Agreement:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._sums = torch.zeros(4, dtype=torch.double)
+        self._own = 0, 0
+        self._stop: str | None = None
+        self._sums: Tensor
         self._work: dist.Work | None = None
+        self._now = 0.0
 
     def begin(self, rows: int = 0, tokens: int = 0, stop: str | None = None) -> None:
         """Send rows and tokens of this process since the last time, and its reason to stop."""
-        self._stop = stop
-        now = time.perf_counter() if self._ranks.is_main else 0.0
-        self._sums = torch.tensor([rows, tokens, now, stop is not None], dtype=torch.double)
+        self._own, self._stop = (rows, tokens), stop
         if self._ranks.size > 1:
+            now = time.perf_counter() if self._ranks.is_main else 0.0
+            self._sums = torch.tensor([rows, tokens, now, stop is not None], dtype=torch.double)
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def end(self) -> tuple[int, int, str | None]:
         """Rows and tokens of all processes, and the reason of the first that wants to stop."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None  # it keeps the group's connections
+        if self._work is None:
+            return *self._own, self._stop
+        self._work.wait()
+        self._work = None  # it keeps the group's connections
         rows, tokens, self._now, stops = self._sums.tolist()
-        reason = self._stop
-        if stops and self._ranks.size > 1:
-            reason = next(filter(None, gather(self._ranks, self._stop)))
-        return int(rows), int(tokens), reason
+        found = gather(self._ranks, self._stop) if stops else []
+        return int(rows), int(tokens), next(filter(None, found), None)
 
     def clock(self) -> float:
         """Seconds; in several processes those of the main one, as of the last exchange."""
         return time.perf_counter() if self._ranks.size == 1 else self._now
+
+
+@contextmanager
+def stopping_on_interrupt(stop: Callable[[str], None]) -> Iterator[None]:
+    """Let the first Ctrl-C call `stop`, and the second interrupt, where nobody else listens."""
+    listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if listens or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.default_int_handler)
+        stop("interrupted (Ctrl-C)")
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def gather(ranks: Ranks, value: Value) -> list[Value]:

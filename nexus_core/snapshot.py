@@ -53,6 +53,7 @@ class Parts(Protocol):
 
 
 Load: TypeAlias = tuple[Plugin[Any], StateDict]
+_COUNTERS = frozenset(counter.name for counter in fields(TrainState))
 _FAULTS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -80,10 +81,11 @@ def check_parts(snapshot: Snapshot, plugin: str) -> None:
     """Refuse what a plugin has put where it cannot come back.
 
     Raises:
-        PluginError: the snapshot has a part that is not one of its own.
+        PluginError: the snapshot has a part, or a counter, that is not one of its own.
     """
-    known = Snapshot.__annotations__.keys()
-    if strange := snapshot.keys() - known:
+    strange = snapshot.keys() - Snapshot.__annotations__.keys()
+    strange |= snapshot["train"].keys() - _COUNTERS
+    if strange:
         raise PluginError(
             f"plugin '{plugin}' put '{min(strange)}' into the snapshot, which has no such part; "
             f"put it into snapshot['extras']['{plugin}'], or return it from state_dict"
@@ -109,8 +111,7 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
         )
     _check_model(engine.model, snapshot["model"])
     _check_optimizer(engine.optimizer, cast(dict[str, Any], snapshot["optimizer"]))
-    known = {counter.name for counter in fields(TrainState)}
-    if strange := snapshot["train"].keys() - known:
+    if strange := snapshot["train"].keys() - _COUNTERS:
         raise CheckpointError(f"the snapshot counts '{min(strange)}', which this release does not")
     with _as_misfit():
         return [

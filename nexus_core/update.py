@@ -93,25 +93,30 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
     clear_gradients(engine.optimizer, engine.untrained())
     for name in step.units:
         step.losses.pop(name, None)
-    ahead = to_device(step.micro[0].batch, engine.device)
+    moves = engine.device.type != "cpu"
+    ahead = to_device(step.micro[0].batch, engine.device) if moves else step.micro[0].batch
     for place in range(len(step.micro)):
         step.place, batch = place, ahead
         if not step.is_last:
-            ahead = to_device(step.micro[place + 1].batch, engine.device)
+            ahead = step.micro[place + 1].batch
+            ahead = to_device(ahead, engine.device) if moves else ahead
         _backward(engine, step, batch)
     _clear_other_turns(engine, step)
 
 
 @contextmanager
 def leaving_no_trace(engine: Run) -> Iterator[None]:
-    """Compute on the side: generators, buffers and metrics are put back, gradients cleared."""
+    """Compute on the side: generators, buffers, gradients and metrics are put back."""
     mark, undo = engine.meter.mark(), Undo(engine.model)
+    gradients = [(parameter, parameter.grad) for parameter in engine.model.parameters()]
+    clear_gradients(engine.optimizer, engine.untrained())
     try:
         yield
     finally:
         undo.put_back()
         engine.meter.rollback(mark)
-        clear_gradients(engine.optimizer, engine.untrained())
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | None) -> None:

@@ -119,7 +119,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _found(self, run: RunInfo, experiment: str) -> Run:
-        """The run of this id or key; a new one where there is none."""
+        """The run of this id or key; a new one if it does not exist."""
         if self.config.run_id is not None:
             return self._client.get_run(self.config.run_id)
         earlier = self._client.search_runs([experiment], f"tags.`{KEY}` = '{run.key}'")

@@ -37,7 +37,7 @@ class RunInfo:
     """What a service is told about a run.
 
     Args:
-        name: of the run's folder; "run" where there is none.
+        name: of the run's folder; "run" without one.
         folder: the run's folder, as an absolute path.
         step: optimizer steps done so far: above 0 where the run goes on.
         config: the resolved settings.

@@ -56,7 +56,7 @@ class Logger(Plugin[LoggerConfigT]):
         """Store a few words about the run as it is at `engine.state.step`; nothing unless answered.
 
         Args:
-            title: what they are about, named as metrics are: `diagnose/loss_explosion`.
+            title: what they are about, named as metrics are: `sensors/loss_explosion`.
             text: sentences, without Markdown, in one or more lines.
         """
 
@@ -72,7 +72,7 @@ class Logger(Plugin[LoggerConfigT]):
         """
         if self.writes_files and engine.out is None:
             raise ConfigError(
-                f"{self.name} writes into the run's folder, and there is none; give it, as in "
+                f"{self.name} writes into the run's folder, and this run has none; give one, as in "
                 'Engine(..., out="runs/mine"), or leave the plugin out'
             )
         self._attempt("open", engine)

@@ -30,8 +30,8 @@ class Loss(Plugin[LossConfigT]):
     """One term of the loss: how many units a batch holds, and the sum over them.
 
     The engine divides by the units of the whole step (all micro-batches, all processes), so the
-    gradient does not depend on how a step is split. `LossLmPlugin` is the term `lm`, logged as
-    `train/lm_loss`.
+    gradient does not depend on how a step is split. `LossSizePlugin` is the term `size`, logged as
+    `train/size_loss`.
     """
 
     term: ClassVar[str] = "loss"

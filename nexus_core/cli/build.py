@@ -49,6 +49,12 @@ class Build:
         blocks = {p.name: p.config.model_dump(mode="json") for p in self.plan.plugins}
         return {**settings, "out": str(out), "plugins": blocks}
 
+    def quiet(self) -> None:
+        """Have every plugin that has a setting `quiet` be so."""
+        for plugin in self.plan.plugins:
+            if "quiet" in type(plugin.config).model_fields:
+                plugin.config = plugin.config.model_copy(update={"quiet": True})
+
 
 def build_plugins(settings: Settings) -> Build:
     """Load the classes of the named plugins, settle slots, validate configs and order them.

@@ -38,7 +38,7 @@ def check(name: str, configs: tuple[str, ...], beside: str, only: str, debug: bo
     \b
     nexus-plugins check sparkle
     nexus-plugins check sparkle --config '{"strength": 2.0}' --config sparkle.yaml
-    nexus-plugins check loss_world --beside '{"model_nexus": {"vocab_size": 13}}'
+    nexus-plugins check sparkle --beside '{"glitter": {"size": 13}}'
 
     It trains a tiny model of token ids. A plugin that needs more is checked by a test class of
     its own: subclass nexus_core.testing.PluginContract. Exits with 1 if a check fails.

@@ -28,7 +28,7 @@ class RunConfig(BaseModel):
         1,
         ge=1,
         description="micro-batches in an optimizer step; auto: each batch is a step, split as "
-        "memory asks by the plugin auto_accumulate",
+        "memory asks, by an installed plugin that does so",
     )
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     log_every: IntervalField = Field(

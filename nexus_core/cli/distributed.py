@@ -53,7 +53,7 @@ def join(build: Build) -> Ranks:
     if plugin is None:
         raise ConfigError(
             f"a launcher started {started} processes (WORLD_SIZE={started}), and no plugin of this "
-            "run lets them train one model; add one: --plugins ddp"
+            f"run lets them train one model; add one of slot '{SLOT}' (nexus-plugins list)"
         )
     if build.run.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How the commands report errors: one line for what the user can mend, a traceback on request."""
+"""How the commands report errors: one line for what the user can fix, a traceback on request."""
 
 from __future__ import annotations
 

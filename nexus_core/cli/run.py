@@ -42,12 +42,12 @@ class _WithCommands(click.Command):
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
-              help='Override a setting: until="2 epochs", clip.max_norm=0.5.')  # fmt: skip
+              help='Override a setting: until="2 epochs", PLUGIN.KEY=0.5.')  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.")
 @click.option("--resume", metavar="auto|PATH",
               help="Go on from the newest good checkpoint, or from this one.")  # fmt: skip
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
-              help="What may differ from the checkpoint: checkpoint.resume_policy.")  # fmt: skip
+              help="What may differ from the run that wrote the checkpoint.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show which plugin is called when, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Show the same as JSON.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
@@ -81,8 +81,8 @@ def main(
 
     \b
     nexus-run                                    the quickstart, about two minutes
-    nexus-run my.yaml --plugins amp,no:clip      a config file, plugins added and left out
-    nexus-run nexus -s data_text.train=corpus/   a preset on your own text
+    nexus-run my.yaml --plugins one,no:other     a config file, plugins added and left out
+    nexus-run my.yaml --set until="2 epochs"     a setting changed
     nexus-run --resume auto                      go on where the newest run stopped
     """
     with reported(debug):
@@ -99,10 +99,14 @@ def main(
         if out is not None:
             sets = (*sets, f"out={json.dumps(str(out))}")  # quoted: a date is no name in YAML
         if resume_policy is not None:
-            sets = (*sets, f"checkpoint.resume_policy={resume_policy}")
-        environment = {**os.environ, "NEXUS_CONSOLE__QUIET": "true"} if quiet else os.environ
-        settings = read_settings(config, plugins, sets, environment)
+            from nexus_core.plan import answering
+
+            reader = answering("load_snapshot").name
+            sets = (*sets, f"{reader}.resume_policy={resume_policy}")
+        settings = read_settings(config, plugins, sets, os.environ)
         made = build.build_plugins(settings)
+        if quiet:
+            made.quiet()
         if explain or as_json:
             from nexus_core.cli.explain import explain as table
             from nexus_core.cli.explain import explain_json

@@ -58,9 +58,9 @@ def read_settings(
 
     Args:
         source: path of a .yaml, .toml or .json file, or a preset's name; None: `quickstart`.
-        plugins: "amp,clip,no:console": plugins to add and to leave out.
-        sets: "clip.max_norm=1": a plugin's key, or "until=100 steps": one of the engine's.
-        environment: variables; `NEXUS_CLIP__MAX_NORM=1` is `clip.max_norm=1`.
+        plugins: "one,two,no:three": plugins to add and to leave out.
+        sets: "sparkle.size=1": a plugin's key, or "until=100 steps": one of the engine's.
+        environment: variables; `NEXUS_SPARKLE__SIZE=1` is `sparkle.size=1`.
 
     Raises:
         ConfigError: something is unknown, missing or of the wrong type.
@@ -86,12 +86,15 @@ def read_settings(
     for assignment in sets:
         key, sign, value = assignment.partition("=")
         if not sign:
-            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as clip.max_norm=1")
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as until='2 epochs'")
         _set(merged, key.strip(), _scalar(value), f"--set {assignment}")
     if merged.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
         merged["accumulate"] = 1
-        blocks.setdefault("auto_accumulate", {})
-        added.append("auto_accumulate")
+        from nexus_core.plan import answering  # and torch with it, where it is needed
+
+        splitting = answering("cut_batch").name
+        blocks.setdefault(splitting, {})
+        added.append(splitting)
     named = [*(name for name in own if name in blocks), *added]
     try:
         run = RunConfig.model_validate(merged)

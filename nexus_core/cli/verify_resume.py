@@ -186,8 +186,8 @@ def verify_resume(
     report.differences = compare_runs(undisturbed, disturbed)
     if not any(int(line) for line in _lines(disturbed / STARTS)):
         report.differences.append(
-            "nothing was shown, as the killed run never went on from a checkpoint; add the plugin "
-            "checkpoint, save more often (--set checkpoint.every=...) or train longer"
+            "nothing was shown, as the killed run never went on from a checkpoint; add a "
+            "plugin that saves, let it save more often, or train longer"
         )
     report.fingerprint = fingerprint(_lines(undisturbed / NOTES)[-1])
     _certify(order, report, out / CERTIFICATE)
@@ -342,7 +342,7 @@ def _certify(order: Order, report: Report, path: Path) -> None:
 
 
 def _last_step(path: Path) -> int:
-    """The step of the last whole line of notes; 0 where there is none."""
+    """The step of the last whole line of notes; 0 if no line is whole."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))

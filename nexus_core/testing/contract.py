@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import gc
 import inspect
+import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -16,11 +18,14 @@ from unittest import SkipTest
 from nexus_core import ConfigError, Engine, Plugin, PluginError
 from nexus_core.defaults import Defaults
 from nexus_core.device import seed_everything
-from nexus_core.plan import HOOK_NAMES, Plan, arrange, implementations, installed, load, relay
+from nexus_core.errors import CheckpointError
+from nexus_core.plan import HOOK_NAMES, Impl, Plan, arrange, implementations, installed, load, relay
 from nexus_core.snapshot import Snapshot
 from nexus_core.testing.probes import (
     FailingPlugin,
     GradientProbePlugin,
+    SnapshotProbePlugin,
+    StillPlugin,
     answered,
     gradients,
     gradients_of_a_step,
@@ -47,6 +52,7 @@ UNKNOWN = "no_such_key"
 READS_ALLOWED = 1  # of the watched steps may read: a period of its own, as the log has
 PATIENCE = 2.0  # quickest steps without the plugin, where that is more than its budget
 SAMPLES = 4  # runs of which the quickest step counts
+RENAMED = re.compile(r"plugin API|the hook is called")  # in what the core says of earlier names
 LIKENESS = 0.85  # of a method's name to a hook's, from which on it is a slip
 IN_REVERSE = ("on_close",)
 
@@ -70,6 +76,8 @@ class PluginContract(Trial):
             ordinary ones, a limit that nothing reaches); None: there are none.
         split_invariant: whether a step's gradient is the same however it is cut into
             micro-batches; False for a plugin that changes the gradient by micro-batch.
+        resumes_after_stop: whether a run that was stopped (`on_finish`) continues where it was;
+            False for a plugin that ends its work there, such as a test of learning rates.
         tolerance: the relative distance up to which such gradients are the same.
         budget: tensor operations that the plugin may add to a step, as a multiple of those of the
             tiny step without it.
@@ -136,6 +144,15 @@ class PluginContract(Trial):
                 f"the method '{name}' is never called: it is no hook; is it '{''.join(near)}'?",
             )
 
+    def test_names_are_present(self, settings: Settings, tmp_path: Path) -> None:
+        """It uses no hook and no attribute of an earlier release, which a later one takes away."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            self._run(self._engine(settings, tmp_path))
+        said = dict.fromkeys(str(w.message) for w in told if w.category is FutureWarning)
+        earlier = [text for text in said if RENAMED.search(text)]
+        self._expect(not earlier, f"it uses an earlier name: {some(earlier)}")
+
     def test_order_holds(self, settings: Settings) -> None:
         """The order it declares can be had, and is the order in which each hook is called."""
         plugin = self._made(settings)
@@ -182,6 +199,18 @@ class PluginContract(Trial):
             what = f"resumed at step {step}, step {STEPS} is not that of the run that went on"
             self._same(of_training(whole), of_training(end), what)
 
+    def test_checkpoint_is_bit_equal(self, settings: Settings, tmp_path: Path) -> None:
+        """Stopped, saved to files and resumed from them twice, a run ends in the same bits.
+
+        An installed plugin does so, the first by name that answers `load_snapshot`.
+        """
+        if not self.resumes_after_stop:
+            raise SkipTest("its work ends where a run is stopped, as the plugin says")
+        try:
+            self._check_checkpoint(settings, tmp_path)
+        except (CheckpointError, PluginError) as error:
+            self._fail(f"its checkpoint cannot be written or resumed from: {error}")
+
     def test_saving_changes_nothing(self, settings: Settings, tmp_path: Path) -> None:
         """A run whose state is read at every step ends in the same bits."""
         whole = self._run(self._engine(settings, tmp_path / "whole"))
@@ -192,12 +221,12 @@ class PluginContract(Trial):
     def test_split_of_a_step_is_free(self, settings: Settings, tmp_path: Path) -> None:
         """The gradient of three micro-batches is that of one batch with all their rows."""
         if not self.split_invariant:
-            raise SkipTest("the gradient hangs on the split, as the plugin says")
-        split = self._engine(settings, tmp_path / "split", SPLIT)
+            raise SkipTest("the gradient depends on the split, as the plugin says")
+        split = self._engine(settings, tmp_path / "split", SPLIT, first=[StillPlugin()])
         assert split.data is not None
         batches = list(islice(iter(split.data.train), split.accumulate))
         found = gradients_of_a_step(split, batches, self.horizon)
-        whole = self._engine(settings, tmp_path / "whole")
+        whole = self._engine(settings, tmp_path / "whole", first=[StillPlugin()])
         expected = gradients_of_a_step(whole, [joined(batches)], self.horizon)
         for name, wanted in expected.items():
             apart = (found[name] - wanted).norm() / wanted.norm().clamp(min=1e-6)
@@ -401,24 +430,56 @@ class PluginContract(Trial):
         names = {plugin.name, *found}
         return [p for p in found.values() if {*p.requires} <= names and not {*p.conflicts} & names]
 
+    def _check_checkpoint(self, settings: Settings, folder: Path) -> None:
+        whole = self._run(self._engine(settings, folder / "whole", last=self._keeper()))
+        saved: Snapshot | None = None
+        for step in (*RESUMED_AT, STEPS):
+            probe = SnapshotProbePlugin()
+            engine = self._engine(settings, folder / "cut", first=[probe], last=self._keeper())
+            if saved is not None:
+                seed_everything(1234)  # generators are elsewhere, as in a new process
+                engine.resume("auto")
+                lines = differences(saved, probe.loaded, types=True)
+                self._expect(not lines, f"what is saved does not come back: {some(lines)}")
+            end = self._run(engine, end=step)
+            saved = probe.saved
+        what = f"resumed from files at the steps {RESUMED_AT}, step {STEPS} is not that of the run"
+        self._same(of_training(whole), of_training(end), f"{what} that was not stopped")
+
     def _check_order(self, plugin: Plugin[Any], plan: Plan) -> None:
         """Each hook that both answer is called in the declared order."""
         rules = [(plugin.name, other) for other in plugin.before]
         rules += [(other, plugin.name) for other in plugin.after]
-        for hook in (name for name in HOOK_NAMES if name not in IN_REVERSE):
-            called = implementations(plan, hook, Defaults())
-            order = [impl.plugin for impl in called]
-            kinds = {impl.plugin: impl.wrapper for impl in called}
-            marks = {impl.plugin: impl.rank for impl in called}
-            if not marks.get(plugin.name):
-                continue  # what another plugin's mark does is not this one's to mend
-            for earlier, later in rules:
-                comparable = earlier in kinds and kinds[earlier] is kinds.get(later)
-                self._expect(
-                    not comparable or order.index(earlier) < order.index(later),
-                    f"'{later}' is called before '{earlier}' in {hook}, against what it declares: "
-                    "its tryfirst or trylast there stands above before and after",
-                )
+        for earlier, later in rules:
+            acts, against = False, ""
+            for hook in HOOK_NAMES:
+                found = {impl.plugin: impl for impl in implementations(plan, hook, Defaults())}
+                one, other = found.get(earlier), found.get(later)
+                if one is None or other is None or one.wrapper is not other.wrapper:
+                    continue
+                if (one.rank, one.stage) == (other.rank, other.stage):
+                    acts = True
+                elif hook not in IN_REVERSE and _place(one) > _place(other):
+                    own = one if earlier == plugin.name else other
+                    self._expect(
+                        not own.rank,
+                        f"'{later}' is called before '{earlier}' in {hook}, against what it "
+                        "declares: its tryfirst or trylast there stands above before and after",
+                    )
+                    if one.rank == other.rank:  # else the mark of the other one decides
+                        against = (
+                            f"'{later}' is called before '{earlier}' in {hook}, as its stage "
+                            f"'{other.stage[1]}' comes before '{one.stage[1]}'"
+                        )
+            self._expect(
+                acts or not against,
+                f"{against}, and before and after have no say; declare a stage instead: "
+                "@hookimpl(stage=...)",
+            )
+
+
+def _place(impl: Impl) -> tuple[int, tuple[int, str]]:
+    return impl.rank, impl.stage
 
 
 def _most(counts: Counter[str]) -> str:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, get_args
+from unittest import SkipTest
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from nexus_core import Batch, Engine, Plugin, PluginConfig, hookimpl
+from nexus_core.data import batch_size
 from nexus_core.plan import HOOK_NAMES
+from nexus_core.snapshot import Snapshot
 
 __all__ = [
     "FailingPlugin",
     "GradientProbePlugin",
     "PlannedError",
+    "SnapshotProbePlugin",
+    "StillPlugin",
     "answered",
     "example_config",
     "gradients",
@@ -77,6 +86,32 @@ class GradientProbePlugin(Plugin[PluginConfig]):
         return done
 
 
+class SnapshotProbePlugin(Plugin[PluginConfig]):
+    """Copies the snapshot that is saved, when it is complete, and the one that is loaded."""
+
+    saved: Snapshot
+    loaded: Snapshot
+
+    @hookimpl(trylast=True)
+    def on_save(self, snapshot: Snapshot) -> None:
+        """Copy it after all others have added to it."""
+        self.saved = copy.deepcopy(snapshot)
+
+    @hookimpl
+    def on_load(self, snapshot: Snapshot) -> None:
+        """Copy it before others have read it."""
+        self.loaded = copy.deepcopy(snapshot)
+
+
+class StillPlugin(Plugin[PluginConfig]):
+    """Computes the steps in evaluation mode, without dropout."""
+
+    @hookimpl
+    def on_batch(self, engine: Engine) -> None:
+        """Set the mode when the run has begun."""
+        engine.model.eval()
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """A copy of each parameter's gradient, by the parameter's name."""
     return {
@@ -85,9 +120,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     }
 
 
-def gradients_of_a_step(engine: Engine, data: Sequence[Batch], until: str) -> dict[str, Tensor]:
-    """The gradients of one step over the batches, without dropout."""
-    engine.model.eval()
+def gradients_of_a_step(engine: Engine, data: Iterable[Batch], until: str) -> dict[str, Tensor]:
+    """The gradients of one step over the batches; without dropout where `StillPlugin` is there."""
     for _ in engine.steps(data, until=until):
         break
     found = gradients(engine.model)
@@ -95,15 +129,55 @@ def gradients_of_a_step(engine: Engine, data: Sequence[Batch], until: str) -> di
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """One batch with the rows of all, which are of one make."""
-    first = batches[0]
+    """One batch with the rows of all, which are of one make.
+
+    A list may be what a batch is made of (`[x, y]`) or hold its rows: it is the former where all
+    that it holds has as many rows as the batch.
+
+    Raises:
+        SkipTest: it is unknown how to join such batches.
+    """
+    return _joined(batches, batch_size(batches[0])[0])
+
+
+def _joined(parts: Sequence[Batch], rows: int) -> Batch:
+    first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(batches))
+        return torch.cat(list(parts)) if first.ndim else first
+    if isinstance(first, np.ndarray):
+        return np.concatenate(list(parts)) if first.ndim else first
     if isinstance(first, Mapping):
-        return {key: joined([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(joined(parts) for parts in zip(*batches, strict=True))
-    return [row for batch in batches for row in batch] if isinstance(first, list) else first
+        values = {key: _joined([part[key] for part in parts], rows) for key in first}
+        return _filled(first, values) if isinstance(first, MutableMapping) else values
+    if isinstance(first, list) and not all(_has_rows(part, rows) for part in first):
+        return [row for part in parts for row in part]
+    if isinstance(first, list | tuple) and not isinstance(first, PackedSequence):
+        columns = [_joined(column, rows) for column in zip(*parts, strict=True)]
+        return columns if isinstance(first, list) else tuple.__new__(type(first), columns)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        return _joined_fields(first, parts, rows)
+    if hasattr(first, "to") or hasattr(first, "__dict__"):
+        raise SkipTest(f"the kit cannot join batches of {type(first).__qualname__}")
+    return first
+
+
+def _joined_fields(first: Any, parts: Sequence[Batch], rows: int) -> Batch:
+    new = copy.copy(first)
+    for name in (field.name for field in dataclasses.fields(first)):
+        object.__setattr__(new, name, _joined([getattr(part, name) for part in parts], rows))
+    return new
+
+
+def _filled(batch: MutableMapping[Any, Any], values: Mapping[Any, Any]) -> Batch:
+    new = copy.copy(batch)
+    for key, value in values.items():
+        new[key] = value
+    return new
+
+
+def _has_rows(part: Batch, rows: int) -> bool:
+    single = part is None or isinstance(part, str | bytes | int | float)
+    return not single and batch_size(part)[0] == rows
 
 
 def example_config(plugin_class: type[Plugin[Any]]) -> dict[str, Any]:

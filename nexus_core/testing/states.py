@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,18 +14,29 @@ from nexus_core.snapshot import Snapshot
 __all__ = ["differences", "foreign_leaves", "of_training", "stored"]
 
 PLAIN = (bool, int, float, str)
+DICTS = (dict, OrderedDict)
 _CLOCKS = ("seconds",)  # counters that no two runs share
 
 
-def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two trees of dicts, lists, tensors and numbers differ, in any bit; path first."""
+def differences(one: Any, other: Any, path: str = "", *, types: bool = False) -> list[str]:
+    """Where two trees of dicts, lists, tensors and numbers differ, in any bit; path first.
+
+    Args:
+        one: of the trees.
+        other: of the trees.
+        path: where they are, for the lines.
+        types: containers of different classes differ too: a list and a tuple, a dict and a Counter.
+    """
+    if types and (kinds := _kind(one)) != (others := _kind(other)):
+        return [f"{path}: {kinds} {one!r:.60}, and {others} {other!r:.60}"]
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return [line for key in {**one, **other} for line in _entry(one, other, key, path)]
+        keys = {**one, **other}
+        return [line for key in keys for line in _entry(one, other, key, path, types)]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             return [f"{path}: {len(one)} entries, and {len(other)}"]
-        pairs = enumerate(zip(one, other, strict=True))
-        return [line for i, (a, b) in pairs for line in differences(a, b, f"{path}[{i}]")]
+        pairs = [(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(one, other, strict=True))]
+        return [line for at, a, b in pairs for line in differences(a, b, at, types=types)]
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return _of_tensors(one, other, path)
     same = type(one) is type(other) and (one == other or (one != one and other != other))
@@ -33,7 +45,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 def foreign_leaves(tree: Any, path: str) -> list[str]:
     """What a state holds that a checkpoint cannot: all but tensors, JSON, tuples, number keys."""
-    if isinstance(tree, dict):
+    if type(tree) in DICTS:
         keys = [f"{path}: the key {key!r}" for key in tree if type(key) not in PLAIN]
         below = [foreign_leaves(value, f"{path}.{key}") for key, value in tree.items()]
         return keys + [line for lines in below for line in lines]
@@ -62,10 +74,19 @@ def of_training(snapshot: Snapshot) -> dict[str, Any]:
     return {**snapshot, "metrics": losses, "train": counters, "pending": {}}
 
 
-def _entry(one: Mapping[Any, Any], other: Mapping[Any, Any], key: Any, path: str) -> Iterator[str]:
+def _kind(value: object) -> str:
+    """The class of a value as far as it matters: which tensor or which dict it is does not."""
+    if isinstance(value, Tensor):
+        return "Tensor"
+    return "dict" if type(value) in DICTS else type(value).__name__
+
+
+def _entry(
+    one: Mapping[Any, Any], other: Mapping[Any, Any], key: Any, path: str, types: bool
+) -> Iterator[str]:
     below = f"{path}.{key}" if path else str(key)
     if key in one and key in other:
-        yield from differences(one[key], other[key], below)
+        yield from differences(one[key], other[key], below, types=types)
     else:
         yield f"{below}: is in {'the first' if key in one else 'the second'} alone"
 

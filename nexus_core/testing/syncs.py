@@ -28,7 +28,7 @@ READS = frozenset(
         *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"),
     }
 )
-"""Functions that give a number to the host, or whose result's shape hangs on the numbers."""
+"""Functions that give a number to the host, or whose result's shape depends on the numbers."""
 
 _FIRING = ("nexus_core.step", "nexus_core.engine", "nexus_core.plan", "pluggy.")
 _FLAT = ("", "nexus_plugins", "nexus_plugins_contrib")  # one module, one plugin

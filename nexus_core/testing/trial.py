@@ -14,9 +14,9 @@ from unittest import SkipTest
 from torch import nn
 from torch.optim import Optimizer
 
-from nexus_core import Batch, Engine, Plugin
+from nexus_core import Batch, Engine, Plugin, PluginError
 from nexus_core.device import random_state, set_random_state
-from nexus_core.plan import load
+from nexus_core.plan import answering, load
 from nexus_core.snapshot import Snapshot, gather
 from nexus_core.testing.probes import FailingPlugin, PlannedError, answered, example_config, make
 from nexus_core.testing.states import differences
@@ -46,6 +46,7 @@ class Trial:
     configs: ClassVar[Sequence[Settings]] = ()
     off: ClassVar[Settings | None] = None
     split_invariant: ClassVar[bool] = True
+    resumes_after_stop: ClassVar[bool] = True
     tolerance: ClassVar[float] = 1e-4
     budget: ClassVar[float] = 1.0
     seconds: ClassVar[float] = 0.02
@@ -109,6 +110,7 @@ class Trial:
         seed: int = SEED,
         log_every: str = LOGGED,
         first: Sequence[Plugin[Any]] = (),
+        last: Sequence[Plugin[Any]] = (),
     ) -> Engine:
         """An engine with the plugin, those that it needs, and the parts."""
         out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +118,7 @@ class Trial:
             *first,
             self._made(self.settings_in(out, settings)),
             *self.beside(),
+            *last,
             parts=self._parts(),
             seed=seed,
             accumulate=accumulate,
@@ -140,30 +143,35 @@ class Trial:
     def _parts(self) -> Parts:
         return Parts(self.model, self.data, self.optimizer, self.losses)
 
-    def _steps(self, engine: Engine, evaluate: bool = True) -> Generator[int]:
-        """Run it for a few steps, and to a proper end."""
+    def _steps(self, engine: Engine, evaluate: bool = True, end: int = STEPS) -> Generator[int]:
+        """Run it up to a step, and to a proper end."""
         data: dict[str, Iterable[Batch]] | None = None if evaluate else {}
         steps = engine.steps(until=self.horizon, eval_every="3 steps", eval_data=data)
         for state in steps:
             yield state.step
-            if state.step >= STEPS:
+            if state.step >= end:
                 engine.stop(ENOUGH)
         self._expect(
-            engine.state.step >= STEPS,
+            engine.state.step >= end,
             f"the run ended at step {engine.state.step} ({engine.stop_reason}); the checks need "
-            f"{STEPS} steps: give settings with which it goes on for so long",
+            f"{STEPS} steps: give settings with which it lasts that long",
         )
 
     def _run(
-        self, engine: Engine, taken: dict[int, Snapshot] | None = None, at: Iterable[int] = ()
+        self,
+        engine: Engine,
+        taken: dict[int, Snapshot] | None = None,
+        at: Iterable[int] = (),
+        *,
+        end: int = STEPS,
     ) -> Snapshot:
         """What the state is after the last step; and what it saves at the steps `at`."""
-        for step in self._steps(engine):
+        for step in self._steps(engine, end=end):
             if taken is not None and step in at:
                 taken[step] = copy.deepcopy(engine.state_dict())
-            if step == STEPS:
-                end = copy.deepcopy(gather(engine, None))
-        return end
+            if step == end:
+                last = copy.deepcopy(gather(engine, None))
+        return last
 
     def _side_by_side(self, settings: Settings, seeds: Sequence[int], out: Path) -> list[Snapshot]:
         """Run an engine for each seed, a step of one after a step of the other.
@@ -224,6 +232,21 @@ class Trial:
     def _skip_makers(self, *hooks: str) -> None:
         if found := {*hooks} & answered(self._made(self.cases()[0])):
             raise SkipTest(f"it answers {min(found)}: no step without it compares with its own")
+
+    def _keeper(self) -> list[Plugin[Any]]:
+        """A plugin that keeps checkpoints, where none of the run does so itself."""
+        own = [self._made(self.cases()[0]), *self.beside()]
+        if any("load_snapshot" in answered(plugin) for plugin in own):
+            return []
+        try:
+            found = answering("load_snapshot")
+        except PluginError as error:
+            raise SkipTest(str(error)) from error
+        for plugin in own:
+            enemies = {plugin.name, found.name} & {*plugin.conflicts, *found.conflicts}
+            if enemies or (found.slot is not None and found.slot == plugin.slot):
+                raise SkipTest(f"'{plugin.name}' cannot be in one run with '{found.name}'")
+        return [make(found)]
 
     def _same(self, one: Any, other: Any, what: str) -> None:
         lines = differences(one, other)

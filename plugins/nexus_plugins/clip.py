@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,12 +42,17 @@ class ClipPlugin(Plugin[ClipConfig]):
     algorithm 1; over what the optimizer trains, to the numbers of `torch.nn.utils.clip_grad_norm_`.
     """
 
+    _seen: Sequence[Parameter] = ()
+    """The parameters that the last step had gradients for."""
+    _plain: bool = False
+
     @hookimpl(stage="limit")
     def after_backward(self, engine: Engine, step: Step) -> None:
         """Clip, and log the norm without waiting for the device; that of a refused step is not."""
         parameters = [p for p in engine.parameters(step.turn) if p.grad is not None]
-        clip = _clip_plain if _are_plain(parameters) else _clip_any
-        norm = clip(parameters, self.config.max_norm)
+        if len(parameters) != len(self._seen) or not all(map(is_, parameters, self._seen)):
+            self._seen, self._plain = parameters, _are_plain(parameters)
+        norm = (_clip_plain if self._plain else _clip_any)(parameters, self.config.max_norm)
         if step.refused is None:
             engine.log("grad_norm", norm)
         else:

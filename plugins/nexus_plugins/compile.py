@@ -141,6 +141,6 @@ class CompilePlugin(Plugin[CompileConfig]):
             )
         if backend == "inductor" and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
             raise ConfigError(
-                "compile needs a C++ compiler on the CPU, and there is none in the PATH; install "
+                "compile needs a C++ compiler on the CPU, and the PATH holds no compiler; install "
                 "one (apt install g++, xcode-select --install), or leave out compile"
             )

@@ -31,7 +31,7 @@ class LossCausalConfig(PositionLossConfig):
         0.0,
         ge=0,
         description="factor of half the squared distance between the variables of a position and "
-        "what the graph makes of them, on average over positions; padding is none",
+        "what the graph makes of them, on average over positions; without padding",
     )
 
 
@@ -47,7 +47,7 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
     """
 
     def units(self, batch: Batch) -> Tensor | float:
-        """One a micro-batch; with a reconstruction, its positions. Padding is none."""
+        """One a micro-batch; with a reconstruction, its positions. Padding does not count."""
         if not self.config.reconstruction_weight:
             return 1.0
         return real_positions(batch, self.config.ignore_index).sum()

@@ -37,7 +37,7 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
     """
 
     def units(self, batch: Batch) -> Tensor:
-        """The number of positions; padding is none."""
+        """The number of positions; padding does not count."""
         return real_positions(batch, self.config.ignore_index).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:

@@ -270,7 +270,7 @@ SAID = {
     "number": r"must be a subclass of nexus_core.Plugin, got 3",
     "function": r"must be a subclass of nexus_core.Plugin, got <function FunctionPlugin",
     "misnamed": r"calls itself 'other'; give both the same name",
-    "future": r"is built for plugin API 7.3; nexus-trainer [\d.]+ has 1.0 and 1.1: install",
+    "future": r"is built for plugin API 7.3; nexus-trainer [\d.]+ has 1.0 and 1.1 and 1.2: install",
     "misspelt": r"no such hook. Did you mean 'on_step'",
     "twice": r"two distributions give a plugin 'twice': one-of-two 1.0 and two-of-two 2.0; uninst",
 }
@@ -379,7 +379,7 @@ def test_list_of_metadata_imports_nothing_and_shows_a_name_given_twice() -> None
 class AheadPlugin(Plugin[PluginConfig]):
     """Was built for a later API."""
 
-    api_version = "1.2"
+    api_version = "1.3"
 
     @hookimpl
     def on_something_new(self) -> None: ...
@@ -388,7 +388,7 @@ class AheadPlugin(Plugin[PluginConfig]):
 def test_plugin_made_by_hand_for_another_api_is_refused_by_the_engine() -> None:
     """The version is looked at first: that the new hook is unknown is only what follows."""
     with pytest.raises(
-        PluginError, match=r"plugin 'ahead' is built for plugin API 1.2;.* has 1.0 and 1.1"
+        PluginError, match=r"plugin 'ahead' is built for plugin API 1.3;.* has 1.0 and 1.1 and 1.2"
     ):
         tiny_engine(AheadPlugin())
 
@@ -401,12 +401,13 @@ def test_show_tells_settings_hooks_order_and_state() -> None:
     for said in (
         r"^from +nexus-trainer [\d.]+, nexus_plugins.ema:EmaPlugin$",
         r"^built for +plugin API 1.0$",
-        r"^before +checkpoint, early_stop$",
         r"^state +version 1: The average and how many steps are in it\.$",
         r"^  decay: float >= 0 < 1, default 0.999\n      what the average keeps",
-        r"^  forward +Put the average .* \[wraps\]$",
+        r"^  evaluating +Evaluate with the average .*$",
     ):
         assert re.search(said, shown, re.MULTILINE), said
+    amp = CliRunner().invoke(nexus_plugins, ["show", "amp"]).output
+    assert re.search(r"^  forward +Run the model under autocast.* \[wraps\]$", amp, re.MULTILINE)
 
 
 def test_show_writes_types_and_defaults_as_one_sets_them() -> None:

@@ -7,12 +7,15 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections import Counter, UserDict
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
@@ -60,7 +63,7 @@ def test_a_good_plugin_passes_every_check() -> None:
     """Breaks if a check raises a false alarm: authors would switch the kit off."""
     found = outcomes(GoodPlugin, configs=({"strength": 0.9},), off={"strength": 1.0})
     assert [outcome for outcome in found if outcome.status != "pass"] == []
-    assert len({outcome.check for outcome in found}) == 20
+    assert len({outcome.check for outcome in found}) == 22
 
 
 def test_each_config_is_a_case_of_its_own() -> None:
@@ -277,10 +280,93 @@ class WrongArgumentPlugin(GoodPlugin):
 
 
 class CirclePlugin(GoodPlugin):
-    """Wants to be after clip and before guard; but clip comes after guard."""
+    """Wants to be after clip, and before it."""
 
     after = ("clip",)
-    before = ("guard",)
+    before = ("clip",)
+
+
+class OutstagedPlugin(GoodPlugin):
+    """Wants to scale what clip has clipped; but the stage of clip comes after its own."""
+
+    after = ("clip",)
+
+
+class UnknownStagePlugin(GoodPlugin):
+    """Puts a hook at a stage that there is not."""
+
+    @hookimpl(stage="clip")
+    def after_backward(self) -> None: ...
+
+
+class BatchWrapperPlugin(GoodPlugin):
+    """Wraps a seam whose answers are handed from one to the next."""
+
+    @hookimpl(wrapper=True)
+    def on_batch(self) -> Generator[None, Any, Any]:
+        return (yield)
+
+
+class EarlierNamePlugin(GoodPlugin):
+    """Reads what earlier releases had on the engine."""
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        self.loss = engine.losses["tiny_next"]
+
+
+class StrangePartPlugin(GoodPlugin):
+    """Adds a part of its own to the snapshot."""
+
+    @hookimpl
+    def on_save(self, snapshot: Any) -> None:
+        snapshot["tag"] = {"git": "abc123"}
+
+
+class StrangeCounterPlugin(GoodPlugin):
+    """Adds a counter of its own to those of the run."""
+
+    @hookimpl
+    def on_save(self, snapshot: Any) -> None:
+        snapshot["train"]["rounds"] = 3
+
+
+class ObjectExtraPlugin(GoodPlugin):
+    """Adds an object to the snapshot that no checkpoint can hold."""
+
+    @hookimpl
+    def on_save(self, snapshot: Any) -> None:
+        snapshot["extras"][self.name] = {"at": Path("run")}
+
+
+class OtherTypeExtraPlugin(GoodPlugin):
+    """Adds what is written, and read as something else."""
+
+    @hookimpl
+    def on_save(self, snapshot: Any) -> None:
+        snapshot["extras"][self.name] = {"words": Counter(a=2)}
+
+
+class OtherTypeStatePlugin(GoodPlugin):
+    """Saves a list of a class of its own, which loses its methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "recent": Recent([1, 2])}
+
+
+class Recent(list[int]):
+    """A list with a method."""
+
+    def newest(self) -> int:
+        return self[-1]
+
+
+class OtherWeightsPlugin(GoodPlugin):
+    """Saves rounded weights in place of those that are trained."""
+
+    @hookimpl
+    def on_save(self, snapshot: Any) -> None:
+        snapshot["model"] = {k: v.half().float() for k, v in snapshot["model"].items()}
 
 
 class LatePlugin(GoodPlugin):
@@ -396,6 +482,18 @@ FAULTS = [
     (MismarkedPlugin, "hooks_are_known", r"on_evall is marked @hookimpl.*Did you mean 'on_eval'"),
     (WrongArgumentPlugin, "hooks_are_known", r"engin"),
     (CirclePlugin, "order_holds", r"circle"),
+    (OutstagedPlugin, "order_holds", r"before 'clip' in after_backward.*'transform' comes bef"),
+    (UnknownStagePlugin, "hooks_are_known", r"no stage 'clip'; its stages: reduce, unscale"),
+    (BatchWrapperPlugin, "hooks_are_known", r"on_batch cannot be wrapped: return the changed"),
+    (EarlierNamePlugin, "names_are_present", r"engine.losses is step.losses since plugin API"),
+    (StrangePartPlugin, "checkpoint_is_bit_equal", r"'strange_part'.* put 'tag' into the snap"),
+    (StrangeCounterPlugin, "checkpoint_is_bit_equal", r"'strange_counter' put 'rounds' into"),
+    (ObjectExtraPlugin, "checkpoint_is_bit_equal", r"'object_extra'.*at' is a pathlib.*PosixPath"),
+    (OtherTypeExtraPlugin, "checkpoint_is_bit_equal", r"extras.other_type_extra.words: Counter"),
+    (OtherTypeStatePlugin, "checkpoint_is_bit_equal", r"recent: Recent \[1, 2\], and list"),
+    (OtherTypeStatePlugin, "state_round_trips", r"recent: Recent"),
+    (ForgetfulPlugin, "checkpoint_is_bit_equal", r"resumed from files.*model\..*numbers differ"),
+    (OtherWeightsPlugin, "checkpoint_is_bit_equal", r"model\..*numbers differ"),
     (LatePlugin, "order_holds", r"'clip' is called before 'late' in after_backward"),
     (StrangerPlugin, "order_holds", r"'checkpiont', which is not installed; is it.*checkpoint"),
     (TooLatePlugin, "gradient_is_left_alone_after_the_update", r"in step 1, gradients were chan"),
@@ -409,6 +507,81 @@ FAULTS = [
 ]
 
 
+class Pair(NamedTuple):
+    """A batch with names."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch as a dataclass, with a list of rows that are no tensors."""
+
+    x: Tensor
+    y: Tensor
+    names: list[str]
+
+
+MAKES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Any]]] = {
+    "list": (lambda x, y: [x, y], lambda batch: batch),
+    "tuple": (lambda x, y: (x, y), lambda batch: batch),
+    "named tuple": (Pair, lambda batch: batch),
+    "dict in a list": (lambda x, y: [{"x": x}, y], lambda b: (b[0]["x"], b[1])),
+    "UserDict": (lambda x, y: UserDict(x=x, y=y), lambda batch: (batch["x"], batch["y"])),
+    "arrays": (
+        lambda x, y: {"x": x.numpy(), "y": y.numpy()},
+        lambda batch: (torch.as_tensor(batch["x"]), torch.as_tensor(batch["y"])),
+    ),
+    "rows of lists": (
+        lambda x, y: {"x": x, "y": y.tolist()},
+        lambda batch: (batch["x"], torch.tensor(batch["y"])),
+    ),
+    "dataclass": (lambda x, y: Rows(x, y, ["a", "b"]), lambda batch: (batch.x, batch.y)),
+    "tensor": (
+        lambda x, y: torch.cat([x, y[:, None].float()], 1),
+        lambda batch: (batch[:, :5], batch[:, 5].long()),
+    ),
+}
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_step_is_split_in_batches_of_any_make(make: str) -> None:
+    """Breaks if the check compares other rows: a good plugin fails, or a bad one passes."""
+    build, parts = MAKES[make]
+
+    class ClassesPlugin(Loss[LossConfig]):
+        """Cross-entropy."""
+
+        def units(self, batch: Any) -> float:
+            return float(len(parts(batch)[0]))
+
+        def loss(self, batch: Any, output: Tensor) -> Tensor:
+            return F.cross_entropy(output, parts(batch)[1], reduction="sum")
+
+    class ReaderPlugin(Plugin[PluginConfig]):
+        """Gives the model its part of the batch."""
+
+        @hookimpl
+        def forward(self, engine: Engine, batch: Any) -> Tensor:
+            return engine.model(parts(batch)[0])
+
+    def data(self: PluginContract) -> list[Any]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(8, 2, 5, generator=generator)
+        return [build(rows, rows.argmax(1) % 3) for rows in x]
+
+    own: dict[str, Any] = {
+        "model": lambda self: torch.nn.Linear(5, 3),
+        "data": data,
+        "losses": lambda self: [ClassesPlugin()],
+        "beside": lambda self: [ReaderPlugin()],
+    }
+    check = "split_of_a_step_is_free"
+    for plugin, status in ((GoodPlugin, "pass"), (EachMicroBatchPlugin, "FAIL")):
+        assert [o.status for o in outcomes(plugin, check, **own)] == [status]
+
+
 class HostOnlyPlugin(GoodPlugin):
     """Reads where it costs nothing: on the host, by either way of asking, and for the log."""
 
@@ -417,7 +590,7 @@ class HostOnlyPlugin(GoodPlugin):
         loss = step.losses["tiny_next"]
         if loss.is_cpu:
             self.seen = loss.item()
-        self.look(engine)
+        self.look(engine, step)
 
     def look(self, engine: Engine, step: Step) -> None:
         if engine.device.type == "cpu":
@@ -466,7 +639,9 @@ def cleaned() -> Iterator[None]:
 
 @pytest.mark.usefixtures("cleaned")
 @pytest.mark.parametrize(
-    ("plugin", "check", "message"), FAULTS, ids=[plugin.name for plugin, *_ in FAULTS]
+    ("plugin", "check", "message"),
+    FAULTS,
+    ids=[f"{plugin.name}-{check}" for plugin, check, _ in FAULTS],
 )
 def test_a_planted_fault_is_caught_by_its_check(
     plugin: type[Plugin[Any]], check: str, message: str

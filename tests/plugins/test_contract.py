@@ -96,7 +96,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     },
     "jsonl": {"off": {}},
     "loss_reason": {"configs": ({}, {"weight": 1.0})},
-    "lr_finder": {"reads_on_cpu": ("on_step",)},
+    "lr_finder": {"reads_on_cpu": ("on_step",), "resumes_after_stop": False},
     "lr_cosine": {"configs": ({"warmup": "2 steps"},)},
     "model_nexus": {
         "configs": ({"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},),

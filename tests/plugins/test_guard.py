@@ -285,7 +285,7 @@ def test_rolling_back_in_vain_ends() -> None:
     """Breaks if a run goes back to the same save for ever."""
     guard = GuardPlugin(policy="rollback", max_consecutive=3)
     engine = engine_of(PoisonPlugin(*range(4, 100, 2)), guard, SavePlugin(2))
-    with pytest.raises(RunError, match="3 times in vain"):
+    with pytest.raises(RunError, match="3 times, and it did not help"):
         engine.fit(data(), until=100)
 
 

@@ -76,7 +76,7 @@ def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.
     """The modules of a model that patterns choose, by name, in the model's order.
 
     Args:
-        model: whose modules; the model itself is none of them.
+        model: whose modules; without the model itself.
         patterns: as for `matching`; none: the members of every ModuleList.
         key: the setting that the patterns come from, for the message.
 

@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the table of contents and check that each file is there, in its size.
 
     Raises:
-        CheckpointError: there is none, or it is none, or a file is missing or of another size.
+        CheckpointError: it is missing, or no manifest, or a file is missing or of another size.
     """
     path = folder / MANIFEST
     try:
@@ -293,7 +293,7 @@ def _manifest(parsed: object) -> Manifest:
         if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
             raise ValueError("a file is not described by size and sha256")
         if type(facts["size"]) is not int or not _HASH.fullmatch(str(facts["sha256"])):
-            raise ValueError("a size or a hash is none")
+            raise ValueError("a size or a hash is malformed")
     return Manifest(step, keep, {n: (f["size"], f["sha256"]) for n, f in files.items()})
 
 

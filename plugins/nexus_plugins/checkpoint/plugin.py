@@ -131,8 +131,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
         Args:
             engine: of the run that is to go on.
-            source: "auto" (the newest good checkpoint of this run; from the beginning where there
-                is none yet), "best", "final", the folder of a checkpoint or of a run.
+            source: "auto" (the newest good checkpoint of this run; from the beginning where
+                nothing is saved yet), "best", "final", the folder of a checkpoint or of a run.
 
         Raises:
             CheckpointError: there is no good one, or it does not belong to such a run.
@@ -269,7 +269,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         where = f"the checkpoint of step {self._saved_step} could not be written"
         what = f"{where} to {self._store.root}: {error}"
         if not isinstance(error, OSError) or self._failures > self.config.failures_allowed:
-            raise RunError(f"{what}; make room or mend the disk, then --resume auto") from error
+            raise RunError(f"{what}; make room or repair the disk, then --resume auto") from error
         if self._speaks:
             _say(f"{what}; going on, the next save tries again")
 
@@ -298,7 +298,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         return self._is_best_step(engine) and self._best_saved_step != engine.state.step
 
     def _find(self, engine: Engine, source: str) -> folder.Content | None:
-        """The checkpoint that a source means; None: "auto", and there is none yet."""
+        """The checkpoint that a source means; None: "auto", and nothing is saved yet."""
         if source not in ("auto", *NAMES):
             return _read_path(Path(source), engine.ranks)
         store = self._own_store(engine)

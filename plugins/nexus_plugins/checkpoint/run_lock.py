@@ -60,7 +60,7 @@ class RunLock:
         self._file.close()
 
     def close(self) -> None:
-        """Close the file alone, without a word in it."""
+        """Close the file, and write nothing into it."""
         os.close(self._file.fileno())
 
     def _take(self) -> None:

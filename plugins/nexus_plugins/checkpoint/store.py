@@ -43,7 +43,7 @@ class Store:
         """The folder that goes by the name `best` or `final`.
 
         Raises:
-            CheckpointError: there is none, or the name leads elsewhere.
+            CheckpointError: no checkpoint has it, or the name leads elsewhere.
         """
         link = self.root / name
         if not link.is_symlink():

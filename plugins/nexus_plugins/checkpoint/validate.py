@@ -32,7 +32,7 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     """Return the tree as the snapshot that it is.
 
     Raises:
-        CheckpointError: it is none, or none of such a model and optimizer.
+        CheckpointError: it is no snapshot, or does not fit model and optimizer.
     """
     _require(tree.keys() == Snapshot.__annotations__.keys(), f"has the parts {', '.join(tree)}")
     _check_model(tree["model"])

@@ -19,7 +19,7 @@ NAME.bin is a bare array of ids, little-endian uint16, or uint32 where the vocab
     ...     8n    the number of each document among all that went in (flag 1)
 
 NAME.len is a bare array of little-endian uint32. NAME.meta.jsonl, where it exists, has one line a
-document: its metadata as JSON, or null. A .bin without .idx is taken as uint16, as nanoGPT writes.
+document: its metadata as JSON, or null. `ids` reads a .bin without .idx.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
+from nexus_plugins.data_text.paths import reason
 from nexus_plugins.data_text.stream import MappedFile
 
 __all__ = ["Header", "TokenFile", "TokenWriter", "id_type"]
@@ -140,7 +141,7 @@ class TokenFile:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+            raise DataError(f"cannot read {path}: {reason(error)}; {_AGAIN}") from error
         if size != expected:
             what = "is cut short" if size < expected else "is too long"
             raise DataError(
@@ -190,6 +191,7 @@ class TokenWriter:
         self._dtype = np.dtype(id_type(vocabulary))
         self._files: dict[str, IO[bytes]] = {}
         self.documents = self.tokens = self.text_bytes = self._highest = 0
+        self.checksum = 0
         for kind in ("bin", "starts", "origins", "meta.jsonl", *(["len"] if with_lengths else [])):
             self._files[kind] = self._name(kind).open("w+b")
         self._has_metadata = False
@@ -212,7 +214,9 @@ class TokenWriter:
         ends = lengths.cumsum()
         self._files["starts"].write((ends - lengths + self.tokens).astype("<i8").tobytes())
         self._files["origins"].write(origins.astype("<i8").tobytes())
-        self._files["bin"].write(np.ascontiguousarray(ids, self._dtype).data)
+        raw = np.ascontiguousarray(ids, self._dtype).view(np.uint8).data
+        self.checksum = zlib.crc32(raw, self.checksum)
+        self._files["bin"].write(raw)
         if token_bytes is not None:
             self._files["len"].write(token_bytes.astype("<u4").tobytes())
         self._write_metadata(metadata, len(lengths))

@@ -6,35 +6,106 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from nexus_core.errors import DataError
+from nexus_plugins.data_text.paths import expanded, reason
 
-__all__ = ["cache_folder", "cached", "fingerprint", "signature", "writing"]
+__all__ = [
+    "CACHE_TAG",
+    "cache_folder",
+    "cached",
+    "fingerprint",
+    "sample",
+    "signature",
+    "tag_cache",
+    "writing",
+]
+
+CACHE_TAG = "CACHEDIR.TAG"
+_WHOLE = 1 << 20  # bytes of a file that are looked at whole
+_BLOCKS, _BLOCK = 32, 1 << 14  # else
 
 
 def cache_folder(wish: Path | None) -> Path:
     """The folder for derived files: the one wished for, or one in the user's cache folder."""
     if wish is not None:
-        return wish
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "nexus-trainer"
-
-
-def signature(paths: Sequence[Path]) -> list[list[str | int]]:
-    """Path, size and time of change of each file: other values mean other contents."""
+        return expanded(wish)
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "nexus-trainer"
     try:
-        stats = [(path, path.stat()) for path in paths]
+        return Path.home() / ".cache" / "nexus-trainer"
+    except RuntimeError:  # there is no home folder
+        return Path(tempfile.gettempdir()) / f"nexus-trainer-{os.getuid()}"
+
+
+def signature(paths: Sequence[Path], changes: bool = False) -> list[list[str | int]]:
+    """What tells a file from another, and from what it was: other values mean other contents.
+
+    Size and times are not enough, since copies keep them; so the bytes are looked at, all of a
+    small file, samples of a large one.
+
+    Args:
+        paths: the files.
+        changes: count too what the system alone sets: which file it is, and its last change.
+    """
+    return [_signature(path, changes) for path in paths]
+
+
+def _signature(path: Path, changes: bool) -> list[str | int]:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            looks = _sample(file, status.st_size)
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
-    return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
+    own = [status.st_dev, status.st_ino, status.st_ctime_ns] if changes else []
+    return [os.path.realpath(path), status.st_size, status.st_mtime_ns, looks, *own]
+
+
+def _sample(file: IO[bytes], size: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for begin, end in _spans(size):
+        file.seek(begin)
+        digest.update(file.read(end - begin))
+    return digest.hexdigest()
+
+
+def sample(raw: memoryview) -> str:
+    """A hash of some bytes: of all of them, of many only samples, and of their number."""
+    digest = hashlib.blake2b(str(len(raw)).encode(), digest_size=16)
+    for begin, end in _spans(len(raw)):
+        digest.update(raw[begin:end])
+    return digest.hexdigest()
+
+
+def _spans(size: int) -> list[tuple[int, int]]:
+    """All of a small file; of a large one blocks at even distances, the first and the last too."""
+    if size <= _WHOLE:
+        return [(0, size)]
+    begins = [(size - _BLOCK) * block // (_BLOCKS - 1) for block in range(_BLOCKS)]
+    return [(begin, begin + _BLOCK) for begin in begins]
 
 
 def fingerprint(*parts: object) -> str:
     """A short name for everything that something was made from."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def tag_cache(folder: Path) -> None:
+    """Mark a folder of derived files, so that it is not read as data, nor backed up.
+
+    Source: the Cache Directory Tagging Specification, https://bford.info/cachedir/
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / CACHE_TAG).exists():
+            (folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
 def cached(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
@@ -48,6 +119,7 @@ def cached(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
     target = folder / name
     if target.is_dir():
         return target
+    tag_cache(folder)
     temporary = folder / f".{name}.{os.getpid()}"
     with writing(folder):
         temporary.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
+import warnings
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from nexus_core.errors import NexusError
+from nexus_plugins.data_text.paths import expanded, printable
 
 if TYPE_CHECKING:
+    from nexus_plugins.data_text.folders import Found
     from nexus_plugins.data_text.inspection import Report
     from nexus_plugins.data_text.prepare import Summary
     from nexus_plugins.data_text.trace import Row
@@ -24,7 +29,10 @@ _TEXT_KEY = click.option(
     "--text-key", default="text", show_default=True, help="Key of the text in .jsonl and .parquet."
 )
 _WHOLE = click.option(
-    "--one-file-one-document", is_flag=True, help="A .txt file is one document, not one a line."
+    "--one-file-one-document", is_flag=True, help="A file of text is one document, not one a line."
+)
+_AS_TEXT = click.option(
+    "--as-text", is_flag=True, help="Read every file of text as such, whatever its suffix."
 )
 _UTF8 = click.option(
     "--invalid-utf8",
@@ -36,17 +44,67 @@ _UTF8 = click.option(
 
 
 def main() -> None:
-    """Run the command; an error of the user's is one line and exit code 2."""
+    """Run the command; any error is one line and exit code 2, with --debug its traceback too."""
+    warnings.showwarning = lambda message, *_, **__: _note(str(message))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _group()
     except NexusError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _end(str(error), error)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f" '{error.filename}'" if error.filename else ""
+        _end(f"the system refused{place}: {error.strerror or error}", error)
+    except Exception as error:
+        hint = "run it again as `nexus-data --debug ...` to see the traceback"
+        _end(f"{type(error).__name__}: {error} ({hint})", error)
+
+
+def _end(message: str, error: BaseException) -> NoReturn:
+    if "--debug" in sys.argv[1:2]:
+        traceback.print_exception(error)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+    sys.exit(2)
 
 
 @click.group(name="nexus-data", context_settings={"help_option_names": ["-h", "--help"]})
-def _group() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def _group(debug: bool) -> None:
     """Text for training: prepare it, look at it, find it again."""
+
+
+def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
+    """The files of all inputs; what is left out is said."""
+    from nexus_plugins.data_text.apart import in_words, split_by_name
+    from nexus_plugins.data_text.folders import find, root_of
+
+    paths: list[Path] = []
+    for one in inputs:
+        found: Found = find(one, as_text)
+        files = list(found.files)
+        for note in found.left_out:
+            _note(f"{one}: {note}")
+        if not found.named and not as_text:
+            split = split_by_name(files, root_of(expanded(one)))
+            files = list(split.train)
+            if split.valid or split.test:
+                _note(
+                    f"{in_words([*split.valid, *split.test])} named as held-out text, and so left "
+                    "out; name a file by itself to use it"
+                )
+        paths += files
+    twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1]
+    if twice:
+        _note(f"{in_words(twice)} named twice: read as often")
+    return paths
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {printable(text)}", err=True)
 
 
 @_group.command("prepare")
@@ -68,6 +126,7 @@ def _group() -> None:
 @click.option("--deduplicate", is_flag=True, help="Keep one of documents that are the same.")
 @_TEXT_KEY
 @_WHOLE
+@_AS_TEXT
 @_UTF8
 def _prepare(
     inputs: tuple[str, ...],
@@ -80,6 +139,7 @@ def _prepare(
     deduplicate: bool,
     text_key: str,
     one_file_one_document: bool,
+    as_text: bool,
     invalid_utf8: str,
 ) -> None:
     """Turn text into ids, once: train.bin and val.bin with their indexes, and the tokenizer.
@@ -88,10 +148,10 @@ def _prepare(
     """
     from tqdm import tqdm
 
-    from nexus_plugins.data_text.formats import find_files
     from nexus_plugins.data_text.prepare import Job, prepare
 
-    paths = [path for one in inputs for path in find_files(one)]
+    out = expanded(out)
+    paths = _found(inputs, as_text)
     job = Job(
         tokenizer,
         eos_token,
@@ -99,6 +159,7 @@ def _prepare(
         text_key,
         one_file_one_document,
         invalid_utf8,
+        as_text,
         val,
         deduplicate,
     )
@@ -109,6 +170,8 @@ def _prepare(
 
 
 def _show_summary(summary: Summary, out: Path) -> None:
+    from nexus_plugins.data_text.dataset import loss_in_words
+
     for name, documents, tokens in (
         ("train", summary.train_documents, summary.train_tokens),
         ("val", summary.valid_documents, summary.valid_tokens),
@@ -116,15 +179,20 @@ def _show_summary(summary: Summary, out: Path) -> None:
         if documents:
             click.echo(f"{name:<6}{documents:>14,} documents {tokens:>16,} tokens")
     tokens = summary.train_tokens + summary.valid_tokens
-    click.echo(f"text  {summary.text_bytes:>14,} bytes, {summary.text_bytes / tokens:.2f} a token")
+    share = summary.text_bytes / max(1, tokens)
+    click.echo(f"text  {summary.text_bytes:>14,} bytes, {share:.2f} a token")
     for what, count in (
         ("duplicates left out", summary.duplicates),
         ("documents left out, not UTF-8", summary.skipped),
         ("documents with bytes replaced", summary.replaced),
         ("empty documents left out", summary.empty),
+        ("files without a document", len(summary.barren)),
     ):
         if count:
             click.echo(f"{count:,} {what}")
+    loss = loss_in_words(summary.compared, summary.altered, summary.lost_bytes)
+    if loss:
+        click.echo(loss)
     click.echo(f"train on it: nexus-run --set data_text.train={out}")
 
 
@@ -134,6 +202,7 @@ def _show_summary(summary: Summary, out: Path) -> None:
 @click.option("--vocab-size", type=click.IntRange(258), default=32000, show_default=True)
 @_TEXT_KEY
 @_WHOLE
+@_AS_TEXT
 @_UTF8
 def _train_tokenizer(
     inputs: tuple[str, ...],
@@ -141,14 +210,16 @@ def _train_tokenizer(
     vocab_size: int,
     text_key: str,
     one_file_one_document: bool,
+    as_text: bool,
     invalid_utf8: str,
 ) -> None:
     """Learn a byte-level BPE vocabulary from text; any text can be written with it."""
-    from nexus_plugins.data_text.formats import Reading, find_files
+    from nexus_plugins.data_text.formats import Reading
     from nexus_plugins.data_text.training import train_tokenizer
 
-    paths = [path for one in inputs for path in find_files(one)]
-    reading = Reading(text_key, one_file_one_document, invalid_utf8)
+    out = expanded(out)
+    paths = _found(inputs, as_text)
+    reading = Reading(text_key, one_file_one_document, invalid_utf8, as_text)
     tokenizer = train_tokenizer(paths, out, vocab_size, reading)
     click.echo(f"{out}: {tokenizer}")
 
@@ -157,16 +228,20 @@ def _train_tokenizer(
 @click.argument("path")
 @click.option("--tokenizer", default="auto", help="Of ids; default: the one beside them.")
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True)
+@click.option("--ids-dtype", help="How bare ids are stored, such as uint32; default: uint16.")
 @_TEXT_KEY
 @_WHOLE
+@_AS_TEXT
 @_UTF8
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def _inspect(
     path: str,
     tokenizer: str,
     samples: int,
+    ids_dtype: str | None,
     text_key: str,
     one_file_one_document: bool,
+    as_text: bool,
     invalid_utf8: str,
     as_json: bool,
 ) -> None:
@@ -174,12 +249,11 @@ def _inspect(
     from nexus_plugins.data_text.inspection import inspect
     from nexus_plugins.data_text.plugin import DataTextPlugin
 
-    prepared = (Path(path) / "val.bin").is_file()
     plugin = DataTextPlugin(
-        train=path,
-        valid=path if prepared else None,
+        train=[{"path": path, "as": "text"}] if as_text else path,
         valid_share=0.0,
         tokenizer=tokenizer,
+        ids_dtype=ids_dtype,
         text_key=text_key,
         one_file_one_document=one_file_one_document,
         invalid_utf8=invalid_utf8,
@@ -188,7 +262,11 @@ def _inspect(
     if as_json:
         click.echo(json.dumps([_as_json(report) for report in reports], indent=1))
     else:
-        click.echo(str(found))
+        click.echo(str(found.tokenizer))
+        for reading in found.readings:
+            click.echo(f"read as: {printable(reading)}")
+        for remark in found.remarks:
+            click.echo(f"note: {printable(remark)}")
         for report in reports:
             _show_report(report)
     if any(report.faults for report in reports):
@@ -203,14 +281,15 @@ def _as_json(report: Report) -> dict[str, object]:
 
 def _show_report(report: Report) -> None:
     click.echo(f"\n{report.name}: {report.documents:,} documents, {report.tokens:,} tokens")
-    most = max(count for _, _, count in report.histogram)
+    most = max((count for _, _, count in report.histogram), default=1)
     for shortest, longest, count in report.histogram:
         bar = "#" * -(-40 * count // most)
         click.echo(f"  {shortest:>11,} to {longest:>11,} tokens {count:>12,} {bar}")
     for place, text in report.samples:
-        click.echo(f"  {place.file}, document {place.document}: {_one_line(text)}")
+        file = printable(place.file)
+        click.echo(f"  {file}, document {place.document}: {_one_line(text)}")
     for fault in report.faults:
-        click.echo(f"  WRONG: {fault}")
+        click.echo(f"  WRONG: {printable(fault)}")
     if not report.faults:
         click.echo("  checks: all ids are in the vocabulary, all documents end where they should")
 
@@ -226,7 +305,7 @@ def _at(run: Path, step: int, text: bool, as_json: bool) -> None:
 
     from nexus_plugins.data_text.trace import trained_on
 
-    rows = trained_on(run, step)
+    rows = trained_on(expanded(run), step)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
@@ -239,13 +318,13 @@ def _show_row(row: Row, text: bool) -> None:
     for excerpt in row.excerpts:
         place = excerpt.place
         span = f"tokens {place.offset:,} to {place.offset + excerpt.tokens - 1:,}"
-        click.echo(f"  {place.file}, document {place.document}, {span}")
+        click.echo(f"  {printable(place.file)}, document {place.document}, {span}")
         if text:
             click.echo(f"    {_one_line(excerpt.text)}")
 
 
 def _one_line(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return printable(json.dumps(text, ensure_ascii=False))
 
 
 if __name__ == "__main__":

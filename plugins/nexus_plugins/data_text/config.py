@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from nexus_core.plugin import PluginConfig
 
@@ -18,6 +18,8 @@ _LOCKED: dict[str, Any] = {"resume": "locked"}  # a resumed run must not change 
 class SourceConfig(PluginConfig):
     """One source of a mixture."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
     path: str = Field(description='file, folder, glob, or "stdlib"')
     weight: float = Field(
         1.0, gt=0, description="share of the rows of an epoch, relative to the other sources"
@@ -27,9 +29,21 @@ class SourceConfig(PluginConfig):
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="its validation loss is logged as val_<name>/loss; null: the file's name",
     )
+    as_: Literal["text"] | None = Field(
+        None, alias="as", description='"text": read every file of text, whatever its suffix'
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        as_text = found.pop("as_", None) or found.pop("as", None)
+        return found | ({"as": as_text} if as_text else {})
 
 
 SourceList = str | list[str] | list[SourceConfig]
+IdsDtype = Literal[
+    "uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64", "uint16be", "uint32be"
+]
 
 
 class DataTextConfig(PluginConfig):
@@ -93,9 +107,14 @@ class DataTextConfig(PluginConfig):
         le=2**32,
         description="vocabulary of ids without a tokenizer; null: the highest id and one",
     )
+    ids_dtype: IdsDtype | None = Field(
+        None,
+        description="how files of ids that do not say it store them; null: uint16, after a check",
+        json_schema_extra=_LOCKED,
+    )
     text_key: str = Field("text", description="key or column of the text in .jsonl and .parquet")
     one_file_one_document: bool = Field(
-        False, description="take each .txt file as one document instead of one a line"
+        False, description="take each file of text as one document instead of one a line"
     )
     invalid_utf8: Literal["error", "replace", "skip"] = Field(
         "error",

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.binary import TokenFile
-from nexus_plugins.data_text.cache import cache_folder, fingerprint, signature
-from nexus_plugins.data_text.config import DataTextConfig, SourceConfig, SourceList
+from nexus_plugins.data_text.cache import cache_folder, fingerprint, signature, tag_cache
+from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.embedded import standard_library
-from nexus_plugins.data_text.formats import HELD_OUT, TRAIN, Reading, find_files, is_text
-from nexus_plugins.data_text.index import open_text, scan_ids, split_documents
+from nexus_plugins.data_text.folders import HELD_OUT, TRAIN
+from nexus_plugins.data_text.formats import Format, Reading, format_of, is_text
+from nexus_plugins.data_text.ids import IdFile, open_ids
+from nexus_plugins.data_text.index import NoDocumentError, open_text, split_documents
 from nexus_plugins.data_text.load import load_tokenizer, tokenizer_beside
+from nexus_plugins.data_text.paths import reason
 from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.rows import PackedRows, PaddedRows, Rows
-from nexus_plugins.data_text.stream import MappedFile, Named, Origin, Stream, TokenStream, chained
-from nexus_plugins.data_text.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer
+from nexus_plugins.data_text.sources import Source, find_sources
+from nexus_plugins.data_text.stream import Named, Stream, TokenStream, chained
+from nexus_plugins.data_text.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, loss_of
 
-__all__ = ["PreparedOrigin", "Streams", "TextData", "open_data", "open_streams"]
+__all__ = ["Streams", "TextData", "loss_in_words", "open_data", "open_streams"]
 
-_EMBEDDED = "stdlib"
 _MOST_MAPPED = 64  # text files to keep open; more are put into one file of ids
 
 
@@ -39,13 +40,18 @@ class TextData:
         train: the rows of an epoch.
         valid: the rows of each evaluation, by the prefix of its metrics.
         tokenizer: of all of them.
-        remarks: what was left out while text became ids.
+        remarks: what was left out, what is on both sides, what the tokenizer loses.
     """
 
     train: Rows
     valid: dict[str, Rows]
     tokenizer: Tokenizer
     remarks: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that is trained on: see `Rows.fingerprint`."""
+        return self.train.fingerprint
 
     def notes(self) -> list[str]:
         """What a user should know: which tokens are left out, and what is evaluated."""
@@ -62,31 +68,18 @@ class TextData:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A source whose files have been found; the embedded text has none.
-
-    Args:
-        name: its own.
-        weight: its share of the rows.
-        files: to train on.
-        held_out: of those that are prepared data, what was held out for evaluation.
-    """
-
-    name: str
-    weight: float
-    files: tuple[Path, ...]
-    held_out: Mapping[Path, Path] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Streams:
-    """The sources by name: what to train on, what to evaluate on, and the tokenizer of all."""
+    """The sources by name: what to train on, what to evaluate on, and the tokenizer of all.
+
+    `remarks` are what a user should know, `readings` how the files were read.
+    """
 
     train: dict[str, Stream]
     valid: dict[str, Stream]
     weights: tuple[float, ...]
     tokenizer: Tokenizer
     remarks: tuple[str, ...]
+    readings: tuple[str, ...]
 
 
 def open_data(config: DataTextConfig) -> TextData:
@@ -106,10 +99,16 @@ def open_streams(config: DataTextConfig) -> Streams:
     Raises:
         DataError: something is missing, damaged or does not fit together.
     """
-    sources = _find(config.train)
-    apart = [] if config.valid is None else [_instead(one) for one in _find(config.valid)]
-    files = [path for one in (*sources, *apart) for path in one.files]
-    opener = _Opener(config, *_tokenizer(config, files))
+    try:
+        return _opened(config)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {reason(error)}") from error
+
+
+def _opened(config: DataTextConfig) -> Streams:
+    found = find_sources(config)
+    sources, apart = found.train, found.valid
+    opener = _Opener(config, *_tokenizer(config, [*sources, *apart]))
     share = config.valid_share if config.valid is None else 0.0
     opened = {source.name: opener.open(source, share) for source in sources}
     valid = {name: held_out for name, (_, held_out) in opened.items()} if share else {}
@@ -118,7 +117,8 @@ def open_streams(config: DataTextConfig) -> Streams:
         valid | {one.name: opener.open(one, 0.0)[0] for one in apart},
         tuple(source.weight for source in sources),
         opener.tokenizer,
-        tuple(opener.remarks),
+        (*found.remarks, *dict.fromkeys(opener.remarks)),
+        tuple(dict.fromkeys(opener.readings)),
     )
 
 
@@ -164,75 +164,42 @@ def _shape(config: DataTextConfig) -> tuple[type[Rows], int]:
     return PaddedRows, config.max_length or config.seq_len
 
 
-def _find(wish: SourceList) -> list[_Source]:
-    """The sources of a setting; a path or a list of paths is one source."""
-    if isinstance(wish, str):
-        return [_source(SourceConfig(path=wish))]
-    paths = [one for one in wish if isinstance(one, str)]
-    if paths:
-        return [_Source("text", 1.0, *_files(paths))]
-    sources = [_source(one) for one in wish if isinstance(one, SourceConfig)]
-    if not sources:
-        raise DataError("the list of sources is empty; name at least one file, folder or glob")
-    names = [source.name for source in sources]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"two sources are called '{twice}'; give them names of their own (name:)")
-    return sources
-
-
-def _source(wish: SourceConfig) -> _Source:
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(wish.path).name.partition(".")[0])
-    name = wish.name or stem or "text"
-    if wish.path == _EMBEDDED:
-        return _Source(name, wish.weight, ())
-    return _Source(name, wish.weight, *_files([wish.path]))
-
-
-def _files(paths: Sequence[str]) -> tuple[tuple[Path, ...], dict[Path, Path]]:
-    """The files to train on, and which of them have a part that was held out.
-
-    Such a part is what a folder or a glob brings along; a file that is named by itself is meant.
-    """
-    files: list[Path] = []
-    held_out: dict[Path, Path] = {}
-    for one in paths:
-        found = find_files(one)
-        pairs = {path: path.with_name(HELD_OUT) for path in found if path.name == TRAIN}
-        pairs = {path: part for path, part in pairs.items() if part in found}
-        held_out |= pairs
-        files += [path for path in found if path not in pairs.values()]
-    return tuple(files), held_out
-
-
-def _instead(source: _Source) -> _Source:
-    """Of prepared data that is named for evaluation, what was held out."""
-    files = tuple(source.held_out.get(path, path) for path in source.files)
-    return _Source(source.name, source.weight, files)
-
-
-def _tokenizer(config: DataTextConfig, files: list[Path]) -> tuple[Tokenizer, str]:
+def _tokenizer(config: DataTextConfig, sources: Sequence[Source]) -> tuple[Tokenizer, str]:
     """The tokenizer of the run, and the name or path under which it is loaded."""
+    special = (config.eos_token, config.pad_token)
     if config.tokenizer != "auto":
-        special = (config.eos_token, config.pad_token)
         return load_tokenizer(config.tokenizer, *special), config.tokenizer
-    ids = [path for path in files if not is_text(path)]
+    ids = [path for one in sources for path in (*one.ids, *_ids_apart(one))]
     beside = next(filter(None, map(tokenizer_beside, ids)), None)
     if beside is not None:
-        return load_tokenizer(str(beside), config.eos_token, config.pad_token), str(beside)
-    headers = [TokenFile(path).header for path in ids if path.with_suffix(".idx").exists()]
-    plain = ByteTokenizer()
-    if not ids or any(header.tokenizer == plain.hash for header in headers):
-        return plain, "bytes"
-    known = config.vocab_size or max((header.vocabulary for header in headers), default=0)
-    return IdTokenizer(known or _highest(ids, config) + 1), "auto"
-
-
-def _highest(ids: list[Path], config: DataTextConfig) -> int:
+        return load_tokenizer(str(beside), *special), str(beside)
     cache = cache_folder(config.cache_dir)
-    folders = {path.parent for path in ids}
-    beside = [folder / "val.bin" for folder in folders if (folder / "val.bin").is_file()]
-    return max(scan_ids(path, None, cache).highest for path in {*ids, *beside})
+    files = [open_ids(path, config.ids_dtype, None, cache) for path in ids]
+    known = [file.tokenizer for file in files if file.tokenizer is not None]
+    plain = ByteTokenizer()
+    if not ids or any(tokenizer == plain.hash for tokenizer, _ in known):
+        return plain, "bytes"
+    text = next((path for one in sources for path in one.texts), None)
+    if text is not None:
+        raise DataError(
+            f"{ids[0]} holds ids of an unknown tokenizer, and {text} is text, which needs that "
+            "one; set data_text.tokenizer to it"
+        )
+    size = config.vocab_size or max((size for _, size in known), default=0)
+    return IdTokenizer(size or _highest(files, ids, config) + 1), "auto"
+
+
+def _ids_apart(source: Source) -> list[Path]:
+    return [path for path in source.apart if not is_text(path, source.as_text)]
+
+
+def _highest(files: Sequence[IdFile], paths: Sequence[Path], config: DataTextConfig) -> int:
+    """The highest id of all, held-out ones beside them too, so that a vocabulary fits both."""
+    folders = {path.parent for path in paths}
+    beside = {folder / HELD_OUT for folder in folders if (folder / HELD_OUT).is_file()} - {*paths}
+    cache = cache_folder(config.cache_dir)
+    others = [open_ids(path, config.ids_dtype, None, cache) for path in sorted(beside)]
+    return max(file.highest for file in (*files, *others))
 
 
 class _Opener:
@@ -241,45 +208,82 @@ class _Opener:
     def __init__(self, config: DataTextConfig, tokenizer: Tokenizer, name: str) -> None:
         self.tokenizer = tokenizer
         self.remarks: list[str] = []
+        self.readings: list[str] = []
         self._name = name
         self._config = config
         self._cache = cache_folder(config.cache_dir)
         self._reading = Reading(config.text_key, config.one_file_one_document, config.invalid_utf8)
 
-    def open(self, source: _Source, share: float) -> tuple[Stream, Stream]:
+    def open(self, source: Source, share: float) -> tuple[Stream, Stream]:
         """The documents to train on and those to evaluate on (none of them if share is 0)."""
         if not source.files:
             return self._embedded(share)
-        texts = [path for path in source.files if is_text(path)]
-        ids = [path for path in source.files if not is_text(path)]
-        pairs = [self._pair(path, source.held_out.get(path), share) for path in ids]
-        if texts and self._can_map(texts):
-            assert self.tokenizer.eos is not None
-            settings = (self._reading, share, self.tokenizer.eos, self._cache)
-            pairs += [[*open_text(path, *settings)] for path in texts]
-        elif texts:
-            pairs.append(self._converted(texts, share))
+        apart = replace(source, files=source.apart, apart=(), held_out={})
+        held_out = [self.open(apart, 0.0)[0]] if source.apart and share else []
+        pairs = self._ids_of(source, share)
+        pairs += self._texts_of(source, 0.0 if source.apart else share)
         train = chained([pair[0] for pair in pairs])
-        return train, chained([stream for pair in pairs for stream in pair[1:]])
+        return train, chained([*(stream for pair in pairs for stream in pair[1:]), *held_out])
 
-    def _can_map(self, texts: list[Path]) -> bool:
+    def _ids_of(self, source: Source, share: float) -> list[list[Stream]]:
+        pairs: list[list[Stream]] = []
+        for path in source.ids:
+            held_out = source.held_out.get(path)
+            if held_out is not None and share:  # what was held out is all that is evaluated
+                pairs.append([self._ids(path, 0.0)[0], self._ids(held_out, 0.0)[0]])
+            else:
+                pairs.append(self._ids(path, 0.0 if source.apart else share))
+        return pairs
+
+    def _texts_of(self, source: Source, share: float) -> list[list[Stream]]:
+        texts = source.texts
+        reading = replace(self._reading, as_text=source.as_text)
+        if not texts:
+            return []
+        if not self._can_map(texts, reading):
+            return [self._converted(texts, share, reading)]
+        assert self.tokenizer.eos is not None
+        pairs: list[list[Stream]] = []
+        barren: list[str] = []
+        for path in texts:
+            try:
+                pairs.append([*open_text(path, reading, share, self.tokenizer.eos, self._cache)])
+            except NoDocumentError:
+                if len(texts) == 1:
+                    raise
+                barren.append(str(path))
+        if not pairs:
+            raise DataError(f"{barren[0]} holds no document that can be used, nor do the others")
+        self._say_barren(barren)
+        self.readings.append(f"{_files_of_text(len(pairs))}, used where they lie")
+        return pairs
+
+    def _say_barren(self, paths: Sequence[str]) -> None:
+        if paths:
+            self.remarks.append(f"{len(paths):,} of the files hold no document, such as {paths[0]}")
+
+    def _can_map(self, texts: list[Path], reading: Reading) -> bool:
         """Whether the bytes of the files can be used as ids where they lie."""
-        lines = all(path.name.lower().endswith(".txt") for path in texts)
-        strict = self._reading.invalid_utf8 == "error"
+        lines = all(format_of(path, reading.as_text) == Format("lines") for path in texts)
         plain = isinstance(self.tokenizer, ByteTokenizer)
-        return plain and lines and strict and len(texts) <= _MOST_MAPPED
+        return plain and lines and reading.invalid_utf8 == "error" and len(texts) <= _MOST_MAPPED
 
     def _embedded(self, share: float) -> tuple[Stream, Stream]:
         train, valid = standard_library(share)
         return self._in_memory(train), self._in_memory(valid)
 
     def _in_memory(self, documents: Sequence[tuple[str, bytes]]) -> Stream:
-        encoded = self.tokenizer.encode_documents([text for _, text in documents])
+        texts = [text for _, text in documents]
+        encoded = self.tokenizer.encode_documents(texts)
+        self._say_loss(**loss_of(self.tokenizer, texts, encoded))
         starts = np.concatenate([[0], encoded.lengths.cumsum()])
         origin = Named(tuple((name, number) for number, (name, _) in enumerate(documents)))
-        return TokenStream(encoded.ids, starts, lengths=encoded.token_bytes, origin=origin)
+        checksum = f"{zlib.crc32(encoded.ids.view(np.uint8).data):08x}"
+        return TokenStream(
+            encoded.ids, starts, lengths=encoded.token_bytes, origin=origin, checksum=checksum
+        )
 
-    def _converted(self, texts: list[Path], share: float) -> list[Stream]:
+    def _converted(self, texts: list[Path], share: float, reading: Reading) -> list[Stream]:
         """Text as ids in the cache, made on first use."""
         config = self._config
         job = Job(
@@ -287,10 +291,12 @@ class _Opener:
             eos_token=config.eos_token,
             pad_token=config.pad_token,
             share=share,
-            **asdict(self._reading),
+            **asdict(reading),
         )
-        key = fingerprint("tokens", asdict(job), self.tokenizer.hash, signature(texts))
+        signed = signature(texts, changes=True)
+        key = fingerprint("tokens", 2, asdict(job), self.tokenizer.hash, signed)
         folder = self._cache / f"tokens-{key}"
+        tag_cache(self._cache)
         size = sum(path.stat().st_size for path in texts)
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=None) as bar:
             summary = prepare(
@@ -301,83 +307,71 @@ class _Opener:
                 f"{summary.skipped:,} documents are not UTF-8 and are left out, "
                 f"{summary.replaced:,} have bytes replaced, {summary.empty:,} are empty"
             )
-        names = ("train.bin", "val.bin") if share else ("train.bin",)
-        return [stream for name in names for stream in self._ids(folder / name, 0.0)]
+        self._say_barren(summary.barren)
+        self._say_loss(summary.compared, summary.altered, summary.lost_bytes)
+        self.readings.append(f"{_files_of_text(len(texts))}, as ids in {folder}")
+        names = (TRAIN, HELD_OUT) if share else (TRAIN,)
+        files = [open_ids(folder / name, None, self.tokenizer.eos, self._cache) for name in names]
+        return [self._checked(file).stream() for file in files]
 
-    def _pair(self, path: Path, held_out: Path | None, share: float) -> list[Stream]:
-        """Like `_ids`, but what was held out already is all that is evaluated."""
-        if held_out is None or not share:
-            return self._ids(path, share)
-        return [*self._ids(path, 0.0), *self._ids(held_out, 0.0)]
+    def _say_loss(self, compared: int, altered: int, lost_bytes: int) -> None:
+        remark = loss_in_words(compared, altered, lost_bytes)
+        if remark:
+            self.remarks.append(remark)
 
     def _ids(self, path: Path, share: float) -> list[Stream]:
-        """The streams of a .bin file: to train on, and if share is not 0, to evaluate on."""
-        if path.with_suffix(".idx").exists():
-            file = TokenFile(path)
-            self._check_tokenizer(path, file)
-            ids, starts, lengths = file.ids, file.starts, file.lengths
-            origin: Origin = PreparedOrigin.of(file)
-        else:
-            scan = scan_ids(path, self.tokenizer.eos, self._cache)
-            self._check_highest(path, scan.highest)
-            ids, starts, lengths = MappedFile(path, "u2"), scan.starts, None
-            origin = PreparedOrigin(((str(path), 1 << 62),), starts, None)
+        """The streams of a file of ids: to train on, and if share is not 0, to evaluate on."""
+        file = self._checked(
+            open_ids(path, self._config.ids_dtype, self.tokenizer.eos, self._cache)
+        )
+        self.readings.append(f"{path}: {file.how}")
         if share:
-            settings = {"lengths": lengths, "origin": origin}
+            settings = {"lengths": file.lengths, "origin": file.origin, "checksum": file.checksum}
+            ids, starts = file.ids, file.starts
             return [*split_documents(path, ids, starts, share, self._cache, **settings)]
-        return [TokenStream(ids, starts, lengths=lengths, origin=origin)]
+        return [file.stream()]
 
-    def _check_tokenizer(self, path: Path, file: TokenFile) -> None:
-        header, tokenizer = file.header, self.tokenizer
-        if isinstance(tokenizer, IdTokenizer):
-            self._check_highest(path, header.highest)
-        elif header.tokenizer != tokenizer.hash or header.vocabulary != tokenizer.size:
+    def _checked(self, file: IdFile) -> IdFile:
+        """The file, if its ids are those of the tokenizer."""
+        path, tokenizer = file.ids.path, self.tokenizer
+        if file.tokenizer is not None and not isinstance(tokenizer, IdTokenizer):
+            made_with, size = file.tokenizer
+            if made_with != tokenizer.hash or size != tokenizer.size:
+                raise DataError(
+                    f"{path} was made with a tokenizer of {size:,} ids, hash {made_with[:12]}, but "
+                    f"the run uses a {tokenizer}; set data_text.tokenizer to "
+                    f"{path.parent / 'tokenizer.json'}, or prepare the data again"
+                )
+        elif file.highest >= tokenizer.size:
             raise DataError(
-                f"{path} was made with a tokenizer of {header.vocabulary:,} ids, hash "
-                f"{header.tokenizer[:12]}, but the run uses a {tokenizer}; set "
-                f"data_text.tokenizer to {path.parent / 'tokenizer.json'}, or prepare the data "
-                "again"
+                f"{path} holds id {file.highest}, but the vocabulary has {tokenizer.size:,} ids "
+                f"({tokenizer}); set data_text.tokenizer, data_text.vocab_size or "
+                "data_text.ids_dtype to what the file was made with"
             )
-
-    def _check_highest(self, path: Path, highest: int) -> None:
-        if highest >= self.tokenizer.size:
+        elif file.guessed and tokenizer.size > 1 << 16:
             raise DataError(
-                f"{path} holds id {highest}, but the vocabulary has {self.tokenizer.size:,} ids "
-                f"({self.tokenizer}); set data_text.tokenizer or data_text.vocab_size to what the "
-                "file was made with"
+                f"{path} does not say how it stores ids, and the {tokenizer.size:,} of its "
+                "tokenizer do not fit into 16 bits; set data_text.ids_dtype to how it was written "
+                "(most likely uint32)"
             )
+        return file
 
 
-@dataclass(frozen=True)
-class PreparedOrigin:
-    """Documents of a .bin file, by the files that it was made from.
+def loss_in_words(compared: int, altered: int, lost_bytes: int) -> str:
+    """What a tokenizer does not keep of the text; "" where it keeps all."""
+    said = []
+    if lost_bytes:
+        said.append(f"{lost_bytes:,} bytes of text have no id of their own and are not counted")
+    if altered:
+        said.append(f"{altered:,} of {compared:,} documents come back from their ids changed")
+    if not said:
+        return ""
+    return (
+        f"the tokenizer loses text: {'; '.join(said)}; bits per byte are of what it keeps, and "
+        "cannot be compared with other tokenizers"
+    )
 
-    Args:
-        files: path and number of documents of each.
-        starts: where the documents begin in the .bin.
-        origins: the number of each document among all that went in; None: its own.
-    """
 
-    files: tuple[tuple[str, int], ...]
-    starts: MappedFile
-    origins: MappedFile | None
-
-    @classmethod
-    def of(cls, file: TokenFile) -> PreparedOrigin:
-        """Read what `prepare` recorded beside the file."""
-        record = file.path.with_name("prepare.json")
-        recorded = [(file.path, 1 << 62)]
-        if file.origins is not None and record.exists():
-            recorded = json.loads(record.read_text())["files"]
-        files = tuple((str(name), int(count)) for name, count in recorded)
-        return cls(files, file.starts, file.origins)
-
-    def name(self, document: int, source: int) -> tuple[str, int]:
-        number = int(self.starts.array.searchsorted(source, "right")) - 1
-        if self.origins is not None:
-            number = int(self.origins.array[number])
-        for name, count in self.files:
-            if number < count:
-                return name, number
-            number -= count
-        return "unknown", number
+def _files_of_text(count: int) -> str:
+    """The number of files, in words."""
+    return "1 file of text" if count == 1 else f"{count:,} files of text"

@@ -1,30 +1,32 @@
-"""Files of text and the documents in them: .txt, .jsonl (also .gz and .zst) and .parquet."""
+"""Files of text and the documents in them: lines, JSON lines (also .gz and .zst) and Parquet."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from nexus_core.errors import DataError
+from nexus_plugins.data_text.paths import reason
 
 __all__ = [
     "BOM",
-    "HELD_OUT",
+    "KNOWN",
     "SUFFIXES",
-    "TRAIN",
+    "Format",
     "Portion",
     "Reading",
     "Slice",
-    "find_files",
+    "format_of",
     "is_text",
     "is_utf8",
+    "package",
     "read_slice",
     "slices_of",
     "suffix_of",
@@ -35,9 +37,33 @@ __all__ = [
 _BLOCK = 4 << 20  # bytes read at a time
 _PIECE = 1 << 15  # bytes checked at a time
 _SLICE = 4 << 20  # bytes of a file that are one piece of work
+_LONG = 16 << 20  # bytes of a line of which copies are avoided
+_LONGEST = 1 << 30  # bytes of a document
+_WINDOW = 1 << 31  # bytes that zstd may look back: all that `zstd --long=31` writes
 BOM = b"\xef\xbb\xbf"
-TRAIN, HELD_OUT = "train.bin", "val.bin"  # of prepared data
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".bin")
+_PACKINGS = ("", ".gz", ".zst")
+_KINDS: dict[str, Literal["lines", "json"]] = {
+    ".txt": "lines",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+}
+_IDS = (".bin", ".npy")
+KNOWN = ".txt, .jsonl, .ndjson, .json (each also .gz, .zst), .parquet, .bin, .npy"
+SUFFIXES = (*(kind + packing for kind in _KINDS for packing in _PACKINGS), ".parquet", *_IDS)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file is read.
+
+    Args:
+        kind: "lines" of text, "json" objects a line, "parquet" or "ids".
+        packing: ".gz", ".zst" or "".
+    """
+
+    kind: Literal["lines", "json", "parquet", "ids"]
+    packing: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,14 +71,16 @@ class Reading:
     """How documents are taken out of files.
 
     Args:
-        text_key: key or column of the text in .jsonl and .parquet.
-        one_file_one_document: take a .txt file as one document instead of one a line.
+        text_key: key or column of the text in JSON lines and .parquet.
+        one_file_one_document: take a file of text as one document instead of one a line.
         invalid_utf8: "error", "replace" (by U+FFFD) or "skip" (the document).
+        as_text: read every file as text, whatever its suffix.
     """
 
     text_key: str = "text"
     one_file_one_document: bool = False
     invalid_utf8: str = "error"
+    as_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,7 @@ class Slice:
 
     Args:
         path: the file.
-        first, last: bytes of a .txt or .jsonl file (the lines that begin there), row groups of
+        first, last: bytes of a file of lines (the lines that begin there), row groups of
             .parquet; a compressed file has one slice.
         size: bytes of the file, about.
     """
@@ -97,7 +125,8 @@ class Portion:
     ) -> None:
         """Take in a document, by the policy for bytes that are not UTF-8."""
         try:
-            raw.decode()
+            if not is_utf8(raw):
+                raw.decode()
         except UnicodeDecodeError as error:
             if policy == "error":
                 raise DataError(_not_utf8(where(), raw[error.start], error.start)) from None
@@ -111,84 +140,58 @@ class Portion:
             return
         self.texts.append(raw)
         self.numbers.append(number)
-        self.metadata.append(None if metadata is None else json.dumps(metadata, default=str))
+        try:
+            self.metadata.append(None if metadata is None else json.dumps(metadata, default=str))
+        except RecursionError:
+            raise DataError(f"{where()}: 'metadata' is nested too deeply; leave it out") from None
 
 
-def suffix_of(path: Path) -> str:
-    """The suffix that decides the format, `.jsonl.gz` as a whole; "" where it is none we know."""
+def suffix_of(path: Path, as_text: bool = False) -> str:
+    """The suffix that decides the format, `.jsonl.gz` as a whole; "" for an unknown one."""
     name = path.name.lower()
+    if as_text:
+        return next(
+            (".txt" + packing for packing in _PACKINGS[1:] if name.endswith(packing)), ".txt"
+        )
     return next((known for known in SUFFIXES[::-1] if name.endswith(known)), "")
 
 
-def is_text(path: Path) -> bool:
+def format_of(path: Path, as_text: bool = False) -> Format | None:
+    """How a file is read; None where its suffix is unknown."""
+    suffix = suffix_of(path, as_text)
+    if suffix == ".parquet":
+        return Format("parquet")
+    if suffix in _IDS:
+        return Format("ids")
+    kind, packing, _ = (
+        suffix.partition(".gz") if suffix.endswith(".gz") else suffix.partition(".zst")
+    )
+    return Format(_KINDS[kind], packing) if kind in _KINDS else None
+
+
+def is_text(path: Path, as_text: bool = False) -> bool:
     """Whether the file holds text, not ids."""
-    return suffix_of(path) != ".bin"
+    return as_text or suffix_of(path) not in _IDS
 
 
-def find_files(wish: str) -> list[Path]:
-    """The files that a path, a folder or a glob stands for, sorted.
-
-    Of a folder, all files of known formats in it and below; files and folders that begin with a
-    dot are left out. A folder with train.bin is prepared data, and stands for train.bin and val.bin
-    alone. Metadata beside ids is no text.
-
-    Raises:
-        DataError: there is none, or one is of an unknown format.
-    """
-    path = Path(wish).expanduser()
-    if path.is_dir():
-        found = [one for one in _below(path) if not _is_metadata(one)]
-        what = f"the folder {path} holds no file that can be read"
-    elif path.exists():
-        found, what = [path], ""
-    else:
-        anchor = Path(path.anchor)
-        pattern = str(path.relative_to(anchor)) if path.anchor else str(path)
-        matching = anchor.glob(pattern) if any(mark in wish for mark in "*?[") else ()
-        found = [one for one in matching if not _is_metadata(one)]
-        what = f"there is no file or folder '{wish}'"
-    files = sorted(one for one in found if one.is_file())
-    if not files:
-        raise DataError(f"{what}; expected {', '.join(SUFFIXES)} (from {Path.cwd()})")
-    for one in files:
-        if not suffix_of(one):
-            raise DataError(
-                f"{one} is of an unknown format '{one.suffix}'; known: {', '.join(SUFFIXES)}"
-            )
-    return files
-
-
-def _below(folder: Path) -> list[Path]:
-    """The files of known formats; where data was prepared, not what else lies there."""
-    found = [one for one in folder.rglob("*") if suffix_of(one) and not _hidden(one, folder)]
-    prepared = {one.parent for one in found if one.name == TRAIN}
-    ids = {folder / name for folder in prepared for name in (TRAIN, HELD_OUT)}
-    return [one for one in found if one in ids or prepared.isdisjoint(one.parents)]
-
-
-def _is_metadata(path: Path) -> bool:
-    """Whether it is NAME.meta.jsonl beside NAME.bin."""
-    name = path.name.removesuffix(".meta.jsonl")
-    return name != path.name and path.with_name(f"{name}.bin").exists()
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def slices_of(path: Path) -> list[Slice]:
+def slices_of(path: Path, reading: Reading | None = None) -> list[Slice]:
     """Cut a file into slices; where, depends on the file alone."""
+    reading = reading or Reading()
+    form = format_of(path, reading.as_text)
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
     if size == 0:
         raise DataError(f"{path} is empty; leave it out, or put text into it")
-    suffix = suffix_of(path)
-    if suffix == ".parquet":
-        return _parquet_slices(path)
-    step = _SLICE if suffix in (".txt", ".jsonl") else size
-    edges = [*range(0, size, step), size]
+    if form is not None and form.kind == "parquet":
+        from nexus_plugins.data_text.parquet import parquet_slices
+
+        return parquet_slices(path)
+    in_one = (
+        form is None or form.packing or (form.kind == "lines" and reading.one_file_one_document)
+    )
+    edges = [*range(0, size, size if in_one else _SLICE), size]
     return [Slice(str(path), *pair, pair[1] - pair[0]) for pair in pairwise(edges)]
 
 
@@ -205,32 +208,54 @@ def read_slice(part: Slice, reading: Reading) -> Iterator[Portion]:
         DataError: the file cannot be read, or a document in it cannot be used.
     """
     path = Path(part.path)
-    suffix = suffix_of(path)
+    form = format_of(path, reading.as_text)
     try:
-        if suffix == ".parquet":
-            yield from _read_parquet(part, reading)
-        elif suffix == ".txt" and reading.one_file_one_document:
-            portion = Portion()
-            raw = path.read_bytes().removeprefix(BOM)
-            portion.add(0, raw, reading.invalid_utf8, lambda: str(path))
-            yield portion
+        if form is None or form.kind == "ids":
+            raise DataError(f"{path} is not a file of text")
+        if form.kind == "parquet":
+            from nexus_plugins.data_text.parquet import read_parquet
+
+            yield from read_parquet(part, reading)
+        elif form.kind == "lines" and reading.one_file_one_document:
+            yield _take_file(part, form, reading)
         else:
-            take = _take_lines if suffix == ".txt" else _take_json
-            yield from _read_lines(part, suffix, reading, take)
+            take = _take_lines if form.kind == "lines" else _take_json
+            yield from _read_lines(part, form.packing, reading, take)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {path}: {reason(error)}") from error
 
 
-_Take = Callable[[bytes, Reading, int, Callable[[int], str]], Portion]
+def _take_file(part: Slice, form: Format, reading: Reading) -> Portion:
+    content = bytearray()
+    for block in _decompressed(part, form.packing) if form.packing else _plain(part):
+        content += block
+        _check_length(len(content), part)
+    raw = _taken(content)
+    portion = Portion()
+    portion.add(0, raw.removeprefix(BOM), reading.invalid_utf8, lambda: part.path)
+    return portion
 
 
-def _read_lines(part: Slice, suffix: str, reading: Reading, take: _Take) -> Iterator[Portion]:
+def _check_length(size: int, part: Slice) -> None:
+    if size > _LONGEST:
+        raise DataError(
+            f"{part.path} holds a document of more than {_LONGEST >> 20:,} MiB; documents must fit "
+            "in memory: cut it into several lines"
+        )
+
+
+_Take = Callable[[list[bytes], Reading, int, Callable[[int], str]], Portion]
+
+
+def _read_lines(part: Slice, packing: str, reading: Reading, take: _Take) -> Iterator[Portion]:
     line, number = 0, 0
-    for block in whole_lines(part, suffix):
-        portion = take(block, reading, number, _namer(part, line))
-        yield portion
-        line += block.count(b"\n")
+    for block in whole_lines(part, packing):
+        breaks, blocks = block.count(b"\n"), [block]
+        del block  # it may be one long line: whoever pops it is the only one to hold it
+        portion = take(blocks, reading, number, _namer(part, line))
+        line += breaks
         number += len(portion.texts) + portion.skipped + portion.empty
+        yield portion
 
 
 def _namer(part: Slice, line: int) -> Callable[[int], str]:
@@ -250,9 +275,10 @@ def _namer(part: Slice, line: int) -> Callable[[int], str]:
 
 
 def _take_lines(
-    block: bytes, reading: Reading, number: int, where: Callable[[int], str]
+    blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
 ) -> Portion:
     """One document a line; blank lines are none."""
+    block = blocks.pop()
     lines = block.split(b"\n")
     if b"\r" in block:
         lines = [line.removesuffix(b"\r") for line in lines]
@@ -274,11 +300,15 @@ def _take_doubtful(
     return portion
 
 
-def _take_json(block: bytes, reading: Reading, number: int, where: Callable[[int], str]) -> Portion:
+def _take_json(
+    blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
+) -> Portion:
     """One JSON object a line, its text under a key."""
+    if _is_one_long_line(blocks[0]):
+        return _take_long_json(blocks, reading, number, where)
     portion = Portion()
     policy = reading.invalid_utf8
-    for offset, line in enumerate(block.split(b"\n")):
+    for offset, line in enumerate(blocks.pop().split(b"\n")):
         if not line or line.isspace():
             continue
         try:
@@ -288,7 +318,7 @@ def _take_json(block: bytes, reading: Reading, number: int, where: Callable[[int
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where(offset)} is not JSON ({error}); expected one object a line, such as "
-                f'{{"{reading.text_key}": "..."}}'
+                f'{{"{reading.text_key}": "..."}}{_of_array(line)}'
             ) from None
         text = _text_of(entry, reading.text_key, lambda at=offset: where(at))  # type: ignore[misc]
         damaged = policy != "error" and not is_utf8(line)
@@ -299,20 +329,60 @@ def _take_json(block: bytes, reading: Reading, number: int, where: Callable[[int
     return portion
 
 
+def _is_one_long_line(block: bytes) -> bool:
+    """Whether a block is one line of valid UTF-8 without \\u, so long that copies of it count."""
+    breaks = block.find(b"\n")
+    long = len(block) > _LONG and breaks in (-1, len(block) - 1)
+    return long and b"\\u" not in block and is_utf8(block)
+
+
+def _take_long_json(
+    blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
+) -> Portion:
+    """Like `_take_json`, but never holds more than two copies of the line.
+
+    Each byte is taken as one character: without \\u, the characters of a string then are the
+    bytes of its UTF-8, and take one byte each, where a single rare letter would make it four.
+    """
+    line = blocks.pop().decode("latin-1")
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where(0)} is not JSON ({error}); expected one object a line") from None
+    del line
+    key = reading.text_key.encode().decode("latin-1")
+    known = isinstance(entry, dict) and isinstance(entry.get(key), str)
+    raw = entry.pop(key).encode("latin-1") if known else b""
+    rest = json.loads(json.dumps(entry, ensure_ascii=False).encode("latin-1"))
+    if not known:
+        _text_of(rest, reading.text_key, lambda: where(0))
+    portion = Portion()
+    portion.add(number, raw, reading.invalid_utf8, lambda: where(0), rest.get("metadata"))
+    return portion
+
+
 def _text_of(entry: Any, key: str, where: Callable[[], str]) -> str:
     if not isinstance(entry, dict):
         raise DataError(
-            f'{where()} holds {_kind(entry)}; expected an object such as {{"{key}": "..."}}'
+            f"{where()} is {_kind(entry)}; expected an object such as "
+            f'{{"{key}": "..."}}{_of_array(b"[" if isinstance(entry, list) else b"")}'
         )
     if key not in entry:
         raise DataError(
-            f"{where()} has no key '{key}', only {', '.join(map(repr, entry)) or 'none'}; "
+            f"{where()} has no key '{key}', only {', '.join(map(repr, [*entry][:9])) or 'none'}; "
             "set data_text.text_key (--text-key) to the key of the text"
         )
     text = entry[key]
     if not isinstance(text, str):
         raise DataError(f"{where()}: '{key}' is {_kind(text)}; expected a string")
     return text
+
+
+def _of_array(line: bytes) -> str:
+    """What to do with a file that is one array."""
+    if not line.lstrip().startswith(b"["):
+        return ""
+    return "; an array becomes such lines by: jq -c '.[]' FILE > FILE.jsonl"
 
 
 def _kind(value: Any) -> str:
@@ -343,41 +413,66 @@ def _not_utf8(where: str, value: int, byte: int) -> str:
     )
 
 
-def whole_lines(part: Slice, suffix: str) -> Iterator[bytes]:
+def whole_lines(part: Slice, packing: str = "") -> Iterator[bytes]:
     """Whole lines, a few megabytes at a time, without a byte-order mark."""
-    chunks = _decompressed(part, suffix) if suffix.endswith(("gz", "zst")) else _plain(part)
-    rest: list[bytes] = []
-    at_start = part.first == 0
-    for chunk in chunks:
+    rest, at_start = bytearray(), part.first == 0
+    for chunk in _decompressed(part, packing) if packing else _plain(part):
         if at_start:
             chunk, at_start = chunk.removeprefix(BOM), False
         cut = chunk.rfind(b"\n") + 1
-        rest.append(chunk[:cut] if cut else chunk)
-        if cut:
-            yield b"".join(rest)
-            rest = [chunk[cut:]]
-    if any(rest):
-        yield b"".join(rest)
+        if cut and rest:
+            rest += chunk[:cut]
+            yield _taken(rest)
+        elif cut:
+            yield chunk[:cut]
+        rest += chunk[cut:]
+        _check_length(len(rest), part)
+    if rest:
+        yield _taken(rest)
+
+
+def _taken(buffer: bytearray) -> bytes:
+    """The content of a buffer, which is empty afterwards: a long line is not kept twice."""
+    content = bytes(buffer)
+    buffer.clear()
+    return content
 
 
 def _plain(part: Slice) -> Iterator[bytes]:
     """The lines that begin within the slice: from the first line break on, up to one behind."""
     with Path(part.path).open("rb") as file:
-        if part.first:
-            file.seek(part.first - 1)
-            file.readline()
+        if part.first and not _seek_line(file, part):
+            return
         while (here := file.tell()) < part.last:
-            yield file.read(min(_BLOCK, part.last - here))
-        if part.first < part.last and file.tell() == part.last:
-            file.seek(part.last - 1)
-            if file.read(1) != b"\n":
-                yield file.readline()
+            block = file.read(min(_BLOCK, part.last - here))
+            if not block:
+                return  # cut short since its size was read
+            yield block
+        file.seek(part.last - 1)
+        ended = file.read(1) == b"\n"
+        while not ended and (block := file.readline(_BLOCK)):
+            ended = block.endswith(b"\n")
+            yield block
 
 
-def _decompressed(part: Slice, suffix: str) -> Iterator[bytes]:
+def _seek_line(file: IO[bytes], part: Slice) -> bool:
+    """Go to the first line that begins in a slice; a slice within a long line has none."""
+    file.seek(part.first - 1)
+    while (here := file.tell()) < part.last:
+        block = file.read(min(_BLOCK, part.last - here))
+        found = block.find(b"\n")
+        if found >= 0:
+            file.seek(here + found + 1)
+            return here + found + 1 < part.last
+        if not block:
+            return False
+    return False
+
+
+def _decompressed(part: Slice, packing: str) -> Iterator[bytes]:
     with Path(part.path).open("rb") as file:
         try:
-            yield from _gunzip(file) if suffix.endswith("gz") else _unzstd(file, part.path)
+            yield from _gunzip(file) if packing == ".gz" else _unzstd(file, part.path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(
                 f"{part.path} is damaged or cut short: {error}; copy or compress it again"
@@ -390,24 +485,26 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(file: IO[bytes], name: str) -> Iterator[bytes]:
-    zstandard = _package("zstandard", name, "zstd")
-    frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    for chunk in iter(lambda: file.read(_BLOCK // 8), b""):
+    zstandard = package("zstandard", name, "zstd")
+    reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj
+    frame, begun = reader(), False
+    for chunk in iter(lambda: file.read(_PIECE), b""):
         while chunk:
             try:
                 plain, begun = frame.decompress(chunk), True
-            except zstandard.ZstdError as error:
+            except (zstandard.ZstdError, MemoryError) as error:
                 raise zlib.error(str(error)) from error
             if plain:
                 yield plain
             chunk = frame.unused_data if frame.eof else b""
             if frame.eof:
-                frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
+                frame, begun = reader(), False
     if begun:
         raise EOFError("the last frame has no end")
 
 
-def _package(module: str, path: str, extra: str) -> Any:
+def package(module: str, path: str, extra: str) -> Any:
+    """An optional package, or an error that says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -415,63 +512,3 @@ def _package(module: str, path: str, extra: str) -> Any:
             f"reading {path} needs the package {module.partition('.')[0]}; "
             f"install it with: pip install 'nexus-trainer[{extra}]'"
         ) from error
-
-
-def _parquet_slices(path: Path) -> list[Slice]:
-    with _parquet(str(path)) as file:
-        groups = file.metadata.num_row_groups
-    size = path.stat().st_size // max(1, groups)
-    return [Slice(str(path), group, group + 1, size) for group in range(groups)]
-
-
-def _parquet(path: str) -> Any:
-    arrow = _package("pyarrow", path, "parquet")
-    parquet = _package("pyarrow.parquet", path, "parquet")
-    try:
-        return parquet.ParquetFile(path)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable .parquet file: {error}") from error
-
-
-def _read_parquet(part: Slice, reading: Reading) -> Iterator[Portion]:
-    arrow = _package("pyarrow", part.path, "parquet")
-    with _parquet(part.path) as file:
-        columns = _parquet_columns(file.schema_arrow, part.path, reading.text_key)
-        before = sum(file.metadata.row_group(group).num_rows for group in range(part.first))
-        number = 0
-        try:
-            for rows in file.iter_batches(
-                4096, row_groups=list(range(part.first, part.last)), columns=columns
-            ):
-                yield _take_rows(rows, reading, number, before, part.path)
-                number += rows.num_rows
-        except (arrow.ArrowException, OSError) as error:
-            raise DataError(f"{part.path} is damaged: {error}; write it again") from error
-
-
-def _parquet_columns(schema: Any, path: str, key: str) -> list[str]:
-    if key not in schema.names:
-        raise DataError(
-            f"{path} has no column '{key}', only {', '.join(map(repr, schema.names))}; set "
-            "data_text.text_key (--text-key) to the column of the text"
-        )
-    kind = str(schema.field(key).type)
-    if kind not in ("string", "large_string", "string_view"):
-        raise DataError(f"{path}: column '{key}' is of type {kind}; expected strings")
-    return [key, "metadata"] if "metadata" in schema.names else [key]
-
-
-def _take_rows(rows: Any, reading: Reading, number: int, before: int, path: str) -> Portion:
-    portion = Portion()
-    texts = rows.column(reading.text_key).cast("large_binary").to_pylist()
-    metadata: Iterable[Any] = (
-        rows.column("metadata").to_pylist()
-        if "metadata" in rows.schema.names
-        else [None] * len(texts)
-    )
-    for offset, (raw, extra) in enumerate(zip(texts, metadata, strict=True)):
-        where = f"{path}, row {before + number + offset + 1}"
-        if raw is None:
-            raise DataError(f"{where}: '{reading.text_key}' is null; expected a string")
-        portion.add(number + offset, raw, reading.invalid_utf8, lambda at=where: at, extra)  # type: ignore[misc]
-    return portion

@@ -6,7 +6,6 @@ import json
 from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ Ids = NDArray[np.int64]
 
 _EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "[SEP]")
 _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+_SPACES = np.array([point for point in range(0x3001) if chr(point).isspace()], np.uint32)
+_GAPS, _MORE = 4, 100_000  # ids that a vocabulary may have: so many times its tokens, and more
 _WORDS_REMEMBERED = 200_000  # some tens of MB; the package's own default is 10,000
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|bos|>", "[BOS]", "[CLS]", "<|startoftext|>")
 
@@ -52,10 +53,16 @@ class HfTokenizer(Tokenizer):
         if not self._vocabulary:
             raise DataError(f"{path} has an empty vocabulary; train it first")
         self.size = max(self._vocabulary.values()) + 1
+        if self.size > _GAPS * len(self._vocabulary) + _MORE:
+            raise DataError(
+                f"{path} has {len(self._vocabulary):,} tokens, but ids up to {self.size - 1:,}; "
+                "number its tokens without such gaps"
+            )
         self.eos: int = self._required("eos", eos_token, _EOS)
         pad = self._find("pad", pad_token, _PAD)
         self.pad = self.eos if pad is None else pad
         self.bos = self._find("bos", None, _BOS)
+        self._unknown = _unknown(self._tokenizer, self._vocabulary)
 
     def _required(self, what: str, wish: str | None, names: Sequence[str]) -> int:
         found = self._find(what, wish, names)
@@ -93,8 +100,8 @@ class HfTokenizer(Tokenizer):
         batch = self._tokenizer.encode_batch_fast if by_table else self._tokenizer.encode_batch
         try:
             encoded = batch(words, add_special_tokens=False)
-        except Exception as error:  # the package raises bare exceptions
-            raise DataError(f"{self._path} cannot encode the text: {error}") from error
+        except BaseException as error:  # the package raises bare exceptions, and panics
+            raise _not_interrupted(error, f"{self._path} cannot encode the text") from error
         joined, lengths = array("I"), np.empty(len(words), np.int64)
         for place, one in enumerate(encoded):
             own: list[int] = one.ids  # made anew at each access
@@ -104,13 +111,17 @@ class HfTokenizer(Tokenizer):
         ids = np.frombuffer(joined, np.uint32)
         if by_table:
             return Encoded(ids, lengths, None)
-        counts = [_byte_counts(word, one.offsets) for word, one in zip(words, encoded, strict=True)]
-        return Encoded(ids, lengths, np.concatenate(counts) if counts else np.zeros(0, np.int64))
+        counts = [
+            _byte_counts(word, one.offsets, np.array(one.ids, np.int64) != self._unknown)
+            for word, one in zip(words, encoded, strict=True)
+        ]
+        known = np.concatenate([np.zeros(0, np.int64), *counts])
+        return Encoded(ids, lengths, known, sum(map(len, texts)) - int(known.sum()))
 
     @cached_property
     def token_bytes(self) -> Ids | None:
         """Known where every id stands for the same bytes everywhere: byte-level vocabularies."""
-        layout = json.loads(self._json)
+        layout = json.loads(self._tokenizer.to_str())
         added = self._tokenizer.get_added_tokens_decoder()
         if not _is_lossless(layout) or any(one.lstrip or one.rstrip for one in added.values()):
             return None
@@ -132,14 +143,21 @@ def _load(text: str, path: Path) -> Any:
         ) from error
     try:
         tokenizer = Implementation.from_str(text)
-    except Exception as error:  # the package raises bare exceptions
-        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+    except BaseException as error:  # the package raises bare exceptions, and panics
+        raise _not_interrupted(error, f"{path} is not a tokenizer.json") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     if hasattr(tokenizer.model, "_resize_cache"):  # changes the speed, never the ids
         tokenizer.model._resize_cache(_WORDS_REMEMBERED)
     return tokenizer
+
+
+def _not_interrupted(error: BaseException, what: str) -> DataError:
+    """The error in words; what ends a program is passed on."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    return DataError(f"{what}: {error}")
 
 
 def _is_lossless(layout: dict[str, Any]) -> bool:
@@ -149,9 +167,11 @@ def _is_lossless(layout: dict[str, Any]) -> bool:
     byte_level = [part for part in parts if part.get("type") == "ByteLevel"]
     removing = [part for part in parts if part.get("behavior") == "Removed"]
     kinds = {part.get("type") for part in parts} <= {"ByteLevel", "Split", "Digits", "Punctuation"}
-    plain = layout.get("normalizer") is None and layout["model"].get("type") == "BPE"
+    model = layout["model"]
+    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    plain = layout.get("normalizer") is None and model.get("type") == "BPE" and not marked
     spaced = any(part.get("add_prefix_space", True) for part in byte_level)
-    alphabet = layout["model"].get("vocab", {})
+    alphabet = model.get("vocab", {})
     complete = all(letter in alphabet for letter in _byte_alphabet())
     return plain and kinds and len(byte_level) == 1 and not removing and not spaced and complete
 
@@ -162,14 +182,30 @@ def _byte_alphabet() -> list[str]:
     return list(ByteLevel.alphabet())
 
 
-def _byte_counts(text: str, offsets: Sequence[tuple[int, int]]) -> Ids:
-    """Bytes from the end of a token to the end of the next; the last takes the rest, eos none.
+def _unknown(tokenizer: Any, vocabulary: dict[str, int]) -> int:
+    """The id of text that the vocabulary lacks; -1 where there is none."""
+    model = json.loads(tokenizer.to_str()).get("model", {})
+    by_number = model.get("unk_id")
+    named = vocabulary.get(model.get("unk_token") or "", -1)
+    return by_number if isinstance(by_number, int) else named
 
-    They add up to the bytes of the text whatever the tokenizer leaves out.
+
+def _byte_counts(text: str, offsets: Sequence[tuple[int, int]], known: NDArray[np.bool_]) -> Ids:
+    """Bytes of text that each token stands for, and none for eos.
+
+    Spaces between tokens belong to the next, at the end to the last. Other letters that no token
+    reaches, or only the one of unknown text, are not counted: they cannot be read back.
     """
-    edges = np.array([0, *accumulate(len(letter.encode()) for letter in text)])
-    ends = np.array([end for _, end in offsets], np.int64)
-    reached = edges[np.maximum.accumulate(ends)] if len(ends) else np.zeros(0, np.int64)
-    if len(reached):
-        reached[-1] = edges[-1]
-    return np.append(np.diff(reached, prepend=0), 0)
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    spans = np.array(offsets, np.int64).reshape(-1, 2)
+    if not len(spans):
+        return np.zeros(1, np.int64)
+    reached = np.zeros(len(points) + 1, np.int64)
+    np.add.at(reached, spans[known, 0], 1)
+    np.add.at(reached, spans[known, 1], -1)
+    held = (reached.cumsum()[:-1] > 0) | np.isin(points, _SPACES)
+    edges = np.concatenate([[0], (sizes * held).cumsum()])
+    counts = edges[np.maximum.accumulate(spans[:, 1])]
+    counts[-1] = edges[-1]
+    return np.append(np.diff(counts, prepend=0), 0)

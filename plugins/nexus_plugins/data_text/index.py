@@ -19,11 +19,23 @@ from nexus_plugins.data_text.cache import cached, fingerprint, signature
 from nexus_plugins.data_text.formats import BOM, Reading, is_utf8, read_slice, whole, whole_lines
 from nexus_plugins.data_text.stream import MappedFile, TokenStream
 
-__all__ = ["LineOrigin", "Scan", "held_out", "open_text", "scan_ids", "split_documents"]
+__all__ = [
+    "LineOrigin",
+    "NoDocumentError",
+    "Scan",
+    "held_out",
+    "open_text",
+    "scan_ids",
+    "split_documents",
+]
 
 Ids = NDArray[np.int64]
 _BLOCK = 4 << 20  # bytes, or ids
 _PARTS = ("train", "valid")
+
+
+class NoDocumentError(DataError):
+    """A file can be read, but there is no text in it."""
 
 
 def held_out(checksums: Ids, share: float) -> NDArray[np.bool_]:
@@ -74,8 +86,11 @@ def open_text(
     def build(folder: Path) -> None:
         _index(path, reading, share, folder)
 
-    key = fingerprint("text", signature([path]), share, reading.one_file_one_document)
+    signed = signature([path], changes=True)
+    key = fingerprint("text", signed, share, reading.one_file_one_document)
     folder = cached(cache, f"lines-{key}", build)
+    _check_same(path, signed)
+    checksum = (folder / "checksum").read_text()
     return [
         TokenStream(
             MappedFile(path),
@@ -83,41 +98,55 @@ def open_text(
             sources=MappedFile(folder / f"{part}.sources", "i8"),
             eos=eos,
             origin=LineOrigin(path, reading),
+            checksum=checksum,
         )
         for part in _PARTS[: 2 if share else 1]
     ]
+
+
+def _check_same(path: Path, signed: list[list[str | int]]) -> None:
+    if signature([path], changes=True) != signed:
+        raise DataError(f"{path} has changed while it was read; start again when it is complete")
 
 
 def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
     with ExitStack() as stack:
         parts = _PARTS[: 2 if share else 1]
         writers = [stack.enter_context(_IndexWriter(folder, part, eos=1)) for part in parts]
-        for begins, ends, checksums in _found(path, reading, bool(share)):
+        crc = [0]
+        for begins, ends, checksums in _found(path, reading, bool(share), crc):
             valid = held_out(checksums, share) if share else np.zeros(len(begins), np.bool_)
             for writer, chosen in zip(writers, (~valid, valid), strict=False):
                 writer.append(begins[chosen], (ends - begins)[chosen])
         if not any(writer.documents for writer in writers):
-            raise DataError(f"{path} holds no text, only blank lines; leave it out")
+            raise NoDocumentError(f"{path} holds no text, only blank lines; leave it out")
+        (folder / "checksum").write_text(f"{crc[0]:08x}")
 
 
-def _found(path: Path, reading: Reading, hashed: bool) -> Iterator[tuple[Ids, Ids, Ids]]:
-    """Begin, end and CRC-32 of documents, in bytes of the file."""
+def _found(
+    path: Path, reading: Reading, hashed: bool, crc: list[int]
+) -> Iterator[tuple[Ids, Ids, Ids]]:
+    """Begin, end and CRC-32 of documents, in bytes of the file; adds all text to `crc`."""
     if reading.one_file_one_document:
-        yield _whole_file(path, reading)
+        found = _whole_file(path, reading)
+        crc[0] = int(found[2][0])
+        yield found
         return
     for block, offset in _lines(path):
+        crc[0] = zlib.crc32(block, crc[0])
         if not is_utf8(block):
             _complain(path, reading)
         begins, ends = _documents(block)
         pairs = zip(begins.tolist(), ends.tolist(), strict=True)
-        checksums = [zlib.crc32(block[begin:end]) for begin, end in pairs] if hashed else []
+        view = memoryview(block)
+        checksums = [zlib.crc32(view[begin:end]) for begin, end in pairs] if hashed else []
         yield begins + offset, ends + offset, np.array(checksums, np.int64)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
     with path.open("rb") as file:
         offset = len(BOM) if file.read(len(BOM)) == BOM else 0
-    for block in whole_lines(whole(path), ".txt"):
+    for block in whole_lines(whole(path)):
         yield block, offset
         offset += len(block)
 
@@ -147,7 +176,7 @@ def _whole_file(path: Path, reading: Reading) -> tuple[Ids, Ids, Ids]:
         checksum = zlib.crc32(block, checksum)
         offset = begin if offset < 0 else offset
     if offset < 0:
-        raise DataError(f"{path} is empty but for a byte-order mark; leave it out")
+        raise NoDocumentError(f"{path} is empty but for a byte-order mark; leave it out")
     size = path.stat().st_size
     return np.array([offset]), np.array([size]), np.array([checksum])
 
@@ -187,44 +216,51 @@ class _IndexWriter:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a bare .bin file holds.
+    """What a file of bare ids holds.
 
     Args:
-        highest: id.
+        lowest, highest: id.
+        checksum: of all ids.
         starts: where each document begins, and the number of tokens.
     """
 
+    lowest: int
     highest: int
+    checksum: str
     starts: MappedFile
 
 
-def scan_ids(path: Path, eos: int | None, cache: Path) -> Scan:
-    """Read a bare .bin of uint16 ids once, for the highest id and for documents that end in eos.
+def scan_ids(file: MappedFile, eos: int | None, cache: Path) -> Scan:
+    """Read bare ids once, for the highest id and for documents that end in eos.
 
     Raises:
-        DataError: it is empty, or cut short.
+        DataError: there is none.
     """
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        what = "is empty" if size == 0 else f"is cut short: {size:,} bytes are no uint16 ids"
-        raise DataError(f"{path} {what}; write it again, or prepare it with: nexus-data prepare")
+    if not len(file.array):
+        raise DataError(f"{file.path} holds no ids; leave it out")
 
     def build(folder: Path) -> None:
-        ids = MappedFile(path, "u2").array
-        ends, highest = [np.zeros(1, np.int64)], 0
-        for first in range(0, len(ids), _BLOCK):
-            portion = ids[first : first + _BLOCK]
-            highest = max(highest, int(portion.max()))
-            if eos is not None:
-                ends.append(np.flatnonzero(portion == eos) + first + 1)
-        found = np.concatenate(ends)
-        starts = found if found[-1] == len(ids) else np.append(found, len(ids))
-        starts.astype("<i8").tofile(folder / "starts")
-        (folder / "scan.json").write_text(json.dumps({"highest": highest}))
+        ids, lowest, highest, last, checksum = file.array, 0, 0, 0, 0
+        with (folder / "starts").open("wb") as starts:
+            starts.write(bytes(8))
+            for first in range(0, len(ids), _BLOCK):
+                portion = ids[first : first + _BLOCK]
+                checksum = zlib.crc32(portion.view(np.uint8).data, checksum)
+                lowest, highest = min(lowest, int(portion.min())), max(highest, int(portion.max()))
+                if eos is not None and len(ends := np.flatnonzero(portion == eos)):
+                    last = first + 1 + int(ends[-1])
+                    starts.write((ends + (first + 1)).astype("<i8").tobytes())
+            if last < len(ids):
+                starts.write(np.array([len(ids)], "<i8").tobytes())
+        found = {"lowest": lowest, "highest": highest, "checksum": f"{checksum:08x}"}
+        (folder / "scan.json").write_text(json.dumps(found))
 
-    folder = cached(cache, f"ids-{fingerprint('ids', signature([path]), eos)}", build)
-    highest = json.loads((folder / "scan.json").read_text())["highest"]
-    return Scan(highest, MappedFile(folder / "starts", "i8"))
+    layout = (file.dtype.str, file.offset, len(file.array))
+    signed = signature([file.path], changes=True)
+    folder = cached(cache, f"ids-{fingerprint('ids', signed, layout, eos)}", build)
+    _check_same(file.path, signed)
+    found = json.loads((folder / "scan.json").read_text())
+    return Scan(**found, starts=MappedFile(folder / "starts", "i8"))
 
 
 def split_documents(
@@ -253,7 +289,7 @@ def split_documents(
                 for writer, chosen in zip(writers, (~valid, valid), strict=True):
                     writer.append(some[:-1][chosen], np.diff(some)[chosen])
 
-    key = fingerprint("split", signature([path, starts.path]), share)
+    key = fingerprint("split", signature([path, starts.path], changes=True), share)
     folder = cached(cache, f"split-{key}", build)
     return [
         TokenStream(

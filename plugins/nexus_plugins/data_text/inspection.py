@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_plugins.data_text.config import DataTextConfig
-from nexus_plugins.data_text.dataset import open_streams
+from nexus_plugins.data_text.dataset import Streams, open_streams
+from nexus_plugins.data_text.sources import has_held_out
 from nexus_plugins.data_text.stream import Place, Stream
 from nexus_plugins.data_text.tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ __all__ = ["Report", "inspect"]
 Ids = NDArray[np.int64]
 _PORTION = 1 << 20  # tokens
 _SAMPLE = 200  # tokens
+_NOTHING = 1e-300  # a share that no document falls into: only what is held out already
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,18 @@ class Report:
     faults: tuple[str, ...]
 
 
-def inspect(config: DataTextConfig, samples: int) -> tuple[Tokenizer, list[Report]]:
-    """Open what `config.train` names and read all of it.
+def inspect(config: DataTextConfig, samples: int) -> tuple[Streams, list[Report]]:
+    """Open what `config.train` names, a held-out part too, and read all of it.
 
     Raises:
         DataError: it cannot be opened.
     """
+    if config.valid is None and has_held_out(config.train):
+        config = config.model_copy(update={"valid_share": _NOTHING})
     streams = open_streams(config)
     found = [("train", one) for one in streams.train.values()]
     found += [("valid", one) for one in streams.valid.values() if len(one)]
-    return streams.tokenizer, [_report(*pair, streams.tokenizer, samples) for pair in found]
+    return streams, [_report(*pair, streams.tokenizer, samples) for pair in found]
 
 
 def _report(name: str, stream: Stream, tokenizer: Tokenizer, samples: int) -> Report:

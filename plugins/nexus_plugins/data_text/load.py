@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
+import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nexus_core.errors import DataError
 from nexus_plugins.data_text.huggingface import HfTokenizer
+from nexus_plugins.data_text.paths import expanded, reason
 from nexus_plugins.data_text.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, Tokenizer
 
 __all__ = ["load_tokenizer", "tokenizer_beside"]
@@ -31,13 +34,13 @@ def load_tokenizer(
     """
     if wish == "bytes":
         return ByteTokenizer()
-    path = Path(wish).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = expanded(wish)
     try:
+        path = path / "tokenizer.json" if path.is_dir() else path
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"there is no tokenizer '{wish}' ({error.strerror}); expected \"bytes\" or the path "
+            f"there is no tokenizer '{wish}' ({reason(error)}); expected \"bytes\" or the path "
             "of a tokenizer.json"
         ) from error
     return _parsed(raw, path, eos_token, pad_token)
@@ -48,30 +51,45 @@ def _parsed(raw: bytes, path: Path, eos_token: str | None, pad_token: str | None
     if path.suffix == ".pkl":
         return _of_nanogpt(raw, path)
     try:
-        layout = json.loads(raw)
+        text = raw.decode("utf-8-sig")
+        layout = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a tokenizer.json: {error}") from error
     own = layout.get("nexus_tokenizer") if isinstance(layout, dict) else None
     if own is not None:
         return _own(own, layout, path)
-    return HfTokenizer(raw.decode(), path, eos_token, pad_token)
+    return HfTokenizer(text, path, eos_token, pad_token)
 
 
 def _own(kind: str, layout: dict[str, Any], path: Path) -> Tokenizer:
     size, letters = layout.get("size"), layout.get("letters")
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "ids" and isinstance(size, int) and size > 0:
+    if kind == "ids" and isinstance(size, int) and 0 < size <= _MOST_IDS:
         return IdTokenizer(size)
     if kind == "characters" and isinstance(letters, list):
-        return CharTokenizer([str(letter) for letter in letters])
+        return CharTokenizer(_letters(letters, path))
     raise DataError(f"{path} holds a tokenizer of the unknown kind '{kind}'; use a newer release")
+
+
+def _letters(found: list[Any], path: Path) -> list[str]:
+    """Texts that can be written as UTF-8, each once."""
+    try:
+        "".join(found).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} has ids that stand for no text ({error})") from error
+    if len(set(found)) < len(found) or not found:
+        raise DataError(f"{path} has no ids, or two for the same text")
+    return found
 
 
 def tokenizer_beside(path: Path) -> Path | None:
     """The file of the tokenizer that lies in the folder of a .bin file, if one does."""
     beside = (path.parent / name for name in ("tokenizer.json", "meta.pkl"))
     return next((file for file in beside if file.exists()), None)
+
+
+_MOST_IDS = 1 << 32
 
 
 class _Plain(pickle.Unpickler):
@@ -84,6 +102,7 @@ class _Plain(pickle.Unpickler):
 def _of_nanogpt(raw: bytes, path: Path) -> Tokenizer:
     """The characters of nanoGPT's meta.pkl: {"vocab_size": V, "itos": {id: character}}."""
     try:
+        _check_memo(raw)
         meta = _Plain(io.BytesIO(raw)).load()
         letters = [meta["itos"][number] for number in range(int(meta["vocab_size"]))]
     except (
@@ -97,9 +116,19 @@ def _of_nanogpt(raw: bytes, path: Path) -> Tokenizer:
         ImportError,
         OverflowError,
         MemoryError,
+        RecursionError,
+        struct.error,
     ) as error:
         raise DataError(
-            f"{path} is not the meta.pkl of a character corpus ({error!r}); set "
+            f"{path} is not the meta.pkl of a character corpus ({error!r:.200}); set "
             "data_text.tokenizer to the tokenizer of the ids"
         ) from error
-    return CharTokenizer([str(letter) for letter in letters])
+    return CharTokenizer(_letters(letters, path))
+
+
+def _check_memo(raw: bytes) -> None:
+    """Refuse numbers of memory cells that only serve to fill the memory."""
+    for opcode, value, _ in pickletools.genops(raw):
+        puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if puts and not 0 <= int(value or 0) <= len(raw):
+            raise pickle.UnpicklingError(f"it asks for {value:,} cells of memory")

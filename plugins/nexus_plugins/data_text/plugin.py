@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from nexus_core.bases.loader import ResumableLoader
 from nexus_core.data import RunData
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, ConfigError
 from nexus_core.plugin import Plugin, hookimpl
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.dataset import TextData, open_data
 from nexus_plugins.data_text.rows import Rows, as_it_is
+from nexus_plugins.data_text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
     from nexus_core.plugin import StateDict
 
-__all__ = ["DataTextPlugin"]
+__all__ = ["DATA", "DataTextPlugin"]
+
+DATA = "data.json"  # in a run's folder: fingerprints of the data it began with
 
 _SAMPLE = 4 << 20  # bytes of training text that the bigram model counts
 
@@ -44,6 +49,9 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             DataError: a source cannot be read or used.
         """
         self._data = data = open_data(self.config)
+        if engine.ranks.is_main:
+            for remark in data.remarks:
+                warnings.warn(remark, RuntimeWarning, stacklevel=2)
         self._check_resumed()
         config = self.config
         train = ResumableLoader(
@@ -75,9 +83,17 @@ class DataTextPlugin(Plugin[DataTextConfig]):
 
         Raises:
             CheckpointError: the run's folder holds another tokenizer.
+            ConfigError: the model has fewer ids than the data.
         """
+        if self._data is not None:
+            _check_model(engine.model, self._data.tokenizer)
         if self._data is None or engine.out is None or not engine.ranks.is_main:
             return
+        path = engine.out / DATA
+        if not path.exists():
+            valid = {name: rows.fingerprint for name, rows in self._data.valid.items()}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"train": self._data.fingerprint, "valid": valid}) + "\n")
         path = engine.out / "tokenizer.json"
         raw = self._data.tokenizer.to_json().encode()
         if not path.exists():
@@ -98,6 +114,8 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             "vocabulary": tokenizer.size,
             "kind": tokenizer.kind,
             "rows": len(self._data.train),
+            "fingerprint": self._data.fingerprint,
+            "valid": {name: rows.fingerprint for name, rows in self._data.valid.items()},
         }
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -114,12 +132,29 @@ class DataTextPlugin(Plugin[DataTextConfig]):
                 f"{saved['vocabulary']} ids, hash {str(saved['tokenizer'])[:12]}, but the data has "
                 f"a {tokenizer}; set data_text.tokenizer to the one saved in the run's folder"
             )
-        if saved["rows"] != len(self._data.train):
-            warnings.warn(
+        for what in self._differences(saved):
+            warnings.warn(what, RuntimeWarning, stacklevel=2)
+
+    def _differences(self, saved: StateDict) -> Iterator[str]:
+        """In words, what is not the data of the checkpoint; old ones know no fingerprints."""
+        assert self._data is not None
+        train = self._data.train
+        if saved["rows"] != len(train):
+            yield (
                 f"the checkpoint was trained on {saved['rows']} rows an epoch, but the data now "
-                f"has {len(self._data.train)}: the order of an unbroken run is not kept",
-                RuntimeWarning,
-                stacklevel=2,
+                f"has {len(train)}: the order of an unbroken run is not kept"
+            )
+        elif saved.get("fingerprint", train.fingerprint) != train.fingerprint:
+            yield (
+                "the training text is not that of the checkpoint (as many rows, but other content "
+                f"or another order of files: fingerprint {train.fingerprint}, not "
+                f"{saved['fingerprint']}): what follows is not the unbroken run"
+            )
+        valid = {name: rows.fingerprint for name, rows in self._data.valid.items()}
+        if saved.get("valid", valid) != valid:
+            yield (
+                "the evaluation text is not that of the checkpoint: losses before and after, and "
+                "the best of them, cannot be compared"
             )
 
     @hookimpl
@@ -148,6 +183,19 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         if not valid or not train:
             return {}
         return {"gzip": gzip_bits_per_byte(valid), "bigram": bigram_bits_per_byte(train, valid)}
+
+
+def _check_model(model: object, tokenizer: Tokenizer) -> None:
+    """Make sure that a model that tells its number of ids has all of the data's."""
+    inner = getattr(model, "module", model)
+    embeddings = getattr(inner, "get_input_embeddings", None)
+    known = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None
+    if isinstance(known, int) and known < tokenizer.size:
+        raise ConfigError(
+            f"the model has {known:,} ids, but the data has {tokenizer.size:,} ({tokenizer}); "
+            "enlarge the model's embedding (resize_token_embeddings), or set data_text.tokenizer "
+            "to the model's own"
+        )
 
 
 def _text(data: TextData, rows: Rows, limit: int | None = None) -> bytes:

@@ -22,25 +22,16 @@ from numpy.typing import NDArray
 from nexus_core.errors import DataError
 from nexus_plugins.data_text.binary import TokenWriter, id_type
 from nexus_plugins.data_text.cache import fingerprint, signature, writing
-from nexus_plugins.data_text.formats import (
-    Portion,
-    Reading,
-    Slice,
-    is_text,
-    read_slice,
-    slices_of,
-    suffix_of,
-    whole,
-)
+from nexus_plugins.data_text.formats import Portion, Reading, Slice, is_text, read_slice, slices_of
 from nexus_plugins.data_text.index import held_out
 from nexus_plugins.data_text.load import load_tokenizer
-from nexus_plugins.data_text.tokenizer import Tokenizer
+from nexus_plugins.data_text.record import RECORD, Record
+from nexus_plugins.data_text.tokenizer import Tokenizer, loss_of
 from nexus_plugins.data_text.workers import Workers
 
 __all__ = ["Job", "Summary", "encode_unit", "prepare", "units_of"]
 
 _UNIT = 4 << 20  # bytes of input that make one piece of work
-_RECORD = "prepare.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Job:
     Args:
         tokenizer: "bytes" or the path of a tokenizer.json.
         eos_token, pad_token: None: the usual ones.
-        text_key, one_file_one_document, invalid_utf8: see `Reading`.
+        text_key, one_file_one_document, invalid_utf8, as_text: see `Reading`.
         share: of the documents, for the evaluation.
         deduplicate: keep only the first of documents that are the same to the byte.
     """
@@ -61,18 +52,24 @@ class Job:
     text_key: str = "text"
     one_file_one_document: bool = False
     invalid_utf8: str = "error"
+    as_text: bool = False
     share: float = 0.0
     deduplicate: bool = False
 
     @property
     def reading(self) -> Reading:
         """How documents are taken out of files."""
-        return Reading(self.text_key, self.one_file_one_document, self.invalid_utf8)
+        return Reading(self.text_key, self.one_file_one_document, self.invalid_utf8, self.as_text)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What came out: counts of documents, tokens and bytes of text, and of what was left out."""
+    """What came out: counts of documents, tokens and bytes of text, and of what was left out.
+
+    Args of the last: documents whose text was compared with what their ids give back, those in
+    which something is missing or changed, bytes of text without an id of their own, and files
+    without a document.
+    """
 
     train_documents: int
     train_tokens: int
@@ -83,6 +80,10 @@ class Summary:
     skipped: int
     replaced: int
     empty: int
+    compared: int = 0
+    altered: int = 0
+    lost_bytes: int = 0
+    barren: tuple[str, ...] = ()
 
 
 def units_of(paths: Sequence[Path], reading: Reading) -> list[list[Slice]]:
@@ -90,10 +91,7 @@ def units_of(paths: Sequence[Path], reading: Reading) -> list[list[Slice]]:
     units: list[list[Slice]] = [[]]
     filled = 0
     for path in paths:
-        slices = slices_of(path)
-        if reading.one_file_one_document and suffix_of(path) == ".txt":
-            slices = [whole(path)]
-        for part in slices:
+        for part in slices_of(path, reading):
             units[-1].append(part)
             filled += part.size
             if filled >= _UNIT:
@@ -124,7 +122,7 @@ def prepare(
     Raises:
         DataError: a file cannot be used, the disk is full, or the folder holds other data.
     """
-    ids = [path for path in paths if not is_text(path)]
+    ids = [path for path in paths if not is_text(path, job.as_text)]
     if ids:
         raise DataError(
             f"{ids[0]} holds ids, not text; it needs no preparing, train on it as it is"
@@ -146,9 +144,15 @@ def prepare(
                     raise DataError("the input has changed while it was read; start again")
                 _write(out / "tokenizer.json", tokenizer.to_json().encode())
                 record = {"fingerprint": mark, "settings": settings, **done}
-                _write(out / _RECORD, json.dumps(record, indent=1).encode())
+                _write(out / RECORD, json.dumps(record, indent=1).encode())
                 shutil.rmtree(parts)
-    return Summary(**done["summary"])
+    try:
+        summary = done["summary"]
+        return Summary(**{**summary, "barren": tuple(summary.get("barren", ()))})
+    except TypeError as error:
+        raise DataError(
+            f"{out / RECORD} is damaged ({error}); remove the folder, and prepare it again"
+        ) from error
 
 
 @contextmanager
@@ -160,16 +164,15 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _finished(out: Path, mark: str) -> dict[str, Any] | None:
-    record = out / _RECORD
-    if not record.exists():
+    found = Record.beside(out)
+    if found is None:
         return None
-    found: dict[str, Any] = json.loads(record.read_text())
-    if found["fingerprint"] != mark:
+    if found.fingerprint != mark:
         raise DataError(
             f"{out} already holds data prepared from other files or settings; choose another "
             "folder, or remove this one"
         )
-    return found
+    return {"summary": found.summary}
 
 
 def _parts_folder(out: Path, mark: str) -> Path:
@@ -206,7 +209,7 @@ def _whole_parts(parts: Path) -> dict[int, Path]:
     found = {}
     for path in parts.glob("*.part"):
         number, _, size = path.stem.partition("-")
-        if path.stat().st_size == int(size):
+        if f"{path.stat().st_size}" == size and number.isdecimal():
             found[int(number)] = path
         else:
             path.unlink()
@@ -218,11 +221,11 @@ def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Pa
     tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
     pieces: list[dict[str, NDArray[Any]]] = []
     metadata: list[str | None] = []
-    counts = Counter(skipped=0, replaced=0, empty=0)
+    counts = Counter(skipped=0, replaced=0, empty=0, compared=0, altered=0, lost_bytes=0)
     totals = [0] * len(unit)
     for place, part in enumerate(unit):
         for portion in read_slice(part, job.reading):
-            pieces.append(_columns(portion, tokenizer, job))
+            pieces.append(_columns(portion, tokenizer, job, counts))
             metadata += portion.metadata
             totals[place] += len(portion.texts) + portion.skipped + portion.empty
             counts.update(skipped=portion.skipped, replaced=portion.replaced, empty=portion.empty)
@@ -233,10 +236,13 @@ def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Pa
     return _save_part(parts, number, pieces, extra)
 
 
-def _columns(portion: Portion, tokenizer: Tokenizer, job: Job) -> dict[str, NDArray[Any]]:
+def _columns(
+    portion: Portion, tokenizer: Tokenizer, job: Job, counts: Counter[str]
+) -> dict[str, NDArray[Any]]:
     """Documents as arrays: `ids` (and `token_bytes`) one behind the other, the rest one each."""
     texts = portion.texts
     encoded = tokenizer.encode_documents(texts)
+    counts.update(**loss_of(tokenizer, texts, encoded))
     columns = {
         "ids": encoded.ids.astype(id_type(tokenizer.size), copy=False),
         "lengths": encoded.lengths,
@@ -265,7 +271,7 @@ def _save_part(
         file.write(json.dumps({"columns": columns, **extra}).encode() + b"\n")
         for name in columns:
             for piece in pieces:
-                file.write(piece[name].tobytes())
+                file.write(np.ascontiguousarray(piece[name]).view(np.uint8).data)
         size = file.tell()
     return temporary.rename(parts / f"{number:08d}-{size}.part")
 
@@ -304,6 +310,7 @@ class _Merge:
         self._before = 0  # documents of all files so far
         self._seen: set[bytes] = set()
         self._counts: Counter[str] = Counter(duplicates=0, skipped=0, replaced=0, empty=0)
+        self._barren: list[str] = []
         tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
         self._writers = [
             TokenWriter(out / name, tokenizer.size, tokenizer.hash, tokenizer.token_bytes is None)
@@ -327,9 +334,17 @@ class _Merge:
             valid.documents if valid else 0,
             valid.tokens if valid else 0,
             sum(header.text_bytes for header in headers),
+            barren=tuple(self._barren),
             **self._counts,
         )
-        return {"files": list(self._documents.items()), "summary": asdict(summary)}
+        return {
+            "files": list(self._documents.items()),
+            "summary": asdict(summary),
+            "checksums": {
+                f"{name}.bin": writer.checksum
+                for name, writer in zip(("train", "val"), self._writers, strict=False)
+            },
+        }
 
     def _take(self, unit: Sequence[Slice], part: _Part) -> None:
         self._counts.update(part.counts)
@@ -360,9 +375,9 @@ class _Merge:
         return fresh
 
     def _check(self) -> None:
-        for path, kept in self._kept.items():
-            if not kept:
-                raise DataError(f"{path} holds no document that can be used; leave it out")
+        self._barren = [path for path, kept in self._kept.items() if not kept]
+        if len(self._barren) == len(self._kept):
+            raise DataError(f"{self._barren[0]} holds no document that can be used; leave it out")
         if not self._writers[0].documents:
             raise DataError(
                 "no document is left to train on; lower the share for evaluation (--val, "

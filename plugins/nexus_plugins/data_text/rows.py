@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nexus_core.errors import DataError
+from nexus_plugins.data_text.cache import fingerprint
 from nexus_plugins.data_text.stream import Stream
 from nexus_plugins.data_text.tokenizer import Tokenizer
 
@@ -56,6 +58,11 @@ class Layout:
         samples = np.maximum(np.rint(length * shares).astype(np.int64), rows)
         return cls(rows, samples.tolist())
 
+    @property
+    def key(self) -> tuple[list[int], list[int]]:
+        """What tells a layout from others: the rows of each source, and its samples."""
+        return self._rows.tolist(), self._samples.tolist()
+
     def __len__(self) -> int:
         return int(self._samples.sum())
 
@@ -98,6 +105,7 @@ class Rows(ABC):
         self._complete = complete
         self._pad = tokenizer.pad
         self._size = tokenizer.size
+        self._tokenizer = tokenizer.hash
         self._table = _label_table(tokenizer)
         self._counted = self._table is not None or all(
             stream.read_bytes(0, 0) is not None for stream in self.streams
@@ -128,6 +136,16 @@ class Rows(ABC):
 
     def __len__(self) -> int:
         return len(self.layout)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what every row holds: of the text, its order, the tokenizer and the cut.
+
+        Renamed and moved files keep it, other content changes it; it looks at samples of each
+        file, so that it takes no longer for large ones.
+        """
+        cut = (type(self).__name__, self.length, self._complete, self._pad, self._tokenizer)
+        return fingerprint(*cut, self.layout.key, [one.fingerprint() for one in self.streams])[:16]
 
     def __getitem__(self, sample: int) -> RowBatch:
         return {name: rows[0] for name, rows in self.__getitems__([sample]).items()}

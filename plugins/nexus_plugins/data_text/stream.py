@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
+from nexus_plugins.data_text.cache import fingerprint, sample
+from nexus_plugins.data_text.paths import reason
 
 __all__ = ["Chain", "MappedFile", "Named", "Origin", "Place", "Stream", "TokenStream", "chained"]
 
@@ -100,6 +102,9 @@ class Stream(Protocol):
     def document_lengths(self) -> Iterator[Ids]:
         """The tokens of each document, in portions that fit in memory."""
 
+    def fingerprint(self) -> str:
+        """A hash of what the stream holds, wherever it lies; of much, of samples of it."""
+
     def check(self) -> None:
         """Make sure that no file has changed; call it before each batch is read.
 
@@ -127,8 +132,8 @@ class MappedFile:
         self, path: Path, dtype: str = "u1", offset: int = 0, count: int | None = None
     ) -> None:
         self.path = path
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._offset = offset
+        self.dtype = np.dtype(dtype if ">" in dtype else np.dtype(dtype).newbyteorder("<"))
+        self.offset = offset
         self._count = count
         self._signature = self._open()
 
@@ -138,15 +143,15 @@ class MappedFile:
                 self._descriptor = os.dup(file.fileno())
                 weakref.finalize(self, os.close, self._descriptor)
                 signature = self._stat()
-                there = max(0, signature[0] - self._offset) // self._dtype.itemsize
+                there = max(0, signature[0] - self.offset) // self.dtype.itemsize
                 count = there if self._count is None else min(there, self._count)
                 self.array: Raw = (
-                    np.memmap(file, self._dtype, "r", self._offset, (count,)).view(np.ndarray)
+                    np.memmap(file, self.dtype, "r", self.offset, (count,)).view(np.ndarray)
                     if count
-                    else np.zeros(0, self._dtype)
+                    else np.zeros(0, self.dtype)
                 )
         except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise DataError(f"cannot read {self.path}: {reason(error)}") from error
         return signature
 
     def _stat(self) -> tuple[int, int]:
@@ -185,6 +190,7 @@ class TokenStream:
         eos: follows each document though `data` does not hold it; None: `data` holds it.
         lengths: bytes of text that each number of `data` stands for, where no table says it.
         origin: names the file and the number in it of each document.
+        checksum: of all of `data`, where it has been read once.
     """
 
     def __init__(
@@ -196,7 +202,9 @@ class TokenStream:
         eos: int | None = None,
         lengths: Ids | MappedFile | None = None,
         origin: Origin,
+        checksum: str = "",
     ) -> None:
+        self._checksum = checksum
         self._data = data
         self._starts = starts
         self._sources = sources
@@ -282,6 +290,13 @@ class TokenStream:
         starts = _array(self._starts)
         return int(starts[document]), int(starts[document + 1])
 
+    def fingerprint(self) -> str:
+        parts = [
+            "" if numbers is None else f"{_array(numbers).dtype.str} {_sampled(_array(numbers))}"
+            for numbers in (self._data, self._starts, self._sources, self._lengths)
+        ]
+        return fingerprint(*parts, self._eos, self._checksum)
+
     def check(self) -> None:
         for numbers in (self._data, self._starts, self._sources, self._lengths):
             if isinstance(numbers, MappedFile):
@@ -295,6 +310,10 @@ class TokenStream:
 
 def _array(numbers: Raw | MappedFile) -> Raw:
     return numbers.array if isinstance(numbers, MappedFile) else numbers
+
+
+def _sampled(numbers: Raw) -> str:
+    return sample(np.ascontiguousarray(numbers).view(np.uint8).data)
 
 
 def chained(streams: Sequence[Stream]) -> Stream:
@@ -355,6 +374,9 @@ class Chain:
         shift = int(self._edges[number])
         first, last = self._streams[number].span(document - int(self._document_edges[number]))
         return first + shift, last + shift
+
+    def fingerprint(self) -> str:
+        return fingerprint(*(stream.fingerprint() for stream in self._streams))
 
     def check(self) -> None:
         for stream in self._streams:

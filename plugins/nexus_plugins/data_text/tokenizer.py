@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
 
-__all__ = ["ByteTokenizer", "CharTokenizer", "Encoded", "IdTokenizer", "Tokenizer"]
+__all__ = ["ByteTokenizer", "CharTokenizer", "Encoded", "IdTokenizer", "Tokenizer", "loss_of"]
 
 Ids = NDArray[np.int64]
+_TOGETHER = 1 << 20  # bytes encoded at once
+_COMPARED = 32  # documents of a few megabytes of text
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Encoded:
         ids: of all documents one behind the other, each with its eos.
         lengths: `(documents,)`, ids of each.
         token_bytes: bytes of text that each id stands for, where no table says it.
+        lost_bytes: of text that no id stands for, or only the one of unknown text.
     """
 
     ids: NDArray[Any]
     lengths: Ids
     token_bytes: Ids | None
+    lost_bytes: int = 0
 
 
 class Tokenizer(ABC):
@@ -85,6 +89,24 @@ class Tokenizer(ABC):
         return f"{self.kind} tokenizer of {self.size:,} ids, hash {self.hash[:12]}"
 
 
+def loss_of(tokenizer: Tokenizer, texts: Sequence[bytes], encoded: Encoded) -> dict[str, int]:
+    """How much of some documents their ids do not give back; a few of them are compared.
+
+    Returns:
+        `compared` documents, those `altered` (spaces aside), and the bytes that were lost.
+    """
+    if encoded.token_bytes is None:
+        return {"compared": 0, "altered": 0, "lost_bytes": 0}
+    ends = encoded.lengths.cumsum()
+    picked = np.linspace(0, len(texts) - 1, min(len(texts), _COMPARED)).astype(np.int64)
+    altered = 0
+    for number in dict.fromkeys(picked.tolist()):
+        first, last = int(ends[number] - encoded.lengths[number]), int(ends[number]) - 1
+        back = tokenizer.decode(encoded.ids[first:last].tolist())
+        altered += "".join(back.split()) != "".join(texts[number].decode().split())
+    return {"compared": len(picked), "altered": altered, "lost_bytes": encoded.lost_bytes}
+
+
 class ByteTokenizer(Tokenizer):
     """One id a byte of UTF-8, then eos 256, pad 257, bos 258."""
 
@@ -104,10 +126,23 @@ class ByteTokenizer(Tokenizer):
         return json.dumps({"nexus_tokenizer": "bytes", "size": self.size})
 
     def encode_documents(self, texts: Sequence[bytes]) -> Encoded:
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
+        ids = np.empty(int(lengths.sum()), np.uint16)
+        at = first = 0
+        for last, end in enumerate(lengths.cumsum().tolist(), 1):
+            if end - at >= _TOGETHER or last == len(texts):
+                self._encode(texts[first:last], ids[at:end])
+                at, first = end, last
+        return Encoded(ids, lengths, None)
+
+    def _encode(self, texts: Sequence[bytes], out: NDArray[np.uint16]) -> None:
+        if len(texts) == 1:  # it may be long: without another copy of it
+            out[:-1] = np.frombuffer(texts[0], np.uint8)
+            out[-1] = self.eos
+            return
         joined = b"\xff".join([*texts, b""])  # a byte that UTF-8 never has
-        ids = np.frombuffer(joined, np.uint8).astype(np.uint16)
-        ids[ids == 0xFF] = self.eos
-        return Encoded(ids, np.fromiter(map(len, texts), np.int64, len(texts)) + 1, None)
+        out[:] = np.frombuffer(joined, np.uint8)
+        out[out == 0xFF] = self.eos
 
     def text_bytes(self, ids: Ids) -> bytes:
         return ids[ids < 256].astype(np.uint8).tobytes()

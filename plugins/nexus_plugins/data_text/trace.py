@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +14,15 @@ import yaml
 
 from nexus_core.bases.loader import ResumableLoader
 from nexus_core.errors import ConfigError
-from nexus_plugins.data_text.dataset import open_data
-from nexus_plugins.data_text.plugin import DataTextPlugin
+from nexus_plugins.data_text.dataset import TextData, open_data
+from nexus_plugins.data_text.plugin import DATA, DataTextPlugin
 from nexus_plugins.data_text.rows import Rows, as_it_is
 from nexus_plugins.data_text.stream import Place
 
 __all__ = ["Excerpt", "Row", "trained_on"]
+
+
+_MOST_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,21 @@ def trained_on(run: Path, step: int) -> list[Row]:
     if step < 1:
         raise ConfigError(f"steps count from 1, got {step}")
     settings = _config(run / "config.yaml")
-    plugin = DataTextPlugin(**(settings["plugins"]["data_text"] or {}))
+    block = settings["plugins"]["data_text"] or {}
+    seed, accumulate = settings.get("seed") or 0, settings.get("accumulate") or 1
+    named = isinstance(block, dict) and all(isinstance(key, str) for key in block)
+    if not named or not isinstance(seed, int) or not isinstance(accumulate, int):
+        raise ConfigError(
+            f"{run / 'config.yaml'} is not the resolved config of a run: expected settings for "
+            f"data_text, and numbers for seed and accumulate (got {seed!r} and {accumulate!r})"
+        )
+    plugin = DataTextPlugin(**block)
+    count = accumulate * plugin.config.batch_size
+    if not 0 < count <= _MOST_ROWS:
+        raise ConfigError(f"a step of {count:,} rows cannot be listed; at most {_MOST_ROWS:,} can")
     data = open_data(plugin.config)
-    loader = ResumableLoader(
-        data.train, plugin.config.batch_size, settings.get("seed") or 0, collate=as_it_is
-    )
-    accumulate = int(settings.get("accumulate") or 1)
+    _check_same(run, data)
+    loader = ResumableLoader(data.train, plugin.config.batch_size, seed, collate=as_it_is)
     rows = []
     for micro in range((step - 1) * accumulate, step * accumulate):
         epoch, batch = divmod(micro, len(loader))
@@ -74,11 +88,30 @@ def trained_on(run: Path, step: int) -> list[Row]:
     return rows
 
 
+def _check_same(run: Path, data: TextData) -> None:
+    """Say so where the data is not that of the run's beginning any more."""
+    path = run / DATA
+    try:
+        saved = json.loads(path.read_bytes())["train"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; expected the folder of a run") from error
+    if saved != data.fingerprint:
+        warnings.warn(
+            f"the data has changed since {run} began (fingerprint {data.fingerprint}, not "
+            f"{saved}): these are the rows of the data as it is now",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; expected the folder of a run") from error
+        found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"cannot read {path}: {said}; expected the folder of a run") from error
     plugins = found.get("plugins") if isinstance(found, dict) else None
     if not isinstance(plugins, dict) or "data_text" not in plugins:
         raise ConfigError(f"{path} is not the config of a run with the plugin data_text")

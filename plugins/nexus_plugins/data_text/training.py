@@ -8,14 +8,7 @@ from pathlib import Path
 
 from nexus_core.errors import DataError
 from nexus_plugins.data_text.cache import writing
-from nexus_plugins.data_text.formats import (
-    Reading,
-    is_text,
-    read_slice,
-    slices_of,
-    suffix_of,
-    whole,
-)
+from nexus_plugins.data_text.formats import Reading, is_text, read_slice, slices_of
 from nexus_plugins.data_text.load import load_tokenizer
 from nexus_plugins.data_text.tokenizer import Tokenizer
 
@@ -66,9 +59,8 @@ def train_tokenizer(paths: Sequence[Path], out: Path, size: int, reading: Readin
 
 def _texts(paths: Sequence[Path], reading: Reading) -> Iterator[list[str]]:
     for path in paths:
-        if not is_text(path):
+        if not is_text(path, reading.as_text):
             raise DataError(f"{path} holds ids, not text; a tokenizer is learnt from text")
-        alone = reading.one_file_one_document and suffix_of(path) == ".txt"
-        for part in [whole(path)] if alone else slices_of(path):
+        for part in slices_of(path, reading):
             for portion in read_slice(part, reading):
                 yield [text.decode() for text in portion.texts]

@@ -150,7 +150,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """Every finding, or that there is none."""
+        """Every finding, or that nothing was found."""
         lines = [f"step {finding.step:,}: {finding.text}" for finding in self._found]
         return {"diagnose": "\n".join(lines) or "nothing found"}
 

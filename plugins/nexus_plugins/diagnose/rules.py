@@ -44,7 +44,7 @@ SAME_LR = 1e-3
 FLOOR = 0.1
 """Floor: schedules end at a tenth of the peak or lower."""
 FLOOR_READINGS = 8
-"""Floor: readings at the same learning rate, so that the tail of a cosine is none."""
+"""Floor: readings at the same learning rate, so that the tail of a cosine does not count as one."""
 STARVED = 0.3
 """Starvation: waiting this share of the time, a run takes 1.4 times as long as it need."""
 STARVED_MS = 2.0

@@ -235,7 +235,9 @@ class GuardPlugin(Plugin[GuardConfig]):
         elif streak >= limit:
             self._stop(engine, f"{what}; that makes {streak:.0f} in a row")
         elif self._returns >= limit:
-            self._stop(engine, f"{what}; the run went back {self._returns} times in vain")
+            self._stop(
+                engine, f"{what}; the run went back {self._returns} times, and it did not help"
+            )
         elif self.config.policy == "rollback":
             what += self._prepare_return()
         if engine.ranks.is_main:

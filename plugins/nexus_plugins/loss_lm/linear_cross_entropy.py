@@ -36,7 +36,7 @@ def linear_cross_entropy(
         Nats, without dimensions; 0 if no row counts.
 
     Source: Hsu et al. 2024, "Liger Kernel": the gradients are made in the forward pass, while the
-        logits are at hand. Here the smoothing's terms, of rank one, never touch the logits.
+        logits exist. Here the smoothing's terms, of rank one, never touch the logits.
     """
     counted = labels != ignore_index
     chosen = _dropped if hidden.is_cpu else _emptied

@@ -48,6 +48,13 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
                     "from; set it: --set model_nexus.vocab_size=32000"
                 )
             settings["vocab_size"] = codec.size
+        codec = engine.data.codec if engine.data is not None else None
+        if codec is not None and settings["vocab_size"] < codec.size:
+            raise ConfigError(
+                f"model_nexus.vocab_size is {settings['vocab_size']:,}, but the data has "
+                f"{codec.size:,} ids ({codec}); leave it out to take the data's, or set it to "
+                f"{codec.size} or more"
+            )
         self._vocab_size = settings["vocab_size"]
         return NEXUSCore(NEXUSConfig(**settings))
 
@@ -69,7 +76,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
     def summarize(self, engine: Engine) -> dict[str, str]:
         """A short sample that the model just trained writes after a prompt from the data.
 
-        There is none where no process has all of the weights. Where the model cannot write one,
+        It is left out where no process has all of the weights. Where the model cannot write one,
         it says so: whatever comes out, the training is done.
         """
         data = engine.data
@@ -89,4 +96,12 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             return {"sample": f"none: sampling failed: {str(error).partition(chr(10))[0]}"}
         text = data.codec.decode(written.tolist())
         start = len(data.codec.decode(prompt.tolist()))
-        return {"prompt": text[:start], "sample": text[start:]}
+        return {"prompt": _shown(text[:start]), "sample": _shown(text[start:])}
+
+
+def _shown(text: str) -> str:
+    """The text with what would steer a terminal as escapes; line breaks stay."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+        for letter in text
+    )

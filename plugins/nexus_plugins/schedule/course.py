@@ -22,9 +22,11 @@ class Course(PluginConfig):
     start: float = Field(description="value at the start, in the unit of the target")
     end: float = Field(description="value at the end")
     over: IntervalField = Field(Interval(1000, "steps"), description="length of the way")
-    begin: IntervalField | None = Field(None, description="what comes before the way; null: none")
+    begin: IntervalField | None = Field(
+        None, description="what comes before the change; null: nothing"
+    )
     shape: Literal["linear", "cosine", "exponential", "step"] = Field(
-        "linear", description="the way; exponential: by equal factors; step: at its end"
+        "linear", description="how it changes; exponential: by equal factors; step: at its end"
     )
 
     @model_validator(mode="after")

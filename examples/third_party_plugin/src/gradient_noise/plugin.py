@@ -10,7 +10,7 @@ from nexus_core import Plugin, PluginConfig, hookimpl
 from pydantic import Field
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
     from torch import Tensor
 
 __all__ = ["GradientNoiseConfig", "GradientNoisePlugin"]
@@ -37,35 +37,30 @@ class GradientNoisePlugin(Plugin[GradientNoiseConfig]):
     Networks", with their gamma; they choose eta from 0.01, 0.3 and 1.
     """
 
-    api_version = "1.0"
-    after = ("ddp", "amp", "guard", "clip")
+    api_version = "1.2"
+    after = ("clip",)  # where both are at the stage that limits gradients
     conflicts = ("fsdp",)  # each process has parts of the gradients there: the noise would repeat
     _generators: dict[torch.device, torch.Generator]
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Make a generator for each device with parameters."""
-        devices = {parameter.device for parameter in _trained(engine)}
+        devices = {parameter.device for parameter in engine.parameters()}
         self._generators = {device: torch.Generator(device) for device in devices}
 
-    @hookimpl
-    def after_backward(self, engine: Engine) -> None:
+    @hookimpl(stage="limit")
+    def after_backward(self, engine: Engine, step: Step) -> None:
         """Add the noise of this step; nothing here waits for the device."""
-        step = engine.state.step
-        deviation = (self.config.eta / (1 + step) ** self.config.gamma) ** 0.5
+        deviation = (self.config.eta / step.number**self.config.gamma) ** 0.5
         engine.log("gradient_noise", deviation)
         if deviation == 0:
             return
         for generator in self._generators.values():
-            generator.manual_seed(_mixed(engine.seed, self.config.seed, step))
-        for parameter in _trained(engine):
+            generator.manual_seed(_mixed(engine.seed, self.config.seed, step.number - 1))
+        for parameter in engine.parameters(step.turn):
             gradient = parameter.grad
             if gradient is not None and not gradient.is_sparse:
                 gradient.add_(_normal_like(gradient, self._generators), alpha=deviation)
-
-
-def _trained(engine: Engine) -> list[Tensor]:
-    return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
 def _normal_like(tensor: Tensor, generators: dict[torch.device, torch.Generator]) -> Tensor:

@@ -1,0 +1,82 @@
+"""Which files are meant for evaluation, and which are on both sides or named twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexus_plugins.data_text.cache import signature
+from nexus_plugins.data_text.paths import printable
+
+__all__ = ["Split", "copies", "in_words", "split_by_name"]
+
+_EVALUATION = {"val", "valid", "validation"}
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of a folder by what their names say.
+
+    Args:
+        train: to train on.
+        valid: named as held out (`*_val_*`, `valid.txt`, `validation/`).
+        test: named as test data, beside files of the same name with "train" in its place.
+    """
+
+    train: tuple[Path, ...]
+    valid: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
+
+
+def split_by_name(files: Sequence[Path], root: Path) -> Split:
+    """Sort files that a folder or a glob brought along; where none is to train on, all are."""
+    words = {path: _words(path, root) for path in files}
+    kinds = {frozenset(words[path]) for path in files}
+    valid = [path for path in files if words[path] & _EVALUATION]
+    test = [
+        path
+        for path in files
+        if "test" in words[path] and (words[path] ^ {"test", "train"}) in kinds
+    ]
+    apart = {*valid, *test}
+    train = tuple(path for path in files if path not in apart)
+    return Split(train, tuple(valid), tuple(test)) if train else Split(tuple(files))
+
+
+def _words(path: Path, root: Path) -> frozenset[str]:
+    """The words in the name of a file and of its folders below the root, without numbers."""
+    below = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+    return frozenset(re.findall(r"[^\W\d_]+", str(below).lower()))
+
+
+def copies(files: Iterable[Path], among: Iterable[Path]) -> list[Path]:
+    """The files that are among others too: the same ones, links to them, or copies."""
+    others = list(dict.fromkeys(among))
+    by_size: dict[int, list[Path]] = {}
+    for path in others:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    looks: dict[Path, object] = {}
+
+    def look(path: Path) -> object:
+        if path not in looks:
+            looks[path] = signature([path])[0][3]
+        return looks[path]
+
+    found = []
+    for path in files:
+        same = by_size.get(path.stat().st_size, ())
+        if any(path == other or look(path) == look(other) for other in same):
+            found.append(path)
+    return found
+
+
+def in_words(files: Sequence[Path]) -> str:
+    """Such as: 2 files (a.txt, b.txt; 1,234 bytes) are."""
+    names = ", ".join(printable(str(path)) for path in files[:_NAMED])
+    more = ", ..." if len(files) > _NAMED else ""
+    size = sum(path.stat().st_size for path in files)
+    count, verb = ("1 file", "is") if len(files) == 1 else (f"{len(files):,} files", "are")
+    return f"{count} ({names}{more}; {size:,} bytes) {verb}"

@@ -1,0 +1,231 @@
+"""The files that a path, a folder or a glob stands for; what is left out is counted and named."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexus_core.errors import DataError
+from nexus_plugins.data_text.cache import CACHE_TAG
+from nexus_plugins.data_text.formats import KNOWN, format_of, suffix_of
+from nexus_plugins.data_text.paths import expanded, printable, reason
+
+__all__ = ["HELD_OUT", "TRAIN", "Found", "find", "root_of"]
+
+TRAIN, HELD_OUT = "train.bin", "val.bin"  # of prepared data
+_ALONE = {".json"}  # in a folder, most often a file of settings
+_BESIDE_IDS = (".idx", ".len", ".meta.jsonl")
+_OF_IDS = {"tokenizer.json", "meta.pkl", "prepare.json"}
+_HEAD = 8192  # bytes that tell text from other files
+_NAMED = 3  # files that a note names
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a path stands for.
+
+    Args:
+        files: sorted by name.
+        named: whether it is one file, named by itself, not brought along by a folder or a glob.
+        left_out: in words, with numbers: what lies there and is not read.
+    """
+
+    files: tuple[Path, ...]
+    named: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def find(wish: str, as_text: bool = False) -> Found:
+    """The files that a path, a folder or a glob stands for.
+
+    Of a folder, all files of known formats in it and below, through links too; files and folders
+    that begin with a dot are left out. A folder with train.bin is prepared data, and stands for
+    train.bin and val.bin alone. Metadata beside ids is no text.
+
+    Args:
+        wish: the path; `~` and variables of the environment are replaced.
+        as_text: take every file of text, whatever its suffix.
+
+    Raises:
+        DataError: there is none, one is of an unknown format, or something cannot be read.
+    """
+    path = expanded(wish)
+    try:
+        if path.is_dir():
+            return _Choice(f"the folder {path}", as_text).of(_below(path, set()))
+        if path.exists():
+            return Found((_named(path, as_text),), named=True)
+        if any(mark in wish for mark in "*?[") and (matching := list(_matching(str(path)))):
+            return _Choice(f"'{wish}'", as_text).of(iter(matching))
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path}: {reason(error)}") from error
+    raise DataError(f"there is no file or folder '{wish}'; expected {KNOWN} (from {Path.cwd()})")
+
+
+def root_of(path: Path) -> Path:
+    """The folder below which a folder or a glob finds files."""
+    marked = [place for place in (path, *path.parents) if any(mark in place.name for mark in "*?[")]
+    return path if path.exists() or not marked else marked[-1].parent
+
+
+def _named(path: Path, as_text: bool) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder; write its content into a file")
+    if not suffix_of(path, as_text):
+        raise DataError(
+            f"{path} is of an unknown format '{path.suffix}'; known: {KNOWN}; to "
+            f"read it as text: data_text.train=[{{path: {path.name}, as: text}}] (--as-text)"
+        )
+    return path
+
+
+def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """All files in a folder and below that are not hidden; a folder that links lead to, once."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(
+            f"cannot read the folder {folder}: {reason(error)}; make it readable, or name the "
+            "files and folders beside it"
+        ) from error
+    if any(entry.name == CACHE_TAG for entry in entries):
+        return
+    for entry in sorted(entries, key=lambda one: (one.is_symlink(), one.name)):
+        path = folder / entry.name
+        if path.is_dir():
+            yield from _below(path, seen)
+        else:
+            yield path
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+    for name in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 - it follows links
+        path = Path(name)
+        if not path.is_dir():
+            yield path
+        elif "**" not in pattern:
+            yield from _below(path, seen)
+
+
+class _Choice:
+    """Chooses what to read of the files that a folder or a glob brings along.
+
+    Args:
+        what: they come from, for errors.
+        as_text: take every file of text.
+    """
+
+    def __init__(self, what: str, as_text: bool) -> None:
+        self._what = what
+        self._as_text = as_text
+        self._left_out: dict[str, list[Path]] = {}
+
+    def of(self, files: Iterator[Path]) -> Found:
+        """What to read, sorted."""
+        there = self._once([path for path in files if self._is_whole(path)])
+        known = [path for path in there if self._is_known(path)]
+        kept = [path for path in self._of_prepared(known) if not self._is_empty(path)]
+        if not kept:
+            found = "; ".join(self._notes()) or "there is nothing in it"
+            raise DataError(
+                f"{self._what} holds no file that can be read: {found}; expected "
+                f"{KNOWN} (from {Path.cwd()})"
+            )
+        return Found(tuple(sorted(kept)), left_out=tuple(self._notes()))
+
+    def _leave(self, why: str, path: Path) -> bool:
+        self._left_out.setdefault(why, []).append(path)
+        return False
+
+    def _is_whole(self, path: Path) -> bool:
+        if path.is_file():
+            return True
+        broken = path.is_symlink() and not path.exists()
+        return self._leave("links that lead nowhere" if broken else "not regular files", path)
+
+    def _once(self, files: Sequence[Path]) -> list[Path]:
+        """Each file once, by its own name where links lead to it too."""
+        real = {path: os.path.realpath(path) for path in files}
+        kept: dict[str, Path] = {}
+        for path in sorted(real, key=lambda path: (real[path] != str(path.absolute()), path)):
+            if real[path] not in kept:
+                kept[real[path]] = path
+            elif path.is_symlink():
+                self._leave("links to files that are read", path)
+        return list(kept.values())
+
+    def _is_known(self, path: Path) -> bool:
+        if self._as_text:
+            return _holds_text(path) or self._leave("not text", path)
+        suffix = suffix_of(path)
+        if suffix and suffix not in _ALONE:
+            return not _is_metadata(path)
+        if not _goes_with_ids(path):
+            self._leave("of formats that are not read in a folder", path)
+        return False
+
+    def _of_prepared(self, files: list[Path]) -> list[Path]:
+        """The files without those that lie with prepared data."""
+        if self._as_text:
+            return files
+        prepared = {path.parent for path in files if path.name == TRAIN}
+        kept = []
+        for path in files:
+            beside = path.parent in prepared and path.name in (TRAIN, HELD_OUT)
+            if beside or prepared.isdisjoint(path.parents):
+                kept.append(path)
+            else:
+                self._leave("beside prepared data", path)
+        return kept
+
+    def _is_empty(self, path: Path) -> bool:
+        empty = path.stat().st_size == 0
+        return empty and not self._leave("empty", path)
+
+    def _notes(self) -> list[str]:
+        notes = []
+        for why, paths in self._left_out.items():
+            kinds = Counter(path.suffix or path.name for path in paths)
+            names = ", ".join(printable(str(path)) for path in paths[:_NAMED])
+            more = ", ..." if len(paths) > _NAMED else ""
+            note = f"{_files(len(paths))} left out, {why}: {names}{more}"
+            if why.startswith("of formats"):
+                counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+                note += f" ({printable(counts)}; `as: text` or --as-text reads text of any suffix)"
+            notes.append(note)
+        return notes
+
+
+def _files(count: int) -> str:
+    return "1 file is" if count == 1 else f"{count:,} files are"
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether it is NAME.meta.jsonl beside NAME.bin."""
+    name = path.name.removesuffix(".meta.jsonl")
+    return name != path.name and path.with_name(f"{name}.bin").exists()
+
+
+def _goes_with_ids(path: Path) -> bool:
+    """Whether it is what lies beside a file of ids to describe it."""
+    if path.name in _OF_IDS:
+        return any(path.parent.glob("*.bin"))
+    return path.name.endswith(_BESIDE_IDS) and path.with_suffix(".bin").exists()
+
+
+def _holds_text(path: Path) -> bool:
+    """Whether the beginning of a file is like text; compressed files are, as .txt.gz alone."""
+    form = format_of(path, as_text=True)
+    if form is not None and form.packing:
+        return bool(format_of(path))
+    with path.open("rb") as file:
+        return b"\0" not in file.read(_HEAD)

@@ -1,0 +1,55 @@
+"""Paths as people write them: `~`, variables of the environment, names that a terminal can show."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from nexus_core.errors import DataError
+
+__all__ = ["expanded", "printable", "reason"]
+
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+
+
+def expanded(wish: str | Path) -> Path:
+    """The path with `~` and `$NAME` replaced; one that exists as it is written stays.
+
+    Raises:
+        DataError: a variable is not set, or there is no such user.
+    """
+    path = Path(wish)
+    text = str(path)
+    if "\0" in text:
+        raise DataError(f"{text!r} is not a path: it has a null byte")
+    if not re.search(r"[~$]", text) or os.path.lexists(path):
+        return path
+    for match in _VARIABLE.finditer(text):
+        if match[1] not in os.environ:
+            raise DataError(
+                f"cannot use the path '{text}': the environment variable {match[1]} is not set; "
+                "set it, or write the path out"
+            )
+    found = Path(os.path.expandvars(text))
+    try:
+        return found.expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"cannot use the path '{text}': there is no home folder for "
+            f"'{found.parts[0]}'; write the path out"
+        ) from error
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and all that a terminal would act on, as escapes."""
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def reason(error: BaseException) -> str:
+    """Why the system refused, in its own words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,68 @@
+"""prepare.json: what `nexus-data prepare` noted of its work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexus_core.errors import DataError
+from nexus_plugins.data_text.paths import reason
+
+__all__ = ["RECORD", "Record"]
+
+RECORD = "prepare.json"
+_COUNTS = {"train.bin": "train_tokens", "val.bin": "valid_tokens"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder of prepared data was made from, and what came out.
+
+    Args:
+        fingerprint: of the input and the settings.
+        files: `(path, documents)` of the input.
+        summary: see `Summary`.
+        checksums: CRC-32 of each file of ids.
+    """
+
+    fingerprint: str
+    files: tuple[tuple[str, int], ...]
+    summary: dict[str, Any]
+    checksums: dict[str, int]
+
+    @classmethod
+    def beside(cls, folder: Path) -> Record | None:
+        """The record of a folder, or None where there is no such file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        path = folder / RECORD
+        try:
+            found = json.loads(path.read_bytes())
+            files = tuple((str(name), int(count)) for name, count in found["files"])
+            checksums = {str(name): int(crc) for name, crc in found.get("checksums", {}).items()}
+            return cls(str(found["fingerprint"]), files, dict(found["summary"]), checksums)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {reason(error)}") from error
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            raise DataError(
+                f"{path} is damaged ({error!r:.100}); remove it, or make the data again with: "
+                "nexus-data prepare"
+            ) from error
+
+    def tokens(self, name: str) -> int | None:
+        """How many tokens a file beside it has; None where it does not say so."""
+        count = self.summary.get(_COUNTS.get(name, ""))
+        return count if isinstance(count, int) and count > 0 else None

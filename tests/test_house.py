@@ -42,7 +42,7 @@ def test_engine_and_core_stay_small() -> None:
         if not {"cli", "testing", "bases"} & set(path.parts)
     ]
     assert lines(ROOT / "nexus_core/engine.py") <= 250
-    assert sum(map(lines, core)) <= 1600
+    assert sum(map(lines, core)) <= 1800
 
 
 @pytest.mark.parametrize("package", PLUGINS, ids=lambda path: path.name)

@@ -102,7 +102,7 @@ def test_set_reads_values_as_yaml_does_and_reaches_into_blocks(config: str) -> N
         ({"sets": ("until=soon",)}, "until: got 'soon'; cannot read the interval"),
         ({"sets": ("clip.max_norm.x=1",)}, "'max_norm' of 'clip.max_norm.x' is a value"),
         ({"plugins": "no:clipp"}, "'clipp' is not in this run. Did you mean 'clip'"),
-        ({"environment": {"NEXUS_SEDE": "1"}}, "NEXUS_SEDE: unknown key 'sede'"),
+        ({"environment": {"NEXUS_SEED": "x"}}, "seed: got 'x'; .*from NEXUS_SEED"),
     ],
 )
 def test_mistake_is_one_clear_error(config: str, arguments: Any, message: str) -> None:

@@ -177,6 +177,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     """Breaks if a missing package is a riddle."""
     monkeypatch.setitem(sys.modules, "mlflow.entities", None)
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.mlflow")
+    monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.mlflow.plugin")
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[mlflow\]'"):
         import_module("nexus_plugins_contrib.mlflow")
 

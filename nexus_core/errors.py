@@ -4,6 +4,7 @@ The command line turns a `NexusError` into one line and an exit code; `--debug` 
 """
 
 import difflib
+import json
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,11 +62,12 @@ def hints_for_command_line() -> Iterator[None]:
 
 def hint_set(key: str, value: object) -> str:
     """How to give a setting a value: `--set clip.max_norm=1`, or `ClipPlugin(max_norm=1)`."""
+    plain = value if isinstance(value, int | float | list | dict) else str(value)
     if _on_command_line:
-        return f"--set {key}={shlex.quote(str(value))}"
+        text = plain if isinstance(plain, str) else json.dumps(plain)
+        return f"--set {key}={shlex.quote(text)}"
     plugin, dot, name = key.rpartition(".")
-    shown = repr(value if isinstance(value, int | float | str | list | dict) else str(value))
-    return f"{_class_of(plugin)}({name}={shown})" if dot else f"{key}={shown}"
+    return f"{_class_of(plugin)}({name}={plain!r})" if dot else f"{key}={plain!r}"
 
 
 def hint_add(*plugins: str) -> str:
@@ -76,10 +78,10 @@ def hint_add(*plugins: str) -> str:
 
 
 def hint_leave_out(plugin: str) -> str:
-    """How to leave a plugin out: `--plugins no:clip`, or `no ClipPlugin in plugins=[...]`."""
+    """How to leave a plugin out: `--plugins no:clip`, or `drop ClipPlugin() from plugins=[...]`."""
     if _on_command_line:
         return f"--plugins no:{plugin}"
-    return f"no {_class_of(plugin)} in plugins=[...]"
+    return f"drop {_class_of(plugin)}() from plugins=[...]"
 
 
 def hint_resume(source: str = "auto") -> str:

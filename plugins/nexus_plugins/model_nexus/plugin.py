@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from nexus_core.bases.parallel import is_sharded
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import Plugin, hookimpl
 from nexus_core.state import StateDict
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
@@ -46,7 +46,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             if codec is None:
                 raise ConfigError(
                     "model_nexus.vocab_size is not set and the data has no tokenizer to take it "
-                    "from; set it: --set model_nexus.vocab_size=32000"
+                    f"from; set it: {hint_set('model_nexus.vocab_size', 32000)}"
                 )
             settings["vocab_size"] = codec.size
         self._vocab_size = settings["vocab_size"]

@@ -22,11 +22,11 @@ def expanded(path: str | Path) -> str:
     A name in small letters that is no variable stays, as it may be a part of the path's name.
 
     Raises:
-        ConfigError: a variable is not set, there is no home folder, or no path can be so.
+        ConfigError: a variable is not set, there is no home folder, or no path is like that.
     """
     text = _VARIABLE.sub(_value, str(path))
-    if "\0" in text:
-        raise ConfigError("a path holds no NUL character")
+    if not text or "\0" in text:
+        raise ConfigError("a path is not empty, and holds no NUL character")
     if not text.startswith("~"):
         return text
     own = text == "~" or text.startswith("~/")

@@ -22,6 +22,8 @@ except ImportError as error:
     raise ConfigError(
         "the plugin mlflow needs the package mlflow: pip install 'nexus-trainer[mlflow]'"
     ) from error
+except RuntimeError as error:
+    raise ConfigError(f"the package mlflow cannot be imported: {error} Set HOME.") from error
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

@@ -17,7 +17,7 @@ from pydantic import Field, SecretStr
 from benchmarks.fuzz_config import Case, cases, try_case
 from nexus_core import ConfigError, Interval, Plugin, PluginConfig
 from nexus_core.cli import yaml12
-from nexus_core.cli.build import Build, build_plugins, json_schema
+from nexus_core.cli.build import Build, build_plugins
 from nexus_core.cli.fit import fitted
 from nexus_core.cli.settings import read_settings
 from nexus_core.paths import expanded
@@ -201,7 +201,8 @@ def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
         (f"seed={'9' * 5000}", "seed: got '9999"),
         ("clip." + "a." * 3000 + "b=1", "nested deeper than 50 levels"),
         ("out=a$NEXUS_NOT_SET/b", r"out: got .*; the variable \$NEXUS_NOT_SET is not set"),
-        ('jsonl.file="a\\0b"', "jsonl.file: got .*; a path holds no NUL character"),
+        ('jsonl.file="a\\0b"', "jsonl.file: got .*; .*no NUL character"),
+        ('out=""', "out: got ''; a path is not empty"),
     ],
 )
 def test_a_value_that_would_be_misread_is_refused_at_once(assignment: str, message: str) -> None:
@@ -409,7 +410,6 @@ def test_an_infinite_setting_survives_what_is_stored_and_read_again(tmp_path: Pa
     path.write_text(yaml12.dump(resolved))
     again = next(p for p in planned(str(path)).plan.plugins if isinstance(p, ClipPlugin))
     assert again.config.max_norm == math.inf
-    json.dumps(json_schema(), allow_nan=False)
 
 
 @pytest.fixture(scope="module")

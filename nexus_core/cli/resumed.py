@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from nexus_core.errors import ConfigError
-from nexus_core.paths import expanded
 
 __all__ = ["resumed_config"]
 
@@ -27,9 +26,9 @@ def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
     Raises:
         ConfigError: the folder is there, and no config in it.
     """
-    if resume is None or not (given := Path(expanded(resume))).is_dir():
+    if resume is None or not Path(resume).is_dir():
         return None, {}
-    path = given.resolve()
+    path = Path(resume).resolve()
     run = path.parent.parent if path.parent.name == FOLDER else None
     run = path.parent if path.name == FOLDER else run
     if (path / FOLDER).is_dir():

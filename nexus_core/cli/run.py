@@ -90,6 +90,7 @@ def main(
         from nexus_core.cli import build, distributed
         from nexus_core.cli.resumed import resumed_config
         from nexus_core.cli.settings import read_settings
+        from nexus_core.paths import expanded
 
         if profile or profile_trace is not None:
             others = {"--schema": schema, "--explain": explain, "--json": as_json,
@@ -100,6 +101,7 @@ def main(
             return
         values = {"out": out, "checkpoint.resume_policy": resume_policy}
         values = {key: value for key, value in values.items() if value is not None}
+        resume = None if resume is None else expanded(resume)
         config, replaced = resumed_config(resume) if config is None else (config, {})
         settings = read_settings(config, plugins, sets, os.environ, values, replaced)
         made = build.build_plugins(settings)

@@ -41,7 +41,7 @@ class RunFolder:
         """Make the folder this run's, by a config that no other process can have written.
 
         Returns:
-            Whether the config has been written; not where the run in it goes on.
+            Whether the config has been written; not where the run in it is resumed.
 
         Raises:
             ConfigError: another run has taken the folder since, or it cannot be written.

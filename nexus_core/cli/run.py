@@ -45,7 +45,7 @@ class _WithCommands(click.Command):
               help='Override a setting: until="2 epochs", clip.max_norm=0.5.')  # fmt: skip
 @click.option("--out", type=PATH, help="The run's folder.")
 @click.option("--resume", metavar="auto|PATH",
-              help="Go on from the newest good checkpoint, or from that of a PATH: a run or a "
+              help="Resume from the newest good checkpoint, or from a PATH: a run or a "
               "checkpoint, whose config is taken where no other is given.")  # fmt: skip
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
               help="What may differ from the checkpoint: checkpoint.resume_policy.")  # fmt: skip

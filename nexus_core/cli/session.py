@@ -120,7 +120,7 @@ def _kept(engine: Engine) -> str:
     saved = [path.name for path in folder.glob("step-*") if path.name[5:].isdigit()]
     if not saved:
         return f"{ended}; no checkpoint had been saved in {engine.out}"
-    return f"{ended}; kept: {folder / max(saved)}; go on from it with --resume auto"
+    return f"{ended}; kept: {folder / max(saved)}; resume from it with --resume auto"
 
 
 def _exit_code(result: Result) -> int:

@@ -6,7 +6,7 @@ Precedence: preset < file < `NEXUS_*` environment < `--set`. A plugin validates 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -85,35 +85,24 @@ def read_settings(
     base = _read_preset(content.pop("preset")) if "preset" in content else Document({})
     own = _plugin_blocks(content, source)
     merged = _Merged(base, Document(content, document.written), own)
-    blocks = merged.blocks
-    brought = tuple(base.value.get("plugins", {}))
     added, removed = _split_names(plugins)
-    for name in [*removed, *(name for name, block in own.items() if block is False)]:
-        if blocks.pop(name, None) is None:
-            raise ConfigError(
-                f"no:{name}: '{name}' is not in this run.{suggestion(name, blocks)} "
-                f"In it: {', '.join(blocks)}"
-            )
-    for name in added:
-        blocks.setdefault(name, {})
-    for origin, key, text in _environment(environment or {}, blocks):
+    merged.leave_out([*removed, *(name for name, block in own.items() if block is False)])
+    merged.add(added)
+    for origin, key, text in _environment(environment or {}, merged.blocks):
         merged.set(key, yaml12.parse_value(text), origin)
-    for assignment in sets:
-        key, sign, text = assignment.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as clip.max_norm=1")
-        merged.set(key.strip(), yaml12.parse_value(text), f"--set {assignment}")
+    for key, text in map(_assignment, sets):
+        merged.set(key, yaml12.parse_value(text), f"--set {key}={text}")
     for key, value in (values or {}).items():
         merged.set(key, Document(value), key)
     if merged.content.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
         merged.content["accumulate"] = 1
-        blocks.setdefault("auto_accumulate", {})
+        merged.add(["auto_accumulate"])
         added.append("auto_accumulate")
-    named = dict.fromkeys(name for name in (*own, *added) if name in blocks)
+    named = dict.fromkeys((*own, *added))
     return Settings(
         merged.run(),
-        tuple(name for name in brought if name in blocks),
-        tuple(named),
+        tuple(name for name in base.value.get("plugins", {}) if name in merged.blocks),
+        tuple(name for name in named if name in merged.blocks),
         Path(source).stem if is_file else source,
         merged.written,
         merged.variables,
@@ -136,8 +125,31 @@ class _Merged:
         self.content["plugins"] = self.blocks = {
             name: {**lower.get(name, {}), **upper.get(name, {})} for name in {**lower, **upper}
         }
-        self.written = {**base.written, **top.written}
+        kept = {
+            place: text
+            for place, text in base.written.items()
+            if place[0] not in top.value or (place[0] == "plugins" and not _reaches(upper, place))
+        }
+        self.written = {**kept, **top.written}
         self.variables: dict[str, str] = {}
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Take plugins out of the run.
+
+        Raises:
+            ConfigError: one is not in it.
+        """
+        for name in names:
+            if self.blocks.pop(name, None) is None:
+                raise ConfigError(
+                    f"no:{name}: '{name}' is not in this run.{suggestion(name, self.blocks)} "
+                    f"In it: {', '.join(self.blocks)}"
+                )
+
+    def add(self, names: Iterable[str]) -> None:
+        """Put plugins into the run, with their defaults where they are not there."""
+        for name in names:
+            self.blocks.setdefault(name, {})
 
     def set(self, key: str, given: Document, origin: str) -> None:
         """Assign one dotted key: the engine's own, or a plugin's behind the plugin's name."""
@@ -197,6 +209,18 @@ class _Merged:
         for path in old:
             del self.written[path]
         self.written.update({(*place, *path): text for path, text in given.written.items()})
+
+
+def _reaches(blocks: Mapping[str, Block], place: yaml12.Path) -> bool:
+    """Whether blocks of plugins have a key that a place within `plugins` is in."""
+    return len(place) > 2 and place[2] in blocks.get(str(place[1]), {})
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, such as clip.max_norm=1")
+    return key.strip(), value
 
 
 def _read_preset(name: object) -> Document:

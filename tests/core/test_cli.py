@@ -304,7 +304,7 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> 
     assert done.returncode == -signal.SIGINT
     first, last = done.stderr.split("\n\n")
     assert "stopping after this step; Ctrl-C again ends the run at once" in first
-    kept = "kept: one/checkpoints/step-00000004; go on from it with --resume auto"
+    kept = "kept: one/checkpoints/step-00000004; resume from it with --resume auto"
     assert (kept if saved else "no checkpoint had been saved in one") in last
     assert last.startswith("ended at once at step 4; ")
     assert last.count("\n") == 1

@@ -195,7 +195,7 @@ def test_a_metric_of_any_name_is_stored_under_one_that_mlflow_takes(out: Path) -
             metrics |= {f"many/{number}": 0.0 for number in range(1100)}
 
     config = {"plugins": {"x": {"a@b": 1}}}
-    for _ in range(2):  # the second time, it goes on
+    for _ in range(2):  # the second time, resumed
         engine = engine_of(out, MlflowPlugin(), OddPlugin(), config=config)
         if (out / "snapshot").exists():
             engine.load_state_dict(torch.load(out / "snapshot", weights_only=False))

@@ -46,6 +46,7 @@ class PluginConfig(BaseModel):
         return _storable(dump(self)) if info.mode == "json" else dump(self)
 
 
+MOST_FAULTS = 10  # that are told of one block of settings
 _SECRET = str(SecretStr("any"))
 ConfigT = TypeVar("ConfigT", bound=PluginConfig)
 
@@ -117,8 +118,8 @@ def _storable(value: Any) -> Any:
 
 def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> ConfigError:
     """Say in one line per fault which key is wrong, what it got and what it expects."""
-    lines = []
-    for fault in error.errors():
+    lines, faults = [], error.errors(include_url=False)
+    for fault in faults[:MOST_FAULTS]:
         path = [str(part) for part in fault["loc"]]
         key = ".".join([prefix, *path] if prefix else path)
         if fault["type"] == "extra_forbidden":
@@ -130,6 +131,8 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
             got = "" if fault["type"] == "missing" else f"got {_shown(fault, model)}; "
             line = f"{key}: {got}{message[:1].lower()}{message[1:]}"
         lines.append(line)
+    if more := len(faults) - len(lines):
+        lines.append(f"and {more:,} more")
     return ConfigError("\n".join(lines))
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import signal
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -182,4 +183,14 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
 
 
 def _row(name: str, text: str, width: int) -> str:
-    return f"  {name:<{width}}" + text.replace("\n", "\n" + " " * (width + 2))
+    return f"  {name:<{width}}" + _visible(text).replace("\n", "\n" + " " * (width + 2))
+
+
+def _visible(text: str) -> str:
+    """Text with an escape for each character that would do something to a terminal."""
+    return "".join(
+        repr(sign)[1:-1]
+        if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"
+        else sign
+        for sign in text
+    )

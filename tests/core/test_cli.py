@@ -16,10 +16,11 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from nexus_core import ConfigError, DataError, Engine
+from nexus_core import ConfigError, DataError, Engine, hookimpl
 from nexus_core.cli import session
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
+from nexus_plugins.jsonl import JsonlPlugin
 from nexus_plugins.lr_rsqrt import LrRsqrtPlugin
 
 
@@ -269,6 +270,15 @@ def test_any_encoding_of_the_output_will_do(encoding: str) -> None:
     said = done.stderr.decode("utf-16" if encoding == "utf-16" else "latin-1")
     assert "Traceback" not in said
     assert "ValueError: " in said
+
+
+def test_what_a_model_writes_does_nothing_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a sample of bytes clears the screen, or hides what is printed after it."""
+    sample = "a\x1b[2J\x07\r\x9b1m\x00é　b\nc\td"
+    monkeypatch.setattr(JsonlPlugin, "summarize", hookimpl(lambda self: {"sample": sample}))
+    result = run("tiny.yaml", "--out", "one", "-s", "until=1", "-p", "no:lr_cosine")
+    assert "a\\x1b[2J\\x07\\r\\x9b1m\\x00é　b\n" in result.output
+    assert "\x1b" not in result.output
 
 
 def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:

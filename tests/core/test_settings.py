@@ -277,6 +277,13 @@ def test_a_date_of_toml_is_text_as_elsewhere(tmp_path: Path) -> None:
     assert read_settings(str(path)).run.out == Path("2024-01-31")
 
 
+def test_of_very_many_faults_the_first_are_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClipPlugin(**{f"key{number}": 1 for number in range(1000)})
+    assert str(caught.value).count("\n") == 10
+    assert str(caught.value).endswith("and 990 more")
+
+
 # -- where it is written makes no difference
 
 

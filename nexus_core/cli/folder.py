@@ -17,7 +17,7 @@ from nexus_core.cli import distributed, yaml12
 from nexus_core.cli.build import Build
 from nexus_core.errors import ConfigError
 
-__all__ = ["RunFolder", "run_folder", "write_config"]
+__all__ = ["RunFolder", "automatic", "run_folder", "write_config"]
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
@@ -129,25 +129,25 @@ def _found(build: Build, resume: str | None, *, make: bool) -> RunFolder:
         return RunFolder(out)
     if resume == "auto" and (earlier := _newest(build.name)):
         return RunFolder(earlier)
-    for folder in _automatic(build.name):
-        if folder.path.exists():
-            continue
-        if not make:
-            return folder
-        try:
-            folder.make()
-        except OSError as error:
-            raise _cannot_write(folder.path, error) from error
-        if folder.path in folder.made:
-            return folder
-    raise AssertionError("names do not end")
+    folders = (RunFolder(path) for path in automatic(build.name) if not path.exists())
+    return next(folder for folder in folders if not make or _is_first(folder))
 
 
-def _automatic(name: str) -> Iterator[RunFolder]:
+def _is_first(folder: RunFolder) -> bool:
+    """Make a folder; whether no other process was quicker."""
+    try:
+        folder.make()
+    except OSError as error:
+        raise _cannot_write(folder.path, error) from error
+    return folder.path in folder.made
+
+
+def automatic(name: str) -> Iterator[Path]:
+    """Names under `runs/` for a run that has none, of this second, best first."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    yield RunFolder(RUNS / f"{name}-{stamp}")
+    yield RUNS / f"{name}-{stamp}"
     for number in count(2):
-        yield RunFolder(RUNS / f"{name}-{stamp}-{number}")
+        yield RUNS / f"{name}-{stamp}-{number}"
 
 
 def _newest(name: str) -> Path | None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from nexus_core.cli.errors import reported
+from nexus_core.cli.folder import automatic
 from nexus_core.cli.options import PATH
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, RunError
@@ -165,9 +166,13 @@ def verify_resume(
         ConfigError: the folder exists.
         RunError: a run failed by itself.
     """
-    if out.exists():
-        raise ConfigError(f"'{out}' exists; verify-resume needs a folder of its own: --out DIR")
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError as error:
+        said = f"'{out}' exists; verify-resume needs a folder of its own: --out DIR"
+        raise ConfigError(said) from error
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
     order = Order(config, plugins, tuple(sets), threads)
     nursery = multiprocessing.get_context("forkserver")
     nursery.set_forkserver_preload(["nexus_core.cli.verify_resume"])
@@ -398,7 +403,7 @@ def main(
 ) -> None:
     """Kill a run at random moments, resume it, and show that it ends in the same bits."""
     with reported(debug):
-        out = out or Path("runs") / time.strftime("verify-resume-%Y%m%d-%H%M%S")
+        out = out or next(path for path in automatic("verify-resume") if not path.exists())
         report = verify_resume(config, out, kills=kills, plugins=plugins, sets=sets, seed=seed)
         if report.holds and not keep:
             for folder in ("undisturbed", "killed"):

@@ -292,6 +292,7 @@ def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not coloured()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> None:
     """The first one comes after the second step, which was saved, and the other one right then."""

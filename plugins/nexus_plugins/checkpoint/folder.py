@@ -34,6 +34,7 @@ __all__ = [
     "Manifest",
     "read",
     "read_manifest",
+    "read_small",
     "sync",
     "write",
 ]
@@ -65,6 +66,7 @@ class Content:
         config: the resolved config of the run, as text.
         keep: retention must leave it.
         shards: of what was read: the folder itself, where there are tensors in parts in it.
+        source: of what was read: the folder.
     """
 
     step: int
@@ -74,6 +76,7 @@ class Content:
     config: bytes | None = None
     keep: bool = False
     shards: Path | None = None
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def read(folder: Path, ranks: Ranks = Ranks()) -> Content:  # noqa: B008 (it is 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > memory:
         raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
-    content = Content(manifest.step, {}, {}, keep=manifest.keep)
+    content = Content(manifest.step, {}, {}, keep=manifest.keep, source=folder)
     with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
         for number, (name, (size, digest)) in enumerate(manifest.files.items()):
             try:
@@ -194,6 +197,20 @@ def read_manifest(folder: Path) -> Manifest:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return manifest
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file that is no link, and no larger than a limit.
+
+    Raises:
+        OSError: it cannot be opened.
+        CheckpointError: it is no such file.
+    """
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(f"{size} bytes are more than the {limit} allowed")
+        return file.read(limit)
 
 
 def sync(folder: Path) -> None:

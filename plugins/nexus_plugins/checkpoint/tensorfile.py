@@ -24,7 +24,14 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 
-__all__ = ["DTYPES", "HashingReader", "HashingWriter", "read_tensors", "write_tensors"]
+__all__ = [
+    "DTYPES",
+    "HashingReader",
+    "HashingWriter",
+    "check_header",
+    "read_tensors",
+    "write_tensors",
+]
 
 _HEADER_LIMIT = 100_000_000  # of the format itself
 _CHUNK = 8 << 20
@@ -135,10 +142,40 @@ def write_tensors(
                 f"the tensor '{name}' is {tensor.dtype}, {tensor.layout}, which safetensors cannot "
                 f"hold; store it dense, as one of {', '.join(map(str, _NAMES))}"
             )
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    text = _header(tensors, metadata)
+    _check_length(text, "a file's")
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in _order(tensors):
+        if tensors[name].numel():
+            file.write(_bytes_of(tensors[name]))
+
+
+def check_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], whose: str) -> None:
+    """See that so many tensors, of such names, fit into one file.
+
+    Raises:
+        CheckpointError: their header would be longer than the format allows.
+    """
+    _check_length(_header(tensors, metadata), whose)
+
+
+def _check_length(header: bytes, whose: str) -> None:
+    if len(header) > _HEADER_LIMIT:
+        raise CheckpointError(
+            f"{whose} tensors are too many for a safetensors file: the header that names them "
+            f"would have {len(header)} bytes, and {_HEADER_LIMIT} are allowed; keep fewer and "
+            "larger tensors, under shorter names"
+        )
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
-    for name in order:
+    for name in _order(tensors):
         end = begin + tensors[name].nbytes
         header[name] = {
             "dtype": _NAMES[tensors[name].dtype],
@@ -147,11 +184,7 @@ def write_tensors(
         }
         begin = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        if tensors[name].numel():
-            file.write(_bytes_of(tensors[name]))
+    return text + b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
 
 
 def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["checked"]
 
-_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""Optimizer states that fused kernels read with the parameter's size, whatever theirs is."""
-
 
 def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     """Return the tree as the snapshot that it is.
@@ -35,7 +32,7 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     """
     _require(tree.keys() == Snapshot.__annotations__.keys(), f"has the parts {', '.join(tree)}")
     _check_model(tree["model"])
-    _check_optimizer(tree["optimizer"], engine)
+    _check_optimizer(tree["optimizer"])
     _check_counters(tree["train"])
     _check_metrics(tree["pending"], tree["metrics"])
     _check_generators(tree["random"])
@@ -52,7 +49,7 @@ def _check_model(model: object) -> None:
     _require(isinstance(model, dict) and all(isinstance(key, str) for key in model), "has no model")
 
 
-def _check_optimizer(saved: object, engine: Engine) -> None:
+def _check_optimizer(saved: object) -> None:
     _require(
         isinstance(saved, dict)
         and saved.keys() >= {"state", "param_groups"}
@@ -68,24 +65,7 @@ def _check_optimizer(saved: object, engine: Engine) -> None:
     numbers = [number for group in table["param_groups"] for number in group["params"]]
     whole = all(type(number) is int for number in [*numbers, *table["state"]])
     _require(whole and table["state"].keys() <= set(numbers), "numbers parameters oddly")
-    parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-    if len(numbers) != len(parameters):
-        return  # the optimizer itself says what does not fit
-    for number, parameter in zip(numbers, parameters, strict=True):
-        state = table["state"].get(number)
-        if not isinstance(state, dict):
-            continue
-        for name in _SHAPED:
-            value = state.get(name)
-            if value is not None and not _fits(value, parameter):
-                raise CheckpointError(
-                    f"the optimizer's {name} of parameter {number} does not have the shape "
-                    f"{tuple(parameter.shape)}; resume with the config that wrote the checkpoint"
-                )
-
-
-def _fits(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+    _require(len(set(numbers)) == len(numbers), "numbers two parameters alike")
 
 
 def _check_counters(train: object) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
+from weakref import WeakMethod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from nexus_core.bases.worker import attend, leaving, signals_held
 from nexus_core.data import Batch
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
@@ -39,7 +43,8 @@ class ResumableLoader:
         shuffle: False keeps the order of the data set (evaluation).
         drop_last: leave out a last batch that is not full.
         collate: makes a batch of a list of samples.
-        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one.
+        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one. They
+            leave SIGINT and SIGTERM to this process, and end when it does, however it ends.
         pin_memory: collate into page-locked memory, for fast copies to a CUDA device.
         ranks: this process among its peers; each takes its slice of every batch.
 
@@ -92,7 +97,9 @@ class ResumableLoader:
         """
         order, loader = self._idle.pop() if self._idle else self._new_reader()
         order.epoch, order.start = epoch, start
-        return self._read((order, loader), iter(loader))
+        with signals_held():  # until the workers that it starts know what to do about them
+            batches = iter(loader)
+        return self._read((order, loader), batches)
 
     def _read(self, reader: _Reader, batches: Iterator[Batch | DataError]) -> Iterator[Batch]:
         try:
@@ -101,8 +108,8 @@ class ResumableLoader:
             self._idle.append(reader)  # its workers live on for the next epoch
 
     def _new_reader(self) -> _Reader:
-        order = _Order(self._sample_lists)
-        return order, DataLoader(
+        order, dismissed = _Order(WeakMethod(self._sample_lists)), multiprocessing.Event()
+        loader: DataLoader[Batch | DataError] = DataLoader(
             self._fetch,
             batch_sampler=order,
             collate_fn=_as_it_is,
@@ -110,17 +117,20 @@ class ResumableLoader:
             prefetch_factor=self._prefetch if self._num_workers else None,
             persistent_workers=self._num_workers > 0,
             pin_memory=self._pin_memory,
+            worker_init_fn=partial(attend, dismissed) if self._num_workers else None,
             generator=torch.Generator(),  # leaves the global generator alone
         )
+        leaving(loader, dismissed)
+        return order, loader
 
     def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self, epoch: int, start: int) -> Iterator[list[int]]:
-        for first in range(start, len(self), _TOGETHER):
-            for ids in self._ids_of(epoch, range(first, min(first + _TOGETHER, len(self)))):
-                yield ids.tolist()
+    def _sample_lists(self, epoch: int, first: int) -> list[list[int]]:
+        """The samples of some batches from a number on; none behind the last one."""
+        batches = range(first, min(first + _TOGETHER, len(self)))
+        return [ids.tolist() for ids in self._ids_of(epoch, batches)] if batches else []
 
     def _ids_of(self, epoch: int, batches: range) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches: many together take hardly longer than one."""
@@ -135,14 +145,24 @@ class ResumableLoader:
 
 @dataclass
 class _Order:
-    """A batch sampler that asks for the lists of samples from where it is told to start."""
+    """A batch sampler that asks for the lists of samples from where it is told to start.
 
-    lists: Callable[[int, int], Iterator[list[int]]]
+    It does not keep its loader alive: workers in a circle of references are ended by force, late.
+    """
+
+    lists: WeakMethod[Callable[[int, int], list[list[int]]]]
     epoch: int = 0
     start: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.lists(self.epoch, self.start)
+        epoch, place = self.epoch, self.start
+        while some := self._some(epoch, place):
+            yield from some
+            place += len(some)
+
+    def _some(self, epoch: int, place: int) -> list[list[int]]:
+        lists = self.lists()
+        return lists(epoch, place) if lists is not None else []
 
 
 @dataclass

@@ -70,7 +70,7 @@ class EmaPlugin(Plugin[EmaConfig]):
                 f"'{odd}'; resume with the config that wrote the checkpoint"
             )
         self._live = list(trained.values())
-        self._average = {n: self._average[n].to(p.device) for n, p in trained.items()}
+        self._average = {name: self._fitting(name, p) for name, p in trained.items()}
 
     @hookimpl
     @torch.no_grad()
@@ -116,7 +116,17 @@ class EmaPlugin(Plugin[EmaConfig]):
         """Take over the average."""
         average = cast(dict[str, Tensor], state["average"])
         self._average = {name: tensor.clone() for name, tensor in average.items()}
-        self._updates = cast(int, state["updates"])
+        self._updates = int(cast(int, state["updates"]))
+
+    def _fitting(self, name: str, parameter: Tensor) -> Tensor:
+        """The average of a parameter, where the parameter is."""
+        mean, wide = self._average[name], _wide(parameter)
+        if mean.shape != wide.shape or not mean.is_floating_point():
+            raise CheckpointError(
+                f"ema: the saved average of '{name}' is {tuple(mean.shape)}, {mean.dtype}, the "
+                f"parameter {tuple(wide.shape)}; resume with the config that wrote the checkpoint"
+            )
+        return mean.to(wide.device, wide.dtype)
 
     def _bring_back(self) -> None:
         if self._put_by is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
 from nexus_core.bases.parallel import is_sharded, local_part
 from nexus_core.errors import CheckpointError
@@ -264,8 +264,8 @@ def _check_states(
     kind = _made_by_torch(optimizer, live)
     known: dict[object, dict[str, _Kept]] = {}
     for number, parameter in zip(group["params"], live["params"], strict=True):
-        state = states.get(number)
-        if state is None or state == {}:
+        state = states.get(number, {})
+        if state == {}:
             continue  # nothing has been kept yet
         if not isinstance(state, dict):
             raise CheckpointError(f"the optimizer's state of parameter {number} is no state")
@@ -280,6 +280,27 @@ def _check_states(
             known[like] = _trial(kind, group, own, {}, number)
         for name, kept in known[like].items():
             state[name] = _checked(state.get(name), kept, parameter, name, number)
+    if kind is SGD:
+        _fill_momentum(states, group, live)
+
+
+def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> None:
+    """Begin at zero where one parameter has no momentum yet and another has.
+
+    It is what SGD does by itself, but its fused kernel takes all or none.
+    """
+    numbers = [n for n, p in zip(group["params"], live["params"], strict=True) if p.requires_grad]
+    there = [number for number in numbers if states.get(number)]
+    if not (group.get("momentum") and group.get("fused") and 0 < len(there) < len(numbers)):
+        return
+    if group["dampening"]:
+        raise CheckpointError(
+            f"the optimizer has a momentum for parameter {there[0]} and not for all, which its "
+            "fused kernel cannot go on with; resume with fused=False"
+        )
+    for number, parameter in zip(group["params"], live["params"], strict=True):
+        if parameter.requires_grad and not states.get(number):
+            states[number] = {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
 
 
 def _made_by_torch(optimizer: Optimizer, live: Settings) -> type[Optimizer] | None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nexus_core.errors import CheckpointError
-from nexus_plugins.checkpoint.folder import read_small
+from nexus_plugins._shared.files import read_small
 
 __all__ = ["FILE", "Course", "begun", "forget", "note", "source_for"]
 

@@ -496,7 +496,16 @@ def _fresh(engine: Engine) -> Snapshot:
 
 def _config_text(engine: Engine) -> bytes | None:
     """The resolved settings, where the run was built from settings."""
-    return yaml.safe_dump(engine.config, sort_keys=False).encode() if engine.config else None
+    if not engine.config:
+        return None
+    return yaml.dump(engine.config, Dumper=_WithoutAliases, sort_keys=False).encode()
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    """Writes what stands in two places twice; a reader need not allow for anything else."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _say(message: str) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "HashingReader",
     "HashingWriter",
     "check_header",
+    "check_size",
     "read_tensors",
     "write_tensors",
 ]
@@ -197,12 +198,7 @@ def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the header is not one, or does not agree with the size.
     """
-    if size < 8:
-        raise CheckpointError(f"{size} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(size - 8, _HEADER_LIMIT):
-        raise CheckpointError(f"the header claims {length} bytes, but the file has {size}")
-    entries = _entries(bytes(file.read(length)), size - 8 - length)
+    entries = check_size(file, size)
     tensors = {}
     for entry in entries:
         try:
@@ -213,6 +209,20 @@ def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
             file.read_into(_bytes_of(tensor))
         tensors[entry.name] = tensor
     return tensors
+
+
+def check_size(file: HashingReader, size: int) -> list[_Entry]:
+    """Read a header, and see that it describes the bytes behind it and no more.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if size < 8:
+        raise CheckpointError(f"{size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(size - 8, _HEADER_LIMIT):
+        raise CheckpointError(f"the header claims {length} bytes, but the file has {size}")
+    return _entries(bytes(file.read(length)), size - 8 - length)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

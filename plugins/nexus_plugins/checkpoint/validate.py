@@ -61,8 +61,12 @@ def _check_optimizer(saved: object) -> None:
     table = cast(dict[str, Any], saved)
     numbers = [number for group in table["param_groups"] for number in group["params"]]
     whole = all(type(number) is int for number in [*numbers, *table["state"]])
-    _require(whole and table["state"].keys() <= set(numbers), "numbers parameters oddly")
-    _require(len(set(numbers)) == len(numbers), "numbers two parameters alike")
+    _require(
+        whole and table["state"].keys() <= set(numbers), "numbers the optimizer's parameters oddly"
+    )
+    _require(
+        len(set(numbers)) == len(numbers), "gives two of the optimizer's parameters one number"
+    )
 
 
 def _check_counters(train: object) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nexus_core.bases.parallel import local_part
 from nexus_core.errors import CheckpointError
+from nexus_plugins.checkpoint.tensorfile import fault_of
 
 __all__ = ["Json", "TensorBag", "decode", "encode"]
 
@@ -91,6 +92,8 @@ def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Jso
         real = cast(float, value)
         return real if math.isfinite(real) else {"$float": str(real)}
     if isinstance(value, Tensor):
+        if fault := fault_of(value):
+            raise CheckpointError(f"the tensor '{path}' cannot be stored in a checkpoint: {fault}")
         return {"$tensor": bag.add(path, value)}
     if kind is dict or kind is OrderedDict:
         return _encode_dict(cast(dict[object, object], value), bag, path, depth)

@@ -21,7 +21,9 @@ from io import RawIOBase
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nexus_core.bases.parallel import is_sharded
 from nexus_core.errors import CheckpointError
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "HashingWriter",
     "check_header",
     "check_size",
+    "fault_of",
     "read_tensors",
     "write_tensors",
 ]
@@ -138,17 +141,39 @@ def write_tensors(
         CheckpointError: a tensor has a layout or a dtype that safetensors cannot hold.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
-            raise CheckpointError(
-                f"the tensor '{name}' is {tensor.dtype}, {tensor.layout}, which safetensors cannot "
-                f"hold; store it dense, as one of {', '.join(map(str, _NAMES))}"
-            )
+        if fault := fault_of(tensor):
+            raise CheckpointError(f"the tensor '{name}' cannot be stored: {fault}")
     text = _header(tensors, metadata)
     _check_length(text, "a file's")
     file.write(struct.pack("<Q", len(text)) + text)
     for name in _order(tensors):
         if tensors[name].numel():
             file.write(_bytes_of(tensors[name]))
+
+
+def fault_of(tensor: Tensor) -> str:
+    """Why a tensor cannot be stored and what to keep instead; empty where it can."""
+    if tensor.is_quantized:
+        return "it is quantized; keep int_repr(), and scale and zero point as numbers"
+    if tensor.is_nested:
+        return "it is nested; keep its values() and offsets()"
+    if tensor.is_sparse:
+        return "it is sparse; keep to_dense(), or indices() and values()"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}; keep to_dense()"
+    if tensor.is_meta:
+        return "it is on the meta device and has no values; give it some first"
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
+        return f"it is a {type(tensor).__qualname__}, a tensor made of others; keep those"
+    return _fault_of_dtype(tensor.dtype)
+
+
+def _fault_of_dtype(dtype: torch.dtype) -> str:
+    if dtype in DTYPES.values():
+        return ""
+    if dtype.is_complex:
+        return f"safetensors has no {dtype}; keep torch.view_as_real(x), its parts as real numbers"
+    return f"safetensors has no {dtype}; keep view(torch.uint8), its bytes, or another dtype"
 
 
 def check_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], whose: str) -> None:

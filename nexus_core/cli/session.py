@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import signal
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,9 @@ from nexus_core.errors import NexusError
 __all__ = ["stopping_on_signals", "train"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_S = 2.0
+"""How long after a signal another one is taken for the same: a scheduler or a terminal signals all
+processes, and the launcher among them hands it on, in seconds."""
 
 
 def train(
@@ -80,20 +84,24 @@ def _fit(
 
 @contextmanager
 def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
-    """End the loop after its step on SIGINT or SIGTERM; a second one ends the process at once.
+    """End the loop after its step on SIGINT or SIGTERM; one that follows ends the process at once.
 
     Yields:
         The signals received. The handlers of before are put back afterwards.
     """
     received: list[int] = []
+    first = 0.0
 
     def handle(number: int, _: FrameType | None) -> None:
-        if received:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO_S:
             _say_at_once(engine, _kept(engine))
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
-        engine.stop(signal.Signals(number).name)
+        engine.stop(signal.Signals(received[0]).name)
         if number == signal.SIGINT and len(received) == 1:
             _say_at_once(engine, "stopping after this step; Ctrl-C again ends the run at once")
 
@@ -131,8 +139,9 @@ def _exit_code(result: Result) -> int:
 
 
 def _has_checkpoints(out: Path) -> bool:
+    """Whether there is something to resume from, if only the note of where the run has begun."""
     folder = out / "checkpoints"
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _headline(engine: Engine, run: RunConfig) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
 from nexus_core.errors import CheckpointError
+from nexus_core.optimizers import members
 from nexus_core.processes import is_sharded, local_part
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 
@@ -92,21 +93,33 @@ def take_over(
         )
     said = []
     try:
-        for number, (group, live) in enumerate(_pairs(saved, engine.optimizer)):
+        for number, (state, group, live, owner) in enumerate(_pairs(saved, engine.optimizer)):
             before, now = _settings_of(theirs, number), _settings_of(ours, number)
             changes = {key: now[key] for key in now if key in before and now[key] != before[key]}
             said += [f"the optimizer's {key} is {now[key]}, was {before[key]}" for key in changes]
             _set(group, live, changes)
             _check_settings(group, live)
-            _check_states(saved["state"], group, live, engine.optimizer)
+            _check_states(state, group, live, owner)
     except CheckpointError as error:
         raise CheckpointError(_other_model(snapshot["model"], engine) or str(error)) from error
     made_by_plugin = any(plugin.slot == "optimizer" for plugin in engine.plugins.values())
     return [] if made_by_plugin else list(dict.fromkeys(said))  # its settings are compared anyway
 
 
-def _pairs(saved: Settings, optimizer: Optimizer) -> Iterator[tuple[Settings, Settings]]:
-    return zip(saved["param_groups"], optimizer.param_groups, strict=True)
+def _pairs(
+    saved: Settings, optimizer: Optimizer
+) -> Iterator[tuple[dict[int, Any], Settings, Settings, Optimizer]]:
+    """Each group: the states of its optimizer, the group as saved and as it is, the optimizer."""
+    for table, owner in _each(saved, optimizer):
+        for group, live in zip(table["param_groups"], owner.param_groups, strict=True):
+            yield table["state"], group, live, owner
+
+
+def _each(saved: Settings, optimizer: Optimizer) -> list[tuple[Settings, Optimizer]]:
+    """The saved table of each optimizer, where they are several as where it is one."""
+    named = members(optimizer)
+    several: Settings = saved.get("optimizers", {"": saved})
+    return [(several[name], owner) for name, owner in named.items() if name in several]
 
 
 def _other_kind(theirs: object, ours: Mapping[str, Json]) -> str:
@@ -139,7 +152,11 @@ def _other_model(weights: Mapping[str, Any], engine: Engine) -> str:
 
 
 def _other_sizes(saved: Settings, optimizer: Optimizer) -> str:
-    before = [len(group["params"]) for group in saved["param_groups"]]
+    names = list(saved.get("optimizers", {"": None}))
+    if names != list(members(optimizer)):
+        return f"the optimizers are {list(members(optimizer))}, were {str(names)[:80]}"
+    tables = [table for table, _ in _each(saved, optimizer)]
+    before = [len(group["params"]) for table in tables for group in table["param_groups"]]
     now = [len(group["params"]) for group in optimizer.param_groups]
     if before == now:
         return ""

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
+from nexus_core.data import DataState
 from nexus_core.errors import CheckpointError
 from nexus_core.intervals import TrainState
-from nexus_core.snapshot import Snapshot
+from nexus_core.snapshot import OPTIONAL, Snapshot
 from nexus_plugins._shared.generators import check_generators
 from nexus_plugins.checkpoint.kinds import check_kinds
 
@@ -28,13 +29,16 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     Raises:
         CheckpointError: it is no snapshot, or does not fit model and optimizer.
     """
-    _require(tree.keys() == Snapshot.__annotations__.keys(), f"has the parts {', '.join(tree)}")
+    known = Snapshot.__annotations__.keys()
+    _require(known - OPTIONAL <= tree.keys() <= known, f"has the parts {', '.join(tree)}")
     _check_model(tree["model"])
     _check_optimizer(tree["optimizer"])
     _check_counters(tree["train"])
     _check_metrics(tree["pending"], tree["metrics"])
     _check_generators(tree["random"])
     _check_plugins(tree["plugins"], engine)
+    _check_data(tree.get("data"))
+    _check_extras(tree.get("extras", {}))
     return cast(Snapshot, tree)
 
 
@@ -48,6 +52,18 @@ def _check_model(model: object) -> None:
 
 
 def _check_optimizer(saved: object) -> None:
+    several = saved.get("optimizers") if isinstance(saved, dict) else None
+    if several is None:
+        _check_one_optimizer(saved)
+        return
+    _require(
+        isinstance(several, dict) and len(cast(dict[str, object], saved)) == 1, "has no optimizer"
+    )
+    for one in several.values():
+        _check_one_optimizer(one)
+
+
+def _check_one_optimizer(saved: object) -> None:
     _require(
         isinstance(saved, dict)
         and saved.keys() >= {"state", "param_groups"}
@@ -94,15 +110,42 @@ def _numbers(values: list[object]) -> bool:
 
 def _check_generators(saved: object) -> None:
     kinds = {"python", "numpy", "torch", "devices"}
-    good = isinstance(saved, dict) and kinds <= saved.keys() <= {*kinds, "peers"}
+    good = isinstance(saved, dict) and kinds <= saved.keys() <= {*kinds, "accelerator", "peers"}
     _require(good, "has no generators")
     table = cast(dict[str, Any], saved)
+    _require(isinstance(table.get("accelerator", ""), str), "has generators of no kind of device")
     peers = table.get("peers", [])
     _require(isinstance(peers, list), "has odd generators of other processes")
     for other in peers:
         _require(isinstance(other, dict) and "peers" not in other, "nests generators")
         _check_generators(other)
     check_generators(table)
+
+
+def _check_data(data: object) -> None:
+    if data is None:
+        return
+    _require(
+        isinstance(data, dict)
+        and data.keys() == DataState.__annotations__.keys()
+        and isinstance(data["fingerprint"], str | None)
+        and (data["batch_size"] is None or _is_count(data["batch_size"], 1))
+        and _is_count(data["row"], 0)
+        and isinstance(data["loader"], dict | None),
+        "does not say which data it was in",
+    )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 63
+
+
+def _check_extras(extras: object) -> None:
+    _require(
+        isinstance(extras, dict)
+        and all(isinstance(n, str) and isinstance(state, dict) for n, state in extras.items()),
+        "has odd additions of plugins",
+    )
 
 
 def _check_plugins(plugins: object, engine: Engine) -> None:

@@ -369,7 +369,7 @@ class Engine(EarlierNames):
         """The stream of this data from the cursor on; the open one of an iterator goes on."""
         if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
             return self._stream
-        stream = Stream(data, self.state, self._data_state, is_same(data, self._read))
+        stream = Stream(data, self.state, self._where(), is_same(data, self._read))
         for length in filter(None, (horizon, period)):
             stream.check(length)
         self._read, self._stream, self._place = data, stream, stream.place

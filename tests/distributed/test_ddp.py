@@ -14,7 +14,7 @@ from nexus_plugins.early_stop import EarlyStopPlugin
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.guard import GuardPlugin
 from tests.distributed.processes import together
-from tests.distributed.works import train, train_apart, train_with
+from tests.distributed.works import play, refused, search, train, train_apart, train_with
 
 
 def more(*values: object) -> list[ParameterSet]:
@@ -127,3 +127,15 @@ def test_processes_that_find_different_checkpoints_do_not_go_on(tmp_path: Path) 
     train(6, out=tmp_path / "0")
     with pytest.raises(AssertionError, match="rank 0 step 6, rank 1 step -1"):
         together(2, partial(train_apart, tmp_path))
+
+
+@pytest.mark.slow
+def test_turns_are_refused_by_name_and_a_second_look_at_the_gradient_is_summed() -> None:
+    """Red if optimizers that take turns train apart, or LBFGS sees the gradient of one process."""
+    for errors in together(2, partial(refused, play)):
+        assert (
+            "ddp sums one gradient a step, and optimizers take turns here ('hidden')" in errors[0]
+        )
+    alone = search()
+    for weights in together(2, search):
+        assert weights == pytest.approx(alone, rel=1e-4, abs=1e-5)

@@ -398,3 +398,37 @@ def train_with(make: Callable[[], Plugin[Any]], *arguments: Any, **options: Any)
 def train_apart(folder: Path) -> Seen:
     """Resume from a folder that each process has for itself."""
     return train(8, out=folder / os.environ["RANK"], resume=True)
+
+
+class GamePlugin(Plugin[PluginConfig]):
+    """Two optimizers that take turns."""
+
+    @hookimpl
+    def take_turns(self) -> list[str]:
+        return ["hidden", "head"]
+
+
+def play() -> None:
+    """A step of two optimizers that take turns."""
+    parallel = DdpPlugin(timeout=20)
+    parallel.join()
+    model = Net()
+    optimizers = {
+        "hidden": torch.optim.SGD(model.hidden.parameters(), lr=0.1),
+        "head": torch.optim.SGD(model.head.parameters(), lr=0.1),
+    }
+    engine = Engine(model, optimizers, plugins=[parallel, SquaredPlugin(), GamePlugin()])
+    engine.fit([{"x": torch.ones(4, 5), "y": torch.ones(4, 4)}], until=1)
+
+
+def search() -> list[float]:
+    """The weights after steps of an optimizer that looks at the gradient again and again."""
+    parallel = DdpPlugin(timeout=20)
+    parallel.join()
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    engine = Engine(model, optimizer, plugins=[parallel, SquaredPlugin()], accumulate=2)
+    data = ResumableLoader(Regression(), 6, seed=1, ranks=Ranks.current())
+    engine.fit(data, until=4)
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()

@@ -25,7 +25,6 @@ from nexus_core.meter import Finish, Meter, Number
 from nexus_core.optimizers import check_optimizer, trained, untrained
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
-from nexus_core.snapshot import Snapshot
 from nexus_core.step import Step
 from nexus_core.update import compute_gradient, count_units, prepare, take_step
 
@@ -254,7 +253,7 @@ class Engine(EarlierNames):
         status = "finished" if self.horizon and self.horizon.reached(at) else "stopped"
         return Result(status, reason, at.step, at.tokens, at.seconds, dict(self.metrics))
 
-    def state_dict(self) -> Snapshot:
+    def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
         snapshot = snapshots.gather(self, self._where())
         planning.call_each(
@@ -265,7 +264,7 @@ class Engine(EarlierNames):
         )
         return snapshot
 
-    def load_state_dict(self, snapshot: Snapshot) -> None:
+    def load_state_dict(self, snapshot: snapshots.Snapshot) -> None:
         """Continue from a snapshot, to the same bits; fires `on_load` first.
 
         Raises:
@@ -277,14 +276,14 @@ class Engine(EarlierNames):
         """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
         self._restore(self.hook.load_snapshot(engine=self, source=source))
 
-    def rewind(self, snapshot: Snapshot) -> None:
+    def rewind(self, snapshot: snapshots.Snapshot) -> None:
         """Restore weights, optimizer and plugins of an earlier snapshot of this run, and no more.
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
         now, at = snapshots.gather(self, self._where()), (self._read, self._stream, self._place)
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
-        self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
+        self._restore(cast(snapshots.Snapshot, {**deepcopy(snapshot), **kept}))
         self._read, self._stream, self._place = at
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
@@ -298,7 +297,7 @@ class Engine(EarlierNames):
                 self.training, self.split, self.meter = before
         return metrics
 
-    def _restore(self, snapshot: Snapshot) -> None:
+    def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
         self._data_state = snapshot.get("data")
@@ -326,7 +325,7 @@ class Engine(EarlierNames):
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
             say_mode(self.model)
-            self._agree()
+            self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
             started = self._agreement.clock() - self.state.seconds
             undo = Undo(self.model)
             while not (self.stopping or horizon.reached(self.state)):
@@ -337,7 +336,7 @@ class Engine(EarlierNames):
                     self._log()
                 if eval_due.due(self.state) and eval_data is not None:
                     self.evaluate(eval_data)
-                    self._agree()
+                    self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
                 self.hook.on_step_end(engine=self)
                 yield self.state
             if not self.stopping or horizon.reached(self.state):
@@ -404,12 +403,6 @@ class Engine(EarlierNames):
         self.state.samples += rows
         self.state.tokens += tokens
         self.stop_reason = reason
-
-    def _agree(self) -> None:
-        """Have all processes know of a stop, outside of a step."""
-        if self.ranks.size > 1:
-            self._agreement.begin(stop=self._wish)
-            *_, self.stop_reason = self._agreement.end()
 
     def _log(self) -> None:
         if not (metrics := self.meter.read(self.ranks)):

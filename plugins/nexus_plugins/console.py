@@ -52,7 +52,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         """Show how far the run is."""
         self._began, self._began_at = time.monotonic(), _share(engine)
         self._due = self._held_back = None
-        if engine.horizon is not None and sys.stderr.isatty() and not self.config.quiet:
+        if engine.horizon and sys.stderr and sys.stderr.isatty() and not self.config.quiet:
             total = engine.horizon.amount
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
             self._bar = tqdm(
@@ -114,7 +114,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
 
 def _print(line: str) -> None:
     """Print a line, with an escape for each character that the output stream has not."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be no stream at all
     click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
 
 

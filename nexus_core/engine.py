@@ -33,7 +33,6 @@ from nexus_core.meter import Finish, Meter, Number
 from nexus_core.optimizers import check_optimizer, trained, untrained
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
-from nexus_core.snapshot import Snapshot
 from nexus_core.step import Step
 from nexus_core.update import compute_gradient, count_units, prepare, take_step
 
@@ -266,7 +265,7 @@ class Engine(EarlierNames):
         status = "finished" if self.horizon and self.horizon.reached(at) else "stopped"
         return Result(status, reason, at.step, at.tokens, at.seconds, dict(self.metrics))
 
-    def state_dict(self) -> Snapshot:
+    def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
         snapshot = snapshots.gather(self, self._where())
         planning.call_each(
@@ -277,7 +276,7 @@ class Engine(EarlierNames):
         )
         return snapshot
 
-    def load_state_dict(self, snapshot: Snapshot) -> None:
+    def load_state_dict(self, snapshot: snapshots.Snapshot) -> None:
         """Continue from a snapshot, to the same bits; fires `on_load` first.
 
         Raises:
@@ -289,7 +288,7 @@ class Engine(EarlierNames):
         """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
         self._restore(self.hook.load_snapshot(engine=self, source=source))
 
-    def rewind(self, snapshot: Snapshot) -> None:
+    def rewind(self, snapshot: snapshots.Snapshot) -> None:
         """Restore weights, optimizer and plugins of an earlier snapshot of this run, and no more.
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
@@ -297,7 +296,7 @@ class Engine(EarlierNames):
         now, due = snapshots.gather(self, self._where()), self._due
         at = self._read, self._stream, self._place
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
-        self._restore(cast(Snapshot, {**deepcopy(snapshot), **kept}))
+        self._restore(cast(snapshots.Snapshot, {**deepcopy(snapshot), **kept}))
         (self._read, self._stream, self._place), self._due = at, due
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
@@ -311,7 +310,7 @@ class Engine(EarlierNames):
                 self.training, self.split, self.meter = before
         return metrics
 
-    def _restore(self, snapshot: Snapshot) -> None:
+    def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
         self._data_state = snapshot.get("data")
@@ -340,7 +339,7 @@ class Engine(EarlierNames):
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
             say_mode(self.model)
-            self._agree()
+            self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
             self._started = self._agreement.clock() - self.state.seconds
             undo = Undo(self.model)
             while self._due or not (self.stopping or horizon.reached(self.state)):
@@ -427,7 +426,7 @@ class Engine(EarlierNames):
         evaluated = self.state.evaluated_at == self.state.step
         if "evaluate" in self._due and eval_data is not None and not evaluated:
             self.evaluate(eval_data)
-            self._agree()
+            self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
         self._due.clear()
         self.hook.on_step_end(engine=self)
 
@@ -447,12 +446,6 @@ class Engine(EarlierNames):
         self._due = {"follow", "end"}
         self._due |= {"log"} if self._log_due.due(self.state) else set()
         self._due |= {"evaluate"} if self._eval_due.due(self.state) else set()
-
-    def _agree(self) -> None:
-        """Have all processes know of a stop, outside of a step."""
-        if self.ranks.size > 1:
-            self._agreement.begin(stop=self._wish)
-            *_, self.stop_reason = self._agreement.end()
 
     def _log(self) -> None:
         sums = self.meter.state_dict()

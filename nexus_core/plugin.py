@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import (
@@ -18,11 +19,20 @@ from typing import (
 )
 
 import pluggy
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SecretStr,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from nexus_core.errors import CheckpointError, ConfigError, suggestion
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from torch import Tensor
 
 __all__ = ["Plugin", "PluginConfig", "StateDict", "StateValue", "config_error", "hookimpl"]
@@ -80,11 +90,23 @@ def hookimpl(
 
 
 class PluginConfig(BaseModel):
-    """Base of every plugin's settings: unknown keys are errors, values never change in a run."""
+    """Base of every plugin's settings: unknown keys are errors, values never change in a run.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    A number must be finite, unless its field says `allow_inf_nan=True`. What is stored of settings
+    (`model_dump(mode="json")`) has no secrets, and "inf" for a number that is not finite.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @model_serializer(mode="wrap")
+    def _stored(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        return _storable(dump(self)) if info.mode == "json" else dump(self)
 
 
+MOST_FAULTS = 10  # that are told of one block of settings
+_SECRET = str(SecretStr("any"))
 ConfigT = TypeVar("ConfigT", bound=PluginConfig)
 
 
@@ -150,10 +172,19 @@ class Plugin(Generic[ConfigT]):
         )
 
 
+def _storable(value: Any) -> Any:
+    """The same without what pydantic put in place of a secret, and as JSON can say it."""
+    if isinstance(value, dict):
+        return {key: _storable(item) for key, item in value.items() if item != _SECRET}
+    if isinstance(value, list):
+        return [_storable(item) for item in value if item != _SECRET]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> ConfigError:
     """Say in one line per fault which key is wrong, what it got and what it expects."""
-    lines = []
-    for fault in error.errors():
+    lines, faults = [], error.errors(include_url=False)
+    for fault in faults[:MOST_FAULTS]:
         path = [str(part) for part in fault["loc"]]
         key = ".".join([prefix, *path] if prefix else path)
         if fault["type"] == "extra_forbidden":
@@ -162,6 +193,16 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
             line += f" Known: {', '.join(known)}." if known else ""
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            line = f"{key}: got {fault['input']!r}; {message[:1].lower()}{message[1:]}"
+            got = "" if fault["type"] == "missing" else f"got {_shown(fault, model)}; "
+            line = f"{key}: {got}{message[:1].lower()}{message[1:]}"
         lines.append(line)
+    if more := len(faults) - len(lines):
+        lines.append(f"and {more:,} more")
     return ConfigError("\n".join(lines))
+
+
+def _shown(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    """What a wrong setting was, as far as everybody may read it."""
+    field = model.model_fields.get(str(fault["loc"][0])) if fault["loc"] else None
+    secret = field is not None and "Secret" in str(field.annotation)
+    return "a secret" if secret else f"{fault['input']!r:.200}"

@@ -88,6 +88,13 @@ class Agreement:
         found = gather(self._ranks, self._stop) if stops else []
         return int(rows), int(tokens), next(filter(None, found), None)
 
+    def stop(self, wish: str | None, reason: str | None) -> str | None:
+        """The reason of all processes to stop, outside of a step; `reason` in a single one."""
+        if self._ranks.size > 1:
+            self.begin(stop=wish)
+            *_, reason = self.end()
+        return reason
+
     def clock(self) -> float:
         """Seconds; in several processes those of the main one, as of the last exchange."""
         return time.perf_counter() if self._ranks.size == 1 else self._now

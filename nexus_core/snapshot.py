@@ -41,6 +41,10 @@ class Snapshot(TypedDict):
     extras: NotRequired[dict[str, StateDict]]  # what `on_save` added, by the plugin's name
 
 
+OPTIONAL = frozenset({"data", "extras"})
+"""Parts that snapshots of earlier releases do not have."""
+
+
 class Parts(Protocol):
     """What of an engine a snapshot is of."""
 
@@ -101,7 +105,7 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
     Raises:
         CheckpointError: a part of it is missing, or does not fit model, optimizer or plugins.
     """
-    if missing := Snapshot.__required_keys__ - snapshot.keys():
+    if missing := Snapshot.__annotations__.keys() - OPTIONAL - snapshot.keys():
         raise CheckpointError(f"the snapshot has no part '{min(missing)}'")
     if strangers := snapshot["plugins"].keys() - engine.plugins.keys():
         name = min(strangers)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, TypeAlias
+from weakref import WeakMethod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from nexus_core.bases.worker import attend, leaving, signals_held
 from nexus_core.data import Batch, digest
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
@@ -41,7 +44,8 @@ class ResumableLoader:
         shuffle: False keeps the order of the data set (evaluation).
         drop_last: leave out a last batch that is not full.
         collate: makes a batch of a list of samples.
-        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one.
+        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one. They
+            leave SIGINT and SIGTERM to this process, and end when it does, however it ends.
         pin_memory: collate into page-locked memory, for fast copies to a CUDA device.
         ranks: this process among its peers; each takes its slice of every batch.
 
@@ -98,7 +102,9 @@ class ResumableLoader:
         """The batches of an epoch from a row on, wherever a batch of another size ended."""
         order, loader = self._idle.pop() if self._idle else self._new_reader()
         order.epoch, order.row = epoch, row
-        return self._read((order, loader), iter(loader))
+        with signals_held():  # until the workers that it starts know what to do about them
+            batches = iter(loader)
+        return self._read((order, loader), batches)
 
     def is_borrowed(self, row: int) -> bool:
         """Whether this process has no row of the batch from a row on, and gets one of another's."""
@@ -123,8 +129,11 @@ class ResumableLoader:
             self._idle.append(reader)  # its workers live on for the next epoch
 
     def _new_reader(self) -> _Reader:
-        order = _Order(self._sample_lists)
-        return order, DataLoader(
+        order, dismissed = (
+            _Order(WeakMethod(self._sample_lists), self.batch_size),
+            multiprocessing.Event(),
+        )
+        loader: DataLoader[Batch | DataError] = DataLoader(
             self._fetch,
             batch_sampler=order,
             collate_fn=_as_it_is,
@@ -132,20 +141,22 @@ class ResumableLoader:
             prefetch_factor=self._prefetch if self._num_workers else None,
             persistent_workers=self._num_workers > 0,
             pin_memory=self._pin_memory,
+            worker_init_fn=partial(attend, dismissed) if self._num_workers else None,
             generator=torch.Generator(),  # leaves the global generator alone
         )
+        leaving(loader, dismissed)
+        return order, loader
 
     def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self, epoch: int, row: int) -> Iterator[list[int]]:
+    def _sample_lists(self, epoch: int, row: int) -> list[list[int]]:
+        """The samples of some batches from a row on; none behind the last one."""
         rest = len(self.dataset) - row
         count = rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
-        for first in range(0, count, _TOGETHER):
-            batches = range(first, min(first + _TOGETHER, count))
-            for ids in self._ids_of(epoch, batches, row):
-                yield ids.tolist()
+        batches = range(min(count, _TOGETHER))
+        return [ids.tolist() for ids in self._ids_of(epoch, batches, row)] if batches else []
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
@@ -161,14 +172,25 @@ class ResumableLoader:
 
 @dataclass
 class _Order:
-    """A batch sampler that asks for the lists of samples from where it is told to start."""
+    """A batch sampler that asks for the lists of samples from where it is told to start.
 
-    lists: Callable[[int, int], Iterator[list[int]]]
+    It does not keep its loader alive: workers in a circle of references are ended by force, late.
+    """
+
+    lists: WeakMethod[Callable[[int, int], list[list[int]]]]
+    batch_size: int
     epoch: int = 0
     row: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.lists(self.epoch, self.row)
+        epoch, row = self.epoch, self.row
+        while some := self._some(epoch, row):
+            yield from some
+            row += len(some) * self.batch_size
+
+    def _some(self, epoch: int, row: int) -> list[list[int]]:
+        lists = self.lists()
+        return lists(epoch, row) if lists is not None else []
 
 
 @dataclass

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nexus_core.cli import distributed
 from nexus_core.cli.config import RunConfig
+from nexus_core.cli.fit import check_numbers, fitted, from_variables
 from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, PluginError
 from nexus_core.plan import AnyPlugin, Plan, arrange, load, scan
-from nexus_core.plugin import Plugin
+from nexus_core.plugin import PluginConfig
 
-__all__ = [
-    "Build",
-    "build_plugins",
-    "json_schema",
-    "keep_named_of_slot",
-    "make_engine",
-    "run_folder",
-]
+__all__ = ["Build", "build_plugins", "json_schema", "keep_named_of_slot", "make_engine"]
 
 
 @dataclass(frozen=True)
@@ -37,23 +27,26 @@ class Build:
         run: the engine's settings.
         plan: the plugins, in order.
         name: of the preset or file.
+        configs: the settings of each plugin, by its name, as they are to be kept.
     """
 
     run: RunConfig
     plan: Plan
     name: str
+    configs: Mapping[str, PluginConfig]
 
     def resolved(self, out: Path) -> dict[str, Any]:
-        """Every setting with its value: as a config file, it repeats the run."""
+        """Every setting with its value, but for secrets: as a config file, it repeats the run."""
         settings = self.run.model_dump(mode="json", exclude={"plugins", "out"})
-        blocks = {p.name: p.config.model_dump(mode="json") for p in self.plan.plugins}
+        blocks = {name: config.model_dump(mode="json") for name, config in self.configs.items()}
         return {**settings, "out": str(out), "plugins": blocks}
 
-    def quiet(self) -> None:
-        """Have every plugin that has a setting `quiet` be so."""
+    def quiet(self) -> Build:
+        """Have every plugin that has a setting `quiet` be so, this time."""
         for plugin in self.plan.plugins:
             if "quiet" in type(plugin.config).model_fields:
                 plugin.config = plugin.config.model_copy(update={"quiet": True})
+        return self
 
 
 def build_plugins(settings: Settings) -> Build:
@@ -65,8 +58,25 @@ def build_plugins(settings: Settings) -> Build:
     scanned = scan()
     classes = {name: load(name, scanned) for name in (*settings.defaults, *settings.named)}
     names = keep_named_of_slot(settings.defaults, settings.named, classes)
-    plugins: list[Plugin[Any]] = [classes[n](**settings.run.plugins[n]) for n in names]
-    return Build(settings.run, arrange(plugins), settings.name)
+    plan = arrange([_plugin(classes[name], settings) for name in names])
+    configs = {plugin.name: plugin.config for plugin in plan.plugins}
+    return Build(settings.run, plan, settings.name, configs)
+
+
+def _plugin(plugin_class: type[AnyPlugin], settings: Settings) -> AnyPlugin:
+    name = plugin_class.name
+    written = {
+        place[2:]: text
+        for place, text in settings.written.items()
+        if place[:2] == ("plugins", name)
+    }
+    block = fitted(plugin_class.config_class, settings.run.plugins[name], written)
+    try:
+        plugin = plugin_class(**block)
+        check_numbers(name, plugin.config, block)
+    except ConfigError as error:
+        raise from_variables(error, settings.variables) from None
+    return plugin
 
 
 def keep_named_of_slot(
@@ -92,54 +102,6 @@ def make_engine(build: Build, out: Path) -> Engine:
     )
 
 
-def run_folder(build: Build, resume: str | None) -> Path:
-    """The folder of this run: as set, of the run to resume, or a new one under `runs/`.
-
-    All processes of a run get the one that the main process found.
-
-    Raises:
-        ConfigError: it holds another run, and `resume` was not asked for.
-    """
-    ranks = distributed.join(build)
-    return distributed.of_main(ranks, lambda: _folder(build, distributed.resume_source(resume)))
-
-
-def _folder(build: Build, resume: str | None) -> Path:
-    if build.run.out is not None:
-        if resume is None and (build.run.out / "config.yaml").exists():
-            raise ConfigError(
-                f"'{build.run.out}' holds a run already; go on with it by --resume auto, "
-                "or choose another folder with --out"
-            )
-        return build.run.out
-    if resume == "auto":
-        named = re.compile(rf"{re.escape(build.name)}-\d{{8}}-\d{{6}}[b-k]?")
-        runs = [path for path in Path("runs").glob("*") if named.fullmatch(path.name)]
-        if earlier := [path for path in runs if (path / "checkpoints").is_dir()]:
-            return max(earlier)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = (Path("runs") / f"{build.name}-{stamp}{suffix}" for suffix in ["", *"bcdefghijk"])
-    return next(path for path in names if not path.exists())
-
-
-def write_config(resolved: dict[str, Any], out: Path) -> None:
-    """Write the resolved config into the run's folder, all of it or nothing.
-
-    Raises:
-        ConfigError: the folder cannot be made or written.
-    """
-    draft = out / ".config.yaml.tmp"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        draft.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-        draft.replace(out / "config.yaml")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the run's folder '{out}': {error.strerror}; "
-            "choose another with --out, or make room"
-        ) from error
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a config file with every plugin that is installed and loads."""
     schema = RunConfig.model_json_schema()
@@ -155,4 +117,13 @@ def json_schema() -> dict[str, Any]:
     properties = schema["properties"]
     properties["plugins"].update(properties=blocks, additionalProperties=False)
     properties["preset"] = {"type": "string", "description": "preset that this file changes"}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_finite(schema)}
+
+
+def _finite(value: Any) -> Any:
+    """The same with text for numbers that JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

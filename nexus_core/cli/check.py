@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
+from nexus_core.cli import yaml12
+from nexus_core.cli.config_file import read_config_file
 from nexus_core.cli.errors import reported
 from nexus_core.errors import ConfigError, suggestion
+from nexus_core.paths import expanded
 
 if TYPE_CHECKING:
     from nexus_core.plugin import Plugin
@@ -111,15 +113,17 @@ def _block(text: str, origin: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is neither, or no block.
     """
-    path = Path(text)
-    written = text.lstrip().startswith("{")
-    if not written and not path.is_file():
-        raise ConfigError(f"{origin}: '{text}' is neither a file nor JSON such as '{{\"key\": 1}}'")
+    if not text.lstrip().startswith("{"):
+        path = Path(expanded(text))
+        if not path.is_file():
+            said = f"'{text}' is neither a file nor JSON such as '{{\"key\": 1}}'"
+            raise ConfigError(f"{origin}: {said}")
+        settings: dict[str, Any] = read_config_file(path).value
+        return settings
     try:
-        block = yaml.safe_load(text if written else path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{origin}: '{text}' cannot be read: {said}") from None
+        block = yaml12.parse(text).value
+    except yaml12.YamlError as error:
+        raise ConfigError(f"{origin}: '{text}' cannot be read: {error}") from None
     if not isinstance(block, dict):
         raise ConfigError(f"{origin}: expected settings by key, got {block!r:.60}")
     return block

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from nexus_core.intervals import Interval, IntervalField
+from nexus_core.paths import PathField
 
 __all__ = ["RunConfig"]
 
@@ -20,7 +20,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     seed: int = Field(0, description="of the generators, of the weights and of the data order")
-    out: Path | None = Field(None, description="run folder; null: runs/<name>-<time>")
+    out: PathField | None = Field(None, description="run folder; null: runs/<name>-<time>")
     until: IntervalField = Field(
         Interval.parse("1000 steps"), description="horizon: steps, epochs, tokens or time"
     )

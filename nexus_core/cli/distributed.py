@@ -89,8 +89,13 @@ def of_main(ranks: Ranks, work: Callable[[], Answer]) -> Answer:
 
 
 def resume_source(wished: str | None) -> str | None:
-    """What to resume from: in a restart by the launcher, what this very run has saved."""
-    return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else wished
+    """What to resume from: in a restart by the launcher, what this very run has saved.
+
+    What was named stays what is asked for, as the run may have ended before it had saved; who reads
+    checkpoints knows whether it has.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return "auto" if restarted and wished is None else wished
 
 
 def leave() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from nexus_core.errors import NexusError
+from nexus_core.errors import NexusError, hints_for_command_line
 
 __all__ = ["reported"]
 
@@ -23,8 +24,9 @@ def reported(debug: bool) -> Iterator[None]:
     Args:
         debug: let the traceback through.
     """
+    _take_any_output()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), hints_for_command_line():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     except NexusError as error:
@@ -44,6 +46,16 @@ def reported(debug: bool) -> Iterator[None]:
         if not debug:
             click.echo("run it again with --debug to see the traceback", err=True)
         sys.exit(1)
+
+
+def _take_any_output() -> None:
+    """Have a character that the terminal cannot show written as an escape, and heed NO_COLOR."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    context = click.get_current_context(silent=True)
+    if context is not None and os.environ.get("NO_COLOR"):  # see https://no-color.org
+        context.color = False
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -16,6 +16,7 @@ from string import Template
 import click
 
 from nexus_core.cli.errors import reported
+from nexus_core.cli.options import PATH
 
 __all__ = ["new", "package_files"]
 
@@ -39,7 +40,7 @@ TEMPLATES = {
 @click.option("--loss", "kind", flag_value="loss", help="One term of the loss.")
 @click.option("--logger", "kind", flag_value="logger", help="Shows or stores metrics.")
 @click.option("--schedule", "kind", flag_value="schedule", help="A learning rate over the run.")
-@click.option("--out", type=click.Path(path_type=Path), help="The package's folder; default: NAME.")
+@click.option("--out", type=PATH, help="The package's folder; default: NAME.")
 def new(name: str, kind: str | None, out: Path | None) -> None:
     """Write the package of a new plugin, ready to install, with tests that pass."""
     with reported(debug=False):

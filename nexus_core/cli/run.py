@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nexus_core.cli.errors import reported
+from nexus_core.cli.options import PATH
 
 if TYPE_CHECKING:
     from nexus_core.cli.build import Build
@@ -43,9 +44,10 @@ class _WithCommands(click.Command):
 @click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
               help='Override a setting: until="2 epochs", PLUGIN.KEY=0.5.')  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.")
+@click.option("--out", type=PATH, help="The run's folder.")
 @click.option("--resume", metavar="auto|PATH",
-              help="Go on from the newest good checkpoint, or from this one.")  # fmt: skip
+              help="Resume from the newest good checkpoint, or from a PATH: a run or a "
+              "checkpoint, whose config is taken where no other is given.")  # fmt: skip
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
               help="What may differ from the run that wrote the checkpoint.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show which plugin is called when, and why.")
@@ -55,7 +57,7 @@ class _WithCommands(click.Command):
 @click.option("--plot-lr", is_flag=True, help="Draw the learning rate over the run, and stop.")
 @click.option("--profile", is_flag=True,
               help="Show at the end where time and tensor memory went.")  # fmt: skip
-@click.option("--profile-trace", type=click.Path(path_type=Path), metavar="FILE.json",
+@click.option("--profile-trace", type=PATH, metavar="FILE.json",
               help="With --profile: a Chrome trace of the first steps.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="Print errors and the final line alone.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -87,7 +89,9 @@ def main(
     """
     with reported(debug):
         from nexus_core.cli import build, distributed
+        from nexus_core.cli.resumed import resumed_config
         from nexus_core.cli.settings import read_settings
+        from nexus_core.paths import expanded
 
         if profile or profile_trace is not None:
             others = {"--schema": schema, "--explain": explain, "--json": as_json,
@@ -96,14 +100,15 @@ def main(
         if schema:
             click.echo(json.dumps(build.json_schema(), indent=2))
             return
-        if out is not None:
-            sets = (*sets, f"out={json.dumps(str(out))}")  # quoted: a date is no name in YAML
+        values: dict[str, object] = {"out": out}
         if resume_policy is not None:
             from nexus_core.plan import answering
 
-            reader = answering("load_snapshot").name
-            sets = (*sets, f"{reader}.resume_policy={resume_policy}")
-        settings = read_settings(config, plugins, sets, os.environ)
+            values[f"{answering('load_snapshot').name}.resume_policy"] = resume_policy
+        values = {key: value for key, value in values.items() if value is not None}
+        resume = None if resume is None else expanded(resume)
+        config, replaced = resumed_config(resume) if config is None else (config, {})
+        settings = read_settings(config, plugins, sets, os.environ, values, replaced)
         made = build.build_plugins(settings)
         if quiet:
             made.quiet()
@@ -139,32 +144,34 @@ def _check_profile(profile: bool, others: Sequence[str]) -> None:
 def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
     from nexus_core.cli import build, session
     from nexus_core.cli.dry_run import dry_run
+    from nexus_core.cli.folder import run_folder
 
-    out = build.run_folder(made, resume)
-    if dry:
-        with TemporaryDirectory() as aside:
-            engine = build.make_engine(made, Path(aside) / "run")
-            report = dry_run(engine, made.run.until)
-        if engine.ranks.is_main:
-            click.echo(report)
-        return 0
-    engine = build.make_engine(made, out)
-    return session.train(engine, made.run, resume, quiet=quiet)
+    with run_folder(made, resume, make=not dry) as folder:
+        if dry:
+            with TemporaryDirectory() as aside:
+                engine = build.make_engine(made, Path(aside) / "run")
+                report = dry_run(engine, made.run.until)
+            if engine.ranks.is_main:
+                click.echo(report)
+            return 0
+        engine = build.make_engine(made, folder.path)
+        return session.train(engine, made.run, resume, folder, quiet=quiet)
 
 
 def _run_profiled(made: Build, resume: str | None, trace: Path | None, *, quiet: bool) -> int:
     from nexus_core.cli import build, session
+    from nexus_core.cli.folder import run_folder
     from nexus_core.cli.profile import Profiler, check_trace
 
     if trace is not None:
         check_trace(trace)
-    out = build.run_folder(made, resume)
     profiler = Profiler(trace)
-    profiler.watch(made.plan)
     try:
-        engine = build.make_engine(made, out)
-        profiler.attach(engine)
-        return session.train(engine, made.run, resume, quiet=quiet)
+        with run_folder(made, resume) as folder:
+            profiler.watch(made.plan)
+            engine = build.make_engine(made, folder.path)
+            profiler.attach(engine)
+            return session.train(engine, made.run, resume, folder, quiet=quiet)
     finally:
         profiler.stop()
         if profiler.has_news:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import shlex
 import signal
+import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,29 +17,32 @@ from types import FrameType
 import click
 
 from nexus_core.cli import distributed
-from nexus_core.cli.build import write_config
 from nexus_core.cli.config import RunConfig
+from nexus_core.cli.folder import RunFolder, write_config
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
 
 __all__ = ["stopping_on_signals", "train"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_S = 2.0
+"""How long after a signal another one is taken for the same: a scheduler or a terminal signals all
+processes, and the launcher among them hands it on, in seconds."""
 
 
-def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) -> int:
+def train(
+    engine: Engine, run: RunConfig, resume: str | None, folder: RunFolder, *, quiet: bool
+) -> int:
     """Train in the run's folder and leave config, summary and what the plugins write there.
 
     Returns:
         The exit code: 0, or 128 + the signal that ended it.
 
     Raises:
-        NexusError: as the run does; a folder made for nothing is removed.
+        NexusError: as the run does; what a run leaves that has done nothing is removed.
     """
-    out = engine.out
-    assert out is not None
+    out = folder.path
     resume = distributed.resume_source(resume)
-    missing = [path for path in (out, *out.parents) if not path.exists()]
     if resume is not None and (resume != "auto" or _has_checkpoints(out)):
         engine.resume(resume)
         _say(engine, quiet, f"resumed at step {engine.state.step:,}")
@@ -45,14 +50,11 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     start = engine.state.step
     try:
         with stopping_on_signals(engine) as received:
-            result = _fit(engine, run, out, received)
+            result = _fit(engine, run, folder, received, resume)
     except Exception as error:
         mistake = isinstance(error, NexusError) and error.exit_code == 2
-        if missing and mistake and engine.state.step == start and engine.ranks.is_main:
-            shutil.rmtree(out, ignore_errors=True)
-            for parent in missing[1:]:
-                with suppress(OSError):  # another run has come to live in it
-                    parent.rmdir()
+        if engine.ranks.is_main and mistake and engine.state.step == start:
+            folder.remove()
         elif engine.ranks.is_main:
             with suppress(OSError):  # the error that ended the run says more
                 _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
@@ -63,36 +65,45 @@ def train(engine: Engine, run: RunConfig, resume: str | None, *, quiet: bool) ->
     return _exit_code(result)
 
 
-def _fit(engine: Engine, run: RunConfig, out: Path, received: list[int]) -> Result:
+def _fit(
+    engine: Engine, run: RunConfig, folder: RunFolder, received: list[int], resume: str | None
+) -> Result:
     """Train; the config of a run in progress is replaced once the run is known to go on."""
-    to_write = engine.ranks.is_main
-    if to_write and not (out / "config.yaml").exists():
-        write_config(engine.config, out)
-        to_write = False
+    settings = engine.config
+    written = distributed.of_main(
+        engine.ranks, lambda: folder.claim(settings, resuming=resume is not None)
+    )
     for _ in engine.steps(until=run.until, eval_every=run.eval_every):
         if received and engine.stop_reason is None:  # it came before the loop had begun
             engine.stop(signal.Signals(received[0]).name)
-        if to_write:
-            write_config(engine.config, out)
-            to_write = False
+        if not written and engine.ranks.is_main:
+            write_config(settings, folder.path)
+            written = True
     return engine.result()
 
 
 @contextmanager
 def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
-    """End the loop after its step on SIGINT or SIGTERM; a second one ends the process at once.
+    """End the loop after its step on SIGINT or SIGTERM; one that follows ends the process at once.
 
     Yields:
         The signals received. The handlers of before are put back afterwards.
     """
     received: list[int] = []
+    first = 0.0
 
     def handle(number: int, _: FrameType | None) -> None:
-        if received:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO_S:
+            _say_at_once(engine, _kept(engine))
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
-        engine.stop(signal.Signals(number).name)
+        engine.stop(signal.Signals(received[0]).name)
+        if number == signal.SIGINT and len(received) == 1:
+            _say_at_once(engine, "stopping after this step; Ctrl-C again ends the run at once")
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
@@ -102,6 +113,25 @@ def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _say_at_once(engine: Engine, text: str) -> None:
+    """Print a line on the error stream, even where the program was within a print."""
+    if engine.ranks.is_main:
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode(errors="backslashreplace"))
+
+
+def _kept(engine: Engine) -> str:
+    """What is left of a run that ends now."""
+    ended = f"ended at once at step {engine.state.step:,}"
+    if engine.out is None:
+        return ended
+    folder = engine.out / "checkpoints"
+    saved = [path.name for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    if not saved:
+        return f"{ended}; no checkpoint had been saved in {engine.out}"
+    return f"{ended}; kept: {folder / max(saved)}; resume from it with --resume auto"
+
+
 def _exit_code(result: Result) -> int:
     """128 + the signal that stopped the run, whichever of its processes got it; else 0."""
     stopped = result.status == "stopped" and result.reason in signal.Signals.__members__
@@ -109,8 +139,9 @@ def _exit_code(result: Result) -> int:
 
 
 def _has_checkpoints(out: Path) -> bool:
+    """Whether there is something to resume from, if only the note of where the run has begun."""
     folder = out / "checkpoints"
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _headline(engine: Engine, run: RunConfig) -> str:
@@ -151,13 +182,24 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     rows = {name: f"{value:.4f}" for name, value in result.metrics.items() if "val" in name}
     for answer in engine.hook.summarize(engine=engine):
         rows.update(answer)
-    rows["repeat it"] = f"nexus-run {out / 'config.yaml'} --out ANOTHER_FOLDER"
+    config = shlex.quote(str(out / "config.yaml"))
+    rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
     if result.status == "stopped":
-        rows["go on"] = f"nexus-run {out / 'config.yaml'} --resume auto"
+        rows["go on"] = f"nexus-run {config} --resume auto"
     width = max(len(name) for name in rows) + 2
     lines = [_row(name, text, width) for name, text in rows.items()]
     return "\n".join(["", click.style(headline, bold=True), *lines])
 
 
 def _row(name: str, text: str, width: int) -> str:
-    return f"  {name:<{width}}" + text.replace("\n", "\n" + " " * (width + 2))
+    return f"  {name:<{width}}" + _visible(text).replace("\n", "\n" + " " * (width + 2))
+
+
+def _visible(text: str) -> str:
+    """Text with an escape for each character that would do something to a terminal."""
+    return "".join(
+        repr(sign)[1:-1]
+        if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"
+        else sign
+        for sign in text
+    )

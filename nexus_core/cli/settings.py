@@ -5,25 +5,30 @@ Precedence: preset < file < `NEXUS_*` environment < `--set`. A plugin validates 
 
 from __future__ import annotations
 
-import json
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from nexus_core.cli import yaml12
 from nexus_core.cli.config import RunConfig
+from nexus_core.cli.config_file import is_config_file, read_config_file
+from nexus_core.cli.fit import check_numbers, fitted, from_variables
+from nexus_core.cli.yaml12 import Document
 from nexus_core.errors import ConfigError, suggestion
+from nexus_core.paths import expanded
 from nexus_core.plugin import config_error
 
 __all__ = ["Settings", "presets", "read_settings"]
 
 Block = dict[str, Any]
+PREFIX = "NEXUS_"
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,19 @@ class Settings:
 
     Args:
         run: the engine's settings, with the raw blocks of the plugins.
-        defaults: plugins that the preset brings, in order.
+        defaults: plugins that the preset brings, in order, whether or not they are named as well.
         named: plugins that the user named, in order; they win a slot over the defaults.
         name: of the preset or file, for the run folder.
+        written: how values that are not text were written, by their place.
+        variables: the environment variable that a setting is from, by its key.
     """
 
     run: RunConfig
     defaults: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
     name: str = "run"
+    written: Mapping[yaml12.Path, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def presets() -> dict[str, str]:
@@ -53,6 +62,8 @@ def read_settings(
     plugins: str = "",
     sets: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
+    values: Mapping[str, Any] | None = None,
+    replaced: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Gather the settings of a run from a config file or preset, environment and overrides.
 
@@ -61,104 +72,185 @@ def read_settings(
         plugins: "one,two,no:three": plugins to add and to leave out.
         sets: "sparkle.size=1": a plugin's key, or "until=100 steps": one of the engine's.
         environment: variables; `NEXUS_SPARKLE__SIZE=1` is `sparkle.size=1`.
+        values: as `sets`, by key, of values that need no reading, and above them.
+        replaced: the engine's own, in place of those of the file.
 
     Raises:
         ConfigError: something is unknown, missing or of the wrong type.
     """
     source = source or "quickstart"
-    is_file = Path(source).suffix in (".yaml", ".yml", ".toml", ".json")
-    content = _read_file(Path(source)) if is_file else {"preset": source}
-    base = _read_preset(content.pop("preset")) if "preset" in content else {}
+    is_file = is_config_file(source)
+    document = read_config_file(Path(expanded(source))) if is_file else Document({"preset": source})
+    content: Block = {**document.value, **(replaced or {})}
+    base = _read_preset(content.pop("preset")) if "preset" in content else Document({})
     own = _plugin_blocks(content, source)
-    merged = _merge(base, {**content, "plugins": {k: v for k, v in own.items() if v is not False}})
-    blocks: Block = merged["plugins"]
+    merged = _Merged(base, Document(content, document.written), own)
     added, removed = _split_names(plugins)
-    for name in [*removed, *(name for name, block in own.items() if block is False)]:
-        if blocks.pop(name, None) is None:
-            raise ConfigError(
-                f"no:{name}: '{name}' is not in this run.{suggestion(name, blocks)} "
-                f"In it: {', '.join(blocks)}"
-            )
-    for name in added:
-        blocks.setdefault(name, {})
-    for key, value in _environment(environment or {}, blocks):
-        _set(merged, key, value, f"NEXUS_{key.upper().replace('.', '__')}")
-    for assignment in sets:
-        key, sign, value = assignment.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as until='2 epochs'")
-        _set(merged, key.strip(), _scalar(value), f"--set {assignment}")
-    if merged.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
-        merged["accumulate"] = 1
+    merged.leave_out([*removed, *(name for name, block in own.items() if block is False)])
+    merged.add(added)
+    for origin, key, text in _environment(environment or {}, merged.blocks):
+        merged.set(key, yaml12.parse_value(text), origin)
+    for key, text in map(_assignment, sets):
+        merged.set(key, yaml12.parse_value(text), f"--set {key}={text}")
+    for key, value in (values or {}).items():
+        merged.set(key, Document(value), key)
+    if merged.content.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
+        merged.content["accumulate"] = 1
         from nexus_core.plan import answering  # and torch with it, where it is needed
 
         splitting = answering("cut_batch").name
-        blocks.setdefault(splitting, {})
+        merged.add([splitting])
         added.append(splitting)
-    named = [*(name for name in own if name in blocks), *added]
-    try:
-        run = RunConfig.model_validate(merged)
-    except ValidationError as error:
-        raise config_error(error, "", RunConfig) from None
-    defaults = tuple(name for name in blocks if name not in named)
-    stem = Path(source).stem if is_file else source
-    return Settings(run, defaults, tuple(dict.fromkeys(named)), stem)
+    named = dict.fromkeys((*own, *added))
+    return Settings(
+        merged.run(),
+        tuple(name for name in base.value.get("plugins", {}) if name in merged.blocks),
+        tuple(name for name in named if name in merged.blocks),
+        Path(source).stem if is_file else source,
+        merged.written,
+        merged.variables,
+    )
 
 
-def _read_preset(name: object) -> Block:
-    packages = presets()
-    if name not in packages:
-        raise ConfigError(
-            f"no preset or config file named '{name}'.{suggestion(str(name), packages)} Presets: "
-            f"{', '.join(sorted(packages))}; a config file ends in .yaml, .toml or .json"
-        )
-    text = files(packages[str(name)]).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    content: Block = yaml.safe_load(text)
-    return content
+class _Merged:
+    """A preset, what a file puts over it, and the assignments that come after.
 
+    Args:
+        base: the preset.
+        top: the file, over it.
+        own: the file's blocks of plugins; False leaves one out.
+    """
 
-def _read_file(path: Path) -> Block:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise ConfigError(f"cannot read the config file '{path}': {reason}") from error
-    try:
-        if path.suffix == ".toml":
-            content: object = tomllib.loads(text)
+    def __init__(self, base: Document, top: Document, own: Mapping[str, Block | bool]) -> None:
+        lower = {name: block or {} for name, block in base.value.get("plugins", {}).items()}
+        upper = {name: block for name, block in own.items() if isinstance(block, dict)}
+        self.content: Block = {**base.value, **top.value}
+        self.content["plugins"] = self.blocks = {
+            name: {**lower.get(name, {}), **upper.get(name, {})} for name in {**lower, **upper}
+        }
+        kept = {
+            place: text
+            for place, text in base.written.items()
+            if place[0] not in top.value or (place[0] == "plugins" and not _reaches(upper, place))
+        }
+        self.written = {**kept, **top.written}
+        self.variables: dict[str, str] = {}
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Take plugins out of the run.
+
+        Raises:
+            ConfigError: one is not in it.
+        """
+        for name in names:
+            if self.blocks.pop(name, None) is None:
+                raise ConfigError(
+                    f"no:{name}: '{name}' is not in this run.{suggestion(name, self.blocks)} "
+                    f"In it: {', '.join(self.blocks)}"
+                )
+
+    def add(self, names: Iterable[str]) -> None:
+        """Put plugins into the run, with their defaults where they are not there."""
+        for name in names:
+            self.blocks.setdefault(name, {})
+
+    def set(self, key: str, given: Document, origin: str) -> None:
+        """Assign one dotted key: the engine's own, or a plugin's behind the plugin's name."""
+        head, dot, rest = key.partition(".")
+        if not dot:
+            known = [name for name in RunConfig.model_fields if name != "plugins"]
+            if head not in known:
+                raise ConfigError(
+                    f"{origin}: unknown key '{head}'.{suggestion(head, known)} The engine's keys: "
+                    f"{', '.join(known)}; a plugin's: NAME.KEY"
+                )
+            self.content[head] = given.value
+            self._write((head,), given)
         else:
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        kind = path.suffix.removeprefix(".")
-        raise ConfigError(f"the config file '{path}' is not valid {kind}: {said}") from None
-    if not isinstance(content, dict) or not content:
-        got = "nothing" if not content else type(content).__name__
-        raise ConfigError(f"the config file '{path}' holds {got}; expected keys such as 'until:'")
-    return content
+            self._set_in_block(head, rest.split("."), given, origin)
+        if origin.startswith(PREFIX):
+            self.variables[key] = origin
+        else:
+            self.variables.pop(key, None)
+
+    def run(self) -> RunConfig:
+        """The engine's settings, checked.
+
+        Raises:
+            ConfigError: some are wrong.
+        """
+        content = fitted(RunConfig, self.content, self.written)
+        try:
+            run = RunConfig.model_validate(content)
+            check_numbers("", run, {key: content[key] for key in content if key != "plugins"})
+        except ValidationError as error:
+            raise from_variables(config_error(error, "", RunConfig), self.variables) from None
+        return run
+
+    def _set_in_block(self, name: str, path: list[str], given: Document, origin: str) -> None:
+        if name not in self.blocks:
+            raise ConfigError(
+                f"{origin}: plugin '{name}' is not in this run.{suggestion(name, self.blocks)} "
+                f"Add it with --plugins {name}"
+            )
+        if len(path) > yaml12.DEEPEST:
+            raise ConfigError(f"{origin[:80]}...: nested deeper than {yaml12.DEEPEST} levels")
+        block = self.blocks[name]
+        for part in path[:-1]:
+            block = block.setdefault(part, {})
+            if not isinstance(block, dict):
+                key = f"'{'.'.join([name, *path])}'"
+                raise ConfigError(
+                    f"{origin}: '{part}' of {key} is a value, not a block of settings"
+                )
+        block[path[-1]] = given.value
+        self._write(("plugins", name, *path), given)
+
+    def _write(self, place: yaml12.Path, given: Document) -> None:
+        """Note how a value was written, and forget what was at its place."""
+        old = [path for path in self.written if path[: len(place)] == place]
+        for path in old:
+            del self.written[path]
+        self.written.update({(*place, *path): text for path, text in given.written.items()})
+
+
+def _reaches(blocks: Mapping[str, Block], place: yaml12.Path) -> bool:
+    """Whether blocks of plugins have a key that a place within `plugins` is in."""
+    return len(place) > 2 and place[2] in blocks.get(str(place[1]), {})
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, such as until='2 epochs'")
+    return key.strip(), value
+
+
+def _read_preset(name: object) -> Document:
+    packages = presets()
+    if not isinstance(name, str) or name not in packages:
+        raise ConfigError(
+            f"no preset or config file named '{name!s:.200}'.{suggestion(str(name), packages)} "
+            f"Presets: {', '.join(sorted(packages))}; a config file ends in .yaml, .toml or .json"
+        )
+    text = files(packages[name]).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        return yaml12.parse(text)
+    except yaml12.YamlError as error:
+        raise ConfigError(f"the preset '{name}' is not valid: {error}") from None
 
 
 def _plugin_blocks(content: Block, source: str) -> dict[str, Block | bool]:
     blocks = content.get("plugins") or {}
     if not isinstance(blocks, dict):
-        raise ConfigError(f"{source}: 'plugins' must map names to settings, got {blocks!r}")
+        raise ConfigError(f"{source}: 'plugins' must map names to settings, got {blocks!r:.200}")
     blocks = {name: {} if block in (None, True) else block for name, block in blocks.items()}
     for name, block in blocks.items():
         if block is not False and not isinstance(block, dict):
             raise ConfigError(
-                f"{source}: plugins.{name} must be a block of settings or false, got {block!r}"
+                f"{source}: plugins.{name} must be a block of settings or false, got {block!r:.200}"
             )
     return blocks
-
-
-def _merge(base: Block, top: Block) -> Block:
-    """`top` over `base`; within plugins, key by key."""
-    merged = {**base, **top}
-    lower, upper = base.get("plugins", {}), top.get("plugins", {})
-    merged["plugins"] = {
-        name: {**(lower.get(name) or {}), **upper.get(name, {})} for name in {**lower, **upper}
-    }
-    return merged
 
 
 def _split_names(plugins: str) -> tuple[list[str], list[str]]:
@@ -167,47 +259,29 @@ def _split_names(plugins: str) -> tuple[list[str], list[str]]:
     return [name for name in names if not name.startswith("no:")], removed
 
 
-def _environment(environment: Mapping[str, str], blocks: Block) -> list[tuple[str, Any]]:
-    """Assignments from `NEXUS_*`; those of plugins that are not in this run are passed over."""
-    found = []
-    for name, value in sorted(environment.items()):
-        if name.startswith("NEXUS_"):
-            key = name.removeprefix("NEXUS_").lower().replace("__", ".")
-            if "." not in key or key.split(".")[0] in blocks:
-                found.append((key, _scalar(value)))
-    return found
+def _environment(
+    environment: Mapping[str, str], blocks: Mapping[str, Block]
+) -> Iterator[tuple[str, str, str]]:
+    """Variable, key and text of each setting in the environment.
 
-
-def _set(settings: Block, key: str, value: Any, origin: str) -> None:
-    """Assign one dotted key: the engine's own, or a plugin's behind the plugin's name."""
-    head, dot, rest = key.partition(".")
-    blocks = settings["plugins"]
-    if not dot:
-        known = [name for name in RunConfig.model_fields if name != "plugins"]
-        if head not in known:
-            raise ConfigError(
-                f"{origin}: unknown key '{head}'.{suggestion(head, known)} The engine's keys: "
-                f"{', '.join(known)}; a plugin's: NAME.KEY"
+    `NEXUS_*` belongs to others too (a service called nexus has `NEXUS_PORT`), so that what names
+    no setting is passed over; a name that is close to one of a setting is said. An empty variable
+    is one that is not set.
+    """
+    known = [name for name in RunConfig.model_fields if name != "plugins"]
+    for variable, text in sorted(environment.items()):
+        key = variable.removeprefix(PREFIX).lower().replace("__", ".")
+        if not variable.startswith(PREFIX) or not text:
+            continue
+        head, dot, rest = key.partition(".")
+        if (head in blocks and rest) if dot else head in known:
+            yield variable, key, text
+        elif close := get_close_matches(head, [*blocks] if dot else known, 1, cutoff=0.75):
+            if dot and head in entry_points(group="nexus.plugins").names:
+                continue  # of a plugin that is not in this run
+            meant = variable.replace(variable.removeprefix(PREFIX)[: len(head)], close[0].upper())
+            warnings.warn(
+                f"{variable} is no setting of this run and is ignored; did you mean {meant}?",
+                RuntimeWarning,
+                stacklevel=2,
             )
-        settings[head] = value
-        return
-    if head not in blocks:
-        raise ConfigError(
-            f"{origin}: plugin '{head}' is not in this run.{suggestion(head, blocks)} "
-            f"Add it with --plugins {head}"
-        )
-    *path, last = rest.split(".")
-    block = blocks[head]
-    for part in path:
-        block = block.setdefault(part, {})
-        if not isinstance(block, dict):
-            raise ConfigError(f"{origin}: '{part}' of '{key}' is a value, not a block of settings")
-    block[last] = value
-
-
-def _scalar(text: str) -> Any:
-    """A value as YAML reads it; text that YAML cannot read stays text."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

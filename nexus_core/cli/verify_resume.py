@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 from nexus_core.cli.errors import reported
+from nexus_core.cli.folder import automatic
+from nexus_core.cli.options import PATH
 from nexus_core.device import random_state
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, RunError
@@ -164,9 +166,13 @@ def verify_resume(
         ConfigError: the folder exists.
         RunError: a run failed by itself.
     """
-    if out.exists():
-        raise ConfigError(f"'{out}' exists; verify-resume needs a folder of its own: --out DIR")
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError as error:
+        said = f"'{out}' exists; verify-resume needs a folder of its own: --out DIR"
+        raise ConfigError(said) from error
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
     order = Order(config, plugins, tuple(sets), threads)
     nursery = multiprocessing.get_context("forkserver")
     nursery.set_forkserver_preload(["nexus_core.cli.verify_resume"])
@@ -213,6 +219,7 @@ def _live(nursery: Any, order: Order, out: Path) -> ForkServerProcess:
 def _life(order: Order, out: Path) -> None:
     """In a process of its own: the run, resumed where there is something to resume."""
     from nexus_core.cli.build import build_plugins, make_engine
+    from nexus_core.cli.folder import RunFolder
     from nexus_core.cli.session import train
     from nexus_core.cli.settings import read_settings
     from nexus_core.plan import arrange
@@ -223,11 +230,13 @@ def _life(order: Order, out: Path) -> None:
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     with reported(debug=True):
-        sets = (*order.sets, f"out={json.dumps(str(out))}")  # quoted: a date is no name in YAML
-        made = build_plugins(read_settings(order.config, order.plugins, sets, os.environ))
+        values = {"out": out}
+        settings = read_settings(order.config, order.plugins, order.sets, os.environ, values)
+        made = build_plugins(settings)
         plan = arrange([*made.plan.plugins, WitnessPlugin()])
         made = dataclasses.replace(made, plan=plan)
-        sys.exit(train(make_engine(made, out), made.run, "auto", quiet=True))
+        engine = make_engine(made, out)
+        sys.exit(train(engine, made.run, "auto", RunFolder(out), quiet=True))
 
 
 def _finish(life: ForkServerProcess, out: Path) -> None:
@@ -379,7 +388,7 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="As in nexus-run.")
 @click.option("--kills", default=5, show_default=True, help="How often to kill the run.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
-@click.option("--out", type=click.Path(path_type=Path), help="A new folder for both runs.")
+@click.option("--out", type=PATH, help="A new folder for both runs.")
 @click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -394,7 +403,7 @@ def main(
 ) -> None:
     """Kill a run at random moments, resume it, and show that it ends in the same bits."""
     with reported(debug):
-        out = out or Path("runs") / time.strftime("verify-resume-%Y%m%d-%H%M%S")
+        out = out or next(path for path in automatic("verify-resume") if not path.exists())
         report = verify_resume(config, out, kills=kills, plugins=plugins, sets=sets, seed=seed)
         if report.holds and not keep:
             for folder in ("undisturbed", "killed"):

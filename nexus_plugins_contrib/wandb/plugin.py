@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["WandbConfig", "WandbPlugin"]
 
 Mode: TypeAlias = Literal["online", "offline", "disabled", "shared"]
+MODES = {"dryrun": "offline", "run": "online", **{mode: mode for mode in get_args(Mode)}}
+"""What WANDB_MODE may say, earlier names included."""
+TRUE = ("1", "on", "true", "yes")
 
 
 class WandbConfig(BackgroundConfig):
@@ -44,8 +47,8 @@ class WandbConfig(BackgroundConfig):
     tags: tuple[str, ...] = Field((), description="labels of the run")
     mode: Literal["auto", "online", "offline"] = Field(
         "auto",
-        description="auto: as WANDB_MODE says, else online where there are credentials (an "
-        "environment variable or .netrc) and offline where there are none",
+        description="auto: as WANDB_MODE or WANDB_DISABLED says, else online where there are "
+        "credentials (an environment variable or .netrc) and offline where there are none",
         json_schema_extra={"resume": "ignored"},
     )
     artifact: bool = Field(
@@ -65,20 +68,34 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
     writes_files = True
     before = ("checkpoint",)  # and so closes after it, when `final` is whole
     _run: wandb.Run
+    _mode: Mode = "offline"
     _place: str = ""
     _handed: HandedLines
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Decide on the mode, and open it.
+
+        Raises:
+            ConfigError: WANDB_MODE says something that is no mode.
+        """
+        self._mode = _mode(self.config.mode)
+        super().on_start(engine)
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
         """Begin the run, or go on with it."""
         config, t = self.config, self.config.timeout
         assert run.folder is not None
+        if self._mode == "disabled":
+            self._place = "disabled by the environment (WANDB_MODE or WANDB_DISABLED)"
+            return {}
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
             name=config.run_name or run.name,
             id=config.run_id or run.key,
             tags=config.tags,
-            mode=_mode(config.mode),
+            mode=self._mode,
             config=dict(run.config),
             dir=run.folder,
             resume="allow",
@@ -98,12 +115,16 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep the metrics, and hand them to wandb's own process, which holds them in memory."""
+        if self._mode == "disabled":
+            return
         self._handed.add(step, metrics)
         self._run.log(dict(metrics), step=step)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store the artifact, where asked for, and end the run."""
         assert run.folder is not None
+        if self._mode == "disabled":
+            return
         final = run.folder / "checkpoints" / "final"
         if self.config.artifact and final.is_dir():
             artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="model")
@@ -120,18 +141,24 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
 def _mode(wish: str) -> Mode:
     """What to ask wandb for: it reads WANDB_MODE only once in a process."""
-    said = os.environ.get("WANDB_MODE") if wish == "auto" else wish
-    return cast(Mode, said or ("online" if _has_credentials() else "offline"))
+    if wish != "auto":
+        return cast(Mode, wish)
+    if os.environ.get("WANDB_DISABLED", "").lower() in TRUE:
+        return "disabled"
+    said = os.environ.get("WANDB_MODE") or ("online" if _has_credentials() else "offline")
+    if said.lower() not in MODES:
+        raise ConfigError(f"WANDB_MODE is '{said}'; expected one of {', '.join(MODES)}")
+    return cast(Mode, MODES[said.lower()])
 
 
 def _has_credentials() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    homes = (Path.home() / ".netrc", Path.home() / "_netrc")
-    path = os.environ.get("NETRC") or next(filter(Path.exists, homes), homes[0])
-    with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(str(path)).authenticators(host) is not None
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    with suppress(OSError, netrc.NetrcParseError, RuntimeError):  # the last: no home folder
+        paths = [path for file in files if (path := Path(file).expanduser()).exists()]
+        return any(netrc.netrc(str(path)).authenticators(host) for path in paths[:1])
     return False
 
 

@@ -28,7 +28,10 @@ class ClipConfig(PluginConfig):
     """Settings of gradient clipping."""
 
     max_norm: float = Field(
-        1.0, gt=0, description="longest gradient (L2 norm over all parameters); inf: only log it"
+        1.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="longest gradient (L2 norm over all parameters); inf: only log it",
     )
 
 

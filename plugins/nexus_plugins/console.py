@@ -30,8 +30,9 @@ class ConsoleConfig(LoggerConfig):
     every: IntervalField | None = Field(
         Interval(10, "seconds"),
         description="shortest distance of two plain lines (a bar ignores it); null: every log",
+        json_schema_extra={"resume": "ignored"},
     )
-    quiet: bool = Field(False, description="show nothing")
+    quiet: bool = Field(False, description="show nothing", json_schema_extra={"resume": "ignored"})
 
 
 class ConsolePlugin(Logger[ConsoleConfig]):
@@ -45,15 +46,13 @@ class ConsolePlugin(Logger[ConsoleConfig]):
     _bar: tqdm[Any] | None = None
     _due: Every | None = None
     _held_back: str | None = None
-    _began: float = 0.0
-    _began_at: float = 0.0
+    _began = _began_at = 0.0
 
     def open(self, engine: Engine) -> None:
         """Show how far the run is."""
-        self._began = time.monotonic()
-        self._began_at = _share(engine)
+        self._began, self._began_at = time.monotonic(), _share(engine)
         self._due = self._held_back = None
-        if engine.horizon is not None and sys.stderr.isatty() and not self.config.quiet:
+        if engine.horizon and sys.stderr and sys.stderr.isatty() and not self.config.quiet:
             total = engine.horizon.amount
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
             self._bar = tqdm(
@@ -82,7 +81,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
             self._held_back = line
             return
         self._held_back = None
-        click.echo(line)
+        _print(line)
 
     def write_evaluation(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Print a line, above the bar where there is one."""
@@ -93,12 +92,12 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         if self._bar is not None:
             tqdm.write(line, file=sys.stderr)
         else:
-            click.echo(line)
+            _print(line)
 
     def close(self, engine: Engine) -> None:
         """Leave the last state on the screen."""
         if self._held_back is not None:
-            click.echo(self._held_back)
+            _print(self._held_back)
             self._held_back = None
         if self._bar is not None:
             self._bar.n = _done(engine)
@@ -111,6 +110,12 @@ class ConsolePlugin(Logger[ConsoleConfig]):
             spent = time.monotonic() - self._began
             left = spent * (1 - share) / (share - self._began_at)
             yield f"{tqdm.format_interval(left)} left"
+
+
+def _print(line: str) -> None:
+    """Print a line, with an escape for each character that the output stream has not."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be no stream at all
+    click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _place(engine: Engine) -> str:

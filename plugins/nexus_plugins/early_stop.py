@@ -66,7 +66,8 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
 
     def load_state_dict(self, state: StateDict) -> None:
         """Go on counting."""
-        self._best = cast("float | None", state["best"])
+        best = cast("float | None", state["best"])
+        self._best = None if best is None else float(best)
         self._best_step = cast(int, state["best_step"])
         self._waited = cast(int, state["waited"])
 

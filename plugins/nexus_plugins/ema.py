@@ -116,9 +116,9 @@ class EmaPlugin(Plugin[EmaConfig]):
         named = engine.model.named_parameters()
         self._live = {n: p for n, p in named if p.requires_grad and not is_lazy(p)}
         for name, parameter in self._live.items():
-            mean = self._average.get(name)
-            new = _wide(parameter).clone() if mean is None else mean.to(parameter.device)
-            self._average[name] = new
+            known = name in self._average
+            mean = self._fitting(name, parameter) if known else _wide(parameter).clone()
+            self._average[name] = mean
         self._seen = seen
 
     def state_dict(self) -> StateDict:
@@ -129,7 +129,17 @@ class EmaPlugin(Plugin[EmaConfig]):
         """Take over the average."""
         average = cast(dict[str, Tensor], state["average"])
         self._average = {name: tensor.clone() for name, tensor in average.items()}
-        self._updates = cast(int, state["updates"])
+        self._updates = int(cast(int, state["updates"]))
+
+    def _fitting(self, name: str, parameter: Tensor) -> Tensor:
+        """The average of a parameter, where the parameter is."""
+        mean, wide = self._average[name], _wide(parameter)
+        if mean.shape != wide.shape or not mean.is_floating_point():
+            raise CheckpointError(
+                f"ema: the saved average of '{name}' is {tuple(mean.shape)}, {mean.dtype}, the "
+                f"parameter {tuple(wide.shape)}; resume with the config that wrote the checkpoint"
+            )
+        return mean.to(wide.device, wide.dtype)
 
 
 @torch.no_grad()

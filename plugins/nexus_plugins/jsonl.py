@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pydantic import Field
 
 from nexus_core import Logger, LoggerConfig, hookimpl
+from nexus_core.paths import PathText
 
 if TYPE_CHECKING:
     from nexus_core import TrainState
@@ -23,7 +24,7 @@ __all__ = ["JsonlConfig", "JsonlPlugin"]
 class JsonlConfig(LoggerConfig):
     """Settings of the metrics file."""
 
-    file: str = Field("metrics.jsonl", min_length=1, description="name in the run's folder")
+    file: PathText = Field("metrics.jsonl", min_length=1, description="name in the run's folder")
 
 
 class JsonlPlugin(Logger[JsonlConfig]):
@@ -74,7 +75,10 @@ class JsonlPlugin(Logger[JsonlConfig]):
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """Where every metric is."""
-        return {"metrics": f"{engine.out}/{self.config.file}", **super().summarize(engine)}
+        return {
+            "metrics": str(Path(engine.out or "", self.config.file)),
+            **super().summarize(engine),
+        }
 
     def close(self, engine: Engine) -> None:
         """Close the file."""

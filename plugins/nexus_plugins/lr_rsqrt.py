@@ -9,6 +9,7 @@ from pydantic import Field
 
 from nexus_core import ConfigError, IntervalField, hookimpl
 from nexus_core.bases.schedule import Schedule, ScheduleConfig
+from nexus_core.errors import hint_set
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -44,7 +45,7 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
         if self.config.timescale is None and self.config.warmup is None:
             raise ConfigError(
                 "lr_rsqrt needs a timescale where there is no warm-up to take it from; give one, "
-                "for instance with --set lr_rsqrt.timescale='1000 steps'"
+                f"for instance with {hint_set('lr_rsqrt.timescale', '1000 steps')}"
             )
 
     def scale(self, engine: Engine) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_core.errors import hint_add
 from nexus_plugins._shared.parameters import matching
 from nexus_plugins._shared.wrapped import give_back_forward, wrap_forward
 
@@ -65,7 +66,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         if engine.device.type != "cuda" and self.config.without_cuda == "refuse":
             raise ConfigError(
                 f"offload moves activations from CUDA to host memory, and this run is on "
-                f"{engine.device}; leave out offload, and try --plugins recompute"
+                f"{engine.device}; leave out offload, and try {hint_add('recompute')}"
             )
         mover = _Mover(engine.model, engine.device, int(self.config.min_kib * KIB))
         self._wrapped = self._chosen(engine.model)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
+from nexus_core.errors import hint_add
 from nexus_plugins._shared.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
 
 if TYPE_CHECKING:
@@ -68,10 +69,8 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         """
         config = self.config
         if not hasattr(torch.optim, "Muon"):
-            raise ConfigError(
-                f"optim_muon needs PyTorch 2.9 or later, and this is {torch.__version__}; upgrade "
-                "torch, or use --plugins optim_adamw"
-            )
+            said = f"optim_muon needs PyTorch 2.9 or later, and this is {torch.__version__}"
+            raise ConfigError(f"{said}; upgrade torch, or use {hint_add('optim_adamw')}")
         hidden = _hidden_matrices(engine.model, config.exclude)
         matrices, rest = list[dict[str, Any]](), list[dict[str, Any]]()
         for group in groups_of(engine.model, config, self.name):
@@ -79,8 +78,8 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
                 if members := [p for p in group["params"] if (id(p) in hidden) is wanted]:
                     groups.append({**group, "params": members})
         if not matrices:
-            mend = "use --plugins optim_adamw"
-            raise ConfigError(f"optim_muon: the model has no matrix for Muon to train; {mend}")
+            said = "optim_muon: the model has no matrix for Muon to train"
+            raise ConfigError(f"{said}; use {hint_add('optim_adamw')}")
         ours, others = (sum(len(g["params"]) for g in groups) for groups in (matrices, rest))
         self._trained = f"trained {ours} matrices; AdamW {others} other parameters"
         muon = torch.optim.Muon(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_core.errors import hint_set
 from nexus_plugins._shared.parameters import blocks
 from nexus_plugins._shared.wrapped import give_back_forward, wrap_forward
 
@@ -71,7 +72,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
             first = next((name for name, _ in model.named_children()), "block")
             raise ConfigError(
                 "recompute: the model has no ModuleList to choose from; name its modules, for "
-                f"instance with --set recompute.match='[\"*.{first}*\"]'"
+                f"instance with {hint_set('recompute.match', [f'*.{first}*'])}"
             )
         return list(outermost.values())
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field
 
 from nexus_core import Logger, LoggerConfig, hookimpl
+from nexus_core.cli import yaml12
+from nexus_core.paths import PathText
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import FileWriter
@@ -24,7 +27,7 @@ _MARKUP = re.compile(r"[\\`*_#\[\]]")  # what the Text tab, which reads Markdown
 class TensorboardConfig(LoggerConfig):
     """Settings of the TensorBoard files."""
 
-    folder: str = Field("tensorboard", min_length=1, description="name in the run's folder")
+    folder: PathText = Field("tensorboard", min_length=1, description="name in the run's folder")
     flush_seconds: float = Field(
         10.0, gt=0, description="longest time until what was logged is in the file, in seconds"
     )
@@ -55,7 +58,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
             Event(step=forget_from, session_log=SessionLog(status=SessionLog.START)), forget_from
         )
         if engine.config:
-            shown = yaml.safe_dump(engine.config, sort_keys=False).replace("\n", "\n    ")
+            shown = yaml12.dump(engine.config).replace("\n", "\n    ")
             writer.add_summary(text("config", f"    {shown}"), step)  # type: ignore[no-untyped-call]
             settings = dict(_flat(engine.config))
             table = hparams(settings, {"val/loss": 0.0})  # type: ignore[no-untyped-call]
@@ -84,7 +87,12 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """How to look at the curves."""
-        return {"curves": f"tensorboard --logdir {engine.out}", **super().summarize(engine)}
+        folder = Path(engine.out or "", self.config.folder)
+        logs = engine.out if engine.out in folder.parents else folder
+        return {
+            "curves": f"tensorboard --logdir {shlex.quote(str(logs))}",
+            **super().summarize(engine),
+        }
 
     def close(self, engine: Engine) -> None:
         """Write what is left, and close the file."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from nexus_core import DataError
+from nexus_core import ConfigError, DataError, Engine, hookimpl
 from nexus_core.cli import session
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
+from nexus_plugins.jsonl import JsonlPlugin
+from nexus_plugins.lr_rsqrt import LrRsqrtPlugin
+from tiny import tiny_engine
 
 
 @pytest.fixture(autouse=True)
@@ -121,12 +128,209 @@ def test_a_mistake_takes_nothing_away_from_a_neighbour(monkeypatch: pytest.Monke
     assert Path("runs/other/checkpoints").exists()
 
 
-@pytest.mark.parametrize("name", ["2025-01-31", "42", "#5", "null", "a: b"])
-def test_a_folder_may_have_any_name(name: str) -> None:
-    assert (
-        run("tiny.yaml", "--out", name, "-s", "until=1 steps", "-p", "no:lr_cosine").exit_code == 0
-    )
+@pytest.mark.parametrize(
+    "name", ["2025-01-31", "42", "#5", "null", "a: b", "run-😀", "läufe", "[x]", "1e3", "a$b", "~x"]
+)
+@pytest.mark.parametrize("option", ["--out={}", "-sout={}"])
+def test_a_folder_may_have_any_name(name: str, option: str) -> None:
+    option = option if name != "null" else "--out={}"
+    result = run("tiny.yaml", option.format(name), "-s", "until=1", "-p", "no:lr_cosine", "--quiet")
+    assert result.exit_code == 0, result.output
     assert Path(name, "summary.json").exists()
+    settings = yaml.safe_load(Path(name, "config.yaml").read_text())
+    assert settings["out"] == name
+
+
+def test_paths_of_options_expand_home_and_variables(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    dry = ["-s", "until=1", "-p", "no:lr_cosine", "--quiet"]
+    assert run("tiny.yaml", "--out=~/a", *dry).exit_code == 0
+    assert run("tiny.yaml", "--out=${HOME}/b", *dry).exit_code == 0
+    assert {path.name for path in (folder / "home").iterdir()} >= {"a", "b"}
+    unset = run("tiny.yaml", "--out=$NOT_SET/b", *dry)
+    assert unset.exit_code == 2
+    assert "the variable $NOT_SET is not set" in unset.output
+
+
+def test_a_name_that_cannot_be_made_is_one_clear_error(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    for name in ("n" * 300, "corpus.txt", "corpus.txt/x", ""):
+        result = run("tiny.yaml", "--out", name)
+        assert result.exit_code == 2
+        assert result.output.count("\n") <= 4
+    assert sorted(folder.rglob("*")) == before
+
+
+# -- two runs, one folder
+
+
+def test_two_automatic_names_in_one_second_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
+    options = ["tiny.yaml", "-s", "until=1", "-p", "no:lr_cosine", "--quiet"]
+    for _ in range(3):
+        assert run(*options).exit_code == 0
+    names = sorted(path.name for path in Path("runs").iterdir())
+    assert names == [f"tiny-20260101-000000{end}" for end in ("", "-2", "-3")]
+    assert "runs/tiny-20260101-000000-3" in run(*options, "--resume", "auto").output
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_of_two_starts_in_one_folder_the_second_touches_nothing(
+    resume: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red if the run that is refused removes the other's folder, or writes into it."""
+    fit = session._fit
+    seen: list[dict[str, bytes]] = []
+    held: list[int] = []
+
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in Path("one").rglob("*") if p.is_file()}
+
+    def second(engine: Engine, *rest: Any) -> Any:
+        """The first run comes between the second's look at the folder and its start."""
+        monkeypatch.setattr(session, "_fit", fit)
+        assert run(*options, "-s", "seed=1").exit_code == 0
+        held.append(os.open("one/run.lock", os.O_RDONLY))
+        fcntl.flock(held[0], fcntl.LOCK_EX)  # it runs still
+        seen.append(content())
+        return fit(engine, *rest)
+
+    monkeypatch.setattr(session, "_fit", second)
+    options = ["tiny.yaml", "--out", "one", "-s", "until=2", "-p", "no:lr_cosine", "--quiet"]
+    result = run(*options, "-s", "seed=2", *resume)
+    assert result.exit_code == 2
+    assert (
+        "in use by process" in result.output if resume else "holds a run already" in result.output
+    )
+    assert content() == seen[0]
+    os.close(held[0])
+
+
+def test_a_run_that_never_began_leaves_no_empty_folder(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    assert run("tiny.yaml", "-s", "data_text.train=absent.txt").exit_code == 2
+    assert sorted(folder.rglob("*")) == before
+
+
+# -- resuming
+
+
+@pytest.mark.filterwarnings("ignore:resuming. until is")
+@pytest.mark.parametrize("source", ["one", "one/checkpoints/best", "one/checkpoints", "moved"])
+def test_resuming_a_run_takes_its_config(source: str) -> None:
+    options = ["-p", "no:lr_cosine", "-s", "clip.max_norm=0.7", "--quiet"]
+    assert run("tiny.yaml", "--out", "one", "-s", "until=4", *options).exit_code == 0
+    if source == "moved":
+        Path("one").rename("moved")
+    out = source.partition("/")[0]
+    result = run("--resume", source, "-s", "until=6")
+    assert result.exit_code == 0, result.output
+    assert "resumed at step 4" in result.output
+    assert f"in {Path(out).resolve()}" in result.output
+    settings = yaml.safe_load(Path(out, "config.yaml").read_text())
+    assert settings["plugins"]["clip"]["max_norm"] == 0.7
+    assert settings["plugins"]["model_nexus"]["d_model"] == 16
+    other = run("--resume", source, "-s", "until=8", "--out", "other", "--quiet")
+    assert other.exit_code == 0, other.output
+    assert Path("other/checkpoints/step-00000008").is_dir()
+    assert not Path(out, "checkpoints/step-00000008").exists()
+
+
+def test_resuming_a_folder_without_a_config_is_one_clear_error() -> None:
+    Path("some/checkpoints").mkdir(parents=True)
+    result = run("--resume", "some")
+    assert result.exit_code == 2
+    assert "'some' has no config.yaml; name the config of its run" in result.output
+
+
+def test_quiet_is_of_this_command_and_not_of_the_run() -> None:
+    options = ["tiny.yaml", "-p", "console", "-s", "until=2"]
+    assert "step" not in run(*options, "--out", "one", "--quiet").output.replace("at step", "")
+    assert yaml.safe_load(Path("one/config.yaml").read_text())["plugins"]["console"] == {
+        "every": "10 seconds",
+        "quiet": False,
+    }
+
+
+# -- the terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "utf-16"])
+def test_any_encoding_of_the_output_will_do(encoding: str) -> None:
+    code = (
+        "import click; from nexus_core.cli.errors import reported\n"
+        "with reported(False):\n"
+        "    click.echo('é😀\\udcff'); print('é😀\\udcff'); raise ValueError('é😀')"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, env=environment
+    )
+    assert done.returncode == 1
+    said = done.stderr.decode("utf-16" if encoding == "utf-16" else "latin-1")
+    assert "Traceback" not in said
+    assert "ValueError: " in said
+
+
+def test_what_a_model_writes_does_nothing_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if a sample of bytes clears the screen, or hides what is printed after it."""
+    sample = "a\x1b[2J\x07\r\x9b1m\x00é　b\nc\td"
+    monkeypatch.setattr(JsonlPlugin, "summarize", hookimpl(lambda self: {"sample": sample}))
+    result = run("tiny.yaml", "--out", "one", "-s", "until=1", "-p", "no:lr_cosine")
+    assert "a\\x1b[2J\\x07\\r\\x9b1m\\x00é　b\n" in result.output
+    assert "\x1b" not in result.output
+
+
+def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coloured() -> bool:
+        result = CliRunner().invoke(nexus_run, ["nowhere.yaml"], color=True)
+        return "\x1b[" in result.output
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert coloured()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not coloured()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> None:
+    """The first one comes after the second step, which was saved, and the other one right then."""
+    code = (
+        "import os, signal, sys\n"
+        "from nexus_core.cli.run import main\n"
+        "from nexus_plugins.clip import ClipPlugin\n"
+        "from nexus_core import hookimpl\n"
+        "def interrupt(self, engine, batch):\n"
+        "    if engine.state.step == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+        "ClipPlugin.on_batch = hookimpl(interrupt)\n"
+        "main(sys.argv[1:])\n"
+    )
+    every = "checkpoint.every=2 steps" if saved else "checkpoint.every=100 steps"
+    options = ["tiny.yaml", "--out", "one", "-s", every, "-s", "checkpoint.sync=true"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGINT
+    first, last = done.stderr.split("\n\n")
+    assert "stopping after this step; Ctrl-C again ends the run at once" in first
+    kept = "kept: one/checkpoints/step-00000004; resume from it with --resume auto"
+    assert (kept if saved else "no checkpoint had been saved in one") in last
+    assert last.startswith("ended at once at step 4; ")
+    assert last.count("\n") == 1
+
+
+def test_a_hint_is_in_the_words_of_the_command() -> None:
+    result = run("tiny.yaml", "-p", "lr_rsqrt,no:lr_cosine", "-s", "lr_rsqrt.warmup=null")
+    assert "--set lr_rsqrt.timescale='1000 steps'" in result.output
+    with pytest.raises(ConfigError, match=r"LrRsqrtPlugin\(timescale='1000 steps'\)"):
+        Engine(
+            torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), loss=torch.sum,
+            plugins=[LrRsqrtPlugin(warmup=None)],
+        ).fit([torch.ones(1)], until=1)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")
@@ -214,6 +418,25 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--plugins" in done.stdout
+
+
+def test_a_signal_that_a_launcher_hands_on_is_the_same_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Breaks if a signal to a group, which torchrun repeats, ends the run before it has saved."""
+    now, ended = [0.0], list[int]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    engine = tiny_engine()
+    with session.stopping_on_signals(engine) as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] = 1.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGTERM, signal.SIGINT]
+        assert engine.stop_reason == "SIGTERM"
+        now[0] = 10.0
+        monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGTERM]
 
 
 @pytest.mark.slow

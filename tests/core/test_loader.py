@@ -1,6 +1,13 @@
 """A wrong order would train on samples twice or never, and make resuming inexact."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,3 +214,84 @@ def test_to_device_gives_containers_that_may_be_changed() -> None:
     moved["meta"].append("b")
     assert batch["x"] is not None
     assert len(batch["meta"]) == 2
+
+
+class Whose(Squares):
+    """Sample i names the process that read it."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(index), "pid": torch.tensor(os.getpid())}
+
+
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
+)
+def test_workers_leave_signals_to_the_process_that_trains(method: str) -> None:
+    """Red if a signal to the whole group, or Ctrl-C, kills what the last step before a save reads.
+
+    Some signals come while the workers are still being started.
+    """
+    before, others = multiprocessing.get_start_method(), multiprocessing.active_children()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        loader = ResumableLoader(Whose(60), 4, num_workers=2, prefetch=1, shuffle=False)
+        batches = loader.batches(0)
+        workers = {c.pid for c in multiprocessing.active_children() if c not in others}
+        for pid in workers:
+            os.kill(pid or 0, signal.SIGTERM)
+        seen = set[int]()
+        for batch in batches:
+            for pid in set(batch["pid"].tolist()) - seen:
+                seen.add(pid)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                    os.kill(pid, number)
+        assert seen == workers
+        assert workers <= {child.pid for child in multiprocessing.active_children()}
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+import torch
+from nexus_core import ResumableLoader
+class Rows:
+    def __len__(self):
+        return 400
+    def __getitem__(self, index):
+        return {"pid": torch.tensor(os.getpid())}
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    batches = iter(ResumableLoader(Rows(), 4, num_workers=2, prefetch=1, shuffle=False))
+    pids = {int(next(batches)["pid"][0]) for _ in range(4)}
+    print(*pids, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_end_with_a_process_that_is_killed(method: str, tmp_path: Path) -> None:
+    """Red if a run that was killed leaves processes behind, which hold memory and files."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, "killed.py", method],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    pids = done.stdout.split()
+    assert len(pids) == 2
+    end = time.monotonic() + 30
+    while left := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < end, f"{left} live on"
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False

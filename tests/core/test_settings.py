@@ -1,14 +1,27 @@
 """A setting that is misread or silently ignored would spoil a run of weeks."""
 
 import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import Field, SecretStr
 
-from nexus_core import ConfigError, Interval
+from benchmarks.fuzz_config import Case, cases, try_case
+from nexus_core import ConfigError, Interval, Plugin, PluginConfig
+from nexus_core.cli import yaml12
+from nexus_core.cli.build import Build, build_plugins
+from nexus_core.cli.fit import fitted
 from nexus_core.cli.settings import read_settings
+from nexus_core.paths import expanded
+from nexus_plugins.clip import ClipPlugin
 
 FILE: dict[str, Any] = {
     "until": "50 steps",
@@ -102,7 +115,7 @@ def test_set_reads_values_as_yaml_does_and_reaches_into_blocks(config: str) -> N
         ({"sets": ("until=soon",)}, "until: got 'soon'; cannot read the interval"),
         ({"sets": ("clip.max_norm.x=1",)}, "'max_norm' of 'clip.max_norm.x' is a value"),
         ({"plugins": "no:clipp"}, "'clipp' is not in this run. Did you mean 'clip'"),
-        ({"environment": {"NEXUS_SEDE": "1"}}, "NEXUS_SEDE: unknown key 'sede'"),
+        ({"environment": {"NEXUS_SEED": "x"}}, "seed: got 'x'; .*from NEXUS_SEED"),
     ],
 )
 def test_mistake_is_one_clear_error(config: str, arguments: Any, message: str) -> None:
@@ -127,3 +140,297 @@ def test_bad_file_is_one_clear_error(tmp_path: Path, text: str, message: str) ->
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_settings(str(path))
+
+
+# -- what is written is what arrives
+
+
+def planned(source: str | None = None, *sets: str, **environment: str) -> Build:
+    return build_plugins(read_settings(source, "", sets, environment))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=008", 8),
+        ("until=010", "10 steps"),
+        ("data_text.batch_size=016", 16),
+        ("data_text.train=corpus #1.txt", "corpus #1.txt"),
+        ("data_text.eos_token=#EOS", "#EOS"),
+        ("data_text.eos_token=[SEP]", "[SEP]"),
+        ("data_text.eos_token={eos}", "{eos}"),
+        ("data_text.eos_token=1.0", "1.0"),
+        ("data_text.eos_token=null", None),
+        ("data_text.text_key=yes", "yes"),
+        ("data_text.text_key=true", "true"),
+        ("jsonl.file=2024", "2024"),
+        ("out=007", "007"),
+        ("clip.max_norm=.inf", "inf"),
+        ("clip.max_norm=1e400", "inf"),
+        ("optim_adamw.lr=1e-3", 0.001),
+    ],
+)
+def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
+    tmp_path: Path, assignment: str, value: object
+) -> None:
+    key, _, text = assignment.partition("=")
+    plugin, dot, name = key.rpartition(".")
+    shown = f"'{text}'" if "#" in text else text  # in a file, a comment begins there
+    path = tmp_path / "mine.yaml"
+    block = f"plugins: {{{plugin}: {{{name}: {shown}}}}}" if dot else f"{name}: {shown}"
+    path.write_text(f"preset: quickstart\n{block}\n")
+    variable = f"NEXUS_{key.upper().replace('.', '__')}"
+    builds = planned(None, assignment), planned(str(path)), planned(None, **{variable: text})
+    for build in builds:
+        resolved = build.resolved(build.run.out or Path("x"))
+        assert (resolved["plugins"][plugin][name] if dot else resolved[name]) == value
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("until=1:30:00", "until: got '1:30:00'; cannot read the interval"),
+        ("data_text.batch_size=yes", "batch_size: got 'yes'; input should be a valid integer"),
+        ("data_text.batch_size=true", "batch_size: got true; expected a number"),
+        ("seed=true", "seed: got true; expected a number"),
+        ("optim_adamw.weight_decay=.inf", "weight_decay: got inf; input should be a finite number"),
+        ("clip.max_norm=.nan", "clip.max_norm: got nan"),
+        (f"seed={10**30}", "seed: got 1000.*; expected a whole number of up to 64 bits"),
+        (f"data_text.batch_size={10**30}", "batch_size: got 1000.*up to 64 bits"),
+        (f"seed={'9' * 5000}", "seed: got '9999"),
+        ("clip." + "a." * 3000 + "b=1", "nested deeper than 50 levels"),
+        ("out=a$NEXUS_NOT_SET/b", r"out: got .*; the variable \$NEXUS_NOT_SET is not set"),
+        ('jsonl.file="a\\0b"', "jsonl.file: got .*; .*no NUL character"),
+        ('out=""', "out: got ''; a path is not empty"),
+    ],
+)
+def test_a_value_that_would_be_misread_is_refused_at_once(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        planned(None, assignment)
+    assert len(str(caught.value)) < 500
+
+
+class Strange(PluginConfig):
+    text: str = ""
+    texts: str | tuple[str, ...] = ""
+    by_name: dict[str, str] = {}
+    choice: Literal["1.0", "2"] | None = None
+    path: Path | None = None
+    number: float = 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("text: 1e5", {"text": "1e5"}),
+        ("text: {a: 1}", {"text": "{a: 1}"}),
+        ("texts: [1, 02]", {"texts": ("1", "02")}),
+        ("by_name: {a: 007, b: x}", {"by_name": {"a": "007", "b": "x"}}),
+        ("choice: 1.0", {"choice": "1.0"}),
+        ("path: 2024", {"path": Path("2024")}),
+        ("number: 010", {"number": 10.0}),
+    ],
+)
+def test_text_is_found_where_a_model_wants_it(text: str, expected: dict[str, object]) -> None:
+    document = yaml12.parse(text)
+    made = Strange.model_validate(fitted(Strange, document.value, document.written))
+    assert {name: getattr(made, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+@pytest.mark.parametrize("suffix", ["yaml", "json", "YML"])
+def test_a_file_is_read_in_the_encoding_that_it_says(
+    tmp_path: Path, suffix: str, encoding: str
+) -> None:
+    path = tmp_path / f"mine.{suffix}"
+    path.write_bytes('{"until": "5 steps", "out": "läufe"}\r\n'.encode(encoding))
+    assert str(read_settings(str(path)).run.out) == "läufe"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", b"seed: 1\nuntil: 2\nseed: 2\n", "'seed' is there twice, in lines 1 and 3"),
+        ("a.json", b'{"seed": 1, "seed": 2}', "the key 'seed' is there twice"),
+        ("a.toml", b"seed = 1\nseed = 2\n", "Cannot overwrite a value"),
+        ("a.json", b"[" * 5000, "is not valid json"),
+        ("a.json", b'{"a": ' * 60 + b"1" + b"}" * 60, "nested deeper than 50 levels"),
+        ("a.toml", b"a = " + b"[" * 5000, "is not valid toml"),
+        ("a.yaml", b"seed: 1\nuntil: \xff\n", "line 2 is not UTF-8 text"),
+        ("a.yaml", b"x" * (2**20 + 1), "larger than 1,048,576 bytes"),
+        ("a.yaml", b"preset: [quickstart]\n", "no preset or config file named"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_clear_error(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(str(path))
+
+
+def test_a_date_of_toml_is_text_as_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "quickstart"\nout = 2024-01-31\n')
+    assert read_settings(str(path)).run.out == Path("2024-01-31")
+
+
+def test_of_very_many_faults_the_first_are_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClipPlugin(**{f"key{number}": 1 for number in range(1000)})
+    assert str(caught.value).count("\n") == 10
+    assert str(caught.value).endswith("and 990 more")
+
+
+# -- where it is written makes no difference
+
+
+SETTINGS = {
+    "loss_lm.label_smoothing": 0.1,
+    "jsonl.file": "m.jsonl",
+    "clip.max_norm": 0.5,
+    "console.quiet": True,
+    "data_text.eos_token": "[SEP]",
+    "optim_adamw.betas": [0.8, 0.9],
+    "seed": 7,
+    "until": "20 steps",
+}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(SETTINGS)), unique=True, min_size=1).flatmap(st.permutations)
+)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_option_file_and_environment_give_the_same_plan(tmp_path: Path, keys: list[str]) -> None:
+    """Red if naming a preset's plugin in a file moves it in the plan."""
+    text = {key: json.dumps(value).strip('"') for key, value in SETTINGS.items()}
+    content: dict[str, Any] = {"preset": "quickstart", "plugins": {}}
+    for key in keys:
+        plugin, dot, name = key.rpartition(".")
+        block = content["plugins"].setdefault(plugin, {}) if dot else content
+        block[name] = SETTINGS[key]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml12.dump(content))
+    builds = (
+        planned(None, *(f"{key}={text[key]}" for key in keys)),
+        planned(str(path)),
+        planned(None, **{f"NEXUS_{key.upper().replace('.', '__')}": text[key] for key in keys}),
+    )
+    plain = [plugin.name for plugin in planned().plan.plugins]
+    for build in builds:
+        assert [plugin.name for plugin in build.plan.plugins] == plain
+        assert build.resolved(Path("x")) == builds[0].resolved(Path("x"))
+
+
+def test_a_new_plugin_follows_those_of_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: quickstart\nplugins: {grad_stats: {}, clip: {max_norm: 2}, ema: {}}\n")
+    found = read_settings(str(path))
+    assert found.named == ("grad_stats", "clip", "ema")
+    assert "clip" in found.defaults
+    names = [plugin.name for plugin in build_plugins(found).plan.plugins]
+    plus = build_plugins(read_settings(None, "grad_stats,ema"))
+    assert names == [plugin.name for plugin in plus.plan.plugins]
+
+
+# -- the environment
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NEXUS_URL": "https://x", "NEXUS_PORT": "tcp://10.0.0.7:8081", "NEXUS_HOST": "x"}, []),
+        ({"NEXUS_SERVICE_HOST": "x", "NEXUS_PORT_80_TCP": "x", "NEXUS_": "x", "NEXUS___": "x"}, []),
+        ({"NEXUS_USERNAME": "x", "NEXUS_DATA__URL": "x", "NEXUS_SEED": ""}, []),
+        ({"NEXUS_WANDB__PROJECT": "x"}, []),
+        ({"NEXUS_SEDE": "1"}, ["NEXUS_SEDE is no setting.* did you mean NEXUS_SEED"]),
+        ({"NEXUS_CLPI__MAX_NORM": "1"}, ["did you mean NEXUS_CLIP__MAX_NORM"]),
+    ],
+)
+def test_variables_of_others_are_passed_over_and_misspelt_ones_said(
+    variables: dict[str, str], said: list[str]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = read_settings("quickstart", environment=variables)
+    assert found.run == read_settings("quickstart").run
+    assert len(caught) == len(said)
+    for warning, pattern in zip(caught, said, strict=True):
+        assert re.search(pattern, str(warning.message))
+
+
+def test_a_wrong_value_names_the_variable_that_it_is_from() -> None:
+    with pytest.raises(
+        ConfigError, match=r"clip.max_norm: got -1; .* \(from NEXUS_CLIP__MAX_NORM\)"
+    ):
+        planned(None, NEXUS_CLIP__MAX_NORM="-1")
+    with pytest.raises(ConfigError, match=r"clip.max_norm: got -2; [^(]*$"):
+        planned(None, "clip.max_norm=-2", NEXUS_CLIP__MAX_NORM="-1")
+
+
+# -- paths
+
+
+def test_paths_expand_home_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    assert expanded("~/a") == "/home/me/a"
+    assert expanded("$SCRATCH/${SCRATCH}x/~") == "/fast//fastx/~"
+    assert expanded("a$b~") == "a$b~"
+    assert expanded("~nobody-has-this-name/x") == "~nobody-has-this-name/x"
+    build = planned(None, "out=~/runs/a", "jsonl.file=$SCRATCH/m")
+    assert build.run.out == Path("/home/me/runs/a")
+    assert build.resolved(Path("x"))["plugins"]["jsonl"]["file"] == "/fast/m"
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(ConfigError, match="there is no home folder"):
+        expanded("~/a")
+
+
+# -- what is stored
+
+
+class Service(PluginConfig):
+    user: str = "me"
+    token: SecretStr = SecretStr("")
+    limit: float = Field(math.inf, allow_inf_nan=True)
+
+
+class ServicePlugin(Plugin[Service]):
+    """Talks to a service."""
+
+
+def test_a_secret_is_neither_stored_nor_shown() -> None:
+    stored = ServicePlugin(token="hunter2", user="you").config.model_dump(mode="json")
+    assert stored == {"user": "you", "limit": "inf"}
+    assert ServicePlugin(**stored).config.limit == math.inf
+    with pytest.raises(ConfigError) as caught:
+        ServicePlugin(token=["hunter2"])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_infinite_setting_survives_what_is_stored_and_read_again(tmp_path: Path) -> None:
+    build = planned(None, "clip.max_norm=.inf")
+    resolved = json.loads(json.dumps(build.resolved(Path("x")), allow_nan=False))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml12.dump(resolved))
+    again = next(p for p in planned(str(path)).plan.plugins if isinstance(p, ClipPlugin))
+    assert again.config.max_norm == math.inf
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.mark.slow
+@given(cases())
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
+def test_a_config_as_nobody_would_write_it_is_a_plan_or_one_clear_error(
+    scratch: Path, case: Case
+) -> None:
+    """Red if a user sees a traceback, or a config that is read differently the second time."""
+    try_case(case, scratch)

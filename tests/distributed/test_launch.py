@@ -111,19 +111,47 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(
     assert sorted(in_order[:epoch]) == list(range(epoch))
 
 
-def test_a_signal_to_one_process_saves_and_ends_all(tmp_path: Path) -> None:
-    """Red if one process stops alone, if the save is not whole, or the exit code is another."""
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_signal_to_one_process_or_all_saves_and_ends_all(to_all: bool, tmp_path: Path) -> None:
+    """Red if one process stops alone, if the save is not whole, or the exit code is another.
+
+    A scheduler signals every process, workers that read ahead too, and the launcher hands it on.
+    """
     write_run(tmp_path, until="100000 steps")
-    launcher = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "run")
+    workers = ["--set", "data_text.num_workers=2"]
+    launcher = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "run", *workers)
     wait_for(lambda: lines(tmp_path / "run") >= 3, launcher)
-    os.kill(process_of(launcher, rank=1), signal.SIGTERM)
+    rank = process_of(launcher, rank=1)
+    if to_all:
+        os.killpg(rank, signal.SIGTERM)  # the launcher starts each in a group of its own
+        launcher.send_signal(signal.SIGTERM)
+    else:
+        os.kill(rank, signal.SIGTERM)
     output = launcher.communicate(timeout=PATIENCE_S)[0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("stopped", "SIGTERM")
-    assert "exitcode  : 143" in output, output
+    assert to_all or "exitcode  : 143" in output, output
     saved = sorted((tmp_path / "run/checkpoints").glob("step-*"))
     assert saved[-1].name == f"step-{summary['steps']:08d}"
     assert (saved[-1] / "manifest.json").exists()
+
+
+def test_a_restart_before_the_first_save_resumes_from_the_named_checkpoint(tmp_path: Path) -> None:
+    """Red if a run that goes on from elsewhere begins at the start when a process dies early."""
+    write_run(tmp_path)
+    first = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "base")
+    said = first.communicate(timeout=PATIENCE_S)[0]
+    assert first.returncode == 0, said
+    sets = ["--set", "until=150 steps", "--set", "checkpoint.every=1000 steps"]
+    named = ["--resume", "base/checkpoints/final", "--out", "new", *sets]
+    launcher = start(tmp_path, 2, "--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", *named)
+    wait_for(lambda: lines(tmp_path / "new") >= 2, launcher)
+    os.kill(process_of(launcher, rank=1), signal.SIGKILL)
+    output = launcher.communicate(timeout=PATIENCE_S)[0]
+    assert launcher.returncode == 0, output
+    assert output.count("resumed at step 20") == 2
+    steps = [json.loads(line) for line in (tmp_path / "new/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in steps if "train/total_loss" in r] == list(range(21, 151))
 
 
 LAST_LOOK = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -50,6 +51,16 @@ def test_off_a_terminal_each_log_is_a_line(capsys: pytest.CaptureFixture[str]) -
     assert re.fullmatch(pattern, lines[0])
     assert re.search(r"evaluated: .*val/loss \d+\.\d{4}", lines[2])
     assert "left" not in lines[3]
+
+
+def test_a_character_that_the_output_has_not_is_written_as_an_escape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Breaks if a metric with an umlaut switches the console off in a program of one's own."""
+    taken = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(taken, "latin-1", write_through=True))
+    engine_of(every=None).fit(DATA, until="2 steps", eval_data={"läufe-😀": DATA})
+    assert "läufe-\\U0001f600/loss" in taken.getvalue().decode("latin-1")
 
 
 def test_every_holds_lines_back_but_never_the_first_and_the_last(

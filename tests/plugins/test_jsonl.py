@@ -53,19 +53,25 @@ def test_each_log_and_each_evaluation_is_a_line(tmp_path: Path) -> None:
     assert lines[0]["tokens"] == 4
 
 
-def test_the_summary_names_the_file_that_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "place"), [("other.jsonl", "run/other.jsonl"), ("~/all.jsonl", "home/all.jsonl")]
+)
+def test_the_summary_names_the_file_that_was_written(
+    file: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks if the end of the run points to a file that is not there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     model = nn.Linear(2, 1)
     engine = Engine(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loss=lambda m, b: m(b).square().mean(),
-        plugins=[JsonlPlugin(file="other.jsonl")],
-        out=tmp_path,
+        plugins=[JsonlPlugin(file=file)],
+        out=tmp_path / "run",
     )
     engine.fit(DATA, until="1 steps")
     (answer,) = engine.hook.summarize(engine=engine)
-    assert Path(answer["metrics"]) == tmp_path / "other.jsonl"
+    assert Path(answer["metrics"]) == tmp_path / place
     assert Path(answer["metrics"]).exists()
 
 

@@ -158,7 +158,7 @@ def test_a_model_without_the_module_is_refused(active):
     model.active_modules = active
     model.forward = lambda input_ids: output(world=model.edges)
     engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossCausalPlugin()])
-    with pytest.raises(ConfigError, match=r"model_nexus\.causal=true.*no:loss_causal"):
+    with pytest.raises(ConfigError, match=r"ModelNexusPlugin\(causal=True\).*LossCausalPlugin"):
         engine.fit([{"input_ids": torch.zeros(1, 3)}], until="1 steps")
 
 

@@ -71,7 +71,7 @@ def test_a_model_without_the_module_is_refused(active):
     model.active_modules = active
     model.forward = lambda input_ids: output(world=model.count)
     engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossEnergyPlugin()])
-    with pytest.raises(ConfigError, match=r"model_nexus\.energy=true.*no:loss_energy"):
+    with pytest.raises(ConfigError, match=r"ModelNexusPlugin\(energy=True\).*LossEnergyPlugin"):
         engine.fit([{"input_ids": torch.zeros(1, 3)}], until="1 steps")
 
 

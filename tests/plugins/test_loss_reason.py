@@ -87,7 +87,7 @@ def test_a_model_without_the_module_is_refused(active):
     model.active_modules = active
     model.forward = lambda input_ids: output(world=model.scores)
     engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossReasonPlugin()])
-    with pytest.raises(ConfigError, match=r"model_nexus\.reason=true.*no:loss_reason"):
+    with pytest.raises(ConfigError, match=r"ModelNexusPlugin\(reason=True\).*LossReasonPlugin"):
         engine.fit([{"input_ids": torch.zeros(1, 3)}], until="1 steps")
 
 

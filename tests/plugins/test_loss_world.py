@@ -136,5 +136,5 @@ def test_a_model_without_the_module_is_refused(says_so):
     model = Blind(says_so)
     engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossWorldPlugin()])
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
-    with pytest.raises(ConfigError, match=r"model_nexus\.world=true.*no:loss_world"):
+    with pytest.raises(ConfigError, match=r"ModelNexusPlugin\(world=True\).*LossWorldPlugin"):
         engine.fit([batch], until="1 steps")

@@ -203,7 +203,7 @@ def test_nothing_is_suggested_where_the_loss_never_falls() -> None:
 @pytest.mark.parametrize(
     ("settings", "until", "words"),
     [
-        ({"steps": 100}, 50, r"lr_finder.steps is 100.*--set until='100 steps'"),
+        ({"steps": 100}, 50, r"lr_finder.steps is 100.*until='100 steps'.*LrFinderPlugin.steps=50"),
         ({"start": 1.0, "end": 0.1}, 200, r"lr_finder: .*end must be above start"),
         ({"steps": 2}, 200, r"lr_finder.steps: got 2"),
     ],

@@ -16,7 +16,7 @@ import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from nexus_core import ConfigError, Engine, Plugin
+from nexus_core import ConfigError, Engine, Plugin, PluginConfig, hookimpl
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins_contrib.mlflow import MlflowPlugin
 from tiny import RecorderPlugin, Regression, tiny_engine, weights
@@ -173,10 +173,50 @@ def test_an_exception_of_the_package_changes_nothing(
     assert "failed 2 times" in answer["logger mlflow"]
 
 
+@pytest.mark.slow
+def test_a_metric_of_any_name_is_stored_under_one_that_mlflow_takes(out: Path) -> None:
+    """Breaks if one odd name switches the logger off, or two names become one."""
+
+    class OddPlugin(Plugin[PluginConfig]):
+        """Logs metrics with odd names."""
+
+        before = ("mlflow",)
+
+        @hookimpl
+        def on_log(self, metrics: dict[str, float]) -> None:
+            metrics |= {
+                "acc@1": 1.0,
+                "acc_1": 2.0,
+                "a//b": 3.0,
+                "../x": 4.0,
+                "é": 5.0,
+                "n" * 300: 6.0,
+            }
+            metrics |= {f"many/{number}": 0.0 for number in range(1100)}
+
+    config = {"plugins": {"x": {"a@b": 1}}}
+    for _ in range(2):  # the second time, resumed
+        engine = engine_of(out, MlflowPlugin(), OddPlugin(), config=config)
+        if (out / "snapshot").exists():
+            engine.load_state_dict(torch.load(out / "snapshot", weights_only=False))
+        engine.fit(data(), until="2 steps")
+        assert "logger mlflow" not in str(engine.hook.summarize(engine=engine))
+        out.mkdir(exist_ok=True)
+        torch.save(engine.state_dict(), out / "snapshot")
+    (run,) = runs_of(out)
+    stored = run.data.metrics
+    assert {stored[name] for name in ("acc_1", "acc_1_")} == {1.0, 2.0}
+    assert stored["acc_1"] == 2.0
+    assert (stored["a/_/b"], stored["_/x"], stored["é"], stored["n" * 250]) == (3.0, 4.0, 5.0, 6.0)
+    assert len(client_of(out).get_metric_history(run.info.run_id, "acc_1_")) == 2
+    assert run.data.params == {"plugins.x.a_b": "1"}
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks if a missing package is a riddle."""
     monkeypatch.setitem(sys.modules, "mlflow.entities", None)
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.mlflow")
+    monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.mlflow.plugin")
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[mlflow\]'"):
         import_module("nexus_plugins_contrib.mlflow")
 

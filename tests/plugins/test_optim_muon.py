@@ -167,7 +167,7 @@ def test_a_resumed_run_ends_in_the_same_bits() -> None:
 
 def test_a_model_without_matrices_is_refused() -> None:
     """Breaks if somebody believes to train with Muon and does not."""
-    with pytest.raises(ConfigError, match=r"no matrix for Muon.*optim_adamw"):
+    with pytest.raises(ConfigError, match=r"no matrix for Muon.*OptimAdamwPlugin"):
         engine_of(model=nn.LayerNorm(3))
 
 

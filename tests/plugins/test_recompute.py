@@ -121,7 +121,11 @@ def test_fewer_activations_are_kept() -> None:
             {"match": ["*.blok*"]},
             r"recompute\.match: the pattern '\*\.blok\*' matches no module",
         ),
-        (nn.Sequential(nn.Linear(16, 1)), {}, "no ModuleList to choose from.*recompute.match="),
+        (
+            nn.Sequential(nn.Linear(16, 1)),
+            {},
+            "no ModuleList to choose from.*RecomputePlugin.match=",
+        ),
     ],
 )
 def test_a_choice_of_nothing_is_refused(model: Any, config: Any, words: str) -> None:

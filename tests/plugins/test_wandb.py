@@ -22,13 +22,14 @@ from nexus_core import ConfigError, Engine, Plugin
 from nexus_core.cli.run import main as nexus_run
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins_contrib.wandb import WandbPlugin
+from nexus_plugins_contrib.wandb.plugin import _has_credentials
 from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without an account, whose wandb sends no reports about itself."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -236,6 +237,9 @@ def test_the_final_checkpoint_is_stored_on_request(tmp_path: Path) -> None:
         ({}, {"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "", "offline"),
         ({"mode": "offline"}, {"WANDB_API_KEY": "k" * 40}, "", "offline"),
         ({"mode": "online"}, {}, "", "online"),
+        ({}, {"WANDB_MODE": "dryrun", "WANDB_API_KEY": "k" * 40}, "", "offline"),
+        ({}, {"WANDB_MODE": "run"}, "", "online"),
+        ({"mode": "offline"}, {"WANDB_DISABLED": "true"}, "", "offline"),
     ],
 )  # fmt: skip
 def test_online_only_where_there_are_credentials(
@@ -267,6 +271,41 @@ def test_online_only_where_there_are_credentials(
     plain = tiny_engine(log_every=1)
     plain.fit(data(), until="3 steps")
     assert all(torch.equal(*pair) for pair in zip(weights(engine), weights(plain), strict=True))
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}, {"WANDB_DISABLED": "1"}]
+)
+def test_disabled_by_the_environment_it_does_nothing_and_says_so(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    engine = engine_of(tmp_path, WandbPlugin())
+    engine.fit(data(), until="3 steps", eval_data=data())
+    assert not (tmp_path / "wandb").exists()
+    assert engine.hook.summarize(engine=engine) == [
+        {"wandb": "disabled by the environment (WANDB_MODE or WANDB_DISABLED)"}
+    ]
+
+
+def test_a_mode_that_there_is_not_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "garbage")
+    with pytest.raises(ConfigError, match="WANDB_MODE is 'garbage'; expected one of dryrun, run,"):
+        engine_of(tmp_path, WandbPlugin()).fit(data(), until="3 steps")
+
+
+def test_without_a_home_folder_it_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    assert not _has_credentials()
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

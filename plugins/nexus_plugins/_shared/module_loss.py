@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from nexus_core.bases.loss import Loss, LossConfig
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, hint_leave_out, hint_set
 from nexus_core.plugin import hookimpl
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class ModuleLoss(Loss[LossConfigT]):
     def _no_module(self) -> ConfigError:
         return ConfigError(
             f"{self.name} needs a model whose output has module_outputs['{self.term}']; got one "
-            f"without. Switch the module on with --set model_nexus.{self.term}=true, or leave the "
-            f"loss out with --plugins no:{self.name}"
+            f"without. Switch the module on with {hint_set(f'model_nexus.{self.term}', True)}, or "
+            f"leave the loss out: {hint_leave_out(self.name)}"
         )
 
 

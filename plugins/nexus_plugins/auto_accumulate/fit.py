@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nexus_core.errors import RunError
+from nexus_core.errors import RunError, hint_add
 
 __all__ = ["forget_peak", "free_memory", "largest_measured", "largest_tried", "peak_memory"]
 
@@ -40,7 +40,7 @@ def largest_tried(rows: int, attempt: Attempt, forget: Callable[[], None]) -> in
             if rows == 1:
                 raise RunError(
                     "auto_accumulate: not even one row fits into memory; use shorter rows, a "
-                    "smaller model, or --plugins recompute"
+                    f"smaller model, or {hint_add('recompute')}"
                 ) from error
         else:
             return rows
@@ -66,7 +66,8 @@ def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
     if taken > room:
         raise RunError(
             f"auto_accumulate: one row takes {taken / 2**20:,.0f} MiB, and there is room for "
-            f"{max(room, 0) / 2**20:,.0f} MiB; use shorter rows, or --plugins recompute"
+            f"{max(room, 0) / 2**20:,.0f} MiB; use shorter rows, or "
+            f"{hint_add('recompute')}"
         )
     while fits < rows:
         more = min(2 * fits, rows)

@@ -7,6 +7,7 @@ JSON cannot say everything that a state holds. What it cannot is an object with 
     {"$int": "0x10000000000000000"}    an int beyond 64 bits
     {"$tuple": [0.9, 0.95]}            a tuple
     {"$dict": [[0, ...], [1, ...]]}    a dict whose keys are not plain strings
+    {"$ordered": [["a", ...], ...]}    an OrderedDict, such as a module's state_dict
 
 Tensors that are one and the same memory (tied weights) are stored once, under their first name,
 and come back as one tensor.
@@ -15,19 +16,23 @@ and come back as one tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TypeAlias, Union
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TypeAlias, Union, cast
 
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import local_part
+from nexus_plugins.checkpoint.tensorfile import fault_of
 
 __all__ = ["Json", "TensorBag", "decode", "encode"]
 
 Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
 """What JSON holds."""
 
+_DEPTH = 100
 _INT64 = 1 << 63
 _RESERVED = "__metadata__"  # a safetensors header's own key
 
@@ -59,36 +64,62 @@ class TensorBag:
         return key
 
 
-def encode(value: object, bag: TensorBag, path: str = "") -> Json:
+def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Json:
     """Turn a tree into JSON; its tensors go into the bag.
 
     Args:
-        value: dicts, lists, tuples, tensors, strings, numbers, booleans and None.
+        value: dicts, lists, tuples, tensors, strings, numbers, booleans and None, and nothing that
+            is derived from them: it would come back as what it is derived from.
         bag: takes the tensors.
         path: the tree's own place, for the names of the tensors and for errors.
+        depth: of that place.
 
     Raises:
-        CheckpointError: something in the tree is of another type.
+        CheckpointError: something in the tree is of another type, or it does not end.
     """
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value) if -_INT64 <= value < _INT64 else {"$int": hex(value)}
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"$float": str(float(value))}
+    if depth > _DEPTH:
+        raise CheckpointError(
+            f"the state '{path[:80]}...' is nested more than {_DEPTH} levels deep, or contains "
+            "itself; a checkpoint cannot hold it"
+        )
+    kind = type(value)
+    if value is None or kind in (bool, str):
+        return value  # type: ignore[return-value]
+    if kind is int:
+        number = cast(int, value)
+        return number if -_INT64 <= number < _INT64 else {"$int": hex(number)}
+    if kind is float:
+        real = cast(float, value)
+        return real if math.isfinite(real) else {"$float": str(real)}
     if isinstance(value, Tensor):
+        if fault := fault_of(value):
+            raise CheckpointError(f"the tensor '{path}' cannot be stored in a checkpoint: {fault}")
         return {"$tensor": bag.add(path, value)}
-    if isinstance(value, dict):
-        return _encode_dict(value, bag, path)
-    if isinstance(value, list):
-        return [encode(item, bag, _join(path, index)) for index, item in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"$tuple": [encode(item, bag, _join(path, i)) for i, item in enumerate(value)]}
+    if kind is dict or kind is OrderedDict:
+        return _encode_dict(cast(dict[object, object], value), bag, path, depth)
+    if kind is list or kind is tuple:
+        row = cast(Sequence[object], value)
+        items = [encode(item, bag, _join(path, i), depth + 1) for i, item in enumerate(row)]
+        return items if kind is list else {"$tuple": items}
     raise CheckpointError(
-        f"the state '{path}' is a {type(value).__module__}.{type(value).__qualname__}, which a "
-        "checkpoint cannot hold; states are made of dicts, lists, tuples, strings, numbers, "
-        "booleans, None and tensors (for numpy, use .tolist() or torch.from_numpy)"
+        f"the state '{path}' is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot "
+        f"hold; {_advice(value)}"
     )
+
+
+def _advice(value: object) -> str:
+    """What to keep in place of a value that cannot be stored."""
+    if isinstance(value, Enum):
+        return "keep its .value, or its .name"
+    if type(value).__module__ == "numpy":
+        scalar = getattr(value, "shape", None) == ()
+        return "keep .item(), a number" if scalar else "keep torch.from_numpy(...) or .tolist()"
+    for kind in (dict, tuple, list, str, int, float):
+        if isinstance(value, kind):
+            return f"it would come back as a {kind.__name__}; keep {kind.__name__}(...)"
+    if isinstance(value, set | frozenset | deque | range):
+        return "keep a list of its items"
+    return "states are made of dicts, lists, tuples, strings, numbers, booleans, None and tensors"
 
 
 def decode(value: Json, tensors: Mapping[str, Tensor]) -> object:
@@ -108,20 +139,23 @@ def decode(value: Json, tensors: Mapping[str, Tensor]) -> object:
     return {key: decode(item, tensors) for key, item in value.items()}
 
 
-def _encode_dict(value: dict[object, object], bag: TensorBag, path: str) -> Json:
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {str(key): encode(item, bag, _join(path, key)) for key, item in value.items()}
-    if not all(key is None or isinstance(key, str | int | float) for key in value):
-        raise CheckpointError(
-            f"the dict at '{path}' has a key that is neither a string nor a number; a checkpoint "
-            "cannot hold it"
-        )
-    return {
-        "$dict": [
-            [encode(key, bag, path), encode(item, bag, _join(path, key))]
-            for key, item in value.items()
-        ]
-    }
+def _encode_dict(value: dict[object, object], bag: TensorBag, path: str, depth: int) -> Json:
+    ordered = type(value) is OrderedDict
+    if not ordered and all(type(key) is str and not key.startswith("$") for key in value):
+        return {
+            str(key): encode(item, bag, _join(path, key), depth + 1) for key, item in value.items()
+        }
+    for key in value:
+        if key is not None and type(key) not in (str, int, float, bool):
+            raise CheckpointError(
+                f"the dict at '{path}' has the key {key!r:.80}, of type {type(key).__qualname__}; "
+                "a checkpoint holds keys that are strings, numbers, booleans or None"
+            )
+    items: list[Json] = [
+        [encode(key, bag, path), encode(item, bag, _join(path, key), depth + 1)]
+        for key, item in value.items()
+    ]
+    return {"$ordered" if ordered else "$dict": items}
 
 
 def _decode_marked(mark: str, content: Json, tensors: Mapping[str, Tensor]) -> object:
@@ -135,6 +169,8 @@ def _decode_marked(mark: str, content: Json, tensors: Mapping[str, Tensor]) -> o
         return tuple(decode(item, tensors) for item in content)
     if mark == "$dict" and isinstance(content, list):
         return dict(_decode_item(item, tensors) for item in content)
+    if mark == "$ordered" and isinstance(content, list):
+        return OrderedDict(_decode_item(item, tensors) for item in content)
     raise CheckpointError(f"state.json holds {mark}: {str(content)[:80]!r}, which means nothing")
 
 

@@ -26,3 +26,4 @@ def main(checkpoint: Path, out: Path, ema: bool, debug: bool) -> None:
 
         for path in export(checkpoint, out, ema=ema):
             click.echo(path)
+        click.echo(f"what this model is, and which programs read it: {out / 'README.md'}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError, ConfigError
+from nexus_plugins._shared.files import check_plain_yaml, read_small
 from nexus_plugins.checkpoint import folder
 from nexus_plugins.checkpoint.shards import lay_out
-from nexus_plugins.checkpoint.store import Store, is_checkpoint
+from nexus_plugins.checkpoint.store import Store, checkpoint_at
 
 __all__ = ["export"]
 
 MODEL = "model.safetensors"
+_CONFIG_LIMIT = 1 << 20
+_TOKENIZER_LIMIT = 256 << 20
+_SHARING = 64
+"""Times the size of its tensors that a model may have when each name gets its own."""
+
+CARD = """---
+library_name: nexus-trainer
+---
+
+The weights of a model of `{plugin}`, trained for {steps} steps, as `nexus-run export` wrote them.
+
+- `model.safetensors`: the weights by name, for any reader of safetensors.
+- `config.json`: the settings of the plugin that builds the model. It is no configuration of
+  transformers, whose `AutoConfig` and `AutoModel` do not know this model.
+"""
 
 
 def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
@@ -35,10 +52,12 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
 
     Returns:
         What was written: `model.safetensors`, `config.json` (the settings of the model's plugin
-        and its tensors' sizes) and `tokenizer.json` where the run has one.
+        and its tensors' sizes), `README.md`, which says what it is, and `tokenizer.json` where the
+        run has one.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it holds no average.
+        CheckpointError: there is no whole checkpoint, or it holds no average, or what somebody
+            has written into it.
         ConfigError: the folder exists.
     """
     if out.exists():
@@ -50,19 +69,27 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
     if ema:
         tensors = tensors | _averaged(content, keys)
     weights = _named(tensors, keys)
-    out.mkdir(parents=True)
-    save_file(weights, out / MODEL, metadata={"format": "pt"})
-    _write_config(content, tensors, out / "config.json")
-    written = [out / MODEL, out / "config.json"]
-    tokenizer = found.parent.parent / "tokenizer.json"
-    if tokenizer.is_file():
-        written.append(Path(shutil.copyfile(tokenizer, out / "tokenizer.json")))
-    return written
+    facts = _facts(content, tensors)
+    tokenizer = _tokenizer(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
+        draft = Path(beside) / out.name
+        draft.mkdir()
+        save_file(weights, draft / MODEL, metadata={"format": "pt"})
+        text = json.dumps(facts, indent=2, default=str)
+        (draft / "config.json").write_text(text + "\n", encoding="utf-8")
+        card = CARD.format(plugin=facts["model_type"] or "the program", steps=content.step)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        if tokenizer is not None:
+            (draft / "tokenizer.json").write_bytes(tokenizer)
+        written = sorted(path.name for path in draft.iterdir())
+        draft.rename(out)
+    return [out / name for name in written]
 
 
 def _folder_of(source: Path) -> Path:
-    if is_checkpoint(source):
-        return source.resolve()
+    if (found := checkpoint_at(source)) is not None:
+        return found
     for root in (source / "checkpoints", source):
         if folders := Store(root).folders():
             return folders[-1].resolve()
@@ -70,6 +97,20 @@ def _folder_of(source: Path) -> Path:
         f"there is no checkpoint at '{source}'; give the folder of one "
         "(runs/x/checkpoints/best) or of a run (runs/x)"
     )
+
+
+def _tokenizer(found: Path) -> bytes | None:
+    """The run's tokenizer; a link may lead to what nobody meant to export, and is not followed."""
+    path = found.parent.parent / "tokenizer.json"
+    try:
+        return read_small(path, _TOKENIZER_LIMIT) if found.parent.name == "checkpoints" else None
+    except FileNotFoundError:
+        return None
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{path} is not a file of the run that can be copied: {error}; remove it, or put the "
+            "tokenizer itself there"
+        ) from error
 
 
 def _keys(content: folder.Content) -> dict[str, str]:
@@ -80,10 +121,14 @@ def _keys(content: folder.Content) -> dict[str, str]:
         raise CheckpointError("state.json holds no model")
     keys = {}
     for name, place in names.items():
-        key = place.get("$tensor") if isinstance(place, dict) else None
+        key = place.get("$tensor") if isinstance(place, dict) and len(place) == 1 else None
         if not isinstance(key, str) or key not in content.tensors[MODEL]:
             raise CheckpointError(f"the model's '{name}' is not a tensor of {MODEL}")
         keys[name] = key
+    tensors = content.tensors[MODEL]
+    stored, wanted = (sum(tensors[k].nbytes for k in ks) for ks in (tensors, keys.values()))
+    if wanted > _SHARING * stored:
+        raise CheckpointError(f"the model's names stand for {wanted} bytes, {MODEL} has {stored}")
     return keys
 
 
@@ -110,24 +155,47 @@ def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor
             "the checkpoint holds no averaged weights; train with --plugins ema, or leave out --ema"
         )
     weights = content.tensors[MODEL]
+    for name, mean in found.items():
+        if mean.shape != weights[keys[name]].shape:
+            raise CheckpointError(f"the average of '{name}' has the shape {tuple(mean.shape)}")
     return {keys[name]: mean.to(weights[keys[name]].dtype) for name, mean in found.items()}
 
 
-def _write_config(content: folder.Content, tensors: dict[str, Tensor], path: Path) -> None:
+def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What a reader must know to build the model, and how large it is.
 
     The settings of the model's plugin, and its state: what it found out by itself.
     """
-    settings: Any = yaml.safe_load(content.config) if content.config else {}
-    blocks = settings.get("plugins") or {}
+    blocks = _blocks(content.config)
     name = next((name for name in blocks if name.startswith("model_")), None)
-    state: Any = content.documents["state.json"]
-    found = state.get("plugins", {}).get(name, {}).get("state", {}).items()
-    facts = {
+    place: Any = content.documents["state.json"]
+    for key in ("plugins", name, "state"):
+        place = place.get(key) if isinstance(place, dict) else None
+    found = place if isinstance(place, dict) else {}
+    return {
         "model_type": name,
         **(blocks[name] if name else {}),
-        **{key: value for key, value in found if isinstance(value, str | int | float)},
+        **{key: value for key, value in found.items() if _is_plain(value)},
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "trained_steps": content.step,
     }
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _blocks(raw: bytes | None) -> dict[str, dict[str, Any]]:
+    """The settings of the plugins, from a config that somebody may have written."""
+    if raw is None:
+        return {}
+    try:
+        if len(raw) > _CONFIG_LIMIT:
+            raise CheckpointError(f"{len(raw)} bytes are more than the {_CONFIG_LIMIT} allowed")
+        check_plain_yaml(raw)
+        settings = yaml.safe_load(raw)
+    except (CheckpointError, yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"config.yaml of the checkpoint cannot be read: {error}") from error
+    blocks = settings.get("plugins") if isinstance(settings, dict) else None
+    found = blocks.items() if isinstance(blocks, dict) else ()
+    return {str(name): block for name, block in found if isinstance(block, dict)}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

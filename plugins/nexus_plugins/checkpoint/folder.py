@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks
+from nexus_plugins._shared.files import opened
 from nexus_plugins.checkpoint.codec import Json
 from nexus_plugins.checkpoint.tensorfile import (
     HashingReader,
@@ -65,6 +65,7 @@ class Content:
         config: the resolved config of the run, as text.
         keep: retention must leave it.
         shards: of what was read: the folder itself, where there are tensors in parts in it.
+        source: of what was read: the folder.
     """
 
     step: int
@@ -74,6 +75,7 @@ class Content:
     config: bytes | None = None
     keep: bool = False
     shards: Path | None = None
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def read(folder: Path, ranks: Ranks = Ranks()) -> Content:  # noqa: B008 (it is 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > memory:
         raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
-    content = Content(manifest.step, {}, {}, keep=manifest.keep)
+    content = Content(manifest.step, {}, {}, keep=manifest.keep, source=folder)
     with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
         for number, (name, (size, digest)) in enumerate(manifest.files.items()):
             try:
@@ -177,14 +179,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > _MANIFEST_LIMIT:
                 raise CheckpointError(f"{size} bytes are too many for a manifest")
             manifest = _manifest(json.loads(file.readall()))
         for name, (expected, _) in manifest.files.items():
             path = folder / name
-            with _opened(path) as file:
+            with opened(path) as file:
                 _expect_size(file, expected)
         _check_listed(folder / SHARDS, manifest)
     except OSError as error:
@@ -227,7 +229,7 @@ class _Written:
 def _read_file(
     path: Path, size: int, digest: str, pool: ThreadPoolExecutor, content: Content
 ) -> None:
-    with _opened(path) as file:
+    with opened(path) as file:
         _expect_size(file, size)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -248,19 +250,9 @@ def _read_file(
 
 
 def _check_file(path: Path, digest: str) -> None:
-    with _opened(path) as file:
+    with opened(path) as file:
         if file_digest(file, "sha256").hexdigest() != digest:
             raise CheckpointError(_DAMAGED)
-
-
-def _opened(path: Path) -> FileIO:
-    """Open a regular file of the folder itself: no link, no pipe, no device."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError("it is not a regular file")
-    return FileIO(descriptor, "r")
 
 
 def _check_listed(shards: Path, manifest: Manifest) -> None:

@@ -19,13 +19,15 @@ from nexus_core.errors import CheckpointError, ConfigError, RunError
 from nexus_core.plugin import StateDict
 from nexus_core.processes import Ranks, gather, is_sharded, local_part
 from nexus_core.snapshot import Snapshot
-from nexus_plugins.checkpoint import folder, lock
+from nexus_plugins.checkpoint import course, folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
+from nexus_plugins.checkpoint.optimizer import describe_optimizer, take_over
 from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
 from nexus_plugins.checkpoint.run_lock import RunLock
 from nexus_plugins.checkpoint.shards import Shards, lay_out, layout_of
-from nexus_plugins.checkpoint.store import NAMES, Store, is_checkpoint, step_of
+from nexus_plugins.checkpoint.storable import check_storable, plain
+from nexus_plugins.checkpoint.store import NAMES, Store, checkpoint_at, step_of
 from nexus_plugins.checkpoint.validate import checked
 from nexus_plugins.checkpoint.writer import Writer
 
@@ -112,6 +114,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._writer: Writer | None = None
         self._run_lock: RunLock | None = None
         self._resumed = False
+        self._course: course.Course | None = None
+        self._built: dict[str, Json] | None = None  # the optimizer, before anything was restored
+        self._checked = False
         self._speaks = True  # the main process does for all
 
     def state_dict(self) -> StateDict:
@@ -121,9 +126,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def load_state_dict(self, state: StateDict) -> None:
         """Take back what `state_dict` gave."""
         value, step = state.get("value"), state.get("step")
-        if not isinstance(value, float) or not isinstance(step, int):
-            raise CheckpointError(f"the checkpoint's record of the best is {state}")
-        self._best = self._best_written = _Record(value, step)
+        if type(value) not in (int, float) or type(step) is not int:
+            raise CheckpointError(f"the checkpoint's record of the best is {str(state)[:200]}")
+        self._best = self._best_written = _Record(float(cast(float, value)), step)
 
     @hookimpl
     def load_snapshot(self, engine: Engine, source: str) -> Snapshot:
@@ -139,12 +144,20 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """
         self._resumed = True
         self._best = self._best_written = None
+        self._built = self._built or describe_optimizer(engine)
+        store = self._own_store(engine)
+        folders = store.folders()
+        asked, source = source, course.source_for(source, store.root, saved=bool(folders))
         if source == "auto":
-            folders = self._own_store(engine).folders()
             check_same_step(step_of(folders[-1].name) if folders else -1, engine.ranks)
         content = self._find(engine, source)
         check_same_step(content.step if content else -1, engine.ranks)
-        return self._snapshot(content, engine) if content else _fresh(engine)
+        if content is None:
+            return _fresh(engine)
+        self._course = None
+        if source != "auto" and content.source is not None:
+            self._course = course.begun(asked, content.source)
+        return self._snapshot(content, engine)
 
     @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:
@@ -158,7 +171,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._run_lock = RunLock(self._store.root.parent)
             self._store.recover()
             self._make_way(engine)
-            self._about = cast(Json, lock.describe(engine))
+            self._tell_notices()
+            self._built = self._built or describe_optimizer(engine)
+            self._about = cast(Json, {**lock.describe(engine), "optimizer": self._built})
             self._config_bytes = _config_text(engine)
         if engine.ranks.is_main or any(map(is_sharded, engine.model.parameters())):
             self._writer = Writer()
@@ -175,11 +190,14 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        elif self._is_best(metrics[name]):
-            self._best = _Record(metrics[name], engine.state.step)
+        elif self._is_best(value := float(metrics[name])):
+            self._best = _Record(value, engine.state.step)
 
     @hookimpl(stage="save")
     def on_step_end(self, engine: Engine) -> None:
+        if not self._checked:
+            self._checked = True
+            check_storable(_parts(engine))
         if self._every.due(engine.state) or self._best_is_due(engine):
             self._save(engine)
         elif self._writer is not None and not self._writer.busy:
@@ -258,6 +276,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if not writer.pending:
             return
         error = writer.finish()
+        self._tell_notices()
         tried, self._best_in_flight = self._best_in_flight, None
         if error is None:
             self._failures = 0
@@ -268,7 +287,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._failures += 1
         where = f"the checkpoint of step {self._saved_step} could not be written"
         what = f"{where} to {self._store.root}: {error}"
-        if not isinstance(error, OSError) or self._failures > self.config.failures_allowed:
+        if not isinstance(error, OSError):
+            raise RunError(f"{what}; the run can be resumed from the save before") from error
+        if self._failures > self.config.failures_allowed:
             raise RunError(f"{what}; make room or repair the disk, then --resume auto") from error
         if self._speaks:
             _say(f"{what}; going on, the next save tries again")
@@ -276,10 +297,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _reserve(self, engine: Engine, writer: Writer) -> None:
         """Have the memory for the copies ready before the first save, while the loop goes on."""
         self._reserved = True
-        states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
-        parts = [dict(engine.model.state_dict()), engine.optimizer.state_dict(), states]
         bag = TensorBag()
-        encode(parts, bag)
+        encode(_parts(engine), bag)
         tensors = [local_part(tensor) for tensor in bag.tensors.values()]
         writer.start(lambda: self._host.reserve(tensors, _GENERATORS))
 
@@ -321,8 +340,20 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 f"{self._store.root} holds checkpoints of an earlier run, the newest "
                 f"{folders[-1].name}; go on from it with --resume auto, or choose another --out"
             )
-        for moved in self._store.set_aside(after=step):
-            _say(f"the run goes on from step {step}; the later checkpoint is now {moved}")
+        begun, self._course = self._course, None
+        if begun is not None:
+            course.note(begun, self._store.root, ready=False)
+        elif not self._resumed and step == 0:
+            course.forget(self._store.root)
+        foreign = begun is not None and begun.is_foreign(self._store.root)
+        for moved in self._store.set_aside(after=-1 if foreign else step):
+            _say(f"the run goes on from step {step}; a checkpoint of another course is now {moved}")
+        if begun is not None:
+            course.note(begun, self._store.root, ready=True)
+
+    def _tell_notices(self) -> None:
+        for notice in self._store.notices():
+            _say(notice)
 
     def _snapshot(self, content: folder.Content, engine: Engine) -> Snapshot:
         policy = self.config.resume_policy
@@ -332,6 +363,13 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         states = cast(dict[str, Any], snapshot["plugins"])
         for name in lock.drop_foreign_states(states, engine, policy):
             differences.append(f"the state of plugin '{name}' is lost")
+        differences += take_over(
+            snapshot,
+            cast(dict[str, Json], content.documents["lock.json"]).get("optimizer"),
+            self._built or {},
+            engine,
+            force=policy == "force",
+        )
         for difference in differences:
             _say(f"resuming: {difference}")
         return snapshot
@@ -343,6 +381,13 @@ def _patience(engine: Engine) -> timedelta | None:
     return next((timedelta(seconds=plugin.config.timeout) for plugin in sharing), None)
 
 
+def _parts(engine: Engine) -> dict[str, Any]:
+    """What makes up most of a snapshot, without telling the plugins of a save."""
+    states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
+    model, optimizer = engine.model.state_dict(), engine.optimizer.state_dict()
+    return {"model": dict(model), "optimizer": plain(optimizer), "plugins": states}
+
+
 def _pack(snapshot: Snapshot) -> folder.Content:
     """A snapshot as files: tensors still in place, everything else as JSON."""
     state: dict[str, Json] = {"format": folder.FORMAT}
@@ -351,6 +396,8 @@ def _pack(snapshot: Snapshot) -> folder.Content:
     for part, value in snapshot.items():
         bag = TensorBag() if part in ("model", "optimizer") else rest
         prefix = "" if bag is not rest else part
+        value = dict(snapshot["model"]) if part == "model" else value
+        value = plain(value) if part in ("optimizer", "metrics") else value
         state[part] = encode(value, bag, prefix)
         name = "state" if bag is rest else part
         content.tensors[f"{name}.safetensors"] = bag.tensors
@@ -410,6 +457,8 @@ def _newest(store: Store, ranks: Ranks) -> folder.Content:
     for path in reversed(store.folders()):
         try:
             content = _read(path, ranks)
+            if content.step != step_of(path.name):
+                raise CheckpointError(f"{path} is of step {content.step}, as its manifest says")
         except CheckpointError as error:
             faults.append(str(error))
             continue
@@ -424,8 +473,8 @@ def _newest(store: Store, ranks: Ranks) -> folder.Content:
 
 def _read_path(path: Path, ranks: Ranks) -> folder.Content:
     """The checkpoint at a path, or the newest good one of the run at a path."""
-    if is_checkpoint(path):
-        return _read(path.resolve(), ranks)
+    if (found := checkpoint_at(path)) is not None:
+        return _read(found, ranks)
     for root in (path / "checkpoints", path):
         if Store(root).folders():
             return _newest(Store(root), ranks)
@@ -447,7 +496,16 @@ def _fresh(engine: Engine) -> Snapshot:
 
 def _config_text(engine: Engine) -> bytes | None:
     """The resolved settings, where the run was built from settings."""
-    return yaml.safe_dump(engine.config, sort_keys=False).encode() if engine.config else None
+    if not engine.config:
+        return None
+    return yaml.dump(engine.config, Dumper=_WithoutAliases, sort_keys=False).encode()
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    """Writes what stands in two places twice; a reader need not allow for anything else."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def _say(message: str) -> None:

@@ -35,11 +35,16 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "run.lock"
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+", encoding="utf-8")
         except OSError as error:
+            if self._path.is_symlink():
+                raise CheckpointError(
+                    f"{self._path} is a link, and the file that it leads to would be overwritten; "
+                    "remove it"
+                ) from error
             raise CheckpointError(
                 f"cannot write to the run folder {folder}: {error.strerror}; make it writable, or "
                 "choose another --out"

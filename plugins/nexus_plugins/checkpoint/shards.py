@@ -10,6 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks, is_sharded, local_part
+from nexus_plugins._shared.files import opened
 from nexus_plugins.checkpoint.folder import SHARDS, Content, sync
+from nexus_plugins.checkpoint.tensorfile import HashingReader, check_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -204,6 +207,9 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    for path in sorted((folder / SHARDS).iterdir()):
+        with opened(path) as file, ThreadPoolExecutor(1) as pool:
+            check_size(HashingReader(file, pool), path.stat().st_size)
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
         with warnings.catch_warnings():

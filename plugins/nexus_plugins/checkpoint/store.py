@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from nexus_core.errors import CheckpointError
+from nexus_plugins._shared.files import read_small
 from nexus_plugins.checkpoint.folder import MANIFEST, Content, read_manifest, sync, write
 
-__all__ = ["NAMES", "Store", "is_checkpoint", "step_of"]
+__all__ = ["NAMES", "Store", "checkpoint_at", "is_checkpoint", "step_of"]
 
 NAMES = ("best", "final")
 _STEP = re.compile(r"step-(\d{8,20})")
 _LEFTOVERS = (".tmp-", ".trash-", ".name-")
 _REPLACED = ".replaced-"
 _ASIDE = "set-aside"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EACCES)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class Store:
     """The checkpoints of one run.
+
+    What only tidies up never raises: what cannot be deleted or renamed is left where it is and
+    said once, in `notices`.
 
     Args:
         root: the folder that holds them; it is made when the first one is saved.
@@ -29,15 +38,23 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._notices: list[str] = []
+        self._left: set[str] = set()
+
+    def notices(self) -> list[str]:
+        """What could not be tidied up since the last call, in words."""
+        said, self._notices = self._notices, []
+        return said
 
     def folders(self) -> list[Path]:
-        """All checkpoint folders, oldest first, whole or not."""
+        """All checkpoint folders, oldest first, whole or not; files and links are none."""
         if not self.root.is_dir():
             return []
         found = {path.name: path for path in self.root.iterdir()}
         for name in [name for name in found if name.startswith(_REPLACED)]:
             found.setdefault(name.removeprefix(_REPLACED), found[name])  # a crash in the exchange
-        return [found[name] for name in sorted(filter(_STEP.fullmatch, found), key=step_of)]
+        names = sorted(filter(_STEP.fullmatch, found), key=step_of)
+        return [found[n] for n in names if found[n].is_dir() and not found[n].is_symlink()]
 
     def named(self, name: str) -> Path:
         """The folder that goes by the name `best` or `final`.
@@ -45,12 +62,13 @@ class Store:
         Raises:
             CheckpointError: no checkpoint has it, or the name leads elsewhere.
         """
-        link = self.root / name
-        if not link.is_symlink():
+        target = self._target(name)
+        if target is None:
             raise CheckpointError(f"there is no checkpoint '{name}' in {self.root}")
-        target = str(link.readlink())
-        if not _STEP.fullmatch(target):
-            raise CheckpointError(f"{link} leads to '{target}', which is no checkpoint beside it")
+        if not (_STEP.fullmatch(target) or target == name):
+            raise CheckpointError(
+                f"{self.root / name} leads to '{target[:80]}', which is no checkpoint beside it"
+            )
         return self.root / target
 
     def save(
@@ -69,13 +87,15 @@ class Store:
         replaced = folder.with_name(_REPLACED + folder.name)
 
         def make_room() -> None:
-            if folder.exists():
+            if os.path.lexists(folder):
+                if os.path.lexists(replaced):
+                    replaced.rename(self._free(f".trash-{folder.name}"))
                 folder.rename(replaced)
 
         write(folder, content, make_room, write_parts)
         for name in names:
             self._give_name(name, folder)
-        if replaced.exists():
+        if os.path.lexists(replaced):
             self._delete(replaced)
         self._retain(keep_last, newest=folder)
         return folder
@@ -87,42 +107,78 @@ class Store:
         for path in list(self.root.iterdir()):
             if path.name.startswith(_REPLACED):
                 folder = self.root / path.name.removeprefix(_REPLACED)
-                if folder.exists():
+                if os.path.lexists(folder):
                     self._delete(path)
                 else:
-                    path.rename(folder)
+                    self._tidy(path, "put back", partial(path.rename, folder))
             elif path.name.startswith(_LEFTOVERS):
-                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+                self._tidy(path, "deleted", partial(_remove, path))
 
     def set_aside(self, after: int) -> list[Path]:
-        """Move checkpoints of later steps away: the run has gone back behind them.
+        """Move checkpoints of later steps away, newest first: they are of another course.
 
         Returns:
             Where they are now.
+
+        Raises:
+            CheckpointError: one cannot be moved, and would be taken for one of this course.
         """
         moved = []
-        for folder in self.folders():
-            if step_of(folder.name) > after:
-                aside = self.root / _ASIDE
+        aside = self.root / _ASIDE
+        for folder in reversed(self.folders()):
+            if step_of(folder.name) <= after:
+                continue
+            try:
                 aside.mkdir(exist_ok=True)
-                number = sum(1 for path in aside.iterdir() if path.name.startswith(folder.name))
-                moved.append(folder.rename(aside / f"{folder.name}-{number}"))
+                if aside.is_symlink():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{aside} is a link")
+                moved.append(folder.rename(_unused(aside, folder.name)))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} is of another course than the one that the run goes on with, and "
+                    f"cannot be moved to {aside}: {error.strerror}; move it away, or choose "
+                    "another --out"
+                ) from error
         for name in NAMES:
-            link = self.root / name
-            if link.is_symlink() and not link.exists():
-                link.unlink()
+            target = self._target(name)
+            if target not in (None, name) and not (self.root / str(target)).exists():
+                self._tidy(self.root / name, "deleted", (self.root / name).unlink)
         return moved
+
+    def _target(self, name: str) -> str | None:
+        """What a name stands for: a link's target, a file's text where there are no links.
+
+        A folder of that name, as a copy of a run has it where links were followed, is itself.
+        """
+        path = self.root / name
+        if path.is_symlink():
+            return str(path.readlink())
+        if is_checkpoint(path):
+            return name
+        try:
+            return read_small(path, 256).decode(errors="replace").strip()
+        except (OSError, CheckpointError):
+            return None
 
     def _give_name(self, name: str, folder: Path) -> None:
         beside = self.root / f".name-{name}"
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(folder.name)
-        beside.replace(self.root / name)
-        sync(self.root)
+
+        def give() -> None:
+            _remove(beside)
+            try:
+                beside.symlink_to(folder.name)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                beside.write_text(f"{folder.name}\n", encoding="utf-8")
+            beside.replace(self.root / name)
+            sync(self.root)
+
+        self._tidy(self.root / name, f"made the name of {folder.name}", give, but=_DISK)
 
     def _retain(self, keep_last: int, newest: Path) -> None:
         """Keep the newest whole ones, those to be kept for good, and those with a name."""
-        linked = {(self.root / name).resolve().name for name in NAMES}
+        linked = {self._target(name) for name in NAMES}
         whole = 0
         for folder in reversed(self.folders()):
             try:
@@ -135,8 +191,31 @@ class Store:
                 self._delete(folder)
 
     def _delete(self, folder: Path) -> None:
-        trash = folder.rename(self.root / f".trash-{folder.name.lstrip('.')}-{os.getpid()}")
-        shutil.rmtree(trash)
+        name = folder.name.lstrip(".").removeprefix("replaced-")
+
+        def delete() -> None:
+            _remove(folder.rename(self._free(f".trash-{name}")))
+
+        self._tidy(folder, "deleted", delete)
+
+    def _free(self, name: str) -> Path:
+        return _unused(self.root, f"{name}-{os.getpid()}")
+
+    def _tidy(
+        self, path: Path, done: str, work: Callable[[], object], but: tuple[int, ...] = ()
+    ) -> None:
+        """Do what may fail without harm, `but` for some reasons; say once of a path that it did."""
+        try:
+            work()
+        except OSError as error:
+            if error.errno in but:
+                raise
+            if path.name not in self._left:
+                self._left.add(path.name)
+                self._notices.append(
+                    f"{path} cannot be {done}: {error.strerror or error}; it stays, and the run "
+                    "goes on"
+                )
 
 
 def step_of(name: str) -> int:
@@ -147,3 +226,29 @@ def step_of(name: str) -> int:
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder claims to be one checkpoint."""
     return (folder / MANIFEST).exists()
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The checkpoint that a path means by itself, through a link or a name; None: none.
+
+    Raises:
+        CheckpointError: it is a name that leads elsewhere.
+    """
+    if is_checkpoint(path):
+        return path.resolve()
+    if path.name in NAMES and path.is_file():
+        return Store(path.parent).named(path.name)
+    return None
+
+
+def _unused(folder: Path, name: str) -> Path:
+    """A name in a folder that nothing has, with a number at its end."""
+    return next(p for n in count() if not os.path.lexists(p := folder / f"{name}-{n}"))
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder; nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -21,10 +21,21 @@ from io import RawIOBase
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus_core.errors import CheckpointError
+from nexus_core.processes import is_sharded
 
-__all__ = ["DTYPES", "HashingReader", "HashingWriter", "read_tensors", "write_tensors"]
+__all__ = [
+    "DTYPES",
+    "HashingReader",
+    "HashingWriter",
+    "check_header",
+    "check_size",
+    "fault_of",
+    "read_tensors",
+    "write_tensors",
+]
 
 _HEADER_LIMIT = 100_000_000  # of the format itself
 _CHUNK = 8 << 20
@@ -130,15 +141,67 @@ def write_tensors(
         CheckpointError: a tensor has a layout or a dtype that safetensors cannot hold.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
-            raise CheckpointError(
-                f"the tensor '{name}' is {tensor.dtype}, {tensor.layout}, which safetensors cannot "
-                f"hold; store it dense, as one of {', '.join(map(str, _NAMES))}"
-            )
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+        if fault := fault_of(tensor):
+            raise CheckpointError(f"the tensor '{name}' cannot be stored: {fault}")
+    text = _header(tensors, metadata)
+    _check_length(text, "a file's")
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in _order(tensors):
+        if tensors[name].numel():
+            file.write(_bytes_of(tensors[name]))
+
+
+def fault_of(tensor: Tensor) -> str:
+    """Why a tensor cannot be stored and what to keep instead; empty where it can."""
+    if tensor.is_quantized:
+        return "it is quantized; keep int_repr(), and scale and zero point as numbers"
+    if tensor.is_nested:
+        return "it is nested; keep its values() and offsets()"
+    if tensor.is_sparse:
+        return "it is sparse; keep to_dense(), or indices() and values()"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}; keep to_dense()"
+    if tensor.is_meta:
+        return "it is on the meta device and has no values; give it some first"
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
+        return f"it is a {type(tensor).__qualname__}, a tensor made of others; keep those"
+    return _fault_of_dtype(tensor.dtype)
+
+
+def _fault_of_dtype(dtype: torch.dtype) -> str:
+    if dtype in DTYPES.values():
+        return ""
+    if dtype.is_complex:
+        return f"safetensors has no {dtype}; keep torch.view_as_real(x), its parts as real numbers"
+    return f"safetensors has no {dtype}; keep view(torch.uint8), its bytes, or another dtype"
+
+
+def check_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], whose: str) -> None:
+    """See that so many tensors, of such names, fit into one file.
+
+    Raises:
+        CheckpointError: their header would be longer than the format allows.
+    """
+    _check_length(_header(tensors, metadata), whose)
+
+
+def _check_length(header: bytes, whose: str) -> None:
+    if len(header) > _HEADER_LIMIT:
+        raise CheckpointError(
+            f"{whose} tensors are too many for a safetensors file: the header that names them "
+            f"would have {len(header)} bytes, and {_HEADER_LIMIT} are allowed; keep fewer and "
+            "larger tensors, under shorter names"
+        )
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
-    for name in order:
+    for name in _order(tensors):
         end = begin + tensors[name].nbytes
         header[name] = {
             "dtype": _NAMES[tensors[name].dtype],
@@ -147,11 +210,7 @@ def write_tensors(
         }
         begin = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        if tensors[name].numel():
-            file.write(_bytes_of(tensors[name]))
+    return text + b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
 
 
 def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
@@ -164,12 +223,7 @@ def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the header is not one, or does not agree with the size.
     """
-    if size < 8:
-        raise CheckpointError(f"{size} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(size - 8, _HEADER_LIMIT):
-        raise CheckpointError(f"the header claims {length} bytes, but the file has {size}")
-    entries = _entries(bytes(file.read(length)), size - 8 - length)
+    entries = check_size(file, size)
     tensors = {}
     for entry in entries:
         try:
@@ -180,6 +234,20 @@ def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
             file.read_into(_bytes_of(tensor))
         tensors[entry.name] = tensor
     return tensors
+
+
+def check_size(file: HashingReader, size: int) -> list[_Entry]:
+    """Read a header, and see that it describes the bytes behind it and no more.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if size < 8:
+        raise CheckpointError(f"{size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(size - 8, _HEADER_LIMIT):
+        raise CheckpointError(f"the header claims {length} bytes, but the file has {size}")
+    return _entries(bytes(file.read(length)), size - 8 - length)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

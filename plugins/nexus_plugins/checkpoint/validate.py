@@ -6,26 +6,21 @@ would otherwise end as an obscure error deep in a library, or read memory that i
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from nexus_core.data import DataState
 from nexus_core.errors import CheckpointError
 from nexus_core.intervals import TrainState
-from nexus_core.snapshot import Snapshot
+from nexus_core.snapshot import OPTIONAL, Snapshot
+from nexus_plugins._shared.generators import check_generators
+from nexus_plugins.checkpoint.kinds import check_kinds
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
 __all__ = ["checked"]
-
-_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""Optimizer states that fused kernels read with the parameter's size, whatever theirs is."""
 
 
 def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
@@ -34,13 +29,16 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     Raises:
         CheckpointError: it is no snapshot, or does not fit model and optimizer.
     """
-    _require(tree.keys() == Snapshot.__annotations__.keys(), f"has the parts {', '.join(tree)}")
+    known = Snapshot.__annotations__.keys()
+    _require(known - OPTIONAL <= tree.keys() <= known, f"has the parts {', '.join(tree)}")
     _check_model(tree["model"])
-    _check_optimizer(tree["optimizer"], engine)
+    _check_optimizer(tree["optimizer"])
     _check_counters(tree["train"])
     _check_metrics(tree["pending"], tree["metrics"])
     _check_generators(tree["random"])
     _check_plugins(tree["plugins"], engine)
+    _check_data(tree.get("data"))
+    _check_extras(tree.get("extras", {}))
     return cast(Snapshot, tree)
 
 
@@ -53,7 +51,19 @@ def _check_model(model: object) -> None:
     _require(isinstance(model, dict) and all(isinstance(key, str) for key in model), "has no model")
 
 
-def _check_optimizer(saved: object, engine: Engine) -> None:
+def _check_optimizer(saved: object) -> None:
+    several = saved.get("optimizers") if isinstance(saved, dict) else None
+    if several is None:
+        _check_one_optimizer(saved)
+        return
+    _require(
+        isinstance(several, dict) and len(cast(dict[str, object], saved)) == 1, "has no optimizer"
+    )
+    for one in several.values():
+        _check_one_optimizer(one)
+
+
+def _check_one_optimizer(saved: object) -> None:
     _require(
         isinstance(saved, dict)
         and saved.keys() >= {"state", "param_groups"}
@@ -68,25 +78,12 @@ def _check_optimizer(saved: object, engine: Engine) -> None:
     table = cast(dict[str, Any], saved)
     numbers = [number for group in table["param_groups"] for number in group["params"]]
     whole = all(type(number) is int for number in [*numbers, *table["state"]])
-    _require(whole and table["state"].keys() <= set(numbers), "numbers parameters oddly")
-    parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-    if len(numbers) != len(parameters):
-        return  # the optimizer itself says what does not fit
-    for number, parameter in zip(numbers, parameters, strict=True):
-        state = table["state"].get(number)
-        if not isinstance(state, dict):
-            continue
-        for name in _SHAPED:
-            value = state.get(name)
-            if value is not None and not _fits(value, parameter):
-                raise CheckpointError(
-                    f"the optimizer's {name} of parameter {number} does not have the shape "
-                    f"{tuple(parameter.shape)}; resume with the config that wrote the checkpoint"
-                )
-
-
-def _fits(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+    _require(
+        whole and table["state"].keys() <= set(numbers), "numbers the optimizer's parameters oddly"
+    )
+    _require(
+        len(set(numbers)) == len(numbers), "gives two of the optimizer's parameters one number"
+    )
 
 
 def _check_counters(train: object) -> None:
@@ -95,7 +92,7 @@ def _check_counters(train: object) -> None:
     for name, value in cast(dict[str, object], train).items():
         kinds = (int, float) if name == "seconds" else (int,)
         _require(type(value) in kinds, f"counts {name} as {str(value)[:80]}")
-        possible = expected[name] <= cast(float, value) < float("inf")
+        possible = expected[name] <= cast(float, value) < 1 << 63
         _require(possible, f"counts {name} as {str(value)[:80]}")
 
 
@@ -107,31 +104,48 @@ def _check_metrics(pending: object, metrics: object) -> None:
 
 
 def _numbers(values: list[object]) -> bool:
-    return all(type(value) in (int, float) for value in values)
+    """Whether they are numbers that a float can hold."""
+    return all(type(v) is float or (type(v) is int and abs(v) < 1 << 63) for v in values)
 
 
 def _check_generators(saved: object) -> None:
-    """Try the states of the generators on generators that nobody uses."""
     kinds = {"python", "numpy", "torch", "devices"}
-    good = isinstance(saved, dict) and kinds <= saved.keys() <= {*kinds, "peers"}
+    good = isinstance(saved, dict) and kinds <= saved.keys() <= {*kinds, "accelerator", "peers"}
     _require(good, "has no generators")
-    table = dict(cast(dict[str, Any], saved))
-    peers = table.pop("peers", [])
+    table = cast(dict[str, Any], saved)
+    _require(isinstance(table.get("accelerator", ""), str), "has generators of no kind of device")
+    peers = table.get("peers", [])
     _require(isinstance(peers, list), "has odd generators of other processes")
     for other in peers:
         _require(isinstance(other, dict) and "peers" not in other, "nests generators")
         _check_generators(other)
-    try:
-        version, words, gauss = table["python"]
-        random.Random().setstate((version, tuple(words), gauss))
-        name, keys, position, has_gauss, cached = table["numpy"]
-        _require(type(position) is int and 0 <= position <= 624, "has odd numpy generators")
-        key_array = np.array(keys, dtype=np.uint32)
-        np.random.RandomState().set_state((name, key_array, position, has_gauss, cached))
-        torch.Generator().set_state(table["torch"])
-        _require(all(isinstance(state, Tensor) for state in table["devices"]), "has odd devices")
-    except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"state.json holds impossible generators: {error}") from error
+    check_generators(table)
+
+
+def _check_data(data: object) -> None:
+    if data is None:
+        return
+    _require(
+        isinstance(data, dict)
+        and data.keys() == DataState.__annotations__.keys()
+        and isinstance(data["fingerprint"], str | None)
+        and (data["batch_size"] is None or _is_count(data["batch_size"], 1))
+        and _is_count(data["row"], 0)
+        and isinstance(data["loader"], dict | None),
+        "does not say which data it was in",
+    )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 63
+
+
+def _check_extras(extras: object) -> None:
+    _require(
+        isinstance(extras, dict)
+        and all(isinstance(n, str) and isinstance(state, dict) for n, state in extras.items()),
+        "has odd additions of plugins",
+    )
 
 
 def _check_plugins(plugins: object, engine: Engine) -> None:
@@ -151,3 +165,5 @@ def _check_plugins(plugins: object, engine: Engine) -> None:
                 f"the state of plugin '{name}' is of version {saved['version']}, and this release "
                 f"reads up to {plugin.state_version}; install the release that wrote it"
             )
+        if plugin is not None and saved["version"] == plugin.state_version:
+            check_kinds(saved["state"], plugin.state_dict(), f"plugin '{name}'")

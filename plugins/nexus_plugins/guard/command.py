@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,26 +14,62 @@ from nexus_core.cli.errors import reported
 
 __all__ = ["main"]
 
+_CONFIG_LIMIT = 1 << 20
+_PLACE = re.compile(r"(^|_)(file|dir|folder)$")
+"""Settings that name a place where a plugin writes."""
+
 
 @click.command(name="replay", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("record", type=click.Path(path_type=Path))
+@click.option("--trust", is_flag=True, help="Use folders outside the run that its config names.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(record: Path, debug: bool) -> None:
+def main(record: Path, trust: bool, debug: bool) -> None:
     """Do a recorded step again and name the first module and loss term with a bad number.
 
-    RECORD is a folder that the guard wrote: OUT/guard/step-00000123. Nothing is changed.
+    RECORD is a folder that the guard wrote: OUT/guard/step-00000123. Nothing is changed, and where
+    the config names a folder outside the run, such as a cache, an empty one is used in its place.
     """
-    with reported(debug):
+    with reported(debug), tempfile.TemporaryDirectory(prefix="nexus-replay-") as room:
         from nexus_core.cli.build import build_plugins, make_engine
         from nexus_core.cli.settings import read_settings
-        from nexus_core.errors import CheckpointError
         from nexus_plugins.guard.replay import replay
 
-        out = record.resolve().parents[1]
-        if not (out / "config.yaml").is_file():
-            raise CheckpointError(
-                f"'{record}' is not a record of a run: there is no config.yaml two folders above; "
-                "expected OUT/guard/step-00000123"
-            )
+        out = _run_of(record)
         settings = read_settings(str(out / "config.yaml"))
+        if not trust:
+            for name, block in settings.run.plugins.items():
+                _keep_within(block, out, Path(room) / name)
         click.echo(replay(make_engine(build_plugins(settings), out), record))
+
+
+def _run_of(record: Path) -> Path:
+    """The run that a record is of, whose config is a file as a run writes it."""
+    from nexus_core.errors import CheckpointError
+    from nexus_plugins._shared.files import check_plain_yaml, read_small
+
+    out = record.resolve().parent.parent
+    config = out / "config.yaml"
+    try:
+        check_plain_yaml(read_small(config, _CONFIG_LIMIT))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"'{record}' is not a record of a run: there is no config.yaml two folders above; "
+            "expected OUT/guard/step-00000123"
+        ) from None
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{config} is not the config of a run: {error}") from error
+    return out
+
+
+def _keep_within(block: dict[str, Any], out: Path, room: Path) -> None:
+    """Have places outside the run be places in a room that is thrown away."""
+    for key, value in block.items():
+        if isinstance(value, dict):
+            _keep_within(value, out, room)
+        elif isinstance(value, str) and _PLACE.search(key) and not _within(value, out):
+            block[key] = str(room / key)
+
+
+def _within(place: str, out: Path) -> bool:
+    path = out / os.path.expandvars(Path(place).expanduser())
+    return path.resolve().is_relative_to(out.resolve())

@@ -13,16 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from nexus_core import Batch, CheckpointError
+from nexus_core import Batch, CheckpointError, NexusError
 from nexus_core.data import Micro
 from nexus_core.device import set_random_state
 from nexus_core.step import Step
 from nexus_core.update import accumulate_gradient, count_units
+from nexus_plugins._shared.files import opened, read_small
+from nexus_plugins._shared.generators import check_generators
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
 __all__ = ["replay"]
+
+_FACTS_LIMIT = 64 << 20
 
 
 def replay(engine: Engine, record: Path) -> str:
@@ -42,7 +46,7 @@ def replay(engine: Engine, record: Path) -> str:
     facts, batches = _read(engine, record)
     findings: list[str] = []
     engine.model.train()
-    with _watched(engine.model, findings):
+    with _watched(engine.model, findings), _blamed(record):
         step = Step(facts["step"], tuple(map(Micro, batches)))
         count_units(engine, step)
         accumulate_gradient(engine, step)
@@ -61,6 +65,21 @@ def _report(losses: Mapping[str, float], findings: list[str]) -> Iterator[str]:
     if not findings and all(_finite(torch.tensor(loss)) for loss in losses.values()):
         yield "  every output, loss and gradient was finite this time: it may have been a spike, "
         yield "  the weights may be of a later step, or the machine made an error"
+
+
+@contextmanager
+def _blamed(record: Path) -> Iterator[None]:
+    """A step that was done once can be done again, if record and config are those of then."""
+    try:
+        yield
+    except NexusError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the step of '{record}' cannot be done again: {type(error).__name__}: {said}; the "
+            "record or the run's config.yaml has been changed since"
+        ) from error
 
 
 @contextmanager
@@ -95,23 +114,28 @@ def _watched(model: nn.Module, findings: list[str]) -> Iterator[None]:
 def _read(engine: Engine, record: Path) -> tuple[dict[str, Any], list[Batch]]:
     """Load the weights and set the generators; returns the facts and the micro-batches."""
     try:
-        facts = json.loads((record / "record.json").read_text(encoding="utf-8"))
+        facts = json.loads(read_small(record / "record.json", _FACTS_LIMIT))
+        for name in ("step.safetensors", "model.safetensors"):
+            opened(record / name).close()  # no link, no pipe
         tensors = load_file(record / "step.safetensors")
+        generators = {
+            "python": facts["python"],
+            "numpy": facts["numpy"],
+            "torch": tensors["torch"].clone(),
+            "devices": [t for name, t in sorted(tensors.items()) if name.startswith("device.")],
+        }
+        check_generators(generators)
+        facts = {"step": int(facts["step"]), "verdict": str(facts["verdict"]), **facts}
         load_model(engine.model, record / "model.safetensors", device=str(engine.device))
-        devices = [t for name, t in sorted(tensors.items()) if name.startswith("device.")]
-        set_random_state(
-            {
-                "python": facts["python"],
-                "numpy": facts["numpy"],
-                "torch": tensors["torch"].clone(),
-                "devices": devices,
-            }
-        )
+        set_random_state(generators)
         batches = [
             _batch({name: tensors[f"batch.{number}.{name}"] for name in names})
             for number, names in facts["batches"].items()
         ]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError,
+        SafetensorError, CheckpointError,
+    ) as error:  # fmt: skip
         raise CheckpointError(
             f"cannot replay '{record}': {error}; expected a folder such as "
             "runs/x/guard/step-00000123, and the config of its run"

@@ -57,7 +57,18 @@ class Spikes:
         return {"recent": self._recent, "seen": self._seen} if self.enabled else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
-        if self.enabled and state:
-            self._recent = cast(Tensor, state["recent"]).to(self._recent.device)
-            self._seen = cast(Tensor, state["seen"]).to(self._seen.device)
+        """Take back what `state_dict` gave; another window begins anew.
+
+        Raises:
+            ValueError: it is not such a state.
+        """
+        if not (self.enabled and state):
+            return
+        recent, seen = cast(Tensor, state["recent"]), cast(Tensor, state["seen"])
+        if recent.ndim != 1 or recent.dtype != self._recent.dtype:
+            raise ValueError(f"the losses remembered are {tuple(recent.shape)}, {recent.dtype}")
+        if seen.ndim != 0 or seen.dtype != self._seen.dtype or seen < 0:
+            raise ValueError("the count of losses is no whole number")
+        if recent.shape == self._recent.shape:
+            self._recent = recent.to(self._recent.device)
+            self._seen = seen.to(self._seen.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.cli.chart import save_picture, text_chart
+from nexus_core.errors import hint_set
 from nexus_plugins.lr_finder.sweep import FEWEST, Sweep, length_until_divergence
 
 if TYPE_CHECKING:
@@ -85,10 +86,11 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
             )
         last = self._begin + self.config.steps
         if engine.horizon and engine.horizon.unit == "steps" and engine.horizon.amount < last:
+            fewer = max(FEWEST, int(engine.horizon.amount) - self._begin)
             raise ConfigError(
                 f"lr_finder.steps is {self.config.steps}, and the run ends after "
-                f"{engine.horizon}; train longer with --set until='{last} steps', or test in "
-                "fewer steps with --set lr_finder.steps=N"
+                f"{engine.horizon}; train longer with {hint_set('until', f'{last} steps')}, or "
+                f"test in fewer steps with {hint_set('lr_finder.steps', fewer)}"
             )
         if not _base(engine):
             raise ConfigError("lr_finder: the optimizer's learning rate is 0; set it above 0")

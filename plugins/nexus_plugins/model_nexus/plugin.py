@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import Plugin, StateDict, hookimpl
 from nexus_core.processes import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
@@ -45,7 +45,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             if codec is None:
                 raise ConfigError(
                     "model_nexus.vocab_size is not set and the data has no tokenizer to take it "
-                    "from; set it: --set model_nexus.vocab_size=32000"
+                    f"from; set it: {hint_set('model_nexus.vocab_size', 32000)}"
                 )
             settings["vocab_size"] = codec.size
         codec = engine.data.codec if engine.data is not None else None

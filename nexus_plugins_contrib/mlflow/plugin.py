@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_plugins_contrib.mlflow.names import name_for_mlflow, named, parameters
 
 try:
     from mlflow.entities import Metric, Param, Run
@@ -20,6 +22,8 @@ except ImportError as error:
     raise ConfigError(
         "the plugin mlflow needs the package mlflow: pip install 'nexus-trainer[mlflow]'"
     ) from error
+except RuntimeError as error:
+    raise ConfigError(f"the package mlflow cannot be imported: {error} Set HOME.") from error
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -27,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["MlflowConfig", "MlflowPlugin"]
 
 KEY = "nexus.run"
-LONGEST_PARAMETER, LONGEST_TAG = 6000, 8000  # characters, and
-PARAMETERS_AT_ONCE = 100  # are MLflow's own limits
+LONGEST_TAG = 8000  # characters, and
+METRICS_AT_ONCE, PARAMETERS_AT_ONCE = 1000, 100  # are MLflow's own limits
 STATUS: Mapping[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -69,6 +73,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     before = ("checkpoint",)  # and so closes after it, when `final` is whole
     _client: MlflowClient
     _run_id: str = ""
+    _last_steps: Mapping[str, int] = MappingProxyType({})
     _place: str = ""
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
@@ -80,21 +85,27 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         found = self._found(run, self._experiment(None if uri else run.folder))
         self._run_id = found.info.run_id
         self._client.update_run(self._run_id, status="RUNNING")
-        new = [p for p in _parameters(run.config) if p.key not in found.data.params]
+        known = found.data.params
+        new = [Param(key, text) for key, text in parameters(run.config) if key not in known]
         for start in range(0, len(new), PARAMETERS_AT_ONCE):
             self._client.log_batch(self._run_id, params=new[start : start + PARAMETERS_AT_ONCE])
         self._place = f"run {self._run_id}; mlflow ui --backend-store-uri {store}"
-        return {name: self._last_step(name) for name in found.data.metrics}
+        self._last_steps = {name: self._last_step(name) for name in found.data.metrics}
+        return self._last_steps
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Store the metrics in one transaction."""
+        """Store the metrics, in one transaction where MLflow allows it."""
         now = int(time.time() * 1000)
-        points = [Metric(name, value, now, step) for name, value in metrics.items()]
-        self._client.log_batch(self._run_id, metrics=points)
+        points = [Metric(name, value, now, step) for name, value in named(metrics).items()]
+        new = [point for point in points if step > self._last_steps.get(point.key, -1)]
+        for start in range(0, len(new), METRICS_AT_ONCE):
+            self._client.log_batch(self._run_id, metrics=new[start : start + METRICS_AT_ONCE])
 
     def send_note(self, step: int, title: str, text: str) -> None:
         """Store the words as a tag of the run; a later note of this title takes its place."""
-        self._client.set_tag(self._run_id, title, f"step {step:,}: {text}"[:LONGEST_TAG])
+        self._client.set_tag(
+            self._run_id, name_for_mlflow(title), f"step {step:,}: {text}"[:LONGEST_TAG]
+        )
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store the artifact, where asked for, and end the run."""
@@ -115,7 +126,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         name = self.config.experiment
         if (found := self._client.get_experiment_by_name(name)) is not None:
             return str(found.experiment_id)
-        location = (folder / "mlflow-artifacts").as_uri() if folder is not None else None
+        location = (folder / "mlflow-artifacts").as_uri() if folder else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _found(self, run: RunInfo, experiment: str) -> Run:
@@ -131,12 +142,3 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
 
     def _last_step(self, name: str) -> int:
         return max(point.step for point in self._client.get_metric_history(self._run_id, name))
-
-
-def _parameters(config: Mapping[str, Any], prefix: str = "") -> Iterator[Param]:
-    """The leaves of a config under dotted keys."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _parameters(value, f"{prefix}{key}.")
-        else:
-            yield Param(f"{prefix}{key}", str(value)[:LONGEST_PARAMETER])

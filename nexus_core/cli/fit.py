@@ -1,0 +1,132 @@
+"""Settings held against the model that checks them, by rules that all models share.
+
+Where a plugin wants text and YAML read a number, it gets what was written. A truth value is no
+number, and a whole number is one that 64 bits hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from nexus_core.cli.yaml12 import Path
+from nexus_core.errors import ConfigError
+
+__all__ = ["check_numbers", "fitted", "from_variables"]
+
+Block = dict[str, Any]
+WANTS_TEXT = ("string_type", "path_type")
+ROUNDS = 20
+
+
+def fitted(model: type[BaseModel], given: Block, written: Mapping[Path, str]) -> Block:
+    """The settings, with text as it was written wherever the model wants text.
+
+    A `run_name` of `007` is that name, and a `sep_token` of `[SEP]` that token.
+
+    Args:
+        model: checks the settings.
+        given: by key.
+        written: how values that are not text were written, by their place in `given`.
+    """
+    if not written:
+        return given
+    for _ in range(ROUNDS):
+        try:
+            model.model_validate(given)
+        except ValidationError as error:
+            found = dict(_misread(error, given, written))
+            if not found:
+                return given
+            given = deepcopy(given)
+            deepest = max(map(len, found))  # the items of a list before the list
+            for place, text in found.items():
+                if len(place) == deepest:
+                    _at(given, place[:-1])[place[-1]] = text
+        else:
+            return given
+    return given
+
+
+def _misread(
+    error: ValidationError, given: Block, written: Mapping[Path, str]
+) -> Iterator[tuple[Path, str]]:
+    for fault in error.errors(include_url=False, include_context=True):
+        place = _place(given, fault["loc"])
+        text = written.get(place)
+        if text is None or isinstance(_at(given, place), str):
+            continue
+        expected = str(fault.get("ctx", {}).get("expected"))
+        if fault["type"] in WANTS_TEXT or (
+            fault["type"] in ("literal_error", "enum") and repr(text) in expected
+        ):
+            yield place, text
+
+
+def _place(given: Any, location: tuple[str | int, ...]) -> Path:
+    """Where a fault is; pydantic names the members of a union in between."""
+    place: list[str | int] = []
+    for part in location:
+        in_dict = isinstance(given, dict) and part in given
+        if in_dict or (isinstance(given, list) and isinstance(part, int) and part < len(given)):
+            given = given[part]
+            place.append(part)
+    return tuple(place)
+
+
+def _at(given: Any, place: Path) -> Any:
+    for part in place:
+        given = given[part]
+    return given
+
+
+def check_numbers(prefix: str, checked: BaseModel, given: Block) -> None:
+    """Refuse numbers that would not do what they say.
+
+    Args:
+        prefix: of the keys in messages.
+        checked: the settings that came of `given`.
+        given: by key.
+
+    Raises:
+        ConfigError: a truth value stands for a number, or a whole number needs more than 64 bits.
+    """
+    settings = checked.model_dump(include=set(type(checked).model_fields) - {"plugins"})
+    truths = {place for place, value in _leaves(given) if isinstance(value, bool)}
+    for place, value in _leaves(settings):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        key = ".".join(map(str, ((prefix, *place) if prefix else place)))
+        if place in truths:
+            raise ConfigError(f"{key}: got {str(bool(value)).lower()}; expected a number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{key}: got {value!r:.60}; expected a whole number of up to 64 bits")
+
+
+def from_variables(error: ConfigError, variables: Mapping[str, str]) -> ConfigError:
+    """The same error, with the environment variable named that a wrong setting is from.
+
+    Args:
+        error: of one or more lines that begin with keys.
+        variables: by key.
+    """
+    lines = str(error).split("\n")
+    places = [next((key for key in variables if line.startswith(f"{key}:")), "") for line in lines]
+    return ConfigError("\n".join(
+        f"{line} (from {variables[key]})" if key else line
+        for line, key in zip(lines, places, strict=True)
+    ))  # fmt: skip
+
+
+def _leaves(value: Any, place: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*place, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*place, index))
+    else:
+        yield place, value

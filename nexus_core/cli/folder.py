@@ -1,0 +1,195 @@
+"""The folder of a run: whose it is, and what of it may be removed when nothing comes of the run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from nexus_core.cli import distributed, yaml12
+from nexus_core.cli.build import Build
+from nexus_core.errors import ConfigError
+
+__all__ = ["RunFolder", "automatic", "run_folder", "write_config"]
+
+RUNS = Path("runs")
+CONFIG = "config.yaml"
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: of the folder.
+        made: folders that this process has made for it, outermost first.
+        claimed: whether the run in it is that of this process alone.
+    """
+
+    path: Path
+    made: list[Path] = field(default_factory=list)
+    claimed: bool = False
+
+    def claim(self, settings: Mapping[str, Any], *, resuming: bool) -> bool:
+        """Make the folder this run's, by a config that no other process can have written.
+
+        Returns:
+            Whether the config has been written; not where the run in it is resumed.
+
+        Raises:
+            ConfigError: another run has taken the folder since, or it cannot be written.
+        """
+        try:
+            self.make()
+            self.claimed = _write_new(self.path / CONFIG, yaml12.dump(dict(settings)))
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        if not self.claimed and not resuming:
+            raise _taken(self.path)
+        return self.claimed
+
+    def make(self) -> None:
+        """Make it, and note which folders were not there."""
+        for path in reversed([self.path, *self.path.parents]):
+            if not path.is_dir():
+                with suppress(FileExistsError):  # another process was quicker
+                    path.mkdir()
+                    self.made.append(path)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Leave no empty folder behind where an error ends it before there is a run."""
+        if kind is not None:
+            self._remove_empty()
+
+    def remove(self) -> None:
+        """Undo what this process has done to it, and nothing that another one has."""
+        if self.claimed and self.path in self.made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif self.claimed:
+            (self.path / CONFIG).unlink(missing_ok=True)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        for path in reversed(self.made):
+            with suppress(OSError):  # another run has come to live in it
+                path.rmdir()
+
+
+def run_folder(build: Build, resume: str | None, *, make: bool = True) -> RunFolder:
+    """The folder of this run: as set, of the run to resume, or a new one under `runs/`.
+
+    All processes of a run get the one that the main process found.
+
+    Args:
+        build: of the run.
+        resume: as asked for; None begins a run.
+        make: whether a new one under `runs/` is made at once, so that its name is no other run's.
+
+    Raises:
+        ConfigError: it holds another run, and `resume` was not asked for.
+    """
+    ranks = distributed.join(build)
+    source = distributed.resume_source(resume)
+    return distributed.of_main(ranks, lambda: _found(build, source, make=make))
+
+
+def write_config(settings: Mapping[str, Any], out: Path) -> None:
+    """Write the resolved config into the run's folder, in place of one that is there.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    draft = out / f".{CONFIG}.{os.getpid()}.tmp"
+    try:
+        draft.write_text(yaml12.dump(dict(settings)), encoding="utf-8")
+        draft.replace(out / CONFIG)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+
+
+def _found(build: Build, resume: str | None, *, make: bool) -> RunFolder:
+    out = build.run.out
+    if out is not None:
+        try:
+            taken = resume is None and (out / CONFIG).exists()
+        except OSError as error:  # a name that is too long, a folder that cannot be entered
+            raise _cannot_write(out, error) from error
+        if taken:
+            raise _taken(out)
+        return RunFolder(out)
+    if resume == "auto" and (earlier := _newest(build.name)):
+        return RunFolder(earlier)
+    folders = (RunFolder(path) for path in automatic(build.name) if not path.exists())
+    return next(folder for folder in folders if not make or _is_first(folder))
+
+
+def _is_first(folder: RunFolder) -> bool:
+    """Make a folder; whether no other process was quicker."""
+    try:
+        folder.make()
+    except OSError as error:
+        raise _cannot_write(folder.path, error) from error
+    return folder.path in folder.made
+
+
+def automatic(name: str) -> Iterator[Path]:
+    """Names under `runs/` for a run that has none, of this second, best first."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    yield RUNS / f"{name}-{stamp}"
+    for number in count(2):
+        yield RUNS / f"{name}-{stamp}-{number}"
+
+
+def _newest(name: str) -> Path | None:
+    """The newest run of this name that has saved something."""
+    pattern = re.compile(rf"{re.escape(name)}-(\d{{8}}-\d{{6}})(?:-(\d+)|([b-k]))?")
+    runs = []
+    for path in RUNS.glob("*"):
+        match = pattern.fullmatch(path.name)
+        if match and (path / "checkpoints").is_dir():
+            letter = ord(match[3]) if match[3] else 0  # as earlier releases counted
+            runs.append((match[1], int(match[2] or letter), path))
+    return max(runs)[2] if runs else None
+
+
+def _write_new(path: Path, text: str) -> bool:
+    """Write a file, all of it or nothing; False where there is one already."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    finally:
+        draft.unlink()
+    return True
+
+
+def _taken(out: Path) -> ConfigError:
+    return ConfigError(
+        f"'{out}' holds a run already; resume it with --resume auto, or choose another folder "
+        "with --out"
+    )
+
+
+def _cannot_write(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write to the run's folder '{out}': {error.strerror}; "
+        "choose another with --out, or make room"
+    )

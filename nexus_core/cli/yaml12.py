@@ -1,0 +1,214 @@
+"""YAML as people write settings in it: the scalars of YAML 1.2, no key twice, bounded in size.
+
+PyYAML reads YAML 1.1, where `010` is 8, `yes` is true and `1:30` is 90. Here a plain scalar is
+what the core schema of YAML 1.2 says (https://yaml.org/spec/1.2.2/, 10.3.2). A reader of this
+module keeps how each number, truth value and list was written, for settings that want text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import yaml
+
+__all__ = ["Document", "Path", "YamlError", "dump", "parse", "parse_value"]
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Where a value is: keys of mappings and places in lists, outermost first."""
+
+MOST_CHARACTERS = 2**20
+MOST_VALUES = 100_000  # with every alias written out
+DEEPEST = 50
+_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
+_PLAIN = {
+    "null": re.compile(r"|~|null|Null|NULL"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+
+
+class YamlError(ValueError):
+    """A text is not YAML, or not such YAML as a config is made of."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a text holds.
+
+    Args:
+        value: of dicts with text as keys, lists, text, numbers, truth values and None.
+        written: the text of each value in it that is not text, by its place.
+    """
+
+    value: Any
+    written: dict[Path, str] = field(default_factory=dict)
+
+
+def parse(text: str) -> Document:
+    """Read one document; where the text is empty, None.
+
+    Raises:
+        YamlError: it is not YAML, has a key twice, or is too large or too deep.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise YamlError(f"{len(text):,} characters; settings have {MOST_CHARACTERS:,} at most")
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        builder = _Builder()
+        return Document(builder.value(root, ()) if root else None, builder.written)
+    except yaml.MarkedYAMLError as error:
+        said = " ".join(filter(None, [error.context, error.problem]))
+        place = error.problem_mark or error.context_mark
+        raise YamlError(f"line {place.line + 1}: {said}" if place else said) from None
+    except yaml.YAMLError as error:
+        raise YamlError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise YamlError(f"nested deeper than {DEEPEST} levels") from None
+
+
+def parse_value(text: str) -> Document:
+    """Read what stands behind `KEY=`: a number, `true`, `null`, `[a, b]`, `{a: 1}`, else text.
+
+    Nothing in it is a comment, and what begins like a list but is not one is text.
+    """
+    text = text.strip()
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            root = yaml.compose(text, Loader=_Loader)
+            if root is None or root.end_mark.pointer != len(text):
+                return Document(text)
+            builder = _Builder()
+            return Document(builder.value(root, ()), builder.written)
+        except (yaml.YAMLError, YamlError, RecursionError):
+            return Document(text)
+    value = _plain(_kind(text), text)
+    return Document(value) if isinstance(value, str) else Document(value, {(): text})
+
+
+def dump(settings: object) -> str:
+    """Write settings so that `parse`, and a reader of YAML 1.1, gets them back."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser, with the plain scalars of YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what a reader of YAML 1.1 or one of 1.2 would take for something else than text."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write what is there twice twice."""
+        return True
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {
+    start: list(found) for start, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _PLAIN.items():
+    _whole = re.compile(rf"(?:{_pattern.pattern})\Z")
+    _starts = list("-+.0123456789~nNtTfF") + ([""] if _name == "null" else [])
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"{_TAG}{_name}", _whole, _starts)
+_Loader.add_implicit_resolver(_MERGE, re.compile(r"<<\Z"), ["<"])
+
+
+class _Builder:
+    """Turns nodes into values, noting how those that are not text were written."""
+
+    def __init__(self) -> None:
+        self.written: dict[Path, str] = {}
+        self._values = 0
+
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise YamlError(f"more than {MOST_VALUES:,} values, with every alias written out")
+        if len(path) > DEEPEST:
+            raise YamlError(f"{_line(node)}: nested deeper than {DEEPEST} levels")
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        assert isinstance(node, yaml.CollectionNode)
+        kind = "seq" if isinstance(node, yaml.SequenceNode) else "map"
+        if node.tag != _TAG + kind:
+            raise YamlError(f"{_line(node)}: the tag '{node.tag}' is not for settings")
+        if node.flow_style and node.start_mark.buffer is not None:
+            written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
+            self.written[path] = written
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*path, place)) for place, item in enumerate(node.value)]
+        assert isinstance(node, yaml.MappingNode)
+        return {key: self.value(item, (*path, key)) for key, item in self._items(node, len(path))}
+
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if kind not in (*_PLAIN, "str") or (kind in _PLAIN and not _fits(kind, node.value)):
+            raise YamlError(f"{_line(node)}: {node.value!r:.60} cannot be read as '{node.tag}'")
+        value = _plain(kind, node.value)
+        if not isinstance(value, str):
+            self.written[path] = node.value
+        return value
+
+    def _items(self, node: yaml.MappingNode, depth: int) -> Iterator[tuple[str, yaml.Node]]:
+        """The entries, those that a merge key `<<` brings first where no key of its own is."""
+        own: dict[str, yaml.Node] = {}
+        merged: list[yaml.Node] = []
+        lines: dict[str, int] = {}
+        for key_node, item in node.value:
+            self._values += 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise YamlError(f"{_line(key_node)}: a key must be text")
+            key, line = _joined(key_node.value), key_node.start_mark.line + 1
+            if (first := lines.setdefault(key, line)) != line or key in own:
+                where = f"lines {first} and {line}" if first != line else f"line {line}"
+                raise YamlError(f"the key '{key}' is there twice, in {where}; keep one")
+            if key_node.tag == _MERGE:
+                merged += item.value if isinstance(item, yaml.SequenceNode) else [item]
+            else:
+                own[key] = item
+        for source in merged:
+            if not isinstance(source, yaml.MappingNode) or depth > DEEPEST:
+                raise YamlError(f"{_line(source)}: '<<' takes a mapping, or a list of them")
+            for key, item in self._items(source, depth + 1):
+                if key not in own:
+                    own[key] = item
+        yield from own.items()
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
+
+
+def _kind(text: str) -> str:
+    return next((kind for kind in _PLAIN if _fits(kind, text)), "str")
+
+
+def _fits(kind: str, text: str) -> bool:
+    return _PLAIN[kind].fullmatch(text) is not None
+
+
+def _plain(kind: str, text: str) -> Any:
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "float":
+        return float(re.sub(r"\.(?=[infINFnaNA])", "", text))
+    if kind == "int" and len(text) <= 100:  # a longer number is left to whoever wants one
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text.removeprefix("0o").removeprefix("0x"), base)
+    return _joined(text)
+
+
+def _joined(text: str) -> str:
+    """JSON writes a character beyond 16 bits as two escapes; they are one character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")

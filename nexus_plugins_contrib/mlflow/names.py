@@ -1,0 +1,38 @@
+"""Names and settings as MLflow takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["name_for_mlflow", "named", "parameters"]
+
+LONGEST_NAME, LONGEST_PARAMETER = 250, 6000  # characters: MLflow's own limits
+_NOT_IN_NAMES = re.compile(r"[^\w.\-:/ ]")
+
+
+def name_for_mlflow(name: str) -> str:
+    """A name as MLflow takes it: `acc@1` is stored as `acc_1`."""
+    parts = _NOT_IN_NAMES.sub("_", name).split("/")
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:LONGEST_NAME]
+
+
+def named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Each metric under a name of its own that MLflow takes."""
+    named = {name: value for name, value in metrics.items() if name_for_mlflow(name) == name}
+    for name in sorted(metrics.keys() - named.keys()):
+        stored = name_for_mlflow(name)
+        while stored in named:
+            stored += "_"
+        named[stored] = metrics[name]
+    return named
+
+
+def parameters(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a config as text, under dotted keys."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from parameters(value, f"{prefix}{key}.")
+        else:
+            yield name_for_mlflow(f"{prefix}{key}"), str(value)[:LONGEST_PARAMETER]

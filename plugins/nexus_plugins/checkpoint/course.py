@@ -1,0 +1,138 @@
+"""Where a run has gone on from, written down until its first save and used to find back to it.
+
+A run may go on from another run's checkpoint, or from an earlier one of its own. If it is killed
+before it has saved, the newest checkpoint in its folder is one of the course that it has left. So
+`course.json` names the checkpoint before any other is set aside, and `--resume auto` looks there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from nexus_core.errors import CheckpointError
+from nexus_plugins._shared.files import read_small
+
+__all__ = ["FILE", "Course", "begun", "forget", "note", "source_for"]
+
+FILE = "course.json"
+_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True)
+class Course:
+    """A start from a checkpoint that somebody named.
+
+    Args:
+        asked: what was named: "best", "final", or a path, made absolute.
+        source: the folder of the checkpoint.
+        ready: whether checkpoints of other courses have been set aside.
+        launch: host and process of the launcher that started the run.
+    """
+
+    asked: str
+    source: str
+    ready: bool
+    launch: Sequence[str]
+
+    def is_foreign(self, root: Path) -> bool:
+        """Whether the checkpoint is not one of the run's own folder of checkpoints."""
+        return Path(self.source).parent != root.resolve()
+
+
+def begun(asked: str, source: Path) -> Course:
+    """The course that begins now."""
+    return Course(_absolute(asked), str(source.resolve()), False, _launch())
+
+
+def note(course: Course, root: Path, *, ready: bool) -> None:
+    """Write it down, all of it or nothing.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    draft = root / f".tmp-{FILE}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(asdict(replace(course, ready=ready)), file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(root / FILE)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {root}: {error.strerror}; make it writable, or choose another --out"
+        ) from error
+
+
+def forget(root: Path) -> None:
+    """A run that begins at the start has not gone on from anywhere."""
+    (root / FILE).unlink(missing_ok=True)
+
+
+def source_for(asked: str, root: Path, *, saved: bool) -> str:
+    """What to read where `asked` is to be resumed from.
+
+    Args:
+        asked: "auto", a name or a path.
+        root: the run's own folder of checkpoints.
+        saved: whether there is a checkpoint in it.
+
+    Returns:
+        The same; or "auto" where the launcher has started this run again since; or the checkpoint
+        that the run went on from, where it has not saved since.
+
+    Raises:
+        CheckpointError: what was written down cannot be read.
+    """
+    course = _read(root)
+    if course is None:
+        return asked
+    if asked != "auto" and not _taken_already(asked, course):
+        return asked
+    return "auto" if course.ready and saved else course.source
+
+
+def _taken_already(asked: str, course: Course) -> bool:
+    """Whether this launch has gone on from there, and saved what it did since."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or course.asked != _absolute(asked):
+        return False
+    ours = _launch()
+    return list(course.launch) == ours or course.launch[0] != ours[0]  # begun on another machine
+
+
+def _absolute(asked: str) -> str:
+    return asked if asked in ("auto", "best", "final") else str(Path(asked).absolute())
+
+
+def _launch() -> list[str]:
+    """Host and parent of this process; the parent's start tells it from another of that number."""
+    parent = os.getppid()
+    try:
+        start = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        start = ""
+    return [socket.gethostname(), str(parent), start]
+
+
+def _read(root: Path) -> Course | None:
+    path = root / FILE
+    try:
+        found = json.loads(read_small(path, _LIMIT))
+        course = Course(**found)
+        texts = (course.asked, course.source, *course.launch)
+        if not all(isinstance(text, str) for text in texts) or len(course.launch) != 3:
+            raise TypeError("text is expected")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; it names the checkpoint that this run went on from. "
+            "Remove it to go on from the newest checkpoint beside it"
+        ) from error
+    return course

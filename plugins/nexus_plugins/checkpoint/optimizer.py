@@ -1,0 +1,432 @@
+"""What an optimizer takes over from a checkpoint: whose state it is, and which settings are new.
+
+An optimizer believes what it is given. It takes the moments of another parameter, keeps the
+settings of the run that wrote them, and its fused kernels read as many numbers as the parameter
+has, wherever that leads. So class and parameters are compared by name, settings that this run was
+built with act where they differ from those of the run that wrote the checkpoint, and each state is
+held against that which an optimizer of torch keeps for a small parameter of the same kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
+
+from nexus_core.errors import CheckpointError
+from nexus_core.optimizers import members
+from nexus_core.processes import is_sharded, local_part
+from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["describe_optimizer", "take_over"]
+
+_HOW = ("foreach", "fused", "capturable", "differentiable")
+"""Settings that say how the numbers are computed, on which device: those of this run act."""
+_SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
+"""Of a small parameter's dimensions, all different: the shape of a state tells what it follows."""
+
+Settings = dict[str, Any]
+
+
+def describe_optimizer(engine: Engine) -> dict[str, Json]:
+    """What `lock.json` says of the optimizer: its class, and by group the parameters and settings.
+
+    Call it before anything is restored, when the settings are those that it was built with.
+    """
+    named = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    groups: list[Json] = []
+    for group in engine.optimizer.param_groups:
+        names: list[Json] = [
+            named.get(id(parameter), f"of shape {tuple(parameter.shape)}, not of the model")
+            for parameter in group["params"]
+        ]
+        groups.append({"parameters": names, "settings": _plain_settings(group)})
+    kind = type(engine.optimizer)
+    return {"class": f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}", "groups": groups}
+
+
+def take_over(
+    snapshot: Mapping[str, Any],
+    theirs: object,
+    ours: Mapping[str, Json],
+    engine: Engine,
+    *,
+    force: bool,
+) -> list[str]:
+    """Make the saved state of an optimizer fit to be loaded into this run's.
+
+    Args:
+        snapshot: its optimizer's groups get this run's settings where those differ from what the
+            other run was built with, its tensors the layout of the parameters.
+        theirs: what `describe_optimizer` said when the checkpoint was written.
+        ours: what it says of this run.
+        engine: of this run.
+        force: begin with a fresh state where the optimizer is another one.
+
+    Returns:
+        What differs, in words.
+
+    Raises:
+        CheckpointError: the state is another optimizer's, or is not one.
+    """
+    saved: Settings = snapshot["optimizer"]
+    if fault := _other_kind(theirs, ours) or _other_sizes(saved, engine.optimizer):
+        if force:
+            saved.clear()
+            saved.update(_copied(engine.optimizer.state_dict()))
+            return [f"{fault}; the optimizer begins with a fresh state"]
+        place = "--resume-policy force" if engine.config else 'resume_policy="force"'
+        raise CheckpointError(
+            _other_model(snapshot["model"], engine)
+            or f"{fault}, so its state cannot be used; build the optimizer as the run that wrote "
+            f"the checkpoint did, or begin with a fresh state: {place}"
+        )
+    said = []
+    try:
+        for number, (state, group, live, owner) in enumerate(_pairs(saved, engine.optimizer)):
+            before, now = _settings_of(theirs, number), _settings_of(ours, number)
+            changes = {key: now[key] for key in now if key in before and now[key] != before[key]}
+            said += [f"the optimizer's {key} is {now[key]}, was {before[key]}" for key in changes]
+            _set(group, live, changes)
+            _check_settings(group, live)
+            _check_states(state, group, live, owner)
+    except CheckpointError as error:
+        raise CheckpointError(_other_model(snapshot["model"], engine) or str(error)) from error
+    made_by_plugin = any(plugin.slot == "optimizer" for plugin in engine.plugins.values())
+    return [] if made_by_plugin else list(dict.fromkeys(said))  # its settings are compared anyway
+
+
+def _pairs(
+    saved: Settings, optimizer: Optimizer
+) -> Iterator[tuple[dict[int, Any], Settings, Settings, Optimizer]]:
+    """Each group: the states of its optimizer, the group as saved and as it is, the optimizer."""
+    for table, owner in _each(saved, optimizer):
+        for group, live in zip(table["param_groups"], owner.param_groups, strict=True):
+            yield table["state"], group, live, owner
+
+
+def _each(saved: Settings, optimizer: Optimizer) -> list[tuple[Settings, Optimizer]]:
+    """The saved table of each optimizer, where they are several as where it is one."""
+    named = members(optimizer)
+    several: Settings = saved.get("optimizers", {"": saved})
+    return [(several[name], owner) for name, owner in named.items() if name in several]
+
+
+def _other_kind(theirs: object, ours: Mapping[str, Json]) -> str:
+    """How class or parameters differ, in words; empty where they do not, or nothing is said."""
+    if not isinstance(theirs, dict):
+        return ""
+    if theirs.get("class", ours["class"]) != ours["class"]:
+        return f"the optimizer is {ours['class']}, was {str(theirs['class'])[:80]}"
+    before, now = _names(theirs), _names(ours)
+    for number, (one, other) in enumerate(zip(before, now, strict=False)):
+        if one != other:
+            return f"parameter {number} of the optimizer is {other}, was {str(one)[:80]}"
+    if before and len(before) != len(now):
+        return f"the optimizer has {len(now)} parameters, had {len(before)}"
+    return ""
+
+
+def _other_model(weights: Mapping[str, Any], engine: Engine) -> str:
+    """How the model differs, which explains what else does; empty where it does not."""
+    now = engine.model.state_dict()
+    for name in (*weights, *now):
+        before, here = (getattr(table.get(name), "shape", None) for table in (weights, now))
+        if before != here:
+            shapes = (str(tuple(s)) if s is not None else "not there" for s in (here, before))
+            return (
+                "the checkpoint does not fit this run: the model's {} is {}, was {}; resume with "
+                "the config that wrote it".format(str(name)[:80], *shapes)
+            )
+    return ""
+
+
+def _other_sizes(saved: Settings, optimizer: Optimizer) -> str:
+    names = list(saved.get("optimizers", {"": None}))
+    if names != list(members(optimizer)):
+        return f"the optimizers are {list(members(optimizer))}, were {str(names)[:80]}"
+    tables = [table for table, _ in _each(saved, optimizer)]
+    before = [len(group["params"]) for table in tables for group in table["param_groups"]]
+    now = [len(group["params"]) for group in optimizer.param_groups]
+    if before == now:
+        return ""
+    return f"the optimizer has groups of {now} parameters, had {str(before)[:80]}"
+
+
+def _names(described: Mapping[str, Any]) -> list[object]:
+    groups = described.get("groups")
+    found: list[object] = []
+    for group in groups if isinstance(groups, list) else []:
+        names = group.get("parameters") if isinstance(group, dict) else None
+        found += names if isinstance(names, list) else []
+    return found
+
+
+def _settings_of(described: object, number: int) -> Settings:
+    """The settings of a group as they were written down; none where nothing is."""
+    groups = described.get("groups") if isinstance(described, dict) else None
+    group = groups[number] if isinstance(groups, list) and number < len(groups) else None
+    settings = group.get("settings") if isinstance(group, dict) else None
+    found = decode(cast(Json, settings), {}) if isinstance(settings, dict) else {}
+    return cast(Settings, found) if isinstance(found, dict) else {}
+
+
+def _plain_settings(group: Settings) -> Json:
+    """A group's settings as JSON, without what says how to compute and what the engine adds."""
+    plain = {}
+    for key, value in group.items():
+        if key in ("params", "initial_lr", *_HOW):
+            continue
+        try:
+            plain[key] = encode(_number(value), TensorBag())
+        except CheckpointError:  # an object of the optimizer's own is no setting to compare
+            continue
+    return cast(Json, plain)
+
+
+def _number(value: object) -> object:
+    """The value with numbers in place of tensors that hold one, and of numpy's."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else None
+    if isinstance(value, tuple | list):
+        return tuple(_number(item) for item in value)
+    return value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
+
+
+def _set(group: Settings, live: Settings, changes: Settings) -> None:
+    """Give a saved group what this run has in another way, and what it lacks."""
+    for key, value in live.items():
+        if key != "params" and (key in changes or key in _HOW or key not in group):
+            group[key] = value
+    if "lr" in changes:
+        group["initial_lr"] = live.get("initial_lr", live["lr"])
+
+
+def _check_settings(group: Settings, live: Settings) -> None:
+    """See that each setting is of the kind that this run's optimizer has."""
+    for key, value in live.items():
+        if key != "params" and not _alike(group[key], value):
+            raise CheckpointError(
+                f"the optimizer's {key} is {str(group[key])[:80]} in the checkpoint, and a value "
+                f"such as {str(value)[:80]} is expected"
+            )
+
+
+def _alike(saved: object, live: object) -> bool:
+    if isinstance(live, bool) or isinstance(saved, bool):
+        return isinstance(saved, bool) and isinstance(live, bool | None)
+    if isinstance(live, int | float):
+        return isinstance(saved, Tensor | int | float) and _finite(saved)
+    if isinstance(live, tuple | list):
+        same = isinstance(saved, tuple | list) and len(saved) == len(live)
+        return same and all(map(_alike, cast(Sequence[object], saved), live))
+    if isinstance(live, Tensor):
+        return isinstance(saved, Tensor | int | float) and _finite(saved)
+    return live is None or isinstance(saved, type(live))
+
+
+def _finite(value: Tensor | int | float) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and bool(value.isfinite().all())
+    return abs(value) < 1 << 63 if isinstance(value, int) else math.isfinite(value)
+
+
+def _copied(state: Mapping[str, Any]) -> Settings:
+    return {"state": dict(state["state"]), "param_groups": [dict(g) for g in state["param_groups"]]}
+
+
+# -- the states, held against those of a small parameter
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What an optimizer keeps for a parameter under one name.
+
+    Args:
+        value: of the small parameter.
+        sizes: of the small parameter.
+    """
+
+    value: object
+    sizes: tuple[int, ...]
+
+    def shape_for(self, parameter: Tensor) -> tuple[int, ...] | None:
+        """The shape that it must have for a parameter; None where it follows another rule."""
+        if not isinstance(self.value, Tensor):
+            return None
+        shape = tuple(self.value.shape)
+        if shape == ():
+            return ()
+        if len(shape) != parameter.ndim:
+            return None
+        pairs = list(zip(shape, self.sizes, tuple(parameter.shape), strict=True))
+        known = all(size in (1, own) for size, own, _ in pairs)
+        return tuple(size if size == 1 else real for size, _, real in pairs) if known else None
+
+
+def _check_states(
+    states: dict[int, Any], group: Settings, live: Settings, optimizer: Optimizer
+) -> None:
+    """See that each parameter of a group has the states that the optimizer will look for."""
+    kind = _made_by_torch(optimizer, live)
+    known: dict[object, dict[str, _Kept]] = {}
+    for number, parameter in zip(group["params"], live["params"], strict=True):
+        state = states.get(number, {})
+        if state == {}:
+            continue  # nothing has been kept yet
+        if not isinstance(state, dict):
+            raise CheckpointError(f"the optimizer's state of parameter {number} is no state")
+        if kind is None:
+            _check_unknown(state, number, parameter)
+            continue
+        own = local_part(parameter)
+        scalars = {name: value for name, value in state.items() if _is_number(value)}
+        like = (own.ndim, own.dtype, own.device, repr(sorted(scalars.items(), key=str)))
+        if like not in known:
+            _trial(kind, group, own, scalars, number)
+            known[like] = _trial(kind, group, own, {}, number)
+        for name, kept in known[like].items():
+            state[name] = _checked(state.get(name), kept, parameter, name, number)
+    if kind is SGD:
+        _fill_momentum(states, group, live)
+
+
+def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> None:
+    """Begin at zero where one parameter has no momentum yet and another has.
+
+    It is what SGD does by itself, but its fused kernel takes all or none.
+    """
+    numbers = [n for n, p in zip(group["params"], live["params"], strict=True) if p.requires_grad]
+    there = [number for number in numbers if states.get(number)]
+    if not (group.get("momentum") and group.get("fused") and 0 < len(there) < len(numbers)):
+        return
+    if group["dampening"]:
+        raise CheckpointError(
+            f"the optimizer has a momentum for parameter {there[0]} and not for all, which its "
+            "fused kernel cannot go on with; resume with fused=False"
+        )
+    for number, parameter in zip(group["params"], live["params"], strict=True):
+        if parameter.requires_grad and not states.get(number):
+            states[number] = {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+
+
+def _made_by_torch(optimizer: Optimizer, live: Settings) -> type[Optimizer] | None:
+    """The class of torch that updates this group, by itself or as a part of another optimizer.
+
+    None for others, and for the two whose step a trial cannot do: their kernels are plain.
+    """
+    parts = [part for value in vars(optimizer).values() for part in _optimizers(value)]
+    for one in (*parts, optimizer):
+        if any(group is live for group in one.param_groups):
+            kind = type(one)
+            known = kind.__module__.startswith("torch.optim")
+            return kind if known and kind not in (LBFGS, SparseAdam) else None
+    return None
+
+
+def _optimizers(value: object) -> list[Optimizer]:
+    items = value if isinstance(value, tuple | list) else (value,)
+    return [item for item in items if isinstance(item, Optimizer)]
+
+
+def _trial(
+    kind: type[Optimizer], group: Settings, like: Tensor, scalars: Settings, number: int
+) -> dict[str, _Kept]:
+    """What such an optimizer keeps for a small parameter after a step with a gradient of zero.
+
+    Args:
+        kind: the optimizer's class.
+        group: the settings.
+        like: a parameter of the same kind.
+        scalars: numbers of its state, to be taken over into the trial.
+        number: of the parameter, for errors.
+
+    Raises:
+        CheckpointError: it does not work with these settings and numbers.
+    """
+    sizes = _SIZES[: like.ndim]
+    small = torch.zeros(sizes, dtype=like.dtype, device=like.device, requires_grad=True)
+    small.grad = torch.zeros_like(small)
+    takes = inspect.signature(kind).parameters
+    settings = {key: value for key, value in group.items() if key in takes and key != "params"}
+    try:
+        optimizer: Any = kind([small], **settings)
+        optimizer.param_groups[0].update({k: v for k, v in group.items() if k != "params"})
+        optimizer.step()
+        if scalars:
+            table = optimizer.state_dict()
+            table["state"].get(0, {}).update(scalars)
+            optimizer.load_state_dict(copy.deepcopy(table))  # it would go on with these tensors
+            optimizer.step()
+    except Exception as error:  # whatever it is, the settings or the state do not work
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the optimizer cannot go on with what the checkpoint holds for parameter {number}: "
+            f"{type(error).__name__}: {said}"
+        ) from error
+    return {name: _Kept(value, sizes) for name, value in optimizer.state[small].items()}
+
+
+def _checked(value: object, kept: _Kept, parameter: Tensor, name: str, number: int) -> object:
+    """The value, in the parameter's layout, if it is what the optimizer keeps under this name."""
+    wanted, what = kept.value, f"the optimizer's {name} of parameter {number}"
+    if not isinstance(wanted, Tensor):
+        if _alike(value, wanted):
+            return value
+        raise CheckpointError(f"{what} is {str(value)[:80]}, not like {wanted}")
+    shape = kept.shape_for(parameter)
+    counts = shape == () and (parameter.ndim > 0 or name == "step")
+    if counts and isinstance(value, int | float) and _is_count(value):
+        return value  # an optimizer of torch makes a tensor of it
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{what} is missing or is no tensor")
+    if shape is not None and tuple(value.shape) != shape:
+        raise CheckpointError(
+            f"{what} does not have the shape {shape}; resume with the config that wrote the "
+            "checkpoint"
+        )
+    floating = wanted.is_floating_point() and value.is_floating_point()
+    if value.dtype != wanted.dtype and not floating:
+        raise CheckpointError(f"{what} is {value.dtype}, not {wanted.dtype}")
+    if counts and not _is_count(value):
+        raise CheckpointError(f"{what} is {value.item()}")
+    return _laid_out(value, parameter)
+
+
+def _is_count(value: Tensor | int | float) -> bool:
+    return not isinstance(value, bool) and _finite(value) and float(value) >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """The values in the order in which the parameter's lie in memory; fused kernels count on it."""
+    plain = value.shape == parameter.shape and not (is_sharded(value) or is_sharded(parameter))
+    if not plain or value.stride() == parameter.stride():
+        return value
+    laid = torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False)
+    return laid.copy_(value)
+
+
+def _check_unknown(state: Settings, number: int, parameter: Tensor) -> None:
+    """Of an optimizer that torch does not bring: moments have the parameter's shape."""
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
+        value = state.get(name)
+        fits = isinstance(value, Tensor) and value.shape == parameter.shape
+        if value is not None and not fits:
+            raise CheckpointError(
+                f"the optimizer's {name} of parameter {number} does not have the shape "
+                f"{tuple(parameter.shape)}; resume with the config that wrote the checkpoint"
+            )

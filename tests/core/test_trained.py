@@ -206,7 +206,8 @@ def test_a_step_whose_loss_reaches_no_parameter_passes(dtype: Any, clip: bool) -
     model = TwoHeads()
     before = model.a.weight.detach().clone()
     heads = iter([model.b, model.a, model.b])
-    plugins = [AmpPlugin(dtype=dtype, initial_scale=16.0), GuardPlugin(), *([ClipPlugin()] if clip else [])]
+    plugins: list[Plugin[Any]] = [AmpPlugin(dtype=dtype, initial_scale=16.0), GuardPlugin()]
+    plugins += [ClipPlugin()] if clip else []
     optimizer = torch.optim.SGD(model.a.parameters(), lr=0.1)
     moved = []
     engine = Engine(model, optimizer, loss=lambda m, b: next(heads)(b).mean(), plugins=plugins)

@@ -287,9 +287,12 @@ class CirclePlugin(GoodPlugin):
 
 
 class OutstagedPlugin(GoodPlugin):
-    """Wants to scale what clip has clipped; but the stage of clip comes after its own."""
+    """Wants to scale what clip has clipped; but the stage of clip comes after the one it names."""
 
     after = ("clip",)
+
+    @hookimpl(stage="transform")
+    def after_backward(self) -> None: ...
 
 
 class UnknownStagePlugin(GoodPlugin):

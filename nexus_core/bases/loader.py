@@ -102,6 +102,7 @@ class ResumableLoader:
         """The batches of an epoch from a row on, wherever a batch of another size ended."""
         order, loader = self._idle.pop() if self._idle else self._new_reader()
         order.epoch, order.row = epoch, row
+        order.lists = WeakMethod(self._sample_lists)  # a collector of garbage may have cleared it
         with signals_held():  # until the workers that it starts know what to do about them
             batches = iter(loader)
         return self._read((order, loader), batches)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner, Result
 
@@ -327,10 +326,7 @@ def test_a_hint_is_in_the_words_of_the_command() -> None:
     result = run("tiny.yaml", "-p", "lr_rsqrt,no:lr_cosine", "-s", "lr_rsqrt.warmup=null")
     assert "--set lr_rsqrt.timescale='1000 steps'" in result.output
     with pytest.raises(ConfigError, match=r"LrRsqrtPlugin\(timescale='1000 steps'\)"):
-        Engine(
-            torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), loss=torch.sum,
-            plugins=[LrRsqrtPlugin(warmup=None)],
-        ).fit([torch.ones(1)], until=1)  # fmt: skip
+        tiny_engine(LrRsqrtPlugin(warmup=None)).fit([{"x": torch.ones(1, 5)}], until=1)
 
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")

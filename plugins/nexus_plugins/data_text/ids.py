@@ -103,7 +103,7 @@ def open_ids(path: Path, wish: str | None, eos: int | None, cache: Path) -> IdFi
         )
     layout = _layout(path, wish)
     ids = MappedFile(path, layout.dtype, layout.offset, layout.count)
-    scan = scan_ids(ids, eos, cache)
+    scan = scan_ids(ids, eos, cache, _check_guess if layout.guessed else None)
     if scan.lowest < 0:
         raise DataError(f"{path} holds the negative id {scan.lowest}: {layout.how}; {_WISH}")
     origin = PreparedOrigin.of_itself(path, scan.starts)
@@ -159,11 +159,14 @@ def _layout(path: Path, wish: str | None) -> _Layout:
         )
     if wish is not None:
         return _Layout(dtype.str, 0, f"{wish} ids, as data_text.ids_dtype says")
+    how = "bare uint16 ids (nothing says so, but they look so)"
+    return _Layout("<u2", 0, how, guessed=True)
+
+
+def _check_guess(path: Path) -> None:
     why = doubts(path)
     if why is not None:
         raise DataError(f"{path} does not look like uint16 ids: {why}")
-    how = "bare uint16 ids (nothing says so, but they look so)"
-    return _Layout("<u2", 0, how, guessed=True)
 
 
 _AGAIN = "write it again, or prepare it with: nexus-data prepare"

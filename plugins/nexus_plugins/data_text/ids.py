@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ class IdFile:
         tokenizer: its hash and its number of ids, where the file says so.
         checksum: of all ids, where one is known.
         guessed: whether nothing says how ids are stored.
+        loss: what the tokenizer did not keep of the text, where that was recorded.
     """
 
     ids: MappedFile
@@ -55,6 +57,7 @@ class IdFile:
     tokenizer: tuple[str, int] | None = None
     checksum: str = ""
     guessed: bool = False
+    loss: Mapping[str, int] = field(default_factory=dict)
 
     def stream(self) -> TokenStream:
         """All documents."""
@@ -139,6 +142,7 @@ def _ours(path: Path, wish: str | None) -> IdFile:
         PreparedOrigin.of(file),
         (header.tokenizer, header.vocabulary),
         crc,
+        loss={} if record is None else record.loss,
     )
 
 

@@ -1,8 +1,9 @@
-"""Where a run has gone on from, written down until its first save and used to find back to it.
+"""What a run was resumed from, written down until its first save and used to find back to it.
 
-A run may go on from another run's checkpoint, or from an earlier one of its own. If it is killed
-before it has saved, the newest checkpoint in its folder is one of the course that it has left. So
-`course.json` names the checkpoint before any other is set aside, and `--resume auto` looks there.
+A run may be resumed from another run's checkpoint, or from an earlier one of its own. If it is
+killed before it has saved, the newest checkpoint in its folder is one of the course that it has
+left. So `course.json` names the checkpoint before any other is set aside, and `--resume auto`
+looks there.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def note(course: Course, root: Path, *, ready: bool) -> None:
 
 
 def forget(root: Path) -> None:
-    """A run that begins at the start has not gone on from anywhere."""
+    """A run that begins at the start has not been resumed from anywhere."""
     (root / FILE).unlink(missing_ok=True)
 
 
@@ -84,7 +85,7 @@ def source_for(asked: str, root: Path, *, saved: bool) -> str:
 
     Returns:
         The same; or "auto" where the launcher has started this run again since; or the checkpoint
-        that the run went on from, where it has not saved since.
+        that the run was resumed from, where it has not saved since.
 
     Raises:
         CheckpointError: what was written down cannot be read.
@@ -98,7 +99,7 @@ def source_for(asked: str, root: Path, *, saved: bool) -> str:
 
 
 def _taken_already(asked: str, course: Course) -> bool:
-    """Whether this launch has gone on from there, and saved what it did since."""
+    """Whether this launch has been resumed from there already."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0" or course.asked != _absolute(asked):
         return False
@@ -132,7 +133,7 @@ def _read(root: Path) -> Course | None:
         return None
     except (OSError, ValueError, TypeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}; it names the checkpoint that this run went on from. "
-            "Remove it to go on from the newest checkpoint beside it"
+            f"{path} cannot be read: {error}; it names the checkpoint that this run was resumed "
+            "from. Remove it to resume from the newest checkpoint beside it"
         ) from error
     return course

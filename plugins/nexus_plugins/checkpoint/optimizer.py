@@ -243,6 +243,13 @@ class _Kept:
     value: object
     sizes: tuple[int, ...]
 
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one number, whatever the parameter's shape."""
+        return isinstance(self.value, int | float) or (
+            isinstance(self.value, Tensor) and self.value.ndim == 0
+        )
+
     def shape_for(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape that it must have for a parameter; None where it follows another rule."""
         if not isinstance(self.value, Tensor):
@@ -263,6 +270,7 @@ def _check_states(
     """See that each parameter of a group has the states that the optimizer will look for."""
     kind = _made_by_torch(optimizer, live)
     known: dict[object, dict[str, _Kept]] = {}
+    tried: set[object] = set()
     for number, parameter in zip(group["params"], live["params"], strict=True):
         state = states.get(number, {})
         if state == {}:
@@ -273,13 +281,15 @@ def _check_states(
             _check_unknown(state, number, parameter)
             continue
         own = local_part(parameter)
-        scalars = {name: value for name, value in state.items() if _is_number(value)}
-        like = (own.ndim, own.dtype, own.device, repr(sorted(scalars.items(), key=str)))
+        like = own.ndim, own.dtype, own.device
         if like not in known:
-            _trial(kind, group, own, scalars, number)
             known[like] = _trial(kind, group, own, {}, number)
         for name, kept in known[like].items():
             state[name] = _checked(state.get(name), kept, parameter, name, number)
+        scalars = {name: state[name] for name, kept in known[like].items() if kept.is_number}
+        if scalars and (seen := (like, repr(scalars))) not in tried:
+            tried.add(seen)
+            _trial(kind, group, own, scalars, number)  # of their right shape, or it would crash
     if kind is SGD:
         _fill_momentum(states, group, live)
 
@@ -296,7 +306,7 @@ def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> N
     if group["dampening"]:
         raise CheckpointError(
             f"the optimizer has a momentum for parameter {there[0]} and not for all, which its "
-            "fused kernel cannot go on with; resume with fused=False"
+            "fused kernel cannot take; resume with fused=False"
         )
     for number, parameter in zip(group["params"], live["params"], strict=True):
         if parameter.requires_grad and not states.get(number):
@@ -349,12 +359,12 @@ def _trial(
         if scalars:
             table = optimizer.state_dict()
             table["state"].get(0, {}).update(scalars)
-            optimizer.load_state_dict(copy.deepcopy(table))  # it would go on with these tensors
+            optimizer.load_state_dict(copy.deepcopy(table))  # it would change these tensors
             optimizer.step()
     except Exception as error:  # whatever it is, the settings or the state do not work
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the optimizer cannot go on with what the checkpoint holds for parameter {number}: "
+            f"the optimizer cannot use what the checkpoint holds for parameter {number}: "
             f"{type(error).__name__}: {said}"
         ) from error
     return {name: _Kept(value, sizes) for name, value in optimizer.state[small].items()}
@@ -388,10 +398,6 @@ def _checked(value: object, kept: _Kept, parameter: Tensor, name: str, number: i
 
 def _is_count(value: Tensor | int | float) -> bool:
     return not isinstance(value, bool) and _finite(value) and float(value) >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:

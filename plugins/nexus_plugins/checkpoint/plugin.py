@@ -347,7 +347,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             course.forget(self._store.root)
         foreign = begun is not None and begun.is_foreign(self._store.root)
         for moved in self._store.set_aside(after=-1 if foreign else step):
-            _say(f"the run goes on from step {step}; a checkpoint of another course is now {moved}")
+            _say(
+                f"the run continues from step {step}; a checkpoint of another course is now {moved}"
+            )
         if begun is not None:
             course.note(begun, self._store.root, ready=True)
 

@@ -419,3 +419,6 @@ def _check_unknown(state: Settings, number: int, parameter: Tensor) -> None:
                 f"the optimizer's {name} of parameter {number} does not have the shape "
                 f"{tuple(parameter.shape)}; resume with the config that wrote the checkpoint"
             )
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = _laid_out(value, parameter)

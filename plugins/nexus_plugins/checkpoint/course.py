@@ -12,6 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def note(course: Course, root: Path, *, ready: bool) -> None:
 
 def forget(root: Path) -> None:
     """A run that begins at the start has not been resumed from anywhere."""
-    (root / FILE).unlink(missing_ok=True)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        (root / FILE).unlink()
 
 
 def source_for(asked: str, root: Path, *, saved: bool) -> str:
@@ -129,7 +131,7 @@ def _read(root: Path) -> Course | None:
         texts = (course.asked, course.source, *course.launch)
         if not all(isinstance(text, str) for text in texts) or len(course.launch) != 3:
             raise TypeError("text is expected")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(

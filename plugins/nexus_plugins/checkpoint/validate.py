@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nexus_core.errors import CheckpointError
 from nexus_core.state import Snapshot, TrainState
 from nexus_plugins._shared.generators import check_generators
-from nexus_plugins.checkpoint.kinds import check_kinds
+from nexus_plugins.checkpoint.kinds import Kinds, check_kinds
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["checked"]
 
 
-def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
+def checked(tree: Mapping[str, object], engine: Engine, kinds: Mapping[str, Kinds]) -> Snapshot:
     """Return the tree as the snapshot that it is.
 
     Raises:
@@ -33,7 +33,7 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     _check_counters(tree["train"])
     _check_metrics(tree["pending"], tree["metrics"])
     _check_generators(tree["random"])
-    _check_plugins(tree["plugins"], engine)
+    _check_plugins(tree["plugins"], engine, kinds)
     return cast(Snapshot, tree)
 
 
@@ -104,7 +104,7 @@ def _check_generators(saved: object) -> None:
     check_generators(table)
 
 
-def _check_plugins(plugins: object, engine: Engine) -> None:
+def _check_plugins(plugins: object, engine: Engine, kinds: Mapping[str, Kinds]) -> None:
     _require(isinstance(plugins, dict), "has no plugin states")
     for name, saved in cast(dict[object, Any], plugins).items():
         good = (
@@ -122,4 +122,4 @@ def _check_plugins(plugins: object, engine: Engine) -> None:
                 f"reads up to {plugin.state_version}; install the release that wrote it"
             )
         if plugin is not None and saved["version"] == plugin.state_version:
-            check_kinds(saved["state"], plugin.state_dict(), f"plugin '{name}'")
+            check_kinds(saved["state"], kinds.get(str(name), ""), f"plugin '{name}'")

@@ -1,6 +1,7 @@
 """A wrong order would train on samples twice or never, and make resuming inexact."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import signal

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from nexus_core import plan as planning
 from nexus_core import snapshot as snapshots
-from nexus_core.data import Batch, DataState, Place, RunData, Stream, is_same
+from nexus_core.data import Batch, RunData, Stream
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import (
     RandomState,
@@ -26,13 +26,14 @@ from nexus_core.device import (
 )
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import evaluating, measure, say_mode, train_mode
+from nexus_core.evaluation import collect, evaluating, measure, say_mode, train_mode
 from nexus_core.events import Hooks
 from nexus_core.intervals import Every, Interval, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
-from nexus_core.optimizers import check_optimizer, trained, untrained
+from nexus_core.optimizers import Untrained, check_optimizer, trained
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
+from nexus_core.reading import Reading
 from nexus_core.step import Step
 from nexus_core.update import compute_gradient, count_units, prepare, take_step
 
@@ -96,13 +97,10 @@ class Engine(EarlierNames):
         self._agreement = Agreement(self.ranks)
         self._wish: str | None = None  # to stop, of this process
         self._running = False
-        self._read: Data | None = None  # the data that the cursor is in
-        self._stream: Stream | None = None
-        self._place: Place | None = None  # in the stream, as of the last step
-        self._data_state: DataState | None = None  # of a snapshot, until there is a stream
+        self._reading = Reading()
         self._due: set[str] = set()  # what the end of the present step has not come to yet
         self._partial: tuple[Step, RandomState] | None = None  # a step between two of its turns
-        self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
+        self._untrained = Untrained()
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
@@ -197,7 +195,7 @@ class Engine(EarlierNames):
             self.plan, Defaults(), lambda plugin: not getattr(plugin, "only_watches", False)
         )
         try:
-            stream = self._opened(data, self.horizon, None)
+            stream = self._reading.open(data, self.state, (self.horizon,))
             acting.on_start(engine=self)
             step = prepare(self, stream.take(self.accumulate, self.horizon))
             count_units(self, step)
@@ -254,10 +252,7 @@ class Engine(EarlierNames):
 
     def untrained(self) -> list[nn.Parameter]:
         """The model's other parameters; looked up anew when the optimizer's groups have changed."""
-        size = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if self._outside[0] != size:
-            self._outside = size, untrained(self.optimizer, self.model)
-        return self._outside[1]
+        return self._untrained.of(self.optimizer, self.model)
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
@@ -267,7 +262,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
-        snapshot = snapshots.gather(self, self._where())
+        snapshot = snapshots.gather(self, self._reading.state())
         planning.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
@@ -293,11 +288,10 @@ class Engine(EarlierNames):
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
-        now, due = snapshots.gather(self, self._where()), self._due
-        at = self._read, self._stream, self._place
+        now, before = snapshots.gather(self, self._reading.state()), (self._reading, self._due)
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
         self._restore(cast(snapshots.Snapshot, {**deepcopy(snapshot), **kept}))
-        (self._read, self._stream, self._place), self._due = at, due
+        self._reading, self._due = before
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
@@ -313,15 +307,8 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self._data_state = snapshot.get("data")
-        self._read = self._stream = self._place = None
+        self._reading = Reading(snapshot.get("data"))
         self._due, self._partial = set(), None
-
-    def _where(self) -> DataState | None:
-        """Which data the cursor is in, and where."""
-        if self._stream is None or self._place is None:
-            return self._data_state
-        return self._stream.state(self._place)
 
     def _loop(
         self,
@@ -333,9 +320,9 @@ class Engine(EarlierNames):
         failure: BaseException | None = None
         try:
             self.stop_reason = self._wish if self.ranks.size == 1 else None
-            stream = self._opened(data, horizon, period)
-            self._log_due = Every(self.log_every, self.state)
-            self._eval_due = Every(period, self.state)
+            stream = self._reading.open(data, self.state, (horizon, period))
+            every = {"log": self.log_every, "evaluate": period}
+            self._periods = {name: Every(length, self.state) for name, length in every.items()}
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
             say_mode(self.model)
@@ -364,18 +351,6 @@ class Engine(EarlierNames):
             if closing is not None and closing is not failure:
                 raise closing
 
-    def _opened(self, data: Data, horizon: Interval, period: Interval | None) -> Stream:
-        """The stream of this data from the cursor on; the open one of an iterator goes on."""
-        if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
-            return self._stream
-        stream = Stream(data, self.state, self._where(), is_same(data, self._read))
-        for length in filter(None, (horizon, period)):
-            stream.check(length)
-        self._read, self._stream, self._place = data, stream, stream.place
-        self.state.epoch, self.state.batch = stream.place.epoch, stream.place.batch
-        self.state.epoch_length = stream.length
-        return stream
-
     def _take_step(self, stream: Stream, horizon: Interval, undo: Undo) -> bool:
         """Take one step, or none at the data's end; one that fails leaves no trace."""
         undo.take()
@@ -392,8 +367,9 @@ class Engine(EarlierNames):
 
         try:
             step = self._step = self._continued() or prepare(self, micro)
-            begin = self._agreement.begin
-            take_step(self, step, lambda: begin(*step.size(), self._wish), between_turns)
+            take_step(
+                self, step, lambda: self._agreement.begin(*step.size(), self._wish), between_turns
+            )
         except BaseException:
             if self._step is not None and self._step.is_done:
                 self._commit(stream, self._step)
@@ -423,8 +399,11 @@ class Engine(EarlierNames):
             self.hook.on_step(engine=self, step=self._step)
         if "log" in self._due:
             self._log()
-        evaluated = self.state.evaluated_at == self.state.step
-        if "evaluate" in self._due and eval_data is not None and not evaluated:
+        if (
+            "evaluate" in self._due
+            and eval_data is not None
+            and self.state.evaluated_at != self.state.step
+        ):
             self.evaluate(eval_data)
             self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
         self._due.clear()
@@ -432,9 +411,7 @@ class Engine(EarlierNames):
 
     def _commit(self, stream: Stream, step: Step | None) -> None:
         """Move all counters and the cursor together: here, and nowhere else."""
-        place = stream.place
-        self.state.epoch, self.state.batch = place.epoch, place.batch
-        self.state.epoch_length, self._place = stream.length, place
+        self._reading.commit(stream, self.state)
         if step is None:
             return
         rows, tokens, reason = self._agreement.end()
@@ -443,23 +420,13 @@ class Engine(EarlierNames):
         self.state.tokens += tokens
         self.state.seconds = self._agreement.clock() - self._started
         self.stop_reason = reason if self.ranks.size > 1 else self._wish
-        self._due = {"follow", "end"}
-        self._due |= {"log"} if self._log_due.due(self.state) else set()
-        self._due |= {"evaluate"} if self._eval_due.due(self.state) else set()
+        due = (name for name, every in self._periods.items() if every.due(self.state))
+        self._due = {"follow", "end", *due}
 
     def _log(self) -> None:
-        sums = self.meter.state_dict()
-        if not (metrics := self.meter.read(self.ranks)):
-            return
-        metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        try:
-            for answer in self.hook.collect_metrics(engine=self):
-                metrics |= answer
-        except BaseException:
-            self.meter.load_state_dict(sums)
-            raise
-        self.metrics |= metrics
-        self.hook.on_log(engine=self, metrics=metrics)
+        if metrics := collect(self):
+            self.metrics |= metrics
+            self.hook.on_log(engine=self, metrics=metrics)
 
     def _answers(self, hook: str) -> list[planning.Impl]:
         return planning.implementations(self.plan, hook, Defaults())

@@ -61,7 +61,7 @@ def hints_for_command_line() -> Iterator[None]:
 
 
 def hint_set(key: str, value: object) -> str:
-    """How to give a setting a value: `--set clip.max_norm=1`, or `ClipPlugin(max_norm=1)`."""
+    """How to give a setting a value: `--set sparkle.size=1`, or `SparklePlugin(size=1)`."""
     plain = value if isinstance(value, int | float | list | dict) else str(value)
     if _on_command_line:
         text = plain if isinstance(plain, str) else json.dumps(plain)
@@ -71,14 +71,14 @@ def hint_set(key: str, value: object) -> str:
 
 
 def hint_add(*plugins: str) -> str:
-    """How to add plugins: `--plugins ema,amp`, or `plugins=[..., EmaPlugin(), AmpPlugin()]`."""
+    """How to add plugins: `--plugins dew,glow`, or `plugins=[..., DewPlugin(), GlowPlugin()]`."""
     if _on_command_line:
         return f"--plugins {','.join(plugins)}"
     return f"plugins=[..., {', '.join(f'{_class_of(name)}()' for name in plugins)}]"
 
 
 def hint_leave_out(plugin: str) -> str:
-    """How to leave a plugin out: `--plugins no:clip`, or `drop ClipPlugin() from plugins=[...]`."""
+    """How to leave a plugin out: `--plugins no:glow`, or `drop GlowPlugin() from plugins=[...]`."""
     if _on_command_line:
         return f"--plugins no:{plugin}"
     return f"drop {_class_of(plugin)}() from plugins=[...]"

@@ -51,7 +51,7 @@ def find(wish: str, as_text: bool = False) -> Found:
         as_text: take every file of text, whatever its suffix.
 
     Raises:
-        DataError: there is none, one is of an unknown format, or something cannot be read.
+        DataError: no file is found, one is of an unknown format, or something cannot be read.
     """
     path = expanded(wish)
     try:

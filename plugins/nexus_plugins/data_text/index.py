@@ -234,7 +234,7 @@ def scan_ids(file: MappedFile, eos: int | None, cache: Path) -> Scan:
     """Read bare ids once, for the highest id and for documents that end in eos.
 
     Raises:
-        DataError: there is none.
+        DataError: no document is found.
     """
     if not len(file.array):
         raise DataError(f"{file.path} holds no ids; leave it out")

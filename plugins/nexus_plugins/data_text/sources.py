@@ -71,7 +71,7 @@ def find_sources(config: DataTextConfig) -> Sources:
     """Find the files of the settings; nothing that is evaluated on is brought along for training.
 
     Raises:
-        DataError: there is none, or one cannot be read.
+        DataError: no file is found, or one cannot be read.
     """
     finder, other = _Finder(), _Finder()
     train = finder.find(config.train)

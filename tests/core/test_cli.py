@@ -326,11 +326,12 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> 
 def test_a_hint_is_in_the_words_of_the_command() -> None:
     result = run("tiny.yaml", "-p", "lr_rsqrt,no:lr_cosine", "-s", "lr_rsqrt.warmup=null")
     assert "--set lr_rsqrt.timescale='1000 steps'" in result.output
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    plugins = [LrRsqrtPlugin(warmup=None)]
+    engine = Engine(model, optimizer, loss=lambda model, batch: model(batch).sum(), plugins=plugins)
     with pytest.raises(ConfigError, match=r"LrRsqrtPlugin\(timescale='1000 steps'\)"):
-        Engine(
-            torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), loss=torch.sum,
-            plugins=[LrRsqrtPlugin(warmup=None)],
-        ).fit([torch.ones(1)], until=1)  # fmt: skip
+        engine.fit([torch.ones(1)], until=1)
 
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")

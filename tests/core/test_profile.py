@@ -58,17 +58,23 @@ class WrapperPlugin(Plugin[PluginConfig]):
         return answers
 
 
+class RowsPlugin(Plugin[PluginConfig]):
+    """Brings the data."""
+
+    @hookimpl
+    def make_data(self) -> RunData:
+        data = ResumableLoader(Regression(), batch_size=4)
+        return RunData(data, {"val": data})
+
+
 def profiled(*plugins: Plugin[Any], until: str = "4 steps", trace: Path | None = None) -> Any:
     """A run of the tiny problem under the profiler: the engine, and what was measured."""
     profiler = Profiler(trace)
-    everyone = [SquaredPlugin(), *plugins]
+    everyone = [SquaredPlugin(), RowsPlugin(), *plugins]
     profiler.watch(arrange(everyone))
     torch.manual_seed(3)
     plain = tiny_engine()
     engine = Engine(plain.model, plain.optimizer, plugins=everyone, seed=5, log_every=3)
-    rows = Regression()
-    data = ResumableLoader(rows, batch_size=4)
-    engine.data = RunData(data, {"val": data})
     profiler.attach(engine)
     engine.fit(until=until)
     profiler.stop()

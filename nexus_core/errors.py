@@ -71,14 +71,14 @@ def hint_set(key: str, value: object) -> str:
 
 
 def hint_add(*plugins: str) -> str:
-    """How to add plugins: `--plugins one,two`, or `plugins=[..., OnePlugin(), TwoPlugin()]`."""
+    """How to add plugins: `--plugins dew,glow`, or `plugins=[..., DewPlugin(), GlowPlugin()]`."""
     if _on_command_line:
         return f"--plugins {','.join(plugins)}"
     return f"plugins=[..., {', '.join(f'{_class_of(name)}()' for name in plugins)}]"
 
 
 def hint_leave_out(plugin: str) -> str:
-    """How to leave a plugin out: `--plugins no:one`, or `drop OnePlugin() from plugins=[...]`."""
+    """How to leave a plugin out: `--plugins no:glow`, or `drop GlowPlugin() from plugins=[...]`."""
     if _on_command_line:
         return f"--plugins no:{plugin}"
     return f"drop {_class_of(plugin)}() from plugins=[...]"

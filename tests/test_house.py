@@ -52,13 +52,13 @@ def beyond(paths: Iterator[Path], budget: int) -> dict[str, int]:
 
 ENGINE = 250
 """The loop is to be read in one sitting; what is not the loop has a room of its own."""
-CORE = 1950
+CORE = 2100
 """All of the core but commands, kit and bases: what must be known to know what a run does."""
 FILE = 170
 """Of one file: more does not stay in a reader's head. A budget that hurts asks for parts."""
 FLAT = 110
 """Of a plugin that is one file, so that one that grows becomes a folder."""
-BASES = 600
+BASES = 650
 """All that authors derive from."""
 LARGER = {
     "nexus_core/bases/background.py": 200,
@@ -69,9 +69,11 @@ LARGER = {
     "nexus_core/plan.py": 250,
     "nexus_core/testing/contract.py": 315,
     "plugins/nexus_plugins/checkpoint/folder.py": 200,
-    "plugins/nexus_plugins/checkpoint/plugin.py": 310,
+    "plugins/nexus_plugins/checkpoint/optimizer.py": 260,
+    "plugins/nexus_plugins/checkpoint/plugin.py": 345,
     "plugins/nexus_plugins/data_text/dataset.py": 240,
-    "plugins/nexus_plugins/data_text/formats.py": 295,
+    "plugins/nexus_plugins/data_text/formats.py": 310,
+    "plugins/nexus_plugins/data_text/index.py": 180,
     "plugins/nexus_plugins/data_text/prepare.py": 255,
     "plugins/nexus_plugins/data_text/rows.py": 195,
     "plugins/nexus_plugins/data_text/stream.py": 210,

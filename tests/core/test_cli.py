@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_plugins.jsonl import JsonlPlugin
 from nexus_plugins.lr_rsqrt import LrRsqrtPlugin
+from tiny import tiny_engine
 
 
 @pytest.fixture(autouse=True)
@@ -325,14 +327,11 @@ def test_a_hint_is_in_the_words_of_the_command() -> None:
     result = run("tiny.yaml", "-p", "lr_rsqrt,no:lr_cosine", "-s", "lr_rsqrt.warmup=null")
     assert "--set lr_rsqrt.timescale='1000 steps'" in result.output
     model = torch.nn.Linear(1, 1)
-    engine = Engine(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        loss=lambda m, b: m(b).sum(),
-        plugins=[LrRsqrtPlugin(warmup=None)],
-    )
+    optimizer = torch.optim.SGD(model.parameters())
+    plugins = [LrRsqrtPlugin(warmup=None)]
+    engine = Engine(model, optimizer, loss=lambda model, batch: model(batch).sum(), plugins=plugins)
     with pytest.raises(ConfigError, match=r"LrRsqrtPlugin\(timescale='1000 steps'\)"):
-        engine.fit([torch.ones(1, 1)], until=1)
+        engine.fit([torch.ones(1)], until=1)
 
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")
@@ -420,6 +419,25 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--plugins" in done.stdout
+
+
+def test_a_signal_that_a_launcher_hands_on_is_the_same_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Breaks if a signal to a group, which torchrun repeats, ends the run before it has saved."""
+    now, ended = [0.0], list[int]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    engine = tiny_engine()
+    with session.stopping_on_signals(engine) as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] = 1.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGTERM, signal.SIGINT]
+        assert engine.stop_reason == "SIGTERM"
+        now[0] = 10.0
+        monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
+        signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGTERM]
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _unknown(tokenizer: Any, vocabulary: dict[str, int]) -> int:
-    """The id of text that the vocabulary lacks; -1 where it has no such id."""
+    """The id of text that the vocabulary lacks; -1 if it has no such id."""
     model = json.loads(tokenizer.to_str()).get("model", {})
     by_number = model.get("unk_id")
     named = vocabulary.get(model.get("unk_token") or "", -1)

@@ -242,7 +242,7 @@ def scan_ids(
         check: called before the first read; raises where the file is not what it is taken for.
 
     Raises:
-        DataError: there are no ids.
+        DataError: no document is found.
     """
     if not len(file.array):
         raise DataError(f"{file.path} holds no ids; leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -83,6 +84,15 @@ def test_another_batch_size_continues_at_the_right_row(
     rest = again.fit(ResumableLoader(Ids(), after, seed=1, shuffle=shuffle), "1 epochs")
     whole = [row for b in ResumableLoader(Ids(), 1, seed=1, shuffle=shuffle) for row in b]
     assert read + rest == [int(row) for row in whole]
+
+
+def test_a_loader_is_read_again_after_a_loop_that_was_left_is_collected() -> None:
+    """Breaks if a reader that comes back from among the garbage reads nothing."""
+    loader = ResumableLoader(Ids(), 4, shuffle=False)
+    for _ in range(3):
+        Counter().fit(loader, "4 steps")
+        gc.collect()
+        assert Counter().fit(loader, "1 epochs") == list(range(ROWS))
 
 
 def test_a_changed_length_is_said() -> None:

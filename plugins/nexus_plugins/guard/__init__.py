@@ -1,4 +1,7 @@
-"""Bad numbers never reach the weights: `plugin` refuses, `record` notes down, `replay` explains."""
+"""Bad numbers never reach the weights.
+
+`plugin` refuses, `held` holds the optimizer back, `record` notes down, `replay` explains.
+"""
 
 from __future__ import annotations
 

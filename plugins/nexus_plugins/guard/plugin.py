@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.optim import Optimizer
 
 from nexus_core import Plugin, PluginConfig, RunError, StateDict, hookimpl
 from nexus_core.device import RandomState, random_state
 from nexus_core.optimizers import members, needs_closure
 from nexus_core.processes import gather, is_sharded, local_part
 from nexus_core.snapshot import Snapshot
+from nexus_plugins.guard.held import flagged, unmoved
 from nexus_plugins.guard.record import Attempt, write_record
 from nexus_plugins.guard.replay import replay
 from nexus_plugins.guard.spikes import Spikes
@@ -186,9 +186,9 @@ class GuardPlugin(Plugin[GuardConfig]):
         with ExitStack() as guarded:
             for optimizer in members(engine.optimizer, step.turn).values():
                 if not self._waits:
-                    guarded.enter_context(_flagged(optimizer, step))
+                    guarded.enter_context(flagged(optimizer, step))
                 elif self._streak:
-                    guarded.enter_context(_unmoved(optimizer))
+                    guarded.enter_context(unmoved(optimizer))
             if self._waits and self._streak:
                 for parameter in engine.parameters(step.turn):
                     parameter.grad = None  # an optimizer leaves alone what has no gradient
@@ -306,34 +306,6 @@ class GuardPlugin(Plugin[GuardConfig]):
         engine.rewind(cast(Snapshot, self._snapshot))
         self._rollbacks += 1
         self._going_back = False
-
-
-@contextmanager
-def _unmoved(optimizer: Optimizer) -> Iterator[None]:
-    """Undo what an optimizer counts in its groups though a refused step left it no gradient."""
-    groups = [dict(group) for group in optimizer.param_groups]
-    yield
-    for group, before in zip(optimizer.param_groups, groups, strict=True):
-        group.clear()
-        group.update(before)
-
-
-@contextmanager
-def _flagged(optimizer: Any, step: Step) -> Iterator[None]:
-    """Have an optimizer's `found_inf` be raised as it steps, besides what a scaler has found."""
-
-    def flag(optimizer: Any, *_: object) -> None:
-        refused = cast(Tensor, step.refused)
-        found = getattr(optimizer, "found_inf", refused)
-        optimizer.found_inf = torch.maximum(refused, found.to(refused.device))
-
-    handle = optimizer.register_step_pre_hook(flag)
-    try:
-        yield
-    finally:
-        handle.remove()
-        if hasattr(optimizer, "found_inf"):  # a gradient scaler cleans up after itself
-            del optimizer.found_inf
 
 
 def _values(gradient: Tensor) -> Tensor:

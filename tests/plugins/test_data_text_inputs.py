@@ -211,6 +211,24 @@ def test_files_of_megatron_are_read(tmp_path: Path, cache: Path, kind: int, widt
         data_of(cache, path)
 
 
+@pytest.mark.parametrize("kind", ["megatron", "ours"])
+def test_beginnings_beyond_all_numbers_are_refused(tmp_path: Path, cache: Path, kind: str) -> None:
+    """The difference of two 64-bit numbers runs over, and then looks like a step forward."""
+    if kind == "megatron":
+        path = megatron(tmp_path, 8, "<u2", [[5, 6, 0], [7, 0], [8, 0], [9, 0], [1, 0]])
+        index, at = path.with_suffix(".idx"), -8
+    else:
+        (tmp_path / "a.jsonl").write_text('{"text": "words"}\n' * 5)
+        prepare([tmp_path / "a.jsonl"], tmp_path / "p", Job())
+        path, index, at = tmp_path / "p", tmp_path / "p/train.idx", -8 * 6
+    edges = np.array([6756557849044511745, -6756557849044511745], "<i8").tobytes()
+    raw = bytearray(index.read_bytes())
+    raw[at - 16 : at] = edges
+    index.write_bytes(raw)
+    with pytest.raises(DataError, match="beginnings of .*documents go backwards"):
+        data_of(cache, path)
+
+
 def test_prepared_ids_without_their_index_are_read_by_the_record(
     tmp_path: Path, cache: Path
 ) -> None:

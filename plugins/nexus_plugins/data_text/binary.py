@@ -164,9 +164,10 @@ class TokenFile:
         starts = self.starts.array
         ends_right = int(starts[0]) == 0 and int(starts[-1]) == self.header.tokens
         for first in range(0, len(starts), _PORTION):
-            steps = np.diff(starts[first : first + _PORTION + 1])
-            if not ends_right or (len(steps) and steps.min() < 0):
-                at = first + int(steps.argmin()) if ends_right else 0
+            some = starts[first : first + _PORTION + 1]
+            backwards = some[1:] < some[:-1]  # a difference could run over
+            if not ends_right or backwards.any():
+                at = first + int(backwards.argmax()) if ends_right else 0
                 raise DataError(
                     f"{index}: the beginnings of documents go backwards or past the "
                     f"{self.header.tokens:,} tokens of {self.path.name} (at document {at}); "

@@ -273,20 +273,15 @@ def test_what_a_forged_state_may_say_changes_nothing_that_this_run_decides(
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int64])
-def test_a_count_of_another_dtype_is_read_or_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_count_of_another_dtype_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     """Breaks if looking at a number fails because PyTorch does not calculate in its dtype."""
     folder = forged(tmp_path, adamw, of_first())
     path = folder / "optimizer.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     save_file({**tensors, "state.0.step": torch.tensor(3.0).to(dtype)}, path)
     resign(folder)
-    engine = engine_in(tmp_path / "new", adamw)
-    if dtype is torch.float8_e4m3fn:
-        engine.resume(str(folder))
-        engine.fit(batches(), until=4)
-        return
-    with pytest.raises(CheckpointError, match="step of parameter 0"):
-        engine.resume(str(folder))
+    with pytest.raises(CheckpointError, match="parameter 0"):
+        engine_in(tmp_path / "new", adamw).resume(str(folder))
 
 
 def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path) -> None:

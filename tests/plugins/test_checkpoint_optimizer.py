@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -224,6 +225,7 @@ NAN, BIAS = {"$float": "nan"}, {"$tensor": "state.3.exp_avg"}
         of_first(exp_avg="abc"),
         of_first(step=BIAS),
         of_first(step=-1),
+        of_first(step=None),
         of_first(step=NAN),
         of_first(step="3"),
         lambda o: o["state"]["$dict"][0][1].pop("step"),
@@ -268,6 +270,18 @@ def test_what_a_forged_state_may_say_changes_nothing_that_this_run_decides(
     engine.fit(batches(), until=4)
     group = engine.optimizer.param_groups[0]
     assert (group["fused"], group["foreach"], group["eps"]) == (None, None, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int64])
+def test_a_count_of_another_dtype_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Breaks if looking at a number fails because PyTorch does not calculate in its dtype."""
+    folder = forged(tmp_path, adamw, of_first())
+    path = folder / "optimizer.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file({**tensors, "state.0.step": torch.tensor(3.0).to(dtype)}, path)
+    resign(folder)
+    with pytest.raises(CheckpointError, match="parameter 0"):
+        engine_in(tmp_path / "new", adamw).resume(str(folder))
 
 
 def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path) -> None:

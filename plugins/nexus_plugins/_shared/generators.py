@@ -35,11 +35,14 @@ def check_generators(saved: Mapping[str, Any]) -> None:
         name, keys, position, has_gauss, cached = saved["numpy"]
         _require(type(position) is int and 0 <= position <= _WORDS and type(has_gauss) is int)
         key_array = np.array(keys, dtype=np.uint32)
+        _require(key_array.shape == (_WORDS,))
         np.random.RandomState().set_state((name, key_array, position, has_gauss, cached))
         torch.Generator().set_state(saved["torch"].clone())
         _check_place(saved["torch"])
         _check_devices(saved["devices"])
-    except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError, KeyError) as error:
+    except (
+        ValueError, TypeError, RuntimeError, OverflowError, AttributeError, LookupError,
+    ) as error:  # fmt: skip
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"the states of the random generators are not such: {said}"

@@ -237,7 +237,7 @@ def _alike(saved: object, live: object) -> bool:
 
 def _finite(value: Tensor | int | float) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and bool(value.isfinite().all())
+        return value.numel() == 1 and not value.is_complex() and math.isfinite(_real(value))
     return abs(value) < 1 << 63 if isinstance(value, int) else math.isfinite(value)
 
 
@@ -414,7 +414,12 @@ def _checked(value: object, kept: _Kept, parameter: Tensor, name: str, number: i
 
 
 def _is_count(value: Tensor | int | float) -> bool:
-    return not isinstance(value, bool) and _finite(value) and float(value) >= 0
+    return not isinstance(value, bool) and _finite(value) and _real(value) >= 0
+
+
+def _real(value: Tensor | int | float) -> float:
+    """A number, of whatever dtype; PyTorch does not calculate in each."""
+    return float(value.double().item() if isinstance(value, Tensor) else value)
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 
 from torch import Tensor
 
+from nexus_core.progress import Progress
 from nexus_core.step import Step
 
 __all__ = ["EarlierNames"]
@@ -14,7 +15,7 @@ __all__ = ["EarlierNames"]
 class EarlierNames:
     """Attributes of earlier releases: they work during a step, and warn."""
 
-    _step: Step | None = None
+    _progress: Progress
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -38,4 +39,4 @@ class EarlierNames:
     def _of_step(self, name: str, now: str) -> Step:
         text = f"engine.{name} is {now} since plugin API 1.2: let the hook take `step`"
         warnings.warn(text, FutureWarning, stacklevel=3)
-        return self._step or Step(0, ())
+        return self._progress.step or Step(0, ())

@@ -13,29 +13,21 @@ from torch.optim import Optimizer
 
 from nexus_core import plan as planning
 from nexus_core import snapshot as snapshots
-from nexus_core.data import Batch, RunData, Stream
+from nexus_core.data import Batch, RunData
 from nexus_core.defaults import Defaults, FunctionLossPlugin
-from nexus_core.device import (
-    RandomState,
-    Undo,
-    check_values,
-    pick_device,
-    random_state,
-    seed_everything,
-    set_random_state,
-)
+from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import collect, evaluating, measure, say_mode, train_mode
+from nexus_core.evaluation import evaluating, measure, say_mode, train_mode
 from nexus_core.events import Hooks
-from nexus_core.intervals import Every, Interval, Result, TrainState
+from nexus_core.intervals import Interval, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
-from nexus_core.optimizers import Untrained, check_optimizer, trained
+from nexus_core.optimizers import check_optimizer, trained, untrained
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
-from nexus_core.reading import Reading
+from nexus_core.progress import Course, Progress
 from nexus_core.step import Step
-from nexus_core.update import compute_gradient, count_units, prepare, take_step
+from nexus_core.update import compute_gradient, count_units, prepare
 
 __all__ = ["Engine", "Result"]
 
@@ -90,17 +82,13 @@ class Engine(EarlierNames):
         self.ranks = Ranks.current()
         self.state = TrainState()
         self.horizon: Interval | None = None
-        self.stop_reason: str | None = None
         self.training, self.split = True, "train"
         self.metrics: dict[str, float] = {}
         self.meter = Meter()
         self._agreement = Agreement(self.ranks)
-        self._wish: str | None = None  # to stop, of this process
+        self._progress = Progress()
         self._running = False
-        self._reading = Reading()
-        self._due: set[str] = set()  # what the end of the present step has not come to yet
-        self._partial: tuple[Step, RandomState] | None = None  # a step between two of its turns
-        self._untrained = Untrained()
+        self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
@@ -195,7 +183,7 @@ class Engine(EarlierNames):
             self.plan, Defaults(), lambda plugin: not getattr(plugin, "only_watches", False)
         )
         try:
-            stream = self._reading.open(data, self.state, (self.horizon,))
+            stream = self._progress.open(self, data, self.horizon, None)
             acting.on_start(engine=self)
             step = prepare(self, stream.take(self.accumulate, self.horizon))
             count_units(self, step)
@@ -224,15 +212,18 @@ class Engine(EarlierNames):
         return metrics
 
     @property
+    def stop_reason(self) -> str | None:
+        """Why the loop ends before its horizon; None: it does not."""
+        return self._agreement.reason
+
+    @property
     def stopping(self) -> bool:
         """Whether the loop ends after the present step."""
         return self.stop_reason is not None
 
     def stop(self, reason: str = "stopped by the program") -> None:
         """End the loop after the present step, or before its first; all processes end together."""
-        self._wish = reason
-        if self.ranks.size == 1:
-            self.stop_reason = reason
+        self._agreement.stop(reason)
 
     def log(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
@@ -252,7 +243,10 @@ class Engine(EarlierNames):
 
     def untrained(self) -> list[nn.Parameter]:
         """The model's other parameters; looked up anew when the optimizer's groups have changed."""
-        return self._untrained.of(self.optimizer, self.model)
+        size = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if self._outside[0] != size:
+            self._outside = size, untrained(self.optimizer, self.model)
+        return self._outside[1]
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
@@ -262,7 +256,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
-        snapshot = snapshots.gather(self, self._reading.state())
+        snapshot = snapshots.gather(self, self._progress.where())
         planning.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
@@ -288,10 +282,11 @@ class Engine(EarlierNames):
 
         Counters, metrics, random generators and the place in the data stay: time goes on.
         """
-        now, before = snapshots.gather(self, self._reading.state()), (self._reading, self._due)
+        progress = self._progress
+        now = snapshots.gather(self, progress.where())
         kept = {key: now[key] for key in ("train", "pending", "metrics", "random", "data")}
         self._restore(cast(snapshots.Snapshot, {**deepcopy(snapshot), **kept}))
-        self._reading, self._due = before
+        self._progress = progress
 
     def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
@@ -307,8 +302,7 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self._reading = Reading(snapshot.get("data"))
-        self._due, self._partial = set(), None
+        self._progress = Progress(snapshot.get("data"))
 
     def _loop(
         self,
@@ -319,18 +313,17 @@ class Engine(EarlierNames):
     ) -> Iterator[TrainState]:
         failure: BaseException | None = None
         try:
-            self.stop_reason = self._wish if self.ranks.size == 1 else None
-            stream = self._reading.open(data, self.state, (horizon, period))
-            every = {"log": self.log_every, "evaluate": period}
-            self._periods = {name: Every(length, self.state) for name, length in every.items()}
+            self._agreement.open()
+            stream = self._progress.open(self, data, horizon, period)
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
             say_mode(self.model)
-            self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
-            self._started = self._agreement.clock() - self.state.seconds
-            undo = Undo(self.model)
-            while self._due or not (self.stopping or horizon.reached(self.state)):
-                if not self._due and not self._take_step(stream, horizon, undo):
+            self._agreement.settle()
+            course = Course(
+                self, self._progress, stream, self._agreement, horizon, self.log_every, period
+            )
+            while self._progress.due or not (self.stopping or horizon.reached(self.state)):
+                if not self._progress.due and not course.take_step():
                     break
                 self._end_step(eval_data)
                 yield self.state
@@ -346,87 +339,39 @@ class Engine(EarlierNames):
             self._call_all("on_error", failure, error=error)
             raise
         finally:
-            self._wish = None
+            self._agreement.close()
             closing = self._call_all("on_close", failure)
             if closing is not None and closing is not failure:
                 raise closing
 
-    def _take_step(self, stream: Stream, horizon: Interval, undo: Undo) -> bool:
-        """Take one step, or none at the data's end; one that fails leaves no trace."""
-        undo.take()
-        place, mark = stream.place, self.meter.mark()
-        self._step, micro = None, stream.take(self.accumulate, horizon)
-        if not micro:
-            self._commit(stream, None)
-            return False
-
-        def between_turns() -> None:
-            nonlocal mark
-            mark = self.meter.mark()
-            undo.take()
-
-        try:
-            step = self._step = self._continued() or prepare(self, micro)
-            take_step(
-                self, step, lambda: self._agreement.begin(*step.size(), self._wish), between_turns
-            )
-        except BaseException:
-            if self._step is not None and self._step.is_done:
-                self._commit(stream, self._step)
-            else:
-                stream.give_back(micro, place)
-                self.meter.rollback(mark)
-                undo.put_back()
-                if self._step is not None and self._step.turns_done:
-                    self._partial = self._step, random_state()
-            raise
-        self._commit(stream, step)
-        return True
-
-    def _continued(self) -> Step | None:
-        """The step that failed after some of its turns, at the turn that failed."""
-        if self._partial is None:
-            return None
-        (step, generators), self._partial = self._partial, None
-        set_random_state(generators)
-        return step
-
     def _end_step(self, eval_data: Data | Mapping[str, Data] | None) -> None:
         """Do what is due when a step is done; what failed before it was begun stays due."""
-        if "follow" in self._due:
-            self._due.remove("follow")
-            assert self._step is not None
-            self.hook.on_step(engine=self, step=self._step)
-        if "log" in self._due:
+        due = self._progress.due
+        if "follow" in due and self._progress.step is not None:
+            due.remove("follow")
+            self.hook.on_step(engine=self, step=self._progress.step)
+        if "log" in due:
             self._log()
-        if (
-            "evaluate" in self._due
-            and eval_data is not None
-            and self.state.evaluated_at != self.state.step
-        ):
+        evaluated = self.state.evaluated_at == self.state.step
+        if "evaluate" in due and eval_data is not None and not evaluated:
             self.evaluate(eval_data)
-            self.stop_reason = self._agreement.stop(self._wish, self.stop_reason)
-        self._due.clear()
+            self._agreement.settle()
+        due.clear()
         self.hook.on_step_end(engine=self)
 
-    def _commit(self, stream: Stream, step: Step | None) -> None:
-        """Move all counters and the cursor together: here, and nowhere else."""
-        self._reading.commit(stream, self.state)
-        if step is None:
-            return
-        rows, tokens, reason = self._agreement.end()
-        self.state.step += 1
-        self.state.samples += rows
-        self.state.tokens += tokens
-        self.state.seconds = self._agreement.clock() - self._started
-        self.stop_reason = reason if self.ranks.size > 1 else self._wish
-        due = (name for name, every in self._periods.items() if every.due(self.state))
-        self._due = {"follow", "end", *due}
-
     def _log(self) -> None:
-        if metrics := collect(self):
-            self.metrics |= metrics
-            self.hook.on_log(engine=self, metrics=metrics)
+        sums = self.meter.state_dict()
+        if not (metrics := self.meter.read(self.ranks)):
+            return
+        metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        try:
+            for answer in self.hook.collect_metrics(engine=self):
+                metrics |= answer
+        except BaseException:
+            self.meter.load_state_dict(sums)
+            raise
+        self.metrics |= metrics
+        self.hook.on_log(engine=self, metrics=metrics)
 
     def _answers(self, hook: str) -> list[planning.Impl]:
         return planning.implementations(self.plan, hook, Defaults())

@@ -105,7 +105,6 @@ class Run(Protocol):
     horizon: Interval | None
     training: bool
     split: str
-    stop_reason: str | None
     metrics: dict[str, float]
     meter: Meter
     model: nn.Module
@@ -114,6 +113,8 @@ class Run(Protocol):
     plugins: dict[str, Plugin[Any]]
     hook: Hooks
 
+    @property
+    def stop_reason(self) -> str | None: ...
     @property
     def stopping(self) -> bool: ...
     def stop(self, reason: str = ...) -> None: ...

@@ -60,40 +60,60 @@ class Agreement:
 
     `begin` sends what this process has, `end` takes what all have; the exchange runs while the
     weights are updated. In a single process nothing is sent.
+
+    Attributes:
+        reason: why all processes stop; None: they go on.
     """
 
     def __init__(self, ranks: Ranks) -> None:
+        self.reason: str | None = None
         self._ranks = ranks
+        self._wish: str | None = None  # to stop, of this process
         self._own = 0, 0
-        self._stop: str | None = None
         self._sums: Tensor
         self._work: dist.Work | None = None
         self._now = 0.0
 
-    def begin(self, rows: int = 0, tokens: int = 0, stop: str | None = None) -> None:
-        """Send rows and tokens of this process since the last time, and its reason to stop."""
-        self._own, self._stop = (rows, tokens), stop
+    def open(self) -> None:
+        """A loop begins; a stop that was asked for before it holds."""
+        self.reason = self._wish if self._ranks.size == 1 else None
+        self.settle()
+
+    def close(self) -> None:
+        """The loop is over, and with it the wish to stop it."""
+        self._wish = None
+
+    def stop(self, reason: str) -> None:
+        """This process wants to stop."""
+        self._wish = reason
+        if self._ranks.size == 1:
+            self.reason = reason
+
+    def settle(self) -> None:
+        """Have all processes know of a wish to stop, outside of a step."""
+        if self._ranks.size > 1:
+            self.begin()
+            self.end()
+
+    def begin(self, rows: int = 0, tokens: int = 0) -> None:
+        """Send rows and tokens of this process since the last time, and its wish to stop."""
+        self._own = rows, tokens
         if self._ranks.size > 1:
             now = time.perf_counter() if self._ranks.is_main else 0.0
-            self._sums = torch.tensor([rows, tokens, now, stop is not None], dtype=torch.double)
+            wish = self._wish is not None
+            self._sums = torch.tensor([rows, tokens, now, wish], dtype=torch.double)
             self._work = dist.all_reduce(self._sums, async_op=True)
 
-    def end(self) -> tuple[int, int, str | None]:
-        """Rows and tokens of all processes, and the reason of the first that wants to stop."""
+    def end(self) -> tuple[int, int]:
+        """Rows and tokens of all processes; their reason to stop is that of the first with one."""
         if self._work is None:
-            return *self._own, self._stop
+            return self._own
         self._work.wait()
         self._work = None  # it keeps the group's connections
         rows, tokens, self._now, stops = self._sums.tolist()
-        found = gather(self._ranks, self._stop) if stops else []
-        return int(rows), int(tokens), next(filter(None, found), None)
-
-    def stop(self, wish: str | None, reason: str | None) -> str | None:
-        """The reason of all processes to stop, outside of a step; `reason` in a single one."""
-        if self._ranks.size > 1:
-            self.begin(stop=wish)
-            *_, reason = self.end()
-        return reason
+        wishes = gather(self._ranks, self._wish) if stops else []
+        self.reason = next(filter(None, wishes), None)
+        return int(rows), int(tokens)
 
     def clock(self) -> float:
         """Seconds; in several processes those of the main one, as of the last exchange."""

@@ -1,10 +1,11 @@
 """Kill a small run with every first-party plugin again and again, and compare it bit by bit.
 
-    python -m benchmarks.crash [--kills 200] [--seed 0] [--out DIR]
+    python -m benchmarks.crash [--kills 200] [--terms 0.33] [--workers 2] [--seed 0] [--out DIR]
 
 The same as `nexus-run verify-resume`, with a config of its own: the NEXUS model and all its
 losses on a few kilobytes of text, accumulation, AMP, curriculum, EMA, guard, loggers, evaluation,
-and a checkpoint every other step. One kill in three comes while a checkpoint is being written.
+two loader workers, and a checkpoint every other step. One kill in three comes while a checkpoint is
+being written, and one in three is a SIGTERM to the run and its workers, after which it has saved.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ __all__ = ["config_of", "crash"]
 STEPS_PER_KILL = 6
 
 
-def config_of(steps: int, train: str, valid: str) -> dict[str, object]:
+def config_of(steps: int, train: str, valid: str, workers: int = 0) -> dict[str, object]:
     """A config with each first-party plugin that can be in one run, over two text files."""
+    text: dict[str, object] = {"train": train, "valid": valid, "seq_len": 32, "batch_size": 2}
     plugins: dict[str, dict[str, object]] = {
-        "data_text": {"train": train, "valid": valid, "seq_len": 32, "batch_size": 2},
+        "data_text": {**text, "num_workers": workers},
         "model_nexus": {"d_model": 32, "ssm_n_layers": 1},
         "loss_lm": {},
         "loss_world": {},
@@ -62,31 +64,45 @@ def config_of(steps: int, train: str, valid: str) -> dict[str, object]:
     }
 
 
-def crash(kills: int, out: Path, seed: int = 0) -> Report:
-    """Kill the run so often; the config is left in `out` beside the certificate."""
+def crash(
+    kills: int, out: Path, seed: int = 0, *, terms: float = 1 / 3, workers: int = 2
+) -> Report:
+    """Kill the run so often; the config is left in `out` beside the certificate.
+
+    Args:
+        kills: how often.
+        out: a new folder.
+        seed: of the moments.
+        terms: share of the kills that are a SIGTERM.
+        workers: processes that read ahead.
+    """
     steps = STEPS_PER_KILL * kills + 10
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.with_suffix(".yaml")
     train, valid = out.with_suffix(".train.txt"), out.with_suffix(".valid.txt")
     train.write_text("".join(f"{n} squared is {n * n}. " for n in range(300)), encoding="utf-8")
     valid.write_text("".join(f"{n} squared is {n * n}. " for n in range(300, 310)), "utf-8")
-    text = yaml.safe_dump(config_of(steps, str(train), str(valid)), sort_keys=False)
+    text = yaml.safe_dump(config_of(steps, str(train), str(valid), workers), sort_keys=False)
     config.write_text(text, encoding="utf-8")
-    return verify_resume(str(config), out, kills=kills, seed=seed, threads=1)
+    return verify_resume(str(config), out, kills=kills, seed=seed, threads=1, terms=terms)
 
 
 def main() -> None:
     """Print the outcome; exit 1 where one bit differs or fewer kills than asked for came."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--terms", type=float, default=1 / 3)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp(prefix="nexus-crash-")) / "crash"
     begin = time.perf_counter()
-    report = crash(options.kills, out, options.seed)
+    terms, workers = options.terms, options.workers
+    report = crash(options.kills, out, options.seed, terms=terms, workers=workers)
     print(
-        f"{report.kills} kills, {report.within_saves} while saving, {report.kills} resumes, "
+        f"{report.kills} kills, {report.terms} of them SIGTERM, {report.within_saves} while "
+        f"saving, {report.kills} resumes, "
         f"{report.steps} steps, {time.perf_counter() - begin:.0f} s: "
         f"{'identical to the undisturbed run' if report.holds else 'DIFFERENT'}"
     )

@@ -6,7 +6,7 @@ A changed file whose hashes were made to fit is what somebody writes who means h
 from and trained on for a step: a `CheckpointError` or a step that works are right, another error, a
 signal, or memory beyond a bound are not. Runs have fused AdamW, AdamW with three moments, fused SGD
 with momentum, or NAdam, and plugins with states of all kinds. The work is done in processes of a
-few hundred mutations each, so that a crash is seen and the rest goes on behind it.
+few hundred mutations each, so that a crash is seen and the others are still done.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import Distribution
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def _in_child(begin: int, end: int, folder: Path, seed: int, outcome: Outcome) -
     """Do some mutations in a fork; returns the number that comes next."""
     read, write = os.pipe()
     child = os.fork()
-    if child == 0:  # it must never go on with what its parent was about to do
+    if child == 0:  # it must never do what its parent was about to do
         code = 1
         try:
             os.close(read)
@@ -138,7 +139,9 @@ def _in_child(begin: int, end: int, folder: Path, seed: int, outcome: Outcome) -
 
 def _work(begin: int, end: int, folder: Path, seed: int, say: Callable[[str], object]) -> None:
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # nobody pulls the plug
-    lock.installed = cache(lock.installed)  # type: ignore[assignment]  # it does not change
+    lock.installed = cache(lock.installed)  # type: ignore[assignment]  # it does not change,
+    told = cast(property, Distribution.metadata).fget  # nor does what is said of it
+    Distribution.metadata = property(cache(told))  # type: ignore[method-assign,assignment,arg-type]
     torch.set_num_threads(1)
     before = _peak_kb()
     with tempfile.TemporaryDirectory(dir=folder) as room:

@@ -7,7 +7,15 @@ import dataclasses
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, TypeGuard, cast
@@ -170,6 +178,10 @@ class Stream:
             raise
         return taken
 
+    def close(self) -> None:
+        """Give up reading, so that the data may be read by others at once."""
+        self._batches.close()
+
     def give_back(self, taken: Sequence[Micro], place: Place) -> None:
         """Return micro-batches that were not trained on, where they cannot be read again."""
         if isinstance(self.data, Iterator):
@@ -224,7 +236,7 @@ class Stream:
                 f"the run continues at batch {state.batch} of the epoch"
             )
 
-    def _read(self) -> Iterator[tuple[Micro | None, Place]]:
+    def _read(self) -> Generator[tuple[Micro | None, Place]]:
         """Each micro-batch with the cursor after it; None with that of an end seen late."""
         while True:
             epoch = self.place.epoch

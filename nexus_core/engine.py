@@ -18,11 +18,11 @@ from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import evaluating, measure, say_mode, train_mode
+from nexus_core.evaluation import collect, evaluating, measure, say_mode, train_mode
 from nexus_core.events import Hooks
 from nexus_core.intervals import Interval, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
-from nexus_core.optimizers import check_optimizer, trained, untrained
+from nexus_core.optimizers import Untrained, check_optimizer, trained
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
 from nexus_core.progress import Course, Progress
@@ -88,7 +88,7 @@ class Engine(EarlierNames):
         self._agreement = Agreement(self.ranks)
         self._progress = Progress()
         self._running = False
-        self._outside: tuple[int, list[nn.Parameter]] = (-1, [])
+        self._untrained = Untrained()
 
         self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
@@ -243,10 +243,7 @@ class Engine(EarlierNames):
 
     def untrained(self) -> list[nn.Parameter]:
         """The model's other parameters; looked up anew when the optimizer's groups have changed."""
-        size = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if self._outside[0] != size:
-            self._outside = size, untrained(self.optimizer, self.model)
-        return self._outside[1]
+        return self._untrained.of(self.optimizer, self.model)
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
@@ -360,18 +357,9 @@ class Engine(EarlierNames):
         self.hook.on_step_end(engine=self)
 
     def _log(self) -> None:
-        sums = self.meter.state_dict()
-        if not (metrics := self.meter.read(self.ranks)):
-            return
-        metrics["train/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        try:
-            for answer in self.hook.collect_metrics(engine=self):
-                metrics |= answer
-        except BaseException:
-            self.meter.load_state_dict(sums)
-            raise
-        self.metrics |= metrics
-        self.hook.on_log(engine=self, metrics=metrics)
+        if metrics := collect(self):
+            self.metrics |= metrics
+            self.hook.on_log(engine=self, metrics=metrics)
 
     def _answers(self, hook: str) -> list[planning.Impl]:
         return planning.implementations(self.plan, hook, Defaults())

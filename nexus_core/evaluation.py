@@ -18,7 +18,7 @@ from nexus_core.events import Run
 from nexus_core.optimizers import members, trained
 from nexus_core.step import merge, metric_name
 
-__all__ = ["evaluating", "measure", "say_mode", "train_mode"]
+__all__ = ["collect", "evaluating", "measure", "say_mode", "train_mode"]
 
 
 @contextmanager
@@ -89,6 +89,21 @@ def train_mode(optimizer: Optimizer) -> None:
     for member in members(optimizer).values():
         if callable(train := getattr(member, "train", None)):
             train()
+
+
+def collect(engine: Run) -> dict[str, float]:
+    """The training metrics since the last log, read; they stay unread where a plugin fails."""
+    sums = engine.meter.state_dict()
+    if not (metrics := engine.meter.read(engine.ranks)):
+        return {}
+    metrics["train/learning_rate"] = float(engine.optimizer.param_groups[0]["lr"])
+    try:
+        for answer in engine.hook.collect_metrics(engine=engine):
+            metrics |= answer
+    except BaseException:
+        engine.meter.load_state_dict(sums)
+        raise
+    return metrics
 
 
 def say_mode(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from nexus_core.errors import ConfigError
 
 __all__ = [
     "Optimizers",
+    "Untrained",
     "check_optimizer",
     "clear_gradients",
     "members",
@@ -226,3 +227,17 @@ def untrained(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
     """The model's parameters that the optimizer does not update; they may get gradients."""
     known = {id(parameter) for parameter in trained(optimizer)}
     return [parameter for parameter in model.parameters() if id(parameter) not in known]
+
+
+class Untrained:
+    """The model's other parameters, looked up anew when the optimizer's groups have changed."""
+
+    def __init__(self) -> None:
+        self._size, self._found = -1, list[nn.Parameter]()
+
+    def of(self, optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of a model that its optimizer does not update."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._size != size:
+            self._size, self._found = size, untrained(optimizer, model)
+        return self._found

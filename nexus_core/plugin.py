@@ -203,6 +203,10 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
 
 def _shown(fault: ErrorDetails, model: type[BaseModel]) -> str:
     """What a wrong setting was, as far as everybody may read it."""
-    field = model.model_fields.get(str(fault["loc"][0])) if fault["loc"] else None
-    secret = field is not None and "Secret" in str(field.annotation)
-    return "a secret" if secret else f"{fault['input']!r:.200}"
+    secret = {name for name, f in model.model_fields.items() if "Secret" in str(f.annotation)}
+    place, given = fault["loc"], fault["input"]
+    if place and place[0] in secret:
+        return "a secret"
+    if isinstance(given, dict) and not place:
+        given = {name: value for name, value in given.items() if name not in secret}
+    return f"{given!r:.200}"

@@ -52,6 +52,8 @@ class Progress:
         stream = Stream(data, engine.state, self.where(), is_same(data, self._read))
         for length in filter(None, (horizon, period)):
             stream.check(length)
+        if self._stream is not None:
+            self._stream.close()
         self._read, self._stream, self._place = data, stream, stream.place
         engine.state.epoch, engine.state.batch = stream.place.epoch, stream.place.batch
         engine.state.epoch_length = stream.length

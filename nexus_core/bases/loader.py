@@ -101,7 +101,7 @@ class ResumableLoader:
     def batches_from_row(self, epoch: int, row: int) -> Iterator[Batch]:
         """The batches of an epoch from a row on, wherever a batch of another size ended."""
         order, loader = self._idle.pop() if self._idle else self._new_reader()
-        order.epoch, order.row = epoch, row
+        order.lists, order.epoch, order.row = WeakMethod(self._sample_lists), epoch, row
         with signals_held():  # until the workers that it starts know what to do about them
             batches = iter(loader)
         return self._read((order, loader), batches)
@@ -129,10 +129,8 @@ class ResumableLoader:
             self._idle.append(reader)  # its workers live on for the next epoch
 
     def _new_reader(self) -> _Reader:
-        order, dismissed = (
-            _Order(WeakMethod(self._sample_lists), self.batch_size),
-            multiprocessing.Event(),
-        )
+        order = _Order(WeakMethod(self._sample_lists), self.batch_size)
+        dismissed = multiprocessing.Event()
         loader: DataLoader[Batch | DataError] = DataLoader(
             self._fetch,
             batch_sampler=order,
@@ -175,6 +173,8 @@ class _Order:
     """A batch sampler that asks for the lists of samples from where it is told to start.
 
     It does not keep its loader alive: workers in a circle of references are ended by force, late.
+    The reference is renewed for each reading: the garbage collector clears one that it has met in a
+    circle, though a reader came out of it again.
     """
 
     lists: WeakMethod[Callable[[int, int], list[list[int]]]]

@@ -55,6 +55,7 @@ class Report:
 
     Args:
         kills: how often the run was killed and resumed.
+        terms: how many of the kills were a SIGTERM, after which a run saves and ends.
         within_saves: how many of the kills met a checkpoint being written.
         steps: how many steps the run has.
         differences: what differs, first step first; empty where the runs agree.
@@ -62,6 +63,7 @@ class Report:
     """
 
     kills: int = 0
+    terms: int = 0
     within_saves: int = 0
     steps: int = 0
     differences: list[str] = field(default_factory=list)
@@ -147,6 +149,7 @@ def verify_resume(
     sets: Sequence[str] = (),
     seed: int = 0,
     threads: int | None = None,
+    terms: float = 0.0,
 ) -> Report:
     """Do a run twice, undisturbed and killed, and compare every step of it.
 
@@ -158,6 +161,7 @@ def verify_resume(
         sets: as `--set`, each.
         seed: of the moments of the kills.
         threads: that torch uses in a run; None leaves it to torch.
+        terms: share of the kills that are a SIGTERM to the run and its workers, not a SIGKILL.
 
     Returns:
         The report, which is also written to `certificate.json`.
@@ -182,10 +186,12 @@ def verify_resume(
     moments = random.Random(seed)
     while report.kills < kills:
         life = _live(nursery, order, disturbed)
-        if not _kill(life, disturbed, report.steps / max(kills, 1), moments):
+        term = moments.random() < terms
+        if not _kill(life, disturbed, report.steps / max(kills, 1), moments, term=term):
             _finish(life, disturbed)
             break
         report.kills += 1
+        report.terms += term
         report.within_saves += _saving(disturbed)
     else:
         _finish(_live(nursery, order, disturbed), disturbed)
@@ -224,6 +230,7 @@ def _life(order: Order, out: Path) -> None:
     from nexus_core.cli.settings import read_settings
     from nexus_core.plan import arrange
 
+    os.setpgid(0, 0)  # with its workers it is a group that can be signalled
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -249,7 +256,9 @@ def _finish(life: ForkServerProcess, out: Path) -> None:
         )
 
 
-def _kill(life: ForkServerProcess, out: Path, steps: float, moments: random.Random) -> bool:
+def _kill(
+    life: ForkServerProcess, out: Path, steps: float, moments: random.Random, *, term: bool
+) -> bool:
     """Kill a run at a random moment; False where it ended before that.
 
     Args:
@@ -258,6 +267,7 @@ def _kill(life: ForkServerProcess, out: Path, steps: float, moments: random.Rand
         steps: the most that a life does beyond where the notes of the last one end.
         moments: decides when; one kill in three waits for a checkpoint that is being written, and
             one in ten does not wait for a step.
+        term: by a SIGTERM to the run and its workers.
     """
     within_save = moments.random() < _SAVE_SHARE
     at_start = not within_save and moments.random() < 0.1
@@ -275,6 +285,14 @@ def _kill(life: ForkServerProcess, out: Path, steps: float, moments: random.Rand
         return False
     assert life.pid is not None
     with suppress(ProcessLookupError):
+        if term:
+            os.kill(life.pid, signal.SIGCONT)  # it may have been frozen within a save
+            try:
+                os.killpg(life.pid, signal.SIGTERM)
+            except ProcessLookupError:  # it has not made its group yet, and has no workers
+                os.kill(life.pid, signal.SIGTERM)
+            life.join()
+            return life.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
         os.kill(life.pid, signal.SIGKILL)
     life.join()
     return life.exitcode == -signal.SIGKILL

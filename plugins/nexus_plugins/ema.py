@@ -73,11 +73,16 @@ class EmaPlugin(Plugin[EmaConfig]):
         self._seen = (0, 0, 0)
         self._collect(engine)
 
+    @hookimpl(stage="measure")
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        """Take in what has begun to be trained, before it moves."""
+        if not step.again:
+            self._collect(engine)
+
     @hookimpl
     @torch.no_grad()
-    def on_step(self, engine: Engine, step: Step) -> None:
+    def on_step(self, step: Step) -> None:
         """Move the average towards the weights; a refused step leaves it where it is."""
-        self._collect(engine)
         self._updates += 1
         decay = self.config.decay
         if self.config.ramp:

@@ -1,5 +1,7 @@
 """A wrong order would train on samples twice or never, and make resuming inexact."""
 
+import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -249,6 +251,23 @@ def test_workers_leave_signals_to_the_process_that_trains(method: str) -> None:
         assert workers <= {child.pid for child in multiprocessing.active_children()}
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("read", [1, 99])
+def test_workers_of_a_loader_that_is_dropped_end_with_it(read: int) -> None:
+    """Red if it takes the collector, which cuts the workers' queues, so that each is waited for."""
+    others = {child.pid for child in multiprocessing.active_children()}
+    gc.disable()
+    try:
+        loader = ResumableLoader(Squares(20), 4, num_workers=2)
+        batches = loader.batches(0)
+        for _ in itertools.islice(batches, read):
+            pass
+        batches.close()  # type: ignore[attr-defined]
+        del loader, batches
+        assert {child.pid for child in multiprocessing.active_children()} <= others
+    finally:
+        gc.enable()
 
 
 KILLED = """

@@ -1,5 +1,7 @@
 """A setting that is misread or silently ignored would spoil a run of weeks."""
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -12,7 +14,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from benchmarks.fuzz_config import Case, cases, try_case
 from nexus_core import ConfigError, Interval, Plugin, PluginConfig
@@ -396,6 +398,12 @@ class Service(PluginConfig):
     token: SecretStr = SecretStr("")
     limit: float = Field(math.inf, allow_inf_nan=True)
 
+    @model_validator(mode="after")
+    def _somebody(self) -> Service:
+        if not self.user:
+            raise ValueError("a service needs a user")
+        return self
+
 
 class ServicePlugin(Plugin[Service]):
     """Talks to a service."""
@@ -405,9 +413,10 @@ def test_a_secret_is_neither_stored_nor_shown() -> None:
     stored = ServicePlugin(token="hunter2", user="you").config.model_dump(mode="json")
     assert stored == {"user": "you", "limit": "inf"}
     assert ServicePlugin(**stored).config.limit == math.inf
-    with pytest.raises(ConfigError) as caught:
-        ServicePlugin(token=["hunter2"])
-    assert "hunter2" not in str(caught.value)
+    for wrong in ({"token": ["hunter2"]}, {"token": "hunter2", "user": ""}):
+        with pytest.raises(ConfigError, match="service") as caught:
+            ServicePlugin(**wrong)
+        assert "hunter2" not in str(caught.value)
 
 
 def test_an_infinite_setting_survives_what_is_stored_and_read_again(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ class CirclePlugin(GoodPlugin):
 
 
 class OutstagedPlugin(GoodPlugin):
-    """Wants to scale what clip has clipped; but the stage of clip comes after its own."""
+    """Wants to scale what clip has clipped; but the stage of clip comes after the one it names."""
 
     after = ("clip",)
 

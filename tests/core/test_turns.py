@@ -285,6 +285,32 @@ def test_a_refused_step_leaves_weights_and_average_of_every_turn(case: Any) -> N
     assert all(value.isfinite().all() for value in seen[4])
 
 
+class BadClimbPlugin(Plugin[PluginConfig]):
+    """Spoils the gradient of the third step where it is computed again, and nowhere else."""
+
+    @hookimpl
+    def after_backward(self, engine: Engine, step: Any) -> None:
+        if step.again and step.number == 3:
+            engine.parameters()[0].grad.mul_(float("nan"))
+
+
+def test_a_gradient_that_is_bad_only_when_computed_again_is_refused_too() -> None:
+    ema = EmaPlugin(decay=DECAY, ramp=False)
+    engine = CASES["sam"].engine(GuardPlugin(), ClipPlugin(), ema, BadClimbPlugin(), log_every=1)
+    seen: dict[int, list[Tensor]] = {}
+
+    def watch() -> None:
+        for state in engine.steps(BATCHES, until=4):
+            values = [*engine.model.parameters(), *ema.weights().values()]
+            seen[state.step] = [value.detach().clone() for value in values]
+
+    with pytest.warns(RuntimeWarning, match="step 3 was refused"):
+        watch()
+    assert all(map(torch.equal, seen[2], seen[3]))
+    assert not any(map(torch.equal, seen[3][:2], seen[4][:2]))
+    assert engine.metrics["guard/skipped_steps"] == 1
+
+
 def test_a_list_of_optimizers_steps_all_of_them() -> None:
     torch.manual_seed(0)
     model = net(1).eval()

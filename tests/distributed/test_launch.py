@@ -137,7 +137,7 @@ def test_a_signal_to_one_process_or_all_saves_and_ends_all(to_all: bool, tmp_pat
 
 
 def test_a_restart_before_the_first_save_resumes_from_the_named_checkpoint(tmp_path: Path) -> None:
-    """Red if a run that goes on from elsewhere begins at the start when a process dies early."""
+    """Red if a run that is resumed from elsewhere begins at the start when a process dies early."""
     write_run(tmp_path)
     first = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "base")
     said = first.communicate(timeout=PATIENCE_S)[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.mutations import resign
 from nexus_core import Engine, ResumableLoader
 from nexus_core.cli.run import main as nexus_run
 from nexus_plugins.checkpoint import CheckpointPlugin
@@ -90,4 +93,67 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     file.write_bytes(raw)
     code, output = command(tmp_path / "run", "--out", tmp_path / "model")
     assert (code, "SHA-256" in output) == (2, True)
+    assert not (tmp_path / "model").exists()
+
+
+def test_export_says_what_the_model_is(tmp_path: Path) -> None:
+    """Red if somebody must guess which programs read the folder."""
+    trained(tmp_path / "run")
+    code, output = command(tmp_path / "run", "--out", tmp_path / "model")
+    assert (code, "README.md" in output) == (0, True)
+    card = (tmp_path / "model/README.md").read_text()
+    assert "`model_tied`" in card
+    assert "library_name: nexus-trainer" in card
+    assert "AutoConfig" in card
+
+
+BOMB = "plugins:\n  model_tied: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"  b{n}: &b{n} [{', '.join([f'*b{n - 1}' if n else '*a'] * 9)}]\n" for n in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "fault"),
+    [
+        ("config.yaml", lambda text: BOMB, "aliases"),
+        ("config.yaml", lambda text: "[" * 10_000, "nested|not YAML"),
+        ("config.yaml", lambda text: "a: " + "x" * (2 << 20), "more than"),
+        ("config.yaml", lambda text: "\x00", "not YAML"),
+        ("config.yaml", lambda text: "plugins: {model_tied: [1, 2]}", None),
+        ("config.yaml", lambda text: "plugins: {model_tied: {day: 2024-01-01}}", None),
+        ("config.yaml", lambda text: "- 1", None),
+        ("state.json", lambda text: text.replace('"plugins": {', '"plugins": {"model_tied": 5, '),
+         None),
+        ("state.json", lambda text: json.dumps(json.loads(text) | {"model": [1]}), "no model"),
+        ("state.json", lambda text: "[]", "no model"),
+        ("state.json", lambda text: json.dumps(json.loads(text) | {
+            "model": {f"n{n}": {"$tensor": "head.weight"} for n in range(5000)}}), "stand for"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:checkpoint.best")
+def test_export_trusts_nothing_that_somebody_has_signed(
+    name: str, edit: Callable[[str], str], fault: str | None, tmp_path: Path
+) -> None:
+    """Red if a forged checkpoint ends in a traceback, takes all memory, or leaves half a folder."""
+    trained(tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/step-00000006"
+    (folder / name).write_text(edit((folder / name).read_text()))
+    resign(folder)
+    code, output = command(tmp_path / "run", "--out", tmp_path / "model")
+    if fault is None:
+        assert code == 0, output
+        return
+    assert code == 2, output
+    assert output.startswith("error: ")
+    assert re.search(fault, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_export_follows_no_link_beside_a_checkpoint(tmp_path: Path) -> None:
+    """Red if a file that a link leads to is exported, and perhaps published."""
+    trained(tmp_path / "run")
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "run/tokenizer.json").symlink_to(tmp_path / "secret")
+    code, output = command(tmp_path / "run", "--out", tmp_path / "model")
+    assert (code, "tokenizer.json" in output) == (2, True), output
     assert not (tmp_path / "model").exists()

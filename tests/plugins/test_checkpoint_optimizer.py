@@ -114,7 +114,7 @@ def test_another_optimizer_is_refused_or_begins_anew(
 def test_settings_that_were_changed_act_and_are_said(
     settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    """Breaks if a run goes on with the settings of the run before, as optimizers do."""
+    """Breaks if a run keeps the settings of the run before, as optimizers do."""
     engine_in(tmp_path, adamw).fit(batches(), until=3)
     engine = engine_in(tmp_path, lambda m: adamw(m, **settings))
     with pytest.warns(RuntimeWarning, match=words):
@@ -219,6 +219,7 @@ NAN, BIAS = {"$float": "nan"}, {"$tensor": "state.3.exp_avg"}
     "edit",
     [
         of_first(exp_avg=BIAS),
+        of_first(exp_avg_sq={"$tensor": "state.2.step"}),
         of_first(exp_avg_sq=None),
         of_first(exp_avg="abc"),
         of_first(step=BIAS),

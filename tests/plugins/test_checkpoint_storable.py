@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.mutations import resign
 from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
 from nexus_plugins.checkpoint import CheckpointPlugin, tensorfile
 from tiny import Regression, tiny_engine
@@ -253,3 +255,24 @@ def test_a_state_of_other_kinds_is_refused_before_the_plugin_trusts_it(
         return
     with pytest.raises(CheckpointError, match=f"plugin 'kinds'{place}"):
         again.resume()
+
+
+class LaterPlugin(KindsPlugin):
+    """Its state has a value from the first step on."""
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        self.state["o"] = [engine.state.step]
+
+
+def test_an_engine_that_has_trained_takes_back_what_it_had_not_yet(tmp_path: Path) -> None:
+    """Breaks if a state of the beginning is refused for what the plugin has become since."""
+    engine = engine_in(tmp_path, LaterPlugin(), every=1)
+    train(engine, 2)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    state = json.loads((folder / "state.json").read_text())
+    state["plugins"]["later"]["state"]["o"] = None
+    (folder / "state.json").write_text(json.dumps(state))
+    resign(folder)
+    engine.resume(str(folder))
+    assert engine.plugins["later"].state_dict()["o"] is None

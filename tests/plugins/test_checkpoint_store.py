@@ -189,7 +189,7 @@ def other_run(out: Path, until: int) -> Path:
     return out / "checkpoints" / f"step-{until:08d}"
 
 
-@pytest.mark.filterwarnings("ignore:the run goes on")
+@pytest.mark.filterwarnings("ignore:the run continues")
 @pytest.mark.parametrize("later", [True, False])
 def test_a_run_killed_before_its_first_save_goes_on_from_where_it_had_begun(
     later: bool, tmp_path: Path
@@ -213,7 +213,7 @@ def test_a_run_killed_before_its_first_save_goes_on_from_where_it_had_begun(
     assert first_weight(last) == first_weight(again)
 
 
-@pytest.mark.filterwarnings("ignore:the run goes on")
+@pytest.mark.filterwarnings("ignore:the run continues")
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_a_kill_while_a_course_begins_never_leads_back(
     moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +243,7 @@ def test_a_kill_while_a_course_begins_never_leads_back(
     assert again.state.step == 3
 
 
-@pytest.mark.filterwarnings("ignore:the run goes on")
+@pytest.mark.filterwarnings("ignore:the run continues")
 def test_a_restart_by_the_launcher_takes_what_this_launch_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from nexus_core.processes import Ranks
 from nexus_plugins.data_text import DataTextConfig, DataTextPlugin
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.dataset import TextData, open_data
+from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.rows import Layout, PackedRows, PaddedRows, as_it_is
 from nexus_plugins.data_text.stream import Chain, Named, Stream, TokenStream
 from nexus_plugins.data_text.tokenizer import ByteTokenizer
@@ -610,6 +611,9 @@ def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
     assert int(batch["label_bytes"].sum()) + firsts == text - lost
     said = [note for note in data.notes() if f"{lost:,} bytes of text have no id" in note]
     assert len(said) == (kind == "lossy")
+    prepare([path], tmp_path / "p", Job(tokenizer=name))
+    again = data_of(cache, train=str(tmp_path / "p"), seq_len=4, valid_share=0).notes()
+    assert any("the tokenizer loses text" in note for note in again) == (kind == "lossy")
     assert (batch["label_bytes"] >= 0).all()
 
 

@@ -335,6 +335,8 @@ def corrupt(path: Path, change: Callable[[bytearray], object]) -> None:
 
 BAD = {
     "utf8.txt": (b"good\nb\xffd\n", r"utf8\.txt, line 2, byte 2 \(0xff\) is not UTF-8"),
+    "wide.txt": ("hello\n".encode("utf-16"), r"line 1, byte 1 .* looks like UTF-16"),
+    "packed.txt": (gzip.compress(b"hello"), r"line 1, byte 2 .* looks like gzip"),
     "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"utf8\.jsonl, line 2, byte 11"),
     "lone.jsonl": (b'{"text": "\\ud800"}\n', r"lone\.jsonl, line 1, byte 1 .* not UTF-8"),
     "cut.jsonl": (b'{"text": "a"}\n{"text": ', r"cut\.jsonl, line 2 is not JSON"),

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, RunError, Step, hookimpl
+from nexus_core.cli.run import main as nexus_run
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
@@ -565,3 +569,103 @@ def test_a_record_that_is_none_is_said(tmp_path: Path) -> None:
     engine = engine_of(GuardPlugin())
     with pytest.raises(CheckpointError, match="cannot replay"):
         engine.plugins["guard"].replay(engine, tmp_path)  # type: ignore[attr-defined]
+
+
+def recorded(out: Path) -> Path:
+    """A record of a refused step."""
+    engine = engine_of(PoisonPlugin(3, kind="batch"), GuardPlugin(), out=out)
+    with pytest.warns(RuntimeWarning, match=REFUSED):
+        engine.fit(data(), until=4)
+    return out / "guard" / "step-00000003"
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: edited(folder, lambda facts: facts.pop(name))
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    facts = json.loads((folder / "record.json").read_text())
+    edit(facts)
+    (folder / "record.json").write_text(json.dumps(facts))
+
+
+def linked(name: str) -> Callable[[Path], object]:
+    def link(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return link
+
+
+def retold(name: str, tensor: Tensor) -> Callable[[Path], object]:
+    def put(folder: Path) -> None:
+        path = folder / "step.safetensors"
+        tensors = {n: t.clone() for n, t in load_file(path).items()}
+        save_file({**tensors, name: tensor}, path)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        *(linked(n) for n in ("record.json", "step.safetensors", "model.safetensors")),
+        *(without(n) for n in ("step", "verdict", "batches", "python", "numpy")),
+        lambda f: edited(f, lambda facts: facts.update(batches=[1])),
+        lambda f: edited(f, lambda facts: facts.update(batches={"0": 5})),
+        lambda f: edited(f, lambda facts: facts.update(step="x")),
+        lambda f: edited(f, lambda facts: facts["python"].__setitem__(1, [1])),
+        lambda f: edited(f, lambda facts: facts["numpy"].__setitem__(2, 10**6)),
+        lambda f: (f / "record.json").write_text("[" * 100_000),
+        lambda f: (f / "record.json").write_text("[]"),
+        lambda f: (f / "model.safetensors").write_bytes(b"x" * 100),
+        retold("torch", torch.zeros(5056, dtype=torch.uint8)),
+        retold("batch.0.x", torch.zeros(3, 99)),
+        retold("batch.0.x", torch.zeros(3, dtype=torch.int64)),
+    ],
+)
+def test_a_forged_record_is_only_ever_a_checkpoint_error(
+    forge: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """Breaks if a record from elsewhere ends in a traceback, or a link in it is followed."""
+    record = recorded(tmp_path)
+    forge(record)
+    engine = engine_of(GuardPlugin())
+    with pytest.raises(CheckpointError, match=r"cannot replay|cannot be done again"):
+        engine.plugins["guard"].replay(engine, record)  # type: ignore[attr-defined]
+
+
+def test_replay_writes_nowhere_that_a_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a run folder from elsewhere makes `replay` write outside it, or blow up."""
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(300)))
+    plugins: dict[str, Any] = {
+        "data_text": {"train": "corpus.txt", "seq_len": 32, "batch_size": 4, "cache_dir": "cache"},
+        "model_nexus": {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
+        "loss_lm": {}, "optim_adamw": {"lr": 1e-3}, "jsonl": {},
+        "guard": {"spike_threshold": 1e-6, "spike_window": 8, "records": 1},
+    }  # fmt: skip
+    Path("tiny.yaml").write_text(yaml.safe_dump({"until": "30 steps", "plugins": plugins}))
+    ran = CliRunner().invoke(nexus_run, ["tiny.yaml", "--out", "run", "--quiet"])
+    assert "nexus-run replay" in ran.output, ran.output
+    (record,) = Path("run/guard").iterdir()
+    config = Path("run/config.yaml")
+    settings = yaml.safe_load(config.read_text())
+    settings["plugins"]["jsonl"]["file"] = str(tmp_path / "outside" / "metrics.jsonl")
+    settings["plugins"]["data_text"]["cache_dir"] = "~/outside/cache"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.write_text(yaml.safe_dump(settings))
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    done = CliRunner().invoke(nexus_run, ["replay", str(record)])
+    assert (done.exit_code, "loss lm" in done.output) == (0, True), done.output
+    assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
+    bomb = "a: &a [x, x]\nplugins: [*a, *a]\n"
+    for text, fault in ((bomb, "aliases"), ("a: " + "x" * (2 << 20), "more than the")):
+        config.write_text(text)
+        done = CliRunner().invoke(nexus_run, ["replay", str(record)])
+        assert (done.exit_code, fault in done.output) == (2, True), done.output
+    config.rename("elsewhere.yaml")
+    config.symlink_to(tmp_path / "elsewhere.yaml")
+    assert CliRunner().invoke(nexus_run, ["replay", str(record)]).exit_code == 2

@@ -1,8 +1,9 @@
-"""Where a run has gone on from, written down until its first save and used to find back to it.
+"""What a run was resumed from, written down until its first save and used to find back to it.
 
-A run may go on from another run's checkpoint, or from an earlier one of its own. If it is killed
-before it has saved, the newest checkpoint in its folder is one of the course that it has left. So
-`course.json` names the checkpoint before any other is set aside, and `--resume auto` looks there.
+A run may be resumed from another run's checkpoint, or from an earlier one of its own. If it is
+killed before it has saved, the newest checkpoint in its folder is one of the course that it has
+left. So `course.json` names the checkpoint before any other is set aside, and `--resume auto`
+looks there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,8 +72,9 @@ def note(course: Course, root: Path, *, ready: bool) -> None:
 
 
 def forget(root: Path) -> None:
-    """A run that begins at the start has not gone on from anywhere."""
-    (root / FILE).unlink(missing_ok=True)
+    """A run that begins at the start has not been resumed from anywhere."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        (root / FILE).unlink()
 
 
 def source_for(asked: str, root: Path, *, saved: bool) -> str:
@@ -84,7 +87,7 @@ def source_for(asked: str, root: Path, *, saved: bool) -> str:
 
     Returns:
         The same; or "auto" where the launcher has started this run again since; or the checkpoint
-        that the run went on from, where it has not saved since.
+        that the run was resumed from, where it has not saved since.
 
     Raises:
         CheckpointError: what was written down cannot be read.
@@ -98,7 +101,7 @@ def source_for(asked: str, root: Path, *, saved: bool) -> str:
 
 
 def _taken_already(asked: str, course: Course) -> bool:
-    """Whether this launch has gone on from there, and saved what it did since."""
+    """Whether this launch has been resumed from there already."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0" or course.asked != _absolute(asked):
         return False
@@ -128,11 +131,11 @@ def _read(root: Path) -> Course | None:
         texts = (course.asked, course.source, *course.launch)
         if not all(isinstance(text, str) for text in texts) or len(course.launch) != 3:
             raise TypeError("text is expected")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}; it names the checkpoint that this run went on from. "
-            "Remove it to go on from the newest checkpoint beside it"
+            f"{path} cannot be read: {error}; it names the checkpoint that this run was resumed "
+            "from. Remove it to resume from the newest checkpoint beside it"
         ) from error
     return course

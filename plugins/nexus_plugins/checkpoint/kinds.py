@@ -1,15 +1,23 @@
-"""The kinds of values in a plugin's state, held against those that the plugin itself has now."""
+"""The kinds of values in a plugin's state, held against those that the plugin starts with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias, Union
 
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 
-__all__ = ["check_kinds"]
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
 
+__all__ = ["Kinds", "check_kinds", "kinds_of"]
+
+Kinds: TypeAlias = Union[str, "dict[object, Kinds]"]
+"""What is expected, by key; an empty text where it may be anything."""
+
+_DEPTH = 16
 _KINDS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
     ("a number", (int, float)),
     ("text", str),
@@ -19,30 +27,44 @@ _KINDS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
 )
 
 
-def check_kinds(saved: object, now: object, where: str) -> None:
+def kinds_of(engine: Engine) -> dict[str, Kinds]:
+    """The kinds in each plugin's state; call it before anything is trained or restored.
+
+    What is None or is not there then may become anything.
+    """
+    return {name: _kinds(plugin.state_dict()) for name, plugin in engine.plugins.items()}
+
+
+def check_kinds(saved: object, expected: Kinds, where: str) -> None:
     """See that what a plugin would take back is of the kind that it keeps.
 
     A plugin reads its state with trust: text in the place of a number would end as an error in the
-    first step, far from its cause. What is None or is not there now may be anything.
+    first step, far from its cause.
 
     Args:
         saved: of the checkpoint.
-        now: what the plugin's `state_dict` returns before it takes anything back.
+        expected: of the plugin.
         where: the place, for the error.
 
     Raises:
         CheckpointError: a value is of another kind.
     """
-    expected, got = _kind(now), _kind(saved)
-    if not expected:
+    if expected == "":
         return
-    if got != expected:
+    got, wanted = _kind(saved), "a dict" if isinstance(expected, dict) else expected
+    if got != wanted:
         raise CheckpointError(
-            f"the state of {where} is {got or str(saved)[:80]}, and {expected} is expected"
+            f"the state of {where} is {got or str(saved)[:80]}, and {wanted} is expected"
         )
-    if isinstance(now, Mapping) and isinstance(saved, Mapping):
-        for key in now.keys() & saved.keys():
-            check_kinds(saved[key], now[key], f"{where}.{key}")
+    if isinstance(expected, dict) and isinstance(saved, Mapping):
+        for key in expected.keys() & saved.keys():
+            check_kinds(saved[key], expected[key], f"{where}.{key}")
+
+
+def _kinds(value: object, depth: int = 0) -> Kinds:
+    if isinstance(value, dict):
+        return {k: _kinds(v, depth + 1) for k, v in value.items()} if depth < _DEPTH else ""
+    return _kind(value)
 
 
 def _kind(value: object) -> str:

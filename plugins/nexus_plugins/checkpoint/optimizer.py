@@ -260,6 +260,13 @@ class _Kept:
     value: object
     sizes: tuple[int, ...]
 
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one number, whatever the parameter's shape."""
+        return isinstance(self.value, int | float) or (
+            isinstance(self.value, Tensor) and self.value.ndim == 0
+        )
+
     def shape_for(self, parameter: Tensor) -> tuple[int, ...] | None:
         """The shape that it must have for a parameter; None where it follows another rule."""
         if not isinstance(self.value, Tensor):
@@ -280,6 +287,7 @@ def _check_states(
     """See that each parameter of a group has the states that the optimizer will look for."""
     kind = _made_by_torch(optimizer, live)
     known: dict[object, dict[str, _Kept]] = {}
+    tried: set[object] = set()
     for number, parameter in zip(group["params"], live["params"], strict=True):
         state = states.get(number, {})
         if state == {}:
@@ -290,13 +298,15 @@ def _check_states(
             _check_unknown(state, number, parameter)
             continue
         own = local_part(parameter)
-        scalars = {name: value for name, value in state.items() if _is_number(value)}
-        like = (own.ndim, own.dtype, own.device, repr(sorted(scalars.items(), key=str)))
+        like = own.ndim, own.dtype, own.device
         if like not in known:
-            _trial(kind, group, own, scalars, number)
             known[like] = _trial(kind, group, own, {}, number)
         for name, kept in known[like].items():
             state[name] = _checked(state.get(name), kept, parameter, name, number)
+        scalars = {name: state[name] for name, kept in known[like].items() if kept.is_number}
+        if scalars and (seen := (like, repr(scalars))) not in tried:
+            tried.add(seen)
+            _trial(kind, group, own, scalars, number)  # of their right shape, or it would crash
     if kind is SGD:
         _fill_momentum(states, group, live)
 
@@ -313,7 +323,7 @@ def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> N
     if group["dampening"]:
         raise CheckpointError(
             f"the optimizer has a momentum for parameter {there[0]} and not for all, which its "
-            "fused kernel cannot go on with; resume with fused=False"
+            "fused kernel cannot take; resume with fused=False"
         )
     for number, parameter in zip(group["params"], live["params"], strict=True):
         if parameter.requires_grad and not states.get(number):
@@ -366,12 +376,12 @@ def _trial(
         if scalars:
             table = optimizer.state_dict()
             table["state"].get(0, {}).update(scalars)
-            optimizer.load_state_dict(copy.deepcopy(table))  # it would go on with these tensors
+            optimizer.load_state_dict(copy.deepcopy(table))  # it would change these tensors
             optimizer.step()
     except Exception as error:  # whatever it is, the settings or the state do not work
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the optimizer cannot go on with what the checkpoint holds for parameter {number}: "
+            f"the optimizer cannot use what the checkpoint holds for parameter {number}: "
             f"{type(error).__name__}: {said}"
         ) from error
     return {name: _Kept(value, sizes) for name, value in optimizer.state[small].items()}
@@ -407,10 +417,6 @@ def _is_count(value: Tensor | int | float) -> bool:
     return not isinstance(value, bool) and _finite(value) and float(value) >= 0
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """The values in the order in which the parameter's lie in memory; fused kernels count on it."""
     plain = value.shape == parameter.shape and not (is_sharded(value) or is_sharded(parameter))
@@ -430,3 +436,6 @@ def _check_unknown(state: Settings, number: int, parameter: Tensor) -> None:
                 f"the optimizer's {name} of parameter {number} does not have the shape "
                 f"{tuple(parameter.shape)}; resume with the config that wrote the checkpoint"
             )
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = _laid_out(value, parameter)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
@@ -22,6 +24,7 @@ from nexus_core.snapshot import Snapshot
 from nexus_plugins.checkpoint import course, folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
+from nexus_plugins.checkpoint.kinds import Kinds, kinds_of
 from nexus_plugins.checkpoint.optimizer import describe_optimizer, take_over
 from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
 from nexus_plugins.checkpoint.run_lock import RunLock
@@ -116,6 +119,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._resumed = False
         self._course: course.Course | None = None
         self._built: dict[str, Json] | None = None  # the optimizer, before anything was restored
+        self._kinds: dict[str, Kinds] | None = None  # of the plugins' states, then
         self._checked = False
         self._speaks = True  # the main process does for all
 
@@ -144,7 +148,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """
         self._resumed = True
         self._best = self._best_written = None
-        self._built = self._built or describe_optimizer(engine)
+        self._look(engine)
         store = self._own_store(engine)
         folders = store.folders()
         asked, source = source, course.source_for(source, store.root, saved=bool(folders))
@@ -161,6 +165,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:
+        self._look(engine)
         self._saved_step = self._best_saved_step = -1
         self._failures = 0
         self._every = Every(self.config.every, engine.state)
@@ -172,7 +177,6 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._store.recover()
             self._make_way(engine)
             self._tell_notices()
-            self._built = self._built or describe_optimizer(engine)
             self._about = cast(Json, {**lock.describe(engine), "optimizer": self._built})
             self._config_bytes = _config_text(engine)
         if engine.ranks.is_main or any(map(is_sharded, engine.model.parameters())):
@@ -232,6 +236,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 writer.close()
             if held is not None:
                 held.release()
+
+    def _look(self, engine: Engine) -> None:
+        """Keep in mind how the run was built, once, before anything is restored or trained."""
+        if self._built is None or self._kinds is None:
+            self._built, self._kinds = describe_optimizer(engine), kinds_of(engine)
 
     def _save(self, engine: Engine, *names: str) -> None:
         """Copy the state, and have it written."""
@@ -347,7 +356,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             course.forget(self._store.root)
         foreign = begun is not None and begun.is_foreign(self._store.root)
         for moved in self._store.set_aside(after=-1 if foreign else step):
-            _say(f"the run goes on from step {step}; a checkpoint of another course is now {moved}")
+            _say(
+                f"the run continues from step {step}; a checkpoint of another course is now {moved}"
+            )
         if begun is not None:
             course.note(begun, self._store.root, ready=True)
 
@@ -359,7 +370,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         policy = self.config.resume_policy
         differences = lock.compare(content.documents["lock.json"], engine, policy)
         lay_out(content, layout_of(engine))
-        snapshot = own_share(_unpack(content, engine), engine.ranks, engine.seed)
+        snapshot = own_share(_unpack(content, engine, self._kinds or {}), engine.ranks, engine.seed)
         states = cast(dict[str, Any], snapshot["plugins"])
         for name in lock.drop_foreign_states(states, engine, policy):
             differences.append(f"the state of plugin '{name}' is lost")
@@ -407,7 +418,9 @@ def _pack(snapshot: Snapshot) -> folder.Content:
     return content
 
 
-def _unpack(content: folder.Content, engine: Engine) -> Snapshot:
+def _unpack(
+    content: folder.Content, engine: Engine, kinds: Mapping[str, Kinds] = MappingProxyType({})
+) -> Snapshot:
     """The snapshot that `_pack` made these files of."""
     document = content.documents["state.json"]
     if not isinstance(document, dict) or document.pop("format", None) != folder.FORMAT:
@@ -420,7 +433,7 @@ def _unpack(content: folder.Content, engine: Engine) -> Snapshot:
     except RecursionError as error:
         raise CheckpointError("state.json is nested too deeply") from error
     modules = tree.pop("modules", None)
-    snapshot = checked(tree, engine)
+    snapshot = checked(tree, engine, kinds)
     if snapshot["train"]["step"] != content.step:
         raise CheckpointError("the steps of state.json and manifest.json differ")
     model = OrderedDict(snapshot["model"])

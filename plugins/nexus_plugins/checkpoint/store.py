@@ -135,7 +135,7 @@ class Store:
                 moved.append(folder.rename(_unused(aside, folder.name)))
             except OSError as error:
                 raise CheckpointError(
-                    f"{folder} is of another course than the one that the run goes on with, and "
+                    f"{folder} is of another course than the one that the run is on, and "
                     f"cannot be moved to {aside}: {error.strerror}; move it away, or choose "
                     "another --out"
                 ) from error
@@ -214,7 +214,7 @@ class Store:
                 self._left.add(path.name)
                 self._notices.append(
                     f"{path} cannot be {done}: {error.strerror or error}; it stays, and the run "
-                    "goes on"
+                    "continues"
                 )
 
 

@@ -15,7 +15,7 @@ from nexus_core.errors import CheckpointError
 from nexus_core.intervals import TrainState
 from nexus_core.snapshot import OPTIONAL, Snapshot
 from nexus_plugins._shared.generators import check_generators
-from nexus_plugins.checkpoint.kinds import check_kinds
+from nexus_plugins.checkpoint.kinds import Kinds, check_kinds
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["checked"]
 
 
-def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
+def checked(tree: Mapping[str, object], engine: Engine, kinds: Mapping[str, Kinds]) -> Snapshot:
     """Return the tree as the snapshot that it is.
 
     Raises:
@@ -36,7 +36,7 @@ def checked(tree: Mapping[str, object], engine: Engine) -> Snapshot:
     _check_counters(tree["train"])
     _check_metrics(tree["pending"], tree["metrics"])
     _check_generators(tree["random"])
-    _check_plugins(tree["plugins"], engine)
+    _check_plugins(tree["plugins"], engine, kinds)
     _check_data(tree.get("data"))
     _check_extras(tree.get("extras", {}))
     return cast(Snapshot, tree)
@@ -148,7 +148,7 @@ def _check_extras(extras: object) -> None:
     )
 
 
-def _check_plugins(plugins: object, engine: Engine) -> None:
+def _check_plugins(plugins: object, engine: Engine, kinds: Mapping[str, Kinds]) -> None:
     _require(isinstance(plugins, dict), "has no plugin states")
     for name, saved in cast(dict[object, Any], plugins).items():
         good = (
@@ -166,4 +166,4 @@ def _check_plugins(plugins: object, engine: Engine) -> None:
                 f"reads up to {plugin.state_version}; install the release that wrote it"
             )
         if plugin is not None and saved["version"] == plugin.state_version:
-            check_kinds(saved["state"], plugin.state_dict(), f"plugin '{name}'")
+            check_kinds(saved["state"], kinds.get(str(name), ""), f"plugin '{name}'")

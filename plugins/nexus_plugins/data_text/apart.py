@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from nexus_plugins.data_text.cache import signature
 from nexus_plugins.data_text.paths import printable
 
-__all__ = ["Split", "copies", "in_words", "split_by_name"]
+__all__ = ["Split", "copies", "in_words", "repeated", "split_by_name"]
 
 _EVALUATION = {"val", "valid", "validation"}
 _NAMED = 3
@@ -55,22 +56,33 @@ def _words(path: Path, root: Path) -> frozenset[str]:
 def copies(files: Iterable[Path], among: Iterable[Path]) -> list[Path]:
     """The files that are among others too: the same ones, links to them, or copies."""
     others = list(dict.fromkeys(among))
-    by_size: dict[int, list[Path]] = {}
-    for path in others:
-        by_size.setdefault(path.stat().st_size, []).append(path)
-    looks: dict[Path, object] = {}
+    sizes = {path.stat().st_size for path in others}
+    alike = [path for path in files if path.stat().st_size in sizes]
+    if not alike:
+        return []
+    wanted = {path.stat().st_size for path in alike}
+    looks = {_look(path) for path in others if path.stat().st_size in wanted}
+    return [path for path in alike if _look(path) in looks]
 
-    def look(path: Path) -> object:
-        if path not in looks:
-            looks[path] = signature([path])[0][3]
-        return looks[path]
 
+def repeated(files: Sequence[Path]) -> list[Path]:
+    """The files that have come before, by the same name or as copies."""
+    sizes = Counter(path.stat().st_size for path in files)
+    seen: set[tuple[object, ...]] = set()
     found = []
     for path in files:
-        same = by_size.get(path.stat().st_size, ())
-        if any(path == other or look(path) == look(other) for other in same):
-            found.append(path)
+        if sizes[path.stat().st_size] > 1:
+            look = _look(path)
+            if look in seen:
+                found.append(path)
+            seen.add(look)
     return found
+
+
+def _look(path: Path) -> tuple[object, ...]:
+    """Size and content, of a large file in samples."""
+    _, size, _, look = signature([path])[0]
+    return size, look
 
 
 def in_words(files: Sequence[Path]) -> str:

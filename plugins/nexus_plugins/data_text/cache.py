@@ -28,7 +28,7 @@ __all__ = [
 
 CACHE_TAG = "CACHEDIR.TAG"
 _WHOLE = 1 << 20  # bytes of a file that are looked at whole
-_BLOCKS, _BLOCK = 32, 1 << 14  # else
+_BLOCKS, _BLOCK = 16, 1 << 14  # else
 
 
 def cache_folder(wish: Path | None) -> Path:
@@ -52,7 +52,8 @@ def signature(paths: Sequence[Path], changes: bool = False) -> list[list[str | i
 
     Args:
         paths: the files.
-        changes: count too what the system alone sets: which file it is, and its last change.
+        changes: count too the time that the system alone sets. Which device and inode it is does
+            not count: both change when a file system is mounted again.
     """
     return [_signature(path, changes) for path in paths]
 
@@ -64,7 +65,7 @@ def _signature(path: Path, changes: bool) -> list[str | int]:
             looks = _sample(file, status.st_size)
     except OSError as error:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
-    own = [status.st_dev, status.st_ino, status.st_ctime_ns] if changes else []
+    own = [status.st_ctime_ns] if changes else []
     return [os.path.realpath(path), status.st_size, status.st_mtime_ns, looks, *own]
 
 

@@ -314,7 +314,7 @@ class _Opener:
         files = [open_ids(folder / name, None, self.tokenizer.eos, self._cache) for name in names]
         return [self._checked(file).stream() for file in files]
 
-    def _say_loss(self, compared: int, altered: int, lost_bytes: int) -> None:
+    def _say_loss(self, compared: int = 0, altered: int = 0, lost_bytes: int = 0) -> None:
         remark = loss_in_words(compared, altered, lost_bytes)
         if remark:
             self.remarks.append(remark)
@@ -325,6 +325,7 @@ class _Opener:
             open_ids(path, self._config.ids_dtype, self.tokenizer.eos, self._cache)
         )
         self.readings.append(f"{path}: {file.how}")
+        self._say_loss(**file.loss)
         if share:
             settings = {"lengths": file.lengths, "origin": file.origin, "checksum": file.checksum}
             ids, starts = file.ids, file.starts

@@ -17,7 +17,7 @@ from nexus_plugins.data_text.stream import MappedFile
 
 __all__ = ["doubts"]
 
-_BLOCKS, _BLOCK = 8, 1 << 18  # bytes looked at
+_BLOCKS, _BLOCK = 8, 1 << 15  # bytes looked at
 _SIGNS = 20  # 2**-20 is one in a million
 _WIDE = 15  # most that the upper half of a 32-bit id holds: vocabularies up to a million
 _LARGE = 1 << 12
@@ -108,16 +108,20 @@ def _is_wide(words: NDArray[Any]) -> bool:
     if most == 0:
         return int((low > 0).sum()) >= _SIGNS
     large = int(low.max()) >= _LARGE  # letters of an alphabet may alternate
-    return large and len(np.unique(low[low > most])) >= _SIGNS
+    return large and _distinct(low[low > most]) >= _SIGNS
 
 
 def _is_swapped(raw: Bytes) -> bool:
     """Whether the lower byte of a number is the one with less in it."""
     low, high = raw[::2], raw[1::2]
     words = raw.view("<u2")
-    if len(np.unique(words[high > low.max()])) >= _SIGNS:
+    if _distinct(words[high > low.max()]) >= _SIGNS:
         return True
-    return len(np.unique(words)) >= 256 and _entropy(high) > _entropy(low) + 1.0
+    return _distinct(words) >= 256 and _entropy(high) > _entropy(low) + 1.0
+
+
+def _distinct(words: NDArray[Any]) -> int:
+    return int((np.bincount(words) > 0).sum())
 
 
 def _entropy(values: Bytes) -> float:

@@ -408,9 +408,15 @@ def is_utf8(raw: bytes) -> bool:
 
 def _not_utf8(where: str, value: int, byte: int) -> str:
     return (
-        f"{where}, byte {byte + 1} (0x{value:02x}) is not UTF-8; convert the file, or set "
-        "data_text.invalid_utf8 (--invalid-utf8) to replace or skip"
+        f"{where}, byte {byte + 1} (0x{value:02x}) is not UTF-8{_guess(value, byte)}; convert the "
+        "file, or set data_text.invalid_utf8 (--invalid-utf8) to replace or skip"
     )
+
+
+def _guess(value: int, byte: int) -> str:
+    """What a file is whose first bytes are not UTF-8."""
+    known = {(0xFF, 0): "UTF-16", (0xFE, 0): "UTF-16", (0x8B, 1): "gzip", (0xB5, 1): "zstd"}
+    return f" (it looks like {known[value, byte]})" if (value, byte) in known else ""
 
 
 def whole_lines(part: Slice, packing: str = "") -> Iterator[bytes]:

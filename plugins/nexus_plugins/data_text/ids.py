@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ class IdFile:
         tokenizer: its hash and its number of ids, where the file says so.
         checksum: of all ids, where one is known.
         guessed: whether nothing says how ids are stored.
+        loss: what the tokenizer did not keep of the text, where that was recorded.
     """
 
     ids: MappedFile
@@ -55,6 +57,7 @@ class IdFile:
     tokenizer: tuple[str, int] | None = None
     checksum: str = ""
     guessed: bool = False
+    loss: Mapping[str, int] = field(default_factory=dict)
 
     def stream(self) -> TokenStream:
         """All documents."""
@@ -103,7 +106,7 @@ def open_ids(path: Path, wish: str | None, eos: int | None, cache: Path) -> IdFi
         )
     layout = _layout(path, wish)
     ids = MappedFile(path, layout.dtype, layout.offset, layout.count)
-    scan = scan_ids(ids, eos, cache)
+    scan = scan_ids(ids, eos, cache, _check_guess if layout.guessed else None)
     if scan.lowest < 0:
         raise DataError(f"{path} holds the negative id {scan.lowest}: {layout.how}; {_WISH}")
     origin = PreparedOrigin.of_itself(path, scan.starts)
@@ -139,6 +142,7 @@ def _ours(path: Path, wish: str | None) -> IdFile:
         PreparedOrigin.of(file),
         (header.tokenizer, header.vocabulary),
         crc,
+        loss={} if record is None else record.loss,
     )
 
 
@@ -159,11 +163,14 @@ def _layout(path: Path, wish: str | None) -> _Layout:
         )
     if wish is not None:
         return _Layout(dtype.str, 0, f"{wish} ids, as data_text.ids_dtype says")
+    how = "bare uint16 ids (nothing says so, but they look so)"
+    return _Layout("<u2", 0, how, guessed=True)
+
+
+def _check_guess(path: Path) -> None:
     why = doubts(path)
     if why is not None:
         raise DataError(f"{path} does not look like uint16 ids: {why}")
-    how = "bare uint16 ids (nothing says so, but they look so)"
-    return _Layout("<u2", 0, how, guessed=True)
 
 
 _AGAIN = "write it again, or prepare it with: nexus-data prepare"

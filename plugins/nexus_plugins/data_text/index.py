@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,11 +85,11 @@ def open_text(
 
     def build(folder: Path) -> None:
         _index(path, reading, share, folder)
+        _check_same(path, signed)
 
     signed = signature([path], changes=True)
     key = fingerprint("text", signed, share, reading.one_file_one_document)
     folder = cached(cache, f"lines-{key}", build)
-    _check_same(path, signed)
     checksum = (folder / "checksum").read_text()
     return [
         TokenStream(
@@ -230,8 +230,16 @@ class Scan:
     starts: MappedFile
 
 
-def scan_ids(file: MappedFile, eos: int | None, cache: Path) -> Scan:
+def scan_ids(
+    file: MappedFile, eos: int | None, cache: Path, check: Callable[[Path], None] | None = None
+) -> Scan:
     """Read bare ids once, for the highest id and for documents that end in eos.
+
+    Args:
+        file: the ids.
+        eos: the id that ends a document; None: all are one.
+        cache: the cache folder.
+        check: called before the first read; raises where the file is not what it is taken for.
 
     Raises:
         DataError: no document is found.
@@ -240,6 +248,8 @@ def scan_ids(file: MappedFile, eos: int | None, cache: Path) -> Scan:
         raise DataError(f"{file.path} holds no ids; leave it out")
 
     def build(folder: Path) -> None:
+        if check is not None:
+            check(file.path)
         ids, lowest, highest, last, checksum = file.array, 0, 0, 0, 0
         with (folder / "starts").open("wb") as starts:
             starts.write(bytes(8))
@@ -252,13 +262,13 @@ def scan_ids(file: MappedFile, eos: int | None, cache: Path) -> Scan:
                     starts.write((ends + (first + 1)).astype("<i8").tobytes())
             if last < len(ids):
                 starts.write(np.array([len(ids)], "<i8").tobytes())
+        _check_same(file.path, signed)
         found = {"lowest": lowest, "highest": highest, "checksum": f"{checksum:08x}"}
         (folder / "scan.json").write_text(json.dumps(found))
 
-    layout = (file.dtype.str, file.offset, len(file.array))
+    layout = (file.dtype.str, file.offset, len(file.array), check is not None)
     signed = signature([file.path], changes=True)
     folder = cached(cache, f"ids-{fingerprint('ids', signed, layout, eos)}", build)
-    _check_same(file.path, signed)
     found = json.loads((folder / "scan.json").read_text())
     return Scan(**found, starts=MappedFile(folder / "starts", "i8"))
 

@@ -15,6 +15,8 @@ __all__ = ["RECORD", "Record"]
 RECORD = "prepare.json"
 _COUNTS = {"train.bin": "train_tokens", "val.bin": "valid_tokens"}
 
+_LOSS = ("compared", "altered", "lost_bytes")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -61,6 +63,12 @@ class Record:
                 f"{path} is damaged ({error!r:.100}); remove it, or make the data again with: "
                 "nexus-data prepare"
             ) from error
+
+    @property
+    def loss(self) -> dict[str, int]:
+        """What the tokenizer did not keep of the text: see `Summary`."""
+        counts = ((name, self.summary.get(name, 0)) for name in _LOSS)
+        return {name: count if isinstance(count, int) else 0 for name, count in counts}
 
     def tokens(self, name: str) -> int | None:
         """How many tokens a file beside it has; None where it does not say so."""

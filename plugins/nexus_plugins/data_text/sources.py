@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.apart import Split, copies, in_words, split_by_name
+from nexus_plugins.data_text.apart import Split, copies, in_words, repeated, split_by_name
 from nexus_plugins.data_text.config import DataTextConfig, SourceConfig, SourceList
 from nexus_plugins.data_text.folders import HELD_OUT, TRAIN, find, root_of
 from nexus_plugins.data_text.formats import is_text
@@ -198,15 +198,7 @@ class _Finder:
 
     def say_twice(self, train: Sequence[Source]) -> None:
         """Note what is trained on twice, within a list or in several."""
-        twice: list[Path] = []
-        files = [path for one in train for path in one.files]
-        sizes: dict[int, list[Path]] = {}
-        for path in files:
-            sizes.setdefault(path.stat().st_size, []).append(path)
-        for same in sizes.values():
-            for number, path in enumerate(same):
-                if copies([path], same[:number]):
-                    twice.append(path)
+        twice = repeated([path for one in train for path in one.files])
         if twice:
             self.remarks.append(
                 f"{in_words(twice)} named twice, or the same as others to the byte: trained on as "

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from nexus_core import Plugin, PluginConfig, RunError, StateDict, hookimpl
 from nexus_core.device import RandomState, random_state
-from nexus_core.optimizers import members
+from nexus_core.optimizers import members, needs_closure
 from nexus_core.processes import gather, is_sharded, local_part
 from nexus_core.snapshot import Snapshot
 from nexus_plugins.guard.record import Attempt, write_record
@@ -85,6 +85,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._spikes = Spikes(self.config.spike_threshold, self.config.spike_window)
         self._skipped: Tensor | float = 0.0
         self._streak: Tensor | float = 0.0
+        self._streak_before: Tensor | float = 0.0  # the present step
         self._longest: Tensor | float = 0.0
         self._rollbacks = 0
         self._returns = 0
@@ -133,9 +134,20 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl(stage="judge")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        if step.again:
-            return
+        """Judge the gradient, and one that a plugin computes anew, as that is applied then."""
+        optimizers = members(engine.optimizer, step.turn).values()
+        if not step.again:
+            self._judge_first(engine, step)
+        elif not any(map(needs_closure, optimizers)):  # those search, and bear what is not finite
+            self._judge_again(engine, step)
+
+    def _judge_first(self, engine: Engine, step: Step) -> None:
+        self._streak_before = self._streak
         refused = self._judge(engine, step)
+        if self._spikes.enabled:
+            losses = [step.losses[name].reshape(()).float() for name in step.units]
+            spike = self._spikes.judge(engine.ranks.sum(torch.stack(losses).sum()))
+            refused = torch.maximum(refused, spike.float())
         if step.refused is not None:  # by another plugin, or in an earlier turn
             refused = torch.maximum(refused, step.refused)
         step.refused = refused
@@ -152,6 +164,21 @@ class GuardPlugin(Plugin[GuardConfig]):
             self._react(engine, attempt, self._streak)
         else:
             self._streak = 0.0
+
+    def _judge_again(self, engine: Engine, step: Step) -> None:
+        first = cast(Tensor, step.refused)
+        step.refused = torch.maximum(self._judge(engine, step), first)
+        attempt = self._attempts[-1]
+        attempt.refused, attempt.losses = step.refused, dict(step.losses)
+        if not self._waits:
+            self._skipped = self._skipped + step.refused - first
+            self._streak = (self._streak_before + step.refused) * step.refused
+            self._longest = torch.maximum(torch.as_tensor(self._longest), self._streak)
+        elif step.refused.item() > first.item():
+            self._skipped, self._streak = self._skipped + 1, self._streak_before + 1
+            self._react(engine, attempt, self._streak)
+            for parameter in engine.parameters(step.turn):
+                parameter.grad = None
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
@@ -211,17 +238,14 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @torch.no_grad()
     def _judge(self, engine: Engine, step: Step) -> Tensor:
-        """1.0 where the step is to be refused, else 0.0, on the device; nothing waits for it."""
+        """1.0 where something is not finite, else 0.0, on the device; nothing waits for it."""
         parameters = engine.parameters(step.turn)
         gradients = [_values(p.grad) for p in parameters if p.grad is not None]
         gradients = [values for values in gradients if values.numel()]
         losses = [step.losses[name].reshape(()).float() for name in step.units]
         largest = torch._foreach_norm(gradients, math.inf) if gradients else []
         size = torch.stack([*losses, *(norm.to(losses[0].device).float() for norm in largest)])
-        refused = ~size.isfinite().all()
-        if self._spikes.enabled:
-            refused |= self._spikes.judge(engine.ranks.sum(torch.stack(losses).sum()))
-        flag = refused.float()
+        flag = (~size.isfinite().all()).float()
         return engine.ranks.sum(flag).clamp(max=1.0) if engine.ranks.size > 1 else flag
 
     def _react(self, engine: Engine, attempt: Attempt, streak: Tensor | float) -> None:

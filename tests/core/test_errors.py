@@ -1,0 +1,50 @@
+"""A hint that one cannot follow where one is leaves the mistake where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from nexus_core.errors import (
+    hint_add,
+    hint_leave_out,
+    hint_out,
+    hint_resume,
+    hint_set,
+    hints_for_command_line,
+)
+
+
+@pytest.mark.parametrize(
+    ("hint", "command", "python"),
+    [
+        (lambda: hint_set("clip.norm", 0.5), "--set clip.norm=0.5", "ClipPlugin(norm=0.5)"),
+        (lambda: hint_set("until", "2 epochs"), "--set until='2 epochs'", "until='2 epochs'"),
+        (lambda: hint_set("ema.on", True), "--set ema.on=true", "EmaPlugin(on=True)"),
+        (
+            lambda: hint_set("lr_torch.match", ["a*"]),
+            """--set lr_torch.match='["a*"]'""",
+            "LrTorchPlugin(match=['a*'])",
+        ),
+        (
+            lambda: hint_add("ema", "lr_wsd"),
+            "--plugins ema,lr_wsd",
+            "plugins=[..., EmaPlugin(), LrWsdPlugin()]",
+        ),
+        (
+            lambda: hint_leave_out("loss_lm"),
+            "--plugins no:loss_lm",
+            "drop LossLmPlugin() from plugins=[...]",
+        ),
+        (hint_resume, "--resume auto", "engine.resume('auto')"),
+        (hint_out, "--out FOLDER", "Engine(..., out='FOLDER')"),
+    ],
+)  # fmt: skip
+def test_a_hint_is_in_the_words_of_the_place(
+    hint: Callable[[], str], command: str, python: str
+) -> None:
+    assert hint() == python
+    with hints_for_command_line():
+        assert hint() == command
+    assert hint() == python

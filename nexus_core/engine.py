@@ -208,7 +208,7 @@ class Engine(EarlierNames):
         self.metrics |= metrics
         self.state.evaluated_at = self.state.step
         self.hook.on_eval(engine=self, metrics=metrics)
-        self.metrics |= metrics
+        self.metrics |= {name: float(value) for name, value in metrics.items()}
         return metrics
 
     @property

@@ -44,6 +44,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
     Source: Defazio et al. 2024, "The Road Less Scheduled"; `schedulefree.AdamWScheduleFree`.
     """
 
+    api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "optimizer"
     conflicts: ClassVar[tuple[str, ...]] = (
         "ema",  # averages the same weights once more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     Source: Micikevicius et al. 2018, "Mixed Precision Training"; `torch.amp`.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _scaler: GradScaler | None = None
     _skipped: Tensor
     _unscaled: list[Optimizer]

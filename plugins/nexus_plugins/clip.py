@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -45,6 +45,7 @@ class ClipPlugin(Plugin[ClipConfig]):
     algorithm 1; over what the optimizer trains, to the numbers of `torch.nn.utils.clip_grad_norm_`.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _seen: Sequence[Parameter] = ()
     """The parameters that the last step had gradients for."""
     _plain: bool = False

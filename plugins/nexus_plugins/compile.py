@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from inspect import ismethod
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -67,6 +67,7 @@ class CompilePlugin(Plugin[CompileConfig]):
     Source: Ansel et al. 2024, "PyTorch 2".
     """
 
+    api_version: ClassVar[str] = "1.2"
     _compiled: list[nn.Module]
     _donated: bool
     _methods_before: dict[str, object]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class DdpPlugin(Parallel[DdpConfig]):
     with a communication hook that sums where its own takes the mean.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _parallel: DistributedDataParallel | None = None
     _first_step: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -36,6 +36,7 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
     the distance to the best instead of strips.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _best: float | None = None
     _best_step: int = 0
     _waited: int = 0

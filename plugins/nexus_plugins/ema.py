@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -42,6 +42,7 @@ class EmaPlugin(Plugin[EmaConfig]):
     Source: Polyak and Juditsky 1992; the ramp is that of `tf.train.ExponentialMovingAverage`.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _average: dict[str, Tensor]
     _updates: int
     _live: dict[str, nn.Parameter]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -48,6 +48,7 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
     this process where there are several. No device is waited for.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _gradients: dict[str, Gradient]
 
     def __init__(self, config: GradStatsConfig | None = None, /, **settings: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
         its split into micro-batches; here it is on the variance over the latent dimension. The
         cosine decay is that of BYOL (Grill et al. 2020).
     """
+
+    api_version: ClassVar[str] = "1.2"
 
     def units(self, batch: Batch) -> Tensor:
         """The number of positions with a next token in the same document."""

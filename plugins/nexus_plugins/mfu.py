@@ -50,6 +50,7 @@ class MfuPlugin(Plugin[MfuConfig]):
     out by formula, and the rate is measured instead of the vendor's.
     """
 
+    api_version: ClassVar[str] = "1.2"
     requires: ClassVar[tuple[str, ...]] = ("throughput",)
 
     _batch: Batch = None

@@ -53,6 +53,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
     `save_on_cpu`, which waits for each copy and moves weights too.
     """
 
+    api_version: ClassVar[str] = "1.2"
     after: ClassVar[tuple[str, ...]] = ("recompute",)  # then only its inputs are left to move
     _wrapped: list[nn.Module]
 

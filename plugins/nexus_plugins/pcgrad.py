@@ -40,6 +40,7 @@ class PcgradPlugin(Plugin[PcgradConfig]):
     of inner products. The random order of the projections is a function of seed and step.
     """
 
+    api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")  # its gradient is of one process
 
     def __init__(self, config: PcgradConfig | None = None, /, **settings: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -41,6 +41,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
     `torch.utils.checkpoint`, without re-entering autograd.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _wrapped: list[nn.Module]
 
     @hookimpl(stage="wrap")

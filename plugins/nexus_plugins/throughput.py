@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -33,6 +33,7 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
     on CUDA. `system/cpu_memory`: most resident memory of the process so far, in GiB, elsewhere.
     """
 
+    api_version: ClassVar[str] = "1.2"
     _started: float
     """When the run began, moved back by the seconds of earlier sessions."""
     _since: float

@@ -52,6 +52,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     go a share of the way to the same fixed point, so scales far apart are balanced as quickly.
     """
 
+    api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "weighing"
     _weights: dict[str, Tensor]
     _first_losses: dict[str, Tensor]

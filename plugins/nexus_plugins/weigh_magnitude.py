@@ -38,6 +38,7 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
     with its own weight until it has. Weights are logged as `weight/<term>`.
     """
 
+    api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "weighing"
     _means: dict[str, Tensor]
     _filled: dict[str, Tensor]  # how far a mean has come from its start at zero, 0 to 1

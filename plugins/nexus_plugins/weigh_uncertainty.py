@@ -38,6 +38,7 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
     evenly; the paper trains it with the model's optimizer.
     """
 
+    api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "weighing"
     _log_variances: dict[str, Tensor]
 

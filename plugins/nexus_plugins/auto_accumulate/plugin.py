@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -52,6 +52,8 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
     buffers and random generators as they were. What was found is saved with the run, and holds
     when it is resumed. `system/micro_batch_rows` is logged. Batches must be dicts of tensors.
     """
+
+    api_version: ClassVar[str] = "1.2"
 
     def __init__(self, config: AutoAccumulateConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)

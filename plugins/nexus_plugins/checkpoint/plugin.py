@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import yaml
 from pydantic import Field
@@ -102,6 +102,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     renamed, so that it is whole or not there; `best` and `final` are links to such folders. The
     loop is held for a copy to host memory; a thread writes. Nothing is ever pickled or unpickled.
     """
+
+    api_version: ClassVar[str] = "1.2"
 
     def __init__(self, config: CheckpointConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -87,8 +88,8 @@ class NEXUSTrainer:
 
 def _built(plugin: Any, config: TrainingConfig) -> nn.Module:
     torch.manual_seed(config.seed)
-    # The plugin would ask an engine for a vocabulary only, and the config gives one.
-    model: nn.Module = plugin.make_model(engine=None)
+    # The plugin would ask an engine for its data's vocabulary only, and the config gives one.
+    model: nn.Module = plugin.make_model(engine=SimpleNamespace(data=None))
     return model
 
 

@@ -50,6 +50,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     `torch.distributed.fsdp.fully_shard`, with a sum where its own takes the mean.
     """
 
+    api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = (
         "auto_accumulate", "diagnose", "grad_stats", "mfu", "optim_adamw8bit", "weigh_gradnorm",
     )  # fmt: skip

@@ -57,6 +57,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
     the stop at a multiple of the least loss and the tenth of the minimum are those of fastai.
     """
 
+    api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "lr"
 
     def __init__(self, config: LrFinderConfig | None = None, /, **settings: object) -> None:

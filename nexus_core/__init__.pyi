@@ -7,7 +7,7 @@ from nexus_core.bases.parallel import Parallel as Parallel
 from nexus_core.bases.parallel import ParallelConfig as ParallelConfig
 from nexus_core.bases.schedule import Schedule as Schedule
 from nexus_core.bases.schedule import ScheduleConfig as ScheduleConfig
-from nexus_core.data import Batch as Batch
+from nexus_core.batches import Batch as Batch
 from nexus_core.data import RunData as RunData
 from nexus_core.engine import Engine as Engine
 from nexus_core.engine import Result as Result

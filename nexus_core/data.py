@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
-import math
 import warnings
-from collections.abc import (
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeGuard, cast
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
+from nexus_core.batches import Batch, copied, digest, leaves
 from nexus_core.errors import ConfigError, DataError
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.plugin import StateDict
 
 __all__ = [
-    "Batch",
     "Codec",
     "DataState",
     "Micro",
     "RunData",
     "Seekable",
     "Stream",
-    "batch_size",
     "can_seek",
-    "digest",
-    "fresh",
     "holds_its_place",
     "is_same",
     "length_of",
-    "to_device",
 ]
 
-Batch: TypeAlias = Any
-"""What a loader yields: usually a dict of tensors, but any object that holds tensors will do."""
-
 _NO_LENGTH = (TypeError, NotImplementedError, AttributeError, RuntimeError)
-_DIGESTED = 1024  # numbers of each tensor
 _LOOKS = 16  # batches until a loader is trusted not to write over them
 _END: Batch = object()  # after the last batch
 
@@ -310,7 +288,7 @@ class Stream:
                 self._reuses, self._memory = False, []
             else:
                 self._memory.append((mine, batch))  # held, so that its memory is not given away
-        return batch if self._reuses is False else _copied(batch)
+        return batch if self._reuses is False else copied(batch)
 
     def _number(self, row: int) -> int:
         """How many batches of this size an epoch has before a row, counted from its end."""
@@ -371,26 +349,6 @@ def fingerprint(data: Iterable[Batch]) -> str | None:
     return digest([len(data), data[0], data[-1]])
 
 
-def digest(batch: Batch) -> str:
-    """A short digest of a batch: the types, shapes and first numbers of what it is made of."""
-    found = hashlib.sha256()
-    for leaf in leaves(batch):
-        found.update(_bytes_of(leaf))
-    return found.hexdigest()[:16]
-
-
-def _bytes_of(leaf: object) -> bytes:
-    if isinstance(leaf, Tensor):
-        values = leaf.detach().flatten()[:_DIGESTED].cpu().contiguous()
-        return (
-            f"{leaf.dtype}{tuple(leaf.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
-        )
-    if isinstance(leaf, np.ndarray):
-        return f"{leaf.dtype}{leaf.shape}".encode() + leaf.ravel()[:_DIGESTED].tobytes()
-    plain = leaf is None or isinstance(leaf, str | bytes | int | float)
-    return repr(leaf).encode() if plain else type(leaf).__qualname__.encode()
-
-
 def _tell_epoch(data: Any, epoch: int) -> None:
     """Call `set_epoch` of a loader, its samplers and its data set, each once."""
     sampler, batches = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
@@ -398,99 +356,6 @@ def _tell_epoch(data: Any, epoch: int) -> None:
     for owner in {id(o): o for o in (*owners, getattr(data, "dataset", None))}.values():
         if callable(set_epoch := getattr(owner, "set_epoch", None)):
             set_epoch(epoch)
-
-
-def leaves(batch: object) -> Iterator[object]:
-    """What a batch is made of, without its containers, in order."""
-    if isinstance(batch, Tensor | str | bytes | np.ndarray) or batch is None:
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from leaves(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from leaves(value)
-    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
-        yield from leaves(vars(batch))
-    else:
-        yield batch
-
-
-def batch_size(batch: Batch) -> tuple[int, int]:
-    """The rows and the tokens of a batch: those of `input_ids`, else its first tensor's length."""
-    ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
-    if isinstance(ids, Tensor | np.ndarray):
-        return (len(ids) if ids.ndim > 1 else 1), math.prod(ids.shape)
-    if isinstance(ids, list | tuple):
-        return len(ids), sum(r.numel() if isinstance(r, Tensor) else np.size(r) for r in ids)
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if isinstance(first, Tensor) and first.ndim:
-        return len(first), len(first)  # as most batches are, without a search
-    arrays = (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim)
-    rows = next((len(array) for array in arrays), 1)
-    return rows, rows
-
-
-def fresh(batch: Batch) -> Batch:
-    """The batch in new containers with the same tensors, so that plugins may change entries."""
-    return _mapped(batch, lambda leaf: leaf)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch in new containers, with every tensor on the device."""
-
-    def move(leaf: Batch) -> Batch:
-        if isinstance(leaf, Tensor):
-            return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
-        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
-
-    return _mapped(batch, move)
-
-
-def _copied(batch: Batch) -> Batch:
-    """The batch with tensors and arrays of its own."""
-
-    def copied(leaf: Batch) -> Batch:
-        if isinstance(leaf, Tensor):
-            return leaf.clone()
-        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-
-    return _mapped(batch, copied)
-
-
-def _mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
-    """The batch in new containers of the same classes, each leaf changed."""
-    if type(batch) is dict:
-        return {key: _mapped(value, change) for key, value in batch.items()}
-    if isinstance(batch, Tensor | PackedSequence):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        values = {key: _mapped(value, change) for key, value in batch.items()}
-        return _filled(batch, values) if isinstance(batch, MutableMapping) else values
-    if isinstance(batch, tuple):
-        return tuple.__new__(type(batch), [_mapped(value, change) for value in batch])
-    if isinstance(batch, list):
-        new = copy.copy(batch)
-        new[:] = [_mapped(value, change) for value in batch]
-        return new
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return _mapped_fields(batch, change)
-    return change(batch)
-
-
-def _mapped_fields(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
-    new = copy.copy(batch)
-    for name in (part.name for part in dataclasses.fields(batch) if hasattr(batch, part.name)):
-        object.__setattr__(new, name, _mapped(getattr(batch, name), change))
-    return new
-
-
-def _filled(batch: MutableMapping[Any, Any], values: dict[Any, Any]) -> MutableMapping[Any, Any]:
-    """A mapping of the same class, with its other attributes, that holds the values."""
-    new = copy.copy(batch)
-    for key, value in values.items():
-        new[key] = value
-    return new
 
 
 def _say(text: str) -> None:

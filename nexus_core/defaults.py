@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_core.data import Batch
+from nexus_core.batches import Batch
 from nexus_core.errors import CheckpointError, ConfigError, DataError
 from nexus_core.events import Run
 from nexus_core.optimizers import members, needs_closure

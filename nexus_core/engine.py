@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from nexus_core import plan as planning
 from nexus_core import snapshot as snapshots
-from nexus_core.data import Batch, RunData
+from nexus_core.batches import Batch
+from nexus_core.data import RunData
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames

@@ -55,7 +55,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_core.data import Batch, RunData
+from nexus_core.batches import Batch
+from nexus_core.data import RunData
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.meter import Finish, Meter, Number
 from nexus_core.plugin import Plugin

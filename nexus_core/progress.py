@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from nexus_core.data import Batch, DataState, Place, Stream, is_same
+from nexus_core.batches import Batch
+from nexus_core.data import DataState, Place, Stream, is_same
 from nexus_core.device import RandomState, Undo, random_state, set_random_state
 from nexus_core.events import Run
 from nexus_core.intervals import Every, Interval

@@ -11,7 +11,8 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from nexus_core.data import Micro, batch_size
+from nexus_core.batches import batch_size
+from nexus_core.data import Micro
 from nexus_core.errors import PluginError
 from nexus_core.processes import Ranks
 

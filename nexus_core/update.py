@@ -11,7 +11,8 @@ from operator import add
 import torch
 from torch import Tensor
 
-from nexus_core.data import Micro, batch_size, fresh, to_device
+from nexus_core.batches import batch_size, fresh, to_device
+from nexus_core.data import Micro
 from nexus_core.device import Undo
 from nexus_core.events import Run
 from nexus_core.optimizers import clear_gradients, set_rates

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nexus_core.bases.worker import attend, leaving, signals_held
-from nexus_core.data import Batch, digest
+from nexus_core.batches import Batch, digest
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
 

@@ -11,7 +11,7 @@ from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nexus_core.data import Batch
+    from nexus_core.batches import Batch
     from nexus_core.engine import Engine
 
 __all__ = ["Loss", "LossConfig"]

@@ -12,9 +12,9 @@ from itertools import groupby
 from operator import length_hint
 from pathlib import Path
 
+from nexus_core.batches import Batch, batch_size
 from nexus_core.cli.build import Build, make_engine
 from nexus_core.cli.chart import Chart, Line, save_picture, text_chart
-from nexus_core.data import Batch, batch_size
 from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError

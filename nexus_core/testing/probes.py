@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from nexus_core import Batch, Engine, Plugin, PluginConfig, hookimpl
-from nexus_core.data import batch_size
+from nexus_core.batches import batch_size
 from nexus_core.plan import HOOK_NAMES
 from nexus_core.snapshot import Snapshot
 

@@ -11,7 +11,7 @@ from nexus_core.plugin import hookimpl
 from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, real_positions
 
 if TYPE_CHECKING:
-    from nexus_core.data import Batch
+    from nexus_core.batches import Batch
     from nexus_core.engine import Engine
 
 __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]

@@ -15,7 +15,7 @@ from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, re
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
-    from nexus_core.data import Batch
+    from nexus_core.batches import Batch
 
 __all__ = ["LossWorldConfig", "LossWorldPlugin"]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_core import Batch, Plugin, PluginConfig, hookimpl
-from nexus_core.data import batch_size, to_device
+from nexus_core.batches import batch_size, to_device
 from nexus_core.step import merge
 from nexus_core.update import leaving_no_trace
 

@@ -24,7 +24,7 @@ from nexus_core.bases.background import (
     RunInfo,
     Worker,
 )
-from nexus_core.data import Batch
+from nexus_core.batches import Batch
 from nexus_core.device import random_state
 from tiny import Regression, tiny_engine, weights
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 
 from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
-from nexus_core.data import to_device
+from nexus_core.batches import to_device
 
 ROWS = 24
 

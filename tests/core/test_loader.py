@@ -21,7 +21,8 @@ from torch import Tensor
 
 from nexus_core import DataError, Interval, ResumableLoader, TrainState
 from nexus_core.bases.loader import permute
-from nexus_core.data import Stream, batch_size, to_device
+from nexus_core.batches import batch_size, to_device
+from nexus_core.data import Stream
 from nexus_core.processes import Ranks
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Engine
+from nexus_core.batches import Batch
 from nexus_core.cli import chart
-from nexus_core.data import Batch
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.lr_finder import LrFinderPlugin, Sweep
 from tiny import Regression, tiny_engine

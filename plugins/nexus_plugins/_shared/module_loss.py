@@ -16,7 +16,7 @@ from nexus_core.plugin import hookimpl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nexus_core.data import Batch
+    from nexus_core.batches import Batch
     from nexus_core.engine import Engine
 
 __all__ = ["ModuleLoss", "PositionLossConfig", "real_positions"]

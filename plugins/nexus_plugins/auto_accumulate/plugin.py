@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core import DataError, Plugin, PluginConfig, StateDict, hookimpl
-from nexus_core.data import Batch, batch_size, to_device
+from nexus_core.batches import Batch, batch_size, to_device
 from nexus_core.step import merge
 from nexus_core.update import leaving_no_trace
 from nexus_plugins.auto_accumulate import fit

@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 from torch import Tensor
 
-from nexus_core.data import Batch, batch_size
+from nexus_core.batches import Batch, batch_size
 
 __all__ = ["Rows", "first_rows", "is_splittable", "parts"]
 

@@ -13,7 +13,7 @@ from nexus_core import DataError, Loss, LossConfig, hookimpl
 from nexus_plugins.loss_lm.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from nexus_core.data import Batch
+    from nexus_core.batches import Batch
     from nexus_core.engine import Engine
 
 __all__ = ["LossLmConfig", "LossLmPlugin"]

@@ -14,7 +14,7 @@ from nexus_core.processes import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
 if TYPE_CHECKING:
-    from nexus_core.data import Batch
+    from nexus_core.batches import Batch
     from nexus_core.engine import Engine
 
 __all__ = ["ModelNexusConfig", "ModelNexusPlugin"]

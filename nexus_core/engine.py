@@ -19,7 +19,7 @@ from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import collect, evaluating, measure, say_mode, train_mode
+from nexus_core.evaluation import GivenUpError, collect, evaluating, measure, say_mode, train_mode
 from nexus_core.events import Hooks
 from nexus_core.intervals import Interval, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
@@ -222,9 +222,15 @@ class Engine(EarlierNames):
         """Whether the loop ends after the present step."""
         return self.stop_reason is not None
 
-    def stop(self, reason: str = "stopped by the program") -> None:
-        """End the loop after the present step, or before its first; all processes end together."""
-        self._agreement.stop(reason)
+    def stop(self, reason: str = "stopped by the program", *, at_once: bool = False) -> None:
+        """End the loop after the present step, or before its first; all processes end together.
+
+        Args:
+            reason: for the `Result`.
+            at_once: do not begin or finish an evaluation (a single process gives it up between two
+                batches); it is made when the run is resumed.
+        """
+        self._agreement.stop(reason, at_once)
 
     def log(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
@@ -254,7 +260,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
-        snapshot = snapshots.gather(self, self._progress.where())
+        snapshot = snapshots.gather(self, self._progress.where(), self._progress.owed)
         planning.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
@@ -292,7 +298,7 @@ class Engine(EarlierNames):
             try:
                 for name, batches in sets.items():
                     self.training, self.split, self.meter = False, name, Meter()
-                    metrics |= measure(self, name, batches)
+                    metrics |= measure(self, name, batches, self._heed)
             finally:
                 self.training, self.split, self.meter = before
         return metrics
@@ -300,7 +306,7 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self._progress = Progress(snapshot.get("data"))
+        self._progress = Progress(snapshot.get("data"), "evaluate" in snapshot.get("due", []))
 
     def _loop(
         self,
@@ -323,12 +329,12 @@ class Engine(EarlierNames):
             while self._progress.due or not (self.stopping or horizon.reached(self.state)):
                 if not self._progress.due and not course.take_step():
                     break
-                self._end_step(eval_data)
+                if not self._end_step(eval_data):
+                    break
                 yield self.state
             if not self.stopping or horizon.reached(self.state):
                 self._log()
-                if eval_data is not None and self.state.evaluated_at != self.state.step:
-                    self.evaluate(eval_data)
+                self._evaluate(eval_data)
             if failed := self._call_all("on_finish", None):
                 raise failed
         except (Exception, KeyboardInterrupt) as error:
@@ -342,20 +348,42 @@ class Engine(EarlierNames):
             if closing is not None and closing is not failure:
                 raise closing
 
-    def _end_step(self, eval_data: Data | Mapping[str, Data] | None) -> None:
-        """Do what is due when a step is done; what failed before it was begun stays due."""
+    def _end_step(self, eval_data: Data | Mapping[str, Data] | None) -> bool:
+        """Do what is due when a step is done; what failed before it was begun stays due.
+
+        Returns:
+            False where the run stops before all is done.
+        """
         due = self._progress.due
         if "follow" in due and self._progress.step is not None:
             due.remove("follow")
             self.hook.on_step(engine=self, step=self._progress.step)
         if "log" in due:
             self._log()
-        evaluated = self.state.evaluated_at == self.state.step
-        if "evaluate" in due and eval_data is not None and not evaluated:
-            self.evaluate(eval_data)
-            self._agreement.settle()
+        if "evaluate" in due and not self._evaluate(eval_data):
+            return False
         due.clear()
         self.hook.on_step_end(engine=self)
+        return True
+
+    def _evaluate(self, data: Data | Mapping[str, Data] | None) -> bool:
+        """Evaluate, if that has not been done at this step; False where a stop cannot wait."""
+        if data is None or self.state.evaluated_at == self.state.step:
+            return True
+        try:
+            self._heed()
+            self.evaluate(data)
+        except GivenUpError:
+            self._progress.owed = True
+            return False
+        self._progress.owed = False
+        self._agreement.settle()
+        return True
+
+    def _heed(self) -> None:
+        """Give up the evaluation of a loop that is to stop at once."""
+        if self._running and self.stopping and self._agreement.at_once:
+            raise GivenUpError
 
     def _log(self) -> None:
         if metrics := collect(self):

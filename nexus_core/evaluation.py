@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from nexus_core.events import Run
 from nexus_core.optimizers import members, trained
 from nexus_core.step import merge, metric_name
 
-__all__ = ["collect", "evaluating", "measure", "say_mode", "train_mode"]
+__all__ = ["GivenUpError", "collect", "evaluating", "measure", "say_mode", "train_mode"]
 
 
 @contextmanager
@@ -43,12 +43,19 @@ def evaluating(engine: Run, *, nested: bool) -> Iterator[None]:
         yield
 
 
-def measure(engine: Run, split: str, data: Iterable[Batch]) -> dict[str, float]:
+class GivenUpError(Exception):
+    """An evaluation ends early, as the run is to stop at once."""
+
+
+def measure(
+    engine: Run, split: str, data: Iterable[Batch], heed: Callable[[], None]
+) -> dict[str, float]:
     """Every loss term and metric of one data set, weighted by units, within `evaluating`.
 
     Args:
         engine: with a meter of its own for this set.
         split: the prefix of the metrics.
+        heed: called before each batch; it may raise GivenUpError.
         data: batches; those in which this process has no row of its own do not count.
 
     Raises:
@@ -59,6 +66,7 @@ def measure(engine: Run, split: str, data: Iterable[Batch]) -> dict[str, float]:
     borrowed = getattr(data, "is_borrowed", lambda row: False)
     rows = getattr(data, "batch_size", 0)
     for number, batch in enumerate(data):
+        heed()
         units = merge(hook.loss_units(engine=engine, batch=batch, step=None))
         moved, mark = to_device(batch, engine.device), engine.meter.mark()
         try:

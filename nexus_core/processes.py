@@ -62,13 +62,16 @@ class Agreement:
     weights are updated. In a single process nothing is sent.
 
     Attributes:
-        reason: why all processes stop; None: they go on.
+        reason: why all processes stop; None: they do not.
+        at_once: the stop does not wait for an evaluation.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.reason: str | None = None
         self._ranks = ranks
+        self.at_once = False
         self._wish: str | None = None  # to stop, of this process
+        self._hurry = False  # to stop at once
         self._own = 0, 0
         self._sums: Tensor
         self._work: dist.Work | None = None
@@ -76,18 +79,21 @@ class Agreement:
 
     def open(self) -> None:
         """A loop begins; a stop that was asked for before it holds."""
-        self.reason = self._wish if self._ranks.size == 1 else None
+        if self._ranks.size == 1:
+            self.reason, self.at_once = self._wish, self._hurry
+        else:
+            self.reason = None
         self.settle()
 
     def close(self) -> None:
         """The loop is over, and with it the wish to stop it."""
-        self._wish = None
+        self._wish, self._hurry, self.at_once = None, False, False
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, at_once: bool = False) -> None:
         """This process wants to stop."""
-        self._wish = reason
+        self._wish, self._hurry = reason, at_once or self._hurry
         if self._ranks.size == 1:
-            self.reason = reason
+            self.reason, self.at_once = reason, self._hurry
 
     def settle(self) -> None:
         """Have all processes know of a wish to stop, outside of a step."""
@@ -100,8 +106,8 @@ class Agreement:
         self._own = rows, tokens
         if self._ranks.size > 1:
             now = time.perf_counter() if self._ranks.is_main else 0.0
-            wish = self._wish is not None
-            self._sums = torch.tensor([rows, tokens, now, wish], dtype=torch.double)
+            own = [rows, tokens, now, self._wish is not None, self._hurry]
+            self._sums = torch.tensor(own, dtype=torch.double)
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def end(self) -> tuple[int, int]:
@@ -110,9 +116,9 @@ class Agreement:
             return self._own
         self._work.wait()
         self._work = None  # it keeps the group's connections
-        rows, tokens, self._now, stops = self._sums.tolist()
+        rows, tokens, self._now, stops, hurry = self._sums.tolist()
         wishes = gather(self._ranks, self._wish) if stops else []
-        self.reason = next(filter(None, wishes), None)
+        self.reason, self.at_once = next(filter(None, wishes), None), bool(hurry)
         return int(rows), int(tokens)
 
     def clock(self) -> float:

@@ -24,13 +24,17 @@ class Progress:
         due: what comes after the last step and has not been begun: "follow" (the hook `on_step`),
             "log", "evaluate" and "end" (`on_step_end`). An error before it leaves it due.
 
+        owed: an evaluation of the last step was given up, as the run had to stop.
+
     Args:
         saved: the data's state of the snapshot that was restored.
+        owed: as the attribute, in that snapshot.
     """
 
-    def __init__(self, saved: DataState | None = None) -> None:
+    def __init__(self, saved: DataState | None = None, owed: bool = False) -> None:
         self.step: Step | None = None
-        self.due: set[str] = set()
+        self.due = {"evaluate", "end"} if owed else set[str]()
+        self.owed = owed
         self._saved = saved
         self._read: Iterable[Batch] | None = None  # the data that the cursor is in
         self._stream: Stream | None = None

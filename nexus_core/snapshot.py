@@ -38,10 +38,11 @@ class Snapshot(TypedDict):
     random: RandomState
     plugins: dict[str, PluginState]  # by name
     data: NotRequired[DataState | None]  # which data the cursor is in
+    due: NotRequired[list[str]]  # "evaluate": the run stopped before its evaluation was done
     extras: NotRequired[dict[str, StateDict]]  # what `on_save` added, by the plugin's name
 
 
-OPTIONAL = frozenset({"data", "extras"})
+OPTIONAL = frozenset({"data", "due", "extras"})
 """Parts that snapshots of earlier releases do not have."""
 
 
@@ -61,7 +62,7 @@ _COUNTERS = frozenset(counter.name for counter in fields(TrainState))
 _FAULTS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
-def gather(engine: Parts, data: DataState | None) -> Snapshot:
+def gather(engine: Parts, data: DataState | None, owed: bool = False) -> Snapshot:
     """Read the state of an engine, tensors in place."""
     states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
     return {
@@ -78,6 +79,7 @@ def gather(engine: Parts, data: DataState | None) -> Snapshot:
         },
         "data": data,
         "extras": {},
+        "due": ["evaluate"] if owed else [],
     }
 
 

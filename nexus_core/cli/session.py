@@ -75,7 +75,7 @@ def _fit(
     )
     for _ in engine.steps(until=run.until, eval_every=run.eval_every):
         if received and engine.stop_reason is None:  # it came before the loop had begun
-            engine.stop(signal.Signals(received[0]).name)
+            engine.stop(signal.Signals(received[0]).name, at_once=True)
         if not written and engine.ranks.is_main:
             write_config(settings, folder.path)
             written = True
@@ -101,7 +101,7 @@ def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
-        engine.stop(signal.Signals(received[0]).name)
+        engine.stop(signal.Signals(received[0]).name, at_once=True)
         if number == signal.SIGINT and len(received) == 1:
             _say_at_once(engine, "stopping after this step; Ctrl-C again ends the run at once")
 

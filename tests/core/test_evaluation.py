@@ -251,3 +251,42 @@ def test_schedule_free_optimizers_are_evaluated_at_their_average() -> None:
         result = engine.fit(BATCHES, until=12, eval_data=BATCHES, eval_every="5 steps")
         assert result.metrics["val/loss"] == pytest.approx(expected, rel=1e-5), mode
         assert all(torch.equal(trained[n], v) for n, v in own.state_dict().items()), mode
+
+
+def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed() -> None:
+    """Breaks if a signal has to wait for a long evaluation, or the evaluation is lost by it."""
+
+    class Held:
+        """Evaluation batches, of which the second brings the signal."""
+
+        def __init__(self, engine: Engine | None) -> None:
+            self.engine = engine
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            yield torch.ones(2, 1)
+            if self.engine is not None:
+                self.engine.stop("SIGTERM", at_once=True)
+            yield torch.zeros(2, 1)
+
+    def engine() -> Engine:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Engine(model, optimizer, loss=lambda m, b: (m(b) - 1).square().mean())
+
+    data = [torch.full((2, 1), float(i)) for i in range(4)]
+    whole = engine()
+    expected = whole.fit(data, until="4 steps", eval_data=Held(None), eval_every="2 steps")
+    cut = engine()
+    stopped = cut.fit(data, until="4 steps", eval_data=Held(cut), eval_every="2 steps")
+    assert (stopped.status, stopped.reason, stopped.step) == ("stopped", "SIGTERM", 2)
+    assert "val/loss" not in stopped.metrics
+    assert cut.model.training
+    resumed = engine()
+    resumed.load_state_dict(copy.deepcopy(cut.state_dict()))
+    evaluated: list[int] = []
+    for state in resumed.steps(data, until="4 steps", eval_data=Held(None), eval_every="2 steps"):
+        evaluated.append(state.evaluated_at)
+    assert evaluated == [2, 2, 4]
+    assert resumed.result().metrics == expected.metrics
+    assert torch.equal(resumed.model.weight, whole.model.weight)

@@ -39,6 +39,7 @@ def checked(tree: Mapping[str, object], engine: Engine, kinds: Mapping[str, Kind
     _check_plugins(tree["plugins"], engine, kinds)
     _check_data(tree.get("data"))
     _check_extras(tree.get("extras", {}))
+    _require(tree.get("due", []) in ([], ["evaluate"]), "owes what nobody knows")
     return cast(Snapshot, tree)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._said: set[str] = set()
 
     def add(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
         """Add a sum over units, numbers or tensors of one element; nothing waits for the device."""
@@ -72,13 +74,28 @@ class Meter:
         self._settle()
         entries, self._entries = self._entries, {}
         if ranks.size > 1:
-            names = sorted({name for known in gather(ranks, list(entries)) for name in known})
+            known = gather(ranks, sorted(entries))
+            names = sorted({name for own in known for name in own})
+            self._say_partial(names, known, ranks)
             entries = {name: entries.get(name, _Entry()) for name in names}
             sums = [[entries[name].total, entries[name].units] for name in names]
             reduced = ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
             for name, (total, units) in zip(names, reduced, strict=True):
                 entries[name].total, entries[name].units = total, units
         return {name: entry.mean() for name, entry in entries.items() if entry.units}
+
+    def _say_partial(self, names: list[str], known: list[list[str]], ranks: Ranks) -> None:
+        """Name a metric that some processes alone have; its mean is over those."""
+        new = [n for n in names if not all(n in own for own in known) and n not in self._said]
+        self._said.update(new)
+        if new and ranks.is_main:
+            who = [str(rank) for rank, own in enumerate(known) if new[0] in own]
+            warnings.warn(
+                f"the metric '{new[0]}' is logged by rank {' and '.join(who)} alone, and is the "
+                "mean over what is there; log it everywhere, with 0 units where there is nothing",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, list[float]]:
         """The sums and units since the last reading, by name."""

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 import pluggy
 
-from nexus_core.errors import PluginError, suggestion
+from nexus_core.errors import PluginError, hint_add, hint_leave_out, suggestion
 from nexus_core.events import API_VERSIONS, RENAMED, STAGES, Hooks
 from nexus_core.plugin import Plugin
 
@@ -97,8 +97,8 @@ def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
         found = entry.load()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
-        mend = f"repair its distribution, or leave it out: --plugins no:{name}"
-        raise PluginError(f"{where} cannot be imported: {reason}; {mend}") from error
+        fix = f"repair its distribution, or leave it out: {hint_leave_out(name)}"
+        raise PluginError(f"{where} cannot be imported: {reason}; {fix}") from error
     if not (isinstance(found, type) and issubclass(found, Plugin)):
         raise PluginError(f"{where} must be a subclass of nexus_core.Plugin, got {found!r}")
     if found.name != name:
@@ -141,8 +141,8 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
         if names.count(plugin.name) > 1:
             raise PluginError(f"plugin '{plugin.name}' is given twice; keep one of them")
         if missing := set(plugin.requires) - set(names):
-            mend = f"which is not in this run; add it with --plugins {min(missing)}"
-            raise PluginError(f"plugin '{plugin.name}' requires '{min(missing)}', {mend}")
+            fix = f"which is not in this run; add it: {hint_add(min(missing))}"
+            raise PluginError(f"plugin '{plugin.name}' requires '{min(missing)}', {fix}")
         if enemies := set(plugin.conflicts) & set(names):
             _refuse_pair(plugin.name, min(enemies), "cannot be in one run")
     owner: dict[str, str] = {}
@@ -403,8 +403,9 @@ def _claims(plugins: Iterable[AnyPlugin]) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_pair(one: str, other: str, why: str) -> None:
-    mend = f"leave one out; --plugins no:{one} does it where a preset or file brings it"
-    raise PluginError(f"plugins '{one}' and '{other}' {why}; {mend}")
+    raise PluginError(
+        f"plugins '{one}' and '{other}' {why}; leave one of them out, such as {hint_leave_out(one)}"
+    )
 
 
 def _declared(plugins: Sequence[AnyPlugin]) -> dict[tuple[str, str], str]:
@@ -423,8 +424,10 @@ def _sorted(names: Sequence[str], declared: Mapping[tuple[str, str], str]) -> li
     except CycleError as error:
         pairs = list(zip(error.args[1], error.args[1][1:], strict=False))
         circle = ", ".join(f"'{a}' before '{b}' (as '{declared[a, b]}' says)" for a, b in pairs)
-        mend = f"leave one out; --plugins no:{pairs[0][0]} does it where a preset or file brings it"
-        raise PluginError(f"the plugins' order is a circle: {circle}; {mend}") from None
+        raise PluginError(
+            f"the plugins' order is a circle: {circle}; leave one of them out, such as "
+            f"{hint_leave_out(pairs[0][0])}"
+        ) from None
     order: list[str] = []
     while len(order) < len(names):
         order.append(next(n for n in names if n not in order and before[n].issubset(order)))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from nexus_core.data import DataState
 from nexus_core.device import RandomState, random_state, set_random_state
-from nexus_core.errors import CheckpointError, PluginError
+from nexus_core.errors import CheckpointError, PluginError, hint_add
 from nexus_core.intervals import TrainState
 from nexus_core.meter import Meter
 from nexus_core.plugin import Plugin, StateDict
@@ -113,7 +113,7 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
         name = min(strangers)
         raise CheckpointError(
             f"the checkpoint holds the state of plugin '{name}', which is not in this run; "
-            f"add it with --plugins {name}"
+            f"add it: {hint_add(name)}"
         )
     _check_model(engine.model, snapshot["model"])
     _check_optimizer(engine.optimizer, cast(dict[str, Any], snapshot["optimizer"]))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field
 
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, hint_set
 from nexus_core.intervals import Interval, IntervalField
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 
@@ -70,10 +70,11 @@ class Schedule(Plugin[ScheduleConfigT]):
             return
         amount = amount_in(horizon.unit, warmup, engine)
         if amount is not None and amount > horizon.amount:
+            shorter = Interval(_tenth(horizon), horizon.unit)
             raise ConfigError(
                 f"{self.name}.warmup is {warmup}, longer than the whole run of {horizon}, so the "
-                "learning rate would never get to its base; shorten it, for instance with --set "
-                f"{self.name}.warmup='{Interval(_tenth(horizon), horizon.unit)}', or train longer"
+                "learning rate would never get to its base; shorten it, for instance "
+                f"{hint_set(f'{self.name}.warmup', shorter)}, or train longer"
             )
 
     @hookimpl
@@ -120,10 +121,11 @@ class Decay(Schedule[DecayConfigT]):
         """
         super().on_start(engine)
         if self.floor(engine) > 1:
+            lower = float(f"{_base(engine) / 10:g}")
             raise ConfigError(
                 f"{self.name}.min_lr is {self.config.min_lr:g}, above the optimizer's learning "
-                f"rate of {_base(engine):g} that it should fall from; lower it, for instance with "
-                f"--set {self.name}.min_lr={_base(engine) / 10:g}, or raise the learning rate"
+                f"rate of {_base(engine):g} that it should fall from; lower it, for instance "
+                f"{hint_set(f'{self.name}.min_lr', lower)}, or raise the learning rate"
             )
 
     def floor(self, engine: Engine) -> float:

@@ -140,10 +140,13 @@ def said_by_main(message: str) -> bool:
 
 def _end(ranks: Ranks, error: NexusError) -> None:
     """Raise the error in the main process; the others end in silence, after it."""
+    if not ranks.is_main:
+        with suppress(RuntimeError):
+            dist.barrier()  # broken off when the main process leaves
+    dist.destroy_process_group()  # its threads must not live on into the end of the interpreter
+    gc.collect()
     if ranks.is_main:
         raise error
-    with suppress(RuntimeError):
-        dist.barrier()  # broken off when the main process is gone
     sys.exit(error.exit_code)
 
 

@@ -164,7 +164,7 @@ def test_a_module_that_is_off_reports_nothing_and_its_loss_says_so(missing):
     _, info = model(tokens(1, 5), return_all_outputs=True)
     kept = {name.split("_")[0] for name in info["module_outputs"]}
     assert kept == set(MODULES) - {missing}
-    with pytest.raises(ConfigError, match=f"drop Loss{missing}"):
+    with pytest.raises(ConfigError, match=f"drop Loss{missing.title()}Plugin"):
         engine_for(model).fit(batches(1), until="1 steps")
 
 

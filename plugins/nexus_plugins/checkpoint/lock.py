@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, hint_add, hint_set
 from nexus_core.plan import installed
 from nexus_core.plugin import Plugin
 from nexus_plugins.checkpoint.codec import Json
@@ -111,8 +111,8 @@ def compare(saved: Json, engine: Engine, policy: Policy) -> list[str]:
     if refused:
         raise CheckpointError(
             "the checkpoint was written by another kind of run: " + "; ".join(refused) + ". "
-            "Resume with the config in its folder, or accept the difference with "
-            f"--set checkpoint.resume_policy={'compatible' if policy == 'exact' else 'force'}"
+            "Resume with the config in its folder, or accept the difference: "
+            + hint_set("checkpoint.resume_policy", "compatible" if policy == "exact" else "force")
         )
     return [difference.what for difference in differences]
 
@@ -140,8 +140,8 @@ def drop_foreign_states(states: dict[str, Any], engine: Engine, policy: Policy) 
     foreign = [name for name in states if name not in engine.plugins]
     if foreign and policy != "force":
         raise CheckpointError(
-            f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it with "
-            f"--plugins {','.join(foreign)}, or lose it with --set checkpoint.resume_policy=force"
+            f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it: "
+            f"{hint_add(*foreign)}, or lose it: {hint_set('checkpoint.resume_policy', 'force')}"
         )
     for name in foreign:
         del states[name]

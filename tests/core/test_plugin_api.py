@@ -400,7 +400,7 @@ def test_show_tells_settings_hooks_order_and_state() -> None:
     shown = CliRunner().invoke(nexus_plugins, ["show", "ema"]).output
     for said in (
         r"^from +nexus-trainer [\d.]+, nexus_plugins.ema:EmaPlugin$",
-        r"^built for +plugin API 1.0$",
+        r"^built for +plugin API 1.2$",
         r"^state +version 1: The average and how many steps are in it\.$",
         r"^  decay: float >= 0 < 1, default 0.999\n      what the average keeps",
         r"^  evaluating +Evaluate with the average .*$",

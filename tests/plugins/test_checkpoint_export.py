@@ -59,7 +59,7 @@ def test_export_holds_every_name_with_the_trained_values(source: str, tmp_path: 
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     facts = json.loads((tmp_path / "model/config.json").read_text())
-    assert (facts["model_type"], facts["width"], facts["trained_steps"]) == ("model_tied", 8, 6)
+    assert (facts["model_plugin"], facts["width"], facts["trained_steps"]) == ("model_tied", 8, 6)
     assert facts["parameters"] == sum(p.numel() for p in engine.model.parameters()), (
         "ties count once"
     )

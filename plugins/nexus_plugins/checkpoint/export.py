@@ -78,7 +78,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
         save_file(weights, draft / MODEL, metadata={"format": "pt"})
         text = json.dumps(facts, indent=2, default=str)
         (draft / "config.json").write_text(text + "\n", encoding="utf-8")
-        card = CARD.format(plugin=facts["model_type"] or "the program", steps=content.step)
+        card = CARD.format(plugin=facts["model_plugin"] or "the program", steps=content.step)
         (draft / "README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             (draft / "tokenizer.json").write_bytes(tokenizer)
@@ -173,7 +173,7 @@ def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any
         place = place.get(key) if isinstance(place, dict) else None
     found = place if isinstance(place, dict) else {}
     return {
-        "model_type": name,
+        "model_plugin": name,  # no `model_type`: that is a promise to transformers
         **(blocks[name] if name else {}),
         **{key: value for key, value in found.items() if _is_plain(value)},
         "parameters": sum(tensor.numel() for tensor in tensors.values()),

@@ -21,9 +21,11 @@ class SamPlugin(Plugin[PluginConfig]):
             length = torch.stack([p.grad.norm() for p in moved]).norm()
             for p in moved:
                 p.add_(p.grad * (self.radius / (length + 1e-12)))
-            again()  # through every hook from `forward` to `after_backward`, so it is clipped too
-            for p, value in zip(moved, before, strict=True):
-                p.copy_(value)  # and the optimizer steps with the gradient from up there
+            try:
+                again()  # through every hook from `forward` to `after_backward`: it is clipped too
+            finally:
+                for p, value in zip(moved, before, strict=True):
+                    p.copy_(value)  # and the optimizer steps with the gradient from up there
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def digest(batch: Batch) -> str:
 
 
 def _bytes_of(leaf: object) -> bytes:
+    if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
+        return f"{leaf.dtype}{leaf.layout}".encode()
     if isinstance(leaf, Tensor):
         values = leaf.detach().flatten()[:_DIGESTED].cpu().contiguous()
         return (
@@ -108,7 +110,8 @@ def _mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
         return change(batch)
     if isinstance(batch, Mapping):
         values = {key: _mapped(value, change) for key, value in batch.items()}
-        return _filled(batch, values) if isinstance(batch, MutableMapping) else values
+        copies = isinstance(batch, dict) or hasattr(type(batch), "__copy__")
+        return _filled(batch, values) if isinstance(batch, MutableMapping) and copies else values
     if isinstance(batch, tuple):
         return tuple.__new__(type(batch), [_mapped(value, change) for value in batch])
     if isinstance(batch, list):

@@ -6,12 +6,12 @@ import copy
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypedDict, TypeGuard, cast
 
 from torch import Tensor
 
 from nexus_core.batches import Batch, copied, digest, leaves
+from nexus_core.device import random_state, set_random_state
 from nexus_core.errors import ConfigError, DataError
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.plugin import StateDict
@@ -205,6 +205,11 @@ class Stream:
             self.place = Place(state.epoch, 0)
             return
         self.place = Place(state.epoch, state.batch, saved["row"], saved["loader"])
+        if isinstance(self.data, Iterator) and known is not True:
+            _say(
+                f"the run was {state.batch} batches into an epoch, and this data is an iterator, "
+                "read from where it stands; data that can be read again resumes exactly"
+            )
         if saved["batch_size"] not in (None, self._size) and hasattr(self.data, "batches_from_row"):
             self.place = self.place._replace(batch=self._number(saved["row"]))
             return
@@ -249,14 +254,28 @@ class Stream:
         if holds_its_place(data):
             if place.loader is not None:
                 data.load_state_dict(place.loader)
-            skipped = 0 if place.loader is not None else place.batch
-            return place.batch, 0, islice(iter(self.data), skipped, None)
+            return place.batch, 0, self._from(place, 0 if place.loader else place.batch)
         if can_seek(data):
             if size and place.row and place.row != place.batch * size:
                 batches = cast(Any, data).batches_from_row(place.epoch, place.row)
                 return self._number(place.row), place.row, batches
             return place.batch, place.batch * (size or 0), data.batches(place.epoch, place.batch)
-        return place.batch, 0, islice(iter(data), place.batch, None)
+        return place.batch, 0, self._from(place, place.batch)
+
+    def _from(self, place: Place, skipped: int) -> Iterator[Batch]:
+        """The data without its first batches.
+
+        Within an epoch, opening it and passing over what was read draws no random numbers: they
+        were drawn when the epoch began.
+        """
+        if place.batch == 0:
+            return iter(self.data)
+        generators = random_state()
+        batches = iter(self.data)
+        for _ in range(skipped):
+            next(batches, None)
+        set_random_state(generators)
+        return batches
 
     def _ahead(self, batches: Iterator[Batch], number: int) -> Batch:
         ahead = next(batches, _END)
@@ -274,9 +293,10 @@ class Stream:
                 f"the data ended after {number} batches; pass data that holds batches and can be "
                 "read again, or an earlier horizon"
             )
-        if self.length > number:
+        if number > found and self.length > number:
             _say(f"the data says that it has {self.length} batches, and has {number}")
-        self.length = 0 if isinstance(self.data, Iterator) else number
+        if number > found:
+            self.length = 0 if isinstance(self.data, Iterator) else number
 
     def _kept(self, batch: Batch) -> Batch:
         """The batch, in memory of its own where the loader may write over it before its turn."""

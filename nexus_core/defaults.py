@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core.batches import Batch
 from nexus_core.errors import CheckpointError, ConfigError, DataError
 from nexus_core.events import Run
-from nexus_core.optimizers import members, needs_closure
+from nexus_core.optimizers import members, needs_closure, trained
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_core.processes import Ranks
 from nexus_core.step import Step, merge
 
 __all__ = ["Defaults", "FunctionLossPlugin"]
@@ -70,21 +73,36 @@ class Defaults:
     def optimizer_step(self, engine: Run, step: Step, again: Callable[[], Tensor]) -> bool:
         for optimizer in members(engine.optimizer, step.turn).values():
             if needs_closure(optimizer):
-                _step_with_closure(optimizer, step.total, again)
+                _step_with_closure(optimizer, engine.ranks, step.total, again)
             else:
                 optimizer.step()
             step.applied = True
         return True
 
 
-def _step_with_closure(optimizer: Optimizer, loss: Tensor, again: Callable[[], Tensor]) -> None:
-    """The closure's first answer is what the step has computed already."""
+def _step_with_closure(
+    optimizer: Optimizer, ranks: Ranks, loss: Tensor, again: Callable[[], Tensor]
+) -> None:
+    """The closure's first answer is what the step has computed already.
+
+    All processes see the loss of all of them, so that they search alike. An error within the search
+    leaves weights and state as they were.
+    """
     first = [loss]
 
     def closure() -> float:
-        return (first.pop() if first else again()).item()
+        return ranks.sum(first.pop() if first else again()).item()
 
-    optimizer.step(closure)
+    weights = [(p, p.detach().clone()) for p in trained(optimizer)]
+    state = deepcopy(optimizer.state_dict())
+    try:
+        optimizer.step(closure)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in weights:
+                parameter.copy_(value)
+        optimizer.load_state_dict(state)
+        raise
 
 
 class FunctionLossPlugin(Plugin[PluginConfig]):

@@ -6,12 +6,11 @@ import ctypes
 import random
 import warnings
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from nexus_core.errors import ConfigError
 
@@ -129,9 +128,11 @@ class Undo:
 
     def __init__(self, model: nn.Module) -> None:
         self._devices: list[Tensor] = []
-        owned = [(m, b) for m in model.modules() for b in m.buffers(recurse=False)]
-        self._buffers = [buffer for _, buffer in owned]
-        self._always = [isinstance(module, _NormBase) for module, _ in owned]
+        self._owners = [
+            (m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None
+        ]
+        self._buffers = [cast(Tensor, m._buffers[n]) for m, n in self._owners]
+        self._always = [b.is_floating_point() for b in self._buffers]
         self._copies = [buffer.clone() for buffer in self._buffers]
         self._versions = [buffer._version for buffer in self._buffers]
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
@@ -152,8 +153,10 @@ class Undo:
         if self._numpy["has_gauss"] or not self._looks or self._look() != self._seen:
             self._read_numpy()
         for place in self._changed():
-            self._copies[place].copy_(self._buffers[place])
-            self._versions[place] = self._buffers[place]._version
+            module, name = self._owners[place]
+            buffer = self._buffers[place] = cast(Tensor, module._buffers[name])
+            self._copies[place] = buffer.clone()
+            self._versions[place] = buffer._version
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -164,8 +167,10 @@ class Undo:
         for index, generator in enumerate(self._devices):
             torch.get_device_module(self._accelerator).set_rng_state(generator, index)
         for place in self._changed():
-            self._buffers[place].copy_(self._copies[place])
-            self._versions[place] = self._buffers[place]._version
+            module, name = self._owners[place]
+            buffer = module._buffers[name] = self._buffers[place]
+            buffer.copy_(self._copies[place])
+            self._versions[place] = buffer._version
 
     def _read_numpy(self) -> None:
         self._numpy = np.random.get_state(legacy=False)
@@ -175,11 +180,15 @@ class Undo:
         return ctypes.string_at(self._address, _MT19937_BYTES)
 
     def _changed(self) -> list[int]:
-        """The places of the buffers that may have changed: kernels of norms do not tell."""
+        """The places of the buffers that may have changed; not every change of values tells."""
         return [
             place
-            for place, buffer in enumerate(self._buffers)
-            if self._always[place] or buffer._version != self._versions[place]
+            for place, (buffer, (module, name)) in enumerate(
+                zip(self._buffers, self._owners, strict=True)
+            )
+            if self._always[place]
+            or module._buffers[name] is not buffer
+            or buffer._version != self._versions[place]
         ]
 
 

@@ -187,8 +187,11 @@ class Engine(EarlierNames):
             stream = self._progress.open(self, data, self.horizon, None)
             acting.on_start(engine=self)
             step = prepare(self, stream.take(self.accumulate, self.horizon))
-            count_units(self, step)
-            compute_gradient(self, step)
+            self._progress.step = step
+            for turn in self.hook.take_turns(engine=self, step=step):
+                step.turn = turn
+                count_units(self, step)
+                compute_gradient(self, step)
             return step, self._measured(eval_data)
         finally:
             acting.on_close(engine=self)
@@ -204,10 +207,10 @@ class Engine(EarlierNames):
         """
         nested = not self.training
         metrics = self._measured(data if isinstance(data, Mapping) else {"val": data})
-        if nested:
-            return metrics
+        return metrics if nested else self._announced(metrics)
+
+    def _announced(self, metrics: dict[str, float]) -> dict[str, float]:
         self.metrics |= metrics
-        self.state.evaluated_at = self.state.step
         self.hook.on_eval(engine=self, metrics=metrics)
         self.metrics |= {name: float(value) for name, value in metrics.items()}
         return metrics
@@ -260,6 +263,7 @@ class Engine(EarlierNames):
 
     def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
+        self._progress.check_whole()
         snapshot = snapshots.gather(self, self._progress.where(), self._progress.owed)
         planning.call_each(
             self._answers("on_save"),
@@ -275,6 +279,11 @@ class Engine(EarlierNames):
         Raises:
             CheckpointError: it does not fit; then the engine is as it was.
         """
+        if self._running:
+            raise ConfigError(
+                "a snapshot cannot be loaded within the loop, which would go on from two places; "
+                "close the loop first, or use rewind, which leaves counters and data as they are"
+            )
         self._restore(deepcopy(snapshot))
 
     def resume(self, source: str = "auto") -> None:
@@ -292,13 +301,15 @@ class Engine(EarlierNames):
         self._restore(cast(snapshots.Snapshot, {**deepcopy(snapshot), **kept}))
         self._progress = progress
 
-    def _measured(self, sets: Mapping[str, Data]) -> dict[str, float]:
+    def _measured(
+        self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
         with evaluating(self, nested=not self.training):
             try:
                 for name, batches in sets.items():
                     self.training, self.split, self.meter = False, name, Meter()
-                    metrics |= measure(self, name, batches, self._heed)
+                    metrics |= measure(self, name, batches, heed)
             finally:
                 self.training, self.split, self.meter = before
         return metrics
@@ -356,8 +367,8 @@ class Engine(EarlierNames):
         """
         due = self._progress.due
         if "follow" in due and self._progress.step is not None:
-            due.remove("follow")
             self.hook.on_step(engine=self, step=self._progress.step)
+            due.remove("follow")
         if "log" in due:
             self._log()
         if "evaluate" in due and not self._evaluate(eval_data):
@@ -372,11 +383,14 @@ class Engine(EarlierNames):
             return True
         try:
             self._heed()
-            self.evaluate(data)
+            sets = data if isinstance(data, Mapping) else {"val": data}
+            metrics = self._measured(sets, self._heed)
         except GivenUpError:
             self._progress.owed = True
             return False
         self._progress.owed = False
+        self.state.evaluated_at = self.state.step
+        self._announced(metrics)
         self._agreement.settle()
         return True
 

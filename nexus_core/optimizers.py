@@ -59,6 +59,11 @@ class Optimizers(Optimizer):
         for optimizer in self.named.values():
             optimizer.step(closure)
 
+    def add_param_group(self, param_group: Group) -> None:
+        """Refuse a group that says not which of the optimizers is to train it."""
+        names = ", ".join(f".named[{name!r}]" for name in self.named)
+        raise ConfigError(f"add the group to one of the optimizers: engine.optimizer{names}")
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients."""
         for optimizer in self.named.values():
@@ -162,11 +167,6 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
                 f"{which} trains no parameter of the model; make it over model.parameters() after "
                 "the last change to the model (moving, resizing or wrapping makes new parameters)"
             )
-    if empty := [n for n, p in model.named_parameters() if p.is_meta and p.requires_grad]:
-        raise ConfigError(
-            f"'{empty[0]}' is on the device 'meta': it has a shape and no values; give it some "
-            "before it is trained, for instance with model.to_empty(device=...)"
-        )
     _say_replaced(made, model)
     for group in made.param_groups:
         base_rate(group)

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from types import SimpleNamespace
@@ -236,7 +237,9 @@ def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
 def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
     """The plugin's method for a hook, under its own name or else under an earlier one."""
     if getattr(getattr(plugin, hook, None), "nexus_impl", None):
-        yield getattr(plugin, hook)
+        method = getattr(plugin, hook)
+        old = hook == "on_batch" and plugin.api_version in ("1.0", "1.1")
+        yield _silent(method) if old else method
         return
     for earlier, now in RENAMED.items():
         if now == hook and getattr(getattr(plugin, earlier, None), "nexus_impl", None):
@@ -244,6 +247,16 @@ def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
             text = f"{said}; rename it, as the earlier name will go"
             warnings.warn(text, FutureWarning, stacklevel=2)
             yield getattr(plugin, earlier)
+
+
+def _silent(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An `on_batch` from when its answer was not looked at."""
+
+    @wraps(method)
+    def silent(*arguments: object) -> None:
+        method(*arguments)
+
+    return silent
 
 
 def _impl(plugin: AnyPlugin, hook: str, method: Callable[..., Any]) -> Impl:
@@ -287,10 +300,27 @@ def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
                 return answer
         return None
 
+    if hook.name == "on_step":
+        return _remembered(calls)
+
     def every(**given: object) -> list[Any]:
         return [a for call, names in calls if (a := call(*[given[n] for n in names])) is not None]
 
     return first if hook.spec.opts["firstresult"] else every
+
+
+def _remembered(
+    calls: Sequence[tuple[Callable[..., Any], Sequence[str]]],
+) -> Callable[..., list[Any]]:
+    """Calls each implementation once for a step, also where one of them raises in between."""
+
+    def remembered(step: Any, **given: object) -> list[Any]:
+        for function, names in calls[step.followed :]:
+            step.followed += 1
+            function(*[step if name == "step" else given[name] for name in names])
+        return []
+
+    return remembered
 
 
 def _chained(

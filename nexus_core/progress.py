@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from nexus_core.batches import Batch
 from nexus_core.data import DataState, Place, Stream, is_same
 from nexus_core.device import RandomState, Undo, random_state, set_random_state
+from nexus_core.errors import ConfigError
 from nexus_core.events import Run
 from nexus_core.intervals import Every, Interval
 from nexus_core.processes import Agreement
@@ -57,6 +58,8 @@ class Progress:
         stream = Stream(data, engine.state, self.where(), is_same(data, self._read))
         for length in filter(None, (horizon, period)):
             stream.check(length)
+        if self._read is not None and data is not self._read:
+            self.check_whole()
         if self._stream is not None:
             self._stream.close()
         self._read, self._stream, self._place = data, stream, stream.place
@@ -69,6 +72,18 @@ class Progress:
         if self._stream is None or self._place is None:
             return self._saved
         return self._stream.state(self._place)
+
+    def check_whole(self) -> None:
+        """Refuse what needs whole steps where one stopped between two of its turns.
+
+        Raises:
+            ConfigError: one did.
+        """
+        if self._partial is not None:
+            raise ConfigError(
+                "the last step failed between two of its turns; take it to its end first, by "
+                "fit with the same data"
+            )
 
     def reached(self, place: Place) -> None:
         """The steps up to this place in the data are done."""
@@ -126,6 +141,8 @@ class Course:
         if not micro:
             self._commit(None)
             return False
+        if isinstance(stream.data, Iterator):
+            self._undo.take()  # what is given back is not read again
         try:
             step = progress.step = progress.continued() or prepare(engine, micro)
             take_step(engine, step, lambda: self._agreement.begin(*step.size()), self._mark)

@@ -137,17 +137,15 @@ def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
     Raises:
         CheckpointError: a plugin refuses its state.
     """
-    before = [(plugin, _state_of(plugin)) for plugin, _ in loads]
+    before = [(plugin, _state_of(plugin), dict(vars(plugin))) for plugin, _ in loads]
     try:
         _load(loads)
-    except CheckpointError:
-        for plugin, state in before:
-            if state:
-                plugin.load_state_dict(state)
+        with _as_misfit():
+            engine.optimizer.load_state_dict(cast(dict[str, Any], snapshot["optimizer"]))
+            engine.model.load_state_dict(snapshot["model"])
+    except CheckpointError as error:
+        _put_back(before, error)
         raise
-    with _as_misfit():
-        engine.model.load_state_dict(snapshot["model"])
-        engine.optimizer.load_state_dict(cast(dict[str, Any], snapshot["optimizer"]))
     _load(loads)
     for counter in fields(TrainState):
         setattr(engine.state, counter.name, snapshot["train"].get(counter.name, counter.default))
@@ -155,6 +153,20 @@ def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
     engine.metrics.clear()
     engine.metrics.update(snapshot["metrics"])
     set_random_state(snapshot["random"])
+
+
+def _put_back(
+    before: list[tuple[Plugin[Any], StateDict, dict[str, Any]]], error: CheckpointError
+) -> None:
+    """Give plugins their attributes back, and the state within these where they had one."""
+    for plugin, state, attributes in before:
+        vars(plugin).clear()
+        vars(plugin).update(attributes)
+        try:
+            if state:
+                plugin.load_state_dict(state)
+        except _FAULTS as other:
+            error.add_note(f"plugin '{plugin.name}' does not take its own state back: {other!r}")
 
 
 def _load(loads: list[Load]) -> None:

@@ -41,6 +41,7 @@ class Step:
         refused: 1.0 where the update is to leave no trace, else 0.0, on the device; None: nobody
             refuses steps in this run.
         applied: whether the weights have been updated.
+        followed: how many plugins `on_step` has been called for.
         turns: those of the step, in order, and `turns_done` how many of them have been.
     """
 
@@ -57,6 +58,7 @@ class Step:
     applied: bool = False
     turns: tuple[str | None, ...] = ()
     turns_done: int = 0
+    followed: int = 0
 
     @property
     def is_done(self) -> bool:

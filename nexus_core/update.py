@@ -94,13 +94,11 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
     clear_gradients(engine.optimizer, engine.untrained())
     for name in step.units:
         step.losses.pop(name, None)
-    moves = engine.device.type != "cpu"
-    ahead = to_device(step.micro[0].batch, engine.device) if moves else step.micro[0].batch
+    ahead = to_device(step.micro[0].batch, engine.device)
     for place in range(len(step.micro)):
         step.place, batch = place, ahead
         if not step.is_last:
-            ahead = step.micro[place + 1].batch
-            ahead = to_device(ahead, engine.device) if moves else ahead
+            ahead = to_device(step.micro[place + 1].batch, engine.device)
         _backward(engine, step, batch)
     _clear_other_turns(engine, step)
 

@@ -49,8 +49,8 @@ def train(
     _say(engine, quiet, _headline(engine, run))
     start = engine.state.step
     try:
-        with stopping_on_signals(engine) as received:
-            result = _fit(engine, run, folder, received, resume)
+        with stopping_on_signals(engine):
+            result = _fit(engine, run, folder, resume)
     except Exception as error:
         mistake = isinstance(error, NexusError) and error.exit_code == 2
         if engine.ranks.is_main and mistake and engine.state.step == start:
@@ -65,17 +65,13 @@ def train(
     return _exit_code(result)
 
 
-def _fit(
-    engine: Engine, run: RunConfig, folder: RunFolder, received: list[int], resume: str | None
-) -> Result:
+def _fit(engine: Engine, run: RunConfig, folder: RunFolder, resume: str | None) -> Result:
     """Train; the config of a run in progress is replaced once the run is known to go on."""
     settings = engine.config
     written = distributed.of_main(
         engine.ranks, lambda: folder.claim(settings, resuming=resume is not None)
     )
     for _ in engine.steps(until=run.until, eval_every=run.eval_every):
-        if received and engine.stop_reason is None:  # it came before the loop had begun
-            engine.stop(signal.Signals(received[0]).name, at_once=True)
         if not written and engine.ranks.is_main:
             write_config(settings, folder.path)
             written = True

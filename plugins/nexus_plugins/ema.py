@@ -47,12 +47,12 @@ class EmaPlugin(Plugin[EmaConfig]):
     _updates: int
     _live: dict[str, nn.Parameter]
     """The parameters that are averaged, by name."""
-    _seen: tuple[int, int, int]
-    """How many parameters there were, how many of them trained, how many without a shape yet."""
+    _seen: tuple[tuple[int, bool, bool], ...]
+    """Which parameters there were, and of each whether it was trained and without a shape yet."""
 
     def __init__(self, config: EmaConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
-        self._average, self._updates, self._live, self._seen = {}, 0, {}, (0, 0, 0)
+        self._average, self._updates, self._live, self._seen = {}, 0, {}, ()
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged parameters, by their names in the model."""
@@ -71,7 +71,7 @@ class EmaPlugin(Plugin[EmaConfig]):
                 f"ema: the saved average has '{min(odd)}', which the model does not; resume with "
                 "the config that wrote the checkpoint"
             )
-        self._seen = (0, 0, 0)
+        self._seen = ()
         self._collect(engine)
 
     @hookimpl(stage="measure")
@@ -110,8 +110,7 @@ class EmaPlugin(Plugin[EmaConfig]):
     def _collect(self, engine: Engine) -> None:
         """Take in what has begun to be trained, with its weights as they are now."""
         parameters = engine.parameters()
-        trained = sum(p.requires_grad for p in parameters)
-        seen = len(parameters), trained, sum(map(is_lazy, parameters))
+        seen = tuple((id(p), p.requires_grad, is_lazy(p)) for p in parameters)
         if seen == self._seen:
             return
         named = engine.model.named_parameters()

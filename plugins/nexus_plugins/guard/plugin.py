@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
@@ -95,6 +96,8 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._waits = True
         self._attempts: deque[Attempt] = deque(maxlen=1)
         self._noted = 0.0
+        self._judged = 0  # the step that was judged last
+        self._before = self._counts()
         self._generators: tuple[int, RandomState] | None = None  # before the forward pass of a step
 
     def state_dict(self) -> StateDict:
@@ -131,6 +134,11 @@ class GuardPlugin(Plugin[GuardConfig]):
         step = engine.state.step + 1
         if self._generators is None or self._generators[0] != step:
             self._generators = step, random_state()
+            self._before = self._counts()
+        elif self._judged == step:  # it failed after that, and is taken again
+            self._skipped, self._streak, self._longest, spikes = self._before
+            self._spikes.load_state_dict(spikes)
+            self._judged = 0
 
     @hookimpl(stage="judge")
     def after_backward(self, engine: Engine, step: Step) -> None:
@@ -141,8 +149,12 @@ class GuardPlugin(Plugin[GuardConfig]):
         elif not any(map(needs_closure, optimizers)):  # those search, and bear what is not finite
             self._judge_again(engine, step)
 
+    def _counts(self) -> tuple[Tensor | float, Tensor | float, Tensor | float, StateDict]:
+        return self._skipped, self._streak, self._longest, deepcopy(self._spikes.state_dict())
+
     def _judge_first(self, engine: Engine, step: Step) -> None:
         self._streak_before = self._streak
+        counted, self._judged = self._judged == step.number, step.number
         refused = self._judge(engine, step)
         if self._spikes.enabled:
             losses = [step.losses[name].reshape(()).float() for name in step.units]
@@ -159,6 +171,8 @@ class GuardPlugin(Plugin[GuardConfig]):
             self._skipped = self._skipped + refused
             self._streak = (self._streak + refused) * refused
             self._longest = torch.maximum(torch.as_tensor(self._longest), self._streak)
+        elif refused.item() and counted:
+            return  # in an earlier turn of this step
         elif refused.item():
             self._skipped, self._streak = self._skipped + 1, self._streak + 1
             self._react(engine, attempt, self._streak)

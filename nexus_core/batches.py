@@ -62,14 +62,14 @@ def leaves(batch: object) -> Iterator[object]:
 
 def batch_size(batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a batch: those of `input_ids`, else its first tensor's length."""
+    first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if isinstance(first, Tensor) and first.ndim:
+        return len(first), len(first)  # as most batches are, without a search
     ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
     if isinstance(ids, Tensor | np.ndarray):
         return (len(ids) if ids.ndim > 1 else 1), math.prod(ids.shape)
     if isinstance(ids, list | tuple):
         return len(ids), sum(r.numel() if isinstance(r, Tensor) else np.size(r) for r in ids)
-    first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if isinstance(first, Tensor) and first.ndim:
-        return len(first), len(first)  # as most batches are, without a search
     arrays = (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim)
     rows = next((len(array) for array in arrays), 1)
     return rows, rows
@@ -104,8 +104,13 @@ def copied(batch: Batch) -> Batch:
 
 def _mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
     """The batch in new containers of the same classes, each leaf changed."""
-    if type(batch) is dict:
+    kind = type(batch)  # first what nearly every batch is made of: this is done at every step
+    if kind is Tensor:
+        return change(batch)
+    if kind is dict:
         return {key: _mapped(value, change) for key, value in batch.items()}
+    if kind is tuple:
+        return tuple([_mapped(value, change) for value in batch])
     if isinstance(batch, Tensor | PackedSequence):
         return change(batch)
     if isinstance(batch, Mapping):

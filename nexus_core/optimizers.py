@@ -230,7 +230,10 @@ def untrained(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
 
 
 class Untrained:
-    """The model's other parameters, looked up anew when the optimizer's groups have changed."""
+    """The model's other parameters, looked up anew when the optimizer's groups have changed.
+
+    They have when they hold another number; a parameter that joins the model alone is not seen.
+    """
 
     def __init__(self) -> None:
         self._size, self._found = -1, list[nn.Parameter]()

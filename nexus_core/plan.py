@@ -7,7 +7,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from types import SimpleNamespace
@@ -237,9 +236,7 @@ def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
 def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
     """The plugin's method for a hook, under its own name or else under an earlier one."""
     if getattr(getattr(plugin, hook, None), "nexus_impl", None):
-        method = getattr(plugin, hook)
-        old = hook == "on_batch" and plugin.api_version in ("1.0", "1.1")
-        yield _silent(method) if old else method
+        yield getattr(plugin, hook)
         return
     for earlier, now in RENAMED.items():
         if now == hook and getattr(getattr(plugin, earlier, None), "nexus_impl", None):
@@ -247,16 +244,6 @@ def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
             text = f"{said}; rename it, as the earlier name will go"
             warnings.warn(text, FutureWarning, stacklevel=2)
             yield getattr(plugin, earlier)
-
-
-def _silent(method: Callable[..., Any]) -> Callable[..., Any]:
-    """An `on_batch` from when its answer was not looked at."""
-
-    @wraps(method)
-    def silent(*arguments: object) -> None:
-        method(*arguments)
-
-    return silent
 
 
 def _impl(plugin: AnyPlugin, hook: str, method: Callable[..., Any]) -> Impl:
@@ -296,7 +283,7 @@ def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
 
     def first(**given: object) -> Any:
         for function, names in calls:
-            if (answer := function(*[given[name] for name in names])) is not None:
+            if (answer := function(*map(given.__getitem__, names))) is not None:
                 return answer
         return None
 
@@ -304,7 +291,8 @@ def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
         return _remembered(calls)
 
     def every(**given: object) -> list[Any]:
-        return [a for call, names in calls if (a := call(*[given[n] for n in names])) is not None]
+        answers = [function(*map(given.__getitem__, names)) for function, names in calls]
+        return [answer for answer in answers if answer is not None]
 
     return first if hook.spec.opts["firstresult"] else every
 
@@ -330,7 +318,7 @@ def _chained(
 
     def chained(**given: object) -> Any:
         for function, names in calls:
-            answer = function(*[given[name] for name in names])
+            answer = function(*map(given.__getitem__, names))
             if answer is not None:
                 given[link] = answer
         return given[link]

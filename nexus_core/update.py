@@ -89,7 +89,7 @@ def compute_gradient(engine: Run, step: Step) -> None:
 def accumulate_gradient(engine: Run, step: Step) -> None:
     """Add up the gradient of the step's turn, micro-batch by micro-batch, and record its terms.
 
-    The next micro-batch is on its way to the device while the present one computes.
+    The copy of the next micro-batch to the device is queued before the present one is computed.
     """
     clear_gradients(engine.optimizer, engine.untrained())
     for name in step.units:

@@ -26,8 +26,8 @@ __all__ = ["stopping_on_signals", "train"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
-"""How long after a signal another one is taken for the same: a scheduler or a terminal signals all
-processes, and the launcher among them hands it on, in seconds."""
+"""How long after a signal another one is taken for the same, in seconds: a scheduler or a terminal
+signals all processes, and the launcher among them hands it on. Ctrl-C twice is meant twice."""
 
 
 def train(
@@ -87,12 +87,14 @@ def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
     """
     received: list[int] = []
     first = 0.0
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal first
         if not received:
             first = time.monotonic()
-        elif time.monotonic() - first > ECHO_S:
+        pressed_twice = received[:1] == [signal.SIGINT] == [number] and not launched
+        if received and (pressed_twice or time.monotonic() - first > ECHO_S):
             _say_at_once(engine, _kept(engine))
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -187,7 +187,9 @@ def verify_resume(
     while report.kills < kills:
         life = _live(nursery, order, disturbed)
         term = moments.random() < terms
-        if not _kill(life, disturbed, report.steps / max(kills, 1), moments, term=term):
+        shows = report.kills < kills - 1 or _went_on(disturbed)
+        steps = report.steps / max(kills, 1)
+        if not _kill(life, disturbed, steps, moments, term=term, saved=not shows):
             _finish(life, disturbed)
             break
         report.kills += 1
@@ -196,7 +198,7 @@ def verify_resume(
     else:
         _finish(_live(nursery, order, disturbed), disturbed)
     report.differences = compare_runs(undisturbed, disturbed)
-    if not any(int(line) for line in _lines(disturbed / STARTS)):
+    if not _went_on(disturbed):
         report.differences.append(
             "nothing was shown, as the killed run never went on from a checkpoint; add a "
             "plugin that saves, let it save more often, or train longer"
@@ -257,7 +259,13 @@ def _finish(life: ForkServerProcess, out: Path) -> None:
 
 
 def _kill(
-    life: ForkServerProcess, out: Path, steps: float, moments: random.Random, *, term: bool
+    life: ForkServerProcess,
+    out: Path,
+    steps: float,
+    moments: random.Random,
+    *,
+    term: bool,
+    saved: bool,
 ) -> bool:
     """Kill a run at a random moment; False where it ended before that.
 
@@ -268,13 +276,17 @@ def _kill(
         moments: decides when; one kill in three waits for a checkpoint that is being written, and
             one in ten does not wait for a step.
         term: by a SIGTERM to the run and its workers.
+        saved: as soon as there is a checkpoint to go on from, whatever was drawn.
     """
-    within_save = moments.random() < _SAVE_SHARE
-    at_start = not within_save and moments.random() < 0.1
+    within_save = not saved and moments.random() < _SAVE_SHARE
+    at_start = not (within_save or saved) and moments.random() < 0.1
     target = _last_step(out / NOTES) + moments.uniform(0, steps)
     limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
     while life.is_alive() and time.monotonic() < limit:
-        if not at_start and _last_step(out / NOTES) >= target:
+        if saved:
+            if any((out / "checkpoints").glob("step-*[1-9]*")):
+                break
+        elif not at_start and _last_step(out / NOTES) >= target:
             if not within_save:
                 time.sleep(moments.uniform(0, 0.02))
                 break
@@ -296,6 +308,11 @@ def _kill(
         os.kill(life.pid, signal.SIGKILL)
     life.join()
     return life.exitcode == -signal.SIGKILL
+
+
+def _went_on(out: Path) -> bool:
+    """Whether a life of the killed run has begun from a checkpoint."""
+    return any(int(line) for line in _lines(out / STARTS))
 
 
 def _saving(out: Path) -> bool:

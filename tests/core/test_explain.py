@@ -149,7 +149,7 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
     [
         (
             [waiting("a", after=("c",)), waiting("b", after=("a",)), waiting("c", after=("b",))],
-            "a circle: '.' before '.' .as '.' says.*leave one out; --plugins no:. does it",
+            "a circle: '.' before '.' .as '.' says.*leave one of them out, such as drop .Plugin",
         ),
         (
             [waiting("a", before=("b",)), waiting("b", before=("a",))],
@@ -158,7 +158,7 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
         ),
         (
             [waiting("a", slot="lr"), waiting("b", slot="lr")],
-            "both fill the slot 'lr'; leave one out; --plugins no:a does it",
+            "both fill the slot 'lr'; leave one of them out, such as drop APlugin",
         ),
     ],
 )

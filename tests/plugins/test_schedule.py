@@ -158,8 +158,7 @@ def test_rules_go_on_after_a_state_was_loaded_into_the_run() -> None:
             if engine.state.step == 2:
                 saved.append(copy.deepcopy(engine.state_dict()))
             if engine.state.step == 4:
-                saved[0]["train"] = engine.state_dict()["train"]
-                engine.load_state_dict(saved[0])
+                engine.rewind(saved[0])
 
     model = nn.Linear(2, 1)
     rule = {"target": "optimizer.weight_decay", "start": 0.0, "end": 0.8, "over": "8 steps"}

@@ -35,7 +35,10 @@ def leaving(owner: object, event: Event) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back signals to stop, here and in processes started meanwhile until they `attend`."""
+    """Hold back signals to stop, here and in processes started meanwhile until they `attend`.
+
+    What a fork server starts holds them back only where the server itself was started within.
+    """
     if sys.platform == "win32":
         yield
         return

@@ -182,8 +182,7 @@ class Undo:
         self._seen_python = self._look_python()
 
     def _look_python(self) -> tuple[bytes, float | None]:
-        words = self._python_words
-        return (b"" if words is None else words.raw), _PYTHON.gauss_next
+        return b"" if self._python_words is None else self._python_words.raw, _PYTHON.gauss_next
 
     def _read_numpy(self) -> None:
         self._numpy = np.random.get_state(legacy=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_core import plan as planning
+from nexus_core import relay as calling
 from nexus_core import snapshot as snapshots
 from nexus_core.batches import Batch
 from nexus_core.data import RunData
@@ -24,6 +24,7 @@ from nexus_core.events import Hooks
 from nexus_core.intervals import Interval, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
 from nexus_core.optimizers import Untrained, check_optimizer, trained
+from nexus_core.plan import arrange, claim
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
 from nexus_core.progress import Course, Progress
@@ -91,9 +92,9 @@ class Engine(EarlierNames):
         self._running = False
         self._untrained = Untrained()
 
-        self.plan = planning.arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
+        self.plan = arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
-        self.hook: Hooks = planning.relay(self.plan, Defaults())
+        self.hook: Hooks = calling.relay(self.plan, Defaults())
         if not self._answers("loss_terms"):
             raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
         self.device = pick_device(device, model)
@@ -106,7 +107,7 @@ class Engine(EarlierNames):
         self.model: nn.Module = model if given and device is None else model.to(self.device)
         made = self.hook.make_optimizer(engine=self) if optimizer is None else optimizer
         self.optimizer: Optimizer = check_optimizer(made, self.model)
-        planning.claim(self.plan, self)
+        claim(self.plan, self)
         self.hook.on_build(engine=self)
 
     def fit(
@@ -180,7 +181,7 @@ class Engine(EarlierNames):
             The step, and the metrics of the evaluation.
         """
         self.horizon = Interval.parse(until)
-        acting = planning.relay(
+        acting = calling.relay(
             self.plan, Defaults(), lambda plugin: not getattr(plugin, "only_watches", False)
         )
         try:
@@ -265,7 +266,7 @@ class Engine(EarlierNames):
         """Everything that decides how the run continues, read in place; fires `on_save`."""
         self._progress.check_whole()
         snapshot = snapshots.gather(self, self._progress.where(), self._progress.owed)
-        planning.call_each(
+        calling.call_each(
             self._answers("on_save"),
             lambda plugin: snapshots.check_parts(snapshot, plugin),
             engine=self,
@@ -350,7 +351,7 @@ class Engine(EarlierNames):
                 raise failed
         except (Exception, KeyboardInterrupt) as error:
             failure = error
-            planning.blame(error, self.plan, self.state.step)
+            calling.blame(error, self.plan, self.state.step)
             self._call_all("on_error", failure, error=error)
             raise
         finally:
@@ -404,10 +405,10 @@ class Engine(EarlierNames):
             self.metrics |= metrics
             self.hook.on_log(engine=self, metrics=metrics)
 
-    def _answers(self, hook: str) -> list[planning.Impl]:
-        return planning.implementations(self.plan, hook, Defaults())
+    def _answers(self, hook: str) -> list[calling.Impl]:
+        return calling.implementations(self.plan, hook, Defaults())
 
     def _call_all(
         self, hook: str, failure: BaseException | None, **given: object
     ) -> BaseException | None:
-        return planning.call_all(self._answers(hook), hook, failure, engine=self, **given)
+        return calling.call_all(self._answers(hook), hook, failure, engine=self, **given)

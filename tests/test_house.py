@@ -66,7 +66,6 @@ LARGER = {
     "nexus_core/cli/verify_resume.py": 255,
     "nexus_core/data.py": 230,
     "nexus_core/engine.py": ENGINE,
-    "nexus_core/plan.py": 255,
     "nexus_core/testing/contract.py": 315,
     "plugins/nexus_plugins/checkpoint/folder.py": 200,
     "plugins/nexus_plugins/checkpoint/optimizer.py": 270,

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 from nexus_core.defaults import Defaults
 from nexus_core.events import Hooks
-from nexus_core.plan import CORE, HOOK_NAMES, Impl, Plan, implementations, load, scan
+from nexus_core.plan import CORE, HOOK_NAMES, Plan, load, scan
+from nexus_core.relay import Impl, implementations
 
 __all__ = [
     "Call",

@@ -19,7 +19,7 @@ from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
 from nexus_core.intervals import Interval, TrainState
-from nexus_core.plan import relay
+from nexus_core.relay import relay
 
 __all__ = ["LrPlan", "plan_lr", "plot_lr"]
 

@@ -19,7 +19,8 @@ from nexus_core import ConfigError, Engine, Plugin, PluginError
 from nexus_core.defaults import Defaults
 from nexus_core.device import seed_everything
 from nexus_core.errors import CheckpointError
-from nexus_core.plan import HOOK_NAMES, Impl, Plan, arrange, implementations, installed, load, relay
+from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load
+from nexus_core.relay import Impl, implementations, relay
 from nexus_core.snapshot import Snapshot
 from nexus_core.testing.probes import (
     FailingPlugin,

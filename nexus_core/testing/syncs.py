@@ -30,7 +30,7 @@ READS = frozenset(
 )
 """Functions that give a number to the host, or whose result's shape depends on the numbers."""
 
-_FIRING = ("nexus_core.step", "nexus_core.engine", "nexus_core.plan", "pluggy.")
+_FIRING = ("nexus_core.step", "nexus_core.engine", "nexus_core.relay", "pluggy.")
 _FLAT = ("", "nexus_plugins", "nexus_plugins_contrib")  # one module, one plugin
 _IS_CPU: Any = Tensor.is_cpu
 

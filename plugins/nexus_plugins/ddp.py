@@ -124,7 +124,7 @@ class DdpPlugin(Parallel[DdpConfig]):
 
 
 class _LossOf(nn.Module):
-    """A module with the model's parameters, without its buffers, that hands a loss through.
+    """A module with the model's parameters, without its buffers, that passes a loss through.
 
     So DDP gets to know the loss, whichever functions of the model and of the plugins made it.
     """

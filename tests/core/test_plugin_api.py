@@ -21,7 +21,8 @@ from nexus_core import Engine, Plugin, PluginConfig, PluginError, hookimpl
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.events import API_VERSIONS, RENAMED, Hooks
-from nexus_core.plan import HOOK_NAMES, arrange, load, relay
+from nexus_core.plan import HOOK_NAMES, arrange, load
+from nexus_core.relay import relay
 from nexus_core.testing import fake_distribution, tiny_engine
 
 PAGE = (Path(__file__).parents[2] / "docs/plugin_api.md").read_text()
@@ -182,7 +183,8 @@ class BothPlugin(Plugin[PluginConfig]):
 def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A release in which two hooks have just got their present names."""
     names = {"on_update": "on_step", "apply_update": "optimizer_step"}
-    monkeypatch.setattr("nexus_core.plan.RENAMED", names)
+    for module in ("plan", "relay"):
+        monkeypatch.setattr(f"nexus_core.{module}.RENAMED", names)
 
 
 @pytest.mark.usefixtures("renamed")
@@ -240,7 +242,7 @@ def test_earlier_name_of_an_argument_still_comes_and_is_warned_of(
         def on_log(self, metrics: Any) -> None:
             self.seen = metrics
 
-    monkeypatch.setattr("nexus_core.plan.Hooks", NextHooks)
+    monkeypatch.setattr("nexus_core.relay.Hooks", NextHooks)
     plugin = ArgumentPlugin()
     with pytest.warns(FutureWarning, match="take 'values' instead"):
         hook = relay(arrange([plugin]), object())

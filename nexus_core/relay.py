@@ -1,0 +1,241 @@
+"""Who answers a hook, in which order, and the calls: what `engine.hook` is made of."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pluggy
+
+from nexus_core.errors import PluginError
+from nexus_core.events import RENAMED, STAGES, Hooks
+from nexus_core.plan import CORE, HOOK_NAMES, AnyPlugin, Plan
+
+__all__ = ["Impl", "blame", "call_all", "call_each", "implementations", "relay"]
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One plugin's answer to one hook.
+
+    Args:
+        plugin: its name, or "the core".
+        method: what is called.
+        wrapper: it is a generator around the others.
+        rank: -1 asks to be first, 1 to be last, 0 neither.
+        stage: its stage's place among those of the hook, and its name; "" where there are none.
+    """
+
+    plugin: str
+    method: Callable[..., Any]
+    wrapper: bool = False
+    rank: int = 0
+    stage: tuple[int, str] = (0, "")
+
+
+def implementations(plan: Plan, hook: str, defaults: object) -> list[Impl]:
+    """Who answers a hook, in the order of the calls: by rank, by stage, then by the plan.
+
+    Wrappers come first, the outermost at the head. `on_close` runs in reverse. What names no stage
+    but stands before or after a plugin that does goes to the stage of that one where it must.
+    """
+    found = [_impl(plugin, hook, method) for plugin in plan.plugins
+             for method in _methods(plugin, hook)]  # fmt: skip
+    if hook in STAGES:
+        named = {i.plugin: i.stage for i in found if getattr(i.method, "nexus_stage", None)}
+        found = [_beside(impl, plan, named) for impl in found]
+    found.sort(key=lambda impl: (not impl.wrapper, impl.rank, impl.stage))
+    core = getattr(defaults, hook, None)
+    ordered = [*found, *([Impl(CORE, core)] if core else [])]
+    return ordered[::-1] if hook == "on_close" else ordered
+
+
+def relay(
+    plan: Plan, defaults: object, only: Callable[[AnyPlugin], bool] = lambda plugin: True
+) -> Hooks:
+    """What calls the hooks of an engine's own plugins: one method a hook, typed as `Hooks`.
+
+    Args:
+        plan: the plugins.
+        defaults: the core's own answers.
+        only: which of the plugins to call.
+
+    Raises:
+        PluginError: an implementation asks for an argument that its hook does not have.
+    """
+    chosen = Plan(tuple(filter(only, plan.plugins)), plan.declared)
+    manager = _Manager("nexus")
+    manager.add_hookspecs(Hooks)
+    for name in HOOK_NAMES:
+        hook = getattr(manager.hook, name)
+        hook.spec.argnames = tuple(inspect.signature(getattr(Hooks, name)).parameters)[1:]
+        impls = implementations(chosen, name, defaults)
+        for impl in impls if name == "on_close" else reversed(impls):
+            _register(manager, name, impl)
+    return cast(
+        Hooks, SimpleNamespace(**{n: _shortcut(getattr(manager.hook, n)) for n in HOOK_NAMES})
+    )
+
+
+class _Manager(pluggy.PluginManager):
+    """Calls what was registered last first, with no order of its own: the plan has decided."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        options = super().parse_hookimpl_opts(plugin, name)
+        return None if options is None else {**options, "tryfirst": False, "trylast": False}
+
+
+def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
+    """Register one method under the name of its plugin and hook."""
+    try:
+        manager.register(SimpleNamespace(**{hook: impl.method}), f"{impl.plugin}: {hook}")
+    except pluggy.PluginValidationError as error:
+        said = " ".join(str(error).split("\n")[1:])
+        raise PluginError(f"plugin '{impl.plugin}' answers {hook} wrongly: {said}") from error
+
+
+def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
+    """The plugin's method for a hook, under its own name or else under an earlier one."""
+    if getattr(getattr(plugin, hook, None), "nexus_impl", None):
+        yield getattr(plugin, hook)
+        return
+    for earlier, now in RENAMED.items():
+        if now == hook and getattr(getattr(plugin, earlier, None), "nexus_impl", None):
+            warnings.warn(
+                f"{type(plugin).__qualname__}.{earlier}: the hook is called '{now}' now; rename "
+                "it, as the earlier name will go",
+                FutureWarning,
+                stacklevel=2,
+            )
+            yield getattr(plugin, earlier)
+
+
+def _impl(plugin: AnyPlugin, hook: str, method: Callable[..., Any]) -> Impl:
+    marks = method.nexus_impl  # type: ignore[attr-defined]
+    return Impl(
+        plugin.name,
+        method,
+        wrapper=bool(marks["wrapper"]),
+        rank=bool(marks["trylast"]) - bool(marks["tryfirst"]),
+        stage=_stage(hook, method),
+    )
+
+
+def _stage(hook: str, method: Callable[..., Any]) -> tuple[int, str]:
+    stages = STAGES.get(hook, ())
+    names = [stage.rstrip("*") for stage in stages]
+    wanted = getattr(method, "nexus_stage", None)
+    if wanted is None:
+        place = next((i for i, stage in enumerate(stages) if stage.endswith("*")), 0)
+        return place, names[place] if names else ""
+    return names.index(wanted), wanted
+
+
+def _beside(impl: Impl, plan: Plan, named: Mapping[str, tuple[int, str]]) -> Impl:
+    """The implementation in a stage that keeps what was declared, where it names none itself."""
+    if impl.plugin in named:
+        return impl
+    pairs = [pair for pair in plan.declared if impl.plugin in pair]
+    floors = [named[first] for first, _ in pairs if first in named]
+    ceilings = [named[then] for _, then in pairs if then in named]
+    return replace(impl, stage=max([min([impl.stage, *ceilings]), *floors]))
+
+
+def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
+    """The hook itself where a wrapper is around it, else a plain loop with the same answers."""
+    impls = hook.get_hookimpls()
+    calls = [(impl.function, impl.argnames) for impl in reversed(impls)]
+    if hook.name == "on_batch":
+        return _chained(calls, "batch")
+    if hook.spec is None or any(impl.wrapper or impl.hookwrapper for impl in impls):
+        return hook
+
+    def first(**given: object) -> Any:
+        for function, names in calls:
+            if (answer := function(*map(given.__getitem__, names))) is not None:
+                return answer
+        return None
+
+    if hook.name == "on_step":
+        return _remembered(calls)
+
+    def every(**given: object) -> list[Any]:
+        answers = (function(*map(given.__getitem__, names)) for function, names in calls)
+        return [answer for answer in answers if answer is not None]
+
+    return first if hook.spec.opts["firstresult"] else every
+
+
+def _remembered(
+    calls: Sequence[tuple[Callable[..., Any], Sequence[str]]],
+) -> Callable[..., list[Any]]:
+    """Calls each implementation once for a step, also where one of them raises in between."""
+
+    def remembered(**given: Any) -> list[Any]:
+        step = given["step"]
+        for function, names in calls[step.followed :]:
+            step.followed += 1
+            function(*map(given.__getitem__, names))
+        return []
+
+    return remembered
+
+
+def _chained(
+    calls: Sequence[tuple[Callable[..., Any], Sequence[str]]], link: str
+) -> Callable[..., Any]:
+    """Each implementation gets the answer of the one before; what answers None leaves it."""
+
+    def chained(**given: object) -> Any:
+        for function, names in calls:
+            if (answer := function(*map(given.__getitem__, names))) is not None:
+                given[link] = answer
+        return given[link]
+
+    return chained
+
+
+def call_each(impls: Iterable[Impl], done: Callable[[str], None], /, **arguments: object) -> None:
+    """Call implementations one by one, and `done` with the plugin's name after each."""
+    for impl in impls:
+        impl.method(*(arguments[name] for name in argument_names(impl.method)))
+        done(impl.plugin)
+
+
+def call_all(
+    impls: Iterable[Impl], hook: str, failure: BaseException | None, /, **arguments: object
+) -> BaseException | None:
+    """Call every implementation of an event; what they raise becomes a note on the first error.
+
+    Returns:
+        The first error: `failure`, where there is one already.
+    """
+    first = failure
+    for impl in impls:
+        try:
+            impl.method(*(arguments[name] for name in argument_names(impl.method)))
+        except BaseException as raised:
+            note = f"plugin '{impl.plugin}', {hook}"
+            (first or raised).add_note(f"{note}: {raised!r}" if first else note)
+            first = first or raised
+    return first
+
+
+def argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments that an implementation takes."""
+    taken = inspect.signature(method).parameters
+    return tuple(name for name, parameter in taken.items() if parameter.default is parameter.empty)
+
+
+def blame(error: BaseException, plan: Plan, step: int) -> None:
+    """Note on an error which plugin raised it, in which method, at which step."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for plugin in plan.plugins:
+            if frame.f_locals.get("self") is plugin:
+                error.add_note(f"plugin '{plugin.name}', {frame.f_code.co_name}, step {step}")
+                return

@@ -188,7 +188,7 @@ def verify_resume(
         life = _live(nursery, order, disturbed)
         term = moments.random() < terms
         shows = report.kills < kills - 1 or _went_on(disturbed)
-        steps = report.steps / max(kills, 1)
+        steps = report.steps / (kills + 1)  # a share for each life, and one to end with
         if not _kill(life, disturbed, steps, moments, term=term, saved=not shows):
             _finish(life, disturbed)
             break
@@ -272,21 +272,26 @@ def _kill(
     Args:
         life: the run.
         out: its folder.
-        steps: the most that a life does beyond where the notes of the last one end.
+        steps: the most that a life does beyond where the notes of the last one end, whatever
+            was drawn: a run that ends by itself shows nothing.
         moments: decides when; one kill in three waits for a checkpoint that is being written, and
             one in ten does not wait for a step.
         term: by a SIGTERM to the run and its workers.
-        saved: as soon as there is a checkpoint to go on from, whatever was drawn.
+        saved: as soon as there is a checkpoint to go on from.
     """
     within_save = not saved and moments.random() < _SAVE_SHARE
     at_start = not (within_save or saved) and moments.random() < 0.1
-    target = _last_step(out / NOTES) + moments.uniform(0, steps)
+    begin = _last_step(out / NOTES)
+    target = begin + moments.uniform(0, steps)
     limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
     while life.is_alive() and time.monotonic() < limit:
+        reached = _last_step(out / NOTES)
+        if reached >= begin + steps and not saved:
+            break
         if saved:
             if any((out / "checkpoints").glob("step-*[1-9]*")):
                 break
-        elif not at_start and _last_step(out / NOTES) >= target:
+        elif not at_start and reached >= target:
             if not within_save:
                 time.sleep(moments.uniform(0, 0.02))
                 break

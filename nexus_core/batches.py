@@ -64,7 +64,7 @@ def batch_size(batch: Batch) -> tuple[int, int]:
     """The rows and the tokens of a batch: those of `input_ids`, else its first tensor's length."""
     first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if isinstance(first, Tensor) and first.ndim:
-        return len(first), len(first)  # as most batches are, without a search
+        return first.shape[0], first.shape[0]  # as most batches are, without a search
     ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
     if isinstance(ids, Tensor | np.ndarray):
         return (len(ids) if ids.ndim > 1 else 1), math.prod(ids.shape)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from nexus_core.batches import Batch
 from nexus_core.errors import CheckpointError, ConfigError, DataError
 from nexus_core.events import Run
-from nexus_core.optimizers import members, needs_closure, trained
+from nexus_core.optimizers import members, needs_closure, trained, update
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 from nexus_core.processes import Ranks
 from nexus_core.step import Step, merge
@@ -25,7 +25,10 @@ _MISSING = "there is no {what}: pass it to {where}, or add a plugin for it (nexu
 
 
 class Defaults:
-    """The core's own answers, asked after every plugin's."""
+    """The core's own answers, asked after every plugin's.
+
+    Those that each step asks for take every argument: where no plugin answers, the call is direct.
+    """
 
     @hookimpl(trylast=True)
     def make_data(self) -> NoReturn:
@@ -47,11 +50,11 @@ class Defaults:
         )
 
     @hookimpl(trylast=True)
-    def cut_batch(self, batch: Batch) -> tuple[Batch]:
+    def cut_batch(self, engine: Run, batch: Batch) -> tuple[Batch]:
         return (batch,)
 
     @hookimpl(trylast=True)
-    def take_turns(self) -> tuple[None]:
+    def take_turns(self, engine: Run, step: Step) -> tuple[None]:
         return (None,)
 
     @hookimpl(trylast=True)
@@ -61,11 +64,11 @@ class Defaults:
         return engine.model(batch[0] if isinstance(batch, list | tuple) else batch)
 
     @hookimpl(trylast=True)
-    def weigh_losses(self, engine: Run) -> dict[str, float]:
+    def weigh_losses(self, engine: Run, terms: tuple[str, ...], step: Step) -> dict[str, float]:
         return merge(engine.hook.loss_weight(engine=engine))
 
     @hookimpl(trylast=True)
-    def backward(self, loss: Tensor) -> bool:
+    def backward(self, engine: Run, loss: Tensor, terms: Mapping[str, Tensor], step: Step) -> bool:
         loss.backward()  # type: ignore[no-untyped-call]
         return True
 
@@ -75,7 +78,7 @@ class Defaults:
             if needs_closure(optimizer):
                 _step_with_closure(optimizer, engine.ranks, step.total, again)
             else:
-                optimizer.step()
+                update(optimizer)
             step.applied = True
         return True
 

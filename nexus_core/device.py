@@ -25,7 +25,8 @@ __all__ = [
 ]
 
 _PYTHON: Any = getattr(random.getstate, "__self__")  # noqa: B009  the one behind the functions
-_MT19937_BYTES = 2500  # its words and its place among them, as NumPy holds them
+_MT19937_BYTES = 2500  # its 624 words and its place among them
+_PEEK_BYTES = 64  # of them: each draw moves the place, and each 624th rewrites every word
 
 Words: TypeAlias = list[Any]
 """Numbers, in the nesting that a generator of Python or NumPy gives its state in."""
@@ -137,27 +138,26 @@ class Undo:
         self._always = [b.is_floating_point() for b in self._buffers]
         self._copies = [buffer.clone() for buffer in self._buffers]
         self._versions = [buffer._version for buffer in self._buffers]
-        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        self._numpy_generator = generator
-        self._looks = isinstance(generator, np.random.MT19937)
-        self._numpy_words = _words_at(generator.ctypes.state_address) if self._looks else None
         self._accelerator, self._count = _accelerators()
+        self._numpy_generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        self._numpy_words, self._python_words = _numpy_words(self._numpy_generator), _python_words()
         self._read_numpy()
-        self._python_words = _python_words()
         self._read_python()
         self.take()
 
     def take(self) -> None:
         """Remember the present state."""
-        if self._python_words is None or self._look_python() != self._seen_python:
+        words = self._python_words
+        if not words or words.raw != self._seen_python or _PYTHON.gauss_next != self._python[2]:
             self._read_python()
-        self._torch = torch.get_rng_state()
+        self._torch = torch.default_generator.get_state()
         if self._accelerator:
             module = torch.get_device_module(self._accelerator)
             self._devices = [module.get_rng_state(index) for index in range(self._count)]
-        if self._numpy["has_gauss"] or not self._looks or self._look() != self._seen:
+        words = self._numpy_words
+        if not words or words.raw != self._seen_numpy or self._numpy["has_gauss"]:
             self._read_numpy()
-        for place in self._changed():
+        for place in self._changed() if self._owners else ():
             module, name = self._owners[place]
             buffer = self._buffers[place] = cast(Tensor, module._buffers[name])
             self._copies[place] = buffer.clone()
@@ -179,17 +179,11 @@ class Undo:
 
     def _read_python(self) -> None:
         self._python = random.getstate()
-        self._seen_python = self._look_python()
-
-    def _look_python(self) -> tuple[bytes, float | None]:
-        return b"" if self._python_words is None else self._python_words.raw, _PYTHON.gauss_next
+        self._seen_python = self._python_words.raw if self._python_words else b""
 
     def _read_numpy(self) -> None:
         self._numpy = np.random.get_state(legacy=False)
-        self._seen = self._look() if self._looks else b""
-
-    def _look(self) -> bytes:
-        return b"" if self._numpy_words is None else self._numpy_words.raw
+        self._seen_numpy = self._numpy_words.raw if self._numpy_words else b""
 
     def _changed(self) -> list[int]:
         """The places of the buffers that may have changed; not every change of values tells."""
@@ -204,20 +198,26 @@ class Undo:
         ]
 
 
-def _words_at(address: int) -> ctypes.Array[ctypes.c_char]:
-    """The memory of a Mersenne Twister, to be compared."""
-    return (ctypes.c_char * _MT19937_BYTES).from_address(address)
+def _words_at(address: int, count: int) -> ctypes.Array[ctypes.c_char]:
+    """Bytes of a generator's memory, to be compared."""
+    return (ctypes.c_char * count).from_address(address)
+
+
+def _numpy_words(generator: Any) -> ctypes.Array[ctypes.c_char] | None:
+    """The last words of NumPy's generator, and its place after them, if it is this kind."""
+    if not isinstance(generator, np.random.MT19937):
+        return None
+    return _words_at(generator.ctypes.state_address + _MT19937_BYTES - _PEEK_BYTES, _PEEK_BYTES)
 
 
 def _python_words() -> ctypes.Array[ctypes.c_char] | None:
-    """The memory of Python's generator, if this interpreter keeps it as CPython does."""
-    header = object.__basicsize__
-    if type(_PYTHON).__basicsize__ < header + _MT19937_BYTES:
+    """The place and first words of Python's generator, if it is kept as CPython keeps it."""
+    address = id(_PYTHON) + object.__basicsize__
+    if type(_PYTHON).__basicsize__ < object.__basicsize__ + _MT19937_BYTES:
         return None
-    found = _words_at(id(_PYTHON) + header)
     _, words, _ = random.getstate()
-    index, *state = np.frombuffer(found.raw, np.uint32).tolist()
-    return found if [*state, index] == list(words) else None
+    index, *state = np.frombuffer(_words_at(address, _MT19937_BYTES).raw, np.uint32).tolist()
+    return _words_at(address, _PEEK_BYTES) if [*state, index] == list(words) else None
 
 
 def _accelerators() -> tuple[str, int]:

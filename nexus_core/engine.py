@@ -224,7 +224,7 @@ class Engine(EarlierNames):
     @property
     def stopping(self) -> bool:
         """Whether the loop ends after the present step."""
-        return self.stop_reason is not None
+        return self._agreement.reason is not None
 
     def stop(self, reason: str = "stopped by the program", *, at_once: bool = False) -> None:
         """End the loop after the present step, or before its first; all processes end together.

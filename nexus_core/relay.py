@@ -78,7 +78,7 @@ def relay(
         for impl in impls if name == "on_close" else reversed(impls):
             _register(manager, name, impl)
     return cast(
-        Hooks, SimpleNamespace(**{n: _shortcut(getattr(manager.hook, n)) for n in HOOK_NAMES})
+        Hooks, SimpleNamespace(**{n: _written(getattr(manager.hook, n)) for n in HOOK_NAMES})
     )
 
 
@@ -146,58 +146,46 @@ def _beside(impl: Impl, plan: Plan, named: Mapping[str, tuple[int, str]]) -> Imp
     return replace(impl, stage=max([min([impl.stage, *ceilings]), *floors]))
 
 
-def _shortcut(hook: pluggy.HookCaller) -> Callable[..., Any]:
-    """The hook itself where a wrapper is around it, else a plain loop with the same answers."""
-    impls = hook.get_hookimpls()
-    calls = [(impl.function, impl.argnames) for impl in reversed(impls)]
-    if hook.name == "on_batch":
-        return _chained(calls, "batch")
+def _written(hook: pluggy.HookCaller) -> Callable[..., Any]:
+    """The hook as one function without a loop; pluggy's own where a wrapper is around it.
+
+    More than ten hooks are called at every step, so their calls are written out, as `dataclasses`
+    writes out an `__init__`: an implementation then costs a call and nothing else.
+    """
+    impls = hook.get_hookimpls()[::-1]
     if hook.spec is None or any(impl.wrapper or impl.hookwrapper for impl in impls):
         return hook
-
-    def first(**given: object) -> Any:
-        for function, names in calls:
-            if (answer := function(*map(given.__getitem__, names))) is not None:
-                return answer
-        return None
-
-    if hook.name == "on_step":
-        return _remembered(calls)
-
-    def every(**given: object) -> list[Any]:
-        answers = (function(*map(given.__getitem__, names)) for function, names in calls)
-        return [answer for answer in answers if answer is not None]
-
-    return first if hook.spec.opts["firstresult"] else every
+    if hook.spec.opts["firstresult"] and [set(i.argnames) for i in impls] == [
+        {*hook.spec.argnames}
+    ]:
+        return impls[0].function
+    names: dict[str, Any] = {f"f{place}": impl.function for place, impl in enumerate(impls)}
+    calls = [f"f{place}({', '.join(impl.argnames)})" for place, impl in enumerate(impls)]
+    lines = _body(hook.name, calls, bool(hook.spec.opts["firstresult"]))
+    source = "\n    ".join([f"def {hook.name}(*, {', '.join(hook.spec.argnames)}):", *lines])
+    exec(compile(source, f"<hook {hook.name}>", "exec"), names)
+    return cast(Callable[..., Any], names[hook.name])
 
 
-def _remembered(
-    calls: Sequence[tuple[Callable[..., Any], Sequence[str]]],
-) -> Callable[..., list[Any]]:
-    """Calls each implementation once for a step, also where one of them raises in between."""
-
-    def remembered(**given: Any) -> list[Any]:
-        step = given["step"]
-        for function, names in calls[step.followed :]:
-            step.followed += 1
-            function(*map(given.__getitem__, names))
-        return []
-
-    return remembered
-
-
-def _chained(
-    calls: Sequence[tuple[Callable[..., Any], Sequence[str]]], link: str
-) -> Callable[..., Any]:
-    """Each implementation gets the answer of the one before; what answers None leaves it."""
-
-    def chained(**given: object) -> Any:
-        for function, names in calls:
-            if (answer := function(*map(given.__getitem__, names))) is not None:
-                given[link] = answer
-        return given[link]
-
-    return chained
+def _body(hook: str, calls: Sequence[str], is_first: bool) -> list[str]:
+    """The lines of a function that calls a hook's implementations in order."""
+    if hook == "on_batch":  # each gets the batch that the one before answered
+        return [*(f"batch = batch if (new := {call}) is None else new" for call in calls),
+                "return batch"]  # fmt: skip
+    if hook == "on_step":  # each is called once for a step, also where one raises in between
+        return [
+            *(f"if step.followed == {place}: step.followed += 1; {call}"
+              for place, call in enumerate(calls)),
+            "return []",
+        ]  # fmt: skip
+    if is_first:
+        return [*(f"if (answer := {call}) is not None: return answer" for call in calls),
+                "return None"]  # fmt: skip
+    return [
+        "answers = []",
+        *(f"if (answer := {call}) is not None: answers.append(answer)" for call in calls),
+        "return answers",
+    ]
 
 
 def call_each(impls: Iterable[Impl], done: Callable[[str], None], /, **arguments: object) -> None:

@@ -35,7 +35,7 @@ def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
         batch = engine.hook.on_batch(engine=engine, batch=fresh(one.batch))
         cut = engine.hook.cut_batch(engine=engine, batch=batch)
         if len(cut) == 1:
-            parts.append(Micro(cut[0], borrowed=one.borrowed))
+            parts.append(one if cut[0] is one.batch else Micro(cut[0], borrowed=one.borrowed))
             continue
         rows = batch_size(batch)[0]
         parts += [Micro(part, batch_size(part)[0] / rows, one.borrowed) for part in cut]
@@ -97,10 +97,11 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
     ahead = to_device(step.micro[0].batch, engine.device)
     for place in range(len(step.micro)):
         step.place, batch = place, ahead
-        if not step.is_last:
+        if place + 1 < len(step.micro):
             ahead = to_device(step.micro[place + 1].batch, engine.device)
         _backward(engine, step, batch)
-    _clear_other_turns(engine, step)
+    if step.turn is not None:
+        _clear_other_turns(engine, step.turn)
 
 
 @contextmanager
@@ -160,11 +161,9 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
     engine.meter.add("train/total_loss", total.detach(), float(ends_step))
 
 
-def _clear_other_turns(engine: Run, step: Step) -> None:
+def _clear_other_turns(engine: Run, turn: str) -> None:
     """Leave no gradient on what another turn updates."""
-    if step.turn is None:
-        return
-    own = {id(parameter) for parameter in engine.parameters(step.turn)}
+    own = {id(parameter) for parameter in engine.parameters(turn)}
     for parameter in engine.parameters():
         if id(parameter) not in own:
             parameter.grad = None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["JsonlConfig", "JsonlPlugin"]
 
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
 
 class JsonlConfig(LoggerConfig):
     """Settings of the metrics file."""
@@ -93,7 +95,7 @@ def _kind(record: Mapping[str, Any]) -> frozenset[str | None]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+    return _ENCODER.encode(record) + "\n"
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from nexus_core import ConfigError, Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
 from nexus_plugins.amp import AmpPlugin
@@ -337,3 +341,56 @@ def test_a_model_in_evaluation_mode_is_said_and_left_as_it_is() -> None:
     with pytest.warns(RuntimeWarning, match="evaluation mode"):
         engine.fit(BATCHES, until=1)
     assert not model.training
+
+
+def register_pre(optimizer: torch.optim.Optimizer, hook: Any) -> Any:
+    return optimizer.register_step_pre_hook(hook)
+
+
+def register_post(optimizer: torch.optim.Optimizer, hook: Any) -> Any:
+    return optimizer.register_step_post_hook(hook)
+
+
+def register_pre_of_all(optimizer: torch.optim.Optimizer, hook: Any) -> Any:
+    return register_optimizer_step_pre_hook(hook)
+
+
+def register_post_of_all(optimizer: torch.optim.Optimizer, hook: Any) -> Any:
+    return register_optimizer_step_post_hook(hook)
+
+
+def replace_step(optimizer: torch.optim.Optimizer, hook: Any) -> None:
+    step = optimizer.step
+
+    def replaced() -> None:
+        hook()
+        step()
+
+    optimizer.step = replaced  # type: ignore[assignment, method-assign]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [register_pre, register_post, register_pre_of_all, register_post_of_all, replace_step],
+)
+def test_what_is_hooked_to_the_optimizer_is_called_at_each_step(register: Any) -> None:
+    """Breaks if the quick call of an optimizer passes by what its user has put around it."""
+    calls: list[int] = []
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = Engine(model, optimizer, loss=loss)
+    for state in engine.steps(BATCHES, until=STEPS):
+        if state.step == 2:  # also where it comes in the middle of a run
+            handle = register(optimizer, lambda *_: calls.append(engine.state.step))
+    if handle is not None:
+        handle.remove()
+    assert calls == list(range(2, STEPS))
+
+
+def test_a_profiler_sees_the_steps_of_the_optimizer() -> None:
+    model = net()
+    engine = Engine(model, torch.optim.AdamW(model.parameters()), loss=loss)
+    with torch.autograd.profiler.profile() as profile:
+        engine.fit(BATCHES, until=STEPS)
+    names = [event.name for event in profile.function_events]
+    assert names.count("Optimizer.step#AdamW.step") == STEPS

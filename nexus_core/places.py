@@ -1,0 +1,179 @@
+"""Code by its place: `./net.py:build`, `./mine.py`, `package.module:Name` or `package.module.Name`.
+
+A file is loaded as the module that Python would import from its folder (`net`, or `package.net`
+where the folder is a package), behind all that is installed: what is beside it can be imported, a
+second place in it is the same module, and worker processes find its classes by name. A process has
+one module of a name, so that a file whose name is taken is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from nexus_core.errors import ConfigError, suggestion
+from nexus_core.paths import expanded
+from nexus_core.sources import Source, keep, local, look_in, module_of, of_file, owner
+
+__all__ = ["absolute", "in_settings", "load", "only_named", "shown", "sources", "split"]
+
+_SETTING = re.compile(r"\S.*\.py:[^\W\d][\w.]*|[^\W\d][\w.]*:[^\W\d][\w.]*")
+
+# Code comes from the user's own command and config alone. A command that reads a config which the
+# user has not named says so, once, around all that it does.
+_named: tuple[Collection[str], str] | None = None
+
+
+@contextmanager
+def only_named(places: Collection[str], fix: str) -> Iterator[None]:
+    """Load no code but that of these places for as long as the context lasts.
+
+    Args:
+        places: those that the user's own command names, each as `absolute` gives it.
+        fix: what the error says where another one is asked for.
+    """
+    global _named  # of the process: what a thread loads is no less code
+    before, _named = _named, (places, fix)
+    try:
+        yield
+    finally:
+        _named = before
+
+
+def load(place: str, base: Path | None = None) -> object:
+    """Import what is at a place.
+
+    Args:
+        place: `file.py:name`, `package.module:name` or `package.module.name`; without a name it is
+            the module itself.
+        base: the folder that a relative file is looked for in; None: the current one.
+
+    Raises:
+        ConfigError: there is no such file, module or name, Python has another module of the file's
+            name, importing it raises, or the user's command does not name it.
+    """
+    place = absolute(place, base)
+    if _named is not None and place not in _named[0]:
+        raise ConfigError(f"'{shown(place)}' is not loaded: {_named[1]}")
+    where, name = split(place)
+    if where.endswith(".py"):
+        thing: object = _import_file(Path(where))
+    else:
+        where, name = (where, name) if name else _module_and_name(where)
+        thing = _import(where, local(where))
+    for part in name.split(".") if name else ():
+        if not hasattr(thing, part):
+            known = [key for key in dir(thing) if not key.startswith("_")]
+            raise ConfigError(f"'{shown(where)}' has no '{name}'.{suggestion(part, known)}")
+        thing = getattr(thing, part)
+    return thing
+
+
+def sources(place: str) -> tuple[Source, ...]:
+    """The local files of a place, the one that it names first; none of what is installed.
+
+    Where the place has been loaded, the files are as they were then.
+
+    Args:
+        place: as `absolute` gives it.
+    """
+    where, _ = split(place)
+    if where.endswith(".py"):
+        return of_file(Path(where))
+    words = where.split(".")
+    modules = (".".join(words[:end]) for end in range(len(words), 0, -1))
+    return next((found for found in map(local, modules) if found), ())
+
+
+def absolute(place: str, base: Path | None = None) -> str:
+    """The same place for every working directory; a module stays as it is.
+
+    Args:
+        place: as it was written.
+        base: the folder that a relative file is looked for in; None: the current one.
+    """
+    where, name = split(place)
+    if not where.endswith(".py"):
+        return place
+    path = os.path.abspath((base or Path()) / expanded(where))  # noqa: PTH100 (".." goes too)
+    return f"{path}:{name}" if name else path
+
+
+def split(place: str) -> tuple[str, str]:
+    """The file or module of a place, and the name in it; "" where none is said."""
+    where, colon, name = place.rpartition(":")
+    return (where, name) if colon else (place, "")
+
+
+def in_settings(value: object) -> bool:
+    """Whether a value of a setting can be a place: `./net.py:build`, `package.module:build`."""
+    return isinstance(value, str) and _SETTING.fullmatch(value) is not None
+
+
+def shown(place: str) -> str:
+    """A place as one would write it in the current folder."""
+    where, name = split(place)
+    path = Path(where)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        where = f"./{path.relative_to(Path.cwd())}"
+    return f"{where}:{name}" if name else where
+
+
+def _import_file(path: Path) -> ModuleType:
+    what = f"'{shown(str(path))}'"
+    if not path.is_file():
+        beside = suggestion(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise ConfigError(f"there is no file {what}.{beside}")
+    name, root = module_of(path)
+    if not name.replace(".", "_").isidentifier():
+        fix = "rename it: letters, digits and underscores"
+        raise ConfigError(f"{what} has no name that Python can import; {fix}")
+    look_in(root)
+    return _import(name, of_file(path))
+
+
+def _import(name: str, files: tuple[Source, ...]) -> ModuleType:
+    """Import a module, and note on it which local files it is made of."""
+    importlib.invalidate_caches()
+    for source in files:
+        if taken := owner(source):
+            raise ConfigError(
+                f"'{shown(str(source.path))}' cannot be imported: its name is that of another "
+                f"module, {taken}, and Python has one of a name; rename the file"
+            )
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        what = shown(str(files[0].path)) if files else name
+        reason = f"{type(error).__name__}: {error}{_line(error, files)}"
+        raise ConfigError(f"'{what}' cannot be imported: {reason}") from error
+    keep(name, files)
+    return module
+
+
+def _module_and_name(dotted: str) -> tuple[str, str]:
+    """Where the module ends in `torch.optim.AdamW`."""
+    words = dotted.split(".")
+    for end in range(1, len(words)):
+        parent, child = ".".join(words[:end]), ".".join(words[: end + 1])
+        module = _import(parent, local(parent))
+        if not hasattr(module, "__path__") or importlib.util.find_spec(child) is None:
+            return parent, ".".join(words[end:])
+    return dotted, ""
+
+
+def _line(error: BaseException, files: tuple[Source, ...]) -> str:
+    """Where an error is from: the innermost line of the user's own, else of anyone's."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if Path(frame[0]) in {source.path for source in files}]
+    place, line = (own or frames)[-1]
+    if isinstance(error, SyntaxError) and error.filename:
+        place, line = error.filename, error.lineno
+    return f" ({shown(place)}, line {line})"

@@ -1,0 +1,168 @@
+"""The local files that code is made of: one that the user names, and what it imports beside it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Source", "forget", "keep", "kept", "local", "look_in", "module_of", "of_file", "owner"]
+
+_OWN = __name__.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A local file that is loaded with a place: the one that is named, or one that it imports.
+
+    Args:
+        module: the name by which Python imports it.
+        path: of the file.
+        content: as it was when the place was loaded.
+    """
+
+    module: str
+    path: Path
+    content: bytes
+
+    @property
+    def file(self) -> str:
+        """Where a copy belongs, so that it is imported by the same name: `package/net.py`."""
+        name = self.module.replace(".", "/")
+        return f"{name}/__init__.py" if self.path.name == "__init__.py" else f"{name}.py"
+
+    @property
+    def root(self) -> Path:
+        """The folder that it is imported from."""
+        return self.path.parents[self.file.count("/")]
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the content."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+class _Folder(str):
+    """An entry of `sys.path` that is there for code named by its place."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)  # in a worker process it is an entry like any other
+
+
+def look_in(folder: Path) -> None:
+    """Have Python find the modules of a folder, behind all that is installed."""
+    entry = _Folder(folder.absolute())
+    if entry not in _folders():
+        sys.path.append(entry)
+
+
+def forget() -> None:
+    """Forget folders and modules that were named before, as a command does that begins anew."""
+    for folder in _folders():
+        sys.path.remove(folder)
+    for name in list(sys.modules):
+        for source in kept(name):
+            sys.modules.pop(source.module, None)
+
+
+def module_of(path: Path) -> tuple[str, Path]:
+    """The name by which Python imports a file, and the folder that it does so from."""
+    name, root = path.stem, path.parent
+    while (root / "__init__.py").is_file():
+        name, root = f"{root.name}.{name}", root.parent
+    return name.removesuffix(".__init__"), root
+
+
+def of_file(path: Path) -> tuple[Source, ...]:
+    """The files of a file: itself first, and what it imports from the same folder."""
+    name, root = module_of(path)
+    found = kept(name)
+    return found if found and found[0].path == path else _read(name, root)
+
+
+def local(name: str) -> tuple[Source, ...]:
+    """The files of a module in one of the folders; none where an installed one is meant."""
+    if found := kept(name):
+        return found
+    for folder in map(Path, _folders()):
+        found = _read(name, folder)
+        if found and owner(found[0]) is None:
+            return found
+    return ()
+
+
+def owner(source: Source) -> str | None:
+    """Where Python has another module from that goes by the name of this file; None: it is free."""
+    top = source.module.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # the program itself, or a module that was made by hand
+        return f"the '{top}' of this program"
+    if spec is None:
+        return None
+    own = source.root.resolve() / top
+    found = [*(spec.submodule_search_locations or ()), spec.origin or ""]
+    is_own = any(Path(place).resolve() in (own, own.with_suffix(".py")) for place in found)
+    return None if is_own else str(spec.origin)
+
+
+def keep(name: str, found: tuple[Source, ...]) -> None:
+    """Note on a loaded module what it is made of."""
+    spec = sys.modules[name].__spec__
+    if spec is not None and found:
+        spec.loader_state = found
+
+
+def kept(name: str) -> tuple[Source, ...]:
+    """What was noted on a loaded module."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    state = getattr(spec, "loader_state", None)
+    return state if isinstance(state, tuple) and isinstance(state[0], Source) else ()
+
+
+def _read(name: str, root: Path) -> tuple[Source, ...]:
+    """Read a module, and all that it imports from the same folder, by what the code says.
+
+    Args:
+        name: of the module, which comes first in the answer.
+        root: the folder.
+    """
+    found: dict[str, Source] = {}
+    waiting = [name]
+    for wanted in waiting:
+        place = root.joinpath(*wanted.split("."))
+        files = (place / "__init__.py", place.with_suffix(".py"))
+        path = next((file for file in files if file.is_file()), None)
+        if path is not None and wanted not in found and wanted.partition(".")[0] != _OWN:
+            found[wanted] = Source(wanted, path, path.read_bytes())
+            waiting += _imported(found[wanted])
+    return tuple(found.values())
+
+
+def _imported(source: Source) -> Iterator[str]:
+    """The modules that a file may import, each with the packages that it is in."""
+    try:
+        tree = ast.parse(source.content)
+    except (SyntaxError, ValueError):  # whoever imports it says so
+        return
+    names = [source.module]
+    package = source.module.split(".")[: source.file.count("/")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = [*above, *([node.module] if node.module else [])]
+            names += [".".join([*base, alias.name]) for alias in node.names]
+    for words in (name.split(".") for name in names):
+        yield from (".".join(words[:end]) for end in range(1, len(words) + 1))
+
+
+def _folders() -> list[_Folder]:
+    return [entry for entry in sys.path if isinstance(entry, _Folder)]

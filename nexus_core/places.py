@@ -17,12 +17,30 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.paths import expanded
-from nexus_core.sources import Source, keep, local, look_in, module_of, of_file, owner
+from nexus_core.sources import Source, keep, kept, local, look_in, module_of, of_file, owner
 
-__all__ = ["absolute", "in_settings", "load", "only_named", "shown", "sources", "split"]
+if TYPE_CHECKING:
+    from nexus_core.plugin import Plugin
+
+__all__ = [
+    "FOLDER",
+    "absolute",
+    "in_run_folder",
+    "in_settings",
+    "load",
+    "only_named",
+    "shown",
+    "sources",
+    "split",
+    "used",
+]
+
+FOLDER = "plugins"
+"""Within a run's folder: copies of the local files that the run was made of."""
 
 _SETTING = re.compile(r"\S.*\.py:[^\W\d][\w.]*|[^\W\d][\w.]*:[^\W\d][\w.]*")
 
@@ -36,7 +54,8 @@ def only_named(places: Collection[str], fix: str) -> Iterator[None]:
     """Load no code but that of these places for as long as the context lasts.
 
     Args:
-        places: those that the user's own command names, each as `absolute` gives it.
+        places: those that the user's own command names, each as `absolute` gives it; a file or a
+            module stands for all that is in it.
         fix: what the error says where another one is asked for.
     """
     global _named  # of the process: what a thread loads is no less code
@@ -60,11 +79,14 @@ def load(place: str, base: Path | None = None) -> object:
             name, importing it raises, or the user's command does not name it.
     """
     place = absolute(place, base)
-    if _named is not None and place not in _named[0]:
-        raise ConfigError(f"'{shown(place)}' is not loaded: {_named[1]}")
     where, name = split(place)
+    if _named is not None and not {place, where} & set(_named[0]):
+        raise ConfigError(f"'{shown(place)}' is not loaded: {_named[1]}")
     if where.endswith(".py"):
         thing: object = _import_file(Path(where))
+    elif not where.replace(".", "_").isidentifier():
+        ways = "file.py:name or package.module:name"
+        raise ConfigError(f"'{shown(place)}' cannot be loaded; expected {ways}")
     else:
         where, name = (where, name) if name else _module_and_name(where)
         thing = _import(where, local(where))
@@ -90,6 +112,28 @@ def sources(place: str) -> tuple[Source, ...]:
     words = where.split(".")
     modules = (".".join(words[:end]) for end in range(len(words), 0, -1))
     return next((found for found in map(local, modules) if found), ())
+
+
+def used(plugin: Plugin[Any]) -> tuple[Source, ...]:
+    """The local files that a plugin is made of: its class, and what its settings name."""
+    found = list(kept(type(plugin).__module__))
+    for value in _leaves(plugin.config.model_dump(mode="json")):
+        found += sources(value) if in_settings(value) else ()
+    return tuple({source.file: source for source in reversed(found)}.values())[::-1]
+
+
+def in_run_folder(value: Any) -> Any:
+    """Settings with the copies in the run's folder in place of local files.
+
+    `/home/me/net.py:build` is `./plugins/net.py:build`; what is no place of local code stays.
+    """
+    if isinstance(value, dict):
+        return {in_run_folder(key): in_run_folder(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [in_run_folder(item) for item in value]
+    if in_settings(value) and (files := sources(absolute(value))):
+        return f"./{FOLDER}/{files[0].file}:{split(value)[1]}"
+    return value
 
 
 def absolute(place: str, base: Path | None = None) -> str:
@@ -126,6 +170,14 @@ def shown(place: str) -> str:
     return f"{where}:{name}" if name else where
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
 def _import_file(path: Path) -> ModuleType:
     what = f"'{shown(str(path))}'"
     if not path.is_file():
@@ -154,7 +206,7 @@ def _import(name: str, files: tuple[Source, ...]) -> ModuleType:
         what = shown(str(files[0].path)) if files else name
         reason = f"{type(error).__name__}: {error}{_line(error, files)}"
         raise ConfigError(f"'{what}' cannot be imported: {reason}") from error
-    keep(name, files)
+    keep(files)
     return module
 
 

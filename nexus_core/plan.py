@@ -62,7 +62,8 @@ def find(name: str, scanned: EntryPoints) -> EntryPoint:
     found = {entry.value: entry for entry in scanned.select(name=name)}
     if not found:
         known = sorted(scanned.names)
-        names = f"Installed: {', '.join(known) or 'none'}. See: nexus-plugins list"
+        ways = "nexus-plugins list; one in a file goes by the file, such as ./mine.py"
+        names = f"Installed: {', '.join(known) or 'none'}. See: {ways}"
         raise PluginError(f"no plugin named '{name}'.{suggestion(name, known)} {names}")
     if len(found) > 1:
         givers = " and ".join(sorted(map(distribution, found.values())))

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
     from torch import Tensor
 
-__all__ = ["Plugin", "PluginConfig", "StateDict", "StateValue", "config_error", "hookimpl"]
+__all__ = [
+    "Plugin",
+    "PluginConfig",
+    "StateDict",
+    "StateValue",
+    "config_error",
+    "hookimpl",
+    "name_of",
+]
 
 StateValue: TypeAlias = Union[
     bool, int, float, str, "Tensor", "list[StateValue]", "dict[str, StateValue]", None
@@ -137,8 +145,7 @@ class Plugin(Generic[ConfigT]):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "name" not in cls.__dict__:
-            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__.removesuffix("Plugin"))
-            cls.name = words.lower()
+            cls.name = name_of(cls.__name__)
         for base in getattr(cls, "__orig_bases__", ()):
             for argument in get_args(base):
                 if isinstance(argument, type) and issubclass(argument, PluginConfig):
@@ -170,6 +177,12 @@ class Plugin(Generic[ConfigT]):
             f"plugin '{self.name}' cannot read its state of version {from_version}; it expects "
             f"version {self.state_version}. Install the release that wrote the checkpoint."
         )
+
+
+def name_of(class_name: str) -> str:
+    """The name of a plugin whose class is called so: `SlowFadePlugin` is `slow_fade`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name.removesuffix("Plugin"))
+    return words.lower()
 
 
 def _storable(value: Any) -> Any:

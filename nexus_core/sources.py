@@ -6,13 +6,15 @@ import ast
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 __all__ = ["Source", "forget", "keep", "kept", "local", "look_in", "module_of", "of_file", "owner"]
 
 _OWN = __name__.partition(".")[0]
+_NONE: Mapping[str, Source] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,13 @@ def owner(source: Source) -> str | None:
     return None if is_own else str(spec.origin)
 
 
-def keep(name: str, found: tuple[Source, ...]) -> None:
-    """Note on a loaded module what it is made of."""
-    spec = sys.modules[name].__spec__
-    if spec is not None and found:
-        spec.loader_state = found
+def keep(files: tuple[Source, ...]) -> None:
+    """Note on loaded modules which files each is made of."""
+    known = {source.module: source for source in files}
+    for source in files:
+        spec = getattr(sys.modules.get(source.module), "__spec__", None)
+        if spec is not None and not kept(source.module):
+            spec.loader_state = _read(source.module, source.root, known)
 
 
 def kept(name: str) -> tuple[Source, ...]:
@@ -126,23 +130,31 @@ def kept(name: str) -> tuple[Source, ...]:
     return state if isinstance(state, tuple) and isinstance(state[0], Source) else ()
 
 
-def _read(name: str, root: Path) -> tuple[Source, ...]:
+def _read(name: str, root: Path, known: Mapping[str, Source] = _NONE) -> tuple[Source, ...]:
     """Read a module, and all that it imports from the same folder, by what the code says.
 
     Args:
         name: of the module, which comes first in the answer.
         root: the folder.
+        known: what has been read already.
     """
     found: dict[str, Source] = {}
     waiting = [name]
     for wanted in waiting:
-        place = root.joinpath(*wanted.split("."))
-        files = (place / "__init__.py", place.with_suffix(".py"))
-        path = next((file for file in files if file.is_file()), None)
-        if path is not None and wanted not in found and wanted.partition(".")[0] != _OWN:
-            found[wanted] = Source(wanted, path, path.read_bytes())
-            waiting += _imported(found[wanted])
+        source = known.get(wanted) or _file(wanted, root)
+        if source is not None and wanted not in found:
+            found[wanted] = source
+            waiting += _imported(source)
     return tuple(found.values())
+
+
+def _file(name: str, root: Path) -> Source | None:
+    place = root.joinpath(*name.split("."))
+    files = (place / "__init__.py", place.with_suffix(".py"))
+    path = next((file for file in files if file.is_file()), None)
+    if path is None or name.partition(".")[0] == _OWN:
+        return None
+    return Source(name, path, path.read_bytes())
 
 
 def _imported(source: Source) -> Iterator[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
+from nexus_core.cli.local import plugin_class
 from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, PluginError
+from nexus_core.places import in_run_folder
 from nexus_core.plan import AnyPlugin, Plan, arrange, load, scan
 from nexus_core.plugin import PluginConfig
 
@@ -28,18 +30,26 @@ class Build:
         plan: the plugins, in order.
         name: of the preset or file.
         configs: the settings of each plugin, by its name, as they are to be kept.
+        places: where plugins are that are not installed, by name.
     """
 
     run: RunConfig
     plan: Plan
     name: str
     configs: Mapping[str, PluginConfig]
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def resolved(self, out: Path) -> dict[str, Any]:
-        """Every setting with its value, but for secrets: as a config file, it repeats the run."""
+        """Every setting with its value, but for secrets: as a config file, it repeats the run.
+
+        Local code is named where the run's folder has its copy.
+        """
         settings = self.run.model_dump(mode="json", exclude={"plugins", "out"})
-        blocks = {name: config.model_dump(mode="json") for name, config in self.configs.items()}
-        return {**settings, "out": str(out), "plugins": blocks}
+        blocks = {
+            self.places.get(name, name): config.model_dump(mode="json")
+            for name, config in self.configs.items()
+        }
+        return {**settings, "out": str(out), "plugins": in_run_folder(blocks)}
 
     def quiet(self) -> Build:
         """Have every plugin that has a setting `quiet` be so, this time."""
@@ -56,11 +66,13 @@ def build_plugins(settings: Settings) -> Build:
         ConfigError, PluginError: as the plugins and their order demand.
     """
     scanned = scan()
-    classes = {name: load(name, scanned) for name in (*settings.defaults, *settings.named)}
+    local = {name: plugin_class(place) for name, place in settings.places.items()}
+    asked = (*settings.defaults, *settings.named)
+    classes = local | {name: load(name, scanned) for name in asked if name not in local}
     names = keep_named_of_slot(settings.defaults, settings.named, classes)
     plan = arrange([_plugin(classes[name], settings) for name in names])
     configs = {plugin.name: plugin.config for plugin in plan.plugins}
-    return Build(settings.run, plan, settings.name, configs)
+    return Build(settings.run, plan, settings.name, configs, settings.places)
 
 
 def _plugin(plugin_class: type[AnyPlugin], settings: Settings) -> AnyPlugin:
@@ -115,7 +127,10 @@ def json_schema() -> dict[str, Any]:
         schema.setdefault("$defs", {}).update(block.pop("$defs", {}))
         blocks[name] = {"anyOf": [block, {"type": ["boolean", "null"]}]}
     properties = schema["properties"]
-    properties["plugins"].update(properties=blocks, additionalProperties=False)
+    places = {"[./:]": {"type": ["object", "boolean", "null"]}}  # `./mine.py: {...}`
+    properties["plugins"].update(
+        properties=blocks, patternProperties=places, additionalProperties=False
+    )
     properties["preset"] = {"type": "string", "description": "preset that this file changes"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_finite(schema)}
 

@@ -26,7 +26,7 @@ COLOURS = {"pass": "green", "FAIL": "red", "skip": "yellow"}
 
 
 @click.command()
-@click.argument("name")
+@click.argument("plugin", metavar="NAME|FILE.py")
 @click.option("-c", "--config", "configs", multiple=True, metavar="FILE|JSON",
               help="Settings to check it with; several are several cases.")  # fmt: skip
 @click.option("-b", "--beside", default="", metavar="FILE|JSON",
@@ -34,11 +34,12 @@ COLOURS = {"pass": "green", "FAIL": "red", "skip": "yellow"}
 @click.option("-o", "--only", "only", default="", metavar="CHECK,CHECK",
               help="Make these checks alone.")  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def check(name: str, configs: tuple[str, ...], beside: str, only: str, debug: bool) -> None:
+def check(plugin: str, configs: tuple[str, ...], beside: str, only: str, debug: bool) -> None:
     """Prove that a plugin resumes to the same bits, shares nothing, leaks nothing, and more.
 
     \b
     nexus-plugins check sparkle
+    nexus-plugins check ./mine.py
     nexus-plugins check sparkle --config '{"strength": 2.0}' --config sparkle.yaml
     nexus-plugins check sparkle --beside '{"glitter": {"size": 13}}'
 
@@ -46,22 +47,25 @@ def check(name: str, configs: tuple[str, ...], beside: str, only: str, debug: bo
     its own: subclass nexus_core.testing.PluginContract. Exits with 1 if a check fails.
     """
     with reported(debug):
-        cases = [_block(text, f"--config of {name}") for text in configs]
+        cases = [_block(text, f"--config of {plugin}") for text in configs]
         wanted = [word.strip() for word in only.split(",") if word.strip()]
-        failed = _check(name, cases, _block(beside, "--beside") if beside else {}, wanted)
+        failed = _check(plugin, cases, _block(beside, "--beside") if beside else {}, wanted)
     sys.exit(int(failed))
 
 
 def _check(
-    name: str, configs: list[dict[str, Any]], beside: dict[str, Any], only: list[str]
+    word: str, configs: list[dict[str, Any]], beside: dict[str, Any], only: list[str]
 ) -> bool:
     """Make the checks, say how each went, and whether one failed."""
-    from nexus_core.plan import distribution, installed
+    from nexus_core.cli.local import giver
+    from nexus_core.sources import forget
     from nexus_core.testing import run_contract
 
-    contract = _contract(name, configs, beside)
+    forget()
+    contract = _contract(word, configs, beside)
     _refuse_impossible(contract, only)
-    click.echo(f"{name} ({distribution(installed()[name])})")
+    plugin = contract.plugin_class()
+    click.echo(f"{plugin.name} ({giver(plugin, word)})")
     counts: Counter[str] = Counter()
     for outcome in run_contract(contract, *only):
         counts[outcome.status] += 1
@@ -71,19 +75,19 @@ def _check(
 
 
 def _contract(
-    name: str, configs: list[dict[str, Any]], beside: dict[str, Any]
+    word: str, configs: list[dict[str, Any]], beside: dict[str, Any]
 ) -> type[PluginContract]:
     """The class that an author would write."""
-    from nexus_core.plan import load
+    from nexus_core.cli.local import plugin_class
     from nexus_core.testing import PluginContract
 
     class Contract(PluginContract):
         def beside(self) -> Iterable[Plugin[Any]]:
-            named = [load(other)(**(settings or {})) for other, settings in beside.items()]
+            named = [plugin_class(other)(**(settings or {})) for other, settings in beside.items()]
             names = {plugin.name for plugin in named}
             return [*named, *(other for other in super().beside() if other.name not in names)]
 
-    Contract.plugin, Contract.configs = name, configs
+    Contract.plugin, Contract.configs = plugin_class(word), configs
     return Contract
 
 

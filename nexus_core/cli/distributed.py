@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from nexus_core.errors import ConfigError, NexusError
+from nexus_core.places import used
 from nexus_core.plan import distribution, installed
 from nexus_core.processes import Ranks
 
@@ -175,6 +176,8 @@ def _settings(build: Build) -> Iterator[tuple[str, str]]:
     for plugin in build.plan.plugins:
         if plugin.name in entries:
             yield f"the distribution of {plugin.name}", distribution(entries[plugin.name])
+        for source in used(plugin):
+            yield f"the content of {source.file}", source.sha256
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

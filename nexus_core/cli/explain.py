@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 from nexus_core.defaults import Defaults
 from nexus_core.events import Hooks
+from nexus_core.places import shown
 from nexus_core.plan import CORE, HOOK_NAMES, Plan, load, scan
 from nexus_core.relay import Impl, implementations
 
@@ -23,6 +25,7 @@ __all__ = [
 ]
 
 IN_REVERSE = "on_close"
+NOWHERE: Mapping[str, str] = MappingProxyType({})
 ROLES = {
     "wraps": "wraps the rest",
     "first": "asks to be first (tryfirst)",
@@ -39,11 +42,13 @@ class Place:
         plugin: its name.
         slot: the place in a run that it alone fills; null: none.
         reasons: the constraints that put it behind others, or that it is where it was named.
+        code: the file or module that it was named by; null: it is installed.
     """
 
     plugin: str
     slot: str | None
     reasons: tuple[str, ...]
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,14 +107,15 @@ class Explanation:
     events: tuple[Event, ...]
 
 
-def explain(plan: Plan, defaults: Sequence[str] = ()) -> str:
+def explain(plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] = NOWHERE) -> str:
     """The explanation as a table: of each event its calls, in order, with role and reasons."""
-    found = explanation(plan, defaults)
+    found = explanation(plan, defaults, places)
     width = max(len(name) for name in (CORE, *(place.plugin for place in found.plugins))) + 2
     lines = [f"{len(found.plugins)} plugins, in the order in which they are called"]
     for place in found.plugins:
         slot = f"  [slot {place.slot}]" if place.slot else ""
-        lines.append(f"  {place.plugin:<{width}}{'; '.join(place.reasons)}{slot}")
+        code = f"  ({shown(place.code)})" if place.code else ""
+        lines.append(f"  {place.plugin:<{width}}{'; '.join(place.reasons)}{slot}{code}")
     for gone in found.left_out:
         lines.append(f"left out: {gone.plugin}, as {gone.taken_by} fills the slot {gone.slot}")
     for event in found.events:
@@ -122,23 +128,31 @@ def explain(plan: Plan, defaults: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def explain_json(plan: Plan, defaults: Sequence[str] = ()) -> str:
+def explain_json(
+    plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] = NOWHERE
+) -> str:
     """The explanation as a JSON object with the fields of `Explanation`."""
-    return json.dumps(asdict(explanation(plan, defaults)), indent=2)
+    return json.dumps(asdict(explanation(plan, defaults, places)), indent=2)
 
 
-def explanation(plan: Plan, defaults: Sequence[str] = ()) -> Explanation:
+def explanation(
+    plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] = NOWHERE
+) -> Explanation:
     """What will be called when, and why there; nothing is built and nothing is called.
 
     Args:
         plan: of the run.
         defaults: names of the plugins that a preset brings, whether they are in the plan or not.
+        places: where plugins are that are not installed, by name.
     """
     names = [plugin.name for plugin in plan.plugins]
-    places = [Place(p.name, p.slot, _reasons(plan, p.name, names)) for p in plan.plugins]
+    found = [
+        Place(p.name, p.slot, _reasons(plan, p.name, names), places.get(p.name))
+        for p in plan.plugins
+    ]
     events = [_event(plan, name) for name in HOOK_NAMES]
     left_out = _left_out(plan, [name for name in defaults if name not in names])
-    return Explanation(tuple(places), left_out, tuple(event for event in events if event.calls))
+    return Explanation(tuple(found), left_out, tuple(event for event in events if event.calls))
 
 
 def _left_out(plan: Plan, names: Sequence[str]) -> tuple[LeftOut, ...]:

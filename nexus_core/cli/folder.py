@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -15,7 +15,9 @@ from typing import Any
 
 from nexus_core.cli import distributed, yaml12
 from nexus_core.cli.build import Build
+from nexus_core.cli.copies import check_free, write_copies
 from nexus_core.errors import ConfigError
+from nexus_core.sources import Source
 
 __all__ = ["RunFolder", "automatic", "run_folder", "write_config"]
 
@@ -31,14 +33,23 @@ class RunFolder:
         path: of the folder.
         made: folders that this process has made for it, outermost first.
         claimed: whether the run in it is that of this process alone.
+        copies: of local code, and folders for them, that this process has made, outermost first.
     """
 
     path: Path
     made: list[Path] = field(default_factory=list)
     claimed: bool = False
+    copies: list[Path] = field(default_factory=list)
 
-    def claim(self, settings: Mapping[str, Any], *, resuming: bool) -> bool:
+    def claim(
+        self, settings: Mapping[str, Any], code: Sequence[Source] = (), *, resuming: bool
+    ) -> bool:
         """Make the folder this run's, by a config that no other process can have written.
+
+        Args:
+            settings: resolved.
+            code: the local files that the settings name copies of.
+            resuming: whether the run in it goes on.
 
         Returns:
             Whether the config has been written; not where the run in it is resumed.
@@ -48,7 +59,11 @@ class RunFolder:
         """
         try:
             self.make()
+            if not resuming:
+                check_free(code, self.path)
             self.claimed = _write_new(self.path / CONFIG, yaml12.dump(dict(settings)))
+            if self.claimed:
+                self.copies = write_copies(code, self.path)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         if not self.claimed and not resuming:
@@ -77,6 +92,9 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         elif self.claimed:
             (self.path / CONFIG).unlink(missing_ok=True)
+            for path in reversed(self.copies):
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
         self._remove_empty()
 
     def _remove_empty(self) -> None:
@@ -103,14 +121,15 @@ def run_folder(build: Build, resume: str | None, *, make: bool = True) -> RunFol
     return distributed.of_main(ranks, lambda: _found(build, source, make=make))
 
 
-def write_config(settings: Mapping[str, Any], out: Path) -> None:
-    """Write the resolved config into the run's folder, in place of one that is there.
+def write_config(settings: Mapping[str, Any], code: Sequence[Source], out: Path) -> None:
+    """Write the resolved config and copies of code into the run's folder, in place of earlier ones.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     draft = out / f".{CONFIG}.{os.getpid()}.tmp"
     try:
+        write_copies(code, out)
         draft.write_text(yaml12.dump(dict(settings)), encoding="utf-8")
         draft.replace(out / CONFIG)
     except OSError as error:

@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from nexus_core.cli.local import giver, plugin_class
 from nexus_core.errors import PluginError
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
@@ -40,16 +41,19 @@ def list_plugins(*, loading: bool = True) -> str:
     return "\n".join(f"{name:<{names}}{slot:<{slots}}{what}" for name, slot, what in rows)
 
 
-def show_plugin(name: str) -> str:
+def show_plugin(word: str) -> str:
     """What a plugin does, its settings, hooks, place among the others, and state.
+
+    Args:
+        word: its name, or its place, such as `./mine.py`.
 
     Raises:
         PluginError: it cannot be loaded.
     """
-    scanned = scan()
-    plugin, entry = load(name, scanned), find(name, scanned)
+    plugin = plugin_class(word)
+    name = plugin.name
     facts = {
-        "from": f"{distribution(entry)}, {entry.value}",
+        "from": giver(plugin, word),
         "built for": f"plugin API {plugin.api_version}",
         "slot": f"{plugin.slot}: one plugin of a run fills it" if plugin.slot else "",
         **{rule: ", ".join(getattr(plugin, rule)) for rule in RULES},

@@ -33,10 +33,13 @@ def list_(loading: bool) -> None:
 
 
 @main.command()
-@click.argument("name")
-def show(name: str) -> None:
+@click.argument("plugin", metavar="NAME|FILE.py")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def show(plugin: str, debug: bool) -> None:
     """One plugin: settings, hooks, its place among the others, and its state."""
-    with reported(debug=False):
+    with reported(debug):
         from nexus_core.cli.listing import show_plugin
+        from nexus_core.sources import forget
 
-        click.echo(show_plugin(name))
+        forget()
+        click.echo(show_plugin(plugin))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nexus_core.cli import yaml12
 from nexus_core.errors import ConfigError
+from nexus_core.places import absolute, only_named, shown
 
-__all__ = ["resumed_config"]
+__all__ = ["config_base", "only_code_of_the_command", "resumed_config"]
 
 CONFIG = "config.yaml"
 FOLDER = "checkpoints"
@@ -40,3 +45,42 @@ def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
             f"--resume {resume}"
         )
     return str(config), {"out": run}
+
+
+def config_base(config: Path) -> Path:
+    """What relative places in a config file are relative to: its folder, or that of its run."""
+    folder = config.absolute().parent
+    return folder.parent.parent if folder.parent.name == FOLDER else folder
+
+
+@contextmanager
+def only_code_of_the_command(
+    config: str, resume: str, plugins: str, sets: Iterable[str], environment: Mapping[str, str]
+) -> Iterator[None]:
+    """Load no code that the config of a run names, but for what the command names as well.
+
+    Args:
+        config: that was found with the checkpoint, and not named.
+        resume: what is resumed.
+        plugins: as behind `--plugins`.
+        sets: as behind each `--set`.
+        environment: variables.
+    """
+    values = [yaml12.parse_value(text.partition("=")[2]).value for text in sets]
+    values += [text for name, text in environment.items() if name.startswith("NEXUS_")]
+    named = {text.strip() for text in (*plugins.split(","), *_texts(values))}
+    command = shlex.join(["nexus-run", shown(config), "--resume", resume])
+    fix = (
+        f"the config of '{resume}' asks for it, and code comes from what you name yourself; name "
+        f"the config: {command}, or the code, behind --plugins or --set"
+    )
+    with only_named({absolute(text) for text in named if text}, fix):
+        yield
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value

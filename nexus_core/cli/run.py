@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +42,8 @@ class _WithCommands(click.Command):
 
 @click.command(cls=_WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
-@click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
+@click.option("-p", "--plugins", default="",
+              help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
               help='Override a setting: until="2 epochs", PLUGIN.KEY=0.5.')  # fmt: skip
 @click.option("--out", type=PATH, help="The run's folder.")
@@ -87,9 +89,9 @@ def main(
     nexus-run my.yaml --set until="2 epochs"     a setting changed
     nexus-run --resume auto                      go on where the newest run stopped
     """
-    with reported(debug):
+    with reported(debug), ExitStack() as stack:
         from nexus_core.cli import build, distributed
-        from nexus_core.cli.resumed import resumed_config
+        from nexus_core.cli.resumed import only_code_of_the_command, resumed_config
         from nexus_core.cli.settings import read_settings
         from nexus_core.paths import expanded
 
@@ -108,7 +110,13 @@ def main(
         values = {key: value for key, value in values.items() if value is not None}
         resume = None if resume is None else expanded(resume)
         config, replaced = resumed_config(resume) if config is None else (config, {})
-        settings = read_settings(config, plugins, sets, os.environ, values, replaced)
+        trusted = not replaced
+        if config is not None and resume is not None and not trusted:
+            given = plugins, sets, os.environ
+            stack.enter_context(only_code_of_the_command(config, resume, *given))
+        settings = read_settings(
+            config, plugins, sets, os.environ, values, replaced, trusted=trusted
+        )
         made = build.build_plugins(settings)
         if quiet:
             made.quiet()
@@ -116,7 +124,8 @@ def main(
             from nexus_core.cli.explain import explain as table
             from nexus_core.cli.explain import explain_json
 
-            click.echo((explain_json if as_json else table)(made.plan, settings.defaults))
+            show = explain_json if as_json else table
+            click.echo(show(made.plan, settings.defaults, settings.places))
             return
         if plot_lr:
             from nexus_core.cli.plot_lr import plot_lr as drawn

@@ -18,6 +18,7 @@ import click
 
 from nexus_core.cli import distributed
 from nexus_core.cli.config import RunConfig
+from nexus_core.cli.copies import code_of
 from nexus_core.cli.folder import RunFolder, write_config
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
@@ -67,13 +68,13 @@ def train(
 
 def _fit(engine: Engine, run: RunConfig, folder: RunFolder, resume: str | None) -> Result:
     """Train; the config of a run in progress is replaced once the run is known to go on."""
-    settings = engine.config
+    settings, code = engine.config, code_of(engine)
     written = distributed.of_main(
-        engine.ranks, lambda: folder.claim(settings, resuming=resume is not None)
+        engine.ranks, lambda: folder.claim(settings, code, resuming=resume is not None)
     )
     for _ in engine.steps(until=run.until, eval_every=run.eval_every):
         if not written and engine.ranks.is_main:
-            write_config(settings, folder.path)
+            write_config(settings, code, folder.path)
             written = True
     return engine.result()
 

@@ -20,6 +20,8 @@ from nexus_core.cli import yaml12
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.config_file import is_config_file, read_config_file
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
+from nexus_core.cli.local import LocalPlugins, placed
+from nexus_core.cli.resumed import config_base
 from nexus_core.cli.yaml12 import Document
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.paths import expanded
@@ -42,6 +44,7 @@ class Settings:
         name: of the preset or file, for the run folder.
         written: how values that are not text were written, by their place.
         variables: the environment variable that a setting is from, by its key.
+        places: where plugins are that are not installed, by name.
     """
 
     run: RunConfig
@@ -50,6 +53,7 @@ class Settings:
     name: str = "run"
     written: Mapping[yaml12.Path, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def presets() -> dict[str, str]:
@@ -64,28 +68,35 @@ def read_settings(
     environment: Mapping[str, str] | None = None,
     values: Mapping[str, Any] | None = None,
     replaced: Mapping[str, Any] | None = None,
+    *,
+    trusted: bool = True,
 ) -> Settings:
     """Gather the settings of a run from a config file or preset, environment and overrides.
 
     Args:
         source: path of a .yaml, .toml or .json file, or a preset's name; None: `quickstart`.
-        plugins: "one,two,no:three": plugins to add and to leave out.
+        plugins: "one,./two.py,no:three": plugins to add and to leave out.
         sets: "sparkle.size=1": a plugin's key, or "until=100 steps": one of the engine's.
         environment: variables; `NEXUS_SPARKLE__SIZE=1` is `sparkle.size=1`.
         values: as `sets`, by key, of values that need no reading, and above them.
         replaced: the engine's own, in place of those of the file.
+        trusted: whether the user has named the source; its relative places are relative to it.
 
     Raises:
         ConfigError: something is unknown, missing or of the wrong type.
     """
     source = source or "quickstart"
     is_file = is_config_file(source)
-    document = read_config_file(Path(expanded(source))) if is_file else Document({"preset": source})
+    words, removed = _split_names(plugins)
+    local = LocalPlugins(words)
+    added = local.names
+    document = Document({"preset": source})
+    if is_file:
+        document = _by_name(read_config_file(Path(expanded(source))), source, local, trusted)
     content: Block = {**document.value, **(replaced or {})}
     base = _read_preset(content.pop("preset")) if "preset" in content else Document({})
     own = _plugin_blocks(content, source)
     merged = _Merged(base, Document(content, document.written), own)
-    added, removed = _split_names(plugins)
     merged.leave_out([*removed, *(name for name, block in own.items() if block is False)])
     merged.add(added)
     for origin, key, text in _environment(environment or {}, merged.blocks):
@@ -109,6 +120,7 @@ def read_settings(
         Path(source).stem if is_file else source,
         merged.written,
         merged.variables,
+        {name: place for name, place in local.places.items() if name in merged.blocks},
     )
 
 
@@ -157,6 +169,7 @@ class _Merged:
     def set(self, key: str, given: Document, origin: str) -> None:
         """Assign one dotted key: the engine's own, or a plugin's behind the plugin's name."""
         head, dot, rest = key.partition(".")
+        given = Document(placed(given.value, Path.cwd()), given.written)
         if not dot:
             known = [name for name in RunConfig.model_fields if name != "plugins"]
             if head not in known:
@@ -238,6 +251,22 @@ def _read_preset(name: object) -> Document:
         return yaml12.parse(text)
     except yaml12.YamlError as error:
         raise ConfigError(f"the preset '{name}' is not valid: {error}") from None
+
+
+def _by_name(document: Document, source: str, local: LocalPlugins, trusted: bool) -> Document:
+    """A config file with plugins by name, and places in it for every working directory."""
+    blocks = document.value.get("plugins")
+    if not isinstance(blocks, dict):
+        return document
+    base = config_base(Path(expanded(source))) if trusted else None
+    names = local.in_file(blocks, base)
+    named = {names[word]: placed(block, base) if base else block for word, block in blocks.items()}
+    written = {
+        ("plugins", names[str(place[1])], *place[2:]) if place[:1] == ("plugins",) else place: text
+        for place, text in document.written.items()
+        if place != ("plugins",)
+    }
+    return Document({**document.value, "plugins": named}, written)
 
 
 def _plugin_blocks(content: Block, source: str) -> dict[str, Block | bool]:

@@ -424,7 +424,8 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 @click.command(name="verify-resume", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
-@click.option("-p", "--plugins", default="", help="Add plugins, or leave some out: a,b,no:c.")
+@click.option("-p", "--plugins", default="",
+              help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="As in nexus-run.")
 @click.option("--kills", default=5, show_default=True, help="How often to kill the run.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")

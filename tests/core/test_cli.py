@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -377,7 +378,10 @@ def test_explain_shows_the_plan_without_building_anything() -> None:
 def test_schema_describes_engine_and_plugins() -> None:
     schema = json.loads(run("--schema").output)
     assert "until" in schema["properties"]
-    block = schema["properties"]["plugins"]["properties"]["clip"]["anyOf"][0]
+    plugins = schema["properties"]["plugins"]
+    assert plugins["additionalProperties"] is False
+    assert [bool(re.search(sign, "./mine.py")) for sign in plugins["patternProperties"]] == [True]
+    block = plugins["properties"]["clip"]["anyOf"][0]
     assert "max_norm" in block["properties"]
     assert block["additionalProperties"] is False
 

@@ -126,6 +126,7 @@ def test_json_says_the_same_as_the_table() -> None:
         "plugin": "b",
         "slot": "lr",
         "reasons": ["after a, as it declares"],
+        "code": None,
     }
     assert "[slot lr]" in table
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nexus_core.errors import CheckpointError, hint_add, hint_set
+from nexus_core.places import in_run_folder, used
 from nexus_core.plan import installed
 from nexus_core.plugin import Plugin
 from nexus_plugins.checkpoint.codec import Json
@@ -54,12 +55,13 @@ def describe(engine: Engine) -> dict[str, Json]:
     for name, plugin in engine.plugins.items():
         package, distribution = entries.get(name, ("", None))
         ours = type(plugin).__module__.split(".")[0] == package and distribution is not None
-        settings: dict[str, Json] = plugin.config.model_dump(mode="json")
+        settings: dict[str, Json] = in_run_folder(plugin.config.model_dump(mode="json"))
         plugins[name] = {
             "class": f"{type(plugin).__module__}.{type(plugin).__qualname__}",
             "distribution": distribution.name if ours and distribution else None,
             "version": distribution.version if ours and distribution else None,
             "state_version": plugin.state_version,
+            "files": {source.file: source.sha256 for source in used(plugin)},
             "config": settings,
             "config_sha256": _hash(settings),
         }
@@ -162,6 +164,7 @@ def _plugin(
             what = f"{key.replace('_', ' ')} of plugin '{plugin.name}'"
             change = f"{what} is {now[key]}, was {_short(saved.get(key))}"
             yield Difference(change, ("exact",))
+    yield from _files(plugin, saved, now)
     policies = {}
     for name, field in plugin.config_class.model_fields.items():
         extra = field.json_schema_extra
@@ -169,6 +172,17 @@ def _plugin(
             policies[name] = str(extra.get("resume", "applied"))
     prefix = f"{plugin.name}."
     yield from _settings(prefix, _table(saved, "config"), _table(now, "config"), policies)
+
+
+def _files(
+    plugin: Plugin[Any], saved: Mapping[str, Json], now: Mapping[str, Json]
+) -> Iterator[Difference]:
+    """Code of the user's own that was another one."""
+    theirs, ours = (_table(lock.get("files", {})) for lock in (saved, now))
+    for file in [*theirs, *(file for file in ours if file not in theirs)]:
+        if theirs.get(file) != ours.get(file):
+            how = "is gone" if file not in ours else "has changed" if file in theirs else "is new"
+            yield Difference(f"the file {file} of plugin '{plugin.name}' {how}", ("exact",))
 
 
 def _settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nexus_core.cli.errors import reported
 
 __all__ = ["main"]
 
+UNTRUSTED = "the run's config asks for it; where that is your own, add --trust"
 _CONFIG_LIMIT = 1 << 20
 _PLACE = re.compile(r"(^|_)(file|dir|folder)$")
 """Settings that name a place where a plugin writes."""
@@ -21,21 +23,29 @@ _PLACE = re.compile(r"(^|_)(file|dir|folder)$")
 
 @click.command(name="replay", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("record", type=click.Path(path_type=Path))
-@click.option("--trust", is_flag=True, help="Use folders outside the run that its config names.")
+@click.option("--trust", is_flag=True,
+              help="Use the code, and folders outside the run, that its config names.")  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(record: Path, trust: bool, debug: bool) -> None:
     """Do a recorded step again and name the first module and loss term with a bad number.
 
     RECORD is a folder that the guard wrote: OUT/guard/step-00000123. Nothing is changed, and where
     the config names a folder outside the run, such as a cache, an empty one is used in its place.
+    A run with code of your own, which its config names, is replayed with --trust alone.
     """
-    with reported(debug), tempfile.TemporaryDirectory(prefix="nexus-replay-") as room:
+    from nexus_core.places import only_named
+
+    with (
+        reported(debug),
+        tempfile.TemporaryDirectory(prefix="nexus-replay-") as room,
+        nullcontext() if trust else only_named((), UNTRUSTED),
+    ):
         from nexus_core.cli.build import build_plugins, make_engine
         from nexus_core.cli.settings import read_settings
         from nexus_plugins.guard.replay import replay
 
         out = _run_of(record)
-        settings = read_settings(str(out / "config.yaml"))
+        settings = read_settings(str(out / "config.yaml"), trusted=trust)
         if not trust:
             for name, block in settings.run.plugins.items():
                 _keep_within(block, out, Path(room) / name)

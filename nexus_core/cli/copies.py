@@ -1,0 +1,62 @@
+"""Copies of the local code that a run is made of, in its folder, so that its config repeats it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError
+from nexus_core.places import FOLDER, used
+from nexus_core.sources import Source
+
+__all__ = ["check_free", "code_of", "write_copies"]
+
+
+def code_of(engine: Engine) -> tuple[Source, ...]:
+    """The local files that the plugins of a run are made of, each once."""
+    found = {source.file: source for plugin in engine.plugins.values() for source in used(plugin)}
+    return tuple(found.values())
+
+
+def check_free(code: Sequence[Source], out: Path) -> None:
+    """See that no copy would take the place of a file of somebody's.
+
+    Raises:
+        ConfigError: one would.
+    """
+    for source in code:
+        path = _copy(source, out)
+        if path.exists() and path.read_bytes() != source.content:
+            raise ConfigError(
+                f"'{path}' is there already and is another file than the copy of '{source.path}' "
+                "that the run would leave there; choose another folder with --out"
+            )
+
+
+def write_copies(code: Sequence[Source], out: Path) -> list[Path]:
+    """Write copies, each whole or not at all.
+
+    Returns:
+        What has been made, outermost folder first; a copy that was there is no such thing.
+    """
+    made: list[Path] = []
+    for source in code:
+        path = _copy(source, out)
+        for folder in reversed(path.relative_to(out).parents[:-1]):
+            if not (out / folder).is_dir():
+                (out / folder).mkdir()
+                made.append(out / folder)
+        if not path.exists():
+            made.append(path)
+        elif path.read_bytes() == source.content:
+            continue
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        draft.write_bytes(source.content)
+        draft.replace(path)
+    return made
+
+
+def _copy(source: Source, out: Path) -> Path:
+    return out / FOLDER / source.file

@@ -1,0 +1,157 @@
+"""Plugins that are named by their place: `./mine.py`, `./mine.py:SparklePlugin`, `pack.module`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nexus_core.errors import ConfigError, PluginError
+from nexus_core.places import absolute, in_settings, load, shown, split
+from nexus_core.plan import AnyPlugin, distribution, installed
+from nexus_core.plan import load as load_installed
+from nexus_core.plugin import Plugin, name_of
+from nexus_core.sources import forget, look_in
+
+__all__ = ["LocalPlugins", "giver", "is_place", "place_of", "placed", "plugin_class"]
+
+
+def is_place(word: str) -> bool:
+    """Whether a word names a plugin by its place; a plugin's name has none of these signs."""
+    return any(sign in word for sign in "./:")
+
+
+class LocalPlugins:
+    """The plugins of a run that are named by their place.
+
+    Args:
+        words: names and places, as the command line gives them.
+
+    Attributes:
+        places: where each is, by the plugin's name.
+        names: of all that the command line names.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        forget()
+        self.places: dict[str, str] = {}
+        self.names: list[str] = []
+        for word in words:
+            self.names.append(self._name(word, Path.cwd(), ()))
+
+    def in_file(self, words: Iterable[str], base: Path | None) -> dict[str, str]:
+        """The plugin's name for each name or place in a config file; the command line wins.
+
+        Args:
+            words: names and places.
+            base: the folder of the file; None: it is not one that the user named.
+
+        Raises:
+            ConfigError: two of them are one plugin.
+            PluginError: there is no plugin at a place.
+        """
+        names: dict[str, str] = {}
+        given = frozenset(self.places)
+        for word in words:
+            name = self._name(word, base, given)
+            if name in names.values():
+                raise ConfigError(f"plugins: '{word}' is the plugin '{name}' again; keep one")
+            names[word] = name
+        return names
+
+    def _name(self, word: str, base: Path | None, given: Collection[str]) -> str:
+        if not is_place(word):
+            return word
+        if (name := name_of(split(word)[1])) in given:
+            return name
+        place = _looked_for(word, base) if base else absolute(word)
+        found = plugin_class(place)
+        if found.name not in given:
+            self._add(found.name, place_of(found, place))
+        return found.name
+
+    def _add(self, name: str, place: str) -> None:
+        if self.places.setdefault(name, place) != place:
+            raise PluginError(
+                f"'{shown(self.places[name])}' and '{shown(place)}' are both the plugin '{name}'; "
+                "keep one, or rename the class of the other"
+            )
+
+
+def placed(value: Any, base: Path) -> Any:
+    """The same settings with the places in them as they are for every working directory.
+
+    Args:
+        value: a setting, or settings by key.
+        base: the folder that relative places are relative to.
+    """
+    if isinstance(value, dict):
+        return {key: placed(item, base) for key, item in value.items()}
+    if isinstance(value, list):
+        return [placed(item, base) for item in value]
+    return _looked_for(value, base) if in_settings(value) else value
+
+
+def plugin_class(word: str) -> type[AnyPlugin]:
+    """The class of a plugin that is named, or whose place is given.
+
+    Raises:
+        PluginError: it is no plugin, or goes by the name of one that is installed.
+        ConfigError: it cannot be loaded.
+    """
+    if not is_place(word):
+        return load_installed(word)
+    thing = load(_looked_for(word, Path.cwd()))
+    found = _only_plugin(thing, word) if isinstance(thing, ModuleType) else thing
+    if not (isinstance(found, type) and issubclass(found, Plugin)):
+        raise PluginError(f"'{shown(word)}' must be a subclass of nexus_core.Plugin, got {found!r}")
+    entry = installed().get(found.name)
+    if entry is not None and load_installed(found.name) is not found:
+        raise PluginError(
+            f"'{shown(word)}' goes by the name '{found.name}', as a plugin of "
+            f"{distribution(entry)} does; rename the class"
+        )
+    return found
+
+
+def giver(plugin: type[AnyPlugin], word: str) -> str:
+    """Where a plugin is from: its distribution and entry point, or its place."""
+    if is_place(word):
+        return shown(place_of(plugin, word))
+    entry = installed()[plugin.name]
+    return f"{distribution(entry)}, {entry.value}"
+
+
+def place_of(plugin: type[AnyPlugin], word: str) -> str:
+    """The place of a plugin, with its class, as it was found at a place."""
+    where, name = split(word)
+    if not name and where.endswith(f".{plugin.__name__}"):
+        where = where.removesuffix(f".{plugin.__name__}")
+    return f"{absolute(where)}:{name or plugin.__name__}"
+
+
+def _looked_for(place: str, base: Path) -> str:
+    """The place for every working directory, with its module looked for in a folder too."""
+    if not split(place)[0].endswith(".py"):
+        look_in(base)
+    return absolute(place, base)
+
+
+def _only_plugin(module: ModuleType, word: str) -> type[AnyPlugin]:
+    """The one class of a plugin that a module defines."""
+    classes = [
+        item
+        for name, item in vars(module).items()
+        if isinstance(item, type) and issubclass(item, Plugin) and not name.startswith("_")
+        if f"{item.__module__}.".startswith(f"{module.__name__}.")
+    ]
+    names = [found.__name__ for found in classes]
+    if not names:
+        raise PluginError(
+            f"'{shown(word)}' has no class of a plugin, such as class SparklePlugin(Plugin[...])"
+        )
+    if len(names) > 1:
+        said = f"'{shown(word)}' has {len(names)} plugins, {', '.join(names)}; say which"
+        raise PluginError(f"{said}: {shown(word)}:{names[0]}")
+    return classes[0]

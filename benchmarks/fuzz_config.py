@@ -109,6 +109,7 @@ ODD_SCALARS = (
     "500 steps", "2 epochs", "10%", "10M tokens", "15 min", "auto", "true", "false", "0", "-1",
     "9" * 30, "9" * 5000, "0." + "1" * 400, "~/x", "$HOME", "$UNSET_VARIABLE", "a\0b", "\ufeff",
     "\ud83d", "😀", "..", "/", "a/../b", "cpu", "min", "val/loss", "bytes", "stdlib",
+    "x.py", "./x.py:build", "os:system", "a.b:c.d", "x" * 300 + ".py:a",
 )  # fmt: skip
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

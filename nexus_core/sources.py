@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -76,7 +78,7 @@ def forget() -> None:
 def module_of(path: Path) -> tuple[str, Path]:
     """The name by which Python imports a file, and the folder that it does so from."""
     name, root = path.stem, path.parent
-    while (root / "__init__.py").is_file():
+    while os.path.isfile(root / "__init__.py"):  # noqa: PTH113 (no error for an odd name)
         name, root = f"{root.name}.{name}", root.parent
     return name.removesuffix(".__init__"), root
 
@@ -149,12 +151,13 @@ def _read(name: str, root: Path, known: Mapping[str, Source] = _NONE) -> tuple[S
 
 
 def _file(name: str, root: Path) -> Source | None:
+    """The file of a module, where there is one that can be read."""
     place = root.joinpath(*name.split("."))
     files = (place / "__init__.py", place.with_suffix(".py"))
-    path = next((file for file in files if file.is_file()), None)
-    if path is None or name.partition(".")[0] == _OWN:
-        return None
-    return Source(name, path, path.read_bytes())
+    for path in files if name.partition(".")[0] != _OWN else ():
+        with suppress(OSError, ValueError):
+            return Source(name, path, path.read_bytes())
+    return None
 
 
 def _imported(source: Source) -> Iterator[str]:

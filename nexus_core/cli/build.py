@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nexus_core.cli.config import RunConfig
+from nexus_core.cli.enabled import keep_named_of_slot, load_classes
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
-from nexus_core.cli.local import plugin_class
 from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, PluginError
@@ -18,7 +18,7 @@ from nexus_core.places import in_run_folder
 from nexus_core.plan import AnyPlugin, Plan, arrange, load, scan
 from nexus_core.plugin import PluginConfig
 
-__all__ = ["Build", "build_plugins", "json_schema", "keep_named_of_slot", "make_engine"]
+__all__ = ["Build", "build_plugins", "json_schema", "make_engine"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def build_plugins(settings: Settings) -> Build:
     Raises:
         ConfigError, PluginError: as the plugins and their order demand.
     """
-    scanned = scan()
-    local = {name: plugin_class(place) for name, place in settings.places.items()}
-    asked = (*settings.defaults, *settings.named)
-    classes = local | {name: load(name, scanned) for name in asked if name not in local}
+    asked = dict.fromkeys((*settings.defaults, *settings.named))
+    classes = load_classes(asked, settings.places)
     names = keep_named_of_slot(settings.defaults, settings.named, classes)
     plan = arrange([_plugin(classes[name], settings) for name in names])
     configs = {plugin.name: plugin.config for plugin in plan.plugins}
@@ -89,15 +87,6 @@ def _plugin(plugin_class: type[AnyPlugin], settings: Settings) -> AnyPlugin:
     except ConfigError as error:
         raise from_variables(error, settings.variables) from None
     return plugin
-
-
-def keep_named_of_slot(
-    defaults: Sequence[str], named: Sequence[str], classes: Mapping[str, type[AnyPlugin]]
-) -> list[str]:
-    """The plugins of a run: a default leaves its slot to a plugin that the user named for it."""
-    taken = {classes[name].slot for name in named} - {None}
-    kept = [name for name in defaults if name in named or classes[name].slot not in taken]
-    return list(dict.fromkeys([*kept, *named]))
 
 
 def make_engine(build: Build, out: Path) -> Engine:

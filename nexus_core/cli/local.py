@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nexus_core.cli.yaml12 import Document
 from nexus_core.errors import ConfigError, PluginError
 from nexus_core.places import absolute, in_settings, load, shown, split
 from nexus_core.plan import AnyPlugin, distribution, installed
@@ -40,25 +41,37 @@ class LocalPlugins:
         for word in words:
             self.names.append(self._name(word, Path.cwd(), ()))
 
-    def in_file(self, words: Iterable[str], base: Path | None) -> dict[str, str]:
-        """The plugin's name for each name or place in a config file; the command line wins.
+    def by_name(self, document: Document, base: Path | None) -> Document:
+        """A config file with plugins by name, and places in it for every working directory.
+
+        Where the command line names a plugin by its place too, its place wins.
 
         Args:
-            words: names and places.
-            base: the folder of the file; None: it is not one that the user named.
+            document: the file.
+            base: what places in it are relative to; None: the user has not named the file.
 
         Raises:
-            ConfigError: two of them are one plugin.
+            ConfigError: two blocks are of one plugin.
             PluginError: there is no plugin at a place.
         """
-        names: dict[str, str] = {}
+        blocks = document.value.get("plugins")
+        if not isinstance(blocks, dict):
+            return document
         given = frozenset(self.places)
-        for word in words:
+        names: dict[str, str] = {}
+        for word in blocks:
             name = self._name(word, base, given)
             if name in names.values():
                 raise ConfigError(f"plugins: '{word}' is the plugin '{name}' again; keep one")
             names[word] = name
-        return names
+        named = {names[word]: placed(blocks[word], base) for word in blocks}
+        written = {
+            ("plugins", names[str(place[1])], *place[2:])
+            if place[1:] and place[0] == "plugins"
+            else place: text
+            for place, text in document.written.items()
+        }
+        return Document({**document.value, "plugins": named}, written)
 
     def _name(self, word: str, base: Path | None, given: Collection[str]) -> str:
         if not is_place(word):
@@ -79,18 +92,18 @@ class LocalPlugins:
             )
 
 
-def placed(value: Any, base: Path) -> Any:
+def placed(value: Any, base: Path | None) -> Any:
     """The same settings with the places in them as they are for every working directory.
 
     Args:
         value: a setting, or settings by key.
-        base: the folder that relative places are relative to.
+        base: the folder that relative places are relative to; None leaves them as they are.
     """
     if isinstance(value, dict):
         return {key: placed(item, base) for key, item in value.items()}
     if isinstance(value, list):
         return [placed(item, base) for item in value]
-    return _looked_for(value, base) if in_settings(value) else value
+    return _looked_for(value, base) if base and in_settings(value) else value
 
 
 def plugin_class(word: str) -> type[AnyPlugin]:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from nexus_core.cli import yaml12
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.config_file import is_config_file, read_config_file
+from nexus_core.cli.enabled import full_key
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
 from nexus_core.cli.local import LocalPlugins, placed
 from nexus_core.cli.resumed import config_base
@@ -92,7 +93,8 @@ def read_settings(
     added = local.names
     document = Document({"preset": source})
     if is_file:
-        document = _by_name(read_config_file(Path(expanded(source))), source, local, trusted)
+        path = Path(expanded(source))
+        document = local.by_name(read_config_file(path), config_base(path) if trusted else None)
     content: Block = {**document.value, **(replaced or {})}
     base = _read_preset(content.pop("preset")) if "preset" in content else Document({})
     own = _plugin_blocks(content, source)
@@ -101,8 +103,12 @@ def read_settings(
     merged.add(added)
     for origin, key, text in _environment(environment or {}, merged.blocks):
         merged.set(key, yaml12.parse_value(text), origin)
-    for key, text in map(_assignment, sets):
-        merged.set(key, yaml12.parse_value(text), f"--set {key}={text}")
+    defaults = [name for name in base.value.get("plugins", {}) if name in merged.blocks]
+    named = [name for name in dict.fromkeys((*own, *added)) if name in merged.blocks]
+    for short, text in map(_assignment, sets):
+        origin = f"--set {short}={text}"
+        key = full_key(short, origin, defaults, named, local.places)
+        merged.set(key, yaml12.parse_value(text), origin)
     for key, value in (values or {}).items():
         merged.set(key, Document(value), key)
     if merged.content.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
@@ -111,12 +117,11 @@ def read_settings(
 
         splitting = answering("cut_batch").name
         merged.add([splitting])
-        added.append(splitting)
-    named = dict.fromkeys((*own, *added))
+        named = list(dict.fromkeys([*named, splitting]))
     return Settings(
         merged.run(),
-        tuple(name for name in base.value.get("plugins", {}) if name in merged.blocks),
-        tuple(name for name in named if name in merged.blocks),
+        tuple(defaults),
+        tuple(named),
         Path(source).stem if is_file else source,
         merged.written,
         merged.variables,
@@ -171,12 +176,6 @@ class _Merged:
         head, dot, rest = key.partition(".")
         given = Document(placed(given.value, Path.cwd()), given.written)
         if not dot:
-            known = [name for name in RunConfig.model_fields if name != "plugins"]
-            if head not in known:
-                raise ConfigError(
-                    f"{origin}: unknown key '{head}'.{suggestion(head, known)} The engine's keys: "
-                    f"{', '.join(known)}; a plugin's: NAME.KEY"
-                )
             self.content[head] = given.value
             self._write((head,), given)
         else:
@@ -251,22 +250,6 @@ def _read_preset(name: object) -> Document:
         return yaml12.parse(text)
     except yaml12.YamlError as error:
         raise ConfigError(f"the preset '{name}' is not valid: {error}") from None
-
-
-def _by_name(document: Document, source: str, local: LocalPlugins, trusted: bool) -> Document:
-    """A config file with plugins by name, and places in it for every working directory."""
-    blocks = document.value.get("plugins")
-    if not isinstance(blocks, dict):
-        return document
-    base = config_base(Path(expanded(source))) if trusted else None
-    names = local.in_file(blocks, base)
-    named = {names[word]: placed(block, base) if base else block for word, block in blocks.items()}
-    written = {
-        ("plugins", names[str(place[1])], *place[2:]) if place[:1] == ("plugins",) else place: text
-        for place, text in document.written.items()
-        if place != ("plugins",)
-    }
-    return Document({**document.value, "plugins": named}, written)
 
 
 def _plugin_blocks(content: Block, source: str) -> dict[str, Block | bool]:

@@ -20,7 +20,7 @@ from nexus_core import (
     hookimpl,
 )
 from nexus_core import plan as planning
-from nexus_core.cli.build import keep_named_of_slot
+from nexus_core.cli.enabled import keep_named_of_slot
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.plan import arrange, installed, load
 from nexus_core.processes import Ranks

@@ -443,3 +443,46 @@ def test_a_config_as_nobody_would_write_it_is_a_plan_or_one_clear_error(
 ) -> None:
     """Red if a user sees a traceback, or a config that is read differently the second time."""
     try_case(case, scratch)
+
+
+@pytest.mark.parametrize(
+    ("sets", "place", "value"),
+    [
+        ("lr=3e-4", ("optim_adamw", "lr"), 3e-4),
+        ("batch_size=8", ("data_text", "batch_size"), 8),
+        ("d_model=32", ("model_nexus", "d_model"), 32),
+        ("max_norm=.inf", ("clip", "max_norm"), math.inf),
+    ],
+)
+def test_a_key_that_one_plugin_has_needs_no_name(
+    sets: str, place: tuple[str, str], value: object
+) -> None:
+    block, key = place
+    assert read_settings("quickstart", sets=(sets,)).run.plugins[block][key] == value
+
+
+def test_a_key_without_a_name_means_the_plugins_that_are_in_the_run(config: str) -> None:
+    """Breaks if a plugin that has left its slot, or was left out, is meant or is in the way."""
+    found = read_settings("quickstart", "optim_muon", ("lr=0.1",)).run.plugins
+    assert found["optim_muon"]["lr"] == 0.1
+    assert found["optim_adamw"]["lr"] != 0.1
+    assert read_settings(config, "ema", ("warmup=3 steps", "seed=7")).run.seed == 7
+    with pytest.raises(ConfigError, match="--set lr=1: unknown key 'lr'"):
+        read_settings(config, sets=("lr=1",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sets": ("weight=2",), "plugins": "loss_causal"},
+         r"--set weight=2: 'weight' is a setting of \d plugins of this run: .*loss_causal.weight; "
+         "say which"),
+        ({"sets": ("batch_siz=2",)}, "unknown key 'batch_siz'. Did you mean 'batch_size'"),
+        ({"sets": ("untill=2",)}, "unknown key 'untill'. Did you mean 'until'"),
+    ],
+)  # fmt: skip
+def test_a_key_that_no_plugin_or_several_have_is_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings("quickstart", **arguments)

@@ -1,0 +1,71 @@
+"""Which plugins a run has, and which of them a setting without a plugin's name is meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from nexus_core.cli.config import RunConfig
+from nexus_core.cli.local import plugin_class
+from nexus_core.errors import ConfigError, suggestion
+from nexus_core.plan import AnyPlugin, load, scan
+
+__all__ = ["full_key", "keep_named_of_slot", "load_classes"]
+
+
+def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, type[AnyPlugin]]:
+    """The class of each plugin, by its name.
+
+    Args:
+        names: of plugins.
+        places: where those are that are not installed, by name.
+    """
+    scanned = scan()
+    return {
+        name: plugin_class(places[name]) if name in places else load(name, scanned)
+        for name in names
+    }
+
+
+def keep_named_of_slot(
+    defaults: Sequence[str], named: Sequence[str], classes: Mapping[str, type[AnyPlugin]]
+) -> list[str]:
+    """The plugins of a run: a default leaves its slot to a plugin that the user named for it."""
+    taken = {classes[name].slot for name in named} - {None}
+    kept = [name for name in defaults if name in named or classes[name].slot not in taken]
+    return list(dict.fromkeys([*kept, *named]))
+
+
+def full_key(
+    key: str, origin: str, defaults: Sequence[str], named: Sequence[str], places: Mapping[str, str]
+) -> str:
+    """The key of a setting, with the plugin's name where one plugin of the run alone has it.
+
+    `lr` is `adam.lr`, say; the engine's own keys stand for themselves.
+
+    Args:
+        key: as it was written.
+        origin: where, for messages.
+        defaults: plugins of the run that a preset brings.
+        named: those that the user named.
+        places: where those are that are not installed, by name.
+
+    Raises:
+        ConfigError: no plugin of the run has it, or several have.
+    """
+    known = [name for name in RunConfig.model_fields if name != "plugins"]
+    if "." in key or key in known:
+        return key
+    classes = load_classes(dict.fromkeys([*defaults, *named]), places)
+    enabled = keep_named_of_slot(defaults, named, classes)
+    keys = {name: list(classes[name].config_class.model_fields) for name in enabled}
+    found = [f"{name}.{key}" for name in enabled if key in keys[name]]
+    if len(found) > 1:
+        several = f"{len(found)} plugins of this run: {', '.join(found)}"
+        raise ConfigError(f"{origin}: '{key}' is a setting of {several}; say which")
+    if not found:
+        near = suggestion(key, [*known, *sum(keys.values(), [])])
+        raise ConfigError(
+            f"{origin}: unknown key '{key}'.{near} The engine's keys: {', '.join(known)}; a "
+            "plugin's: NAME.KEY, or KEY where one plugin of the run has it"
+        )
+    return found[0]

@@ -1,11 +1,12 @@
-"""`nexus-plugins new`: a plugin's package, complete and with its tests."""
+"""`nexus-plugins new`: a plugin's package, complete and with its tests, or a plugin in one file."""
 
 from __future__ import annotations
 
 import keyword
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from importlib.resources import files
@@ -21,6 +22,7 @@ from nexus_core.cli.options import PATH
 __all__ = ["new", "package_files"]
 
 PLAIN = "plain"
+SUFFIX = ".py"
 TEMPLATES = {
     ".github/workflows/test.yml": "workflow.yml",
     ".gitignore": "gitignore",
@@ -36,23 +38,64 @@ TEMPLATES = {
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", metavar="NAME|FILE.py")
 @click.option("--loss", "kind", flag_value="loss", help="One term of the loss.")
-@click.option("--logger", "kind", flag_value="logger", help="Shows or stores metrics.")
+@click.option("--model", "kind", flag_value="model", help="The model of a run.")
+@click.option("--data", "kind", flag_value="data", help="The data of a run.")
+@click.option("--optimizer", "kind", flag_value="optimizer", help="An optimizer.")
 @click.option("--schedule", "kind", flag_value="schedule", help="A learning rate over the run.")
+@click.option("--metric", "kind", flag_value="metric", help="A metric of an evaluation set.")
+@click.option("--logger", "kind", flag_value="logger", help="Shows or stores metrics.")
 @click.option("--out", type=PATH, help="The package's folder; default: NAME.")
 def new(name: str, kind: str | None, out: Path | None) -> None:
-    """Write the package of a new plugin, ready to install, with tests that pass."""
+    """Write the package of a new plugin, with tests that pass; or a plugin in one file.
+
+    \b
+    nexus-plugins new sparkle            a package, ready to install
+    nexus-plugins new sparkle.py         a file: nexus-run --plugins ./sparkle.py
+    """
     with reported(debug=False):
-        folder = out or Path(name)
-        _check_name(name)
-        _write(folder, package_files(name, kind or PLAIN))
+        kind = kind or PLAIN
         click.echo(
-            f"wrote the package of '{name}' into {folder}; next:\n"
-            f"  pip install -e '{folder}[test]'\n"
-            f"  pytest {folder}\n"
-            f"  nexus-run --plugins {name}"
+            _new_file(Path(name), kind, out)
+            if name.endswith(SUFFIX)
+            else _new_package(name, kind, out or Path(name))
         )
+
+
+def _new_package(name: str, kind: str, folder: Path) -> str:
+    _check_name(name)
+    _write(folder, package_files(name, kind))
+    return (
+        f"wrote the package of '{name}' into {folder}; next:\n"
+        f"  pip install -e '{folder}[test]'\n"
+        f"  pytest {folder}\n"
+        f"  nexus-run --plugins {name}"
+    )
+
+
+def _new_file(path: Path, kind: str, out: Path | None) -> str:
+    from nexus_core.errors import ConfigError
+
+    if out is not None:
+        raise ConfigError(f"--out is for a package; the file goes where its name says: {path}")
+    if path.exists():
+        raise ConfigError(f"'{path}' is there already; choose another name")
+    name = path.stem
+    _check_name(name)
+    words = _words(name, kind)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(_template("plugin_$kind.py", words))
+    except OSError as error:
+        raise ConfigError(f"cannot write '{path}': {error.strerror}; choose another") from error
+    place = shlex.quote(str(path) if path.is_absolute() else f"./{path}")
+    return (
+        f"wrote the plugin '{name}' into {path}; next:\n"
+        f"  nexus-run --plugins {place}\n"
+        f"  nexus-plugins check {place}"
+    )
 
 
 def package_files(name: str, kind: str = PLAIN) -> dict[str, str]:
@@ -60,11 +103,20 @@ def package_files(name: str, kind: str = PLAIN) -> dict[str, str]:
 
     Args:
         name: of the plugin, its module and its distribution.
-        kind: "plain", "loss", "logger" or "schedule".
+        kind: "plain", or what an option of the command says: "loss", "model", ...
     """
+    words = _words(name, kind)
+    return {
+        Template(path).substitute(words): _template(source, words)
+        for path, source in TEMPLATES.items()
+    }
+
+
+def _words(name: str, kind: str) -> dict[str, str]:
+    """What the templates leave open."""
     from nexus_core.events import API_VERSIONS
 
-    words = {
+    return {
         "name": name,
         "Name": "".join(word.title() for word in name.split("_")),
         "distribution": name.replace("_", "-"),
@@ -73,15 +125,12 @@ def package_files(name: str, kind: str = PLAIN) -> dict[str, str]:
         "api": API_VERSIONS[-1],
         "year": str(date.today().year),
     }
-    return dict(_filled(words))
 
 
-def _filled(words: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    folder = files("nexus_core.cli").joinpath("templates")
-    for path, source in TEMPLATES.items():
-        template = folder.joinpath(f"{Template(source).substitute(words)}.tmpl")
-        text = template.read_text(encoding="utf-8")
-        yield Template(path).substitute(words), Template(text).substitute(words)
+def _template(source: str, words: Mapping[str, str]) -> str:
+    file = f"{Template(source).substitute(words)}.tmpl"
+    text = files("nexus_core.cli").joinpath("templates", file).read_text(encoding="utf-8")
+    return Template(text).substitute(words)
 
 
 def _check_name(name: str) -> None:

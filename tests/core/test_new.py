@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,20 @@ from hypothesis import strategies as st
 from fresh_venv import FreshVenv
 from nexus_core.cli.new import package_files
 from nexus_core.cli.plugins import main as nexus_plugins
+from nexus_core.cli.run import main as nexus_run
+from nexus_core.sources import forget
 from nexus_core.testing import fake_distribution
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("plain", "loss", "logger", "schedule")
+KINDS = ("plain", "loss", "model", "data", "optimizer", "schedule", "metric", "logger")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Each test writes into a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    forget()
 
 
 def new(*arguments: str) -> Result:
@@ -49,7 +53,8 @@ def test_package_is_complete_and_goes_by_one_name(kind: str) -> None:
     assert project["entry-points"]["nexus.plugins"] == {"gold_dust": "gold_dust:GoldDustPlugin"}
     code = ast.parse((package / "src/gold_dust/plugin.py").read_text())
     classes = [node.name for node in code.body if isinstance(node, ast.ClassDef)]
-    assert classes == ["GoldDustConfig", "GoldDustPlugin"]
+    assert {"GoldDustConfig", "GoldDustPlugin"} <= set(classes)
+    assert all(name.startswith("GoldDust") for name in classes)
     workflow = yaml.safe_load((package / ".github/workflows/test.yml").read_text())
     assert workflow["jobs"]["test"]["steps"][1]["with"] == {
         "python-version": "${{ matrix.python }}"
@@ -146,6 +151,65 @@ def test_package_goes_where_out_says() -> None:
     assert [path.name for path in Path("deep/down").iterdir()] == ["here"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plugin_in_one_file_is_that_of_the_package(kind: str) -> None:
+    option = [] if kind == "plain" else [f"--{kind}"]
+    result = new("deep/gold_dust.py", *option)
+    assert result.exit_code == 0, result.output
+    assert "nexus-run --plugins ./deep/gold_dust.py" in result.output
+    package = package_files("gold_dust", kind)["src/gold_dust/plugin.py"]
+    assert Path("deep/gold_dust.py").read_text() == package
+    shown = CliRunner().invoke(nexus_plugins, ["show", "./deep/gold_dust.py"]).output
+    assert shown.startswith("gold_dust: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Mine.py"], "'Mine' cannot be a plugin's name"),
+        (["clip.py"], "there is a plugin 'clip' already"),
+        (["json.py"], "there is a module 'json' already"),
+        (["sparkle.py"], "'sparkle.py' is there already; choose another name"),
+        (["mine.py", "--out", "x"], "--out is for a package"),
+        (["sparkle.py/mine.py"], "cannot write 'sparkle.py/mine.py': "),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_error(arguments: list[str], message: str) -> None:
+    Path("sparkle.py").write_text("mine\n")
+    result = new(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert [path.name for path in Path().rglob("*")] == ["sparkle.py"]
+    assert Path("sparkle.py").read_text() == "mine\n"
+
+
+@pytest.mark.slow
+def test_a_plugin_in_one_file_runs_and_holds_to_the_contract(folder: Path) -> None:
+    """The way of an author without a package: a file, a run, the checks."""
+    assert new("mine.py").exit_code == 0
+    Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    done = CliRunner().invoke(nexus_run, ["tiny.yaml", "--plugins", "./mine.py", "--out", "one"])
+    assert done.exit_code == 0, done.output
+    assert Path("one/plugins/mine.py").read_text() == Path("mine.py").read_text()
+    checked = CliRunner().invoke(nexus_plugins, ["check", "./mine.py"])
+    assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.slow
+def test_code_is_typed(folder: Path) -> None:
+    pytest.importorskip("mypy")
+    paths = []
+    for kind in KINDS:
+        paths.append(f"sparkle_{kind}.py")
+        Path(paths[-1]).write_text(package_files(f"sparkle_{kind}", kind)[
+            f"src/sparkle_{kind}/plugin.py"
+        ])  # fmt: skip
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", ".cache", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 def test_wheel_of_the_trainer_holds_the_templates(folder: Path) -> None:
     """Breaks if `new` works from a checkout alone."""
@@ -181,7 +245,8 @@ def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
 
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
-    together = ["tiny.yaml", "--plugins", ",".join(names.values())]
+    theirs = ["no:data_text", "no:model_nexus", "no:optim_adamw"]  # so that ours fill the slots
+    together = ["tiny.yaml", "--plugins", ",".join([*theirs, *names.values()])]
     run = fresh.run("nexus-run", *together, "--out", "one", cwd=folder)
     assert run.returncode == 0, run.stderr
     assert {*names.values()} <= yaml.safe_load(Path("one/config.yaml").read_text())[

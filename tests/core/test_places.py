@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import pickle
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from nexus_core import ConfigError
 from nexus_core.places import absolute, in_settings, load, only_named, sources
@@ -78,16 +78,12 @@ def test_a_relative_file_is_relative_to_the_base(folder: Path, monkeypatch: Any)
 @pytest.mark.slow
 def test_a_class_of_a_file_reaches_worker_processes(method: str) -> None:
     """Breaks if only this process finds the file: workers unpickle data sets by their class."""
-    net: Any = load("./net.py:build")
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        (found,) = pool.map(_width, [net()])
-    assert found == 64
+    write("rows.py", "import widths\n\n\nclass Rows:\n    def __len__(self):\n        return 2\n\n"
+          "    def __getitem__(self, index):\n        return widths.WIDTH + index\n")  # fmt: skip
+    rows: Any = load("./rows.py:Rows")
+    loader = DataLoader(rows(), num_workers=1, multiprocessing_context=method, timeout=120)
+    assert [batch.tolist() for batch in loader] == [[64], [65]]
     assert type(pickle.loads(pickle.dumps(sys.path))[-1]) is str
-
-
-def _width(net: Any) -> int:
-    width: int = net.width
-    return width
 
 
 def test_sources_are_the_file_and_what_it_imports_beside_it(folder: Path) -> None:

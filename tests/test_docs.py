@@ -35,10 +35,12 @@ from nexus_core import Engine, NexusError, PluginError
 from nexus_core import plan as planning
 from nexus_core.cli.build import build_plugins
 from nexus_core.cli.config import RunConfig
+from nexus_core.cli.local import plugin_class
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.cli.settings import presets, read_settings
 from nexus_core.plan import HOOK_NAMES, load
+from nexus_core.sources import forget
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.jsonl import JsonlPlugin
 
@@ -55,6 +57,17 @@ CONTROL = {"&&", "||", "|", ";", ">", ">>", "<", "&"}
 def metadata_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking for plugins again for each command would take most of the time."""
     monkeypatch.setattr(planning, "entry_points", READ_ONCE)
+
+
+@pytest.fixture(autouse=True)
+def a_plugin_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page about plugins in one file begins with one, which commands and configs name."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks(DOCS / "howto/one_file.md", "python")[0].text
+    Path("sparkle.py").write_text(code)
+    Path("mine.py").write_text(code.replace("Sparkle", "Mine"))
+    yield
+    forget()
 
 
 @dataclass(frozen=True)
@@ -158,8 +171,8 @@ def check_command(words: list[str]) -> None:
     command = group.get_command(click.Context(group), first)
     assert command, f"no command {tool} {first}"
     parameters = command.make_context(first, rest).params
-    if command is nexus_plugins.commands["show"] and parameters["name"].islower():
-        load(parameters["name"])
+    if command is nexus_plugins.commands["show"] and parameters["plugin"].islower():
+        plugin_class(parameters["plugin"])
 
 
 def data_group() -> click.Group:

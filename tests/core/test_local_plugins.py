@@ -19,6 +19,7 @@ from nexus_core.cli.run import main as nexus_run
 from nexus_core.cli.settings import read_settings
 from nexus_core.sources import forget
 from nexus_core.testing import fake_distribution
+from nexus_plugins.checkpoint.command import main as export_command
 
 HEAD = "from nexus_core import Plugin, PluginConfig, hookimpl\n"
 SPARKLE = f"""{HEAD}from pydantic import Field
@@ -173,6 +174,20 @@ def test_a_run_keeps_its_code_and_its_config_repeats_it_from_anywhere(
         assert "hello 3" in again.output
     weights = "checkpoints/final/model.safetensors"
     assert Path("confi", weights).read_bytes() == (folder / "moved" / weights).read_bytes()
+
+
+def test_a_model_by_place_is_exported_with_its_settings_and_no_code() -> None:
+    """Breaks if an export needs the code, or does not know which settings are the model's."""
+    world = Path("world.py").read_text().replace("WorldPlugin", "ModelWorldPlugin")
+    Path("net.py").write_text(world)
+    plugins = {"./net.py": {}, "checkpoint": {"best": None}}
+    Path("my.yaml").write_text(yaml.safe_dump({**TINY, "plugins": plugins}))
+    assert run("my.yaml", "--out", "one").exit_code == 0
+    Path("one/plugins/net.py").write_text("open('executed', 'w').close()\n")
+    done = CliRunner().invoke(export_command, ["one", "--out", "model"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("model/config.json").read_text())["model_plugin"] == "model_world"
+    assert not Path("executed").exists()
 
 
 @pytest.mark.filterwarnings("default:resuming")

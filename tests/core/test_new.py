@@ -232,10 +232,9 @@ def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
     editable = [part for name in names.values() for part in ("-e", name)]
     fresh.pip("install", "--no-build-isolation", "--no-deps", "--no-index", *editable)
 
-    for name in names.values():
-        tests = fresh.run("pytest", "-q", "-p", "no:cacheprovider", cwd=folder / name)
-        assert tests.returncode == 0, tests.stdout
-        assert "passed" in tests.stdout
+    tests = fresh.run("pytest", "-q", "-p", "no:cacheprovider", *names.values(), cwd=folder)
+    assert tests.returncode == 0, tests.stdout
+    assert "passed" in tests.stdout
 
     listed = fresh.run("nexus-plugins", "list", cwd=folder).stdout.splitlines()
     for name in names.values():

@@ -70,24 +70,23 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(
     """
     write_run(tmp_path)
     ends = []
-    chosen = "witness" if plugin == "ddp" else f"no:ddp,{plugin},witness"
-    options = ["--plugins", chosen, "--set", "data_text.batch_size=40"]
-    with fake_distribution(
-        "witness", {"witness": "witness:WitnessPlugin"}, modules={"witness": WITNESS}
-    ) as package:
-        for name in ("undisturbed", "killed"):
-            launcher = start(
-                tmp_path,
-                4,
-                *("--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", "--out", name, *options),
-                environment={"PYTHONPATH": str(package), "WITNESS": str(tmp_path / name)},
-            )
-            if name == "killed":
-                wait_for(lambda: lines(tmp_path / "killed") >= 12, launcher)
-                os.kill(process_of(launcher, rank=2), signal.SIGKILL)
-            output = launcher.communicate(timeout=PATIENCE_S)[0]
-            assert launcher.returncode == 0, output
-            ends.append(output)
+    (tmp_path / "witness.py").write_text(WITNESS)
+    chosen = "./witness.py" if plugin == "ddp" else f"no:ddp,{plugin},./witness.py"
+    options = ["--plugins", chosen, "--set", "batch_size=40"]
+    for name in ("undisturbed", "killed"):
+        launcher = start(
+            tmp_path,
+            4,
+            *("--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", "--out", name, *options),
+            environment={"WITNESS": str(tmp_path / name)},
+        )
+        if name == "killed":
+            wait_for(lambda: lines(tmp_path / "killed") >= 12, launcher)
+            os.kill(process_of(launcher, rank=2), signal.SIGKILL)
+        output = launcher.communicate(timeout=PATIENCE_S)[0]
+        assert launcher.returncode == 0, output
+        ends.append(output)
+    assert (tmp_path / "killed/plugins/witness.py").read_text() == WITNESS
     assert "resumed at step" in ends[1]
     for name in ("undisturbed", "killed"):
         export(tmp_path / name / "checkpoints/final", tmp_path / f"{name} model")

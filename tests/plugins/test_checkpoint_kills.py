@@ -49,6 +49,59 @@ def test_a_run_that_never_resumed_gets_no_certificate(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/certificate.json").read_text())["holds"] is False
 
 
+OWN = '''
+import torch
+from nexus_core import Loss, LossConfig, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return {"x": torch.full((3,), index / 64)}
+
+
+class WorldPlugin(Loss[LossConfig]):
+    """A run in one file; its rows are read by a worker."""
+
+    @hookimpl
+    def make_data(self, engine):
+        return RunData(ResumableLoader(Rows(), 4, seed=engine.seed, num_workers=1))
+
+    @hookimpl
+    def make_model(self):
+        return torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.2))
+
+    @hookimpl
+    def make_optimizer(self, engine):
+        return torch.optim.AdamW(engine.model.parameters(), lr=0.01)
+
+    @hookimpl
+    def forward(self, engine, batch):
+        return engine.model(batch["x"])
+
+    def units(self, batch):
+        return float(len(batch["x"]))
+
+    def loss(self, batch, output):
+        return output.square().sum()
+'''
+
+
+@pytest.mark.slow
+def test_a_run_of_a_users_own_file_is_verified_from_another_folder(tmp_path: Path) -> None:
+    """Breaks if the processes that are killed do not find the file, or its classes in workers."""
+    (tmp_path / "world.py").write_text(OWN)
+    (tmp_path / "my.yaml").write_text(
+        "until: 40 steps\nplugins:\n  ./world.py: {}\n  checkpoint: {every: 4 steps, best: null}\n"
+    )
+    report = verify_resume(str(tmp_path / "my.yaml"), tmp_path / "out", kills=2, threads=1)
+    assert report.differences == []
+    assert report.kills == 2
+    assert (tmp_path / "out/killed/plugins/world.py").read_text() == OWN
+
+
 class ForgetfulPlugin(Plugin[PluginConfig]):
     """Changes the weights by something that it does not save."""
 

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError, ConfigError
+from nexus_core.places import split
+from nexus_core.plugin import name_of
 from nexus_plugins._shared.files import check_plain_yaml, read_small
 from nexus_plugins.checkpoint import folder
 from nexus_plugins.checkpoint.shards import lay_out
@@ -194,7 +196,8 @@ def _blocks(raw: bytes | None) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"config.yaml of the checkpoint cannot be read: {error}") from error
     blocks = settings.get("plugins") if isinstance(settings, dict) else None
     found = blocks.items() if isinstance(blocks, dict) else ()
-    return {str(name): block for name, block in found if isinstance(block, dict)}
+    blocks = {str(key): block for key, block in found if isinstance(block, dict)}
+    return {name_of(split(key)[1]) or key: block for key, block in blocks.items()}  # ./net.py:...
 
 
 def _is_plain(value: object) -> bool:

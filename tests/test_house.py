@@ -58,6 +58,8 @@ FILE = 170
 """Of one file: more does not stay in a reader's head. A budget that hurts asks for parts."""
 FLAT = 115
 """Of a plugin that is one file, so that one that grows becomes a folder."""
+OWN_CODE = {"places.py": 130, "sources.py": 115}
+"""What loads the code that a user names, counted apart: no part of the loop knows of it."""
 BASES = 650
 """All that authors derive from."""
 LARGER = {
@@ -86,7 +88,8 @@ def test_the_core_stays_small() -> None:
     core = ROOT / "nexus_core"
     own = [p for p in core.rglob("*.py") if not {"cli", "testing", "bases"} & set(p.parts)]
     assert statements(core / "engine.py") <= ENGINE
-    assert sum(map(statements, own)) <= CORE
+    assert sum(statements(p) for p in own if p.name not in OWN_CODE) <= CORE
+    assert all(statements(core / name) <= most for name, most in OWN_CODE.items())
     assert sum(map(statements, (core / "bases").glob("*.py"))) <= BASES
 
 

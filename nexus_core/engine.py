@@ -313,6 +313,7 @@ class Engine(EarlierNames):
                     self.training, self.split, self.meter = False, name, Meter()
                     metrics |= measure(self, name, batches, heed)
             finally:
+                self._progress.leave_to(sets.values())
                 self.training, self.split, self.meter = before
         return metrics
 

@@ -9,7 +9,8 @@ from typing import NamedTuple, NotRequired, Protocol, TypedDict
 from nexus_core.batches import Batch, Keeper, digest, fingerprint
 from nexus_core.errors import ConfigError, DataError
 from nexus_core.intervals import Interval, TrainState
-from nexus_core.loaders import Held, Place, Source, length_of, say
+from nexus_core.loaders import Source, length_of, say
+from nexus_core.places import Held, Place
 from nexus_core.processes import Ranks
 
 __all__ = ["Codec", "DataState", "Micro", "RunData", "Stream"]
@@ -88,6 +89,7 @@ class Stream:
     ) -> None:
         self.data = data
         self.length = length_of(data)
+        self._says_length = self.length > 0
         self._source, self._ranks, self._print = Source(data), ranks, fingerprint(data)
         self._taken: list[tuple[Micro, Place]] = []
         self._returned: list[tuple[Micro, Place]] = []
@@ -124,8 +126,10 @@ class Stream:
                 self._returned = [*self._taken, *self._returned]
 
     def leave_to(self, others: Iterable[object]) -> None:
-        """Let others read; afterwards the data is opened at its place, where they moved it."""
+        """Let others read from the beginning; then the data is opened at its place again."""
         if any(map(self._source.shares, others)):
+            self._batches.close()
+            self._source.rewind()
             self._batches = self._read()
 
     def state(self, place: Place) -> DataState:
@@ -215,9 +219,10 @@ class Stream:
             epoch, number, row = self.place.epoch, self.place.batch, self.place.row
             source.tell_epoch(epoch)
             batches = source.open(self.place)
-            found, ahead = number, next(batches, _END)
+            found, ahead = number, source.read(batches, _END)
             while ahead is not _END:
-                reads_ahead = not (source.is_iterator or 0 < self.length > number + 1)
+                sure = self._says_length and self.length > number + 1
+                reads_ahead = not (sure or source.is_iterator)
                 batch = self._keeper.kept(ahead) if reads_ahead or self._waits else ahead
                 borrowed = source.is_borrowed(row)
                 number, row = number + 1, source.row_after(row)

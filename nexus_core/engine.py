@@ -307,13 +307,13 @@ class Engine(EarlierNames):
         self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
+        self._progress.leave_to(sets.values())
         with evaluating(self, nested=not self.training):
             try:
                 for name, batches in sets.items():
                     self.training, self.split, self.meter = False, name, Meter()
                     metrics |= measure(self, name, batches, heed)
             finally:
-                self._progress.leave_to(sets.values())
                 self.training, self.split, self.meter = before
         return metrics
 

@@ -10,7 +10,8 @@ from nexus_core.device import RandomState, Undo, random_state, set_random_state
 from nexus_core.errors import ConfigError
 from nexus_core.events import Run
 from nexus_core.intervals import Every, Interval
-from nexus_core.loaders import Place, is_same
+from nexus_core.loaders import is_same
+from nexus_core.places import Place
 from nexus_core.processes import Agreement
 from nexus_core.step import Step
 from nexus_core.update import prepare, take_step

@@ -64,7 +64,6 @@ LARGER = {
     "nexus_core/bases/background.py": 200,
     "nexus_core/cli/profile.py": 300,
     "nexus_core/cli/verify_resume.py": 255,
-    "nexus_core/data.py": 230,
     "nexus_core/engine.py": ENGINE,
     "nexus_core/testing/contract.py": 315,
     "plugins/nexus_plugins/checkpoint/folder.py": 200,

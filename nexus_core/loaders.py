@@ -142,7 +142,7 @@ class Source:
         return self._opened(place, held, *ways[-1], before)
 
     def read(self, batches: Iterator[Batch], end: Batch) -> Batch:
-        """The next batch, and whether it took random numbers; `end` where there is none."""
+        """The next batch, and whether it took random numbers; `end` after the last."""
         if not self._tells:
             return next(batches, end)
         before = torch.get_rng_state()

@@ -27,7 +27,7 @@ def _none_for_zero(value: Any) -> Any:
 
 
 Warmup: TypeAlias = Annotated[IntervalField | None, BeforeValidator(_none_for_zero)]
-"""The type of a warm-up's length: 0 is none."""
+"""The type of a warm-up's length; 0 leaves it out."""
 WARMUP = "length of the linear rise from zero at the start; 0 or null: none"
 
 

@@ -153,6 +153,7 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 def live(make: str, folder: Path) -> None:
     """What a process does: the run, resumed where there is something to resume."""
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as Linux has it
     torch.manual_seed(int.from_bytes(os.urandom(4), "big") if (folder / "out").exists() else 1)
     data = MAKES[make][0](folder.parent / "rows")
     torch.manual_seed(1)

@@ -48,6 +48,7 @@ scalars = (
     | st.integers(-(2**200), 2**200)
     | st.floats()
     | st.text(max_size=5)
+    | st.binary(max_size=4)
     | st.sampled_from(["$tensor", "$", "nan"])
 )
 keys = st.text(max_size=4) | st.sampled_from(["$dict", "__metadata__", "a.b", "0"]) | st.integers()

@@ -124,7 +124,9 @@ def _advice(value: object) -> str:
             return f"it would come back as a {kind.__name__}; keep {kind.__name__}(...)"
     if isinstance(value, set | frozenset | deque | range):
         return "keep a list of its items"
-    return "states are made of dicts, lists, tuples, strings, numbers, booleans, None and tensors"
+    return (
+        "states are made of dicts, lists, tuples, strings, bytes, numbers, booleans, None, tensors"
+    )
 
 
 def decode(value: Json, tensors: Mapping[str, Tensor]) -> object:

@@ -10,7 +10,7 @@ from nexus_core.batches import Batch, Keeper, digest, fingerprint
 from nexus_core.errors import ConfigError, DataError
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.loaders import Source, length_of, say
-from nexus_core.places import Held, Place
+from nexus_core.holders import Held, Place
 from nexus_core.processes import Ranks
 
 __all__ = ["Codec", "DataState", "Micro", "RunData", "Stream"]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from nexus_core.batches import Batch, digest
 from nexus_core.device import RandomState, random_state, set_random_state
-from nexus_core.places import (
+from nexus_core.holders import (
     ITERATOR,
     LOADER,
     Held,

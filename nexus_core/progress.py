@@ -11,7 +11,7 @@ from nexus_core.errors import ConfigError
 from nexus_core.events import Run
 from nexus_core.intervals import Every, Interval
 from nexus_core.loaders import is_same
-from nexus_core.places import Place
+from nexus_core.holders import Place
 from nexus_core.processes import Agreement
 from nexus_core.step import Step
 from nexus_core.update import prepare, take_step

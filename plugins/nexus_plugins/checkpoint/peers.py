@@ -8,7 +8,7 @@ from typing import Any, cast
 from nexus_core.bases.parallel import own_seed
 from nexus_core.device import RandomState, random_state, seed_everything
 from nexus_core.errors import CheckpointError
-from nexus_core.places import Held
+from nexus_core.holders import Held
 from nexus_core.processes import Ranks, gather
 from nexus_core.snapshot import Snapshot
 

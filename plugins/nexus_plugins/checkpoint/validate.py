@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nexus_core.data import DataState
 from nexus_core.errors import CheckpointError
 from nexus_core.intervals import TrainState
-from nexus_core.places import Held
+from nexus_core.holders import Held
 from nexus_core.snapshot import OPTIONAL, Snapshot
 from nexus_plugins._shared.generators import check_generators
 from nexus_plugins.checkpoint.kinds import Kinds, check_kinds

@@ -14,12 +14,43 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Batch", "batch_size", "copied", "digest", "fresh", "leaves", "to_device"]
+__all__ = [
+    "Batch",
+    "Keeper",
+    "batch_size",
+    "copied",
+    "digest",
+    "fingerprint",
+    "fresh",
+    "leaves",
+    "to_device",
+]
 
 Batch: TypeAlias = Any
 """What a loader yields: usually a dict of tensors, but any object that holds tensors will do."""
 
 _DIGESTED = 1024  # numbers of each tensor
+_LOOKS = 16  # batches until a loader is trusted not to write over them
+
+
+class Keeper:
+    """Keeps batches that wait for their turn, where their loader may write over them."""
+
+    def __init__(self) -> None:
+        self._memory: list[tuple[set[int], Batch]] = []
+        self._reuses: bool | None = None  # whether the loader writes over earlier batches
+
+    def kept(self, batch: Batch) -> Batch:
+        """The batch, in memory of its own unless its loader was seen to give each its own."""
+        if self._reuses is None:
+            mine = {t.data_ptr() for t in leaves(batch) if isinstance(t, Tensor) and t.numel()}
+            if any(mine & others for others, _ in self._memory):
+                self._reuses, self._memory = True, []
+            elif len(self._memory) == _LOOKS:
+                self._reuses, self._memory = False, []
+            else:
+                self._memory.append((mine, batch))  # held, so that its memory is not given away
+        return batch if self._reuses is False else copied(batch)
 
 
 def digest(batch: Batch) -> str:
@@ -28,6 +59,16 @@ def digest(batch: Batch) -> str:
     for leaf in leaves(batch):
         found.update(_bytes_of(leaf))
     return found.hexdigest()[:16]
+
+
+def fingerprint(data: object) -> str | None:
+    """What tells data from other data: its own `fingerprint`, or a digest of a list of batches."""
+    own = getattr(data, "fingerprint", None)
+    if own is not None:
+        return str(own)
+    if not isinstance(data, list | tuple) or not data:
+        return None
+    return digest([len(data), data[0], data[-1]])
 
 
 def _bytes_of(leaf: object) -> bytes:

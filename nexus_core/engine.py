@@ -21,7 +21,7 @@ from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
 from nexus_core.evaluation import GivenUpError, collect, evaluating, measure, say_mode, train_mode
 from nexus_core.events import Hooks
-from nexus_core.intervals import Interval, Result, TrainState
+from nexus_core.intervals import Interval, Length, Result, TrainState
 from nexus_core.meter import Finish, Meter, Number
 from nexus_core.optimizers import Untrained, check_optimizer, trained
 from nexus_core.plan import arrange, claim
@@ -68,7 +68,7 @@ class Engine(EarlierNames):
         seed: int | None = None,
         device: str | torch.device | None = None,
         accumulate: int = 1,
-        log_every: Interval | str | int = "10 steps",
+        log_every: Length = "10 steps",
         out: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -114,9 +114,9 @@ class Engine(EarlierNames):
         self,
         data: Data | None = None,
         *,
-        until: Interval | str | int,
+        until: Length,
         eval_data: Data | Mapping[str, Data] | None = None,
-        eval_every: Interval | str | int | None = None,
+        eval_every: Length | None = None,
     ) -> Result:
         """Train until the horizon, or until `stop`; see `steps` for the arguments.
 
@@ -132,9 +132,9 @@ class Engine(EarlierNames):
         self,
         data: Data | None = None,
         *,
-        until: Interval | str | int,
+        until: Length,
         eval_data: Data | Mapping[str, Data] | None = None,
-        eval_every: Interval | str | int | None = None,
+        eval_every: Length | None = None,
     ) -> Iterator[TrainState]:
         """The loop as a generator, one optimizer step a turn; close it and continue later.
 
@@ -145,7 +145,8 @@ class Engine(EarlierNames):
             data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
             until: the horizon, counted from the very first step, restarts included.
             eval_data: batches to evaluate on, or several sets of them by name.
-            eval_every: the period of evaluations; there is one at the horizon in any case.
+            eval_every: the period of evaluations, or a share of the horizon ("10%"); there is one
+                at the horizon in any case.
 
         Yields:
             The counters, after each step with its log and evaluation.
@@ -161,8 +162,8 @@ class Engine(EarlierNames):
             eval_data = self.data.valid if eval_data is None else eval_data
         if isinstance(eval_data, Mapping) and not eval_data:
             eval_data = None
-        self.horizon = Interval.parse(until)
-        period = Interval.parse(eval_every) if eval_every else None
+        self.horizon = Interval.horizon(until)
+        period = Interval.parse(eval_every).of(self.horizon) if eval_every else None
         self._running = True
         try:
             yield from self._loop(data, self.horizon, eval_data, period)
@@ -170,7 +171,7 @@ class Engine(EarlierNames):
             self._running = False
 
     def rehearse(
-        self, data: Data, *, until: Interval | str | int, eval_data: Mapping[str, Data]
+        self, data: Data, *, until: Length, eval_data: Mapping[str, Data]
     ) -> tuple[Step, dict[str, float]]:
         """Compute the gradient of one step, and evaluate, without an update.
 
@@ -180,7 +181,7 @@ class Engine(EarlierNames):
         Returns:
             The step, and the metrics of the evaluation.
         """
-        self.horizon = Interval.parse(until)
+        self.horizon = Interval.horizon(until)
         acting = calling.relay(
             self.plan, Defaults(), lambda plugin: not getattr(plugin, "only_watches", False)
         )
@@ -306,6 +307,7 @@ class Engine(EarlierNames):
         self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         before, metrics = (self.training, self.split, self.meter), dict[str, float]()
+        self._progress.leave_to(sets.values())
         with evaluating(self, nested=not self.training):
             try:
                 for name, batches in sets.items():
@@ -336,7 +338,13 @@ class Engine(EarlierNames):
             say_mode(self.model)
             self._agreement.settle()
             course = Course(
-                self, self._progress, stream, self._agreement, horizon, self.log_every, period
+                self,
+                self._progress,
+                stream,
+                self._agreement,
+                horizon,
+                self.log_every.of(horizon),
+                period,
             )
             while self._progress.due or not (self.stopping or horizon.reached(self.state)):
                 if not self._progress.due and not course.take_step():

@@ -1,22 +1,33 @@
-"""How far a run is, and lengths of training: "500 steps", "2 epochs", "10M tokens", "15 min"."""
+"""How far a run is, and lengths of training: "500 steps", "10M tokens", "15 min", "10%" of it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
-from typing import Annotated
+from fractions import Fraction
+from typing import Annotated, TypeAlias
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from nexus_core.errors import ConfigError
 
-__all__ = ["Every", "Interval", "IntervalField", "Result", "TrainState"]
+__all__ = ["Every", "Interval", "IntervalField", "Length", "Result", "TrainState", "within"]
 
-_EXAMPLES = '"500 steps", "2 epochs", "10M tokens", "15 min"'
-_AMOUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([kKMB]?)\s*([a-z]*)")
-_FACTORS = {"": 1, "k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
-_SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+_ABSOLUTE = '"500 steps", "2 epochs", "10M tokens", "15 min"'
+_EXAMPLES = f'{_ABSOLUTE}, or a share of the run, "10%"'
+_AMOUNT = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d\d?)?\s*([a-zA-Z ]*|%)", re.ASCII)
+_FACTORS = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+_UNITS = {
+    **{"": "steps", "step": "steps", "epoch": "epochs", "sample": "samples", "token": "tokens"},
+    **dict.fromkeys(
+        ("s", "sec", "second", "min", "minute", "h", "hr", "hour", "d", "day"), "seconds"
+    ),
+    **{"%": "%", "percent": "%"},
+}
+_SECONDS = {"min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "d": 86400, "day": 86400}
+_KNOWN = "steps, epochs, samples, tokens (with k, M or B before them), s, min, h, d, %"
 _WHOLE = ("steps", "samples", "tokens")
 
 
@@ -40,7 +51,21 @@ class TrainState:
 
     def counted(self, unit: str) -> float:
         """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
+        if unit == "%":
+            raise ConfigError("a share of a run is counted by `interval.of(engine.horizon)`")
         return self.step if unit == "steps" else float(getattr(self, unit))
+
+    def exactly(self, unit: str) -> Fraction:
+        """The same without rounding, so that a share of a run is the same in every unit."""
+        if unit == "epochs":
+            return self.epoch + Fraction(self.batch, self.epoch_length or 1) * bool(
+                self.epoch_length
+            )
+        return Fraction(self.counted(unit))
+
+    def a_step(self, unit: str) -> Fraction:
+        """What a step held of a unit, in the mean of those done; 0 before the first."""
+        return self.exactly(unit) / (self.step or 1)
 
 
 @dataclass(frozen=True)
@@ -57,39 +82,83 @@ class Result:
 
 @dataclass(frozen=True)
 class Interval:
-    """A length of training: a positive amount of steps, epochs, samples, tokens or seconds."""
+    """A length of training: an amount of steps, epochs, samples, tokens or seconds, or a share.
+
+    A share of the run has the unit "%", and is a length in the unit of a horizon by `of`.
+    """
 
     amount: float
     unit: str
 
     def __post_init__(self) -> None:
-        known = self.unit in (*_WHOLE, "epochs", "seconds")
-        whole = self.unit not in _WHOLE or self.amount == self.amount // 1
-        if not (known and whole and 0 < self.amount < float("inf")):
+        known = self.unit in _UNITS.values()
+        if not (known and 0 < self.amount < float("inf")):
             raise ConfigError(f"no interval: {self.amount:g} {self.unit}; expected {_EXAMPLES}")
+        if self.unit == "%" and self.amount > 100:
+            raise ConfigError(
+                f"no interval: {self} is more than the whole run; expected up to 100%"
+            )
 
     @classmethod
-    def parse(cls, value: Interval | str | int) -> Interval:
-        """Read "500 steps", "1.5 epochs", "10M tokens", "8 h"; a bare whole number is steps.
+    def parse(cls, value: Length) -> Interval:
+        """Read "500 steps", "1e3 steps", "1.5 epochs", "10M tokens", "8 h", "10%".
+
+        A bare whole number is steps, and a `timedelta` its seconds.
 
         Raises:
             ConfigError: it is not an amount and a unit.
         """
         if isinstance(value, Interval):
             return value
+        if isinstance(value, timedelta):
+            return cls(value.total_seconds(), "seconds")
         match = _AMOUNT.fullmatch(str(value).strip())
         if match is None:
             raise ConfigError(f"cannot read the interval {value!r}; expected {_EXAMPLES}")
-        number, factor, name = match.groups()
-        amount = Decimal(number.replace("_", "")) * _FACTORS[factor]
-        seconds = _SECONDS.get(name) or _SECONDS.get(name.removesuffix("s"))
-        if seconds:
-            return cls(float(amount * seconds), "seconds")
-        return cls(float(amount), f"{name.removesuffix('s')}s" if name else "steps")
+        digits, exponent, name = match.groups()
+        amount = Decimal(digits.replace("_", "") + (exponent or ""))
+        if _singular(name) not in _UNITS:
+            amount, name = amount * _FACTORS.get(name[0], 1), name[name[0] in _FACTORS :].strip()
+        if (unit := _UNITS.get(_singular(name))) is None:
+            raise ConfigError(
+                f"the interval {value!r} has the unknown unit '{name}'; known units: {_KNOWN}"
+            )
+        if unit in _WHOLE and amount != amount.to_integral_value():
+            raise ConfigError(f"no interval: {value!r} is not a whole number of {unit}")
+        return cls(float(amount * _SECONDS.get(_singular(name), 1)), unit)
+
+    @classmethod
+    def horizon(cls, value: Length) -> Interval:
+        """Read the length of a whole run.
+
+        Raises:
+            ConfigError: it is not an interval, or a share of one.
+        """
+        horizon = cls.parse(value)
+        if horizon.unit == "%":
+            raise ConfigError(f"until is '{horizon}', a share of itself; expected {_ABSOLUTE}")
+        return horizon
+
+    @property
+    def exact(self) -> Fraction:
+        """The amount as the decimal number that was written."""
+        return Fraction(str(self.amount))
+
+    def of(self, horizon: Interval | None) -> Interval:
+        """This length in a run with a horizon: of a share, the part of it; others are themselves.
+
+        Raises:
+            ConfigError: it is a share, and there is no horizon.
+        """
+        if self.unit != "%":
+            return self
+        if horizon is None:
+            raise ConfigError(f"'{self}' is a share of a run, and there is no run that it is of")
+        return Interval(float(horizon.exact * self.exact / 100), horizon.unit)
 
     def progress(self, state: TrainState) -> float:
         """The share of this interval that is done, from 0 to 1."""
-        return min(1.0, state.counted(self.unit) / self.amount)
+        return within(state.exactly(self.unit) / self.exact)
 
     def reached(self, state: TrainState) -> bool:
         """Whether the run has done at least this much."""
@@ -98,11 +167,28 @@ class Interval:
     def __str__(self) -> str:
         minutes = self.unit == "seconds" and self.amount % 60 == 0
         amount, unit = (self.amount / 60, "min") if minutes else (self.amount, self.unit)
-        return f"{Decimal(repr(amount)).normalize():f} {unit}"
+        return f"{Decimal(repr(amount)).normalize():f} {unit}".replace(" %", "%")
+
+
+def within(share: Fraction) -> float:
+    """A share, rounded once; 0 and 1 where it is beyond them."""
+    return float(min(Fraction(1), max(Fraction(0), share)))
+
+
+def _singular(name: str) -> str:
+    """How a unit is looked up: "Epochs" and "epoch" are one."""
+    return name.lower() if len(name) < 2 else name.lower().removesuffix("s")
+
+
+Length: TypeAlias = Interval | timedelta | str | int
+"""What is read as an interval."""
 
 
 class Every:
-    """Tells once per period that it has passed since the counters were `state`; None: never."""
+    """Tells once per period that it has passed since the counters were `state`; None: never.
+
+    A period that may be a share is resolved first: `Every(period.of(engine.horizon), ...)`.
+    """
 
     def __init__(self, interval: Interval | None, state: TrainState) -> None:
         self._interval = interval
@@ -123,6 +209,6 @@ IntervalField = Annotated[
     Interval,
     BeforeValidator(Interval.parse),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": ["string", "integer"], "examples": ["500 steps", "15 min"]}),
+    WithJsonSchema({"type": ["string", "integer"], "examples": ["500 steps", "15 min", "10%"]}),
 ]
 """The type of a config field that holds an interval: read from text, written as text."""

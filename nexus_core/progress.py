@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from nexus_core.batches import Batch
-from nexus_core.data import DataState, Place, Stream, is_same
+from nexus_core.data import DataState, Stream
 from nexus_core.device import RandomState, Undo, random_state, set_random_state
 from nexus_core.errors import ConfigError
 from nexus_core.events import Run
+from nexus_core.holders import Place
 from nexus_core.intervals import Every, Interval
+from nexus_core.loaders import is_same
 from nexus_core.processes import Agreement
 from nexus_core.step import Step
 from nexus_core.update import prepare, take_step
@@ -55,7 +57,7 @@ class Progress:
         """
         if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
             return self._stream
-        stream = Stream(data, engine.state, self.where(), is_same(data, self._read))
+        stream = Stream(data, engine.state, self.where(), is_same(data, self._read), engine.ranks)
         for length in filter(None, (horizon, period)):
             stream.check(length)
         if self._read is not None and data is not self._read:
@@ -72,6 +74,11 @@ class Progress:
         if self._stream is None or self._place is None:
             return self._saved
         return self._stream.state(self._place)
+
+    def leave_to(self, others: Iterable[object]) -> None:
+        """Let others read data, which may be what the run reads."""
+        if self._stream is not None:
+            self._stream.leave_to(others)
 
     def check_whole(self) -> None:
         """Refuse what needs whole steps where one stopped between two of its turns.
@@ -150,7 +157,7 @@ class Course:
             if progress.step is not None and progress.step.is_done:
                 self._commit(progress.step)
             else:
-                stream.give_back(micro, place)
+                stream.give_back(place)
                 engine.meter.rollback(self._metrics)
                 self._undo.put_back()
                 progress.interrupted()

@@ -52,7 +52,7 @@ def beyond(paths: Iterator[Path], budget: int) -> dict[str, int]:
 
 ENGINE = 230
 """The loop is to be read in one sitting; what is not the loop has a room of its own."""
-CORE = 2210
+CORE = 2410
 """All of the core but commands, kit and bases: what must be known to know what a run does."""
 FILE = 170
 """Of one file: more does not stay in a reader's head. A budget that hurts asks for parts."""
@@ -66,7 +66,6 @@ LARGER = {
     "nexus_core/bases/background.py": 200,
     "nexus_core/cli/profile.py": 300,
     "nexus_core/cli/verify_resume.py": 255,
-    "nexus_core/data.py": 230,
     "nexus_core/engine.py": ENGINE,
     "nexus_core/testing/contract.py": 315,
     "plugins/nexus_plugins/checkpoint/folder.py": 200,

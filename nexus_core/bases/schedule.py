@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
 
+import torch
 from pydantic import BeforeValidator, Field
 
 from nexus_core.errors import ConfigError, hint_set
-from nexus_core.intervals import Interval, IntervalField
+from nexus_core.intervals import Interval, IntervalField, within
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
+    from nexus_core.step import Step
 
-__all__ = ["Decay", "DecayConfig", "Schedule", "ScheduleConfig", "amount_in"]
+__all__ = ["WARMUP", "Decay", "DecayConfig", "Schedule", "ScheduleConfig", "Warmup", "amount_in"]
 
 
 def _none_for_zero(value: Any) -> Any:
-    return None if str(value).split(maxsplit=1)[:1] == ["0"] else value
+    return None if re.fullmatch(r"0+(\.0*)?\s*([a-zA-Z]*|%)", str(value).strip()) else value
+
+
+Warmup: TypeAlias = Annotated[IntervalField | None, BeforeValidator(_none_for_zero)]
+"""The type of a warm-up's length; 0 leaves it out."""
+WARMUP = "length of the linear rise from zero at the start; 0 or null: none"
 
 
 class ScheduleConfig(PluginConfig):
     """Settings that every schedule has."""
 
-    warmup: Annotated[IntervalField | None, BeforeValidator(_none_for_zero)] = Field(
-        Interval(1000, "steps"),
-        description="length of the linear rise from zero at the start; 0 or null: none",
-    )
+    warmup: Warmup = Field(Interval(1, "%"), description=WARMUP)
 
 
 class DecayConfig(ScheduleConfig):
@@ -47,12 +55,12 @@ DecayConfigT = TypeVar("DecayConfigT", bound=DecayConfig)
 class Schedule(Plugin[ScheduleConfigT]):
     """A learning rate that is a pure function of how far the run is: warm-up times `scale`.
 
-    A warm-up in steps, or in epochs of a known length, is at `1 / n` in the first of n steps, so
-    that no step is without effect; in tokens, samples or seconds it starts from zero, as none have
-    passed.
+    A warm-up of n steps is at `1 / n` in the first of them, so that no step is without effect, in
+    whatever unit it is given; in seconds the first is at zero, as none have passed.
     """
 
     slot: ClassVar[str | None] = "lr"
+    _first: Mapping[str, float] = MappingProxyType({})  # what the first step of the run holds
 
     def scale(self, engine: Engine) -> float:
         """The factor of the base learning rate now, apart from the warm-up."""
@@ -69,23 +77,28 @@ class Schedule(Plugin[ScheduleConfigT]):
         if warmup is None or horizon is None:
             return
         amount = amount_in(horizon.unit, warmup, engine)
-        if amount is not None and amount > horizon.amount:
-            shorter = Interval(_tenth(horizon), horizon.unit)
+        if amount is not None and amount > horizon.exact:
             raise ConfigError(
                 f"{self.name}.warmup is {warmup}, longer than the whole run of {horizon}, so the "
-                "learning rate would never get to its base; shorten it, for instance "
-                f"{hint_set(f'{self.name}.warmup', shorter)}, or train longer"
+                "learning rate would never get to its base; give it as a share, for instance "
+                f"{hint_set(f'{self.name}.warmup', '10%')}, shorten it, or train longer"
             )
+
+    @hookimpl
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        """Measure the first step, for lengths in samples and tokens."""
+        if engine.state.step == 0:
+            size = engine.ranks.sum(torch.tensor(step.size(), dtype=torch.double)).tolist()
+            self._first = dict(zip(("samples", "tokens"), size, strict=True))
 
     @hookimpl
     def lr_scale(self, engine: Engine) -> float:
         """The factor of the base learning rate now."""
-        warmup = self.config.warmup
-        if warmup is None:
+        if self.config.warmup is None:
             return self.scale(engine)
-        a_step = amount_in(warmup.unit, Interval(1, "steps"), engine) or 0.0
-        done = engine.state.counted(warmup.unit) + a_step
-        return min(1.0, done / warmup.amount) * self.scale(engine)
+        warmup = self.config.warmup.of(engine.horizon)
+        done = engine.state.exactly(warmup.unit) + self._a_step(warmup.unit, engine)
+        return within(done / warmup.exact) * self.scale(engine)
 
     def after_warmup(self, engine: Engine, end: Interval) -> float:
         """The share done, from 0 to 1, of what lies between the end of the warm-up and `end`.
@@ -93,16 +106,20 @@ class Schedule(Plugin[ScheduleConfigT]):
         Where the warm-up cannot be told in the unit of `end` (1000 steps of 10M tokens), the
         whole way to `end` counts, and the warm-up multiplies the beginning of it.
         """
-        start = 0.0
-        if self.config.warmup is not None:
-            start = amount_in(end.unit, self.config.warmup, engine) or 0.0
-        done, amount, state = engine.state.counted(end.unit), end.amount, engine.state
-        if end.unit == "epochs" and state.epoch_length:  # in whole batches: exact, as in steps
-            done = state.epoch * state.epoch_length + state.batch
-            start, amount = (round(n * state.epoch_length, 6) for n in (start, amount))
-        if amount <= start:
+        warmup = self.config.warmup
+        start = (amount_in(end.unit, warmup, engine) if warmup else None) or Fraction(0)
+        done = engine.state.exactly(end.unit)
+        if end.exact <= start:
             return float(end.reached(engine.state))
-        return min(1.0, max(0.0, (done - start) / (amount - start)))
+        return within((done - start) / (end.exact - start))
+
+    def _a_step(self, unit: str, engine: Engine) -> Fraction:
+        """What a step holds of a unit: the mean of those taken, in the first what it holds."""
+        known = amount_in(unit, Interval(1, "steps"), engine)
+        if known is not None:
+            return known
+        first = None if engine.state.step else self._first.get(unit)
+        return engine.state.a_step(unit) if first is None else Fraction(first)
 
 
 class Decay(Schedule[DecayConfigT]):
@@ -140,23 +157,20 @@ class Decay(Schedule[DecayConfigT]):
         return floor + (1 - floor) * self.shape(self.after_warmup(engine, engine.horizon))
 
 
-def amount_in(unit: str, interval: Interval, engine: Engine) -> float | None:
-    """An interval's amount in another unit, or None where that cannot be known.
+def amount_in(unit: str, interval: Interval, engine: Engine) -> Fraction | None:
+    """An interval's exact amount in another unit, or None where that cannot be known.
 
-    Steps and epochs turn into one another where the data says how long an epoch is.
+    Steps and epochs turn into one another where the data says how long an epoch is, and a share of
+    the run is one of its horizon.
     """
+    interval = interval.of(engine.horizon)
     if interval.unit == unit:
-        return interval.amount
-    steps_an_epoch = engine.state.epoch_length / engine.accumulate
+        return interval.exact
+    steps_an_epoch = Fraction(engine.state.epoch_length, engine.accumulate)
     if steps_an_epoch and {interval.unit, unit} == {"steps", "epochs"}:
-        return interval.amount * (steps_an_epoch if unit == "steps" else 1 / steps_an_epoch)
+        return interval.exact * (steps_an_epoch if unit == "steps" else 1 / steps_an_epoch)
     return None
 
 
 def _base(engine: Engine) -> float:
     return float(engine.optimizer.param_groups[0]["initial_lr"])
-
-
-def _tenth(horizon: Interval) -> float:
-    whole = horizon.unit in ("steps", "samples", "tokens")
-    return max(1.0, horizon.amount // 10) if whole else horizon.amount / 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from nexus_core.intervals import Interval, IntervalField
 from nexus_core.paths import PathField
@@ -21,8 +21,8 @@ class RunConfig(BaseModel):
 
     seed: int = Field(0, description="of the generators, of the weights and of the data order")
     out: PathField | None = Field(None, description="run folder; null: runs/<name>-<time>")
-    until: IntervalField = Field(
-        Interval.parse("1000 steps"), description="horizon: steps, epochs, tokens or time"
+    until: Annotated[IntervalField, BeforeValidator(Interval.horizon)] = Field(
+        Interval.parse("1000 steps"), description="horizon: steps, epochs, samples, tokens or time"
     )
     accumulate: Annotated[int, WithJsonSchema(_ACCUMULATE)] = Field(
         1,
@@ -32,7 +32,8 @@ class RunConfig(BaseModel):
     )
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     log_every: IntervalField = Field(
-        Interval.parse("10 steps"), description="period of the training metrics"
+        Interval.parse("10 steps"),
+        description="period of the training metrics; a share: of the run",
     )
     eval_every: IntervalField | None = Field(None, description="period; null: at the end alone")
     plugins: dict[str, dict[str, Any]] = Field(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from itertools import groupby
 from operator import length_hint
@@ -18,7 +19,7 @@ from nexus_core.cli.chart import Chart, Line, save_picture, text_chart
 from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
-from nexus_core.intervals import Interval, TrainState
+from nexus_core.intervals import Interval, Length, TrainState
 from nexus_core.relay import relay
 
 __all__ = ["LrPlan", "plan_lr", "plot_lr"]
@@ -75,7 +76,7 @@ def plot_lr(made: Build) -> str:
     )
 
 
-def plan_lr(engine: Engine, until: Interval | str | int, points: int = POINTS) -> LrPlan:
+def plan_lr(engine: Engine, until: Length, points: int = POINTS) -> LrPlan:
     """Ask the schedules for the learning rates of a run that has not begun.
 
     Every plugin that answers `lr_scale` gets its `on_start`, and is then asked at steps spread
@@ -95,7 +96,7 @@ def plan_lr(engine: Engine, until: Interval | str | int, points: int = POINTS) -
     data = engine.data.train
     state = _PlannedState(epoch_length=length_hint(data), data=data, accumulate=engine.accumulate)
     planned = copy(engine)  # shares its optimizer and plugins, and has counters of its own
-    planned.state, planned.horizon = state, Interval.parse(until)
+    planned.state, planned.horizon = state, Interval.horizon(until)
     schedules = relay(planned.plan, Defaults(), lambda plugin: hasattr(plugin, "lr_scale"))
     schedules.on_start(engine=planned)
     state.accumulate = planned.accumulate
@@ -126,7 +127,13 @@ class _PlannedState(TrainState):
         self.asked.add(unit)
         if unit == "epochs":
             return self.epochs
-        return self.step * self.a_step(unit) if self.step else 0.0
+        return float(self.step * self.a_step(unit)) if self.step else 0.0
+
+    def exactly(self, unit: str) -> Fraction:
+        if unit == "epochs":
+            self.asked.add(unit)
+            return super().exactly(unit)
+        return Fraction(self.counted(unit))
 
     def go_to(self, step: int) -> None:
         """Be before the given step: nothing of it is counted."""
@@ -142,9 +149,9 @@ class _PlannedState(TrainState):
                 "count in steps, for instance with --set until='1000 steps'"
             )
         self.asked.add(horizon.unit)
-        return max(1, math.ceil(round(horizon.amount / self.a_step(horizon.unit), 6)))
+        return max(1, math.ceil(round(horizon.exact / self.a_step(horizon.unit), 6)))
 
-    def a_step(self, unit: str) -> float:
+    def a_step(self, unit: str) -> Fraction:
         """How much of a unit a step is: the first step, as all are taken to be like it."""
         if unit == "seconds":
             raise ConfigError(
@@ -152,15 +159,17 @@ class _PlannedState(TrainState):
                 "run is on; count otherwise, for instance with --set until='1000 steps'"
             )
         if unit == "steps":
-            return 1
+            return Fraction(1)
         if unit == "epochs":
-            return self.accumulate / self.epoch_length if self.epoch_length else 0.0
-        return self.accumulate * self._a_batch[unit]
+            return (
+                Fraction(self.accumulate, self.epoch_length) if self.epoch_length else Fraction(0)
+            )
+        return Fraction(self.accumulate * self._a_batch[unit])
 
     def assumed(self) -> str:
         """What the plan takes every step to hold, in words; empty where it depends on no size."""
         decisive = sorted(self.asked & {"epochs", "samples", "tokens"})
-        sizes = [f"{self.a_step(unit):.6g} {unit}" for unit in decisive]
+        sizes = [f"{float(self.a_step(unit)):.6g} {unit}" for unit in decisive]
         return f"every step is taken to be {' and '.join(sizes)}, as the first is" if sizes else ""
 
     @cached_property

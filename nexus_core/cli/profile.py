@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_core.batches import Batch
-from nexus_core.data import RunData, Seekable, can_seek
+from nexus_core.data import RunData
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
+from nexus_core.loaders import Seekable, can_seek
 from nexus_core.plan import HOOK_NAMES, Plan
 
 __all__ = ["Profiler", "Row", "Sync", "check_trace"]

@@ -76,7 +76,8 @@ class ConsolePlugin(Logger[ConsoleConfig]):
             return
         line = "  ".join([_place(engine), *_parts(metrics), *self._time_left(engine)])
         if self._due is None:
-            self._due = Every(self.config.every, engine.state)
+            every = self.config.every and self.config.every.of(engine.horizon)
+            self._due = Every(every, engine.state)
         elif self.config.every is not None and not self._due.due(engine.state):
             self._held_back = line
             return

@@ -34,7 +34,7 @@ class CurriculumConfig(PluginConfig):
     start_length: int = Field(256, ge=1, description="tokens of a row at the start")
     end_length: int = Field(2048, ge=1, description="tokens of a row at the end")
     warmup: IntervalField = Field(
-        Interval(10_000, "steps"), description="length of training in which the rows grow"
+        Interval(10, "%"), description="length of training in which the rows grow"
     )
     round_to: int = Field(64, ge=1, description="lengths are rounded down to a multiple of this")
     shape: Literal["linear", "sqrt", "step"] = Field(
@@ -88,7 +88,7 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise DataError("curriculum needs batches with 'input_ids' of shape (batch, time)")
         rows, time = ids.shape
-        length = min(self.length(engine.state), time)
+        length = min(self.length(engine.state, engine.horizon), time)
         if self.config.mode == "reshape":
             length = _even_cut(time, length, self.config.round_to)
         self._length = length
@@ -118,9 +118,10 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
         """The present length."""
         return {} if self._length is None else {"curriculum/seq_len": float(self._length)}
 
-    def length(self, state: TrainState) -> int:
+    def length(self, state: TrainState, horizon: Interval | None = None) -> int:
         """The length that the plan asks for now, in tokens: a pure function of progress."""
-        config, done = self.config, self.config.warmup.progress(state)
+        config = self.config
+        done = config.warmup.of(horizon).progress(state)
         if config.shape == "step":
             passed = [length for share, length in config.table if share <= done]
             wanted = passed[-1] if passed else config.start_length

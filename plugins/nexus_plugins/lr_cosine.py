@@ -16,7 +16,8 @@ class LrCosineConfig(DecayConfig):
 class LrCosinePlugin(Decay[LrCosineConfig]):
     """Warms the learning rate up, then lets it fall to `min_lr` along half a cosine.
 
-    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts.
+    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts; the warm-up of 1%
+    as in Biderman et al. 2023, "Pythia".
     """
 
     def shape(self, done: float) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from nexus_core.bases.schedule import Decay, DecayConfig
+from pydantic import Field
+
+from nexus_core.bases.schedule import WARMUP, Decay, DecayConfig, Warmup
+from nexus_core.intervals import Interval
 
 __all__ = ["LrLinearConfig", "LrLinearPlugin"]
 
@@ -10,9 +13,14 @@ __all__ = ["LrLinearConfig", "LrLinearPlugin"]
 class LrLinearConfig(DecayConfig):
     """Settings of the linear schedule."""
 
+    warmup: Warmup = Field(Interval(6, "%"), description=WARMUP)
+
 
 class LrLinearPlugin(Decay[LrLinearConfig]):
-    """Warms the learning rate up, then lets it fall to `min_lr` along a straight line."""
+    """Warms the learning rate up, then lets it fall to `min_lr` along a straight line.
+
+    Source of the warm-up: Liu et al. 2019, "RoBERTa", tables 9 and 10: 6% of the steps.
+    """
 
     def shape(self, done: float) -> float:
         """A straight line."""

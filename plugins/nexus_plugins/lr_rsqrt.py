@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from nexus_core import ConfigError, IntervalField, hookimpl
-from nexus_core.bases.schedule import Schedule, ScheduleConfig
+from nexus_core import ConfigError, Interval, IntervalField, hookimpl
+from nexus_core.bases.schedule import WARMUP, Schedule, ScheduleConfig, Warmup
 from nexus_core.errors import hint_set
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = ["LrRsqrtConfig", "LrRsqrtPlugin"]
 class LrRsqrtConfig(ScheduleConfig):
     """Settings of the inverse square root."""
 
+    warmup: Warmup = Field(Interval(4, "%"), description=WARMUP)
     timescale: IntervalField | None = Field(
         None, description="the rate is halved at four times this; null: as long as the warm-up"
     )
@@ -28,10 +29,11 @@ class LrRsqrtConfig(ScheduleConfig):
 class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
     """Warms the learning rate up, then lets it fall as `sqrt(timescale / time)`.
 
-    It does not depend on the horizon: a run can be stopped or extended at any time. The rate is
-    at its base until the timescale has passed.
+    The rate is at its base until the timescale has passed. With a warm-up in steps it does not
+    depend on the horizon: a run can be stopped or extended at any time.
 
-    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 3, with the peak as base.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", equation 3, with the peak as base;
+    their warm-up is 4,000 of 100,000 steps.
     """
 
     @hookimpl
@@ -50,7 +52,9 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
 
     def scale(self, engine: Engine) -> float:
         """The root of timescale by time, at most 1."""
-        timescale = self.config.timescale or self.config.warmup
-        if timescale is None or not timescale.reached(engine.state):
+        given = self.config.timescale or self.config.warmup
+        if given is None:
             return 1.0
-        return math.sqrt(timescale.amount / engine.state.counted(timescale.unit))
+        timescale = given.of(engine.horizon)
+        done = engine.state.exactly(timescale.unit)
+        return math.sqrt(timescale.exact / max(done, timescale.exact))

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from nexus_core import ConfigError, Interval, IntervalField, hookimpl
 from nexus_core.bases.schedule import Decay, DecayConfig, amount_in
+from nexus_core.intervals import within
 
 if TYPE_CHECKING:
     from nexus_core import Engine
 
 __all__ = ["LrWsdConfig", "LrWsdPlugin"]
 
-SHARE_OF_THE_RUN = 0.2
+LAST_FIFTH = Interval(20, "%")
 
 
 class LrWsdConfig(DecayConfig):
     """Settings of warm-up, stable, decay."""
 
     decay: IntervalField | None = Field(
-        None, description="length of the fall at the end; null: the last fifth of the run"
+        LAST_FIFTH, description="length of the fall at the end; null: the last fifth of the run"
     )
     shape: Literal["sqrt", "linear"] = Field(
         "sqrt", description="how it falls: one minus the root of the share done, or a line"
@@ -51,12 +53,12 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         horizon, warmup = engine.horizon, self.config.warmup
         if horizon is None:
             return
-        fall = self._fall(engine, horizon)
-        rise = amount_in(horizon.unit, warmup, engine) or 0.0 if warmup else 0.0
-        if rise + fall > horizon.amount:
+        fall, decay = self._fall(engine, horizon), self.config.decay or LAST_FIFTH
+        rise = amount_in(horizon.unit, warmup, engine) or 0 if warmup else 0
+        if rise + fall > horizon.exact:
             raise ConfigError(
-                f"lr_wsd: a warm-up of {warmup} and a decay of {Interval(fall, horizon.unit)} do "
-                f"not fit into a run of {horizon}; shorten one of them, or train longer"
+                f"lr_wsd: a warm-up of {warmup} and a decay of {decay} do not fit into a run of "
+                f"{horizon}; shorten one of them, or train longer"
             )
 
     def scale(self, engine: Engine) -> float:
@@ -65,22 +67,20 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         if horizon is None:
             return 1.0
         fall = self._fall(engine, horizon)
-        done = engine.state.counted(horizon.unit) - (horizon.amount - fall)
+        done = engine.state.exactly(horizon.unit) - (horizon.exact - fall)
         floor = self.floor(engine)
-        return floor + (1 - floor) * self.shape(min(1.0, max(0.0, done / fall)))
+        return floor + (1 - floor) * self.shape(within(done / fall))
 
     def shape(self, done: float) -> float:
         """The height of the fall, from 1 to 0."""
         return 1 - (math.sqrt(done) if self.config.shape == "sqrt" else done)
 
-    def _fall(self, engine: Engine, horizon: Interval) -> float:
+    def _fall(self, engine: Engine, horizon: Interval) -> Fraction:
         """The length of the fall in the unit of the horizon."""
-        if self.config.decay is None:
-            return SHARE_OF_THE_RUN * horizon.amount
-        amount = amount_in(horizon.unit, self.config.decay, engine)
+        amount = amount_in(horizon.unit, self.config.decay or LAST_FIFTH, engine)
         if amount is None:
             raise ConfigError(
                 f"lr_wsd.decay is {self.config.decay}, and the run is until {horizon}; the fall "
-                f"ends with the run, so give it in {horizon.unit}"
+                f"ends with the run, so give it in {horizon.unit}, or as a share of the run"
             )
         return amount

@@ -22,6 +22,7 @@ from nexus_core import ConfigError, DataError, Engine, hookimpl
 from nexus_core.cli import session
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
+from nexus_core.cli.settings import presets
 from nexus_plugins.jsonl import JsonlPlugin
 from nexus_plugins.lr_rsqrt import LrRsqrtPlugin
 from tiny import tiny_engine
@@ -76,6 +77,24 @@ def test_run_leaves_config_log_checkpoint_and_summary_and_config_repeats_it() ->
     assert again.exit_code == 0, again.output
     assert len(again.output.splitlines()) == 1
     assert weights("one") == weights("two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("until", ["1 steps", "7 steps", "0.3 s", "0.1 epochs"])
+@pytest.mark.parametrize("preset", sorted(presets()))
+def test_every_preset_runs_until_whatever_end(preset: str, until: str) -> None:
+    """Red if a length in a preset does not fit into a run of another length than the preset's."""
+    small = {
+        "data_text": ("train=corpus.txt", "seq_len=32", "batch_size=4"),
+        "model_nexus": ("d_model=16", "ssm_n_layers=1", "ssm_head_dim=16", "vocab_size=300"),
+    }
+    sets = [f"{name}.{one}" for name, keys in small.items() for one in keys]
+    options = [word for one in (f"until={until}", *sets) for word in ("--set", one)]
+    result = run(preset, "--out", "one", "--plugins", "no:tensorboard", *options)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(Path("one/summary.json").read_text())
+    assert (summary["status"], summary["steps"] > 0) == ("finished", True)
+    assert Path("one/checkpoints/final").exists()
 
 
 @pytest.mark.parametrize(

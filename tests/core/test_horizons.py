@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -35,6 +36,22 @@ class RatesPlugin(Plugin[PluginConfig]):
         self.rates.append(engine.optimizer.param_groups[0]["lr"])
 
 
+class EvaluationsPlugin(Plugin[PluginConfig]):
+    """Writes down the steps of evaluations and logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluated, self.logged = list[int](), list[int]()
+
+    @hookimpl
+    def on_eval(self, engine: Engine) -> None:
+        self.evaluated.append(engine.state.step)
+
+    @hookimpl
+    def on_log(self, engine: Engine) -> None:
+        self.logged.append(engine.state.step)
+
+
 class Unsized:
     """Batches that do not say how many they are."""
 
@@ -63,10 +80,10 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def run(
-    plugin: type[Schedule[Any]], warmup: int, data: Any, accumulate: int, until: str
+    plugin: type[Schedule[Any]], warmup: str, data: Any, accumulate: int, until: str
 ) -> tuple[list[float], list[Tensor], Engine]:
     model, rates = new_model(), RatesPlugin()
-    schedule = plugin(warmup=f"{warmup} steps", min_lr=0.0)
+    schedule = plugin(warmup=warmup, min_lr=0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE, momentum=0.9)
     plugins = [schedule, rates]
     engine = Engine(model, optimizer, loss=loss, plugins=plugins, accumulate=accumulate)
@@ -75,14 +92,14 @@ def run(
 
 
 def by_hand(
-    shape: Any, warmup: int, data: list[Any], accumulate: int, steps: int
+    shape: Any, warmup: int | Fraction, data: list[Any], accumulate: int, steps: int
 ) -> tuple[list[float], list[Tensor]]:
     """The oracle: a plain loop over micro-batches, the rate set before each step."""
     model, rates = new_model(), list[float]()
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE, momentum=0.9)
     for step in range(steps):
-        done = max(0.0, (step - warmup) / (steps - warmup))
-        rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        done = max(0.0, float((step - warmup) / (steps - warmup)))
+        rise = min(1.0, float((step + 1) / warmup)) if warmup else 1.0
         rates.append(BASE * (rise * shape(done)))
         optimizer.param_groups[0]["lr"] = rates[-1]
         optimizer.zero_grad()
@@ -115,11 +132,56 @@ def test_every_unit_of_a_horizon_gives_the_rates_and_the_weights_of_a_loop_by_ha
         untils += [f"{rows} samples", f"{rows * LENGTH} tokens"]
     rates, weights = by_hand(SHAPES[plugin], warmup, data, accumulate, steps)
     for until in untils:
-        found, trained, engine = run(plugin, warmup, data, accumulate, until)
+        found, trained, engine = run(plugin, f"{warmup} steps", data, accumulate, until)
         assert found == rates, until
         assert all(map(torch.equal, trained, weights)), until
         assert engine.state.samples == rows
         assert engine.state.tokens == rows * LENGTH
+
+
+@given(
+    length=st.integers(1, 9),
+    epochs=st.integers(1, 4),
+    accumulate=st.integers(1, 4),
+    thousandths=st.integers(1, 999),
+    plugin=st.sampled_from(list(SHAPES)),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_share_of_the_run_is_the_same_in_every_unit(
+    length: int, epochs: int, accumulate: int, thousandths: int, plugin: type[Schedule[Any]]
+) -> None:
+    """Breaks if a share is rounded in one unit as in no other, or the first step has no effect."""
+    data, steps = batches_of(length), length * epochs
+    rows = steps * accumulate * ROWS
+    share = Fraction(thousandths, 1000)
+    rates, weights = by_hand(SHAPES[plugin], share * steps, data, accumulate, steps)
+    untils = [f"{steps} steps", f"{epochs * accumulate} epochs", f"{rows} samples"]
+    for until in (*untils, f"{rows * LENGTH} tokens"):
+        found, trained, _ = run(plugin, f"{thousandths / 10}%", data, accumulate, until)
+        assert found == rates, until
+        assert all(map(torch.equal, trained, weights)), until
+    if (share * steps).denominator == 1:
+        assert run(plugin, f"{share * steps} steps", data, accumulate, untils[0])[0] == rates
+
+
+def test_periods_may_be_shares_and_follow_a_later_horizon() -> None:
+    """Breaks if a resumed run evaluates by the horizon that it had before."""
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=BASE)
+    seen = EvaluationsPlugin()
+    engine = Engine(model, optimizer, loss=loss, plugins=[seen], log_every="50%")
+    data = batches_of(4)
+    engine.fit(data, until="10 steps", eval_data=data, eval_every="25%")
+    assert (seen.evaluated, seen.logged) == ([3, 5, 8, 10], [5, 10])
+    engine.fit(data, until="20 steps", eval_data=data, eval_every="25%")
+    assert (seen.evaluated[4:], seen.logged[2:]) == ([15, 20], [20])
+
+
+@pytest.mark.parametrize("until", ["10%", "100%"])
+def test_a_horizon_is_no_share_of_itself(until: str) -> None:
+    engine = Engine(model := new_model(), torch.optim.SGD(model.parameters()), loss=loss)
+    with pytest.raises(ConfigError, match=f"until is '{until}', a share of itself"):
+        engine.fit(batches_of(2), until=until)
 
 
 @given(
@@ -131,7 +193,7 @@ def test_parts_of_epochs_end_at_their_batch_with_the_rates_of_steps(
 ) -> None:
     """Breaks if 0.3 of ten batches are four, since three tenths are not quite 0.3."""
     data, until = batches_of(length), f"{part * accumulate / length:g} epochs"
-    found, trained, _ = run(LrLinearPlugin, 0, data, accumulate, until)
+    found, trained, _ = run(LrLinearPlugin, "0", data, accumulate, until)
     rates, weights = by_hand(SHAPES[LrLinearPlugin], 0, data, accumulate, part)
     assert found == rates
     assert all(map(torch.equal, trained, weights))

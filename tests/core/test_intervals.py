@@ -1,6 +1,8 @@
 """Wrong intervals would end runs early, or save and evaluate at the wrong steps."""
 
+from datetime import timedelta
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -26,18 +28,58 @@ from nexus_core import ConfigError, Every, Interval, IntervalField, TrainState
         ("15min", 900, "seconds"),
         ("8 h", 28_800, "seconds"),
         ("2 hours", 7_200, "seconds"),
+        ("1 hr", 3_600, "seconds"),
+        ("1.5 days", 129_600, "seconds"),
+        (timedelta(minutes=2), 120, "seconds"),
+        ("10 Min", 600, "seconds"),
+        ("1e3 steps", 1_000, "steps"),
+        ("1.5E6 Tokens", 1_500_000, "tokens"),
+        ("2 Epochs", 2, "epochs"),
+        ("10 M tokens", 10_000_000, "tokens"),
+        ("10M", 10_000_000, "steps"),
+        ("300.0", 300, "steps"),
+        ("10%", 10, "%"),
+        ("0.5 %", 0.5, "%"),
+        ("3 percent", 3, "%"),
     ],
 )
-def test_parse_reads_amount_and_unit(text: str | int, amount: float, unit: str) -> None:
+def test_parse_reads_amount_and_unit(text: str | int | timedelta, amount: float, unit: str) -> None:
     assert Interval.parse(text) == Interval(amount, unit)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "steps", "5 parsecs", "-3 steps", "0 steps", "1.5 steps", "ten steps", "1e3 steps"]
+    ("value", "said"),
+    [
+        *(dict.fromkeys(["", "steps", "-3 steps", "ten steps", "1,5 h"], "cannot read")).items(),
+        ("5 parsecs", "unknown unit 'parsecs'; known units: steps, epochs, samples, tokens .* %"),
+        ("10m", "unknown unit 'm'"),
+        *(dict.fromkeys(["0 steps", "0%", timedelta()], "no interval: 0")).items(),
+        *(dict.fromkeys(["1.5 steps", "1e-3 tokens", "1.5"], "not a whole number")).items(),
+        ("101%", "101% is more than the whole run"),
+        ("1e999 steps", "cannot read"),
+    ],
 )
-def test_parse_refuses_what_is_not_an_interval(text: str) -> None:
-    with pytest.raises(ConfigError):
-        Interval.parse(text)
+def test_parse_refuses_what_is_not_an_interval(value: str | timedelta, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Interval.parse(value)
+
+
+@given(st.integers(1, 10**12), st.integers(1, 10**5))
+def test_a_share_of_a_horizon_is_exact(total: int, thousandths: int) -> None:
+    """Red if 10% of 7 tokens is not 0.7 of them, or another 10% than of as many steps."""
+    share = Interval.parse(f"{thousandths / 1000}%")
+    found = share.of(Interval(total, "tokens"))
+    assert found.unit == "tokens"
+    assert found.amount == float(Fraction(total * thousandths, 10**5))
+    assert Interval(3, "steps").of(None) == Interval(3, "steps")
+    with pytest.raises(ConfigError, match="share of a run"):
+        share.of(None)
+
+
+def test_a_share_that_was_not_resolved_is_refused() -> None:
+    """Red if a plugin that does not resolve its lengths ends in an AttributeError."""
+    with pytest.raises(ConfigError, match=r"interval\.of\(engine\.horizon\)"):
+        Every(Interval(10, "%"), TrainState())
 
 
 @given(

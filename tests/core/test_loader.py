@@ -152,7 +152,7 @@ FAR = Interval(10**6, "steps")
 
 
 def stream_of(data: object, state: TrainState | None = None) -> Stream:
-    return Stream(data, state or TrainState(), None, known=True)
+    return Stream(data, state or TrainState(), None, known=True, ranks=Ranks())
 
 
 def taken(stream: Stream, count: int, horizon: Interval = FAR) -> list[Any]:

@@ -14,7 +14,15 @@ from nexus_plugins.early_stop import EarlyStopPlugin
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.guard import GuardPlugin
 from tests.distributed.processes import together
-from tests.distributed.works import play, refused, search, train, train_apart, train_with
+from tests.distributed.works import (
+    play,
+    refused,
+    search,
+    train,
+    train_apart,
+    train_on_own_rows,
+    train_with,
+)
 
 
 def more(*values: object) -> list[ParameterSet]:
@@ -139,3 +147,16 @@ def test_turns_are_refused_by_name_and_a_second_look_at_the_gradient_is_summed()
     alone = search()
     for weights in together(2, search):
         assert weights == pytest.approx(alone, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_each_process_resumes_at_the_place_of_its_own_loader(tmp_path: Path) -> None:
+    """Red if a process gets the place of the main one, or another number of them is let through."""
+    whole = together(2, train_on_own_rows, 30, tmp_path / "whole")
+    pieces = [together(2, train_on_own_rows, until, tmp_path / "run") for until in (7, 24, 30)]
+    for rank, seen in enumerate(whole):
+        ids = [one for piece in pieces for one in piece[rank].ids if one]
+        assert ids == seen.ids
+        assert pieces[-1][rank].weights == seen.weights
+    (alone,) = together(1, train_on_own_rows, 31, tmp_path / "run")
+    assert "resume with 2 processes, not 1" in alone.reason

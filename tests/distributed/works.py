@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -432,3 +432,49 @@ def search() -> list[float]:
     data = ResumableLoader(Regression(), 6, seed=1, ranks=Ranks.current())
     engine.fit(data, until=4)
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()
+
+
+class OwnRows:
+    """A loader of one process: it holds its place, and each process reads other rows of its own."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.at = ranks, 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while self.at < 20 + self.ranks.rank:
+            self.at += 1
+            row = 100 * self.ranks.rank + self.at
+            x = torch.full((1, 3), row / 100)
+            yield {"x": x, "y": x[:, :1], "sample_ids": torch.tensor([row])}
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def train_on_own_rows(steps: int, out: Path) -> Seen:
+    """A run of processes whose loaders hold a place each, resumed where there is a checkpoint."""
+    seen, parallel = Seen(), DdpPlugin()
+    parallel.join()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
+    plugins = [parallel, CheckpointPlugin(every="1 steps", best=None), WitnessPlugin(seen)]
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1e-2),
+        loss=lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(),
+        plugins=plugins,
+        seed=1,
+        out=out,
+    )
+    engine.resume("auto")
+    data = OwnRows(engine.ranks)
+    try:
+        engine.fit(data, until=f"{steps} steps")
+    except NexusError as error:
+        seen.reason = str(error)
+    seen.weights = [value for p in model.parameters() for value in p.flatten().tolist()]
+    return seen

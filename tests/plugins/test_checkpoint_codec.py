@@ -48,6 +48,7 @@ scalars = (
     | st.integers(-(2**200), 2**200)
     | st.floats()
     | st.text(max_size=5)
+    | st.binary(max_size=4)
     | st.sampled_from(["$tensor", "$", "nan"])
 )
 keys = st.text(max_size=4) | st.sampled_from(["$dict", "__metadata__", "a.b", "0"]) | st.integers()
@@ -142,7 +143,7 @@ def test_tied_weights_are_stored_once_and_come_back_tied() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{1, 2}, object(), b"bytes", torch.device("cpu"), {(1, 2): 3}, [lambda: 0]]
+    "value", [{1, 2}, object(), bytearray(b"bytes"), torch.device("cpu"), {(1, 2): 3}, [lambda: 0]]
 )
 def test_what_cannot_be_stored_is_refused_by_name(value: object) -> None:
     """Breaks if a state that JSON cannot hold is pickled, dropped or stored as its repr."""

@@ -29,13 +29,16 @@ def test_warms_up_and_stays() -> None:
     )
 
 
-@pytest.mark.parametrize("none", [0, "0", "0 steps", None])
+@pytest.mark.parametrize("none", [0, "0", "0 steps", "0%", None])
 def test_there_may_be_no_warmup(none: object) -> None:
     """Breaks if the ways in which people say "none" are refused."""
     assert rates(LrConstantPlugin(warmup=none), "2 steps") == [0.5, 0.5]
 
 
-def test_the_default_warmup_refuses_a_shorter_run() -> None:
-    """Breaks if a short run never gets to its learning rate and nobody says so."""
-    with pytest.raises(ConfigError, match=r"lr_constant\.warmup is 1000 steps, longer"):
-        rates(LrConstantPlugin(), "10 steps")
+def test_the_default_warmup_is_a_share_of_any_run() -> None:
+    """Breaks if a run of one step is refused, or trains at a rate of zero."""
+    assert rates(LrConstantPlugin(), "1 steps") == [0.5]
+    assert rates(LrConstantPlugin(), "1 tokens") == [0.5]
+    assert rates(LrConstantPlugin(), "300 steps")[:3] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5])
+    with pytest.raises(ConfigError, match=r"lr_constant\.warmup is 1000 steps, longer.*10%"):
+        rates(LrConstantPlugin(warmup="1000 steps"), "10 steps")

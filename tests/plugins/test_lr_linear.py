@@ -32,4 +32,4 @@ def test_rises_and_falls_along_straight_lines(warmup: int, floor: float) -> None
 def test_defaults_are_as_documented() -> None:
     """Breaks if a default drifts: runs would train differently without a word."""
     config = LrLinearPlugin().config
-    assert (str(config.warmup), config.min_lr) == ("1000 steps", 1e-5)
+    assert (str(config.warmup), config.min_lr) == ("6%", 1e-5)

@@ -73,7 +73,7 @@ def test_the_way_is_a_pure_function_of_progress(shape: str, expected: list[float
     rule = RuleConfig(
         target="x.y", start=1, end=8, begin="20 tokens", over="40 tokens", shape=shape
     )
-    assert [rule.value(TrainState(tokens=10 * i)) for i in range(8)] == pytest.approx(
+    assert [rule.value(TrainState(tokens=10 * i), None) for i in range(8)] == pytest.approx(
         expected, abs=1e-5
     )
 
@@ -235,5 +235,5 @@ def test_rules_without_sense_are_refused() -> None:
     """Breaks if a way through zero by equal factors gets as far as training."""
     with pytest.raises(ConfigError, match="needs a start and an end of one sign"):
         SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "shape": "exponential"}])
-    with pytest.raises(ConfigError, match="begin must be in steps"):
+    with pytest.raises(ConfigError, match="begin must be in %"):
         SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "begin": "5 tokens"}])

@@ -6,6 +6,7 @@ JSON cannot say everything that a state holds. What it cannot is an object with 
     {"$float": "nan"}                  a float that is not finite ("inf", "-inf")
     {"$int": "0x10000000000000000"}    an int beyond 64 bits
     {"$tuple": [0.9, 0.95]}            a tuple
+    {"$bytes": "7b7d"}                 bytes, in hexadecimal
     {"$dict": [[0, ...], [1, ...]]}    a dict whose keys are not plain strings
     {"$ordered": [["a", ...], ...]}    an OrderedDict, such as a module's state_dict
 
@@ -16,6 +17,7 @@ and come back as one tensor.
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -34,6 +36,7 @@ Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", 
 
 _DEPTH = 100
 _INT64 = 1 << 63
+_HEX = re.compile("(?:[0-9a-f]{2})*")
 _RESERVED = "__metadata__"  # a safetensors header's own key
 
 
@@ -68,8 +71,8 @@ def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Jso
     """Turn a tree into JSON; its tensors go into the bag.
 
     Args:
-        value: dicts, lists, tuples, tensors, strings, numbers, booleans and None, and nothing that
-            is derived from them: it would come back as what it is derived from.
+        value: dicts, lists, tuples, tensors, strings, bytes, numbers, booleans and None, and
+            nothing that is derived from them: it would come back as what it is derived from.
         bag: takes the tensors.
         path: the tree's own place, for the names of the tensors and for errors.
         depth: of that place.
@@ -91,6 +94,8 @@ def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Jso
     if kind is float:
         real = cast(float, value)
         return real if math.isfinite(real) else {"$float": str(real)}
+    if kind is bytes:
+        return {"$bytes": cast(bytes, value).hex()}
     if isinstance(value, Tensor):
         if fault := fault_of(value):
             raise CheckpointError(f"the tensor '{path}' cannot be stored in a checkpoint: {fault}")
@@ -119,7 +124,9 @@ def _advice(value: object) -> str:
             return f"it would come back as a {kind.__name__}; keep {kind.__name__}(...)"
     if isinstance(value, set | frozenset | deque | range):
         return "keep a list of its items"
-    return "states are made of dicts, lists, tuples, strings, numbers, booleans, None and tensors"
+    return (
+        "states are made of dicts, lists, tuples, strings, bytes, numbers, booleans, None, tensors"
+    )
 
 
 def decode(value: Json, tensors: Mapping[str, Tensor]) -> object:
@@ -165,6 +172,8 @@ def _decode_marked(mark: str, content: Json, tensors: Mapping[str, Tensor]) -> o
         return float(content)
     if mark == "$int" and isinstance(content, str):
         return _big_int(content)
+    if mark == "$bytes" and isinstance(content, str) and _HEX.fullmatch(content):
+        return bytes.fromhex(content)
     if mark == "$tuple" and isinstance(content, list):
         return tuple(decode(item, tensors) for item in content)
     if mark == "$dict" and isinstance(content, list):

@@ -8,6 +8,7 @@ from typing import Any, cast
 from nexus_core.bases.parallel import own_seed
 from nexus_core.device import RandomState, random_state, seed_everything
 from nexus_core.errors import CheckpointError
+from nexus_core.holders import Held
 from nexus_core.processes import Ranks, gather
 from nexus_core.snapshot import Snapshot
 
@@ -15,7 +16,7 @@ __all__ = ["check_same_step", "own_share", "with_peers"]
 
 
 def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
-    """Add what the other processes have of their own: generators, and sums not yet logged.
+    """Add what the others have of their own: generators, places in the data, sums not yet logged.
 
     Args:
         snapshot: of this process; every process must call, at the same step.
@@ -26,11 +27,15 @@ def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
     """
     if ranks.size == 1:
         return snapshot
-    everyone = gather(ranks, (snapshot["random"], snapshot["pending"]))
-    random = {**snapshot["random"], "peers": [generators for generators, _ in everyone[1:]]}
+    data = snapshot.get("data")
+    place = data and data["loader"]
+    everyone = gather(ranks, (snapshot["random"], snapshot["pending"], place))
+    random = {**snapshot["random"], "peers": [generators for generators, _, _ in everyone[1:]]}
     snapshot["random"] = cast(RandomState, random)
+    if data is not None and place is not None:
+        snapshot["data"] = {**data, "peers": [cast(Held, other) for _, _, other in everyone[1:]]}
     totals: dict[str, Counter[int]] = {}
-    for _, pending in everyone:
+    for _, pending, _ in everyone:
         for name, sums in pending.items():
             totals.setdefault(name, Counter()).update(dict(enumerate(sums)))
     snapshot["pending"] = {name: [sums[0], sums[1]] for name, sums in totals.items()}

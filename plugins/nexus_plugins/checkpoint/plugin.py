@@ -49,7 +49,7 @@ class CheckpointConfig(PluginConfig):
 
     every: IntervalField = Field(
         Interval(1000, "steps"),
-        description="save after each such period: steps, epochs, samples, tokens or time",
+        description="save after each such period: steps, epochs, samples, tokens, time or a share",
         json_schema_extra=_IGNORED,
     )
     keep_last: int = Field(
@@ -170,8 +170,9 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._look(engine)
         self._saved_step = self._best_saved_step = -1
         self._failures = 0
-        self._every = Every(self.config.every, engine.state)
-        self._keep_every = Every(self.config.keep_every, engine.state)
+        self._every = Every(self.config.every.of(engine.horizon), engine.state)
+        keep_every = self.config.keep_every and self.config.keep_every.of(engine.horizon)
+        self._keep_every = Every(keep_every, engine.state)
         self._store = self._own_store(engine)
         self._speaks = engine.ranks.is_main
         if engine.ranks.is_main:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from nexus_core.data import DataState
 from nexus_core.errors import CheckpointError
+from nexus_core.holders import Held
 from nexus_core.intervals import TrainState
 from nexus_core.snapshot import OPTIONAL, Snapshot
 from nexus_plugins._shared.generators import check_generators
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
 __all__ = ["checked"]
+
+_REQUIRED = {"fingerprint", "batch_size", "row", "loader"}
 
 
 def checked(tree: Mapping[str, object], engine: Engine, kinds: Mapping[str, Kinds]) -> Snapshot:
@@ -128,13 +131,32 @@ def _check_data(data: object) -> None:
         return
     _require(
         isinstance(data, dict)
-        and data.keys() == DataState.__annotations__.keys()
+        and _REQUIRED <= data.keys() <= DataState.__annotations__.keys()
         and isinstance(data["fingerprint"], str | None)
         and (data["batch_size"] is None or _is_count(data["batch_size"], 1))
         and _is_count(data["row"], 0)
-        and isinstance(data["loader"], dict | None),
+        and _is_count(data.get("processes", 1), 1)
+        and isinstance(data.get("peers", []), list),
         "does not say which data it was in",
     )
+    table = cast(dict[str, Any], data)
+    for place in (table["loader"], *table.get("peers", [])):
+        _check_place(place)
+
+
+def _check_place(place: object) -> None:
+    _require(isinstance(place, dict | None), "does not say where its data was")
+    if isinstance(place, dict):
+        good = (
+            place.keys() == Held.__annotations__.keys()
+            and isinstance(place["now"], dict)
+            and isinstance(place["start"], dict)
+            and isinstance(place["next"], str | None)
+            and isinstance(place["draws"], bool)
+        )
+        _require(good, "does not say where its data was")
+        if place["random"] is not None:
+            _check_generators(place["random"])
 
 
 def _is_count(value: object, least: int) -> bool:

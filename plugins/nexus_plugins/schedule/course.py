@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nexus_core.intervals import Interval, IntervalField
+from nexus_core.intervals import Interval, IntervalField, within
 from nexus_core.plugin import PluginConfig
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Course(PluginConfig):
 
     start: float = Field(description="value at the start, in the unit of the target")
     end: float = Field(description="value at the end")
-    over: IntervalField = Field(Interval(1000, "steps"), description="length of the way")
+    over: IntervalField = Field(Interval(100, "%"), description="length of the way")
     begin: IntervalField | None = Field(
         None, description="what comes before the change; null: nothing"
     )
@@ -37,10 +37,11 @@ class Course(PluginConfig):
             raise ValueError(f"begin must be in {self.over.unit}, as over is")
         return self
 
-    def value(self, state: TrainState) -> float:
+    def value(self, state: TrainState, horizon: Interval | None) -> float:
         """Where the number is now: a pure function of progress."""
-        done = state.counted(self.over.unit) - (self.begin.amount if self.begin else 0.0)
-        share = min(1.0, max(0.0, done / self.over.amount))
+        over = self.over.of(horizon)
+        done = state.exactly(over.unit) - (self.begin.of(horizon).exact if self.begin else 0)
+        share = within(done / over.exact)
         if self.shape == "exponential":
             return self.start * math.pow(self.end / self.start, share)
         if self.shape == "cosine":

@@ -78,14 +78,14 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
     def lr_scale(self, engine: Engine) -> float | None:
         """Set the optimizer's settings, just before they are used."""
         for place in self._settings:
-            place.owner()[place.key] = place.rule.value(engine.state)
+            place.owner()[place.key] = place.rule.value(engine.state, engine.horizon)
         return 1.0 if any(place.key == "initial_lr" for place in self._settings) else None
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
         """Set the other numbers for the next step."""
         for place in self._attributes:
-            owner, value = place.owner(), place.rule.value(engine.state)
+            owner, value = place.owner(), place.rule.value(engine.state, engine.horizon)
             owner[place.key] = round(value) if isinstance(owner[place.key], int) else value
 
     @hookimpl

@@ -1,0 +1,240 @@
+"""What loaders may be able to do: start anywhere, hold their place, be told the epoch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Protocol, TypeGuard, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from nexus_core.batches import Batch, digest
+from nexus_core.device import RandomState, random_state, set_random_state
+from nexus_core.holders import (
+    ITERATOR,
+    LOADER,
+    Held,
+    Place,
+    States,
+    access_to,
+    nowhere,
+    parts_of,
+    read,
+    teller_of,
+    write,
+)
+
+__all__ = ["Seekable", "Source", "can_seek", "is_same", "length_of", "say"]
+
+_NO_LENGTH = (TypeError, NotImplementedError, AttributeError, RuntimeError)
+
+
+class Seekable(Protocol):
+    """Data that starts anywhere in an epoch without replaying what came before.
+
+    It may also have `batches_from_row(epoch, row)` and `batch_size`, to resume at the right row
+    with another batch size; `is_borrowed(row)`, which tells that this process has no row of the
+    batch there and gets one that must not count; and a `fingerprint` of what it holds.
+    """
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+
+class AstrayError(Exception):
+    """Data is not where its state should have brought it."""
+
+
+class Source:
+    """Data as the engine reads it: opened at any place, with a place to hold after each batch.
+
+    Data that can seek starts at the place. Of other data the part that decides its order is asked
+    for its place after each batch: the loader itself, its iterator, or what a `DataLoader` without
+    workers reads from. What cannot tell, or does not come back to where it was, is read again from
+    the beginning of the epoch, with its parts and the random generators as they were then: so a
+    shuffling `DataLoader` comes back to its order.
+
+    Attributes:
+        data: the batches.
+        is_iterator: it is read once, from where it stands.
+        size: rows of a batch, over all processes, where the data can seek and says so.
+
+    Args:
+        data: as the attribute.
+    """
+
+    def __init__(self, data: Iterable[Batch]) -> None:
+        self.data = data
+        self.is_iterator = isinstance(data, Iterator)
+        self.size: int | None = getattr(data, "batch_size", None) if can_seek(data) else None
+        self._parts = parts_of(data)
+        parts = {} if can_seek(data) else self._parts
+        self._stateful = {name: found for name, part in parts.items() if (found := access_to(part))}
+        self._tells = {
+            n: self._stateful[n]
+            for n, part in parts.items()
+            if part is teller_of(data) and n in self._stateful
+        }
+        self._start: States = {}
+        self._random: RandomState | None = None
+        self._draws = self._measures = False
+        self._untouched = True  # since its parts were asked how they begin
+
+    def tell_epoch(self, epoch: int) -> None:
+        """Call `set_epoch` of a loader, its samplers and its data sets, each once."""
+        for part in self._parts.values():
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the data says itself where it is."""
+        return bool(self._tells)
+
+    def shares(self, other: object) -> bool:
+        """Whether reading other data moves the place that this data tells."""
+        own = {id(self._parts[name]) for name in self._tells.keys() & self._parts.keys()}
+        return any(id(part) in own for part in parts_of(other).values())
+
+    def rewind(self) -> None:
+        """Put all parts back to where the epoch began, to be read from there."""
+        write(self._stateful, self._start)
+
+    def begin(self) -> Held | None:
+        """The place before the first batch of an epoch; None: it is known by its number."""
+        begins_anew = self._untouched and isinstance(self.data, DataLoader)
+        asked = {n: a for n, a in self._stateful.items() if not (begins_anew and n == LOADER)}
+        self._start, self._random = read(asked), None
+        return self._held({})
+
+    def hold(self) -> Held | None:
+        """The place after the batch that was read last, as values that later reads leave."""
+        return self._held(read(self._tells))
+
+    def open(self, place: Place) -> Iterator[Batch]:
+        """The batches from a place on."""
+        if can_seek(self.data):
+            return self._sought(self.data, place)
+        held, before = place.held or nowhere(), random_state()
+        start = {} if self._untouched and held["start"] is self._start else held["start"]
+        self._untouched, self._start, self._draws = False, held["start"], held["draws"]
+        self._measures = LOADER not in self._tells  # it may draw its seeds with the first batch
+        self._random = held["random"] if place.batch else before
+        if self.is_iterator:
+            write(self._stateful, held["now"])
+            return iter(self.data)
+        ways = [({name: start[name] for name in start if name != LOADER}, place.batch)]
+        if LOADER in start:
+            ways.insert(0, (start, place.batch))
+        if held["now"]:
+            ways.insert(0, (held["now"], 0))
+        for states, skipped in ways[:-1]:
+            try:
+                return self._opened(place, held, states, skipped, before)
+            except Exception as error:  # what is wrong with the data itself will come up again
+                reason = " ".join((str(error) or repr(error)).split())[:200]
+                say(
+                    f"this data does not come back to its place by its own state ({reason}); it is "
+                    "read again from the beginning of the epoch"
+                )
+                set_random_state(before)
+        return self._opened(place, held, *ways[-1], before)
+
+    def read(self, batches: Iterator[Batch], end: Batch) -> Batch:
+        """The next batch, and whether it took random numbers; `end` after the last."""
+        if not self._tells:
+            return next(batches, end)
+        before = torch.get_rng_state()
+        batch = next(batches, end)
+        if self._measures:
+            self._draws = not torch.equal(before, torch.get_rng_state())
+        self._measures = True
+        return batch
+
+    def number(self, row: int) -> int:
+        """How many batches of this size an epoch has before a row, counted from its end."""
+        return length_of(self.data) - -(-(self._rows() - row) // (self.size or 1))
+
+    def row_after(self, row: int) -> int:
+        """The row after the batch at a row."""
+        return min(row + self.size, self._rows()) if self.size else 0
+
+    def is_borrowed(self, row: int) -> bool:
+        """Whether this process has no row of its own in the batch at a row."""
+        asks = getattr(self.data, "is_borrowed", None)
+        return bool(asks(row)) if asks else False
+
+    def _held(self, now: States) -> Held | None:
+        if can_seek(self.data) or isinstance(self.data, list | tuple):
+            return None
+        start, random = self._start, self._random
+        return {"now": now, "start": start, "random": random, "next": None, "draws": self._draws}
+
+    def _sought(self, data: Seekable, place: Place) -> Iterator[Batch]:
+        if self.size and place.row and place.row != place.batch * self.size:
+            batches: Iterator[Batch] = cast(Any, data).batches_from_row(place.epoch, place.row)
+            return batches
+        return data.batches(place.epoch, place.batch)
+
+    def _opened(
+        self, place: Place, held: Held, states: States, skipped: int, before: RandomState
+    ) -> Iterator[Batch]:
+        """The batches from a place on, by states; some are passed over, drawing what they drew.
+
+        Raises:
+            AstrayError: it is not the place.
+        """
+        if skipped and held["random"] is not None:
+            set_random_state(held["random"])
+        batches = self._iterated(states)
+        for _ in range(skipped):
+            next(batches, None)
+        drawn = held["next"] is not None or not held["draws"]
+        early = drawn if place.batch else LOADER in states  # to see whether the state is good
+        first = list(islice(batches, 1)) if early and states and not skipped else []
+        if place.batch:
+            set_random_state(before)
+        if not skipped and held["next"] not in (None, *map(digest, first)):
+            raise AstrayError("another batch comes next, as where it lacks a shuffle buffer")
+        return chain(first, batches)
+
+    def _iterated(self, states: States) -> Iterator[Batch]:
+        """An iterator of the data, from where these states say."""
+        write(self._stateful, states)
+        batches = iter(self.data)
+        if not self._stateful and (found := access_to(batches)):
+            self._tells = {ITERATOR: found}
+            write(self._tells, states)
+        return batches
+
+    def _rows(self) -> int:
+        return length_of(getattr(self.data, "dataset", ()))
+
+
+def can_seek(data: object) -> TypeGuard[Seekable]:
+    """Whether data starts anywhere in an epoch: it has a method `batches`."""
+    return callable(getattr(data, "batches", None))
+
+
+def is_same(data: Iterable[Batch], last: Iterable[Batch] | None) -> bool | None:
+    """Whether data is what was read last, or another loader of it; None: nothing was read."""
+    if last is None:
+        return None
+    owner = getattr(data, "dataset", None)
+    return data is last or (owner is not None and owner is getattr(last, "dataset", None))
+
+
+def length_of(data: object) -> int:
+    """The length of data, 0 where it does not say, or cannot."""
+    if isinstance(data, Iterator) or not hasattr(data, "__len__"):
+        return 0
+    try:
+        return len(cast(Any, data))
+    except _NO_LENGTH:
+        return 0
+
+
+def say(text: str) -> None:
+    """Say what the user should know of the data."""
+    warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -117,8 +117,12 @@ def json_schema() -> dict[str, Any]:
         blocks[name] = {"anyOf": [block, {"type": ["boolean", "null"]}]}
     properties = schema["properties"]
     places = {"[./:]": {"type": ["object", "boolean", "null"]}}  # `./mine.py: {...}`
+    labelled = {
+        f"^{name}@[A-Za-z0-9_]+$": {"$ref": f"#/properties/plugins/properties/{name}"}
+        for name in blocks
+    }
     properties["plugins"].update(
-        properties=blocks, patternProperties=places, additionalProperties=False
+        properties=blocks, patternProperties={**places, **labelled}, additionalProperties=False
     )
     properties["preset"] = {"type": "string", "description": "preset that this file changes"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_finite(schema)}

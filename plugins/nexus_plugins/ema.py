@@ -68,8 +68,8 @@ class EmaPlugin(Plugin[EmaConfig]):
         named = dict(engine.model.named_parameters())
         if odd := self._average.keys() - named.keys():
             raise CheckpointError(
-                f"ema: the saved average has '{min(odd)}', which the model does not; resume with "
-                "the config that wrote the checkpoint"
+                f"{self.name}: the saved average has '{min(odd)}', which the model does not; "
+                "resume with the config that wrote the checkpoint"
             )
         self._seen = ()
         self._collect(engine)
@@ -136,8 +136,9 @@ class EmaPlugin(Plugin[EmaConfig]):
         mean, wide = self._average[name], _wide(parameter)
         if mean.shape != wide.shape or not mean.is_floating_point():
             raise CheckpointError(
-                f"ema: the saved average of '{name}' is {tuple(mean.shape)}, {mean.dtype}, the "
-                f"parameter {tuple(wide.shape)}; resume with the config that wrote the checkpoint"
+                f"{self.name}: the saved average of '{name}' is {tuple(mean.shape)}, {mean.dtype}, "
+                f"the parameter {tuple(wide.shape)}; resume with the config that wrote the "
+                "checkpoint"
             )
         return mean.to(wide.device, wide.dtype)
 

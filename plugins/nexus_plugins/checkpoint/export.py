@@ -18,7 +18,7 @@ from nexus_core.plugin import name_of
 from nexus_plugins._shared.files import check_plain_yaml, read_small
 from nexus_plugins.checkpoint import folder
 from nexus_plugins.checkpoint.shards import lay_out
-from nexus_plugins.checkpoint.store import Store, checkpoint_at
+from nexus_plugins.checkpoint.store import checkpoint_at, newest_first, stores_at
 
 __all__ = ["export"]
 
@@ -92,9 +92,8 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
 def _folder_of(source: Path) -> Path:
     if (found := checkpoint_at(source)) is not None:
         return found
-    for root in (source / "checkpoints", source):
-        if folders := Store(root).folders():
-            return folders[-1].resolve()
+    if folders := newest_first(stores_at(source)):
+        return folders[0].resolve()
     raise CheckpointError(
         f"there is no checkpoint at '{source}'; give the folder of one "
         "(runs/x/checkpoints/best) or of a run (runs/x)"
@@ -104,8 +103,9 @@ def _folder_of(source: Path) -> Path:
 def _tokenizer(found: Path) -> bytes | None:
     """The run's tokenizer; a link may lead to what nobody meant to export, and is not followed."""
     path = found.parent.parent / "tokenizer.json"
+    is_of_run = found.parent.name.partition("@")[0] == "checkpoints"
     try:
-        return read_small(path, _TOKENIZER_LIMIT) if found.parent.name == "checkpoints" else None
+        return read_small(path, _TOKENIZER_LIMIT) if is_of_run else None
     except FileNotFoundError:
         return None
     except (OSError, CheckpointError) as error:

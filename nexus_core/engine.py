@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,18 @@ from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import GivenUpError, collect, evaluating, measure, say_mode, train_mode
+from nexus_core.evaluation import (
+    GivenUpError,
+    collect,
+    evaluating,
+    measure,
+    predict,
+    say_mode,
+    train_mode,
+)
 from nexus_core.events import Hooks
 from nexus_core.intervals import Interval, Result, TrainState
-from nexus_core.meter import Finish, Meter, Number
+from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.optimizers import Untrained, check_optimizer, trained
 from nexus_core.plan import arrange, claim
 from nexus_core.plugin import Plugin
@@ -210,6 +219,18 @@ class Engine(EarlierNames):
         metrics = self._measured(data if isinstance(data, Mapping) else {"val": data})
         return metrics if nested else self._announced(metrics)
 
+    def predict(self, data: Data) -> list[Any]:
+        """The model's output for each batch, in order and on the host.
+
+        It runs as an evaluation does: in evaluation mode, without gradients, with averaged weights
+        where a plugin evaluates with them; `loss=` of the engine is not asked. Each process gets
+        all outputs. Where each reads a share of every batch (a `ResumableLoader` with `ranks`),
+        those of a batch follow one another as its rows do, and rows that only fill up are left out.
+        """
+        answering = calling.relay(self.plan, Defaults(), lambda plugin: plugin.name != "loss")
+        with self._aside():
+            return predict(self, answering.forward, data)
+
     def _announced(self, metrics: dict[str, float]) -> dict[str, float]:
         self.metrics |= metrics
         self.hook.on_eval(engine=self, metrics=metrics)
@@ -236,11 +257,16 @@ class Engine(EarlierNames):
         """
         self._agreement.stop(reason, at_once)
 
-    def log(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
+    def log(
+        self, name: str, value: Number | Measured, units: Number = 1.0, finish: Finish = None
+    ) -> None:
         """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
 
         Args:
             name: without a slash it gets the split's prefix: "train/grad_norm", "val/...".
+            value: a number, or a metric with `update`, `compute` and `reset` that you update: it is
+                computed when due, and reset. Those of torchmetrics sum over processes themselves;
+                of others the mean over processes is taken.
             finish: applied to the mean when it is read: `math.exp` makes a perplexity.
 
         Raises:
@@ -305,15 +331,22 @@ class Engine(EarlierNames):
     def _measured(
         self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        before, metrics = (self.training, self.split, self.meter), dict[str, float]()
+        metrics = dict[str, float]()
+        with self._aside():
+            for name, batches in sets.items():
+                self.split, self.meter = name, Meter()
+                metrics |= measure(self, name, batches, heed)
+        return metrics
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        before = (self.training, self.split, self.meter)
         with evaluating(self, nested=not self.training):
             try:
-                for name, batches in sets.items():
-                    self.training, self.split, self.meter = False, name, Meter()
-                    metrics |= measure(self, name, batches, heed)
+                self.training, self.split, self.meter = False, "predict", Meter()
+                yield
             finally:
                 self.training, self.split, self.meter = before
-        return metrics
 
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)

@@ -25,7 +25,11 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = (ROOT / "plugins/nexus_plugins", ROOT / "nexus_plugins_contrib")
 PACKAGES = (ROOT / "nexus_core", *PLUGINS)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-VENDORS = {"optim_schedulefree": "schedulefree", "optim_adamw8bit": "bitsandbytes"}
+VENDORS = {
+    "optim_schedulefree": "schedulefree",
+    "optim_adamw8bit": "bitsandbytes",
+    "metrics": "torchmetrics",
+}
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
 

@@ -86,7 +86,7 @@ def measure(
     metrics = engine.meter.read(engine.ranks)
     metrics |= _totals(engine, split, seen, metrics)
     with torch.no_grad():
-        for answer in hook.measure(engine=engine, split=split):
+        for answer in hook.measure(engine=engine, split=split, data=data):
             metrics |= answer
     return metrics
 

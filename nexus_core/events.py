@@ -45,7 +45,7 @@ outermost. An implementation names only the arguments it uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -291,12 +291,15 @@ class Hooks:
         """
 
     @hookspec
-    def measure(self, *, engine: Run, split: str) -> Answers[Mapping[str, float]]:
+    def measure(
+        self, *, engine: Run, split: str, data: Iterable[Batch]
+    ) -> Answers[Mapping[str, float]]:
         """Seam, collected: metrics of a whole evaluation set, by full name; samples too.
 
         Called after its last batch, with the weights that were evaluated in the model, in
-        evaluation mode and without gradients. What is answered reaches `Result.metrics`, loggers,
-        early stopping and the choice of the best checkpoint.
+        evaluation mode and without gradients; `engine.evaluate({...: data})` measures it
+        again. What is answered reaches `Result.metrics`, loggers, early stopping and the choice of
+        the best checkpoint.
         """
 
     @hookspec

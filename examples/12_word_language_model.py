@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nexus_core import Engine, Plugin, PluginConfig
 from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.console import ConsolePlugin
 from nexus_plugins.lr_torch import LrTorchPlugin
 
 EPOCHS, BPTT, WORDS = 6, 12, 40
@@ -108,6 +109,7 @@ def by_engine():
 
     plateau = ReduceLROnPlateau(optimizer, factor=0.25, patience=0, threshold=0)
     plugins = [carry, ClipPlugin(max_norm=0.25), LrTorchPlugin(plateau, metric="val/nats")]
+    plugins += [ConsolePlugin()]
     engine = Engine(model, optimizer, loss=loss, plugins=plugins)
     until = f"{EPOCHS} epochs"
     result = engine.fit(train, until=until, eval_data=valid, eval_every="1 epochs")

@@ -15,6 +15,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from nexus_core import Engine, Plugin, PluginConfig, hookimpl
+from nexus_plugins.console import ConsolePlugin
 
 EPOCHS = 4
 images = torch.tensor(load_digits().data, dtype=torch.float32) / 16  # (row, 64)
@@ -96,7 +97,7 @@ def by_engine():
         engine.log("elbo", total, units=len(x))
         return total
 
-    engine = Engine(model, optimizer, loss=loss, plugins=[draw := DrawPlugin()])
+    engine = Engine(model, optimizer, loss=loss, plugins=[draw := DrawPlugin(), ConsolePlugin()])
     until = f"{EPOCHS} epochs"
     result = engine.fit(loader, until=until, eval_data=tests, eval_every="1 epochs")
     return model, result.metrics["val/elbo"], draw.drawn

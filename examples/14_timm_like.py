@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nexus_core import Engine, Plugin, PluginConfig, hookimpl
 from nexus_plugins.clip import ClipPlugin
+from nexus_plugins.console import ConsolePlugin
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.lr_torch import LrTorchPlugin
 
@@ -114,7 +115,7 @@ def by_engine():
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=1)
     ema = EmaPlugin(decay=DECAY, ramp=False, buffers=True, evaluate="both")
     plugins = [MixupPlugin(), ClipPlugin(by="value", max_value=0.05), ema]
-    plugins += [LrTorchPlugin(scheduler, metric="val/accuracy")]
+    plugins += [LrTorchPlugin(scheduler, metric="val/accuracy"), ConsolePlugin()]
     engine = Engine(model, optimizer, loss=loss, plugins=plugins)
     until = f"{EPOCHS} epochs"
     found = engine.fit(loader, until=until, eval_data=tests, eval_every="1 epochs").metrics

@@ -114,15 +114,22 @@ class Stream:
         state: the counters of the run, read once.
         saved: what is known of the data that the cursor was in; None: nothing.
         known: whether this is the very data that the cursor is in; None: a new process cannot tell.
+        ends_with_epoch: the last step of an epoch takes what is left of it, and no more.
 
     Raises:
         DataError: there is not a single batch.
     """
 
     def __init__(
-        self, data: Iterable[Batch], state: TrainState, saved: DataState | None, known: bool | None
+        self,
+        data: Iterable[Batch],
+        state: TrainState,
+        saved: DataState | None,
+        known: bool | None,
+        ends_with_epoch: bool = False,
     ) -> None:
         self.data = data
+        self._ends_with_epoch = ends_with_epoch
         self.length = length_of(data)
         self._size: int | None = getattr(data, "batch_size", None)
         self._seeks, self._holds = can_seek(data), holds_its_place(data)
@@ -143,6 +150,8 @@ class Stream:
         self._waits = count > 1
         try:
             while len(taken) < count and not self._passed(horizon):
+                if self._ends_with_epoch and taken and self.place.batch == 0:
+                    break
                 if self._returned:
                     taken.append(self._returned.pop(0))
                     self.place = self.place._replace(batch=self.place.batch + 1)

@@ -59,6 +59,8 @@ class Engine(EarlierNames):
         device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None leaves the model
             where it is.
         accumulate: micro-batches in a step.
+        step_at_epoch_end: the last step of an epoch takes the micro-batches that are left of it;
+            otherwise it takes the first of the next epoch too.
         log_every: period of `on_log`.
         out: the run's folder, for plugins that write files.
         config: the resolved settings of the run, for plugins that store or show them.
@@ -77,6 +79,7 @@ class Engine(EarlierNames):
         seed: int | None = None,
         device: str | torch.device | None = None,
         accumulate: int = 1,
+        step_at_epoch_end: bool = False,
         log_every: Interval | str | int = "10 steps",
         out: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
@@ -86,7 +89,7 @@ class Engine(EarlierNames):
         if seed is not None:
             seed_everything(seed)
         self.seed = seed or 0
-        self.accumulate = accumulate
+        self.accumulate, self.step_at_epoch_end = accumulate, step_at_epoch_end
         self.log_every = Interval.parse(log_every)
         self.out = Path(out) if out is not None else None
         self.config = dict(config or {})

@@ -98,6 +98,7 @@ class Run(Protocol):
 
     seed: int
     accumulate: int
+    step_at_epoch_end: bool
     out: Path | None
     config: dict[str, Any]
     ranks: Ranks

@@ -111,7 +111,7 @@ PORTS = {
     "11_mnist": r"accuracy ([\d.]+)%; equal to the last bit: True",
     "12_word_language_model": r"rate 20\.0, ([\d.]+) nats; equal to the last bit: True",
     "13_vae": r"test loss ([\d.]+); equal to the last bit: True",
-    "14_timm_like": r"of the average ([\d.]+)%, learning rate [\d.e-]+\nequal to the last bit: True",
+    "14_timm_like": r"average ([\d.]+)%, learning rate [\d.e-]+\nequal to the last bit: True",
 }
 """What a port of a known loop prints at its end, where it has the bits of the loop by hand."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field
@@ -148,6 +149,8 @@ def amount_in(unit: str, interval: Interval, engine: Engine) -> float | None:
     if interval.unit == unit:
         return interval.amount
     steps_an_epoch = engine.state.epoch_length / engine.accumulate
+    if engine.step_at_epoch_end:
+        steps_an_epoch = math.ceil(steps_an_epoch)
     if steps_an_epoch and {interval.unit, unit} == {"steps", "epochs"}:
         return interval.amount * (steps_an_epoch if unit == "steps" else 1 / steps_an_epoch)
     return None

@@ -54,7 +54,9 @@ class ClipConfig(PluginConfig):
     @model_validator(mode="after")
     def _acts(self) -> Self:
         own = {"norm": {"max_norm"}, "value": {"max_value"}, "agc": {"ratio", "eps", "spare"}}
-        if idle := self.model_fields_set - own[self.by] - {"by"}:
+        fields = type(self).model_fields
+        others = fields.keys() - own[self.by] - {"by"}
+        if idle := {key for key in others if getattr(self, key) != fields[key].default}:
             raise ValueError(
                 f"{min(idle)} does nothing with by={self.by}; leave it out, or set by to "
                 f"{next(by for by, keys in own.items() if min(idle) in keys)}"

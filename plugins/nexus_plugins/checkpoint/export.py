@@ -145,13 +145,11 @@ def _named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor
 
 
 def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]:
-    """The averages that `ema` keeps, by the keys and in the dtypes of the weights."""
-    prefix = "plugins.ema.state.average."
-    found = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in content.tensors["state.safetensors"].items()
-        if key.startswith(prefix)
-    }
+    """The averages that `ema`, or the first instance of it, keeps; in the weights' dtypes."""
+    states = content.tensors["state.safetensors"]
+    split = {key: key.partition(".state.average.") for key in states}
+    owners = sorted(o for o, mark, _ in split.values() if mark and _is_ema(o))
+    found = {name: states[key] for key, (owner, _, name) in split.items() if owners[:1] == [owner]}
     if not found or not found.keys() <= keys.keys():
         raise CheckpointError(
             "the checkpoint holds no averaged weights; train with --plugins ema, or leave out --ema"
@@ -161,6 +159,10 @@ def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor
         if mean.shape != weights[keys[name]].shape:
             raise CheckpointError(f"the average of '{name}' has the shape {tuple(mean.shape)}")
     return {keys[name]: mean.to(weights[keys[name]].dtype) for name, mean in found.items()}
+
+
+def _is_ema(owner: str) -> bool:
+    return owner.partition("@")[0] == "plugins.ema"
 
 
 def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The learning rate by any scheduler of PyTorch's kind: its name, one of yours, or a function."""
+"""The learning rate by any scheduler of PyTorch's kind: an object, a function, or its name."""
 
 from __future__ import annotations
 

@@ -74,6 +74,7 @@ class Stream:
         saved: what is known of the data that the cursor was in; None: nothing.
         known: whether this is the very data that the cursor is in; None: a new process cannot tell.
         ranks: this process among its peers.
+        ends_with_epoch: the last step of an epoch takes what is left of it, and no more.
 
     Raises:
         DataError: there is not a single batch, or it cannot resume in so many processes.
@@ -86,8 +87,10 @@ class Stream:
         saved: DataState | None,
         known: bool | None,
         ranks: Ranks,
+        ends_with_epoch: bool = False,
     ) -> None:
         self.data = data
+        self._ends_with_epoch = ends_with_epoch
         self.length = length_of(data)
         self._says_length = self.length > 0
         self._source, self._ranks, self._print = Source(data), ranks, fingerprint(data)
@@ -103,6 +106,8 @@ class Stream:
         start, self._taken, self._waits = self.place, [], count > 1
         try:
             while len(self._taken) < count and not self._passed(horizon):
+                if self._ends_with_epoch and self._taken and self.place.batch == 0:
+                    break
                 micro, self.place = self._returned.pop(0) if self._returned else next(self._batches)
                 if micro is not None:
                     self._taken.append((micro, self.place))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,18 @@ from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
 from nexus_core.errors import ConfigError
-from nexus_core.evaluation import GivenUpError, collect, evaluating, measure, say_mode, train_mode
+from nexus_core.evaluation import (
+    GivenUpError,
+    collect,
+    evaluating,
+    measure,
+    predict,
+    say_mode,
+    train_mode,
+)
 from nexus_core.events import Hooks
 from nexus_core.intervals import Interval, Length, Result, TrainState
-from nexus_core.meter import Finish, Meter, Number
+from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.optimizers import Untrained, check_optimizer, trained
 from nexus_core.plan import arrange, claim
 from nexus_core.plugin import Plugin
@@ -50,6 +59,8 @@ class Engine(EarlierNames):
         device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None leaves the model
             where it is.
         accumulate: micro-batches in a step.
+        step_at_epoch_end: the last step of an epoch takes the micro-batches that are left of it;
+            otherwise it takes the first of the next epoch too.
         log_every: period of `on_log`.
         out: the run's folder, for plugins that write files.
         config: the resolved settings of the run, for plugins that store or show them.
@@ -68,6 +79,7 @@ class Engine(EarlierNames):
         seed: int | None = None,
         device: str | torch.device | None = None,
         accumulate: int = 1,
+        step_at_epoch_end: bool = False,
         log_every: Length = "10 steps",
         out: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
@@ -77,7 +89,7 @@ class Engine(EarlierNames):
         if seed is not None:
             seed_everything(seed)
         self.seed = seed or 0
-        self.accumulate = accumulate
+        self.accumulate, self.step_at_epoch_end = accumulate, step_at_epoch_end
         self.log_every = Interval.parse(log_every)
         self.out = Path(out) if out is not None else None
         self.config = dict(config or {})
@@ -211,6 +223,19 @@ class Engine(EarlierNames):
         metrics = self._measured(data if isinstance(data, Mapping) else {"val": data})
         return metrics if nested else self._announced(metrics)
 
+    def predict(self, data: Data) -> list[Any]:
+        """The model's output for each batch, in order and on the host.
+
+        It runs as an evaluation does: in evaluation mode, without gradients, with averaged weights
+        where a plugin evaluates with them; `loss=` of the engine is not asked. Each process gets
+        all outputs. Where each reads a share of every batch (a `ResumableLoader` with `ranks`),
+        those of a batch follow one another as its rows do, and rows that only fill up are left out.
+        """
+        answering = calling.relay(self.plan, Defaults(), lambda plugin: plugin.name != "loss")
+        self._progress.leave_to([data])
+        with self._aside():
+            return predict(self, answering.forward, data)
+
     def _announced(self, metrics: dict[str, float]) -> dict[str, float]:
         self.metrics |= metrics
         self.hook.on_eval(engine=self, metrics=metrics)
@@ -237,11 +262,16 @@ class Engine(EarlierNames):
         """
         self._agreement.stop(reason, at_once)
 
-    def log(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
+    def log(
+        self, name: str, value: Number | Measured, units: Number = 1.0, finish: Finish = None
+    ) -> None:
         """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
 
         Args:
             name: without a slash it gets the split's prefix: "train/grad_norm", "val/...".
+            value: a number, or a metric with `update`, `compute` and `reset` that you update: it is
+                computed when due, and reset. Those of torchmetrics sum over processes themselves;
+                of others the mean over processes is taken.
             finish: applied to the mean when it is read: `math.exp` makes a perplexity.
 
         Raises:
@@ -306,16 +336,23 @@ class Engine(EarlierNames):
     def _measured(
         self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        before, metrics = (self.training, self.split, self.meter), dict[str, float]()
+        metrics = dict[str, float]()
         self._progress.leave_to(sets.values())
+        with self._aside():
+            for name, batches in sets.items():
+                self.split, self.meter = name, Meter()
+                metrics |= measure(self, name, batches, heed)
+        return metrics
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        before = (self.training, self.split, self.meter)
         with evaluating(self, nested=not self.training):
             try:
-                for name, batches in sets.items():
-                    self.training, self.split, self.meter = False, name, Meter()
-                    metrics |= measure(self, name, batches, heed)
+                self.training, self.split, self.meter = False, "predict", Meter()
+                yield
             finally:
                 self.training, self.split, self.meter = before
-        return metrics
 
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)

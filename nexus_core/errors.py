@@ -95,4 +95,6 @@ def hint_out(folder: str = "FOLDER") -> str:
 
 
 def _class_of(plugin: str) -> str:
-    return "".join(word.title() for word in plugin.split("_")) + "Plugin"
+    words, _, label = plugin.partition("@")
+    name = "".join(word.title() for word in words.split("_")) + "Plugin"
+    return f"{name}.labelled({label!r})" if label else name

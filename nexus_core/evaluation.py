@@ -16,9 +16,10 @@ from nexus_core.device import random_state, seed_everything, set_random_state
 from nexus_core.errors import DataError
 from nexus_core.events import Run
 from nexus_core.optimizers import members, trained
+from nexus_core.processes import gather
 from nexus_core.step import merge, metric_name
 
-__all__ = ["GivenUpError", "collect", "evaluating", "measure", "say_mode", "train_mode"]
+__all__ = ["GivenUpError", "collect", "evaluating", "measure", "predict", "say_mode", "train_mode"]
 
 
 @contextmanager
@@ -63,10 +64,9 @@ def measure(
     """
     seed_everything(engine.seed)
     hook, seen, differentiates = engine.hook, set[str](), False
-    borrowed = getattr(data, "is_borrowed", lambda row: False)
-    rows = getattr(data, "batch_size", 0)
-    for number, batch in enumerate(data):
+    for batch, borrowed in _with_borrowed(data):
         heed()
+        engine.meter.counts = not borrowed
         units = merge(hook.loss_units(engine=engine, batch=batch, step=None))
         moved, mark = to_device(batch, engine.device), engine.meter.mark()
         try:
@@ -81,15 +81,49 @@ def measure(
                 terms = _terms(engine, moved)
         for name, term in terms.items():
             engine.meter.add(metric_name(split, name), term.detach(), units[name])
-        if borrowed(number * rows):
-            engine.meter.void(mark)
         seen |= terms.keys()
+    engine.meter.counts = True
     metrics = engine.meter.read(engine.ranks)
     metrics |= _totals(engine, split, seen, metrics)
     with torch.no_grad():
-        for answer in hook.measure(engine=engine, split=split):
+        for answer in hook.measure(engine=engine, split=split, data=data):
             metrics |= answer
     return metrics
+
+
+@torch.no_grad()
+def predict(engine: Run, forward: Callable[..., Any], data: Iterable[Batch]) -> list[Any]:
+    """The outputs for batches in their order, on the host, within `evaluating`.
+
+    Args:
+        engine: whose processes exchange what each has, where each reads a share of every batch.
+        forward: the hook, giving what the model does.
+        data: batches.
+
+    Raises:
+        DataError: each process reads its own rows, in an order that others cannot know.
+    """
+    seed_everything(engine.seed)
+    outputs: list[Any] = []
+    divided = getattr(data, "ranks", None)
+    if getattr(getattr(data, "sampler", None), "num_replicas", 1) > 1:
+        raise DataError(
+            "a sampler deals the rows of this data out to processes, so that no order of them can "
+            "be told; read it whole in each, or by ResumableLoader(..., ranks=engine.ranks)"
+        )
+    for batch, borrowed in _with_borrowed(data):
+        output = forward(engine=engine, batch=to_device(batch, engine.device), step=None)
+        outputs.append([] if borrowed else [to_device(output, torch.device("cpu"))])
+    shares = gather(divided, outputs) if divided is not None and divided.size > 1 else [outputs]
+    return [one for batches in zip(*shares, strict=True) for share in batches for one in share]
+
+
+def _with_borrowed(data: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Batches, and of each whether this process has no row of its own in it."""
+    borrowed = getattr(data, "is_borrowed", lambda row: False)
+    rows = getattr(data, "batch_size", 0)
+    for number, batch in enumerate(data):
+        yield batch, borrowed(number * rows)
 
 
 def train_mode(optimizer: Optimizer) -> None:

@@ -45,7 +45,7 @@ outermost. An implementation names only the arguments it uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -58,7 +58,7 @@ from torch.optim import Optimizer
 from nexus_core.batches import Batch
 from nexus_core.data import RunData
 from nexus_core.intervals import Interval, TrainState
-from nexus_core.meter import Finish, Meter, Number
+from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.plugin import Plugin
 from nexus_core.processes import Ranks
 from nexus_core.snapshot import Snapshot
@@ -98,6 +98,7 @@ class Run(Protocol):
 
     seed: int
     accumulate: int
+    step_at_epoch_end: bool
     out: Path | None
     config: dict[str, Any]
     ranks: Ranks
@@ -119,7 +120,9 @@ class Run(Protocol):
     @property
     def stopping(self) -> bool: ...
     def stop(self, reason: str = ..., *, at_once: bool = ...) -> None: ...
-    def log(self, name: str, value: Number, units: Number = ..., finish: Finish = ...) -> None: ...
+    def log(
+        self, name: str, value: Number | Measured, units: Number = ..., finish: Finish = ...
+    ) -> None: ...
     def parameters(self, turn: str | None = None) -> list[nn.Parameter]: ...
     def untrained(self) -> list[nn.Parameter]: ...
 
@@ -289,12 +292,15 @@ class Hooks:
         """
 
     @hookspec
-    def measure(self, *, engine: Run, split: str) -> Answers[Mapping[str, float]]:
+    def measure(
+        self, *, engine: Run, split: str, data: Iterable[Batch]
+    ) -> Answers[Mapping[str, float]]:
         """Seam, collected: metrics of a whole evaluation set, by full name; samples too.
 
         Called after its last batch, with the weights that were evaluated in the model, in
-        evaluation mode and without gradients. What is answered reaches `Result.metrics`, loggers,
-        early stopping and the choice of the best checkpoint.
+        evaluation mode and without gradients; `engine.evaluate({...: data})` measures it
+        again. What is answered reaches `Result.metrics`, loggers, early stopping and the choice of
+        the best checkpoint.
         """
 
     @hookspec

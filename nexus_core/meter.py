@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +13,17 @@ from torch import Tensor
 from nexus_core.errors import ConfigError
 from nexus_core.processes import Ranks, gather
 
-__all__ = ["Meter"]
+__all__ = ["Measured", "Meter"]
 
 Number = Tensor | float
 Finish = Callable[[float], float] | None
+
+
+class Measured(Protocol):
+    """A metric that keeps its own record, as those of torchmetrics do; its owner updates it."""
+
+    def compute(self) -> Any: ...
+    def reset(self) -> Any: ...
 
 
 @dataclass
@@ -26,6 +34,13 @@ class _Entry:
     units: float = 0.0
     finish: Finish = None
     pending: list[tuple[Number, Number]] = field(default_factory=list)
+    measured: Measured | None = None
+
+    def compute(self) -> None:
+        """Take the value of a metric that keeps its own record, which begins anew."""
+        if self.measured is not None:
+            self.total, self.units = float(self.measured.compute()), 1.0
+            self.measured.reset()
 
     def mean(self) -> float:
         mean = self.total / self.units
@@ -36,20 +51,33 @@ class _Entry:
 
 
 class Meter:
-    """Collects sums and units by name; reading all of them costs one transfer."""
+    """Collects sums and units by name; reading all of them costs one transfer.
+
+    Attributes:
+        counts: whether what is added now does; False for rows that another process has as well.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._said: set[str] = set()
+        self.counts = True
 
-    def add(self, name: str, value: Number, units: Number = 1.0, finish: Finish = None) -> None:
-        """Add a sum over units, numbers or tensors of one element; nothing waits for the device."""
-        value, units = _plain(name, value), _plain(name, units)
+    def add(
+        self, name: str, value: Number | Measured, units: Number = 1.0, finish: Finish = None
+    ) -> None:
+        """Add a sum over units, numbers or tensors of one element; nothing waits for the device.
+
+        A metric that keeps its own record is noted, and computed when all are read.
+        """
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = _Entry()
         entry.finish = finish
-        entry.pending.append((value, units))
+        if not isinstance(value, Tensor) and hasattr(value, "compute"):
+            entry.measured = cast(Measured, value)
+            return
+        both = _plain(name, value), _plain(name, units)
+        entry.pending.append(both if self.counts else (0.0, 0.0))
 
     def mark(self) -> dict[str, int]:
         """Where the record is now, for `rollback`; nothing may be read in between."""
@@ -57,22 +85,19 @@ class Meter:
 
     def rollback(self, mark: Mapping[str, int]) -> None:
         """Forget what was added since the mark."""
+        self.counts = True
         for name in list(self._entries):
             if name in mark:
                 del self._entries[name].pending[mark[name] :]
             else:
                 del self._entries[name]
 
-    def void(self, mark: Mapping[str, int]) -> None:
-        """Let what was added since the mark count nothing, while its names stay known."""
-        for name, entry in self._entries.items():
-            since = mark.get(name, 0)
-            entry.pending[since:] = [(0.0, 0.0)] * (len(entry.pending) - since)
-
     def read(self, ranks: Ranks) -> dict[str, float]:
         """The mean of every metric since the last reading, over all processes."""
         self._settle()
         entries, self._entries = self._entries, {}
+        for name in sorted(entries):  # in one order, as some of them ask their peers
+            entries[name].compute()
         if ranks.size > 1:
             known = gather(ranks, sorted(entries))
             names = sorted({name for own in known for name in own})
@@ -120,14 +145,14 @@ class Meter:
             entry.pending.clear()
 
 
-def _plain(name: str, number: Number) -> Number:
+def _plain(name: str, number: Number | Measured) -> Number:
     """The number without its graph.
 
     Raises:
         ConfigError: it is more than one number.
     """
     if not isinstance(number, Tensor):
-        return number
+        return cast(float, number)
     if number.numel() != 1:
         raise ConfigError(
             f"the metric '{name}' is a tensor of shape {tuple(number.shape)}; log one number, for "

@@ -79,10 +79,13 @@ def distribution(entry: EntryPoint) -> str:
 def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
     """Import one plugin's class; who loads several gives what one `scan` found.
 
+    `sparkle@late` is a further instance of the plugin `sparkle`.
+
     Raises:
         PluginError: it is not installed once, cannot be imported, is not a plugin of that name,
             was built for another API, or has a method that is not the hook it looks like.
     """
+    name, labels, label = name.partition("@")
     entry = find(name, scanned or scan())
     where = f"plugin '{name}' ({distribution(entry)}, {entry.value})"
     try:
@@ -96,7 +99,7 @@ def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
     if found.name != name:
         raise PluginError(f"{where} calls itself '{found.name}'; give both the same name")
     _check_class(found, where)
-    return found
+    return found.labelled(label) if labels else found
 
 
 def answering(hook: str) -> type[AnyPlugin]:
@@ -131,11 +134,14 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
     for plugin in given:
         _check_class(type(plugin), f"plugin '{plugin.name}'")
         if names.count(plugin.name) > 1:
-            raise PluginError(f"plugin '{plugin.name}' is given twice; keep one of them")
-        if missing := set(plugin.requires) - set(names):
+            apart = f"keep one of them, or label one: {hint_add(f'{plugin.name}@late')}"
+            raise PluginError(f"plugin '{plugin.name}' is given twice; {apart}")
+        if missing := {
+            need for need in plugin.requires if not any(_among(n, [need]) for n in names)
+        }:
             fix = f"which is not in this run; add it: {hint_add(min(missing))}"
             raise PluginError(f"plugin '{plugin.name}' requires '{min(missing)}', {fix}")
-        if enemies := set(plugin.conflicts) & set(names):
+        if enemies := [name for name in names if _among(name, plugin.conflicts)]:
             _refuse_pair(plugin.name, min(enemies), "cannot be in one run")
     owner: dict[str, str] = {}
     for name, claim in _claims(given):
@@ -207,10 +213,14 @@ def _refuse_pair(one: str, other: str, why: str) -> None:
 
 def _declared(plugins: Sequence[AnyPlugin]) -> dict[tuple[str, str], str]:
     """(earlier, later) to who declares it, of the plugins that are there."""
-    names = {plugin.name for plugin in plugins}
-    pairs = {(plugin.name, other): plugin.name for plugin in plugins for other in plugin.before}
-    pairs |= {(other, plugin.name): plugin.name for plugin in plugins for other in plugin.after}
-    return {pair: name for pair, name in pairs.items() if names.issuperset(pair)}
+    both = [(plugin, other.name) for plugin in plugins for other in plugins]
+    pairs = {(p.name, other): p.name for p, other in both if _among(other, p.before)}
+    return pairs | {(other, p.name): p.name for p, other in both if _among(other, p.after)}
+
+
+def _among(name: str, declared: Iterable[str]) -> bool:
+    """Whether names that a plugin declares mean this one: `sparkle` means `sparkle@late` too."""
+    return not {name, name.partition("@")[0]}.isdisjoint(declared)
 
 
 def _sorted(names: Sequence[str], declared: Mapping[tuple[str, str], str]) -> list[str]:

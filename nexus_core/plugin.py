@@ -10,6 +10,7 @@ from typing import (
     Any,
     ClassVar,
     Generic,
+    Self,
     TypeAlias,
     TypeVar,
     Union,
@@ -29,7 +30,7 @@ from pydantic import (
     model_serializer,
 )
 
-from nexus_core.errors import CheckpointError, ConfigError, suggestion
+from nexus_core.errors import CheckpointError, ConfigError, PluginError, suggestion
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -123,6 +124,7 @@ class Plugin(Generic[ConfigT]):
 
     The class name gives the plugin's name: `SparklePlugin` is `sparkle`, `SlowFadePlugin`
     is `slow_fade`; entry point, config block and state in a checkpoint go by the same name.
+    `SparklePlugin.labelled("late")` makes further instances of it in one run: `sparkle@late`.
 
     Args:
         config: the settings as an object; or give them as keywords: `SparklePlugin(size=1.0)`.
@@ -132,6 +134,7 @@ class Plugin(Generic[ConfigT]):
     """
 
     name: ClassVar[str] = "plugin"
+    label: ClassVar[str] = ""  # what tells this instance from others of the plugin in one run
     config_class: ClassVar[type[PluginConfig]] = PluginConfig
     before: ClassVar[tuple[str, ...]] = ()  # plugins that come after this one, where present
     after: ClassVar[tuple[str, ...]] = ()  # plugins that come before this one, where present
@@ -150,6 +153,27 @@ class Plugin(Generic[ConfigT]):
             for argument in get_args(base):
                 if isinstance(argument, type) and issubclass(argument, PluginConfig):
                     cls.config_class = argument
+
+    @classmethod
+    def labelled(cls, label: str) -> type[Self]:
+        """The class of a further instance: a run has `sparkle`, `sparkle@late`, `sparkle@again`.
+
+        Each has settings, state and name of its own. What other plugins declare of `sparkle`, such
+        as to come before it, holds for all of them.
+
+        Args:
+            label: letters, digits and underscores.
+
+        Raises:
+            PluginError: it is something else.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_]+", label):
+            raise PluginError(
+                f"'{cls.name}@{label}': behind the @ come letters, digits and underscores, such as "
+                f"{cls.name}@late"
+            )
+        same = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+        return type(cls.__name__, (cls,), {**same, "name": f"{cls.name}@{label}", "label": label})
 
     def __init__(self, config: ConfigT | None = None, /, **settings: object) -> None:
         if config is not None and not isinstance(config, self.config_class):

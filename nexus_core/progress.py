@@ -57,7 +57,10 @@ class Progress:
         """
         if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
             return self._stream
-        stream = Stream(data, engine.state, self.where(), is_same(data, self._read), engine.ranks)
+        same = is_same(data, self._read)
+        stream = Stream(
+            data, engine.state, self.where(), same, engine.ranks, engine.step_at_epoch_end
+        )
         for length in filter(None, (horizon, period)):
             stream.check(length)
         if self._read is not None and data is not self._read:

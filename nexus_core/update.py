@@ -145,12 +145,11 @@ def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | No
 def _backward(engine: Run, step: Step, batch: object) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms."""
     hook, borrowed = engine.hook, step.micro[step.place].borrowed
-    mark = engine.meter.mark() if borrowed else {}
+    engine.meter.counts = not borrowed  # it logs alike in every process
     output = hook.forward(engine=engine, batch=batch, step=step)
     terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
-    if borrowed:  # what it logged does not count either, but is logged in every process
+    if borrowed:
         terms = {name: term * 0.0 for name, term in terms.items()}
-        engine.meter.void(mark)
     counts = step.counts[step.place]
     shares = step.shares_of(terms)
     for name, term in terms.items():
@@ -159,6 +158,7 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
     hook.backward(engine=engine, loss=total, terms=shares, step=step)
     ends_step = step.is_last and engine.ranks.is_main
     engine.meter.add("train/total_loss", total.detach(), float(ends_step))
+    engine.meter.counts = True
 
 
 def _clear_other_turns(engine: Run, turn: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -104,3 +105,33 @@ def test_lbfgs_fits_a_sine_in_ten_steps(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sam_learns(tmp_path: Path) -> None:
     assert number(r"loss ([\d.]+)", run("10_sam", tmp_path)) < 0.1
+
+
+PORTS = {
+    "11_mnist": r"accuracy ([\d.]+)%; equal to the last bit: True",
+    "12_word_language_model": r"rate 20\.0, ([\d.]+) nats; equal to the last bit: True",
+    "13_vae": r"test loss ([\d.]+); equal to the last bit: True",
+    "14_timm_like": r"average ([\d.]+)%, learning rate [\d.e-]+\nequal to the last bit: True",
+}
+"""What a port of a known loop prints at its end, where it has the bits of the loop by hand."""
+
+
+@pytest.mark.parametrize("name", PORTS)
+def test_a_port_has_no_more_lines_than_its_loop_by_hand(name: str) -> None:
+    """Lines of the loop and what it alone needs, against the engine's part with its plugins."""
+    parts = {
+        node.name: (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.parse((EXAMPLES / f"{name}.py").read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    own = [lines for part, lines in parts.items() if part == "by_engine" or part.endswith("Plugin")]
+    assert sum(own) <= parts["by_hand"] + parts.get("validate", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PORTS)
+def test_a_port_is_equal_to_its_loop_by_hand(name: str, tmp_path: Path) -> None:
+    """Breaks if the engine computes anything in another way than the loop that people write."""
+    if name != "12_word_language_model":
+        pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits")
+    number(PORTS[name], run(name, tmp_path))

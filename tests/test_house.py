@@ -25,7 +25,11 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = (ROOT / "plugins/nexus_plugins", ROOT / "nexus_plugins_contrib")
 PACKAGES = (ROOT / "nexus_core", *PLUGINS)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-VENDORS = {"optim_schedulefree": "schedulefree", "optim_adamw8bit": "bitsandbytes"}
+VENDORS = {
+    "optim_schedulefree": "schedulefree",
+    "optim_adamw8bit": "bitsandbytes",
+    "metrics": "torchmetrics",
+}
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
 
@@ -167,12 +171,16 @@ def test_assignments_to_an_engine_are_seen() -> None:
 
 
 WORDS = {
-    *("checkpoint", "clip", "compile", "console", "curriculum", "diagnose", "guard", "offload"),
-    *("recompute", "schedule", "throughput"),
+    *("checkpoint", "clip", "compile", "console", "curriculum", "diagnose", "freeze", "guard"),
+    *("metrics", "offload", "recompute", "schedule", "throughput"),
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""
-KINDS = {"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}}
-"""A stage, and a kind of plugin, which happen to be called so."""
+KINDS = {
+    **{"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}},
+    **{f"nexus_core/{name}.py": {"metrics"} for name in ("engine", "snapshot", "cli/session")},
+    "nexus_core/testing/states.py": {"metrics"},
+}
+"""A stage, a kind of plugin, and a part of snapshots, which happen to be called so."""
 
 
 def naming() -> re.Pattern[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -167,6 +168,8 @@ def amount_in(unit: str, interval: Interval, engine: Engine) -> Fraction | None:
     if interval.unit == unit:
         return interval.exact
     steps_an_epoch = Fraction(engine.state.epoch_length, engine.accumulate)
+    if engine.step_at_epoch_end:
+        steps_an_epoch = Fraction(math.ceil(steps_an_epoch))
     if steps_an_epoch and {interval.unit, unit} == {"steps", "epochs"}:
         return interval.exact * (steps_an_epoch if unit == "steps" else 1 / steps_an_epoch)
     return None

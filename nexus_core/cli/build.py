@@ -97,6 +97,7 @@ def make_engine(build: Build, out: Path) -> Engine:
         seed=run.seed,
         device=run.device,
         accumulate=run.accumulate,
+        step_at_epoch_end=run.step_at_epoch_end,
         log_every=run.log_every,
         out=out,
         config=build.resolved(out),
@@ -117,8 +118,12 @@ def json_schema() -> dict[str, Any]:
         blocks[name] = {"anyOf": [block, {"type": ["boolean", "null"]}]}
     properties = schema["properties"]
     places = {"[./:]": {"type": ["object", "boolean", "null"]}}  # `./mine.py: {...}`
+    labelled = {
+        f"^{name}@[A-Za-z0-9_]+$": {"$ref": f"#/properties/plugins/properties/{name}"}
+        for name in blocks
+    }
     properties["plugins"].update(
-        properties=blocks, patternProperties=places, additionalProperties=False
+        properties=blocks, patternProperties={**places, **labelled}, additionalProperties=False
     )
     properties["preset"] = {"type": "string", "description": "preset that this file changes"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_finite(schema)}

@@ -30,6 +30,11 @@ class RunConfig(BaseModel):
         description="micro-batches in an optimizer step; auto: each batch is a step, split as "
         "memory asks, by an installed plugin that does so",
     )
+    step_at_epoch_end: bool = Field(
+        False,
+        description="whether the last step of an epoch takes what is left of it alone, instead of "
+        "micro-batches of the next epoch too",
+    )
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     log_every: IntervalField = Field(
         Interval.parse("10 steps"),

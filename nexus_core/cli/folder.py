@@ -175,7 +175,7 @@ def _newest(name: str) -> Path | None:
     runs = []
     for path in RUNS.glob("*"):
         match = pattern.fullmatch(path.name)
-        if match and (path / "checkpoints").is_dir():
+        if match and any(path.glob("checkpoints*")):
             letter = ord(match[3]) if match[3] else 0  # as earlier releases counted
             runs.append((match[1], int(match[2] or letter), path))
     return max(runs)[2] if runs else None

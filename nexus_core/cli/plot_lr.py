@@ -94,7 +94,12 @@ def plan_lr(engine: Engine, until: Length, points: int = POINTS) -> LrPlan:
     """
     assert engine.data is not None
     data = engine.data.train
-    state = _PlannedState(epoch_length=length_hint(data), data=data, accumulate=engine.accumulate)
+    state = _PlannedState(
+        epoch_length=length_hint(data),
+        data=data,
+        accumulate=engine.accumulate,
+        ends=engine.step_at_epoch_end,
+    )
     planned = copy(engine)  # shares its optimizer and plugins, and has counters of its own
     planned.state, planned.horizon = state, Interval.horizon(until)
     schedules = relay(planned.plan, Defaults(), lambda plugin: hasattr(plugin, "lr_scale"))
@@ -121,6 +126,7 @@ class _PlannedState(TrainState):
 
     data: Iterable[Batch] = ()
     accumulate: int = 1
+    ends: bool = False  # the last step of an epoch takes what is left of it
     asked: set[str] = field(default_factory=set)  # the units that the plan depends on
 
     def counted(self, unit: str) -> float:
@@ -139,6 +145,9 @@ class _PlannedState(TrainState):
         """Be before the given step: nothing of it is counted."""
         self.step = step
         read = step * self.accumulate
+        if self.ends and self.epoch_length:
+            a_epoch = math.ceil(self.epoch_length / self.accumulate)
+            read = step // a_epoch * self.epoch_length + step % a_epoch * self.accumulate
         self.epoch, self.batch = divmod(read, self.epoch_length) if self.epoch_length else (0, read)
 
     def steps_until(self, horizon: Interval) -> int:
@@ -161,9 +170,9 @@ class _PlannedState(TrainState):
         if unit == "steps":
             return Fraction(1)
         if unit == "epochs":
-            return (
-                Fraction(self.accumulate, self.epoch_length) if self.epoch_length else Fraction(0)
-            )
+            steps = Fraction(self.epoch_length, self.accumulate)
+            steps = Fraction(math.ceil(steps)) if self.ends else steps
+            return 1 / steps if steps else Fraction(0)
         return Fraction(self.accumulate * self._a_batch[unit])
 
     def assumed(self) -> str:

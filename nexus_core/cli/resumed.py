@@ -34,9 +34,9 @@ def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
     if resume is None or not Path(resume).is_dir():
         return None, {}
     path = Path(resume).resolve()
-    run = path.parent.parent if path.parent.name == FOLDER else None
-    run = path.parent if path.name == FOLDER else run
-    if (path / FOLDER).is_dir():
+    run = path.parent.parent if _holds_checkpoints(path.parent) else None
+    run = path.parent if _holds_checkpoints(path) else run
+    if any(path.glob(f"{FOLDER}*")):
         run = path
     config = next((p / CONFIG for p in (path, run) if p and (p / CONFIG).is_file()), None)
     if config is None:
@@ -50,7 +50,7 @@ def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
 def config_base(config: Path) -> Path:
     """What relative places in a config file are relative to: its folder, or that of its run."""
     folder = config.absolute().parent
-    return folder.parent.parent if folder.parent.name == FOLDER else folder
+    return folder.parent.parent if _holds_checkpoints(folder.parent) else folder
 
 
 @contextmanager
@@ -84,3 +84,8 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(item)
     elif isinstance(value, str):
         yield value
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    """Whether it goes by the name of such a folder: `checkpoints`, `checkpoints@late`."""
+    return folder.name.partition("@")[0] == FOLDER

@@ -124,11 +124,12 @@ def _kept(engine: Engine) -> str:
     ended = f"ended at once at step {engine.state.step:,}"
     if engine.out is None:
         return ended
-    folder = engine.out / "checkpoints"
-    saved = [path.name for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    found = engine.out.glob("checkpoints*/step-*")
+    saved = [path for path in found if path.name[5:].isdigit()]
     if not saved:
         return f"{ended}; no checkpoint had been saved in {engine.out}"
-    return f"{ended}; kept: {folder / max(saved)}; resume from it with --resume auto"
+    newest = max(saved, key=lambda path: path.name)
+    return f"{ended}; kept: {newest}; resume from it with --resume auto"
 
 
 def _exit_code(result: Result) -> int:
@@ -139,8 +140,7 @@ def _exit_code(result: Result) -> int:
 
 def _has_checkpoints(out: Path) -> bool:
     """Whether there is something to resume from, if only the note of where the run has begun."""
-    folder = out / "checkpoints"
-    return folder.is_dir() and any(folder.iterdir())
+    return any(out.glob("checkpoints*/*"))
 
 
 def _headline(engine: Engine, run: RunConfig) -> str:

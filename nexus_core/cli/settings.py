@@ -109,8 +109,9 @@ def read_settings(
         origin = f"--set {short}={text}"
         key = full_key(short, origin, defaults, named, local.places)
         merged.set(key, yaml12.parse_value(text), origin)
-    for key, value in (values or {}).items():
-        merged.set(key, Document(value), key)
+    for given, value in (values or {}).items():
+        for key in merged.of_each_instance(given):
+            merged.set(key, Document(value), key)
     if merged.content.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
         merged.content["accumulate"] = 1
         from nexus_core.plan import answering  # and torch with it, where it is needed
@@ -170,6 +171,12 @@ class _Merged:
         """Put plugins into the run, with their defaults where they are not there."""
         for name in names:
             self.blocks.setdefault(name, {})
+
+    def of_each_instance(self, key: str) -> list[str]:
+        """The key of every instance of its plugin: `dew.size` and `dew@late.size`."""
+        plugin, dot, rest = key.partition(".")
+        names = [name for name in self.blocks if name.partition("@")[0] == plugin]
+        return [f"{name}.{rest}" for name in names] if dot and names else [key]
 
     def set(self, key: str, given: Document, origin: str) -> None:
         """Assign one dotted key: the engine's own, or a plugin's behind the plugin's name."""

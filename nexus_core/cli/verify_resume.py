@@ -289,7 +289,7 @@ def _kill(
         if reached >= begin + steps and not saved:
             break
         if saved:
-            if any((out / "checkpoints").glob("step-*[1-9]*")):
+            if any(out.glob("checkpoints*/step-*[1-9]*")):
                 break
         elif not at_start and reached >= target:
             if not within_save:
@@ -321,7 +321,7 @@ def _went_on(out: Path) -> bool:
 
 
 def _saving(out: Path) -> bool:
-    return any((out / "checkpoints").glob(".tmp-*"))
+    return any(out.glob("checkpoints*/.tmp-*"))
 
 
 def _caught_saving(life: ForkServerProcess, out: Path, delay: float) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import is_
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
-from nexus_core.processes import whole
+from nexus_core.processes import local_part, whole
+from nexus_plugins._shared.parameters import matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
@@ -27,22 +29,53 @@ EPS = 1e-6  # as in torch: a gradient of zero stays zero
 class ClipConfig(PluginConfig):
     """Settings of gradient clipping."""
 
+    by: Literal["norm", "value", "agc"] = Field(
+        "norm",
+        description="what is limited: the length of the whole gradient, each of its numbers, or "
+        "(adaptive clipping) the gradient of each unit against its weights",
+    )
     max_norm: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=True,
-        description="longest gradient (L2 norm over all parameters); inf: only log it",
+        description="by norm: longest gradient (L2 norm over all parameters); inf: only log it",
     )
+    max_value: float = Field(1.0, gt=0, description="by value: largest magnitude of a number")
+    ratio: float = Field(
+        0.01, gt=0, description="by agc: longest gradient of a unit, relative to its weights"
+    )
+    eps: float = Field(
+        1e-3, gt=0, description="by agc: least length that weights are taken to have"
+    )
+    spare: tuple[str, ...] = Field(
+        (), description="by agc: patterns of names of parameters to leave alone, such as the head's"
+    )
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        own = {"norm": {"max_norm"}, "value": {"max_value"}, "agc": {"ratio", "eps", "spare"}}
+        fields = type(self).model_fields
+        others = fields.keys() - own[self.by] - {"by"}
+        if idle := {key for key in others if getattr(self, key) != fields[key].default}:
+            raise ValueError(
+                f"{min(idle)} does nothing with by={self.by}; leave it out, or set by to "
+                f"{next(by for by, keys in own.items() if min(idle) in keys)}"
+            )
+        return self
 
 
 class ClipPlugin(Plugin[ClipConfig]):
     """Scales the whole gradient down to `max_norm` where it is longer, and logs its length.
 
-    `train/grad_norm` is the length before clipping. A length that is not finite is left to show
-    in the log; refusing such steps is the work of `guard`.
+    `train/grad_norm` is the length before clipping (`train/grad_norm_late` of `clip@late`). A
+    length that is not finite is left to show in the log; refusing such steps is the work of
+    `guard`. By value, each number is limited by itself; by agc, the gradient of each unit (a row of
+    a matrix, a whole vector) to `ratio` times the length of its weights.
 
     Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks",
     algorithm 1; over what the optimizer trains, to the numbers of `torch.nn.utils.clip_grad_norm_`.
+    Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization",
+    equation 3.
     """
 
     api_version: ClassVar[str] = "1.2"
@@ -56,12 +89,26 @@ class ClipPlugin(Plugin[ClipConfig]):
         parameters = [p for p in engine.parameters(step.turn) if p.grad is not None]
         if len(parameters) != len(self._seen) or not all(map(is_, parameters, self._seen)):
             self._seen, self._plain = parameters, _are_plain(parameters)
-        norm = (_clip_plain if self._plain else _clip_any)(parameters, self.config.max_norm)
+        max_norm = self.config.max_norm if self.config.by == "norm" else math.inf
+        norm = (_clip_plain if self._plain else _clip_any)(parameters, max_norm)
+        name = f"grad_norm_{self.label}" if self.label else "grad_norm"
         if step.refused is None:
-            engine.log("grad_norm", norm)
+            engine.log(name, norm)
         else:
             counted = 1.0 - step.refused
-            engine.log("grad_norm", torch.where(counted > 0, norm, 0.0), counted)
+            engine.log(name, torch.where(counted > 0, norm, 0.0), counted)
+        if self.config.by == "value":
+            _clip_values(parameters, self.config.max_value)
+        elif self.config.by == "agc":
+            spared = self._spared(engine.model)
+            for parameter in (p for p in parameters if id(p) not in spared):
+                _clip_units(parameter, self.config.ratio, self.config.eps)
+
+    def _spared(self, model: nn.Module) -> set[int]:
+        """The parameters that adaptive clipping leaves alone."""
+        named = dict(model.named_parameters())
+        key = f"{self.name}.spare"
+        return {id(named[n]) for rule in self.config.spare for n in matching(named, rule, key)}
 
 
 def _are_plain(parameters: Sequence[Parameter]) -> bool:
@@ -91,6 +138,30 @@ def _clip_plain(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
         return norm  # on the host, looking is free: nothing to scale
     torch._foreach_mul_(gradients, (norm + EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0))
     return norm
+
+
+@torch.no_grad()
+def _clip_values(parameters: Sequence[Parameter], limit: float) -> None:
+    """Bring each number of the gradients within the limit, as `clip_grad_value_` does."""
+    for gradient in (local_part(p.grad) for p in parameters if p.grad is not None):
+        gradient.clamp_(-limit, limit)
+
+
+@torch.no_grad()
+def _clip_units(parameter: Parameter, ratio: float, eps: float) -> None:
+    """Bring the gradient of each unit within a ratio of the length of its weights."""
+    gradient = cast(Tensor, parameter.grad)
+    if parameter.ndim > 1:  # a unit is a row, which one process holds whole
+        own, change = local_part(parameter), local_part(gradient)
+        axes = tuple(range(1, own.ndim))
+        weights, lengths = (
+            torch.linalg.vector_norm(t, dim=axes, keepdim=True) for t in (own, change)
+        )
+    else:
+        change = local_part(gradient)
+        weights, lengths = (whole(torch.linalg.vector_norm(t)) for t in (parameter, gradient))
+    longest = weights.clamp(min=eps) * ratio
+    change.mul_(torch.where(lengths > longest, longest / lengths.clamp(min=EPS), 1.0))
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
         name = self.config.metric
         if name not in metrics:
             raise ConfigError(
-                f"early_stop.metric is '{name}', which this evaluation does not have; "
+                f"{self.name}.metric is '{name}', which this evaluation does not have; "
                 f"it has {', '.join(sorted(metrics))}"
             )
         if self._improves(metrics[name]):
@@ -84,4 +84,4 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
         best = "has not been a number"
         if self._best is not None:
             best = f"has not improved on {self._best:.6g} of step {self._best_step}"
-        return f"early_stop: {self.config.metric} {best} for {self._waited} evaluations"
+        return f"{self.name}: {self.config.metric} {best} for {self._waited} evaluations"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nexus_core import CheckpointError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core import Batch, CheckpointError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.processes import local_part
 
 if TYPE_CHECKING:
@@ -19,16 +19,36 @@ if TYPE_CHECKING:
 
 __all__ = ["EmaConfig", "EmaPlugin"]
 
+LIVE = "_live"  # behind the name of a set that is evaluated with the weights themselves
+
 
 class EmaConfig(PluginConfig):
     """Settings of the averaged weights."""
 
-    decay: float = Field(0.999, ge=0, lt=1, description="what the average keeps of itself a step")
+    decay: float = Field(
+        0.999, ge=0, lt=1, description="what the average keeps of itself at an update"
+    )
+    update_every: int = Field(1, ge=1, description="steps between two updates of the average")
     ramp: bool = Field(
         True,
         description="average over fewer steps while there are few: decay is at most (1+n)/(10+n)",
     )
-    evaluate: bool = Field(True, description="evaluate with the average instead of the weights")
+    power: float | None = Field(
+        None,
+        gt=0,
+        description="another ramp: decay is at most 1-n**-power at update n; 2/3 suits long runs, "
+        "3/4 runs of up to some 100,000 steps",
+    )
+    buffers: bool = Field(
+        False,
+        description="average buffers of floating point too (running statistics), instead of "
+        "evaluating with the model's own",
+    )
+    evaluate: bool | Literal["both"] = Field(
+        True,
+        description="evaluate with the average instead of the weights; both: first the average, "
+        "then the weights, as val_live/...",
+    )
 
 
 class EmaPlugin(Plugin[EmaConfig]):
@@ -37,25 +57,27 @@ class EmaPlugin(Plugin[EmaConfig]):
     Training is not changed. Evaluation runs with the average in the model's place, and the
     weights come back bit for bit. The average is kept in float32 at least, is saved with the
     plugin's state, and `weights()` gives it in the names of the model's `state_dict`. Buffers
-    (running statistics) are the model's own.
+    (running statistics) are the model's own, unless they are averaged too.
 
-    Source: Polyak and Juditsky 1992; the ramp is that of `tf.train.ExponentialMovingAverage`.
+    Source: Polyak and Juditsky 1992; the ramp is that of `tf.train.ExponentialMovingAverage`, the
+    one by a power that of Katherine Crowson's EMA warm-up.
     """
 
     api_version: ClassVar[str] = "1.2"
     _average: dict[str, Tensor]
     _updates: int
-    _live: dict[str, nn.Parameter]
-    """The parameters that are averaged, by name."""
+    _live: dict[str, Tensor]
+    """What is averaged, by name."""
     _seen: tuple[tuple[int, bool, bool], ...]
     """Which parameters there were, and of each whether it was trained and without a shape yet."""
 
     def __init__(self, config: EmaConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._average, self._updates, self._live, self._seen = {}, 0, {}, ()
+        self._put_by: list[Tensor] = []
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters, by their names in the model."""
+        """The averaged parameters and buffers, by their names in the model."""
         return dict(self._average)
 
     @hookimpl
@@ -65,11 +87,11 @@ class EmaPlugin(Plugin[EmaConfig]):
         Raises:
             CheckpointError: the saved average is of another model.
         """
-        named = dict(engine.model.named_parameters())
-        if odd := self._average.keys() - named.keys():
+        named = engine.model.state_dict().keys() | dict(engine.model.named_parameters()).keys()
+        if odd := self._average.keys() - named:
             raise CheckpointError(
-                f"ema: the saved average has '{min(odd)}', which the model does not; resume with "
-                "the config that wrote the checkpoint"
+                f"{self.name}: the saved average has '{min(odd)}', which the model does not; "
+                "resume with the config that wrote the checkpoint"
             )
         self._seen = ()
         self._collect(engine)
@@ -84,37 +106,56 @@ class EmaPlugin(Plugin[EmaConfig]):
     @torch.no_grad()
     def on_step(self, step: Step) -> None:
         """Move the average towards the weights; a refused step leaves it where it is."""
+        if step.number % self.config.update_every:
+            return
         self._updates += 1
-        decay = self.config.decay
-        if self.config.ramp:
-            decay = min(decay, (1 + self._updates) / (10 + self._updates))
+        decay = min(self.config.decay, self._ramp(self._updates))
         average = [local_part(self._average[name]) for name in self._live]
         move = 1 - decay if step.refused is None else (1 - decay) * (1 - step.refused)
         weights = [torch.as_tensor(move, dtype=mean.dtype, device=mean.device) for mean in average]
         torch._foreach_lerp_(average, [_wide(local_part(p)) for p in self._live.values()], weights)
+
+    def _ramp(self, update: int) -> float:
+        """The most that the average keeps of itself at an update, counted from 1."""
+        if self.config.power is not None:
+            return 1.0 - float(update**-self.config.power)
+        return (1 + update) / (10 + update) if self.config.ramp else 1.0
 
     @hookimpl
     def evaluating(self) -> AbstractContextManager[object] | None:
         """Evaluate with the average in the weights' place, and bring them back bit for bit."""
         return self._shown() if self.config.evaluate else None
 
+    @hookimpl
+    def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float] | None:
+        """Measure the weights as well, where both are wanted."""
+        if self.config.evaluate != "both" or split.endswith(LIVE):
+            return None
+        _fill(self._live.values(), self._put_by)
+        try:
+            return engine.evaluate({f"{split}{LIVE}": data})
+        finally:
+            _fill(self._live.values(), [self._average[name] for name in self._live])
+
     @contextmanager
     def _shown(self) -> Iterator[None]:
-        before = [parameter.detach().clone() for parameter in self._live.values()]
+        self._put_by = [tensor.detach().clone() for tensor in self._live.values()]
         _fill(self._live.values(), [self._average[name] for name in self._live])
         try:
             yield
         finally:
-            _fill(self._live.values(), before)
+            _fill(self._live.values(), self._put_by)
+            self._put_by = []
 
     def _collect(self, engine: Engine) -> None:
         """Take in what has begun to be trained, with its weights as they are now."""
-        parameters = engine.parameters()
-        seen = tuple((id(p), p.requires_grad, is_lazy(p)) for p in parameters)
+        buffers = _averaged_buffers(engine.model) if self.config.buffers else {}
+        watched = [*engine.parameters(), *buffers.values()]
+        seen = tuple((id(p), p.requires_grad, is_lazy(p)) for p in watched)
         if seen == self._seen:
             return
         named = engine.model.named_parameters()
-        self._live = {n: p for n, p in named if p.requires_grad and not is_lazy(p)}
+        self._live = {n: p for n, p in named if p.requires_grad and not is_lazy(p)} | buffers
         for name, parameter in self._live.items():
             known = name in self._average
             mean = self._fitting(name, parameter) if known else _wide(parameter).clone()
@@ -136,16 +177,24 @@ class EmaPlugin(Plugin[EmaConfig]):
         mean, wide = self._average[name], _wide(parameter)
         if mean.shape != wide.shape or not mean.is_floating_point():
             raise CheckpointError(
-                f"ema: the saved average of '{name}' is {tuple(mean.shape)}, {mean.dtype}, the "
-                f"parameter {tuple(wide.shape)}; resume with the config that wrote the checkpoint"
+                f"{self.name}: the saved average of '{name}' is {tuple(mean.shape)}, {mean.dtype}, "
+                f"the parameter {tuple(wide.shape)}; resume with the config that wrote the "
+                "checkpoint"
             )
         return mean.to(wide.device, wide.dtype)
 
 
 @torch.no_grad()
-def _fill(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
+def _fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
+
+
+def _averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of floating point that are part of the model's state."""
+    saved = model.state_dict().keys()
+    named = model.named_buffers()
+    return {n: b for n, b in named if n in saved and b.is_floating_point() and not is_lazy(b)}
 
 
 def _wide(parameter: Tensor) -> Tensor:

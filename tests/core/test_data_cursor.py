@@ -323,3 +323,46 @@ def test_on_batch_replaces_batches_one_plugin_after_the_other() -> None:
     engine.fit(batches(3, 1), until=1)
     assert seen == [6.0, 7.0]
     assert engine.state.samples == 2
+
+
+class Unsized:
+    """Batches that do not say how many they are."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(batches(0, self._length))
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@given(length=st.integers(1, 9), accumulate=st.integers(1, 4), epochs=st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_the_last_step_of_an_epoch_may_take_what_is_left_of_it(
+    sized: bool, length: int, accumulate: int, epochs: int
+) -> None:
+    """Breaks if a step reaches into the next epoch, or its gradient is not the mean of its own."""
+    data: Any = batches(0, length) if sized else Unsized(length)
+    counter = Counter(accumulate)
+    counter.engine.step_at_epoch_end = True
+    places = []
+    for state in counter.engine.steps(data, until=f"{epochs} epochs"):
+        places.append((len(counter.seen), state.epoch))
+        counter.seen.clear()
+    full, rest = divmod(length, accumulate)
+    sizes = [accumulate] * full + [rest] * bool(rest)
+    assert [size for size, _ in places] == sizes * epochs
+    assert places[-1][1] == epochs
+    model = nn.Linear(1, 1)
+    torch.manual_seed(0)
+    model.reset_parameters()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(epochs):
+        rows = batches(0, length)
+        while rows:
+            step, rows = rows[:accumulate], rows[accumulate:]
+            optimizer.zero_grad()
+            sum(model(x).square().mean() for x in step).div(len(step)).backward()  # type: ignore[union-attr]
+            optimizer.step()
+    for one, other in zip(model.parameters(), counter.engine.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -43,7 +43,8 @@ RULES = (
 )
 EXACT: dict[str, tuple[Any, ...]] = {
     "clip": (partial(ClipPlugin, max_norm=0.1),),
-    "ema": (partial(EmaPlugin, decay=0.9),),
+    "clip, adaptively": (partial(ClipPlugin, by="agc", ratio=0.02),),
+    "ema": (partial(EmaPlugin, decay=0.9, evaluate="both"),),
     "guard": (partial(GuardPlugin, spike_threshold=50.0),),
     "weigh_magnitude": (WeighMagnitudePlugin,),
     "weigh_uncertainty": (WeighUncertaintyPlugin,),
@@ -89,7 +90,7 @@ def way(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("name", EXACT)
 def test_a_technique_gives_the_numbers_of_one_process(name: str, way: Any) -> None:
     """Red if it sees a share of a gradient, of a loss or of a weight and takes it for the whole."""
-    gradient = () if name == "clip" else (partial(ClipPlugin, max_norm=1e9),)
+    gradient = () if name.startswith("clip") else (partial(ClipPlugin, max_norm=1e9),)
     work = partial(
         train_with, way, 12, *EXACT[name], *gradient, optimizer=ADAMW, eval_every=5
     )  # fmt: skip

@@ -30,12 +30,12 @@ class Tied(Net):
         self.again.weight = self.hidden.weight
 
 
-def trained(out: Path) -> Engine:
+def trained(out: Path, ema: type[EmaPlugin] = EmaPlugin) -> Engine:
     """Six steps with an average, saved as final."""
     torch.manual_seed(3)
     model = Tied()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    plugins = [SquaredPlugin(), EmaPlugin(decay=0.5), CheckpointPlugin(every=3)]
+    plugins = [SquaredPlugin(), ema(decay=0.5), CheckpointPlugin(every=3)]
     settings = {"plugins": {"model_tied": {"width": 8}}}
     engine = Engine(model, optimizer, plugins=plugins, out=out, config=settings)
     engine.fit(ResumableLoader(Regression(), 4), until=6)
@@ -66,10 +66,11 @@ def test_export_holds_every_name_with_the_trained_values(source: str, tmp_path: 
     assert (tmp_path / "model/tokenizer.json").read_text() == "{}"
 
 
-def test_export_gives_the_average_on_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ema", [EmaPlugin, EmaPlugin.labelled("slow")], ids=lambda ema: ema.name)
+def test_export_gives_the_average_on_request(ema: type[EmaPlugin], tmp_path: Path) -> None:
     """Red if --ema writes the weights of the last step, be it under one name of a tied weight."""
-    engine = trained(tmp_path / "run")
-    average = engine.plugins["ema"].weights()
+    engine = trained(tmp_path / "run", ema)
+    average = engine.plugins[ema.name].weights()
     code, output = command(tmp_path / "run", "--out", tmp_path / "model", "--ema")
     assert code == 0, output
     weights = load_file(tmp_path / "model/model.safetensors")

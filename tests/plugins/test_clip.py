@@ -113,3 +113,73 @@ def test_refuses_a_norm_that_is_no_length(value: object) -> None:
     """Breaks if a senseless setting gets as far as training."""
     with pytest.raises(ConfigError, match=r"clip\.max_norm"):
         ClipPlugin(max_norm=value)
+
+
+def stepped(plugin: ClipPlugin | None, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    """What one step of size one takes from the weights: the gradient as it was applied."""
+    before = [p.detach().clone() for p in model.parameters()]
+    engine = engine_of(model, plugin or ClipPlugin(max_norm=float("inf")), scale=10.0)
+    norm = engine.fit([batch], until=1).metrics["train/grad_norm"]
+    assert norm > 1, "the length is that before clipping"
+    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2))
+
+
+def test_by_value_each_number_is_limited() -> None:
+    batch = torch.randn(4, 2, 3)
+    whole = stepped(None, small(), batch)
+    found = stepped(ClipPlugin(by="value", max_value=0.05), small(), batch)
+    for one, other in zip(whole, found, strict=True):
+        torch.testing.assert_close(one.clamp(-0.05, 0.05), other, rtol=1e-4, atol=1e-6)
+
+
+def test_adaptive_clipping_limits_each_unit_against_its_weights() -> None:
+    """The equation of the paper, unit by unit, on every parameter but the spared."""
+    batch = torch.randn(4, 2, 3)
+    whole = stepped(None, small(), batch)
+    plugin = ClipPlugin(by="agc", ratio=0.1, eps=0.01, spare=("3.*",))
+    found = stepped(plugin, small(), batch)
+    clipped = 0
+    for (name, weight), gradient, other in zip(
+        small().named_parameters(), whole, found, strict=True
+    ):
+        units = range(len(weight)) if weight.ndim > 1 else [slice(None)]
+        for unit in units:
+            limit = 0.1 * max(float(weight[unit].detach().norm()), 0.01)
+            length = float(gradient[unit].norm())
+            expected = gradient[unit] * min(1.0, limit / length)
+            if name.startswith("3."):
+                expected = gradient[unit]
+            clipped += not name.startswith("3.") and length > limit
+            torch.testing.assert_close(other[unit], expected, rtol=1e-4, atol=1e-6)
+    assert clipped, "something was too long"
+
+
+def test_two_instances_log_their_own_length() -> None:
+    model, late = small(), ClipPlugin.labelled("late")(max_norm=9.0)
+    engine = Engine(model, torch.optim.SGD(model.parameters(), lr=1.0),
+                    loss=lambda m, b: 10 * m(b).square().mean(),
+                    plugins=[ClipPlugin(max_norm=0.5), late])  # fmt: skip
+    metrics = engine.fit([torch.randn(4, 2, 3)], until=1).metrics
+    assert metrics["train/grad_norm"] > metrics["train/grad_norm_late"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"max_value": 0.5},
+            "max_value does nothing with by=norm; leave it out, or set by to value",
+        ),
+        ({"by": "agc", "max_norm": 0.5}, "max_norm does nothing with by=agc"),
+    ],
+)
+def test_a_limit_that_would_not_act_is_refused(settings: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ClipPlugin(**settings)
+    stored = ClipPlugin(by="agc", ratio=0.1).config.model_dump(mode="json")
+    assert ClipPlugin(**stored).config.model_dump(mode="json") == stored, "what is stored is read"

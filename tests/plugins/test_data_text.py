@@ -371,18 +371,20 @@ def tiny_engine(plugins: list[Plugin[Any]], vocabulary: int = 259, **wish: Any) 
     return Engine(model, optimizer, loss=loss, plugins=plugins, **wish)
 
 
-def test_at_names_what_a_step_trained_on(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("ends", [False, True])
+def test_at_names_what_a_step_trained_on(tmp_path: Path, cache: Path, ends: bool) -> None:
     """Finding the documents behind a spike of the loss must give those, not others."""
     lines = sentences(60)
     path = write_lines(tmp_path / "a.txt", lines)
     settings_ = {"train": str(path), "seq_len": 16, "batch_size": 4, "cache_dir": str(cache)}
     recorder = Recorder()
     run = tmp_path / "run"
-    engine = tiny_engine([DataTextPlugin(**settings_), recorder], seed=5, accumulate=3, out=run)
+    wish: dict[str, Any] = {"accumulate": 3, "step_at_epoch_end": ends}
+    engine = tiny_engine([DataTextPlugin(**settings_), recorder], seed=5, out=run, **wish)
     result = engine.fit(until="13 steps")
     assert engine.state.epoch >= 1
     assert math.isfinite(result.metrics["val/loss"])
-    config = {"seed": 5, "accumulate": 3, "plugins": {"data_text": settings_}}
+    config = {"seed": 5, **wish, "plugins": {"data_text": settings_}}
     (run / "config.yaml").write_text(json.dumps(config))
     for step in (1, 7, 13):
         rows = trained_on(run, step)

@@ -140,3 +140,52 @@ def test_an_average_of_another_model_is_refused() -> None:
         CheckpointError, match="saved average has 'strange', which the model does not"
     ):
         engine_of(ema).fit(data(), until="1 step")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_sparse_average_with_a_power_and_buffers_is_that_of_a_loop_by_hand(every: int) -> None:
+    """Breaks if updates come at other steps, ramp otherwise, or leave running statistics out."""
+    ema = EmaPlugin(decay=0.8, power=0.75, update_every=every, buffers=True)
+    engine, twin = engine_of(ema), engine_of()
+    average = copy.deepcopy(twin.model)
+    for place, _ in enumerate(twin.steps(data(), until="9 steps"), start=1):
+        if place % every:
+            continue
+        keep = min(0.8, 1 - (place // every) ** -0.75)
+        for mean, now in zip(
+            average.state_dict().values(), twin.model.state_dict().values(), strict=True
+        ):
+            if mean.is_floating_point():
+                mean.mul_(keep).add_(now, alpha=1 - keep)
+    engine.fit(data(), until="9 steps")
+    for name, mean in ema.weights().items():
+        torch.testing.assert_close(mean, average.state_dict()[name])
+    assert "1.running_mean" in ema.weights()
+    shown: list[Tensor] = []
+
+    class LookPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def loss_terms(self, engine: Engine) -> None:
+            shown.append(engine.model.get_buffer("1.running_var").clone())
+
+    fresh = engine_of(again := EmaPlugin(decay=0.8, power=0.75, update_every=every, buffers=True),
+                      LookPlugin())  # fmt: skip
+    fresh.fit(data(), until="9 steps", eval_data=data())
+    assert torch.equal(shown[-1], again.weights()["1.running_var"])
+    assert torch.equal(
+        fresh.model.get_buffer("1.running_var"), twin.model.get_buffer("1.running_var")
+    )
+
+
+def test_both_weights_are_evaluated_and_training_is_that_without() -> None:
+    """Breaks if the second evaluation sees the average, or leaves it in the model."""
+    plain, both = engine_of(), engine_of(EmaPlugin(decay=0.9, evaluate="both"))
+    average = engine_of(EmaPlugin(decay=0.9))
+    found = [
+        engine.fit(data(), until="6 steps", eval_data=data(), eval_every="2 steps").metrics
+        for engine in (plain, both, average)
+    ]
+    assert found[1]["val_live/loss"] == found[0]["val/loss"]
+    assert found[1]["val/loss"] == found[2]["val/loss"] != found[0]["val/loss"]
+    assert "val_live_live/loss" not in found[1]
+    assert torch.equal(_weight(plain), _weight(both))

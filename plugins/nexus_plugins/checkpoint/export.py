@@ -18,7 +18,7 @@ from nexus_core.plugin import name_of
 from nexus_plugins._shared.files import check_plain_yaml, read_small
 from nexus_plugins.checkpoint import folder
 from nexus_plugins.checkpoint.shards import lay_out
-from nexus_plugins.checkpoint.store import Store, checkpoint_at
+from nexus_plugins.checkpoint.store import checkpoint_at, newest_first, stores_at
 
 __all__ = ["export"]
 
@@ -92,9 +92,8 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
 def _folder_of(source: Path) -> Path:
     if (found := checkpoint_at(source)) is not None:
         return found
-    for root in (source / "checkpoints", source):
-        if folders := Store(root).folders():
-            return folders[-1].resolve()
+    if folders := newest_first(stores_at(source)):
+        return folders[0].resolve()
     raise CheckpointError(
         f"there is no checkpoint at '{source}'; give the folder of one "
         "(runs/x/checkpoints/best) or of a run (runs/x)"
@@ -104,8 +103,9 @@ def _folder_of(source: Path) -> Path:
 def _tokenizer(found: Path) -> bytes | None:
     """The run's tokenizer; a link may lead to what nobody meant to export, and is not followed."""
     path = found.parent.parent / "tokenizer.json"
+    is_of_run = found.parent.name.partition("@")[0] == "checkpoints"
     try:
-        return read_small(path, _TOKENIZER_LIMIT) if found.parent.name == "checkpoints" else None
+        return read_small(path, _TOKENIZER_LIMIT) if is_of_run else None
     except FileNotFoundError:
         return None
     except (OSError, CheckpointError) as error:
@@ -145,13 +145,11 @@ def _named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor
 
 
 def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]:
-    """The averages that `ema` keeps, by the keys and in the dtypes of the weights."""
-    prefix = "plugins.ema.state.average."
-    found = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in content.tensors["state.safetensors"].items()
-        if key.startswith(prefix)
-    }
+    """The averages that `ema`, or the first instance of it, keeps; in the weights' dtypes."""
+    states = content.tensors["state.safetensors"]
+    split = {key: key.partition(".state.average.") for key in states}
+    owners = sorted(o for o, mark, _ in split.values() if mark and _is_ema(o))
+    found = {name: states[key] for key, (owner, _, name) in split.items() if owners[:1] == [owner]}
     if not found or not found.keys() <= keys.keys():
         raise CheckpointError(
             "the checkpoint holds no averaged weights; train with --plugins ema, or leave out --ema"
@@ -161,6 +159,10 @@ def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor
         if mean.shape != weights[keys[name]].shape:
             raise CheckpointError(f"the average of '{name}' has the shape {tuple(mean.shape)}")
     return {keys[name]: mean.to(weights[keys[name]].dtype) for name, mean in found.items()}
+
+
+def _is_ema(owner: str) -> bool:
+    return owner.partition("@")[0] == "plugins.ema"
 
 
 def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any]:

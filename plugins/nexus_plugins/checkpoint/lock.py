@@ -53,7 +53,7 @@ def describe(engine: Engine) -> dict[str, Json]:
     }
     plugins: dict[str, Json] = {}
     for name, plugin in engine.plugins.items():
-        package, distribution = entries.get(name, ("", None))
+        package, distribution = entries.get(name.partition("@")[0], ("", None))
         ours = type(plugin).__module__.split(".")[0] == package and distribution is not None
         settings: dict[str, Json] = in_run_folder(plugin.config.model_dump(mode="json"))
         plugins[name] = {
@@ -77,7 +77,7 @@ def describe(engine: Engine) -> dict[str, Json]:
     }
 
 
-def compare(saved: Json, engine: Engine, policy: Policy) -> list[str]:
+def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str]:
     """Hold a checkpoint's lock against the run that is to resume from it.
 
     Args:
@@ -86,6 +86,7 @@ def compare(saved: Json, engine: Engine, policy: Policy) -> list[str]:
         policy: "exact" refuses other plugins and other versions of them; "compatible" lets
             versions differ, plugins come, and plugins go that kept no state; "force" refuses
             nothing that can be loaded.
+        whose: the plugin whose setting the policy is.
 
     Returns:
         What differs and is accepted, in words.
@@ -114,7 +115,7 @@ def compare(saved: Json, engine: Engine, policy: Policy) -> list[str]:
         raise CheckpointError(
             "the checkpoint was written by another kind of run: " + "; ".join(refused) + ". "
             "Resume with the config in its folder, or accept the difference: "
-            + hint_set("checkpoint.resume_policy", "compatible" if policy == "exact" else "force")
+            + hint_set(f"{whose}.resume_policy", "compatible" if policy == "exact" else "force")
         )
     return [difference.what for difference in differences]
 
@@ -130,7 +131,9 @@ def _order(saved: list[str], now: list[str], engine: Engine) -> Iterator[Differe
         )
 
 
-def drop_foreign_states(states: dict[str, Any], engine: Engine, policy: Policy) -> list[str]:
+def drop_foreign_states(
+    states: dict[str, Any], engine: Engine, policy: Policy, whose: str
+) -> list[str]:
     """Leave out the states of plugins that are not in this run, where the policy allows it.
 
     Returns:
@@ -143,7 +146,7 @@ def drop_foreign_states(states: dict[str, Any], engine: Engine, policy: Policy) 
     if foreign and policy != "force":
         raise CheckpointError(
             f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it: "
-            f"{hint_add(*foreign)}, or lose it: {hint_set('checkpoint.resume_policy', 'force')}"
+            f"{hint_add(*foreign)}, or lose it: {hint_set(f'{whose}.resume_policy', 'force')}"
         )
     for name in foreign:
         del states[name]

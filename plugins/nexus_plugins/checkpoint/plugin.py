@@ -19,7 +19,7 @@ from pydantic import Field
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import CheckpointError, ConfigError, RunError
 from nexus_core.plugin import StateDict
-from nexus_core.processes import Ranks, gather, is_sharded, local_part
+from nexus_core.processes import gather, is_sharded, local_part
 from nexus_core.snapshot import Snapshot
 from nexus_plugins.checkpoint import course, folder, lock
 from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
@@ -27,10 +27,11 @@ from nexus_plugins.checkpoint.hostcopy import HostCopy
 from nexus_plugins.checkpoint.kinds import Kinds, kinds_of
 from nexus_plugins.checkpoint.optimizer import describe_optimizer, take_over
 from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
+from nexus_plugins.checkpoint.reading import read, read_newest, read_path
 from nexus_plugins.checkpoint.run_lock import RunLock
 from nexus_plugins.checkpoint.shards import Shards, lay_out, layout_of
 from nexus_plugins.checkpoint.storable import check_storable, plain
-from nexus_plugins.checkpoint.store import NAMES, Store, checkpoint_at, step_of
+from nexus_plugins.checkpoint.store import NAMES, Store, newest_first, step_of
 from nexus_plugins.checkpoint.validate import checked
 from nexus_plugins.checkpoint.writer import Writer
 
@@ -99,7 +100,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     """Saves the whole state of a run, and finds the newest good one to resume from.
 
     A checkpoint is a folder `OUT/checkpoints/step-00000100` that is written beside, synced and
-    renamed, so that it is whole or not there; `best` and `final` are links to such folders. The
+    renamed, so that it is whole or not there; `best` and `final` are links to such folders. Those
+    of a further instance, `checkpoint@f1`, are in `OUT/checkpoints@f1`. The
     loop is held for a copy to host memory; a thread writes. Nothing is ever pickled or unpickled.
     """
 
@@ -152,10 +154,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._best = self._best_written = None
         self._look(engine)
         store = self._own_store(engine)
-        folders = store.folders()
-        asked, source = source, course.source_for(source, store.root, saved=bool(folders))
+        saved = newest_first(self._stores(engine))
+        asked, source = source, course.source_for(source, store.root, saved=bool(saved))
         if source == "auto":
-            check_same_step(step_of(folders[-1].name) if folders else -1, engine.ranks)
+            check_same_step(step_of(saved[0].name) if saved else -1, engine.ranks)
         content = self._find(engine, source)
         check_same_step(content.step if content else -1, engine.ranks)
         if content is None:
@@ -176,7 +178,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._store = self._own_store(engine)
         self._speaks = engine.ranks.is_main
         if engine.ranks.is_main:
-            self._run_lock = RunLock(self._store.root.parent)
+            self._run_lock = RunLock(self._store.root.parent, self.label)
             self._store.recover()
             self._make_way(engine)
             self._tell_notices()
@@ -192,7 +194,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             return
         if name not in metrics:
             warnings.warn(
-                f"checkpoint.best is '{name}', which this evaluation does not measure; it has "
+                f"{self.name}.best is '{name}', which this evaluation does not measure; it has "
                 f"{', '.join(sorted(metrics))}",
                 RuntimeWarning,
                 stacklevel=2,
@@ -224,7 +226,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
         """Where the checkpoints are."""
-        return {"checkpoints": str(engine.out / "checkpoints")} if engine.out else {}
+        return {self._folder: str(engine.out / self._folder)} if engine.out else {}
 
     @hookimpl
     def on_close(self) -> None:
@@ -331,18 +333,29 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _find(self, engine: Engine, source: str) -> folder.Content | None:
         """The checkpoint that a source means; None: "auto", and nothing is saved yet."""
         if source not in ("auto", *NAMES):
-            return _read_path(Path(source), engine.ranks)
-        store = self._own_store(engine)
+            return read_path(Path(source), engine.ranks)
         if source != "auto":
-            return _read(store.named(source), engine.ranks)
-        return _newest(store, engine.ranks) if store.folders() else None
+            return read(self._own_store(engine).named(source), engine.ranks)
+        return read_newest(self._stores(engine), engine.ranks)
+
+    @property
+    def _folder(self) -> str:
+        """The name of the folder that this instance saves to."""
+        return f"checkpoints@{self.label}" if self.label else "checkpoints"
+
+    def _stores(self, engine: Engine) -> list[Store]:
+        """Those of all instances of this run, the own one last."""
+        own, mine = self._own_store(engine), self.name.partition("@")[0]
+        labels = [name.partition("@") for name in engine.plugins if name != self.name]
+        others = [f"checkpoints{at}{label}" for name, at, label in labels if name == mine]
+        return [*(Store(own.root.with_name(folder)) for folder in others), own]
 
     def _own_store(self, engine: Engine) -> Store:
         if engine.out is None:
             raise ConfigError(
                 "the checkpoint plugin needs the run's folder: pass out=... to the Engine"
             )
-        return Store(engine.out / "checkpoints")
+        return Store(engine.out / self._folder)
 
     def _make_way(self, engine: Engine) -> None:
         """Keep checkpoints of another course of this run from being taken for this one's."""
@@ -371,11 +384,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     def _snapshot(self, content: folder.Content, engine: Engine) -> Snapshot:
         policy = self.config.resume_policy
-        differences = lock.compare(content.documents["lock.json"], engine, policy)
+        differences = lock.compare(content.documents["lock.json"], engine, policy, self.name)
         lay_out(content, layout_of(engine))
         snapshot = own_share(_unpack(content, engine, self._kinds or {}), engine.ranks, engine.seed)
         states = cast(dict[str, Any], snapshot["plugins"])
-        for name in lock.drop_foreign_states(states, engine, policy):
+        for name in lock.drop_foreign_states(states, engine, policy, self.name):
             differences.append(f"the state of plugin '{name}' is lost")
         differences += take_over(
             snapshot,
@@ -444,60 +457,6 @@ def _unpack(
         model._metadata = modules  # type: ignore[attr-defined]
     snapshot["model"] = model
     return snapshot
-
-
-def _read(path: Path, ranks: Ranks) -> folder.Content:
-    """Read a checkpoint in every process; where one finds a fault, all do.
-
-    Raises:
-        CheckpointError: it is not whole.
-    """
-    content, fault = None, ""
-    try:
-        content = folder.read(path, ranks)
-    except CheckpointError as error:
-        fault = str(error)
-    faults = [fault for fault in gather(ranks, fault) if fault]
-    if content is None or faults:
-        raise CheckpointError(faults[0])
-    return content
-
-
-def _newest(store: Store, ranks: Ranks) -> folder.Content:
-    """The newest checkpoint that is whole; those passed over are said.
-
-    Raises:
-        CheckpointError: none is.
-    """
-    faults = []
-    for path in reversed(store.folders()):
-        try:
-            content = _read(path, ranks)
-            if content.step != step_of(path.name):
-                raise CheckpointError(f"{path} is of step {content.step}, as its manifest says")
-        except CheckpointError as error:
-            faults.append(str(error))
-            continue
-        for fault in faults:
-            _say(f"passed over a damaged checkpoint: {fault}")
-        return content
-    raise CheckpointError(
-        f"no checkpoint in {store.root} is whole: {'; '.join(faults)}. Restore one from a copy, or "
-        "begin again in another --out"
-    )
-
-
-def _read_path(path: Path, ranks: Ranks) -> folder.Content:
-    """The checkpoint at a path, or the newest good one of the run at a path."""
-    if (found := checkpoint_at(path)) is not None:
-        return _read(found, ranks)
-    for root in (path / "checkpoints", path):
-        if Store(root).folders():
-            return _newest(Store(root), ranks)
-    raise CheckpointError(
-        f"there is no checkpoint at '{path}'; give the folder of one "
-        "(runs/x/checkpoints/step-00000100), of a run (runs/x), or auto, best or final"
-    )
 
 
 def _fresh(engine: Engine) -> Snapshot:

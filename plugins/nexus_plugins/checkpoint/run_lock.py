@@ -27,14 +27,15 @@ class RunLock:
 
     Args:
         folder: of the run; made if it is not there.
+        label: of the instance that saves, where a run has several.
 
     Raises:
         CheckpointError: another run holds it (its process id and since when are named), or the
             folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "run.lock"
+    def __init__(self, folder: Path, label: str = "") -> None:
+        self._path = folder / f"run{label and '@'}{label}.lock"
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             folder.mkdir(parents=True, exist_ok=True)

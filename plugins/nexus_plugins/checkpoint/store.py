@@ -15,7 +15,15 @@ from nexus_core.errors import CheckpointError
 from nexus_plugins._shared.files import read_small
 from nexus_plugins.checkpoint.folder import MANIFEST, Content, read_manifest, sync, write
 
-__all__ = ["NAMES", "Store", "checkpoint_at", "is_checkpoint", "step_of"]
+__all__ = [
+    "NAMES",
+    "Store",
+    "checkpoint_at",
+    "is_checkpoint",
+    "newest_first",
+    "step_of",
+    "stores_at",
+]
 
 NAMES = ("best", "final")
 _STEP = re.compile(r"step-(\d{8,20})")
@@ -216,6 +224,18 @@ class Store:
                     f"{path} cannot be {done}: {error.strerror or error}; it stays, and the run "
                     "continues"
                 )
+
+
+def stores_at(path: Path) -> list[Store]:
+    """Those of a run, by the labels of its instances, or the one that the path itself is."""
+    labelled = sorted(path.glob("checkpoints@*"), reverse=True)
+    return [Store(root) for root in (path, *labelled, path / "checkpoints")]
+
+
+def newest_first(stores: Iterable[Store]) -> list[Path]:
+    """The checkpoint folders of several stores; of one step, that of the last store comes first."""
+    found = [folder for store in stores for folder in store.folders()]
+    return sorted(found, key=lambda folder: step_of(folder.name))[::-1]
 
 
 def step_of(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -80,12 +81,20 @@ def trained_on(run: Path, step: int) -> list[Row]:
     _check_same(run, data)
     loader = ResumableLoader(data.train, plugin.config.batch_size, seed, collate=as_it_is)
     rows = []
-    for micro in range((step - 1) * accumulate, step * accumulate):
-        epoch, batch = divmod(micro, len(loader))
+    ends = settings.get("step_at_epoch_end") is True
+    for epoch, batch in _batches(step, accumulate, len(loader), ends):
         samples = loader.sample_ids(epoch, batch).tolist()
         shown = zip(samples, _excerpts(data.train, samples, data.tokenizer), strict=True)
         rows += [Row(epoch, batch, sample, excerpts) for sample, excerpts in shown]
     return rows
+
+
+def _batches(step: int, accumulate: int, length: int, ends: bool) -> list[tuple[int, int]]:
+    """The epoch and number of each batch of a step; where steps `end` with epochs, of one epoch."""
+    if not ends:
+        return [divmod(n, length) for n in range((step - 1) * accumulate, step * accumulate)]
+    epoch, place = divmod(step - 1, math.ceil(length / accumulate))
+    return [(epoch, n) for n in range(length)[place * accumulate : (place + 1) * accumulate]]
 
 
 def _check_same(run: Path, data: TextData) -> None:

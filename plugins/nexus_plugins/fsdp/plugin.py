@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FsdpPlugin"]
 
+Metrics = list[Mapping[str, float]]
+
 
 class FsdpPlugin(Parallel[FsdpConfig]):
     """Gives every process its slice of each batch, and a part of every weight.
@@ -135,6 +137,12 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     def evaluating(self, engine: Engine) -> AbstractContextManager[object]:
         """Part the weights again after an evaluation, before others see them."""
         return _parting(engine.model)
+
+    @hookimpl(wrapper=True)
+    def measure(self, engine: Engine) -> Generator[None, Metrics, Metrics]:
+        """Part the weights again after a set, before others put other weights in their place."""
+        part_again(engine.model)
+        return (yield)
 
     def _divide(self, model: nn.Module, engine: Engine) -> None:
         self._marks = marks(model)

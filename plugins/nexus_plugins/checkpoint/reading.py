@@ -1,0 +1,71 @@
+"""Find and read a checkpoint in all processes of a run, with one answer for all of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from nexus_core.errors import CheckpointError
+from nexus_core.processes import Ranks, gather
+from nexus_plugins.checkpoint.folder import Content
+from nexus_plugins.checkpoint.folder import read as read_folder
+from nexus_plugins.checkpoint.store import Store, checkpoint_at, newest_first, step_of, stores_at
+
+__all__ = ["read", "read_newest", "read_path"]
+
+
+def read(path: Path, ranks: Ranks) -> Content:
+    """Read a checkpoint in every process; where one finds a fault, all do.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    content, fault = None, ""
+    try:
+        content = read_folder(path, ranks)
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [fault for fault in gather(ranks, fault) if fault]
+    if content is None or faults:
+        raise CheckpointError(faults[0])
+    return content
+
+
+def read_newest(stores: list[Store], ranks: Ranks) -> Content | None:
+    """The newest checkpoint that is whole; those passed over are said. None: nothing is saved.
+
+    Raises:
+        CheckpointError: none of several is.
+    """
+    faults = []
+    for path in newest_first(stores):
+        try:
+            content = read(path, ranks)
+            if content.step != step_of(path.name):
+                raise CheckpointError(f"{path} is of step {content.step}, as its manifest says")
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            warnings.warn(
+                f"passed over a damaged checkpoint: {fault}", RuntimeWarning, stacklevel=2
+            )
+        return content
+    if not faults:
+        return None
+    raise CheckpointError(
+        f"no checkpoint in {stores[-1].root} is whole: {'; '.join(faults)}. Restore one "
+        "from a copy, or begin again in another --out"
+    )
+
+
+def read_path(path: Path, ranks: Ranks) -> Content:
+    """The checkpoint at a path, or the newest good one of the run at a path."""
+    if (found := checkpoint_at(path)) is not None:
+        return read(found, ranks)
+    if (found_newest := read_newest(stores_at(path), ranks)) is not None:
+        return found_newest
+    raise CheckpointError(
+        f"there is no checkpoint at '{path}'; give the folder of one "
+        "(runs/x/checkpoints/step-00000100), of a run (runs/x), or auto, best or final"
+    )

@@ -1,0 +1,120 @@
+"""Freezes parameters for a part of the run, and thaws them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ConfigDict, Field
+from torch import nn
+
+from nexus_core import ConfigError, IntervalField, Plugin, PluginConfig, hookimpl
+from nexus_plugins._shared.parameters import matching
+
+if TYPE_CHECKING:
+    from nexus_core import Engine, TrainState
+
+__all__ = ["FreezeConfig", "FreezePlugin", "FreezeRule"]
+
+_EXAMPLE: Any = {"rules": [{"match": "embedding*", "until": "2 epochs"}]}
+
+
+class FreezeRule(PluginConfig):
+    """What is frozen, and when."""
+
+    match: str = Field(description="pattern of parameter names, as of files: 'encoder.*'")
+    start: IntervalField | None = Field(
+        None, description="frozen from then on; null: from the beginning"
+    )
+    until: IntervalField | None = Field(None, description="thawed then; null: never")
+    statistics: bool = Field(
+        True,
+        description="freeze running statistics too, by evaluation mode of a batch norm whose "
+        "parameters are frozen",
+    )
+
+
+class FreezeConfig(PluginConfig):
+    """Settings of freezing by schedule."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+    rules: tuple[FreezeRule, ...] = Field(
+        min_length=1, description="each with a pattern; what any rule freezes is frozen"
+    )
+
+
+class FreezePlugin(Plugin[FreezeConfig]):
+    """Leaves parameters as they are for a part of the run, and trains them afterwards.
+
+    They keep their place in the optimizer, get no gradient, no update and no weight decay, and cost
+    no backward pass below the lowest layer that is trained. What was frozen before the run stays
+    so. When a rule acts is a function of how far the run is, so nothing is saved.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+
+    def __init__(self, config: FreezeConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._named: dict[str, nn.Parameter] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self._matched: list[tuple[FreezeRule, list[str]]] = []
+        self._frozen: set[str] = set()
+        self._still: set[str] = set()  # the modules whose statistics are frozen
+
+    @hookimpl(stage="claim")
+    def on_start(self, engine: Engine) -> None:
+        """Find what the rules match, and freeze what is to be frozen now.
+
+        Raises:
+            ConfigError: a rule matches nothing, freezes all there is, or
+                acts for a part of a run of several processes.
+        """
+        self._named = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
+        self._modules = dict(engine.model.named_modules())
+        key, rules = f"{self.name}.rules", self.config.rules
+        self._matched = [(rule, matching(self._named, rule.match, key)) for rule in rules]
+        changing = [rule.match for rule in rules if rule.start or rule.until]
+        if changing and engine.ranks.size > 1:
+            raise ConfigError(
+                f"{key}: '{changing[0]}' is frozen for a part of the run, and several processes "
+                "settle at its start which gradients they sum; leave out start and until, or train "
+                "in one process"
+            )
+        self._apply(engine)
+
+    @hookimpl
+    def on_step_end(self, engine: Engine) -> None:
+        """Freeze and thaw what is due in the next step."""
+        self._apply(engine)
+
+    @hookimpl
+    def on_close(self) -> None:
+        """Give the model back as it was."""
+        self._set(set(), set())
+
+    def _apply(self, engine: Engine) -> None:
+        now = [(rule, names) for rule, names in self._matched if _acts(rule, engine.state)]
+        frozen = {name for _, names in now for name in names}
+        if frozen == self._named.keys():
+            raise ConfigError(
+                f"{self.name}: every parameter that is trained is frozen at step "
+                f"{engine.state.step}; leave some out of the rules"
+            )
+        holders = {n.rpartition(".")[0] for rule, names in now if rule.statistics for n in names}
+        self._set(frozen, {name for name in holders if _keeps_statistics(self._modules[name])})
+
+    def _set(self, frozen: set[str], still: set[str]) -> None:
+        for name in self._frozen ^ frozen:
+            self._named[name].requires_grad_(name not in frozen)
+        for name in self._still ^ still:
+            self._modules[name].train(name not in still)
+        self._frozen, self._still = frozen, still
+
+
+def _acts(rule: FreezeRule, state: TrainState) -> bool:
+    begun = rule.start is None or rule.start.reached(state)
+    return begun and not (rule.until is not None and rule.until.reached(state))
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether it is a module such as batch norm: buffers of its own, and nothing below it."""
+    return any(True for _ in module.buffers(recurse=False)) and not list(module.children())

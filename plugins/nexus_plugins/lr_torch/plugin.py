@@ -1,0 +1,235 @@
+"""The learning rate by any scheduler of PyTorch's kind: an object, a function, or its name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from pydantic import ConfigDict, Field
+from torch.optim import SGD
+
+from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.optimizers import members
+from nexus_plugins.lr_torch.turning import Every, Turning, find, is_scheduler, make
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["LrTorchConfig", "LrTorchPlugin"]
+
+Setting = bool | int | float | str | list[float] | list[int] | None
+METRIC = "val/loss"
+"""What a scheduler that needs a metric is turned by, where nothing else is said."""
+
+
+class LrTorchConfig(PluginConfig):
+    """Settings of a scheduler."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"scheduler": "StepLR", "settings": {"step_size": 100}}]}
+    )
+    scheduler: str = Field(
+        description="class in torch.optim.lr_scheduler, such as OneCycleLR, or the import path of "
+        "what makes a scheduler of an optimizer, such as transformers.get_scheduler; in Python "
+        "also the scheduler itself, or such a function"
+    )
+    settings: dict[str, Setting] = Field(
+        {}, description="arguments of what makes the scheduler, besides the optimizer"
+    )
+    every: Every = Field("step", description="when it is turned; one of timm counts both by itself")
+    metric: str | None = Field(
+        None,
+        description="metric of evaluations (val/accuracy) or logs (train/loss) for a scheduler "
+        "that goes by one; null: val/loss",
+    )
+
+
+class LrTorchPlugin(Plugin[LrTorchConfig]):
+    """Sets the learning rate by a scheduler as PyTorch, transformers and timm have them.
+
+    A scheduler that is given in Python, or made by a function that is, drives the optimizer of the
+    run itself, each of its groups and its momentum, as in a loop by hand. One that settings name
+    drives an optimizer of its own with the run's base learning rate; all groups of the run follow
+    the ratio of its rate to the base, and momentum is not touched. It takes its turn when a step
+    is complete, counted as the run counts: a step of several micro-batches is one, and so is a
+    refused one.
+
+    Args:
+        scheduler: a config; or a scheduler over the run's optimizer, a function or class that makes
+            one of it, or a list of these for several optimizers.
+    """
+
+    slot: ClassVar[str | None] = "lr"
+    state_version: ClassVar[int] = 2
+
+    def __init__(self, scheduler: Any = None, /, **settings: object) -> None:
+        config = scheduler if isinstance(scheduler, LrTorchConfig) else None
+        several = isinstance(scheduler, Sequence) and not isinstance(scheduler, str)
+        self._given: Sequence[Any] = ()
+        if isinstance(scheduler, str):
+            settings["scheduler"] = scheduler
+        elif scheduler is not None and config is None:
+            self._given = scheduler if several else [scheduler]
+            settings["scheduler"] = ", ".join(map(_name, self._given))
+        super().__init__(config, **settings)
+        self._turning: list[Turning] = []
+        self._shadow: SGD | None = None
+        self._base: float | None = None
+        self._saved: StateDict = {}
+        self._was_measured = False
+
+    @hookimpl
+    def on_build(self, engine: Engine) -> None:
+        """Make what is to drive the run's own optimizer.
+
+        Raises:
+            ConfigError: it is no scheduler, or drives another optimizer.
+        """
+        known = [engine.optimizer, *members(engine.optimizer).values()]
+        for given in self._given:
+            if is_scheduler(given):
+                if not any(getattr(given, "optimizer", one) is one for one in known):
+                    raise ConfigError(
+                        f"lr_torch: {_name(given)} drives another optimizer than the run's; make "
+                        "it over the one that the Engine gets, or pass a function that makes it"
+                    )
+                self._turn(given)
+            elif callable(given):
+                self._turn(make(given, engine.optimizer, self.config.settings, _name(given)))
+            else:
+                raise ConfigError(
+                    f"LrTorchPlugin takes a scheduler, a function that makes one of an optimizer, "
+                    f"or a list of them; got {given!r:.200}"
+                )
+
+    @hookimpl(stage="clock")
+    def on_start(self, engine: Engine) -> None:
+        """Build the scheduler that settings name, and bring it to where the run is.
+
+        Raises:
+            ConfigError: there is no such scheduler, it does not take the settings, or another
+                plugin sets the rates that it drives.
+        """
+        if self._given and engine.hook.lr_scale(engine=engine):
+            raise ConfigError(
+                "lr_torch drives the optimizer's learning rates itself, and another plugin sets "
+                "them too (a rule of schedule for optimizer.lr?); leave one of them out, or give "
+                "lr_torch its scheduler by name in settings"
+            )
+        if not self._given and not self._turning:
+            self._build(float(engine.optimizer.param_groups[0]["initial_lr"]))
+        self._follow(engine)
+
+    @hookimpl
+    def lr_scale(self, engine: Engine) -> float | None:
+        """The ratio of the scheduler's rate to the base; none where it drives the run's own."""
+        if self._shadow is None or self._base is None:
+            return None
+        self._follow(engine)
+        return float(self._shadow.param_groups[0]["lr"]) / self._base
+
+    @hookimpl
+    def on_log(self, metrics: dict[str, float]) -> None:
+        """Take a turn by a training metric."""
+        self._measure(metrics)
+
+    @hookimpl(stage="decide")
+    def on_eval(self, metrics: dict[str, float]) -> None:
+        """Take a turn by a metric of the evaluation.
+
+        Raises:
+            ConfigError: the evaluation of this set does not have it.
+        """
+        split = self._metric.partition("/")[0]
+        if self._metric not in metrics and any(name.startswith(f"{split}/") for name in metrics):
+            raise ConfigError(
+                f"{self.name}.metric is '{self._metric}', which this evaluation does not have; it "
+                f"has {', '.join(sorted(metrics))}"
+            )
+        self._measure(metrics)
+
+    @hookimpl
+    def on_step_end(self, engine: Engine) -> None:
+        """Take the turns of the step."""
+        self._follow(engine)
+
+    @hookimpl
+    def on_finish(self) -> None:
+        """Say where a scheduler has waited for a metric that nobody measured."""
+        if not self._was_measured and any(turning.measures for turning in self._turning):
+            warnings.warn(
+                f"{self.config.scheduler} goes by '{self._metric}', which was never measured, so "
+                "the learning rate has not moved; pass eval_data and eval_every, or set "
+                f"{self.name}.metric",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> StateDict:
+        """The scheduler's state, and what it drives where that is not the run's optimizer."""
+        if not self._turning:
+            return {}
+        state: StateDict = {"schedulers": [turning.state() for turning in self._turning]}
+        if self._shadow is not None:
+            group = self._shadow.param_groups[0]
+            own = {key: value for key, value in group.items() if key != "params"}
+            state |= {"base": self._base, "group": own}
+        return state
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave, or keep it until the scheduler is built."""
+        self._saved = state
+        if "base" in state:
+            self._base = cast(float, state["base"])
+        if self._turning and "schedulers" in state:
+            states = cast(list[StateDict], state["schedulers"])
+            for turning, own in zip(self._turning, states, strict=True):
+                turning.load(own)
+            if self._shadow is not None:
+                self._shadow.param_groups[0].update(cast(Mapping[str, Any], state["group"]))
+
+    def migrate(self, state: StateDict, from_version: int) -> StateDict:
+        """The base alone was saved: the turns are made again from there."""
+        return state
+
+    @property
+    def _metric(self) -> str:
+        return self.config.metric or METRIC
+
+    def _build(self, base: float) -> None:
+        if self._base is None:
+            self._base = base
+        self._shadow = SGD([torch.zeros(1, requires_grad=True)], lr=self._base)
+        name = self.config.scheduler
+        self._turn(make(find(name), self._shadow, self.config.settings, name))
+        self._shadow.step()  # a scheduler warns where it turns before the first step
+        self.load_state_dict(self._saved)
+
+    def _turn(self, scheduler: Any) -> None:
+        turning = Turning(scheduler, self.config.every)
+        if self.config.metric and not (turning.measures or turning.is_told):
+            raise ConfigError(
+                f"{self.name}.metric is '{self.config.metric}', and {_name(scheduler)} does not go "
+                "by a metric; leave it out, or take ReduceLROnPlateau"
+            )
+        self._turning.append(turning)
+
+    def _measure(self, metrics: Mapping[str, float]) -> None:
+        if self._metric in metrics:
+            self._was_measured = True
+            for turning in self._turning:
+                if turning.measures:
+                    turning.measured(float(metrics[self._metric]))
+
+    def _follow(self, engine: Engine) -> None:
+        at, metric = engine.state, engine.metrics.get(self._metric)
+        for turning in self._turning:
+            turning.follow(at.step, at.epoch, metric)
+
+
+def _name(given: Any) -> str:
+    """What a scheduler or function is called."""
+    named: Callable[..., Any] = given if hasattr(given, "__qualname__") else type(given)
+    return f"{named.__module__}.{named.__qualname__}"

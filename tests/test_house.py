@@ -69,7 +69,7 @@ LARGER = {
     "nexus_core/data.py": 230,
     "nexus_core/engine.py": ENGINE,
     "nexus_core/testing/contract.py": 315,
-    "plugins/nexus_plugins/checkpoint/folder.py": 200,
+    "plugins/nexus_plugins/_shared/checkpoints/folder.py": 200,
     "plugins/nexus_plugins/checkpoint/optimizer.py": 270,
     "plugins/nexus_plugins/checkpoint/plugin.py": 345,
     "plugins/nexus_plugins/data_text/dataset.py": 240,

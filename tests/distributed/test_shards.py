@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nexus_core import CheckpointError
-from nexus_plugins.checkpoint import folder as checkpoint_folder
+from nexus_plugins._shared.checkpoints import folder as checkpoint_folder
 from nexus_plugins.checkpoint.export import export
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin

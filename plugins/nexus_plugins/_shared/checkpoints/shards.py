@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks, is_sharded, local_part
+from nexus_plugins._shared.checkpoints.folder import SHARDS, Content, sync
+from nexus_plugins._shared.checkpoints.tensorfile import HashingReader, check_size
 from nexus_plugins._shared.files import opened
-from nexus_plugins.checkpoint.folder import SHARDS, Content, sync
-from nexus_plugins.checkpoint.tensorfile import HashingReader, check_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -1,0 +1,236 @@
+"""What a setting names by its place, called with arguments that are checked beforehand."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+
+import torch
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from torch import Tensor, nn
+
+from nexus_core.errors import ConfigError, NexusError, hint_set, suggestion
+from nexus_core.plugin import PluginConfig
+
+__all__ = ["Arguments", "Call", "Callee", "callee", "check_arguments", "takes"]
+
+Arguments: TypeAlias = dict[str, JsonValue]
+_PLAIN = (bool, int, float, str, NoneType, Path, Any)
+_CONTAINERS = (list, tuple, dict, set, frozenset, Sequence, Mapping, Union, UnionType, Literal)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Call(PluginConfig):
+    """A function or class by its place, and arguments for it; a place alone has none."""
+
+    call: str = Field(
+        min_length=1,
+        description="function or class: ./file.py:name, package.module:name or package.module.name",
+    )
+    args: Arguments = Field({}, description="its arguments, by name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_alone(cls, given: object) -> object:
+        return {"call": given} if isinstance(given, str) else given
+
+
+@dataclass(frozen=True)
+class Callee:
+    """A function or class that a setting names.
+
+    Args:
+        function: what is called.
+        place: where it is, as the setting says it.
+        key: the setting, for messages.
+        args: its arguments by name, checked against its signature.
+    """
+
+    function: Callable[..., Any]
+    place: str
+    key: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *given: object) -> Any:
+        """Call it; an error from within says which setting led there."""
+        with self._named():
+            return self.function(*given, **self.args)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except NexusError:
+            raise
+        except Exception as error:
+            error.add_note(f"{self.key}: {self.place}")
+            raise
+
+
+def callee(key: str, call: Call, given: Sequence[str] = (), *, prefix: str = "args") -> Callee:
+    """Load what a setting names, and hold the arguments against its signature.
+
+    Args:
+        key: the setting, such as "model".
+        call: what it says.
+        given: what the trainer passes first, in words, for the message.
+        prefix: where the arguments are within the setting; empty: beside `call`.
+
+    Raises:
+        ConfigError: it cannot be loaded or called, or an argument is unknown, missing or of
+            another type than its annotation says.
+    """
+    found = located(key, call.call)
+    where = f"{key}.{prefix}" if prefix else key
+    args = check_arguments(found, call.call, call.args, where, given)
+    return Callee(found, call.call, key, args)
+
+
+def check_arguments(
+    function: Callable[..., Any],
+    place: str,
+    args: Arguments,
+    key: str,
+    given: Sequence[str] = (),
+    *,
+    whole: bool = True,
+) -> dict[str, Any]:
+    """Hold arguments against a signature.
+
+    Args:
+        function: whose.
+        place: where it is, as the setting says it.
+        args: by name, as a config file can say them.
+        key: the setting that they are in.
+        given: what the trainer passes first, in words.
+        whole: whether an argument without a default must be there.
+
+    Returns:
+        The arguments in the types of the annotations: a tuple where a list was given, a tensor
+        where one of numbers was.
+
+    Raises:
+        ConfigError: one is unknown, missing or of another type.
+    """
+    parameters = parameters_of(function)
+    if parameters is None:
+        return dict(args)
+    own = _without_given(parameters, given, place, key)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in own.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for name in args:
+        if name not in named and not open_ended:
+            taken = f"It takes: {', '.join(named) or 'none'}"
+            said = f"{place} has no argument '{name}'.{suggestion(name, named)} {taken}"
+            if name in parameters:
+                said = f"the trainer passes '{name}' to {place} itself; leave it out"
+            raise ConfigError(f"unknown key '{key}.{name}': {said}")
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in args]
+    if missing and whole:
+        raise ConfigError(
+            f"{place} needs its argument '{missing[0]}', which has no default; set it: "
+            f"{hint_set(f'{key}.{missing[0]}', 'VALUE')}"
+        )
+    return {
+        name: _fitting(named[name].annotation, value, f"{key}.{name}", f"'{name}' of {place}")
+        if name in named
+        else value
+        for name, value in args.items()
+    }
+
+
+def takes(function: Callable[..., Any], place: int, *names: str) -> bool:
+    """Whether the positional parameter at a place goes by one of some names."""
+    positional = [p for p in (parameters_of(function) or {}).values() if p.kind in _POSITIONAL]
+    return len(positional) > place and positional[place].name in names
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a function or class, by name; None: it does not say."""
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except Exception:
+        pass
+    try:
+        return inspect.signature(function).parameters
+    except (ValueError, TypeError):
+        return None
+
+
+def located(key: str, place: str) -> Callable[..., Any]:
+    """The function or class at a place.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import importlib
+
+    module, _, name = place.partition(":")
+    if not name:
+        module, _, name = place.rpartition(".")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ConfigError(
+            f"{key}.call: {place} is a {type(found).__name__}; name a function or a class"
+        )
+    function: Callable[..., Any] = found
+    return function
+
+
+def _without_given(
+    parameters: Mapping[str, inspect.Parameter], given: Sequence[str], place: str, key: str
+) -> dict[str, inspect.Parameter]:
+    """The parameters that are left for the settings."""
+    positional = [name for name, p in parameters.items() if p.kind in _POSITIONAL]
+    if len(positional) < len(given) and not any(
+        p.kind is p.VAR_POSITIONAL for p in parameters.values()
+    ):
+        raise ConfigError(
+            f"{key.partition('.')[0]}: {place} is called with ({', '.join(given)}), and takes "
+            f"({', '.join(parameters)}); give it {len(given)} positional parameters"
+        )
+    taken = set(positional[: len(given)])
+    return {name: p for name, p in parameters.items() if name not in taken}
+
+
+def _fitting(annotation: Any, value: JsonValue, key: str, whose: str) -> Any:
+    """The value in the type of the annotation, as far as that says something simple."""
+    if isinstance(value, list) and Tensor in (annotation, *get_args(annotation)):
+        return torch.tensor(value, dtype=torch.get_default_dtype())
+    if not _is_simple(annotation):
+        return value
+    try:
+        return TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        said = fault["msg"][:1].lower() + fault["msg"][1:]
+        raise ConfigError(
+            f"{key}: got {value!r:.80}; {whose} is {_written(annotation)}: {said}"
+        ) from None
+
+
+def _is_simple(annotation: Any) -> bool:
+    """Whether pydantic reads the annotation as Python does: plain types, and containers of them."""
+    origin = get_origin(annotation)
+    if origin is Literal or annotation in _PLAIN:
+        return True
+    if origin is None:
+        return isinstance(annotation, type) and (
+            annotation in _CONTAINERS or issubclass(annotation, Enum) or is_dataclass(annotation)
+        )
+    return origin in _CONTAINERS and all(
+        part is Ellipsis or _is_simple(part) for part in get_args(annotation)
+    )
+
+
+def _written(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)

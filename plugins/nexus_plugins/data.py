@@ -95,14 +95,14 @@ class DataPlugin(Plugin[DataConfig]):
             made = _Called(self._make)
         if isinstance(made, RunData):
             made = {"train": made.train, "valid": made.valid, "codec": made.codec}
-        parts = _parts(made, self.config.call)
+        parts = _parts(made, self._make.place)
         train = self._batches(parts["train"], "train", engine)
         sets = {name: self._batches(d, name, engine) for name, d in _sets(parts["valid"]).items()}
         return RunData(train, sets, parts["codec"])
 
     def _batches(self, data: Any, name: str, engine: Engine) -> Iterable[Batch]:
         size = self.config.batch_size
-        where = f"data: the '{name}' data of {self.config.call}"
+        where = f"data: the '{name}' data of {self._make.place}"
         trains = name == "train"
         _check_iterable(data, where, again=not trains)
         if size is None:
@@ -189,6 +189,8 @@ class _StatefulStream(_Stream):
 
 def _parts(made: Any, place: str) -> dict[str, Any]:
     """What was returned, by its part: `train`, `valid` and `codec`."""
+    if isinstance(made, list) and all(isinstance(part, Dataset | DataLoader) for part in made):
+        made = tuple(made)  # as random_split gives them
     if isinstance(made, tuple):
         if not 2 <= len(made) <= 3:
             raise ConfigError(f"data: {place} returned a tuple of {len(made)}; {RETURNS}")
@@ -220,8 +222,8 @@ def _check_iterable(data: Any, where: str, *, again: bool) -> None:
         raise DataError(f"{where} is a {type(data).__name__}, which cannot be iterated; {RETURNS}")
     if again and isinstance(data, Iterator):
         raise DataError(
-            f"{where} is a {type(data).__name__}, which can be read once, and each evaluation reads "
-            "it; return what can be read again: a list, a data set, a loader"
+            f"{where} is a {type(data).__name__}, which can be read once, and each evaluation "
+            "reads it; return what can be read again: a list, a data set, a loader"
         )
 
 

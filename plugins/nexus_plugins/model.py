@@ -46,7 +46,7 @@ class ModelPlugin(Plugin[ModelConfig]):
         model = self._make()
         if not isinstance(model, nn.Module):
             raise ConfigError(
-                f"model: {self.config.call} returned a {type(model).__name__}; it must return a "
+                f"model: {self._make.place} returned a {type(model).__name__}; it must return a "
                 "torch.nn.Module"
             )
         return model

@@ -106,14 +106,14 @@ class OptimPlugin(Plugin[OptimConfig]):
         self._of_model = takes(self._make.function, 0, "model", "module")
         if self._of_model and self.config.groups:
             raise ConfigError(
-                f"optim.groups: {call.call} takes the model, and groups its parameters itself; "
-                "leave the groups out"
+                f"optim.groups: {self._make.place} takes the model, and groups its parameters "
+                "itself; leave the groups out"
             )
         is_class = isinstance(self._make.function, type)
         self._groups = [
             check_arguments(
                 self._make.function,
-                call.call,
+                self._make.place,
                 group.arguments(),
                 f"optim.groups.{number}",
                 first,
@@ -137,9 +137,8 @@ class OptimPlugin(Plugin[OptimConfig]):
         try:
             made: Optimizer = self._make(given)
         except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"optim: {self.config.call} refuses its arguments: {error}"
-            ) from error
+            said = f"optim: {self._make.place} refuses its arguments: {error}"
+            raise ConfigError(said) from error
         return made
 
     def _parameters(self, model: nn.Module) -> list[Any]:

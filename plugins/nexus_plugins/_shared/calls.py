@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import torch
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 
+from nexus_core import places
 from nexus_core.errors import ConfigError, NexusError, hint_set, suggestion
 from nexus_core.plugin import PluginConfig
 
@@ -31,8 +32,7 @@ class Call(PluginConfig):
     """A function or class by its place, and arguments for it; a place alone has none."""
 
     call: str = Field(
-        min_length=1,
-        description="function or class: ./file.py:name, package.module:name or package.module.name",
+        min_length=1, description="function or class: ./file.py:name or package.module:name"
     )
     args: Arguments = Field({}, description="its arguments, by name")
 
@@ -87,10 +87,10 @@ def callee(key: str, call: Call, given: Sequence[str] = (), *, prefix: str = "ar
         ConfigError: it cannot be loaded or called, or an argument is unknown, missing or of
             another type than its annotation says.
     """
-    found = located(key, call.call)
+    found, place = located(key, call.call), places.shown(call.call)
     where = f"{key}.{prefix}" if prefix else key
-    args = check_arguments(found, call.call, call.args, where, given)
-    return Callee(found, call.call, key, args)
+    args = check_arguments(found, place, call.args, where, given)
+    return Callee(found, place, key, args)
 
 
 def check_arguments(
@@ -170,20 +170,22 @@ def located(key: str, place: str) -> Callable[..., Any]:
     Raises:
         ConfigError: there is none.
     """
-    import importlib
-
-    module, _, name = place.partition(":")
-    if not name:
-        module, _, name = place.rpartition(".")
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
+    try:
+        found = places.load(place)
+    except ConfigError as error:
+        raise ConfigError(f"{key}.call: {error}") from error
+    if isinstance(found, ModuleType):
+        own = [n for n, v in vars(found).items() if getattr(v, "__module__", "") == found.__name__]
+        raise ConfigError(
+            f"{key}.call: {places.shown(place)} is a whole module; name what is to be called in "
+            f"it, such as {places.shown(place)}:{own[0] if own else 'NAME'}"
+        )
     if isinstance(found, nn.Module) or not callable(found):
         raise ConfigError(
-            f"{key}.call: {place} is a {type(found).__name__}; name a function or a class"
+            f"{key}.call: {places.shown(place)} is a {type(found).__name__}; name a function or a "
+            "class"
         )
-    function: Callable[..., Any] = found
-    return function
+    return found
 
 
 def _without_given(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Criterion(Given):
         self.module: nn.Module | None = None
         if isinstance(located("loss", call.call), type):
             made = callee("loss", call)
-            function = Callee(made(), call.call, "loss")
+            function = Callee(made(), made.place, "loss")
             self.module = function.function if isinstance(function.function, nn.Module) else None
             self._facts = {name: getattr(function.function, name, None) for name in _FACTS}
         else:
@@ -92,9 +92,9 @@ class Criterion(Given):
             self._facts = {n: defaults[n].default if n in defaults else None for n in _FACTS}
             self._facts |= {n: value for n, value in function.args.items() if n in _FACTS}
         super().__init__(function, target)
-        self._counts_rows = units is not None and units.call == ROWS
-        counted = None if units is None or self._counts_rows else units
-        self._count = counted and Given(callee("loss.units", counted, ("target",)), target, 0)
+        self._count: Given | None = None
+        if units is not None and units.call != ROWS:
+            self._count = Given(callee("loss.units", units, ("target",)), target, 0)
         self.is_mean = units is None
         self._check()
 
@@ -118,9 +118,8 @@ class Criterion(Given):
         """Move its tensors, such as the weights of classes, to the device."""
         if self.module is not None:
             self.module.to(device)
-        args = {
-            n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.function.args.items()
-        }
+        given = self.function.args.items()
+        args = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in given}
         self.function = replace(self.function, args=args)
 
     def units(self, batch: Batch) -> Tensor | float:
@@ -129,10 +128,10 @@ class Criterion(Given):
             found: Tensor | float = self._count(batch)
             return found
         ignored, weight = self._facts["ignore_index"], self._facts["weight"]
-        target = None if self._counts_rows or ignored is None else self.target(batch)
+        target = self.target(batch) if self.is_mean and ignored is not None else None
         if not isinstance(target, Tensor) or target.is_floating_point():  # of which each row counts
             return float(batch_size(batch)[0])
-        counted = target != ignored
+        counted = target != cast(int, ignored)
         if isinstance(weight, Tensor):  # the mean is one of weighted labels
             return weight.to(target.device)[target[counted]].sum()
         return counted.sum()

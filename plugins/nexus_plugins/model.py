@@ -18,12 +18,12 @@ class ModelConfig(Call):
     """Which function or class makes the model, and with which arguments."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"call": "torch.nn:Linear", "args": {"in_features": 8}}]}
+        json_schema_extra={"examples": [{"call": "./net.py:build", "args": {"width": 64}}]}
     )
 
 
 class ModelPlugin(Plugin[ModelConfig]):
-    """Trains the model that a function or class of yours makes, with arguments from the settings.
+    """Trains the model that a function or class makes, with arguments from the settings.
 
     The arguments are checked against its signature before anything is built. The generators have
     the run's seed when it is called, and its weights are moved to the run's device afterwards.

@@ -87,7 +87,7 @@ class OptimConfig(_Flat, Call):
 
 
 class OptimPlugin(Plugin[OptimConfig]):
-    """Trains with any optimizer class: one of `torch.optim`, of an installed package, or of yours.
+    """Trains with any optimizer class: one of `torch.optim`, of a package, or your own.
 
     All settings are the class's own, and what is left out has its default. So, unlike with
     `optim_adamw`, weight decay shrinks every parameter that no group spares. A function works too;

@@ -57,9 +57,9 @@ def hits(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class Net(nn.Module):
     """Points of the plane to two classes."""
 
-    def __init__(self, width: int = 8, depth: int = 1, act: str = "relu") -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(2, width), getattr(nn, "ReLU")(), nn.Dropout(0.1))
+        self.body = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Dropout(0.1))
         self.head = nn.Linear(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,3 +80,28 @@ def batches(sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     for size in sizes:
         part, samples = samples[:size], samples[size:]
         yield torch.stack([x for x, _ in part]), torch.stack([y for _, y in part])
+
+
+def both(sizes: list[int]) -> tuple[list[Any], list[Any]]:
+    return list(batches(sizes)), list(batches([4]))
+
+
+def right(output: Tensor, target: Tensor) -> Tensor:
+    """Of each row, whether its class is right."""
+    return output.argmax(1) == target
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return right(output, target).float().mean()
+
+
+def pair(output: Tensor, target: Tensor, scale: float = 1.0) -> tuple[Tensor, float]:
+    return right(output, target).sum() * scale, float(len(target))
+
+
+def word(output: Tensor, target: Tensor) -> str:
+    return "good"
+
+
+def reconstruction(output: Tensor, batch: Tensor) -> Tensor:
+    return (output - batch).square().sum()

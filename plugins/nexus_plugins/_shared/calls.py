@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_valid
 from torch import Tensor, nn
 
 from nexus_core import places
-from nexus_core.errors import ConfigError, NexusError, hint_set, suggestion
+from nexus_core.errors import ConfigError, NexusError, suggestion
 from nexus_core.plugin import PluginConfig
 
 __all__ = ["Arguments", "Call", "Callee", "callee", "check_arguments", "takes"]
@@ -127,7 +127,7 @@ def check_arguments(
     named = {n: p for n, p in own.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for name in args:
         if name not in named and not open_ended:
-            taken = f"It takes: {', '.join(named) or 'none'}"
+            taken = f"It takes: {', '.join(named) or 'nothing'}"
             said = f"{place} has no argument '{name}'.{suggestion(name, named)} {taken}"
             if name in parameters:
                 said = f"the trainer passes '{name}' to {place} itself; leave it out"
@@ -135,8 +135,8 @@ def check_arguments(
     missing = [n for n, p in named.items() if p.default is p.empty and n not in args]
     if missing and whole:
         raise ConfigError(
-            f"{place} needs its argument '{missing[0]}', which has no default; set it: "
-            f"{hint_set(f'{key}.{missing[0]}', 'VALUE')}"
+            f"{place} needs its argument '{missing[0]}', which has no default; set "
+            f"{key}.{missing[0]}"
         )
     return {
         name: _fitting(named[name].annotation, value, f"{key}.{name}", f"'{name}' of {place}")
@@ -168,7 +168,7 @@ def located(key: str, place: str) -> Callable[..., Any]:
     """The function or class at a place.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: nothing that can be called is there.
     """
     try:
         found = places.load(place)

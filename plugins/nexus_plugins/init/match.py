@@ -110,7 +110,7 @@ def match(
         own: the model's, by name; tied ones are one object.
         theirs: the source's, by their names there.
         names: the new names of those to these.
-        only: patterns of names to take; none: all.
+        only: patterns of names to take; without any, all.
         skip: patterns of names to leave as they are.
 
     Raises:

@@ -107,7 +107,7 @@ class Criterion(Given):
             )
         wanted = "mean" if self.is_mean else "sum"
         if isinstance(reduction, str) and reduction != wanted:
-            how = hint_set("loss.args.reduction", wanted)
+            how = f"loss.args.reduction={wanted}"
             other = "; for a sum, say with loss.units what it is over" if self.is_mean else ""
             raise ConfigError(
                 f"loss: the reduction of {place} is '{reduction}', and with loss.units "

@@ -43,7 +43,7 @@ def checkpoint_of(source: Path) -> Path:
     """The folder of the checkpoint that a path means: of one, or of a run its newest.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it means no checkpoint.
     """
     if (found := checkpoint_at(source)) is not None:
         return found

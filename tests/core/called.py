@@ -105,3 +105,11 @@ def word(output: Tensor, target: Tensor) -> str:
 
 def reconstruction(output: Tensor, batch: Tensor) -> Tensor:
     return (output - batch).square().sum()
+
+
+def summed(samples: list[int], offset: int = 0) -> Tensor:
+    return torch.tensor(sum(samples) + offset)
+
+
+def of_model(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr)

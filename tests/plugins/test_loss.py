@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import called
 from nexus_core import Batch, ConfigError, DataError, Engine
 from nexus_core.testing import tiny_model
+from nexus_plugins._shared.calls import Call
 from nexus_plugins.loss import LossPlugin
 from nexus_plugins.loss.criterion import Criterion
 
@@ -86,7 +87,7 @@ def test_a_step_has_the_gradient_of_all_its_labels_however_it_is_split(
 def test_a_mean_over_one_micro_batch_is_itself_to_the_bit(mean: float, units: int) -> None:
     """The law behind "the same bits as by hand": (mean * units) / units, and its derivative."""
     leaf = torch.tensor(mean, requires_grad=True)
-    criterion = Criterion(LossPlugin(call="torch.nn.functional:mse_loss").config, None, None)
+    criterion = Criterion("loss", Call(call="torch.nn.functional:mse_loss"), None, None)
     criterion.function = criterion.function.__class__(lambda output, target: output, "", "loss")
     total = criterion.sum((0, 0), leaf, torch.tensor(units)) / float(units)
     total.backward()
@@ -126,7 +127,7 @@ def test_evaluation_and_metrics_are_means_over_the_whole_set() -> None:
     ],
 )
 def test_targets_are_found(batch: Batch, settings: dict[str, Any]) -> None:
-    criterion = Criterion(LossPlugin(call="called:pair").config, settings.get("target"), units=None)
+    criterion = Criterion("loss", Call(call="called:pair"), settings.get("target"), units=None)
     assert criterion.target(batch) == 5
 
 
@@ -140,7 +141,7 @@ def test_targets_are_found(batch: Batch, settings: dict[str, Any]) -> None:
     ],
 )
 def test_missing_targets_are_told(batch: Batch, settings: dict[str, Any], said: str) -> None:
-    criterion = Criterion(LossPlugin(call="called:pair").config, settings.get("target"), units=None)
+    criterion = Criterion("loss", Call(call="called:pair"), settings.get("target"), units=None)
     with pytest.raises(DataError, match=said):
         criterion.target(batch)
 

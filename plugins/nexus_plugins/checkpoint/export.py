@@ -106,7 +106,7 @@ def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any
     The settings of the model's plugin, and its state: what it found out by itself.
     """
     blocks = _blocks(content.config)
-    name = next((name for name in blocks if name.startswith("model_")), None)
+    name = next((n for n in blocks if n == "model" or n.startswith("model_")), None)
     place: Any = content.documents["state.json"]
     for key in ("plugins", name, "state"):
         place = place.get(key) if isinstance(place, dict) else None

@@ -81,13 +81,13 @@ class InitPlugin(Plugin[InitConfig]):
     def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
         """Freeze what is to be frozen, before the optimizer looks at it."""
         model = yield
-        freeze(model, self.config.freeze, "init.freeze")
+        freeze(model, self.config.freeze, f"{self.name}.freeze")
         return model
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
         """Freeze the same in a model that the program brought."""
-        freeze(engine.model, self.config.freeze, "init.freeze")
+        freeze(engine.model, self.config.freeze, f"{self.name}.freeze")
 
     @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:

@@ -32,6 +32,7 @@ class Given:
     def __init__(self, function: Callee, target: str | int | None, before: int = 1) -> None:
         self.function = function
         self._target = target
+        self._setting = f"{function.key.partition('.')[0]}.target"
         named = function.function
         self._whole = takes(getattr(named, "forward", named), before, "batch")
 
@@ -52,7 +53,7 @@ class Given:
                 known = list(batch) if isinstance(batch, Mapping) else []
                 said = suggestion(str(self._target), map(str, known))
                 raise DataError(
-                    f"loss.target is {self._target!r}, which {_described(batch)} does not have."
+                    f"{self._setting} is {self._target!r}, which {_described(batch)} does not have."
                     f"{said}"
                 ) from None
         if isinstance(batch, list | tuple) and len(batch) > 1:
@@ -62,7 +63,7 @@ class Given:
             return batch[found[0]]
         raise DataError(
             f"which entry of {_described(batch)} is the target of {self.function.place}? Set it, "
-            f"such as {hint_set('loss.target', 'label')}, or call the function's second parameter "
+            f"such as {hint_set(self._setting, 'label')}, or call the function's second parameter "
             "'batch', to get all of it"
         )
 
@@ -71,7 +72,8 @@ class Criterion(Given):
     """The loss: a function of `(output, target)`, or a class whose objects are one.
 
     Args:
-        call: names it.
+        key: the setting that names it.
+        call: what the setting says.
         target: key or place of the targets in a batch.
         units: what says how many units they hold, for a sum; None: it is a mean.
 
@@ -79,39 +81,40 @@ class Criterion(Given):
         ConfigError: it cannot be called so, has weights of its own, or its reduction is another.
     """
 
-    def __init__(self, call: Call, target: str | int | None, units: Call | None) -> None:
+    def __init__(self, key: str, call: Call, target: str | int | None, units: Call | None) -> None:
         self.module: nn.Module | None = None
-        if isinstance(located("loss", call.call), type):
-            made = callee("loss", call)
-            function = Callee(made(), made.place, "loss")
+        if isinstance(located(key, call.call), type):
+            made = callee(key, call)
+            function = Callee(made(), made.place, key)
             self.module = function.function if isinstance(function.function, nn.Module) else None
             self._facts = {name: getattr(function.function, name, None) for name in _FACTS}
         else:
-            function = callee("loss", call, ("output", "target"))
+            function = callee(key, call, ("output", "target"))
             defaults = parameters_of(function.function) or {}
             self._facts = {n: defaults[n].default if n in defaults else None for n in _FACTS}
             self._facts |= {n: value for n, value in function.args.items() if n in _FACTS}
         super().__init__(function, target)
         self._count: Given | None = None
         if units is not None and units.call != ROWS:
-            self._count = Given(callee("loss.units", units, ("target",)), target, 0)
+            self._count = Given(callee(f"{key}.units", units, ("target",)), target, 0)
         self.is_mean = units is None
         self._check()
 
     def _check(self) -> None:
-        place, reduction = self.function.place, self._facts["reduction"]
+        key, place = self.function.key, self.function.place
+        reduction = self._facts["reduction"]
         if self.module is not None and any(True for _ in self.module.parameters()):
             raise ConfigError(
-                f"loss: {place} has parameters, which no optimizer would train; put them into the "
+                f"{key}: {place} has parameters, which no optimizer would train; put them into the "
                 "model"
             )
-        wanted = "mean" if self.is_mean else "sum"
-        if isinstance(reduction, str) and reduction != wanted:
-            how = f"loss.args.reduction={wanted}"
-            other = "; for a sum, say with loss.units what it is over" if self.is_mean else ""
+        fitting = ("mean", "batchmean") if self.is_mean else ("sum",)
+        if isinstance(reduction, str) and reduction not in fitting:
+            how = f"{key}.args.reduction={fitting[0]}"
+            other = f"; for a sum, say with {key}.units what it is over" if self.is_mean else ""
             raise ConfigError(
-                f"loss: the reduction of {place} is '{reduction}', and with loss.units "
-                f"{'unset' if self.is_mean else 'set'} it must be '{wanted}': {how}{other}"
+                f"{key}: the reduction of {place} is '{reduction}', and with {key}.units "
+                f"{'unset' if self.is_mean else 'set'} it must be '{fitting[0]}': {how}{other}"
             )
 
     def to(self, device: torch.device) -> None:
@@ -150,8 +153,8 @@ class Criterion(Given):
         loss = self(batch, output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ConfigError(
-                f"loss: {self.function.place} returned {_shape(loss)}; it must return a tensor of "
-                "one number" + ", the mean" * self.is_mean
+                f"{self.function.key}: {self.function.place} returned {_shape(loss)}; it must "
+                "return a tensor of one number" + ", the mean" * self.is_mean
             )
         loss = loss.reshape(())
         if not self.is_mean:

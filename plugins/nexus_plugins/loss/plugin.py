@@ -68,9 +68,9 @@ class LossPlugin(bases.Loss[LossConfig]):
     def __init__(self, config: LossConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         target = self.config.target
-        self._criterion = Criterion(self.config, target, self.config.units)
+        self._criterion = Criterion(self.name, self.config, target, self.config.units)
         self._metrics = {
-            name: Given(callee(f"loss.metrics.{name}", call, ("output", "target")), target)
+            name: Given(callee(f"{self.name}.metrics.{name}", call, ("output", "target")), target)
             for name, call in self.config.metrics.items()
         }
         self._evaluated: Tensor | float = 0.0  # units of the batch that an evaluation is at

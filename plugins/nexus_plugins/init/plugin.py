@@ -106,8 +106,8 @@ class InitPlugin(Plugin[InitConfig]):
         self._check(found, weights)
         _fill(engine.model, own, {n: weights.tensors[old] for n, old in found.taken.items()})
         numbers = sum(weights.tensors[old].numel() for old in found.taken.values())
-        self._taken = len(found.taken)
-        taken = f"{len(found.taken)} of {len(own)} tensors ({numbers:,} numbers)"
+        self._taken = len({id(own[name]) for name in found.taken})  # tied ones count once
+        taken = f"{self._taken} of {len({*map(id, own.values())})} tensors ({numbers:,} numbers)"
         self._note = "; ".join([f"{taken} from {weights.origin}", *found.faults()])
         if not found.is_whole and engine.ranks.is_main:
             warnings.warn(f"init: took {self._note}", RuntimeWarning, stacklevel=2)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
-from nexus_plugins._shared.calls import Arguments, Call, callee, check_arguments, takes
+from nexus_plugins._shared.calls import Arguments, Call, as_json, callee, check_arguments, takes
 from nexus_plugins._shared.parameters import freeze, matching
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _Flat(PluginConfig):
             return given
         own = {key: value for key, value in given.items() if key in cls.model_fields}
         others = {key: value for key, value in given.items() if key not in own}
-        return {**own, "args": {**own.get("args", {}), **others}}
+        return {**own, "args": as_json({**own.get("args", {}), **others})}
 
     @model_serializer(mode="wrap")
     def _stored(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:

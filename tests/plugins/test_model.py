@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,16 @@ def test_what_is_no_model_is_refused_and_errors_within_name_the_setting(folder: 
         tiny_engine(plugin(folder, "text"))
     with pytest.raises(RuntimeError, match="no such layer") as raised:
         tiny_engine(plugin(folder, "broken"))
-    assert any("model: ./net_" in note for note in raised.value.__notes__)
+    (line,) = (n for n, text in enumerate(NET.splitlines(), 1) if "no such layer" in text)
+    assert any(re.match(rf"model: ./net_.*, line {line}$", n) for n in raised.value.__notes__)
+
+
+def test_a_program_may_give_the_function_itself() -> None:
+    plugin = ModelPlugin(call=called.Net, args={"width": 3})
+    assert plugin.config.model_dump(mode="json")["call"] == "called:Net"
+    assert plugin.make_model().head.in_features == 3
+    with pytest.raises(ConfigError, match="is not at the top of a module"):
+        ModelPlugin(call=lambda: None)
 
 
 def test_a_run_ends_in_the_bits_of_a_loop_by_hand() -> None:

@@ -115,6 +115,11 @@ def test_arguments_stay_beside_the_others_when_they_are_written_down() -> None:
     assert read.run.plugins["optim"] == {"momentum": 0.5}
 
 
+def test_a_program_may_give_the_class_itself_and_tuples() -> None:
+    plugin = OptimPlugin(call=torch.optim.AdamW, betas=(0.8, 0.9))
+    assert plugin.make_optimizer(engine_over(called.Net())).defaults["betas"] == (0.8, 0.9)
+
+
 def test_the_schema_of_config_files_admits_them() -> None:
     schema = OptimPlugin.config_class.model_json_schema()
     groups = schema["$defs"]["OptimGroupConfig"]

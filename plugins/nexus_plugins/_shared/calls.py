@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -13,14 +15,21 @@ from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import torch
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from nexus_core import places
 from nexus_core.errors import ConfigError, NexusError, suggestion
 from nexus_core.plugin import PluginConfig
 
-__all__ = ["Arguments", "Call", "Callee", "callee", "check_arguments", "takes"]
+__all__ = ["Arguments", "Call", "Callee", "as_json", "callee", "check_arguments", "takes"]
 
 Arguments: TypeAlias = dict[str, JsonValue]
 _PLAIN = (bool, int, float, str, NoneType, Path, Any)
@@ -39,7 +48,33 @@ class Call(PluginConfig):
     @model_validator(mode="before")
     @classmethod
     def _place_alone(cls, given: object) -> object:
-        return {"call": given} if isinstance(given, str) else given
+        return given if isinstance(given, dict) else {"call": given}
+
+    @field_validator("call", mode="before")
+    @classmethod
+    def _place_of(cls, given: object) -> object:
+        """A function or class that a program gives goes by its place, as in a config."""
+        if not callable(given) or not hasattr(given, "__qualname__"):
+            return given
+        if not given.__qualname__.replace(".", "").isidentifier():
+            raise ValueError(
+                f"{given.__qualname__} is not at the top of a module; name one that is"
+            )
+        return f"{given.__module__}:{given.__qualname__}"
+
+    @field_validator("args", mode="before")
+    @classmethod
+    def _as_json(cls, given: object) -> object:
+        return as_json(given)
+
+
+def as_json(value: object) -> object:
+    """What a config file says in place of a value of a program: a list for a tuple."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -70,8 +105,15 @@ class Callee:
         except NexusError:
             raise
         except Exception as error:
-            error.add_note(f"{self.key}: {self.place}")
+            error.add_note(f"{self.key}: {self.place}{self._line_of(error)}")
             raise
+
+    def _line_of(self, error: Exception) -> str:
+        """Where in the file of the function an error is from."""
+        module = sys.modules.get(getattr(self.function, "__module__", ""))
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if f.filename == getattr(module, "__file__", None)]
+        return f", line {lines[-1]}" if lines else ""
 
 
 def callee(key: str, call: Call, given: Sequence[str] = (), *, prefix: str = "args") -> Callee:

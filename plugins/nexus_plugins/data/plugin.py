@@ -49,7 +49,12 @@ class DataConfig(Call):
         "indexed",
     )
     drop_last: bool = Field(False, description="leave out a last batch that is not full")
-    num_workers: int = Field(0, ge=0, description="processes that read ahead; 0: none")
+    num_workers: int = Field(
+        0,
+        ge=0,
+        description="processes that read ahead; 0: none",
+        json_schema_extra={"resume": "ignored"},
+    )
     collate: Call | None = Field(
         None, description="makes a batch of a list of samples; null: PyTorch's default_collate"
     )

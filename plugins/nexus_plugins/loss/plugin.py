@@ -43,7 +43,9 @@ class LossConfig(Call, bases.LossConfig):
         "that counts them; null: the loss is a mean",
     )
     metrics: dict[str, Call] = Field(
-        {}, description="functions of output and targets to log beside the loss, by their name"
+        {},
+        description="functions of output and targets to log beside the loss, by their name",
+        json_schema_extra={"resume": "ignored"},
     )
 
     @field_validator("metrics")

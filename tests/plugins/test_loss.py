@@ -154,6 +154,7 @@ def test_missing_targets_are_told(batch: Batch, settings: dict[str, Any], said: 
         ({"call": "called:pair", "args": {"scael": 1}}, "'loss.args.scael'.*mean 'scale'"),
         ({"call": "torch.nn:CrossEntropyLoss", "args": {"reduction": "sum"}},
          "reduction of .* is 'sum'.*'mean'.*loss.args.reduction=mean.*loss.units"),
+        ({"call": "torch.nn:CrossEntropyLoss", "args": {"weight": ["a"]}}, "got .*is a tensor"),
         ({"call": "torch.nn:MSELoss", "units": "rows"}, "is 'mean'.*must be 'sum'"),
         ({"call": "called:Net"}, "has parameters, which no optimizer would train"),
         ({"call": "called:pair", "metrics": {"loss": "called:pair"}}, "cannot be called 'loss'"),

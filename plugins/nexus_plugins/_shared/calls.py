@@ -198,8 +198,8 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Paramete
     """The parameters of a function or class, by name; None: it does not say."""
     try:
         return inspect.signature(function, eval_str=True).parameters
-    except Exception:
-        pass
+    except (NameError, AttributeError, TypeError, ValueError, SyntaxError, ImportError):
+        pass  # annotations for type checkers alone, or no signature at all
     try:
         return inspect.signature(function).parameters
     except (ValueError, TypeError):
@@ -248,8 +248,12 @@ def _without_given(
 
 def _fitting(annotation: Any, value: JsonValue, key: str, whose: str) -> Any:
     """The value in the type of the annotation, as far as that says something simple."""
-    if isinstance(value, list) and Tensor in (annotation, *get_args(annotation)):
-        return torch.tensor(value, dtype=torch.get_default_dtype())
+    union = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    if isinstance(value, list) and Tensor in (annotation, *union):
+        try:
+            return torch.tensor(value, dtype=torch.get_default_dtype())
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{key}: got {value!r:.80}; {whose} is a tensor: {error}") from None
     if not _is_simple(annotation):
         return value
     try:

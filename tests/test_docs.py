@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -211,8 +212,16 @@ def test_commands_and_what_they_name_exist(block: Block) -> None:
             assert block.note != "fails", f"this works: {shlex.join(words)}"
 
 
+@pytest.fixture(scope="module")
+def beside_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the file of code that configs name; Python has one module of its name."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copy(ROOT / "examples/digits/net.py", folder)
+    return folder
+
+
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
-def test_config_blocks_are_configs(block: Block, tmp_path: Path) -> None:
+def test_config_blocks_are_configs(block: Block, beside_code: Path) -> None:
     """Red when a page shows a setting that there is not."""
     if block.note:
         pytest.skip(block.note)
@@ -221,7 +230,7 @@ def test_config_blocks_are_configs(block: Block, tmp_path: Path) -> None:
         content = {"plugins": content}
     elif not content.keys() & {"preset", *RunConfig.model_fields}:
         pytest.skip("a file of another program")
-    path = tmp_path / "my.yaml"
+    path = beside_code / "my.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     build_plugins(read_settings(str(path)))
 
@@ -356,3 +365,10 @@ def test_reference_shows_the_engine_and_every_hook() -> None:
 def test_a_page_without_a_marker_stays_as_it_is() -> None:
     assert with_reference("# Title\n\n`<!-- settings: clip -->` in a line\n").startswith("# Title")
     assert with_reference("plain") == "plain"
+
+
+def test_the_files_of_a_page_are_those_of_its_example() -> None:
+    page, example = DOCS / "howto/own.md", ROOT / "examples/digits"
+    (code,), config = blocks(page, "python"), blocks(page, "yaml")[0]
+    assert code.text == (example / "net.py").read_text()
+    assert config.text == (example / "my.yaml").read_text()

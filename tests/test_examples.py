@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +137,35 @@ def test_a_port_is_equal_to_its_loop_by_hand(name: str, tmp_path: Path) -> None:
     if name != "12_word_language_model":
         pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits")
     number(PORTS[name], run(name, tmp_path))
+
+
+@pytest.mark.slow
+def test_two_files_are_a_run_that_reads_digits_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """As a new user: an empty folder, two short files, `nexus-run my.yaml`."""
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    lines = {}
+    for name in ("net.py", "my.yaml"):
+        shutil.copy(EXAMPLES / "digits" / name, tmp_path)
+        lines[name] = (tmp_path / name).read_text().splitlines()
+    assert len(lines["net.py"]) <= 22
+    assert len(lines["my.yaml"]) <= 12
+    command("nexus-run", "my.yaml", "--out", "run", folder=tmp_path)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    best = json.loads((tmp_path / "run/checkpoints/best/state.json").read_text())
+    assert summary["metrics"]["val/accuracy"] >= 0.97
+    assert best["plugins"]["checkpoint"]["state"]["value"] >= summary["metrics"]["val/accuracy"]
+    assert "val/accuracy" in (tmp_path / "run/metrics.jsonl").read_text()
+    short = ("--set", "until=1 epochs", "--kills", "2", "--out", "proof")
+    said = command("nexus-run", "verify-resume", "my.yaml", *short, folder=tmp_path)
+    assert "2 kills" in said
+    assert "the same bits" in said
+
+
+def command(tool: str, *arguments: str, folder: Path) -> str:
+    """What a command of this project prints."""
+    place = Path(sys.executable).with_name(tool)
+    ran = subprocess.run(
+        [str(place), *arguments], cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor
 
 import nexus_core
@@ -72,7 +73,7 @@ LARGER = {
     "nexus_core/cli/verify_resume.py": 255,
     "nexus_core/engine.py": ENGINE,
     "nexus_core/testing/contract.py": 315,
-    "plugins/nexus_plugins/checkpoint/folder.py": 200,
+    "plugins/nexus_plugins/_shared/checkpoints/folder.py": 200,
     "plugins/nexus_plugins/checkpoint/optimizer.py": 270,
     "plugins/nexus_plugins/checkpoint/plugin.py": 345,
     "plugins/nexus_plugins/data_text/dataset.py": 240,
@@ -171,10 +172,13 @@ def test_assignments_to_an_engine_are_seen() -> None:
 
 
 WORDS = {
-    *("checkpoint", "clip", "compile", "console", "curriculum", "diagnose", "freeze", "guard"),
-    *("metrics", "offload", "recompute", "schedule", "throughput"),
+    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
+    *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
+    "throughput",
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""
+PARTS = {"data", "loss", "model"}
+"""Those of them by which the core calls parts of a run: a slot, an entry of a snapshot, a term."""
 KINDS = {
     **{"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}},
     **{f"nexus_core/{name}.py": {"metrics"} for name in ("engine", "snapshot", "cli/session")},
@@ -211,7 +215,7 @@ def test_the_core_names_no_plugin() -> None:
             continue
         texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
         for text in (text for text in texts if isinstance(text, str)):
-            same = text in DECLARED.keys() - KINDS.get(path, set())
+            same = text in DECLARED.keys() - PARTS - KINDS.get(path, set())
             found += [f"{path}: {match[0]}" for match in pattern.finditer(text)] + [path] * same
     for template in (ROOT / "nexus_core/cli/templates").glob("*"):
         found += [
@@ -328,8 +332,18 @@ def is_missing(name: str) -> bool:
     return False
 
 
+PLACED: dict[str, dict[str, Any]] = {
+    "data": {"call": "called:text", "batch_size": 2},
+    "loss": {"call": "called:next_id", "units": "called:labels"},
+    "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
+}
+"""Settings that name code or files; those of the examples are a user's."""
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """The first example of a plugin whose config has required keys; nothing for the others."""
+    if name in PLACED:
+        return PLACED[name]
     examples: list[dict[str, Any]] = (
         loaded(name).config_class.model_json_schema().get("examples", [{}])
     )
@@ -347,7 +361,10 @@ def engine_with(name: str, corpus: Path, out: Path) -> Engine:
     """A tiny text run with the plugin in it, beside what it requires."""
     basis: dict[str, dict[str, Any]] = {
         "data_text": {"train": str(corpus), "seq_len": 32, "batch_size": 2},
-        "model_nexus": {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.1},
+        "model_nexus": {
+            **{"vocab_size": 300, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
+            "dropout": 0.1,
+        },
         "loss_lm": {},
         "optim_adamw": {},
     }
@@ -358,7 +375,14 @@ def engine_with(name: str, corpus: Path, out: Path) -> Engine:
     slots = {classes[key].slot for key in wanted} - {None}
     kept = [key for key in basis if key in wanted or classes[key].slot not in slots]
     names = dict.fromkeys([*kept, *wanted])
-    plugins = [classes[key](**(basis.get(key) or settings_of(key))) for key in names]
+    own = settings_of(name)
+    if "source" in own:  # weights to begin with
+        begun = [classes[key](**basis[key]) for key in kept if key != name]
+        own = {"source": str(out / "begun.safetensors")}
+        out.mkdir()
+        save_model(Engine(plugins=begun, seed=2).model, own["source"])
+    given = {**basis, name: own}
+    plugins = [classes[key](**(given.get(key) or settings_of(key))) for key in names]
     return Engine(plugins=plugins, seed=1, out=out, log_every=1, accumulate=2)
 
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nexus_core import CheckpointError
-from nexus_plugins.checkpoint import folder as checkpoint_folder
+from nexus_plugins._shared.checkpoints import folder as checkpoint_folder
 from nexus_plugins.checkpoint.export import export
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
+from nexus_plugins.init import InitPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
 from tests.distributed.processes import together
 from tests.distributed.works import Seen, train_with
@@ -88,6 +89,18 @@ def test_the_files_hold_each_part_once_and_nothing_is_pickled(tmp_path: Path) ->
     weights = sum(rows[key] * widths[key] for key in rows if key.startswith("model."))
     assert weights == len(seen[0].weights)
     assert load_file(saved / "model.safetensors") == {}
+
+
+@pytest.mark.slow
+def test_divided_weights_begin_another_run_divided_or_not(tmp_path: Path) -> None:
+    """Red if a process fills its part of a weight with that of another."""
+    together(2, partial(DIVIDED, 4, out=tmp_path / "run"))
+    work = partial(DIVIDED, 3, partial(InitPlugin, source=tmp_path / "run"))
+    alone, anew = work(), DIVIDED(3)
+    assert alone.losses[0] < 0.95 * anew.losses[0]
+    for seen in together(2, work):
+        assert seen.losses == pytest.approx(alone.losses, rel=1e-6)
+        assert seen.weights == pytest.approx(alone.weights, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("fault", ["damaged", "gone", "longer"])

@@ -738,7 +738,7 @@ from pathlib import Path
 os.fsync = lambda descriptor: None  # a kill loses nothing that was written
 import torch
 from nexus_core import CheckpointError
-from nexus_plugins.checkpoint import folder, store
+from nexus_plugins._shared.checkpoints import folder, store
 root = Path(sys.argv[1])
 def content(step):
     named = {"a": torch.full((50,), float(step))}

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_core import CheckpointError
-from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
-from nexus_plugins.checkpoint.tensorfile import (
+from nexus_plugins._shared.checkpoints.tensorfile import (
     DTYPES,
     HashingReader,
     HashingWriter,
     read_tensors,
     write_tensors,
 )
+from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
 
 
 def tensor_of(dtype: torch.dtype, shape: list[int]) -> Tensor:

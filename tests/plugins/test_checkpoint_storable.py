@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.mutations import resign
 from nexus_core import CheckpointError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
-from nexus_plugins.checkpoint import CheckpointPlugin, tensorfile
+from nexus_plugins._shared.checkpoints import tensorfile
+from nexus_plugins.checkpoint import CheckpointPlugin
 from tiny import Regression, tiny_engine
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from nexus_core import Plugin
@@ -34,6 +35,17 @@ class FirstPartyContract(PluginContract):
             metafunc.parametrize("settings", cases, ids=range(len(cases)))
         if "accumulate" in metafunc.fixturenames:
             metafunc.parametrize("accumulate", (1, 3), ids="accumulate-{}".format)
+
+
+class OnWeights(FirstPartyContract):
+    """For what begins with weights: a file of those of another tiny model."""
+
+    def settings_in(self, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        source = folder / "before.safetensors"
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            save_file(tiny_model().state_dict(), source)
+        return {**settings, "source": str(source)}
 
 
 class OnNexus(FirstPartyContract):
@@ -76,6 +88,7 @@ ON_FP16 = {"dtype": "fp16", "initial_scale": 1024.0, "growth_interval": 2}
 BASES: Mapping[str, type[FirstPartyContract]] = {
     "compile": Compiled,
     "data_text": OnText,
+    "init": OnWeights,
     **dict.fromkeys(
         ("loss_causal", "loss_energy", "loss_lm", "loss_reason", "loss_world"), OnNexus
     ),
@@ -86,6 +99,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     "clip": {"configs": ({}, {"max_norm": 0.01}), "off": {"max_norm": 1e9}},
     "console": {"off": {}},
     "curriculum": {"configs": (TIMED, {**TIMED, "mode": "truncate"}), "off": {"start_length": 8}},
+    "data": {"configs": ({"call": "called:text", "batch_size": 4},)},
     "data_text": {"configs": ({"seq_len": 32, "batch_size": 2},)},
     "early_stop": {"off": {}},
     "ema": {"off": {}},
@@ -94,14 +108,28 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
         "off": {},
         "reads_on_cpu": ("after_backward",),
     },
+    "init": {"configs": ({"source": "before.safetensors", "skip": ["head.*"]},)},
     "jsonl": {"off": {}},
+    "loss": {
+        "configs": (
+            {"call": "called:next_id", "units": "called:labels", "args": {"smoothing": 0.1}},
+            {"call": "called:mean_next_id", "metrics": {"hits": "called:hits"}},
+        ),
+        "reads_on_cpu": ("_is_nothing",),
+    },
     "loss_reason": {"configs": ({}, {"weight": 1.0})},
     "lr_finder": {"reads_on_cpu": ("on_step",), "resumes_after_stop": False},
     "lr_cosine": {"configs": ({"warmup": "2 steps"},)},
+    "model": {"configs": ({"call": "nexus_core.testing:tiny_model", "args": {"dropout": 0.2}},)},
     "model_nexus": {
         "configs": ({"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},),
         "pytestmark": pytest.mark.slow,
         "tolerance": 1e-3,
+    },
+    "optim": {
+        "configs": (
+            {"call": "torch.optim:RAdam", "lr": 1e-2, "groups": [{"match": "*.bias", "lr": 1e-3}]},
+        )
     },
     "pcgrad": {"budget": 2.0},  # a gradient for each term, and the projections
     "recompute": {"off": {}},

@@ -12,7 +12,15 @@ from torch import nn
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.plugin import PluginConfig
 
-__all__ = ["GroupConfig", "OptimizerConfig", "blocks", "decaying", "groups_of", "matching"]
+__all__ = [
+    "GroupConfig",
+    "OptimizerConfig",
+    "blocks",
+    "decaying",
+    "freeze",
+    "groups_of",
+    "matching",
+]
 
 UNDECAYED_MODULES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
@@ -72,6 +80,23 @@ def matching(names: Iterable[str], pattern: str, key: str, what: str = "paramete
     return found
 
 
+def freeze(model: nn.Module, patterns: Iterable[str], key: str) -> None:
+    """Have the parameters that patterns choose not be trained.
+
+    Args:
+        model: whose parameters.
+        patterns: as for `matching`.
+        key: the setting that the patterns come from, for the message.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        for name in matching(names, pattern, key):
+            model.get_parameter(name).requires_grad_(False)
+
+
 def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
     """The modules of a model that patterns choose, by name, in the model's order.
 
@@ -125,9 +150,7 @@ def groups_of(model: nn.Module, config: OptimizerConfig, plugin: str) -> list[di
         ConfigError: a pattern matches nothing, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in config.freeze:
-        for name in matching(names, pattern, f"{plugin}.freeze"):
-            model.get_parameter(name).requires_grad_(False)
+    freeze(model, config.freeze, f"{plugin}.freeze")
     rest = [name for name in names if model.get_parameter(name).requires_grad]
     if not rest:
         raise ConfigError(f"{plugin}: no parameter is left to train; freeze fewer of them")

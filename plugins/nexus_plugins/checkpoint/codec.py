@@ -21,18 +21,16 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TypeAlias, Union, cast
+from typing import cast
 
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import local_part
-from nexus_plugins.checkpoint.tensorfile import fault_of
+from nexus_plugins._shared.checkpoints.folder import Json
+from nexus_plugins._shared.checkpoints.tensorfile import fault_of
 
-__all__ = ["Json", "TensorBag", "decode", "encode"]
-
-Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
-"""What JSON holds."""
+__all__ = ["TensorBag", "decode", "encode"]
 
 _DEPTH = 100
 _INT64 = 1 << 63

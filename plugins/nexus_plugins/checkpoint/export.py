@@ -15,18 +15,15 @@ from torch import Tensor
 from nexus_core.errors import CheckpointError, ConfigError
 from nexus_core.places import split
 from nexus_core.plugin import name_of
+from nexus_plugins._shared.checkpoints import folder
+from nexus_plugins._shared.checkpoints.shards import lay_out
+from nexus_plugins._shared.checkpoints.weights import MODEL, averaged, checkpoint_of, keys_of, named
 from nexus_plugins._shared.files import check_plain_yaml, read_small
-from nexus_plugins.checkpoint import folder
-from nexus_plugins.checkpoint.shards import lay_out
-from nexus_plugins.checkpoint.store import checkpoint_at, newest_first, stores_at
 
 __all__ = ["export"]
 
-MODEL = "model.safetensors"
 _CONFIG_LIMIT = 1 << 20
 _TOKENIZER_LIMIT = 256 << 20
-_SHARING = 64
-"""Times the size of its tensors that a model may have when each name gets its own."""
 
 CARD = """---
 library_name: nexus-trainer
@@ -64,13 +61,13 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
     """
     if out.exists():
         raise ConfigError(f"'{out}' exists; export needs a folder of its own: --out FOLDER")
-    found = _folder_of(source)
+    found = checkpoint_of(source)
     content = folder.read(found)
     lay_out(content, lambda name, shape: None)  # nothing is divided here
-    tensors, keys = content.tensors[MODEL], _keys(content)
+    tensors, keys = content.tensors[MODEL], keys_of(content)
     if ema:
-        tensors = tensors | _averaged(content, keys)
-    weights = _named(tensors, keys)
+        tensors = tensors | averaged(content, keys)
+    weights = named(tensors, keys)
     facts = _facts(content, tensors)
     tokenizer = _tokenizer(found)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,17 +86,6 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
     return [out / name for name in written]
 
 
-def _folder_of(source: Path) -> Path:
-    if (found := checkpoint_at(source)) is not None:
-        return found
-    if folders := newest_first(stores_at(source)):
-        return folders[0].resolve()
-    raise CheckpointError(
-        f"there is no checkpoint at '{source}'; give the folder of one "
-        "(runs/x/checkpoints/best) or of a run (runs/x)"
-    )
-
-
 def _tokenizer(found: Path) -> bytes | None:
     """The run's tokenizer; a link may lead to what nobody meant to export, and is not followed."""
     path = found.parent.parent / "tokenizer.json"
@@ -115,63 +101,13 @@ def _tokenizer(found: Path) -> bytes | None:
         ) from error
 
 
-def _keys(content: folder.Content) -> dict[str, str]:
-    """Of each of the model's names, the key of its tensor; tied weights share one."""
-    table = content.documents["state.json"]
-    names = table.get("model") if isinstance(table, dict) else None
-    if not isinstance(names, dict):
-        raise CheckpointError("state.json holds no model")
-    keys = {}
-    for name, place in names.items():
-        key = place.get("$tensor") if isinstance(place, dict) and len(place) == 1 else None
-        if not isinstance(key, str) or key not in content.tensors[MODEL]:
-            raise CheckpointError(f"the model's '{name}' is not a tensor of {MODEL}")
-        keys[name] = key
-    tensors = content.tensors[MODEL]
-    stored, wanted = (sum(tensors[k].nbytes for k in ks) for ks in (tensors, keys.values()))
-    if wanted > _SHARING * stored:
-        raise CheckpointError(f"the model's names stand for {wanted} bytes, {MODEL} has {stored}")
-    return keys
-
-
-def _named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]:
-    """The weights, each under every name that the model has for it, in memory of its own."""
-    taken: set[str] = set()
-    weights = {}
-    for name, key in keys.items():
-        weights[name] = tensors[key].clone() if key in taken else tensors[key]
-        taken.add(key)
-    return weights
-
-
-def _averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]:
-    """The averages that `ema`, or the first instance of it, keeps; in the weights' dtypes."""
-    states = content.tensors["state.safetensors"]
-    split = {key: key.partition(".state.average.") for key in states}
-    owners = sorted(o for o, mark, _ in split.values() if mark and _is_ema(o))
-    found = {name: states[key] for key, (owner, _, name) in split.items() if owners[:1] == [owner]}
-    if not found or not found.keys() <= keys.keys():
-        raise CheckpointError(
-            "the checkpoint holds no averaged weights; train with --plugins ema, or leave out --ema"
-        )
-    weights = content.tensors[MODEL]
-    for name, mean in found.items():
-        if mean.shape != weights[keys[name]].shape:
-            raise CheckpointError(f"the average of '{name}' has the shape {tuple(mean.shape)}")
-    return {keys[name]: mean.to(weights[keys[name]].dtype) for name, mean in found.items()}
-
-
-def _is_ema(owner: str) -> bool:
-    return owner.partition("@")[0] == "plugins.ema"
-
-
 def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What a reader must know to build the model, and how large it is.
 
     The settings of the model's plugin, and its state: what it found out by itself.
     """
     blocks = _blocks(content.config)
-    name = next((name for name in blocks if name.startswith("model_")), None)
+    name = next((n for n in blocks if n == "model" or n.startswith("model_")), None)
     place: Any = content.documents["state.json"]
     for key in ("plugins", name, "state"):
         place = place.get(key) if isinstance(place, dict) else None

@@ -20,7 +20,7 @@ from nexus_core.errors import CheckpointError, hint_add, hint_set
 from nexus_core.places import in_run_folder, used
 from nexus_core.plan import installed
 from nexus_core.plugin import Plugin
-from nexus_plugins.checkpoint.codec import Json
+from nexus_plugins._shared.checkpoints.folder import Json
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

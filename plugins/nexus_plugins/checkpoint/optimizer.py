@@ -23,7 +23,8 @@ from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 from nexus_core.errors import CheckpointError
 from nexus_core.optimizers import members
 from nexus_core.processes import is_sharded, local_part
-from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
+from nexus_plugins._shared.checkpoints.folder import Json
+from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine

@@ -21,17 +21,19 @@ from nexus_core.errors import CheckpointError, ConfigError, RunError
 from nexus_core.plugin import StateDict
 from nexus_core.processes import gather, is_sharded, local_part
 from nexus_core.snapshot import Snapshot
-from nexus_plugins.checkpoint import course, folder, lock
-from nexus_plugins.checkpoint.codec import Json, TensorBag, decode, encode
+from nexus_plugins._shared.checkpoints import folder
+from nexus_plugins._shared.checkpoints.folder import Json
+from nexus_plugins._shared.checkpoints.shards import Shards, lay_out, layout_of
+from nexus_plugins._shared.checkpoints.store import NAMES, Store, newest_first, step_of
+from nexus_plugins.checkpoint import course, lock
+from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
 from nexus_plugins.checkpoint.kinds import Kinds, kinds_of
 from nexus_plugins.checkpoint.optimizer import describe_optimizer, take_over
 from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
 from nexus_plugins.checkpoint.reading import read, read_newest, read_path
 from nexus_plugins.checkpoint.run_lock import RunLock
-from nexus_plugins.checkpoint.shards import Shards, lay_out, layout_of
 from nexus_plugins.checkpoint.storable import check_storable, plain
-from nexus_plugins.checkpoint.store import NAMES, Store, newest_first, step_of
 from nexus_plugins.checkpoint.validate import checked
 from nexus_plugins.checkpoint.writer import Writer
 

@@ -7,9 +7,15 @@ from pathlib import Path
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks, gather
-from nexus_plugins.checkpoint.folder import Content
-from nexus_plugins.checkpoint.folder import read as read_folder
-from nexus_plugins.checkpoint.store import Store, checkpoint_at, newest_first, step_of, stores_at
+from nexus_plugins._shared.checkpoints.folder import Content
+from nexus_plugins._shared.checkpoints.folder import read as read_folder
+from nexus_plugins._shared.checkpoints.store import (
+    Store,
+    checkpoint_at,
+    newest_first,
+    step_of,
+    stores_at,
+)
 
 __all__ = ["read", "read_newest", "read_path"]
 

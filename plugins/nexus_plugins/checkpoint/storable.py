@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import local_part
+from nexus_plugins._shared.checkpoints.tensorfile import check_header, fault_of
 from nexus_plugins.checkpoint.codec import TensorBag, encode
-from nexus_plugins.checkpoint.tensorfile import check_header, fault_of
 
 __all__ = ["check_storable", "plain"]
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks, is_sharded, local_part
+from nexus_plugins._shared.checkpoints.folder import SHARDS, Content, sync
+from nexus_plugins._shared.checkpoints.tensorfile import HashingReader, check_size
 from nexus_plugins._shared.files import opened
-from nexus_plugins.checkpoint.folder import SHARDS, Content, sync
-from nexus_plugins.checkpoint.tensorfile import HashingReader, check_size
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from nexus_core.engine import Engine
 
-__all__ = ["Layout", "Shards", "lay_out", "layout_of"]
+__all__ = ["Layout", "Shards", "lay_out", "layout_of", "part_of"]
 
 Files: TypeAlias = dict[str, tuple[int, str]]
 Layout: TypeAlias = Callable[[str, torch.Size], "DTensor | None"]
@@ -188,7 +188,7 @@ def lay_out(content: Content, like: Layout) -> None:
         for name, tensor in tensors.items():
             model = like(f"{file}/{name}", tensor.shape)
             if model is not None:
-                tensors[name] = _part_of(tensor, model)
+                tensors[name] = part_of(tensor, model)
     if content.shards is not None:
         for place, tensor in _read_shards(content.shards, like).items():
             file, _, name = place.partition("/")
@@ -232,10 +232,11 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def _part_of(tensor: Tensor, model: DTensor) -> DTensor:
+def part_of(tensor: Tensor, model: Tensor) -> DTensor:
     """A tensor that every process has whole, divided as the model is; nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(model, DTensor)  # as is_sharded says
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 

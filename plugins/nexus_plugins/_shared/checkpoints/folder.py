@@ -6,37 +6,41 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import file_digest
 from io import FileIO
 from pathlib import Path
+from typing import TypeAlias, Union
 
 from torch import Tensor
 
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks
-from nexus_plugins._shared.files import opened
-from nexus_plugins.checkpoint.codec import Json
-from nexus_plugins.checkpoint.tensorfile import (
+from nexus_plugins._shared.checkpoints.tensorfile import (
     HashingReader,
     HashingWriter,
     read_tensors,
     write_tensors,
 )
+from nexus_plugins._shared.files import opened
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
     "SHARDS",
     "Content",
+    "Json",
     "Manifest",
     "read",
     "read_manifest",
     "sync",
     "write",
 ]
+
+Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
+"""What JSON holds."""
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -138,25 +142,35 @@ def write(
         raise
 
 
-def read(folder: Path, ranks: Ranks = Ranks()) -> Content:  # noqa: B008 (it is frozen)
+def read(
+    folder: Path,
+    ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
+    wanted: Collection[str] | None = None,
+) -> Content:
     """Read a checkpoint of which every byte is as it was written.
 
     Args:
         folder: of the checkpoint.
         ranks: this process among those that read it; tensors in parts are checked by turns, and
             not read.
+        wanted: the files to read, beside those of tensors in parts; None: all.
 
     Raises:
         CheckpointError: it is not a checkpoint, or not a whole one; the message says why.
     """
     manifest = read_manifest(folder)
-    total = sum(size for name, (size, _) in manifest.files.items() if not _SHARD.fullmatch(name))
+    files = {
+        name: facts
+        for name, facts in manifest.files.items()
+        if wanted is None or name in wanted or _SHARD.fullmatch(name)
+    }
+    total = sum(size for name, (size, _) in files.items() if not _SHARD.fullmatch(name))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > memory:
         raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
     content = Content(manifest.step, {}, {}, keep=manifest.keep, source=folder)
     with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
-        for number, (name, (size, digest)) in enumerate(manifest.files.items()):
+        for number, (name, (size, digest)) in enumerate(files.items()):
             try:
                 if not _SHARD.fullmatch(name):
                     _read_file(folder / name, size, digest, pool, content)

@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 
 from nexus_core.errors import CheckpointError
+from nexus_plugins._shared.checkpoints.folder import MANIFEST, Content, read_manifest, sync, write
 from nexus_plugins._shared.files import read_small
-from nexus_plugins.checkpoint.folder import MANIFEST, Content, read_manifest, sync, write
 
 __all__ = [
     "NAMES",

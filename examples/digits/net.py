@@ -1,0 +1,20 @@
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset, random_split
+
+
+def build(width: int = 32) -> nn.Module:
+    layers = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(width * 16, 10))
+
+
+def digits(held_out: int):
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    rows = TensorDataset(images, torch.tensor(labels))
+    return random_split(rows, [len(rows) - held_out, held_out])
+
+
+def accuracy(output, target):
+    return (output.argmax(1) == target).float().mean()

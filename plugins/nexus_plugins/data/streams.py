@@ -1,0 +1,59 @@
+"""Batches of what comes one after another: samples without numbers, and generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, cast
+
+from nexus_core.batches import Batch
+from nexus_core.processes import Ranks
+
+__all__ = ["Called", "StatefulStream", "Stream"]
+
+
+class Called:
+    """Batches of a generator function: it is called anew for each epoch."""
+
+    def __init__(self, make: Callable[[], Iterator[Batch]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._make()
+
+
+class Stream:
+    """Batches of samples that come one after another.
+
+    Args:
+        dataset: gives the samples of an epoch, each time it is iterated.
+        batch_size: samples of a batch, over all processes.
+        collate: makes a batch of samples.
+        ranks: this process among its peers; each takes its slice of every batch. The rest of an
+            epoch that has fewer samples than there are processes is left out.
+    """
+
+    def __init__(
+        self,
+        dataset: Iterable[Any],
+        batch_size: int,
+        collate: Callable[[list[Any]], Batch],
+        ranks: Ranks,
+    ) -> None:
+        self.dataset = dataset
+        self._size, self._collate, self._ranks = batch_size, collate, ranks
+
+    def __iter__(self) -> Iterator[Batch]:
+        samples = iter(self.dataset)
+        while len(rows := list(islice(samples, self._size))) >= self._ranks.size:
+            yield self._collate(rows[self._ranks.rank :: self._ranks.size])
+
+
+class StatefulStream(Stream):
+    """The same of a data set that holds its own place."""
+
+    def state_dict(self) -> Any:
+        return cast(Any, self.dataset).state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        cast(Any, self.dataset).load_state_dict(state)

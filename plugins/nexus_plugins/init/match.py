@@ -1,0 +1,156 @@
+"""Which tensor belongs to which of the model, after renaming and choosing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from nexus_core.errors import ConfigError
+from nexus_plugins._shared.parameters import matching
+
+__all__ = ["Match", "check_rule", "match", "renamed"]
+
+SHOWN = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a source and a model have in common.
+
+    Args:
+        taken: the model's name of a tensor to its name in the source.
+        missing: names of the model that the source has not.
+        unexpected: names of the source, as renamed, that the model has not.
+        unlike: names of which the two tensors differ in shape or kind, and how.
+    """
+
+    taken: Mapping[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    unlike: Mapping[str, str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything of both sides has found its place."""
+        return not (self.missing or self.unexpected or self.unlike)
+
+    def faults(self) -> list[str]:
+        """In words, what has no place."""
+        unlike = [f"{name} ({how})" for name, how in self.unlike.items()]
+        told = (
+            ("missing in the source", self.missing),
+            ("not in the model", self.unexpected),
+            ("unlike the model's", unlike),
+        )
+        return [f"{len(names)} {what}: {_some(names)}" for what, names in told if names]
+
+    def hint(self) -> str:
+        """A rule for `map` that would bring the missing together with the unexpected, if any."""
+        for name in self.missing:
+            for other in self.unexpected:
+                if other.endswith(f".{name}"):
+                    return f'init.map: {{"{other.removesuffix(name)}*": "*"}}'
+                if name.endswith(f".{other}"):
+                    return f'init.map: {{"*": "{name.removesuffix(other)}*"}}'
+        return ""
+
+
+def check_rule(pattern: str, name: str) -> None:
+    """Refuse a rule that asks for more than its pattern matches.
+
+    Raises:
+        ValueError: the new name has more stars than the pattern.
+    """
+    if name.count("*") > pattern.count("*"):
+        raise ValueError(f"'{name}' has more stars than the pattern '{pattern}'")
+
+
+def renamed(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, str]:
+    """The new name of each tensor to its old one; the first rule whose pattern matches counts.
+
+    Args:
+        names: of the source.
+        rules: pattern to new name; each `*` of the name stands for what that of the pattern is.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or two tensors get one name.
+    """
+    patterns = {re.compile(_as_regex(pattern)): name for pattern, name in rules.items()}
+    used, found = set[re.Pattern[str]](), dict[str, str]()
+    for old in names:
+        new = old
+        for pattern, name in patterns.items():
+            if matched := pattern.fullmatch(old):
+                used.add(pattern)
+                new = _filled(name, matched.groups())
+                break
+        if new in found:
+            raise ConfigError(f"init.map gives '{found[new]}' and '{old}' one name, '{new}'")
+        found[new] = old
+    for pattern, rule in zip(patterns, rules, strict=True):
+        if pattern not in used:
+            matching(names, rule, "init.map", "tensor that an earlier rule leaves")
+    return found
+
+
+def match(
+    own: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    only: Sequence[str],
+    skip: Sequence[str],
+) -> Match:
+    """Find for each tensor of a model its counterpart.
+
+    Args:
+        own: the model's, by name; tied ones are one object.
+        theirs: the source's, by their names there.
+        names: the new names of those to these.
+        only: patterns of names to take; without any, all.
+        skip: patterns of names to leave as they are.
+
+    Raises:
+        ConfigError: a pattern matches neither a name of the model nor one of the source.
+    """
+    every = dict.fromkeys((*own, *names))
+    chosen = set(every)
+    if only:
+        chosen = {name for pattern in only for name in matching(every, pattern, "init.only")}
+    for pattern in skip:
+        chosen -= set(matching(every, pattern, "init.skip"))
+    taken, unlike = dict[str, str](), dict[str, str]()
+    for name in (name for name in own if name in names and name in chosen):
+        if how := _difference(own[name], theirs[names[name]]):
+            unlike[name] = how
+        else:
+            taken[name] = names[name]
+    filled = {id(own[name]) for name in taken}
+    missing = (n for n in own if n in chosen and n not in names and id(own[n]) not in filled)
+    unexpected = (name for name in names if name in chosen and name not in own)
+    return Match(taken, tuple(missing), tuple(unexpected), unlike)
+
+
+def _difference(own: Tensor, theirs: Tensor) -> str:
+    if not is_lazy(own) and own.shape != theirs.shape:
+        return f"{tuple(theirs.shape)}, not {tuple(own.shape)}"
+    kinds = [t.is_complex() * 2 + t.is_floating_point() for t in (own, theirs)]
+    return f"{theirs.dtype}, not {own.dtype}" if len({*kinds}) > 1 else ""
+
+
+def _as_regex(pattern: str) -> str:
+    signs = {"*": "(.*)", "?": "."}
+    return "".join(signs.get(sign) or re.escape(sign) for sign in pattern)
+
+
+def _filled(name: str, parts: Sequence[str]) -> str:
+    pieces = name.split("*")
+    filled = [piece + part for piece, part in zip(pieces, (*parts, ""), strict=False)]
+    return "".join(filled[: len(pieces) - 1]) + pieces[-1]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,0 +1,173 @@
+"""Start from weights alone: fine-tuning, transfer, a new run from an old one's model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from nexus_core.errors import CheckpointError, hint_set
+from nexus_core.paths import PathField
+from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.processes import is_sharded
+from nexus_plugins._shared.checkpoints.shards import part_of
+from nexus_plugins._shared.parameters import freeze
+from nexus_plugins.init.match import Match, check_rule, match, renamed
+from nexus_plugins.init.source import Weights, read_weights
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["InitConfig", "InitPlugin"]
+
+
+class InitConfig(PluginConfig):
+    """Where weights come from, which of them, and what must fit."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"source": "runs/before/checkpoints/best", "skip": ["head.*"]}]
+        }
+    )
+
+    source: PathField = Field(
+        description="a run or checkpoint, an exported folder, a safetensors file or a folder of "
+        "such, as Hugging Face has them"
+    )
+    ema: bool = Field(False, description="take a checkpoint's averaged weights (plugin ema)")
+    strict: bool = Field(
+        True,
+        description="all that is chosen must be in model and source, in one shape; false: take "
+        "what fits, and say what does not",
+    )
+    map: dict[str, str] = Field(
+        {},
+        description="new names of tensors in the source: a pattern to a name, in which each * is "
+        "what that of the pattern matched; the first that matches counts",
+    )
+    only: tuple[str, ...] = Field((), description="patterns of names to take; none: all")
+    skip: tuple[str, ...] = Field((), description="patterns of names to leave as they are")
+    freeze: tuple[str, ...] = Field(
+        (), description="patterns of names of parameters that are not trained"
+    )
+
+    @field_validator("map")
+    @classmethod
+    def _rules(cls, rules: dict[str, str]) -> dict[str, str]:
+        for pattern, name in rules.items():
+            check_rule(pattern, name)
+        return rules
+
+
+class InitPlugin(Plugin[InitConfig]):
+    """Begins a run with the weights of another, of an export or of a Hugging Face folder.
+
+    The weights are taken when the run begins, before anything copies them; a run that is resumed
+    has its own. Only safetensors are read, through no link, and nothing in them is executed.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+
+    def __init__(self, config: InitConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._taken: int | None = None  # how many tensors were
+        self._note: str | None = None  # waits for the loggers
+
+    @hookimpl(wrapper=True)
+    def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
+        """Freeze what is to be frozen, before the optimizer looks at it."""
+        model = yield
+        freeze(model, self.config.freeze, f"{self.name}.freeze")
+        return model
+
+    @hookimpl
+    def on_build(self, engine: Engine) -> None:
+        """Freeze the same in a model that the program brought."""
+        freeze(engine.model, self.config.freeze, f"{self.name}.freeze")
+
+    @hookimpl(stage="claim")
+    def on_start(self, engine: Engine) -> None:
+        """Take the weights, unless the run has begun before.
+
+        Raises:
+            ConfigError: there are none, or a pattern matches nothing.
+            CheckpointError: they are damaged, or do not fit the model.
+        """
+        if self._taken is not None or engine.state.step > 0:
+            return
+        weights = read_weights(self.config.source, ema=self.config.ema)
+        own = tensors_of(engine.model)
+        names = renamed(weights.tensors, self.config.map)
+        found = match(own, weights.tensors, names, self.config.only, self.config.skip)
+        self._check(found, weights)
+        _fill(engine.model, own, {n: weights.tensors[old] for n, old in found.taken.items()})
+        numbers = sum(weights.tensors[old].numel() for old in found.taken.values())
+        self._taken = len({id(own[name]) for name in found.taken})  # tied ones count once
+        taken = f"{self._taken} of {len({*map(id, own.values())})} tensors ({numbers:,} numbers)"
+        self._note = "; ".join([f"{taken} from {weights.origin}", *found.faults()])
+        if not found.is_whole and engine.ranks.is_main:
+            warnings.warn(f"init: took {self._note}", RuntimeWarning, stacklevel=2)
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        """Have the loggers keep what was taken, once they are there."""
+        if self._note is not None:
+            engine.hook.on_note(engine=engine, title="init", text=self._note)
+            self._note = None
+
+    @hookimpl
+    def summarize(self) -> dict[str, str]:
+        """What the run began with."""
+        if self._taken is None:
+            return {}
+        return {"began with": f"{self._taken} tensors from {self.config.source}"}
+
+    def state_dict(self) -> StateDict:
+        """What was taken, so that it is not taken again."""
+        return {} if self._taken is None else {"taken": self._taken}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Know that it was."""
+        self._taken = int(cast(int, state["taken"]))
+
+    def _check(self, found: Match, weights: Weights) -> None:
+        if found.taken and (found.is_whole or not self.config.strict):
+            return
+        fixes = [f"leave names out: {hint_set('init.skip', ['head.*'])}"]
+        if found.taken:
+            fixes.append(f"take what fits: {hint_set('init.strict', False)}")
+        rule = found.hint()
+        fixes.insert(0, f"rename: {rule}" if rule else "rename with init.map")
+        raise CheckpointError(
+            f"init: the weights of {weights.origin} do not fit the model: "
+            f"{'; '.join(found.faults()) or 'none is chosen'}. {'; '.join(fixes)}"
+        )
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's state by name; tied parameters are one object."""
+    state: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Put tensors into a model, or this process's part of each.
+
+    Raises:
+        CheckpointError: the model has one tensor where two different ones were given.
+    """
+    first: dict[int, str] = {}
+    for name, tensor in given.items():
+        other = first.setdefault(id(own[name]), name)
+        if other != name and not torch.equal(given[other], tensor):
+            raise CheckpointError(
+                f"init: '{other}' and '{name}' differ in the source, and are one tensor in the "
+                f"model; leave one out: {hint_set('init.skip', [name])}"
+            )
+    parts = {n: part_of(t, own[n]) if is_sharded(own[n]) else t for n, t in given.items()}
+    model.load_state_dict(parts, strict=False)

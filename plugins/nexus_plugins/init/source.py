@@ -1,0 +1,177 @@
+"""Where weights are, and how they are read: nothing is unpickled, no link is followed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nexus_core.errors import CheckpointError, ConfigError, suggestion
+from nexus_plugins._shared.checkpoints.store import checkpoint_at, newest_first, stores_at
+from nexus_plugins._shared.checkpoints.tensorfile import HashingReader, read_tensors
+from nexus_plugins._shared.checkpoints.weights import MODEL, checkpoint_of, weights_of
+from nexus_plugins._shared.files import opened, read_small
+
+__all__ = ["Weights", "read_weights"]
+
+SUFFIX = ".safetensors"
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_INDEX = ".safetensors.index.json"
+_INDEX_LIMIT = 64 << 20
+_PLAIN = re.compile(r"[^/\\\0]+\.safetensors")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, in host memory.
+
+    Args:
+        tensors: as they are stored.
+        origin: in words, what they were read from.
+    """
+
+    tensors: dict[str, Tensor]
+    origin: str
+
+
+def read_weights(source: Path, *, ema: bool) -> Weights:
+    """Read the weights that a path means, all of them.
+
+    Args:
+        source: a checkpoint or run, a safetensors file, or a folder of such.
+        ema: take the averaged weights of a checkpoint.
+
+    Raises:
+        ConfigError: there is nothing, or nothing that is safe to read.
+        CheckpointError: it is damaged, or not what it says.
+    """
+    if not source.exists():
+        raise ConfigError(f"init.source: there is no '{source}'.{_nearest(source)}")
+    if _is_ours(source):
+        found = checkpoint_of(source)
+        tensors, step = weights_of(found, ema=ema)
+        return Weights(tensors, f"{found} (step {step:,}{', averaged' if ema else ''})")
+    if ema:
+        raise ConfigError(
+            f"init.ema: '{source}' is no checkpoint of a run, which alone holds averaged weights "
+            "beside the others; leave ema out"
+        )
+    if not source.is_dir():
+        _refuse_others([source], source)
+        return Weights(_read(source.resolve()), str(source))
+    files = _files_of(source)
+    _check_memory(files)
+    tensors = {}
+    for path in files:
+        part = _read(path)
+        if twice := tensors.keys() & part.keys():
+            raise CheckpointError(f"{source}: two files hold a tensor '{min(twice)}'")
+        tensors |= part
+    return Weights(tensors, str(source))
+
+
+def _is_ours(source: Path) -> bool:
+    return checkpoint_at(source) is not None or bool(newest_first(stores_at(source)))
+
+
+def _nearest(source: Path) -> str:
+    if _HUB.fullmatch(str(source)) and not source.parent.exists():
+        return (
+            f" Nothing is downloaded in a run: get it by `hf download {source} --local-dir FOLDER` "
+            "and give the folder"
+        )
+    beside = [path.name for path in source.parent.glob("*")] if source.parent.is_dir() else []
+    return suggestion(source.name, beside)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder: one, or those that its index lists."""
+    if (folder / MODEL).exists():
+        return [_there(folder / MODEL)]
+    names = sorted(path.name for path in folder.iterdir())
+    indexes = [name for name in names if name.endswith(_INDEX)]
+    if len(indexes) == 1:
+        return [_there(folder / name) for name in _listed(_there(folder / indexes[0]))]
+    found = [name for name in names if name.endswith(SUFFIX)]
+    if len(found) == 1:
+        return [_there(folder / found[0])]
+    if found:
+        raise ConfigError(
+            f"init.source: '{folder}' holds {len(found)} safetensors files and no index that says "
+            f"which belong together: {', '.join(found[:4])}; name one of them"
+        )
+    _refuse_others([folder / name for name in names], folder)
+    raise ConfigError(
+        f"init.source: '{folder}' holds no weights; expected a run, a checkpoint, or a folder with "
+        "safetensors files"
+    )
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index lists, each once."""
+    try:
+        table = json.loads(read_small(index, _INDEX_LIMIT))
+        names = dict.fromkeys(table["weight_map"].values())
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    for name in names:
+        if not (isinstance(name, str) and _PLAIN.fullmatch(name)):
+            raise CheckpointError(f"{index} lists {str(name)[:80]!r}, which is no file beside it")
+    return list(names)
+
+
+def _refuse_others(paths: list[Path], source: Path) -> None:
+    """Refuse what could hold weights, and would be executed to be read."""
+    for path in paths:
+        if path.suffix in PICKLES:
+            raise ConfigError(
+                f"init.source: '{path}' is a pickle, which can run any code when it is read; "
+                "convert it once, where you trust it: safetensors.torch.save_file("
+                f"torch.load({path.name!r}, weights_only=True), {path.stem + SUFFIX!r})"
+            )
+    if paths == [source] and source.suffix != SUFFIX:
+        raise ConfigError(
+            f"init.source: '{source}' is no safetensors file; expected one, a run, a checkpoint or "
+            "a folder"
+        )
+
+
+def _there(path: Path) -> Path:
+    """The file itself; a link is followed to where a cache of Hugging Face keeps its files alone.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    cache = path.absolute().parent.parent.parent / "blobs"  # models--x/snapshots/REVISION/file
+    if target.parent != cache.resolve() or path.absolute().parent.parent.name != "snapshots":
+        raise CheckpointError(f"{path} is a link to {target}, which is not followed; copy the file")
+    return target
+
+
+def _check_memory(files: list[Path]) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (total := sum(path.stat().st_size for path in files if path.is_file())) > memory:
+        raise CheckpointError(
+            f"{files[0].parent} has {total:,} bytes; this machine's memory has {memory:,}"
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with opened(path) as file, ThreadPoolExecutor(1, "init-hash") as pool:
+            return read_tensors(HashingReader(file, pool), os.fstat(file.fileno()).st_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error

@@ -1,0 +1,52 @@
+"""A model that the user's own function or class makes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from torch import nn
+
+from nexus_core.errors import ConfigError
+from nexus_core.plugin import Plugin, hookimpl
+from nexus_plugins._shared.calls import Call, callee
+
+__all__ = ["ModelConfig", "ModelPlugin"]
+
+
+class ModelConfig(Call):
+    """Which function or class makes the model, and with which arguments."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"call": "./net.py:build", "args": {"width": 64}}]}
+    )
+
+
+class ModelPlugin(Plugin[ModelConfig]):
+    """Trains the model that a function or class makes, with arguments from the settings.
+
+    The arguments are checked against its signature before anything is built. The generators have
+    the run's seed when it is called, and its weights are moved to the run's device afterwards.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+    slot: ClassVar[str | None] = "model"
+
+    def __init__(self, config: ModelConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._make = callee(self.name, self.config)
+
+    @hookimpl
+    def make_model(self) -> nn.Module:
+        """Call what makes the model.
+
+        Raises:
+            ConfigError: it makes something else.
+        """
+        model = self._make()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model: {self._make.place} returned a {type(model).__name__}; it must return a "
+                "torch.nn.Module"
+            )
+        return model

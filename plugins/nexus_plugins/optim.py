@@ -1,0 +1,156 @@
+"""Any optimizer class, with its own arguments and groups of parameters by the pattern of names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from torch import nn
+from torch.optim import Optimizer
+
+from nexus_core.errors import ConfigError
+from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_plugins._shared.calls import Arguments, Call, as_json, callee, check_arguments, takes
+from nexus_plugins._shared.parameters import freeze, matching
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["OptimConfig", "OptimGroupConfig", "OptimPlugin"]
+
+
+class _Flat(PluginConfig):
+    """Settings beside which the arguments of the optimizer stand."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+
+    lr: float | None = Field(None, ge=0, description="base learning rate; null: the common one")
+    args: Arguments = Field({}, description="further arguments, which may stand beside `lr` too")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gathered(cls, given: Any) -> Any:
+        """Put what is no setting of its own among the arguments."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("args", {}), Mapping):
+            return given
+        own = {key: value for key, value in given.items() if key in cls.model_fields}
+        others = {key: value for key, value in given.items() if key not in own}
+        return {**own, "args": as_json({**own.get("args", {}), **others})}
+
+    @model_serializer(mode="wrap")
+    def _stored(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        """The arguments stand beside the others again, where `--set` and a reader expect them."""
+        content = dict(dump(self))
+        return {**{k: v for k, v in content.items() if k != "args"}, **content["args"]}
+
+    def arguments(self) -> Arguments:
+        """All arguments by name, the learning rate where it is set."""
+        rate: Arguments = {} if self.lr is None else {"lr": self.lr}
+        return {**rate, **self.args}
+
+
+class OptimGroupConfig(_Flat):
+    """Other settings for the parameters whose names match a pattern."""
+
+    match: str = Field(
+        description="pattern of parameter names, as of files: '*.bias' is every bias"
+    )
+
+
+class OptimConfig(_Flat, Call):
+    """An optimizer class and its arguments; what is no key of this table is one of them."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "additionalProperties": True,
+            "examples": [{"call": "torch.optim:RAdam", "lr": 1e-3, "weight_decay": 0.01}],
+        }
+    )
+
+    lr: float | None = Field(
+        None, ge=0, description="base learning rate; null: what the class takes by itself"
+    )
+    groups: tuple[OptimGroupConfig, ...] = Field(
+        (), description="parameters with settings of their own; the first match counts"
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="patterns of names of parameters that are not trained"
+    )
+
+
+class OptimPlugin(Plugin[OptimConfig]):
+    """Trains with any optimizer class: one of `torch.optim`, of a package, or your own.
+
+    All settings are the class's own, and what is left out has its default. So, unlike with
+    `optim_adamw`, weight decay shrinks every parameter that no group spares. A function works too;
+    it gets what a class gets, the parameters or groups of them, or the model, where its first
+    parameter is called `model`.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+    slot: ClassVar[str | None] = "optimizer"
+
+    def __init__(self, config: OptimConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        first = ("the parameters",)
+        call = Call(call=self.config.call, args=self.config.arguments())
+        self._make = callee(self.name, call, first, prefix="")
+        self._of_model = takes(self._make.function, 0, "model", "module")
+        if self._of_model and self.config.groups:
+            raise ConfigError(
+                f"optim.groups: {self._make.place} takes the model, and groups its parameters "
+                "itself; leave the groups out"
+            )
+        is_class = isinstance(self._make.function, type)
+        self._groups = [
+            check_arguments(
+                self._make.function,
+                self._make.place,
+                group.arguments(),
+                f"optim.groups.{number}",
+                first,
+                whole=False,
+            )
+            if is_class
+            else group.arguments()
+            for number, group in enumerate(self.config.groups)
+        ]
+
+    @hookimpl
+    def make_optimizer(self, engine: Engine) -> Optimizer:
+        """Build the optimizer over the model's parameters that are trained.
+
+        Raises:
+            ConfigError: a pattern matches no parameter, all are frozen, or the class refuses its
+                arguments.
+        """
+        freeze(engine.model, self.config.freeze, "optim.freeze")
+        given = engine.model if self._of_model else self._parameters(engine.model)
+        try:
+            made: Optimizer = self._make(given)
+        except (ValueError, TypeError) as error:
+            said = f"optim: {self._make.place} refuses its arguments: {error}"
+            raise ConfigError(said) from error
+        return made
+
+    def _parameters(self, model: nn.Module) -> list[Any]:
+        """All parameters, or groups of them where there are some: those of no pattern first."""
+        rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not rest:
+            raise ConfigError("optim: no parameter is left to train; freeze fewer of them")
+        if not self.config.groups:
+            return list(rest.values())
+        groups: list[dict[str, Any]] = []
+        for group, settings in zip(self.config.groups, self._groups, strict=True):
+            names = matching(rest, group.match, "optim.groups", "parameter that is still free")
+            members = [rest.pop(name) for name in names]
+            groups.append({"params": members, "name": group.match, **settings})
+        return [{"params": list(rest.values()), "name": "others"}] * bool(rest) + groups

@@ -172,8 +172,6 @@ class Engine(EarlierNames):
             self.data = self.data or self.hook.make_data(engine=self)
             data = self.data.train
             eval_data = self.data.valid if eval_data is None else eval_data
-        if isinstance(eval_data, Mapping) and not eval_data:
-            eval_data = None
         self.horizon = Interval.horizon(until)
         period = Interval.parse(eval_every).of(self.horizon) if eval_every else None
         self._running = True
@@ -232,8 +230,7 @@ class Engine(EarlierNames):
         those of a batch follow one another as its rows do, and rows that only fill up are left out.
         """
         answering = calling.relay(self.plan, Defaults(), lambda plugin: plugin.name != "loss")
-        self._progress.leave_to([data])
-        with self._aside():
+        with self._aside([data]):
             return predict(self, answering.forward, data)
 
     def _announced(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -289,9 +286,7 @@ class Engine(EarlierNames):
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
-        at, reason = self.state, self.stop_reason or ""
-        status = "finished" if self.horizon and self.horizon.reached(at) else "stopped"
-        return Result(status, reason, at.step, at.tokens, at.seconds, dict(self.metrics))
+        return Result.of(self.state, self.horizon, self.stop_reason, self.metrics)
 
     def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""
@@ -337,16 +332,16 @@ class Engine(EarlierNames):
         self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         metrics = dict[str, float]()
-        self._progress.leave_to(sets.values())
-        with self._aside():
+        with self._aside(sets.values()):
             for name, batches in sets.items():
                 self.split, self.meter = name, Meter()
                 metrics |= measure(self, name, batches, heed)
         return metrics
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _aside(self, sets: Iterable[Data]) -> Iterator[None]:
         before = (self.training, self.split, self.meter)
+        self._progress.leave_to(sets)
         with evaluating(self, nested=not self.training):
             try:
                 self.training, self.split, self.meter = False, "predict", Meter()
@@ -425,7 +420,7 @@ class Engine(EarlierNames):
 
     def _evaluate(self, data: Data | Mapping[str, Data] | None) -> bool:
         """Evaluate, if that has not been done at this step; False where a stop cannot wait."""
-        if data is None or self.state.evaluated_at == self.state.step:
+        if data is None or (isinstance(data, Mapping) and not data) or self.state.is_evaluated:
             return True
         try:
             self._heed()

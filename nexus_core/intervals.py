@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -45,6 +46,11 @@ class TrainState:
     evaluated_at: int = -1  # the step of the last evaluation
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether there has been an evaluation at the present step."""
+        return self.evaluated_at == self.step
+
+    @property
     def epochs(self) -> float:
         """Epochs done, the present one as a fraction where its length is known, to 9 digits."""
         return round(self.epoch + (self.batch / self.epoch_length if self.epoch_length else 0), 9)
@@ -78,6 +84,18 @@ class Result:
     tokens: int
     seconds: float
     metrics: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        state: TrainState,
+        horizon: Interval | None,
+        reason: str | None,
+        metrics: Mapping[str, float],
+    ) -> Result:
+        """How a run ended whose counters, horizon, reason to stop and metrics these are."""
+        status = "finished" if horizon is not None and horizon.reached(state) else "stopped"
+        return cls(status, reason or "", state.step, state.tokens, state.seconds, dict(metrics))
 
 
 @dataclass(frozen=True)

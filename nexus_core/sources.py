@@ -68,8 +68,7 @@ def look_in(folder: Path) -> None:
 
 def forget() -> None:
     """Forget folders and modules that were named before, as a command does that begins anew."""
-    for folder in _folders():
-        sys.path.remove(folder)
+    sys.path[:] = [entry for entry in sys.path if not isinstance(entry, _Folder)]
     for name in list(sys.modules):
         for source in kept(name):
             sys.modules.pop(source.module, None)

@@ -29,16 +29,16 @@ EPS = 1e-6  # as in torch: a gradient of zero stays zero
 class ClipConfig(PluginConfig):
     """Settings of gradient clipping."""
 
-    by: Literal["norm", "value", "agc"] = Field(
-        "norm",
-        description="what is limited: the length of the whole gradient, each of its numbers, or "
-        "(adaptive clipping) the gradient of each unit against its weights",
-    )
     max_norm: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=True,
         description="by norm: longest gradient (L2 norm over all parameters); inf: only log it",
+    )
+    by: Literal["norm", "value", "agc"] = Field(
+        "norm",
+        description="what is limited: the length of the whole gradient, each of its numbers, or "
+        "(adaptive clipping) the gradient of each unit against its weights",
     )
     max_value: float = Field(1.0, gt=0, description="by value: largest magnitude of a number")
     ratio: float = Field(

@@ -177,3 +177,14 @@ def test_only_what_the_user_has_named_is_loaded(folder: Path) -> None:
 )  # fmt: skip
 def test_a_place_in_settings_is_told_from_text(value: object, expected: bool) -> None:
     assert in_settings(value) is expected
+
+
+def test_a_folder_that_python_looks_in_anyway_stays_when_it_is_forgotten(tmp_path: Path) -> None:
+    """Breaks if a plugin of the folder that the program itself is imported from hides the rest."""
+    sys.path.insert(0, str(tmp_path))
+    before = list(sys.path)
+    look_in(tmp_path)
+    forget()
+    assert list(map(str, sys.path)) == before
+    assert all(type(entry) is str for entry in sys.path)
+    sys.path.remove(str(tmp_path))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from nexus_core import relay as calling
 from nexus_core import snapshot as snapshots
 from nexus_core.batches import Batch
-from nexus_core.data import RunData
+from nexus_core.data import DataState, RunData
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
 from nexus_core.earlier import EarlierNames
@@ -249,13 +249,18 @@ class Engine(EarlierNames):
         """Whether the loop ends after the present step."""
         return self._agreement.reason is not None
 
+    @property
+    def data_state(self) -> DataState | None:
+        """Which data the loop reads, and where it is in it; None where there was no loop yet."""
+        return self._progress.where()
+
     def stop(self, reason: str = "stopped by the program", *, at_once: bool = False) -> None:
         """End the loop after the present step, or before its first; all processes end together.
 
         Args:
             reason: for the `Result`.
-            at_once: do not begin or finish an evaluation (a single process gives it up between two
-                batches); it is made when the run is resumed.
+            at_once: do not begin or finish an evaluation; it is given up between two batches, by
+                several processes at the same one, and made when the run is resumed.
         """
         self._agreement.stop(reason, at_once)
 
@@ -329,13 +334,15 @@ class Engine(EarlierNames):
         self._progress = progress
 
     def _measured(
-        self, sets: Mapping[str, Data], heed: Callable[[], None] = lambda: None
+        self,
+        sets: Mapping[str, Data],
+        gives_up: Callable[[int | None], bool] = lambda number: False,
     ) -> dict[str, float]:
         metrics = dict[str, float]()
         with self._aside(sets.values()):
             for name, batches in sets.items():
                 self.split, self.meter = name, Meter()
-                metrics |= measure(self, name, batches, heed)
+                metrics |= measure(self, name, batches, gives_up)
         return metrics
 
     @contextmanager
@@ -363,7 +370,7 @@ class Engine(EarlierNames):
     ) -> Iterator[TrainState]:
         failure: BaseException | None = None
         try:
-            self._agreement.open()
+            self._agreement.settle()
             stream = self._progress.open(self, data, horizon, period)
             self.hook.on_start(engine=self)
             train_mode(self.optimizer)
@@ -423,9 +430,10 @@ class Engine(EarlierNames):
         if data is None or (isinstance(data, Mapping) and not data) or self.state.is_evaluated:
             return True
         try:
-            self._heed()
+            if self._agreement.heed(1):  # the last step's exchange is answer enough
+                raise GivenUpError
             sets = data if isinstance(data, Mapping) else {"val": data}
-            metrics = self._measured(sets, self._heed)
+            metrics = self._measured(sets, self._agreement.heed)
         except GivenUpError:
             self._progress.owed = True
             return False
@@ -434,11 +442,6 @@ class Engine(EarlierNames):
         self._announced(metrics)
         self._agreement.settle()
         return True
-
-    def _heed(self) -> None:
-        """Give up the evaluation of a loop that is to stop at once."""
-        if self._running and self.stopping and self._agreement.at_once:
-            raise GivenUpError
 
     def _log(self) -> None:
         if metrics := collect(self):

@@ -6,14 +6,41 @@ The command line turns a `NexusError` into one line and an exit code; `--debug` 
 import difflib
 import json
 import shlex
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hint:
+    """How to fix a mistake, in the words of each place where it can have been made.
+
+    Args:
+        command: an option of the commands.
+        python: the same in a program.
+    """
+
+    command: str
+    python: str
+
+    def __str__(self) -> str:
+        return self.python
 
 
 class NexusError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all errors whose message is meant for the user.
+
+    The message is given in parts, one after the other: text, and `Hint`s. Programs read it with
+    the hints in Python; the commands ask for theirs.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.args))
+
+    def on_command_line(self) -> str:
+        """The message, with its hints as options of the commands."""
+        return "".join(p.command if isinstance(p, Hint) else str(p) for p in self.args)
 
 
 class ConfigError(NexusError, ValueError):
@@ -44,54 +71,36 @@ def suggestion(got: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-# A hint on how to fix a mistake is in the words of the place where it was made: options of a
-# command, or Python. The commands say so, once, around all that they do.
-_on_command_line = False
-
-
-@contextmanager
-def hints_for_command_line() -> Iterator[None]:
-    """Word hints as options of the commands for as long as the context lasts."""
-    global _on_command_line  # of the process, as a thread that writes a checkpoint hints as well
-    before, _on_command_line = _on_command_line, True
-    try:
-        yield
-    finally:
-        _on_command_line = before
-
-
-def hint_set(key: str, value: object) -> str:
+def hint_set(key: str, value: object) -> Hint:
     """How to give a setting a value: `--set sparkle.size=1`, or `SparklePlugin(size=1)`."""
     plain = value if isinstance(value, int | float | list | dict) else str(value)
-    if _on_command_line:
-        text = plain if isinstance(plain, str) else json.dumps(plain)
-        return f"--set {key}={shlex.quote(text)}"
+    text = plain if isinstance(plain, str) else json.dumps(plain)
     plugin, dot, name = key.rpartition(".")
-    return f"{_class_of(plugin)}({name}={plain!r})" if dot else f"{key}={plain!r}"
+    python = f"{name}={plain!r}"
+    return Hint(
+        f"--set {key}={shlex.quote(text)}", f"{_class_of(plugin)}({python})" if dot else python
+    )
 
 
-def hint_add(*plugins: str) -> str:
+def hint_add(*plugins: str) -> Hint:
     """How to add plugins: `--plugins dew,glow`, or `plugins=[..., DewPlugin(), GlowPlugin()]`."""
-    if _on_command_line:
-        return f"--plugins {','.join(plugins)}"
-    return f"plugins=[..., {', '.join(f'{_class_of(name)}()' for name in plugins)}]"
+    made = ", ".join(f"{_class_of(name)}()" for name in plugins)
+    return Hint(f"--plugins {','.join(plugins)}", f"plugins=[..., {made}]")
 
 
-def hint_leave_out(plugin: str) -> str:
+def hint_leave_out(plugin: str) -> Hint:
     """How to leave a plugin out: `--plugins no:glow`, or `drop GlowPlugin() from plugins=[...]`."""
-    if _on_command_line:
-        return f"--plugins no:{plugin}"
-    return f"drop {_class_of(plugin)}() from plugins=[...]"
+    return Hint(f"--plugins no:{plugin}", f"drop {_class_of(plugin)}() from plugins=[...]")
 
 
-def hint_resume(source: str = "auto") -> str:
+def hint_resume(source: str = "auto") -> Hint:
     """How to resume: `--resume auto`, or `engine.resume('auto')`."""
-    return f"--resume {source}" if _on_command_line else f"engine.resume({source!r})"
+    return Hint(f"--resume {source}", f"engine.resume({source!r})")
 
 
-def hint_out(folder: str = "FOLDER") -> str:
+def hint_out(folder: str = "FOLDER") -> Hint:
     """How to choose the run's folder: `--out FOLDER`, or `Engine(..., out='FOLDER')`."""
-    return f"--out {folder}" if _on_command_line else f"Engine(..., out={folder!r})"
+    return Hint(f"--out {folder}", f"Engine(..., out={folder!r})")
 
 
 def _class_of(plugin: str) -> str:

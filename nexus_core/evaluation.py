@@ -35,7 +35,6 @@ def evaluating(engine: Run, *, nested: bool) -> Iterator[None]:
         scope.callback(set_random_state, generators)
         if not nested:
             scope.enter_context(_averaged_weights(engine))
-        if not nested:
             for context in engine.hook.evaluating(engine=engine):
                 scope.enter_context(context)
         scope.callback(_set_modes, modes)
@@ -49,23 +48,26 @@ class GivenUpError(Exception):
 
 
 def measure(
-    engine: Run, split: str, data: Iterable[Batch], heed: Callable[[], None]
+    engine: Run, split: str, data: Iterable[Batch], gives_up: Callable[[int | None], bool]
 ) -> dict[str, float]:
     """Every loss term and metric of one data set, weighted by units, within `evaluating`.
 
     Args:
         engine: with a meter of its own for this set.
         split: the prefix of the metrics.
-        heed: called before each batch; it may raise GivenUpError.
+        gives_up: whether to end here, asked with the number of each batch before it is measured,
+            and with None after the last.
         data: batches; those in which this process has no row of its own do not count.
 
     Raises:
         DataError: there is no batch with units of a loss.
+        GivenUpError: `gives_up` says so.
     """
     seed_everything(engine.seed)
     hook, seen, differentiates = engine.hook, set[str](), False
-    for batch, borrowed in _with_borrowed(data):
-        heed()
+    for number, (batch, borrowed) in enumerate(_with_borrowed(data)):
+        if gives_up(number):
+            raise GivenUpError
         engine.meter.counts = not borrowed
         units = merge(hook.loss_units(engine=engine, batch=batch, step=None))
         moved, mark = to_device(batch, engine.device), engine.meter.mark()
@@ -83,6 +85,8 @@ def measure(
             engine.meter.add(metric_name(split, name), term.detach(), units[name])
         seen |= terms.keys()
     engine.meter.counts = True
+    if gives_up(None):
+        raise GivenUpError
     metrics = engine.meter.read(engine.ranks)
     metrics |= _totals(engine, split, seen, metrics)
     with torch.no_grad():

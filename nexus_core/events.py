@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core.batches import Batch
-from nexus_core.data import RunData
+from nexus_core.data import DataState, RunData
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.plugin import Plugin
@@ -119,6 +119,8 @@ class Run(Protocol):
     def stop_reason(self) -> str | None: ...
     @property
     def stopping(self) -> bool: ...
+    @property
+    def data_state(self) -> DataState | None: ...
     def stop(self, reason: str = ..., *, at_once: bool = ...) -> None: ...
     def log(
         self, name: str, value: Number | Measured, units: Number = ..., finish: Finish = ...

@@ -188,8 +188,7 @@ class Source:
         if skipped and held["random"] is not None:
             set_random_state(held["random"])
         batches = self._iterated(states)
-        for _ in range(skipped):
-            next(batches, None)
+        next(islice(batches, skipped, skipped), None)  # no further than to their end
         drawn = held["next"] is not None or not held["draws"]
         early = drawn if place.batch else LOADER in states  # to see whether the state is good
         first = list(islice(batches, 1)) if early and states and not skipped else []

@@ -25,7 +25,6 @@ __all__ = [
     "needs_closure",
     "set_rates",
     "trained",
-    "untrained",
     "update",
 ]
 
@@ -249,12 +248,6 @@ def _hooks_around(optimizer: Optimizer) -> tuple[Mapping[int, Any], ...]:
     )
 
 
-def untrained(optimizer: Optimizer, model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters that the optimizer does not update; they may get gradients."""
-    known = {id(parameter) for parameter in trained(optimizer)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in known]
-
-
 class Untrained:
     """The model's other parameters, looked up anew when the optimizer's groups have changed.
 
@@ -268,5 +261,6 @@ class Untrained:
         """The parameters of a model that its optimizer does not update."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._size != size:
-            self._size, self._found = size, untrained(optimizer, model)
+            known = {id(parameter) for parameter in trained(optimizer)}
+            self._size, self._found = size, [p for p in model.parameters() if id(p) not in known]
         return self._found

@@ -36,8 +36,9 @@ def expanded(path: str | Path) -> str:
         return str(Path(text).expanduser())
     except RuntimeError:
         if own:
-            said = "there is no home folder for '~'; set HOME, or write the path in full"
-            raise ConfigError(said) from None
+            raise ConfigError(
+                "there is no home folder for '~'; set HOME, or write the path in full"
+            ) from None
         return text  # no user has this name, so it is the path's own
 
 

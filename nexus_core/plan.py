@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from nexus_core.errors import PluginError, hint_add, hint_leave_out, suggestion
 from nexus_core.events import API_VERSIONS, RENAMED, STAGES, Hooks
@@ -62,9 +62,11 @@ def find(name: str, scanned: EntryPoints) -> EntryPoint:
     found = {entry.value: entry for entry in scanned.select(name=name)}
     if not found:
         known = sorted(scanned.names)
-        ways = "nexus-plugins list; one in a file goes by the file, such as ./mine.py"
-        names = f"Installed: {', '.join(known) or 'none'}. See: {ways}"
-        raise PluginError(f"no plugin named '{name}'.{suggestion(name, known)} {names}")
+        raise PluginError(
+            f"no plugin named '{name}'.{suggestion(name, known)} Installed: "
+            f"{', '.join(known) or 'none'}. See: nexus-plugins list; one in a file goes by the "
+            "file, such as ./mine.py"
+        )
     if len(found) > 1:
         givers = " and ".join(sorted(map(distribution, found.values())))
         raise PluginError(f"two distributions give a plugin '{name}': {givers}; uninstall one")
@@ -87,19 +89,20 @@ def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
     """
     name, labels, label = name.partition("@")
     entry = find(name, scanned or scan())
-    where = f"plugin '{name}' ({distribution(entry)}, {entry.value})"
     try:
         found = entry.load()
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        fix = f"repair its distribution, or leave it out: {hint_leave_out(name)}"
-        raise PluginError(f"{where} cannot be imported: {reason}; {fix}") from error
-    if not (isinstance(found, type) and issubclass(found, Plugin)):
-        raise PluginError(f"{where} must be a subclass of nexus_core.Plugin, got {found!r}")
-    if found.name != name:
-        raise PluginError(f"{where} calls itself '{found.name}'; give both the same name")
-    _check_class(found, where)
-    return found.labelled(label) if labels else found
+        said = f"{_origin(entry)} cannot be imported: {type(error).__name__}: {error}; repair its "
+        raise PluginError(f"{said}distribution, or leave it out: ", hint_leave_out(name)) from error
+    if fault := _fault_of(found, name):
+        raise PluginError(_origin(entry) + fault)
+    plugin = cast(type[AnyPlugin], found)
+    return plugin.labelled(label) if labels else plugin
+
+
+def _origin(entry: EntryPoint) -> str:
+    """A plugin in words; its distribution's metadata takes long to read, so for errors alone."""
+    return f"plugin '{entry.name}' ({distribution(entry)}, {entry.value})"
 
 
 def answering(hook: str) -> type[AnyPlugin]:
@@ -132,15 +135,16 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
         raise PluginError(f"a plugin is an object such as MyPlugin(), got {wrong[0]!r}")
     names = [plugin.name for plugin in given]
     for plugin in given:
-        _check_class(type(plugin), f"plugin '{plugin.name}'")
+        if fault := _fault_of(type(plugin), type(plugin).name):
+            raise PluginError(f"plugin '{plugin.name}'{fault}")
         if names.count(plugin.name) > 1:
-            apart = f"keep one of them, or label one: {hint_add(f'{plugin.name}@late')}"
-            raise PluginError(f"plugin '{plugin.name}' is given twice; {apart}")
+            said = f"plugin '{plugin.name}' is given twice; keep one of them, or label one: "
+            raise PluginError(said, hint_add(f"{plugin.name}@late"))
         if missing := {
             need for need in plugin.requires if not any(_among(n, [need]) for n in names)
         }:
-            fix = f"which is not in this run; add it: {hint_add(min(missing))}"
-            raise PluginError(f"plugin '{plugin.name}' requires '{min(missing)}', {fix}")
+            said = f"plugin '{plugin.name}' requires '{min(missing)}', which is not in this run"
+            raise PluginError(f"{said}; add it: ", hint_add(min(missing)))
         if enemies := [name for name in names if _among(name, plugin.conflicts)]:
             _refuse_pair(plugin.name, min(enemies), "cannot be in one run")
     owner: dict[str, str] = {}
@@ -152,22 +156,38 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
     return Plan(tuple(sorted(given, key=lambda plugin: order.index(plugin.name))), declared)
 
 
-def _check_class(plugin: type[AnyPlugin], whose: str) -> None:
-    """Refuse a plugin that was built for other hooks than there are, or misspells one."""
-    if plugin.api_version not in API_VERSIONS:
+def _fault_of(found: object, name: str) -> str:
+    """What keeps a class from being a plugin of this name; nothing where it is one."""
+    if not (isinstance(found, type) and issubclass(found, Plugin)):
+        return f" must be a subclass of nexus_core.Plugin, got {found!r}"
+    if found.name != name:
+        return f" calls itself '{found.name}'; give both the same name"
+    if found.api_version not in API_VERSIONS:
         ours = f"nexus-trainer {version('nexus-trainer')} has {' and '.join(API_VERSIONS)}"
         fix = "install a release of the plugin for that, or the nexus-trainer that it is for"
-        raise PluginError(f"{whose} is built for plugin API {plugin.api_version}; {ours}: {fix}")
-    for name in dir(plugin):
-        marked = getattr(getattr(plugin, name), "nexus_impl", None)
-        where = f"{whose}: {plugin.__qualname__}.{name}"
-        if name in HOOK_NAMES and not marked:
-            raise PluginError(f"{where} is named like a hook: mark it @hookimpl, or rename it")
-        if marked and not marked["optionalhook"] and name not in (*HOOK_NAMES, *RENAMED):
-            known = f"{suggestion(name, HOOK_NAMES)} Hooks: {', '.join(HOOK_NAMES)}"
-            raise PluginError(f"{where} is marked @hookimpl, but there is no such hook.{known}")
-        if marked and name in HOOK_NAMES:
-            _check_place(getattr(plugin, name), name, where)
+        return f" is built for plugin API {found.api_version}; {ours}: {fix}"
+    faults = ((name, _misuse(getattr(found, name), name)) for name in dir(found))
+    return next((f": {found.__qualname__}.{name}{fault}" for name, fault in faults if fault), "")
+
+
+def _misuse(method: Any, name: str) -> str:
+    """What is wrong with a method as a hook; nothing where it is right, or none."""
+    marked = getattr(method, "nexus_impl", None)
+    if not marked:
+        unmarked = " is named like a hook: mark it @hookimpl, or rename it"
+        return unmarked if name in HOOK_NAMES else ""
+    if name not in HOOK_NAMES:
+        known = f"{suggestion(name, HOOK_NAMES)} Hooks: {', '.join(HOOK_NAMES)}"
+        unknown = f" is marked @hookimpl, but there is no such hook.{known}"
+        return "" if marked["optionalhook"] or name in RENAMED else unknown
+    stages = [stage.rstrip("*") for stage in STAGES.get(name, ())]
+    stage = getattr(method, "nexus_stage", None)
+    if stage is not None and stage not in stages:
+        known = f"its stages: {', '.join(stages)}" if stages else "it has no stages"
+        return f": there is no stage '{stage}'; {known}"
+    if marked["wrapper"] and name in NOT_WRAPPED:
+        return f": {name} cannot be wrapped: {NOT_WRAPPED[name]}"
+    return ""
 
 
 def claim(plan: Plan, engine: object) -> None:
@@ -184,17 +204,6 @@ def claim(plan: Plan, engine: object) -> None:
             )
 
 
-def _check_place(method: Any, hook: str, where: str) -> None:
-    """Refuse a stage that the hook does not have, and a wrapper where there can be none."""
-    stages = [stage.rstrip("*") for stage in STAGES.get(hook, ())]
-    stage = getattr(method, "nexus_stage", None)
-    if stage is not None and stage not in stages:
-        known = f"its stages: {', '.join(stages)}" if stages else "it has no stages"
-        raise PluginError(f"{where}: there is no stage '{stage}'; {known}")
-    if method.nexus_impl["wrapper"] and hook in NOT_WRAPPED:
-        raise PluginError(f"{where}: {hook} cannot be wrapped: {NOT_WRAPPED[hook]}")
-
-
 def _claims(plugins: Iterable[AnyPlugin]) -> Iterator[tuple[str, str]]:
     """What one plugin of a run alone may do, by the names of those that want to."""
     for plugin in plugins:
@@ -207,7 +216,7 @@ def _claims(plugins: Iterable[AnyPlugin]) -> Iterator[tuple[str, str]]:
 
 def _refuse_pair(one: str, other: str, why: str) -> None:
     raise PluginError(
-        f"plugins '{one}' and '{other}' {why}; leave one of them out, such as {hint_leave_out(one)}"
+        f"plugins '{one}' and '{other}' {why}; leave one of them out, such as ", hint_leave_out(one)
     )
 
 
@@ -232,8 +241,8 @@ def _sorted(names: Sequence[str], declared: Mapping[tuple[str, str], str]) -> li
         pairs = list(zip(error.args[1], error.args[1][1:], strict=False))
         circle = ", ".join(f"'{a}' before '{b}' (as '{declared[a, b]}' says)" for a, b in pairs)
         raise PluginError(
-            f"the plugins' order is a circle: {circle}; leave one of them out, such as "
-            f"{hint_leave_out(pairs[0][0])}"
+            f"the plugins' order is a circle: {circle}; leave one of them out, such as ",
+            hint_leave_out(pairs[0][0]),
         ) from None
     order: list[str] = []
     while len(order) < len(names):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 Value = TypeVar("Value")
+HEED_EVERY = 8
+"""Batches of an evaluation between two exchanges of processes: milliseconds, in seconds of work."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,6 @@ class Agreement:
         self._work: dist.Work | None = None
         self._now = 0.0
 
-    def open(self) -> None:
-        """A loop begins; a stop that was asked for before it holds."""
-        if self._ranks.size == 1:
-            self.reason, self.at_once = self._wish, self._hurry
-        else:
-            self.reason = None
-        self.settle()
-
     def close(self) -> None:
         """The loop is over, and with it the wish to stop it."""
         self._wish, self._hurry, self.at_once = None, False, False
@@ -95,11 +89,31 @@ class Agreement:
         if self._ranks.size == 1:
             self.reason, self.at_once = reason, self._hurry
 
-    def settle(self) -> None:
-        """Have all processes know of a wish to stop, outside of a step."""
-        if self._ranks.size > 1:
-            self.begin()
-            self.end()
+    def settle(self, busy: bool = False) -> bool:
+        """Have all processes know of a wish to stop, outside of a step, of before the loop too.
+
+        Args:
+            busy: this process comes back for another such exchange.
+
+        Returns:
+            Whether one of them does.
+        """
+        self.begin(int(busy))
+        return self.end()[0] > 0
+
+    def heed(self, number: int | None) -> bool:
+        """Whether to stop at once, asked between two batches of an evaluation.
+
+        Several processes exchange their wishes now and then, and get the same answer at the same
+        batch; one with fewer batches takes part until all are through.
+
+        Args:
+            number: of the batch that comes next; None: all are read.
+        """
+        if self._ranks.size > 1 and (number is None or number % HEED_EVERY == 0):
+            while self.settle(number is not None) and number is None and not self.at_once:
+                pass
+        return self.at_once
 
     def begin(self, rows: int = 0, tokens: int = 0) -> None:
         """Send rows and tokens of this process since the last time, and its wish to stop."""
@@ -113,6 +127,7 @@ class Agreement:
     def end(self) -> tuple[int, int]:
         """Rows and tokens of all processes; their reason to stop is that of the first with one."""
         if self._work is None:
+            self.reason, self.at_once = self._wish, self._hurry
             return self._own
         self._work.wait()
         self._work = None  # it keeps the group's connections
@@ -165,11 +180,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in place: all of it, unless it is a `DTensor`."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return part
+    return cast(Tensor, getattr(tensor, "to_local", lambda: tensor)())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered where it is a `DTensor`; then every process must ask."""
-    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return full
+    return cast(Tensor, getattr(tensor, "full_tensor", lambda: tensor)())

@@ -110,10 +110,10 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
     if missing := Snapshot.__annotations__.keys() - OPTIONAL - snapshot.keys():
         raise CheckpointError(f"the snapshot has no part '{min(missing)}'")
     if strangers := snapshot["plugins"].keys() - engine.plugins.keys():
-        name = min(strangers)
         raise CheckpointError(
-            f"the checkpoint holds the state of plugin '{name}', which is not in this run; "
-            f"add it: {hint_add(name)}"
+            f"the checkpoint holds the state of plugin '{min(strangers)}', which is not in this "
+            "run; add it: ",
+            hint_add(min(strangers)),
         )
     _check_model(engine.model, snapshot["model"])
     _check_optimizer(engine.optimizer, cast(dict[str, Any], snapshot["optimizer"]))

@@ -122,8 +122,7 @@ def leaving_no_trace(engine: Run) -> Iterator[None]:
 def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | None) -> None:
     count_units(engine, step)
     compute_gradient(engine, step)
-    scales = engine.hook.lr_scale(engine=engine)
-    if scales:
+    if scales := engine.hook.lr_scale(engine=engine):
         set_rates(engine.optimizer, math.prod(scales))
 
     def again() -> Tensor:

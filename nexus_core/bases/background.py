@@ -57,6 +57,7 @@ class BackgroundConfig(LoggerConfig):
     timeout: float = Field(
         30.0,
         gt=0,
+        le=31_536_000,  # a year; a thread cannot wait for much more
         description="longest time for one call of the service, and for closing, in seconds; then "
         "the logger is switched off",
         json_schema_extra={"resume": "ignored"},

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nexus_core.bases.worker import attend, leaving, signals_held
 from nexus_core.batches import Batch, digest
+from nexus_core.device import random_state, set_random_state
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
 
@@ -115,12 +116,20 @@ class ResumableLoader:
         """What tells this data, in this order, from other data; any batch size has the same.
 
         It is the data set's own `fingerprint` where it has one, else a digest of its first and last
-        samples.
+        samples, if these are the same when they are read again: augmented ones are not.
         """
         own = getattr(self.dataset, "fingerprint", None)
-        ends = [self.dataset[0], self.dataset[len(self.dataset) - 1]] if own is None else []
-        known = f"{own} {len(self.dataset)} {self.seed} {self.shuffle}"
-        return hashlib.sha256(f"{known} {digest(ends)}".encode()).hexdigest()[:16]
+        known = f"{own} {len(self.dataset)} {self.seed} {self.shuffle} {self._ends(own)}"
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+    def _ends(self, own: object) -> str:
+        """A digest of the first and last samples; that of nothing where it says nothing."""
+        if own is not None:
+            return digest([])
+        generators, last = random_state(), len(self.dataset) - 1
+        once, again = (digest([self.dataset[0], self.dataset[last]]) for _ in range(2))
+        set_random_state(generators)
+        return once if once == again else digest([])
 
     def _read(self, reader: _Reader, batches: Iterator[Batch | DataError]) -> Iterator[Batch]:
         try:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import nn
 from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from nexus_core.device import seed_everything
 from nexus_core.errors import ConfigError, RunError
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
-from nexus_core.processes import Ranks
+from nexus_core.processes import Ranks, gather
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["Parallel", "ParallelConfig", "launched", "own_seed", "share_buffers"]
+__all__ = ["Parallel", "ParallelConfig", "launched", "own_seed"]
 
 _IGNORED: dict[str, Any] = {"resume": "ignored"}
 _EVENTS = "nexus_core", "nexus_plugins"
+_ENDED = "nexus: who has ended first, and why"
 
 
 class ParallelConfig(PluginConfig):
@@ -33,6 +35,7 @@ class ParallelConfig(PluginConfig):
     timeout: float = Field(
         600.0,
         gt=0,
+        le=31_536_000,  # a year; what comes after it overflows the clocks of backends
         description="seconds that a process waits for its peers before the run ends with an error",
         json_schema_extra=_IGNORED,
     )
@@ -89,17 +92,31 @@ class Parallel(Plugin[ConfigT]):
         """Let each process draw random numbers of its own, for a dropout of its own.
 
         Raises:
-            ConfigError: a launcher started several processes, and they have not been joined.
+            ConfigError: a launcher started several processes, and they have not been joined; or
+                an epoch does not have as many batches in each of them.
         """
         self.check_joined()
+        lengths = gather(engine.ranks, engine.state.epoch_length)
+        if len(set(lengths)) > 1:
+            raise ConfigError(
+                f"{self.name}: an epoch has {', '.join(map(str, lengths))} batches in ranks 0 to "
+                f"{engine.ranks.size - 1}; give each as many, by ResumableLoader(..., ranks=ranks) "
+                "or a DistributedSampler"
+            )
         if engine.ranks.size > 1 and engine.state.step == 0 and not engine.ranks.is_main:
             seed_everything(own_seed(engine.seed, engine.ranks))
 
     @hookimpl
     def on_error(self, engine: Engine, error: BaseException) -> None:
-        """Say where this process waited for peers that did not come."""
+        """Say where this process was, and which peer ended before it, for which reason."""
         if engine.ranks.size > 1:
             error.add_note(f"{_self()}, in {_event(error)}, step {engine.state.step}")
+            what = f"{type(error).__name__}: {_first_line(error).partition('; ')[0]}"
+            with suppress(RuntimeError):  # the one that keeps the store may be gone
+                ended = f"{_self()} has ended with {what}"
+                first = _get_default_store().compare_set(_ENDED, "", ended).decode()
+                if not first.endswith(what):
+                    error.add_note(first)
 
 
 def launched() -> bool:
@@ -110,13 +127,6 @@ def launched() -> bool:
 def own_seed(seed: int, ranks: Ranks) -> int:
     """A seed for the generators of this process; the main one has the seed of the run."""
     return seed + 1_000_003 * ranks.rank
-
-
-def share_buffers(model: nn.Module) -> None:
-    """Make the model's buffers in all processes those of the main one."""
-    sent = [dist.broadcast(buffer, src=0, async_op=True) for buffer in model.buffers()]
-    for work in sent:
-        work.wait()
 
 
 def _start_group(timeout: timedelta) -> None:

@@ -81,8 +81,9 @@ class Schedule(Plugin[ScheduleConfigT]):
         if amount is not None and amount > horizon.exact:
             raise ConfigError(
                 f"{self.name}.warmup is {warmup}, longer than the whole run of {horizon}, so the "
-                "learning rate would never get to its base; give it as a share, for instance "
-                f"{hint_set(f'{self.name}.warmup', '10%')}, shorten it, or train longer"
+                "learning rate would never get to its base; give it as a share, for instance ",
+                hint_set(f"{self.name}.warmup", "10%"),
+                ", shorten it, or train longer",
             )
 
     @hookimpl
@@ -142,8 +143,9 @@ class Decay(Schedule[DecayConfigT]):
             lower = float(f"{_base(engine) / 10:g}")
             raise ConfigError(
                 f"{self.name}.min_lr is {self.config.min_lr:g}, above the optimizer's learning "
-                f"rate of {_base(engine):g} that it should fall from; lower it, for instance "
-                f"{hint_set(f'{self.name}.min_lr', lower)}, or raise the learning rate"
+                f"rate of {_base(engine):g} that it should fall from; lower it, for instance ",
+                hint_set(f"{self.name}.min_lr", lower),
+                ", or raise the learning rate",
             )
 
     def floor(self, engine: Engine) -> float:

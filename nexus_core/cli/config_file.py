@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import tomllib
-from collections.abc import Mapping
 from datetime import date, time
 from pathlib import Path
 from typing import Any
@@ -89,11 +88,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """What the other formats have as well: TOML's own dates become text."""
+    """What the other formats have as well, in place: TOML's own dates become text."""
     if depth > yaml12.DEEPEST:
         raise ValueError(f"nested deeper than {yaml12.DEEPEST} levels")
-    if isinstance(value, Mapping):
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _plain(item, depth + 1)
     return value.isoformat() if isinstance(value, date | time) else value

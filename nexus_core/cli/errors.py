@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from nexus_core.errors import NexusError, hints_for_command_line
+from nexus_core.errors import NexusError
 
 __all__ = ["reported"]
 
@@ -26,14 +26,14 @@ def reported(debug: bool) -> Iterator[None]:
     """
     _take_any_output()
     try:
-        with warnings.catch_warnings(), hints_for_command_line():
+        with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     except NexusError as error:
         if debug:
             traceback.print_exc()
-        if not _said_by_main(str(error)):
-            _say(error, str(error))
+        if not _said_by_main(said := error.on_command_line()):
+            _say(error, said)
         sys.exit(error.exit_code)
     except (click.exceptions.Exit, click.ClickException, SystemExit, KeyboardInterrupt):
         raise

@@ -113,6 +113,8 @@ def from_variables(error: ConfigError, variables: Mapping[str, str]) -> ConfigEr
         error: of one or more lines that begin with keys.
         variables: by key.
     """
+    if not any(line.startswith(f"{key}:") for line in str(error).split("\n") for key in variables):
+        return error
     lines = str(error).split("\n")
     places = [next((key for key in variables if line.startswith(f"{key}:")), "") for line in lines]
     return ConfigError("\n".join(

@@ -90,7 +90,7 @@ def _loaded(name: str, scanned: EntryPoints) -> tuple[str, str]:
 
 
 def _broken(error: PluginError) -> str:
-    return click.style(f"BROKEN: {error}", fg="red")
+    return click.style(f"BROKEN: {error.on_command_line()}", fg="red")
 
 
 def _settings(model: type[BaseModel], indent: str = "  ") -> Iterator[str]:

@@ -165,7 +165,9 @@ def _write_summary(out: Path, result: Result, status: str, reason: str) -> None:
         "metrics": {n: v if math.isfinite(v) else None for n, v in result.metrics.items()},
     }
     draft = out / ".summary.json.tmp"
-    draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draft.unlink(missing_ok=True)  # be it a link, which would be followed
+    with draft.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(summary, indent=2) + "\n")
     draft.replace(out / "summary.json")
 
 

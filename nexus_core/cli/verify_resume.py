@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -22,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
+from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
 from nexus_core.device import random_state
 from nexus_core.engine import Engine
@@ -178,14 +178,13 @@ def verify_resume(
     except OSError as error:
         raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
     order = Order(config, plugins, tuple(sets), threads)
-    nursery = multiprocessing.get_context("forkserver")
-    nursery.set_forkserver_preload(["nexus_core.cli.verify_resume"])
+    processes = nursery("nexus_core.cli.verify_resume")
     undisturbed, disturbed = out / "undisturbed", out / "killed"
-    _finish(_live(nursery, order, undisturbed), undisturbed)
+    _finish(_live(processes, order, undisturbed), undisturbed)
     report = Report(steps=len(_lines(undisturbed / NOTES)))
     moments = random.Random(seed)
     while report.kills < kills:
-        life = _live(nursery, order, disturbed)
+        life = _live(processes, order, disturbed)
         term = moments.random() < terms
         shows = report.kills < kills - 1 or _went_on(disturbed)
         steps = report.steps / (kills + 1)  # a share for each life, and one to end with
@@ -196,7 +195,7 @@ def verify_resume(
         report.terms += term
         report.within_saves += _saving(disturbed)
     else:
-        _finish(_live(nursery, order, disturbed), disturbed)
+        _finish(_live(processes, order, disturbed), disturbed)
     report.differences = compare_runs(undisturbed, disturbed)
     if not _went_on(disturbed):
         report.differences.append(
@@ -218,8 +217,8 @@ class Order:
     threads: int | None
 
 
-def _live(nursery: Any, order: Order, out: Path) -> ForkServerProcess:
-    life: ForkServerProcess = nursery.Process(target=_life, args=(order, out))
+def _live(processes: ForkServerContext, order: Order, out: Path) -> ForkServerProcess:
+    life = processes.Process(target=_life, args=(order, out))
     life.start()
     return life
 
@@ -232,10 +231,7 @@ def _life(order: Order, out: Path) -> None:
     from nexus_core.cli.settings import read_settings
     from nexus_core.plan import arrange
 
-    os.setpgid(0, 0)  # with its workers it is a group that can be signalled
-    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    stand_alone(out.with_suffix(".log"))
     if order.threads is not None:
         torch.set_num_threads(order.threads)
     with reported(debug=True):

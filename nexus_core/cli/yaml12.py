@@ -20,7 +20,7 @@ Path: TypeAlias = tuple[str | int, ...]
 """Where a value is: keys of mappings and places in lists, outermost first."""
 
 MOST_CHARACTERS = 2**20
-MOST_VALUES = 100_000  # with every alias written out
+MOST_VALUES = 40_000  # with every alias written out; PyYAML takes a kilobyte for each
 DEEPEST = 50
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
@@ -99,7 +99,20 @@ def dump(settings: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's parser, with the plain scalars of YAML 1.2."""
+    """PyYAML's parser, with the plain scalars of YAML 1.2, and a bound on what it makes."""
+
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """One node of the tree.
+
+        Raises:
+            YamlError: there are too many.
+        """
+        self.composed += 1
+        if self.composed > MOST_VALUES:
+            raise YamlError(f"more than {MOST_VALUES:,} values")
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -128,11 +141,11 @@ class _Builder:
     def __init__(self) -> None:
         self.written: dict[Path, str] = {}
         self._values = 0
+        self._read: dict[int, Any] = {}  # by node: an alias takes no time and memory of its own
+        self._keys: dict[int, str] = {}
 
     def value(self, node: yaml.Node, path: Path) -> Any:
-        self._values += 1
-        if self._values > MOST_VALUES:
-            raise YamlError(f"more than {MOST_VALUES:,} values, with every alias written out")
+        self._count()
         if len(path) > DEEPEST:
             raise YamlError(f"{_line(node)}: nested deeper than {DEEPEST} levels")
         if isinstance(node, yaml.ScalarNode):
@@ -142,18 +155,19 @@ class _Builder:
         if node.tag != _TAG + kind:
             raise YamlError(f"{_line(node)}: the tag '{node.tag}' is not for settings")
         if node.flow_style and node.start_mark.buffer is not None:
-            written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
-            self.written[path] = written
+            if id(node) not in self._read:
+                written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
+                self._read[id(node)] = written
+            self.written[path] = self._read[id(node)]
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*path, place)) for place, item in enumerate(node.value)]
         assert isinstance(node, yaml.MappingNode)
         return {key: self.value(item, (*path, key)) for key, item in self._items(node, len(path))}
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
-        kind = node.tag.removeprefix(_TAG)
-        if kind not in (*_PLAIN, "str") or (kind in _PLAIN and not _fits(kind, node.value)):
-            raise YamlError(f"{_line(node)}: {node.value!r:.60} cannot be read as '{node.tag}'")
-        value = _plain(kind, node.value)
+        if id(node) not in self._read:
+            self._read[id(node)] = _scalar(node)
+        value = self._read[id(node)]
         if not isinstance(value, str):
             self.written[path] = node.value
         return value
@@ -164,10 +178,12 @@ class _Builder:
         merged: list[yaml.Node] = []
         lines: dict[str, int] = {}
         for key_node, item in node.value:
-            self._values += 1
+            self._count()
             if not isinstance(key_node, yaml.ScalarNode):
                 raise YamlError(f"{_line(key_node)}: a key must be text")
-            key, line = _joined(key_node.value), key_node.start_mark.line + 1
+            if id(key_node) not in self._keys:
+                self._keys[id(key_node)] = _joined(key_node.value)
+            key, line = self._keys[id(key_node)], key_node.start_mark.line + 1
             if (first := lines.setdefault(key, line)) != line or key in own:
                 where = f"lines {first} and {line}" if first != line else f"line {line}"
                 raise YamlError(f"the key '{key}' is there twice, in {where}; keep one")
@@ -182,6 +198,18 @@ class _Builder:
                 if key not in own:
                     own[key] = item
         yield from own.items()
+
+    def _count(self) -> None:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise YamlError(f"more than {MOST_VALUES:,} values, with every alias written out")
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    kind = node.tag.removeprefix(_TAG)
+    if kind not in (*_PLAIN, "str") or (kind in _PLAIN and not _fits(kind, node.value)):
+        raise YamlError(f"{_line(node)}: {node.value!r:.60} cannot be read as '{node.tag}'")
+    return _plain(kind, node.value)
 
 
 def _line(node: yaml.Node) -> str:

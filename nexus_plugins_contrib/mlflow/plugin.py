@@ -42,6 +42,7 @@ class MlflowConfig(BackgroundConfig):
     timeout: float = Field(
         60.0,
         gt=0,
+        le=31_536_000,
         description="longest time for one call of MLflow, and for closing, in seconds; then the "
         "logger is switched off (making the tables of a new database takes some of them)",
         json_schema_extra={"resume": "ignored"},

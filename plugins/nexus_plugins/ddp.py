@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -14,7 +15,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_core import ConfigError, hookimpl
-from nexus_core.bases.parallel import Parallel, ParallelConfig, share_buffers
+from nexus_core.bases.parallel import Parallel, ParallelConfig
+from nexus_core.errors import hint_set
+from nexus_plugins._shared.buffers import share_buffers
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
@@ -48,6 +51,8 @@ class DdpPlugin(Parallel[DdpConfig]):
     api_version: ClassVar[str] = "1.2"
     _parallel: DistributedDataParallel | None = None
     _first_step: bool = True
+    _summed: bool = False
+    _names: Mapping[str, Tensor] = MappingProxyType({})
 
     @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
@@ -56,6 +61,7 @@ class DdpPlugin(Parallel[DdpConfig]):
         if engine.ranks.size > 1:
             share_buffers(engine.model)
             self._first_step = self.config.find_unused is None
+            self._names = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
             self._parallel = self._wrapped(engine.model, bool(self.config.find_unused))
             _sum_gradients(self._parallel, _trained(engine.model))  # settles who is sent with whom
             engine.optimizer.zero_grad()
@@ -76,21 +82,31 @@ class DdpPlugin(Parallel[DdpConfig]):
             )
         if self._first_step:
             return (yield)
+        self._summed = False
         with nullcontext() if step.is_last else self._parallel.no_sync():
-            self._prepare(self._parallel, loss, step)
-            return (yield)
+            self._parallel(loss)
+            done = yield
+        if step.is_last and not self._summed:
+            raise self._unreached(step)
+        return done
 
-    def _prepare(self, parallel: DistributedDataParallel, loss: Tensor, step: Step) -> None:
-        """Prepare the sum for the backward pass of this loss."""
-        try:
-            parallel(loss)
-        except RuntimeError as error:
-            if "finished reduction" not in str(error):
-                raise
-            raise ConfigError(
-                f"ddp: in a step before step {step.number}, the loss did not reach all parameters "
-                "that it reached in the first; set ddp.find_unused to true"
-            ) from error
+    def _sum(self, bucket: torch._C._distributed_c10d.GradBucket) -> Future[Tensor]:
+        """Sum some of the gradients over the processes; the last of a step come last."""
+        self._summed = bucket.is_last()
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        future: Future[list[Tensor]] = work.get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def _unreached(self, step: Step) -> ConfigError:
+        """The error of a step whose sum waits for gradients that do not come, in this process."""
+        assert self._parallel is not None
+        found = [name for name, p in self._names.items() if p.grad is None]
+        some = f" (such as '{found[0]}', one of {len(found)})" if found else ""
+        return ConfigError(
+            f"ddp: in step {step.number} the loss does not reach all parameters that it reached "
+            f"before{some}; try ",
+            hint_set("ddp.find_unused", True),
+        )
 
     @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
@@ -113,13 +129,13 @@ class DdpPlugin(Parallel[DdpConfig]):
     @hookimpl
     def on_close(self) -> None:
         """Give the model back as it was."""
-        self._parallel = None
+        self._parallel, self._names = None, {}
 
     def _wrapped(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
         parallel = DistributedDataParallel(
             _LossOf(model), bucket_cap_mb=self.config.bucket_mb, find_unused_parameters=find_unused
         )
-        parallel.register_comm_hook(None, lambda state, bucket: _sum(bucket.buffer()))
+        parallel.register_comm_hook(None, lambda state, bucket: self._sum(bucket))
         return parallel
 
 
@@ -135,12 +151,6 @@ class _LossOf(nn.Module):
 
     def forward(self, loss: Tensor) -> Tensor:
         return loss
-
-
-def _sum(gradients: Tensor) -> Future[Tensor]:
-    work = dist.all_reduce(gradients, async_op=True)
-    future: Future[list[Tensor]] = work.get_future()
-    return future.then(lambda done: done.value()[0])
 
 
 def _trained(model: nn.Module) -> list[Tensor]:

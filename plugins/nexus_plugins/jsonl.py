@@ -13,6 +13,7 @@ from pydantic import Field
 
 from nexus_core import Logger, LoggerConfig, hookimpl
 from nexus_core.paths import PathText
+from nexus_plugins._shared.files import write_whole
 
 if TYPE_CHECKING:
     from nexus_core import TrainState
@@ -51,9 +52,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
         step = self._resumed_at = engine.state.step
         kept = [record for record in _records(path) if record["step"] <= step] if step else []
         self._repeated = frozenset(_kind(record) for record in kept if record["step"] == step)
-        draft = path.with_name(f".{path.name}.tmp")
-        draft.write_text("".join(map(_line, kept)), encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, "".join(map(_line, kept)).encode())
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:

@@ -47,7 +47,8 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
         if self.config.timescale is None and self.config.warmup is None:
             raise ConfigError(
                 "lr_rsqrt needs a timescale where there is no warm-up to take it from; give one, "
-                f"for instance with {hint_set('lr_rsqrt.timescale', '1000 steps')}"
+                "for instance with ",
+                hint_set("lr_rsqrt.timescale", "1000 steps"),
             )
 
     def scale(self, engine: Engine) -> float:

@@ -34,7 +34,10 @@ class OffloadConfig(PluginConfig):
         ("*",), description="patterns of names of the modules whose activations are moved"
     )
     min_kib: float = Field(
-        1024, ge=0, description="smaller tensors stay on the device, in KiB: a transfer has a price"
+        1024,
+        ge=0,
+        le=1e9,
+        description="smaller tensors stay on the device, in KiB: a transfer has a price",
     )
     without_cuda: Literal["refuse", "copy"] = Field(
         "refuse",
@@ -67,7 +70,8 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         if engine.device.type != "cuda" and self.config.without_cuda == "refuse":
             raise ConfigError(
                 f"offload moves activations from CUDA to host memory, and this run is on "
-                f"{engine.device}; leave out offload, and try {hint_add('recompute')}"
+                f"{engine.device}; leave out offload, and try ",
+                hint_add("recompute"),
             )
         mover = _Mover(engine.model, engine.device, int(self.config.min_kib * KIB))
         self._wrapped = self._chosen(engine.model)

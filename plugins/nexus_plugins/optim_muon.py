@@ -70,7 +70,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         config = self.config
         if not hasattr(torch.optim, "Muon"):
             said = f"optim_muon needs PyTorch 2.9 or later, and this is {torch.__version__}"
-            raise ConfigError(f"{said}; upgrade torch, or use {hint_add('optim_adamw')}")
+            raise ConfigError(f"{said}; upgrade torch, or use ", hint_add("optim_adamw"))
         hidden = _hidden_matrices(engine.model, config.exclude)
         matrices, rest = list[dict[str, Any]](), list[dict[str, Any]]()
         for group in groups_of(engine.model, config, self.name):
@@ -79,7 +79,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
                     groups.append({**group, "params": members})
         if not matrices:
             said = "optim_muon: the model has no matrix for Muon to train"
-            raise ConfigError(f"{said}; use {hint_add('optim_adamw')}")
+            raise ConfigError(f"{said}; use ", hint_add("optim_adamw"))
         ours, others = (sum(len(g["params"]) for g in groups) for groups in (matrices, rest))
         self._trained = f"trained {ours} matrices; AdamW {others} other parameters"
         muon = torch.optim.Muon(

@@ -73,7 +73,8 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
             first = next((name for name, _ in model.named_children()), "block")
             raise ConfigError(
                 "recompute: the model has no ModuleList to choose from; name its modules, for "
-                f"instance with {hint_set('recompute.match', [f'*.{first}*'])}"
+                "instance with ",
+                hint_set("recompute.match", [f"*.{first}*"]),
             )
         return list(outermost.values())
 

@@ -95,6 +95,17 @@ def test_a_loader_is_read_again_after_a_loop_that_was_left_is_collected() -> Non
         assert Counter().fit(loader, "1 epochs") == list(range(ROWS))
 
 
+def test_a_cursor_far_beyond_the_data_is_at_its_end() -> None:
+    """Breaks if a snapshot that counts more batches than there are is read for ever."""
+    first, again = Counter(), Counter()
+    data = batches(0, 6)
+    first.fit(data, "4 steps")
+    snapshot = copy.deepcopy(first.engine.state_dict())
+    snapshot["train"]["batch"] = 10**18
+    again.engine.load_state_dict(snapshot)
+    assert again.fit(data, "6 steps") == [0, 1]
+
+
 def test_a_changed_length_is_said() -> None:
     class Sized:
         def __init__(self, count: int) -> None:

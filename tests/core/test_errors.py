@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
 
 from nexus_core.errors import (
+    ConfigError,
+    Hint,
     hint_add,
     hint_leave_out,
     hint_out,
     hint_resume,
     hint_set,
-    hints_for_command_line,
 )
 
 
@@ -42,9 +44,9 @@ from nexus_core.errors import (
     ],
 )  # fmt: skip
 def test_a_hint_is_in_the_words_of_the_place(
-    hint: Callable[[], str], command: str, python: str
+    hint: Callable[[], Hint], command: str, python: str
 ) -> None:
-    assert hint() == python
-    with hints_for_command_line():
-        assert hint() == command
-    assert hint() == python
+    error = ConfigError("try ", hint(), ", or not")
+    assert str(error) == f"try {python}, or not"
+    assert error.on_command_line() == f"try {command}, or not"
+    assert pickle.loads(pickle.dumps(error)).on_command_line() == error.on_command_line()

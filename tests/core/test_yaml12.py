@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -98,14 +100,40 @@ MERGED = "a: &a {x: 1}\n" + "".join(
 )
 
 
+NESTED_MERGES = reduce(lambda x, n: f"{{<<: [&a{n} {x}, *a{n}]}}", range(40), "{y: 1}")
+TEXT = "é" * 2**17
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a: &a '{TEXT}'\nb: [{'*a,' * 500}]",
+        f"a: &a ['{TEXT}']\nb: [{'*a,' * 500}]",
+        f"a: {{? &a '{TEXT}' : 1}}\nb: [{'{? *a : 1},' * 500}]",
+    ],
+    ids=["text", "list", "key"],
+)
+def test_an_alias_takes_no_memory_of_its_own(text: str) -> None:
+    """Breaks if a config of 200 kB takes gigabytes."""
+    tracemalloc.start()
+    try:
+        parse(text)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * 2**20
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3", "the key 'a' is there twice, in lines 1 and 3"),
         ("x: {a: 1, a: 1}", "the key 'a' is there twice, in line 1"),
         ("1: a\n1: b", "the key '1' is there twice"),
-        (BOMB, "more than 100,000 values"),
-        (MERGED, "more than 100,000 values"),
+        (BOMB, "more than 40,000 values"),
+        (MERGED, "more than 40,000 values"),
+        (f"x: {NESTED_MERGES}", "more than 40,000 values"),
+        (f"a: [{'1,' * 400_000}]", "more than 40,000 values"),
         ("a: &a [*a]", "nested deeper than 50 levels"),
         ("a: &a {<<: *a}", "nested deeper|'<<' takes a mapping"),
         ("a: {<<: 3}", "'<<' takes a mapping"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -15,9 +16,14 @@ from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.guard import GuardPlugin
 from tests.distributed.processes import together
 from tests.distributed.works import (
+    BUFFERS,
+    fail_alone,
+    give_up,
     play,
+    read_apart,
     refused,
     search,
+    share,
     train,
     train_apart,
     train_on_own_rows,
@@ -160,3 +166,42 @@ def test_each_process_resumes_at_the_place_of_its_own_loader(tmp_path: Path) -> 
         assert pieces[-1][rank].weights == seen.weights
     (alone,) = together(1, train_on_own_rows, 31, tmp_path / "run")
     assert "resume with 2 processes, not 1" in alone.reason
+
+
+LONG = [
+    ((100, 100), 11, ("SIGTERM", [17, 17], ["evaluate"])),  # at the next exchange
+    ((100, 3), None, ("finished", [100, 3], [])),  # one process is through long before
+    ((100, 3), 3, ("SIGTERM", [9, 3], ["evaluate"])),
+]
+
+
+@pytest.mark.parametrize("case", [LONG[0], *more(*LONG[1:])], ids=str)
+def test_an_evaluation_is_given_up_by_all_at_one_batch(case: Any) -> None:
+    """Red if a signal waits for a long evaluation, or processes leave it at different batches."""
+    sizes, stops_at, (end, read, owed) = case
+    found = together(2, partial(give_up, sizes, stops_at))
+    assert found == [(end, count, owed) for count in read]
+
+
+def test_buffers_of_any_kind_are_shared_or_named() -> None:
+    """Red if a backend that cannot send a dtype ends the run, or a buffer is not that of rank 0."""
+    for answer in together(2, share):
+        assert answer == {name: values.float().tolist() for name, values in BUFFERS.items()}
+    for errors in together(2, partial(refused, partial(share, "edges"))):
+        assert "the model's buffer 'edges' is sparse_coo" in errors[0]
+
+
+def test_a_process_that_waits_for_one_that_failed_knows_why() -> None:
+    """Red if a layer that one process leaves out is a crash of the other one, or not named."""
+    waiting, failed = together(2, fail_alone)
+    what = "ddp: in step 3 the loss does not reach all parameters that it reached before (such as "
+    assert failed.startswith(f"ConfigError: {what}'hidden.bias', one of 1)")
+    assert waiting.startswith("RuntimeError")
+    assert f"rank 1 of 2 has ended with ConfigError: {what}'hidden.bias', one of 1)" in waiting
+
+
+@pytest.mark.slow
+def test_data_of_other_lengths_is_refused() -> None:
+    """Red if a process that is through with its data leaves the others waiting."""
+    for errors in together(2, partial(refused, read_apart)):
+        assert "an epoch has 3, 4 batches in ranks 0 to 1" in errors[0]

@@ -135,6 +135,21 @@ def test_a_signal_to_one_process_or_all_saves_and_ends_all(to_all: bool, tmp_pat
     assert (saved[-1] / "manifest.json").exists()
 
 
+def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    """Red if a scheduler's grace is over before processes that evaluate have saved."""
+    write_run(tmp_path, until="100 steps", eval_every="1 steps")
+    (tmp_path / "valid.txt").write_text("a line of held-out text\n" * 40_000)
+    sets = ["--set", "data_text.valid=valid.txt", "--set", "data_text.eval_batch_size=2"]
+    launcher = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "run", *sets)
+    wait_for(lambda: lines(tmp_path / "run") >= 1, launcher)  # of the step before the evaluation
+    os.kill(process_of(launcher, rank=1), signal.SIGTERM)
+    output = launcher.communicate(timeout=PATIENCE_S)[0]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["reason"], summary["steps"]) == ("stopped", "SIGTERM", 1)
+    assert "val/loss" not in summary["metrics"], output
+    assert (tmp_path / "run/checkpoints/step-00000001/manifest.json").exists()
+
+
 def test_a_restart_before_the_first_save_resumes_from_the_named_checkpoint(tmp_path: Path) -> None:
     """Red if a run that is resumed from elsewhere begins at the start when a process dies early."""
     write_run(tmp_path)

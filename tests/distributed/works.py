@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_core import Engine, NexusError, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
 from nexus_core.plan import load
 from nexus_core.processes import Ranks, local_part, whole
+from nexus_plugins._shared.buffers import share_buffers
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin
@@ -478,3 +480,90 @@ def train_on_own_rows(steps: int, out: Path) -> Seen:
         seen.reason = str(error)
     seen.weights = [value for p in model.parameters() for value in p.flatten().tolist()]
     return seen
+
+
+def give_up(sizes: tuple[int, int], stops_at: int | None) -> tuple[str, int, list[str]]:
+    """An evaluation of so many batches in each process, in which rank 1 may want to stop at once.
+
+    Returns:
+        How the run ended, how many batches this process has read, and what it owes.
+    """
+    parallel = DdpPlugin(timeout=20)
+    ranks = parallel.join()
+    read = 0
+
+    class Long:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            nonlocal read
+            for read in range(1, sizes[ranks.rank] + 1):
+                if ranks.rank == 1 and read == stops_at:
+                    engine.stop("SIGTERM", at_once=True)
+                yield {"x": torch.ones(2, 5), "y": torch.ones(2, 4)}
+
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, optimizer, plugins=[parallel, SquaredPlugin()], seed=5)
+    data = [{"x": torch.ones(2, 5), "y": torch.ones(2, 4)}] * 4
+    result = engine.fit(data, until=4, eval_data=Long(), eval_every=2)
+    return result.reason or result.status, read, engine.state_dict()["due"]
+
+
+BUFFERS = {
+    "int16": torch.arange(3, dtype=torch.int16),
+    "uint16": torch.arange(3).to(torch.uint16),
+    "float8": torch.arange(3.0).to(torch.float8_e4m3fn),
+    "bool": torch.tensor([True, False, True]),
+    "number": torch.tensor(3, dtype=torch.int16),
+    "empty": torch.empty(0, 3),
+    "turned": torch.arange(6.0).reshape(2, 3).t(),
+    "sliced": torch.arange(6.0)[::2],
+    "expanded": torch.tensor([[1.0], [2.0]]).expand(2, 3),
+}
+
+
+def share(*others: str) -> dict[str, list[Any]]:
+    """The buffers of a model that has other ones in each process, as they are when shared."""
+    ranks = DdpPlugin(timeout=20).join()
+    dist.barrier()  # the one that keeps the store must not end before all have joined
+    model = nn.Module()
+    for name, values in BUFFERS.items():
+        model.register_buffer(name, values if ranks.is_main else _zeroed(values))
+    for name in others:
+        model.register_buffer(name, torch.eye(3).to_sparse())
+    share_buffers(model)
+    return {name: buffer.to(torch.float32).tolist() for name, buffer in model.named_buffers()}
+
+
+def _zeroed(values: Tensor) -> Tensor:
+    """The same shape, dtype and strides, of zeros."""
+    zeros = torch.zeros(values.untyped_storage().nbytes(), dtype=torch.uint8).view(values.dtype)
+    return zeros.as_strided(values.shape, values.stride())
+
+
+class SkippingNet(Net):
+    """Leaves its hidden layer's bias out in its third forward pass, in one process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes = getattr(self, "passes", 0) + 1
+        bias = None if self.passes == 3 and os.environ["RANK"] == "1" else self.hidden.bias
+        return self.head(torch.tanh(nn.functional.linear(x, self.hidden.weight, bias)))
+
+
+def fail_alone() -> str:
+    """The error of a run in which one process fails, with its notes."""
+    try:
+        train(5, net=SkippingNet)
+    except Exception as error:
+        return "\n".join([f"{type(error).__name__}: {error}", *error.__notes__])
+    return ""
+
+
+def read_apart() -> None:
+    """A run whose processes have data of other lengths."""
+    parallel = DdpPlugin(timeout=20)
+    ranks = parallel.join()
+    model = Net()
+    batch = {"x": torch.ones(2, 5), "y": torch.ones(2, 4)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, optimizer, plugins=[parallel, SquaredPlugin()])
+    engine.fit([batch] * (3 + ranks.rank), until="2 epochs")

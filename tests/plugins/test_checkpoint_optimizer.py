@@ -95,7 +95,7 @@ def test_another_optimizer_is_refused_or_begins_anew(
     engine_in(tmp_path, adamw).fit(batches(), until=3)
     with pytest.raises(CheckpointError, match=fault) as refused:
         engine_in(tmp_path, build).resume()
-    assert 'resume_policy="force"' in str(refused.value)
+    assert "resume_policy='force'" in str(refused.value)
     engine = engine_in(tmp_path, build, resume_policy="force")
     with pytest.warns(RuntimeWarning, match=f"{fault}.*begins with a fresh state"):
         engine.resume()

@@ -661,8 +661,17 @@ def test_replay_writes_nowhere_that_a_config_names(
     done = CliRunner().invoke(nexus_run, ["replay", str(record)])
     assert (done.exit_code, "loss lm" in done.output) == (0, True), done.output
     assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
-    bomb = "a: &a [x, x]\nplugins: [*a, *a]\n"
-    for text, fault in ((bomb, "aliases"), ("a: " + "x" * (2 << 20), "more than the")):
+    settings["plugins"]["data_text"]["cache_dir"] = "here"  # in the present folder, not in the run
+    config.write_text(yaml.safe_dump(settings))
+    assert CliRunner().invoke(nexus_run, ["replay", str(record)]).exit_code == 0
+    assert not Path("here").exists()
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 20)
+    )
+    for text, fault in (
+        (bomb, "more than 40,000 values"),
+        ("a: " + "x" * (2 << 20), "more than the"),
+    ):
         config.write_text(text)
         done = CliRunner().invoke(nexus_run, ["replay", str(record)])
         assert (done.exit_code, fault in done.output) == (2, True), done.output

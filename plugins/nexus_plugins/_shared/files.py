@@ -1,4 +1,4 @@
-"""Files that somebody else may have put there: read as they are, through no link, and bounded."""
+"""Files where somebody else may have put some: no link is followed, and what is read is bounded."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import stat
 from io import FileIO
 from pathlib import Path
 
-import yaml
-
 from nexus_core.errors import CheckpointError
 
-__all__ = ["check_plain_yaml", "opened", "read_small"]
-
-_DEPTH = 64
+__all__ = ["opened", "read_small", "write_whole"]
 
 
 def opened(path: Path) -> FileIO:
@@ -45,21 +41,10 @@ def read_small(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def check_plain_yaml(raw: bytes) -> None:
-    """See that a document of YAML is as large as it looks: no aliases, which a few lines of make
-    gigabytes, and not nested without end.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    depth = 0
-    try:
-        for event in yaml.parse(raw, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            if isinstance(event, yaml.AliasEvent):
-                raise CheckpointError("it has aliases (*name), which a config of a run never has")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEPTH:
-                raise CheckpointError(f"it is nested more than {_DEPTH} levels deep")
-    except (yaml.YAMLError, ValueError) as error:
-        raise CheckpointError(f"it is not YAML: {' '.join(str(error).split())[:200]}") from error
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing; a link in its place is replaced, and not followed."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.unlink(missing_ok=True)
+    with draft.open("xb") as file:
+        file.write(content)
+    draft.replace(path)

@@ -58,8 +58,10 @@ class ModuleLoss(Loss[LossConfigT]):
     def _no_module(self) -> ConfigError:
         return ConfigError(
             f"{self.name} needs a model whose output has module_outputs['{self.term}']; got one "
-            f"without. Switch the module on with {hint_set(f'model_nexus.{self.term}', True)}, or "
-            f"leave the loss out: {hint_leave_out(self.name)}"
+            "without. Switch the module on with ",
+            hint_set(f"model_nexus.{self.term}", True),
+            ", or leave the loss out: ",
+            hint_leave_out(self.name),
         )
 
 

@@ -40,7 +40,8 @@ def largest_tried(rows: int, attempt: Attempt, forget: Callable[[], None]) -> in
             if rows == 1:
                 raise RunError(
                     "auto_accumulate: not even one row fits into memory; use shorter rows, a "
-                    f"smaller model, or {hint_add('recompute')}"
+                    "smaller model, or ",
+                    hint_add("recompute"),
                 ) from error
         else:
             return rows
@@ -66,8 +67,8 @@ def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
     if taken > room:
         raise RunError(
             f"auto_accumulate: one row takes {taken / 2**20:,.0f} MiB, and there is room for "
-            f"{max(room, 0) / 2**20:,.0f} MiB; use shorter rows, or "
-            f"{hint_add('recompute')}"
+            f"{max(room, 0) / 2**20:,.0f} MiB; use shorter rows, or ",
+            hint_add("recompute"),
         )
     while fits < rows:
         more = min(2 * fits, rows)

@@ -37,7 +37,7 @@ class AutoAccumulateConfig(PluginConfig):
         None, ge=1, description="rows of a micro-batch at the most; null: as many as fit"
     )
     limit: float | None = Field(
-        None, gt=0, description="memory for the search, in GiB; null: what the device has free"
+        None, gt=0, le=1e6, description="memory for the search, in GiB; null: what is free"
     )
     margin: float = Field(0.1, ge=0, lt=1, description="share of this memory to leave alone")
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, hint_out
 from nexus_plugins._shared.files import read_small
 
 __all__ = ["FILE", "Course", "begun", "forget", "note", "source_for"]
@@ -67,7 +67,8 @@ def note(course: Course, root: Path, *, ready: bool) -> None:
         draft.replace(root / FILE)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write to {root}: {error.strerror}; make it writable, or choose another --out"
+            f"cannot write to {root}: {error.strerror}; make it writable, or choose another: ",
+            hint_out(),
         ) from error
 
 

@@ -8,21 +8,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nexus_core.cli import yaml12
 from nexus_core.errors import CheckpointError, ConfigError
 from nexus_core.places import split
 from nexus_core.plugin import name_of
 from nexus_plugins._shared.checkpoints import folder
 from nexus_plugins._shared.checkpoints.shards import lay_out
 from nexus_plugins._shared.checkpoints.weights import MODEL, averaged, checkpoint_of, keys_of, named
-from nexus_plugins._shared.files import check_plain_yaml, read_small
+from nexus_plugins._shared.files import read_small
 
 __all__ = ["export"]
-
-_CONFIG_LIMIT = 1 << 20
 _TOKENIZER_LIMIT = 256 << 20
 
 CARD = """---
@@ -126,11 +124,8 @@ def _blocks(raw: bytes | None) -> dict[str, dict[str, Any]]:
     if raw is None:
         return {}
     try:
-        if len(raw) > _CONFIG_LIMIT:
-            raise CheckpointError(f"{len(raw)} bytes are more than the {_CONFIG_LIMIT} allowed")
-        check_plain_yaml(raw)
-        settings = yaml.safe_load(raw)
-    except (CheckpointError, yaml.YAMLError, ValueError) as error:
+        settings = yaml12.parse(raw.decode("utf-8-sig")).value
+    except ValueError as error:
         raise CheckpointError(f"config.yaml of the checkpoint cannot be read: {error}") from error
     blocks = settings.get("plugins") if isinstance(settings, dict) else None
     found = blocks.items() if isinstance(blocks, dict) else ()

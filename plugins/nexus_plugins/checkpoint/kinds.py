@@ -18,6 +18,7 @@ Kinds: TypeAlias = Union[str, "dict[object, Kinds]"]
 """What is expected, by key; an empty text where it may be anything."""
 
 _DEPTH = 16
+_BITS = 1023  # that every float holds
 _KINDS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
     ("a number", (int, float)),
     ("text", str),
@@ -47,7 +48,7 @@ def check_kinds(saved: object, expected: Kinds, where: str) -> None:
         where: the place, for the error.
 
     Raises:
-        CheckpointError: a value is of another kind.
+        CheckpointError: a value is of another kind, or a number that no float can hold.
     """
     if expected == "":
         return
@@ -56,6 +57,8 @@ def check_kinds(saved: object, expected: Kinds, where: str) -> None:
         raise CheckpointError(
             f"the state of {where} is {got or str(saved)[:80]}, and {wanted} is expected"
         )
+    if isinstance(saved, int) and saved.bit_length() > _BITS:
+        raise CheckpointError(f"the state of {where} is a number of {saved.bit_length()} bits")
     if isinstance(expected, dict) and isinstance(saved, Mapping):
         for key in expected.keys() & saved.keys():
             check_kinds(saved[key], expected[key], f"{where}.{key}")

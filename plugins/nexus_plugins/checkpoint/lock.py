@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from nexus_core.data import DataState
 from nexus_core.errors import CheckpointError, hint_add, hint_set
 from nexus_core.places import in_run_folder, used
 from nexus_core.plan import installed
@@ -25,7 +26,7 @@ from nexus_plugins._shared.checkpoints.folder import Json
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["Difference", "Policy", "compare", "describe", "drop_foreign_states"]
+__all__ = ["Difference", "Policy", "compare", "compare_data", "describe", "drop_foreign_states"]
 
 Policy = Literal["exact", "compatible", "force"]
 
@@ -113,11 +114,38 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
     refused = [difference.what for difference in differences if policy in difference.refused_by]
     if refused:
         raise CheckpointError(
-            "the checkpoint was written by another kind of run: " + "; ".join(refused) + ". "
-            "Resume with the config in its folder, or accept the difference: "
-            + hint_set(f"{whose}.resume_policy", "compatible" if policy == "exact" else "force")
+            f"the checkpoint was written by another kind of run: {'; '.join(refused)}. "
+            "Resume with the config in its folder, or accept the difference: ",
+            hint_set(f"{whose}.resume_policy", "compatible" if policy == "exact" else "force"),
         )
     return [difference.what for difference in differences]
+
+
+def compare_data(saved: DataState | None, now: str | None, policy: Policy) -> str:
+    """Hold the data that a checkpoint was in against the data that the run is to go on with.
+
+    Args:
+        saved: of the snapshot.
+        now: the fingerprint of the data, where it has one.
+        policy: "exact" refuses other data.
+
+    Returns:
+        How it differs, in words; nothing where it does not, or that cannot be told.
+
+    Raises:
+        CheckpointError: it differs, and the policy refuses that.
+    """
+    before = saved["fingerprint"] if saved is not None else None
+    if before is None or now is None or before == now:
+        return ""
+    if policy == "exact":
+        raise CheckpointError(
+            f"the checkpoint is of a run on other data (fingerprint {before}, and {now} here), so "
+            "this one would not be its continuation; give it the data of then, or begin with this "
+            "data at its first batch: ",
+            hint_set("checkpoint.resume_policy", "compatible"),
+        )
+    return f"the training data is not that of the checkpoint (fingerprint {now}, was {before})"
 
 
 def _order(saved: list[str], now: list[str], engine: Engine) -> Iterator[Difference]:
@@ -145,8 +173,10 @@ def drop_foreign_states(
     foreign = [name for name in states if name not in engine.plugins]
     if foreign and policy != "force":
         raise CheckpointError(
-            f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it: "
-            f"{hint_add(*foreign)}, or lose it: {hint_set(f'{whose}.resume_policy', 'force')}"
+            f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it: ",
+            hint_add(*foreign),
+            ", or lose it: ",
+            hint_set(f"{whose}.resume_policy", "force"),
         )
     for name in foreign:
         del states[name]

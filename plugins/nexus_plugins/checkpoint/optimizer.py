@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, hint_set
 from nexus_core.optimizers import members
 from nexus_core.processes import is_sharded, local_part
 from nexus_plugins._shared.checkpoints.folder import Json
@@ -86,11 +86,12 @@ def take_over(
             saved.clear()
             saved.update(_copied(engine.optimizer.state_dict()))
             return [f"{fault}; the optimizer begins with a fresh state"]
-        place = "--resume-policy force" if engine.config else 'resume_policy="force"'
+        if other := _other_model(snapshot["model"], engine):
+            raise CheckpointError(other)
         raise CheckpointError(
-            _other_model(snapshot["model"], engine)
-            or f"{fault}, so its state cannot be used; build the optimizer as the run that wrote "
-            f"the checkpoint did, or begin with a fresh state: {place}"
+            f"{fault}, so its state cannot be used; build the optimizer as the run that wrote "
+            "the checkpoint did, or begin with a fresh state: ",
+            hint_set("checkpoint.resume_policy", "force"),
         )
     said = []
     try:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-import yaml
 from pydantic import Field
 
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
-from nexus_core.errors import CheckpointError, ConfigError, RunError
+from nexus_core.batches import fingerprint
+from nexus_core.cli import yaml12
+from nexus_core.data import DataState
+from nexus_core.errors import CheckpointError, ConfigError, RunError, hint_out, hint_resume
 from nexus_core.plugin import StateDict
 from nexus_core.processes import gather, is_sharded, local_part
 from nexus_core.snapshot import Snapshot
@@ -26,15 +25,15 @@ from nexus_plugins._shared.checkpoints.folder import Json
 from nexus_plugins._shared.checkpoints.shards import Shards, lay_out, layout_of
 from nexus_plugins._shared.checkpoints.store import NAMES, Store, newest_first, step_of
 from nexus_plugins.checkpoint import course, lock
-from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
+from nexus_plugins.checkpoint.codec import TensorBag, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
 from nexus_plugins.checkpoint.kinds import Kinds, kinds_of
 from nexus_plugins.checkpoint.optimizer import describe_optimizer, take_over
+from nexus_plugins.checkpoint.packing import fresh, pack, parts, unpack
 from nexus_plugins.checkpoint.peers import check_same_step, own_share, with_peers
 from nexus_plugins.checkpoint.reading import read, read_newest, read_path
 from nexus_plugins.checkpoint.run_lock import RunLock
-from nexus_plugins.checkpoint.storable import check_storable, plain
-from nexus_plugins.checkpoint.validate import checked
+from nexus_plugins.checkpoint.storable import check_storable
 from nexus_plugins.checkpoint.writer import Writer
 
 if TYPE_CHECKING:
@@ -84,8 +83,8 @@ class CheckpointConfig(PluginConfig):
     )
     resume_policy: lock.Policy = Field(
         "exact",
-        description="'exact' refuses other plugins or versions than those that wrote the "
-        "checkpoint; 'compatible' lets versions differ; 'force' loads what can be loaded",
+        description="'exact' refuses other plugins, versions or data than those of the "
+        "checkpoint; 'compatible' lets versions and data differ; 'force' loads what can be loaded",
         json_schema_extra=_IGNORED,
     )
 
@@ -124,6 +123,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._run_lock: RunLock | None = None
         self._resumed = False
         self._course: course.Course | None = None
+        self._left: DataState | None = None  # the data that the checkpoint was in, to be compared
         self._built: dict[str, Json] | None = None  # the optimizer, before anything was restored
         self._kinds: dict[str, Kinds] | None = None  # of the plugins' states, then
         self._checked = False
@@ -163,7 +163,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         content = self._find(engine, source)
         check_same_step(content.step if content else -1, engine.ranks)
         if content is None:
-            return _fresh(engine)
+            return fresh(engine)
         self._course = None
         if source != "auto" and content.source is not None:
             self._course = course.begun(asked, content.source)
@@ -172,6 +172,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:
         self._look(engine)
+        self._compare_data(engine)
         self._saved_step = self._best_saved_step = -1
         self._failures = 0
         self._every = Every(self.config.every.of(engine.horizon), engine.state)
@@ -208,7 +209,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def on_step_end(self, engine: Engine) -> None:
         if not self._checked:
             self._checked = True
-            check_storable(_parts(engine))
+            check_storable(parts(engine))
         if self._every.due(engine.state) or self._best_is_due(engine):
             self._save(engine)
         elif self._writer is not None and not self._writer.busy:
@@ -261,8 +262,8 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             names = ("best", *names)
         if self._writer is None:  # the main process writes for this one
             return
-        content = _pack(snapshot)
-        parts = self._shards.take_out(content, _patience(engine))
+        content = pack(snapshot)
+        cut = self._shards.take_out(content, _patience(engine))
         if engine.ranks.is_main:
             content.documents["lock.json"] = self._about
             content.config = self._config_bytes
@@ -270,7 +271,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         else:
             content.tensors = {}
         if not self.config.sync:
-            content.tensors = self._host.copy({**content.tensors, _PARTS: parts})
+            content.tensors = self._host.copy({**content.tensors, _PARTS: cut})
             self._shards.replace(content.tensors.pop(_PARTS))
         self._best_in_flight = self._best if "best" in names else None
         save = partial(self._store.save, content, names, self.config.keep_last)
@@ -306,7 +307,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if not isinstance(error, OSError):
             raise RunError(f"{what}; the run can be resumed from the save before") from error
         if self._failures > self.config.failures_allowed:
-            raise RunError(f"{what}; make room or repair the disk, then --resume auto") from error
+            raise RunError(f"{what}; make room or repair the disk, then ", hint_resume()) from error
         if self._speaks:
             _say(f"{what}; going on, the next save tries again")
 
@@ -314,7 +315,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """Have the memory for the copies ready before the first save, while the loop goes on."""
         self._reserved = True
         bag = TensorBag()
-        encode(_parts(engine), bag)
+        encode(parts(engine), bag)
         tensors = [local_part(tensor) for tensor in bag.tensors.values()]
         writer.start(lambda: self._host.reserve(tensors, _GENERATORS))
 
@@ -365,7 +366,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if folders and step == 0 and not self._resumed:
             raise CheckpointError(
                 f"{self._store.root} holds checkpoints of an earlier run, the newest "
-                f"{folders[-1].name}; go on from it with --resume auto, or choose another --out"
+                f"{folders[-1].name}; resume from it with ",
+                hint_resume(),
+                ", or choose another folder: ",
+                hint_out(),
             )
         begun, self._course = self._course, None
         if begun is not None:
@@ -388,7 +392,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         policy = self.config.resume_policy
         differences = lock.compare(content.documents["lock.json"], engine, policy, self.name)
         lay_out(content, layout_of(engine))
-        snapshot = own_share(_unpack(content, engine, self._kinds or {}), engine.ranks, engine.seed)
+        snapshot = own_share(unpack(content, engine, self._kinds or {}), engine.ranks, engine.seed)
         states = cast(dict[str, Any], snapshot["plugins"])
         for name in lock.drop_foreign_states(states, engine, policy, self.name):
             differences.append(f"the state of plugin '{name}' is lost")
@@ -401,7 +405,21 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         )
         for difference in differences:
             _say(f"resuming: {difference}")
+        self._left = snapshot.get("data")
+        if engine.data is not None:
+            self._hold_against(fingerprint(engine.data.train))
         return snapshot
+
+    def _compare_data(self, engine: Engine) -> None:
+        """Hold the data that a program passed against that of the checkpoint, if more is read."""
+        done = engine.horizon is not None and engine.horizon.reached(engine.state)
+        if self._left is not None and engine.data_state is not None and not done:
+            self._hold_against(engine.data_state["fingerprint"])
+
+    def _hold_against(self, now: str | None) -> None:
+        left, self._left = self._left, None
+        if difference := lock.compare_data(left, now, self.config.resume_policy):
+            _say(f"resuming: {difference}")
 
 
 def _patience(engine: Engine) -> timedelta | None:
@@ -410,79 +428,11 @@ def _patience(engine: Engine) -> timedelta | None:
     return next((timedelta(seconds=plugin.config.timeout) for plugin in sharing), None)
 
 
-def _parts(engine: Engine) -> dict[str, Any]:
-    """What makes up most of a snapshot, without telling the plugins of a save."""
-    states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
-    model, optimizer = engine.model.state_dict(), engine.optimizer.state_dict()
-    return {"model": dict(model), "optimizer": plain(optimizer), "plugins": states}
-
-
-def _pack(snapshot: Snapshot) -> folder.Content:
-    """A snapshot as files: tensors still in place, everything else as JSON."""
-    state: dict[str, Json] = {"format": folder.FORMAT}
-    content = folder.Content(cast(int, snapshot["train"]["step"]), {}, {"state.json": state})
-    rest = TensorBag()
-    for part, value in snapshot.items():
-        bag = TensorBag() if part in ("model", "optimizer") else rest
-        prefix = "" if bag is not rest else part
-        value = dict(snapshot["model"]) if part == "model" else value
-        value = plain(value) if part in ("optimizer", "metrics") else value
-        state[part] = encode(value, bag, prefix)
-        name = "state" if bag is rest else part
-        content.tensors[f"{name}.safetensors"] = bag.tensors
-        content.aliases[f"{name}.safetensors"] = bag.aliases
-    metadata = getattr(snapshot["model"], "_metadata", None)  # versions of the modules' layouts
-    state["modules"] = encode(dict(metadata) if metadata else None, rest, "modules")
-    return content
-
-
-def _unpack(
-    content: folder.Content, engine: Engine, kinds: Mapping[str, Kinds] = MappingProxyType({})
-) -> Snapshot:
-    """The snapshot that `_pack` made these files of."""
-    document = content.documents["state.json"]
-    if not isinstance(document, dict) or document.pop("format", None) != folder.FORMAT:
-        raise CheckpointError(f"state.json is not of format {folder.FORMAT}")
-    tree: dict[str, Any] = {}
-    try:
-        for part, value in document.items():
-            name = part if part in ("model", "optimizer") else "state"
-            tree[part] = decode(value, content.tensors[f"{name}.safetensors"])
-    except RecursionError as error:
-        raise CheckpointError("state.json is nested too deeply") from error
-    modules = tree.pop("modules", None)
-    snapshot = checked(tree, engine, kinds)
-    if snapshot["train"]["step"] != content.step:
-        raise CheckpointError("the steps of state.json and manifest.json differ")
-    model = OrderedDict(snapshot["model"])
-    if isinstance(modules, dict) and all(isinstance(facts, dict) for facts in modules.values()):
-        model._metadata = modules  # type: ignore[attr-defined]
-    snapshot["model"] = model
-    return snapshot
-
-
-def _fresh(engine: Engine) -> Snapshot:
-    """The state of a run that has not begun, with tensors of its own."""
-    content = _pack(engine.state_dict())
-    content.tensors = {
-        file: {name: tensor.clone() for name, tensor in tensors.items()}
-        for file, tensors in content.tensors.items()
-    }
-    return _unpack(content, engine)
-
-
 def _config_text(engine: Engine) -> bytes | None:
     """The resolved settings, where the run was built from settings."""
     if not engine.config:
         return None
-    return yaml.dump(engine.config, Dumper=_WithoutAliases, sort_keys=False).encode()
-
-
-class _WithoutAliases(yaml.SafeDumper):
-    """Writes what stands in two places twice; a reader need not allow for anything else."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
+    return yaml12.dump(engine.config).encode()
 
 
 def _say(message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, hint_out
 from nexus_core.processes import Ranks, gather
 from nexus_plugins._shared.checkpoints.folder import Content
 from nexus_plugins._shared.checkpoints.folder import read as read_folder
@@ -61,7 +61,8 @@ def read_newest(stores: list[Store], ranks: Ranks) -> Content | None:
         return None
     raise CheckpointError(
         f"no checkpoint in {stores[-1].root} is whole: {'; '.join(faults)}. Restore one "
-        "from a copy, or begin again in another --out"
+        "from a copy, or begin again in another folder: ",
+        hint_out(),
     )
 
 

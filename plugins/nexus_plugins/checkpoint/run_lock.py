@@ -11,7 +11,7 @@ import weakref
 from datetime import datetime
 from pathlib import Path
 
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, hint_out
 
 __all__ = ["RunLock"]
 
@@ -41,14 +41,15 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+", encoding="utf-8")
         except OSError as error:
-            if self._path.is_symlink():
+            if error.errno == errno.ELOOP:
                 raise CheckpointError(
                     f"{self._path} is a link, and the file that it leads to would be overwritten; "
                     "remove it"
                 ) from error
             raise CheckpointError(
                 f"cannot write to the run folder {folder}: {error.strerror}; make it writable, or "
-                "choose another --out"
+                "choose another: ",
+                hint_out(),
             ) from error
         try:
             self._take()
@@ -105,8 +106,9 @@ class RunLock:
         who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
         return CheckpointError(
             f"the run folder {self._path.parent} is in use by {who} since "
-            f"{holder.get('since', 'an unknown time')}; wait for it, stop it, or choose another "
-            f"--out (if that run is long gone, remove {self._path})"
+            f"{holder.get('since', 'an unknown time')}; wait for it, stop it, or choose another: ",
+            hint_out(),
+            f" (if that run is long gone, remove {self._path})",
         )
 
 

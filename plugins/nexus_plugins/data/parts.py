@@ -89,8 +89,8 @@ def as_batches(data: Any, where: str) -> Iterable[Batch]:
     """
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ConfigError(
-            f"{where} is a data set of samples; say how many make a batch: "
-            f"{hint_set('data.batch_size', 32)}"
+            f"{where} is a data set of samples; say how many make a batch: ",
+            hint_set("data.batch_size", 32),
         )
     batches: Iterable[Batch] = data
     return batches

@@ -86,7 +86,9 @@ class DataPlugin(Plugin[DataConfig]):
         if self.config.batch_size is None and given:
             raise ConfigError(
                 f"data.{min(given)} acts where data.batch_size puts samples into batches; set "
-                f"that, such as {hint_set('data.batch_size', 32)}, or leave {min(given)} out"
+                "that, such as ",
+                hint_set("data.batch_size", 32),
+                f", or leave {min(given)} out",
             )
 
     @hookimpl

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from nexus_core.errors import DataError
+from nexus_core.errors import DataError, hint_out, hint_set
 from nexus_plugins.data_text.paths import expanded, reason
 
 __all__ = [
@@ -143,5 +143,8 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"cannot write into {folder}: {error.strerror or error}; free some space, or choose "
-            "another folder (--out, data_text.cache_dir)"
+            "another folder: for the run ",
+            hint_out(),
+            ", for the cache ",
+            hint_set("data_text.cache_dir", "FOLDER"),
         ) from error

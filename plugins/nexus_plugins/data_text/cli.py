@@ -52,7 +52,7 @@ def main() -> None:
     try:
         _group()
     except NexusError as error:
-        _end(str(error), error)
+        _end(error.on_command_line(), error)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -88,10 +88,12 @@ def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
         files = list(found.files)
         for note in found.left_out:
             _note(f"{one}: {note}")
-        if not found.named and not as_text:
+        if not found.named:
             split = split_by_name(files, root_of(expanded(one)))
-            files = list(split.train)
-            if split.valid or split.test:
+            files = files if as_text else list(split.train)
+            if as_text and split.valid:
+                _note(f"{in_words(split.valid)} named as held-out text, and used (--as-text)")
+            elif not as_text and (split.valid or split.test):
                 _note(
                     f"{in_words([*split.valid, *split.test])} named as held-out text, and so left "
                     "out; name a file by itself to use it"

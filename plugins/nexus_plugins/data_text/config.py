@@ -126,5 +126,5 @@ class DataTextConfig(PluginConfig):
         description="folder for indexes and tokenised copies; null: nexus-trainer in the "
         "user's cache folder",
     )
-    num_workers: int = Field(0, ge=0, description="processes that read ahead; 0: none")
-    prefetch: int = Field(2, ge=1, description="batches that each worker reads ahead")
+    num_workers: int = Field(0, ge=0, le=1024, description="processes that read ahead; 0: none")
+    prefetch: int = Field(2, ge=1, le=1024, description="batches that each worker reads ahead")

@@ -11,8 +11,9 @@ import numpy as np
 
 from nexus_core.bases.loader import ResumableLoader
 from nexus_core.data import RunData
-from nexus_core.errors import CheckpointError, ConfigError
+from nexus_core.errors import CheckpointError, ConfigError, hint_out
 from nexus_core.plugin import Plugin, hookimpl
+from nexus_plugins._shared.files import write_whole
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.dataset import TextData, open_data
@@ -93,16 +94,19 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         if not path.exists():
             valid = {name: rows.fingerprint for name, rows in self._data.valid.items()}
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"train": self._data.fingerprint, "valid": valid}) + "\n")
+            facts = {"train": self._data.fingerprint, "valid": valid}
+            write_whole(path, json.dumps(facts).encode() + b"\n")
         path = engine.out / "tokenizer.json"
         raw = self._data.tokenizer.to_json().encode()
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(raw)
+            write_whole(path, raw)
         elif path.read_bytes() != raw:
             raise CheckpointError(
                 f"{path} is not the {self._data.tokenizer} of this run's data; use another "
-                "folder (--out), or the tokenizer that the folder's run began with"
+                "folder, ",
+                hint_out(),
+                ", or the tokenizer that the folder's run began with",
             )
 
     def state_dict(self) -> StateDict:

@@ -138,7 +138,9 @@ class _Finder:
             here = list(found.files)
             if found.named:
                 named.update(here)
-            elif not as_text:
+            elif as_text:
+                self._say_taken(here, one)
+            else:
                 pairs = {path: path.with_name(HELD_OUT) for path in here if path.name == TRAIN}
                 pairs = {path: part for path, part in pairs.items() if part in here}
                 held_out |= pairs
@@ -149,6 +151,14 @@ class _Finder:
             files += here
         apart = [path for path in dict.fromkeys(apart) if path not in named]
         return Source(name, weight, tuple(files), held_out, tuple(apart), frozenset(named), as_text)
+
+    def _say_taken(self, files: Sequence[Path], wish: str) -> None:
+        """Note what text of any suffix brings along: a `validation.py` is source code."""
+        if taken := split_by_name(files, root_of(expanded(wish))).valid:
+            self.remarks.append(
+                f"{in_words(taken)} named as held-out text, and trained on, as all files of "
+                f"{wish} are to be read as text"
+            )
 
     def _by_name(self, files: Sequence[Path], wish: str) -> Split:
         split = split_by_name(files, root_of(expanded(wish)))

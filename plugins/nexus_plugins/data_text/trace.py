@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from nexus_core.bases.loader import ResumableLoader
+from nexus_core.cli.config_file import read_config_file
 from nexus_core.errors import ConfigError
 from nexus_plugins.data_text.dataset import TextData, open_data
 from nexus_plugins.data_text.plugin import DATA, DataTextPlugin
@@ -117,14 +117,13 @@ def _check_same(run: Path, data: TextData) -> None:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"cannot read {path}: {said}; expected the folder of a run") from error
-    plugins = found.get("plugins") if isinstance(found, dict) else None
+        found: dict[str, Any] = read_config_file(path).value
+    except ConfigError as error:
+        raise ConfigError(*error.args, "; expected the folder of a run") from error
+    plugins = found.get("plugins")
     if not isinstance(plugins, dict) or "data_text" not in plugins:
         raise ConfigError(f"{path} is not the config of a run with the plugin data_text")
-    return dict(found)
+    return found
 
 
 def _excerpts(rows: Rows, samples: list[int], tokenizer: Any) -> list[tuple[Excerpt, ...]]:

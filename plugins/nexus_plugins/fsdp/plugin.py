@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, hookimpl
-from nexus_core.bases.parallel import Parallel, launched, share_buffers
+from nexus_core.bases.parallel import Parallel, launched
 from nexus_core.processes import is_sharded
+from nexus_plugins._shared.buffers import share_buffers
 from nexus_plugins.fsdp.config import FsdpConfig
 from nexus_plugins.fsdp.shard import (
     divide,

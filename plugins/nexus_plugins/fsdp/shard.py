@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 from nexus_core import ConfigError
-from nexus_core.bases.parallel import share_buffers
 from nexus_core.processes import Ranks, gather, is_sharded
+from nexus_plugins._shared.buffers import share_buffers
 from nexus_plugins._shared.parameters import blocks
 from nexus_plugins.fsdp.config import FsdpConfig, Precision
 

@@ -55,19 +55,19 @@ def main(record: Path, trust: bool, debug: bool) -> None:
 def _run_of(record: Path) -> Path:
     """The run that a record is of, whose config is a file as a run writes it."""
     from nexus_core.errors import CheckpointError
-    from nexus_plugins._shared.files import check_plain_yaml, read_small
+    from nexus_plugins._shared.files import read_small
 
     out = record.resolve().parent.parent
     config = out / "config.yaml"
     try:
-        check_plain_yaml(read_small(config, _CONFIG_LIMIT))
+        read_small(config, _CONFIG_LIMIT)  # no link, no pipe
     except FileNotFoundError:
         raise CheckpointError(
             f"'{record}' is not a record of a run: there is no config.yaml two folders above; "
             "expected OUT/guard/step-00000123"
         ) from None
     except (OSError, CheckpointError) as error:
-        raise CheckpointError(f"{config} is not the config of a run: {error}") from error
+        raise CheckpointError(f"{config} is not the config of a run: ", *error.args) from error
     return out
 
 
@@ -81,5 +81,6 @@ def _keep_within(block: dict[str, Any], out: Path, room: Path) -> None:
 
 
 def _within(place: str, out: Path) -> bool:
-    path = out / os.path.expandvars(Path(place).expanduser())
-    return path.resolve().is_relative_to(out.resolve())
+    """Whether a place is in the run, be it relative to the run or to the present folder."""
+    path = os.path.expandvars(Path(place).expanduser())
+    return all((root / path).resolve().is_relative_to(out.resolve()) for root in (out, Path()))

@@ -137,14 +137,14 @@ class InitPlugin(Plugin[InitConfig]):
     def _check(self, found: Match, weights: Weights) -> None:
         if found.taken and (found.is_whole or not self.config.strict):
             return
-        fixes = [f"leave names out: {hint_set('init.skip', ['head.*'])}"]
-        if found.taken:
-            fixes.append(f"take what fits: {hint_set('init.strict', False)}")
+        some = ["; take what fits: ", hint_set("init.strict", False)] if found.taken else []
         rule = found.hint()
-        fixes.insert(0, f"rename: {rule}" if rule else "rename with init.map")
         raise CheckpointError(
             f"init: the weights of {weights.origin} do not fit the model: "
-            f"{'; '.join(found.faults()) or 'none is chosen'}. {'; '.join(fixes)}"
+            f"{'; '.join(found.faults()) or 'none is chosen'}. "
+            f"{f'rename: {rule}' if rule else 'rename with init.map'}; leave names out: ",
+            hint_set("init.skip", ["head.*"]),
+            *some,
         )
 
 
@@ -167,7 +167,8 @@ def _fill(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tenso
         if other != name and not torch.equal(given[other], tensor):
             raise CheckpointError(
                 f"init: '{other}' and '{name}' differ in the source, and are one tensor in the "
-                f"model; leave one out: {hint_set('init.skip', [name])}"
+                "model; leave one out: ",
+                hint_set("init.skip", [name]),
             )
     parts = {n: part_of(t, own[n]) if is_sharded(own[n]) else t for n, t in given.items()}
     model.load_state_dict(parts, strict=False)

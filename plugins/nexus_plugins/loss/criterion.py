@@ -63,8 +63,9 @@ class Given:
             return batch[found[0]]
         raise DataError(
             f"which entry of {_described(batch)} is the target of {self.function.place}? Set it, "
-            f"such as {hint_set(self._setting, 'label')}, or call the function's second parameter "
-            "'batch', to get all of it"
+            "such as ",
+            hint_set(self._setting, "label"),
+            ", or call the function's second parameter 'batch', to get all of it",
         )
 
 

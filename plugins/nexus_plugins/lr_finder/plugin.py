@@ -90,8 +90,10 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
             fewer = max(FEWEST, int(engine.horizon.amount) - self._begin)
             raise ConfigError(
                 f"lr_finder.steps is {self.config.steps}, and the run ends after "
-                f"{engine.horizon}; train longer with {hint_set('until', f'{last} steps')}, or "
-                f"test in fewer steps with {hint_set('lr_finder.steps', fewer)}"
+                f"{engine.horizon}; train longer with ",
+                hint_set("until", f"{last} steps"),
+                ", or test in fewer steps with ",
+                hint_set("lr_finder.steps", fewer),
             )
         if not _base(engine):
             raise ConfigError("lr_finder: the optimizer's learning rate is 0; set it above 0")

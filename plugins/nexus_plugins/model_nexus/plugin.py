@@ -45,7 +45,8 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             if codec is None:
                 raise ConfigError(
                     "model_nexus.vocab_size is not set and the data has no tokenizer to take it "
-                    f"from; set it: {hint_set('model_nexus.vocab_size', 32000)}"
+                    "from; set it: ",
+                    hint_set("model_nexus.vocab_size", 32000),
                 )
             settings["vocab_size"] = codec.size
         codec = engine.data.codec if engine.data is not None else None

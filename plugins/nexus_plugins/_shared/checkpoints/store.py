@@ -11,7 +11,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from nexus_core.errors import CheckpointError
+from nexus_core.errors import CheckpointError, hint_out
 from nexus_plugins._shared.checkpoints.folder import MANIFEST, Content, read_manifest, sync, write
 from nexus_plugins._shared.files import read_small
 
@@ -145,7 +145,8 @@ class Store:
                 raise CheckpointError(
                     f"{folder} is of another course than the one that the run is on, and "
                     f"cannot be moved to {aside}: {error.strerror}; move it away, or choose "
-                    "another --out"
+                    "another folder: ",
+                    hint_out(),
                 ) from error
         for name in NAMES:
             target = self._target(name)

@@ -1,0 +1,34 @@
+"""Processes that start at once, forked from one that has imported all; they may be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing import resource_tracker
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+__all__ = ["nursery", "stand_alone"]
+
+
+def nursery(module: str) -> ForkServerContext:
+    """What starts processes that have a module imported."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([module])
+    return found
+
+
+def stand_alone(log: Path) -> None:
+    """Make this process one that can be killed with its workers, and that writes into a log.
+
+    What a process makes that outlives it, such as the semaphores of its workers' queues, is
+    removed by a tracker when the process has ended. The one that comes with the fork is that of
+    the process which kills, and waits for the end of that one; so this process gets its own.
+    """
+    os.setpgid(0, 0)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    tracker: Any = resource_tracker._resource_tracker
+    tracker._fd = tracker._pid = None  # it starts when there is something to track

@@ -1,0 +1,39 @@
+"""The buffers of a model that several processes train."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nexus_core.errors import ConfigError
+
+__all__ = ["share_buffers"]
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Make the model's buffers in all processes those of the main one, whatever their dtype.
+
+    Raises:
+        ConfigError: one has no values in a row that could be sent.
+    """
+    sent = []
+    for name, buffer in model.named_buffers():
+        _check_dense(name, buffer)
+        values = buffer.detach().contiguous().as_strided((buffer.numel(),), (1,))
+        sent.append((dist.broadcast(values.view(torch.uint8), 0, async_op=True), buffer, values))
+    for work, buffer, values in sent:
+        work.wait()
+        if values.data_ptr() != buffer.data_ptr():
+            once = tuple(slice(0, 1) if step == 0 else slice(None) for step in buffer.stride())
+            buffer.detach()[once].copy_(values.view_as(buffer)[once])
+
+
+def _check_dense(name: str, buffer: Tensor) -> None:
+    kind = str(buffer.layout).removeprefix("torch.")
+    kind = "quantized" if buffer.is_quantized else "nested" if buffer.is_nested else kind
+    if kind != "strided":
+        raise ConfigError(
+            f"the model's buffer '{name}' is {kind}, which processes cannot share; register it as "
+            "a dense tensor, make it where it is used, or train in one process"
+        )

@@ -122,7 +122,7 @@ def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
     result = check("sparkle", "--config", str(settings), "--config", "{}", "--only", only)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
-        "sparkle (nexus-sparkle 1.2)",
+        "sparkle (nexus-sparkle 1.2, sparkle_of_the_test:SparklePlugin)",
         "pass  trains (config 0, accumulate 1)",
         "pass  trains (config 0, accumulate 3)",
         "pass  trains (config 1, accumulate 1)",

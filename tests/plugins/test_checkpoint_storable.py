@@ -78,7 +78,6 @@ CYCLE["me"] = CYCLE
         (np.float32(1.5), r"\.item\(\)"),
         (np.arange(3), "from_numpy"),
         ({1, 2}, "list of its items"),
-        (b"ab", "states are made of"),
         ({(1, 2): 3}, "of type tuple"),
         ({Level.HIGH: 3}, "of type Level"),
         (DEEP, "nested more than 100 levels deep"),

@@ -14,7 +14,16 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from nexus_core.errors import ConfigError
 
-__all__ = ["Every", "Interval", "IntervalField", "Length", "Result", "TrainState", "within"]
+__all__ = [
+    "Every",
+    "Exact",
+    "Interval",
+    "IntervalField",
+    "Length",
+    "Result",
+    "TrainState",
+    "within",
+]
 
 _ABSOLUTE = '"500 steps", "2 epochs", "10M tokens", "15 min"'
 _EXAMPLES = f'{_ABSOLUTE}, or a share of the run, "10%"'
@@ -30,6 +39,9 @@ _UNITS = {
 _SECONDS = {"min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "d": 86400, "day": 86400}
 _KNOWN = "steps, epochs, samples, tokens (with k, M or B before them), s, min, h, d, %"
 _WHOLE = ("steps", "samples", "tokens")
+
+Exact: TypeAlias = int | Fraction
+"""A number without rounding; the quotient of two is rounded once, or not at all."""
 
 
 @dataclass
@@ -61,17 +73,16 @@ class TrainState:
             raise ConfigError("a share of a run is counted by `interval.of(engine.horizon)`")
         return self.step if unit == "steps" else float(getattr(self, unit))
 
-    def exactly(self, unit: str) -> Fraction:
+    def exactly(self, unit: str) -> Exact:
         """The same without rounding, so that a share of a run is the same in every unit."""
         if unit == "epochs":
-            return self.epoch + Fraction(self.batch, self.epoch_length or 1) * bool(
-                self.epoch_length
-            )
-        return Fraction(self.counted(unit))
+            part = Fraction(self.batch, self.epoch_length) if self.epoch_length else 0
+            return self.epoch + part
+        return Fraction(self.seconds) if unit == "seconds" else int(self.counted(unit))
 
     def a_step(self, unit: str) -> Fraction:
         """What a step held of a unit, in the mean of those done; 0 before the first."""
-        return self.exactly(unit) / (self.step or 1)
+        return Fraction(self.exactly(unit)) / (self.step or 1)
 
 
 @dataclass(frozen=True)
@@ -158,9 +169,9 @@ class Interval:
         return horizon
 
     @property
-    def exact(self) -> Fraction:
+    def exact(self) -> Exact:
         """The amount as the decimal number that was written."""
-        return Fraction(str(self.amount))
+        return int(self.amount) if self.amount % 1 == 0 else Fraction(str(self.amount))
 
     def of(self, horizon: Interval | None) -> Interval:
         """This length in a run with a horizon: of a share, the part of it; others are themselves.
@@ -188,9 +199,9 @@ class Interval:
         return f"{Decimal(repr(amount)).normalize():f} {unit}".replace(" %", "%")
 
 
-def within(share: Fraction) -> float:
+def within(share: float | Fraction) -> float:
     """A share, rounded once; 0 and 1 where it is beyond them."""
-    return float(min(Fraction(1), max(Fraction(0), share)))
+    return float(min(1, max(0, share)))
 
 
 def _singular(name: str) -> str:

@@ -68,6 +68,7 @@ class Source:
         self.data = data
         self.is_iterator = isinstance(data, Iterator)
         self.size: int | None = getattr(data, "batch_size", None) if can_seek(data) else None
+        self._is_numbered = can_seek(data) or isinstance(data, list | tuple)
         self._parts = parts_of(data)
         parts = {} if can_seek(data) else self._parts
         self._stateful = {name: found for name, part in parts.items() if (found := access_to(part))}
@@ -110,7 +111,7 @@ class Source:
 
     def hold(self) -> Held | None:
         """The place after the batch that was read last, as values that later reads leave."""
-        return self._held(read(self._tells))
+        return None if self._is_numbered else self._held(read(self._tells))
 
     def open(self, place: Place) -> Iterator[Batch]:
         """The batches from a place on."""
@@ -166,7 +167,7 @@ class Source:
         return bool(asks(row)) if asks else False
 
     def _held(self, now: States) -> Held | None:
-        if can_seek(self.data) or isinstance(self.data, list | tuple):
+        if self._is_numbered:
             return None
         start, random = self._start, self._random
         return {"now": now, "start": start, "random": random, "next": None, "draws": self._draws}

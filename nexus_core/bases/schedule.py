@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from nexus_core.errors import ConfigError, hint_set
-from nexus_core.intervals import Interval, IntervalField, within
+from nexus_core.intervals import Exact, Interval, IntervalField, within
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 
 if TYPE_CHECKING:
@@ -109,15 +109,15 @@ class Schedule(Plugin[ScheduleConfigT]):
         whole way to `end` counts, and the warm-up multiplies the beginning of it.
         """
         warmup = self.config.warmup
-        start = (amount_in(end.unit, warmup, engine) if warmup else None) or Fraction(0)
+        start = (amount_in(end.unit, warmup, engine) if warmup else None) or 0
         done = engine.state.exactly(end.unit)
         if end.exact <= start:
             return float(end.reached(engine.state))
         return within((done - start) / (end.exact - start))
 
-    def _a_step(self, unit: str, engine: Engine) -> Fraction:
+    def _a_step(self, unit: str, engine: Engine) -> Exact:
         """What a step holds of a unit: the mean of those taken, in the first what it holds."""
-        known = amount_in(unit, Interval(1, "steps"), engine)
+        known = 1 if unit == "steps" else amount_in(unit, Interval(1, "steps"), engine)
         if known is not None:
             return known
         first = None if engine.state.step else self._first.get(unit)
@@ -160,7 +160,7 @@ class Decay(Schedule[DecayConfigT]):
         return floor + (1 - floor) * self.shape(self.after_warmup(engine, engine.horizon))
 
 
-def amount_in(unit: str, interval: Interval, engine: Engine) -> Fraction | None:
+def amount_in(unit: str, interval: Interval, engine: Engine) -> Exact | None:
     """An interval's exact amount in another unit, or None where that cannot be known.
 
     Steps and epochs turn into one another where the data says how long an epoch is, and a share of

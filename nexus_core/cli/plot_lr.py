@@ -19,7 +19,7 @@ from nexus_core.cli.chart import Chart, Line, save_picture, text_chart
 from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
-from nexus_core.intervals import Interval, Length, TrainState
+from nexus_core.intervals import Exact, Interval, Length, TrainState
 from nexus_core.relay import relay
 
 __all__ = ["LrPlan", "plan_lr", "plot_lr"]
@@ -135,7 +135,7 @@ class _PlannedState(TrainState):
             return self.epochs
         return float(self.step * self.a_step(unit)) if self.step else 0.0
 
-    def exactly(self, unit: str) -> Fraction:
+    def exactly(self, unit: str) -> Exact:
         if unit == "epochs":
             self.asked.add(unit)
             return super().exactly(unit)

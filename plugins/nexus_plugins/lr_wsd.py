@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from nexus_core import ConfigError, Interval, IntervalField, hookimpl
 from nexus_core.bases.schedule import Decay, DecayConfig, amount_in
-from nexus_core.intervals import within
+from nexus_core.intervals import Exact, within
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -75,7 +74,7 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         """The height of the fall, from 1 to 0."""
         return 1 - (math.sqrt(done) if self.config.shape == "sqrt" else done)
 
-    def _fall(self, engine: Engine, horizon: Interval) -> Fraction:
+    def _fall(self, engine: Engine, horizon: Interval) -> Exact:
         """The length of the fall in the unit of the horizon."""
         amount = amount_in(horizon.unit, self.config.decay or LAST_FIFTH, engine)
         if amount is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
@@ -12,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from nexus_core import ConfigError, PluginConfig
+from nexus_core import ConfigError, PluginConfig, places
 from nexus_core.errors import suggestion
 from nexus_core.processes import Ranks, gather
 
@@ -48,18 +47,24 @@ def make(name: str, config: MetricConfig, plugin: str) -> Metric:
     """
     key, path = f"{plugin}.metrics.{name}", config.metric
     try:
-        module = None if {".", ":"}.intersection(path) else importlib.import_module("torchmetrics")
-        make = pkgutil.resolve_name(path) if module is None else getattr(module, path)
+        make = places.load(path) if {".", ":"}.intersection(path) else _of_torchmetrics(path)
     except ModuleNotFoundError as error:
         fix = "pip install 'nexus-trainer[metrics]'" if error.name == "torchmetrics" else error
         raise ConfigError(f"{key} is '{path}', which cannot be imported: {fix}") from error
-    except (ImportError, AttributeError, ValueError) as error:
-        near = suggestion(path, dir(module)) if module else ""
-        raise ConfigError(f"{key} is '{path}', which there is not: {error}.{near}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
     try:
-        return cast(Metric, make(**config.args))
+        return cast(Metric, cast(Any, make)(**config.args))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {path} does not take {config.args}: {error}") from error
+
+
+def _of_torchmetrics(name: str) -> object:
+    """What torchmetrics has by a name; without the path of a place it is no code of a config's."""
+    module = importlib.import_module("torchmetrics")
+    if not hasattr(module, name):
+        raise ConfigError(f"torchmetrics has no '{name}'.{suggestion(name, dir(module))}")
+    return getattr(module, name)
 
 
 def part_at(whole: Any, place: Place, usual: tuple[str, ...], default: Any, key: str) -> Any:

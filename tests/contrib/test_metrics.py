@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nexus_core import (
 )
 from nexus_core.cli.build import build_plugins
 from nexus_core.cli.settings import read_settings
+from nexus_core.places import only_named
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.early_stop import EarlyStopPlugin
 from nexus_plugins.ema import EmaPlugin
@@ -130,8 +132,8 @@ def test_an_evaluation_that_was_given_up_leaves_nothing_behind() -> None:
         (lambda: MetricsPlugin(), "metrics has no metric; name some"),
         (lambda: MetricsPlugin({"share": 3}), "'share' is 3, without update"),
         (lambda: MetricsPlugin(metrics={"a": {"metric": "no.such"}}),
-         r"metrics\.metrics\.a is 'no\.such', which cannot be imported"),
-        (lambda: MetricsPlugin(metrics={"a": {"metric": "math.nosuch"}}), "which there is not"),
+         r"metrics\.metrics\.a: 'no' cannot be imported"),
+        (lambda: MetricsPlugin(metrics={"a": {"metric": "math.nosuch"}}), "'math' has no 'nosuch'"),
         (lambda: MetricsPlugin({"share": Share()}, target="lable"),
          r"metrics\.target is 'lable', which is not there; there are \['input', 'label'"),
         (lambda: MetricsPlugin({"share": Share()}, output="no"), r"metrics\.output is 'no'"),
@@ -140,6 +142,13 @@ def test_an_evaluation_that_was_given_up_leaves_nothing_behind() -> None:
 def test_what_cannot_be_measured_is_one_clear_error(plugin: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         engine_with(plugin()).evaluate(ResumableLoader(Points(), 5))
+
+
+def test_a_config_that_nobody_named_imports_no_metric() -> None:
+    """Breaks if resuming a run that somebody gave one executes what its config asks for."""
+    with only_named((), "name it yourself"), pytest.raises(ConfigError, match="name it yourself"):
+        MetricsPlugin(metrics={"a": {"metric": "this.s"}})
+    assert "this" not in sys.modules
 
 
 def test_torchmetrics_by_name_gives_its_own_numbers() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from nexus_core import ConfigError, Engine, Plugin, PluginConfig, Step, hookimpl
+from nexus_core.places import only_named
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.checkpoint.codec import TensorBag, decode, encode
 from nexus_plugins.lr_torch import LrTorchPlugin
@@ -98,7 +99,7 @@ def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
     ("name", "settings", "words"),
     [
         ("StepLr", {}, r"is 'StepLr', which is no scheduler.*Did you mean 'StepLR'"),
-        ("no.such.place", {}, r"is 'no\.such\.place', which cannot be imported"),
+        ("no.such.place", {}, r"lr_torch\.scheduler: 'no' cannot be imported"),
         ("torch.optim.lr_scheduler:EPOCH_DEPRECATION_WARNING", {}, "which is no function or class"),
         ("builtins.repr", {}, "builtins.repr made .*, and a scheduler is expected"),
         ("StepLR", {"size": 3}, r"StepLR does not take the settings.*it takes step_size, gamma"),
@@ -108,6 +109,14 @@ def test_what_cannot_be_built_is_refused(name: str, settings: dict[str, Any], wo
     """Breaks if a misspelt scheduler or setting ends in a traceback, or in silence."""
     with pytest.raises(ConfigError, match=words):
         rates(engine_of(name, settings), 2)
+
+
+def test_a_config_that_nobody_named_imports_no_scheduler() -> None:
+    """Breaks if resuming a run that somebody gave one executes what its config asks for."""
+    engine = engine_of("this:s", {})
+    with only_named((), "name it yourself"), pytest.raises(ConfigError, match="name it yourself"):
+        rates(engine, 2)
+    assert "this" not in sys.modules
 
 
 # -- schedulers as people have them: over the run's own optimizer

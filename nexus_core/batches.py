@@ -23,6 +23,7 @@ __all__ = [
     "fingerprint",
     "fresh",
     "leaves",
+    "own_fingerprint",
     "to_device",
 ]
 
@@ -63,12 +64,15 @@ def digest(batch: Batch) -> str:
 
 def fingerprint(data: object) -> str | None:
     """What tells data from other data: its own `fingerprint`, or a digest of a list of batches."""
+    if isinstance(data, list | tuple) and data and own_fingerprint(data) is None:
+        return digest([len(data), data[0], data[-1]])
+    return own_fingerprint(data)
+
+
+def own_fingerprint(data: object) -> str | None:
+    """What data says itself; a method of that name is none, as its text is that of one process."""
     own = getattr(data, "fingerprint", None)
-    if own is not None:
-        return str(own)
-    if not isinstance(data, list | tuple) or not data:
-        return None
-    return digest([len(data), data[0], data[-1]])
+    return None if own is None or callable(own) else str(own)
 
 
 def _bytes_of(leaf: object) -> bytes:

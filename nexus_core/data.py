@@ -109,7 +109,9 @@ class Stream:
                 if self._ends_with_epoch and self._taken and self.place.batch == 0:
                     break
                 micro, self.place = self._returned.pop(0) if self._returned else next(self._batches)
-                if micro is not None:
+                if micro is None:  # the last one is followed by the end of its epoch
+                    self._taken[-1:] = [(last, self.place) for last, _ in self._taken[-1:]]
+                else:
                     self._taken.append((micro, self.place))
         except BaseException:
             self._batches = self._read()  # a generator that raised is at its end

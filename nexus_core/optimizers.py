@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 Group = dict[str, Any]
+_WRAPPER = Optimizer.profile_hook_step(len).__code__  # that of PyTorch, around every `step`
 
 
 class Optimizers(Optimizer):
@@ -232,7 +233,7 @@ def update(optimizer: Optimizer) -> None:
     of the time that a small model's step takes.
     """
     wrapper = type(optimizer).step
-    idle = getattr(wrapper, "hooked", False) and "step" not in vars(optimizer)
+    idle = getattr(wrapper, "__code__", None) is _WRAPPER and "step" not in vars(optimizer)
     if idle and not (_profiler_enabled() or any(_hooks_around(optimizer))):
         wrapper.__wrapped__(optimizer)  # type: ignore[attr-defined]
     else:

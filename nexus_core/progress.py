@@ -186,6 +186,6 @@ class Course:
         state.samples += rows
         state.tokens += tokens
         state.seconds = self._agreement.clock() - self._started
-        progress.due = {"follow", "end"}
+        progress.due, progress.owed = {"follow", "end"}, False
         progress.due |= {"log"} if self._log_due.due(state) else set()
         progress.due |= {"evaluate"} if self._eval_due.due(state) else set()

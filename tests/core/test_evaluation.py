@@ -284,6 +284,9 @@ def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed() ->
     assert cut.model.training
     resumed = engine()
     resumed.load_state_dict(copy.deepcopy(cut.state_dict()))
+    assert cut.state_dict()["due"] == ["evaluate"]
+    cut.fit(data, until="3 steps")
+    assert cut.state_dict()["due"] == [], "of a step that is long past"
     evaluated: list[int] = []
     for state in resumed.steps(data, until="4 steps", eval_data=Held(None), eval_every="2 steps"):
         evaluated.append(state.evaluated_at)

@@ -212,3 +212,22 @@ def test_an_error_between_two_turns_leaves_the_first_as_it_is(
     )
     assert whole.metrics == engine.metrics
     assert engine.state.samples == whole.state.samples
+
+
+def test_the_rest_of_an_epoch_that_failed_is_taken_again_from_an_iterator() -> None:
+    """Breaks if the end of the epoch, seen with the step that failed, is forgotten with it."""
+    fuse = Fuse("after_backward", 3, ZeroDivisionError("planted"))
+    model = nn.Linear(3, 1)
+    engine = Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=loss,
+        plugins=[fuse.plugin()],
+        accumulate=2,
+        step_at_epoch_end=True,
+    )
+    data = iter(batches())
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        engine.fit(data, until="1 epochs")
+    engine.fit(data, until="1 epochs")
+    assert (engine.state.step, engine.state.epoch, engine.state.samples) == (3, 1, ROWS)

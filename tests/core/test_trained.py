@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -385,6 +386,22 @@ def test_what_is_hooked_to_the_optimizer_is_called_at_each_step(register: Any) -
     if handle is not None:
         handle.remove()
     assert calls == list(range(2, STEPS))
+
+
+def test_a_step_that_is_written_over_the_one_of_pytorch_is_taken() -> None:
+    """Breaks if a decorated step is passed over, as PyTorch's own wrapper around a step may be."""
+    calls: list[int] = []
+
+    class Counting(torch.optim.SGD):
+        @functools.wraps(torch.optim.SGD.step)
+        def step(self, closure: Any = None) -> Any:
+            calls.append(1)
+            return super().step(closure)
+
+    model = net()
+    engine = Engine(model, Counting(model.parameters(), lr=0.1), loss=loss)
+    engine.fit(BATCHES, until=3)
+    assert len(calls) == 3
 
 
 def test_a_profiler_sees_the_steps_of_the_optimizer() -> None:

@@ -903,6 +903,24 @@ def test_other_data_needs_a_policy(until: int, tmp_path: Path) -> None:
     assert engine.state.step == 9
 
 
+def test_data_that_is_often_the_same_is_not_taken_for_other_data() -> None:
+    """Breaks if samples that are flipped now and then have another fingerprint in each process."""
+
+    class Flipped(Regression):
+        def fingerprint(self) -> str:  # of their own, and none that the trainer could read
+            raise NotImplementedError
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            sample = super().__getitem__(index)
+            return {**sample, "x": sample["x"] * (1 if torch.rand(()) < 0.5 else -1)}
+
+    found = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        found.add(ResumableLoader(Flipped(), 4).fingerprint)
+    assert len(found) == 1
+
+
 def test_data_that_is_never_the_same_twice_is_resumed_exactly(tmp_path: Path) -> None:
     """Breaks if augmented samples are taken for other data: the place in them is lost."""
 

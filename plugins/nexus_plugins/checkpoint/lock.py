@@ -121,13 +121,14 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
     return [difference.what for difference in differences]
 
 
-def compare_data(saved: DataState | None, now: str | None, policy: Policy) -> str:
+def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose: str) -> str:
     """Hold the data that a checkpoint was in against the data that the run is to go on with.
 
     Args:
         saved: of the snapshot.
         now: the fingerprint of the data, where it has one.
         policy: "exact" refuses other data.
+        whose: the plugin whose setting the policy is.
 
     Returns:
         How it differs, in words; nothing where it does not, or that cannot be told.
@@ -143,7 +144,7 @@ def compare_data(saved: DataState | None, now: str | None, policy: Policy) -> st
             f"the checkpoint is of a run on other data (fingerprint {before}, and {now} here), so "
             "this one would not be its continuation; give it the data of then, or begin with this "
             "data at its first batch: ",
-            hint_set("checkpoint.resume_policy", "compatible"),
+            hint_set(f"{whose}.resume_policy", "compatible"),
         )
     return f"the training data is not that of the checkpoint (fingerprint {now}, was {before})"
 

@@ -63,6 +63,7 @@ def take_over(
     engine: Engine,
     *,
     force: bool,
+    whose: str,
 ) -> list[str]:
     """Make the saved state of an optimizer fit to be loaded into this run's.
 
@@ -73,6 +74,7 @@ def take_over(
         ours: what it says of this run.
         engine: of this run.
         force: begin with a fresh state where the optimizer is another one.
+        whose: the plugin whose setting that is.
 
     Returns:
         What differs, in words.
@@ -91,7 +93,7 @@ def take_over(
         raise CheckpointError(
             f"{fault}, so its state cannot be used; build the optimizer as the run that wrote "
             "the checkpoint did, or begin with a fresh state: ",
-            hint_set("checkpoint.resume_policy", "force"),
+            hint_set(f"{whose}.resume_policy", "force"),
         )
     said = []
     try:

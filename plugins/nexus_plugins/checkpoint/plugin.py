@@ -402,6 +402,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._built or {},
             engine,
             force=policy == "force",
+            whose=self.name,
         )
         for difference in differences:
             _say(f"resuming: {difference}")
@@ -418,7 +419,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     def _hold_against(self, now: str | None) -> None:
         left, self._left = self._left, None
-        if difference := lock.compare_data(left, now, self.config.resume_policy):
+        if difference := lock.compare_data(left, now, self.config.resume_policy, self.name):
             _say(f"resuming: {difference}")
 
 

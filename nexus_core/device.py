@@ -6,11 +6,12 @@ import ctypes
 import random
 import warnings
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nexus_core.errors import ConfigError
 
@@ -131,13 +132,11 @@ class Undo:
 
     def __init__(self, model: nn.Module) -> None:
         self._devices: list[Tensor] = []
-        self._owners = [
-            (m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None
-        ]
-        self._buffers = [cast(Tensor, m._buffers[n]) for m, n in self._owners]
-        self._always = [b.is_floating_point() for b in self._buffers]
-        self._copies = [buffer.clone() for buffer in self._buffers]
-        self._versions = [buffer._version for buffer in self._buffers]
+        self._owners = [(m, name) for m in model.modules() for name in m._buffers]
+        count = len(self._owners)
+        self._buffers: list[Tensor | None] = [None] * count
+        self._copies: list[Tensor | None] = [None] * count
+        self._versions, self._always = [0] * count, [False] * count
         self._accelerator, self._count = _accelerators()
         self._numpy_generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         self._numpy_words, self._python_words = _numpy_words(self._numpy_generator), _python_words()
@@ -159,9 +158,11 @@ class Undo:
             self._read_numpy()
         for place in self._changed() if self._owners else ():
             module, name = self._owners[place]
-            buffer = self._buffers[place] = cast(Tensor, module._buffers[name])
-            self._copies[place] = buffer.clone()
-            self._versions[place] = buffer._version
+            buffer = self._buffers[place] = module._buffers.get(name)
+            held = None if buffer is None or is_lazy(buffer) else buffer
+            self._copies[place] = None if held is None else held.clone()
+            self._versions[place] = 0 if held is None else held._version
+            self._always[place] = held is not None and held.is_floating_point()
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -173,9 +174,11 @@ class Undo:
             torch.get_device_module(self._accelerator).set_rng_state(generator, index)
         for place in self._changed():
             module, name = self._owners[place]
-            buffer = module._buffers[name] = self._buffers[place]
-            buffer.copy_(self._copies[place])
-            self._versions[place] = buffer._version
+            buffer, copy = self._buffers[place], self._copies[place]
+            module._buffers[name] = buffer
+            if buffer is not None and copy is not None:
+                buffer.copy_(copy)
+                self._versions[place] = buffer._version
 
     def _read_python(self) -> None:
         self._python = random.getstate()
@@ -193,8 +196,8 @@ class Undo:
                 zip(self._buffers, self._owners, strict=True)
             )
             if self._always[place]
-            or module._buffers[name] is not buffer
-            or buffer._version != self._versions[place]
+            or module._buffers.get(name) is not buffer
+            or (buffer is not None and buffer._version != self._versions[place])
         ]
 
 

@@ -28,7 +28,7 @@ CORE = "the core"
 NOT_WRAPPED = {
     "on_batch": "return the changed batch instead",
     **dict.fromkeys(
-        ("on_save", "on_finish", "on_error", "on_close"), "its calls are made one by one"
+        ("on_step", "on_save", "on_finish", "on_error", "on_close"), "its calls are made one by one"
     ),
 }
 HOOK_NAMES = tuple(name for name, value in vars(Hooks).items() if hasattr(value, "nexus_spec"))
@@ -185,8 +185,8 @@ def _misuse(method: Any, name: str) -> str:
     if stage is not None and stage not in stages:
         known = f"its stages: {', '.join(stages)}" if stages else "it has no stages"
         return f": there is no stage '{stage}'; {known}"
-    if marked["wrapper"] and name in NOT_WRAPPED:
-        return f": {name} cannot be wrapped: {NOT_WRAPPED[name]}"
+    if marked["wrapper"] and (why := NOT_WRAPPED.get(RENAMED.get(name, name))):
+        return f": {name} cannot be wrapped: {why}"
     return ""
 
 

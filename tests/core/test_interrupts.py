@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core import Engine, Plugin, PluginConfig, PluginError, ResumableLoader, hookimpl
 from nexus_core.plan import HOOK_NAMES
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ema import EmaPlugin
@@ -231,3 +231,54 @@ def test_the_rest_of_an_epoch_that_failed_is_taken_again_from_an_iterator() -> N
         engine.fit(data, until="1 epochs")
     engine.fit(data, until="1 epochs")
     assert (engine.state.step, engine.state.epoch, engine.state.samples) == (3, 1, ROWS)
+
+
+class Caching(nn.Module):
+    """One that clears a buffer and fills it again, and another whose shape its first batch gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 1), nn.LazyBatchNorm1d()
+        self.register_buffer("cache", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = self.cache is None
+        self.cache = x.mean(0).detach() if filled else None
+        output: Tensor = self.norm(self.linear(x)) + (0.5 if filled else -0.5)
+        return output
+
+
+def test_a_step_that_failed_leaves_a_buffer_that_comes_and_goes_as_it_was() -> None:
+    """Breaks if a buffer without values ends the run, or is left as the failed step had it."""
+
+    def trained(*errors: BaseException) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model, fuse = Caching(), Fuse("after_backward", 3, *errors)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine, data = (
+            Engine(model, optimizer, loss=loss, plugins=[fuse.plugin()], seed=1),
+            batches(),
+        )
+        for error in errors:
+            with pytest.raises(type(error), match="planted"):
+                engine.fit(data, until=STEPS)
+        engine.fit(data, until=STEPS)
+        return engine.model.state_dict()
+
+    whole, again = trained(), trained(ZeroDivisionError("planted"))
+    assert whole.keys() == again.keys() > {"cache"}
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_what_follows_a_step_cannot_be_wrapped() -> None:
+    """Breaks if a wrapper makes a plugin be called twice for one step, where another one fails."""
+
+    class AroundPlugin(Plugin[PluginConfig]):
+        @hookimpl(wrapper=True)
+        def on_step(self) -> Iterator[None]:
+            yield
+
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(PluginError, match="on_step cannot be wrapped: its calls are made one by"):
+        Engine(model, optimizer, loss=loss, plugins=[AroundPlugin()])

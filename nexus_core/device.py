@@ -133,10 +133,9 @@ class Undo:
     def __init__(self, model: nn.Module) -> None:
         self._devices: list[Tensor] = []
         self._owners = [(m, name) for m in model.modules() for name in m._buffers]
-        count = len(self._owners)
-        self._buffers: list[Tensor | None] = [None] * count
-        self._copies: list[Tensor | None] = [None] * count
-        self._versions, self._always = [0] * count, [False] * count
+        self._buffers: list[Tensor | None] = [None for _ in self._owners]
+        self._copies = list(self._buffers)
+        self._versions = [0 for _ in self._owners]  # -1: taken for changed in any case
         self._accelerator, self._count = _accelerators()
         self._numpy_generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         self._numpy_words, self._python_words = _numpy_words(self._numpy_generator), _python_words()
@@ -161,8 +160,9 @@ class Undo:
             buffer = self._buffers[place] = module._buffers.get(name)
             held = None if buffer is None or is_lazy(buffer) else buffer
             self._copies[place] = None if held is None else held.clone()
-            self._versions[place] = 0 if held is None else held._version
-            self._always[place] = held is not None and held.is_floating_point()
+            self._versions[place] = (
+                -1 if held is None or held.is_floating_point() else held._version
+            )
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -178,7 +178,6 @@ class Undo:
             module._buffers[name] = buffer
             if buffer is not None and copy is not None:
                 buffer.copy_(copy)
-                self._versions[place] = buffer._version
 
     def _read_python(self) -> None:
         self._python = random.getstate()
@@ -195,8 +194,7 @@ class Undo:
             for place, (buffer, (module, name)) in enumerate(
                 zip(self._buffers, self._owners, strict=True)
             )
-            if self._always[place]
-            or module._buffers.get(name) is not buffer
+            if module._buffers.get(name) is not buffer
             or (buffer is not None and buffer._version != self._versions[place])
         ]
 

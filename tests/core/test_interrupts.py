@@ -234,7 +234,7 @@ def test_the_rest_of_an_epoch_that_failed_is_taken_again_from_an_iterator() -> N
 
 
 class Caching(nn.Module):
-    """One that clears a buffer and fills it again, and another whose shape its first batch gives."""
+    """One that clears a buffer and fills it again, and one whose shape comes with data."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ def fingerprint(data: object) -> str | None:
 
 
 def own_fingerprint(data: object) -> str | None:
-    """What data says itself; a method of that name is none, as its text is that of one process."""
+    """What data says itself; a method of that name does not count."""
     own = getattr(data, "fingerprint", None)
     return None if own is None or callable(own) else str(own)
 

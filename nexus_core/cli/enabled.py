@@ -19,11 +19,15 @@ def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, t
         names: of plugins.
         places: where those are that are not installed, by name.
     """
-    scanned = scan()
-    return {
-        name: plugin_class(places[name]) if name in places else load(name, scanned)
-        for name in names
-    }
+    scanned, classes = scan(), dict[str, type[AnyPlugin]]()
+    for name in names:
+        plain, labels, label = name.partition("@")
+        if plain in places:
+            found = plugin_class(places[plain])
+            classes[name] = found.labelled(label) if labels else found
+        else:
+            classes[name] = load(name, scanned)
+    return classes
 
 
 def keep_named_of_slot(

@@ -76,6 +76,11 @@ class LocalPlugins:
     def _name(self, word: str, base: Path | None, given: Collection[str]) -> str:
         if not is_place(word):
             return word
+        plain, labels, label = word.rpartition("@")
+        if labels and not is_place(label):
+            raise PluginError(
+                f"'{word}': a further instance goes by the plugin's name: {plain},NAME@{label}"
+            )
         if (name := name_of(split(word)[1])) in given:
             return name
         place = _looked_for(word, base) if base else absolute(word)

@@ -291,6 +291,22 @@ def test_a_mistake_is_one_message(words: str, message: str, folder: Path) -> Non
     assert not Path("runs").exists()
 
 
+def test_a_further_instance_goes_by_the_name_of_the_plugin() -> None:
+    """Breaks if instances are for installed plugins alone, or the run's config loses one."""
+    words = ["-p", "./mine.py,sparkle@late", "-s", "sparkle@late.size=3", "--out", "one"]
+    made = run("tiny.yaml", *words)
+    assert made.exit_code == 0, made.output
+    again = run("one/config.yaml", "--out", "two")
+    assert again.exit_code == 0, again.output
+    for folder in ("one", "two"):
+        kept = yaml.safe_load(Path(folder, "config.yaml").read_text())["plugins"]
+        assert {"./plugins/mine.py:SparklePlugin", "sparkle@late"} <= kept.keys()
+        assert kept["sparkle@late"]["size"] == 3
+    refused = run("tiny.yaml", "-p", "./mine.py@late")
+    assert refused.exit_code == 2
+    assert "goes by the plugin's name: ./mine.py,NAME@late" in refused.output
+
+
 def test_one_plugin_twice_in_a_file_is_refused() -> None:
     with_block("./mine.py", {})
     text = Path("my.yaml").read_text()

@@ -125,7 +125,7 @@ def predict(engine: Run, forward: Callable[..., Any], data: Iterable[Batch]) -> 
 def _with_borrowed(data: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
     """Batches, and of each whether this process has no row of its own in it."""
     borrowed = getattr(data, "is_borrowed", lambda row: False)
-    rows = getattr(data, "batch_size", 0)
+    rows = getattr(data, "batch_size", None) or 0  # a DataLoader of batches has none
     for number, batch in enumerate(data):
         yield batch, borrowed(number * rows)
 

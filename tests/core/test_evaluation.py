@@ -293,3 +293,15 @@ def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed() ->
     assert evaluated == [2, 2, 4]
     assert resumed.result().metrics == expected.metrics
     assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+def test_a_loader_of_whole_batches_is_evaluated_and_predicted() -> None:
+    """Breaks if a DataLoader whose data are batches, so that it has no batch size, ends a run."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, optimizer, loss=lambda m, b: (m(b) - 1).square().mean())
+    data = [torch.full((2, 1), float(i)) for i in range(3)]
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    assert engine.evaluate(loader) == engine.evaluate(data)
+    assert all(map(torch.equal, engine.predict(loader), engine.predict(data)))

@@ -158,10 +158,9 @@ class Undo:
         for place in self._changed() if self._owners else ():
             module, name = self._owners[place]
             buffer = self._buffers[place] = module._buffers.get(name)
-            held = None if buffer is None or is_lazy(buffer) else buffer
-            self._copies[place] = None if held is None else held.clone()
+            self._copies[place] = None if buffer is None or is_lazy(buffer) else buffer.clone()
             self._versions[place] = (
-                -1 if held is None or held.is_floating_point() else held._version
+                -1 if buffer is None or buffer.is_floating_point() else buffer._version
             )
 
     @torch.no_grad()
@@ -174,9 +173,8 @@ class Undo:
             torch.get_device_module(self._accelerator).set_rng_state(generator, index)
         for place in self._changed():
             module, name = self._owners[place]
-            buffer, copy = self._buffers[place], self._copies[place]
-            module._buffers[name] = buffer
-            if buffer is not None and copy is not None:
+            buffer = module._buffers[name] = self._buffers[place]
+            if buffer is not None and (copy := self._copies[place]) is not None:
                 buffer.copy_(copy)
 
     def _read_python(self) -> None:

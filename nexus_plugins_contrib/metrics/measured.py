@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from nexus_core import ConfigError, PluginConfig
-from nexus_core.errors import suggestion
+from nexus_core import ConfigError, PluginConfig, places
 from nexus_core.processes import Ranks, gather
 
 __all__ = ["Metric", "MetricConfig", "make", "numbers", "part_at", "together"]
@@ -32,12 +29,17 @@ class Metric(Protocol):
 class MetricConfig(PluginConfig):
     """One metric."""
 
-    metric: str = Field(
-        description="class in torchmetrics (Accuracy, F1Score, AUROC), or an import path"
+    metric: places.PlaceField = Field(
+        description="class in torchmetrics (Accuracy, F1Score, AUROC), or a place: ./net.py:Worst"
     )
     args: dict[str, Any] = Field(
         {}, description="its arguments: {task: multiclass, num_classes: 10}"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_alone(cls, given: object) -> object:
+        return {"metric": given} if isinstance(given, str) else given
 
 
 def make(name: str, config: MetricConfig, plugin: str) -> Metric:
@@ -48,18 +50,16 @@ def make(name: str, config: MetricConfig, plugin: str) -> Metric:
     """
     key, path = f"{plugin}.metrics.{name}", config.metric
     try:
-        module = None if {".", ":"}.intersection(path) else importlib.import_module("torchmetrics")
-        make = pkgutil.resolve_name(path) if module is None else getattr(module, path)
-    except ModuleNotFoundError as error:
-        fix = "pip install 'nexus-trainer[metrics]'" if error.name == "torchmetrics" else error
-        raise ConfigError(f"{key} is '{path}', which cannot be imported: {fix}") from error
-    except (ImportError, AttributeError, ValueError) as error:
-        near = suggestion(path, dir(module)) if module else ""
-        raise ConfigError(f"{key} is '{path}', which there is not: {error}.{near}") from error
+        make = places.load(path if {".", ":"}.intersection(path) else f"torchmetrics:{path}")
+    except ConfigError as error:
+        lacking = getattr(error.__cause__, "name", None) == "torchmetrics"
+        fix = "; pip install 'nexus-trainer[metrics]'" if lacking else ""
+        raise ConfigError(f"{key}: {error}{fix}") from error
     try:
-        return cast(Metric, make(**config.args))
+        return cast(Metric, cast(Callable[..., Any], make)(**config.args))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} does not take {config.args}: {error}") from error
+        said = f"{places.shown(path)} does not take {config.args}"
+        raise ConfigError(f"{key}: {said}: {error}") from error
 
 
 def part_at(whole: Any, place: Place, usual: tuple[str, ...], default: Any, key: str) -> Any:

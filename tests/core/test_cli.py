@@ -387,6 +387,20 @@ def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def test_dry_run_tries_the_checkpoint_as_well(folder: Path) -> None:
+    """Breaks if a dry run says nothing of a checkpoint from which the run could not be resumed."""
+    short = ["-s", "until=1", "-p", "no:lr_cosine"]
+    assert run("tiny.yaml", "--out", "done", *short, "--quiet").exit_code == 0
+    before = sorted(folder.rglob("*"))
+    for source in ("auto", "final", "done"):
+        result = run("tiny.yaml", "--out", "done", *short, "--resume", source, "--dry-run")
+        assert "resumed at step 1\n" in result.output, result.output
+    refused = run("tiny.yaml", "--resume", "absent", "--dry-run")
+    assert refused.exit_code == 2
+    assert "there is no checkpoint at 'absent'" in refused.output
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_explain_shows_the_plan_without_building_anything() -> None:
     result = run("tiny.yaml", "--explain", "-s", "data_text.train=absent.txt", "-p", "no:clip")
     assert result.exit_code == 0, result.output

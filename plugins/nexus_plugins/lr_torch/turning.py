@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pkgutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -11,7 +10,7 @@ from typing import Any, Literal, cast
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from nexus_core import ConfigError, StateDict
+from nexus_core import ConfigError, StateDict, places
 from nexus_core.errors import suggestion
 
 __all__ = ["Every", "Turning", "find", "is_scheduler", "make"]
@@ -97,17 +96,16 @@ def find(name: str) -> Callable[..., Any]:
         raise ConfigError(
             f"lr_torch.scheduler is '{name}', which is no scheduler of torch.optim.lr_scheduler."
             f"{suggestion(name, known)} Known: {', '.join(sorted(known))}; or the import path of "
-            "one from elsewhere, such as transformers.get_scheduler"
+            "one from elsewhere, such as transformers.get_scheduler or ./net.py:schedule"
         )
     try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"lr_torch.scheduler is '{name}', which cannot be imported: {error}; expected a path "
-            "such as transformers.get_scheduler or package.module:function"
-        ) from error
+        found = places.load(name)
+    except ConfigError as error:
+        raise ConfigError(f"lr_torch.scheduler: {error}") from error
     if not callable(found):
-        raise ConfigError(f"lr_torch.scheduler is '{name}', which is no function or class")
+        raise ConfigError(
+            f"lr_torch.scheduler is '{places.shown(name)}', which is no function or class"
+        )
     return cast(Callable[..., Any], found)
 
 
@@ -119,7 +117,7 @@ def make(
     Raises:
         ConfigError: it does not take the settings, or makes something else.
     """
-    parameters = inspect.signature(factory).parameters
+    parameters, name = inspect.signature(factory).parameters, places.shown(name)
     try:
         if "optimizer" in parameters:
             made = factory(optimizer=optimizer, **settings)

@@ -524,3 +524,12 @@ def test_read_only_folder_is_one_clear_error_and_the_run_in_it_stays_good(resume
     assert "Traceback" not in done.stderr
     assert run("runs/one/config.yaml", "--resume", "auto", "-s", "until=6 steps").exit_code == 0
     assert weights("runs/one")
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_run_to_be_verified_is_one_message(folder: Path) -> None:
+    """Breaks if what the run of `verify-resume` refuses ends in that run's traceback."""
+    result = run("verify-resume", "absent.yaml", "--out", "verified")
+    assert result.exit_code == 2
+    assert result.output.startswith("error: cannot read the config file 'absent.yaml'")
+    assert "Traceback" not in result.output

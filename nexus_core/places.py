@@ -17,7 +17,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator
 
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.paths import expanded
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOLDER",
+    "PlaceField",
     "absolute",
     "in_run_folder",
     "in_settings",
@@ -37,12 +40,13 @@ __all__ = [
     "sources",
     "split",
     "used",
+    "with_colon",
 ]
 
 FOLDER = "plugins"
 """Within a run's folder: copies of the local files that the run was made of."""
 
-_SETTING = re.compile(r"\S.*\.py:[^\W\d][\w.]*|[^\W\d][\w.]*:[^\W\d][\w.]*")
+_SETTING = re.compile(r"(\S.*\.py|[^\W\d][\w.]*):[^\W\d][\w.]*(@\w+)?")
 
 # Code comes from the user's own command and config alone. A command that reads a config which the
 # user has not named says so, once, around all that it does.
@@ -161,6 +165,17 @@ def in_settings(value: object) -> bool:
     return isinstance(value, str) and _SETTING.fullmatch(value) is not None
 
 
+def with_colon(place: str) -> str:
+    """`net.Net` of a local module as `net:Net`, so that a run keeps a copy; all else stays."""
+    words = place.split(".") if place.replace(".", "_").isidentifier() else []
+    ends = [end for end in range(1, len(words)) if local(".".join(words[:end]))]
+    return f"{'.'.join(words[: ends[-1]])}:{'.'.join(words[ends[-1] :])}" if ends else place
+
+
+PlaceField: TypeAlias = Annotated[str, AfterValidator(with_colon)]
+"""The type of a setting that is a place, for plugins' configs."""
+
+
 def shown(place: str) -> str:
     """A place as one would write it in the current folder."""
     where, name = split(place)
@@ -223,9 +238,9 @@ def _module_and_name(dotted: str) -> tuple[str, str]:
 
 def _line(error: BaseException, files: tuple[Source, ...]) -> str:
     """Where an error is from: the innermost line of the user's own, else of anyone's."""
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)[1:]]
+    frames = [frame for frame in frames if "importlib" not in frame[0]]  # Python's own machinery
     own = [frame for frame in frames if Path(frame[0]) in {source.path for source in files}]
-    place, line = (own or frames)[-1]
     if isinstance(error, SyntaxError) and error.filename:
-        place, line = error.filename, error.lineno
-    return f" ({shown(place)}, line {line})"
+        own = [(error.filename, error.lineno)]
+    return "".join(f" ({shown(place)}, line {line})" for place, line in (own or frames)[-1:])

@@ -11,7 +11,7 @@ from typing import Any
 
 from nexus_core.cli import yaml12
 from nexus_core.cli.yaml12 import Document
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, suggestion
 
 __all__ = ["is_config_file", "read_config_file"]
 
@@ -63,7 +63,9 @@ def _read(path: Path) -> str:
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot read the config file '{path}': {reason}") from error
+        beside = [file.name for file in path.parent.glob("*") if is_config_file(file.name)]
+        near = "" if path.exists() else suggestion(path.name, beside)
+        raise ConfigError(f"cannot read the config file '{path}': {reason}.{near}") from error
     if len(content) > MOST_BYTES:
         raise ConfigError(
             f"cannot read the config file '{path}': it is larger than {MOST_BYTES:,} bytes"

@@ -21,10 +21,11 @@ def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, t
     """
     scanned, classes = scan(), dict[str, type[AnyPlugin]]()
     for name in names:
-        plain, labels, label = name.partition("@")
-        if plain in places:
-            found = plugin_class(places[plain])
-            classes[name] = found.labelled(label) if labels else found
+        plain, _, label = name.partition("@")
+        if name in places:
+            classes[name] = plugin_class(places[name])
+        elif plain in places:
+            classes[name] = plugin_class(places[plain]).labelled(label)
         else:
             classes[name] = load(name, scanned)
     return classes

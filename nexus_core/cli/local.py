@@ -15,12 +15,26 @@ from nexus_core.plan import load as load_installed
 from nexus_core.plugin import Plugin, name_of
 from nexus_core.sources import forget, look_in
 
-__all__ = ["LocalPlugins", "giver", "is_place", "place_of", "placed", "plugin_class"]
+__all__ = [
+    "LocalPlugins",
+    "giver",
+    "is_place",
+    "place_of",
+    "placed",
+    "plugin_class",
+    "without_label",
+]
 
 
 def is_place(word: str) -> bool:
     """Whether a word names a plugin by its place; a plugin's name has none of these signs."""
     return any(sign in word for sign in "./:")
+
+
+def without_label(word: str) -> tuple[str, str]:
+    """A place, and what follows it: `@late` where it names a further instance of the plugin."""
+    place, sign, label = word.rpartition("@")
+    return (place, sign + label) if is_place(place) and not is_place(label) else (word, "")
 
 
 class LocalPlugins:
@@ -76,14 +90,10 @@ class LocalPlugins:
     def _name(self, word: str, base: Path | None, given: Collection[str]) -> str:
         if not is_place(word):
             return word
-        plain, labels, label = word.rpartition("@")
-        if labels and not is_place(label):
-            raise PluginError(
-                f"'{word}': a further instance goes by the plugin's name: {plain},NAME@{label}"
-            )
-        if (name := name_of(split(word)[1])) in given:
+        word, label = without_label(word)
+        if (name := name_of(split(word)[1]) + label) in given:
             return name
-        place = _looked_for(word, base) if base else absolute(word)
+        place = (_looked_for(word, base) if base else absolute(word)) + label
         found = plugin_class(place)
         if found.name not in given:
             self._add(found.name, place_of(found, place))
@@ -120,6 +130,7 @@ def plugin_class(word: str) -> type[AnyPlugin]:
     """
     if not is_place(word):
         return load_installed(word)
+    word, label = without_label(word)
     thing = load(_looked_for(word, Path.cwd()))
     found = _only_plugin(thing, word) if isinstance(thing, ModuleType) else thing
     if not (isinstance(found, type) and issubclass(found, Plugin)):
@@ -130,7 +141,7 @@ def plugin_class(word: str) -> type[AnyPlugin]:
             f"'{shown(word)}' goes by the name '{found.name}', as a plugin of "
             f"{distribution(entry)} does; rename the class"
         )
-    return found
+    return found.labelled(label[1:]) if label else found
 
 
 def giver(plugin: type[AnyPlugin], word: str) -> str:
@@ -143,10 +154,11 @@ def giver(plugin: type[AnyPlugin], word: str) -> str:
 
 def place_of(plugin: type[AnyPlugin], word: str) -> str:
     """The place of a plugin, with its class, as it was found at a place."""
+    word, label = without_label(word)
     where, name = split(word)
     if not name and where.endswith(f".{plugin.__name__}"):
         where = where.removesuffix(f".{plugin.__name__}")
-    return f"{absolute(where)}:{name or plugin.__name__}"
+    return f"{absolute(where)}:{name or plugin.__name__}{label}"
 
 
 def _looked_for(place: str, base: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_core.cli import yaml12
+from nexus_core.cli.local import without_label
 from nexus_core.errors import ConfigError
 from nexus_core.places import absolute, only_named, shown
 
@@ -74,7 +75,7 @@ def only_code_of_the_command(
         f"the config of '{resume}' asks for it, and code comes from what you name yourself; name "
         f"the config: {command}, or the code, behind --plugins or --set"
     )
-    with only_named({absolute(text) for text in named if text}, fix):
+    with only_named({absolute(without_label(text)[0]) for text in named if text}, fix):
         yield
 
 

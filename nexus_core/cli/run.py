@@ -159,6 +159,8 @@ def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:
         if dry:
             with TemporaryDirectory() as aside:
                 engine = build.make_engine(made, Path(aside) / "run")
+                if resume is not None:
+                    session.try_resume(engine, resume, folder.path)
                 report = dry_run(engine, made.run.until)
             if engine.ranks.is_main:
                 click.echo(report)

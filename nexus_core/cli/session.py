@@ -23,7 +23,7 @@ from nexus_core.cli.folder import RunFolder, write_config
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
 
-__all__ = ["stopping_on_signals", "train"]
+__all__ = ["stopping_on_signals", "train", "try_resume"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
@@ -136,6 +136,21 @@ def _exit_code(result: Result) -> int:
     """128 + the signal that stopped the run, whichever of its processes got it; else 0."""
     stopped = result.status == "stopped" and result.reason in signal.Signals.__members__
     return 128 + signal.Signals[result.reason] if stopped else 0
+
+
+def try_resume(engine: Engine, resume: str, out: Path) -> None:
+    """Load what a run would be resumed from, into an engine whose own folder is another.
+
+    Args:
+        engine: that has not trained yet.
+        resume: "auto", a path, or the name of a checkpoint of the run.
+        out: the folder of the run.
+    """
+    if resume == "auto" and not _has_checkpoints(out):
+        return
+    of_run = [out] if resume == "auto" else sorted(out.glob(f"checkpoints*/{resume}"))
+    engine.resume(str(next(iter(of_run), resume)))
+    _say(engine, False, f"resumed at step {engine.state.step:,}")
 
 
 def _has_checkpoints(out: Path) -> bool:

@@ -248,9 +248,12 @@ def _finish(life: ForkServerProcess, out: Path) -> None:
     life.join()
     if life.exitcode != 0:
         log = out.with_suffix(".log")
+        said = log.read_text(errors="replace")
+        if life.exitcode == ConfigError.exit_code and "error: " in said:  # a mistake of the user's
+            raise ConfigError(said.rpartition("\nerror: ")[2].strip())
         raise RunError(
             f"the run ended with exit code {life.exitcode}; its last words, in {log}: "
-            f"{log.read_text(errors='replace')[-600:].strip()}"
+            f"{said[-600:].strip()}"
         )
 
 
@@ -423,7 +426,13 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 @click.option("-p", "--plugins", default="",
               help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="As in nexus-run.")
-@click.option("--kills", default=5, show_default=True, help="How often to kill the run.")
+@click.option(
+    "--kills",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How often to kill it.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
 @click.option("--out", type=PATH, help="A new folder for both runs.")
 @click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")

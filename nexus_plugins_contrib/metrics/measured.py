@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from nexus_core import ConfigError, PluginConfig, places
@@ -31,12 +31,17 @@ class Metric(Protocol):
 class MetricConfig(PluginConfig):
     """One metric."""
 
-    metric: str = Field(
-        description="class in torchmetrics (Accuracy, F1Score, AUROC), or an import path"
+    metric: places.PlaceField = Field(
+        description="class in torchmetrics (Accuracy, F1Score, AUROC), or a place: ./net.py:Worst"
     )
     args: dict[str, Any] = Field(
         {}, description="its arguments: {task: multiclass, num_classes: 10}"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_alone(cls, given: object) -> object:
+        return {"metric": given} if isinstance(given, str) else given
 
 
 def make(name: str, config: MetricConfig, plugin: str) -> Metric:
@@ -56,7 +61,8 @@ def make(name: str, config: MetricConfig, plugin: str) -> Metric:
     try:
         return cast(Metric, cast(Any, make)(**config.args))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} does not take {config.args}: {error}") from error
+        said = f"{places.shown(path)} does not take {config.args}"
+        raise ConfigError(f"{key}: {said}: {error}") from error
 
 
 def _of_torchmetrics(name: str) -> object:

@@ -387,6 +387,20 @@ def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def test_dry_run_tries_the_checkpoint_as_well(folder: Path) -> None:
+    """Breaks if a dry run says nothing of a checkpoint from which the run could not be resumed."""
+    short = ["-s", "until=1", "-p", "no:lr_cosine"]
+    assert run("tiny.yaml", "--out", "done", *short, "--quiet").exit_code == 0
+    before = sorted(folder.rglob("*"))
+    for source in ("auto", "final", "done"):
+        result = run("tiny.yaml", "--out", "done", *short, "--resume", source, "--dry-run")
+        assert "resumed at step 1\n" in result.output, result.output
+    refused = run("tiny.yaml", "--resume", "absent", "--dry-run")
+    assert refused.exit_code == 2
+    assert "there is no checkpoint at 'absent'" in refused.output
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_explain_shows_the_plan_without_building_anything() -> None:
     result = run("tiny.yaml", "--explain", "-s", "data_text.train=absent.txt", "-p", "no:clip")
     assert result.exit_code == 0, result.output
@@ -510,3 +524,12 @@ def test_read_only_folder_is_one_clear_error_and_the_run_in_it_stays_good(resume
     assert "Traceback" not in done.stderr
     assert run("runs/one/config.yaml", "--resume", "auto", "-s", "until=6 steps").exit_code == 0
     assert weights("runs/one")
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_run_to_be_verified_is_one_message(folder: Path) -> None:
+    """Breaks if what the run of `verify-resume` refuses ends in that run's traceback."""
+    result = run("verify-resume", "absent.yaml", "--out", "verified")
+    assert result.exit_code == 2
+    assert result.output.startswith("error: cannot read the config file 'absent.yaml'")
+    assert "Traceback" not in result.output

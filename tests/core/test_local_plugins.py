@@ -264,6 +264,7 @@ BROKEN = {
         ("./mime.py", "there is no file './mime.py'. Did you mean 'mine.py'?"),
         ("./pack", "'./pack' cannot be loaded; expected file.py:name or package.module:name"),
         ("./none.py", "'./none.py' has no class of a plugin, such as class SparklePlugin(Plugin"),
+        ("./mine.py@f-1", "'sparkle@f-1': behind the @ come letters, digits and underscores"),
         ("./two.py", "'./two.py' has 2 plugins, APlugin, BPlugin; say which: ./two.py:APlugin"),
         ("./mine.py:SparklPlugin", "'./mine.py' has no 'SparklPlugin'. Did you mean 'SparkleP"),
         ("./mine.py:SparkleConfig", "must be a subclass of nexus_core.Plugin, got <class 'mine.Sp"),
@@ -302,9 +303,16 @@ def test_a_further_instance_goes_by_the_name_of_the_plugin() -> None:
         kept = yaml.safe_load(Path(folder, "config.yaml").read_text())["plugins"]
         assert {"./plugins/mine.py:SparklePlugin", "sparkle@late"} <= kept.keys()
         assert kept["sparkle@late"]["size"] == 3
-    refused = run("tiny.yaml", "-p", "./mine.py@late")
-    assert refused.exit_code == 2
-    assert "goes by the plugin's name: ./mine.py,NAME@late" in refused.output
+
+
+def test_a_file_gives_several_instances_of_its_plugin() -> None:
+    """Breaks if a label is read as part of a file, or is lost in the run's own config."""
+    words = ["-p", "./mine.py@a,./mine.py:SparklePlugin@b", "-s", "sparkle@b.size=7"]
+    assert run("tiny.yaml", "--out", "run", *words).exit_code == 0
+    repeated = run("run/config.yaml", "--out", "again")
+    assert repeated.exit_code == 0, repeated.output
+    sizes = [of_run("again", name)["config"]["size"] for name in ("sparkle@a", "sparkle@b")]
+    assert sizes == [1, 7]
 
 
 def test_one_plugin_twice_in_a_file_is_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from nexus_core import ConfigError
-from nexus_core.places import absolute, in_settings, load, only_named, sources
+from nexus_core.places import absolute, in_settings, load, only_named, sources, with_colon
 from nexus_core.sources import forget, look_in
 
 
@@ -120,6 +120,22 @@ def test_sources_are_those_that_were_loaded(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("pack.net.Net.size", "pack.net:Net.size"),
+        ("pack.net:Net", "pack.net:Net"),
+        ("net.txt.gz", "net:txt.gz"),
+        ("./net.Net", "./net.Net"),
+        ("torch.optim.AdamW", "torch.optim.AdamW"),
+    ],
+)
+def test_local_code_with_a_dot_is_a_place_that_a_run_keeps(place: str, expected: str) -> None:
+    """Breaks if `net.Net` is trained on without a copy and a hash of `net.py`."""
+    look_in(Path.cwd())
+    assert with_colon(place) == expected
+
+
+@pytest.mark.parametrize(
     ("place", "message"),
     [
         ("./nett.py:build", r"there is no file './nett.py'. Did you mean 'net.py'\?"),
@@ -134,7 +150,7 @@ def test_sources_are_those_that_were_loaded(folder: Path) -> None:
         ("./comma.py", r"SyntaxError: .*\(./comma.py, line 2\)"),
         ("./leaves.py", r"SystemExit: 3 \(./leaves.py, line 2\)"),
         ("collections:OrderdDict", r"'collections' has no 'OrderdDict'. Did you mean 'Ordered"),
-        ("colections:OrderedDict", "'colections' cannot be imported: ModuleNotFoundError"),
+        ("colections:OrderedDict", "ModuleNotFoundError: No module named 'colections'$"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_error(place: str, message: str) -> None:

@@ -125,6 +125,11 @@ def test_mistake_is_one_clear_error(config: str, arguments: Any, message: str) -
         read_settings(**{"source": config, **arguments})
 
 
+def test_a_config_file_that_is_missing_is_suggested_by_its_neighbours(config: str) -> None:
+    with pytest.raises(ConfigError, match=r"No such file or directory\. Did you mean 'mine\.yaml'"):
+        read_settings(config.replace("mine.yaml", "mine.yml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

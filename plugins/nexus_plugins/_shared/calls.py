@@ -40,7 +40,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 class Call(PluginConfig):
     """A function or class by its place, and arguments for it; a place alone has none."""
 
-    call: str = Field(
+    call: places.PlaceField = Field(
         min_length=1, description="function or class: ./file.py:name or package.module:name"
     )
     args: Arguments = Field({}, description="its arguments, by name")

@@ -141,7 +141,7 @@ class InitPlugin(Plugin[InitConfig]):
         rule = found.hint()
         raise CheckpointError(
             f"init: the weights of {weights.origin} do not fit the model: "
-            f"{'; '.join(found.faults()) or 'none is chosen'}. "
+            f"{'; '.join(found.faults()) or 'none is chosen'}; "
             f"{f'rename: {rule}' if rule else 'rename with init.map'}; leave names out: ",
             hint_set("init.skip", ["head.*"]),
             *some,

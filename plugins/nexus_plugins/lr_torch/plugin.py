@@ -12,6 +12,7 @@ from torch.optim import SGD
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.optimizers import members
+from nexus_core.places import PlaceField
 from nexus_plugins.lr_torch.turning import Every, Turning, find, is_scheduler, make
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ class LrTorchConfig(PluginConfig):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"scheduler": "StepLR", "settings": {"step_size": 100}}]}
     )
-    scheduler: str = Field(
-        description="class in torch.optim.lr_scheduler, such as OneCycleLR, or the import path of "
-        "what makes a scheduler of an optimizer, such as transformers.get_scheduler; in Python "
-        "also the scheduler itself, or such a function"
+    scheduler: PlaceField = Field(
+        description="class in torch.optim.lr_scheduler, such as OneCycleLR, or the place of what "
+        "makes a scheduler of an optimizer, such as transformers.get_scheduler or "
+        "./net.py:schedule; in Python also the scheduler itself, or such a function"
     )
     settings: dict[str, Setting] = Field(
         {}, description="arguments of what makes the scheduler, besides the optimizer"

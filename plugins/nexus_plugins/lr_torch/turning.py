@@ -96,14 +96,16 @@ def find(name: str) -> Callable[..., Any]:
         raise ConfigError(
             f"lr_torch.scheduler is '{name}', which is no scheduler of torch.optim.lr_scheduler."
             f"{suggestion(name, known)} Known: {', '.join(sorted(known))}; or the import path of "
-            "one from elsewhere, such as transformers.get_scheduler"
+            "one from elsewhere, such as transformers.get_scheduler or ./net.py:schedule"
         )
     try:
         found = places.load(name)
     except ConfigError as error:
         raise ConfigError(f"lr_torch.scheduler: {error}") from error
     if not callable(found):
-        raise ConfigError(f"lr_torch.scheduler is '{name}', which is no function or class")
+        raise ConfigError(
+            f"lr_torch.scheduler is '{places.shown(name)}', which is no function or class"
+        )
     return cast(Callable[..., Any], found)
 
 
@@ -115,7 +117,7 @@ def make(
     Raises:
         ConfigError: it does not take the settings, or makes something else.
     """
-    parameters = inspect.signature(factory).parameters
+    parameters, name = inspect.signature(factory).parameters, places.shown(name)
     try:
         if "optimizer" in parameters:
             made = factory(optimizer=optimizer, **settings)

@@ -100,8 +100,7 @@ def averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]
     found = {name: states[key] for key, (owner, _, name) in split.items() if owners[:1] == [owner]}
     if not found or not found.keys() <= keys.keys():
         raise CheckpointError(
-            "the checkpoint holds no averaged weights: its run was without the plugin 'ema'; take "
-            "the weights themselves"
+            "the checkpoint holds no averages; take its last weights, or train with the plugin ema"
         )
     weights = content.tensors[MODEL]
     for name, mean in found.items():

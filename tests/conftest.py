@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,26 @@ os.environ.update(  # read when these packages are imported, in processes that t
     MLFLOW_DISABLE_TELEMETRY="true",
     TRACKIO_DIR=tempfile.mkdtemp(prefix="trackio-"),
 )
+READ = metadata.entry_points
+
+
+@cache
+def read(places: tuple[tuple[str, int], ...], **chosen: str) -> metadata.EntryPoints:
+    """The entry points that lie in these places, read once."""
+    return READ(**chosen)
+
+
+def entry_points(**chosen: str) -> metadata.EntryPoints:
+    """As in `importlib.metadata`, but read again only once there is another place, or a new file.
+
+    A scan of all that is installed takes longer than most tests.
+    """
+    folders = [Path(place or ".").absolute() for place in sys.path]
+    places = tuple((str(f), f.stat().st_mtime_ns) for f in folders if f.exists())
+    return read(places, **chosen)
+
+
+metadata.entry_points = entry_points  # before the packages under test are imported
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from html.parser import HTMLParser
 from importlib.metadata import entry_points
 from itertools import takewhile
@@ -33,7 +32,6 @@ from sybil.parsers.markdown import CodeBlockParser
 
 from docs.reference import first_party, with_reference
 from nexus_core import Engine, NexusError, PluginError
-from nexus_core import plan as planning
 from nexus_core.cli.build import build_plugins
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.local import plugin_class
@@ -41,7 +39,7 @@ from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.cli.settings import presets, read_settings
 from nexus_core.errors import ConfigError
-from nexus_core.plan import HOOK_NAMES, load
+from nexus_core.plan import HOOK_NAMES, installed, load
 from nexus_core.sources import forget
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.jsonl import JsonlPlugin
@@ -51,14 +49,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 SHELLS = ("bash", "sh", "console", "")  # without a name: lines that begin with a command
 PRESET = read_settings("quickstart").defaults
-READ_ONCE = cache(entry_points)
 CONTROL = {"&&", "||", "|", ";", ">", ">>", "<", "&"}
-
-
-@pytest.fixture(autouse=True)
-def metadata_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking for plugins again for each command would take most of the time."""
-    monkeypatch.setattr(planning, "entry_points", READ_ONCE)
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +211,7 @@ def test_config_blocks_are_configs(block: Block) -> None:
     if block.note:
         pytest.skip(block.note)
     content = next(yaml.safe_load_all(block.text))
-    if content.keys() & planning.installed().keys():
+    if content.keys() & installed().keys():
         content = {"plugins": content}
     elif not content.keys() & {"preset", *RunConfig.model_fields}:
         pytest.skip("a file of another program")

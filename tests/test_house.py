@@ -335,9 +335,10 @@ def is_missing(name: str) -> bool:
 PLACED: dict[str, dict[str, Any]] = {
     "data": {"call": "called:text", "batch_size": 2},
     "loss": {"call": "called:next_id", "units": "called:labels"},
+    "mfu": {"peak": 1e12},
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
 }
-"""Settings that name code or files; those of the examples are a user's."""
+"""Settings that name code or files, where those of the examples are a user's, or that take long."""
 
 
 def settings_of(name: str) -> dict[str, Any]:

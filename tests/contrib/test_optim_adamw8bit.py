@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from nexus_core import ConfigError, Engine, Plugin
 from nexus_core.plan import load
 from nexus_plugins_contrib.optim_adamw8bit import OptimAdamw8BitPlugin
 
-pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.skipif(  # to import it takes seconds, which those who only collect spare
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 
 
 class Net(nn.Module):

@@ -250,6 +250,21 @@ def test_earlier_name_of_an_argument_still_comes_and_is_warned_of(
     assert plugin.seen == {"a": 1.0}
 
 
+def test_an_engine_looks_at_hooks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if every name that an object has is inspected, which takes longer than the rest."""
+    looked_at: list[str] = []
+    look = pluggy.PluginManager.parse_hookimpl_opts
+
+    def counted(manager: pluggy.PluginManager, plugin: object, name: str) -> Any:
+        looked_at.append(name)
+        return look(manager, plugin, name)
+
+    monkeypatch.setattr(pluggy.PluginManager, "parse_hookimpl_opts", counted)
+    tiny_engine()
+    assert "forward" in looked_at
+    assert {*looked_at} <= {*HOOK_NAMES}
+
+
 # -- plugins that are wrong
 
 HEAD = "from pydantic import Field\nfrom nexus_core import Plugin, PluginConfig, hookimpl\n"

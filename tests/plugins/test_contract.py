@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ QUICK = {
 
 class FirstPartyContract(PluginContract):
     """The contract with its longer checks marked as slow."""
+
+    @classmethod
+    @cache
+    def cases(cls) -> list[dict[str, Any]]:
+        """Asked for each check of each plugin, so made once."""
+        return super().cases()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         marks = [] if metafunc.function.__name__ in QUICK else [pytest.mark.slow]

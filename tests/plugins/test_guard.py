@@ -536,6 +536,44 @@ def test_the_replayed_step_has_the_random_numbers_of_the_first(tmp_path: Path) -
     assert "first bad output: layers.2 (Explodes)" in again.plugins["guard"].replay(again, record)  # type: ignore[attr-defined]
 
 
+def test_a_turn_of_several_optimizers_is_refused_and_replayed_as_that_turn(tmp_path: Path) -> None:
+    """Breaks if a later turn is not refused, or the replay asks for the terms of another."""
+
+    class TurnsPlugin(Plugin[PluginConfig]):
+        @hookimpl
+        def take_turns(self, step: Step) -> list[str]:
+            return ["first", "second"]
+
+        @hookimpl
+        def loss_units(self, step: Step) -> dict[str, float]:
+            return {str(step.turn): 1.0}
+
+        @hookimpl
+        def loss_terms(self, engine: Engine, output: Tensor, step: Step) -> dict[str, Tensor]:
+            broken = step.turn == "second" and step.number == 3
+            return {str(step.turn): output.sum() * (math.nan if broken else 1.0)}
+
+    def made(out: Path | None) -> Engine:
+        torch.manual_seed(0)
+        nets = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 1)])
+        optimizers = {
+            name: torch.optim.SGD(net.parameters(), lr=0.01)
+            for name, net in zip(("first", "second"), nets, strict=True)
+        }
+        model = nn.Sequential(*nets)
+        return Engine(model, optimizers, plugins=[TurnsPlugin(), GuardPlugin()], out=out)
+
+    engine = made(tmp_path)
+    with pytest.warns(RuntimeWarning, match="the update of step 3 was refused"):
+        engine.fit([torch.ones(4, 2)] * 4, until=4)
+    assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
+    assert engine.plugins["guard"].state_dict()["skipped"] == 1
+    again = made(None)
+    report = again.plugins["guard"].replay(again, tmp_path / "guard/step-00000003")  # type: ignore[attr-defined]
+    assert "loss second: nan  <- not finite" in report
+    assert "loss first" not in report
+
+
 class Explodes(nn.Module):
     """Not finite where dropout left one certain number of zeros, as happens now and then."""
 

@@ -86,7 +86,6 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._spikes = Spikes(self.config.spike_threshold, self.config.spike_window)
         self._skipped: Tensor | float = 0.0
         self._streak: Tensor | float = 0.0
-        self._streak_before: Tensor | float = 0.0  # the present step
         self._longest: Tensor | float = 0.0
         self._rollbacks = 0
         self._returns = 0
@@ -153,8 +152,8 @@ class GuardPlugin(Plugin[GuardConfig]):
         return self._skipped, self._streak, self._longest, deepcopy(self._spikes.state_dict())
 
     def _judge_first(self, engine: Engine, step: Step) -> None:
-        self._streak_before = self._streak
-        counted, self._judged = self._judged == step.number, step.number
+        counted = self._attempts[-1].refused if self._judged == step.number else torch.zeros(())
+        self._judged = step.number
         refused = self._judge(engine, step)
         if self._spikes.enabled:
             losses = [step.losses[name].reshape(()).float() for name in step.units]
@@ -165,13 +164,13 @@ class GuardPlugin(Plugin[GuardConfig]):
         step.refused = refused
         generators = self._generators[1] if self._generators else random_state()
         batches = [micro.batch for micro in step.micro]
-        attempt = Attempt(step.number, generators, batches, dict(step.losses), refused)
+        attempt = Attempt(step.number, generators, batches, dict(step.losses), refused, step.turn)
         self._attempts.append(attempt)
         if not self._waits:
-            self._skipped = self._skipped + refused
-            self._streak = (self._streak + refused) * refused
+            self._skipped = self._skipped + refused - counted.to(refused.device)
+            self._streak = (self._before[1] + refused) * refused
             self._longest = torch.maximum(torch.as_tensor(self._longest), self._streak)
-        elif refused.item() and counted:
+        elif refused.item() and counted.item():
             return  # in an earlier turn of this step
         elif refused.item():
             self._skipped, self._streak = self._skipped + 1, self._streak + 1
@@ -186,10 +185,10 @@ class GuardPlugin(Plugin[GuardConfig]):
         attempt.refused, attempt.losses = step.refused, dict(step.losses)
         if not self._waits:
             self._skipped = self._skipped + step.refused - first
-            self._streak = (self._streak_before + step.refused) * step.refused
+            self._streak = (self._before[1] + step.refused) * step.refused
             self._longest = torch.maximum(torch.as_tensor(self._longest), self._streak)
         elif step.refused.item() > first.item():
-            self._skipped, self._streak = self._skipped + 1, self._streak_before + 1
+            self._skipped, self._streak = self._skipped + 1, self._before[1] + 1
             self._react(engine, attempt, self._streak)
             for parameter in engine.parameters(step.turn):
                 parameter.grad = None

@@ -34,6 +34,7 @@ class Attempt:
         batches: its micro-batches, as the plugins left them.
         losses: the mean of each term.
         refused: the verdict, 0.0 or 1.0, on the device.
+        turn: of several optimizers, the one whose turn it was.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Attempt:
     batches: list[Batch] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
     refused: Tensor = field(default_factory=lambda: torch.zeros(()))
+    turn: str | None = None
 
     def verdict(self) -> str:
         """Why it was refused, in words."""
@@ -89,6 +91,7 @@ def _write(engine: Engine, attempt: Attempt, folder: Path) -> None:
     save_model(engine.model, str(folder / "model.safetensors"))
     facts = {
         "step": attempt.step,
+        "turn": attempt.turn,
         "weights_of_step": engine.state.step,
         "verdict": attempt.verdict(),
         "losses": {name: str(float(loss)) for name, loss in attempt.losses.items()},

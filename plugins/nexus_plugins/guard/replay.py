@@ -47,7 +47,7 @@ def replay(engine: Engine, record: Path) -> str:
     findings: list[str] = []
     engine.model.train()
     with _watched(engine.model, findings), _blamed(record):
-        step = Step(facts["step"], tuple(map(Micro, batches)))
+        step = Step(facts["step"], tuple(map(Micro, batches)), facts["turn"])
         count_units(engine, step)
         accumulate_gradient(engine, step)
     losses = {name: float(loss) for name, loss in step.losses.items()}
@@ -125,7 +125,9 @@ def _read(engine: Engine, record: Path) -> tuple[dict[str, Any], list[Batch]]:
             "devices": [t for name, t in sorted(tensors.items()) if name.startswith("device.")],
         }
         check_generators(generators)
-        facts = {"step": int(facts["step"]), "verdict": str(facts["verdict"]), **facts}
+        turn = facts.get("turn")
+        known = {"step": int(facts["step"]), "verdict": str(facts["verdict"])}
+        facts = {**facts, **known, "turn": None if turn is None else str(turn)}
         load_model(engine.model, record / "model.safetensors", device=str(engine.device))
         set_random_state(generators)
         batches = [

@@ -116,6 +116,7 @@ def test_an_embedded_fit_that_is_interrupted_ends_after_its_step_and_is_saved(
         import os, signal, torch
         from nexus_core import Engine, Plugin, PluginConfig, hookimpl
         from nexus_plugins.checkpoint import CheckpointPlugin
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
         class KillPlugin(Plugin[PluginConfig]):
             @hookimpl
             def after_backward(self, engine):

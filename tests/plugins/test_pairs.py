@@ -25,12 +25,15 @@ from nexus_core.plan import arrange, installed, load
 
 pytestmark = pytest.mark.slow
 
+OF_A_USER = {"data", "init", "loss", "model"}
+"""What these do is up to the code and files of a user, and so is what they go with."""
 NAMES = sorted(
     name
     for name, entry in installed().items()
     if entry.dist
     and entry.dist.name == "nexus-trainer"
     and not entry.value.startswith("nexus_plugins_contrib.")
+    and name not in OF_A_USER
 )
 LENGTH, SAVED_AT, LAST = 16, 3, 5
 BASIS: dict[str, dict[str, Any]] = {

@@ -171,7 +171,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
     def state_dict(self) -> StateDict:
         """The scheduler's state, and what it drives where that is not the run's optimizer."""
         if not self._turning:
-            return {}
+            return self._saved
         state: StateDict = {"schedulers": [turning.state() for turning in self._turning]}
         if self._shadow is not None:
             group = self._shadow.param_groups[0]

@@ -70,7 +70,7 @@ BASES = 650
 LARGER = {
     "nexus_core/bases/background.py": 200,
     "nexus_core/cli/profile.py": 300,
-    "nexus_core/cli/verify_resume.py": 255,
+    "nexus_core/cli/verify_resume.py": 200,
     "nexus_core/engine.py": ENGINE,
     "nexus_core/testing/contract.py": 315,
     "plugins/nexus_plugins/_shared/checkpoints/folder.py": 200,

@@ -9,7 +9,6 @@ each plugin's state; the notes of both runs must agree to the last line, and so 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -18,30 +17,25 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 import torch
-from torch import Tensor
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
 from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.device import random_state
-from nexus_core.engine import Engine
+from nexus_core.cli.witness import NOTES, STARTS, WitnessPlugin, fingerprint, whole_lines
 from nexus_core.errors import ConfigError, RunError
-from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 
-__all__ = ["Report", "WitnessPlugin", "compare_runs", "main", "verify_resume"]
+__all__ = ["Report", "compare_runs", "main", "verify_resume"]
 
-NOTES = "witness.jsonl"
-STARTS = "starts.txt"
 CERTIFICATE = "certificate.json"
 _CLOCKS = ("time", "seconds")  # what no two runs share
 _CLOCK_PREFIXES = ("system/",)
@@ -73,71 +67,6 @@ class Report:
     def holds(self) -> bool:
         """Whether the killed run ended in the same bits."""
         return not self.differences
-
-
-class WitnessPlugin(Plugin[PluginConfig]):
-    """Writes a line of fingerprints for each step; a resumed run goes on at its own step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._batches = hashlib.sha256()
-        self._file: TextIO | None = None
-
-    @hookimpl
-    def on_start(self, engine: Engine) -> None:
-        assert engine.out is not None
-        path = engine.out / NOTES
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= engine.state.step]
-        engine.out.mkdir(parents=True, exist_ok=True)
-        with (engine.out / STARTS).open("a", encoding="utf-8") as starts:
-            starts.write(f"{engine.state.step}\n")
-        draft = path.with_suffix(".tmp")
-        draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        draft.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    @hookimpl(trylast=True)
-    def on_batch(self, batch: Any) -> None:
-        self._batches.update(fingerprint(batch).encode())
-
-    @hookimpl
-    def on_step_end(self, engine: Engine) -> None:
-        states = {
-            name: plugin.state_dict()
-            for name, plugin in engine.plugins.items()
-            if not getattr(plugin, "only_watches", False)  # a run's id in a service, say
-        }
-        notes = {
-            "step": engine.state.step,
-            "batches": self._batches.hexdigest(),
-            "weights": fingerprint(engine.model.state_dict()),
-            "optimizer": fingerprint(engine.optimizer.state_dict()),
-            "generators": fingerprint(random_state()),
-            **{f"plugin {name}": fingerprint(state) for name, state in states.items() if state},
-        }
-        self._batches = hashlib.sha256()
-        if self._file is not None:
-            self._file.write(json.dumps(notes) + "\n")
-
-    @hookimpl
-    def on_close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def fingerprint(value: object) -> str:
-    """A hash of a tree of values, to the bits of its tensors."""
-    digest = hashlib.sha256()
-    for path, leaf in _leaves(value):
-        digest.update(path.encode())
-        if isinstance(leaf, Tensor):
-            flat = leaf.detach().cpu().contiguous().view(-1)
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-        else:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:32]
 
 
 def verify_resume(
@@ -181,7 +110,7 @@ def verify_resume(
     processes = nursery("nexus_core.cli.verify_resume")
     undisturbed, disturbed = out / "undisturbed", out / "killed"
     _finish(_live(processes, order, undisturbed), undisturbed)
-    report = Report(steps=len(_lines(undisturbed / NOTES)))
+    report = Report(steps=len(whole_lines(undisturbed / NOTES)))
     moments = random.Random(seed)
     while report.kills < kills:
         life = _live(processes, order, disturbed)
@@ -202,7 +131,7 @@ def verify_resume(
             "nothing was shown, as the killed run never went on from a checkpoint; add a "
             "plugin that saves, let it save more often, or train longer"
         )
-    report.fingerprint = fingerprint(_lines(undisturbed / NOTES)[-1])
+    report.fingerprint = fingerprint(whole_lines(undisturbed / NOTES)[-1])
     _certify(order, report, out / CERTIFICATE)
     return report
 
@@ -316,7 +245,7 @@ def _kill(
 
 def _went_on(out: Path) -> bool:
     """Whether a life of the killed run has begun from a checkpoint."""
-    return any(int(line) for line in _lines(out / STARTS))
+    return any(int(line) for line in whole_lines(out / STARTS))
 
 
 def _saving(out: Path) -> bool:
@@ -342,7 +271,9 @@ def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
         undisturbed: folder of a run with a witness.
         killed: folder of the other one.
     """
-    ours, theirs = ([json.loads(line) for line in _lines(p / NOTES)] for p in (undisturbed, killed))
+    ours, theirs = (
+        [json.loads(line) for line in whole_lines(p / NOTES)] for p in (undisturbed, killed)
+    )
     differences = []
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
         differences.append(f"the steps: {len(ours)} undisturbed, {len(theirs)} killed")
@@ -372,7 +303,7 @@ def _metrics(out: Path) -> list[dict[str, Any]]:
             for key, value in line.items()
             if key not in _CLOCKS and not key.startswith(_CLOCK_PREFIXES)
         }
-        for line in map(json.loads, _lines(out / "metrics.jsonl"))
+        for line in map(json.loads, whole_lines(out / "metrics.jsonl"))
         if "note" not in line  # words may hold what a clock said
     ]
 
@@ -399,26 +330,6 @@ def _last_step(path: Path) -> int:
         return 0
     last = whole.rpartition(b"\n")[2]
     return int(json.loads(last)["step"]) if last else 0
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file, which may be cut off by a kill; none where there is no file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
-
-
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}/{index}")
-    else:
-        yield path, value
 
 
 @click.command(name="verify-resume", context_settings={"help_option_names": ["-h", "--help"]})

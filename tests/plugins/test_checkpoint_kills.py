@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.crash import crash
 from nexus_core import ConfigError, Plugin, PluginConfig, ResumableLoader, hookimpl
-from nexus_core.cli.verify_resume import WitnessPlugin, compare_runs, verify_resume
+from nexus_core.cli.verify_resume import compare_runs, verify_resume
+from nexus_core.cli.witness import WitnessPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.jsonl import JsonlPlugin
 from tiny import Regression, tiny_engine
@@ -139,6 +140,40 @@ def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path:
         assert found[1].startswith("metrics.jsonl, line 2: train/squared_loss")
     else:
         assert found == []
+
+
+class LeavingPlugin(Plugin[PluginConfig]):
+    """Stops the run at once within the evaluation of a step, as a SIGTERM does."""
+
+    only_watches = True
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    @hookimpl
+    def forward(self, engine: Any, step: Any) -> None:
+        if step is None and engine.state.step == self.step:
+            engine.stop("the machine is wanted", at_once=True)
+
+
+def test_a_step_whose_evaluation_was_put_off_is_noted_once_and_whole(tmp_path: Path) -> None:
+    """Breaks if a verification blames a run for an evaluation that the next life makes."""
+
+    def live(out: Path, leaves: int, until: int) -> None:
+        plugins = [CheckpointPlugin(every=4), JsonlPlugin(), WitnessPlugin(), LeavingPlugin(leaves)]
+        engine = tiny_engine(*plugins, dropout=0.2, out=out)
+        engine.resume()
+        loader = ResumableLoader(Regression(), 4, seed=1)
+        valid = [batch for batch, _ in zip(loader.batches(0), range(3), strict=False)]
+        for state in engine.steps(loader, until=12, eval_data=valid, eval_every=3):
+            if state.step == until:
+                break
+
+    live(tmp_path / "whole", leaves=0, until=12)
+    for leaves, until in ((6, 12), (0, 7), (0, 12)):  # put off; made, and killed; made once more
+        live(tmp_path / "cut", leaves, until)
+    assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
 
 
 def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:

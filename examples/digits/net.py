@@ -10,9 +10,8 @@ def build(width: int = 32) -> nn.Module:
 
 
 def digits(held_out: int):
-    images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    rows = TensorDataset(images, torch.tensor(labels))
+    images, labels = map(torch.tensor, load_digits(return_X_y=True))
+    rows = TensorDataset(images.float().view(-1, 1, 8, 8) / 16, labels)
     return random_split(rows, [len(rows) - held_out, held_out])
 
 

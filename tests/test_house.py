@@ -7,6 +7,7 @@ import copy
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -341,6 +342,7 @@ PLACED: dict[str, dict[str, Any]] = {
 """Settings that name code or files, where those of the examples are a user's, or that take long."""
 
 
+@cache
 def settings_of(name: str) -> dict[str, Any]:
     """The first example of a plugin whose config has required keys; nothing for the others."""
     if name in PLACED:
@@ -382,7 +384,7 @@ def engine_with(name: str, corpus: Path, out: Path) -> Engine:
         own = {"source": str(out / "begun.safetensors")}
         out.mkdir()
         save_model(Engine(plugins=begun, seed=2).model, own["source"])
-    given = {**basis, name: own}
+    given = {**basis, name: own | basis.get(name, {})}  # as small, whatever its example is
     plugins = [classes[key](**(given.get(key) or settings_of(key))) for key in names]
     return Engine(plugins=plugins, seed=1, out=out, log_every=1, accumulate=2)
 

@@ -360,14 +360,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+OF_NEXUS = {"loss_causal", "loss_energy", "loss_reason", "loss_world", "model_nexus"}
+"""What is nothing without the modules of a NEXUS; beside the others, a smaller model will do."""
+SMALL_NEXUS = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.1}
+
+
 def engine_with(name: str, corpus: Path, out: Path) -> Engine:
     """A tiny text run with the plugin in it, beside what it requires."""
+    model = {"model_nexus": SMALL_NEXUS} if name in OF_NEXUS else {"model": PLACED["model"]}
     basis: dict[str, dict[str, Any]] = {
         "data_text": {"train": str(corpus), "seq_len": 32, "batch_size": 2},
-        "model_nexus": {
-            **{"vocab_size": 300, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
-            "dropout": 0.1,
-        },
+        **model,
         "loss_lm": {},
         "optim_adamw": {},
     }

@@ -57,6 +57,8 @@ def one_thread_and_a_seed() -> Iterator[None]:
     """Small tensors are fastest on one thread, and no test depends on what ran before it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.default_generator.manual_seed(0)  # the one that tests draw from, in a hundredth of the time
+    torch.default_generator.manual_seed(
+        0
+    )  # the one that tests draw from, in a hundredth of the time
     yield
     torch.set_num_threads(threads)

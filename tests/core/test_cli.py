@@ -496,26 +496,28 @@ def test_a_signal_that_a_launcher_hands_on_is_the_same_signal(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
-    number: signal.Signals, code: int
-) -> None:
-    command = [sys.executable, "-u", "-m", "nexus_core.cli.run", "tiny.yaml", "-p", "console"]
-    long = ["-s", "until=150 steps", "-s", "log_every=1", "-s", "checkpoint.every=1000 steps"]
-    subprocess.run([*command, *long, "--out", "whole"], check=True, capture_output=True)
-    with subprocess.Popen([*command, *long, "--out", "parts"], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step"):
-                process.send_signal(number)
-                break
-        process.stdout.read()
-    assert process.returncode == code
-    assert json.loads(Path("parts/summary.json").read_text())["status"] == "stopped"
-    resume = [*command, *long, "--out", "parts", "--resume", "auto"]
-    subprocess.run(resume, check=True, capture_output=True)
-    assert weights("whole", "step-00000150") == weights("parts", "step-00000150")
+def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits() -> None:
+    """A process that gets the signal at its first line, held against a run that gets none."""
+    options = ["tiny.yaml", "-p", "console", "-s", "until=150 steps", "-s", "log_every=1",
+               "-s", "checkpoint.every=1000 steps"]  # fmt: skip
+    assert run(*options, "--out", "whole").exit_code == 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        parts = number.name
+        command = [sys.executable, "-u", "-m", "nexus_core.cli.run", *options, "--out", parts]
+        with subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("step"):
+                    process.send_signal(number)
+                    break
+            process.stdout.read()
+        assert process.returncode == code
+        assert json.loads(Path(parts, "summary.json").read_text())["status"] == "stopped"
+        resumed = run(*options, "--out", parts, "--resume", "auto")
+        assert resumed.exit_code == 0, resumed.output
+        assert weights("whole", "step-00000150") == weights(parts, "step-00000150"), parts
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Every pair of first-party plugins trains together and resumes to the same bits, or is refused.
 
 A run is a tiny model on a little text with two losses, and the two plugins in place of what fills
-their slots. Where one of them is of NEXUS, the model is a tiny NEXUS with all five losses. It trains five steps of two micro-batches, with evaluations and logs between,
-and from its own third step once more, with a fresh engine and fresh plugins.
+their slots. Where one of them is of NEXUS, the model is a tiny NEXUS with all five losses. A run
+trains five steps of two micro-batches, with evaluations and logs between, and from its own third
+step once more, with a fresh engine and fresh plugins.
 """
 
 from __future__ import annotations

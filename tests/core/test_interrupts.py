@@ -210,10 +210,13 @@ def test_an_error_between_two_turns_leaves_the_first_as_it_is(
     calm = Fuse()
     whole = new(calm)
     whole.fit(batches(), until=STEPS)
-    fuse = Fuse(hook, 1 + int(share * calm.calls[hook]), KeyboardInterrupt("planted"))
+    place = 1 + int(share * calm.calls[hook])
+    fuse = Fuse(hook, place, KeyboardInterrupt("planted"))
     engine, data = new(fuse), batches()
     with pytest.raises(KeyboardInterrupt, match="planted"):
         engine.fit(data, until=STEPS)
+    if hook == "optimizer_step" and place % 2 == 0:
+        torch.rand(1)  # within a step, what is drawn between two calls does not count
     engine.fit(data, until=STEPS)
     assert all(
         map(torch.equal, whole.model.state_dict().values(), engine.model.state_dict().values())

@@ -20,9 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -33,6 +32,9 @@ from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
 from nexus_core.cli.witness import NOTES, STARTS, WitnessPlugin, fingerprint, whole_lines
 from nexus_core.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 __all__ = ["Report", "compare_runs", "main", "verify_resume"]
 

@@ -31,6 +31,7 @@ VENDORS = {
     "optim_schedulefree": "schedulefree",
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
+    "kernels": "torch",  # it runs without any of its packages
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))

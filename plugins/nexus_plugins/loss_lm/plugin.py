@@ -37,6 +37,8 @@ class LossLmPlugin(Loss[LossLmConfig]):
     smoothing and also reports perplexity and, for batches with `label_bytes`, bits per byte.
     """
 
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
+
     def units(self, batch: Batch) -> Tensor:
         """The number of labels that count."""
         return cast(Tensor, (batch["labels"] != self.config.ignore_index).sum())
@@ -72,7 +74,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
             )
         rows, labels, ignore = rows.flatten(0, -2), labels.flatten(), self.config.ignore_index
         if fused:
-            return linear_cross_entropy(rows, output.head_weight, labels, smoothing, ignore)
+            return self.linear_cross_entropy(rows, output.head_weight, labels, smoothing, ignore)
         if torch.are_deterministic_algorithms_enabled():
             return _in_one_order(rows.float().log_softmax(-1), labels, smoothing, ignore)
         return F.cross_entropy(

@@ -30,7 +30,14 @@ from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
 from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.cli.witness import NOTES, STARTS, WitnessPlugin, companions, fingerprint, whole_lines
+from nexus_core.cli.witness import (
+    NOTES,
+    STARTS,
+    WitnessPlugin,
+    companions,
+    fingerprint,
+    whole_lines,
+)
 from nexus_core.errors import ConfigError, RunError
 
 if TYPE_CHECKING:

@@ -44,9 +44,9 @@ def _result_and_gradients(
         given = [a.detach().requires_grad_() if _is_real(a) else a for a in arguments]
         result = operation(*given)
         sources = [a for a in given if _is_real(a)] + [w for w in weights if w.requires_grad]
-        direction = torch.arange(result.numel(), device=result.device).sin().view(result.shape)
+        direction = torch.arange(1.0, result.numel() + 1, device=result.device).sin()
         gradients = torch.autograd.grad(
-            result, sources, direction.to(result.dtype), allow_unused=True
+            result, sources, direction.view(result.shape).to(result.dtype), allow_unused=True
         )
     named = {f"gradient {n}": g for n, g in enumerate(gradients, 1) if g is not None}
     return {"the result": result.detach(), **named}

@@ -57,7 +57,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
         super().__init__(config, **settings)
         self._swaps: dict[str, _Swap] = {}
         self._swapped: list[tuple[Any, str]] = []
-        self._left: dict[str, str] = {}
+        self._left: dict[str, str] | None = None
 
     @hookimpl(stage="wrap")
     def on_start(self, engine: Engine) -> None:
@@ -77,20 +77,17 @@ class KernelsPlugin(Plugin[KernelsConfig]):
                 self._swapped.append((part, name))
 
     @hookimpl
-    def on_step_end(self, engine: Engine) -> None:
-        """After the first step, say what became of each, and whether it was another one before."""
-        if self._left is not None and engine.state.step > 0:
-            used = self.used
-            for name in self._left.keys() | (used.keys() if self._left else set()):
-                before, now = self._left.get(name, "PyTorch"), used.get(name, "PyTorch")
-                if before != now:
-                    warnings.warn(
-                        f"kernels: {name} is by {now}, was by {before}: the numbers of this run "
-                        "differ in their last bits from those of the run before",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-            self._left = {}
+    def on_step_end(self) -> None:
+        """After the first step of a resumed run, say where another kernel computed before."""
+        left, self._left = self._left, None
+        for name in sorted({*left, *self.used}) if left is not None else ():
+            before, now = left.get(name, "PyTorch"), self.used.get(name, "PyTorch")
+            if before != now:
+                warnings.warn(
+                    f"resuming: {name} is by {now}, was by {before}; the last bits differ",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
@@ -117,7 +114,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     def state_dict(self) -> StateDict:
         """Whose kernels have made the numbers."""
-        return {"used": cast(Any, self.used or self._left)}
+        return {"used": cast(Any, self.used or self._left or {})}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Keep it, to be compared."""

@@ -136,9 +136,7 @@ def _narrowed(*values: Tensor) -> list[Tensor]:
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "scan": (
         Kernel(
-            "mamba_ssm",
-            "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined",
-            _mamba_scan,
+            "mamba_ssm", "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined", _mamba_scan
         ),
         Kernel("fla", "fla.ops.simple_gla:chunk_simple_gla", _gated_linear_attention),
     ),

@@ -13,7 +13,7 @@ from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.numerics import WORKSPACE
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    pass
 
 __all__ = ["DeterministicConfig", "DeterministicPlugin"]
 
@@ -50,9 +50,7 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
 
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(
-        self, config: DeterministicConfig | None = None, /, **settings: object
-    ) -> None:
+    def __init__(self, config: DeterministicConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._before = ExitStack()
 

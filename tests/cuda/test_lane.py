@@ -142,7 +142,9 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("amp", "tolerance"), [(None, 2e-3), ("bf16", 5e-2), ("fp16", 2e-2)], ids=["fp32", "bf16", "fp16"]
+    ("amp", "tolerance"),
+    [(None, 2e-3), ("bf16", 5e-2), ("fp16", 2e-2)],
+    ids=["fp32", "bf16", "fp16"],
 )
 def test_losses_are_those_of_the_cpu(
     device: torch.device, amp: str | None, tolerance: float
@@ -283,9 +285,7 @@ def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
 # -- memory
 
 
-def test_a_batch_that_does_not_fit_is_split_and_gives_the_same_losses(
-    device: torch.device,
-) -> None:
+def test_a_batch_that_does_not_fit_is_split_and_gives_the_same_losses(device: torch.device) -> None:
     """On CUDA the whole batch really runs out of memory: the limit lets no more than a part fit."""
     expected, _ = trained("cpu", steps=3)
     losses = LossesPlugin()

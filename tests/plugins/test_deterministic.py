@@ -238,7 +238,9 @@ class Survey(TorchDispatchMode):
 
 def test_the_list_is_the_one_that_this_pytorch_documents() -> None:
     """Red when PyTorch adds an operation: say here which operators are behind its name."""
-    text = (torch.use_deterministic_algorithms.__doc__ or "").partition("operations will throw a")[2]
+    text = (torch.use_deterministic_algorithms.__doc__ or "").partition("operations will throw a")[
+        2
+    ]
     text = text.partition("In addition")[0]
     named = re.findall(r"\* :(?:class|func):`([\w.]+)`", text)
     assert len(named) > 20
@@ -364,4 +366,3 @@ def test_cross_entropy_of_logits_is_the_same_without_its_kernel(smoothing: float
         assert ("torch.nn.NLLLoss" in survey.undetermined) is not deterministic
         found.append((loss.detach(), logits.grad))
     torch.testing.assert_close(found[1], found[0])
-

@@ -268,7 +268,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         content = pack(snapshot)
         cut = self._shards.take_out(content, _patience(engine))
         if engine.ranks.is_main:
-            content.documents["lock.json"] = {**self._about, "numerics": cast(Json, numerics(engine.device))}
+            content.documents["lock.json"] = {
+                **self._about,
+                "numerics": cast(Json, numerics(engine.device)),
+            }
             content.config = self._config_bytes
             content.keep = self._keep_every.due(engine.state)
         else:

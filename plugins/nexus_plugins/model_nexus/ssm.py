@@ -105,9 +105,7 @@ class SelectiveSSM(nn.Module):
         """Mix neighbouring tokens `(B, T, C)`; see `operations.causal_conv_silu`."""
         return causal_conv_silu(x, self.conv_weight, self.conv_bias, document)
 
-    def scan(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, document: Tensor | None
-    ) -> Tensor:
+    def scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, document: Tensor | None) -> Tensor:
         """Run the recurrence over `(B, T, H, P)`; see `operations.chunked_scan`."""
         log_decay = dt * -self.log_rate.exp()
         return chunked_scan(x, dt, log_decay, b, c, self.skip, document, self.chunk_length)

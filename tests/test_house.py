@@ -174,8 +174,21 @@ def test_assignments_to_an_engine_are_seen() -> None:
 
 
 WORDS = {
-    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
-    *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
+    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "deterministic"),
+    *(
+        "diagnose",
+        "freeze",
+        "kernels",
+        "guard",
+        "init",
+        "loss",
+        "metrics",
+        "model",
+        "offload",
+        "optim",
+        "recompute",
+        "schedule",
+    ),
     "throughput",
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import inspect
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nexus_core.cli import memory
+from nexus_core.device import Undo, random_state, set_random_state
 from nexus_plugins._shared import locks
 
 ROOT = Path(__file__).parents[1]
@@ -170,3 +173,30 @@ def test_memory_is_told_by_posix_and_by_windows(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
     assert (memory.peak_resident(), memory.machine_memory()) == (123, 456)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_generators_of_any_accelerator_are_saved_and_put_back(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a kind is asked in a way that its module does not have, or is forgotten."""
+    module = torch.get_device_module(kind)
+    inspect.signature(module.get_rng_state).bind(1)
+    inspect.signature(module.set_rng_state).bind(torch.zeros(1), 1)
+    states = [torch.tensor([number], dtype=torch.uint8) for number in range(2)]
+
+    def put(state: torch.Tensor, device: int) -> None:
+        states[device] = state
+
+    monkeypatch.setattr(module, "get_rng_state", lambda device: states[device].clone())
+    monkeypatch.setattr(module, "set_rng_state", put)
+    accelerator = torch.accelerator
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda **_: torch.device(kind))
+    monkeypatch.setattr(accelerator, "device_count", lambda: 2)
+    saved, undo = random_state(), Undo(torch.nn.Linear(1, 1))
+    for put_back in (lambda: set_random_state(saved), undo.put_back):
+        states[:] = [torch.tensor([9], dtype=torch.uint8)] * 2
+        put_back()
+        assert [state.item() for state in states] == [0, 1]
+    assert saved["accelerator"] == kind
+    assert torch.amp.is_autocast_available(kind)

@@ -101,7 +101,7 @@ def verify_resume(
         seed: of the moments of the kills.
         threads: that torch uses in a run; None leaves it to torch.
         terms: share of the kills that are a SIGTERM to the run and its workers, not a SIGKILL.
-        bare: add no plugins that make a run deterministic.
+        bare: add no plugins of those that packages bring for it.
 
     Returns:
         The report, which is also written to `certificate.json`.
@@ -358,7 +358,7 @@ def _last_step(path: Path) -> int:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
 @click.option("--out", type=PATH, help="A new folder for both runs.")
-@click.option("--bare", is_flag=True, help="Add no plugin that makes runs deterministic.")
+@click.option("--bare", is_flag=True, help="Add no plugins that make runs exact.")
 @click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(

@@ -73,14 +73,16 @@ class KernelsPlugin(Plugin[KernelsConfig]):
                 continue
             swap = self._swaps[name] = _Swap(name, chosen, self.config, self._asked(name))
             for part in parts:
-                setattr(part, name, torch.compiler.disable(swap.of(part)))
+                setattr(part, name, _apart(swap.of(part)))
                 self._swapped.append((part, name))
 
     @hookimpl
     def on_step_end(self) -> None:
         """After the first step of a resumed run, say where another kernel computed before."""
         left, self._left = self._left, None
-        for name in sorted({*left, *self.used}) if left is not None else ():
+        if left is None:
+            return
+        for name in sorted({*left, *self.used}):
             before, now = left.get(name, "PyTorch"), self.used.get(name, "PyTorch")
             if before != now:
                 warnings.warn(
@@ -199,6 +201,11 @@ class _Swap:
             f"differs from float32 by {distance:.3g} of its length in {where}, allowed are "
             f"{self.config.tolerance:g}"
         )
+
+
+def _apart(operation: Operation) -> Operation:
+    """The operation as it is, also within a module that is compiled."""
+    return cast(Operation, torch.compiler.disable(operation))  # type: ignore[no-untyped-call]
 
 
 def _parts(engine: Engine) -> Iterator[Any]:

@@ -76,8 +76,8 @@ def _gated_linear_attention(kernel: Any, layer: Any) -> Operation:
             gates = gates.masked_fill(begins.unsqueeze(-1), FORGET)
         values = (x * dt.unsqueeze(-1)).to(x.dtype)
         result, _ = kernel(queries, keys, values, g=gates, scale=1.0)
-        straight: Tensor = x * layer.skip.unsqueeze(-1)
-        return (result + straight).to(x.dtype)
+        whole: Tensor = result + x * layer.skip.unsqueeze(-1)
+        return whole.to(x.dtype)
 
     return scan
 

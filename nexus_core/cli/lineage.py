@@ -26,7 +26,8 @@ class Relation:
     Args:
         run: the folder of the other run, as an absolute path.
         step: of the checkpoint.
-        source: the place of the checkpoint within the run that was branched: `checkpoints/step-00005000`.
+        source: the place of the checkpoint within the run that was branched, such as
+            `checkpoints/step-00005000`.
         changes: each setting that differs, by its key, with its value in the run that was branched
             and in the branch; null where a side does not have it.
     """

@@ -64,15 +64,16 @@ class Digester:
             pieces: with their places.
             device: of the answer.
         """
-        total = torch.zeros((), dtype=torch.int64, device=device)
+        total: Tensor | None = None
         for words, start in _joined(pieces):
-            total = total + self._of(words, start).to(device, non_blocking=True)
-        return total
+            for value in self._of(words, start):
+                value = value.to(device, non_blocking=True)
+                total = value if total is None else total + value
+        return torch.zeros((), dtype=torch.int64, device=device) if total is None else total
 
-    def _of(self, words: Tensor, start: int) -> Tensor:
-        """The sum over words that begin at a place, in words."""
+    def _of(self, words: Tensor, start: int) -> Iterator[Tensor]:
+        """Sums over words that begin at a place, in words; all of them together are the digest."""
         low, high, rows = self._weights(words.device)
-        total = words.new_zeros(())
         at = 0
         while at < len(words):
             row, column = divmod(start + at, BLOCK)
@@ -80,20 +81,21 @@ class Digester:
                 end = at + min(BLOCK - column, len(words) - at)
                 part, here = words[at:end], slice(column, column + end - at)
                 value = _dot(part, low[here]) + _dot(part >> 32, high[here])
-                total = total + value * rows[row % ROWS] * (2 * (row // ROWS) + 1)
+                value = value * rows[row % ROWS] if row else value  # the first factor is 1
             else:
                 count = min(SLICE, (len(words) - at) // BLOCK, ROWS - row % ROWS)
                 end = at + count * BLOCK
                 block = words[at:end].view(count, BLOCK)
                 values = _product(block, low) + _product(block >> 32, high)
-                factors = rows[row % ROWS : row % ROWS + count]
-                total = total + _dot(values, factors) * (2 * (row // ROWS) + 1)
+                value = _dot(values, rows[row % ROWS : row % ROWS + count])
+            yield value * (2 * (row // ROWS) + 1) if row >= ROWS else value
             at = end
-        return total
 
     def _weights(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:
-            numbers = torch.from_numpy(_odd(2 * BLOCK + ROWS)).to(device)
+            numbers = torch.from_numpy(_odd(2 * BLOCK + ROWS))
+            numbers[2 * BLOCK] = 1
+            numbers = numbers.to(device)
             self._tables[device] = numbers[:BLOCK], numbers[BLOCK : 2 * BLOCK], numbers[2 * BLOCK :]
         return self._tables[device]
 
@@ -137,7 +139,7 @@ def _joined(pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, int]]:
     waiting: list[Tensor] = []
     begin = end = 0
     for tensor, start in pieces:
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.reshape(-1)
         size = flat.numel() * flat.element_size()
         if not size:
             continue

@@ -12,11 +12,12 @@ from typing import Any
 from nexus_core.errors import CheckpointError
 from nexus_plugins._shared.files import opened
 
-__all__ = ["FILE", "PARTS", "Tape", "chained", "encoded", "read_tape", "same_parts"]
+__all__ = ["FILE", "PARTS", "Tape", "chained", "differing", "encoded", "read_tape"]
 
 FILE = "tape.jsonl"
 PARTS = (
     "batches",
+    "inputs",
     "generators",
     "losses",
     "gradient",
@@ -72,18 +73,23 @@ def encoded(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def same_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The parts that both lines have and that differ, first the one that a step makes first."""
-    return [
-        part for part in PARTS if part in one and part in other and _differs(one[part], other[part])
-    ]
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The parts that both lines have and that differ, first the one that a step makes first.
 
-
-def _differs(one: Any, other: Any) -> bool:
-    """Whether what both have of a part differs; tapes may cut modules at different depths."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return any(one[key] != other[key] for key in one.keys() & other.keys())
-    return bool(one != other)
+    Returns:
+        The names within each part that differ: modules, generators, terms, plugins; an empty list
+        where a part has no names. Of names that one line alone has, nothing is said.
+    """
+    found = dict[str, list[str]]()
+    for part in PARTS:
+        mine, theirs = one.get(part), other.get(part)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            names = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+            if names:
+                found[part] = names
+        elif mine is not None and theirs is not None and mine != theirs:
+            found[part] = []
+    return found
 
 
 def read_tape(run: Path, file: str = FILE) -> Tape:

@@ -8,7 +8,7 @@ import os
 import platform
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,23 +41,32 @@ Groups = dict[str, list[Tensor]]
 SEEN = 1 << 20  # bytes of each tensor of a batch; of a larger one, evenly spread over its rows
 
 
-def of_batch(batches: Iterable[Batch]) -> str:
-    """A digest of batches on the host: types, shapes and contents of what they are made of."""
-    digest = hashlib.blake2b(digest_size=8)
-    for batch in batches:
-        for leaf in leaves(batch):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
-                digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-                digest.update(_bytes(_thinned(leaf.detach())))
-            elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
-                digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-                digest.update(_bytes(_thinned(torch.from_numpy(leaf))) if leaf.dtype.kind in "biuf"
-                              else leaf.tobytes())  # fmt: skip
+def of_batch(batch: Batch) -> tuple[str, list[Tensor]]:
+    """A digest of what a batch has on the host: types, shapes and contents of what it is made of.
+
+    Returns:
+        The digest, and the tensors that are elsewhere, which are not in it but for their shapes.
+    """
+    digest, elsewhere = hashlib.blake2b(digest_size=8), list[Tensor]()
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                continue
+            if leaf.is_cpu:
+                digest.update(_bytes(_thinned(leaf)))
             else:
-                plain = leaf is None or isinstance(leaf, str | bytes | int | float)
-                digest.update(repr(leaf if plain else type(leaf).__qualname__).encode())
-        digest.update(b"|")
-    return digest.hexdigest()
+                elsewhere.append(leaf)
+        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+            seen = leaf.reshape(len(leaf), -1) if leaf.ndim else leaf
+            digest.update(
+                seen[:, :: _stride(leaf.nbytes)].tobytes() if leaf.ndim else leaf.tobytes()
+            )
+        else:
+            plain = leaf is None or isinstance(leaf, str | bytes | int | float)
+            digest.update(repr(leaf if plain else type(leaf).__qualname__).encode())
+    return digest.hexdigest(), elsewhere
 
 
 def generators() -> dict[str, str]:
@@ -173,12 +182,12 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def _thinned(tensor: Tensor) -> Tensor:
     """Of a large tensor, some numbers of each row."""
-    tensor = tensor.cpu()
-    size = tensor.numel() * tensor.element_size()
-    if size <= SEEN or tensor.ndim < 2:
-        return tensor
-    rows = tensor.flatten(1)
-    return rows[:, :: math.ceil(size / SEEN) | 1]
+    stride = _stride(tensor.numel() * tensor.element_size())
+    return tensor if stride == 1 or tensor.ndim < 2 else tensor.flatten(1)[:, ::stride]
+
+
+def _stride(size: int) -> int:
+    return 1 if size <= SEEN else math.ceil(size / SEEN) | 1
 
 
 def _has_tensor(value: object) -> bool:

@@ -85,13 +85,13 @@ class TapePlugin(Plugin[TapeConfig]):
         super().__init__(config, **settings)
         self._chain = ""
         self._batches: list[str] = []
+        self._inputs: list[list[Tensor]] = []  # of each batch, what is on a device already
         self._generators: dict[str, str] = {}
         self._gradients: dict[str, Tensor] = {}
         self._begun = 0  # the step that batches are being read for
         self._waiting: list[_Taken] = []
         self._digester = Digester()
         self._file: IO[str] | None = None
-        self._waits = True
 
     def state_dict(self) -> StateDict:
         """The digest of all lines so far."""
@@ -106,7 +106,6 @@ class TapePlugin(Plugin[TapeConfig]):
     @hookimpl
     def on_start(self, engine: Engine) -> None:
         """Cut the tape back to the step that the run goes on from."""
-        self._waits = self.config.at_once or engine.device.type == "cpu"
         self._begun = 0
         if not engine.ranks.is_main or engine.out is None:
             return
@@ -130,8 +129,10 @@ class TapePlugin(Plugin[TapeConfig]):
     def on_batch(self, engine: Engine, batch: Any) -> None:
         if self._begun != engine.state.step + 1:
             self._begun = engine.state.step + 1
-            self._batches, self._gradients = [], {}
-        self._batches.append(parts.of_batch([batch]))
+            self._batches, self._inputs, self._gradients = [], [], {}
+        digest, elsewhere = parts.of_batch(batch)
+        self._batches.append(digest)
+        self._inputs.append(elsewhere)
         self._generators = parts.generators()
 
     @hookimpl(stage="measure", trylast=True)
@@ -149,20 +150,24 @@ class TapePlugin(Plugin[TapeConfig]):
         losses = [loss.detach().reshape(()).double() for loss in step.losses.values()]
         taken.losses = engine.ranks.sum(torch.stack(losses)) if losses else None
         taken.line["settings"] = parts.settings(engine)
+        found: dict[str, dict[str, Tensor]] = {}
+        if any(self._inputs):
+            inputs = {str(place): tensors for place, tensors in enumerate(self._inputs)}
+            found["inputs"] = self._by_module(engine, inputs)
         if self._is_due(step.number):
             depth = self.config.modules
-            found = {
+            found |= {
                 "gradient": self._gradients,
                 "weights": self._by_module(engine, parts.weights(engine, depth)),
                 "optimizer": self._by_module(engine, parts.optimizer_states(engine, depth)),
             }
-            for part, digests in found.items():
-                taken.names[part] = list(digests)
-                taken.digests += digests.values()
-            if self._waits:
+            if self._waits(taken):
                 taken.line["plugins"] = _states(engine)
+        for part, digests in found.items():
+            taken.names[part] = list(digests)
+            taken.digests += digests.values()
         self._waiting.append(taken)
-        if self._waits:
+        if self._waits(taken):
             self._write()
 
     @hookimpl(stage="record")
@@ -172,10 +177,14 @@ class TapePlugin(Plugin[TapeConfig]):
     @hookimpl
     def on_close(self) -> None:
         self._write()
-        self._gradients = {}
+        self._inputs, self._gradients = [], {}
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _waits(self, taken: _Taken) -> bool:
+        """Whether a line is read within its step: that of a CPU costs nothing."""
+        return self.config.at_once or taken.losses is None or taken.losses.is_cpu
 
     def _is_due(self, number: int) -> bool:
         return number % self.config.every == 0

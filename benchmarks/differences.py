@@ -1,6 +1,6 @@
-"""Twenty planted differences, found by `nexus-run diff`; and two equal runs, in many tries.
+"""Twenty planted differences, found by `nexus-run diff`; equal runs; and honest ones, audited.
 
-    python -m benchmarks.differences [--tries 100] [--only KIND]
+    python -m benchmarks.differences [--tries 100] [--honest 100] [--only KIND]
 
 Each run is of sixteen steps of a small model. A difference is planted at step 11: by a plugin of
 the run itself (as a mistake in somebody's code would be), by its settings, or from outside, where
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +29,7 @@ from nexus_core.cli.session import train
 from nexus_core.cli.settings import read_settings
 from nexus_core.sources import forget
 from nexus_plugins.tape.again import Recorded
+from nexus_plugins.tape.audit import audit
 from nexus_plugins.tape.diff import Finding, diff
 
 STEPS, AT, SAVED = 16, 11, 4
@@ -60,7 +60,8 @@ class Rows:
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, 64), nn.Linear(64, width)
+        self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, 64)
+        self.outer = nn.Linear(64, width)
         self.drop = nn.Dropout(0.1)
         self.approximate, self.dtype = "none", None
 
@@ -301,6 +302,7 @@ def config() -> dict[str, Any]:
             "optim_adamw": {"lr": 0.01},
             "checkpoint": {"every": f"{SAVED} steps", "best": None},
             "tape": {},
+            "jsonl": {},
         },
     }
 
@@ -376,8 +378,9 @@ def verdict(planted: Planted, found: Finding) -> tuple[bool, bool]:
 
 @click.command()
 @click.option("--tries", default=100, help="Pairs of equal runs.")
+@click.option("--honest", default=100, help="Intervals of an honest run that are audited.")
 @click.option("--only", default="", help="The planted differences whose name has this.")
-def main(tries: int, only: str) -> None:
+def main(tries: int, honest: int, only: str) -> None:
     """Print what was found of each."""
     torch.set_num_threads(1)
     chosen = {name: planted for name, planted in PLANTED.items() if only in name}
@@ -401,7 +404,25 @@ def main(tries: int, only: str) -> None:
             found = compared(plain, make(folder, f"same{number}"))
             wrong += not found.equal or bool(found.facts)
         click.echo(f"{tries} equal pairs: {wrong} called different")
-    sys.exit(0 if steps == len(chosen) and names >= len(chosen) - 2 and not wrong else 1)
+        accused = audited(folder, honest) if honest else 0
+        click.echo(f"{honest} honest intervals: {accused} accused")
+    missed = steps < len(chosen) or names < len(chosen) - 2
+    sys.exit(1 if missed or wrong or accused else 0)
+
+
+def audited(folder: Path, intervals: int) -> int:
+    """How many intervals of an honest run an audit accuses."""
+
+    def longer(config: dict[str, Any]) -> None:
+        config["until"] = f"{intervals} steps"
+        config["plugins"]["checkpoint"] |= {"every": "1 steps", "keep_last": intervals}
+
+    out = make(folder, "honest", Planted((), "", change=longer))
+    report = audit(Recorded.at(out, trust=True), intervals)
+    assert len(report.intervals) == intervals
+    for part in report.intervals:
+        click.echo("\n".join(part.faults), nl=bool(part.faults))
+    return sum(bool(part.faults) for part in report.intervals) + len(report.faults)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ def _walk(engine: Engine, made: Build, end: int, before: Callable[[Engine, int],
             before(engine, engine.state.step + 1)
             if next(steps, None) is None:
                 break
+        if made.run.until.reached(engine.state):
+            next(steps, None)  # the last log and evaluation
     finally:
         steps.close()  # type: ignore[attr-defined]
     if engine.state.step < end:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Groups",
+    "by_module",
     "environment",
     "generators",
     "gradients",
@@ -98,8 +99,13 @@ def gradients(engine: Engine, depth: int) -> Groups:
 
 def weights(engine: Engine, depth: int) -> Groups:
     """The model's parameters and buffers, as they are saved, by module."""
+    return by_module(engine.model.state_dict(), depth)
+
+
+def by_module(values: Mapping[str, Any], depth: int) -> Groups:
+    """The tensors among values that go by the names of a model, by module."""
     groups: Groups = defaultdict(list)
-    for name, value in engine.model.state_dict().items():
+    for name, value in values.items():
         if isinstance(value, Tensor):
             groups[_module(name, depth)].append(value)
     return groups

@@ -166,17 +166,13 @@ class PlantPlugin(Plugin[PlantConfig]):
             np.random.rand()
         if self.due("torch", number):
             torch.rand(1)
+        if self.due("cache", number):
+            model.scale.cached = 1.0 + (number - 2) / 1000
         block = model.blocks[1]
         block.drop.p = 0.3 if self.due("dropout", number) else 0.1
         block.approximate = "tanh" if self.due("gelu", number) else "none"
         model.blocks[2].dtype = torch.bfloat16 if self.due("dtype", number) else None
         engine.plugins["world"].constant = 1.0001 if self.due("constant", number) else 1.0
-        return None
-
-    @hookimpl
-    def forward(self, engine):
-        if self.due("cache", engine.state.step + 1):
-            engine.model.scale.cached = 1.0 + (engine.state.step - 1) / 1000
         return None
 
     @hookimpl(wrapper=True)

@@ -16,7 +16,7 @@ from nexus_plugins._shared.checkpoints.folder import read_manifest
 from nexus_plugins.tape.again import Recorded
 from nexus_plugins.tape.facts import Fact, facts, near
 from nexus_plugins.tape.lines import Line, differing
-from nexus_plugins.tape.probe import Moment
+from nexus_plugins.tape.probe import OUTSIDE, Moment
 from nexus_plugins.tape.sides import Side, Taken
 
 __all__ = ["Finding", "diff", "first_step"]
@@ -153,10 +153,13 @@ def _between(
             return _by_tape(lines, step, compared, found, repeated, notes)
         cause = f"done again, both runs take the same step; {_OUTSIDE}"
         return Finding(compared, found, step, cause=cause, repeated=repeated, notes=notes)
-    if taken[0].moments[places[0]].phase in ("forward", "backward", "loss"):
+    if _is_computed(taken[0].moments[places[0]]):
         closer = _both(mine, theirs, step, operations=True)
-        if (inner := _first(closer[0].moments, closer[1].moments)) is not None:
+        inner = _first(closer[0].moments, closer[1].moments)
+        if inner is not None and closer[0].moments[inner[0]].module != OUTSIDE:
             taken, places = closer, inner
+        else:  # the step of then, whose values are asked for
+            taken = _both(mine, theirs, step)
     pair = taken[0].moments[places[0]], taken[1].moments[places[1]]
     values = mine.value(places[0]), theirs.value(places[1])
     moment = pair[0]
@@ -173,6 +176,11 @@ def _between(
         repeated,
         notes,
     )
+
+
+def _is_computed(moment: Moment) -> bool:
+    """Whether it comes out of operations, of which one is the first to differ."""
+    return moment.phase == "forward" or (moment.phase, moment.name) == ("loss", "mean")
 
 
 def _both(mine: Side, theirs: Side, step: int, *, operations: bool = False) -> tuple[Taken, Taken]:

@@ -80,12 +80,14 @@ def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
 
 
 def _acts(key: str, phase: str) -> bool:
-    """Whether a setting is of a plugin that has a hand in a phase; the engine's own always are."""
+    """Whether a setting is of a plugin that has a hand in a phase; where that is not known, too."""
     plugin, dot, _ = key.partition(".")
+    if not dot or ".py" in key:  # the engine's own, or of a file of the user's
+        return True
     try:
         found = load(plugin)
     except PluginError:
-        return not dot or plugin.startswith(("plugins/", ".", "/"))  # the engine's, or a file's
+        return True
     return any(getattr(getattr(found, h, None), "nexus_impl", None) for h in HOOKS[phase])
 
 

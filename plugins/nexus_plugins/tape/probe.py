@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from nexus_core.engine import Engine
     from nexus_core.plan import Plan
 
-__all__ = ["Moment", "Probe"]
+__all__ = ["OUTSIDE", "Moment", "Probe"]
 
 KEPT = 1 << 30  # bytes of tensors that are kept of a step, to tell how far they are apart
 MODEL = "(the model)"
-_ACTING = ("on_batch", "after_backward", "on_step")  # hooks after which it is seen what was done
+OUTSIDE = "(outside of the modules)"
+_ACTING = ("on_batch", "loss_terms", "after_backward", "on_step")
+"""Hooks after which it is seen what was done."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Probe(Watch):
         self.moments: list[Moment] = []
         self._step, self._operations, self._active = step, operations, False
         self._bytes = 0
-        self._within: list[str] = []  # modules that are being computed
+        self._within: list[str] = []  # modules that are being computed, or plugins
+        self._phase = "forward"
+        self._engine: Engine | None = None
         self._seen: Counter[tuple[str, str, str]] = Counter()
         self._digester = Digester()
 
@@ -148,8 +152,8 @@ class Probe(Watch):
         """A tensor operation within the module that is being computed."""
         for path, leaf in _leaves(output):
             if isinstance(leaf, Tensor):
-                where = self._within[-1] if self._within else "(outside of the modules)"
-                self._note("forward", where, f"{name}{path and ' '}{path}", leaf)
+                where = self._within[-1] if self._within else OUTSIDE
+                self._note(self._phase, where, f"{name}{path and ' '}{path}", leaf)
 
     def _state(self, phase: str, engine: Engine) -> None:
         if not self._active:
@@ -173,6 +177,8 @@ class Probe(Watch):
 
         @wraps(method)
         def call(*arguments: object) -> Any:
+            if hook == "loss_terms":
+                return self._loss(plugin, method, arguments)
             answer = method(*arguments)
             if hook == "on_batch":
                 self.batch(f"after {plugin}", answer)
@@ -184,7 +190,12 @@ class Probe(Watch):
 
         return call
 
-    _engine: Engine | None = None
+    def _loss(self, plugin: str, method: Callable[..., Any], arguments: Sequence[object]) -> Any:
+        self._phase, self._within = "loss", [*self._within, plugin]
+        try:
+            return method(*arguments)
+        finally:
+            self._phase, self._within = "forward", self._within[:-1]
 
     def _weights_after(self, plugin: str, engine: Engine) -> None:
         for name, value in engine.model.state_dict().items() if self._active else ():

@@ -86,7 +86,7 @@ class Side:
     def _answer(self) -> Any:
         try:
             kind, answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise RunError(
                 f"the process that executed '{self._recorded.folder}' again has ended with exit "
                 f"code {self._process.exitcode}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,14 +117,17 @@ def laid_out(tensors: Iterable[Tensor], counts: bool = True) -> Iterator[Piece]:
         start += math.ceil(size / PLACE) * PLACE
 
 
-def _own_rows(tensor: Tensor, start: int, counts: bool) -> Iterator[Piece]:
-    local, chunks = local_part(tensor), cast(Any, tensor).__create_chunk_list__()
-    offsets = chunks[0].offsets if chunks else ()
-    if local.shape[1:] == tensor.shape[1:] and local.shape != tensor.shape:
+def _own_rows(tensor: Any, start: int, counts: bool) -> Iterator[Piece]:
+    """This process's rows of a tensor that is divided by rows; of another one, all where it counts.
+
+    Every process decides alike, as they exchange the tensor where it is not divided so.
+    """
+    if tensor.device_mesh.ndim == 1 and all(part.is_shard(0) for part in tensor.placements):
+        chunks = tensor.__create_chunk_list__()
         row = math.prod(tensor.shape[1:]) * tensor.element_size()
-        yield local, start + (offsets[0] if offsets else 0) * row
+        yield local_part(tensor), start + (chunks[0].offsets[0] if chunks else 0) * row
         return
-    everything = whole(tensor)  # of all processes, whoever adds it
+    everything = whole(tensor)
     if counts:
         yield everything, start
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nexus_core.cli.digests import Digester, hexadecimal
-from nexus_core.cli.recorded import without_watchers
+from nexus_core.cli.recorded import config_of, settings_in, without_watchers
 from nexus_core.errors import CheckpointError, NexusError
+from nexus_core.intervals import Interval
 from nexus_core.snapshot import Snapshot
 from nexus_plugins.tape import parts
 from nexus_plugins.tape.again import Again, Recorded, executed, intervals
@@ -24,14 +25,14 @@ from nexus_plugins.tape.lines import differing
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["Audit", "Interval", "audit", "unseen"]
+__all__ = ["Audit", "Segment", "audit", "unseen"]
 
 _OF_CLOCKS = ("seconds", "time")
 _STATE = ("model", "optimizer", "random", "data", "plugins")
 
 
 @dataclass(frozen=True)
-class Interval:
+class Segment:
     """A part of a run that was executed again.
 
     Args:
@@ -58,7 +59,7 @@ class Audit:
     """
 
     of: int
-    intervals: list[Interval] = field(default_factory=list)
+    intervals: list[Segment] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -98,15 +99,15 @@ def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
     return report
 
 
-def _again(recorded: Recorded, begin: int, end: int) -> Interval:
+def _again(recorded: Recorded, begin: int, end: int) -> Segment:
     try:
         again = executed(recorded, begin, end, modules=_depth(recorded, end))
     except NexusError as error:
-        return Interval(begin, end, [f"it cannot be executed again: {error}"])
+        return Segment(begin, end, [f"it cannot be executed again: {error}"])
     faults = [*_lines(recorded, again, begin, end), *_metrics(recorded, again, begin, end)]
     for step in filter(None, (begin, end)):
         faults += _checkpoint(recorded, again.engine, step, ends=step == end)
-    return Interval(begin, end, list(dict.fromkeys(faults)), again.notes)
+    return Segment(begin, end, list(dict.fromkeys(faults)), again.notes)
 
 
 def _depth(recorded: Recorded, step: int) -> int:
@@ -131,7 +132,7 @@ def _lines(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[s
 def _metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[str]:
     """What the run has logged otherwise than when it is executed again."""
     logged = _logged(recorded.folder / "metrics.jsonl", begin, end)
-    if logged is None:
+    if logged is None or _logs_by_the_clock(recorded):
         return
     heard: dict[int, dict[str, float]] = defaultdict(dict)
     for step, metrics in again.metrics:
@@ -147,6 +148,13 @@ def _metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator
             if not _is_clock(name) and (name not in theirs or theirs[name] != finite):
                 said = f"says {theirs[name]}" if name in theirs else "says nothing"
                 yield f"metrics.jsonl, step {step}: {name} {said}, and is {value:.9g}"
+
+
+def _logs_by_the_clock(recorded: Recorded) -> bool:
+    """Whether the steps of its logs are other ones when it is executed again."""
+    settings = settings_in(config_of(recorded.folder))
+    lengths = filter(None, (settings.get(key) for key in ("log_every", "eval_every")))
+    return any(Interval.parse(length).unit == "seconds" for length in lengths)
 
 
 def _logged(path: Path, begin: int, end: int) -> dict[int, dict[str, Any]] | None:

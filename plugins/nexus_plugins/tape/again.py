@@ -54,7 +54,7 @@ class Recorded:
         """The run in a folder.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: it is not the folder of a run.
         """
         config_of(folder)
         folder = folder.absolute()

@@ -14,7 +14,8 @@ from torch import Tensor
 from nexus_core.errors import RunError
 from nexus_plugins._shared.checkpoints.folder import read_manifest
 from nexus_plugins.tape.again import Recorded
-from nexus_plugins.tape.facts import Fact, facts, near
+from nexus_plugins.tape.causes import cause, surroundings, words
+from nexus_plugins.tape.facts import Fact, facts
 from nexus_plugins.tape.lines import Line, differing
 from nexus_plugins.tape.probe import OUTSIDE, Moment
 from nexus_plugins.tape.sides import Side, Taken
@@ -151,8 +152,8 @@ def _between(
     if places is None or False in repeated:
         if None not in lines:
             return _by_tape(lines, step, compared, found, repeated, notes)
-        cause = f"done again, both runs take the same step; {_OUTSIDE}"
-        return Finding(compared, found, step, cause=cause, repeated=repeated, notes=notes)
+        why = f"done again, both runs take the same step; {_OUTSIDE}"
+        return Finding(compared, found, step, cause=why, repeated=repeated, notes=notes)
     if _is_computed(taken[0].moments[places[0]]):
         closer = _both(mine, theirs, step, operations=True)
         inner = _first(closer[0].moments, closer[1].moments)
@@ -172,7 +173,7 @@ def _between(
         moment.name,
         (pair[0].about, pair[1].about),
         _largest(*values),
-        _cause(pair, values, found),
+        cause(pair, values, found),
         repeated,
         notes,
     )
@@ -226,15 +227,15 @@ def _by_tape(
     part, names = next(iter(parts.items()))
     odd = [name for name, same in zip("AB", repeated, strict=True) if same is False]
     if len(odd) == 1:
-        cause = (
+        why = (
             f"done again, run {odd[0]} does not come out as its tape says, and the other one does: "
             "what changed it is not in its config: a fault of the machine, code that has been "
             "changed since, or a hand from outside"
         )
     elif odd:
-        cause = "done again here, neither run comes out as its tape says" + _surroundings(found)
+        why = "done again here, neither run comes out as its tape says" + surroundings(found)
     else:
-        cause = _words(PHASE_OF[part], "", found)
+        why = words(PHASE_OF[part], "", found)
     largest = None
     if part == "losses":
         numbers = [[float(line[part][n]) for n in names] for line in lines if line is not None]
@@ -247,64 +248,10 @@ def _by_tape(
         ", ".join(names),
         part,
         largest=largest,
-        cause=cause,
+        cause=why,
         repeated=repeated,
         notes=notes,
     )
-
-
-def _cause(
-    pair: tuple[Moment, Moment], values: tuple[Tensor | None, Tensor | None], found: list[Fact]
-) -> str:
-    one, other = pair
-    plugin = one.name.rpartition("after ")[2] if "after " in one.name else ""
-    if one.about != other.about and None not in values:
-        return f"another type or shape: {one.about} | {other.about}" + _facts(found, one.phase)
-    if one.phase == "batch" and values[0] is not None and values[1] is not None:
-        return _rows(values[0], values[1]) + _facts(found, "batch", plugin)
-    return _words(one.phase, plugin, found)
-
-
-def _words(phase: str, plugin: str, found: list[Fact]) -> str:
-    """What a difference in a phase usually comes from, and which known differences may be it."""
-    what = {
-        "batch": "other rows, or in another order",
-        "generators": "a generator stands elsewhere: something drew random numbers, or seeded it",
-        "start": "the state before the step differs already",
-        "forward": "with the same batch, weights and generators something else is computed: other "
-        "code, a state that is not saved, or another rounding",
-        "loss": "the loss term is computed, counted or weighed differently",
-        "backward": "the same losses have another gradient: other code, or another rounding",
-        "gradient": "a plugin changes the gradient differently",
-        "settings": "the optimizer has other settings, such as its rate",
-        "update": "the same gradient gives another update, or something changed the weights after",
-        "end": "a plugin keeps another state",
-    }[phase]
-    named = f"{what} ({plugin})" if plugin else what
-    return named + _facts(found, phase, plugin)
-
-
-def _facts(found: list[Fact], phase: str, plugin: str = "") -> str:
-    close = near(found, phase, plugin)
-    return f"; differs: {'; '.join(map(str, close[:3]))}" if close else ""
-
-
-def _surroundings(found: list[Fact]) -> str:
-    close = [fact for fact in found if fact.kind in ("environment", "version")]
-    said = f"; differs: {'; '.join(map(str, close))}" if close else ""
-    return f": this machine, or what is installed, is another than theirs{said}"
-
-
-def _rows(one: Tensor, other: Tensor) -> str:
-    if one.shape != other.shape or one.ndim == 0:
-        return "the batches are of other shapes"
-    rows = [one.flatten(1), other.flatten(1)] if one.ndim > 1 else [one[:, None], other[:, None]]
-    odd = (rows[0] != rows[1]).any(1).nonzero().flatten().tolist()
-    mine, theirs = (sorted(map(tuple, part.tolist())) for part in rows)
-    shown = ", ".join(map(str, odd[:8]))
-    if mine == theirs:
-        return f"the same rows in another order (rows {shown})"
-    return f"{len(odd)} of {len(one)} rows are other ones (rows {shown})"
 
 
 def _largest(one: Tensor | None, other: Tensor | None) -> float | None:

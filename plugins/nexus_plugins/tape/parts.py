@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus_core import Batch
 from nexus_core.batches import leaves
@@ -28,6 +28,7 @@ __all__ = [
     "environment",
     "generators",
     "gradients",
+    "leaves_of",
     "number",
     "of_batch",
     "of_tree",
@@ -175,6 +176,22 @@ def environment(engine: Engine) -> dict[str, Any]:
             if name in os.environ
         },
     }
+
+
+def leaves_of(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """What a batch or an output is made of, with the place of each."""
+    if isinstance(value, Mapping):
+        items: Iterator[tuple[object, object]] = iter(value.items())
+    elif isinstance(value, list | tuple):
+        items = iter(enumerate(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, Tensor | type | nn.Module):
+        items = iter(vars(value).items())
+    else:
+        if value is not None:
+            yield path, value
+        return
+    for key, item in items:
+        yield from leaves_of(item, f"{path}.{key}" if path else str(key))
 
 
 def _module(name: str, depth: int) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from nexus_core import Plugin, PluginConfig, hookimpl
 from nexus_core.cli.digests import Digester, hexadecimal
 from nexus_core.processes import local_part
 from nexus_plugins.tape import parts
@@ -44,7 +42,7 @@ class Moment:
         name: of the value, within it.
         digest: of its type, shape and bits.
         about: its type and shape, in words.
-        value: a copy on the host; None where there is none.
+        value: a copy on the host, where there is one.
     """
 
     phase: str
@@ -83,9 +81,9 @@ class Probe(Watch):
         self._seen: Counter[tuple[str, str, str]] = Counter()
         self._digester = Digester()
 
-    def plugins(self) -> tuple[list[Plugin[Any]], list[Plugin[Any]]]:
-        """One that comes before all others, and one that comes after them."""
-        return [ProbeFirstPlugin(self)], [ProbeLastPlugin(self)]
+    def built(self, engine: Engine) -> None:
+        """The engine that the plugins belong to."""
+        self._engine = engine
 
     def watch(self, plan: Plan) -> None:
         """Look at what each plugin has done."""
@@ -109,7 +107,7 @@ class Probe(Watch):
 
     def batch(self, who: str, batch: object) -> None:
         """A batch as the data gave it, or as a plugin has left it."""
-        for path, leaf in _leaves(batch):
+        for path, leaf in parts.leaves_of(batch):
             self._note("batch", path or "batch", who, leaf)
 
     def generators(self) -> None:
@@ -144,13 +142,14 @@ class Probe(Watch):
         self._state(phase, engine)
         self._active = self._active and phase != "end"
 
-    def observing(self) -> _Operations | None:
-        """What notes operations, where that is asked for."""
-        return _Operations(self) if self._active and self._operations else None
+    @property
+    def notes_operations(self) -> bool:
+        """Whether operations are noted now."""
+        return self._active and self._operations
 
     def operation(self, name: str, output: object) -> None:
         """A tensor operation within the module that is being computed."""
-        for path, leaf in _leaves(output):
+        for path, leaf in parts.leaves_of(output):
             if isinstance(leaf, Tensor):
                 where = self._within[-1] if self._within else OUTSIDE
                 self._note(self._phase, where, f"{name}{path and ' '}{path}", leaf)
@@ -212,7 +211,7 @@ class Probe(Watch):
         def leave(_: nn.Module, __: object, output: object) -> None:
             if self._within and self._within[-1] == path:
                 self._within.pop()
-            for name, leaf in _leaves(output):
+            for name, leaf in parts.leaves_of(output):
                 if isinstance(leaf, Tensor):
                     self._note("forward", path, f"output{name and ' '}{name}", leaf)
 
@@ -237,106 +236,3 @@ class Probe(Watch):
         digest = hexadecimal(int(self._digester([[tensor]], tensor.device)[0]))
         digest = hashlib.sha256(f"{about}{digest}".encode()).hexdigest()[:16]
         self.moments.append(Moment(phase, module, name, digest, about, kept))
-
-
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each tensor operation that computes something."""
-
-    def __init__(self, probe: Probe) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._probe = probe
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation, and note what it gave."""
-        output = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__:  # nothing has been computed
-            with torch._C._DisableTorchDispatch():
-                self._probe.operation(func.__name__.partition(".")[0], output)
-        return output
-
-
-class ProbeFirstPlugin(Plugin[PluginConfig]):
-    """Notes what a step begins with, before any other plugin has a hand in it."""
-
-    only_watches: ClassVar[bool] = True
-
-    def __init__(self, probe: Probe) -> None:
-        super().__init__()
-        self._probe = probe
-
-    @hookimpl
-    def on_build(self, engine: Engine) -> None:
-        self._probe._engine = engine
-
-    @hookimpl
-    def on_batch(self, batch: Any) -> None:
-        self._probe.batch("as the data gave it", batch)
-
-    @hookimpl(stage="context", wrapper=True)
-    def forward(self) -> Generator[None, Any, Any]:
-        return (yield from _observed(self._probe))
-
-    @hookimpl(wrapper=True)
-    def backward(self) -> Generator[None, Any, Any]:
-        return (yield from _observed(self._probe))
-
-    @hookimpl(stage="reduce")
-    def after_backward(self, engine: Engine, step: Step) -> None:
-        self._probe.losses(step)
-        self._probe.gradient(engine, "backward", "")
-
-    @hookimpl(wrapper=True)
-    def optimizer_step(self, engine: Engine) -> Generator[None, bool, bool]:
-        self._probe.settings(engine)
-        answer: bool = yield
-        self._probe.updated(engine, "update")
-        return answer
-
-
-class ProbeLastPlugin(Plugin[PluginConfig]):
-    """Notes what the other plugins have left."""
-
-    only_watches: ClassVar[bool] = True
-
-    def __init__(self, probe: Probe) -> None:
-        super().__init__()
-        self._probe = probe
-
-    @hookimpl(stage="inspect", trylast=True)
-    def on_batch(self, batch: Any) -> None:
-        self._probe.batch("as it is trained on", batch)
-        self._probe.generators()
-
-    @hookimpl(stage="measure", trylast=True)
-    def after_backward(self, engine: Engine) -> None:
-        self._probe.gradient(engine, "gradient", ", as it is applied")
-
-    @hookimpl(stage="restore", trylast=True)
-    def on_step(self, engine: Engine) -> None:
-        self._probe.updated(engine, "end")
-
-
-def _observed(probe: Probe) -> Generator[None, Any, Any]:
-    mode = probe.observing()
-    if mode is None:
-        return (yield)
-    with mode:
-        return (yield)
-
-
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """What a batch or an output is made of, with the place of each."""
-    if isinstance(value, Mapping):
-        items: Iterator[tuple[object, object]] = iter(value.items())
-    elif isinstance(value, list | tuple):
-        items = iter(enumerate(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, Tensor | type | nn.Module):
-        items = iter(vars(value).items())
-    else:
-        if value is not None:
-            yield path, value
-        return
-    for key, item in items:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))

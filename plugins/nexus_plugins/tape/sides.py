@@ -16,7 +16,8 @@ from nexus_core.cli.nursery import nursery
 from nexus_core.errors import ConfigError, NexusError, RunError
 from nexus_plugins.tape.again import Recorded, executed
 from nexus_plugins.tape.lines import Line
-from nexus_plugins.tape.probe import Moment, Probe
+from nexus_plugins.tape.looking import LookingProbe
+from nexus_plugins.tape.probe import Moment
 
 __all__ = ["Side", "Taken"]
 
@@ -112,7 +113,7 @@ def _serve(connection: Connection, recorded: Recorded) -> None:
                 connection.send(("answer", _saved(moments[request[1]].value)))
                 continue
             _, begin, step, operations = request
-            probe = Probe(step, operations=operations)
+            probe = LookingProbe(step, operations=operations)
             again = executed(recorded, begin, step, watch=probe)
             moments = probe.moments
             bare = [moment.bare() for moment in moments]

@@ -19,8 +19,6 @@ from nexus_core.sources import forget
 from nexus_plugins.tape.audit import unseen
 from nexus_plugins.tape.lines import chained, encoded, read_tape
 
-pytestmark = pytest.mark.filterwarnings("ignore:resuming")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

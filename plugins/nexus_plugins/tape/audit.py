@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,7 +184,9 @@ def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) ->
     """In what a checkpoint is not that of the run."""
     path = recorded.saved[step]
     try:
-        snapshot = engine.hook.load_snapshot(engine=engine, source=str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that plugins are here which look on, and others not
+            snapshot = engine.hook.load_snapshot(engine=engine, source=str(path))
     except NexusError as error:
         yield f"{path.name}: {error}"
         return

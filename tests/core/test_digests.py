@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,6 +36,7 @@ def test_it_is_the_sum_that_the_page_says() -> None:
     assert all(w % 2 for table in (low, high, rows) for w in table)
 
 
+@settings(max_examples=15)
 @given(size=st.sampled_from([1, 2, 7, 1000, 70_000]), place=st.integers(0, 10**9),
        bit=st.integers(0, 31))  # fmt: skip
 def test_every_bit_counts(size: int, place: int, bit: int) -> None:
@@ -46,6 +47,7 @@ def test_every_bit_counts(size: int, place: int, bit: int) -> None:
     assert digest(values) != digest(changed)
 
 
+@settings(max_examples=15)
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_exchanged_numbers_are_seen(one: int, other: int) -> None:
     """Powers of two are the hardest: they differ in few high bits."""
@@ -66,6 +68,7 @@ def test_any_dtype_is_read_to_the_bit(dtype: torch.dtype) -> None:
     assert digest(torch.stack([values, values], 1)[:, 1]) == digest(values), "a view with strides"
 
 
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 200_000), min_size=1, max_size=4), st.sampled_from(DTYPES[:5]))
 def test_parts_add_up_to_the_whole(cuts: list[int], dtype: torch.dtype) -> None:
     values = torch.arange(200_000).remainder(251).to(dtype)

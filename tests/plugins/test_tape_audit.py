@@ -151,6 +151,16 @@ def test_a_planted_difference_is_named(name: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_where_a_step_cannot_be_done_again_the_tapes_speak(folder: Path) -> None:
+    make(folder, "rate", PLANTED["a rate"])
+    done = run("diff", str(folder / "a"), str(folder / "rate"))
+    assert done.exit_code == 1, done.output
+    assert "first difference: step 11" in done.output
+    assert "not done again" in done.output
+    assert "add --trust" in done.output
+
+
+@pytest.mark.slow
 def test_without_tapes_the_step_between_checkpoints_is_found(folder: Path) -> None:
     planted = PLANTED["a gradient"]
     one, other = make(folder, "c"), make(folder, "d", planted)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_core.errors import RunError
+from nexus_core.errors import NexusError, RunError
 from nexus_plugins._shared.checkpoints.folder import read_manifest
 from nexus_plugins.tape.again import Recorded
 from nexus_plugins.tape.causes import cause, surroundings, words
@@ -127,7 +127,7 @@ def _taken_apart(
     try:
         with Side(one) as mine, Side(other) as theirs:
             return _between(mine, theirs, lines, step, compared, found)
-    except RunError as error:
+    except NexusError as error:  # such as code of the user's that is not trusted
         if None in lines:
             raise
         finding = _by_tape(lines, step, compared, found)

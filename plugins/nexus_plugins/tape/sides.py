@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Self, cast
@@ -52,7 +53,7 @@ class Side:
     def __enter__(self) -> Self:
         processes = nursery("nexus_plugins.tape.sides")
         self._connection, theirs = processes.Pipe()
-        self._process = processes.Process(target=_serve, args=(theirs, self._recorded), daemon=True)
+        self._process = processes.Process(target=_live, args=(theirs, self._recorded), daemon=True)
         self._process.start()
         theirs.close()
         return self
@@ -99,8 +100,13 @@ class Side:
         return answer
 
 
+def _live(connection: Connection, recorded: Recorded) -> None:
+    """In a process of its own: answer until nobody asks, or nobody listens, any more."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        _serve(connection, recorded)
+
+
 def _serve(connection: Connection, recorded: Recorded) -> None:
-    """In a process of its own: answer until nobody asks any more."""
     os.chdir(recorded.directory)
     moments: list[Moment] = []
     while True:

@@ -1,9 +1,9 @@
 """`nexus-run verify-resume`: show that a run killed at random moments ends in the same bits.
 
 The run is done once undisturbed, then again, killed by SIGKILL as often as asked for (a third of
-the times while a checkpoint is being written) and resumed each time. A witness plugin notes down,
-step by step, fingerprints of the batches, the weights, the optimizer, the random generators and
-each plugin's state; the notes of both runs must agree to the last line, and so must the metrics.
+the times while a checkpoint is being written) and resumed each time. A plugin notes down, step by
+step, digests of batches, generators, losses, gradient, weights, optimizer and each plugin's state;
+the notes of both runs must agree to the last line, and so must the metrics.
 """
 
 from __future__ import annotations
@@ -28,16 +28,10 @@ import torch
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
+from nexus_core.cli.notes import NOTES, last_step, notes_of, starts_of, witness
 from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.cli.witness import (
-    NOTES,
-    STARTS,
-    WitnessPlugin,
-    companions,
-    fingerprint,
-    whole_lines,
-)
+from nexus_core.cli.witness import companions, fingerprint, whole_lines
 from nexus_core.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -122,7 +116,7 @@ def verify_resume(
     processes = nursery("nexus_core.cli.verify_resume")
     undisturbed, disturbed = out / "undisturbed", out / "killed"
     _finish(_live(processes, order, undisturbed), undisturbed)
-    report = Report(steps=len(whole_lines(undisturbed / NOTES)))
+    report = Report(steps=len(notes_of(undisturbed)))
     moments = random.Random(seed)
     while report.kills < kills:
         life = _live(processes, order, disturbed)
@@ -179,7 +173,7 @@ def _life(order: Order, out: Path) -> None:
         values = {"out": out}
         settings = read_settings(order.config, order.plugins, order.sets, os.environ, values)
         made = build_plugins(settings)
-        plan = arrange([*made.plan.plugins, WitnessPlugin()])
+        plan = arrange([*made.plan.plugins, witness()])
         made = dataclasses.replace(made, plan=plan)
         engine = make_engine(made, out)
         sys.exit(train(engine, made.run, "auto", RunFolder(out), quiet=True))
@@ -221,11 +215,11 @@ def _kill(
     """
     within_save = not saved and moments.random() < _SAVE_SHARE
     at_start = not (within_save or saved) and moments.random() < 0.1
-    begin = _last_step(out / NOTES)
+    begin = last_step(out / NOTES)
     target = begin + moments.uniform(0, steps)
     limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
     while life.is_alive() and time.monotonic() < limit:
-        reached = _last_step(out / NOTES)
+        reached = last_step(out / NOTES)
         if reached >= begin + steps and not saved:
             break
         if saved:
@@ -257,7 +251,7 @@ def _kill(
 
 def _went_on(out: Path) -> bool:
     """Whether a life of the killed run has begun from a checkpoint."""
-    return any(int(line) for line in whole_lines(out / STARTS))
+    return any(starts_of(out))
 
 
 def _saving(out: Path) -> bool:
@@ -283,9 +277,7 @@ def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
         undisturbed: folder of a run with a witness.
         killed: folder of the other one.
     """
-    ours, theirs = (
-        [json.loads(line) for line in whole_lines(p / NOTES)] for p in (undisturbed, killed)
-    )
+    ours, theirs = notes_of(undisturbed), notes_of(killed)
     differences = []
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
         differences.append(f"the steps: {len(ours)} undisturbed, {len(theirs)} killed")
@@ -304,7 +296,14 @@ def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
 
 
 def _odd_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    return ", ".join(key for key in {**mine, **other} if mine.get(key) != other.get(key))
+    """The keys whose values differ, with those within that do."""
+    odd = []
+    for key in {**mine, **other}:
+        one, two = mine.get(key), other.get(key)
+        if one != two:
+            nested = isinstance(one, dict) and isinstance(two, dict)
+            odd.append(f"{key} ({_odd_keys(one or {}, two or {})})" if nested else key)
+    return ", ".join(odd)
 
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
@@ -330,18 +329,6 @@ def _certify(order: Order, report: Report, path: Path) -> None:
         "machine": platform.platform(),
     }
     path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-
-
-def _last_step(path: Path) -> int:
-    """The step of the last whole line of notes; 0 if no line is whole."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 8192))
-            whole = file.read().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        return 0
-    last = whole.rpartition(b"\n")[2]
-    return int(json.loads(last)["step"]) if last else 0
 
 
 @click.command(name="verify-resume", context_settings={"help_option_names": ["-h", "--help"]})

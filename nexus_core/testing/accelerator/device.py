@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from nexus_core.errors import ConfigError
 from nexus_core.testing.accelerator.autocast import register_autocast
@@ -35,6 +35,24 @@ class Pinned:
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
         self._known[place] = weakref.ref(storage, lambda _: self._known.pop(place, None))
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A tensor with the same values in such memory; itself, where it is there."""
+        made = tensor if tensor in self else tensor.clone()
+        self.add(made)
+        return made
+
+    def making(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function of torch that makes a tensor, such as can do so in such memory."""
+
+        @wraps(function)
+        def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+            tensor = function(*args, **kwargs)
+            if pin_memory:
+                self.add(tensor)
+            return tensor
+
+        return made
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._known
@@ -80,7 +98,8 @@ class Device:
     def begin(self) -> None:
         """Forget all that was; tensors that are there stay."""
         self.memory = getattr(self, "memory", Memory())
-        self.memory.limit, self.memory.peak = None, self.memory.allocated
+        self.memory.limit, self.memory.share = None, 1.0
+        self.memory.peak = self.memory.allocated
         self.generators, self.waits, self.pinned = Generators(), Waits(), Pinned()
 
     # -- what torch asks a device's module for
@@ -157,8 +176,15 @@ class Device:
 
     def mem_get_info(self, device: object = None) -> tuple[int, int]:
         """Bytes that are free, and all; a terabyte where there is no limit."""
-        total = self.memory.limit or 1 << 40
-        return total - self.memory.allocated, total
+        return self.memory.total - self.memory.allocated, self.memory.total
+
+    def get_per_process_memory_fraction(self, device: object = None) -> float:
+        """The share of its memory that this process may have."""
+        return self.memory.share
+
+    def set_per_process_memory_fraction(self, fraction: float, device: object = None) -> None:
+        """Set the share of its memory that this process may have."""
+        self.memory.share = fraction
 
     def empty_cache(self) -> None:
         """It keeps nothing that nobody uses."""
@@ -180,9 +206,9 @@ class Device:
         with ExitStack() as stack:
             stack.callback(setattr, self, "active", False)
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(_parameters_moved_in_place())
             for owner, name, replacement in self._replacements():
                 stack.enter_context(patch.object(owner, name, replacement))
-            stack.enter_context(_PinningMode(self.pinned))
             yield
 
     def _replacements(self) -> Iterator[tuple[object, str, object]]:
@@ -193,6 +219,10 @@ class Device:
         for name in names:
             yield torch.accelerator, name, getattr(self, name)
         yield torch.accelerator, "get_memory_info", self.mem_get_info
+        yield Tensor, "is_pinned", lambda tensor, device=None: tensor in self.pinned
+        yield Tensor, "pin_memory", lambda tensor, device=None: self.pinned.copy(tensor)
+        for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "tensor"):
+            yield torch, name, self.pinned.making(getattr(torch, name))
         clone: Any = torch.UntypedStorage.clone
 
         def cloned(storage: torch.UntypedStorage) -> Any:
@@ -204,32 +234,18 @@ class Device:
         yield torch.UntypedStorage, "clone", cloned
 
 
-class _PinningMode(TorchFunctionMode):
-    """Pinned memory without a driver to ask for it: memory that is taken for pinned."""
+@contextmanager
+def _parameters_moved_in_place() -> Iterator[None]:
+    """`module.to` keeps its parameters, tied ones too, as it does to every device that torch knows.
 
-    def __init__(self, pinned: Pinned) -> None:
-        super().__init__()
-        self._pinned = pinned
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answer what is about pinned memory."""
-        keywords = dict(kwargs or {})
-        if func is Tensor.is_pinned:
-            return args[0] in self._pinned
-        if func is Tensor.pin_memory:
-            made = args[0] if args[0] in self._pinned else args[0].clone()
-        elif keywords.pop("pin_memory", False):
-            made = func(*args, **keywords)
-        else:
-            return func(*args, **keywords)
-        self._pinned.add(made)
-        return made
+    To others, PyTorch makes new ones unless it is told otherwise.
+    """
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def registered() -> Device:
@@ -245,9 +261,7 @@ def registered() -> Device:
 
     setup = getattr(backends, "_setup_privateuseone_for_python_backend", None)
     if setup is None:
-        raise ConfigError(
-            f"torch {torch.__version__} has no devices in Python; it needs 2.11 or newer"
-        )
+        raise ConfigError(f"torch {torch.__version__} has no devices made in Python; 2.13 has")
     other = torch._C._get_privateuse1_backend_name()
     if other != "privateuseone":
         raise ConfigError(f"the device '{other}' has the one place that PyTorch has for others")

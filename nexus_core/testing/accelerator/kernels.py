@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nexus_core.testing.accelerator import cells
 from nexus_core.testing.accelerator.memory import Memory, fill_with_garbage
 from nexus_core.testing.accelerator.moves import Moves, OnTheHost
 
@@ -19,6 +20,7 @@ __all__ = ["Kernels"]
 
 Library: Any = torch.library.Library
 _aten = torch.ops.aten
+_NUMBERS = {int, float, bool, complex}
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.layout, torch.device}
 
 WAITED_FOR = {
@@ -30,8 +32,15 @@ WAITED_FOR = {
     "aten::repeat_interleave": "the lengths of repeat_interleave (no output_size)",
 }
 """Operations whose answer goes to the host, or has a shape that the values decide."""
-FUSED = ("native_layer_norm", "native_group_norm", "_fused_rms_norm")
+DIRECT = ("native_layer_norm", "native_group_norm", "convolution", "convolution_backward",
+          "mse_loss", "smooth_l1_loss")  # fmt: skip
 """Operations that the host computes at once, and PyTorch in parts where a device is not known."""
+CELLS: dict[str, Callable[..., Any]] = {
+    "_thnn_fused_lstm_cell": cells.lstm_cell,
+    "_thnn_fused_lstm_cell_backward_impl": cells.lstm_cell_backward,
+    "_thnn_fused_gru_cell": cells.gru_cell,
+    "_thnn_fused_gru_cell_backward": cells.gru_cell_backward,
+}
 REPEATING = "aten::repeat_interleave"
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_",
             "aten::_unsafe_index", "aten::_unsafe_index_put")  # fmt: skip
@@ -47,6 +56,7 @@ class _Kind(NamedTuple):
     draws: bool
     makes: bool
     is_fused: bool
+    tensors: tuple[int, ...]
 
 
 class Kernels:
@@ -64,7 +74,9 @@ class Kernels:
         self._others.fallback(self.run, "PrivateUse1")
         self._others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         own = Moves(device).kernels()
-        own |= {name: partial(self.run, getattr(_aten, name).default) for name in FUSED}
+        own |= {name: partial(self.run, getattr(_aten, name).default) for name in DIRECT}
+
+        own |= CELLS
         for name, kernel in own.items():
             self._aten.impl(name, kernel, "PrivateUse1")
 
@@ -80,6 +92,9 @@ class Kernels:
             on_host = call.on_host
             host_args = [on_host(value) for value in args]
             host_kwargs = {key: on_host(value) for key, value in kwargs.items()}
+            for place in kind.tensors:
+                if place < len(args) and type(args[place]) in _NUMBERS:
+                    host_args[place] = _as_tensor(args[place], host_args[0])
             if kind.name != REPEATING or kwargs.get("output_size") is None:
                 self._check(kind, args, call)
             if "device" in kwargs and kwargs["device"] is not None:
@@ -155,16 +170,19 @@ class _Call:
             if view is value:
                 return self._renewed(tensor, view)
         place = value.untyped_storage().data_ptr()
-        for tensor, view in self.tensors:
-            if place and place == view.untyped_storage().data_ptr():
-                return self._memory.alias(tensor, value)
-        return self._memory.adopt(value)
+        below = [t for t, view in self.tensors if place == view.untyped_storage().data_ptr()]
+        return self._memory.alias(below if place else (), value)
 
     def _renewed(self, tensor: Tensor, view: Tensor) -> Tensor:
         """An argument that was written to, in the shape that the operation gave it."""
         if tensor.shape != view.shape or tensor.stride() != view.stride():
             _aten.set_data(tensor, self._memory.adopt(view))
         return tensor
+
+
+def _as_tensor(number: complex, beside: Tensor) -> Tensor:
+    """What was a number in Python, and PyTorch hands on as one where it wants a tensor."""
+    return torch.tensor(number, dtype=torch.result_type(beside, number))
 
 
 def _computed(op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -175,7 +193,9 @@ def _kind(op: Any) -> _Kind:
     name = op.name().partition(".")[0]
     fused = name.startswith("aten::_fused_")
     draws = torch.Tag.nondeterministic_seeded in op.tags
-    return _Kind(name, WAITED_FOR.get(name), name in INDEXING, draws, name in MAKING, fused)
+    takes = [str(argument.type) == "Tensor" for argument in op._schema.arguments]
+    places = tuple(place for place, is_tensor in enumerate(takes) if is_tensor)
+    return _Kind(name, WAITED_FOR.get(name), name in INDEXING, draws, name in MAKING, fused, places)
 
 
 def _waits_of_index(name: str, args: Sequence[Any]) -> str | None:

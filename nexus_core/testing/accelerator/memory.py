@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,15 +35,22 @@ class Memory:
 
     Attributes:
         limit: bytes beyond which nothing is allocated; None: no limit.
+        share: of them, or of a terabyte, that this process may have.
         allocated: bytes of all that is on the device now.
         peak: the most that it was.
     """
 
     def __init__(self) -> None:
         self.limit: int | None = None
+        self.share = 1.0
         self.allocated = 0
         self.peak = 0
         self._places: dict[int, _Place] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device."""
+        return 1 << 40 if self.limit is None else self.limit
 
     def adopt(self, host: Tensor) -> Tensor:
         """A tensor of the device over the memory of one of the host, which nobody else keeps.
@@ -64,15 +71,24 @@ class Memory:
             self._places[first] = _Place(self._places[start].storage, start)
         return tensor
 
-    def alias(self, tensor: Tensor, host: Tensor) -> Tensor:
-        """Another tensor of the device over the memory of one, as the host's lies over its view."""
-        if tensor.dtype != host.dtype or not tensor.untyped_storage().data_ptr():
-            return self.adopt(host)
-        own = tensor.untyped_storage().data_ptr() - host.untyped_storage().data_ptr()
-        offset = host.storage_offset() - own // host.element_size()
-        alias: Tensor = torch.ops.aten.alias(tensor)
-        torch.ops.aten.as_strided_(alias, host.shape, host.stride(), offset)
-        return alias
+    def alias(self, tensors: Iterable[Tensor], host: Tensor) -> Tensor:
+        """A tensor of the device over the memory of one of the tensors, as the host's lies there.
+
+        Args:
+            tensors: of the device.
+            host: over memory that is under one of them.
+        """
+        start = host.untyped_storage().data_ptr() + host.storage_offset() * host.element_size()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            offset = start - storage.data_ptr()
+            fits = offset >= 0 and offset + _reach(host) <= storage.nbytes()
+            if fits and tensor.dtype == host.dtype:
+                alias: Tensor = torch.ops.aten.alias(tensor)
+                offset //= host.element_size()
+                torch.ops.aten.as_strided_(alias, host.shape, host.stride(), offset)
+                return alias
+        return self.adopt(host)
 
     def host_view(self, tensor: Tensor) -> Tensor:
         """What a tensor of the device holds, as a tensor of the host over the same memory."""
@@ -93,10 +109,10 @@ class Memory:
         return torch.empty(0, dtype=like.dtype).set_(known, offset, like.shape, like.stride())
 
     def _make_room(self, size: int) -> None:
-        if self.limit is not None and self.allocated + size > self.limit:
+        if self.allocated + size > (most := int(self.total * self.share)):
             raise torch.OutOfMemoryError(
                 f"fakegpu out of memory. Tried to allocate {size} bytes; {self.allocated} of "
-                f"{self.limit} bytes are allocated."
+                f"{most} bytes are allocated."
             )
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
@@ -107,6 +123,14 @@ class Memory:
             self.allocated -= size
 
         return forget
+
+
+def _reach(host: Tensor) -> int:
+    """Bytes from its first number to the end of its last."""
+    if not host.numel():
+        return 0
+    steps = sum((size - 1) * step for size, step in zip(host.shape, host.stride(), strict=True))
+    return int((steps + 1) * host.element_size())
 
 
 def fill_with_garbage(host: Tensor) -> Tensor:

@@ -126,11 +126,13 @@ class Moves:
         storage: torch.UntypedStorage,
         offset: int,
         size: Sequence[int],
-        stride: Sequence[int],
+        stride: Sequence[int] = (),
     ) -> Tensor:
         """A tensor over a storage of the device that is there."""
-        like = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
-        like = _aten.as_strided_(like, size, stride, offset)
+        all_of_it = storage.nbytes() // tensor.element_size()
+        like = torch.empty(all_of_it, dtype=tensor.dtype, device="meta")
+        steps = stride or torch.empty(size, device="meta").stride()
+        like = _aten.as_strided_(like, size, steps, offset)
         _aten.set_data(tensor, self._device.memory.over(storage, like))
         return tensor
 

@@ -67,6 +67,7 @@ class Waits:
 
     def __init__(self) -> None:
         self.seen: list[Wait] = []
+        self._thread = threading.get_ident()
         self.listeners: list[Listener] = []
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self._leaving: list[_Pinned] = []
@@ -74,13 +75,16 @@ class Waits:
     def wait(self, what: str) -> None:
         """The host waits: note it, and let the copies arrive.
 
+        What a thread beside the one that trains waits for holds up nobody.
+
         Raises:
             RuntimeError: pinned memory was written to before it was copied.
         """
-        frame = next(callers())
-        self.seen.append(_wait(what, frame))
-        for listener in self.listeners:
-            listener(what, frame)
+        if threading.get_ident() == self._thread:
+            frame = next(callers())
+            self.seen.append(_wait(what, frame))
+            for listener in self.listeners:
+                listener(what, frame)
         self.settle()
 
     def arrive_late(self, target: Tensor, value: Tensor) -> None:
@@ -109,18 +113,8 @@ class Waits:
 
 
 def callers() -> Iterator[FrameType]:
-    """The frames outside of torch and of this accelerator, the innermost first.
-
-    A thread of torch's own has none but those of a user's function that it calls; then those of the
-    main thread follow, which waits for it.
-    """
-    found = False
-    for frame in _frames(sys._getframe(1)):
-        found = True
-        yield frame
-    main = threading.main_thread().ident
-    if not found and main != threading.get_ident():
-        yield from _frames(sys._current_frames().get(main or 0))
+    """The frames outside of torch and of this accelerator, the innermost first."""
+    return _frames(sys._getframe(1))
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

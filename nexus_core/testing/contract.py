@@ -9,7 +9,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from nexus_core.errors import CheckpointError
 from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load
 from nexus_core.relay import Impl, implementations, relay
 from nexus_core.snapshot import Snapshot
+from nexus_core.testing.on_accelerator import AcceleratorChecks
 from nexus_core.testing.probes import (
     FailingPlugin,
     GradientProbePlugin,
@@ -37,20 +37,17 @@ from nexus_core.testing.probes import (
     unmarked_methods,
 )
 from nexus_core.testing.states import differences, foreign_leaves, of_training, stored
-from nexus_core.testing.syncs import WaitWatch
 from nexus_core.testing.traces import changed, of_engine, of_process, of_torch
-from nexus_core.testing.trial import STEPS, Settings, Trial, some
+from nexus_core.testing.trial import RESUMED_AT, STEPS, Settings, some
 
 if TYPE_CHECKING:
     import pytest
 
 __all__ = ["PluginContract"]
 
-RESUMED_AT = (1, 4)
 ACCUMULATIONS = (1, 3)
 SPLIT = 3  # micro-batches
 UNKNOWN = "no_such_key"
-WAITS_ALLOWED = 1  # of the watched steps may wait: a period of its own, as the log has
 PATIENCE = 2.0  # quickest steps without the plugin, where that is more than its budget
 SAMPLES = 4  # runs of which the quickest step counts
 RENAMED = re.compile(r"plugin API|the hook is called")  # in what the core says of earlier names
@@ -58,7 +55,7 @@ LIKENESS = 0.85  # of a method's name to a hook's, from which on it is a slip
 IN_REVERSE = ("on_close",)
 
 
-class PluginContract(Trial):
+class PluginContract(AcceleratorChecks):
     """The checks. Subclass it in a test file, name the plugin, and run pytest.
 
         class TestSparkle(PluginContract):
@@ -248,47 +245,6 @@ class PluginContract(Trial):
             lines = differences(probe.seen, now)
             what = f"in step {at}, gradients were changed after the update, where it is too late"
             self._expect(not lines, f"{what} (use after_backward): {some(lines)}")
-
-    def test_runs_on_an_accelerator(self, settings: Settings, tmp_path: Path) -> None:
-        """On a device with memory and random numbers of its own it trains, saves and resumes.
-
-        The device is made of host memory, so that it is there on every machine.
-        """
-        at = RESUMED_AT[-1]
-        with self._accelerator() as accelerator:
-            taken: dict[int, Snapshot] = {}
-            first = self._engine(settings, tmp_path / "whole", device=accelerator.device)
-            whole = self._run(first, taken, [at])
-            bad = [n for n, p in first.model.named_parameters() if not bool(p.isfinite().all())]
-            self._expect(not bad, f"on an accelerator, parameters are not finite: {bad}")
-            again = self._engine(settings, tmp_path / "resumed", device=accelerator.device)
-            seed_everything(1234)  # generators are elsewhere, as in a new process
-            again.load_state_dict(taken[at])
-            what = f"resumed on an accelerator at step {at}, step {STEPS} is not that of the run "
-            self._same(of_training(whole), of_training(self._run(again)), f"{what} that went on")
-
-    def test_device_is_not_waited_for(self, settings: Settings, tmp_path: Path) -> None:
-        """The host does not wait for an accelerator in an ordinary step; logs and saves may."""
-        with self._accelerator() as accelerator:
-            device = accelerator.device
-            engine = self._engine(settings, tmp_path, log_every=self.horizon, device=device)
-            watch = WaitWatch(engine, self._name())
-            with closing(self._steps(engine, evaluate=False)) as steps:
-                next(steps)
-                waiting = 0
-                for _ in range(STEPS - 1):
-                    before = len(watch.waits)
-                    with accelerator.told(watch):
-                        next(steps)
-                    waiting += len(watch.waits) > before
-        places = "; ".join(dict.fromkeys(f"at {wait.where}" for wait in watch.waits))
-        self._say(f"runs on an accelerator: yes; waits for it: {places or 'never'}")
-        waits = "; ".join(f"{wait.what} at {wait.where}" for wait in dict.fromkeys(watch.waits))
-        self._expect(
-            waiting <= WAITS_ALLOWED,
-            f"the device is waited for in {waiting} of {STEPS - 1} steps: {waits}. Keep the "
-            "number on the device (engine.log takes tensors), or read it in collect_metrics",
-        )
 
     def test_operations_are_within_budget(self, settings: Settings, tmp_path: Path) -> None:
         """It adds no more tensor operations to a step than `budget` allows, and not ever more."""

@@ -32,11 +32,12 @@ from nexus_core.testing.tiny import (
     tiny_optimizer,
 )
 
-__all__ = ["STEPS", "Settings", "Trial", "some"]
+__all__ = ["RESUMED_AT", "STEPS", "Settings", "Trial", "some"]
 
 Settings: TypeAlias = Mapping[str, Any]
 
 STEPS = 6
+RESUMED_AT = (1, 4)
 SEED, LOGGED = 5, "2 steps"
 ENOUGH = "the check has seen enough"
 
@@ -132,7 +133,7 @@ class Trial:
 
     @contextmanager
     def _accelerator(self) -> Iterator[HostAccelerator]:
-        """The accelerator of host memory, or a reason why there is none."""
+        """The accelerator of host memory; the check is left out where there cannot be one."""
         with ExitStack() as stack:
             try:
                 found = stack.enter_context(host_accelerator())

@@ -123,12 +123,12 @@ def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
         "sparkle (nexus-sparkle 1.2, sparkle_of_the_test:SparklePlugin)",
-        "pass  config is strict (config 0)",
-        "pass  config is strict (config 1)",
         "pass  device is not waited for (config 0)",
         "      runs on an accelerator: yes; waits for it: never",
         "pass  device is not waited for (config 1)",
         "      runs on an accelerator: yes; waits for it: never",
+        "pass  config is strict (config 0)",
+        "pass  config is strict (config 1)",
         "skip  off is absent",
         "      no settings are declared (off) that leave training as it is",
         "4 passed, 0 failed, 1 left out",

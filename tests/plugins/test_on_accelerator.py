@@ -163,7 +163,9 @@ LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so s
     "freeze": {"rules": [{"match": "embedding.*"}]},
     "mfu": {"peak": 1e12},
     "offload": {"without_cuda": "copy", "min_kib": 0},
-    "schedule": {"rules": [{"target": "tiny_next.weight", "start": 0.5, "over": "4 steps"}]},
+    "schedule": {
+        "rules": [{"target": "tiny_next.weight", "start": 0.5, "end": 1.0, "over": "4 steps"}]
+    },
 }  # fmt: skip
 ROUNDED = {"amp": 5e-2}
 """Plugins with which numbers are those of the CPU to fewer digits: each device rounds other

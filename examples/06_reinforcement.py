@@ -45,7 +45,8 @@ def games(policy: nn.Module, lengths: list[float]) -> Iterator[dict[str, Tensor]
 
 def play(policy: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """States (time, game, 4), actions (time, game), and 1 where the game was still on."""
-    state, alive = 0.05 * torch.randn(GAMES, 4), torch.ones(GAMES)
+    device = next(policy.parameters()).device
+    state, alive = 0.05 * torch.randn(GAMES, 4, device=device), torch.ones(GAMES, device=device)
     moves = []
     for _ in range(LONGEST):
         action = Categorical(logits=policy(state)).sample()
@@ -58,7 +59,7 @@ def play(policy: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 def discounted(alive: Tensor) -> Tensor:
     """(time, game): how long each game still goes on, far moments counting less."""
-    worth, later = torch.empty_like(alive), torch.zeros(GAMES)
+    worth, later = torch.empty_like(alive), torch.zeros_like(alive[0])
     for now in reversed(range(LONGEST)):
         worth[now] = later = alive[now] * (1 + DISCOUNT * later)
     return worth

@@ -17,7 +17,7 @@ class GanPlugin(Plugin[PluginConfig]):
     @hookimpl
     def forward(self, engine, batch):
         critic, generator = engine.model
-        return critic(batch), critic(generator(torch.randn(len(batch), 2)))
+        return critic(batch), critic(generator(torch.randn_like(batch)))
 
     @hookimpl
     def loss_units(self, batch, step):

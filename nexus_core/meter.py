@@ -162,9 +162,10 @@ def _plain(name: str, number: Number | Measured) -> Number:
 
 
 def _to_host(tensors: list[Tensor]) -> list[float]:
+    """The numbers in their order; those of a device come in one transfer."""
     if all(tensor.is_cpu for tensor in tensors):
         return [float(tensor.item()) for tensor in tensors]  # exact, and quicker than stacking
-    device = next((t.device for t in tensors if t.device.type != "cpu"), None)
-    flat = [t.detach().reshape(()).to(device, torch.float32) for t in tensors]
-    numbers: list[float] = torch.stack(flat).tolist()
-    return numbers
+    device = next(t.device for t in tensors if not t.is_cpu)
+    flat = [t.detach().reshape(()).to(device, torch.float32) for t in tensors if not t.is_cpu]
+    read = iter(torch.stack(flat).tolist())
+    return [float(t.item()) if t.is_cpu else next(read) for t in tensors]

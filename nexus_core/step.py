@@ -129,7 +129,12 @@ def sum_units(counts: Sequence[Numbers], ranks: Ranks) -> dict[str, Tensor | flo
     if ranks.size > 1:
         names, double = sorted(totals), torch.float64
         device = next((n.device for n in totals.values() if isinstance(n, Tensor)), None)
-        own = [torch.as_tensor(totals[n], dtype=double, device=device) for n in names]
+        own = [
+            n.to(device, double)
+            if isinstance(n, Tensor)
+            else torch.full((), n, dtype=double, device=device)  # made there, not copied
+            for n in map(totals.__getitem__, names)
+        ]
         totals = dict(zip(names, ranks.sum(torch.stack(own)).float(), strict=True))
     return {name: _at_least_some(count) for name, count in totals.items()}
 

@@ -106,7 +106,9 @@ def test_it_is_active_where_it_is_named_and_resumes_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_it_is_shown_and_comes_after_clipping(fresh: FreshVenv, folder: Path) -> None:
+def test_it_is_shown_comes_after_clipping_and_says_what_it_waits_for(
+    fresh: FreshVenv, folder: Path
+) -> None:
     shown = fresh.run("nexus-plugins", "show", "gradient_noise", cwd=folder).stdout
     assert "from       gradient-noise 0.1.0, gradient_noise:GradientNoisePlugin" in shown
     assert "eta: float >= 0, default 0.01" in shown
@@ -116,6 +118,12 @@ def test_it_is_shown_and_comes_after_clipping(fresh: FreshVenv, folder: Path) ->
     events = {event["hook"]: event["calls"] for event in json.loads(plan.stdout)["events"]}
     assert [call["plugin"] for call in events["after_backward"]] == ["clip", "gradient_noise"]
     assert events["after_backward"][1]["reasons"] == ["after clip, as it declares"]
+    only = "runs_on_an_accelerator,device_is_not_waited_for"
+    checked = fresh.run("nexus-plugins", "check", "gradient_noise", "--only", only, cwd=folder)
+    assert "2 passed, 0 failed" in checked.stdout
+    said = "runs on an accelerator: yes; waits for it: never"
+    assert said in checked.stdout
+    assert said in (PACKAGE / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def _refuse_impossible(contract: type[PluginContract], only: list[str]) -> None:
 
 def _line(outcome: Outcome) -> str:
     case = f" ({outcome.case})" if outcome.case else ""
-    reason = f"\n      {outcome.reason}" if outcome.reason else ""
+    reason = "".join(f"\n      {text}" for text in (outcome.reason, *outcome.said) if text)
     status = click.style(outcome.status, fg=COLOURS[outcome.status])
     return f"{status}  {outcome.check.replace('_', ' ')}{case}{reason}"
 

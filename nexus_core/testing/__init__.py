@@ -7,6 +7,7 @@
 See docs/testing.md. Nothing here needs pytest, which finds the checks of such a class by itself.
 """
 
+from nexus_core.testing.accelerator import HostAccelerator, Wait, host_accelerator
 from nexus_core.testing.contract import PluginContract
 from nexus_core.testing.distribution import fake_distribution
 from nexus_core.testing.probes import example_config
@@ -22,12 +23,15 @@ from nexus_core.testing.tiny import (
 )
 
 __all__ = [
+    "HostAccelerator",
     "Outcome",
     "Parts",
     "PluginContract",
     "TinyModel",
+    "Wait",
     "example_config",
     "fake_distribution",
+    "host_accelerator",
     "run_contract",
     "tiny_data",
     "tiny_engine",

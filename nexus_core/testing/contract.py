@@ -9,7 +9,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from nexus_core.errors import CheckpointError
 from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load
 from nexus_core.relay import Impl, implementations, relay
 from nexus_core.snapshot import Snapshot
+from nexus_core.testing.on_accelerator import AcceleratorChecks
 from nexus_core.testing.probes import (
     FailingPlugin,
     GradientProbePlugin,
@@ -37,20 +37,17 @@ from nexus_core.testing.probes import (
     unmarked_methods,
 )
 from nexus_core.testing.states import differences, foreign_leaves, of_training, stored
-from nexus_core.testing.syncs import ReadWatch
 from nexus_core.testing.traces import changed, of_engine, of_process, of_torch
-from nexus_core.testing.trial import STEPS, Settings, Trial, some
+from nexus_core.testing.trial import RESUMED_AT, STEPS, Settings, some
 
 if TYPE_CHECKING:
     import pytest
 
 __all__ = ["PluginContract"]
 
-RESUMED_AT = (1, 4)
 ACCUMULATIONS = (1, 3)
 SPLIT = 3  # micro-batches
 UNKNOWN = "no_such_key"
-READS_ALLOWED = 1  # of the watched steps may read: a period of its own, as the log has
 PATIENCE = 2.0  # quickest steps without the plugin, where that is more than its budget
 SAMPLES = 4  # runs of which the quickest step counts
 RENAMED = re.compile(r"plugin API|the hook is called")  # in what the core says of earlier names
@@ -58,7 +55,7 @@ LIKENESS = 0.85  # of a method's name to a hook's, from which on it is a slip
 IN_REVERSE = ("on_close",)
 
 
-class PluginContract(Trial):
+class PluginContract(AcceleratorChecks):
     """The checks. Subclass it in a test file, name the plugin, and run pytest.
 
         class TestSparkle(PluginContract):
@@ -83,7 +80,6 @@ class PluginContract(Trial):
         budget: tensor operations that the plugin may add to a step, as a multiple of those of the
             tiny step without it.
         seconds: what it may add to the quickest step, in seconds.
-        reads_on_cpu: its functions that read tensors only where they are on the host.
         horizon: of the runs; they are stopped after six steps.
     """
 
@@ -249,25 +245,6 @@ class PluginContract(Trial):
             lines = differences(probe.seen, now)
             what = f"in step {at}, gradients were changed after the update, where it is too late"
             self._expect(not lines, f"{what} (use after_backward): {some(lines)}")
-
-    def test_device_is_not_waited_for(self, settings: Settings, tmp_path: Path) -> None:
-        """No tensor is read on the host in an ordinary step; logs and saves may read."""
-        engine = self._engine(settings, tmp_path, log_every=self.horizon)
-        watch = ReadWatch(engine, self._name(), self.reads_on_cpu)
-        with closing(self._steps(engine, evaluate=False)) as steps:
-            next(steps)
-            reading = 0
-            for _ in range(STEPS - 1):
-                before = len(watch.reads)
-                with watch:
-                    next(steps)
-                reading += len(watch.reads) > before
-        places = "; ".join(f"{read.what} at {read.where}" for read in dict.fromkeys(watch.reads))
-        self._expect(
-            reading <= READS_ALLOWED,
-            f"the device is waited for in {reading} of {STEPS - 1} steps: {places}. Keep the "
-            "number on the device (engine.log takes tensors), or read it in collect_metrics",
-        )
 
     def test_operations_are_within_budget(self, settings: Settings, tmp_path: Path) -> None:
         """It adds no more tensor operations to a step than `budget` allows, and not ever more."""

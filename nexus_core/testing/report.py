@@ -27,12 +27,14 @@ class Outcome:
         case: which settings and which accumulation.
         status: "pass", "FAIL" or "skip".
         reason: why it failed or was left out.
+        said: what it tells besides, such as where the plugin waits for an accelerator.
     """
 
     check: str
     case: str
     status: Literal["pass", "FAIL", "skip"]
     reason: str = ""
+    said: tuple[str, ...] = ()
 
 
 def run_contract(contract: type[PluginContract], *names: str) -> Iterator[Outcome]:
@@ -51,10 +53,10 @@ def run_contract(contract: type[PluginContract], *names: str) -> Iterator[Outcom
 
 
 def _outcome(contract: type[PluginContract], name: str, case: dict[str, Any]) -> Outcome:
-    check, shown = name.removeprefix("test_"), _shown(contract, case)
+    check, shown, trial = name.removeprefix("test_"), _shown(contract, case), contract()
     try:
         with tempfile.TemporaryDirectory() as folder, _silent():
-            method = getattr(contract(), name)
+            method = getattr(trial, name)
             own_folder = (
                 {"tmp_path": Path(folder)} if "tmp_path" in signature(method).parameters else {}
             )
@@ -62,11 +64,11 @@ def _outcome(contract: type[PluginContract], name: str, case: dict[str, Any]) ->
     except SkipTest as reason:
         return Outcome(check, shown, "skip", str(reason))
     except AssertionError as fault:
-        return Outcome(check, shown, "FAIL", str(fault))
+        return Outcome(check, shown, "FAIL", str(fault), trial.said)
     except Exception as error:  # a plugin may raise anything; that is what is told
         notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", []))
         return Outcome(check, shown, "FAIL", f"{type(error).__name__}: {error}{notes}")
-    return Outcome(check, shown, "pass")
+    return Outcome(check, shown, "pass", said=trial.said)
 
 
 @contextlib.contextmanager

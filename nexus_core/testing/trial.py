@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeAlias
 from unittest import SkipTest
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nexus_core import Batch, Engine, Plugin, PluginError
+from nexus_core import Batch, ConfigError, Engine, Plugin, PluginError
 from nexus_core.device import random_state, set_random_state
 from nexus_core.plan import answering, load
 from nexus_core.snapshot import Snapshot, gather
+from nexus_core.testing.accelerator import HostAccelerator, host_accelerator
 from nexus_core.testing.probes import FailingPlugin, PlannedError, answered, example_config, make
 from nexus_core.testing.states import differences
 from nexus_core.testing.syncs import Operations
@@ -30,11 +32,12 @@ from nexus_core.testing.tiny import (
     tiny_optimizer,
 )
 
-__all__ = ["STEPS", "Settings", "Trial", "some"]
+__all__ = ["RESUMED_AT", "STEPS", "Settings", "Trial", "some"]
 
 Settings: TypeAlias = Mapping[str, Any]
 
 STEPS = 6
+RESUMED_AT = (1, 4)
 SEED, LOGGED = 5, "2 steps"
 ENOUGH = "the check has seen enough"
 
@@ -50,8 +53,8 @@ class Trial:
     tolerance: ClassVar[float] = 1e-4
     budget: ClassVar[float] = 1.0
     seconds: ClassVar[float] = 0.02
-    reads_on_cpu: ClassVar[tuple[str, ...]] = ()
     horizon: ClassVar[str] = "100000 steps"
+    said: tuple[str, ...] = ()
 
     # -- what the plugin needs; override at will
 
@@ -109,6 +112,7 @@ class Trial:
         *,
         seed: int = SEED,
         log_every: str = LOGGED,
+        device: torch.device | None = None,
         first: Sequence[Plugin[Any]] = (),
         last: Sequence[Plugin[Any]] = (),
     ) -> Engine:
@@ -123,8 +127,19 @@ class Trial:
             seed=seed,
             accumulate=accumulate,
             log_every=log_every,
+            device=device,
             out=out,
         )
+
+    @contextmanager
+    def _accelerator(self) -> Iterator[HostAccelerator]:
+        """The accelerator of host memory; the check is left out where there cannot be one."""
+        with ExitStack() as stack:
+            try:
+                found = stack.enter_context(host_accelerator())
+            except ConfigError as error:
+                raise SkipTest(str(error)) from error
+            yield found
 
     def _plain_engine(
         self, out: Path, *, model: nn.Module | None = None, log_every: str = LOGGED
@@ -247,6 +262,11 @@ class Trial:
             if enemies or (found.slot is not None and found.slot == plugin.slot):
                 raise SkipTest(f"'{plugin.name}' cannot be in one run with '{found.name}'")
         return [make(found)]
+
+    def _say(self, text: str) -> None:
+        """Tell the author something that is neither right nor wrong."""
+        self.said += (text,)
+        print(f"{self._name()}: {text}")
 
     def _same(self, one: Any, other: Any, what: str) -> None:
         lines = differences(one, other)

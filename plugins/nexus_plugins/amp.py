@@ -176,8 +176,8 @@ def _check_device(device: torch.device, kept_on: set[str], config: AmpConfig) ->
     kind, on_cuda, fault = device.type, device.type == "cuda", ""
     if not is_autocast_available(kind):
         fault = f"there is no autocast on {kind}; run on cpu or cuda, or leave out amp"
-    elif config.dtype == "fp16" and kind not in ("cpu", "cuda"):
-        fault = f"fp16 can be scaled on cpu and cuda alone; on {kind} set amp.dtype=bf16"
+    elif config.dtype == "fp16" and kind in ("mps", "xla"):
+        fault = f"fp16 cannot be scaled on {kind}; set amp.dtype=bf16"
     elif config.dtype == "fp16" and kept_on != {kind}:
         fault = f"fp16 cannot be scaled for weights kept off {device}; set amp.dtype=bf16"
     elif config.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(False):

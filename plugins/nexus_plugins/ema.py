@@ -112,7 +112,7 @@ class EmaPlugin(Plugin[EmaConfig]):
         decay = min(self.config.decay, self._ramp(self._updates))
         average = [local_part(self._average[name]) for name in self._live]
         move = 1 - decay if step.refused is None else (1 - decay) * (1 - step.refused)
-        weights = [torch.as_tensor(move, dtype=mean.dtype, device=mean.device) for mean in average]
+        weights = [_weight(move, mean) for mean in average]
         torch._foreach_lerp_(average, [_wide(local_part(p)) for p in self._live.values()], weights)
 
     def _ramp(self, update: int) -> float:
@@ -195,6 +195,13 @@ def _averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
     saved = model.state_dict().keys()
     named = model.named_buffers()
     return {n: b for n, b in named if n in saved and b.is_floating_point() and not is_lazy(b)}
+
+
+def _weight(move: Tensor | float, mean: Tensor) -> Tensor:
+    """How far an average moves, as a tensor beside it; a number is not copied there, but made."""
+    if isinstance(move, Tensor):
+        return move.to(mean.device, mean.dtype)
+    return mean.new_full((), move)
 
 
 def _wide(parameter: Tensor) -> Tensor:

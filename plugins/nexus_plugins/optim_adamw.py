@@ -8,14 +8,13 @@ from pydantic import Field
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import Plugin, hookimpl
+from nexus_plugins._shared.fused import has_fused
 from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
 __all__ = ["OptimAdamwConfig", "OptimAdamwPlugin"]
-
-FUSED_ON = ("cpu", "cuda")
 
 
 class OptimAdamwConfig(OptimizerConfig):
@@ -53,7 +52,7 @@ class OptimAdamwPlugin(Plugin[OptimAdamwConfig]):
         fused = self.config.fused
         if fused is None:
             fused = all(
-                parameter.device.type in FUSED_ON and parameter.is_floating_point()
+                has_fused(parameter.device.type) and parameter.is_floating_point()
                 for group in groups
                 for parameter in group["params"]
             )

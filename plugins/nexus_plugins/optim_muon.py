@@ -12,14 +12,13 @@ from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
 from nexus_core.errors import hint_add
+from nexus_plugins._shared.fused import has_fused
 from nexus_plugins._shared.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
 
 if TYPE_CHECKING:
     from nexus_core import Engine
 
 __all__ = ["MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
-
-FUSED_ON = ("cpu", "cuda")
 
 
 class OptimMuonConfig(OptimizerConfig):
@@ -92,7 +91,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         )
         if not rest:
             return muon
-        fused = engine.device.type in FUSED_ON
+        fused = has_fused(engine.device.type)
         adamw = AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         return MuonAndAdamw(muon, adamw)
 

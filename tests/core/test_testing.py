@@ -64,7 +64,7 @@ def test_a_good_plugin_passes_every_check() -> None:
     """Breaks if a check raises a false alarm: authors would switch the kit off."""
     found = outcomes(GoodPlugin, configs=({"strength": 0.9},), off={"strength": 1.0})
     assert [outcome for outcome in found if outcome.status != "pass"] == []
-    assert len({outcome.check for outcome in found}) == 22
+    assert len({outcome.check for outcome in found}) == 23
 
 
 def test_each_config_is_a_case_of_its_own() -> None:
@@ -101,12 +101,51 @@ def is_high(loss: Tensor) -> bool:
     return True if loss > 1 else False  # noqa: SIM210
 
 
-class MasksPlugin(GoodPlugin):
-    """Picks by a mask: the result's shape must be known on the host."""
+class CopiesPlugin(GoodPlugin):
+    """Makes a tensor of a number on the host, and copies it to the device."""
 
     @hookimpl
-    def on_batch(self, batch: dict[str, Tensor]) -> None:
-        self.picked = batch["labels"][batch["labels"] > 0]
+    def after_backward(self, engine: Engine) -> None:
+        scale_gradients(engine, torch.tensor(0.9, device=engine.device))
+
+
+class MixesPlugin(GoodPlugin):
+    """Adds up gradients on the host, wherever they are."""
+
+    def __init__(self, config: ScaleConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self.sums: dict[str, Tensor] = {}
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        for name, parameter in engine.model.named_parameters():
+            if parameter.grad is not None:
+                zero = torch.zeros(parameter.shape)
+                self.sums[name] = self.sums.get(name, zero) + parameter.grad
+
+
+class ReadsEarlyPlugin(GoodPlugin):
+    """Does not wait for the copy of a number that it then scales by."""
+
+    @hookimpl
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        size = step.losses["tiny_size"].to("cpu", non_blocking=True)
+        scale_gradients(engine, float(size))
+
+
+class DeviceDicePlugin(GoodPlugin):
+    """Draws from a generator of its own on the device that begins anew on resuming."""
+
+    generator: torch.Generator
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        self.generator = torch.Generator(engine.device)
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        dice = torch.rand((), generator=self.generator, device=engine.device)
+        scale_gradients(engine, dice)
 
 
 class ForgetfulPlugin(GoodPlugin):
@@ -462,9 +501,12 @@ class ExplodingPlugin(GoodPlugin):
 LEFT_OPEN: list[Any] = []
 
 FAULTS = [
-    (ReadsPlugin, "device_is_not_waited_for", r"Tensor.item at test_testing.py:\d+ in on_step"),
-    (BranchesPlugin, "device_is_not_waited_for", r"__bool__ .* in is_high: return True if loss"),
-    (MasksPlugin, "device_is_not_waited_for", r"indexing by a mask .* in on_batch"),
+    (ReadsPlugin, "device_is_not_waited_for", r"value of .* at test_testing.py:\d+ in on_step"),
+    (BranchesPlugin, "device_is_not_waited_for", r"bool, .* in is_high: return True if loss"),
+    (CopiesPlugin, "device_is_not_waited_for", r"a copy to the device .*torch.tensor\(0.9"),
+    (MixesPlugin, "runs_on_an_accelerator", r"same device, .*'mixes', after_backward"),
+    (ReadsEarlyPlugin, "runs_on_an_accelerator", r"parameters are not finite"),
+    (DeviceDicePlugin, "runs_on_an_accelerator", r"resumed on an accelerator.*numbers differ"),
     (ForgetfulPlugin, "resume_is_bit_equal", r"resumed at step 1.*model\..*numbers differ"),
     (OwnDicePlugin, "resume_is_bit_equal", r"model\..*numbers differ"),
     (DrawsAtStartPlugin, "resume_is_bit_equal", r"differ"),
@@ -613,14 +655,13 @@ def test_what_comes_back_as_something_else_is_seen_whoever_keeps_it() -> None:
 class HostOnlyPlugin(GoodPlugin):
     """Reads where it costs nothing: on the host, by either way of asking, and for the log."""
 
+    seen: float = 0.0
+
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
         loss = step.losses["tiny_next"]
         if loss.is_cpu:
             self.seen = loss.item()
-        self.look(engine, step)
-
-    def look(self, engine: Engine, step: Step) -> None:
         if engine.device.type == "cpu":
             self.seen = float(step.losses["tiny_size"])
 
@@ -638,12 +679,17 @@ class StopsPlugin(GoodPlugin):
             engine.stop("it is late")
 
 
-def test_a_read_on_the_host_alone_is_no_fault_where_it_is_declared() -> None:
-    """Breaks if authors must give up a free look, or one that is not declared is passed over."""
+def test_a_plugin_hears_where_it_waits_for_an_accelerator() -> None:
+    """Breaks if authors must give up a free look on the host, or are not told what waits."""
     check = "device_is_not_waited_for"
-    [found] = outcomes(HostOnlyPlugin, check)
-    assert re.search(r"5 of 5 steps: Tensor.__float__ at \S+ in look: [^;]*$", found.reason)
-    assert [o.status for o in outcomes(HostOnlyPlugin, check, reads_on_cpu=("look",))] == ["pass"]
+    (found,) = outcomes(HostOnlyPlugin, check)
+    assert (found.status, found.said) == (
+        "pass",
+        ("runs on an accelerator: yes; waits for it: never",),
+    )
+    (found,) = outcomes(ReadsPlugin, check)
+    (said,) = found.said
+    assert re.search(r"yes; waits for it: at test_testing.py:\d+ in on_step: self.size = ", said)
 
 
 def test_a_run_that_ends_too_soon_is_told() -> None:

@@ -118,20 +118,20 @@ def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
     """Breaks if an author cannot see which checks were made, or with what."""
     settings = tmp_path / "sparkle.yaml"
     settings.write_text("strength: 2.0\n")
-    only = "trains,config_is_strict,off_is_absent"
+    only = "config_is_strict,device_is_not_waited_for,off_is_absent"
     result = check("sparkle", "--config", str(settings), "--config", "{}", "--only", only)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
         "sparkle (nexus-sparkle 1.2, sparkle_of_the_test:SparklePlugin)",
-        "pass  trains (config 0, accumulate 1)",
-        "pass  trains (config 0, accumulate 3)",
-        "pass  trains (config 1, accumulate 1)",
-        "pass  trains (config 1, accumulate 3)",
+        "pass  device is not waited for (config 0)",
+        "      runs on an accelerator: yes; waits for it: never",
+        "pass  device is not waited for (config 1)",
+        "      runs on an accelerator: yes; waits for it: never",
         "pass  config is strict (config 0)",
         "pass  config is strict (config 1)",
         "skip  off is absent",
         "      no settings are declared (off) that leave training as it is",
-        "6 passed, 0 failed, 1 left out",
+        "4 passed, 0 failed, 1 left out",
     ]
 
 

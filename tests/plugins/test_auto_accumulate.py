@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nexus_core import ConfigError, DataError, Engine, Plugin
 from nexus_core.errors import RunError
+from nexus_core.testing import host_accelerator
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.auto_accumulate import AutoAccumulatePlugin, fit
 from nexus_plugins.curriculum import CurriculumPlugin
@@ -332,3 +333,27 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for wrong in ({"rows": 0}, {"limit": 0}, {"margin": 1.0}):
         with pytest.raises(ConfigError, match="auto_accumulate"):
             AutoAccumulatePlugin(**wrong)
+
+
+def test_an_accelerator_that_is_full_gets_smaller_parts_and_the_same_numbers() -> None:
+    """Breaks if the search needs CUDA, forgets a limit in the allocator, or leaves memory taken."""
+    losses = {}
+    with host_accelerator() as accelerator:
+        for free in (None, 1_500_000):
+            torch.manual_seed(4)
+            model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.Linear(512, 1))
+            plugin = AutoAccumulatePlugin(margin=0.0)
+            engine = Engine(
+                model,
+                torch.optim.SGD(model.to(accelerator.device).parameters(), lr=0.1),
+                loss=lambda model, batch: model(batch["x"]).square().mean(),
+                plugins=[plugin],
+            )
+            accelerator.limit = None if free is None else accelerator.allocated + free
+            rows = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+            losses[free] = engine.fit([{"x": rows}], until="3 steps").metrics["train/loss"]
+            found = plugin.state_dict()["rows"]
+            assert found == 256 if free is None else found in (32, 64, 128)
+            assert torch.get_device_module("fakegpu").get_per_process_memory_fraction() == 1.0
+            del model, engine
+    assert losses[None] == pytest.approx(losses[1_500_000], rel=1e-5)

@@ -110,28 +110,18 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     "data_text": {"configs": ({"seq_len": 32, "batch_size": 2},)},
     "early_stop": {"off": {}},
     "ema": {"off": {}},
-    "guard": {
-        "configs": ({}, {"policy": "rollback", "spike_threshold": 100.0}),
-        "off": {},
-        "reads_on_cpu": ("after_backward",),
-    },
+    "guard": {"configs": ({}, {"policy": "rollback", "spike_threshold": 100.0}), "off": {}},
     "init": {"configs": ({"source": "before.safetensors", "skip": ["head.*"]},)},
     "jsonl": {"off": {}},
     "loss": {
         "configs": (
             {"call": "called:next_id", "units": "called:labels", "args": {"smoothing": 0.1}},
             {"call": "called:mean_next_id", "metrics": {"hits": "called:hits"}},
-        ),
-        "reads_on_cpu": ("_is_nothing",),
+        )
     },
     "loss_reason": {"configs": ({"weight": 1.0},)},
-    "tape": {
-        "configs": ({}, {"every": 3, "modules": 0}),
-        "reads_on_cpu": ("generators",),  # theirs are on the host
-        "budget": 3.0,
-        "seconds": 0.1,
-    },
-    "lr_finder": {"reads_on_cpu": ("on_step",), "resumes_after_stop": False},
+    "tape": {"configs": ({}, {"every": 3, "modules": 0}), "budget": 3.0, "seconds": 0.1},
+    "lr_finder": {"resumes_after_stop": False},
     "lr_cosine": {"configs": ({"warmup": "2 steps"},)},
     "model": {"configs": ({"call": "nexus_core.testing:tiny_model", "args": {"dropout": 0.2}},)},
     "model_nexus": {

@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from operator import add
+from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -107,9 +108,10 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
             _attempt(engine, first_rows(batch, count))
 
         with _room_for_the_optimizer(engine):
-            if engine.device.type == "cuda":
-                with _cuda_limit(engine.device, self.config):
-                    return fit.largest_tried(rows, attempt, _empty_cache)
+            device = torch.get_device_module(engine.device)
+            if hasattr(device, "set_per_process_memory_fraction") and engine.device.type != "mps":
+                with _limited(device, engine.device, self.config):
+                    return fit.largest_tried(rows, attempt, partial(_empty_cache, device))
             if engine.device.type == "cpu" and fit.forget_peak():
                 before, free = fit.peak_memory(), fit.free_memory()
                 limit = free if self.config.limit is None else int(self.config.limit * GIB) - before
@@ -132,10 +134,10 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
             return fit.largest_tried(rows, attempt, lambda: None)
 
 
-def _empty_cache() -> None:
+def _empty_cache(module: ModuleType) -> None:
     """Give the memory of a failed attempt back, reference cycles included."""
     gc.collect()
-    torch.cuda.empty_cache()
+    module.empty_cache()
 
 
 def _width(batch: Rows) -> int:
@@ -175,15 +177,24 @@ def _room_for_the_optimizer(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def _cuda_limit(device: torch.device, config: AutoAccumulateConfig) -> Iterator[None]:
-    """Let the allocator refuse what is above the limit less the margin."""
-    free, total = torch.cuda.mem_get_info(device)
-    has = torch.cuda.memory_reserved(device)
-    limit = has + free if config.limit is None else config.limit * GIB
-    before = torch.cuda.get_per_process_memory_fraction(device)
+def _limited(
+    module: ModuleType, device: torch.device, config: AutoAccumulateConfig
+) -> Iterator[None]:
+    """Let the allocator refuse what is above the limit less the margin.
+
+    Args:
+        module: of the kind of device, such as `torch.cuda`.
+        device: whose memory it is.
+        config: has limit and margin.
+    """
+    free, total = module.mem_get_info(device)
+    limit = module.memory_reserved(device) + free
+    if config.limit is not None:
+        limit = config.limit * GIB
+    before = module.get_per_process_memory_fraction(device)
     share = min(before, limit * (1 - config.margin) / total)
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    module.set_per_process_memory_fraction(share, device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        module.set_per_process_memory_fraction(before, device)

@@ -1,7 +1,7 @@
 """The copy of a state in host memory, made quickly because the loop waits for it.
 
 All tensors go side by side into one block of memory that is kept for the next save: memory that
-has been touched before takes a copy several times as fast as new memory does. On a CUDA device the
+has been touched before takes a copy several times as fast as new memory does. On an accelerator the
 block is page-locked and the copies are queued behind the step; the host waits for nothing.
 """
 
@@ -23,7 +23,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
-        self._queued: list[torch.cuda.Event] = []
+        self._queued: list[torch.Event] = []
 
     def reserve(self, tensors: Iterable[Tensor], spare: int = 0) -> None:
         """Get the memory for such tensors ready, which takes longer than copying them.
@@ -35,7 +35,7 @@ class HostCopy:
         listed = list(tensors)
         size = spare + sum(_space(tensor) for tensor in listed)
         if size > self._block.numel():
-            pinned = any(tensor.is_cuda for tensor in listed)
+            pinned = any(_is_queued(tensor) for tensor in listed)
             self._block = torch.empty(0, dtype=torch.uint8)  # give back the old one first
             self._block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
             self._block.numpy().fill(0)
@@ -49,9 +49,11 @@ class HostCopy:
             for key, tensor in group.items():
                 copies[name][key] = self._copy(tensor, place)
                 place += _space(tensor)
-        devices = {t.device for group in groups.values() for t in group.values() if t.is_cuda}
-        for device in devices:
-            self._queued.append(torch.cuda.current_stream(device).record_event())
+        listed = [tensor for group in groups.values() for tensor in group.values()]
+        for device in {tensor.device for tensor in listed if _is_queued(tensor)}:
+            event = torch.get_device_module(device).Event()
+            event.record()
+            self._queued.append(event)
         return copies
 
     def wait(self) -> None:
@@ -67,8 +69,13 @@ class HostCopy:
             # which takes many times as long while other processes use the cores
             np.copyto(room.numpy(), tensor.reshape(-1).view(torch.uint8).numpy())
         else:
-            target.copy_(tensor, non_blocking=tensor.is_cuda)
+            target.copy_(tensor, non_blocking=_is_queued(tensor))
         return target
+
+
+def _is_queued(tensor: Tensor) -> bool:
+    """Whether a copy to page-locked memory is queued on its device, and the host need not wait."""
+    return tensor.device.type not in ("cpu", "mps", "meta")
 
 
 def _is_plain(tensor: Tensor) -> bool:

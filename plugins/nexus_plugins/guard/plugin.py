@@ -152,7 +152,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         return self._skipped, self._streak, self._longest, deepcopy(self._spikes.state_dict())
 
     def _judge_first(self, engine: Engine, step: Step) -> None:
-        counted = self._attempts[-1].refused if self._judged == step.number else torch.zeros(())
+        counted = self._attempts[-1].refused if self._judged == step.number else 0.0
         self._judged = step.number
         refused = self._judge(engine, step)
         if self._spikes.enabled:
@@ -167,10 +167,10 @@ class GuardPlugin(Plugin[GuardConfig]):
         attempt = Attempt(step.number, generators, batches, dict(step.losses), refused, step.turn)
         self._attempts.append(attempt)
         if not self._waits:
-            self._skipped = self._skipped + refused - counted.to(refused.device)
+            self._skipped = self._skipped + refused - counted
             self._streak = (self._before[1] + refused) * refused
             self._longest = torch.maximum(torch.as_tensor(self._longest), self._streak)
-        elif refused.item() and counted.item():
+        elif refused.item() and float(counted):
             return  # in an earlier turn of this step
         elif refused.item():
             self._skipped, self._streak = self._skipped + 1, self._streak + 1

@@ -75,7 +75,11 @@ class WorldModel(Part):
         """Move the target encoder to `decay * itself + (1 - decay) * encoder`."""
         pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
         for target, source in pairs:
-            target.lerp_(source, torch.as_tensor(1 - decay).to(target))
+            if isinstance(decay, Tensor):
+                weight = (1 - decay).to(target)
+            else:  # made there, as a copy to the device would be waited for
+                weight = target.new_full((), 1 - decay)
+            target.lerp_(source, weight)
 
     @torch.no_grad()
     def _targets(self, h: Tensor, document: Tensor | None) -> tuple[Tensor, Tensor]:

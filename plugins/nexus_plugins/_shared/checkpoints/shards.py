@@ -244,9 +244,8 @@ def _of_its_own(part: Tensor) -> Tensor:
     """The same memory as a storage that holds nothing else; PyTorch's writer would copy a view."""
     if not part.numel():
         return part
-    return (
-        torch.from_numpy(part.reshape(-1).view(torch.uint8).numpy()).view(part.dtype).view_as(part)
-    )
+    flat = part.cpu().reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(flat).view(part.dtype).view_as(part)
 
 
 def _described(place: Path, ranks: Ranks) -> tuple[Files, str]:

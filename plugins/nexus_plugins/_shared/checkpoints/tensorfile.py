@@ -251,7 +251,7 @@ def check_size(file: HashingReader, size: int) -> list[_Entry]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
 
 

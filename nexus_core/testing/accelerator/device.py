@@ -1,0 +1,280 @@
+"""The accelerator as PyTorch finds it: `torch.fakegpu`, and what it adds to torch meanwhile."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from nexus_core.errors import ConfigError
+from nexus_core.testing.accelerator.autocast import register_autocast
+from nexus_core.testing.accelerator.generators import Generators, generator_class
+from nexus_core.testing.accelerator.kernels import Kernels
+from nexus_core.testing.accelerator.memory import Memory
+from nexus_core.testing.accelerator.waits import Waits
+
+__all__ = ["NAME", "Device", "Event", "Pinned", "registered"]
+
+NAME = "fakegpu"
+
+
+class Pinned:
+    """Which memory of the host is page-locked, so that a copy may run beside the host's work."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Take its memory for pinned, as long as it is there."""
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        self._known[place] = weakref.ref(storage, lambda _: self._known.pop(place, None))
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A tensor with the same values in such memory; itself, where it is there."""
+        made = tensor if tensor in self else tensor.clone()
+        self.add(made)
+        return made
+
+    def making(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function of torch that makes a tensor, such as can do so in such memory."""
+
+        @wraps(function)
+        def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+            tensor = function(*args, **kwargs)
+            if pin_memory:
+                self.add(tensor)
+            return tensor
+
+        return made
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._known
+
+
+class Event:
+    """A mark in the queue of the device; the host may wait for it."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._recorded = False
+
+    def record(self, stream: object = None) -> None:
+        """Put it behind all that was queued."""
+        self._recorded = True
+
+    def query(self) -> bool:
+        """Whether the device has come to it: not before the host waits for something."""
+        return not self._recorded
+
+    def synchronize(self) -> None:
+        """Wait until the device has come to it."""
+        registered().synchronize()
+        self._recorded = False
+
+    def wait(self, stream: object = None) -> None:
+        """A stream waits, not the host; and there is one stream."""
+
+
+class Device:
+    """The module of the device, as `torch.cuda` is that of CUDA: `torch.fakegpu`.
+
+    There is one for a process, as PyTorch keeps it. It is there for nobody until it is activated.
+    """
+
+    Event = Event
+
+    def __init__(self) -> None:
+        self.active = False
+        self.begin()
+        self._kernels = Kernels(self)
+        self._autocast = register_autocast(NAME)
+
+    def begin(self) -> None:
+        """Forget all that was; tensors that are there stay."""
+        self.memory = getattr(self, "memory", Memory())
+        self.memory.limit, self.memory.share = None, 1.0
+        self.memory.peak = self.memory.allocated
+        self.generators, self.waits, self.pinned = Generators(), Waits(), Pinned()
+
+    # -- what torch asks a device's module for
+
+    def is_initialized(self) -> bool:
+        """Whether it is there; it takes no time to start."""
+        return self.active
+
+    def is_available(self) -> bool:
+        """Whether it is there."""
+        return self.active
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        """Whether it computes in bfloat16."""
+        return True
+
+    def device_count(self) -> int:
+        """How many there are."""
+        return int(self.active)
+
+    def current_device(self) -> int:
+        """Its index."""
+        return 0
+
+    def set_device(self, device: object) -> None:
+        """There is one."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """The types of mixed precision."""
+        return [torch.bfloat16, torch.float16]
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def _lazy_init(self) -> None: ...
+
+    def manual_seed(self, seed: int) -> None:
+        """Seed its generator."""
+        self.generators.default.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def get_rng_state(self, device: object = None) -> Tensor:
+        """The state of its generator."""
+        return self.generators.default.get_state()
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        """Put its generator into a state."""
+        self.generators.default.set_state(state)
+
+    def synchronize(self, device: object = None) -> None:
+        """Wait until all its work is done."""
+        self.waits.wait("synchronize")
+
+    def memory_allocated(self, device: object = None) -> int:
+        """Bytes of its tensors."""
+        return self.memory.allocated
+
+    memory_reserved = memory_allocated
+
+    def max_memory_allocated(self, device: object = None) -> int:
+        """The most bytes that its tensors had."""
+        return self.memory.peak
+
+    def reset_peak_memory_stats(self, device: object = None) -> None:
+        """Measure the most anew."""
+        self.memory.peak = self.memory.allocated
+
+    def memory_stats(self, device: object = None) -> dict[str, int]:
+        """Its memory, in the words of `torch.accelerator.memory_stats`."""
+        found = {"current": self.memory.allocated, "peak": self.memory.peak}
+        kinds = ("allocated_bytes", "reserved_bytes")
+        return {f"{kind}.all.{key}": n for kind in kinds for key, n in found.items()}
+
+    def mem_get_info(self, device: object = None) -> tuple[int, int]:
+        """Bytes that are free, and all; a terabyte where there is no limit."""
+        return self.memory.total - self.memory.allocated, self.memory.total
+
+    def get_per_process_memory_fraction(self, device: object = None) -> float:
+        """The share of its memory that this process may have."""
+        return self.memory.share
+
+    def set_per_process_memory_fraction(self, fraction: float, device: object = None) -> None:
+        """Set the share of its memory that this process may have."""
+        self.memory.share = fraction
+
+    def empty_cache(self) -> None:
+        """It keeps nothing that nobody uses."""
+
+    # -- activation
+
+    @contextmanager
+    def activated(self) -> Iterator[None]:
+        """Be there for PyTorch, with nothing on it and nothing seen, for a `with` block.
+
+        Raises:
+            ConfigError: it is there already.
+        """
+        if self.active:
+            raise ConfigError("there is an accelerator already: host_accelerator() within another")
+        self.begin()
+        self.generators.default.manual_seed(torch.initial_seed())
+        self.active = True
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "active", False)
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(_parameters_moved_in_place())
+            for owner, name, replacement in self._replacements():
+                stack.enter_context(patch.object(owner, name, replacement))
+            yield
+
+    def _replacements(self) -> Iterator[tuple[object, str, object]]:
+        """What C++ alone could tell PyTorch of a device."""
+        yield torch, "Generator", generator_class(self.generators)
+        yield torch.accelerator.memory, "memory_stats", self.memory_stats
+        names = ("synchronize", "memory_stats", "reset_peak_memory_stats", "empty_cache")
+        for name in names:
+            yield torch.accelerator, name, getattr(self, name)
+        yield torch.accelerator, "get_memory_info", self.mem_get_info
+        yield Tensor, "is_pinned", lambda tensor, device=None: tensor in self.pinned
+        yield Tensor, "pin_memory", lambda tensor, device=None: self.pinned.copy(tensor)
+        for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "tensor"):
+            yield torch, name, self.pinned.making(getattr(torch, name))
+        clone: Any = torch.UntypedStorage.clone
+
+        def cloned(storage: torch.UntypedStorage) -> Any:
+            if storage.device.type != NAME:
+                return clone(storage)
+            like = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+            return self.memory.over(storage, like).clone().untyped_storage()
+
+        yield torch.UntypedStorage, "clone", cloned
+
+
+@contextmanager
+def _parameters_moved_in_place() -> Iterator[None]:
+    """`module.to` keeps its parameters, tied ones too, as it does to every device that torch knows.
+
+    To others, PyTorch makes new ones unless it is told otherwise.
+    """
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def registered() -> Device:
+    """The device of this process; made and told to PyTorch the first time.
+
+    Raises:
+        ConfigError: this PyTorch cannot have it, or has another device in its place.
+    """
+    known = getattr(torch, NAME, None)
+    if isinstance(known, Device):
+        return known
+    from torch.utils import backend_registration as backends
+
+    setup = getattr(backends, "_setup_privateuseone_for_python_backend", None)
+    if setup is None:
+        raise ConfigError(f"torch {torch.__version__} has no devices made in Python; 2.13 has")
+    other = torch._C._get_privateuse1_backend_name()
+    if other != "privateuseone":
+        raise ConfigError(f"the device '{other}' has the one place that PyTorch has for others")
+
+    class Hooks(torch._C._acc.PrivateUse1Hooks):
+        def is_built(self) -> bool:
+            return True
+
+        def is_available(self) -> bool:
+            return registered().active
+
+        def has_primary_context(self, device_index: int) -> bool:
+            return True
+
+    setup(NAME, backend_module=Device(), hook=Hooks())
+    return registered()

@@ -1,0 +1,148 @@
+"""The memory of the accelerator: real tensors of its own device, over memory of the host."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Memory", "fill_with_garbage"]
+
+_EXTENSION_DEVICE = 12  # of DLPack, which PyTorch reads as PrivateUse1
+_DEVICE_TYPE_AT = 8  # bytes into a DLTensor, behind the pointer to its data
+
+_pointer_of: Any = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype = ctypes.c_void_p
+_pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class _Place(NamedTuple):
+    """A storage of the host that lies under one of the device, and the address that it has."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    start: int
+
+
+class Memory:
+    """Which tensors are on the accelerator, how many bytes they take, and up to which limit.
+
+    A tensor of the device is made by handing a tensor of the host to PyTorch under another name of
+    the device (DLPack); the two share memory, and no public way leads from one to the other.
+
+    Attributes:
+        limit: bytes beyond which nothing is allocated; None: no limit.
+        share: of them, or of a terabyte, that this process may have.
+        allocated: bytes of all that is on the device now.
+        peak: the most that it was.
+    """
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+        self.share = 1.0
+        self.allocated = 0
+        self.peak = 0
+        self._places: dict[int, _Place] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device."""
+        return 1 << 40 if self.limit is None else self.limit
+
+    def adopt(self, host: Tensor) -> Tensor:
+        """A tensor of the device over the memory of one of the host, which nobody else keeps.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for it.
+        """
+        storage = host.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        if start and start not in self._places:
+            self._make_room(size)
+            forget = self._forgetting(start, size)
+            self._places[start] = _Place(weakref.ref(storage, forget), start)
+        tensor = _on_device(host)
+        first = tensor.untyped_storage().data_ptr()
+        if first not in self._places and start:
+            weakref.finalize(storage, self._places.pop, first, None)
+            self._places[first] = _Place(self._places[start].storage, start)
+        return tensor
+
+    def alias(self, tensors: Iterable[Tensor], host: Tensor) -> Tensor:
+        """A tensor of the device over the memory of one of the tensors, as the host's lies there.
+
+        Args:
+            tensors: of the device.
+            host: over memory that is under one of them.
+        """
+        start = host.untyped_storage().data_ptr() + host.storage_offset() * host.element_size()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            offset = start - storage.data_ptr()
+            fits = offset >= 0 and offset + _reach(host) <= storage.nbytes()
+            if fits and tensor.dtype == host.dtype:
+                alias: Tensor = torch.ops.aten.alias(tensor)
+                offset //= host.element_size()
+                torch.ops.aten.as_strided_(alias, host.shape, host.stride(), offset)
+                return alias
+        return self.adopt(host)
+
+    def host_view(self, tensor: Tensor) -> Tensor:
+        """What a tensor of the device holds, as a tensor of the host over the same memory."""
+        return self._over(tensor.untyped_storage(), tensor)
+
+    def over(self, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+        """A tensor of the device over a storage of it, as one on the device meta lies over its."""
+        return self.adopt(self._over(storage, like))
+
+    def _over(self, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
+        first = storage.data_ptr()
+        if not first:
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        place = self._places[first]
+        known = place.storage()
+        assert known is not None
+        offset = like.storage_offset() + (first - place.start) // like.element_size()
+        return torch.empty(0, dtype=like.dtype).set_(known, offset, like.shape, like.stride())
+
+    def _make_room(self, size: int) -> None:
+        if self.allocated + size > (most := int(self.total * self.share)):
+            raise torch.OutOfMemoryError(
+                f"fakegpu out of memory. Tried to allocate {size} bytes; {self.allocated} of "
+                f"{most} bytes are allocated."
+            )
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+    def _forgetting(self, place: int, size: int) -> Callable[[object], None]:
+        def forget(_: object) -> None:
+            self._places.pop(place, None)
+            self.allocated -= size
+
+        return forget
+
+
+def _reach(host: Tensor) -> int:
+    """Bytes from its first number to the end of its last."""
+    if not host.numel():
+        return 0
+    steps = sum((size - 1) * step for size, step in zip(host.shape, host.stride(), strict=True))
+    return int((steps + 1) * host.element_size())
+
+
+def fill_with_garbage(host: Tensor) -> Tensor:
+    """Fill memory that nothing has been written to with what nobody can take for a result."""
+    if host.dtype.is_floating_point or host.dtype.is_complex:
+        return host.fill_(float("nan"))
+    return host.fill_(True) if host.dtype == torch.bool else host.fill_(torch.iinfo(host.dtype).max)
+
+
+def _on_device(host: Tensor) -> Tensor:
+    capsule = torch._C._to_dlpack(host)
+    place = _pointer_of(capsule, b"dltensor") + _DEVICE_TYPE_AT
+    ctypes.c_int64.from_address(place).value = _EXTENSION_DEVICE  # and the index, which is 0
+    tensor: Tensor = torch._C._from_dlpack(capsule)
+    return tensor

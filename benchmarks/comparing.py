@@ -26,13 +26,15 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nexus_core import Engine
-from nexus_core.cli.compare.confidence import estimate
+from nexus_core.cli.compare.confidence import estimate, radius
 from nexus_core.plan import load
 
 LOOKS = 8  # pairs of an A/A comparison
@@ -120,10 +122,21 @@ def result(order: tuple[Setting, int, int]) -> float:
 
 def first_told(differences: Sequence[float]) -> int | None:
     """After how many differences, one by one, the interval is without zero; None: never."""
-    for count in range(2, len(differences) + 1):
-        if estimate(differences[:count]).is_different:
-            return count
-    return None
+    values = np.asarray(differences)
+    counts = np.arange(1, len(values) + 1)
+    means = values.cumsum() / counts
+    squares = np.maximum((values**2).cumsum() - counts * means**2, 0.0)
+    spreads = np.sqrt(squares / np.maximum(counts - 1, 1))
+    widths = np.array([half_width(int(n)) for n in counts])
+    finite = np.isfinite(widths)
+    told = finite & (np.abs(means) > np.where(finite, widths, 0.0) * spreads)
+    return int(told.argmax()) + 1 if told.any() else None
+
+
+@cache
+def half_width(n: int) -> float:
+    """As `compare` has it, for 95%, in standard deviations."""
+    return radius(n, 0.95)
 
 
 def false_alarms(one: Sequence[float], other: Sequence[float]) -> int:
@@ -174,28 +187,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=200, help="of each change")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
-    parser.add_argument("--json", type=Path, help="also write the result of every run")
+    parser.add_argument("--json", type=Path, help="keep the results here, and go on from them")
     options = parser.parse_args(arguments)
     many = max(LOOKS * COMPARISONS, options.pairs)
+    done = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
 
-        def trained(setting: Setting, count: int) -> list[float]:
-            orders = [(setting, seed, options.steps) for seed in range(count)]
-            return pool.map(result, orders, chunksize=10)
+        def trained(name: str, setting: Setting, count: int) -> list[float]:
+            found: list[float] = done.setdefault(name, [])
+            orders = [(setting, seed, options.steps) for seed in range(len(found), count)]
+            found += pool.map(result, orders, chunksize=10)
+            if options.json:  # each time, so that a run that is cut short leaves what it has
+                options.json.write_text(json.dumps(done) + "\n", encoding="utf-8")
+            return found[:count]
 
-        base, echo = trained(BASE, many), trained(ECHO, many)
-        equal = trained(BASE, EQUAL)
+        changed = {name: trained(name, each, options.pairs) for name, each in CHANGES.items()}
+        print("\n".join(table(trained("base", BASE, options.pairs), changed)), flush=True)
+        base, echo = trained("base", BASE, many), trained("one more draw", ECHO, many)
+        equal = trained("base again", BASE, EQUAL)
         shuffled = random.Random(0).sample(echo, len(echo))
         unequal = sum(a != b for a, b in zip(base, equal, strict=False))
         print(f"equal settings: {unequal} of {EQUAL} pairs differ")
         for name, other in (("another dropout", echo), ("other seeds", shuffled)):
             count = false_alarms(base[: LOOKS * COMPARISONS], other[: LOOKS * COMPARISONS])
             print(f"A/A, {name}: {count} of {COMPARISONS} called different", flush=True)
-        variants = {name: trained(each, options.pairs) for name, each in CHANGES.items()}
-    print("\n".join(table(base[: options.pairs], variants)))
-    if options.json:
-        found = {"base": base, "one more draw": echo, **variants}
-        options.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ VENDORS = {
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
     "kernels": "torch",  # it runs without any of its packages
+    "sweep": "optuna",
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -311,7 +312,7 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("module", modules())
 def test_public_names_exist_and_are_documented(module: str) -> None:
     if module.startswith("nexus_plugins_contrib."):
-        name = module.rpartition(".")[2]
+        name = module.split(".")[1]
         pytest.importorskip(VENDORS.get(name, name))
     found = import_module(module)
     assert found.__doc__

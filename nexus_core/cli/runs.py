@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -208,10 +207,10 @@ def plot_runs(
     chart = Chart(lines, over, label, (low - margin, high + margin))
     if png is not None:
         said.append(f"picture: {save_picture(chart, png) or NO_PICTURE}")
-    letters = ascii_lowercase if len(lines) > 1 else " "
+    letters = f"{ascii_lowercase:<{len(lines)}}" if len(lines) > 1 else " "
     ends = {
         f"{letter} {line.label}".strip(): f"{as_number(line.y[-1])} at {over} {line.x[-1]:,.0f}"
-        for letter, line in zip_longest(letters[: len(lines)], lines, fillvalue=" ")
+        for letter, line in zip(letters, lines, strict=False)
     }
     return "\n".join([text_chart(chart), *_rows(ends), *said])
 

@@ -41,9 +41,10 @@ class Dimension:
 
         if self.kind == "choice":
             return CategoricalDistribution(self.values)
+        low, high, *step = self.values
         if self.kind in ("int", "intlog"):
-            return IntDistribution(*self.values[:2], self.kind == "intlog", *self.values[2:])
-        return FloatDistribution(*self.values[:2], self.kind == "log", *self.values[2:])
+            return IntDistribution(low, high, log=self.kind == "intlog", step=(*step, 1)[0])
+        return FloatDistribution(low, high, log=self.kind == "log", step=(*step, None)[0])
 
     def edges(self) -> tuple[Any, ...]:
         """The values to try before anything is trained: the ends, or each choice."""
@@ -89,7 +90,8 @@ def _numbers(text: str, kind: str, words: list[str]) -> tuple[float, ...]:
         what = "whole numbers" if whole else "numbers"
         step = " and perhaps a step" if most == 3 else ""
         raise ConfigError(f"--over '{text}': {kind} takes {what}: the least, the greatest{step}")
-    low, high, *step = (int(v) if whole else float(v) for v in values)
+    numbers: list[float] = [int(value) if whole else float(value) for value in values]
+    low, high, *step = numbers
     if not low < high:
         raise ConfigError(f"--over '{text}': the least value, {low}, is not below {high}")
     if kind in ("log", "intlog") and low <= 0:

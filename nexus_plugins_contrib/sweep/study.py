@@ -18,6 +18,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from nexus_core.cli.launch import Recipe
@@ -93,7 +94,7 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
                 "with --out"
             ) from None
         _cut_torn_line(out / _JOURNAL)
-        direction = "minimize" if search.mode == "min" else "maximize"
+        direction = StudyDirection.MINIMIZE if search.mode == "min" else StudyDirection.MAXIMIZE
         pruner = pruners(search.pruner)
         study = optuna.create_study(
             storage=storage(out), study_name=_NAME, direction=direction, pruner=pruner,

@@ -42,10 +42,13 @@ class Pair:
         """What makes this less than a pair: data, batches or tokens that differ, in words."""
         base, variant = self.base, self.variant
         found = []
-        if None not in (a := base.data.fingerprint, b := variant.data.fingerprint) and a != b:
-            found.append(f"other data (fingerprint {b}, the base has {a})")
-        if None not in (a := base.data.batch_size, b := variant.data.batch_size) and a != b:
-            found.append(f"batches of {b} rows, the base has {a}")
+        ours, theirs = base.data, variant.data
+        if _differ(ours.fingerprint, theirs.fingerprint):
+            found.append(
+                f"other data (fingerprint {theirs.fingerprint}, the base has {ours.fingerprint})"
+            )
+        if _differ(ours.batch_size, theirs.batch_size):
+            found.append(f"batches of {theirs.batch_size} rows, the base has {ours.batch_size}")
         found += [
             f"{key} is {json.dumps(there)}, the base has {json.dumps(here)}"
             for key, (here, there) in changes(base.settings, variant.settings).items()
@@ -156,6 +159,11 @@ def _origin(run: Run) -> str:
 def _is_parent(run: Run, branch: Run) -> bool:
     parent = branch.lineage.parent
     return parent is not None and Path(parent.run).resolve() == run.path.resolve()
+
+
+def _differ(one: object, other: object) -> bool:
+    """Whether both are known, and not the same."""
+    return one is not None and other is not None and one != other
 
 
 def _by_step(run: Run, metric: str) -> dict[int, Point]:

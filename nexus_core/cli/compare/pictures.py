@@ -90,6 +90,8 @@ def _differences(axes: Axes, groups: Sequence[Paired], metric: str, confidence: 
 
 def _settling(axes: Axes, groups: Sequence[Paired], metric: str, confidence: float) -> None:
     """The last difference and its interval after each pair."""
+    from matplotlib.ticker import MaxNLocator
+
     for number, group in enumerate(groups):
         given = [pair.difference(metric) for pair in group.pairs]
         values = [value for value in given if value is not None]
@@ -98,7 +100,7 @@ def _settling(axes: Axes, groups: Sequence[Paired], metric: str, confidence: flo
         _band(axes, counts, found, f"C{number}", group.name)
     axes.set_xlabel("pairs")
     axes.set_ylabel(f"{metric}, variant - base")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes)
 
 

@@ -26,14 +26,15 @@ class Relation:
     Args:
         run: the folder of the other run, as an absolute path.
         step: of the checkpoint.
-        checkpoint: its place within the run that was branched: `checkpoints/step-00005000`.
+        source: the place of the checkpoint within the run that was branched, such as
+            `checkpoints/step-00005000`.
         changes: each setting that differs, by its key, with its value in the run that was branched
             and in the branch; null where a side does not have it.
     """
 
     run: str
     step: int
-    checkpoint: str
+    source: str
     changes: Mapping[str, tuple[Any, Any]]
 
 
@@ -121,7 +122,7 @@ def _relation(line: str) -> tuple[str, Relation | None]:
     try:
         ((kind, content),) = json.loads(line).items()
         pairs = {key: (one, other) for key, (one, other) in content["changes"].items()}
-        texts = str(content["run"]), int(content["step"]), str(content["checkpoint"])
+        texts = str(content["run"]), int(content["step"]), str(content["source"])
         return kind, Relation(*texts, pairs)
     except (ValueError, TypeError, LookupError, AttributeError):
         return "", None

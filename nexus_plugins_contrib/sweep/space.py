@@ -88,8 +88,8 @@ def _numbers(text: str, kind: str, words: list[str]) -> tuple[float, ...]:
     )
     if not fits or not 2 <= len(values) <= most:
         what = "whole numbers" if whole else "numbers"
-        step = " and perhaps a step" if most == 3 else ""
-        raise ConfigError(f"--over '{text}': {kind} takes {what}: the least, the greatest{step}")
+        last = " and perhaps a step" if most == 3 else ""
+        raise ConfigError(f"--over '{text}': {kind} takes {what}: the least, the greatest{last}")
     numbers: list[float] = [int(value) if whole else float(value) for value in values]
     low, high, *step = numbers
     if not low < high:

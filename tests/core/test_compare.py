@@ -127,7 +127,7 @@ def test_a_broken_pair_is_called_so(
 def test_partners_have_one_seed_and_branch_point(tmp_path: Path) -> None:
     base = [run_of(tmp_path / f"a{seed}", seed=seed) for seed in (3, 1, 2)]
     variant = [run_of(tmp_path / f"b{seed}", seed=seed) for seed in (2, 3, 9)]
-    at = {"run": str(base[0].path), "step": 10, "checkpoint": "c", "changes": {}}
+    at = {"run": str(base[0].path), "step": 10, "source": "c", "changes": {}}
     found = pair_up("b", base, variant)
     assert [(p.base.name, p.variant.name) for p in found.pairs] == [("a2", "b2"), ("a3", "b3")]
     assert [run.name for run in found.alone] == ["b9"]

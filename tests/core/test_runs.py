@@ -32,7 +32,7 @@ def mistake(*words: str) -> str:
 def test_every_run_below_a_folder_is_listed_with_its_state(tmp_path: Path) -> None:
     write_run(tmp_path / "b", (3.0, 2.5), seed=7)
     write_run(tmp_path / "deep/a", (3.0, 1.5), status="failed")
-    parent = {"run": "/runs/b", "step": 10, "checkpoint": "checkpoints/step-00000010",
+    parent = {"run": "/runs/b", "step": 10, "source": "checkpoints/step-00000010",
               "changes": {"until": ["30 steps", "40 steps"]}}  # fmt: skip
     write_run(tmp_path / "deep/c", status=None, parent=parent)
     (tmp_path / "template").mkdir()

@@ -199,6 +199,7 @@ KINDS = {
     **{"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}},
     **{f"nexus_core/{name}.py": {"metrics"} for name in ("engine", "snapshot", "cli/session")},
     "nexus_core/testing/states.py": {"metrics"},
+    **{f"nexus_core/cli/{n}.py": {"metrics"} for n in ("records", "runs", "compare/command")},
 }
 """A stage, a kind of plugin, and a part of snapshots, which happen to be called so."""
 

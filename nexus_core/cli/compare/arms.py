@@ -46,7 +46,7 @@ def read_arms(
     """Read what is to be compared; the base comes first.
 
     A word is the folder of a run or of several, a config file, a preset, or changes of the base:
-    `"optim.lr=1e-3 no:clip"`, perhaps behind a name: `"faster: optim.lr=1e-3"`.
+    `"lr=1e-3 no:PLUGIN"`, perhaps behind a name: `"faster: lr=1e-3"`.
 
     Args:
         base: no changes.

@@ -67,7 +67,7 @@ def main(
     the same command resumes, and more --pairs adds to those that are there.
 
     \b
-    nexus-run compare my.yaml "optim.lr=1e-3" "warm: optim.lr=1e-3 schedule.warmup=10%"
+    nexus-run compare my.yaml "lr=1e-3" "both: lr=1e-3 until=9 epochs"
     nexus-run compare my.yaml other.yaml --pairs 10 --jobs 2 --out runs/which
     nexus-run compare runs/a runs/b --metric val/loss
     """

@@ -123,11 +123,11 @@ def _groups(arms: Sequence[Arm], out: Path) -> list[Paired]:
 
 
 def _made(arm: Arm, out: Path) -> list[Run]:
-    """The runs of an arm that were made in this folder, by any call."""
+    """The runs of an arm that were made in this folder, by any call, and are finished."""
     if arm.recipe is None:
         return []
     found = [path.parent for path in (out / arm.folder).glob("seed-*/config.yaml")]
-    return [Run(path, str(path)) for path in found]
+    return [Run(path, str(path)) for path in found if _is_finished(path)]
 
 
 def _train(arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: int) -> Iterator[str]:

@@ -211,7 +211,7 @@ def open_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder holds no run.
     """
     if not (folder / CONFIG).is_file():
         raise ConfigError(
@@ -269,7 +269,7 @@ def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none."""
+    """The JSON object in a file; empty where there is no file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -180,7 +180,7 @@ def plot_runs(
         metric: its name; None: one that most of them have.
         over: "step" or "tokens".
         is_log: whether the values are drawn by their logarithm, to the base 10.
-        png: of a picture of the same; None: there is none.
+        png: of a picture of the same; None draws none.
 
     Raises:
         ConfigError: no run has the metric.

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +25,9 @@ from nexus_core.cli.session import train
 from nexus_core.cli.settings import read_settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, NexusError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
 
 __all__ = ["Crew", "Recipe", "RunFailedError", "checked", "train_in_folder"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nexus_core.cli.launch import Recipe
 from nexus_core.errors import ConfigError
+from nexus_plugins._shared.locks import lock
 from nexus_plugins_contrib.sweep.space import Dimension
 
 __all__ = ["Search", "close_value", "folder_of", "opened", "pruners", "samplers"]
@@ -85,10 +85,10 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("w") as lock:
+    with (out / _LOCK).open("w") as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(held, wait=False)
+        except BlockingIOError:
             raise ConfigError(
                 f"a sweep is at work in '{out}'; wait for it, stop it, or choose another folder "
                 "with --out"

@@ -32,6 +32,7 @@ VENDORS = {
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
     "kernels": "torch",  # it runs without any of its packages
+    "sweep": "optuna",
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -198,6 +199,7 @@ KINDS = {
     **{"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}},
     **{f"nexus_core/{name}.py": {"metrics"} for name in ("engine", "snapshot", "cli/session")},
     "nexus_core/testing/states.py": {"metrics"},
+    **{f"nexus_core/cli/{n}.py": {"metrics"} for n in ("records", "runs", "compare/command")},
 }
 """A stage, a kind of plugin, and a part of snapshots, which happen to be called so."""
 
@@ -311,7 +313,7 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("module", modules())
 def test_public_names_exist_and_are_documented(module: str) -> None:
     if module.startswith("nexus_plugins_contrib."):
-        name = module.rpartition(".")[2]
+        name = module.split(".")[1]
         pytest.importorskip(VENDORS.get(name, name))
     found = import_module(module)
     assert found.__doc__

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase
 
-__all__ = ["Chart", "Line", "save_picture", "text_chart"]
+__all__ = ["NO_PICTURE", "Chart", "Line", "save_picture", "text_chart"]
+
+NO_PICTURE = "none; matplotlib draws one: pip install 'nexus-trainer[plot]'"
+MARKED = 5  # places of a line that get its letter
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ class Chart:
 
 
 def text_chart(chart: Chart, *, width: int = 60, height: int = 12) -> str:
-    """Draw in Unicode, `width` by `height` characters within the axes, one colour."""
+    """Draw in Unicode, `width` by `height` characters within the axes, one colour.
+
+    Several lines are marked by letters here and there: `a` the first, `b` the second.
+    """
     import plotille
 
     place = math.log10 if chart.log_x else float
@@ -57,6 +64,11 @@ def text_chart(chart: Chart, *, width: int = 60, height: int = 12) -> str:
     figure.set_y_limits(*chart.y_limits)
     for line in chart.lines:
         figure.plot([place(x) for x in line.x], list(line.y), label=line.label)
+    if len(chart.lines) > 1:
+        for letter, line in zip(ascii_lowercase, chart.lines, strict=False):
+            chosen = sorted({round(i * (len(line.x) - 1) / MARKED) for i in range(MARKED + 1)})
+            columns = [place(line.x[i]) for i in chosen]
+            figure.scatter(columns, [line.y[i] for i in chosen], marker=letter)
     drawn: str = figure.show()
     return "\n".join(row.rstrip(" \N{BRAILLE PATTERN BLANK}") for row in drawn.splitlines())
 

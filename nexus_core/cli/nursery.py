@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 __all__ = ["nursery", "stand_alone"]
 
 
-def nursery(module: str) -> ForkServerContext:
-    """What starts processes that have a module imported.
+def nursery(*modules: str) -> ForkServerContext:
+    """What starts processes that have modules imported.
 
     Raises:
         ConfigError: this system cannot fork.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         raise ConfigError(
-            "runs are killed and started again by forking, which this system does not have; do "
-            "it on Linux or macOS, or on Windows within WSL"
+            "runs are started by forking, which this system does not have; do it on Linux or "
+            "macOS, or on Windows within WSL"
         )
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([module])
+    found.set_forkserver_preload(list(modules))
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nexus_core.batches import Batch, batch_size
 from nexus_core.cli.build import Build, make_engine
-from nexus_core.cli.chart import Chart, Line, save_picture, text_chart
+from nexus_core.cli.chart import NO_PICTURE, Chart, Line, save_picture, text_chart
 from nexus_core.defaults import Defaults
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
@@ -64,14 +64,13 @@ def plot_lr(made: Build) -> str:
     chart = Chart(lines, "step", "learning rate", (0.0, 1.05 * top or 1.0))
     path = out / "lr.png" if made.run.out else Path("runs") / f"{made.name}-lr.png"
     picture = save_picture(chart, path)
-    where = picture or "none; matplotlib draws one: pip install 'nexus-trainer[plot]'"
     return "\n".join(
         [
             f"the learning rate over {plan.total:,} steps ({run.until})",
             text_chart(chart),
             *map(_in_words, lines),
             *([plan.assumed] if plan.assumed else []),
-            f"picture: {where}",
+            f"picture: {picture or NO_PICTURE}",
         ]
     )
 

@@ -1,0 +1,206 @@
+"""Runs that a command starts, several at once, each in a process and a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nexus_core.cli.build import build_plugins, make_engine
+from nexus_core.cli.errors import reported
+from nexus_core.cli.folder import RunFolder
+from nexus_core.cli.nursery import nursery, stand_alone
+from nexus_core.cli.records import CONFIG, Run
+from nexus_core.cli.session import train
+from nexus_core.cli.settings import read_settings
+from nexus_core.engine import Engine
+from nexus_core.errors import ConfigError, NexusError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
+
+__all__ = ["Crew", "Recipe", "RunFailedError", "checked", "train_in_folder"]
+
+_PATIENCE_S = 60.0  # for a run that is about to stop
+_WORDS = 600  # of a log that are shown
+
+
+class RunFailedError(NexusError):
+    """A run that a command has started ended with an error."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How runs are made.
+
+    Args:
+        config: file or preset; None: the default preset.
+        plugins: as behind `--plugins`.
+        sets: as behind each `--set`.
+    """
+
+    config: str | None = None
+    plugins: str = ""
+    sets: tuple[str, ...] = ()
+
+
+def checked(recipe: Recipe) -> list[str]:
+    """Check the settings of runs before any is made.
+
+    Returns:
+        The modules that the runs need.
+
+    Raises:
+        ConfigError, PluginError: as the settings demand.
+    """
+    settings = read_settings(recipe.config, recipe.plugins, recipe.sets, os.environ)
+    plugins = build_plugins(settings).plan.plugins
+    return ["nexus_core.cli.ready", *sorted({type(plugin).__module__ for plugin in plugins})]
+
+
+def train_in_folder(
+    recipe: Recipe,
+    out: Path,
+    values: Mapping[str, Any],
+    watch: Callable[[Engine], None] = lambda engine: None,
+) -> None:
+    """Train a run to its end, from where it was left if it was begun; the process ends with it.
+
+    Args:
+        recipe: of the run.
+        out: its folder.
+        values: settings above all others, by key.
+        watch: gets the engine before it trains.
+    """
+    with reported(debug=True):
+        _wait_until_free(out)
+        given = {**values, "out": out}
+        settings = read_settings(recipe.config, recipe.plugins, recipe.sets, os.environ, given)
+        made = build_plugins(settings).quiet()
+        engine = make_engine(made, out)
+        watch(engine)
+        sys.exit(train(engine, made.run, "auto", RunFolder(out), quiet=True))
+
+
+@dataclass
+class Crew:
+    """Processes at work; when it is left by an error, they are told to stop, and waited for.
+
+    Args:
+        modules: that the processes need; they are imported once for all of them.
+        jobs: how many are to work at once; they share the cores.
+    """
+
+    modules: Sequence[str]
+    jobs: int = 1
+    _working: dict[Path, ForkServerProcess] = field(default_factory=dict)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._working.values():
+            with suppress(ProcessLookupError, AttributeError):
+                process.terminate()  # a run stops after its step, and saves
+        for process in self._working.values():
+            process.join()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many work as may."""
+        return len(self._working) >= self.jobs
+
+    def __len__(self) -> int:
+        return len(self._working)
+
+    def start(self, out: Path, target: Callable[..., None], *args: Any) -> None:
+        """Let a process do something for a run, with its words in `OUT.log` beside the folder.
+
+        Args:
+            out: the folder of the run.
+            target: a function of a module; it ends by returning or by `sys.exit`.
+            args: of it; they are pickled.
+        """
+        out.parent.mkdir(parents=True, exist_ok=True)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, (cores or 1) // self.jobs) if self.jobs > 1 else None
+        process = nursery(*self.modules).Process(
+            target=_work, args=(_log_of(out), threads, target, args)
+        )
+        process.start()
+        self._working[out] = process
+
+    def wait(self) -> tuple[Path, int]:
+        """Wait until one has ended.
+
+        Returns:
+            The folder of its run, and its exit code: 0, 128 + a signal that stopped the run, less
+            than 0 where it was killed, or that of an error.
+        """
+        ready = connection.wait([process.sentinel for process in self._working.values()])
+        out = next(out for out, process in self._working.items() if process.sentinel in ready)
+        process = self._working.pop(out)
+        process.join()
+        return out, process.exitcode or 0
+
+    @staticmethod
+    def check(out: Path, code: int) -> None:
+        """Raise what ended a run.
+
+        Raises:
+            ConfigError: a mistake in its settings.
+            RunFailedError: anything else that is not its end.
+        """
+        if code == 0:
+            return
+        log = _log_of(out)
+        said = log.read_text(errors="replace") if log.is_file() else ""
+        if code == ConfigError.exit_code and "error: " in said:
+            raise ConfigError(said.rpartition("\nerror: ")[2].strip())
+        stopped = code > 128 or code < 0
+        how = "was stopped" if stopped else f"ended with exit code {code}"
+        raise RunFailedError(
+            f"the run in '{out}' {how}; the same command resumes it; its last words, in {log}: "
+            f"{said[-_WORDS:].strip()}"
+        )
+
+
+def _wait_until_free(out: Path) -> None:
+    """Let a process that a killed command has left end its last step."""
+    limit = time.monotonic() + _PATIENCE_S
+    while (out / CONFIG).is_file() and Run(out).status == "running" and time.monotonic() < limit:
+        time.sleep(0.1)
+
+
+def _log_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
+def _work(
+    log: Path, threads: int | None, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    stand_alone(log)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    target(*args)
+
+
+def _stop_with_parent() -> None:
+    """Stop the run where the command that started it has been killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

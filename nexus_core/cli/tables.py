@@ -1,0 +1,61 @@
+"""Tables of text: what the commands print, in columns."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = ["aligned", "as_bytes", "as_number", "as_time"]
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell.
+
+    Args:
+        rows: all of the same length; the first may be a heading.
+        right: the columns that end at their right edge: numbers.
+    """
+    shown = [[_visible(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = []
+    for row in shown:
+        cells = [
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def as_bytes(size: int) -> str:
+    """A size as one reads it: `812 B`, `34 kB`, `1.2 GB`."""
+    number, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 999.5 or unit == "TB":
+            break
+        number /= 1000
+    return f"{number:.1f} {unit}" if number < 10 and unit != "B" else f"{number:.0f} {unit}"
+
+
+def as_time(seconds: float | None) -> str:
+    """A duration as one reads it: `4.2 s`, `3 min 05 s`, `2 h 07 min`; nothing for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def as_number(value: float | None) -> str:
+    """A metric with what is worth reading of it; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
+
+
+def _visible(text: str) -> str:
+    """Text on one line, with an escape for what would do something to a terminal."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)

@@ -1,0 +1,1 @@
+"""`nexus-run sweep`: settings searched by Optuna, each trial an ordinary run."""

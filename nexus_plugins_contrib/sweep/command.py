@@ -1,0 +1,200 @@
+"""`nexus-run sweep`: search settings, each trial an ordinary run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_core.cli.errors import reported
+from nexus_core.cli.options import PATH
+
+if TYPE_CHECKING:
+    import optuna
+
+    from nexus_plugins_contrib.sweep.study import Search
+
+__all__ = ["main"]
+
+_SHOWN = 5  # of the best trials
+
+
+@click.command(name="sweep", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", required=False, metavar="[CONFIG|PRESET]")
+@click.option("--over", "spaces", multiple=True, required=True, metavar="KEY=SPACE",
+              help="Search a setting: log(1e-4,1e-2), uniform(0,1), int(1,8), intlog(16,1024), "
+              "choice(a,b); may be given several times.")  # fmt: skip
+@click.option("--trials", default=20, show_default=True, type=click.IntRange(min=1),
+              help="How many there are to be, with those of earlier calls.")  # fmt: skip
+@click.option("-m", "--metric", default="val/loss", show_default=True,
+              help="By its last value trials are judged.")  # fmt: skip
+@click.option("--mode", type=click.Choice(["min", "max"]), default="min", show_default=True,
+              help="Whether the metric is to be small or great.")  # fmt: skip
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1),
+              help="Trials at once; they share the cores.")  # fmt: skip
+@click.option("--sampler", type=click.Choice(["tpe", "random"]), default="tpe", show_default=True,
+              help="What chooses the values.")  # fmt: skip
+@click.option("--pruner", type=click.Choice(["median", "hyperband", "none"]), default="median",
+              show_default=True, help="What ends trials at an evaluation.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Of the sampler.")
+@click.option("-p", "--plugins", default="", help="As in nexus-run, for every trial.")
+@click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Likewise.")
+@click.option("--out", type=PATH, help="The folder of the sweep; give it again to resume.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(
+    config: str | None,
+    spaces: tuple[str, ...],
+    trials: int,
+    metric: str,
+    mode: str,
+    jobs: int,
+    sampler: str,
+    pruner: str,
+    seed: int,
+    plugins: str,
+    sets: tuple[str, ...],
+    out: Path | None,
+    debug: bool,
+) -> None:
+    """Search settings with Optuna; the config's own values are the first trial.
+
+    A sweep that was stopped or killed resumes with the same command: the trials that are done
+    count, and those that were begun continue from their checkpoints.
+
+    \b
+    nexus-run sweep my.yaml --over "optim.lr=log(1e-4,1e-2)" --trials 20 --out runs/lr
+    nexus-run sweep my.yaml --over "clip.max_norm=choice(0.5,1,2)" --jobs 2 -m val/f1 --mode max
+    """
+    with reported(debug):
+        from nexus_core.errors import ConfigError
+
+        if find_spec("optuna") is None:
+            raise ConfigError("a sweep needs Optuna: pip install 'nexus-trainer[sweep]'")
+        from nexus_core.cli.folder import automatic
+        from nexus_core.cli.launch import Recipe
+        from nexus_plugins_contrib.sweep.plots import save_plots
+        from nexus_plugins_contrib.sweep.space import read_dimension
+        from nexus_plugins_contrib.sweep.study import Search, opened
+
+        space = tuple(map(read_dimension, spaces))
+        search = Search(Recipe(config, plugins, sets), space, metric, mode, sampler, pruner, seed)
+        own = _own_values(search)
+        out = out or next(path for path in automatic("sweep") if not path.exists())
+        with opened(out, search, jobs) as study:
+            if not study.get_trials(deepcopy=False) and len(own) == len(space):
+                study.enqueue_trial(own)
+            _search(study, search, out, trials, jobs)
+            click.echo(_report(study, search, out))
+            for path in save_plots(study, out):
+                click.echo(f"picture: {path}")
+
+
+def _own_values(search: Search) -> dict[str, object]:
+    """The config's own values of what is searched, where they are within; the ends are tried.
+
+    Raises:
+        ConfigError: a setting is not there, or does not take an end of its range.
+    """
+    from nexus_core.cli.build import build_plugins
+    from nexus_core.cli.settings import read_settings
+
+    recipe = search.recipe
+    found: dict[str, object] = {}
+    for dimension in search.space:
+        for value in dimension.edges():
+            sets = (*recipe.sets, f"{dimension.key}={value}")
+            build_plugins(read_settings(recipe.config, recipe.plugins, sets, os.environ))
+    made = build_plugins(
+        read_settings(recipe.config, recipe.plugins, recipe.sets, os.environ)
+    ).resolved(Path())
+    for dimension in search.space:
+        head, _, rest = dimension.key.rpartition(".")
+        block = made["plugins"].get(head, {}) if head else made
+        value = dimension.admits(block.get(rest))
+        if value is not None:
+            found[dimension.key] = value
+    return found
+
+
+def _search(study: optuna.Study, search: Search, out: Path, trials: int, jobs: int) -> None:
+    """Train trials until there are as many as were asked for."""
+    from dataclasses import replace
+
+    from nexus_core.cli.launch import Crew, checked
+    from nexus_core.cli.records import Run
+    from nexus_core.errors import ConfigError
+    from nexus_plugins_contrib.sweep.study import close_value, folder_of, left_over
+    from nexus_plugins_contrib.sweep.trial import work
+
+    distributions = {dimension.key: dimension.distribution() for dimension in search.space}
+    begun = list(left_over(study))
+    running = {}
+    modules = [*checked(search.recipe), "nexus_plugins_contrib.sweep.trial"]
+    with Crew(modules, jobs) as crew:
+        while True:
+            there = len(study.get_trials(deepcopy=False)) - _waiting(study)
+            while not crew.is_full and (begun or there < trials):
+                asked = begun.pop(0) if begun else study.ask(distributions)
+                there = len(study.get_trials(deepcopy=False)) - _waiting(study)
+                path = folder_of(out, asked)
+                sets = tuple(f"{key}={value}" for key, value in asked.params.items())
+                recipe = replace(search.recipe, sets=(*search.recipe.sets, *sets))
+                number = asked._trial_id
+                crew.start(path, work, recipe, path, out, number, search.metric)
+                running[path] = study.get_trials(deepcopy=False)[asked.number]
+            if not len(crew):
+                return
+            path, code = crew.wait()
+            trial = running.pop(path)
+            if code == ConfigError.exit_code or code > 128 or code < 0:
+                crew.check(path, code)
+            said = "failed, see its log"
+            if code == 0:
+                said = close_value(study, trial, Run(path).summary, search)
+            else:
+                from optuna.trial import TrialState
+
+                study.tell(trial.number, state=TrialState.FAIL)
+            values = ", ".join(f"{key}={value}" for key, value in trial.params.items())
+            click.echo(f"trial {trial.number} of {trials}: {values}: {said}")
+
+
+def _waiting(study: optuna.Study) -> int:
+    from optuna.trial import TrialState
+
+    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+def _report(study: optuna.Study, search: Search, out: Path) -> str:
+    """The best trials, and how to train the best again."""
+    from optuna.trial import TrialState
+
+    from nexus_core.cli.tables import aligned
+    from nexus_core.errors import ConfigError
+    from nexus_plugins_contrib.sweep.study import folder_of
+
+    every = study.get_trials(deepcopy=False)
+    complete = [trial for trial in every if trial.state is TrialState.COMPLETE]
+    if not complete:
+        raise ConfigError(f"none of {len(every)} trials came to an end; their logs are in '{out}'")
+    sign = 1 if search.mode == "min" else -1
+    best = sorted(complete, key=lambda trial: sign * (trial.value or 0.0))
+    keys = [dimension.key for dimension in search.space]
+    rows = [["trial", search.metric, *keys]]
+    for trial in best[:_SHOWN]:
+        values = [f"{trial.params[key]}" for key in keys]
+        rows.append([str(trial.number), f"{trial.value:.4f}", *values])
+    counts = {trial.state.name.lower(): 0 for trial in every}
+    for trial in every:
+        counts[trial.state.name.lower()] += 1
+    sets = shlex.join([f"--set={key}={best[0].params[key]}" for key in keys])
+    return "\n".join([
+        aligned(rows, (0, 1)),
+        f"{len(every)} trials: " + ", ".join(f"{n} {state}" for state, n in counts.items()),
+        f"the best: {folder_of(out, best[0])}, {sets}",
+        f"all of them: nexus-run runs {shlex.quote(str(out))} --sort {search.metric}",
+    ])  # fmt: skip

@@ -1,0 +1,176 @@
+"""The study of a sweep: in a file of its folder, so that a killed sweep keeps what it had."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from nexus_core.cli.launch import Recipe
+from nexus_core.errors import ConfigError
+from nexus_plugins._shared.locks import lock
+from nexus_plugins_contrib.sweep.space import Dimension
+
+__all__ = ["Search", "close_value", "folder_of", "opened", "pruners", "samplers"]
+
+_JOURNAL, _LOCK, _NAME = "sweep.journal", "sweep.lock", "sweep"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how; a sweep's folder is of one.
+
+    Args:
+        recipe: of the runs, but for what is searched.
+        space: the settings.
+        metric: that is made small or great.
+        mode: "min" or "max".
+        sampler, pruner: by their names here.
+        seed: of the sampler.
+    """
+
+    recipe: Recipe
+    space: tuple[Dimension, ...]
+    metric: str
+    mode: str
+    sampler: str = "tpe"
+    pruner: str = "median"
+    seed: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for trials to be of one sweep."""
+        fixed = {key: value for key, value in asdict(self).items() if key != "seed"}
+        same: dict[str, Any] = json.loads(json.dumps(fixed))
+        return same
+
+
+def samplers(search: Search, drawn: int, jobs: int) -> BaseSampler:
+    """The sampler; one that has drawn before is not to draw the same again."""
+    seed = search.seed + drawn
+    if search.sampler == "random":
+        return RandomSampler(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=seed, n_startup_trials=5, constant_liar=jobs > 1)
+
+
+def pruners(name: str) -> BasePruner:
+    """What ends trials early: "median" those behind half of the others, "hyperband", or "none"."""
+    if name == "hyperband":
+        return HyperbandPruner()
+    return MedianPruner(n_startup_trials=4) if name == "median" else NopPruner()
+
+
+@contextmanager
+def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
+    """The study in a sweep's folder, made if it is not there, for this process alone.
+
+    Raises:
+        ConfigError: the folder is of another sweep, or one is at work in it.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / _LOCK).open("w") as held:
+        try:
+            lock(held, wait=False)
+        except BlockingIOError:
+            raise ConfigError(
+                f"a sweep is at work in '{out}'; wait for it, stop it, or choose another folder "
+                "with --out"
+            ) from None
+        _cut_torn_line(out / _JOURNAL)
+        direction = StudyDirection.MINIMIZE if search.mode == "min" else StudyDirection.MAXIMIZE
+        pruner = pruners(search.pruner)
+        study = optuna.create_study(
+            storage=storage(out), study_name=_NAME, direction=direction, pruner=pruner,
+            load_if_exists=True,
+        )  # fmt: skip
+        study.sampler = samplers(search, len(study.get_trials(deepcopy=False)), jobs)
+        before = study.user_attrs.get("search")
+        if before is None:
+            study.set_user_attr("search", search.identity)
+        elif before != search.identity:
+            other = [key for key, value in search.identity.items() if before.get(key) != value]
+            raise ConfigError(
+                f"'{out}' holds another sweep: {', '.join(other)} differ; choose another folder "
+                "with --out"
+            )
+        yield study
+
+
+def storage(out: Path) -> JournalStorage:
+    """Where the trials of a sweep are kept."""
+    return JournalStorage(JournalFileBackend(str(out / _JOURNAL)))
+
+
+def trial_of(out: Path, number: int) -> optuna.Trial:
+    """A trial in another process than the one that asked for it.
+
+    Args:
+        out: folder of the sweep.
+        number: of the trial, as Optuna stores it.
+    """
+    study = optuna.load_study(study_name=_NAME, storage=storage(out))
+    search = study.user_attrs["search"]
+    study.pruner = pruners(search["pruner"])
+    return optuna.Trial(study, number)
+
+
+def folder_of(out: Path, trial: FrozenTrial | optuna.Trial) -> Path:
+    """The folder of a trial's run."""
+    return out / f"trial-{trial.number:04d}"
+
+
+def close_value(
+    study: optuna.Study, trial: FrozenTrial, summary: Mapping[str, Any], search: Search
+) -> str:
+    """Tell the study how a trial's run has ended; returns it in words.
+
+    Raises:
+        ConfigError: the run does not have the metric.
+    """
+    metrics = summary.get("metrics", {})
+    if summary.get("reason") == "pruned":
+        study.tell(trial.number, state=TrialState.PRUNED)
+        return f"pruned at step {summary.get('steps', 0):,}"
+    if search.metric not in metrics:
+        raise ConfigError(
+            f"no trial has a metric '{search.metric}': there are {', '.join(metrics) or 'none'}; "
+            "choose one with --metric"
+        )
+    value = metrics[search.metric]
+    if value is None or not math.isfinite(value):
+        study.tell(trial.number, state=TrialState.FAIL)
+        return f"{search.metric} is not finite"
+    study.tell(trial.number, value)
+    return f"{search.metric} {value:.4f}"
+
+
+def left_over(study: optuna.Study) -> Sequence[FrozenTrial]:
+    """Trials that were begun and not ended, by a sweep that was stopped or killed."""
+    return study.get_trials(deepcopy=True, states=(TrialState.RUNNING,))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off the end of a journal that a power cut left without its newline."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)

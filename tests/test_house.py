@@ -338,6 +338,7 @@ PLACED: dict[str, dict[str, Any]] = {
     "loss": {"call": "called:next_id", "units": "called:labels"},
     "mfu": {"peak": 1e12},
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
+    "peft": {"dropout": 0.1},
     "model_hf": {"path": str(ROOT / "tests/core/tiny_llama"), "weights": "random"},
 }
 """Settings that name code or files, where those of the examples are a user's, or that take long."""

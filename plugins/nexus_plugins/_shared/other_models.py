@@ -63,9 +63,7 @@ def _switches(module: nn.Module) -> bool:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """With the adapters of all layers switched off."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers: list[Any] = [
-        m for m in model.modules() if callable(getattr(m, "enable_adapters", None))
-    ]
+    layers: list[Any] = [module for module in model.modules() if _switches(module)]
     for layer in layers:
         layer.enable_adapters(False)
     try:

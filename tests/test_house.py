@@ -32,6 +32,7 @@ VENDORS = {
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
     "model_hf": "transformers",
+    "kernels": "torch",  # it runs without any of its packages
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -174,8 +175,21 @@ def test_assignments_to_an_engine_are_seen() -> None:
 
 
 WORDS = {
-    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
-    *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
+    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "deterministic"),
+    *(
+        "diagnose",
+        "freeze",
+        "kernels",
+        "guard",
+        "init",
+        "loss",
+        "metrics",
+        "model",
+        "offload",
+        "optim",
+        "recompute",
+        "schedule",
+    ),
     "throughput",
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""

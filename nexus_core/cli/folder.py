@@ -16,6 +16,7 @@ from typing import Any
 from nexus_core.cli import distributed, yaml12
 from nexus_core.cli.build import Build
 from nexus_core.cli.copies import check_free, write_copies
+from nexus_core.cli.lineage import Relation, note_parent
 from nexus_core.errors import ConfigError
 from nexus_core.sources import Source
 
@@ -34,12 +35,14 @@ class RunFolder:
         made: folders that this process has made for it, outermost first.
         claimed: whether the run in it is that of this process alone.
         copies: of local code, and folders for them, that this process has made, outermost first.
+        parent: the checkpoint that a branch goes on from; None: the run is no branch.
     """
 
     path: Path
     made: list[Path] = field(default_factory=list)
     claimed: bool = False
     copies: list[Path] = field(default_factory=list)
+    parent: Relation | None = None
 
     def claim(
         self, settings: Mapping[str, Any], code: Sequence[Source] = (), *, resuming: bool
@@ -64,6 +67,8 @@ class RunFolder:
             self.claimed = _write_new(self.path / CONFIG, yaml12.dump(dict(settings)))
             if self.claimed:
                 self.copies = write_copies(code, self.path)
+                if self.parent is not None:
+                    note_parent(self.path, self.parent)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         if not self.claimed and not resuming:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import time
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from nexus_core.cli import distributed
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.copies import code_of
 from nexus_core.cli.folder import RunFolder, write_config
+from nexus_core.cli.lineage import Relation, note_branch
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
 
@@ -72,11 +74,28 @@ def _fit(engine: Engine, run: RunConfig, folder: RunFolder, resume: str | None) 
     written = distributed.of_main(
         engine.ranks, lambda: folder.claim(settings, code, resuming=resume is not None)
     )
+    begun = False
     for _ in engine.steps(until=run.until, eval_every=run.eval_every):
-        if not written and engine.ranks.is_main:
+        if begun or not engine.ranks.is_main:
+            continue
+        begun = True
+        if not written:
             write_config(settings, code, folder.path)
-            written = True
+        if folder.parent is not None:
+            _tell(folder.parent, folder.path)
     return engine.result()
+
+
+def _tell(parent: Relation, out: Path) -> None:
+    """Write down in the run that was branched that a branch of it is there."""
+    try:
+        note_branch(out, parent)
+    except OSError as error:
+        warnings.warn(
+            f"'{parent.run}' is not told of its branch, as it cannot be written: {error.strerror}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager

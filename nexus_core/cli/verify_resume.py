@@ -1,9 +1,9 @@
 """`nexus-run verify-resume`: show that a run killed at random moments ends in the same bits.
 
 The run is done once undisturbed, then again, killed by SIGKILL as often as asked for (a third of
-the times while a checkpoint is being written) and resumed each time. A witness plugin notes down,
-step by step, fingerprints of the batches, the weights, the optimizer, the random generators and
-each plugin's state; the notes of both runs must agree to the last line, and so must the metrics.
+the times while a checkpoint is being written) and resumed each time. A plugin notes down, step by
+step, digests of batches, generators, losses, gradient, weights, optimizer and each plugin's state;
+the notes of both runs must agree to the last line, and so must the metrics.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
+from nexus_core.cli.notes import NOTES, last_step, notes_of, starts_of, witness
 from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.cli.witness import NOTES, STARTS, WitnessPlugin, fingerprint, whole_lines
+from nexus_core.cli.witness import companions, fingerprint, whole_lines
 from nexus_core.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 __all__ = ["Report", "compare_runs", "main", "verify_resume"]
 
@@ -79,6 +82,7 @@ def verify_resume(
     seed: int = 0,
     threads: int | None = None,
     terms: float = 0.0,
+    bare: bool = False,
 ) -> Report:
     """Do a run twice, undisturbed and killed, and compare every step of it.
 
@@ -91,6 +95,7 @@ def verify_resume(
         seed: of the moments of the kills.
         threads: that torch uses in a run; None leaves it to torch.
         terms: share of the kills that are a SIGTERM to the run and its workers, not a SIGKILL.
+        bare: add no plugins of those that packages bring for it.
 
     Returns:
         The report, which is also written to `certificate.json`.
@@ -106,11 +111,12 @@ def verify_resume(
         raise ConfigError(said) from error
     except OSError as error:
         raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
-    order = Order(config, plugins, tuple(sets), threads)
+    named = ",".join([*([] if bare else companions()), *filter(None, [plugins])])
+    order = Order(config, named, tuple(sets), threads)
     processes = nursery("nexus_core.cli.verify_resume")
     undisturbed, disturbed = out / "undisturbed", out / "killed"
     _finish(_live(processes, order, undisturbed), undisturbed)
-    report = Report(steps=len(whole_lines(undisturbed / NOTES)))
+    report = Report(steps=len(notes_of(undisturbed)))
     moments = random.Random(seed)
     while report.kills < kills:
         life = _live(processes, order, disturbed)
@@ -167,7 +173,7 @@ def _life(order: Order, out: Path) -> None:
         values = {"out": out}
         settings = read_settings(order.config, order.plugins, order.sets, os.environ, values)
         made = build_plugins(settings)
-        plan = arrange([*made.plan.plugins, WitnessPlugin()])
+        plan = arrange([*made.plan.plugins, witness()])
         made = dataclasses.replace(made, plan=plan)
         engine = make_engine(made, out)
         sys.exit(train(engine, made.run, "auto", RunFolder(out), quiet=True))
@@ -209,11 +215,11 @@ def _kill(
     """
     within_save = not saved and moments.random() < _SAVE_SHARE
     at_start = not (within_save or saved) and moments.random() < 0.1
-    begin = _last_step(out / NOTES)
+    begin = last_step(out / NOTES)
     target = begin + moments.uniform(0, steps)
     limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
     while life.is_alive() and time.monotonic() < limit:
-        reached = _last_step(out / NOTES)
+        reached = last_step(out / NOTES)
         if reached >= begin + steps and not saved:
             break
         if saved:
@@ -245,7 +251,7 @@ def _kill(
 
 def _went_on(out: Path) -> bool:
     """Whether a life of the killed run has begun from a checkpoint."""
-    return any(int(line) for line in whole_lines(out / STARTS))
+    return any(starts_of(out))
 
 
 def _saving(out: Path) -> bool:
@@ -271,9 +277,7 @@ def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
         undisturbed: folder of a run with a witness.
         killed: folder of the other one.
     """
-    ours, theirs = (
-        [json.loads(line) for line in whole_lines(p / NOTES)] for p in (undisturbed, killed)
-    )
+    ours, theirs = notes_of(undisturbed), notes_of(killed)
     differences = []
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
         differences.append(f"the steps: {len(ours)} undisturbed, {len(theirs)} killed")
@@ -292,7 +296,14 @@ def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
 
 
 def _odd_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    return ", ".join(key for key in {**mine, **other} if mine.get(key) != other.get(key))
+    """The keys whose values differ, with those within that do."""
+    odd = []
+    for key in {**mine, **other}:
+        one, two = mine.get(key), other.get(key)
+        if one != two:
+            nested = isinstance(one, dict) and isinstance(two, dict)
+            odd.append(f"{key} ({_odd_keys(one or {}, two or {})})" if nested else key)
+    return ", ".join(odd)
 
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
@@ -320,18 +331,6 @@ def _certify(order: Order, report: Report, path: Path) -> None:
     path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
 
 
-def _last_step(path: Path) -> int:
-    """The step of the last whole line of notes; 0 if no line is whole."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 8192))
-            whole = file.read().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        return 0
-    last = whole.rpartition(b"\n")[2]
-    return int(json.loads(last)["step"]) if last else 0
-
-
 @click.command(name="verify-resume", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="",
@@ -346,6 +345,7 @@ def _last_step(path: Path) -> int:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
 @click.option("--out", type=PATH, help="A new folder for both runs.")
+@click.option("--bare", is_flag=True, help="Add no plugins that make runs exact.")
 @click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -355,13 +355,16 @@ def main(
     kills: int,
     seed: int,
     out: Path | None,
+    bare: bool,
     keep: bool,
     debug: bool,
 ) -> None:
     """Kill a run at random moments, resume it, and show that it ends in the same bits."""
     with reported(debug):
         out = out or next(path for path in automatic("verify-resume") if not path.exists())
-        report = verify_resume(config, out, kills=kills, plugins=plugins, sets=sets, seed=seed)
+        report = verify_resume(
+            config, out, kills=kills, plugins=plugins, sets=sets, seed=seed, bare=bare
+        )
         if report.holds and not keep:
             for folder in ("undisturbed", "killed"):
                 shutil.rmtree(out / folder)

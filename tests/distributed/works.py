@@ -567,3 +567,26 @@ def read_apart() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = Engine(model, optimizer, plugins=[parallel, SquaredPlugin()])
     engine.fit([batch] * (3 + ranks.rank), until="2 epochs")
+
+
+def digests_of_parts() -> tuple[list[int], list[int]]:
+    """The digests of tensors that this process holds whole, and of the same ones divided."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from nexus_core.cli.digests import Digester
+
+    dist.init_process_group("gloo")
+    cpu, digest, ranks = torch.device("cpu"), Digester(), Ranks.current()
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    torch.manual_seed(1)
+    sizes = [(5, 3), (1, 7), (40_001,), (300, 511), (6, 4)]
+    groups = [[torch.randn(size), torch.randn(3)] for size in sizes]
+    cuts = [0, 0, 0, 0, 1]  # the last by columns
+    divided = [
+        [distribute_tensor(one, mesh, [Shard(cut)]), other]
+        for (one, other), cut in zip(groups, cuts, strict=True)
+    ]
+    found = digest(groups, cpu).tolist(), digest(divided, cpu, ranks).tolist()
+    dist.destroy_process_group()
+    return found

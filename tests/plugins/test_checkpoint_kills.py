@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.crash import crash
 from nexus_core import ConfigError, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core.cli.notes import witness
 from nexus_core.cli.verify_resume import compare_runs, verify_resume
-from nexus_core.cli.witness import WitnessPlugin
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.jsonl import JsonlPlugin
 from tiny import Regression, tiny_engine
@@ -123,7 +123,7 @@ def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path:
     def run(out: Path, until: int) -> None:
         extra = [ForgetfulPlugin()] if forgetful else []
         engine = tiny_engine(
-            CheckpointPlugin(every=4), JsonlPlugin(), WitnessPlugin(), *extra, dropout=0.2, out=out
+            CheckpointPlugin(every=4), JsonlPlugin(), witness(), *extra, dropout=0.2, out=out
         )
         engine.resume()
         loader = ResumableLoader(Regression(), 4, seed=1)
@@ -136,7 +136,7 @@ def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path:
         run(tmp_path / "cut", stop)
     found = compare_runs(tmp_path / "whole", tmp_path / "cut")
     if forgetful:
-        assert found[0] == "step 5: weights"
+        assert found[0] == "step 5: weights (hidden)"
         assert found[1].startswith("metrics.jsonl, line 2: train/squared_loss")
     else:
         assert found == []
@@ -161,7 +161,7 @@ def test_a_step_whose_evaluation_was_put_off_is_noted_once_and_whole(tmp_path: P
     """Breaks if a verification blames a run for an evaluation that the next life makes."""
 
     def live(out: Path, leaves: int, until: int) -> None:
-        plugins = [CheckpointPlugin(every=4), JsonlPlugin(), WitnessPlugin(), LeavingPlugin(leaves)]
+        plugins = [CheckpointPlugin(every=4), JsonlPlugin(), witness(), LeavingPlugin(leaves)]
         engine = tiny_engine(*plugins, dropout=0.2, out=out)
         engine.resume()
         loader = ResumableLoader(Regression(), 4, seed=1)

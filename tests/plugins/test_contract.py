@@ -154,6 +154,12 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     },
     "loss_distill": {"configs": ({"teacher": {"call": "nexus_core.testing:tiny_model"}},)},
     "loss_reason": {"configs": ({"weight": 1.0},)},
+    "tape": {
+        "configs": ({}, {"every": 3, "modules": 0}),
+        "reads_on_cpu": ("generators",),  # theirs are on the host
+        "budget": 3.0,
+        "seconds": 0.1,
+    },
     "lr_finder": {"reads_on_cpu": ("on_step",), "resumes_after_stop": False},
     "lr_cosine": {"configs": ({"warmup": "2 steps"},)},
     "model": {"configs": ({"call": "nexus_core.testing:tiny_model", "args": {"dropout": 0.2}},)},

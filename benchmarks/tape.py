@@ -1,0 +1,80 @@
+"""What the plugin tape costs a step of the quickstart, at its default.
+
+    python -m benchmarks.tape [--steps 12]
+
+The processor time within its hooks is held against that of the whole steps of the same run.
+Reading and writing the lines is within it, as on a CPU each step does so.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from nexus_core.cli.build import build_plugins, make_engine
+from nexus_core.cli.settings import read_settings
+
+MOST = 0.02
+HOOKS = ("on_batch", "after_backward", "on_step", "on_log")
+
+
+@click.command()
+@click.option("--steps", default=12, help="Steps that are measured, after two that are not.")
+def main(steps: int) -> None:
+    """Print the share of a step that the tape takes."""
+    share, seconds = measured(steps)
+    click.echo(f"the tape takes {share:.2%} of a step of {seconds:.3f} s; at most {MOST:.0%}")
+    sys.exit(0 if share <= MOST else 1)
+
+
+def measured(steps: int) -> tuple[float, float]:
+    """The share of the median step that the median tape takes, and the step in seconds."""
+    settings = read_settings("quickstart", "tape", ("console.quiet=true", f"until={steps + 3}"))
+    spent: list[float] = []
+    whole: list[float] = []
+    with TemporaryDirectory() as room:
+        made = build_plugins(settings)
+        plugin = next(p for p in made.plan.plugins if p.name == "tape")
+        for hook in HOOKS:
+            setattr(plugin, hook, _timed(getattr(plugin, hook), spent))
+        engine = make_engine(made, Path(room) / "run")
+        begun = time.process_time()
+        for state in engine.steps(until=made.run.until):
+            now = time.process_time()
+            whole.append(now - begun)
+            spent.append(-1.0)  # ends the step
+            begun = time.process_time()
+            if state.step == steps + 2:
+                break
+    ours, total = [], 0.0
+    for value in spent:
+        if value < 0:
+            ours.append(total)
+            total = 0.0
+        else:
+            total += value
+    shares = sorted(a / b for a, b in zip(ours[2:], whole[2:], strict=True))
+    return shares[len(shares) // 2], sorted(whole[2:])[len(whole[2:]) // 2]
+
+
+def _timed(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*arguments: object) -> Any:
+        begun = time.process_time()
+        try:
+            return method(*arguments)
+        finally:
+            spent.append(time.process_time() - begun)
+
+    return call
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`nexus-run branch`: a new run that goes on from a checkpoint of another, with changed settings.
+
+What the settings leave alone stays the same to the bit: rows, dropout, noise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_core.cli.errors import reported
+from nexus_core.cli.options import PATH
+
+if TYPE_CHECKING:
+    from nexus_core.cli.build import Build
+    from nexus_core.cli.recorded import Saved
+    from nexus_core.engine import Engine
+
+__all__ = ["branch", "main"]
+
+_STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
+
+
+def branch(made: Build, saved: Saved, *, quiet: bool) -> int:
+    """Train on from a checkpoint of another run, in a folder of its own.
+
+    Args:
+        made: of the branch.
+        saved: what it goes on from.
+        quiet: print the final line alone.
+
+    Returns:
+        The exit code, as that of a run.
+    """
+    from nexus_core.cli import session
+    from nexus_core.cli.build import make_engine
+    from nexus_core.cli.folder import run_folder
+    from nexus_core.cli.lineage import Relation, changes
+    from nexus_core.cli.recorded import settings_in
+
+    name = _STAMP.sub("", saved.run.name)
+    with run_folder(replace(made, name=f"{name}-branch"), None) as folder:
+        engine = make_engine(made, folder.path)
+        load_apart(engine, saved.path)
+        changed = changes(settings_in(saved.config), engine.config)
+        place = str(saved.path.relative_to(saved.run))
+        folder.parent = Relation(str(saved.run), engine.state.step, place, changed)
+        if engine.ranks.is_main and not quiet:
+            click.echo(f"branched off {saved.run} at step {engine.state.step:,}")
+            for key, (before, after) in changed.items():
+                click.echo(f"  {key}: {_shown(before)} -> {_shown(after)}")
+        return session.train(engine, made.run, None, folder, quiet=quiet)
+
+
+def load_apart(engine: Engine, checkpoint: Path) -> None:
+    """Load the checkpoint of another run, but for what plugins that only watch keep of that run."""
+    from nexus_core.cli.recorded import without_watchers
+
+    snapshot = engine.hook.load_snapshot(engine=engine, source=str(checkpoint))
+    watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
+    engine.load_state_dict(without_watchers(snapshot, watching))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    return "on" if isinstance(value, dict) else f"{value!s:.80}"
+
+
+@click.command(name="branch", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", metavar="RUN@STEP")
+@click.option("-p", "--plugins", default="",
+              help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
+@click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
+              help="Change a setting, as in nexus-run.")  # fmt: skip
+@click.option("--out", type=PATH, help="The branch's folder.")
+@click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
+              help="What may differ from the run, settings aside: as in nexus-run; 'compatible' "
+              "where --plugins is given.")  # fmt: skip
+@click.option("--trust", is_flag=True, help="Use the code of the user that its config names.")
+@click.option("--quiet", is_flag=True, help="Print errors and the final line alone.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(
+    source: str,
+    plugins: str,
+    sets: tuple[str, ...],
+    out: Path | None,
+    resume_policy: str | None,
+    trust: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Go on from a checkpoint of a run in a new run, with changed settings.
+
+    RUN@STEP is a run's folder and a step that it has saved: runs/mine@5000, runs/mine@best, or
+    runs/mine for the newest. What is not changed stays the same to the bit: the rows, dropout,
+    noise. The folders of both runs say where the branch comes from (lineage.jsonl).
+
+    \b
+    nexus-run branch runs/mine@5000 --set lr=1e-4
+    nexus-run branch runs/mine@5000 --set until="8000 steps" --out runs/longer
+    """
+    with reported(debug):
+        from nexus_core.cli import distributed
+        from nexus_core.cli.build import build_plugins
+        from nexus_core.cli.recorded import only_trusted, saved_at
+        from nexus_core.cli.settings import read_settings
+        from nexus_core.paths import expanded
+        from nexus_core.plan import answering
+
+        saved = saved_at(expanded(source))
+        values: dict[str, object] = {"out": out}
+        if policy := resume_policy or (plugins and "compatible"):
+            values[f"{answering('load_snapshot').name}.resume_policy"] = policy
+        with only_trusted(saved.run, trust=trust):
+            settings = read_settings(
+                str(saved.config), plugins, sets, os.environ, values, trusted=trust
+            )
+            made = build_plugins(settings)
+            code = branch(made.quiet() if quiet else made, saved, quiet=quiet)
+        del made  # with it goes what plugins hold of the process group
+        distributed.leave()
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Where a run comes from and which runs went on from it: `lineage.jsonl` in the folder of a run.
+
+Each line is an object with one key. A branch has one line `parent`; a run has a line `branch` for
+each run that was branched off it. Lines are appended whole, so that many branches may begin at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FILE", "Lineage", "Relation", "changes", "note_branch", "note_parent", "read_lineage"]
+
+FILE = "lineage.jsonl"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """That a run went on from a checkpoint of another.
+
+    Args:
+        run: the folder of the other run, as an absolute path.
+        step: of the checkpoint.
+        source: the place of the checkpoint within the run that was branched, such as
+            `checkpoints/step-00005000`.
+        changes: each setting that differs, by its key, with its value in the run that was branched
+            and in the branch; null where a side does not have it.
+    """
+
+    run: str
+    step: int
+    source: str
+    changes: Mapping[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The relations of a run.
+
+    Args:
+        parent: the run that it was branched off; None: it began at its first step.
+        branches: the runs that were branched off it, oldest first; they may be gone since.
+    """
+
+    parent: Relation | None = None
+    branches: tuple[Relation, ...] = ()
+
+
+def note_parent(folder: Path, parent: Relation) -> None:
+    """Write down in a branch where it comes from."""
+    _append(folder, "parent", parent)
+
+
+def note_branch(folder: Path, parent: Relation) -> None:
+    """Write down in the run that was branched which run went on from it.
+
+    Args:
+        folder: of the branch.
+        parent: as in the branch.
+
+    Raises:
+        OSError: the folder of the parent cannot be written.
+    """
+    _append(Path(parent.run), "branch", replace(parent, run=str(folder.absolute())))
+
+
+def read_lineage(folder: Path) -> Lineage:
+    """The relations of the run in a folder; lines that are not whole are passed over."""
+    parent, branches = None, list[Relation]()
+    try:
+        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return Lineage()
+    for line in lines:
+        kind, relation = _relation(line)
+        if relation is not None and kind == "parent":
+            parent = relation
+        elif relation is not None and kind == "branch":
+            branches.append(relation)
+    return Lineage(parent, tuple(branches))
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ between two resolved configs, by key, with both values.
+
+    A plugin that one of them alone has counts as one setting; the run's folder does not count.
+    """
+    found = dict[str, tuple[Any, Any]]()
+    for name in {**before, **after}:
+        if name not in ("out", "plugins"):
+            found |= _differing(name, before.get(name), after.get(name))
+    ours, theirs = before.get("plugins") or {}, after.get("plugins") or {}
+    for name in {**ours, **theirs}:
+        one, other = ours.get(name), theirs.get(name)
+        if one is None or other is None:
+            found[name] = (one, other)
+            continue
+        for key in {**one, **other}:
+            found |= _differing(f"{name}.{key}", one.get(key), other.get(key))
+    return found
+
+
+def _differing(key: str, one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    return {} if one == other else {key: (one, other)}
+
+
+def _append(folder: Path, kind: str, relation: Relation) -> None:
+    line = json.dumps({kind: asdict(relation)}) + "\n"
+    place = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    try:
+        os.write(place, line.encode())
+    finally:
+        os.close(place)
+
+
+def _relation(line: str) -> tuple[str, Relation | None]:
+    try:
+        ((kind, content),) = json.loads(line).items()
+        pairs = {key: (one, other) for key, (one, other) in content["changes"].items()}
+        texts = str(content["run"]), int(content["step"]), str(content["source"])
+        return kind, Relation(*texts, pairs)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return "", None

@@ -1,0 +1,12 @@
+"""What a run was made of, step by step: a chain of digests, and what can be told by it.
+
+`plugin` takes the digests, `parts` says of what, `lines` is their file. `again` executes a part of
+a recorded run again; `probe` takes one of its steps apart, `sides` does so for two runs at once.
+`facts` compares what lies there, `diff` finds the first difference, `audit` looks for false ones.
+"""
+
+from __future__ import annotations
+
+from nexus_plugins.tape.plugin import TapeConfig, TapePlugin
+
+__all__ = ["TapeConfig", "TapePlugin"]

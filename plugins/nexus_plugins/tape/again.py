@@ -1,0 +1,243 @@
+"""A recorded run executed again, from its config and a checkpoint, in a folder that is aside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from nexus_core import Logger, LoggerConfig, Plugin
+from nexus_core.cli.recorded import Saved, checkpoints, config_of, only_trusted, without_watchers
+from nexus_core.errors import RunError
+from nexus_core.plan import answering, arrange
+from nexus_plugins.tape.lines import Line, Tape, read_tape
+from nexus_plugins.tape.plugin import TapePlugin
+
+if TYPE_CHECKING:
+    from nexus_core.cli.build import Build
+    from nexus_core.engine import Engine
+    from nexus_core.plan import Plan
+
+__all__ = ["Again", "Recorded", "Watch", "executed", "intervals"]
+
+_TAPE = "again.jsonl"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run in a folder.
+
+    Args:
+        folder: of the run.
+        trust: whether local code that its config names may be used.
+        tape: what was written down of it.
+        saved: its checkpoints by their step.
+    """
+
+    folder: Path
+    trust: bool
+    tape: Tape
+    saved: dict[int, Path]
+    directory: Path = field(default_factory=Path.cwd)  # that relative paths of its config are in
+
+    @classmethod
+    def at(cls, folder: Path, *, trust: bool) -> Recorded:
+        """The run in a folder.
+
+        Raises:
+            ConfigError: it is not the folder of a run.
+        """
+        config_of(folder)
+        folder = folder.absolute()
+        return cls(folder, trust, read_tape(folder), checkpoints(folder))
+
+    def before(self, step: int) -> int:
+        """The step of the newest checkpoint that is not of a later one; 0: from the beginning."""
+        return max((at for at in self.saved if at <= step), default=0)
+
+    def lock(self) -> dict[str, Any]:
+        """Who wrote its newest checkpoint; empty where it has none."""
+        return self._document("lock.json")
+
+    def data(self) -> str | None:
+        """The fingerprint of its data, where it has one."""
+        data = self._document("state.json").get("data")
+        return data.get("fingerprint") if isinstance(data, dict) else None
+
+    def _document(self, name: str) -> dict[str, Any]:
+        try:
+            path = self.saved[max(self.saved, default=0)] / name
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (KeyError, OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+class _HeardPlugin(Logger[LoggerConfig]):
+    """Keeps what a run logs and evaluates, as loggers get it."""
+
+    name: ClassVar[str] = "heard_again"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+
+    def write(self, engine: Engine, metrics: Any) -> None:
+        """Keep a log or an evaluation."""
+        self.metrics.append((engine.state.step, dict(metrics)))
+
+
+@dataclass
+class Again:
+    """What came of a part of a run that was executed again.
+
+    Args:
+        engine: after the last step.
+        lines: of a tape, by step.
+        metrics: the logs and evaluations, with their steps.
+        notes: in which the run could not be built again as it was, in words.
+    """
+
+    engine: Engine
+    lines: dict[int, Line] = field(default_factory=dict)
+    metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Watch:
+    """What looks on while a run is executed again; a subclass says at what."""
+
+    def plugins(self) -> tuple[list[Plugin[Any]], list[Plugin[Any]]]:
+        """Plugins that come before those of the run, and plugins that come after them."""
+        return [], []
+
+    def watch(self, plan: Plan) -> None:
+        """The plugins are there, and no engine yet."""
+
+    def attach(self, engine: Engine) -> None:
+        """The engine is there, and its state is that of the checkpoint."""
+
+    def before(self, engine: Engine, step: int) -> None:
+        """A step is about to be taken."""
+
+
+def executed(
+    recorded: Recorded, begin: int, end: int, *, modules: int = 2, watch: Watch | None = None
+) -> Again:
+    """Execute steps of a run again, in a folder that is thrown away.
+
+    Args:
+        recorded: the run.
+        begin: the step of the checkpoint to begin at; 0: the beginning.
+        end: the last step to take.
+        modules: of the tape that is made.
+        watch: looks on.
+
+    Raises:
+        RunError: the run ends before that.
+    """
+    watch = watch or Watch()
+    with (
+        TemporaryDirectory(prefix="nexus-again-") as room,
+        only_trusted(recorded.folder, trust=recorded.trust),
+        _threads_of(recorded, begin + 1),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        tape = TapePlugin.labelled("again")(file=_TAPE, modules=modules, at_once=True)
+        heard = _HeardPlugin()
+        made, dropped = _built(recorded, begin, watch, [tape, heard])
+        engine = _begun(made, recorded, begin, Path(room) / "run")
+        watch.attach(engine)
+        _walk(engine, made, end, watch.before)
+        lines = read_tape(Path(room) / "run", _TAPE).lines
+        notes = [str(warning.message) for warning in told]
+        notes = [n for n in notes if n.startswith("resuming:") and not _of(n, dropped)]
+        return Again(engine, dict(lines), heard.metrics, notes)
+
+
+def _built(
+    recorded: Recorded, begin: int, watch: Watch, added: list[Plugin[Any]]
+) -> tuple[Build, list[str]]:
+    """The plugins of the run without those that only watch; and the names of these and of ours."""
+    from nexus_core.cli.build import build_plugins
+    from nexus_core.cli.settings import read_settings
+
+    config = config_of(recorded.folder)
+    if begin:
+        config = Saved(recorded.folder, recorded.saved[begin]).config
+    reader = answering("load_snapshot").name
+    settings = read_settings(str(config), trusted=recorded.trust)
+    if reader in settings.run.plugins:
+        values = {f"{reader}.resume_policy": "force"}
+        settings = read_settings(str(config), values=values, trusted=recorded.trust)
+    made = build_plugins(settings)
+    kept = [p for p in made.plan.plugins if not getattr(p, "only_watches", False)]
+    first, last = watch.plugins()
+    plan = arrange([*first, *kept, *last, *added])
+    strangers = [p.name for p in (*made.plan.plugins, *plan.plugins) if p not in kept]
+    watch.watch(plan)
+    return dataclasses.replace(made, plan=plan), strangers
+
+
+def _begun(made: Build, recorded: Recorded, begin: int, room: Path) -> Engine:
+    """The engine as it was at a checkpoint."""
+    from nexus_core.cli.build import make_engine
+
+    engine = make_engine(made, room)
+    if begin:
+        source = str(recorded.saved[begin])
+        snapshot = engine.hook.load_snapshot(engine=engine, source=source)
+        watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
+        engine.load_state_dict(without_watchers(snapshot, watching))
+    return engine
+
+
+def _walk(engine: Engine, made: Build, end: int, before: Callable[[Engine, int], None]) -> None:
+    steps = engine.steps(until=made.run.until, eval_every=made.run.eval_every)
+    try:
+        while engine.state.step < end:
+            before(engine, engine.state.step + 1)
+            if next(steps, None) is None:
+                break
+        if made.run.until.reached(engine.state):
+            next(steps, None)  # the last log and evaluation
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+    if engine.state.step < end:
+        raise RunError(
+            f"executed again, the run ends at step {engine.state.step}, and step {end} was asked "
+            "for; its config has been changed since"
+        )
+
+
+@contextmanager
+def _threads_of(recorded: Recorded, step: int) -> Iterator[None]:
+    """The number of threads that the run had, for as long as the context lasts."""
+    before, wanted = torch.get_num_threads(), recorded.tape.environment(step).get("threads")
+    if isinstance(wanted, int) and wanted > 0:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _of(note: str, plugins: list[str]) -> bool:
+    """Whether a note is about plugins that were left out or added to look on."""
+    return any(f"'{name}'" in note for name in plugins) or "resume_policy" in note
+
+
+def intervals(recorded: Recorded) -> Iterator[tuple[int, int]]:
+    """The parts of a run between its checkpoints, the beginning included."""
+    edges = [0, *recorded.saved]
+    yield from pairwise(edges)

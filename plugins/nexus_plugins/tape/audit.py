@@ -1,0 +1,229 @@
+"""Random parts of a run executed again, and held against what the run has left."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nexus_core.cli.digests import Digester, hexadecimal
+from nexus_core.cli.recorded import config_of, settings_in, without_watchers
+from nexus_core.errors import CheckpointError, NexusError
+from nexus_core.intervals import Interval
+from nexus_core.snapshot import Snapshot
+from nexus_plugins.tape import parts
+from nexus_plugins.tape.again import Again, Recorded, executed, intervals
+from nexus_plugins.tape.lines import differing
+
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["Audit", "Segment", "audit", "unseen"]
+
+_OF_CLOCKS = ("seconds", "time")
+_STATE = ("model", "optimizer", "random", "data", "plugins")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a run that was executed again.
+
+    Args:
+        begin: the step of the checkpoint that it begins at; 0: the beginning.
+        end: of the checkpoint that it ends with.
+        faults: what is not as it was left, in words.
+        notes: in which the run could not be built as it was.
+    """
+
+    begin: int
+    end: int
+    faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass
+class Audit:
+    """How an audit went.
+
+    Args:
+        of: how many intervals the run has.
+        intervals: those that were executed again.
+        faults: of the run as it lies there: its tape, and its checkpoints.
+    """
+
+    of: int
+    intervals: list[Segment] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether all was as the run has left it."""
+        return not self.faults and not any(part.faults for part in self.intervals)
+
+
+def unseen(share: float, segments: int) -> float:
+    """The chance that a share of false intervals is missed by so many that are drawn by chance."""
+    return math.pow(1 - share, segments)
+
+
+def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
+    """Execute intervals between checkpoints again, drawn by chance.
+
+    Args:
+        recorded: the run.
+        segments: how many; all of them where there are fewer.
+        seed: of the drawing; None: nobody can know it before.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+    """
+    found = list(intervals(recorded))
+    if not found:
+        raise CheckpointError(
+            f"'{recorded.folder}' has no checkpoint, and nothing to execute again; an audit needs "
+            "a run that saves (checkpoint.every)"
+        )
+    drawn = sorted(Random(seed).sample(found, min(segments, len(found))))
+    report = Audit(len(found))
+    if (step := recorded.tape.broken()) is not None:
+        report.faults.append(f"the tape was changed: its chain breaks at step {step}")
+    for begin, end in drawn:
+        report.intervals.append(_again(recorded, begin, end))
+    return report
+
+
+def _again(recorded: Recorded, begin: int, end: int) -> Segment:
+    try:
+        again = executed(recorded, begin, end, modules=_depth(recorded, end))
+    except NexusError as error:
+        return Segment(begin, end, [f"it cannot be executed again: {error}"])
+    faults = [*_lines(recorded, again, begin, end), *_metrics(recorded, again, begin, end)]
+    for step in filter(None, (begin, end)):
+        faults += _checkpoint(recorded, again.engine, step, ends=step == end)
+    return Segment(begin, end, list(dict.fromkeys(faults)), again.notes)
+
+
+def _depth(recorded: Recorded, step: int) -> int:
+    """How deep the tape of then tells modules apart."""
+    sessions = [s for s in recorded.tape.sessions if s["step"] < step]
+    return int(sessions[-1]["modules"]) if sessions else 2
+
+
+def _lines(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[str]:
+    """The first line of the tape that is another one."""
+    for step in range(begin + 1, end + 1):
+        was, now = recorded.tape.lines.get(step), again.lines.get(step)
+        if was is None and recorded.tape.lines:
+            yield f"step {step}: its line is not in the tape"
+            return
+        if was is not None and now is not None and (odd := differing(was, now)):
+            shown = "; ".join(f"{part} {', '.join(names)}".strip() for part, names in odd.items())
+            yield f"step {step}: the tape has other digests of: {shown}"
+            return
+
+
+def _metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[str]:
+    """What the run has logged otherwise than when it is executed again."""
+    logged = _logged(recorded.folder / "metrics.jsonl", begin, end)
+    if logged is None or _logs_by_the_clock(recorded):
+        return
+    heard: dict[int, dict[str, float]] = defaultdict(dict)
+    for step, metrics in again.metrics:
+        heard[step] |= metrics
+    for step in sorted({*heard, *logged}):
+        mine, theirs = heard.get(step), logged.get(step)
+        if mine is None or theirs is None:
+            what = "is not there" if theirs is None else "is not of the run"
+            yield f"metrics.jsonl: the line of step {step} {what}"
+            continue
+        for name, value in mine.items():
+            finite = value if math.isfinite(value) else None
+            if not _is_clock(name) and (name not in theirs or theirs[name] != finite):
+                said = f"says {theirs[name]}" if name in theirs else "says nothing"
+                yield f"metrics.jsonl, step {step}: {name} {said}, and is {value:.9g}"
+
+
+def _logs_by_the_clock(recorded: Recorded) -> bool:
+    """Whether the steps of its logs are other ones when it is executed again."""
+    settings = settings_in(config_of(recorded.folder))
+    lengths = filter(None, (settings.get(key) for key in ("log_every", "eval_every")))
+    return any(Interval.parse(length).unit == "seconds" for length in lengths)
+
+
+def _logged(path: Path, begin: int, end: int) -> dict[int, dict[str, Any]] | None:
+    """The metrics of each step in a part of a run; None where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    found: dict[int, dict[str, Any]] = defaultdict(dict)
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            step = record.pop("step")
+        except (ValueError, LookupError, AttributeError):
+            continue
+        if isinstance(step, int) and begin < step <= end and "note" not in record:
+            found[step] |= record
+    return found
+
+
+def _is_clock(name: str) -> bool:
+    return name in _OF_CLOCKS or name.startswith("system/")
+
+
+def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) -> Iterator[str]:
+    """In what a checkpoint is not that of the run."""
+    path = recorded.saved[step]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that plugins are here which look on, and others not
+            snapshot = engine.hook.load_snapshot(engine=engine, source=str(path))
+    except NexusError as error:
+        yield f"{path.name}: {error}"
+        return
+    line = recorded.tape.lines.get(step, {})
+    odd = [name for name, now in _weights(snapshot, _depth(recorded, step)).items()
+           if name in line.get("weights", {}) and line["weights"][name] != now]  # fmt: skip
+    if odd:
+        yield f"{path.name}: the weights of {', '.join(odd)} are not those of the tape"
+    if ends:
+        watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
+        now = without_watchers(engine.state_dict(), watching)
+        then = without_watchers(snapshot, watching)
+        for part in _unlike(then, now):
+            yield f"{path.name}: {part} is not as it comes out when it is executed again"
+
+
+def _weights(snapshot: Snapshot, depth: int) -> dict[str, str]:
+    """The digests of the weights of a checkpoint, as a tape has them."""
+    groups = parts.by_module(snapshot["model"], depth)
+    values: list[list[Tensor]] = list(groups.values())
+    device = values[0][0].device
+    digests = Digester()(values, device).tolist()
+    return dict(zip(groups, map(hexadecimal, digests), strict=True))
+
+
+def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """The parts of two snapshots that are not the same, with the names within them."""
+    for part in _STATE:
+        one, other = then.get(part), now.get(part)
+        if parts.of_tree(one) == parts.of_tree(other):
+            continue
+        names = [
+            str(name)
+            for name in (one if isinstance(one, Mapping) and isinstance(other, Mapping) else {})
+            if parts.of_tree(one[name]) != parts.of_tree(other.get(name))  # type: ignore[index,union-attr]
+        ]
+        yield f"{part} ({', '.join(names[:5])})" if names else part
+    counters = [{k: v for k, v in s["train"].items() if k != "seconds"} for s in (then, now)]
+    if counters[0] != counters[1]:
+        yield "a counter"

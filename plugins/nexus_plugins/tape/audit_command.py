@@ -1,0 +1,79 @@
+"""`nexus-run audit`: is a run what it says? Parts of it are executed again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nexus_core.cli.errors import reported
+from nexus_core.cli.options import PATH
+from nexus_core.errors import NexusError
+
+if TYPE_CHECKING:
+    from nexus_plugins.tape.audit import Audit
+
+__all__ = ["main"]
+
+SHARES = (0.01, 0.05, 0.1, 0.25)
+
+
+@click.command(name="audit", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", metavar="RUN", type=PATH)
+@click.option("--segments", default=3, show_default=True, type=click.IntRange(min=1),
+              help="How many intervals between checkpoints are executed again.")  # fmt: skip
+@click.option("--seed", type=int, help="Of the drawing of intervals; by chance where not given.")
+@click.option("--trust", is_flag=True, help="Use the code of the user that its config names.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(
+    run: Path, segments: int, seed: int | None, trust: bool, as_json: bool, debug: bool
+) -> None:
+    """Execute random intervals of a run again, and compare what it has left.
+
+    Checkpoints, tape and metrics of each interval must come out to the bit, on a machine like the
+    one that the run was made on. Nothing of the run is changed. The exit code is 0 where all is as
+    it was left, 1 where something is not, 2 after an error.
+    """
+    with reported(debug):
+        from nexus_plugins.tape.again import Recorded
+        from nexus_plugins.tape.audit import audit
+
+        try:
+            report = audit(Recorded.at(run, trust=trust), segments, seed)
+        except NexusError as error:
+            if debug:
+                raise
+            click.echo(f"error: {error.on_command_line()}", err=True)
+            sys.exit(2)
+        click.echo(_as_json(report) if as_json else "\n".join(_lines(report)))
+        sys.exit(0 if report.holds else 1)
+
+
+def _as_json(report: Audit) -> str:
+    return json.dumps({"holds": report.holds, **dataclasses.asdict(report)}, indent=2)
+
+
+def _lines(report: Audit) -> Iterator[str]:
+    from nexus_plugins.tape.audit import unseen
+
+    for fault in report.faults:
+        yield f"  FALSE  {fault}"
+    for part in report.intervals:
+        verdict = "FALSE" if part.faults else "same "
+        yield f"  {verdict}  steps {part.begin + 1:,} to {part.end:,}"
+        for said in (*part.faults, *part.notes):
+            yield f"         {said}"
+    count = len(report.intervals)
+    if count == report.of:
+        yield f"all {count} intervals of the run were executed again"
+        return
+    yield f"{count} of {report.of} intervals were executed again; the chance that one"
+    yield "would have missed a run of which a share is false:"
+    for share in SHARES:
+        yield f"  {share:4.0%}  {unseen(share, count):.3g}"

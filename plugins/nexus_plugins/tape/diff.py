@@ -1,0 +1,302 @@
+"""Where two runs first differ, in what, and why: by their tapes, and by doing the step again."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_core.errors import NexusError, RunError
+from nexus_plugins._shared.checkpoints.folder import read_manifest
+from nexus_plugins.tape.again import Recorded
+from nexus_plugins.tape.causes import cause, surroundings, words
+from nexus_plugins.tape.facts import Fact, facts
+from nexus_plugins.tape.lines import Line, differing
+from nexus_plugins.tape.probe import OUTSIDE, Moment
+from nexus_plugins.tape.sides import Side, Taken
+
+__all__ = ["Finding", "diff", "first_step"]
+
+PHASE_OF = {
+    "batches": "batch",
+    "inputs": "batch",
+    "generators": "generators",
+    "losses": "forward",
+    "gradient": "gradient",
+    "settings": "settings",
+    "weights": "update",
+    "optimizer": "update",
+    "plugins": "end",
+}
+"""The phase of a step that makes a part of a line."""
+
+_WEIGHTS = ("model.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of two runs.
+
+    Args:
+        compared: the last step that both have.
+        facts: what differs in settings, code, versions, data and environment.
+        step: the first that differs; None: none does.
+        phase: of the step: batch, generators, forward, loss, backward, gradient, settings, update
+            or end.
+        module: the module, or what else the first difference is in.
+        tensor: the first that differs.
+        about: its type and shape in both runs.
+        largest: its largest difference; None where it is not of numbers, or of another shape.
+        cause: what is likely, in words.
+        repeated: whether each run's step came out as its tape says when it was done again; None
+            where that is not known.
+        notes: what else there is to say.
+    """
+
+    compared: int
+    facts: Sequence[Fact] = ()
+    step: int | None = None
+    phase: str = ""
+    module: str = ""
+    tensor: str = ""
+    about: tuple[str, str] = ("", "")
+    largest: float | None = None
+    cause: str = ""
+    repeated: tuple[bool | None, bool | None] = (None, None)
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        """Whether no step differs."""
+        return self.step is None
+
+
+def diff(one: Recorded, other: Recorded) -> Finding:
+    """Compare two runs.
+
+    Raises:
+        RunError: they have nothing in common that could be compared.
+    """
+    found = facts(one, other)
+    common = sorted(one.tape.lines.keys() & other.tape.lines.keys())
+    if common:
+        step = first_step(one.tape.lines, other.tape.lines, common)
+        if step is None:
+            return Finding(common[-1], found, notes=_lengths(one, other))
+        return _taken_apart(one, other, step, common[-1], found)
+    begin, end = _by_checkpoints(one, other)
+    if begin == end:
+        return Finding(end, found, notes=["compared by the checkpoints, as there are no tapes"])
+    step = _first_again(one, other, begin, end)
+    if step is None:
+        said = f"between steps {begin} and {end}, and not when both runs are executed again"
+        return Finding(end, found, begin + 1, cause=f"the runs came apart {said}; {_OUTSIDE}")
+    return _taken_apart(one, other, step, end, found)
+
+
+_OUTSIDE = (
+    "what differed is not in their configs: a fault of the machine, code that has been changed "
+    "since, or a hand from outside"
+)
+
+
+def first_step(
+    one: Mapping[int, Line], other: Mapping[int, Line], common: Sequence[int]
+) -> int | None:
+    """The first of the steps that both tapes have at which they differ; by bisection.
+
+    Two lines with the same chain have the same lines before them. Where the tapes were begun at
+    other steps, or take in other levels, each line is compared.
+    """
+    if one[common[0]]["chain"] == other[common[0]]["chain"]:
+        place = bisect_left(common, True, key=lambda s: one[s]["chain"] != other[s]["chain"])
+        common = common[place:]
+    return next((step for step in common if differing(one[step], other[step])), None)
+
+
+def _taken_apart(
+    one: Recorded, other: Recorded, step: int, compared: int, found: list[Fact]
+) -> Finding:
+    """Do the step again in both runs, and find the first value that differs."""
+    lines = one.tape.lines.get(step), other.tape.lines.get(step)
+    try:
+        with Side(one) as mine, Side(other) as theirs:
+            return _between(mine, theirs, lines, step, compared, found)
+    except NexusError as error:  # such as code of the user's that is not trusted
+        if None in lines:
+            raise
+        finding = _by_tape(lines, step, compared, found)
+        return Finding(**{**vars(finding), "notes": [f"not done again: {error}"]})
+
+
+def _between(
+    mine: Side,
+    theirs: Side,
+    lines: tuple[Line | None, Line | None],
+    step: int,
+    compared: int,
+    found: list[Fact],
+) -> Finding:
+    taken = _both(mine, theirs, step)
+    repeated = _repeats(lines[0], taken[0], step), _repeats(lines[1], taken[1], step)
+    earlier = _earlier(taken, step)
+    if earlier is not None:
+        taken, step = _both(mine, theirs, earlier), earlier
+    notes = [*dict.fromkeys([*taken[0].notes, *taken[1].notes])]
+    places = _first(taken[0].moments, taken[1].moments)
+    if places is None or False in repeated:
+        if None not in lines:
+            return _by_tape(lines, step, compared, found, repeated, notes)
+        why = f"done again, both runs take the same step; {_OUTSIDE}"
+        return Finding(compared, found, step, cause=why, repeated=repeated, notes=notes)
+    if _is_computed(taken[0].moments[places[0]]):
+        closer = _both(mine, theirs, step, operations=True)
+        inner = _first(closer[0].moments, closer[1].moments)
+        if inner is not None and closer[0].moments[inner[0]].module != OUTSIDE:
+            taken, places = closer, inner
+        else:  # the step of then, whose values are asked for
+            taken = _both(mine, theirs, step)
+    pair = taken[0].moments[places[0]], taken[1].moments[places[1]]
+    values = mine.value(places[0]), theirs.value(places[1])
+    moment = pair[0]
+    return Finding(
+        compared,
+        found,
+        step,
+        moment.phase,
+        moment.module,
+        moment.name,
+        (pair[0].about, pair[1].about),
+        _largest(*values),
+        cause(pair, values, found),
+        repeated,
+        notes,
+    )
+
+
+def _is_computed(moment: Moment) -> bool:
+    """Whether it comes out of operations, of which one is the first to differ."""
+    return moment.phase == "forward" or (moment.phase, moment.name) == ("loss", "mean")
+
+
+def _both(mine: Side, theirs: Side, step: int, *, operations: bool = False) -> tuple[Taken, Taken]:
+    for side in (mine, theirs):
+        side.begin(step, operations=operations)
+    return mine.taken(), theirs.taken()
+
+
+def _repeats(line: Line | None, taken: Taken, step: int) -> bool | None:
+    """Whether a step that was done again came out as it was written down then."""
+    return None if line is None else not differing(line, taken.lines[step])
+
+
+def _earlier(taken: tuple[Taken, Taken], step: int) -> int | None:
+    """A step before this one that differs already, which coarser tapes did not show."""
+    one, other = (t.lines for t in taken)
+    common = sorted(s for s in one.keys() & other.keys() if s < step)
+    return next((s for s in common if differing(one[s], other[s])), None)
+
+
+def _first(one: Sequence[Moment], other: Sequence[Moment]) -> tuple[int, int] | None:
+    """The places of the first moment that both steps have and that differs."""
+    there = {moment.key: place for place, moment in enumerate(other)}
+    for place, moment in enumerate(one):
+        match = there.get(moment.key)
+        if match is not None and other[match].digest != moment.digest:
+            return place, match
+    return None
+
+
+def _by_tape(
+    lines: tuple[Line | None, Line | None],
+    step: int,
+    compared: int,
+    found: list[Fact],
+    repeated: tuple[bool | None, bool | None] = (None, None),
+    notes: Sequence[str] = (),
+) -> Finding:
+    """What the tapes alone say of a step."""
+    assert lines[0] is not None
+    assert lines[1] is not None
+    parts = differing(lines[0], lines[1])
+    part, names = next(iter(parts.items()))
+    odd = [name for name, same in zip("AB", repeated, strict=True) if same is False]
+    if len(odd) == 1:
+        why = (
+            f"done again, run {odd[0]} does not come out as its tape says, and the other one does: "
+            "what changed it is not in its config: a fault of the machine, code that has been "
+            "changed since, or a hand from outside"
+        )
+    elif odd:
+        why = "done again here, neither run comes out as its tape says" + surroundings(found)
+    else:
+        why = words(PHASE_OF[part], "", found)
+    largest = None
+    if part == "losses":
+        numbers = [[float(line[part][n]) for n in names] for line in lines if line is not None]
+        largest = max(abs(a - b) for a, b in zip(*numbers, strict=True))
+    return Finding(
+        compared,
+        found,
+        step,
+        PHASE_OF[part],
+        ", ".join(names),
+        part,
+        largest=largest,
+        cause=why,
+        repeated=repeated,
+        notes=notes,
+    )
+
+
+def _largest(one: Tensor | None, other: Tensor | None) -> float | None:
+    if one is None or other is None or one.shape != other.shape or not one.numel():
+        return None
+    kind = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
+    return float((one.to(kind) - other.to(kind)).abs().max())
+
+
+def _lengths(one: Recorded, other: Recorded) -> list[str]:
+    ends = [max(run.tape.lines, default=0) for run in (one, other)]
+    if ends[0] == ends[1]:
+        return []
+    return [f"A goes to step {ends[0]}, B to step {ends[1]}; the same as far as both go"]
+
+
+def _by_checkpoints(one: Recorded, other: Recorded) -> tuple[int, int]:
+    """The last common checkpoint that is the same, and the first after it that is not."""
+    common = sorted(one.saved.keys() & other.saved.keys())
+    if not common:
+        end = min(_steps(one), _steps(other))
+        if not end:
+            raise RunError("the runs have no tapes, and no checkpoint of a common step")
+        return 0, end
+    last = 0
+    for step in common:
+        hashes = [read_manifest(run.saved[step]).files for run in (one, other)]
+        if any(hashes[0].get(name) != hashes[1].get(name) for name in _WEIGHTS):
+            return last, step
+        last = step
+    return last, last
+
+
+def _first_again(one: Recorded, other: Recorded, begin: int, end: int) -> int | None:
+    with Side(one) as mine, Side(other) as theirs:
+        for side in (mine, theirs):
+            side.begin(end, begin=begin)
+        lines = mine.taken().lines, theirs.taken().lines
+    common = sorted(lines[0].keys() & lines[1].keys())
+    return next((s for s in common if differing(lines[0][s], lines[1][s])), None)
+
+
+def _steps(run: Recorded) -> int:
+    try:
+        found: Any = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+        return int(found["steps"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return max(run.saved, default=0)

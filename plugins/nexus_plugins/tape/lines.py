@@ -1,0 +1,120 @@
+"""The file of a tape: an object a line, each step's chained to the one before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexus_core.errors import CheckpointError
+from nexus_plugins._shared.files import opened
+
+__all__ = ["FILE", "PARTS", "Tape", "chained", "differing", "encoded", "read_tape"]
+
+FILE = "tape.jsonl"
+PARTS = (
+    "batches",
+    "inputs",
+    "generators",
+    "losses",
+    "gradient",
+    "settings",
+    "weights",
+    "optimizer",
+    "plugins",
+)
+"""Of a line, in the order in which a step makes them: the first to differ is nearest the cause."""
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A tape as it was read.
+
+    Args:
+        lines: of the steps, by their number, in order.
+        sessions: where and how the run was begun and resumed, in order: `step`, `every`, `modules`
+            and `environment`.
+    """
+
+    lines: Mapping[int, Line]
+    sessions: tuple[Line, ...] = ()
+
+    def environment(self, step: int) -> Mapping[str, Any]:
+        """That of the process which took a step."""
+        before = [session for session in self.sessions if session["step"] < step]
+        found: Mapping[str, Any] = before[-1]["environment"] if before else {}
+        return found
+
+    def broken(self) -> int | None:
+        """The first step whose line is not what was written then; None: the chain is whole."""
+        previous = None
+        for step, line in self.lines.items():
+            before = line["chain"] if previous is None else chained(previous, line)
+            if before != line["chain"]:
+                return step
+            previous = line["chain"]
+        return None
+
+
+def chained(previous: str, line: Mapping[str, Any]) -> str:
+    """The digest of all lines up to this one: it hashes the line and the digest before."""
+    content = {key: value for key, value in line.items() if key != "chain"}
+    text = previous + json.dumps(content, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def encoded(line: Mapping[str, Any]) -> str:
+    """A line of the file."""
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The parts that both lines have and that differ, first the one that a step makes first.
+
+    Returns:
+        The names within each part that differ: modules, generators, terms, plugins; an empty list
+        where a part has no names. Of names that one line alone has, nothing is said.
+    """
+    found = dict[str, list[str]]()
+    for part in PARTS:
+        mine, theirs = one.get(part), other.get(part)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            names = [name for name in mine if name in theirs and mine[name] != theirs[name]]
+            if names:
+                found[part] = names
+        elif mine is not None and theirs is not None and mine != theirs:
+            found[part] = []
+    return found
+
+
+def read_tape(run: Path, file: str = FILE) -> Tape:
+    """The tape of the run in a folder; empty where it has none. A torn last line is passed over."""
+    lines, sessions = dict[int, Line](), list[Line]()
+    for record in _records(run / file):
+        if isinstance(session := record.get("session"), dict):
+            sessions.append(session)
+        elif isinstance(step := record.get("step"), int):
+            lines[step] = record
+    return Tape(dict(sorted(lines.items())), tuple(sessions))
+
+
+def _records(path: Path) -> Iterator[Line]:
+    try:
+        with opened(path) as file:
+            text = file.readall().decode(errors="replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"cannot read the tape {path}: {error.strerror}") from error
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record

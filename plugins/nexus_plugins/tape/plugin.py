@@ -1,0 +1,225 @@
+"""Writes down, step by step, digests of what a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.cli.digests import Digester, hexadecimal
+from nexus_core.paths import PathText
+from nexus_plugins._shared.files import write_whole
+from nexus_plugins.tape import lines, parts
+
+if TYPE_CHECKING:
+    from nexus_core import Step
+    from nexus_core.engine import Engine
+
+__all__ = ["TapeConfig", "TapePlugin"]
+
+_IGNORED: dict[str, Any] = {"resume": "ignored"}
+
+
+class TapeConfig(PluginConfig):
+    """How much of a run is written down, and how often."""
+
+    every: int = Field(
+        1,
+        ge=1,
+        description="steps between digests of gradient, weights, optimizer and plugins; batches, "
+        "generators and losses are in every line",
+    )
+    modules: int = Field(
+        2, ge=0, description="names of a module's path that count: 2 tells blocks.0 from blocks.1"
+    )
+    at_once: bool = Field(
+        False,
+        description="write each line within its step, which waits for the device; otherwise lines "
+        "are read with logs and saves, but on a CPU, which is never waited for",
+        json_schema_extra=_IGNORED,
+    )
+    file: PathText = Field(
+        lines.FILE, min_length=1, description="name in the run's folder", json_schema_extra=_IGNORED
+    )
+
+
+@dataclass
+class _Taken:
+    """A step whose digests are on the device still.
+
+    Args:
+        line: what is known of it on the host.
+        names: of the numbers of each part, by part.
+        losses: the mean of each term `(terms)`.
+        digests: the others, in the order of the names, int64.
+    """
+
+    line: dict[str, Any]
+    names: dict[str, list[str]] = field(default_factory=dict)
+    losses: Tensor | None = None
+    digests: list[Tensor] = field(default_factory=list)
+
+
+class TapePlugin(Plugin[TapeConfig]):
+    """Keeps a tape: for each step a line of digests, chained to the line before.
+
+    A line has the batches, the random generators before the forward pass, each loss term, the
+    gradient that is applied by module, the optimizer's settings, then weights and optimizer states
+    by module after the update, and the state of each plugin where no device is waited for. It
+    changes nothing in training. Two runs with the same chain at a step are the same up to it:
+    `nexus-run diff` finds the first step at which they are not, and says why.
+
+    A resumed run goes on with the tape of its checkpoint: it ends as that of a run that was not
+    interrupted. With several processes, batches and generators are those of the main one.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+    only_watches: ClassVar[bool] = True  # a branch begins a tape of its own
+
+    def __init__(self, config: TapeConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._chain = ""
+        self._batches: list[str] = []
+        self._inputs: list[list[Tensor]] = []  # of each batch, what is on a device already
+        self._generators: dict[str, str] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._begun = 0  # the step that batches are being read for
+        self._waiting: list[_Taken] = []
+        self._digester = Digester()
+        self._file: IO[str] | None = None
+
+    def state_dict(self) -> StateDict:
+        """The digest of all lines so far."""
+        self._write()
+        return {"chain": self._chain}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        self._waiting.clear()
+        self._chain = cast(str, state["chain"])
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Cut the tape back to the step that the run goes on from."""
+        self._begun = 0
+        if not engine.ranks.is_main or engine.out is None:
+            return
+        step = engine.state.step
+        path = engine.out / self.config.file
+        tape = lines.read_tape(engine.out, self.config.file)
+        session = {
+            "step": step,
+            "every": self.config.every,
+            "modules": self.config.modules,
+            "environment": parts.environment(engine),
+        }
+        kept = [{"session": old} for old in tape.sessions if old["step"] < step]
+        kept += [line for number, line in tape.lines.items() if number <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(map(lines.encoded, [*kept, {"session": session}]))
+        write_whole(path, text.encode())
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    @hookimpl(stage="inspect", trylast=True)
+    def on_batch(self, engine: Engine, batch: Any) -> None:
+        if self._begun != engine.state.step + 1:
+            self._begun = engine.state.step + 1
+            self._batches, self._inputs, self._gradients = [], [], {}
+        digest, elsewhere = parts.of_batch(batch)
+        self._batches.append(digest)
+        self._inputs.append(elsewhere)
+        self._generators = parts.generators()
+
+    @hookimpl(stage="measure", trylast=True)
+    def after_backward(self, engine: Engine, step: Step) -> None:
+        if self._is_due(step.number):
+            self._gradients |= self._by_module(
+                engine, parts.gradients(engine, self.config.modules), step.turn or ""
+            )
+
+    @hookimpl(stage="restore", trylast=True)
+    def on_step(self, engine: Engine, step: Step) -> None:
+        taken = _Taken({"step": step.number, "batches": self._batches,
+                        "generators": self._generators})  # fmt: skip
+        taken.names["losses"] = list(step.losses)
+        losses = [loss.detach().reshape(()).double() for loss in step.losses.values()]
+        taken.losses = engine.ranks.sum(torch.stack(losses)) if losses else None
+        taken.line["settings"] = parts.settings(engine)
+        found: dict[str, dict[str, Tensor]] = {}
+        if any(self._inputs):
+            inputs = {str(place): tensors for place, tensors in enumerate(self._inputs)}
+            found["inputs"] = self._by_module(engine, inputs)
+        if self._is_due(step.number):
+            depth = self.config.modules
+            found |= {
+                "gradient": self._gradients,
+                "weights": self._by_module(engine, parts.weights(engine, depth)),
+                "optimizer": self._by_module(engine, parts.optimizer_states(engine, depth)),
+            }
+            if self._waits(taken):
+                taken.line["plugins"] = _states(engine)
+        for part, digests in found.items():
+            taken.names[part] = list(digests)
+            taken.digests += digests.values()
+        self._waiting.append(taken)
+        if self._waits(taken):
+            self._write()
+
+    @hookimpl(stage="record")
+    def on_log(self) -> None:
+        self._write()
+
+    @hookimpl
+    def on_close(self) -> None:
+        self._write()
+        self._inputs, self._gradients = [], {}
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _waits(self, taken: _Taken) -> bool:
+        """Whether a line is read within its step: that of a CPU costs nothing."""
+        return self.config.at_once or taken.losses is None or taken.losses.is_cpu
+
+    def _is_due(self, number: int) -> bool:
+        return number % self.config.every == 0
+
+    def _by_module(
+        self, engine: Engine, groups: Mapping[str, list[Tensor]], prefix: str = ""
+    ) -> dict[str, Tensor]:
+        """The digest of each group, on the device; of all processes where each has a part."""
+        digests = self._digester(list(groups.values()), engine.device, engine.ranks)
+        names = [f"{prefix}:{name}" if prefix else name for name in groups]
+        return dict(zip(names, digests.unbind(), strict=True))
+
+    def _write(self) -> None:
+        """Read what waits on the device, chain it, and write it down."""
+        waiting, self._waiting = self._waiting, []
+        numbers = [number for taken in waiting for number in taken.digests]
+        digests = iter(torch.stack(numbers).tolist() if numbers else [])
+        for taken in waiting:
+            line = taken.line
+            for part, names in taken.names.items():
+                if part == "losses":
+                    values = taken.losses.tolist() if taken.losses is not None else []
+                    line[part] = dict(zip(names, map(parts.number, values), strict=True))
+                else:
+                    line[part] = {name: hexadecimal(next(digests)) for name in names}
+            self._chain = line["chain"] = lines.chained(self._chain, line)
+            if self._file is not None:
+                self._file.write(lines.encoded(line))
+
+
+def _states(engine: Engine) -> dict[str, str]:
+    """A digest of the state of each plugin that has one and does more than watch."""
+    states = {
+        name: plugin.state_dict()
+        for name, plugin in engine.plugins.items()
+        if not getattr(plugin, "only_watches", False)
+    }
+    return {name: parts.of_tree(state) for name, state in states.items() if state}

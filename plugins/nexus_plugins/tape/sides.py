@@ -1,0 +1,138 @@
+"""Two runs executed again, each in a process of its own: they may have other code of one name."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from nexus_core.cli.nursery import nursery
+from nexus_core.errors import ConfigError, NexusError, RunError
+from nexus_plugins.tape.again import Recorded, executed
+from nexus_plugins.tape.lines import Line
+from nexus_plugins.tape.looking import LookingProbe
+from nexus_plugins.tape.probe import Moment
+
+__all__ = ["Side", "Taken"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was executed again, and those before it, from a checkpoint on.
+
+    Args:
+        begin: the step of the checkpoint.
+        moments: of the step, in order.
+        lines: of a tape, by step.
+        notes: in which the run could not be built again as it was.
+    """
+
+    begin: int
+    moments: Sequence[Moment] = ()
+    lines: dict[int, Line] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+class Side:
+    """A process that executes steps of one run again, as often as it is asked to.
+
+    Args:
+        recorded: the run.
+    """
+
+    def __init__(self, recorded: Recorded) -> None:
+        self._recorded = recorded
+
+    def __enter__(self) -> Self:
+        processes = nursery("nexus_plugins.tape.sides")
+        self._connection, theirs = processes.Pipe()
+        self._process = processes.Process(target=_live, args=(theirs, self._recorded), daemon=True)
+        self._process.start()
+        theirs.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join(5.0)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def begin(self, step: int, *, begin: int | None = None, operations: bool = False) -> None:
+        """Have a step be taken; `taken` waits for it."""
+        begin = self._recorded.before(step - 1) if begin is None else begin
+        self._connection.send(("take", begin, step, operations))
+
+    def taken(self) -> Taken:
+        """The step that was asked for.
+
+        Raises:
+            NexusError: it cannot be executed.
+        """
+        return cast(Taken, self._answer())
+
+    def value(self, place: int) -> Tensor | None:
+        """The tensor of a moment of the step that was taken last."""
+        self._connection.send(("value", place))
+        found = self._answer()
+        if not isinstance(found, bytes):
+            return None
+        return cast(Tensor, torch.load(io.BytesIO(found), weights_only=True))
+
+    def _answer(self) -> Any:
+        try:
+            kind, answer = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise RunError(
+                f"the process that executed '{self._recorded.folder}' again has ended with exit "
+                f"code {self._process.exitcode}"
+            ) from None
+        if kind == "mistake":
+            raise ConfigError(f"'{self._recorded.folder}' cannot be executed again: {answer}")
+        if kind == "failure":
+            raise RunError(f"'{self._recorded.folder}', executed again, failed: {answer}")
+        return answer
+
+
+def _live(connection: Connection, recorded: Recorded) -> None:
+    """In a process of its own: answer until nobody asks, or nobody listens, any more."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        _serve(connection, recorded)
+
+
+def _serve(connection: Connection, recorded: Recorded) -> None:
+    os.chdir(recorded.directory)
+    moments: list[Moment] = []
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        try:
+            if request[0] == "value":
+                connection.send(("answer", _saved(moments[request[1]].value)))
+                continue
+            _, begin, step, operations = request
+            probe = LookingProbe(step, operations=operations)
+            again = executed(recorded, begin, step, watch=probe)
+            moments = probe.moments
+            bare = [moment.bare() for moment in moments]
+            connection.send(("answer", Taken(begin, bare, again.lines, again.notes)))
+        except NexusError as error:
+            connection.send(("mistake" if error.exit_code == 2 else "failure", str(error)))
+        except Exception as error:  # of the user's code: it is told where it was asked for
+            connection.send(("failure", f"{type(error).__name__}: {error}"))
+
+
+def _saved(tensor: Tensor | None) -> bytes | None:
+    if tensor is None:
+        return None
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    return file.getvalue()

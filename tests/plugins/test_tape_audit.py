@@ -1,0 +1,170 @@
+"""`nexus-run audit` and `nexus-run diff`: forgeries are caught and nobody else is accused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from benchmarks.differences import PLANTED, compared, make, verdict
+from nexus_core.cli.run import main as nexus_run
+from nexus_core.sources import forget
+from nexus_plugins.tape.audit import unseen
+from nexus_plugins.tape.lines import chained, encoded, read_tape
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two equal runs of 16 steps, saved every 4: `a` and `same`."""
+    folder = tmp_path_factory.mktemp("runs")
+    make(folder, "a")
+    make(folder, "same")
+    return folder
+
+
+def run(*arguments: str) -> Result:
+    forget()
+    return CliRunner().invoke(nexus_run, arguments)
+
+
+def audited(out: Path, segments: int = 9) -> Result:
+    return run("audit", str(out), "--segments", str(segments), "--trust")
+
+
+def test_an_honest_run_is_not_accused_and_the_chance_is_said(folder: Path) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in (folder / "a").rglob("*"))
+    done = audited(folder / "a")
+    assert done.exit_code == 0, done.output
+    assert "all 4 intervals of the run were executed again" in done.output
+    some = run("audit", str(folder / "same"), "--segments", "2", "--seed", "1", "--trust")
+    assert some.exit_code == 0, some.output
+    assert "   10%  0.81" in some.output
+    assert unseen(0.1, 2) == pytest.approx(0.9**2)
+    after = sorted((path, path.stat().st_mtime_ns) for path in (folder / "a").rglob("*"))
+    assert after == before, "nothing of the run is changed"
+
+
+def forge(checkpoint: Path, bit: int = 0) -> None:
+    """Change a bit of a weight, and make the manifest say that it was always so."""
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["head.weight"].view(-1).view(torch.int32)[5] ^= 1 << bit
+    save_file(tensors, path)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    content = path.read_bytes()
+    entry = manifest["files"]["model.safetensors"]
+    assert set(entry) == {"size", "sha256"}
+    entry.update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit(path: Path, where: str, added: str) -> None:
+    text = path.read_text()
+    assert where in text
+    path.write_text(text.replace(where, where + added, 1))
+
+
+def better(out: Path) -> None:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[1])
+    record["train/world_loss"] *= 0.99
+    (out / "metrics.jsonl").write_text("\n".join([lines[0], json.dumps(record), *lines[2:], ""]))
+
+
+def dropped(out: Path) -> None:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([lines[0], *lines[2:], ""]))
+
+
+def retaped(out: Path) -> None:
+    """A line of the tape, with a chain that is whole again."""
+    tape = read_tape(out)
+    chain, written = "", [encoded({"session": session}) for session in tape.sessions]
+    for step, line in tape.lines.items():
+        if step == 7:
+            line["losses"]["world"] += 1e-9
+        chain = line["chain"] = chained(chain, line)
+        written.append(encoded(line))
+    (out / "tape.jsonl").write_text("".join(written))
+
+
+FORGED: tuple[dict[str, Callable[[Path], None]], ...] = (
+    {
+        "step-00000008: the weights of head are not those of the tape": (
+            lambda out: forge(out / "checkpoints/step-00000008")
+        ),
+        "step-00000016: model (head.weight) is not as it comes out": (
+            lambda out: forge(out / "checkpoints/step-00000016", 30)
+        ),
+        "metrics.jsonl, step 8: train/world_loss says": better,
+        "the tape was changed: its chain breaks at step 6": (
+            lambda out: edit(out / "tape.jsonl", '"step": 6, "batches": ["', "0")
+        ),
+    },
+    {
+        "metrics.jsonl: the line of step 8 is not there": dropped,
+        "step 7: the tape has other digests of: losses world": retaped,
+    },
+)
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=["some", "others"])
+def test_each_forgery_is_caught_and_named(
+    forged: dict[str, Callable[[Path], None]], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a"
+    shutil.copytree(folder / "a", out, symlinks=True)
+    for act in forged.values():
+        act(out)
+    done = audited(out)
+    assert done.exit_code == 1, done.output
+    assert [said for said in forged if said not in done.output] == [], done.output
+
+
+def test_code_of_the_user_is_run_where_he_says_so_alone(folder: Path) -> None:
+    for command in (["audit", str(folder / "a")], ["audit", str(folder / "absent")]):
+        done = run(*command)
+        assert "add --trust" in done.output or "no such folder" in done.output
+        assert "Traceback" not in done.output
+
+
+def test_two_equal_runs_do_not_differ_and_absent_ones_are_an_error(folder: Path) -> None:
+    same = run("diff", str(folder / "a"), str(folder / "same"))
+    assert (same.exit_code, same.output) == (0, "no step differs, of 16\n")
+    assert run("diff", str(folder / "a"), str(folder / "absent")).exit_code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a stale cache", "a bit of a weight, unseen"])
+def test_a_planted_difference_is_named(name: str, folder: Path) -> None:
+    """The others are those of `python -m benchmarks.differences`."""
+    found = compared(folder / "a", make(folder, f"b{len(name)}", PLANTED[name]))
+    assert verdict(PLANTED[name], found) == (True, True), found
+    assert found.repeated == ((True, True) if "unseen" not in name else (True, False))
+
+
+@pytest.mark.slow
+def test_where_a_step_cannot_be_done_again_the_tapes_speak(folder: Path) -> None:
+    make(folder, "rate", PLANTED["a rate"])
+    done = run("diff", str(folder / "a"), str(folder / "rate"))
+    assert done.exit_code == 1, done.output
+    assert "first difference: step 11" in done.output
+    assert "not done again" in done.output
+    assert "add --trust" in done.output
+
+
+@pytest.mark.slow
+def test_without_tapes_the_step_between_checkpoints_is_found(folder: Path) -> None:
+    planted = PLANTED["a gradient"]
+    one, other = make(folder, "c"), make(folder, "d", planted)
+    for out in (one, other):
+        (out / "tape.jsonl").unlink()
+    found = compared(one, other)
+    assert verdict(planted, found) == (True, True), found

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from nexus_core import Plugin
+from called import pairs
+from nexus_core import Batch, Loss, LossConfig, Plugin, ResumableLoader, hookimpl
 from nexus_core.plan import load
 from nexus_core.testing import PluginContract, tiny_model
 
@@ -66,6 +67,32 @@ class OnNexus(FirstPartyContract):
         return [load("model_nexus")(**sizes)]
 
 
+class ChosenPlugin(Loss[LossConfig]):
+    """A loss of the chosen answers, by whoever runs the model on them."""
+
+    @hookimpl
+    def forward(self, engine: Any, batch: Batch) -> Any:
+        ids = batch.get("chosen_input_ids")
+        return None if ids is None else engine.model(ids)
+
+    def units(self, batch: Batch) -> float:
+        return float(len(batch["chosen_labels"]))
+
+    def loss(self, batch: Batch, output: Any) -> Tensor:
+        rows = output.chosen[:, None] if hasattr(output, "chosen") else output.flatten(1)
+        return rows.square().mean(1).sum()
+
+
+class OnPairs(FirstPartyContract):
+    """For losses of pairs of answers; the loss beside them has to know of these too."""
+
+    def data(self) -> Iterable[Batch]:
+        return ResumableLoader(pairs()[0], 4)
+
+    def losses(self) -> Iterable[Plugin[Any]]:
+        return [ChosenPlugin(weight=0.01)]
+
+
 class OnText(FirstPartyContract):
     """For what reads text: a file, and a model that knows bytes."""
 
@@ -96,6 +123,7 @@ BASES: Mapping[str, type[FirstPartyContract]] = {
     "compile": Compiled,
     "data_text": OnText,
     "init": OnWeights,
+    "loss_dpo": OnPairs,
     **dict.fromkeys(
         ("loss_causal", "loss_energy", "loss_lm", "loss_reason", "loss_world"), OnNexus
     ),
@@ -119,6 +147,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
             {"call": "called:mean_next_id", "metrics": {"hits": "called:hits"}},
         )
     },
+    "loss_distill": {"configs": ({"teacher": {"call": "nexus_core.testing:tiny_model"}},)},
     "loss_reason": {"configs": ({"weight": 1.0},)},
     "tape": {"configs": ({}, {"every": 3, "modules": 0}), "budget": 3.0, "seconds": 0.1},
     "lr_finder": {"resumes_after_stop": False},

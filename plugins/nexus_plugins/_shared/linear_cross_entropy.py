@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["linear_cross_entropy"]
 
 LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
+LOGITS_ON_CPU = 2**23  # where a smaller one is as fast
 LOGITS_IN_CACHE = 2**20  # the softmax goes over its input several times
 FLOAT16_ROWS = 4096  # sums over more rows may exceed its 65,504, whatever scale the loss has
 
@@ -68,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, train: bool
     ) -> Tensor:
+        to_hidden, to_weight = (train and needed for needed in ctx.needs_input_grad[:2])
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         narrow = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -77,15 +79,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             share = smoothing / len(weight)
             spread_head, spread_hidden = (v.sum(0, dtype=wide) * share for v in (weight, hidden))
             total = -(hidden.to(wide) @ spread_head).sum()
-            grad_hidden = torch.empty_like(hidden if train else hidden[:0])
-            grad_weight = -spread_hidden.repeat(len(weight) if train else 0, 1)
-            size = _rows_at_once(len(weight), narrow)
+            grad_hidden = torch.empty_like(hidden if to_hidden else hidden[:0])
+            grad_weight = -spread_hidden.repeat(len(weight) if to_weight else 0, 1)
+            size = _rows_at_once(len(weight), narrow, hidden.is_cpu)
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 logits = rows[part] @ head.T
                 total += _to_gradient(logits, labels[part], 1 - smoothing)
-                if train:
+                if to_hidden:
                     grad_hidden[part] = logits @ head - spread_head
+                if to_weight:
                     grad_weight += logits.T @ rows[part]
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
@@ -94,12 +97,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        return (
+            grad_hidden * grad if to_hidden else None,
+            grad_weight * grad if to_weight else None,
+            *(None, None, None),
+        )
 
 
-def _rows_at_once(vocabulary: int, dtype: torch.dtype) -> int:
+def _rows_at_once(vocabulary: int, dtype: torch.dtype, on_cpu: bool) -> int:
     """Rows whose product with their logits' gradients stays in the range of its type."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    most = min(LOGITS_AT_ONCE, LOGITS_ON_CPU) if on_cpu else LOGITS_AT_ONCE
+    rows = max(1, most // vocabulary)
     return min(rows, FLOAT16_ROWS) if dtype == torch.float16 else rows
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from nexus_core.errors import NexusError
-from nexus_plugins.data_text.paths import expanded, printable
+from nexus_plugins._shared.paths import expanded, printable
 
 if TYPE_CHECKING:
     from nexus_plugins.data_text.folders import Found

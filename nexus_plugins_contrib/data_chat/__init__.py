@@ -1,0 +1,1 @@
+"""Conversations as the data of a run."""

@@ -17,6 +17,8 @@ from nexus_plugins._shared.paths import expanded, reason
 
 try:
     import datasets
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 except ImportError as error:
     raise ConfigError(
         "this plugin needs the package datasets: pip install 'nexus-trainer[hf]'"
@@ -255,7 +257,7 @@ def _check_id(text: str) -> None:
 def _of_hub(wish: Wish, streaming: bool) -> Table:
     load = partial(
         datasets.load_dataset,
-        wish.path,
+        _snapshot(wish) or wish.path,
         wish.subset,
         split=wish.split,
         revision=wish.revision,
@@ -263,6 +265,19 @@ def _of_hub(wish: Wish, streaming: bool) -> Table:
     )
     key = fingerprint("hub", wish.path, wish.subset, wish.split, wish.revision)
     return _table(load, streaming, wish.path, key)
+
+
+def _snapshot(wish: Wish) -> str | None:
+    """Offline, the data set's folder in the hub's cache, where `datasets` does not look."""
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        found = snapshot_download(
+            wish.path, repo_type="dataset", revision=wish.revision, local_files_only=True
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return str(found)
 
 
 def _table(load: Callable[[], Any], streaming: bool, name: str, key: str) -> Table:

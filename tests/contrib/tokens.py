@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["Ġthe", "Ġa", "Ġis", "he", "ll", "llo", "hello", "Ġhello", "in", "ing", "Ċ"]
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Llama 3 and its successors part text."""
+GPT2 = r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How GPT-2 does: the last line break of several belongs to the word behind it."""
 
 
-def byte_level(special: list[str] = (), **settings: Any) -> PreTrainedTokenizerFast:  # type: ignore[assignment]
+def byte_level(
+    special: Sequence[str] = (), words: str = WORDS, **settings: Any
+) -> PreTrainedTokenizerFast:
     """One id a byte and a few words of several, so that text always comes back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
@@ -21,7 +27,10 @@ def byte_level(special: list[str] = (), **settings: Any) -> PreTrainedTokenizerF
     for one, other in merges:
         vocabulary.setdefault(one + other, len(vocabulary))
     inner = Tokenizer(models.BPE(vocabulary, merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(one, normalized=False) for one in ("<eos>", "<pad>")])
     inner.add_special_tokens([AddedToken(one, normalized=False) for one in special])
@@ -29,7 +38,7 @@ def byte_level(special: list[str] = (), **settings: Any) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=inner, **given)
 
 
-def saved(folder: Path, special: list[str] = (), **settings: Any) -> str:  # type: ignore[assignment]
+def saved(folder: Path, special: Sequence[str] = (), **settings: Any) -> str:
     """The folder of such a tokenizer."""
     byte_level(special, **settings).save_pretrained(folder)
     return str(folder)

@@ -171,7 +171,7 @@ def loss_step(case: Case) -> Callable[[], None]:
     import torch
     import torch.nn.functional as F
 
-    from nexus_plugins.loss_lm.linear_cross_entropy import linear_cross_entropy
+    from nexus_plugins._shared.linear_cross_entropy import linear_cross_entropy
 
     hidden = torch.randn(case.tokens, WIDTH, requires_grad=True)
     weight = (0.02 * torch.randn(VOCABULARY, WIDTH)).requires_grad_()

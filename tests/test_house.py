@@ -30,6 +30,7 @@ VENDORS = {
     "optim_schedulefree": "schedulefree",
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
+    "model_hf": "transformers",
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -296,7 +297,7 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("module", modules())
 def test_public_names_exist_and_are_documented(module: str) -> None:
     if module.startswith("nexus_plugins_contrib."):
-        name = module.rpartition(".")[2]
+        name = module.split(".")[1]
         pytest.importorskip(VENDORS.get(name, name))
     found = import_module(module)
     assert found.__doc__
@@ -337,6 +338,8 @@ PLACED: dict[str, dict[str, Any]] = {
     "loss": {"call": "called:next_id", "units": "called:labels"},
     "mfu": {"peak": 1e12},
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
+    "peft": {"dropout": 0.1},
+    "model_hf": {"path": str(ROOT / "tests/core/tiny_llama"), "weights": "random"},
 }
 """Settings that name code or files, where those of the examples are a user's, or that take long."""
 

@@ -17,9 +17,9 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from nexus_core.errors import ConfigError, DataError
+from nexus_plugins._shared import linear_cross_entropy as home
+from nexus_plugins._shared.linear_cross_entropy import linear_cross_entropy
 from nexus_plugins.loss_lm import LossLmPlugin
-from nexus_plugins.loss_lm import linear_cross_entropy as home
-from nexus_plugins.loss_lm.linear_cross_entropy import linear_cross_entropy
 
 few = settings(max_examples=20)
 
@@ -231,3 +231,18 @@ def test_smoothing_outside_its_range_is_refused() -> None:
     """Red: a typing mistake trains towards nonsense."""
     with pytest.raises(ConfigError, match="label_smoothing"):
         LossLmPlugin(label_smoothing=1.5)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_labels_that_are_the_ids_themselves_are_refused(shifted: bool) -> None:
+    """Red if a model could silently learn to copy, or text of one letter is taken for that."""
+    ids = torch.randint(9, (2, 7))
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1) if shifted else ids.clone()
+    labels[0, :3] = -100
+    plugin = LossLmPlugin()
+    assert LossLmPlugin().units({"input_ids": ids * 0, "labels": labels * 0}) == 14
+    if shifted:
+        assert plugin.units({"input_ids": ids, "labels": labels}) == (labels != -100).sum()
+    else:
+        with pytest.raises(DataError, match="shift them by one"):
+            plugin.units({"input_ids": ids, "labels": labels})

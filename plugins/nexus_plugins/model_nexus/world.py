@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_core.errors import ConfigError
 from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 
 __all__ = ["WorldModel"]
@@ -73,8 +74,14 @@ class WorldModel(Part):
     @torch.no_grad()
     def update_target(self, decay: float | Tensor) -> None:
         """Move the target encoder to `decay * itself + (1 - decay) * encoder`."""
-        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
-        for target, source in pairs:
+        sources = dict(self.encoder.named_parameters())
+        if sources.keys() != {name for name, _ in self.target_encoder.named_parameters()}:
+            raise ConfigError(
+                "the world model's target encoder follows the weights of its encoder, which has "
+                "adapters here; leave the encoder as it is (peft.target), or leave out loss_world"
+            )
+        for name, target in self.target_encoder.named_parameters():
+            source = sources[name]
             target.lerp_(source, torch.as_tensor(1 - decay).to(target))
 
     @torch.no_grad()

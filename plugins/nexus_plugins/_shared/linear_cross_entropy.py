@@ -68,6 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, train: bool
     ) -> Tensor:
+        to_hidden, to_weight = (train and needed for needed in ctx.needs_input_grad[:2])
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         narrow = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -77,15 +78,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             share = smoothing / len(weight)
             spread_head, spread_hidden = (v.sum(0, dtype=wide) * share for v in (weight, hidden))
             total = -(hidden.to(wide) @ spread_head).sum()
-            grad_hidden = torch.empty_like(hidden if train else hidden[:0])
-            grad_weight = -spread_hidden.repeat(len(weight) if train else 0, 1)
+            grad_hidden = torch.empty_like(hidden if to_hidden else hidden[:0])
+            grad_weight = -spread_hidden.repeat(len(weight) if to_weight else 0, 1)
             size = _rows_at_once(len(weight), narrow)
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 logits = rows[part] @ head.T
                 total += _to_gradient(logits, labels[part], 1 - smoothing)
-                if train:
+                if to_hidden:
                     grad_hidden[part] = logits @ head - spread_head
+                if to_weight:
                     grad_weight += logits.T @ rows[part]
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
@@ -94,7 +96,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        return (
+            grad_hidden * grad if to_hidden else None,
+            grad_weight * grad if to_weight else None,
+            *(None, None, None),
+        )
 
 
 def _rows_at_once(vocabulary: int, dtype: torch.dtype) -> int:

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_core import DataError, Loss, LossConfig, hookimpl
-from nexus_plugins.loss_lm.linear_cross_entropy import linear_cross_entropy
+from nexus_plugins._shared.alignment import check_alignment
+from nexus_plugins._shared.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -36,8 +37,17 @@ class LossLmPlugin(Loss[LossLmConfig]):
     smoothing and also reports perplexity and, for batches with `label_bytes`, bits per byte.
     """
 
+    _is_aligned = False
+
     def units(self, batch: Batch) -> Tensor:
-        """The number of labels that count."""
+        """The number of labels that count.
+
+        Raises:
+            DataError: the labels of the first batch are its ids, each at its own position.
+        """
+        if not self._is_aligned:
+            check_alignment(batch, self.config.ignore_index)
+            self._is_aligned = True
         return cast(Tensor, (batch["labels"] != self.config.ignore_index).sum())
 
     def loss(self, batch: Batch, output: Any) -> Tensor:

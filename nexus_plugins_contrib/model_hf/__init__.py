@@ -1,0 +1,5 @@
+"""Causal language models of Hugging Face: `loading` reads them, `passes` runs them on batches."""
+
+from nexus_plugins_contrib.model_hf.plugin import ModelHfConfig, ModelHfPlugin
+
+__all__ = ["ModelHfConfig", "ModelHfPlugin"]

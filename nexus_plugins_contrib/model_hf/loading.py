@@ -1,0 +1,263 @@
+"""A causal language model out of a folder or of the hub, and nothing of it executed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from safetensors import SafetensorError
+
+from nexus_core.errors import ConfigError, Hint, hint_set
+from nexus_core.paths import expanded
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["DTYPES", "Origin", "Quantized", "build", "load", "origin_of", "pinned", "read_config"]
+
+Quantized: TypeAlias = Literal["nf4", "fp4", "int8"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FAULTS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from.
+
+    Args:
+        place: a folder, or an id of the hub.
+        revision: of the id; None: its main branch.
+        is_folder: which of the two it is.
+    """
+
+    place: str
+    revision: str | None
+    is_folder: bool
+
+
+def origin_of(path: str, revision: str | None) -> Origin:
+    """What a setting means: a folder where there is one, else an id of the hub.
+
+    Raises:
+        ConfigError: it can only be a folder that is missing, or is one and has a revision.
+    """
+    place = expanded(path)
+    if Path(place).is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"model_hf.revision: got '{revision}', but {place} is a folder, which has no "
+                "revisions; leave it out"
+            )
+        return Origin(place, None, True)
+    looks_like_path = place.startswith((".", "/", "~")) or place.count("/") > 1
+    if looks_like_path or Path(place).exists():
+        raise ConfigError(
+            f"model_hf.path: there is no folder '{place}'; give a folder with config.json and "
+            "*.safetensors, or an id of the hub such as Qwen/Qwen3-0.6B"
+        )
+    return Origin(place, revision, False)
+
+
+def pinned(origin: Origin) -> Origin:
+    """The same at the commit that its revision is now, whatever a branch becomes meanwhile.
+
+    Raises:
+        ConfigError: the hub cannot be reached, its cache does not have it, or there is no such id.
+    """
+    if origin.is_folder:
+        return origin
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    find: Any = cached_file
+    try:
+        found = find(origin.place, "config.json", revision=origin.revision)
+    except _FAULTS as error:
+        raise _unreadable(origin, error) from error
+    return replace(origin, revision=extract_commit_hash(found, None) or origin.revision)
+
+
+def read_config(origin: Origin, changes: dict[str, Any]) -> PretrainedConfig:
+    """The model's configuration, with what the settings change in it.
+
+    Raises:
+        ConfigError: it is missing, needs code of its own, or has no such entry.
+    """
+    from transformers import AutoConfig
+
+    _refuse_foreign_code(origin)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            origin.place, revision=origin.revision, trust_remote_code=False
+        )
+    except _FAULTS as error:
+        raise _unreadable(origin, error) from error
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise ConfigError(
+                f"model_hf.config.{name}: the {type(config).__name__} of '{origin.place}' has no "
+                f"'{name}'; it has: {', '.join(sorted(config.to_diff_dict()))}"
+            )
+        setattr(config, name, value)
+    return config
+
+
+def build(config: PretrainedConfig, dtype: str, attention: str | None) -> PreTrainedModel:
+    """A model with random weights.
+
+    Raises:
+        ConfigError: it is not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM
+    try:
+        model = make.from_config(config, dtype=_dtype(dtype, config), attn_implementation=attention)
+    except _FAULTS as error:
+        raise _no_causal(config, error) from error
+    return cast("PreTrainedModel", model)
+
+
+def load(
+    origin: Origin,
+    config: PretrainedConfig,
+    dtype: str,
+    attention: str | None,
+    quantized: Quantized | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """A model with its pretrained weights, out of safetensors alone.
+
+    Raises:
+        ConfigError: they cannot be read, are not all there, or do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    read: Any = AutoModelForCausalLM
+    extra: dict[str, Any] = {}
+    if quantized is not None:
+        extra = {"quantization_config": _quantization(quantized, dtype), "device_map": str(device)}
+    try:
+        model, facts = read.from_pretrained(
+            origin.place,
+            revision=origin.revision,
+            config=config,
+            dtype=_dtype(dtype, config),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
+        )
+    except _FAULTS as error:
+        raise _unreadable(origin, error) from error
+    _check_whole(origin, facts)
+    return cast("PreTrainedModel", model)
+
+
+def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
+    if name == "auto":
+        return getattr(config, "dtype", None) or torch.float32
+    return DTYPES[name]
+
+
+def _quantization(kind: Quantized, dtype: str) -> Any:
+    """How bitsandbytes is to store the weights of linear layers.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig as Configure
+    except ImportError as error:
+        raise ConfigError(
+            f"model_hf.quantize: needs bitsandbytes, which cannot be imported ({error}); install "
+            "it: pip install 'nexus-trainer[adamw8bit]', or leave quantize out"
+        ) from error
+    make: Any = Configure
+    if kind == "int8":
+        return make(load_in_8bit=True)
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES.get(dtype, torch.bfloat16),
+    )
+
+
+def _check_whole(origin: Origin, facts: dict[str, Any]) -> None:
+    missing = sorted(facts.get("missing_keys", ()))
+    odd = sorted(str(key) for key in facts.get("mismatched_keys", ()))
+    if missing or odd:
+        which = f"lacks {_some(missing)}" if missing else f"has other sizes of {_some(odd)}"
+        raise ConfigError(
+            f"model_hf.path: '{origin.place}' {which}, which would be left random; give the "
+            "folder of a whole causal language model, or begin with random weights: ",
+            hint_set("model_hf.weights", "random"),
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _refuse_foreign_code(origin: Origin) -> None:
+    """Say that code in a model's folder is not run, before transformers asks for it."""
+    path = Path(origin.place) / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8")) if origin.is_folder else {}
+    except FileNotFoundError:
+        raise ConfigError(
+            f"model_hf.path: {origin.place} has no config.json; give the folder of a Hugging Face "
+            "model"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"model_hf.path: {path} is no JSON: {error}") from error
+    if isinstance(written, dict) and "auto_map" in written and not _is_known(written):
+        raise _foreign_code(origin)
+
+
+def _is_known(written: dict[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return written.get("model_type") in CONFIG_MAPPING
+
+
+def _foreign_code(origin: Origin) -> ConfigError:
+    return ConfigError(
+        f"model_hf.path: '{origin.place}' brings modelling code of its own (trust_remote_code), "
+        "which model_hf never runs; take a model whose architecture transformers has, or name a "
+        "function that builds it with the plugin model: ",
+        Hint("--set model.call=./net.py:build", "ModelPlugin(call=build)"),
+    )
+
+
+def _no_causal(config: PretrainedConfig, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"model_hf.path: transformers cannot make a causal language model of a "
+        f"{type(config).__name__}: {_line(error)}"
+    )
+
+
+def _unreadable(origin: Origin, error: BaseException) -> ConfigError:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return _foreign_code(origin)
+    if "safetensors" in text and origin.is_folder and not list(Path(origin.place).glob("*.safet*")):
+        return ConfigError(
+            f"model_hf.path: {origin.place} has no *.safetensors, and no other files of weights "
+            "are read, since pickles can run code; convert them: model.save_pretrained(FOLDER), "
+            "or begin with random weights: ",
+            hint_set("model_hf.weights", "random"),
+        )
+    where = "" if origin.is_folder else " from the hub, or from its cache where there is no network"
+    return ConfigError(f"model_hf.path: cannot load '{origin.place}'{where}: {_line(error)}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

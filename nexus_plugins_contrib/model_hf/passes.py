@@ -1,0 +1,207 @@
+"""How a model of transformers is run on a batch: whether without logits, and packed rows how.
+
+Both are found out on the model itself, since no attribute of a configuration says them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["HeadOutput", "Inputs", "Rows", "find_rows", "full_logits_because", "run"]
+
+Rows: TypeAlias = Literal["isolated", "unpacked"]
+"""How documents of a packed row are kept apart: by the model's attention, or as rows of their own.
+"""
+_LOUD = 50.0  # logits of this size show a soft cap, which is silent near zero
+_TOKENS = 24  # that the checks look at
+_NO_BETTER = 0.1  # of what a neighbour changes in a document, the part that is rounding
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """The states before the output layer, and its weight.
+
+    Args:
+        hidden: `(B, T, D)`.
+        head_weight: `(V, D)`.
+    """
+
+    hidden: Tensor
+    head_weight: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """`(B, T, V)`, where somebody wants them whole."""
+        return F.linear(self.hidden.to(self.head_weight.dtype), self.head_weight)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What of a batch a model reads.
+
+    Args:
+        ids: `(B, T)` int64.
+        mask: `(B, T)`, 1 on tokens and 0 on padding; None: all are tokens.
+        segments: `(B, T)` integers that change where a document starts; None: a row is one.
+    """
+
+    ids: Tensor
+    mask: Tensor | None = None
+    segments: Tensor | None = None
+
+
+def run(model: PreTrainedModel, inputs: Inputs, *, headless: bool, rows: Rows | None) -> Any:
+    """Run a model on a batch.
+
+    Args:
+        model: a causal language model.
+        inputs: of the batch.
+        headless: give hidden states instead of logits; see `full_logits_because`.
+        rows: how documents of a packed row are kept apart; see `find_rows`.
+
+    Returns:
+        A `HeadOutput`, or logits `(B, T, V)`.
+    """
+    what = model.base_model if headless else model
+    if inputs.segments is None:
+        found = _called(what, inputs.ids, inputs.mask)
+    elif rows == "isolated":
+        found = _called(what, inputs.ids, None, positions_of(inputs.segments))
+    else:
+        found = _unpacked(what, inputs.ids, inputs.segments)
+    return HeadOutput(found, _head(model).weight) if headless else found
+
+
+def positions_of(segments: Tensor) -> Tensor:
+    """The place of each token in its document, `(B, T)`, from 0."""
+    index = torch.arange(segments.shape[1], device=segments.device)
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
+    """Why a model's loss needs its logits whole; None: hidden states and head are all they are.
+
+    The states are made loud on their way to the head, and what the model makes of them is held
+    against their product with the head's weight.
+
+    Args:
+        model: in any mode, which it is left in.
+        ids: `(B, T)` some real tokens.
+    """
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None or type(head) is not nn.Linear:
+        return f"its output layer is {'not there' if head is None else f'a {type(head).__name__}'}"
+    if head.bias is not None:
+        return "its output layer has a bias"
+    if model.base_model is model:
+        return "it is not divided into a body and an output layer"
+    seen: list[Tensor] = []
+
+    def louder(_: nn.Module, __: object, output: Any) -> Any:
+        hidden = output[0]
+        peak = F.linear(hidden.to(head.weight.dtype), head.weight).abs().max().clamp_min(1e-6)
+        seen.append(hidden * (_LOUD / peak))
+        output[next(iter(output))] = seen[0]
+        return output
+
+    hook = model.base_model.register_forward_hook(louder)
+    try:
+        with _undisturbed(model, training=True):
+            own = _called(model, ids[:1, :_TOKENS], None).float()
+            if not seen:
+                return "its body is not called as one"
+            expected = HeadOutput(seen[0], head.weight).logits.float()
+    finally:
+        hook.remove()
+    error = (own - expected).abs().max().item()
+    allowed = 32 * torch.finfo(head.weight.dtype).eps * _LOUD
+    if error <= allowed:
+        return None
+    return f"its logits are not the head's weight times its states (they differ by {error:.2g})"
+
+
+def find_rows(model: PreTrainedModel, ids: Tensor) -> Rows:
+    """How documents of a packed row are to be kept apart in this model.
+
+    Two documents in one row, with positions that begin anew, are held against the second one by
+    itself; how far they differ is measured by what the first changes where nothing parts them.
+
+    Args:
+        model: in any mode, which it is left in.
+        ids: `(B, T)` some real tokens.
+    """
+    row = ids[:1, :_TOKENS]
+    if row.shape[1] < 3 or "position_ids" not in _parameters(model.base_model):
+        return "unpacked"
+    cut = row.shape[1] // 2
+    segments = (torch.arange(row.shape[1], device=row.device) >= cut).long()[None]
+    with _undisturbed(model, training=False):
+        alone = _called(model.base_model, row[:, cut:], None)
+        parted = _called(model.base_model, row, None, positions_of(segments))[:, cut:]
+        mixed = _called(model.base_model, row, None)[:, cut:]
+    change, rest = (mixed - alone).abs().max().item(), (parted - alone).abs().max().item()
+    return "isolated" if rest <= _NO_BETTER * change else "unpacked"
+
+
+def _unpacked(what: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:
+    """Run each document as a row of its own, and put the results where they came from.
+
+    In a causal model, padding behind a document changes nothing in it.
+    """
+    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
+    document = starts.long().cumsum(0) - 1
+    position = positions_of(segments).flatten()
+    shape = (int(document[-1]) + 1, int(position.max()) + 1)
+    rows = ids.new_zeros(shape)
+    rows[document, position] = ids.flatten()
+    found = _called(what, rows, None)[document, position]
+    return found.view(*ids.shape, -1)
+
+
+def _called(
+    what: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None
+) -> Tensor:
+    """The first of what the model gives: its states, or its logits."""
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if mask is not None:
+        given["attention_mask"] = mask
+    if positions is not None:
+        given["position_ids"] = positions
+    found: Tensor = what(**given)[0]
+    return found
+
+
+def _parameters(module: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(type(module).forward).parameters)
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """A look at the model that leaves modes, generators and gradients as they were."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            model.train(training)
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

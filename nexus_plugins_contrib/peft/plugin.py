@@ -1,0 +1,200 @@
+"""Train adapters beside frozen weights, and save them alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from nexus_core.errors import CheckpointError, ConfigError
+from nexus_core.paths import PathField
+from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.snapshot import Snapshot
+from nexus_plugins._shared.calls import Arguments
+from nexus_plugins.init.source import read_weights
+from nexus_plugins_contrib.peft import adapters
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    from nexus_core.engine import Engine
+
+__all__ = ["PeftConfig", "PeftPlugin"]
+
+_RANK = 8  # of the methods that have one, where none is set
+
+
+class PeftConfig(PluginConfig):
+    """Which adapters, and where."""
+
+    method: str = Field(
+        "lora", description="adapter of peft, in small letters: lora, loha, lokr, ia3, oft, vera..."
+    )
+    r: int | None = Field(None, ge=1, description="rank; null: the method's own (LoRA: 8)")
+    alpha: float | None = Field(
+        None, gt=0, description="scale, divided by the rank in LoRA; null: the method's own"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="null: the method's own (LoRA: 0)")
+    target: tuple[str, ...] = Field(
+        (),
+        description="patterns of names of modules; none: every linear layer but the output layer "
+        "and those of fewer inputs or outputs than the rank",
+    )
+    args: Arguments = Field(
+        {}, description="further arguments of the method's class in peft, such as use_dora"
+    )
+    base: PathField | None = Field(
+        None,
+        description="weights of the model below, where the model's plugin loads none: a run, a "
+        "checkpoint, an export or safetensors",
+    )
+
+
+class PeftPlugin(Plugin[PeftConfig]):
+    """Freezes the model and trains adapters in it: LoRA and its kin, on models of any origin.
+
+    A checkpoint holds the adapters alone, with a hash of the weights below them, which must be
+    there again on resuming.
+
+    Source: Hu et al. 2022, "LoRA"; the methods are those of the package peft.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+    conflicts: ClassVar[tuple[str, ...]] = ("init",)  # its weights would be gone on resuming
+
+    def __init__(self, config: PeftConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self.tuner: BaseTuner | None = None
+        self._below: set[str] = set()  # names of weights that no checkpoint needs
+        self._hash = ""
+        self._looked = False
+
+    @hookimpl(wrapper=True)
+    def make_optimizer(self, engine: Engine) -> Generator[None, Optimizer, Optimizer]:
+        """Put the adapters in before the optimizer looks at what is trained."""
+        self.adapt(engine.model)
+        return (yield)
+
+    @hookimpl
+    def on_build(self) -> None:
+        """See that there are adapters.
+
+        Raises:
+            ConfigError: the program brought an optimizer, which trains what it saw before.
+        """
+        if self.tuner is None:
+            raise ConfigError(
+                "peft puts adapters into the model before its optimizer is made; leave the "
+                "optimizer to a plugin: Engine(model, plugins=[..., OptimAdamwPlugin()])"
+            )
+
+    def adapt(self, model: nn.Module) -> BaseTuner:
+        """Freeze a model and put the adapters into it.
+
+        Raises:
+            ConfigError: the settings do not fit the method or the model.
+            CheckpointError: the weights of `base` do not fit the model.
+        """
+        config = self.config
+        if config.base is not None:
+            _fill(model, config.base)
+        targets = adapters.targets_of(model, config.target, config.r or _RANK)
+        own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+        self._hash = adapters.base_hash(model)
+        self.tuner = adapters.inject(
+            model, adapters.settings_of(config.method, own, config.args, targets)
+        )
+        self._below = adapters.frozen_names(model)
+        return self.tuner
+
+    @hookimpl(stage="inspect")
+    def after_backward(self, engine: Engine) -> None:
+        """After the first gradient, name adapters that the loss does not reach."""
+        if self._looked:
+            return
+        self._looked = True
+        trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        if idle and engine.ranks.is_main:
+            warnings.warn(
+                f"peft: the loss does not reach {len(idle)} of {len(trained)} trained tensors, "
+                f"such as {idle[0]}; the model may read a layer's weight without calling the "
+                "layer: leave it out of peft.target",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        """Weights that were thawed are trained, and kept from then on."""
+        if len(self._below) > len(now := adapters.frozen_names(engine.model) & self._below):
+            self._below = now
+
+    @hookimpl
+    def on_save(self, snapshot: Snapshot) -> None:
+        """Leave out the weights below the adapters."""
+        model = snapshot["model"]
+        for name in [name for name in model if self._is_below(name)]:
+            del model[name]
+
+    @hookimpl
+    def on_load(self, engine: Engine, snapshot: Snapshot) -> None:
+        """Put the weights below back in, as they are here."""
+        saved, own = snapshot["model"], engine.model.state_dict()
+        for name in own:
+            if name not in saved and self._is_below(name):
+                saved[name] = own[name]
+        self._below = {
+            name for name in self._below if name not in saved or saved[name] is own[name]
+        }
+
+    @hookimpl
+    def summarize(self, engine: Engine) -> dict[str, str]:
+        """How much of the model was trained."""
+        named = list(engine.model.parameters())
+        trained = sum(p.numel() for p in named if p.requires_grad)
+        whole = sum(p.numel() for p in named)
+        return {"adapters": f"{trained:,} of {whole:,} numbers ({trained / whole:.2%})"}
+
+    def state_dict(self) -> StateDict:
+        """What the weights below are, so that adapters are not put on others."""
+        return {"base": self._hash, "looked": self._looked}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Refuse other weights below.
+
+        Raises:
+            CheckpointError: they are not those that the adapters were trained on.
+        """
+        if state["base"] != self._hash:
+            raise CheckpointError(
+                f"peft: the adapters were trained on other weights (hash {state['base']}, and "
+                f"{self._hash} here); give the run the model that it began with"
+            )
+        self._looked = bool(state["looked"])
+
+    def _is_below(self, name: str) -> bool:
+        """Whether a tensor is a weight below, or what a quantized one is stored with."""
+        owner, dot, _ = name.partition(".weight.")
+        return name in self._below or bool(dot and f"{owner}.weight" in self._below)
+
+
+def _fill(model: nn.Module, source: Path) -> None:
+    """Put weights into a model, all of them; tied ones may have one name."""
+    weights = read_weights(source, ema=False)
+    own = model.state_dict(keep_vars=True)
+    given = {id(own[name]) for name in weights.tensors if name in own}
+    missing = [name for name, tensor in own.items() if id(tensor) not in given]
+    odd = [name for name in weights.tensors if name not in own]
+    if missing or odd:
+        name, where = (missing[0], weights.origin) if missing else (odd[0], "the model")
+        raise CheckpointError(f"peft.base: {where} has no '{name}'; give weights of this model")
+    try:
+        model.load_state_dict(weights.tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"peft.base: {' '.join(str(error).split())[:300]}") from error

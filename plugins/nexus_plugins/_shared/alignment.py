@@ -1,0 +1,38 @@
+"""Whether labels are what follows each position, as the losses of language models take them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nexus_core.errors import DataError
+
+if TYPE_CHECKING:
+    from nexus_core.batches import Batch
+
+__all__ = ["check_alignment"]
+
+
+def check_alignment(batch: Batch, ignore_index: int, prefix: str = "") -> None:
+    """Refuse labels that are the ids themselves: a model would learn to copy what it reads.
+
+    Models of Hugging Face take such labels and shift them; the losses here do not.
+
+    Args:
+        batch: with `labels` and, where this can be told, `input_ids` of the same shape.
+        ignore_index: label of positions that do not count.
+        prefix: before both names.
+
+    Raises:
+        DataError: every label that counts is the id at its own position, not the next one.
+    """
+    labels, ids = batch[f"{prefix}labels"], batch.get(f"{prefix}input_ids")
+    if ids is None or ids.shape != labels.shape:
+        return
+    counted = labels != ignore_index
+    copied = counted.any() and bool((labels == ids)[counted].all())
+    if copied and not bool((labels[..., :-1] == ids[..., 1:])[counted[..., :-1]].all()):
+        raise DataError(
+            f"{prefix}labels are {prefix}input_ids at the same positions, as models of Hugging "
+            "Face take them; here labels[:, t] is what follows position t: shift them by one, "
+            "labels[:, :-1] = input_ids[:, 1:], with -100 at the end"
+        )

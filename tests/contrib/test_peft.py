@@ -1,0 +1,185 @@
+"""Adapters: peft's own numbers, on models of any origin, alone in checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+from torch import Tensor, nn
+
+from nexus_core import CheckpointError, ConfigError, Engine, Plugin
+from nexus_core.plan import load
+from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.loss_lm import LossLmPlugin
+from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
+from nexus_plugins.optim_adamw import OptimAdamwPlugin
+
+pytest.importorskip("peft")
+from nexus_plugins_contrib.model_hf import ModelHfPlugin
+from nexus_plugins_contrib.peft import PeftPlugin
+from tests.contrib import hf
+
+NEXUS = {"vocab_size": hf.VOCABULARY, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
+
+
+def batches(count: int = 4) -> list[dict[str, Tensor]]:
+    return [hf.padded(hf.documents(2, seed=n)) for n in range(count)]
+
+
+def engine_of(
+    origin: Plugin[Any], adapters: PeftPlugin, *more: Plugin[Any], **options: Any
+) -> Engine:
+    parts = [hf.RowsPlugin(batches()), origin, adapters, LossLmPlugin(label_smoothing=0.0)]
+    optimizer = OptimAdamwPlugin(lr=1e-2, weight_decay=0.0)
+    return Engine(plugins=[*parts, optimizer, *more], seed=1, log_every=1, **options)
+
+
+def llama(folder: Path) -> ModelHfPlugin:
+    if not folder.exists():
+        hf.saved(folder, "llama")
+    return ModelHfPlugin(path=str(folder))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_training_is_that_of_peft_by_hand(tmp_path: Path) -> None:
+    """Red if other layers are adapted, scaled or trained than peft does."""
+    from peft import LoraConfig, get_peft_model
+
+    origin = llama(tmp_path / "llama")
+    engine = engine_of(origin, PeftPlugin(r=4, alpha=8, target=("*.q_proj", "*.v_proj")))
+    start = copy.deepcopy(engine.model.state_dict())
+    engine.fit(until=3)
+    base = hf.tiny("llama").train()
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base, settings)
+    base.load_state_dict(start)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for batch in batches()[:3]:
+        optimizer.zero_grad()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+        optimizer.step()
+    found, expected = engine.model.state_dict(), base.state_dict()
+    assert found.keys() == expected.keys()
+    assert max((found[n] - expected[n]).abs().max().item() for n in found) <= 1e-6
+    moved = {n for n in found if not torch.equal(found[n], start[n])}
+    assert moved == {n for n in found if "lora_" in n}
+
+
+def origins(kind: str, folder: Path) -> Plugin[Any]:
+    return ModelNexusPlugin(**NEXUS) if kind == "nexus" else llama(folder / "llama")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", "lora"), ("nexus", "lora"), ("llama", "ia3"), ("llama", "loha")]
+)
+def test_a_checkpoint_has_the_adapters_alone_and_resumes_to_the_same_bits(
+    kind: str, method: str, tmp_path: Path
+) -> None:
+    """Red if weights below are written, adapters are lost, or what follows differs."""
+    dropout = 0.1 if method == "lora" else None
+    args = {"target": ("*.q_proj", "*.down_proj"), "args": {"feedforward_modules": ["*.down_proj"]}}
+    settings = {**(args if method == "ia3" else {}), "method": method, "dropout": dropout}
+
+    def engine(out: Path) -> Engine:
+        saves = CheckpointPlugin(every="2 steps", sync=True, best=None)
+        return engine_of(origins(kind, tmp_path), PeftPlugin(**settings), saves, out=out)
+
+    (whole := engine(tmp_path / "a")).fit(until=4)
+    engine(tmp_path / "b").fit(until=2)
+    again = engine(tmp_path / "b")
+    again.resume()
+    again.fit(until=4)
+    one, other = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    stored = load_file(tmp_path / "b/checkpoints/final/model.safetensors")
+    trained = {n for n, p in again.model.named_parameters() if p.requires_grad}
+    below = {n for n, p in again.model.named_parameters() if not p.requires_grad}
+    assert trained <= stored.keys()
+    assert not below & stored.keys()
+
+
+def test_other_weights_below_are_refused(tmp_path: Path) -> None:
+    """Red if adapters are put on a model that they were not trained on."""
+    first = engine_of(llama(tmp_path / "one"), PeftPlugin())
+    first.fit(until=1)
+    hf.saved(tmp_path / "two", "llama", seed=5)
+    other = engine_of(llama(tmp_path / "two"), PeftPlugin())
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_weights_that_were_thawed_for_a_while_are_kept(tmp_path: Path) -> None:
+    """Red if a weight below that has moved is taken for one that has not."""
+    engine = engine_of(llama(tmp_path / "one"), PeftPlugin())
+    name = "model.norm.weight"
+    engine.model.get_parameter(name).requires_grad_(True)
+    engine.optimizer.add_param_group({"params": [engine.model.get_parameter(name)]})
+    engine.fit(until=2)
+    engine.model.get_parameter(name).requires_grad_(False)
+    engine.fit(until=3)
+    assert name in engine.state_dict()["model"]
+
+
+def test_base_weights_of_a_run_lie_below(tmp_path: Path) -> None:
+    """Red if adapters on a trained NEXUS begin on random weights, or not on all of them."""
+    torch.manual_seed(7)
+    before = NEXUSCore(**NEXUS)
+    save_model(before, tmp_path / "before.safetensors")
+    source = PeftPlugin(base=tmp_path / "before.safetensors")
+    engine = engine_of(ModelNexusPlugin(**NEXUS), source)
+    ids = batches()[0]["input_ids"]
+    engine.model.eval()
+    assert torch.equal(engine.model(ids), before.eval()(ids)), "adapters begin as nothing"
+    tensors = load_file(tmp_path / "before.safetensors")
+    tensors.pop("final_norm.weight")
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match="has no 'final_norm.weight'"):
+        engine_of(ModelNexusPlugin(**NEXUS), PeftPlugin(base=tmp_path / "part.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "lara"}, "Did you mean 'lora'"),
+        ({"method": "prefix_tuning"}, "peft.method"),
+        ({"method": "ia3", "r": 4}, "'ia3' has no such setting"),
+        ({"args": {"use_dorra": True}}, "Did you mean 'use_dora'"),
+        ({"target": ("*.nothing",)}, "peft.target: the pattern"),
+        ({"target": ("*.norm",)}, "peft: Target module"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        engine_of(llama(tmp_path / "one"), PeftPlugin(**settings))
+
+
+def test_an_optimizer_that_was_made_before_is_refused() -> None:
+    model = hf.tiny("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="before its optimizer is made"):
+        Engine(model, optimizer, plugins=[PeftPlugin(), load("loss_lm")()])
+
+
+def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
+    """Red if a layer whose weight is read without a call is adapted in silence."""
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.called(x) @ self.read.weight
+
+    plugins = [PeftPlugin(), OptimAdamwPlugin()]
+    engine = Engine(Direct(), loss=lambda m, b: m(b).square().mean(), plugins=plugins)
+    with pytest.warns(RuntimeWarning, match=r"does not reach 2 of 4 .* read\.lora_A"):
+        engine.fit([torch.randn(4, 16)], until=1)

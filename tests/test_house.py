@@ -31,6 +31,8 @@ VENDORS = {
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
     "model_hf": "transformers",
+    "data_chat": "datasets",
+    "data_hf": "datasets",
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -333,9 +335,14 @@ def is_missing(name: str) -> bool:
     return False
 
 
+CHATS = ROOT / "tests/core/tiny_chats"
+STREAMED = {"train": str(CHATS / "chats.jsonl"), "tokenizer": str(CHATS), "seq_len": 48,
+            "batch_size": 2, "valid_share": 0.0, "streaming": True}  # fmt: skip
 PLACED: dict[str, dict[str, Any]] = {
     "data": {"call": "called:text", "batch_size": 2},
     "loss": {"call": "called:next_id", "units": "called:labels"},
+    "data_chat": STREAMED,
+    "data_hf": STREAMED,
     "mfu": {"peak": 1e12},
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
     "peft": {"dropout": 0.1},

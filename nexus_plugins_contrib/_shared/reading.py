@@ -8,143 +8,28 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from pydantic import Field
-
-from nexus_core import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Interval,
-    Plugin,
-    PluginConfig,
-    RunData,
-    hookimpl,
-)
+from nexus_core import CheckpointError, ConfigError, DataError, Plugin, RunData, hookimpl
 from nexus_core.bases.loader import ResumableLoader
 from nexus_plugins._shared.cache import cache_folder, fingerprint
 from nexus_plugins._shared.files import write_whole
 from nexus_plugins_contrib._shared.examples import Encoder, Examples, encoded
 from nexus_plugins_contrib._shared.mixture import Mixture, MixtureOrder, Ramp
 from nexus_plugins_contrib._shared.rows import Batching, Cut, Layout, One, Rows, Together
-from nexus_plugins_contrib._shared.sources import Wish, open_records, open_stream
+from nexus_plugins_contrib._shared.settings import RowsConfig, SourceConfig, listed
+from nexus_plugins_contrib._shared.sources import open_records, open_stream
 from nexus_plugins_contrib._shared.streams import Streamed, StreamLoader
 from nexus_plugins_contrib._shared.tokenizer import HubTokenizer, open_tokenizer
+from nexus_plugins_contrib._shared.weights import described, ramp
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
     from nexus_core.plugin import StateDict
 
-__all__ = ["RowsConfig", "RowsPlugin", "SourceConfig", "SourceList"]
+__all__ = ["RowsPlugin"]
 
 TOKENIZER = "tokenizer"  # folder in a run's folder
-_LOCKED: dict[str, Any] = {"resume": "locked"}  # a resumed run must not change it
-
-
-class SourceConfig(PluginConfig):
-    """One source of a mixture."""
-
-    path: str = Field(description="file, folder, glob, or id of a data set on the hub")
-    split: str = Field("train", description="split of a data set that has several")
-    subset: str | None = Field(None, description="subset of a data set on the hub")
-    revision: str | None = Field(None, description="commit, tag or branch on the hub")
-    weight: float | list[tuple[str | int, float]] = Field(
-        1.0,
-        description="share of the rows, relative to the other sources; or points [when, weight] "
-        'of a run, such as [[0, 3], ["10M tokens", 1]], with straight lines between them',
-    )
-    name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9_.-]+$",
-        description="its validation loss is logged as val_<name>/loss; null: the path's name",
-    )
-
-    @property
-    def called(self) -> str:
-        """Its name, or that of its path."""
-        stem = Path(self.path).name.partition(".")[0]
-        return self.name or "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem) or "data"
-
-    def wish(self) -> Wish:
-        """What to open."""
-        return Wish(self.path, self.split, self.subset, self.revision)
-
-
-SourceList = str | SourceConfig | list[str] | list[SourceConfig]
-
-
-class RowsConfig(PluginConfig):
-    """What to train and evaluate on, and how it becomes batches."""
-
-    train: SourceList = Field(
-        description="training data: a file (.jsonl, .json, .parquet, .csv, .txt, .arrow), a "
-        "folder, a glob, an id of the hub, one of these with a split "
-        "{path, split, subset, revision}, or a mixture [{path, weight, name}]",
-        json_schema_extra=_LOCKED,
-    )
-    valid: SourceList | None = Field(
-        None, description="evaluation data; null: a share of the training data"
-    )
-    valid_share: float = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="share of the training records held out for evaluation where `valid` is null, "
-        "chosen by a hash of each; 0: no evaluation",
-        json_schema_extra=_LOCKED,
-    )
-    valid_limit: int | None = Field(
-        None, ge=1, description="evaluate on so many rows, evenly spread; null: all"
-    )
-    tokenizer: str = Field(
-        min_length=1,
-        description="folder of a tokenizer or model, a tokenizer.json, or an id of the hub",
-    )
-    tokenizer_revision: str | None = Field(None, description="commit, tag or branch on the hub")
-    seq_len: int = Field(
-        1024, ge=2, description="tokens in a packed row, and most in a padded one",
-        json_schema_extra=_LOCKED,
-    )  # fmt: skip
-    batch_size: int = Field(
-        8,
-        ge=1,
-        description="rows in a training batch, over all processes",
-        json_schema_extra=_LOCKED,
-    )
-    eval_batch_size: int | None = Field(
-        None, ge=1, description="rows in an evaluation batch; null: batch_size"
-    )
-    streaming: bool = Field(
-        False,
-        description="read the training data while training, without a copy of its tokens; every "
-        "process reads all of it",
-        json_schema_extra=_LOCKED,
-    )
-    shuffle: int = Field(
-        1000,
-        ge=1,
-        description="streaming: so many records are shuffled together; 1 keeps their order",
-        json_schema_extra=_LOCKED,
-    )
-    cache_dir: Path | None = Field(
-        None, description="folder for tokens; null: nexus-trainer in the user's cache folder"
-    )
-    num_workers: int = Field(
-        0,
-        ge=0,
-        le=1024,
-        description="processes that read ahead; 0: none",
-        json_schema_extra={"resume": "ignored"},
-    )
-    prefetch: int = Field(
-        2,
-        ge=1,
-        le=1024,
-        description="batches that each worker reads ahead",
-        json_schema_extra={"resume": "ignored"},
-    )
 
 
 ConfigT = TypeVar("ConfigT", bound=RowsConfig)
@@ -268,12 +153,12 @@ class _Opener:
         Raises:
             DataError: a source cannot be read or used.
         """
-        sources = _listed(self._config.train)
+        sources = listed(self._config.train)
         names = [source.called for source in sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise DataError(f"two sources are called '{twice}'; give them names of their own")
         train, held_out = self._streams(sources) if self._config.streaming else self._rows(sources)
-        valid = {} if self._config.valid is None else self._apart(_listed(self._config.valid))
+        valid = {} if self._config.valid is None else self._apart(listed(self._config.valid))
         loaders = self._evaluations(valid or held_out)
         found = RunData(train, loaders, self._tokenizer)
         return _Opened(found, str(cast(Any, train).fingerprint), self._notes)
@@ -291,12 +176,12 @@ class _Opener:
         rows = Rows(layouts, self._batching, self._tokenizer.pad)
         if rows.lost:
             self._notes.append(f"{rows.lost:,} tokens of the training data {self._lost()}")
-        mixture, seed = self._mixture(sources), self._engine.seed
+        ramps, seed = self._ramps(sources), self._engine.seed
         loader = ResumableLoader(
-            _Described(rows, self._mixed(sources)),
+            _Described(rows, described(ramps)),
             self._config.batch_size,
             seed,
-            order=MixtureOrder(mixture, rows.sizes) if mixture is not None else None,
+            order=MixtureOrder(Mixture(ramps, seed), rows.sizes) if ramps else None,
             collate=_as_it_is,
             num_workers=self._config.num_workers,
             prefetch=self._config.prefetch,
@@ -331,14 +216,14 @@ class _Opener:
             )
             for number, source in enumerate(sources)
         ]
-        keys = [stream.open().key for stream in streams]
+        keys, ramps = [stream.open().key for stream in streams], self._ramps(sources)
         known = fingerprint(
             *(keys, self._encoder.key, self._batching, config.seq_len, config.shuffle),
-            *(self._mixed(sources), self._engine.seed),
+            *(described(ramps), self._engine.seed),
         )
         loader = StreamLoader(
             streams,
-            self._mixture(sources),
+            Mixture(ramps, self._engine.seed) if ramps else None,
             config.batch_size,
             self._tokenizer.pad,
             self._engine.ranks,
@@ -389,44 +274,15 @@ class _Opener:
             return Cut(examples, length, complete)
         return (Together if self._batching == "pack" else One)(examples, length)
 
+    def _ramps(self, sources: Sequence[SourceConfig]) -> list[Ramp]:
+        """The weights of a mixture; none of a single source."""
+        tokens = None if self._batching == "pad" else self._config.seq_len
+        return [ramp(one, tokens, self._name) for one in sources] if len(sources) > 1 else []
+
     def _lost(self) -> str:
         if self._batching == "cut":
             return "do not fill a row and are left out"
         return f"are cut off long ones ({self._name}.seq_len)"
-
-    def _mixture(self, sources: Sequence[SourceConfig]) -> Mixture | None:
-        if len(sources) == 1:
-            return None
-        return Mixture([self._ramp(source) for source in sources], self._engine.seed)
-
-    def _mixed(self, sources: Sequence[SourceConfig]) -> list[Any]:
-        """What tells a mixture from others."""
-        ramps = [self._ramp(source) for source in sources]
-        return [[list(ramp.rows), list(ramp.weights)] for ramp in ramps] if len(ramps) > 1 else []
-
-    def _ramp(self, source: SourceConfig) -> Ramp:
-        where = f"{self._name}.train: the weight of '{source.called}'"
-        points = [(0, source.weight)] if isinstance(source.weight, float) else source.weight
-        rows = [self._row(when, where) for when, _ in points]
-        if not points or any(weight < 0 for _, weight in points):
-            raise ConfigError(f"{where} is {source.weight}; expected numbers of 0 or more")
-        if rows != sorted(set(rows)):
-            raise ConfigError(f"{where}: its points come at rows {rows}; expected rising ones")
-        return Ramp(tuple(rows), tuple(weight for _, weight in points))
-
-    def _row(self, when: str | int, where: str) -> int:
-        """The row of a run at which a point of a weight lies."""
-        if str(when).strip().split(" ")[0] in ("0", "0.0"):
-            return 0
-        point = Interval.parse(str(when))
-        if point.unit == "samples":
-            return int(point.amount)
-        if point.unit == "tokens" and self._batching != "pad":
-            return int(-(-point.amount // self._config.seq_len))
-        raise ConfigError(
-            f"{where} has a point at '{when}'; expected 0, or an amount of samples (rows), such as "
-            "'5000 samples', or for packed rows of tokens, such as '10M tokens'"
-        )
 
 
 class _Described:
@@ -441,15 +297,6 @@ class _Described:
 
     def __getitems__(self, numbers: Sequence[int]) -> Any:
         return self.rows.__getitems__(numbers)
-
-
-def _listed(wish: SourceList) -> list[SourceConfig]:
-    """The sources of a setting."""
-    if isinstance(wish, list):
-        if not wish:
-            raise DataError("the list of sources is empty; name at least one")
-        return [SourceConfig(path=one) if isinstance(one, str) else one for one in wish]
-    return [SourceConfig(path=wish) if isinstance(wish, str) else wish]
 
 
 def _check_model(model: object, tokenizer: HubTokenizer, name: str) -> None:

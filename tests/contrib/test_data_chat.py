@@ -23,6 +23,8 @@ from tests.contrib import chat_templates as published
 from tests.contrib import tokens
 from tests.contrib.chat_templates import Published
 
+CHATS = Path(__file__).parents[1] / "core/tiny_chats"
+
 
 def tokenizer(of: Published) -> Any:
     given = {"eos_token": of.eos, **({"bos_token": of.bos} if of.bos else {})}
@@ -457,3 +459,47 @@ def test_a_template_in_a_file_takes_the_place_of_the_tokenizers_own(tmp_path: Pa
     settings = {"chat_template": file, "tokenizer": "-", "train": "-"}
     made = ChatEncoder(DataChatConfig(**settings), HubTokenizer(tokenizer(published.QWEN3), "tiny"))
     assert made.template.source == published.MARKED.source
+
+
+# -- to look at
+
+
+def inspected(path: Path, *words: str, **environment: str) -> Any:
+    from click.testing import CliRunner
+
+    from nexus_plugins.data_text.cli import _group
+
+    command = ["inspect", str(path), "--as", "chat", "--tokenizer", str(CHATS), *words]
+    return CliRunner().invoke(_group, command, env=environment, color=True)
+
+
+def test_a_conversation_is_shown_with_what_is_learned() -> None:
+    found = inspected(CHATS / "chats.jsonl", "--samples", "1")
+    assert found.exit_code == 0, found.output
+    assert "chats: 24 conversations," in found.output
+    assert (
+        "<|im_start|>user\n0 and 0?<|im_end|>\n<|im_start|>assistant\n⟦It is 0.<|im_end|>⟧"
+        in found.output
+    )
+    assert "\x1b[" not in found.output
+
+
+def test_colours_are_shown_unless_nobody_wants_them() -> None:
+    found = inspected(CHATS / "chats.jsonl", "--samples", "1", FORCE_COLOR="1")
+    assert "\x1b[32m\x1b[1mIt is 0.<|im_end|>\x1b[0m" in found.output
+    plain = inspected(CHATS / "chats.jsonl", "--samples", "1", FORCE_COLOR="1", NO_COLOR="1")
+    assert "\x1b[" not in plain.output
+    assert "⟦It is 0.<|im_end|>⟧" in plain.output
+
+
+def test_what_is_wrong_is_counted_with_the_first_of_each_kind(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    bad = {"messages": [{"role": "judge", "content": "a\x1b[31m"}]}
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*chats(2), bad, bad]))
+    found = inspected(path, "--set", "turns=last")
+    assert found.exit_code == 1
+    assert f"WRONG: 2 times an unknown role, first at {path}, row 3: turn 1 has" in found.output
+    with pytest.raises(ConfigError, match="name its tokenizer"):
+        raise inspected(path, "--tokenizer", "auto").exception
+    with pytest.raises(ConfigError, match="expected one of chat"):
+        raise inspected(path, "--as", "poem").exception

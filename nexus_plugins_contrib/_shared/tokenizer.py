@@ -68,6 +68,13 @@ class HubTokenizer:
         """The text of each id, special tokens by their names."""
         return [self.inner.decode([one]) for one in ids]
 
+    def encode_question(self, text: str) -> list[int]:
+        """The ids that ask for an answer to a text, through the chat template."""
+        asked = self.inner.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(asked)
+
     def save(self, folder: Path) -> None:
         """Write it, chat template and all, as `from_pretrained` reads it."""
         self.inner.save_pretrained(folder)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from nexus_core import ConfigError
+from nexus_core.paths import PathField
 from nexus_plugins._shared.cache import fingerprint
-from nexus_plugins._shared.paths import expanded, reason
+from nexus_plugins._shared.paths import reason
 from nexus_plugins_contrib._shared.examples import Encoder, Example, Fault
 from nexus_plugins_contrib._shared.reading import RowsPlugin
 from nexus_plugins_contrib._shared.rows import Batching
@@ -46,7 +47,7 @@ class DataChatConfig(RowsConfig):
     columns: dict[str, str] = Field(
         {}, description="names of columns where they are others, such as {messages: dialog}"
     )
-    chat_template: Path | None = Field(
+    chat_template: PathField | None = Field(
         None, description="file of a chat template (.jinja) in place of the tokenizer's own"
     )
     template_args: dict[str, Any] = Field(
@@ -164,7 +165,7 @@ def _until(conversation: Conversation, turn: int) -> Conversation:
 
 def _read(path: Path) -> str:
     try:
-        return expanded(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data_chat.chat_template: cannot read {path}: {reason(error)}; expected a file of a "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "Origin", "Quantized", "build", "load", "origin_of", "pinned", "read_config"]
 
-Quantized: TypeAlias = Literal["nf4", "fp4", "int8"]
+Quantized: TypeAlias = Literal["nf4", "fp4"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FAULTS = (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError)
 _NAMED = 3
@@ -179,8 +179,6 @@ def _quantization(kind: Quantized, dtype: str) -> Any:
             "it: pip install 'nexus-trainer[adamw8bit]', or leave quantize out"
         ) from error
     make: Any = Configure
-    if kind == "int8":
-        return make(load_in_8bit=True)
     return make(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,

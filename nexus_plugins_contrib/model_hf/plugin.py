@@ -50,7 +50,7 @@ class ModelHfConfig(PluginConfig):
         "auto", description="'auto': without full logits where that is the same; 'full': always"
     )
     quantize: loading.Quantized | None = Field(
-        None, description="store the frozen weights in 4 or 8 bits (bitsandbytes); for adapters"
+        None, description="store the frozen weights in 4 bits (bitsandbytes); for adapters"
     )
 
 

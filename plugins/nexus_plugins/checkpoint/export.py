@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nexus_core.cli import yaml12
-from nexus_core.errors import CheckpointError, ConfigError
+from nexus_core.errors import CheckpointError, ConfigError, suggestion
 from nexus_core.places import split
 from nexus_core.plugin import name_of
 from nexus_plugins._shared.checkpoints import folder
@@ -20,7 +23,7 @@ from nexus_plugins._shared.checkpoints.shards import lay_out
 from nexus_plugins._shared.checkpoints.weights import MODEL, averaged, checkpoint_of, keys_of, named
 from nexus_plugins._shared.files import read_small
 
-__all__ = ["export"]
+__all__ = ["Options", "blocks_of", "export", "exporter"]
 _TOKENIZER_LIMIT = 256 << 20
 
 CARD = """---
@@ -33,6 +36,46 @@ The weights of a model of `{plugin}`, trained for {steps} steps, as `nexus-run e
 - `config.json`: the settings of the plugin that builds the model. It is no configuration of
   transformers, whose `AutoConfig` and `AutoModel` do not know this model.
 """
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is to be exported.
+
+    Args:
+        ema: the averaged weights that the plugin `ema` keeps, where there are any.
+        adapters: put into the weights below, or by themselves.
+        shard: the largest size of a file of weights, such as "5GB".
+    """
+
+    ema: bool = False
+    adapters: Literal["merged", "alone"] = "merged"
+    shard: str = "5GB"
+
+
+Exporter: TypeAlias = Callable[[Path, Path, Options], list[Path]]
+"""From a checkpoint or run to a new folder, which it writes; gives the files in it."""
+
+
+def exporter(name: str) -> Exporter:
+    """The format that a package offers under a name, by the entry-point group `nexus.exporters`.
+
+    Raises:
+        ConfigError: there is no such format, or a package that it needs is missing.
+    """
+    found = {entry.name: entry for entry in entry_points(group="nexus.exporters")}
+    if name not in found:
+        raise ConfigError(
+            f"--to: got '{name}'.{suggestion(name, found)} Formats: {', '.join(sorted(found))}"
+        )
+    try:
+        made: Exporter = found[name].load()
+    except ImportError as error:
+        raise ConfigError(
+            f"--to {name} needs a package that cannot be imported ({error}); install it: "
+            f"pip install 'nexus-trainer[{name}]'"
+        ) from error
+    return made
 
 
 def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
@@ -104,7 +147,7 @@ def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any
 
     The settings of the model's plugin, and its state: what it found out by itself.
     """
-    blocks = _blocks(content.config)
+    blocks = blocks_of(content.config)
     name = next((n for n in blocks if n == "model" or n.startswith("model_")), None)
     place: Any = content.documents["state.json"]
     for key in ("plugins", name, "state"):
@@ -119,8 +162,15 @@ def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any
     }
 
 
-def _blocks(raw: bytes | None) -> dict[str, dict[str, Any]]:
-    """The settings of the plugins, from a config that somebody may have written."""
+def blocks_of(raw: bytes | None) -> dict[str, dict[str, Any]]:
+    """The settings of the plugins by name, from a config that somebody may have written.
+
+    Args:
+        raw: the checkpoint's `config.yaml`; None: it has none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if raw is None:
         return {}
     try:

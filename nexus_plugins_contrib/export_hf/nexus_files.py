@@ -1,0 +1,73 @@
+"""The code of NEXUS as files that transformers loads from a model's folder."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
+
+__all__ = ["write_code", "write_config"]
+
+_PACKAGE = "nexus_plugins.model_nexus"
+_TEMPLATES = ("standalone.py", "configuration_nexus.py", "modeling_nexus.py")
+_OURS = re.compile(r"^from (nexus_plugins\.model_nexus\.)", re.MULTILINE)
+_OTHERS = re.compile(r"^from (?:nexus_core\.\w+|pydantic) import", re.MULTILINE)
+
+
+def write_code(folder: Path) -> None:
+    """Write the model's own files, with imports of one another, and those of transformers."""
+    names, pending = set[str](), ["nexus"]
+    while pending:
+        name = pending.pop()
+        if name in names:
+            continue
+        names.add(name)
+        text = resources.files(_PACKAGE).joinpath(f"{name}.py").read_text(encoding="utf-8")
+        pending += _neighbours(text)
+        (folder / f"{name}.py").write_text(_standing_alone(text), encoding="utf-8")
+    templates = resources.files("nexus_plugins_contrib.export_hf").joinpath("templates")
+    for name in _TEMPLATES:
+        text = templates.joinpath(f"{name}.tmpl").read_text(encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _neighbours(text: str) -> list[str]:
+    modules = [n.module or "" for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)]
+    return [m.rpartition(".")[2] for m in modules if m.startswith(f"{_PACKAGE}.")]
+
+
+def _standing_alone(text: str) -> str:
+    return _OTHERS.sub("from .standalone import", _OURS.sub("from .", text))
+
+
+def write_config(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Write what transformers reads of a NEXUS model.
+
+    Returns:
+        Its weights by their names there.
+    """
+    core: Any = model
+    assert isinstance(core, NEXUSCore)
+    sizes = {name: getattr(core.config, name) for name in NEXUSConfig.model_fields}
+    facts = {
+        "architectures": ["NexusForCausalLM"],
+        "model_type": "nexus",
+        "auto_map": {
+            "AutoConfig": "configuration_nexus.NexusConfig",
+            "AutoModelForCausalLM": "modeling_nexus.NexusForCausalLM",
+        },
+        "dtype": str(next(core.parameters()).dtype).removeprefix("torch."),
+        **sizes,
+    }
+    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    tied = core.config.tie_embeddings
+    state: dict[str, torch.Tensor] = core.state_dict()
+    return {f"model.{n}": t for n, t in state.items() if not (tied and n == "head.weight")}

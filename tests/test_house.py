@@ -343,12 +343,22 @@ PLACED: dict[str, dict[str, Any]] = {
     "loss": {"call": "called:next_id", "units": "called:labels"},
     "data_chat": STREAMED,
     "data_hf": STREAMED,
+    "loss_distill": {
+        "teacher": {
+            "call": "nexus_plugins.model_nexus:NEXUSCore",
+            "args": {"vocab_size": 300, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
+        }
+    },
     "mfu": {"peak": 1e12},
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
     "peft": {"dropout": 0.1},
     "model_hf": {"path": str(ROOT / "tests/core/tiny_llama"), "weights": "random"},
 }
 """Settings that name code or files, where those of the examples are a user's, or that take long."""
+
+
+ON_PAIRS: dict[str, Any] = {"data": {"call": "called:pairs", "batch_size": 2}}
+"""In place of text and its loss, for what trains on pairs of answers."""
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -379,7 +389,10 @@ def engine_with(name: str, corpus: Path, out: Path) -> Engine:
         "loss_lm": {},
         "optim_adamw": {},
     }
-    wanted = [name]
+    wanted = [name, *(ON_PAIRS if name == "loss_dpo" else ())]
+    if name == "loss_dpo":
+        basis = {**basis, **ON_PAIRS}
+        del basis["loss_lm"]
     for needed in wanted:
         wanted += [other for other in loaded(needed).requires if other not in wanted]
     classes = {key: load(key) for key in (*basis, *wanted)}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from nexus_core.errors import ConfigError, suggestion
@@ -18,10 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig as Settings
     from peft.tuners.tuners_utils import BaseTuner
 
-__all__ = ["base_hash", "frozen_names", "inject", "settings_of", "targets_of"]
+__all__ = ["frozen_names", "inject", "settings_of", "targets_of"]
 
 _INPUTS = "feedforward_modules"
-_SAMPLED = 1024  # numbers of each tensor that its hash looks at
 
 
 def settings_of(
@@ -146,18 +143,3 @@ def frozen_names(model: nn.Module) -> set[str]:
     """The names of all parameters that are not trained, tied ones under each of theirs."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
-
-
-def base_hash(model: nn.Module) -> str:
-    """A hash of a model's weights; of large ones it looks at a sample, spread evenly."""
-    digest = hashlib.sha256()
-    for name, tensor in _sorted(model):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)].contiguous().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _sorted(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from sorted(model.named_parameters(remove_duplicate=False))

@@ -16,6 +16,7 @@ from nexus_core.paths import PathField
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.snapshot import Snapshot
 from nexus_plugins._shared.calls import Arguments
+from nexus_plugins._shared.other_models import weights_hash
 from nexus_plugins.init.source import read_weights
 from nexus_plugins_contrib.peft import adapters
 
@@ -105,7 +106,7 @@ class PeftPlugin(Plugin[PeftConfig]):
             _fill(model, config.base)
         targets = adapters.targets_of(model, config.target, config.r or _RANK)
         own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
-        self._hash = adapters.base_hash(model)
+        self._hash = weights_hash(model)
         self.tuner = adapters.inject(
             model, adapters.settings_of(config.method, own, config.args, targets)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from nexus_core import CheckpointError, ConfigError, Engine, Plugin
 from nexus_core.plan import load
 from nexus_plugins.checkpoint import CheckpointPlugin
+from nexus_plugins.loss_dpo import LossDpoPlugin
 from nexus_plugins.loss_lm import LossLmPlugin
 from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
@@ -183,3 +185,28 @@ def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
     engine = Engine(Direct(), loss=lambda m, b: m(b).square().mean(), plugins=plugins)
     with pytest.warns(RuntimeWarning, match=r"does not reach 2 of 4 .* read\.lora_A"):
         engine.fit([torch.randn(4, 16)], until=1)
+
+
+def pairs(seed: int = 0) -> dict[str, Tensor]:
+    sides = {"chosen": hf.padded(hf.documents(3, seed)), "rejected": hf.padded(hf.documents(3, 9))}
+    return {f"{side}_{name}": value for side, b in sides.items() for name, value in b.items()}
+
+
+def test_preferences_take_the_model_without_its_adapters_as_reference(tmp_path: Path) -> None:
+    """Red if the reference moves with the adapters, or they stay off or frozen afterwards."""
+
+    def engine(reference: str) -> Engine:
+        parts = [hf.RowsPlugin([pairs(n) for n in range(3)]), llama(tmp_path / "one"), PeftPlugin()]
+        losses = LossDpoPlugin(reference=reference, beta=0.5)
+        rest = [losses, OptimAdamwPlugin(lr=1e-2, weight_decay=0.0)]
+        return Engine(plugins=[*parts, *rest], seed=1, log_every=1)
+
+    off, copied = engine("auto"), engine("copy")
+    ours, theirs = (
+        [one.metrics["train/total_loss"] for _ in one.steps(until="6 steps")]
+        for one in (off, copied)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert ours[-1] < ours[0] - 0.01
+    assert off.plugins["loss_dpo"]._copy is None

@@ -28,6 +28,19 @@ class Rows:
         return {"input_ids": self.ids[index][:-1], "labels": labels}
 
 
+class Pairs(Rows):
+    """Samples of two answers, each as one of `Rows`."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sides = {"chosen": index, "rejected": (index + 1) % len(self)}
+        found = {side: super(Pairs, self).__getitem__(i) for side, i in sides.items()}
+        return {f"{side}_{name}": v for side, one in found.items() for name, v in one.items()}
+
+
+def pairs(train: int = 24, valid: int = 8) -> tuple[Pairs, Pairs]:
+    return Pairs(train), Pairs(valid, first=1)
+
+
 def text(train: int = 24, valid: int = 8) -> tuple[Rows, Rows]:
     return Rows(train), Rows(valid, first=1)
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nexus_core import Plugin
+from called import pairs
+from nexus_core import Batch, Plugin, ResumableLoader
 from nexus_core.plan import load
 from nexus_core.testing import PluginContract, tiny_model
 
@@ -66,6 +67,16 @@ class OnNexus(FirstPartyContract):
         return [load("model_nexus")(**sizes)]
 
 
+class OnPairs(FirstPartyContract):
+    """For losses of pairs of answers, which no other loss is beside."""
+
+    def data(self) -> Iterable[Batch]:
+        return ResumableLoader(pairs()[0], 4)
+
+    def losses(self) -> Iterable[Plugin[Any]]:
+        return []
+
+
 class OnText(FirstPartyContract):
     """For what reads text: a file, and a model that knows bytes."""
 
@@ -96,6 +107,7 @@ BASES: Mapping[str, type[FirstPartyContract]] = {
     "compile": Compiled,
     "data_text": OnText,
     "init": OnWeights,
+    "loss_dpo": OnPairs,
     **dict.fromkeys(
         ("loss_causal", "loss_energy", "loss_lm", "loss_reason", "loss_world"), OnNexus
     ),
@@ -124,6 +136,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
         ),
         "reads_on_cpu": ("_is_nothing",),
     },
+    "loss_distill": {"configs": ({"teacher": {"call": "nexus_core.testing:tiny_model"}},)},
     "loss_reason": {"configs": ({}, {"weight": 1.0})},
     "lr_finder": {"reads_on_cpu": ("on_step",), "resumes_after_stop": False},
     "lr_cosine": {"configs": ({"warmup": "2 steps"},)},

@@ -25,7 +25,7 @@ from nexus_core.plan import arrange, installed, load
 
 pytestmark = pytest.mark.slow
 
-OF_A_USER = {"data", "init", "loss", "model"}
+OF_A_USER = {"data", "init", "loss", "loss_distill", "loss_dpo", "model"}
 """What these do is up to the code and files of a user, and so is what they go with."""
 NAMES = sorted(
     name

@@ -1,0 +1,103 @@
+"""The cross-entropy of each token, behind a linear layer and without the full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nexus_core.errors import DataError
+
+__all__ = ["pieces", "rows_of", "token_nats"]
+
+LOGITS_AT_ONCE = 2**24
+
+
+def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """What each label costs, in nats; 0 where it does not count.
+
+    Args:
+        output: of a model: with `hidden` `(B, T, D)` and `head_weight` `(V, D)`, with `logits`, or
+            logits `(B, T, V)`.
+        labels: `(B, T)`.
+        ignore_index: label of positions that do not count.
+
+    Returns:
+        `(B, T)` float32. Gradients are made in the backward pass, from logits that are made anew.
+
+    Raises:
+        DataError: labels have another shape.
+    """
+    rows, head = rows_of(output)
+    if labels.shape != rows.shape[:-1]:
+        raise DataError(
+            f"labels have shape {tuple(labels.shape)}, the model's output is for "
+            f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
+        )
+    counted = labels != ignore_index
+    flat, targets = rows.flatten(0, -2), labels.where(counted, 0).flatten()
+    if head is None:
+        picked = flat.float().gather(1, targets[:, None])[:, 0]
+        nats = flat.float().logsumexp(-1) - picked
+    else:
+        nats = _TokenNats.apply(flat, head, targets)  # type: ignore[no-untyped-call]
+    return nats.view(labels.shape) * counted
+
+
+def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
+    """The states and the head's weight of a model's output, or its logits and None."""
+    output = output[0] if isinstance(output, tuple) else output
+    if hasattr(output, "hidden") and hasattr(output, "head_weight"):
+        return output.hidden, output.head_weight
+    return getattr(output, "logits", output), None
+
+
+def pieces(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of so many rows that their logits are a matrix of moderate size."""
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+class _TokenNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        ctx.narrow = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            rows, head = hidden.to(ctx.narrow), weight.to(ctx.narrow)
+            norms, picked = [], []
+            for part in pieces(len(rows), len(head)):
+                logits = (rows[part] @ head.T).to(torch.promote_types(hidden.dtype, torch.float32))
+                norms.append(logits.logsumexp(-1))
+                picked.append(logits.gather(1, labels[part][:, None])[:, 0])
+        norm = torch.cat(norms) if norms else hidden.new_zeros(0)
+        ctx.save_for_backward(hidden, weight, labels, norm)
+        return norm - torch.cat(picked) if picked else norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, norm = ctx.saved_tensors
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, head = hidden.to(ctx.narrow), weight.to(ctx.narrow)
+            grad_hidden = torch.empty_like(hidden if to_hidden else hidden[:0])
+            grad_weight = torch.zeros_like(weight if to_weight else weight[:0], dtype=norm.dtype)
+            for part in pieces(len(rows), len(head)):
+                logits = (rows[part] @ head.T).to(norm.dtype)
+                slope = (logits - norm[part][:, None]).exp_()
+                slope[torch.arange(len(slope), device=slope.device), labels[part]] -= 1
+                narrow = slope.mul_(grad[part][:, None]).to(ctx.narrow)
+                if to_hidden:
+                    grad_hidden[part] = narrow @ head
+                if to_weight:
+                    grad_weight += narrow.T @ rows[part]
+        return (
+            grad_hidden if to_hidden else None,
+            grad_weight.to(weight.dtype) if to_weight else None,
+            None,
+        )

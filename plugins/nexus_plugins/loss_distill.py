@@ -1,0 +1,146 @@
+"""Distillation: the model is to predict as a teacher does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nexus_core import ConfigError, Loss, LossConfig, hookimpl
+from nexus_core.defaults import accepted
+from nexus_plugins._shared.calls import Call, callee
+from nexus_plugins._shared.other_models import at_rest, forward_of
+from nexus_plugins._shared.token_losses import pieces, rows_of
+
+if TYPE_CHECKING:
+    from nexus_core.batches import Batch
+    from nexus_core.engine import Engine
+
+__all__ = ["LossDistillConfig", "LossDistillPlugin", "divergence"]
+
+_EXAMPLE: Any = {"teacher": {"call": "./teacher.py:build"}}
+
+
+class LossDistillConfig(LossConfig):
+    """Settings of distillation."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+    teacher: Call = Field(
+        description="function or class that makes the teacher with its weights, and arguments"
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="divides the logits of both; the loss is multiplied by its square"
+    )
+    ignore_index: int = Field(-100, description="label of positions that do not count")
+
+
+class LossDistillPlugin(Loss[LossDistillConfig]):
+    """Trains on the divergence of the model's next-token distribution from a teacher's.
+
+    `KL(teacher || model)` in nats at each position whose label counts; the teacher is frozen and in
+    evaluation mode. Beside `loss_lm`, the weights of both are the mixture.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
+    """
+
+    api_version: ClassVar[str] = "1.2"
+
+    def __init__(self, config: LossDistillConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._make = callee("loss_distill.teacher", self.config.teacher)
+        self._teacher: nn.Module | None = None
+
+    @hookimpl
+    def on_build(self, engine: Engine) -> None:
+        """Make the teacher, on the run's device.
+
+        Raises:
+            ConfigError: what was called made something else.
+        """
+        with torch.random.fork_rng(devices=[]):
+            teacher = self._make()
+        if not isinstance(teacher, nn.Module):
+            raise ConfigError(
+                f"loss_distill.teacher: {self._make.place} returned a {type(teacher).__name__}; it "
+                "must return a torch.nn.Module"
+            )
+        self._teacher = teacher.to(engine.device).requires_grad_(False).eval()
+
+    def units(self, batch: Batch) -> Tensor:
+        """The number of labels that count."""
+        counted: Tensor = (batch["labels"] != self.config.ignore_index).sum()
+        return counted
+
+    @hookimpl
+    def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
+        """The term `distill`."""
+        assert self._teacher is not None
+        with at_rest(self._teacher):
+            if type(self._teacher) is type(engine.model):
+                taught = forward_of(engine, self._teacher, batch, None)
+            else:
+                taught = self._called(batch)
+        counted = batch["labels"] != self.config.ignore_index
+        return {self.term: divergence(output, taught, counted, self.config.temperature)}
+
+    def _called(self, batch: Batch) -> Any:
+        """A teacher of another make, by its own `forward`."""
+        assert self._teacher is not None
+        given = accepted(self._teacher, batch)
+        if "segment_ids" in batch and "segment_ids" not in given:
+            raise ConfigError(
+                "loss_distill: the batches are packed, and the teacher's forward takes no "
+                "segment_ids to keep documents apart; pad instead of packing, or wrap the teacher"
+            )
+        return self._teacher(**{key: given[key] for key in given if key != "labels"})
+
+
+def divergence(output: Any, taught: Any, counted: Tensor, temperature: float) -> Tensor:
+    """The sum of `KL(teacher || model)` over positions, times the squared temperature.
+
+    Args:
+        output: of the model: with `hidden` and `head_weight`, with `logits`, or logits `(B, T, V)`.
+        taught: the teacher's, likewise.
+        counted: `(B, T)` the positions that count.
+        temperature: divides both logits.
+
+    Raises:
+        ConfigError: they have vocabularies of other sizes.
+    """
+    (rows, head), (theirs, their_head) = rows_of(output), rows_of(taught)
+    own, other = (len(h) if h is not None else r.shape[-1]
+                  for r, h in ((rows, head), (theirs, their_head)))  # fmt: skip
+    if own != other:
+        raise ConfigError(
+            f"loss_distill: the teacher has {other:,} ids, and the model {own:,}; distil from a "
+            "teacher with the model's own tokenizer"
+        )
+    rows, theirs, weight = rows.flatten(0, -2), theirs.flatten(0, -2).detach(), counted.flatten()
+    if rows.is_cpu:  # elsewhere this would wait for the device
+        rows, theirs, weight = rows[weight], theirs[weight], weight[weight]
+    total = rows.new_zeros((), dtype=torch.float32)
+    for part in pieces(len(rows), own):
+        taken = (rows[part], head, theirs[part], their_head, weight[part], temperature)
+        total = total + checkpoint(_of_rows, *taken, use_reentrant=False)
+    return total * temperature**2
+
+
+def _of_rows(
+    rows: Tensor,
+    head: Tensor | None,
+    theirs: Tensor,
+    their_head: Tensor | None,
+    weight: Tensor,
+    temperature: float,
+) -> Tensor:
+    own = _logits(rows, head).div(temperature).log_softmax(-1)
+    target = _logits(theirs, their_head).div(temperature).log_softmax(-1)
+    return (F.kl_div(own, target, reduction="none", log_target=True).sum(-1) * weight).sum()
+
+
+def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
+    return (rows if head is None else F.linear(rows, head.to(rows.dtype))).float()

@@ -1,0 +1,5 @@
+"""Preferences: `pairs` joins answers for one pass, `plugin` is the term."""
+
+from nexus_plugins.loss_dpo.plugin import LossDpoConfig, LossDpoPlugin
+
+__all__ = ["LossDpoConfig", "LossDpoPlugin"]

@@ -33,6 +33,7 @@ VENDORS = {
     "model_hf": "transformers",
     "data_chat": "datasets",
     "data_hf": "datasets",
+    "eval_harness": "lm_eval",
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))

@@ -79,7 +79,7 @@ class _Documents:
         self.key = fingerprint("documents", tokenizer.hash, *chosen)
 
     def encode(self, records: Sequence[Record]) -> list[list[Example] | Fault]:
-        """A document of each record, or why there is none."""
+        """A document of each record, or why it has no document."""
         texts = [self._value(record) for record in records]
         places = [number for number, text in enumerate(texts) if isinstance(text, str)]
         found: list[list[Example] | Fault] = [
@@ -143,7 +143,7 @@ class _Documents:
 
 
 def _numbers(value: Any, column: str) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Fault | None]:
-    """A list of whole numbers, or why it is none."""
+    """A list of whole numbers, or why it is not one."""
     if isinstance(value, list) and all(type(one) is int for one in value):
         return np.array(value, np.int64), None
     fault = Fault(

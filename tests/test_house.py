@@ -178,11 +178,12 @@ def test_assignments_to_an_engine_are_seen() -> None:
 WORDS = {
     *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
     *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
+    "sample",
     "throughput",
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""
-PARTS = {"data", "loss", "model"}
-"""Those of them by which the core calls parts of a run: a slot, an entry of a snapshot, a term."""
+PARTS = {"data", "loss", "model", "sample"}
+"""Those of them by which the core calls parts of a run: a slot, an entry, a term, a unit."""
 KINDS = {
     **{"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}},
     **{f"nexus_core/{name}.py": {"metrics"} for name in ("engine", "snapshot", "cli/session")},

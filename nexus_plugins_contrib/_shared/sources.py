@@ -146,7 +146,7 @@ def open_records(wish: Wish) -> Records:
     """The records of a data set on this machine, or of the hub.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: it cannot be found or read.
     """
     return _opened(wish, streaming=False)
 
@@ -155,7 +155,7 @@ def open_stream(wish: Wish) -> Records:
     """The same as a stream, which reads no more than it gives.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: it cannot be found or read.
     """
     return _opened(wish, streaming=True)
 
@@ -241,10 +241,10 @@ def _of_files(files: list[Path], streaming: bool) -> Table:
 
 
 def _check_id(text: str) -> None:
-    """Make sure that what is no file may be an id, before anybody asks the hub for it.
+    """Make sure that what is no file may be an id, before the hub is asked for it.
 
     Raises:
-        DataError: it is none.
+        DataError: it cannot be one.
     """
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) or text.endswith(_KNOWN):
         raise DataError(

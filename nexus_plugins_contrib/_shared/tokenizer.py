@@ -97,7 +97,7 @@ def open_tokenizer(wish: str, revision: str | None = None) -> HubTokenizer:
     """The tokenizer of a folder, a tokenizer.json, or an id of the hub (from its cache, offline).
 
     Raises:
-        DataError: there is none, or it cannot be used.
+        DataError: it cannot be found or used.
     """
     path = expanded(wish)
     fast: Any = PreTrainedTokenizerFast

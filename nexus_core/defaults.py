@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nexus_core.batches import Batch
+from nexus_core.batches import Batch, batch_size
 from nexus_core.errors import CheckpointError, ConfigError, DataError
 from nexus_core.events import Run
 from nexus_core.optimizers import members, needs_closure, trained, update
@@ -112,7 +112,8 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
     """The term `loss` of an embedded engine: a function of model and batch that returns a mean.
 
     Micro-batches count the same; where they hold unequal numbers of labels, a `Loss` is exact.
-    Parts that one batch was cut into count by their rows.
+    Parts that one batch was cut into count by their rows, and so do the batches of an evaluation:
+    its mean depends neither on the size of a batch nor on the number of processes.
     """
 
     name = "loss"
@@ -131,12 +132,12 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
         )
 
     @hookimpl
-    def loss_units(self, step: Step | None) -> dict[str, float]:
-        return {"loss": step.share if step else 1.0}
+    def loss_units(self, batch: Batch, step: Step | None) -> dict[str, float]:
+        return {"loss": step.share if step else float(batch_size(batch)[0])}
 
     @hookimpl
-    def loss_terms(self, output: Tensor, step: Step | None) -> dict[str, Tensor]:
-        share = step.share if step else 1.0
+    def loss_terms(self, batch: Batch, output: Tensor, step: Step | None) -> dict[str, Tensor]:
+        share = step.share if step else float(batch_size(batch)[0])
         return {"loss": output if share == 1.0 else output * share}
 
 

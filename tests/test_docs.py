@@ -95,7 +95,10 @@ def all_blocks(*languages: str) -> list[Block]:
 # -- Python
 
 
-def finished_run(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
     model = torch.nn.Linear(2, 1)
     engine = Engine(
         model,
@@ -105,6 +108,7 @@ def finished_run(folder: Path) -> None:
         out=folder,
     )
     engine.fit([torch.ones(4, 2)], until="2 steps", eval_data=[torch.ones(4, 2)])
+    return folder
 
 
 def evaluate(example: Example) -> None:
@@ -117,11 +121,15 @@ def evaluate(example: Example) -> None:
     "page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_python_blocks_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    mine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Red when code that a user would paste does not run, or does not do what the page says."""
     monkeypatch.chdir(tmp_path)
-    finished_run(Path("runs/mine"))
+    shutil.copytree(mine, "runs/mine", symlinks=True)
     document = Document.parse(str(page), CodeBlockParser("python", evaluate))
     document.namespace["__name__"] = "page"
     for example in document.examples():

@@ -7,6 +7,7 @@ import copy
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -363,6 +364,7 @@ ON_PAIRS: dict[str, Any] = {"data": {"call": "called:pairs", "batch_size": 2}}
 """In place of text and its loss, for what trains on pairs of answers."""
 
 
+@cache
 def settings_of(name: str) -> dict[str, Any]:
     """The first example of a plugin whose config has required keys; nothing for the others."""
     if name in PLACED:
@@ -380,14 +382,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+OF_NEXUS = {"loss_causal", "loss_energy", "loss_reason", "loss_world", "model_nexus"}
+"""What is nothing without the modules of a NEXUS; beside the others, a smaller model will do."""
+SMALL_NEXUS = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.1}
+
+
 def engine_with(name: str, corpus: Path, out: Path) -> Engine:
     """A tiny text run with the plugin in it, beside what it requires."""
+    model = {"model_nexus": SMALL_NEXUS} if name in OF_NEXUS else {"model": PLACED["model"]}
     basis: dict[str, dict[str, Any]] = {
         "data_text": {"train": str(corpus), "seq_len": 32, "batch_size": 2},
-        "model_nexus": {
-            **{"vocab_size": 300, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
-            "dropout": 0.1,
-        },
+        **model,
         "loss_lm": {},
         "optim_adamw": {},
     }
@@ -407,7 +412,7 @@ def engine_with(name: str, corpus: Path, out: Path) -> Engine:
         own = {"source": str(out / "begun.safetensors")}
         out.mkdir()
         save_model(Engine(plugins=begun, seed=2).model, own["source"])
-    given = {**basis, name: own}
+    given = {**basis, name: own | basis.get(name, {})}  # as small, whatever its example is
     plugins = [classes[key](**(given.get(key) or settings_of(key))) for key in names]
     return Engine(plugins=plugins, seed=1, out=out, log_every=1, accumulate=2)
 

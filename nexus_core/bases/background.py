@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import secrets
 import time
@@ -160,7 +161,8 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         """Wait until all is stored, but not longer than `config.timeout`."""
         if self._worker is None or self.switched_off:
             return
-        ending: Ending = "failed" if self._broken else _ending(engine)
+        ended: Ending = "finished" if engine.result().status == "finished" else "stopped"
+        ending: Ending = "failed" if self._broken else ended
         call = partial(self._disconnect, self._info(engine), ending)
         if not self._worker.finish(Job("close", engine.state.step, call), self.config.timeout):
             raise TimeoutError(f"not done within {self.config.timeout:g} s")
@@ -168,8 +170,9 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
     def _info(self, engine: Engine) -> RunInfo:
         assert self._key is not None
         folder = engine.out.absolute() if engine.out is not None else None
-        name = folder.name if folder is not None else "run"
-        return RunInfo(name, folder, engine.state.step, engine.config, self._key)
+        return RunInfo(
+            folder.name if folder else "run", folder, engine.state.step, engine.config, self._key
+        )
 
     def _connect(self, run: RunInfo) -> None:
         if self.writes_files and run.folder is not None:
@@ -211,8 +214,14 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
             return
         outcomes = worker.outcomes()
         if late := worker.hanging(self.config.timeout):
-            hang = TimeoutError(f"no answer within {self.config.timeout:g} s")
-            outcomes.append(Outcome(late.action, late.step, hang, fatal=True))
+            outcomes.append(
+                Outcome(
+                    late.action,
+                    late.step,
+                    TimeoutError(f"no answer within {self.config.timeout:g} s"),
+                    fatal=True,
+                )
+            )
         if error is not None:
             outcomes.append(Outcome(action, step, error, fatal=action == "close"))
         for outcome in outcomes:
@@ -269,6 +278,7 @@ class Worker:
         self._present: tuple[Job, float] | None = None
         self._abandoned = False
         self._thread = Thread(target=self._run, name=f"nexus-{name}", daemon=True)
+        atexit.register(self._part)  # before the service registers its own, so called after that
         self._thread.start()
 
     def submit(self, job: Job) -> None:
@@ -280,8 +290,9 @@ class Worker:
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
-            waiting = f"{self._jobs.maxsize:,} calls wait for the service"
-            raise BufferError(f"{waiting}; this one is not made") from None
+            raise BufferError(
+                f"{self._jobs.maxsize:,} calls wait for the service; this one is not made"
+            ) from None
 
     def outcomes(self) -> list[Outcome]:
         """The calls that have ended since this was asked last."""
@@ -325,7 +336,12 @@ class Worker:
                 error = raised
             self._outcomes.append(Outcome(job.action, job.step, error, fatal=job.vital))
             self._present = None
+        atexit.unregister(self._part)
 
+    def _part(self) -> None:
+        """Let a call that was given up come to its end, for five seconds at most.
 
-def _ending(engine: Engine) -> Ending:
-    return "finished" if engine.result().status == "finished" else "stopped"
+        What a service does at exit may wake that call, and a daemon thread that wakes within
+        native code while Python 3.13 or earlier shuts down ends the process by a signal.
+        """
+        self._thread.join(5.0 if self._present else 0.0)

@@ -62,7 +62,7 @@ def test_from_chats_and_pairs_to_folders_that_load(
     nexus_run("sft", *given, *chats, *asked, "--out", "run")
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     losses = [line["train/lm_loss"] for line in lines if "train/lm_loss" in line]
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
     assert any(
         "<|im_start|>" in json.dumps(line) or "3 and 3?" in json.dumps(line) for line in lines
     )

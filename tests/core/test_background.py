@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -195,6 +199,48 @@ def test_a_call_that_hangs_is_given_up(call: str, hang: Callable[[], None]) -> N
     assert "TimeoutError" in warning
     assert said(run).endswith("switched off")
     assert_same_training(run)
+
+
+WOKEN = """
+import atexit, threading
+from pydantic import BaseModel, field_validator
+from nexus_core.bases.background import BackgroundConfig, BackgroundLogger
+from tiny import tiny_engine
+
+class Value(BaseModel):
+    x: int
+
+    @field_validator("x")
+    @classmethod
+    def check(cls, x):
+        return x + sum(range(100))
+
+class ServicePlugin(BackgroundLogger[BackgroundConfig]):
+    def connect(self, run):
+        woken = threading.Event()
+        atexit.register(woken.set)
+        woken.wait()
+        for x in range(100_000):
+            Value(x=x)
+        print("woken", flush=True)
+        raise ConnectionError("closed")
+
+batch = {"x": __import__("torch").ones(2, 5), "y": __import__("torch").ones(2, 4)}
+print(tiny_engine(ServicePlugin(timeout=0.2)).fit([batch] * 5, until="5 steps").status, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_call_that_the_service_wakes_at_exit_comes_to_its_end() -> None:
+    """Breaks if Python shuts down around a thread in native code, which ends in a signal."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", WOKEN],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "finished\nwoken\n"
 
 
 def test_a_hang_is_noticed_while_the_run_goes_on(hang: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,13 @@ from tiny import tiny_engine
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test runs in a folder of its own that holds a small corpus and a config over it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nexus_plugins.model_nexus.plugin.SAMPLE", 8)  # a longer one outlasts a run
+    prepare()
+    return tmp_path
+
+
+def prepare() -> None:
+    """The corpus and the config, in the present folder."""
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("empty.txt").write_text("")
     config: dict[str, Any] = {
@@ -50,7 +58,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         },
     }
     Path("tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    return tmp_path
 
 
 def run(*arguments: str) -> Result:
@@ -154,7 +161,8 @@ def test_a_mistake_takes_nothing_away_from_a_neighbour(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("option", ["--out={}", "-sout={}"])
 def test_a_folder_may_have_any_name(name: str, option: str) -> None:
     option = option if name != "null" else "--out={}"
-    result = run("tiny.yaml", option.format(name), "-s", "until=1", "-p", "no:lr_cosine", "--quiet")
+    short = ["-s", "until=1", "-p", "no:lr_cosine,no:clip,no:checkpoint", "--quiet"]
+    result = run("tiny.yaml", option.format(name), *short)
     assert result.exit_code == 0, result.output
     assert Path(name, "summary.json").exists()
     settings = yaml.safe_load(Path(name, "config.yaml").read_text())
@@ -237,14 +245,23 @@ def test_a_run_that_never_began_leaves_no_empty_folder(folder: Path) -> None:
 # -- resuming
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps with settings of its own; tests resume copies of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare()
+        options = ["-p", "no:lr_cosine", "-s", "clip.max_norm=0.7", "-s", "until=4", "--quiet"]
+        assert run("tiny.yaml", "--out", "one", *options).exit_code == 0
+    return folder / "one"
+
+
 @pytest.mark.filterwarnings("ignore:resuming. until is")
 @pytest.mark.parametrize("source", ["one", "one/checkpoints/best", "one/checkpoints", "moved"])
-def test_resuming_a_run_takes_its_config(source: str) -> None:
-    options = ["-p", "no:lr_cosine", "-s", "clip.max_norm=0.7", "--quiet"]
-    assert run("tiny.yaml", "--out", "one", "-s", "until=4", *options).exit_code == 0
-    if source == "moved":
-        Path("one").rename("moved")
+def test_resuming_a_run_takes_its_config(source: str, trained: Path) -> None:
     out = source.partition("/")[0]
+    shutil.copytree(trained, out, symlinks=True)
     result = run("--resume", source, "-s", "until=6")
     assert result.exit_code == 0, result.output
     assert "resumed at step 4" in result.output
@@ -479,26 +496,28 @@ def test_a_signal_that_a_launcher_hands_on_is_the_same_signal(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
-    number: signal.Signals, code: int
-) -> None:
-    command = [sys.executable, "-u", "-m", "nexus_core.cli.run", "tiny.yaml", "-p", "console"]
-    long = ["-s", "until=150 steps", "-s", "log_every=1", "-s", "checkpoint.every=1000 steps"]
-    subprocess.run([*command, *long, "--out", "whole"], check=True, capture_output=True)
-    with subprocess.Popen([*command, *long, "--out", "parts"], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step"):
-                process.send_signal(number)
-                break
-        process.stdout.read()
-    assert process.returncode == code
-    assert json.loads(Path("parts/summary.json").read_text())["status"] == "stopped"
-    resume = [*command, *long, "--out", "parts", "--resume", "auto"]
-    subprocess.run(resume, check=True, capture_output=True)
-    assert weights("whole", "step-00000150") == weights("parts", "step-00000150")
+def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits() -> None:
+    """A process that gets the signal at its first line, held against a run that gets none."""
+    options = ["tiny.yaml", "-p", "console", "-s", "until=150 steps", "-s", "log_every=1",
+               "-s", "checkpoint.every=1000 steps"]  # fmt: skip
+    assert run(*options, "--out", "whole").exit_code == 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        parts = number.name
+        command = [sys.executable, "-u", "-m", "nexus_core.cli.run", *options, "--out", parts]
+        with subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("step"):
+                    process.send_signal(number)
+                    break
+            process.stdout.read()
+        assert process.returncode == code
+        assert json.loads(Path(parts, "summary.json").read_text())["status"] == "stopped"
+        resumed = run(*options, "--out", parts, "--resume", "auto")
+        assert resumed.exit_code == 0, resumed.output
+        assert weights("whole", "step-00000150") == weights(parts, "step-00000150"), parts
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nexus_core import Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
@@ -50,6 +53,16 @@ class LowRank(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.merged else super().forward(x) + x @ self.a.T @ self.b.T
+
+
+@given(cuts=st.sets(st.integers(1, 31)))
+def test_the_mean_of_an_evaluation_does_not_depend_on_how_its_rows_are_cut(cuts: set[int]) -> None:
+    rows = torch.cat(BATCHES)
+    engine = new(loss=square)
+    batches = [rows[a:b] for a, b in itertools.pairwise([0, *sorted(cuts), len(rows)])]
+    with torch.no_grad():
+        whole = square(engine.model.eval(), rows).item()
+    assert engine.evaluate(batches)["val/loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_overrides_of_train_and_eval_are_called_as_a_loop_by_hand_calls_them() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -221,6 +222,14 @@ class Run:
         return [*self.engine.model.state_dict().values(), torch.get_rng_state()]
 
 
+@cache
+def undisturbed(make: str, accumulate: int) -> tuple[list[float], list[Tensor]]:
+    """The oracle, trained once: what it reads, and how it ends."""
+    whole = Run(make, accumulate)
+    whole.fit(STEPS)
+    return whole.seen, [part.clone() for part in whole.state()]
+
+
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(map(torch.equal, one, other))
 
@@ -232,16 +241,15 @@ def test_a_run_that_is_resumed_twice_reads_the_rows_of_one_that_is_not(
     make: str, one: int, other: int, accumulate: int
 ) -> None:
     """Breaks if a place is saved ahead of the step, lost at an epoch's end, or kept from before."""
-    whole = Run(make, accumulate)
-    whole.fit(STEPS)
-    expected, seen, snapshot = whole.state(), list[float](), None
+    rows, expected = undisturbed(make, accumulate)
+    seen, snapshot = list[float](), None
     for until in (*sorted((one, other)), STEPS):
         run = Run(make, accumulate, snapshot)
         run.fit(until)
         seen += run.seen
         assert all(SAID[make] in text for text in run.said)
         snapshot = copy.deepcopy(run.engine.state_dict())
-    assert seen == whole.seen
+    assert seen == rows
     assert same(run.state(), expected)
 
 
@@ -250,25 +258,23 @@ def test_a_run_that_is_resumed_twice_reads_the_rows_of_one_that_is_not(
 @pytest.mark.parametrize("step", [1, 6])
 def test_a_step_that_fails_is_taken_again(make: str, accumulate: int, step: int) -> None:
     """Breaks if its batches are lost, as the loader has moved on."""
-    whole, run = Run(make, accumulate), Run(make, accumulate)
-    whole.fit(STEPS)
-    expected = whole.state()
+    rows, expected = undisturbed(make, accumulate)
     run = Run(make, accumulate)
     run.fails_at = step
     with pytest.raises(OSError):  # noqa: PT011
         run.fit(STEPS)
     run.fails_at = 0
     run.fit(STEPS)
-    assert run.seen == whole.seen
+    assert run.seen == rows
     assert same(run.state(), expected)
 
 
 @pytest.mark.parametrize("make", ["sampler", "stream", "bare stream", "loader that reads ahead"])
 def test_an_evaluation_on_the_same_loader_does_not_move_it(make: str) -> None:
-    whole, run = Run(make, 1), Run(make, 1)
-    whole.fit(STEPS)
+    rows, _ = undisturbed(make, 1)
+    run = Run(make, 1)
     run.engine.fit(run.data, until=f"{STEPS} steps", eval_data=run.data, eval_every="3 steps")
-    assert run.seen == whole.seen
+    assert run.seen == rows
 
 
 def test_a_state_brings_the_data_back_without_reading_it_again() -> None:

@@ -101,7 +101,7 @@ MERGED = "a: &a {x: 1}\n" + "".join(
 
 
 NESTED_MERGES = reduce(lambda x, n: f"{{<<: [&a{n} {x}, *a{n}]}}", range(40), "{y: 1}")
-TEXT = "é" * 2**17
+TEXT = "é" * 2**15
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ TEXT = "é" * 2**17
     ids=["text", "list", "key"],
 )
 def test_an_alias_takes_no_memory_of_its_own(text: str) -> None:
-    """Breaks if a config of 200 kB takes gigabytes."""
+    """Breaks if a config of 70 kB takes a gigabyte."""
     tracemalloc.start()
     try:
         parse(text)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 40 * 2**20
+    assert peak < 10 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_an_alias_takes_no_memory_of_its_own(text: str) -> None:
         (BOMB, "more than 40,000 values"),
         (MERGED, "more than 40,000 values"),
         (f"x: {NESTED_MERGES}", "more than 40,000 values"),
-        (f"a: [{'1,' * 400_000}]", "more than 40,000 values"),
+        (f"a: [{'1,' * 100_000}]", "more than 40,000 values"),
         ("a: &a [*a]", "nested deeper than 50 levels"),
         ("a: &a {<<: *a}", "nested deeper|'<<' takes a mapping"),
         ("a: {<<: 3}", "'<<' takes a mapping"),
@@ -152,10 +152,10 @@ def test_an_alias_takes_no_memory_of_its_own(text: str) -> None:
     ],
 )
 def test_what_is_no_config_is_one_quick_error(text: str, message: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()  # another program may take the clock's seconds
     with pytest.raises(YamlError, match=message):
         parse(text)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 TREES = st.recursive(

@@ -36,7 +36,7 @@ from nexus_core import (
     StateDict,
     hookimpl,
 )
-from nexus_plugins.checkpoint import CheckpointPlugin, lock
+from nexus_plugins.checkpoint import CheckpointPlugin, lock, run_lock
 from tiny import Net, RecorderPlugin, Regression, tiny_engine
 
 FILES = {
@@ -109,31 +109,29 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6, 11])
 @pytest.mark.parametrize(
     "options", [{}, {"sync": True}, {"every": 1}, {"accumulate": 3}], ids=lambda o: str(o)
 )
-def test_a_resumed_run_ends_in_the_same_bits(
-    options: dict[str, Any], stop: int, tmp_path: Path
-) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
     """Breaks if any state is missing from a checkpoint: mid-epoch, with dropout, accumulation."""
     whole = train(engine_in(tmp_path / "whole", NotesPlugin(), **options), 14)
     generator = torch.get_rng_state()
-    first = engine_in(tmp_path / "cut", NotesPlugin(), **options)
-    for state in first.steps(ResumableLoader(Regression(), 4, seed=1), until=14):
-        if state.step == stop:
-            first.stop()
-    second = engine_in(tmp_path / "cut", NotesPlugin(), **options)
-    second.resume()
-    assert second.state.step == stop
-    train(second, 14, eval_every=None)
-    for mine, theirs in zip(whole.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-    assert (
-        whole.plugins["notes"].state_dict()["seen"]["ids"]
-        == second.plugins["notes"].state_dict()["seen"]["ids"]
-    )
-    assert torch.equal(torch.get_rng_state(), generator)
+    for stop in (1, 5, 6, 11):
+        first = engine_in(tmp_path / str(stop), NotesPlugin(), **options)
+        for state in first.steps(ResumableLoader(Regression(), 4, seed=1), until=14):
+            if state.step == stop:
+                first.stop()
+        second = engine_in(tmp_path / str(stop), NotesPlugin(), **options)
+        second.resume()
+        assert second.state.step == stop
+        train(second, 14, eval_every=None)
+        for mine, theirs in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs), f"stopped at {stop}"
+        assert (
+            whole.plugins["notes"].state_dict()["seen"]["ids"]
+            == second.plugins["notes"].state_dict()["seen"]["ids"]
+        )
+        assert torch.equal(torch.get_rng_state(), generator), f"stopped at {stop}"
 
 
 def test_the_whole_state_is_equal_after_a_resume_with_evaluations(tmp_path: Path) -> None:
@@ -814,9 +812,9 @@ def test_a_second_run_is_kept_out_and_told_by_whom(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
     """Breaks if a crash leaves a folder locked, even while an orphaned worker still lives."""
     script = f"""
-import os, signal, sys, time
+import os, runpy, signal, time
 from pathlib import Path
-from nexus_plugins.checkpoint.run_lock import RunLock
+RunLock = runpy.run_path({run_lock.__file__!r})["RunLock"]  # without importing PyTorch
 held = RunLock(Path({str(tmp_path)!r}))
 worker = os.fork()
 if worker == 0:
@@ -1033,13 +1031,18 @@ def test_saving_beside_the_loop_stores_the_moment_of_the_save(tmp_path: Path) ->
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """A run that nobody interrupts."""
+    return train(engine_in(tmp_path_factory.mktemp("whole"), NotesPlugin(), every=2), 20)
+
+
 @settings(max_examples=8)
 @given(cuts=st.lists(st.integers(1, 19), max_size=4))
 def test_any_row_of_interruptions_changes_nothing(
-    cuts: list[int], tmp_path_factory: pytest.TempPathFactory
+    whole: Engine, cuts: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Breaks if a run depends on how often and where it was interrupted."""
-    whole = train(engine_in(tmp_path_factory.mktemp("whole"), NotesPlugin(), every=2), 20)
     out = tmp_path_factory.mktemp("cut")
     for cut in cuts:
         engine = engine_in(out, NotesPlugin(), every=2)

@@ -137,7 +137,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
         "reads_on_cpu": ("_is_nothing",),
     },
     "loss_distill": {"configs": ({"teacher": {"call": "nexus_core.testing:tiny_model"}},)},
-    "loss_reason": {"configs": ({}, {"weight": 1.0})},
+    "loss_reason": {"configs": ({"weight": 1.0},)},
     "lr_finder": {"reads_on_cpu": ("on_step",), "resumes_after_stop": False},
     "lr_cosine": {"configs": ({"warmup": "2 steps"},)},
     "model": {"configs": ({"call": "nexus_core.testing:tiny_model", "args": {"dropout": 0.2}},)},

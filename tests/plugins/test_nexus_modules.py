@@ -213,7 +213,7 @@ def test_all_five_terms_move_in_the_sensible_direction():
     model = NEXUSCore(vocab_size=VOCAB, d_model=32, ssm_n_layers=2, ssm_head_dim=16)
     engine = engine_for(model, log_every=1)
     seen = []
-    steps = engine.steps(batches(120), until="120 steps")
+    steps = engine.steps(batches(60), until="60 steps")
     for _ in steps:
         seen.append(dict(engine.metrics))
     terms = ["train/lm_loss", "train/world_loss", "train/reason_loss", "train/energy_loss"]

@@ -52,15 +52,18 @@ def describe(engine: Engine) -> dict[str, Json]:
         name: (entry.value.split(".")[0].split(":")[0], entry.dist)
         for name, entry in installed().items()
     }
+    givers = {dist for _, dist in entries.values() if dist is not None}
+    told = {dist: (dist.name, dist.version) for dist in givers}  # each reads the metadata anew
     plugins: dict[str, Json] = {}
     for name, plugin in engine.plugins.items():
         package, distribution = entries.get(name.partition("@")[0], ("", None))
         ours = type(plugin).__module__.split(".")[0] == package and distribution is not None
+        giver, its_version = told[distribution] if ours and distribution else (None, None)
         settings: dict[str, Json] = in_run_folder(plugin.config.model_dump(mode="json"))
         plugins[name] = {
             "class": f"{type(plugin).__module__}.{type(plugin).__qualname__}",
-            "distribution": distribution.name if ours and distribution else None,
-            "version": distribution.version if ours and distribution else None,
+            "distribution": giver,
+            "version": its_version,
             "state_version": plugin.state_version,
             "files": {source.file: source.sha256 for source in used(plugin)},
             "config": settings,

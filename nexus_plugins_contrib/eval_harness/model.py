@@ -1,99 +1,59 @@
-"""Tasks of lm-evaluation-harness on the model of a run, at its evaluations."""
+"""The model of a run, as lm-evaluation-harness asks it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
-from nexus_core.paths import PathField
-
-try:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise ConfigError(
-        "the plugin eval_harness needs the package lm-eval: pip install lm-eval"
-    ) from error
+from nexus_core import ConfigError
 
 if TYPE_CHECKING:
-    from nexus_core.batches import Batch
     from nexus_core.engine import Engine
+    from nexus_plugins_contrib.eval_harness.plugin import EvalHarnessConfig
 
-__all__ = ["EvalHarnessConfig", "EvalHarnessPlugin"]
-
-
-class EvalHarnessConfig(PluginConfig):
-    """Which tasks, and on how much of them."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"tasks": ["arc_easy"]}]})
-
-    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or groups of tasks")
-    include: PathField | None = Field(
-        None, description="folder of further tasks, as YAML; null: those of the package alone"
-    )
-    limit: int | None = Field(None, ge=1, description="examples of each task; null: all")
-    shots: int | None = Field(
-        None, ge=0, description="solved examples before each question; null: as the task says"
-    )
-    batch_size: int = Field(8, ge=1, description="rows that the model is asked at once")
-    max_length: int = Field(
-        1024, ge=2, description="tokens that the model can see; longer contexts lose their start"
-    )
+__all__ = ["asked"]
 
 
-class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
-    """Measures tasks of lm-evaluation-harness at each evaluation.
+def asked(engine: Engine, codec: Any, config: EvalHarnessConfig) -> dict[str, float]:
+    """The metrics of all tasks, as `harness/<task>/<metric>`.
 
-    The model is asked through the run's own forward pass, so any model of tokens will do, with the
-    weights that are evaluated. Tasks that are on this machine need no network.
+    Args:
+        engine: whose forward pass is asked.
+        codec: the tokenizer of the data.
+        config: the settings.
+
+    Raises:
+        ConfigError: there is no such task.
     """
-
-    api_version: ClassVar[str] = "1.2"
-    _done_at: int = -1
-
-    @hookimpl
-    def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
-        """The metrics of all tasks, as `harness/<task>/<metric>`, with the first set alone.
-
-        Raises:
-            ConfigError: the data has no tokenizer, or there is no such task.
-        """
-        if self._done_at == engine.state.step:
-            return {}
-        self._done_at = engine.state.step
-        codec = engine.data.codec if engine.data is not None else None
-        if codec is None:
-            raise ConfigError("eval_harness asks in text, and the data has no tokenizer")
-        logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        include = None if self.config.include is None else str(self.config.include)
-        tasks = TaskManager(include_path=include)
-        if unknown := [name for name in self.config.tasks if name not in tasks.all_tasks]:
-            raise ConfigError(
-                f"eval_harness.tasks: there is no task '{unknown[0]}'; `lm_eval ls tasks` lists "
-                "them, and eval_harness.include names a folder of further ones"
-            )
-        found: Any = simple_evaluate(
-            model=_Model(engine, codec, self.config),
-            tasks=[*self.config.tasks],
-            task_manager=tasks,
-            num_fewshot=self.config.shots,
-            limit=self.config.limit,
-            bootstrap_iters=0,
-            random_seed=engine.seed,
-            numpy_random_seed=engine.seed,
-            torch_random_seed=engine.seed,
-            fewshot_random_seed=engine.seed,
-            log_samples=False,
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    tasks = TaskManager(include_path=None if config.include is None else str(config.include))
+    if unknown := [name for name in config.tasks if name not in tasks.all_tasks]:
+        raise ConfigError(
+            f"eval_harness.tasks: there is no task '{unknown[0]}'; `lm_eval ls tasks` lists them, "
+            "and eval_harness.include names a folder of further ones"
         )
-        return _metrics(found["results"])
+    found: Any = simple_evaluate(
+        model=_Model(engine, codec, config),
+        tasks=[*config.tasks],
+        task_manager=tasks,
+        num_fewshot=config.shots,
+        limit=config.limit,
+        bootstrap_iters=0,
+        random_seed=engine.seed,
+        numpy_random_seed=engine.seed,
+        torch_random_seed=engine.seed,
+        fewshot_random_seed=engine.seed,
+        log_samples=False,
+    )
+    return _metrics(found["results"])
 
 
 class _Model(TemplateLM):  # type: ignore[misc]

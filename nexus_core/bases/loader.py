@@ -178,8 +178,9 @@ class ResumableLoader:
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
-        places = row + np.append(batches, batches.stop) * self.batch_size
-        edges = np.minimum(places, len(self.dataset))
+        edges = np.minimum(
+            row + np.append(batches, batches.stop) * self.batch_size, len(self.dataset)
+        )
         whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
         shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
         ids = np.concatenate(shares)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -57,13 +58,14 @@ def export(source: Path, out: Path, options: Options) -> list[Path]:
         raise ConfigError("--adapters alone: the run trained no adapters, but the whole model")
     ids = fixed_batch(*_sizes(trained.model))
     expected = logits_of(trained.model, ids)
-    dtype = next(p.dtype for p in trained.model.parameters() if p.is_floating_point())
+    dtypes = {parameter.dtype for parameter in trained.model.parameters()}
+    is_precise = dtypes <= {torch.float32, torch.float64}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
         draft = Path(beside) / out.name
         draft.mkdir()
         found = _write(trained, draft, options, ids)
-        receipt = compare(expected, found, dtype, trained.checkpoint, trained.step)
+        receipt = compare(expected, found, is_precise, trained.checkpoint, trained.step)
         _finish(trained, draft, receipt)
         written = sorted(path.name for path in draft.iterdir())
         draft.rename(out)

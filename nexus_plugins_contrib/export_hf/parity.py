@@ -95,7 +95,7 @@ def logits_of_fresh_process(folder: Path, ids: Tensor) -> Tensor:
 
 
 def compare(
-    trained: Tensor, loaded: Tensor, dtype: torch.dtype, checkpoint: Path, step: int
+    trained: Tensor, loaded: Tensor, is_precise: bool, checkpoint: Path, step: int
 ) -> Receipt:
     """Compare logits `(B, T, V)`.
 
@@ -105,7 +105,7 @@ def compare(
     largest = (trained - loaded).abs().max().item()
     ours, theirs = (logits.double().log_softmax(-1) for logits in (trained, loaded))
     kl = (ours.exp() * (ours - theirs)).sum(-1).max().item()
-    part = _PRECISE if dtype == torch.float32 else _COARSE
+    part = _PRECISE if is_precise else _COARSE
     bound = part * max(1.0, trained.abs().max().item())
     rows, length = trained.shape[:2]
     receipt = Receipt(largest, kl, bound, rows, length, _SEED, str(checkpoint), step)

@@ -127,8 +127,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], *, whole: bool) -> None:
     """Give a model the weights of a checkpoint, where the frozen ones may be there already."""
     own = model.state_dict()
     frozen = set() if whole else {n for n, p in model.named_parameters() if not p.requires_grad}
-    odd = sorted((weights.keys() - own.keys()) | (own.keys() - weights.keys() - frozen))
-    if odd := [name for name in odd if name.partition(".weight.")[0] + ".weight" not in frozen]:
+    if odd := sorted((weights.keys() - own.keys()) | (own.keys() - weights.keys() - frozen)):
         where = "the model" if odd[0] in own else "the checkpoint"
         raise CheckpointError(f"the checkpoint does not fit its model: only {where} has '{odd[0]}'")
     try:

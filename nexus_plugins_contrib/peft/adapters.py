@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig as Settings
     from peft.tuners.tuners_utils import BaseTuner
 
-__all__ = ["frozen_names", "inject", "settings_of", "targets_of"]
+__all__ = ["frozen_names", "hide_quantization", "inject", "settings_of", "targets_of"]
 
 _INPUTS = "feedforward_modules"
 
@@ -143,3 +143,18 @@ def frozen_names(model: nn.Module) -> set[str]:
     """The names of all parameters that are not trained, tied ones under each of theirs."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def hide_quantization(model: nn.Module) -> None:
+    """Leave out of a model's state what quantized weights are stored with, and do not load."""
+    whole = {n for n, p in model.named_parameters() if not p.is_floating_point()}
+    if not whole:
+        return
+
+    def drop(_: nn.Module, state: dict[str, object], prefix: str, __: object) -> None:
+        for name in [name for name in state if name.removeprefix(prefix).count(".weight.")]:
+            owner = name.removeprefix(prefix).partition(".weight.")[0]
+            if f"{owner}.weight" in whole:
+                del state[name]
+
+    model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]

@@ -111,6 +111,7 @@ class PeftPlugin(Plugin[PeftConfig]):
             model, adapters.settings_of(config.method, own, config.args, targets)
         )
         self._below = adapters.frozen_names(model)
+        adapters.hide_quantization(model)
         return self.tuner
 
     @hookimpl(stage="inspect")
@@ -140,7 +141,7 @@ class PeftPlugin(Plugin[PeftConfig]):
     def on_save(self, snapshot: Snapshot) -> None:
         """Leave out the weights below the adapters."""
         model = snapshot["model"]
-        for name in [name for name in model if self._is_below(name)]:
+        for name in [name for name in model if name in self._below]:
             del model[name]
 
     @hookimpl
@@ -148,7 +149,7 @@ class PeftPlugin(Plugin[PeftConfig]):
         """Put the weights below back in, as they are here."""
         saved, own = snapshot["model"], engine.model.state_dict()
         for name in own:
-            if name not in saved and self._is_below(name):
+            if name not in saved and name in self._below:
                 saved[name] = own[name]
         self._below = {
             name for name in self._below if name not in saved or saved[name] is own[name]
@@ -178,11 +179,6 @@ class PeftPlugin(Plugin[PeftConfig]):
                 f"{self._hash} here); give the run the model that it began with"
             )
         self._looked = bool(state["looked"])
-
-    def _is_below(self, name: str) -> bool:
-        """Whether a tensor is a weight below, or what a quantized one is stored with."""
-        owner, dot, _ = name.partition(".weight.")
-        return name in self._below or bool(dot and f"{owner}.weight" in self._below)
 
 
 def _fill(model: nn.Module, source: Path) -> None:

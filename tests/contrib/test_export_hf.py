@@ -165,7 +165,7 @@ def test_an_export_that_computes_otherwise_is_refused(
 
 def test_the_bound_is_relative_to_the_logits() -> None:
     one = 100 * torch.randn(2, 8, 9)
-    compared = parity.compare(one, one + 1e-4, torch.float32, Path("x"), 1)
+    compared = parity.compare(one, one + 1e-4, True, Path("x"), 1)
     assert compared.kl_divergence < 1e-12
     assert compared.bound == pytest.approx(1e-5 * one.abs().max().item())
 

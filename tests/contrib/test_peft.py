@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from nexus_core import CheckpointError, ConfigError, Engine, Plugin
+from nexus_core.cli.run import main as nexus_run
 from nexus_core.plan import load
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.loss_dpo import LossDpoPlugin
@@ -210,3 +212,53 @@ def test_preferences_take_the_model_without_its_adapters_as_reference(tmp_path: 
     assert ours[0] == pytest.approx(math.log(2), abs=1e-6)
     assert ours[-1] < ours[0] - 0.01
     assert off.plugins["loss_dpo"]._copy is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_on_four_bits_resume_to_the_same_bits_and_are_exported_alone(
+    tmp_path: Path,
+) -> None:
+    """Red if quantized weights get into a checkpoint, or an export merges into rounded ones."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    folder = hf.saved(tmp_path / "base", "llama", **sizes)
+    blocks: dict[str, Any] = {"model_hf": {"path": folder, "quantize": "nf4"}, "peft": {"r": 4}}
+
+    def engine(out: Path) -> Engine:
+        saves = CheckpointPlugin(every="2 steps", sync=True, best=None)
+        origin = ModelHfPlugin(**blocks["model_hf"])
+        made = engine_of(origin, PeftPlugin(**blocks["peft"]), saves, out=out)
+        made.config["plugins"] = blocks
+        return made
+
+    (whole := engine(tmp_path / "a")).fit(until=4)
+    engine(tmp_path / "b").fit(until=2)
+    again = engine(tmp_path / "b")
+    again.resume()
+    again.fit(until=4)
+    trained = [n for n, p in whole.model.named_parameters() if p.requires_grad]
+    one, other = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in trained)
+    stored = load_file(tmp_path / "b/checkpoints/final/model.safetensors")
+    assert stored.keys() == {*trained}
+    words = ["export", str(tmp_path / "b"), "--to", "hf", "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(nexus_run, words)
+    assert refused.exit_code == 2, refused.output
+    assert "--adapters alone" in refused.output
+    written = CliRunner().invoke(nexus_run, [*words, "--adapters", "alone"])
+    assert written.exit_code == 0, written.output
+    assert (tmp_path / "out/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({}, "train adapters beside them"), ({"weights": "random"}, "is for pretrained weights")],
+)
+def test_quantized_weights_alone_are_refused(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = hf.saved(tmp_path / "base", "llama")
+    origin = ModelHfPlugin(path=folder, quantize="nf4", **settings)
+    with pytest.raises(ConfigError, match=said):
+        Engine(plugins=[hf.RowsPlugin(batches()), origin, LossLmPlugin(), OptimAdamwPlugin()])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from called import pairs
-from nexus_core import Batch, Plugin, ResumableLoader
+from nexus_core import Batch, Loss, LossConfig, Plugin, ResumableLoader, hookimpl
 from nexus_core.plan import load
 from nexus_core.testing import PluginContract, tiny_model
 
@@ -67,14 +67,30 @@ class OnNexus(FirstPartyContract):
         return [load("model_nexus")(**sizes)]
 
 
+class ChosenPlugin(Loss[LossConfig]):
+    """A loss of the chosen answers, by whoever runs the model on them."""
+
+    @hookimpl
+    def forward(self, engine: Any, batch: Batch) -> Any:
+        ids = batch.get("chosen_input_ids")
+        return None if ids is None else engine.model(ids)
+
+    def units(self, batch: Batch) -> float:
+        return float(len(batch["chosen_labels"]))
+
+    def loss(self, batch: Batch, output: Any) -> Tensor:
+        rows = output.chosen[:, None] if hasattr(output, "chosen") else output.flatten(1)
+        return rows.square().mean(1).sum()
+
+
 class OnPairs(FirstPartyContract):
-    """For losses of pairs of answers, which no other loss is beside."""
+    """For losses of pairs of answers; the loss beside them has to know of these too."""
 
     def data(self) -> Iterable[Batch]:
         return ResumableLoader(pairs()[0], 4)
 
     def losses(self) -> Iterable[Plugin[Any]]:
-        return []
+        return [ChosenPlugin(weight=0.01)]
 
 
 class OnText(FirstPartyContract):

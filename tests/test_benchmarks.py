@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 OURS = {"bare", "tutorial", "nexus"}
@@ -36,6 +37,25 @@ def test_overhead_times_every_case_that_can_run_and_names_the_others(tmp_path: P
         over = [mine - base for mine, base in zip(by_round[name], by_round["bare"], strict=True)]
         assert math.isclose(row["over_bare"]["most"], max(over)), name
         assert name in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "trainer"), [("nexus", "bare"), ("backbone", "engine")])
+def test_the_benchmark_of_accelerators_runs_on_the_cpu(
+    model: str, trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a case no longer trains, so that it would fail on the first machine with a GPU."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu
+
+    case = gpu.Case(model, trainer)
+    assert case.missing == ""
+    found = gpu.figures(case, gpu.SIZES["tiny"], torch.device("cpu"), tmp_path)
+    assert found.tokens_per_second == pytest.approx(1000 * 2 * 32 / found.milliseconds)
+    assert 0 < found.mfu < 1
+    assert found.parameters > 10_000
+    assert found.waits_per_step is None, "counted on CUDA alone"
+    assert gpu.Case("gpt2", "lightning") in gpu.CASES
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ VENDORS = {
     "data_chat": "datasets",
     "data_hf": "datasets",
     "eval_harness": "lm_eval",
+    "kernels": "torch",  # it runs without any of its packages
 }
 DECLARED: dict[str, str] = PYPROJECT["project"]["entry-points"]["nexus.plugins"]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -180,6 +181,21 @@ WORDS = {
     *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
     *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
     "sample",
+    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "deterministic"),
+    *(
+        "diagnose",
+        "freeze",
+        "kernels",
+        "guard",
+        "init",
+        "loss",
+        "metrics",
+        "model",
+        "offload",
+        "optim",
+        "recompute",
+        "schedule",
+    ),
     "throughput",
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from itertools import islice
 
 import torch
 
+from nexus_core.cli.memory import peak_resident
 from nexus_core.engine import Engine
 from nexus_core.intervals import Interval
 
@@ -44,5 +43,4 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes: of the device's allocator on CUDA, of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()

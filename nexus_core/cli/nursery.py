@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from multiprocessing import resource_tracker
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from nexus_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
 
 __all__ = ["nursery", "stand_alone"]
 
 
 def nursery(module: str) -> ForkServerContext:
-    """What starts processes that have a module imported."""
+    """What starts processes that have a module imported.
+
+    Raises:
+        ConfigError: this system cannot fork.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        raise ConfigError(
+            "runs are killed and started again by forking, which this system does not have; do "
+            "it on Linux or macOS, or on Windows within WSL"
+        )
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload([module])
     return found
@@ -26,6 +38,8 @@ def stand_alone(log: Path) -> None:
     removed by a tracker when the process has ended. The one that comes with the fork is that of
     the process which kills, and waits for the end of that one; so this process gets its own.
     """
+    from multiprocessing import resource_tracker  # not on every system
+
     os.setpgid(0, 0)
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(written, 1)

@@ -20,9 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -31,8 +30,18 @@ from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
 from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.cli.witness import NOTES, STARTS, WitnessPlugin, fingerprint, whole_lines
+from nexus_core.cli.witness import (
+    NOTES,
+    STARTS,
+    WitnessPlugin,
+    companions,
+    fingerprint,
+    whole_lines,
+)
 from nexus_core.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 __all__ = ["Report", "compare_runs", "main", "verify_resume"]
 
@@ -79,6 +88,7 @@ def verify_resume(
     seed: int = 0,
     threads: int | None = None,
     terms: float = 0.0,
+    bare: bool = False,
 ) -> Report:
     """Do a run twice, undisturbed and killed, and compare every step of it.
 
@@ -91,6 +101,7 @@ def verify_resume(
         seed: of the moments of the kills.
         threads: that torch uses in a run; None leaves it to torch.
         terms: share of the kills that are a SIGTERM to the run and its workers, not a SIGKILL.
+        bare: add no plugins of those that packages bring for it.
 
     Returns:
         The report, which is also written to `certificate.json`.
@@ -106,7 +117,8 @@ def verify_resume(
         raise ConfigError(said) from error
     except OSError as error:
         raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
-    order = Order(config, plugins, tuple(sets), threads)
+    named = ",".join([*([] if bare else companions()), *filter(None, [plugins])])
+    order = Order(config, named, tuple(sets), threads)
     processes = nursery("nexus_core.cli.verify_resume")
     undisturbed, disturbed = out / "undisturbed", out / "killed"
     _finish(_live(processes, order, undisturbed), undisturbed)
@@ -346,6 +358,7 @@ def _last_step(path: Path) -> int:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
 @click.option("--out", type=PATH, help="A new folder for both runs.")
+@click.option("--bare", is_flag=True, help="Add no plugins that make runs exact.")
 @click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -355,13 +368,16 @@ def main(
     kills: int,
     seed: int,
     out: Path | None,
+    bare: bool,
     keep: bool,
     debug: bool,
 ) -> None:
     """Kill a run at random moments, resume it, and show that it ends in the same bits."""
     with reported(debug):
         out = out or next(path for path in automatic("verify-resume") if not path.exists())
-        report = verify_resume(config, out, kills=kills, plugins=plugins, sets=sets, seed=seed)
+        report = verify_resume(
+            config, out, kills=kills, plugins=plugins, sets=sets, seed=seed, bare=bare
+        )
         if report.holds and not keep:
             for folder in ("undisturbed", "killed"):
                 shutil.rmtree(out / folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -15,7 +16,7 @@ from nexus_core.device import random_state
 from nexus_core.engine import Engine
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
 
-__all__ = ["NOTES", "STARTS", "WitnessPlugin", "fingerprint", "whole_lines"]
+__all__ = ["NOTES", "STARTS", "WitnessPlugin", "companions", "fingerprint", "whole_lines"]
 
 NOTES = "witness.jsonl"
 STARTS = "starts.txt"
@@ -85,6 +86,11 @@ class WitnessPlugin(Plugin[PluginConfig]):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def companions() -> list[str]:
+    """Names of the plugins that installed packages add to a run which is compared to the bit."""
+    return sorted(entry.name for entry in entry_points(group="nexus.verify"))
 
 
 def fingerprint(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -38,6 +39,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
     """
 
     _is_aligned = False
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
 
     def units(self, batch: Batch) -> Tensor:
         """The number of labels that count.
@@ -81,7 +83,17 @@ class LossLmPlugin(Loss[LossLmConfig]):
             )
         rows, labels, ignore = rows.flatten(0, -2), labels.flatten(), self.config.ignore_index
         if fused:
-            return linear_cross_entropy(rows, output.head_weight, labels, smoothing, ignore)
+            return self.linear_cross_entropy(rows, output.head_weight, labels, smoothing, ignore)
+        if torch.are_deterministic_algorithms_enabled():
+            return _in_one_order(rows.float().log_softmax(-1), labels, smoothing, ignore)
         return F.cross_entropy(
             rows.float(), labels, ignore_index=ignore, label_smoothing=smoothing, reduction="sum"
         )
+
+
+def _in_one_order(logs: Tensor, labels: Tensor, smoothing: float, ignore: int) -> Tensor:
+    """The same sum without `NLLLoss`, which PyTorch lists as not deterministic on CUDA."""
+    counted = labels != ignore
+    picked = logs.gather(1, labels.where(counted, 0).unsqueeze(1)).squeeze(1)
+    nats = -(1 - smoothing) * picked - smoothing * logs.mean(-1)
+    return nats.where(counted, 0).sum()

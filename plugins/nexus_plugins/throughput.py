@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from nexus_core import Plugin, PluginConfig, hookimpl
+from nexus_core.cli.memory import peak_resident
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["ThroughputConfig", "ThroughputPlugin"]
 
 GIB = 2**30
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
 
 
 class ThroughputConfig(PluginConfig):
@@ -69,5 +67,4 @@ def _memory(device: torch.device) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"system/gpu_memory": peak / GIB}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    return {"system/cpu_memory": resident / GIB}
+    return {"system/cpu_memory": peak_resident() / GIB}

@@ -41,7 +41,8 @@ def cache_folder(wish: Path | None) -> Path:
     try:
         return Path.home() / ".cache" / "nexus-trainer"
     except RuntimeError:  # there is no home folder
-        return Path(tempfile.gettempdir()) / f"nexus-trainer-{os.getuid()}"
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+        return Path(tempfile.gettempdir()) / f"nexus-trainer-{user}"
 
 
 def signature(paths: Sequence[Path], changes: bool = False) -> list[list[str | int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from io import FileIO
@@ -9,7 +10,24 @@ from pathlib import Path
 
 from nexus_core.errors import CheckpointError
 
-__all__ = ["opened", "read_small", "write_whole"]
+__all__ = ["descriptor", "opened", "read_small", "write_whole"]
+
+_FOLLOWS = not hasattr(os, "O_NOFOLLOW")
+_FLAGS = sum(
+    getattr(os, flag, 0)  # those of POSIX, and those of Windows
+    for flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT")
+)
+
+
+def descriptor(path: Path, flags: int) -> int:
+    """Open a file that is no link, in binary, for this process alone.
+
+    Raises:
+        OSError: it cannot be opened, or is a link (ELOOP).
+    """
+    if _FOLLOWS and path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return os.open(path, flags | _FLAGS, 0o644)
 
 
 def opened(path: Path) -> FileIO:
@@ -19,12 +37,11 @@ def opened(path: Path) -> FileIO:
         OSError: it cannot be opened, or is a link.
         CheckpointError: it is another kind of file.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    opened = descriptor(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
         raise CheckpointError("it is not a regular file")
-    return FileIO(descriptor, "r")
+    return FileIO(opened, "r")
 
 
 def read_small(path: Path, limit: int) -> bytes:

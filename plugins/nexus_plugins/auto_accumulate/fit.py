@@ -87,6 +87,8 @@ def forget_peak() -> bool:
     Garbage, and memory that the C library keeps back, would hide what comes next: both go back to
     the system first.
     """
+    if not _RESET.exists():
+        return False
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

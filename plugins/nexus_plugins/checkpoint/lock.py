@@ -22,11 +22,20 @@ from nexus_core.places import in_run_folder, used
 from nexus_core.plan import installed
 from nexus_core.plugin import Plugin
 from nexus_plugins._shared.checkpoints.folder import Json
+from nexus_plugins._shared.numerics import differences, numerics
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["Difference", "Policy", "compare", "compare_data", "describe", "drop_foreign_states"]
+__all__ = [
+    "Difference",
+    "Policy",
+    "compare",
+    "compare_data",
+    "compare_numerics",
+    "describe",
+    "drop_foreign_states",
+]
 
 Policy = Literal["exact", "compatible", "force"]
 
@@ -150,6 +159,32 @@ def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose
             hint_set(f"{whose}.resume_policy", "compatible"),
         )
     return f"the training data is not that of the checkpoint (fingerprint {now}, was {before})"
+
+
+def compare_numerics(saved: Json, device: torch.device, policy: Policy, whose: str) -> list[str]:
+    """Hold how a checkpoint was computed against how this run computes.
+
+    Args:
+        saved: of its `lock.json`; None where that is of an earlier release.
+        device: of this run.
+        policy: "exact" refuses a difference where the checkpoint's run was deterministic.
+        whose: the plugin whose setting the policy is.
+
+    Returns:
+        What differs and is accepted, in words.
+
+    Raises:
+        CheckpointError: something differs that the policy refuses; each thing is named.
+    """
+    theirs = saved if isinstance(saved, dict) else {}
+    found = list(differences(theirs, numerics(device)))
+    if found and policy == "exact" and theirs.get("deterministic_algorithms"):
+        raise CheckpointError(
+            f"the checkpoint was computed otherwise, and its run was deterministic: "
+            f"{'; '.join(found)}. Compute as it did, or accept other bits: ",
+            hint_set(f"{whose}.resume_policy", "compatible"),
+        )
+    return found
 
 
 def _order(saved: list[str], now: list[str], engine: Engine) -> Iterator[Difference]:

@@ -24,6 +24,7 @@ from nexus_plugins._shared.checkpoints import folder
 from nexus_plugins._shared.checkpoints.folder import Json
 from nexus_plugins._shared.checkpoints.shards import Shards, lay_out, layout_of
 from nexus_plugins._shared.checkpoints.store import NAMES, Store, newest_first, step_of
+from nexus_plugins._shared.numerics import numerics
 from nexus_plugins.checkpoint import course, lock
 from nexus_plugins.checkpoint.codec import TensorBag, encode
 from nexus_plugins.checkpoint.hostcopy import HostCopy
@@ -124,6 +125,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._resumed = False
         self._course: course.Course | None = None
         self._left: DataState | None = None  # the data that the checkpoint was in, to be compared
+        self._left_numerics: Json = None  # how the checkpoint was computed, to be compared
         self._built: dict[str, Json] | None = None  # the optimizer, before anything was restored
         self._kinds: dict[str, Kinds] | None = None  # of the plugins' states, then
         self._checked = False
@@ -185,7 +187,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._store.recover()
             self._make_way(engine)
             self._tell_notices()
-            self._about = cast(Json, {**lock.describe(engine), "optimizer": self._built})
+            self._about = cast(dict[str, Json], {**lock.describe(engine), "optimizer": self._built})
             self._config_bytes = _config_text(engine)
         if engine.ranks.is_main or any(map(is_sharded, engine.model.parameters())):
             self._writer = Writer()
@@ -210,6 +212,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if not self._checked:
             self._checked = True
             check_storable(parts(engine))
+            self._compare_numerics(engine)
         if self._every.due(engine.state) or self._best_is_due(engine):
             self._save(engine)
         elif self._writer is not None and not self._writer.busy:
@@ -265,7 +268,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         content = pack(snapshot)
         cut = self._shards.take_out(content, _patience(engine))
         if engine.ranks.is_main:
-            content.documents["lock.json"] = self._about
+            content.documents["lock.json"] = {
+                **self._about,
+                "numerics": cast(Json, numerics(engine.device)),
+            }
             content.config = self._config_bytes
             content.keep = self._keep_every.due(engine.state)
         else:
@@ -407,6 +413,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         for difference in differences:
             _say(f"resuming: {difference}")
         self._left = snapshot.get("data")
+        self._left_numerics = cast(dict[str, Json], content.documents["lock.json"]).get("numerics")
         if engine.data is not None:
             self._hold_against(fingerprint(engine.data.train))
         return snapshot
@@ -416,6 +423,12 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         done = engine.horizon is not None and engine.horizon.reached(engine.state)
         if self._left is not None and engine.data_state is not None and not done:
             self._hold_against(engine.data_state["fingerprint"])
+
+    def _compare_numerics(self, engine: Engine) -> None:
+        """Hold how this run computes, once all plugins have set it, against the checkpoint's."""
+        policy, left = self.config.resume_policy, self._left_numerics
+        for difference in lock.compare_numerics(left, engine.device, policy, self.name):
+            _say(f"resuming: {difference}")
 
     def _hold_against(self, now: str | None) -> None:
         left, self._left = self._left, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 from nexus_core.errors import CheckpointError, hint_out
+from nexus_plugins._shared.files import descriptor
+from nexus_plugins._shared.locks import lock
 
 __all__ = ["RunLock"]
 
@@ -36,10 +37,10 @@ class RunLock:
 
     def __init__(self, folder: Path, label: str = "") -> None:
         self._path = folder / f"run{label and '@'}{label}.lock"
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+", encoding="utf-8")
+            opened = descriptor(self._path, os.O_RDWR | os.O_CREAT)
+            self._file = os.fdopen(opened, "r+", encoding="utf-8")
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise CheckpointError(
@@ -58,7 +59,8 @@ class RunLock:
             raise
         # a forked worker must not go on holding the lock of a run that was killed
         itself = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _close_in_child(itself))
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: _close_in_child(itself))
 
     def release(self) -> None:
         """Let others in."""
@@ -72,7 +74,7 @@ class RunLock:
 
     def _take(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, wait=False)
         except BlockingIOError:
             raise self._taken(self._holder()) from None
         except OSError as error:
@@ -122,6 +124,8 @@ def _alive(holder: dict[str, object]) -> bool:
     """Whether the process that wrote the lock still runs, as far as one can know."""
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return True
+    if os.name == "nt":  # a signal of any number ends the process there
         return True
     try:
         os.kill(pid, 0)

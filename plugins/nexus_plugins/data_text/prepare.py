@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
 from nexus_plugins._shared.cache import fingerprint, signature, writing
+from nexus_plugins._shared.locks import lock
 from nexus_plugins.data_text.binary import TokenWriter, id_type
 from nexus_plugins.data_text.formats import Portion, Reading, Slice, is_text, read_slice, slices_of
 from nexus_plugins.data_text.index import held_out
@@ -158,8 +158,8 @@ def prepare(
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Let only one process at a time prepare into a folder; another waits, and finds it done."""
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (out / ".lock").open("w") as file:
+        lock(file, wait=True)
         yield
 
 

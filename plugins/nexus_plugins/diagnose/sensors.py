@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nexus_core.cli.memory import machine_memory, peak_resident
 from nexus_plugins.diagnose.history import Memory, Wait
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
 NO_GRADIENT = torch.finfo(torch.float32).eps
 """Share of the largest gradient below which one is lost in the rounding of their sum."""
 CGROUP = Path("/sys/fs/cgroup")
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
 Mark: TypeAlias = "float | torch.cuda.Event"
 
 
@@ -147,9 +145,7 @@ def host_limit(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/cgroup
     Source: cgroup v2, `memory.max` of the group and of every group above; v1,
     `memory.limit_in_bytes`.
     """
-    names = os.sysconf_names
-    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
+    machine = machine_memory()
     files = [cgroup / "memory" / "memory.limit_in_bytes"]
     for line in _text(membership).splitlines():
         group = Path(line.rpartition(":")[2].lstrip("/"))
@@ -169,7 +165,7 @@ def _resident() -> float:
     pages = _text(Path("/proc/self/statm")).split()
     if pages:
         return float(int(pages[1]) * os.sysconf("SC_PAGE_SIZE"))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT)
+    return float(peak_resident())
 
 
 def _text(path: Path) -> str:

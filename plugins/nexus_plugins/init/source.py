@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from nexus_core.cli.memory import machine_memory
 from nexus_core.errors import CheckpointError, ConfigError, suggestion
 from nexus_plugins._shared.checkpoints.store import checkpoint_at, newest_first, stores_at
 from nexus_plugins._shared.checkpoints.tensorfile import HashingReader, read_tensors
@@ -160,7 +162,7 @@ def _there(path: Path) -> Path:
 
 
 def _check_memory(files: list[Path]) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = machine_memory() or sys.maxsize
     if (total := sum(path.stat().st_size for path in files if path.is_file())) > memory:
         raise CheckpointError(
             f"{files[0].parent} has {total:,} bytes; this machine's memory has {memory:,}"

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nexus_plugins.model_nexus.operations import running_sum
+
 __all__ = ["Stepper", "generate"]
 
 
@@ -90,7 +92,7 @@ def _sample(
         ordered[:, top_k:] = -torch.inf
     probabilities = ordered.softmax(-1)
     if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities
+        before = running_sum(probabilities, -1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
         probabilities[:, 0] = probabilities[:, 0].clamp_min(torch.finfo(logits.dtype).tiny)
     choice = torch.multinomial(probabilities, 1, generator=generator)

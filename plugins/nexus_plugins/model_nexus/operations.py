@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["causal_conv_silu", "chunked_scan", "gated_rms_norm"]
+__all__ = ["causal_conv_silu", "chunked_scan", "gated_rms_norm", "running_sum"]
 
 LOG2_E = 1 / math.log(2)
 TOKENS_IN_CACHE = 1024
+ADD_IN_ORDER = ("cpu",)  # devices on which cumsum adds up floats in one order
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
@@ -180,7 +181,7 @@ class _Decays(NamedTuple):
     @classmethod
     def of(cls, log_decay: Tensor, document: Tensor | None) -> _Decays:
         """`log_decay` is (B, K, Q, H), `document` is (B, K, Q)."""
-        sums = (log_decay * LOG2_E).cumsum(2)
+        sums = running_sum(log_decay * LOG2_E, 2)
         last = sums[:, :, -1:]
         from_start, to_end, across = (torch.exp2(part) for part in (sums, last - sums, last))
         if document is not None:
@@ -335,7 +336,7 @@ def _scan_block_backward(
     # passed them all.
     passed = torch.unflatten(grad_leaving.mul_(states), -1, x.shape[-2:]).sum((2, 4))
     grad_sums[:, :, -1] += grad_to_end.sum(2) + passed * decays.across.flatten(2)
-    grad_log_decay = (grad_sums - grad_to_end).flip(2).cumsum(2).flip(2)
+    grad_log_decay = running_sum((grad_sums - grad_to_end).flip(2), 2).flip(2)
     grad_dt = (grad_written * x).sum(-1)
     grad_skip = (grad_y * x).sum(-1).sum((0, 1, 2))
     grad_x = grad_written.mul_(dt.unsqueeze(-1)).addcmul_(grad_y, skip.unsqueeze(-1))
@@ -369,6 +370,25 @@ def _pairs_backward(
 def _scores(b: Tensor, c: Tensor, decays: _Decays) -> Tensor:
     """(B, K, Q, Q) how much each position reads of each visible one, before decay."""
     return (c @ b.mT).to(decays.sums.dtype).mul_(decays.visible())
+
+
+def running_sum(value: Tensor, dim: int) -> Tensor:
+    """`value.cumsum(dim)`, in an order that is always the same where that is asked for.
+
+    On CUDA PyTorch has no deterministic `cumsum` of floats, so the sums are made there by doubling:
+    of 1, 2, 4, ... neighbours. It takes log2 of the length times as long, and rounds less.
+
+    Source: Hillis & Steele 1986, "Data parallel algorithms".
+    """
+    if value.device.type in ADD_IN_ORDER or not torch.are_deterministic_algorithms_enabled():
+        return value.cumsum(dim)
+    length, reach = value.shape[dim], 1
+    while reach < length:
+        earlier = value.narrow(dim, 0, length - reach)
+        later = value.narrow(dim, reach, length - reach)
+        value = torch.cat([value.narrow(dim, 0, reach), later + earlier], dim)
+        reach *= 2
+    return value
 
 
 def _per_column(across: Tensor, x: Tensor) -> Tensor:

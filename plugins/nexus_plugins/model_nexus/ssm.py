@@ -97,11 +97,18 @@ class SelectiveSSM(nn.Module):
             `(B, T, D)`.
         """
         gate, mixed, dt = self._project(x)
-        mixed = causal_conv_silu(mixed, self.conv_weight, self.conv_bias, document)
-        x_heads, b, c = self._split_channels(mixed)
-        log_decay = dt * -self.log_rate.exp()
-        y = chunked_scan(x_heads, dt, log_decay, b, c, self.skip, document, self.chunk_length)
+        x_heads, b, c = self._split_channels(self.convolve(mixed, document))
+        y = self.scan(x_heads, dt, b, c, document)
         return self._output(y.flatten(-2), gate)
+
+    def convolve(self, x: Tensor, document: Tensor | None) -> Tensor:
+        """Mix neighbouring tokens `(B, T, C)`; see `operations.causal_conv_silu`."""
+        return causal_conv_silu(x, self.conv_weight, self.conv_bias, document)
+
+    def scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, document: Tensor | None) -> Tensor:
+        """Run the recurrence over `(B, T, H, P)`; see `operations.chunked_scan`."""
+        log_decay = dt * -self.log_rate.exp()
+        return chunked_scan(x, dt, log_decay, b, c, self.skip, document, self.chunk_length)
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         """Mix one token into the state; the same as `forward` up to rounding.

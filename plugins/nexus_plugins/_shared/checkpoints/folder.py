@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TypeAlias, Union
 
 from torch import Tensor
 
+from nexus_core.cli.memory import machine_memory
 from nexus_core.errors import CheckpointError
 from nexus_core.processes import Ranks
 from nexus_plugins._shared.checkpoints.tensorfile import (
@@ -165,8 +167,7 @@ def read(
         if wanted is None or name in wanted or _SHARD.fullmatch(name)
     }
     total = sum(size for name, (size, _) in files.items() if not _SHARD.fullmatch(name))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if total > memory:
+    if total > (memory := machine_memory() or sys.maxsize):
         raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
     content = Content(manifest.step, {}, {}, keep=manifest.keep, source=folder)
     with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
@@ -213,7 +214,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def sync(folder: Path) -> None:
-    """Make the names in a folder last through a power failure."""
+    """Make the names in a folder last through a power failure; Windows does so itself."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,6 @@
+"""Public kernels in place of PyTorch's operations; `plugin` swaps, `swaps` knows the packages."""
+
+from nexus_plugins_contrib.kernels.plugin import KernelsConfig, KernelsPlugin
+from nexus_plugins_contrib.kernels.swaps import available
+
+__all__ = ["KernelsConfig", "KernelsPlugin", "available"]

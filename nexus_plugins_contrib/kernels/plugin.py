@@ -1,0 +1,214 @@
+"""Swaps in kernels of public packages, each checked before it is used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_plugins_contrib.kernels.check import largest_difference
+from nexus_plugins_contrib.kernels.swaps import KERNELS, Kernel, Operation
+
+if TYPE_CHECKING:
+    from nexus_core import Engine
+
+__all__ = ["KernelsConfig", "KernelsPlugin"]
+
+
+class KernelsConfig(PluginConfig):
+    """Whose kernel to use for what, and how exact it must be."""
+
+    scan: Literal["auto", "mamba_ssm", "fla", "none"] = Field(
+        "auto", description="the recurrence of state-space layers: by mamba-ssm or "
+        "flash-linear-attention; auto: the first one that is installed and passes"
+    )  # fmt: skip
+    convolve: Literal["auto", "causal_conv1d", "none"] = Field(
+        "auto", description="their causal convolution: by causal-conv1d"
+    )
+    linear_cross_entropy: Literal["auto", "liger_kernel", "fla", "none"] = Field(
+        "auto", description="the loss of a language model with its output layer: by Liger Kernel "
+        "or flash-linear-attention"
+    )  # fmt: skip
+    tolerance: float = Field(
+        0.02,
+        gt=0,
+        description="most difference from float32, by the length of what is expected, in the "
+        "result and in every gradient",
+    )
+
+
+class KernelsPlugin(Plugin[KernelsConfig]):
+    """Runs operations by the kernels of public packages where these are installed.
+
+    On the first batch each kernel is held against the operation that it replaces, computed in
+    float32: result and gradients. One that fails is not used, and the difference is said; one that
+    was asked for by name ends the run. `kernels/used` is logged.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+
+    def __init__(self, config: KernelsConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._swaps: dict[str, _Swap] = {}
+        self._swapped: list[tuple[Any, str]] = []
+        self._left: dict[str, str] | None = None
+
+    @hookimpl(stage="wrap")
+    def on_start(self, engine: Engine) -> None:
+        """Put kernels in the place of operations; each is checked when it is first called.
+
+        Raises:
+            ConfigError: a package that was asked for is not installed.
+        """
+        for name, kernels in KERNELS.items():
+            parts = [part for part in _parts(engine) if hasattr(part, name)]
+            chosen = self._chosen(name, kernels)
+            if not (parts and chosen):
+                continue
+            swap = self._swaps[name] = _Swap(name, chosen, self.config, self._asked(name))
+            for part in parts:
+                setattr(part, name, _apart(swap.of(part)))
+                self._swapped.append((part, name))
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        """After the first step of a resumed run, say where another kernel computed before."""
+        left, self._left = self._left, None
+        if left is None:
+            return
+        for name in sorted({*left, *self.used}):
+            before, now = left.get(name, "PyTorch"), self.used.get(name, "PyTorch")
+            if before != now:
+                warnings.warn(
+                    f"resuming: {name} is by {now}, was by {before}; the last bits differ",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    @hookimpl
+    def collect_metrics(self) -> dict[str, float]:
+        """How many operations run by a kernel."""
+        return {"kernels/used": float(len(self.used))}
+
+    @hookimpl
+    def summarize(self) -> dict[str, str]:
+        """Which operations ran by which package."""
+        said = ", ".join(f"{name} by {package}" for name, package in self.used.items())
+        return {"kernels": said or "none was used: no package for this model is installed"}
+
+    @hookimpl
+    def on_close(self) -> None:
+        """Give the operations back."""
+        for part, name in self._swapped:
+            delattr(part, name)
+        self._swapped = []
+
+    @property
+    def used(self) -> dict[str, str]:
+        """The package by which each operation runs, of those that have been called."""
+        return {name: swap.used for name, swap in self._swaps.items() if swap.used}
+
+    def state_dict(self) -> StateDict:
+        """Whose kernels have made the numbers."""
+        return {"used": cast(Any, self.used or self._left or {})}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Keep it, to be compared."""
+        self._left = dict(cast(dict[str, str], state["used"]))
+
+    def _asked(self, name: str) -> str:
+        return cast(str, getattr(self.config, name))
+
+    def _chosen(self, name: str, kernels: tuple[Kernel, ...]) -> list[Kernel]:
+        asked = self._asked(name)
+        chosen = [k for k in kernels if asked in ("auto", k.package)]
+        missing = [k.package for k in chosen if not k.installed]
+        if missing and asked != "auto":
+            raise ConfigError(
+                f"kernels.{name} is '{asked}', and that package is not installed; install it, or "
+                f"set kernels.{name}=auto"
+            )
+        return [kernel for kernel in chosen if kernel.installed]
+
+
+@dataclass
+class _Swap:
+    """One operation, and the kernels that may take it over, the preferred one first.
+
+    Args:
+        name: of the operation.
+        left: kernels that have not failed.
+        config: the plugin's.
+        asked: the package that was asked for, or "auto".
+    """
+
+    name: str
+    left: list[Kernel]
+    config: KernelsConfig
+    asked: str
+    passed: bool = False
+
+    @property
+    def used(self) -> str:
+        """The package that has passed; nothing before the first call, and where none has."""
+        return self.left[0].package if self.passed and self.left else ""
+
+    def of(self, part: Any) -> Operation:
+        """What stands in the place of a part's operation."""
+        own: Operation = getattr(part, self.name)
+        kernel: Operation | None = None
+
+        def run(*arguments: Any) -> Tensor:
+            nonlocal kernel
+            if not self.passed:
+                self._check(part, own, arguments)
+            if kernel is None:
+                kernel = self.left[0].of(part) if self.left else own
+            return kernel(*arguments)
+
+        return run
+
+    def _check(self, part: Any, own: Operation, arguments: tuple[Any, ...]) -> None:
+        weights = list(part.parameters()) if isinstance(part, nn.Module) else []
+        while self.left and (fault := self._fault(part, own, arguments, weights)):
+            said = f"kernels: {self.name} by {self.left[0].package} {fault}"
+            if self.asked != "auto":
+                raise ConfigError(
+                    f"{said}; set kernels.{self.name}=auto to do without it, or kernels.tolerance"
+                )
+            warnings.warn(f"{said}; it is not used", RuntimeWarning, stacklevel=2)
+            del self.left[0]
+        self.passed = True
+
+    def _fault(
+        self, part: Any, own: Operation, arguments: tuple[Any, ...], weights: list[nn.Parameter]
+    ) -> str:
+        """What is wrong with the first kernel, in words."""
+        try:
+            kernel = self.left[0].of(part)
+            distance, where = largest_difference(kernel, own, arguments, weights)
+        except Exception as error:  # whatever a package, a compiler or a driver raises is said
+            return f"failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        if distance <= self.config.tolerance:
+            return ""
+        return (
+            f"differs from float32 by {distance:.3g} of its length in {where}, allowed are "
+            f"{self.config.tolerance:g}"
+        )
+
+
+def _apart(operation: Operation) -> Operation:
+    """The operation as it is, also within a module that is compiled."""
+    return cast(Operation, torch.compiler.disable(operation))  # type: ignore[no-untyped-call]
+
+
+def _parts(engine: Engine) -> Iterator[Any]:
+    """What may have an operation: the modules of the model, and the plugins."""
+    yield from engine.model.modules()
+    yield from engine.plugins.values()

@@ -1,0 +1,48 @@
+"""The settings of this process that decide how PyTorch rounds, and in which order it adds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+
+__all__ = ["WORKSPACE", "differences", "numerics"]
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""The variable by which cuBLAS is told to work in the same memory each time."""
+Setting = bool | str | None
+
+
+def numerics(device: torch.device) -> dict[str, Setting]:
+    """What they are now, by name, and what computes.
+
+    Args:
+        device: of the run.
+    """
+    products = torch.backends.cuda.matmul
+    return {
+        "device": _name(device),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cublas_workspace": os.environ.get(WORKSPACE),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_products": torch.get_float32_matmul_precision(),
+        "float16_sums_in_16_bits": products.allow_fp16_reduced_precision_reduction,
+        "bfloat16_sums_in_16_bits": products.allow_bf16_reduced_precision_reduction,
+        "float16_products_in_16_bits": products.allow_fp16_accumulation,
+    }
+
+
+def differences(saved: Mapping[str, object], now: Mapping[str, Setting]) -> Iterator[str]:
+    """What is otherwise than it was, in words; what only one of both knows does not count."""
+    for name, value in now.items():
+        if name in saved and saved[name] != value:
+            yield f"{name} is {value}, was {saved[name]}"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type

@@ -1,0 +1,124 @@
+"""Computes every step in the same order: the same run on the same machine gives the same bits."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_plugins._shared.numerics import WORKSPACE
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["DeterministicConfig", "DeterministicPlugin"]
+
+WORKSPACES = (":4096:8", ":16:8")
+"""Those with which cuBLAS is deterministic, by its manual; the first one costs no time."""
+
+
+class DeterministicConfig(PluginConfig):
+    """How strict to be, and which roundings to allow."""
+
+    missing: Literal["refuse", "warn"] = Field(
+        "refuse", description="at an operation that has no deterministic form on the device"
+    )
+    tf32: bool = Field(
+        False,
+        description="CUDA: allow convolutions, and float32 products where they are set so, a "
+        "mantissa of 10 bits",
+    )
+    sums_in_16_bits: bool = Field(
+        False, description="CUDA: allow 16-bit products to add up their parts in 16 bits"
+    )
+
+
+class DeterministicPlugin(Plugin[DeterministicConfig]):
+    """Has PyTorch, cuBLAS and cuDNN use deterministic algorithms, and round in one way.
+
+    On CUDA many kernels add up in whichever order their threads finish. With it, the same run on
+    the same kind of device with the same versions gives the same bits, more slowly. Operations of
+    this package that have no deterministic form on CUDA are replaced; any other one is an error
+    that names it. The settings are those of the whole process: they are given back at the end.
+
+    Source: PyTorch's notes on reproducibility; cuBLAS, "Results reproducibility".
+    """
+
+    api_version: ClassVar[str] = "1.2"
+
+    def __init__(self, config: DeterministicConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._before = ExitStack()
+
+    @hookimpl(stage="claim", tryfirst=True)
+    def on_start(self) -> None:
+        """Make the settings, before anything is computed.
+
+        Raises:
+            ConfigError: cuBLAS is set to be otherwise, or float32 products to be TF32.
+        """
+        self._check_precision()
+        with ExitStack() as before:
+            self._set_workspace(before)
+            before.callback(
+                torch.use_deterministic_algorithms,
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+            )
+            torch.use_deterministic_algorithms(True, warn_only=self.config.missing == "warn")
+            cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+            in_16_bits = self.config.sums_in_16_bits
+            for owner, name, value in (
+                (cudnn, "deterministic", True),
+                (cudnn, "benchmark", False),
+                (cudnn, "allow_tf32", self.config.tf32),
+                (products, "allow_fp16_reduced_precision_reduction", in_16_bits),
+                (products, "allow_bf16_reduced_precision_reduction", in_16_bits),
+                (products, "allow_fp16_accumulation", in_16_bits),
+            ):
+                before.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+            self._before = before.pop_all()
+
+    @hookimpl(stage="inspect")
+    def on_batch(self) -> None:
+        """Refuse TF32 that somebody has allowed since the start."""
+        self._check_precision()
+
+    @hookimpl
+    def on_error(self, error: BaseException) -> None:
+        """Say what to do about an operation without a deterministic form."""
+        if "does not have a deterministic implementation" in str(error):
+            error.add_note(
+                "deterministic: replace the operation, or let it pass: deterministic.missing=warn"
+            )
+
+    @hookimpl
+    def on_close(self) -> None:
+        """Give every setting back."""
+        self._before.close()
+
+    def _check_precision(self) -> None:
+        if not self.config.tf32 and torch.get_float32_matmul_precision() != "highest":
+            raise ConfigError(
+                "deterministic: float32 products may be rounded to "
+                f"'{torch.get_float32_matmul_precision()}' (amp.tf32, or "
+                "torch.set_float32_matmul_precision), and deterministic.tf32 is off; set "
+                "deterministic.tf32=true, or leave the other one out"
+            )
+
+    @staticmethod
+    def _set_workspace(before: ExitStack) -> None:
+        asked = os.environ.get(WORKSPACE)
+        if asked is None:
+            before.callback(os.environ.pop, WORKSPACE, None)
+            os.environ[WORKSPACE] = WORKSPACES[0]
+        elif asked not in WORKSPACES:
+            raise ConfigError(
+                f"deterministic: {WORKSPACE} is '{asked}', with which cuBLAS is not "
+                f"deterministic; unset it, or set it to {' or '.join(WORKSPACES)}"
+            )

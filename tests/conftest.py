@@ -22,6 +22,7 @@ os.environ.update(  # read when these packages are imported, in processes that t
     WANDB_MODE="offline",  # with what follows: nothing leaves the machine
     WANDB_ERROR_REPORTING="false",
     MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_OFFLINE="1",
     TRACKIO_DIR=tempfile.mkdtemp(prefix="trackio-"),
 )
 READ = metadata.entry_points

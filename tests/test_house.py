@@ -32,6 +32,9 @@ VENDORS = {
     "optim_adamw8bit": "bitsandbytes",
     "metrics": "torchmetrics",
     "model_hf": "transformers",
+    "data_chat": "datasets",
+    "data_hf": "datasets",
+    "eval_harness": "lm_eval",
     "kernels": "torch",  # it runs without any of its packages
     "sweep": "optuna",
 }
@@ -176,6 +179,9 @@ def test_assignments_to_an_engine_are_seen() -> None:
 
 
 WORDS = {
+    *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
+    *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
+    "sample",
     *("checkpoint", "clip", "compile", "console", "curriculum", "data", "deterministic"),
     *(
         "diagnose",
@@ -194,8 +200,8 @@ WORDS = {
     "throughput",
 }
 """Names of plugins that are words too: only where they are meant as names do they count."""
-PARTS = {"data", "loss", "model"}
-"""Those of them by which the core calls parts of a run: a slot, an entry of a snapshot, a term."""
+PARTS = {"data", "loss", "model", "sample"}
+"""Those of them by which the core calls parts of a run: a slot, an entry, a term, a unit."""
 KINDS = {
     **{"nexus_core/events.py": {"compile"}, "nexus_core/cli/new.py": {"schedule"}},
     **{f"nexus_core/{name}.py": {"metrics"} for name in ("engine", "snapshot", "cli/session")},
@@ -350,9 +356,14 @@ def is_missing(name: str) -> bool:
     return False
 
 
+CHATS = ROOT / "tests/core/tiny_chats"
+STREAMED = {"train": str(CHATS / "chats.jsonl"), "tokenizer": str(CHATS), "seq_len": 48,
+            "batch_size": 2, "valid_share": 0.0, "streaming": True}  # fmt: skip
 PLACED: dict[str, dict[str, Any]] = {
     "data": {"call": "called:text", "batch_size": 2},
     "loss": {"call": "called:next_id", "units": "called:labels"},
+    "data_chat": STREAMED,
+    "data_hf": STREAMED,
     "loss_distill": {
         "teacher": {
             "call": "nexus_plugins.model_nexus:NEXUSCore",

@@ -44,6 +44,8 @@ class ResumableLoader:
         batch_size: rows of a batch, over all processes together.
         seed: of the order.
         shuffle: False keeps the order of the data set (evaluation).
+        order: which sample stands at each of some places: (places, samples, seed, epoch). It must
+            be a pure function of these; None: each sample once an epoch.
         drop_last: leave out a last batch that is not full.
         collate: makes a batch of a list of samples.
         num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one. They
@@ -62,6 +64,7 @@ class ResumableLoader:
         seed: int = 0,
         *,
         shuffle: bool = True,
+        order: Callable[[NDArray[np.int64], int, int, int], NDArray[np.int64]] | None = None,
         drop_last: bool = False,
         collate: Callable[[list[Any]], Batch] = default_collate,
         num_workers: int = 0,
@@ -73,6 +76,7 @@ class ResumableLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self._permute = order or permute
         self.drop_last = drop_last
         self.ranks = ranks or Ranks()
         if len(self) == 0 or batch_size < self.ranks.size:
@@ -174,13 +178,14 @@ class ResumableLoader:
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
-        places = row + np.append(batches, batches.stop) * self.batch_size
-        edges = np.minimum(places, len(self.dataset))
+        edges = np.minimum(
+            row + np.append(batches, batches.stop) * self.batch_size, len(self.dataset)
+        )
         whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
         shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
         ids = np.concatenate(shares)
         if self.shuffle:
-            ids = permute(ids, len(self.dataset), self.seed, epoch)
+            ids = self._permute(ids, len(self.dataset), self.seed, epoch)
         return np.split(ids, np.cumsum([len(share) for share in shares])[:-1])
 
 

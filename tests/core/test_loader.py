@@ -318,3 +318,21 @@ def is_running(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_another_order_is_taken_from_any_row_on_and_shared_by_processes() -> None:
+    """Samples may come twice in an epoch; the place is asked for, and the seed and the epoch."""
+
+    def order(places: Any, size: int, seed: int, epoch: int) -> Any:
+        return (places // 2 * seed + epoch) % size
+
+    whole = ResumableLoader(list(range(10)), 4, seed=3, order=order)
+    rows = [int(row) for batch in whole.batches(2) for row in batch]
+    assert rows == [(place // 2 * 3 + 2) % 10 for place in range(10)]
+    assert [int(row) for batch in whole.batches_from_row(2, 4) for row in batch] == rows[4:]
+    shares = [
+        ResumableLoader(list(range(10)), 4, seed=3, order=order, ranks=Ranks(rank, 2))
+        for rank in range(2)
+    ]
+    pairs = zip(*(share.batches(2) for share in shares), strict=True)
+    assert [int(row) for pair in pairs for share in pair for row in share] == rows

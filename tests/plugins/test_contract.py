@@ -165,6 +165,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     },
     "pcgrad": {"budget": 2.0},  # a gradient for each term, and the projections
     "recompute": {"off": {}},
+    "sample": {"configs": ({"tokens": 3},), "off": {"tokens": 1}},
     "schedule": {"configs": ({"rules": [RULE]},)},
     "tensorboard": {"off": {}},
     "throughput": {"off": {}},

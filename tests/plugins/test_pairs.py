@@ -58,6 +58,7 @@ LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so s
     "curriculum": {"start_length": 4, "end_length": LENGTH, "warmup": "4 steps", "round_to": 4},
     "mfu": {"peak": 1e12},  # measuring it takes half a second
     "offload": {"without_cuda": "copy", "min_kib": 0},
+    "sample": {"tokens": 2, "rows": 1},
     "weigh_gradnorm": {"every": 2},
 }
 NOT_OF_TRAINING = (

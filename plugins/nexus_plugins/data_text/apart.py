@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexus_plugins.data_text.cache import signature
-from nexus_plugins.data_text.paths import printable
+from nexus_plugins._shared.cache import signature
+from nexus_plugins._shared.paths import printable
 
 __all__ = ["Split", "copies", "in_words", "repeated", "split_by_name"]
 

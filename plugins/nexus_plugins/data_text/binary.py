@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.paths import reason
+from nexus_plugins._shared.paths import reason
 from nexus_plugins.data_text.stream import MappedFile
 
 __all__ = ["Header", "TokenFile", "TokenWriter", "id_type"]

@@ -7,14 +7,16 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from nexus_core.errors import NexusError
-from nexus_plugins.data_text.paths import expanded, printable
+from nexus_core.errors import ConfigError, NexusError
+from nexus_plugins._shared.paths import expanded, printable
 
 if TYPE_CHECKING:
     from nexus_plugins.data_text.folders import Found
@@ -236,6 +238,8 @@ def _train_tokenizer(
 @_AS_TEXT
 @_UTF8
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--as", "kind", help='What it holds, if not text: "chat" shows conversations.')
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="With --as: a setting.")
 def _inspect(
     path: str,
     tokenizer: str,
@@ -246,8 +250,13 @@ def _inspect(
     as_text: bool,
     invalid_utf8: str,
     as_json: bool,
+    kind: str | None,
+    sets: tuple[str, ...],
 ) -> None:
     """Count and check all documents of a file or folder; exit code 1 if something is wrong."""
+    if kind is not None:
+        pairs = dict(one.partition("=")[::2] for one in sets)
+        sys.exit(0 if _inspector(kind)(path, tokenizer, samples, pairs) else 1)
     from nexus_plugins.data_text.inspection import inspect
     from nexus_plugins.data_text.plugin import DataTextPlugin
 
@@ -273,6 +282,15 @@ def _inspect(
             _show_report(report)
     if any(report.faults for report in reports):
         sys.exit(1)
+
+
+def _inspector(kind: str) -> Callable[[str, str, int, dict[str, str]], bool]:
+    """What prints data of a kind, of an installed plugin; it answers whether all is well."""
+    found = {entry.name: entry for entry in entry_points(group="nexus.inspectors")}
+    if kind not in found:
+        raise ConfigError(f"--as {kind}: expected one of {', '.join(sorted(found)) or 'none'}")
+    inspect: Callable[[str, str, int, dict[str, str]], bool] = found[kind].load()
+    return inspect
 
 
 def _as_json(report: Report) -> dict[str, object]:

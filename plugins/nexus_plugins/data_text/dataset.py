@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import cache_folder, fingerprint, signature, tag_cache
+from nexus_plugins._shared.cache import cache_folder, fingerprint, signature, tag_cache
+from nexus_plugins._shared.paths import reason
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.embedded import standard_library
 from nexus_plugins.data_text.folders import HELD_OUT, TRAIN
@@ -20,7 +21,6 @@ from nexus_plugins.data_text.formats import Format, Reading, format_of, is_text
 from nexus_plugins.data_text.ids import IdFile, open_ids
 from nexus_plugins.data_text.index import NoDocumentError, open_text, split_documents
 from nexus_plugins.data_text.load import load_tokenizer, tokenizer_beside
-from nexus_plugins.data_text.paths import reason
 from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.rows import PackedRows, PaddedRows, Rows
 from nexus_plugins.data_text.sources import Source, find_sources

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import CACHE_TAG
+from nexus_plugins._shared.cache import CACHE_TAG
+from nexus_plugins._shared.paths import expanded, printable, reason
 from nexus_plugins.data_text.formats import KNOWN, format_of, suffix_of
-from nexus_plugins.data_text.paths import expanded, printable, reason
 
 __all__ = ["HELD_OUT", "TRAIN", "Found", "find", "root_of"]
 

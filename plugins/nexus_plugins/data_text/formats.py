@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.paths import reason
+from nexus_plugins._shared.paths import reason
 
 __all__ = [
     "BOM",

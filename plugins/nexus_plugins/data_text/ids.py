@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from nexus_core.errors import DataError
+from nexus_plugins._shared.paths import reason
 from nexus_plugins.data_text.binary import TokenFile
 from nexus_plugins.data_text.doubts import doubts
 from nexus_plugins.data_text.index import scan_ids
 from nexus_plugins.data_text.megatron import MEGATRON, open_megatron
-from nexus_plugins.data_text.paths import reason
 from nexus_plugins.data_text.record import Record
 from nexus_plugins.data_text.stream import MappedFile, Origin, TokenStream
 

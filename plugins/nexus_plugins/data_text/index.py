@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import cached, fingerprint, signature
+from nexus_plugins._shared.cache import cached, fingerprint, signature
 from nexus_plugins.data_text.formats import BOM, Reading, is_utf8, read_slice, whole, whole_lines
 from nexus_plugins.data_text.stream import MappedFile, TokenStream
 

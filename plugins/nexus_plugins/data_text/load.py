@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nexus_core.errors import DataError
+from nexus_plugins._shared.paths import expanded, reason
 from nexus_plugins.data_text.huggingface import HfTokenizer
-from nexus_plugins.data_text.paths import expanded, reason
 from nexus_plugins.data_text.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, Tokenizer
 
 __all__ = ["load_tokenizer", "tokenizer_beside"]

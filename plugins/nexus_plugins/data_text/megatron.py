@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import cached, fingerprint, signature
+from nexus_plugins._shared.cache import cached, fingerprint, signature
 from nexus_plugins.data_text.stream import MappedFile
 
 __all__ = ["MEGATRON", "open_megatron"]

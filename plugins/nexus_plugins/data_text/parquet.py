@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nexus_core.errors import DataError
+from nexus_plugins._shared.paths import printable
 from nexus_plugins.data_text.formats import Portion, Reading, Slice, package
-from nexus_plugins.data_text.paths import printable
 
 __all__ = ["parquet_slices", "read_parquet"]
 

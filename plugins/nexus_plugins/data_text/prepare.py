@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
+from nexus_plugins._shared.cache import fingerprint, signature, writing
 from nexus_plugins._shared.locks import lock
 from nexus_plugins.data_text.binary import TokenWriter, id_type
-from nexus_plugins.data_text.cache import fingerprint, signature, writing
 from nexus_plugins.data_text.formats import Portion, Reading, Slice, is_text, read_slice, slices_of
 from nexus_plugins.data_text.index import held_out
 from nexus_plugins.data_text.load import load_tokenizer

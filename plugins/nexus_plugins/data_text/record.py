@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.paths import reason
+from nexus_plugins._shared.paths import reason
 
 __all__ = ["RECORD", "Record"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import fingerprint
+from nexus_plugins._shared.cache import fingerprint
 from nexus_plugins.data_text.stream import Stream
 from nexus_plugins.data_text.tokenizer import Tokenizer
 

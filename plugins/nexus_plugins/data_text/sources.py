@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nexus_core.errors import DataError
+from nexus_plugins._shared.paths import expanded
 from nexus_plugins.data_text.apart import Split, copies, in_words, repeated, split_by_name
 from nexus_plugins.data_text.config import DataTextConfig, SourceConfig, SourceList
 from nexus_plugins.data_text.folders import HELD_OUT, TRAIN, find, root_of
 from nexus_plugins.data_text.formats import is_text
-from nexus_plugins.data_text.paths import expanded
 
 __all__ = ["Source", "Sources", "find_sources", "has_held_out"]
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import fingerprint, sample
-from nexus_plugins.data_text.paths import reason
+from nexus_plugins._shared.cache import fingerprint, sample
+from nexus_plugins._shared.paths import reason
 
 __all__ = ["Chain", "MappedFile", "Named", "Origin", "Place", "Stream", "TokenStream", "chained"]
 

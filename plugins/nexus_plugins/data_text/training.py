@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nexus_core.errors import DataError
-from nexus_plugins.data_text.cache import writing
+from nexus_plugins._shared.cache import writing
 from nexus_plugins.data_text.formats import Reading, is_text, read_slice, slices_of
 from nexus_plugins.data_text.load import load_tokenizer
 from nexus_plugins.data_text.tokenizer import Tokenizer

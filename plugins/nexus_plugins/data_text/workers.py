@@ -120,7 +120,7 @@ class Workers:
 
 def main() -> None:
     """Answer tasks until the parent closes the pipe or is gone."""
-    from nexus_plugins.data_text.cache import writing
+    from nexus_plugins._shared.cache import writing
     from nexus_plugins.data_text.prepare import Job, encode_unit
 
     first = json.loads(sys.stdin.readline())

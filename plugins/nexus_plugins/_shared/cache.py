@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from nexus_core.errors import DataError, hint_out, hint_set
-from nexus_plugins.data_text.paths import expanded, reason
+from nexus_core.errors import DataError, hint_out
+from nexus_plugins._shared.paths import expanded, reason
 
 __all__ = [
     "CACHE_TAG",
@@ -146,6 +146,5 @@ def writing(folder: Path) -> Iterator[None]:
             f"cannot write into {folder}: {error.strerror or error}; free some space, or choose "
             "another folder: for the run ",
             hint_out(),
-            ", for the cache ",
-            hint_set("data_text.cache_dir", "FOLDER"),
+            ", for the cache the setting cache_dir of the plugin that reads the data",
         ) from error

@@ -1,0 +1,1 @@
+"""Helpers of at least two plugins of this package, and nothing else."""

@@ -1,0 +1,133 @@
+"""Tokenizers of Hugging Face, as the codec of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nexus_core import ConfigError, DataError
+from nexus_plugins._shared.paths import expanded, reason
+
+try:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+except ImportError as error:
+    raise ConfigError(
+        "this plugin needs the package transformers: pip install 'nexus-trainer[hf]'"
+    ) from error
+
+__all__ = ["HubTokenizer", "open_tokenizer"]
+
+
+class HubTokenizer:
+    """What turns text and conversations into ids.
+
+    Attributes:
+        inner: the tokenizer of `transformers`, one that knows the offsets of its tokens.
+        size: ids are below it.
+        eos: ends a document.
+        pad: fills rows; its labels never count.
+
+    Args:
+        inner: as the attribute.
+        where: what it was opened by, for messages.
+
+    Raises:
+        DataError: it has no eos, or does not know offsets.
+    """
+
+    def __init__(self, inner: Any, where: str) -> None:
+        if not inner.is_fast:
+            raise DataError(
+                f"the tokenizer {where} does not say which text its tokens stand for; use one with "
+                "a tokenizer.json"
+            )
+        if inner.eos_token_id is None:
+            raise DataError(
+                f"the tokenizer {where} has no eos_token; set it in its tokenizer_config.json"
+            )
+        self.inner = inner
+        self.where = where
+        self.size = max(inner.get_vocab().values()) + 1
+        self.eos: int = inner.eos_token_id
+        self.pad: int = self.eos if inner.pad_token_id is None else inner.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+        ids: list[int] = self.inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, without special tokens."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id, special tokens by their names."""
+        return [self.inner.decode([one]) for one in ids]
+
+    def encode_question(self, text: str) -> list[int]:
+        """The ids that ask for an answer to a text, through the chat template."""
+        asked = self.inner.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(asked)
+
+    def save(self, folder: Path) -> None:
+        """Write it, chat template and all, as `from_pretrained` reads it."""
+        self.inner.save_pretrained(folder)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of all that decides ids: vocabulary, merges, special tokens, chat template."""
+        known = [
+            json.loads(self.inner.backend_tokenizer.to_str()),
+            self.inner.special_tokens_map,
+            self.inner.chat_template,
+        ]
+        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"tokenizer {self.where} of {self.size:,} ids, hash {self.hash[:12]}"
+
+
+def open_tokenizer(wish: str, revision: str | None = None) -> HubTokenizer:
+    """The tokenizer of a folder, a tokenizer.json, or an id of the hub (from its cache, offline).
+
+    Raises:
+        DataError: it cannot be found or used.
+    """
+    path = expanded(wish)
+    fast: Any = PreTrainedTokenizerFast
+    try:
+        if path.is_file():
+            file = json.loads(path.read_text(encoding="utf-8"))
+            inner = fast(tokenizer_file=str(path), **_specials(file))
+        else:
+            place = str(path) if path.is_dir() else wish
+            inner = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the package raises exceptions of many kinds, bare ones too
+        said = " ".join(reason(error).split())[:300]
+        raise DataError(
+            f"cannot open the tokenizer '{wish}': {said}; expected a folder with a "
+            "tokenizer.json, such a file, or the id of one on the hub (offline: in its cache)"
+        ) from error
+    return HubTokenizer(inner, wish)
+
+
+_USUAL = {
+    "eos_token": ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"),
+    "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
+}
+
+
+def _specials(file: dict[str, Any]) -> dict[str, str]:
+    """The special tokens of a bare tokenizer.json, by their usual names."""
+    added = {token["content"] for token in file.get("added_tokens", [])}
+    found = {
+        what: next((name for name in names if name in added), None)
+        for what, names in _USUAL.items()
+    }
+    return {what: name for what, name in found.items() if name is not None}

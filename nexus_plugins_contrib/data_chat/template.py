@@ -1,0 +1,298 @@
+"""A conversation through a tokenizer's chat template, and which of its tokens are learned.
+
+The template is asked three times for each turn: for the text of the whole conversation, for what
+comes before the turn with the words that ask for an answer, and for the text with the turn in it.
+A turn is exact where the ids of the second are the beginning of those of the first: then what is
+trained is what is predicted when the model is asked. Where a template marks what is generated
+(`{% generation %}`), its marks are taken instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nexus_core import ConfigError
+from nexus_plugins_contrib._shared.examples import Fault, Tokens
+from nexus_plugins_contrib._shared.tokenizer import HubTokenizer
+from nexus_plugins_contrib.data_chat.conversations import (
+    Conversation,
+    Message,
+    parsed_calls,
+    written_calls,
+)
+
+__all__ = ["ChatTemplate"]
+
+Masks = Literal["auto", "markers", "prefix"]
+Learnt = NDArray[np.bool_]
+_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PROBE = [
+    {"role": "user", "content": "a"},
+    {
+        "role": "assistant",
+        "tool_calls": [
+            {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
+        ],
+    },
+]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A rendered conversation as ids, with the place of each in the text."""
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """Turns conversations into ids, and says which of them the assistant has to learn.
+
+    Args:
+        tokenizer: with a chat template.
+        arguments: further variables of the template, such as `enable_thinking`.
+        masks: "markers" takes the template's own, "prefix" finds turns by what comes before them;
+            "auto": markers where there are some.
+
+    Raises:
+        ConfigError: there is no template, or no markers in it where they are asked for.
+    """
+
+    def __init__(
+        self, tokenizer: HubTokenizer, arguments: dict[str, Any], masks: Masks = "auto"
+    ) -> None:
+        self._tokenizer, self._inner = tokenizer, tokenizer.inner
+        self._arguments = arguments
+        try:
+            self.source = str(self._inner.get_chat_template())
+        except ValueError as error:
+            raise ConfigError(
+                f"the tokenizer {tokenizer.where} has no chat template; set "
+                "data_chat.chat_template to a file of one (.jinja)"
+            ) from error
+        marked = bool(_MARKER.search(self.source))
+        if masks == "markers" and not marked:
+            raise ConfigError(
+                "data_chat.masks=markers: the chat template has no {% generation %}; leave it at "
+                "'auto' or 'prefix', or set data_chat.chat_template to one that has"
+            )
+        self.marked = marked and masks != "prefix"
+        self._calls = written_calls if self._wants_text() else parsed_calls
+        self._special = {
+            number for number, token in self._inner.added_tokens_decoder.items() if token.special
+        }
+
+    def tokens(self, conversation: Conversation, turns: Sequence[int]) -> Tokens | Fault:
+        """The whole conversation, of which the given turns of the assistant are learned."""
+        try:
+            whole = self._tokenized(self._render(conversation, len(conversation.messages)))
+            learnt = np.zeros(len(whole.ids), np.bool_)
+            if self.marked:
+                fault = self._mark_generated(conversation, whole, turns, learnt)
+            else:
+                fault = self._mark_turns(conversation, whole, turns, learnt)
+        except Exception as error:  # whatever a template raises is about this conversation
+            said = " ".join(str(error).split()) or type(error).__name__
+            return Fault("the template refuses it", f"the chat template refuses it: {said[:300]}")
+        if fault is not None:
+            return fault
+        if not learnt.any():
+            return Fault("nothing to learn", "none of its tokens would be learned")
+        return Tokens(np.array(whole.ids, np.int64), learnt)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
+        """The text that asks the model for the next answer."""
+        conversation = Conversation(tuple(messages), None if tools is None else tuple(tools))
+        return self._render(conversation, len(messages), asks=True)
+
+    # -- by what comes before each turn
+
+    def _mark_turns(
+        self, conversation: Conversation, whole: _Text, turns: Sequence[int], learnt: Learnt
+    ) -> Fault | None:
+        for turn in turns:
+            before = self._tokenized(self._render(conversation, turn, asks=True))
+            through = self._tokenized(self._render(conversation, turn + 1))
+            first, last = len(before.ids), _common(through.ids, whole.ids)
+            if not whole.text.startswith(before.text) or not self._is_glue(through.ids[last:]):
+                return self._broken(turn, before, through, whole)
+            if whole.ids[:first] != before.ids:
+                return Fault(
+                    "a token across the border of a turn",
+                    f"turn {turn + 1}: the ids before the answer change once the answer follows "
+                    f"({self._inner.decode(before.ids[-4:])!r}), so that the model would be asked "
+                    "with other ids than it was trained on; use a chat template that has a special "
+                    "token there",
+                )
+            last = self._end_of_turn(whole.ids, first, last)
+            text = whole.text[_begin(whole, first) : _end(whole, last)]
+            if fault := _dropped(conversation.messages[turn], turn, text):
+                return fault
+            learnt[first:last] = True
+        return None
+
+    def _broken(self, turn: int, before: _Text, through: _Text, whole: _Text) -> Fault:
+        if not through.text.startswith(before.text):
+            place = _common_text(before.text, through.text)
+            return Fault(
+                "a template that asks otherwise than it answers",
+                f"turn {turn + 1}: the chat template asks for an answer with "
+                f"{before.text[max(0, place - 20) :][-60:]!r}, and writes the answer as "
+                f"{through.text[max(0, place - 20) :][:60]!r}, so the model would be trained on "
+                "what it is never asked for; set data_chat.chat_template to one that agrees",
+            )
+        shown = before if not whole.text.startswith(before.text) else through
+        place = _common_text(shown.text, whole.text)
+        return Fault(
+            "a template that breaks prefixes",
+            f"turn {turn + 1}: the chat template writes what comes before the end of this turn "
+            f"differently once more follows ({shown.text[place : place + 40]!r} becomes "
+            f"{whole.text[place : place + 40]!r}), so the conversation cannot be split exactly; "
+            "set data_chat.turns=each (a row for each turn, as the model is asked), or "
+            "data_chat.chat_template to one that keeps earlier turns",
+        )
+
+    def _end_of_turn(self, ids: list[int], first: int, last: int) -> int:
+        """Where what the model generates ends: with the first stop token after the words.
+
+        What templates put behind it, such as a line break, is never generated.
+        """
+        end = last
+        while end > first and self._is_glue(ids[end - 1 : end]):
+            end -= 1
+        stop = end
+        while stop < last and ids[stop] not in self._special:
+            stop += 1
+        if stop == last:
+            return last
+        while stop < last and ids[stop] in self._special:
+            stop += 1
+        return stop
+
+    def _is_glue(self, ids: Sequence[int]) -> bool:
+        """Whether there are but special tokens and spaces."""
+        words = [one for one in ids if one not in self._special]
+        return not words or not self._inner.decode(words).strip()
+
+    # -- by the template's own marks
+
+    def _mark_generated(
+        self, conversation: Conversation, whole: _Text, turns: Sequence[int], learnt: Learnt
+    ) -> Fault | None:
+        rendered: Any = render_jinja_template(
+            conversations=[self._messages(conversation, len(conversation.messages))],
+            tools=self._tools(conversation),
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **{**self._inner.special_tokens_map, **self._arguments},
+        )
+        texts, marked = rendered
+        if texts != [whole.text]:
+            raise ValueError("it writes another text with its marks")
+        spans = [span for span in marked[0] if span[0] < span[1]]
+        spoken = [n for n, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        if [*turns] != spoken and len(spans) != len(spoken):
+            return Fault(
+                "marks that are not the turns",
+                f"the chat template marks {len(spans)} passages in {len(spoken)} turns of the "
+                "assistant, so that single turns cannot be left out; set data_chat.turns=each or "
+                "data_chat.masks=prefix",
+            )
+        if [*turns] != spoken:
+            spans = [span for span, turn in zip(spans, spoken, strict=True) if turn in turns]
+        for begin, end in spans:
+            for place, (first, last) in enumerate(whole.offsets):
+                if first < end and last > begin and first < last:
+                    if first < begin or last > end:
+                        return Fault(
+                            "a token across the border of a turn",
+                            f"a token reaches over the border of the marked passage "
+                            f"{whole.text[begin:end][:40]!r}, so that no mask is exact",
+                        )
+                    learnt[place] = True
+        return None
+
+    # -- the template
+
+    def _render(self, conversation: Conversation, count: int, asks: bool = False) -> str:
+        if not count:
+            raise ValueError("it begins with the assistant, and nothing comes before")
+        return str(
+            self._inner.apply_chat_template(
+                self._messages(conversation, count),
+                tools=self._tools(conversation),
+                tokenize=False,
+                add_generation_prompt=asks,
+                **self._arguments,
+            )
+        )
+
+    def _messages(self, conversation: Conversation, count: int) -> list[Message]:
+        kept = [
+            {k: v for k, v in message.items() if k != "weight"}
+            for message in conversation.messages[:count]
+        ]
+        return self._calls(kept)
+
+    def _tools(self, conversation: Conversation) -> list[Any] | None:
+        return None if conversation.tools is None else [*conversation.tools]
+
+    def _tokenized(self, text: str) -> _Text:
+        found = self._inner(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return _Text(text, found["input_ids"], found["offset_mapping"])
+
+    def _wants_text(self) -> bool:
+        """Whether the template takes the arguments of calls as text alone."""
+        try:
+            self._inner.apply_chat_template(_PROBE, tokenize=False, **self._arguments)
+        except TypeError:
+            return True
+        except Exception:  # it takes no calls at all, which is said where there are some
+            return False
+        return False
+
+
+def _dropped(message: Message, turn: int, text: str) -> Fault | None:
+    """A fault where the template does not write what the assistant says."""
+    said = [message.get(name) for name in ("content", "reasoning_content", "reasoning")]
+    for words in said:
+        if isinstance(words, str) and _dense(words) not in _dense(text):
+            return Fault(
+                "a template that drops words",
+                f"turn {turn + 1}: the chat template drops part of what the assistant says "
+                f"({' '.join(words.split())[:60]!r} becomes {' '.join(text.split())[:60]!r}); set "
+                "data_chat.chat_template to one that keeps it",
+            )
+    return None
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How long the same beginning of two sequences is."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _common_text(one: str, other: str) -> int:
+    return _common([*map(ord, one)], [*map(ord, other)])
+
+
+def _begin(text: _Text, place: int) -> int:
+    return text.offsets[place][0] if place < len(text.offsets) else len(text.text)
+
+
+def _end(text: _Text, place: int) -> int:
+    return text.offsets[place - 1][1] if place else 0

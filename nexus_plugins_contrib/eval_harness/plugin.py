@@ -1,0 +1,75 @@
+"""Tasks of lm-evaluation-harness on the model of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import ConfigDict, Field
+
+from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_core.paths import PathField
+
+if TYPE_CHECKING:
+    from nexus_core.batches import Batch
+    from nexus_core.engine import Engine
+
+__all__ = ["EvalHarnessConfig", "EvalHarnessPlugin"]
+
+
+class EvalHarnessConfig(PluginConfig):
+    """Which tasks, and on how much of them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tasks": ["arc_easy"]}]})
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or groups of tasks")
+    include: PathField | None = Field(
+        None, description="folder of further tasks, as YAML; null: those of the package alone"
+    )
+    limit: int | None = Field(None, ge=1, description="examples of each task; null: all")
+    shots: int | None = Field(
+        None, ge=0, description="solved examples before each question; null: as the task says"
+    )
+    batch_size: int = Field(8, ge=1, description="rows that the model is asked at once")
+    max_length: int = Field(
+        1024, ge=2, description="tokens that the model can see; longer contexts lose their start"
+    )
+
+
+class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
+    """Measures tasks of lm-evaluation-harness at each evaluation.
+
+    The model is asked through the run's own forward pass, so any model of tokens will do, with the
+    weights that are evaluated. Tasks that are on this machine need no network.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+    _done_at: int = -1
+
+    @hookimpl
+    def on_build(self) -> None:
+        """Make sure that the package is there, before anything is trained.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if find_spec("lm_eval") is None:
+            raise ConfigError("eval_harness needs the package lm-eval: pip install lm-eval")
+
+    @hookimpl
+    def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
+        """The metrics of all tasks, as `harness/<task>/<metric>`, with the first set alone.
+
+        Raises:
+            ConfigError: the data has no tokenizer, or there is no such task.
+        """
+        if self._done_at == engine.state.step:
+            return {}
+        from nexus_plugins_contrib.eval_harness.model import asked
+
+        self._done_at = engine.state.step
+        codec = engine.data.codec if engine.data is not None else None
+        if codec is None:
+            raise ConfigError("eval_harness asks in text, and the data has no tokenizer")
+        return asked(engine, codec, self.config)

@@ -1,0 +1,149 @@
+"""Text that the model writes, at each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nexus_core.errors import ConfigError, hint_set
+from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core.batches import Batch
+    from nexus_core.engine import Engine
+
+__all__ = ["SampleConfig", "SamplePlugin"]
+
+NOTE = "sample"  # the title of what loggers get, before the name of the set
+
+
+class SampleConfig(PluginConfig):
+    """What the model is to continue, and how."""
+
+    prompts: tuple[str, ...] = Field(
+        (), description="texts to continue; none: the beginnings of rows of the evaluation data"
+    )
+    chat: bool = Field(
+        False, description="ask the prompts as a user would, through the data's chat template"
+    )
+    rows: int = Field(
+        2, ge=1, description="rows of the evaluation data, where there are no prompts"
+    )
+    prompt_tokens: int = Field(32, ge=1, description="tokens of each of these rows")
+    tokens: int = Field(64, ge=1, description="most tokens to write for each prompt")
+    temperature: float = Field(
+        0.8, ge=0, description="divides the logits; 0: the likeliest token each time"
+    )
+    top_k: int | None = Field(None, ge=1, description="among so many likeliest tokens; null: all")
+
+
+class SamplePlugin(Plugin[SampleConfig]):
+    """Has the model continue a few texts at each evaluation, for every logger that holds text.
+
+    It asks the run's own forward pass, so any causal model of tokens will do, with the weights that
+    are evaluated. The same seed each time makes samples of a run comparable. Training is not
+    touched. All positions are computed anew for each token: keep `tokens` small.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+    _done_at: int = -1
+
+    @hookimpl
+    def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
+        """Write once an evaluation, with its first set; ids where the data has no tokenizer.
+
+        Raises:
+            ConfigError: there are prompts and no tokenizer, or no chat template to ask through.
+        """
+        if self._done_at == engine.state.step:
+            return {}
+        self._done_at = engine.state.step
+        codec = engine.data.codec if engine.data is not None else None
+        prompts = self._prompts(codec, data)
+        stop = getattr(codec, "eos", None)
+        written = self._written(engine, prompts, stop)
+        texts = [
+            f"{_text(codec, prompt)}\n-> {_text(codec, ids)}"
+            for prompt, ids in zip(prompts, written, strict=True)
+        ]
+        engine.hook.on_note(engine=engine, title=f"{NOTE}/{split}", text="\n\n".join(texts))
+        return {}
+
+    def _prompts(self, codec: Any, data: Iterable[Batch]) -> list[list[int]]:
+        config = self.config
+        if config.chat and not config.prompts:
+            raise ConfigError(
+                "sample.chat needs questions to ask: ", hint_set("sample.prompts", "[Who are you?]")
+            )
+        encode = getattr(codec, "encode_question" if config.chat else "encode", None)
+        if config.prompts and encode is None:
+            what = "chat template" if config.chat else "tokenizer"
+            raise ConfigError(
+                f"sample has prompts, and the data has no {what} for them; leave out "
+                f"sample.{'chat' if config.chat else 'prompts'}"
+            )
+        if encode is not None and config.prompts:
+            return [encode(prompt) or [0] for prompt in config.prompts]
+        batch = next(iter(data))
+        side = "" if "input_ids" in batch else "chosen_"
+        ids = batch[f"{side}input_ids"][: config.rows, : config.prompt_tokens]
+        mask = batch.get(f"{side}attention_mask", torch.ones_like(batch[f"{side}input_ids"]))
+        lengths = mask[: config.rows, : config.prompt_tokens].sum(1).clamp_min(1).tolist()
+        return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+
+    def _written(
+        self, engine: Engine, prompts: Sequence[Sequence[int]], stop: int | None
+    ) -> list[list[int]]:
+        """What is written behind each prompt, up to a stop token.
+
+        The rows are as wide from the start as they can become, so that a compiled model is
+        compiled once; what lies ahead of a position, a causal model does not see.
+        """
+        ends = [len(prompt) for prompt in prompts]
+        ids = torch.zeros(len(prompts), max(ends) + self.config.tokens, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : ends[row]] = torch.tensor(prompt)
+        ids = ids.to(engine.device)
+        generator = torch.Generator().manual_seed(engine.seed)
+        written: list[list[int]] = [[] for _ in prompts]
+        for _ in range(self.config.tokens):
+            open_ = [row for row, some in enumerate(written) if not some or some[-1] != stop]
+            if not open_:
+                break
+            output = engine.hook.forward(engine=engine, batch={"input_ids": ids}, step=None)
+            last = torch.tensor([end - 1 for end in ends], device=ids.device)
+            chosen = self._choose(_logits_at(output, last), generator).tolist()
+            for row in open_:
+                ids[row, ends[row]] = chosen[row]
+                written[row].append(chosen[row])
+                ends[row] += 1
+        return [some[:-1] if some and some[-1] == stop else some for some in written]
+
+    def _choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """A token for each row of logits `(B, V)`, on the host."""
+        logits = logits.float().cpu()
+        if self.config.temperature == 0:
+            return logits.argmax(-1)
+        if self.config.top_k is not None and self.config.top_k < logits.shape[-1]:
+            least = logits.topk(self.config.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        shares = (logits / self.config.temperature).softmax(-1)
+        return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+
+
+def _logits_at(output: Any, places: Tensor) -> Tensor:
+    """The logits `(B, V)` at a place of each row, of whatever a forward pass gives."""
+    output = output[0] if isinstance(output, tuple) else output
+    rows = torch.arange(len(places), device=places.device)
+    if hasattr(output, "hidden") and hasattr(output, "head_weight"):
+        hidden = output.hidden[rows, places]
+        return cast(Tensor, hidden.to(output.head_weight.dtype) @ output.head_weight.T)
+    return cast(Tensor, getattr(output, "logits", output)[rows, places])
+
+
+def _text(codec: Any, ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids)) if codec is None else str(codec.decode(ids))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakMethod
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nexus_core.bases.worker import attend, leaving, signals_held
 from nexus_core.batches import Batch, digest, own_fingerprint
+from nexus_core.cells import Cells, edges, seed_for
 from nexus_core.device import random_state, seed_everything, set_random_state
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
@@ -75,6 +76,7 @@ class ResumableLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.ranks = ranks or Ranks()
+        self.cells = 0
         if len(self) == 0 or batch_size < self.ranks.size:
             raise DataError(
                 f"{len(dataset)} samples are too few for a batch of {batch_size} in each of "
@@ -107,6 +109,17 @@ class ResumableLoader:
         with signals_held():  # until the workers that it starts know what to do about them
             batches = iter(loader)
         return self._read((order, loader), batches)
+
+    def in_cells(self, count: int) -> ResumableLoader:
+        """The same batches, of which each process gets whole cells, each collated by itself.
+
+        Args:
+            count: cells that each batch is cut into, or as many as it has rows; what reading a
+                cell draws is the same wherever it is read.
+        """
+        dealt = copy.copy(self)
+        dealt.cells = count
+        return dealt
 
     def is_borrowed(self, row: int) -> bool:
         """Whether this process has no row of the batch from a row on, and gets one of another's."""
@@ -165,23 +178,52 @@ class ResumableLoader:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self, epoch: int, row: int) -> list[list[int]]:
+    def _sample_lists(self, epoch: int, row: int) -> Sequence[list[int] | _Dealing]:
         """The samples of some batches from a row on; none behind the last one."""
         rest = len(self.dataset) - row
         count = rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
         batches = range(min(count, _TOGETHER))
-        return [ids.tolist() for ids in self._ids_of(epoch, batches, row)] if batches else []
+        found = self._ids_of(epoch, batches, row) if batches else []
+        if self.cells:
+            return [
+                self._dealing(epoch, row + place * self.batch_size, ids)
+                for place, ids in enumerate(found)
+            ]
+        return [ids.tolist() for ids in found]
+
+    def _dealing(self, epoch: int, row: int, ids: NDArray[np.int64]) -> _Dealing:
+        """Which samples of a batch this process reads, cell by cell."""
+        bounds = self._bounds(len(self.dataset) - row)
+        cuts = [bound - bounds[0] for bound in bounds[1:-1]]
+        parts = [part.tolist() for part in np.split(ids, cuts) if len(part)]
+        first = edges(self.cells, self.ranks.size)[self.ranks.rank]
+        of = min(self.cells, self.batch_size, len(self.dataset) - row)
+        return _Dealing((self.seed, epoch, row), parts or [[]], first, of)
+
+    def _bounds(self, rest: int) -> list[int]:
+        """Where this process's share of a batch begins and ends, and its cells between."""
+        cells = self.cells or self.ranks.size
+        low, high = edges(cells, self.ranks.size)[self.ranks.rank : self.ranks.rank + 2]
+        return edges(min(self.batch_size, rest), cells)[low : high + 1]
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
-        places = row + np.append(batches, batches.stop) * self.batch_size
-        edges = np.minimum(places, len(self.dataset))
-        whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
-        shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
+        starts = [row + batch * self.batch_size for batch in batches]
+        bounds = [(start, self._bounds(len(self.dataset) - start)) for start in starts]
+        shares = [np.arange(s + b[0], s + b[-1], dtype=np.int64) for s, b in bounds]
         ids = np.concatenate(shares)
         if self.shuffle:
             ids = permute(ids, len(self.dataset), self.seed, epoch)
         return np.split(ids, np.cumsum([len(share) for share in shares])[:-1])
+
+
+class _Dealing(NamedTuple):
+    """The samples of a batch that a process reads, cell by cell; as `Cells` for the rest."""
+
+    place: tuple[int, int, int]  # the seed, the epoch and its row
+    ids: list[list[int]]
+    first: int
+    of: int
 
 
 @dataclass
@@ -193,18 +235,18 @@ class _Order:
     circle, though a reader came out of it again.
     """
 
-    lists: WeakMethod[Callable[[int, int], list[list[int]]]]
+    lists: WeakMethod[Callable[[int, int], Sequence[list[int] | _Dealing]]]
     batch_size: int
     epoch: int = 0
     row: int = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         epoch, row = self.epoch, self.row
         while some := self._some(epoch, row):
             yield from some
             row += len(some) * self.batch_size
 
-    def _some(self, epoch: int, row: int) -> list[list[int]]:
+    def _some(self, epoch: int, row: int) -> Sequence[list[int] | _Dealing]:
         lists = self.lists()
         return lists(epoch, row) if lists is not None else []
 
@@ -220,11 +262,18 @@ class _Fetch(Dataset[Batch]):
     dataset: Any
     collate: Callable[[list[Any]], Batch]
 
-    def __getitems__(self, indices: list[int]) -> Batch | DataError:
+    def __getitems__(self, wanted: list[int] | _Dealing) -> Batch | DataError:
         try:
-            return self._batch(indices)
+            return self._cells(wanted) if isinstance(wanted, _Dealing) else self._batch(wanted)
         except DataError as error:
             return error
+
+    def _cells(self, wanted: _Dealing) -> Cells:
+        batches: list[Batch] = []
+        for cell, ids in enumerate(wanted.ids, wanted.first):
+            seed_for(*wanted.place, cell)
+            batches.append(self._batch(ids))
+        return Cells(tuple(batches), tuple(map(len, wanted.ids)), wanted.first, wanted.of)
 
     def _batch(self, indices: list[int]) -> Batch:
         wanted = indices or [0]  # a share without rows borrows one, which does not count

@@ -91,6 +91,8 @@ class Parallel(Plugin[ConfigT]):
     def on_start(self, engine: Engine) -> None:
         """Let each process draw random numbers of its own, for a dropout of its own.
 
+        In a run in cells all draw the same, and the cells see to it that they differ.
+
         Raises:
             ConfigError: a launcher started several processes, and they have not been joined; or
                 an epoch does not have as many batches in each of them.
@@ -103,7 +105,8 @@ class Parallel(Plugin[ConfigT]):
                 f"{engine.ranks.size - 1}; give each as many, by ResumableLoader(..., ranks=ranks) "
                 "or a DistributedSampler"
             )
-        if engine.ranks.size > 1 and engine.state.step == 0 and not engine.ranks.is_main:
+        own = engine.state.step == 0 and not engine.ranks.is_main and not engine.cells
+        if engine.ranks.size > 1 and own:
             seed_everything(own_seed(engine.seed, engine.ranks))
 
     @hookimpl

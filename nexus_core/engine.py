@@ -88,7 +88,7 @@ class Engine(EarlierNames):
         out: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.cells = per_batch(cells, accumulate)
+        self.cells, self.batch_cells = cells or 0, per_batch(cells, accumulate)
         if seed is not None:
             seed_everything(seed)
         self.seed = seed or 0

@@ -101,6 +101,7 @@ class Run(Protocol):
     seed: int
     accumulate: int
     cells: int
+    batch_cells: int
     step_at_epoch_end: bool
     out: Path | None
     config: dict[str, Any]

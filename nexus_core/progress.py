@@ -68,7 +68,7 @@ class Progress:
             same,
             engine.ranks,
             engine.step_at_epoch_end,
-            engine.cells,
+            engine.batch_cells,
         )
         for length in filter(None, (horizon, period)):
             stream.check(length)

@@ -187,7 +187,7 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
 def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iterator[Micro]:
     """Each cell of some batches as a micro-batch; `cells` gets how many each of them has."""
     for one in micro:
-        part = divided(one.batch, engine.cells)
+        part = divided(one.batch, engine.batch_cells)
         first = sum(cells) + part.first
         for cell, batch, rows in zip(count(first), part.batches, part.rows, strict=False):
             yield Micro(batch, float(rows), borrowed=rows == 0, cell=cell)

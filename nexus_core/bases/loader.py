@@ -196,9 +196,10 @@ class ResumableLoader:
         bounds = self._bounds(len(self.dataset) - row)
         cuts = [bound - bounds[0] for bound in bounds[1:-1]]
         parts = [part.tolist() for part in np.split(ids, cuts) if len(part)]
-        first = edges(self.cells, self.ranks.size)[self.ranks.rank]
+        shares = edges(self.cells, self.ranks.size)
         of = min(self.cells, self.batch_size, len(self.dataset) - row)
-        return _Dealing((self.seed, epoch, row), parts or [[]], first, of)
+        parts += [[]] * (min(shares[1], of) - len(parts))  # as many in each process
+        return _Dealing((self.seed, epoch, row), parts, shares[self.ranks.rank], of)
 
     def _bounds(self, rest: int) -> list[int]:
         """Where this process's share of a batch begins and ends, and its cells between."""

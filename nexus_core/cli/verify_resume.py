@@ -43,7 +43,7 @@ from nexus_core.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, ForkServerProcess
 
-__all__ = ["Report", "compare_runs", "main", "verify_resume"]
+__all__ = ["Order", "Report", "compare_runs", "last_step", "main", "verify_resume"]
 
 CERTIFICATE = "certificate.json"
 _CLOCKS = ("time", "seconds")  # what no two runs share
@@ -221,11 +221,11 @@ def _kill(
     """
     within_save = not saved and moments.random() < _SAVE_SHARE
     at_start = not (within_save or saved) and moments.random() < 0.1
-    begin = _last_step(out / NOTES)
+    begin = last_step(out / NOTES)
     target = begin + moments.uniform(0, steps)
     limit = time.monotonic() + (moments.uniform(0, 3) if at_start else _PATIENCE_S)
     while life.is_alive() and time.monotonic() < limit:
-        reached = _last_step(out / NOTES)
+        reached = last_step(out / NOTES)
         if reached >= begin + steps and not saved:
             break
         if saved:
@@ -332,7 +332,7 @@ def _certify(order: Order, report: Report, path: Path) -> None:
     path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
 
 
-def _last_step(path: Path) -> int:
+def last_step(path: Path) -> int:
     """The step of the last whole line of notes; 0 if no line is whole."""
     try:
         with path.open("rb") as file:

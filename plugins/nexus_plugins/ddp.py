@@ -127,7 +127,7 @@ class DdpPlugin(Parallel[DdpConfig]):
         return sum_over_processes(
             part,
             step,
-            engine.cells,
+            engine.batch_cells,
             engine.ranks,
             self.config.bucket_mb * 2**20,
             ring=self.config.sum == "ring",

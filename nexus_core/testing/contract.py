@@ -238,6 +238,24 @@ class PluginContract(Trial):
                 "after_backward, once a step",
             )
 
+    def test_division_of_a_step_changes_no_bit(self, settings: Settings, tmp_path: Path) -> None:
+        """In cells, a step has the same gradient however it is divided among who computes it."""
+        if not self.plugin_class().topology_invariant:
+            raise SkipTest("bits depend on the division, as the plugin says (topology_invariant)")
+        first = [StillPlugin()]
+        split = self._engine(settings, tmp_path / "split", SPLIT, cells=SPLIT, first=first)
+        assert split.data is not None
+        batches = list(islice(iter(split.data.train), split.accumulate))
+        found = gradients_of_a_step(split, batches, self.horizon)
+        whole = self._engine(settings, tmp_path / "whole", cells=SPLIT, first=[StillPlugin()])
+        expected = gradients_of_a_step(whole, [joined(batches)], self.horizon)
+        if lines := differences(expected, found):
+            self._fail(
+                "a step in three cells has other bits in one batch than in three: keep what is "
+                "drawn or summed by cell, sum over cells with engine.hook.sum_cells, or say "
+                f"topology_invariant = False: {some(lines)}"
+            )
+
     def test_gradient_is_left_alone_after_the_update(
         self, settings: Settings, tmp_path: Path
     ) -> None:

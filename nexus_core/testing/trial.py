@@ -107,6 +107,7 @@ class Trial:
         out: Path,
         accumulate: int = 1,
         *,
+        cells: int | None = None,
         seed: int = SEED,
         log_every: str = LOGGED,
         first: Sequence[Plugin[Any]] = (),
@@ -122,6 +123,7 @@ class Trial:
             parts=self._parts(),
             seed=seed,
             accumulate=accumulate,
+            cells=cells,
             log_every=log_every,
             out=out,
         )

@@ -31,7 +31,17 @@ from nexus_core.batches import Batch, batch_size, mapped
 from nexus_core.device import seed_everything
 from nexus_core.errors import ConfigError, DataError
 
-__all__ = ["CellSum", "Cells", "Node", "dealt", "divided", "edges", "owned", "per_batch", "seed_for"]
+__all__ = [
+    "CellSum",
+    "Cells",
+    "Node",
+    "dealt",
+    "divided",
+    "edges",
+    "owned",
+    "per_batch",
+    "seed_for",
+]
 
 Node: TypeAlias = tuple[int, int]
 """A node of the tree: its level, and its place in it; a cell is `(0, cell)`."""
@@ -115,7 +125,9 @@ def owned(of: Sequence[int], count: int, rank: int, size: int) -> list[int]:
     """
     low, high = edges(count, size)[rank : rank + 2]
     starts = [sum(of[:place]) for place in range(len(of))]
-    return [s + c for s, cells in zip(starts, of, strict=True) for c in range(low, min(high, cells))]
+    return [
+        s + c for s, cells in zip(starts, of, strict=True) for c in range(low, min(high, cells))
+    ]
 
 
 def edges(count: int, parts: int) -> list[int]:

@@ -125,7 +125,9 @@ class Meter:
             entries = {n: _Entry(*_parts(summed[n]), finish.get(n)) for n in names}
         return {name: entry.mean() for name, entry in entries.items() if any(entry.units)}
 
-    def _say_partial(self, names: list[str], known: Sequence[Collection[str]], ranks: Ranks) -> None:
+    def _say_partial(
+        self, names: list[str], known: Sequence[Collection[str]], ranks: Ranks
+    ) -> None:
         """Name a metric that some processes alone have; its mean is over those."""
         new = [n for n in names if not all(n in own for own in known) and n not in self._said]
         self._said.update(new)

@@ -156,11 +156,7 @@ def explanation(
     names = [plugin.name for plugin in plan.plugins]
     found = [
         Place(
-            p.name,
-            p.slot,
-            _reasons(plan, p.name, names),
-            places.get(p.name),
-            p.topology_invariant,
+            p.name, p.slot, _reasons(plan, p.name, names), places.get(p.name), p.topology_invariant
         )
         for p in plan.plugins
     ]

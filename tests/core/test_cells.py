@@ -11,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nexus_core import ConfigError, DataError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
-from nexus_core.cells import CellSum, Cells, divided, edges, owned
+from nexus_core import (
+    ConfigError,
+    DataError,
+    Engine,
+    Plugin,
+    PluginConfig,
+    ResumableLoader,
+    hookimpl,
+)
+from nexus_core.cells import Cells, CellSum, divided, edges, owned
 from nexus_core.meter import Meter, added
 from nexus_core.processes import Ranks
 from tiny import RecorderPlugin, Regression, SquaredPlugin
@@ -194,9 +202,7 @@ def test_cells_that_cannot_be_are_refused() -> None:
     cut=st.integers(0, 12),
     seed=st.integers(0, 99),
 )
-def test_metrics_are_exact_whoever_has_added_what(
-    values: list[float], cut: int, seed: int
-) -> None:
+def test_metrics_are_exact_whoever_has_added_what(values: list[float], cut: int, seed: int) -> None:
     """Red if a mean depends on the order, or on a snapshot that was taken in between."""
     order = random.Random(seed).sample(values, len(values))
     meters = [Meter(), Meter()]

@@ -59,7 +59,7 @@ def sum_over_processes(
         size = sum(tensor.numel() for tensor in like)
         whole = _whole(flat, size, like[0], nodes, ranks)
         for place, tensor, values in zip(
-            places, like, whole[:size].split([t.numel() for t in like]), strict=True
+            places, like, torch.split(whole[:size], [t.numel() for t in like]), strict=True
         ):
             found[place] = torch.empty_like(tensor, requires_grad=False).copy_(
                 values.view(tensor.shape)
@@ -95,9 +95,7 @@ def slice_sum(received: Sequence[Tensor], nodes: Nodes, cells: int) -> Tensor:
     return total
 
 
-def _whole(
-    flat: dict[Node, Tensor], size: int, like: Tensor, nodes: Nodes, ranks: Ranks
-) -> Tensor:
+def _whole(flat: dict[Node, Tensor], size: int, like: Tensor, nodes: Nodes, ranks: Ranks) -> Tensor:
     """The sum of flat tensors over the tree, padded to a multiple of the processes."""
     padded = -(-size // ranks.size) * ranks.size
     sent = torch.full((len(flat), padded), _NOTHING, dtype=like.dtype, device=like.device)
@@ -115,10 +113,10 @@ def _whole(
     sizes = [len(there) * own for there in nodes]
     dist.all_to_all_single(received, shares.view(-1), sizes, [len(flat) * own] * ranks.size)
     cells = max(place + 1 << level for there in nodes for level, place in there)
-    parts = [part.view(-1, own) for part in received.split(sizes)]
+    parts = [part.view(-1, own) for part in torch.split(received, sizes)]
     total = slice_sum(parts, nodes, cells)
     whole = total.new_empty(padded)
-    dist.all_gather(list(whole.split(own)), total.contiguous())
+    dist.all_gather(list(torch.split(whole, own)), total.contiguous())
     return whole
 
 

@@ -31,11 +31,11 @@ def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
         rows = [len(gradients[place]) for place in divided]
         sizes = [-(-count // ranks.size) for count in rows]
         sent = torch.zeros(sum(sizes), device=own[divided[0]].device)
-        for place, room in zip(divided, sent.split(sizes), strict=True):
+        for place, room in zip(divided, torch.split(sent, sizes), strict=True):
             room[: len(own[place])] = own[place]
         found = sent.new_empty(ranks.size, len(sent))
         dist.all_gather(list(found), sent)
-        for place, part, count in zip(divided, found.split(sizes, 1), rows, strict=True):
+        for place, part, count in zip(divided, torch.split(found, sizes, 1), rows, strict=True):
             own[place] = part.reshape(-1)[:count]
     device = own[0].device if own else None
     sums = torch.cat([part.to(device) for part in own]) if own else torch.zeros(1)

@@ -78,7 +78,7 @@ class CellReduction:
 
 
 def sum_by_tree(model: nn.Module, ranks: Ranks) -> list[CellReduction]:
-    """Have the gradients of a divided model be summed so, and return what is to be told of steps."""
+    """Have the gradients of a divided model be summed so; what is returned is told of steps."""
     found = []
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -354,8 +354,7 @@ class Engine(EarlierNames):
         self._progress.leave_to(sets)
         with evaluating(self, nested=not self.training):
             try:
-                self.meter = Meter(self.meter.counts)
-                self.training, self.split = False, "predict"
+                self.training, self.split, self.meter = False, "predict", Meter(before[2].counts)
                 yield
             finally:
                 self.training, self.split, self.meter = before

@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakMethod
 
 import numpy as np
@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from nexus_core.bases.dealing import Dealing, deal, share
 from nexus_core.bases.worker import attend, leaving, signals_held
 from nexus_core.batches import Batch, digest, own_fingerprint
-from nexus_core.cells import Cells, edges, seed_for
+from nexus_core.cells import Cells, seed_for
 from nexus_core.device import random_state, seed_everything, set_random_state
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
@@ -178,53 +179,37 @@ class ResumableLoader:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self, epoch: int, row: int) -> Sequence[list[int] | _Dealing]:
+    def _sample_lists(self, epoch: int, row: int) -> Sequence[list[int] | Dealing]:
         """The samples of some batches from a row on; none behind the last one."""
         rest = len(self.dataset) - row
         count = rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
         batches = range(min(count, _TOGETHER))
         found = self._ids_of(epoch, batches, row) if batches else []
-        if self.cells:
-            return [
-                self._dealing(epoch, row + place * self.batch_size, ids)
-                for place, ids in enumerate(found)
-            ]
-        return [ids.tolist() for ids in found]
+        lists: list[list[int]] = [ids.tolist() for ids in found]
+        if not self.cells:
+            return lists
+        starts = [row + batch * self.batch_size for batch in batches]
+        return [
+            deal((self.seed, epoch, start), ids, self._rows(start), self.cells, self.ranks)
+            for start, ids in zip(starts, lists, strict=True)
+        ]
 
-    def _dealing(self, epoch: int, row: int, ids: NDArray[np.int64]) -> _Dealing:
-        """Which samples of a batch this process reads, cell by cell."""
-        bounds = self._bounds(len(self.dataset) - row)
-        cuts = [bound - bounds[0] for bound in bounds[1:-1]]
-        parts = [part.tolist() for part in np.split(ids, cuts) if len(part)]
-        shares = edges(self.cells, self.ranks.size)
-        of = min(self.cells, self.batch_size, len(self.dataset) - row)
-        parts += [[]] * (min(shares[1], of) - len(parts))  # as many in each process
-        return _Dealing((self.seed, epoch, row), parts, shares[self.ranks.rank], of)
-
-    def _bounds(self, rest: int) -> list[int]:
-        """Where this process's share of a batch begins and ends, and its cells between."""
-        cells = self.cells or self.ranks.size
-        low, high = edges(cells, self.ranks.size)[self.ranks.rank : self.ranks.rank + 2]
-        return edges(min(self.batch_size, rest), cells)[low : high + 1]
+    def _rows(self, start: int) -> int:
+        """Of the batch that begins at a row."""
+        return max(0, min(self.batch_size, len(self.dataset) - start))
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
         starts = [row + batch * self.batch_size for batch in batches]
-        bounds = [(start, self._bounds(len(self.dataset) - start)) for start in starts]
-        shares = [np.arange(s + b[0], s + b[-1], dtype=np.int64) for s, b in bounds]
+        bounds = [share(self._rows(start), self.cells, self.ranks) for start in starts]
+        shares = [
+            np.arange(start + own[0], start + own[-1], dtype=np.int64)
+            for start, own in zip(starts, bounds, strict=True)
+        ]
         ids = np.concatenate(shares)
         if self.shuffle:
             ids = permute(ids, len(self.dataset), self.seed, epoch)
         return np.split(ids, np.cumsum([len(share) for share in shares])[:-1])
-
-
-class _Dealing(NamedTuple):
-    """The samples of a batch that a process reads, cell by cell; as `Cells` for the rest."""
-
-    place: tuple[int, int, int]  # the seed, the epoch and its row
-    ids: list[list[int]]
-    first: int
-    of: int
 
 
 @dataclass
@@ -236,7 +221,7 @@ class _Order:
     circle, though a reader came out of it again.
     """
 
-    lists: WeakMethod[Callable[[int, int], Sequence[list[int] | _Dealing]]]
+    lists: WeakMethod[Callable[[int, int], Sequence[list[int] | Dealing]]]
     batch_size: int
     epoch: int = 0
     row: int = 0
@@ -247,7 +232,7 @@ class _Order:
             yield from some
             row += len(some) * self.batch_size
 
-    def _some(self, epoch: int, row: int) -> Sequence[list[int] | _Dealing]:
+    def _some(self, epoch: int, row: int) -> Sequence[list[int] | Dealing]:
         lists = self.lists()
         return lists(epoch, row) if lists is not None else []
 
@@ -263,13 +248,13 @@ class _Fetch(Dataset[Batch]):
     dataset: Any
     collate: Callable[[list[Any]], Batch]
 
-    def __getitems__(self, wanted: list[int] | _Dealing) -> Batch | DataError:
+    def __getitems__(self, wanted: list[int] | Dealing) -> Batch | DataError:
         try:
-            return self._cells(wanted) if isinstance(wanted, _Dealing) else self._batch(wanted)
+            return self._cells(wanted) if isinstance(wanted, Dealing) else self._batch(wanted)
         except DataError as error:
             return error
 
-    def _cells(self, wanted: _Dealing) -> Cells:
+    def _cells(self, wanted: Dealing) -> Cells:
         batches: list[Batch] = []
         for cell, ids in enumerate(wanted.ids, wanted.first):
             seed_for(*wanted.place, cell)

@@ -22,6 +22,7 @@ from nexus_core.errors import CheckpointError
 from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load
 from nexus_core.relay import Impl, implementations, relay
 from nexus_core.snapshot import Snapshot
+from nexus_core.testing.division import Division
 from nexus_core.testing.probes import (
     FailingPlugin,
     GradientProbePlugin,
@@ -39,7 +40,7 @@ from nexus_core.testing.probes import (
 from nexus_core.testing.states import differences, foreign_leaves, of_training, stored
 from nexus_core.testing.syncs import ReadWatch
 from nexus_core.testing.traces import changed, of_engine, of_process, of_torch
-from nexus_core.testing.trial import STEPS, Settings, Trial, some
+from nexus_core.testing.trial import STEPS, Settings, some
 
 if TYPE_CHECKING:
     import pytest
@@ -58,7 +59,7 @@ LIKENESS = 0.85  # of a method's name to a hook's, from which on it is a slip
 IN_REVERSE = ("on_close",)
 
 
-class PluginContract(Trial):
+class PluginContract(Division):
     """The checks. Subclass it in a test file, name the plugin, and run pytest.
 
         class TestSparkle(PluginContract):
@@ -236,24 +237,6 @@ class PluginContract(Trial):
                 f"the gradient of {name} in three micro-batches is {apart:.2g} (relative) away "
                 "from that of one batch: count in units of the step, and change gradients in "
                 "after_backward, once a step",
-            )
-
-    def test_division_of_a_step_changes_no_bit(self, settings: Settings, tmp_path: Path) -> None:
-        """In cells, a step has the same gradient however it is divided among who computes it."""
-        if not self.plugin_class().topology_invariant:
-            raise SkipTest("bits depend on the division, as the plugin says (topology_invariant)")
-        first = [StillPlugin()]
-        split = self._engine(settings, tmp_path / "split", SPLIT, cells=SPLIT, first=first)
-        assert split.data is not None
-        batches = list(islice(iter(split.data.train), split.accumulate))
-        found = gradients_of_a_step(split, batches, self.horizon)
-        whole = self._engine(settings, tmp_path / "whole", cells=SPLIT, first=[StillPlugin()])
-        expected = gradients_of_a_step(whole, [joined(batches)], self.horizon)
-        if lines := differences(expected, found):
-            self._fail(
-                "a step in three cells has other bits in one batch than in three: keep what is "
-                "drawn or summed by cell, sum over cells with engine.hook.sum_cells, or say "
-                f"topology_invariant = False: {some(lines)}"
             )
 
     def test_gradient_is_left_alone_after_the_update(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Engine, hookimpl
+from nexus_core.cli.verify_resume import Order
+from nexus_core.cli.verify_topology import verify_topology
 from nexus_core.processes import whole
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
@@ -19,6 +21,7 @@ from nexus_plugins.ddp import DdpPlugin
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
+from tests.distributed.launcher import write_run
 from tests.distributed.processes import together
 from tests.distributed.works import Block, DeepNet, DeepPlugin, Output, Seen
 from tiny import RecorderPlugin, SquaredPlugin
@@ -115,6 +118,33 @@ def test_a_run_that_is_resized_has_the_bits_of_one_that_was_not(tmp_path: Path) 
     for seen in together(2, partial(trained, DdpPlugin, 12, out)):
         assert seen["tensors"] == alone["tensors"]
         assert seen["log"] == [line for line in alone["log"] if line[0] > 8]  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_command_shows_it_and_names_what_differs(tmp_path: Path) -> None:
+    """Red if runs are not resized, or a run whose bits depend on the processes is let through."""
+    write_run(tmp_path, until="10 steps", cells=8)
+    order = Order(str(tmp_path / "tiny.yaml"), "", (), 1)
+    report = verify_topology(order, tmp_path / "same", sizes=(1, 2), resize=1, seed=3)
+    assert report.differences == report.unpromised == []
+    assert [size for size, _ in report.lives] in ([1, 2], [2, 1])
+    odd = Order(order.config, "", ("ddp.sum=ring",), 1)
+    report = verify_topology(odd, tmp_path / "odd", sizes=(1, 3))
+    assert report.differences
+    assert report.differences[0].startswith("on-3 beside on-1: step ")
+    assert "weights" in report.differences[0]
+
+
+def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
+    """Red if a run is done for nothing, or on processes that nobody brings together."""
+    write_run(tmp_path)
+    config = str(tmp_path / "tiny.yaml")
+    with pytest.raises(ConfigError, match="unless it is in cells; set cells"):
+        verify_topology(Order(config, "", (), 1), tmp_path / "out", sizes=(1, 2))
+    with pytest.raises(ConfigError, match="add one of slot 'processes'"):
+        order = Order(config, "no:ddp", ("cells=4",), 1)
+        verify_topology(order, tmp_path / "out", sizes=(1, 2))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

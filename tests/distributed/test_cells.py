@@ -141,8 +141,8 @@ def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
     config = str(tmp_path / "tiny.yaml")
     with pytest.raises(ConfigError, match="unless it is in cells; set cells"):
         verify_topology(Order(config, "", (), 1), tmp_path / "out", sizes=(1, 2))
+    order = Order(config, "no:ddp", ("cells=4",), 1)
     with pytest.raises(ConfigError, match="add one of slot 'processes'"):
-        order = Order(config, "no:ddp", ("cells=4",), 1)
         verify_topology(order, tmp_path / "out", sizes=(1, 2))
     assert not (tmp_path / "out").exists()
 

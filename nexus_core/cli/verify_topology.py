@@ -18,8 +18,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -32,6 +32,9 @@ from nexus_core.cli.options import PATH
 from nexus_core.cli.verify_resume import Order, compare_runs, last_step
 from nexus_core.cli.witness import NOTES, WitnessPlugin, fingerprint, whole_lines
 from nexus_core.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 __all__ = ["Report", "main", "verify_topology"]
 

@@ -1,20 +1,25 @@
-"""What `ddp` costs beside PyTorch's DistributedDataParallel by hand, and what two processes bring.
+"""What `ddp` costs beside PyTorch's DistributedDataParallel by hand, and what processes bring.
 
-    python -m benchmarks.distributed [--rounds 5] [--problems nexus small] [--json PATH]
+    python -m benchmarks.distributed [--rounds 5] [--problems nexus small] [--sizes 2 4]
+        [--cells 8] [--json PATH]
 
 Everybody trains the same network (AdamW, cross-entropy, gradients clipped) on the same global
 batch, with one thread a process. Problems:
 
     nexus     the backbone of the quickstart on 4,096 bytes a step, whose ratio is judged
     small     four linear layers and 64 rows: a step takes milliseconds, and every message counts
+    large     50 million parameters, 12 linear layers wide, and 64 rows: little computing, much to
+              send
 
 and cases:
 
     alone     our engine in one process
-    ours      our engine with `ddp`, the batch shared by two processes
-    by hand   a loop of PyTorch's own calls around DistributedDataParallel, in two processes
+    ours      our engine with `ddp`, the batch shared by the processes
+    tree      the same in one cell a process (`cells`), so that its bits do not depend on how many
+    cells     the same in as many cells as `--cells` says, so that no number up to it changes a bit
+    by hand   a loop of PyTorch's own calls around DistributedDataParallel
 
-The two-process cases run in the same two processes and take turns step by step, and the order turns
+All cases but the first run in the same processes and take turns step by step, and the order turns
 around from step to step, so that whatever else the machine does meets both alike. A round counts as
 the median time of a step on the wall, on rank 0; the table shows the median over the rounds, and of
 the ratio taken within a round the median, the least and the most. The trained weights of the two
@@ -47,6 +52,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from nexus_core import Engine, Plugin
+from nexus_core.cells import Cells, edges
+from nexus_plugins._shared.cell_sums import nodes_of
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin
 from nexus_plugins.model_nexus import NEXUSCore
@@ -84,10 +91,11 @@ def bytes_to_predict(generator: torch.Generator) -> Batch:
     return rows[:, :-1], rows[:, 1:]
 
 
-def linear_layers(width: int = 512, classes: int = 10) -> nn.Module:
-    """Four of them."""
-    layers = [module for _ in range(3) for module in (nn.Linear(width, width), nn.GELU())]
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+def linear_layers(width: int = 512, classes: int = 10, deep: int = 3) -> nn.Module:
+    """So many of them, and a last one, over rows of 512 numbers."""
+    first = [] if width == 512 else [nn.Linear(512, width)]
+    layers = [module for _ in range(deep) for module in (nn.Linear(width, width), nn.GELU())]
+    return nn.Sequential(*first, *layers, nn.Linear(width, classes))
 
 
 def points_to_sort(generator: torch.Generator, rows: int = 64) -> Batch:
@@ -99,24 +107,34 @@ def points_to_sort(generator: torch.Generator, rows: int = 64) -> Batch:
 PROBLEMS = {
     "nexus": Problem(backbone, bytes_to_predict, steps=15),
     "small": Problem(linear_layers, points_to_sort, steps=60),
+    "large": Problem(lambda: linear_layers(2048, deep=12), points_to_sort, steps=12),
 }
 
 
 class Feed:
-    """This process's share of ready batches."""
+    """This process's share of ready batches, in cells where there are some."""
 
-    def __init__(self, problem: Problem, rank: int, size: int) -> None:
+    def __init__(self, problem: Problem, rank: int, size: int, cells: int = 0) -> None:
         generator = torch.Generator().manual_seed(1)
         batches = [problem.batch(generator) for _ in range(8)]
-        rows = len(batches[0][0])
-        share = slice(rank * rows // size, (rank + 1) * rows // size)
-        self.ready: list[Batch] = [(inputs[share], labels[share]) for inputs, labels in batches]
+        bounds = edges(len(batches[0][0]), cells or size)
+        low, high = edges(cells or size, size)[rank : rank + 2]
+        parts = [slice(*bounds[cell : cell + 2]) for cell in range(low, high)]
+        self.ready: list[Any] = []
+        for inputs, labels in batches:
+            cut = tuple((inputs[part], labels[part]) for part in parts)
+            rows = tuple(len(rows) for rows, _ in cut)
+            self.ready.append(Cells(cut, rows, low, cells) if cells else cut[0])
         self.steps = problem.steps
+
+    def in_cells(self, count: int) -> Feed:
+        """It is so already."""
+        return self
 
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return (self.ready[place % len(self.ready)] for place in range(self.steps))
 
 
@@ -125,12 +143,13 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
-def by_engine(model: nn.Module, feed: Feed) -> Iterator[object]:
+def by_engine(model: nn.Module, feed: Feed, cells: int | None = None) -> Iterator[object]:
     """Our engine, with `ddp` where there are peers; goes on after each step."""
     plugins: list[Plugin[Any]] = [ClipPlugin(max_norm=MAX_NORM)]
     plugins += [DdpPlugin()] if dist.is_initialized() else []
     optimizer = AdamW(model.parameters(), fused=True)
-    yield from Engine(model, optimizer, loss=loss_of, plugins=plugins).steps(feed, until=len(feed))
+    engine = Engine(model, optimizer, loss=loss_of, plugins=plugins, cells=cells)
+    yield from engine.steps(feed, until=len(feed))
 
 
 def by_hand(model: nn.Module, feed: Feed) -> Iterator[object]:
@@ -148,18 +167,22 @@ def by_hand(model: nn.Module, feed: Feed) -> Iterator[object]:
         yield step
 
 
-def measure(problem: Problem, rounds: int) -> dict[str, Times]:
+def measure(problem: Problem, rounds: int, cells: int) -> dict[str, Times]:
     """Seconds of a step in each round, by case, in this process and its peers."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    cases = {"ours": by_engine, **({"by hand": by_hand} if size > 1 else {})}
+    cases: dict[str, tuple[Callable[..., Iterator[object]], int]] = {"ours": (by_engine, 0)}
+    if size > 1:
+        cases |= {"tree": (by_engine, size), "cells": (by_engine, cells), "by hand": (by_hand, 0)}
     found: dict[str, Times] = {name: [] for name in cases}
     for _ in range(rounds):
         models = {}
         for name in cases:
             torch.manual_seed(0)
             models[name] = problem.model()
-        feed = Feed(problem, rank, size)
-        runs = {name: cases[name](models[name], feed) for name in cases}
+        runs = {
+            name: run(models[name], Feed(problem, rank, size, cut), *([cut] if cut else []))
+            for name, (run, cut) in cases.items()
+        }
         times: dict[str, Times] = {name: [] for name in cases}
         for step in range(problem.steps):
             for name in list(runs)[:: 1 if step % 2 else -1]:
@@ -170,12 +193,13 @@ def measure(problem: Problem, rounds: int) -> dict[str, Times]:
             list(run)  # to its end, where it gives back what it took
             found[name].append(statistics.median(times[name][WARMUP:]))
         if size > 1:
-            one, other = ([*models[name].parameters()] for name in cases)
-            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+            one, *others = ([*models[name].parameters()] for name in cases)
+            for other in others:
+                torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
     return found
 
 
-def in_processes(size: int, problem: str, rounds: int) -> dict[str, Times]:
+def in_processes(size: int, problem: str, rounds: int, cells: int) -> dict[str, Times]:
     """`measure` in so many processes under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "times.json"
@@ -183,18 +207,18 @@ def in_processes(size: int, problem: str, rounds: int) -> dict[str, Times]:
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
             "-m", "benchmarks.distributed", "--rounds", str(rounds), "--problems", problem,
-            "--worker", str(path),
+            "--cells", str(cells), "--worker", str(path),
         ]  # fmt: skip
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         times: dict[str, Times] = json.loads(path.read_text())
         return times
 
 
-def work(path: Path, problem: Problem, rounds: int) -> None:
+def work(path: Path, problem: Problem, rounds: int, cells: int) -> None:
     """In a process of the launcher: measure, and let rank 0 write."""
     torch.set_num_threads(1)
     DdpPlugin().join()
-    found = measure(problem, rounds)
+    found = measure(problem, rounds, cells)
     if int(os.environ["RANK"]) == 0:
         path.write_text(json.dumps(found))
     if dist.is_initialized():
@@ -202,33 +226,59 @@ def work(path: Path, problem: Problem, rounds: int) -> None:
         dist.destroy_process_group()
 
 
+def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> float:
+    """Print the cases of a number of processes, and return what ours takes over that by hand."""
+    numbers = sum(p.numel() for p in PROBLEMS[problem].model().parameters())
+    ring = 2 * (size - 1) / size
+    parts = nodes_of([cells], cells, size)
+    even = len({len(there) for there in parts}) == 1 and size & (size - 1) == 0
+    most = max(map(len, parts))
+    tree = ring if even and most == 1 else (most + 1) * (size - 1) / size
+    sent = {"cells": tree}  # with a cell in each, a process sends what it sends in a ring
+    for name, times in found.items():
+        megabytes = 4 * numbers * sent.get(name, ring) / 2**20
+        print(
+            f"{problem:<7} {size} {name:<8} {1e3 * statistics.median(times):8.2f} ms a step, "
+            f"{megabytes:6.1f} MiB sent by each"
+        )
+    over = 0.0
+    for name, other in (("ours", "by hand"), ("tree", "ours"), ("cells", "ours")):
+        ratios = [a / b for a, b in zip(found[name], found[other], strict=True)]
+        middle = statistics.median(ratios)
+        over = over or middle
+        print(
+            f"{problem:<7} {size} {name} / {other}: {middle:.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    return over
+
+
 def main() -> None:
     """Measure, print a table for each problem, and fail where we are slower than allowed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[2])
+    parser.add_argument("--cells", type=int, default=8)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, PROBLEMS[options.problems[0]], options.rounds)
+        work(options.worker, PROBLEMS[options.problems[0]], options.rounds, options.cells)
         return
     results: dict[str, dict[str, Times | float]] = {}
     slower = False
     for problem in options.problems:
-        alone = in_processes(1, problem, options.rounds)["ours"]
-        rows = {"alone": alone, **in_processes(2, problem, options.rounds)}
-        ratios = [a / b for a, b in zip(rows["ours"], rows["by hand"], strict=True)]
-        over, speed = (
-            statistics.median(ratios),
-            statistics.median(alone) / statistics.median(rows["ours"]),
-        )
-        for name, times in rows.items():
-            print(f"{problem:<7} {name:<9} {1e3 * statistics.median(times):8.2f} ms a step")
-        print(f"{problem:<7} ours / by hand: {over:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-        print(f"{problem:<7} two processes: {speed:.2f} times as fast, on {os.cpu_count()} cores")
-        results[problem] = {**rows, "over": over, "speed": speed}
-        slower |= problem == "nexus" and over > MOST_OVER_HAND
+        alone = in_processes(1, problem, options.rounds, options.cells)["ours"]
+        print(f"{problem:<7} alone      {1e3 * statistics.median(alone):8.2f} ms a step")
+        for size in options.sizes:
+            found = in_processes(size, problem, options.rounds, options.cells)
+            over = compare(problem, size, found, options.cells)
+            speed = statistics.median(alone) / statistics.median(found["ours"])
+            cores = os.cpu_count()
+            print(f"{problem:<7} {size} processes: {speed:.2f} times as fast, on {cores} cores")
+            results[f"{problem} {size}"] = {"alone": alone, **found, "over": over, "speed": speed}
+            slower |= problem == "nexus" and size == 2 and over > MOST_OVER_HAND
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
     sys.exit(slower)

@@ -23,6 +23,7 @@ __all__ = [
     "fingerprint",
     "fresh",
     "leaves",
+    "mapped",
     "own_fingerprint",
     "to_device",
 ]
@@ -122,7 +123,7 @@ def batch_size(batch: Batch) -> tuple[int, int]:
 
 def fresh(batch: Batch) -> Batch:
     """The batch in new containers with the same tensors, so that plugins may change entries."""
-    return _mapped(batch, lambda leaf: leaf)
+    return mapped(batch, lambda leaf: leaf)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -133,7 +134,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
             return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    return _mapped(batch, move)
+    return mapped(batch, move)
 
 
 def copied(batch: Batch) -> Batch:
@@ -144,29 +145,29 @@ def copied(batch: Batch) -> Batch:
             return leaf.clone()
         return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
-    return _mapped(batch, copied)
+    return mapped(batch, copied)
 
 
-def _mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
+def mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
     """The batch in new containers of the same classes, each leaf changed."""
     kind = type(batch)  # first what nearly every batch is made of: this is done at every step
     if kind is Tensor:
         return change(batch)
     if kind is dict:
-        return {key: _mapped(value, change) for key, value in batch.items()}
+        return {key: mapped(value, change) for key, value in batch.items()}
     if kind is tuple:
-        return tuple([_mapped(value, change) for value in batch])
+        return tuple([mapped(value, change) for value in batch])
     if isinstance(batch, Tensor | PackedSequence):
         return change(batch)
     if isinstance(batch, Mapping):
-        values = {key: _mapped(value, change) for key, value in batch.items()}
+        values = {key: mapped(value, change) for key, value in batch.items()}
         copies = isinstance(batch, dict) or hasattr(type(batch), "__copy__")
         return _filled(batch, values) if isinstance(batch, MutableMapping) and copies else values
     if isinstance(batch, tuple):
-        return tuple.__new__(type(batch), [_mapped(value, change) for value in batch])
+        return tuple.__new__(type(batch), [mapped(value, change) for value in batch])
     if isinstance(batch, list):
         new = copy.copy(batch)
-        new[:] = [_mapped(value, change) for value in batch]
+        new[:] = [mapped(value, change) for value in batch]
         return new
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return _mapped_fields(batch, change)
@@ -176,7 +177,7 @@ def _mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
 def _mapped_fields(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
     new = copy.copy(batch)
     for name in (part.name for part in dataclasses.fields(batch) if hasattr(batch, part.name)):
-        object.__setattr__(new, name, _mapped(getattr(batch, name), change))
+        object.__setattr__(new, name, mapped(getattr(batch, name), change))
     return new
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 from nexus_core.batches import Batch, Keeper, digest, fingerprint
+from nexus_core.cells import dealt
 from nexus_core.errors import ConfigError, DataError
 from nexus_core.holders import Held, Place
 from nexus_core.intervals import Interval, TrainState
@@ -41,14 +42,17 @@ class Micro(NamedTuple):
 
     Args:
         batch: its rows.
-        share: of a batch that was cut, the part of its rows that is here; else 1.
+        share: of a batch that was cut, the part of its rows that is here, and of a cell its rows;
+            else 1.
         borrowed: a row that another process trains on too, read so that this one takes part; it
             has no units and no loss.
+        cell: which of the step's it is, over all processes; None: the run is not in cells.
     """
 
     batch: Batch
     share: float = 1.0
     borrowed: bool = False
+    cell: int | None = None
 
 
 class DataState(TypedDict):
@@ -75,6 +79,7 @@ class Stream:
         known: whether this is the very data that the cursor is in; None: a new process cannot tell.
         ranks: this process among its peers.
         ends_with_epoch: the last step of an epoch takes what is left of it, and no more.
+        cells: that each batch is divided into; 0: it is not.
 
     Raises:
         DataError: there is not a single batch, or it cannot resume in so many processes.
@@ -88,12 +93,14 @@ class Stream:
         known: bool | None,
         ranks: Ranks,
         ends_with_epoch: bool = False,
+        cells: int = 0,
     ) -> None:
         self.data = data
         self._ends_with_epoch = ends_with_epoch
         self.length = length_of(data)
         self._says_length = self.length > 0
-        self._source, self._ranks, self._print = Source(data), ranks, fingerprint(data)
+        self._ranks, self._print = ranks, fingerprint(data)
+        self._source = Source(dealt(data, cells, ranks.size))
         self._taken: list[tuple[Micro, Place]] = []
         self._returned: list[tuple[Micro, Place]] = []
         self._waits = False  # a micro-batch waits for others to be read before it is computed

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core.batches import Batch, batch_size
+from nexus_core.cells import CellSum
 from nexus_core.errors import CheckpointError, ConfigError, DataError
 from nexus_core.events import Run
 from nexus_core.optimizers import members, needs_closure, trained, update
@@ -71,6 +72,14 @@ class Defaults:
     def backward(self, engine: Run, loss: Tensor, terms: Mapping[str, Tensor], step: Step) -> bool:
         loss.backward()  # type: ignore[no-untyped-call]
         return True
+
+    @hookimpl(trylast=True)
+    def sum_cells(self, engine: Run, part: CellSum) -> list[Tensor | None]:
+        if engine.ranks.size > 1:
+            raise ConfigError(
+                "no plugin of this run sums cells over processes; leave cells out, or train in one"
+            )
+        return part.total()
 
     @hookimpl(trylast=True)
     def optimizer_step(self, engine: Run, step: Step, again: Callable[[], Tensor]) -> bool:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from nexus_core import relay as calling
 from nexus_core import snapshot as snapshots
 from nexus_core.batches import Batch
+from nexus_core.cells import per_batch
 from nexus_core.data import DataState, RunData
 from nexus_core.defaults import Defaults, FunctionLossPlugin
 from nexus_core.device import check_values, pick_device, seed_everything
@@ -59,6 +60,8 @@ class Engine(EarlierNames):
         device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None leaves the model
             where it is.
         accumulate: micro-batches in a step.
+        cells: that a step is computed in, over all its micro-batches and processes: its bits are
+            then the same however it is divided among them; None: each micro-batch is whole.
         step_at_epoch_end: the last step of an epoch takes the micro-batches that are left of it;
             otherwise it takes the first of the next epoch too.
         log_every: period of `on_log`.
@@ -79,13 +82,13 @@ class Engine(EarlierNames):
         seed: int | None = None,
         device: str | torch.device | None = None,
         accumulate: int = 1,
+        cells: int | None = None,
         step_at_epoch_end: bool = False,
         log_every: Length = "10 steps",
         out: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        if accumulate < 1:
-            raise ConfigError(f"accumulate must be at least 1, got {accumulate}")
+        self.cells, self.batch_cells = cells or 0, per_batch(cells, accumulate)
         if seed is not None:
             seed_everything(seed)
         self.seed = seed or 0
@@ -98,7 +101,7 @@ class Engine(EarlierNames):
         self.horizon: Interval | None = None
         self.training, self.split = True, "train"
         self.metrics: dict[str, float] = {}
-        self.meter = Meter()
+        self.meter = Meter(counts=not self.cells or self.ranks.is_main)
         self._agreement = Agreement(self.ranks)
         self._progress = Progress()
         self._running = False
@@ -341,7 +344,7 @@ class Engine(EarlierNames):
         metrics = dict[str, float]()
         with self._aside(sets.values()):
             for name, batches in sets.items():
-                self.split, self.meter = name, Meter()
+                self.split, self.meter = name, Meter(self.meter.counts)
                 metrics |= measure(self, name, batches, gives_up)
         return metrics
 
@@ -351,7 +354,7 @@ class Engine(EarlierNames):
         self._progress.leave_to(sets)
         with evaluating(self, nested=not self.training):
             try:
-                self.training, self.split, self.meter = False, "predict", Meter()
+                self.training, self.split, self.meter = False, "predict", Meter(before[2].counts)
                 yield
             finally:
                 self.training, self.split, self.meter = before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core.batches import Batch, to_device
+from nexus_core.cells import dealt, divided, seed_for
 from nexus_core.device import random_state, seed_everything, set_random_state
 from nexus_core.errors import DataError
 from nexus_core.events import Run
@@ -65,26 +67,25 @@ def measure(
     """
     seed_everything(engine.seed)
     hook, seen, differentiates = engine.hook, set[str](), False
-    for number, (batch, borrowed) in enumerate(_with_borrowed(data)):
-        if gives_up(number):
-            raise GivenUpError
-        engine.meter.counts = not borrowed
-        units = merge(hook.loss_units(engine=engine, batch=batch, step=None))
-        moved, mark = to_device(batch, engine.device), engine.meter.mark()
-        try:
-            with torch.set_grad_enabled(differentiates):
-                terms = _terms(engine, moved)
-        except RuntimeError as error:
-            if differentiates or "does not require grad" not in str(error):
-                raise
-            differentiates = True  # the loss does: a gradient penalty, an equation of physics
-            engine.meter.rollback(mark)
-            with torch.enable_grad():
-                terms = _terms(engine, moved)
-        for name, term in terms.items():
-            engine.meter.add(metric_name(split, name), term.detach(), units[name])
+    for batch, borrowed in _parts(engine, data, gives_up):
+        with engine.meter.counting(not borrowed):
+            units = merge(hook.loss_units(engine=engine, batch=batch, step=None))
+            moved, mark = to_device(batch, engine.device), engine.meter.mark()
+            try:
+                with torch.set_grad_enabled(differentiates):
+                    terms = _terms(engine, moved)
+            except RuntimeError as error:
+                if differentiates or "does not require grad" not in str(error):
+                    raise
+                differentiates = True  # the loss does: a gradient penalty, an equation of physics
+                engine.meter.rollback(mark)
+                with torch.enable_grad():
+                    terms = _terms(engine, moved)
+            for name, term in terms.items():
+                engine.meter.add(metric_name(split, name), term.detach(), units[name])
         seen |= terms.keys()
-    engine.meter.counts = True
+    if engine.cells:
+        seed_for(engine.seed, "evaluated", split)
     if gives_up(None):
         raise GivenUpError
     metrics = engine.meter.read(engine.ranks)
@@ -120,6 +121,27 @@ def predict(engine: Run, forward: Callable[..., Any], data: Iterable[Batch]) -> 
         outputs.append([] if borrowed else [to_device(output, torch.device("cpu"))])
     shares = gather(divided, outputs) if divided is not None and divided.size > 1 else [outputs]
     return [one for batches in zip(*shares, strict=True) for share in batches for one in share]
+
+
+def _parts(
+    engine: Run, data: Iterable[Batch], gives_up: Callable[[int | None], bool]
+) -> Iterator[tuple[Batch, bool]]:
+    """What is computed of the batches, whole or cell by cell, and whether its rows are another's.
+
+    Raises:
+        GivenUpError: `gives_up` says so, asked before each batch.
+    """
+    ours = dealt(data, engine.cells, engine.ranks.size)
+    for number, (batch, borrowed) in enumerate(_with_borrowed(ours)):
+        if gives_up(number):
+            raise GivenUpError
+        if not engine.cells:
+            yield batch, borrowed
+            continue
+        part = divided(batch, engine.cells)
+        for cell, one, rows in zip(count(part.first), part.batches, part.rows, strict=False):
+            seed_for(engine.seed, "evaluate", number, cell)
+            yield one, rows == 0
 
 
 def _with_borrowed(data: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

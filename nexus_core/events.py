@@ -15,6 +15,7 @@ The loop, with the hooks in capitals where they fire:
                 output = FORWARD
                 terms  = LOSS_TERMS                  one sum over units per term
                 BACKWARD(sum of weight * term / units)
+            SUM_CELLS                                in a run in cells, over all processes
             AFTER_BACKWARD                           by stage: reduce > unscale > inspect >
                                                      transform > judge > limit > measure
             learning rate = base * product of LR_SCALE
@@ -56,6 +57,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core.batches import Batch
+from nexus_core.cells import CellSum
 from nexus_core.data import DataState, RunData
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.meter import Finish, Measured, Meter, Number
@@ -98,6 +100,8 @@ class Run(Protocol):
 
     seed: int
     accumulate: int
+    cells: int
+    batch_cells: int
     step_at_epoch_end: bool
     out: Path | None
     config: dict[str, Any]
@@ -243,6 +247,14 @@ class Hooks:
         """Seam, first answer: add the gradient of `loss`, the sum of `terms`; True says done.
 
         Stages: reduce > scale > inspect*.
+        """
+
+    @hookspec(firstresult=True)
+    def sum_cells(self, *, engine: Run, step: Step, part: CellSum) -> list[Tensor | None]:
+        """Seam, first answer: the sum over all cells of the step, of which `part` are ours.
+
+        Called in runs in cells alone, once a gradient, and by plugins that sum over cells
+        themselves; all processes ask alike. It must not depend on how many there are.
         """
 
     @hookspec

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from nexus_core.errors import ConfigError
 from nexus_core.processes import Ranks, gather
 
-__all__ = ["Measured", "Meter"]
+__all__ = ["Measured", "Meter", "added"]
 
 Number = Tensor | float
 Finish = Callable[[float], float] | None
@@ -30,8 +33,8 @@ class Measured(Protocol):
 class _Entry:
     """One metric: the sums that have been read, and what still lies on the device."""
 
-    total: float = 0.0
-    units: float = 0.0
+    total: list[float] = field(default_factory=list)  # its exact parts
+    units: list[float] = field(default_factory=list)
     finish: Finish = None
     pending: list[tuple[Number, Number]] = field(default_factory=list)
     measured: Measured | None = None
@@ -39,11 +42,16 @@ class _Entry:
     def compute(self) -> None:
         """Take the value of a metric that keeps its own record, which begins anew."""
         if self.measured is not None:
-            self.total, self.units = float(self.measured.compute()), 1.0
+            self.total, self.units = [float(self.measured.compute())], [1.0]
             self.measured.reset()
 
+    def sums(self) -> list[float]:
+        """The parts of sum and units, which take turns."""
+        pairs = zip_longest(self.total or [0.0], self.units or [0.0], fillvalue=0.0)
+        return [number for pair in pairs for number in pair]
+
     def mean(self) -> float:
-        mean = self.total / self.units
+        mean = math.fsum(self.total) / math.fsum(self.units)
         try:
             return self.finish(mean) if self.finish else mean
         except OverflowError:
@@ -53,14 +61,16 @@ class _Entry:
 class Meter:
     """Collects sums and units by name; reading all of them costs one transfer.
 
-    Attributes:
-        counts: whether what is added now does; False for rows that another process has as well.
+    Sums are exact until they are read, so that they do not depend on who has added what.
+
+    Args:
+        counts: whether what is added does; False for what another process adds as well.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool = True) -> None:
         self._entries: dict[str, _Entry] = {}
         self._said: set[str] = set()
-        self.counts = True
+        self.counts = counts
 
     def add(
         self, name: str, value: Number | Measured, units: Number = 1.0, finish: Finish = None
@@ -79,13 +89,21 @@ class Meter:
         both = _plain(name, value), _plain(name, units)
         entry.pending.append(both if self.counts else (0.0, 0.0))
 
+    @contextmanager
+    def counting(self, counts: bool) -> Iterator[None]:
+        """Have what is added meanwhile count, or not: a cell counts wherever it is computed."""
+        before, self.counts = self.counts, counts
+        try:
+            yield
+        finally:
+            self.counts = before
+
     def mark(self) -> dict[str, int]:
         """Where the record is now, for `rollback`; nothing may be read in between."""
         return {name: len(entry.pending) for name, entry in self._entries.items()}
 
     def rollback(self, mark: Mapping[str, int]) -> None:
         """Forget what was added since the mark."""
-        self.counts = True
         for name in list(self._entries):
             if name in mark:
                 del self._entries[name].pending[mark[name] :]
@@ -99,17 +117,17 @@ class Meter:
         for name in sorted(entries):  # in one order, as some of them ask their peers
             entries[name].compute()
         if ranks.size > 1:
-            known = gather(ranks, sorted(entries))
+            known = gather(ranks, {name: entry.sums() for name, entry in entries.items()})
             names = sorted({name for own in known for name in own})
             self._say_partial(names, known, ranks)
-            entries = {name: entries.get(name, _Entry()) for name in names}
-            sums = [[entries[name].total, entries[name].units] for name in names]
-            reduced = ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
-            for name, (total, units) in zip(names, reduced, strict=True):
-                entries[name].total, entries[name].units = total, units
-        return {name: entry.mean() for name, entry in entries.items() if entry.units}
+            finish = {name: entry.finish for name, entry in entries.items()}
+            summed = added(known)
+            entries = {n: _Entry(*_parts(summed[n]), finish.get(n)) for n in names}
+        return {name: entry.mean() for name, entry in entries.items() if any(entry.units)}
 
-    def _say_partial(self, names: list[str], known: list[list[str]], ranks: Ranks) -> None:
+    def _say_partial(
+        self, names: list[str], known: Sequence[Collection[str]], ranks: Ranks
+    ) -> None:
         """Name a metric that some processes alone have; its mean is over those."""
         new = [n for n in names if not all(n in own for own in known) and n not in self._said]
         self._said.update(new)
@@ -123,15 +141,18 @@ class Meter:
             )
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The sums and units since the last reading, by name."""
+        """The sums and units since the last reading, by name.
+
+        They take turns in a list; several of each are the parts of what no one float holds.
+        """
         self._settle()
-        return {name: [entry.total, entry.units] for name, entry in self._entries.items()}
+        return {name: entry.sums() for name, entry in self._entries.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Go on from sums that `state_dict` gave."""
         known = {name: entry.finish for name, entry in self._entries.items()}
         self._entries = {
-            name: _Entry(total, units, known.get(name)) for name, (total, units) in state.items()
+            name: _Entry(*_parts(sums), known.get(name)) for name, sums in state.items()
         }
 
     def _settle(self) -> None:
@@ -139,10 +160,38 @@ class Meter:
         pending = [pair for entry in self._entries.values() for pair in entry.pending]
         read = iter(_to_host([n for pair in pending for n in pair if isinstance(n, Tensor)]))
         for entry in self._entries.values():
-            for value, units in entry.pending:
-                entry.total += next(read) if isinstance(value, Tensor) else value
-                entry.units += next(read) if isinstance(units, Tensor) else units
+            total, units = entry.total, entry.units
+            for value, count in entry.pending:
+                total.append(next(read) if isinstance(value, Tensor) else value)
+                units.append(next(read) if isinstance(count, Tensor) else count)
+            entry.total, entry.units = exact(total), exact(units)
             entry.pending.clear()
+
+
+def exact(values: Sequence[float]) -> list[float]:
+    """The sum as floats that add up to it exactly, the largest first; empty where it is 0."""
+    parts = list[float]()
+    try:
+        while left := math.fsum([*values, *(-part for part in parts)]):
+            if not math.isfinite(left):
+                return [left]
+            parts.append(left)
+    except (ValueError, OverflowError):  # inf - inf, or beyond what a float holds
+        return [sum(values)]
+    return parts
+
+
+def added(known: Iterable[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """The sums of several records of `Meter.state_dict`, exactly."""
+    found: dict[str, _Entry] = {}
+    for name, (total, units) in ((n, _parts(s)) for one in known for n, s in one.items()):
+        entry = found.setdefault(name, _Entry())
+        entry.total, entry.units = exact([*entry.total, *total]), exact([*entry.units, *units])
+    return {name: entry.sums() for name, entry in found.items()}
+
+
+def _parts(sums: Sequence[float]) -> tuple[list[float], list[float]]:
+    return list(sums[::2]), list(sums[1::2])
 
 
 def _plain(name: str, number: Number | Measured) -> Number:

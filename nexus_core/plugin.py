@@ -141,6 +141,7 @@ class Plugin(Generic[ConfigT]):
     requires: ClassVar[tuple[str, ...]] = ()  # plugins that must be present
     conflicts: ClassVar[tuple[str, ...]] = ()  # plugins that must be absent
     api_version: ClassVar[str] = "1.0"  # of the hooks that it was built for; see docs/plugin_api.md
+    topology_invariant: ClassVar[bool] = True  # in cells: same bits on any number of processes
     slot: ClassVar[str | None] = None  # a place that one plugin of a run fills: "lr", "model"
     state_version: ClassVar[int] = 1  # of the layout of `state_dict`; see `migrate`
     config: ConfigT

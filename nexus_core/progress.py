@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from nexus_core.batches import Batch
+from nexus_core.cells import seed_for
 from nexus_core.data import DataState, Stream
 from nexus_core.device import RandomState, Undo, random_state, set_random_state
 from nexus_core.errors import ConfigError
@@ -57,9 +58,17 @@ class Progress:
         """
         if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
             return self._stream
+        if engine.cells:
+            seed_for(engine.seed, engine.state.step)
         same = is_same(data, self._read)
         stream = Stream(
-            data, engine.state, self.where(), same, engine.ranks, engine.step_at_epoch_end
+            data,
+            engine.state,
+            self.where(),
+            same,
+            engine.ranks,
+            engine.step_at_epoch_end,
+            engine.batch_cells,
         )
         for length in filter(None, (horizon, period)):
             stream.check(length)
@@ -189,3 +198,5 @@ class Course:
         progress.due, progress.owed = {"follow", "end"}, False
         progress.due |= {"log"} if self._log_due.due(state) else set()
         progress.due |= {"evaluate"} if self._eval_due.due(state) else set()
+        if self._engine.cells:
+            seed_for(self._engine.seed, state.step)

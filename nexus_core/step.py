@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -14,9 +15,9 @@ from torch import Tensor
 from nexus_core.batches import batch_size
 from nexus_core.data import Micro
 from nexus_core.errors import PluginError
-from nexus_core.processes import Ranks
+from nexus_core.processes import Ranks, gather
 
-__all__ = ["Numbers", "Step", "merge", "metric_name", "sum_units"]
+__all__ = ["Numbers", "Step", "merge", "metric_name", "sum_units", "sum_units_exactly"]
 
 Value = TypeVar("Value")
 Numbers: TypeAlias = Mapping[str, Tensor | float]
@@ -37,11 +38,14 @@ class Step:
         place: which micro-batch is being computed, from 0.
         again: the gradient is computed anew, at other weights (`optimizer_step`'s `again`).
         losses: the mean of each term over the step, as far as it is computed; this process's part
-            of it where there are several.
+            of it where there are several (in cells the main one has it all).
         refused: 1.0 where the update is to leave no trace, else 0.0, on the device; None: nobody
             refuses steps in this run.
         applied: whether the weights have been updated.
         followed: how many plugins `on_step` has been called for.
+        cells: how many each of its batches has, over all processes; none: the run is not in cells,
+            else each of the micro-batches is one.
+        passes: how often its gradient has been begun.
         turns: those of the step, in order, and `turns_done` how many of them have been.
     """
 
@@ -59,6 +63,8 @@ class Step:
     turns: tuple[str | None, ...] = ()
     turns_done: int = 0
     followed: int = 0
+    cells: tuple[int, ...] = ()
+    passes: int = 0
 
     @property
     def is_done(self) -> bool:
@@ -72,7 +78,8 @@ class Step:
 
     @property
     def share(self) -> float:
-        """Of the batch that the present micro-batch was cut from, the part of its rows."""
+        """Of the batch that the present micro-batch was cut from, the part of its rows; in cells
+        the rows."""
         return self.micro[self.place].share
 
     @property
@@ -137,6 +144,14 @@ def sum_units(counts: Sequence[Numbers], ranks: Ranks) -> dict[str, Tensor | flo
         ]
         totals = dict(zip(names, ranks.sum(torch.stack(own)).float(), strict=True))
     return {name: _at_least_some(count) for name, count in totals.items()}
+
+
+def sum_units_exactly(counts: Sequence[Numbers], ranks: Ranks) -> dict[str, float]:
+    """The same on the host, rounded once: equal for any number of processes."""
+    own = [{name: float(count) for name, count in units.items()} for units in counts]
+    everywhere = [units for part in gather(ranks, own) for units in part]
+    names = sorted({name for units in everywhere for name in units})
+    return {n: math.fsum(units.get(n, 0.0) for units in everywhere) or 1.0 for n in names}
 
 
 def _at_least_some(count: Tensor | float) -> Tensor | float:

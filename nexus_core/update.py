@@ -6,17 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import count
 from operator import add
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus_core.batches import batch_size, fresh, to_device
+from nexus_core.cells import CellSum, divided, seed_for
 from nexus_core.data import Micro
 from nexus_core.device import Undo
+from nexus_core.errors import ConfigError
 from nexus_core.events import Run
 from nexus_core.optimizers import clear_gradients, set_rates
-from nexus_core.step import Numbers, Step, merge, metric_name, sum_units
+from nexus_core.processes import is_sharded
+from nexus_core.step import Numbers, Step, merge, metric_name, sum_units, sum_units_exactly
 
 __all__ = [
     "accumulate_gradient",
@@ -30,16 +34,27 @@ __all__ = [
 
 def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
     """A step over micro-batches as the data gave them: each through `on_batch` and `cut_batch`."""
-    parts: list[Micro] = []
+    number, parts, cells = engine.state.step + 1, list[Micro](), list[int]()
+    if engine.cells:
+        micro = list(_cell_by_cell(engine, micro, cells))
     for one in micro:
+        if one.cell is not None:
+            seed_for(engine.seed, number, one.cell)
         batch = engine.hook.on_batch(engine=engine, batch=fresh(one.batch))
         cut = engine.hook.cut_batch(engine=engine, batch=batch)
         if len(cut) == 1:
-            parts.append(one if cut[0] is one.batch else Micro(cut[0], borrowed=one.borrowed))
+            parts.append(one if cut[0] is one.batch else one._replace(batch=cut[0]))
             continue
+        if one.cell is not None:
+            raise ConfigError(
+                "a plugin of this run cuts batches as memory allows, and parts of a cell would "
+                "change the bits of its sum; leave it out, and set more cells instead"
+            )
         rows = batch_size(batch)[0]
         parts += [Micro(part, batch_size(part)[0] / rows, one.borrowed) for part in cut]
-    return Step(engine.state.step + 1, tuple(parts))
+    if engine.cells:
+        seed_for(engine.seed, number, "step")
+    return Step(number, tuple(parts), cells=tuple(cells))
 
 
 def take_step(
@@ -76,7 +91,7 @@ def count_units(engine: Run, step: Step) -> None:
         found = merge(engine.hook.loss_units(engine=engine, batch=micro.batch, step=step))
         counts.append({n: u * 0.0 for n, u in found.items()} if micro.borrowed else found)
     step.counts = tuple(counts)
-    step.units = sum_units(counts, engine.ranks)
+    step.units = (sum_units_exactly if step.cells else sum_units)(counts, engine.ranks)
     step.weights = engine.hook.weigh_losses(engine=engine, terms=tuple(step.units), step=step)
 
 
@@ -94,12 +109,22 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
     clear_gradients(engine.optimizer, engine.untrained())
     for name in step.units:
         step.losses.pop(name, None)
+    own = [p for p in engine.parameters() if not is_sharded(p)] if step.cells else []
+    like = [*own, torch.zeros(len(step.units), device=engine.device)]
+    summed, step.passes = CellSum(sum(step.cells), like), step.passes + 1
     ahead = to_device(step.micro[0].batch, engine.device)
     for place in range(len(step.micro)):
         step.place, batch = place, ahead
         if place + 1 < len(step.micro):
             ahead = to_device(step.micro[place + 1].batch, engine.device)
+        if (cell := step.micro[place].cell) is not None:
+            seed_for(engine.seed, step.number, cell, step.passes)
         _backward(engine, step, batch)
+        if cell is not None:
+            _take_out(step, own, summed)
+    if step.cells:
+        _put_back(engine, step, own, engine.hook.sum_cells(engine=engine, step=step, part=summed))
+        seed_for(engine.seed, step.number, "pass", step.passes)
     if step.turn is not None:
         _clear_other_turns(engine, step.turn)
 
@@ -144,20 +169,55 @@ def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | No
 def _backward(engine: Run, step: Step, batch: object) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms."""
     hook, borrowed = engine.hook, step.micro[step.place].borrowed
-    engine.meter.counts = not borrowed  # it logs alike in every process
-    output = hook.forward(engine=engine, batch=batch, step=step)
-    terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
-    if borrowed:
-        terms = {name: term * 0.0 for name, term in terms.items()}
-    counts = step.counts[step.place]
-    shares = step.shares_of(terms)
-    for name, term in terms.items():
-        engine.meter.add(metric_name("train", name), term.detach(), counts[name])
-    total = reduce(add, shares.values())
-    hook.backward(engine=engine, loss=total, terms=shares, step=step)
-    ends_step = step.is_last and engine.ranks.is_main
-    engine.meter.add("train/total_loss", total.detach(), float(ends_step))
-    engine.meter.counts = True
+    with engine.meter.counting(not borrowed):  # it logs alike in every process
+        output = hook.forward(engine=engine, batch=batch, step=step)
+        terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
+        if borrowed:
+            terms = {name: term * 0.0 for name, term in terms.items()}
+        counts = step.counts[step.place]
+        shares = step.shares_of(terms)
+        for name, term in terms.items():
+            engine.meter.add(metric_name("train", name), term.detach(), counts[name])
+        total = reduce(add, shares.values())
+        hook.backward(engine=engine, loss=total, terms=shares, step=step)
+        ends_step = step.is_last and engine.ranks.is_main
+        engine.meter.add("train/total_loss", total.detach(), float(ends_step))
+
+
+def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iterator[Micro]:
+    """Each cell of some batches as a micro-batch; `cells` gets how many each of them has."""
+    for one in micro:
+        part = divided(one.batch, engine.batch_cells)
+        first = sum(cells) + part.first
+        for cell, batch, rows in zip(count(first), part.batches, part.rows, strict=False):
+            yield Micro(batch, float(rows), borrowed=rows == 0, cell=cell)
+        cells.append(part.of)
+
+
+def _take_out(step: Step, own: Sequence[nn.Parameter], summed: CellSum) -> None:
+    """Have the sum over cells take the gradients and losses of the present cell."""
+    found = [step.losses.pop(name, summed.like[-1][:1]) for name in step.units]
+    values: list[Tensor | None] = [
+        p.grad if p.grad is None or not p.grad.is_sparse else p.grad.coalesce() for p in own
+    ]
+    for parameter in own:
+        parameter.grad = None
+    micro = step.micro[step.place]
+    if micro.cell is not None and not micro.borrowed:
+        losses = torch.stack([loss.reshape(()).float() for loss in found])
+        summed.add(micro.cell, [*values, losses])
+
+
+def _put_back(
+    engine: Run, step: Step, own: Sequence[nn.Parameter], values: Sequence[Tensor | None]
+) -> None:
+    """Give the parameters the gradient of the whole step, and the main process its losses."""
+    *gradients, losses = values
+    for parameter, gradient in zip(own, gradients, strict=True):
+        parameter.grad = gradient
+    if losses is not None:
+        shown = losses if engine.ranks.is_main else torch.zeros_like(losses)
+        step.losses |= dict(zip(step.units, shown.unbind(), strict=True))
 
 
 def _clear_other_turns(engine: Run, turn: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any, TypeAlias
 from weakref import WeakMethod
 
@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from nexus_core.bases.dealing import Dealing, deal, share
 from nexus_core.bases.worker import attend, leaving, signals_held
 from nexus_core.batches import Batch, digest, own_fingerprint
+from nexus_core.cells import Cells, seed_for
 from nexus_core.device import random_state, seed_everything, set_random_state
 from nexus_core.errors import DataError
 from nexus_core.processes import Ranks
@@ -79,6 +81,7 @@ class ResumableLoader:
         self._permute = order or permute
         self.drop_last = drop_last
         self.ranks = ranks or Ranks()
+        self.cells = 0
         if len(self) == 0 or batch_size < self.ranks.size:
             raise DataError(
                 f"{len(dataset)} samples are too few for a batch of {batch_size} in each of "
@@ -111,6 +114,17 @@ class ResumableLoader:
         with signals_held():  # until the workers that it starts know what to do about them
             batches = iter(loader)
         return self._read((order, loader), batches)
+
+    def in_cells(self, count: int) -> ResumableLoader:
+        """The same batches, of which each process gets whole cells, each collated by itself.
+
+        Args:
+            count: cells that each batch is cut into, or as many as it has rows; what reading a
+                cell draws is the same wherever it is read.
+        """
+        dealt = copy.copy(self)
+        dealt.cells = count
+        return dealt
 
     def is_borrowed(self, row: int) -> bool:
         """Whether this process has no row of the batch from a row on, and gets one of another's."""
@@ -169,20 +183,33 @@ class ResumableLoader:
         """The indices into the data set that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
-    def _sample_lists(self, epoch: int, row: int) -> list[list[int]]:
+    def _sample_lists(self, epoch: int, row: int) -> Sequence[list[int] | Dealing]:
         """The samples of some batches from a row on; none behind the last one."""
         rest = len(self.dataset) - row
         count = rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
         batches = range(min(count, _TOGETHER))
-        return [ids.tolist() for ids in self._ids_of(epoch, batches, row)] if batches else []
+        found = self._ids_of(epoch, batches, row) if batches else []
+        lists: list[list[int]] = [ids.tolist() for ids in found]
+        if not self.cells:
+            return lists
+        starts = [row + batch * self.batch_size for batch in batches]
+        return [
+            deal((self.seed, epoch, start), ids, self._rows(start), self.cells, self.ranks)
+            for start, ids in zip(starts, lists, strict=True)
+        ]
+
+    def _rows(self, start: int) -> int:
+        """Of the batch that begins at a row."""
+        return max(0, min(self.batch_size, len(self.dataset) - start))
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
         """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
-        edges = np.minimum(
-            row + np.append(batches, batches.stop) * self.batch_size, len(self.dataset)
-        )
-        whole = [np.arange(*pair, dtype=np.int64) for pair in pairwise(edges.tolist())]
-        shares = [np.array_split(places, self.ranks.size)[self.ranks.rank] for places in whole]
+        starts = [row + batch * self.batch_size for batch in batches]
+        bounds = [share(self._rows(start), self.cells, self.ranks) for start in starts]
+        shares = [
+            np.arange(start + own[0], start + own[-1], dtype=np.int64)
+            for start, own in zip(starts, bounds, strict=True)
+        ]
         ids = np.concatenate(shares)
         if self.shuffle:
             ids = self._permute(ids, len(self.dataset), self.seed, epoch)
@@ -198,18 +225,18 @@ class _Order:
     circle, though a reader came out of it again.
     """
 
-    lists: WeakMethod[Callable[[int, int], list[list[int]]]]
+    lists: WeakMethod[Callable[[int, int], Sequence[list[int] | Dealing]]]
     batch_size: int
     epoch: int = 0
     row: int = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         epoch, row = self.epoch, self.row
         while some := self._some(epoch, row):
             yield from some
             row += len(some) * self.batch_size
 
-    def _some(self, epoch: int, row: int) -> list[list[int]]:
+    def _some(self, epoch: int, row: int) -> Sequence[list[int] | Dealing]:
         lists = self.lists()
         return lists(epoch, row) if lists is not None else []
 
@@ -225,11 +252,18 @@ class _Fetch(Dataset[Batch]):
     dataset: Any
     collate: Callable[[list[Any]], Batch]
 
-    def __getitems__(self, indices: list[int]) -> Batch | DataError:
+    def __getitems__(self, wanted: list[int] | Dealing) -> Batch | DataError:
         try:
-            return self._batch(indices)
+            return self._cells(wanted) if isinstance(wanted, Dealing) else self._batch(wanted)
         except DataError as error:
             return error
+
+    def _cells(self, wanted: Dealing) -> Cells:
+        batches: list[Batch] = []
+        for cell, ids in enumerate(wanted.ids, wanted.first):
+            seed_for(*wanted.place, cell)
+            batches.append(self._batch(ids))
+        return Cells(tuple(batches), tuple(map(len, wanted.ids)), wanted.first, wanted.of)
 
     def _batch(self, indices: list[int]) -> Batch:
         wanted = indices or [0]  # a share without rows borrows one, which does not count

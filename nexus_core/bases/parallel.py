@@ -13,6 +13,7 @@ from pydantic import Field
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nexus_core.device import seed_everything
 from nexus_core.errors import ConfigError, RunError
@@ -91,6 +92,8 @@ class Parallel(Plugin[ConfigT]):
     def on_start(self, engine: Engine) -> None:
         """Let each process draw random numbers of its own, for a dropout of its own.
 
+        In a run in cells all draw the same, and the cells see to it that they differ.
+
         Raises:
             ConfigError: a launcher started several processes, and they have not been joined; or
                 an epoch does not have as many batches in each of them.
@@ -103,7 +106,9 @@ class Parallel(Plugin[ConfigT]):
                 f"{engine.ranks.size - 1}; give each as many, by ResumableLoader(..., ranks=ranks) "
                 "or a DistributedSampler"
             )
-        if engine.ranks.size > 1 and engine.state.step == 0 and not engine.ranks.is_main:
+        _check_cells(engine)
+        own = engine.state.step == 0 and not engine.ranks.is_main and not engine.cells
+        if engine.ranks.size > 1 and own:
             seed_everything(own_seed(engine.seed, engine.ranks))
 
     @hookimpl
@@ -117,6 +122,29 @@ class Parallel(Plugin[ConfigT]):
                 first = _get_default_store().compare_set(_ENDED, "", ended).decode()
                 if not first.endswith(what):
                     error.add_note(first)
+
+
+def _check_cells(engine: Engine) -> None:
+    """Refuse what would make the bits of a run in cells depend on who computes them.
+
+    Raises:
+        ConfigError: there are fewer cells than processes, or statistics follow the batches.
+    """
+    if not engine.cells:
+        return
+    if engine.batch_cells < engine.ranks.size:
+        raise ConfigError(
+            f"{engine.batch_cells} cells a batch are too few for {engine.ranks.size} processes, "
+            f"each of which computes one at least; set cells={engine.ranks.size} or more"
+        )
+    for name, module in engine.model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training:
+            raise ConfigError(
+                f"the running statistics of '{name}' ({type(module).__name__}) follow the batches "
+                "that one process sees, so a run in cells cannot have the same bits everywhere; "
+                "use a norm over each row (GroupNorm, LayerNorm), freeze it with eval(), or leave "
+                "cells out"
+            )
 
 
 def launched() -> bool:

@@ -97,6 +97,7 @@ def make_engine(build: Build, out: Path) -> Engine:
         seed=run.seed,
         device=run.device,
         accumulate=run.accumulate,
+        cells=run.cells,
         step_at_epoch_end=run.step_at_epoch_end,
         log_every=run.log_every,
         out=out,

@@ -30,6 +30,12 @@ class RunConfig(BaseModel):
         description="micro-batches in an optimizer step; auto: each batch is a step, split as "
         "memory asks, by an installed plugin that does so",
     )
+    cells: int | None = Field(
+        None,
+        ge=1,
+        description="cells that a step is computed in, one by one: its bits are then the same for "
+        "any number of processes up to this, and however it is divided; null: whole micro-batches",
+    )
     step_at_epoch_end: bool = Field(
         False,
         description="whether the last step of an epoch takes what is left of it alone, instead of "

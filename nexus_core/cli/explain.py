@@ -43,12 +43,15 @@ class Place:
         slot: the place in a run that it alone fills; null: none.
         reasons: the constraints that put it behind others, or that it is where it was named.
         code: the file or module that it was named by; null: it is installed.
+        topology_invariant: whether a run in cells has the same bits on any number of processes with
+            it, as its author says.
     """
 
     plugin: str
     slot: str | None
     reasons: tuple[str, ...]
     code: str | None = None
+    topology_invariant: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,11 @@ def explain(plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] 
         slot = f"  [slot {place.slot}]" if place.slot else ""
         code = f"  ({shown(place.code)})" if place.code else ""
         lines.append(f"  {place.plugin:<{width}}{'; '.join(place.reasons)}{slot}{code}")
+    odd = [place.plugin for place in found.plugins if not place.topology_invariant]
+    lines.append(
+        "in cells, the same bits on any number of processes: promised by "
+        + (f"all but {', '.join(odd)}" if odd else "all")
+    )
     for gone in found.left_out:
         lines.append(f"left out: {gone.plugin}, as {gone.taken_by} fills the slot {gone.slot}")
     for event in found.events:
@@ -147,7 +155,9 @@ def explanation(
     """
     names = [plugin.name for plugin in plan.plugins]
     found = [
-        Place(p.name, p.slot, _reasons(plan, p.name, names), places.get(p.name))
+        Place(
+            p.name, p.slot, _reasons(plan, p.name, names), places.get(p.name), p.topology_invariant
+        )
         for p in plan.plugins
     ]
     events = [_event(plan, name) for name in HOOK_NAMES]

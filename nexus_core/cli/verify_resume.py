@@ -37,7 +37,7 @@ from nexus_core.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, ForkServerProcess
 
-__all__ = ["Report", "compare_runs", "main", "verify_resume"]
+__all__ = ["Order", "Report", "compare_runs", "last_step", "main", "verify_resume"]
 
 CERTIFICATE = "certificate.json"
 _CLOCKS = ("time", "seconds")  # what no two runs share

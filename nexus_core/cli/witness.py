@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from nexus_core.device import random_state
 from nexus_core.engine import Engine
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.processes import gather, whole
+from nexus_core.step import Step
 
 __all__ = ["NOTES", "STARTS", "WitnessPlugin", "companions", "fingerprint", "whole_lines"]
 
@@ -33,7 +36,7 @@ class WitnessPlugin(Plugin[PluginConfig]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._batches: list[str] = []  # of the present step
+        self._batches: list[str] = []  # of the last step, over all processes
         self._noted = 0  # the last step
         self._file: TextIO | None = None
 
@@ -45,6 +48,8 @@ class WitnessPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
+        if not engine.ranks.is_main:
+            return
         assert engine.out is not None
         path = engine.out / NOTES
         step = engine.state.step
@@ -58,9 +63,11 @@ class WitnessPlugin(Plugin[PluginConfig]):
         draft.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    @hookimpl(trylast=True)
-    def on_batch(self, batch: Any) -> None:
-        self._batches.append(fingerprint(batch))
+    @hookimpl
+    def on_step(self, engine: Engine, step: Step) -> None:
+        own = [(m.cell or 0, fingerprint(m.batch)) for m in step.micro if not m.borrowed]
+        cells = [one for part in gather(engine.ranks, own) for one in part]
+        self._batches = [print_ for _, print_ in sorted(cells, key=itemgetter(0))]
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
@@ -77,7 +84,6 @@ class WitnessPlugin(Plugin[PluginConfig]):
             "generators": fingerprint(random_state()),
             **{f"plugin {name}": fingerprint(state) for name, state in states.items() if state},
         }
-        self._batches = []
         if self._file is not None and engine.state.step > self._noted:
             self._file.write(json.dumps(notes) + "\n")
 
@@ -99,7 +105,7 @@ def fingerprint(value: object) -> str:
     for path, leaf in _leaves(value):
         digest.update(path.encode())
         if isinstance(leaf, Tensor):
-            flat = leaf.detach().cpu().contiguous().view(-1)
+            flat = whole(leaf.detach()).cpu().contiguous().view(-1)
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         else:

@@ -21,6 +21,7 @@ from nexus_core.errors import CheckpointError
 from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load
 from nexus_core.relay import Impl, implementations, relay
 from nexus_core.snapshot import Snapshot
+from nexus_core.testing.division import Division
 from nexus_core.testing.on_accelerator import AcceleratorChecks
 from nexus_core.testing.probes import (
     FailingPlugin,
@@ -55,7 +56,7 @@ LIKENESS = 0.85  # of a method's name to a hook's, from which on it is a slip
 IN_REVERSE = ("on_close",)
 
 
-class PluginContract(AcceleratorChecks):
+class PluginContract(Division, AcceleratorChecks):
     """The checks. Subclass it in a test file, name the plugin, and run pytest.
 
         class TestSparkle(PluginContract):

@@ -195,6 +195,7 @@ def tiny_engine(
     model: nn.Module | None = None,
     seed: int = 5,
     accumulate: int = 1,
+    cells: int | None = None,
     log_every: Interval | str | int = "2 steps",
     device: str | torch.device | None = None,
     out: str | Path | None = None,
@@ -210,6 +211,7 @@ def tiny_engine(
         model: trains this one; None: what plugins or parts make.
         seed: the same one gives the same weights.
         accumulate: micro-batches in a step.
+        cells: that a step is computed in; None: its micro-batches are whole.
         log_every: period of `on_log`.
         device: to train on; None: the model's own.
         out: the run's folder, for plugins that write files.
@@ -222,6 +224,7 @@ def tiny_engine(
         seed=seed,
         device=device,
         accumulate=accumulate,
+        cells=cells,
         log_every=log_every,
         out=out,
     )

@@ -65,6 +65,7 @@ class MetricsPlugin(Plugin[MetricsConfig]):
             and target, by `output` and `target` of the settings.
     """
 
+    topology_invariant: ClassVar[bool] = False  # what torchmetrics adds up, it adds by rank
     api_version: ClassVar[str] = "1.2"
 
     def __init__(

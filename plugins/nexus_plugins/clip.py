@@ -14,7 +14,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
-from nexus_core.processes import local_part, whole
+from nexus_core.processes import Ranks, local_part, whole
+from nexus_plugins._shared.norms import steady_norm
 from nexus_plugins._shared.parameters import matching
 
 if TYPE_CHECKING:
@@ -90,7 +91,10 @@ class ClipPlugin(Plugin[ClipConfig]):
         if len(parameters) != len(self._seen) or not all(map(is_, parameters, self._seen)):
             self._seen, self._plain = parameters, _are_plain(parameters)
         max_norm = self.config.max_norm if self.config.by == "norm" else math.inf
-        norm = (_clip_plain if self._plain else _clip_any)(parameters, max_norm)
+        if engine.cells:
+            norm = _clip_steadily(_in_order(engine.model, parameters), max_norm, engine.ranks)
+        else:
+            norm = (_clip_plain if self._plain else _clip_any)(parameters, max_norm)
         name = f"grad_norm_{self.label}" if self.label else "grad_norm"
         if step.refused is None:
             engine.log(name, norm)
@@ -138,6 +142,23 @@ def _clip_plain(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
         return norm  # on the host, looking is free: nothing to scale
     torch._foreach_mul_(gradients, (norm + EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0))
     return norm
+
+
+@torch.no_grad()
+def _clip_steadily(parameters: Sequence[Parameter], max_norm: float, ranks: Ranks) -> Tensor:
+    """The same for a run in cells: to the same bits however the gradient is divided."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = steady_norm([g.coalesce().values() if g.is_sparse else g for g in gradients], ranks)
+    scale = (norm + EPS).reciprocal().mul(max_norm).clamp(max=1.0)
+    for gradient in gradients:
+        local_part(gradient).mul_(scale.to(gradient.device))
+    return norm
+
+
+def _in_order(model: nn.Module, parameters: Sequence[Parameter]) -> list[Parameter]:
+    """The parameters as the model has them, whichever groups the optimizer keeps them in."""
+    places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    return sorted(parameters, key=lambda parameter: places.get(id(parameter), len(places)))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,11 @@ from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.parallel import Parallel, ParallelConfig
 from nexus_core.errors import hint_set
 from nexus_plugins._shared.buffers import share_buffers
+from nexus_plugins._shared.cell_sums import sum_over_processes
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
+    from nexus_core.cells import CellSum
 
 __all__ = ["DdpConfig", "DdpPlugin"]
 
@@ -32,6 +34,12 @@ class DdpConfig(ParallelConfig):
         None,
         description="look in each step for parameters that the loss does not reach; null: only if "
         "the first step has some",
+    )
+    sum: Literal["tree", "ring"] | None = Field(
+        None,
+        description="how gradients are added: ring, as the backend does, so that the number of "
+        "processes changes the last bits; tree, in the order of the run's cells; null: tree in a "
+        "run in cells",
     )
     bucket_mb: float = Field(25.0, gt=0, description="gradients that are sent at once, in MiB")
 
@@ -58,8 +66,11 @@ class DdpPlugin(Parallel[DdpConfig]):
     def on_start(self, engine: Engine) -> None:
         """Make the weights of all processes those of the main one."""
         Parallel.on_start(self, engine)
+        if self.config.sum == "tree" and not engine.cells:
+            raise ConfigError("ddp.sum=tree adds cells; set cells (8), or leave it out")
         if engine.ranks.size > 1:
             share_buffers(engine.model)
+        if engine.ranks.size > 1 and not engine.cells:
             self._first_step = self.config.find_unused is None
             self._names = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
             self._parallel = self._wrapped(engine.model, bool(self.config.find_unused))
@@ -108,6 +119,20 @@ class DdpPlugin(Parallel[DdpConfig]):
             hint_set("ddp.find_unused", True),
         )
 
+    @hookimpl
+    def sum_cells(self, engine: Engine, step: Step, part: CellSum) -> list[Tensor | None] | None:
+        """Sum the cells of all processes in the order of the tree, or as the backend does."""
+        if engine.ranks.size == 1:
+            return None
+        return sum_over_processes(
+            part,
+            step,
+            engine.batch_cells,
+            engine.ranks,
+            self.config.bucket_mb * 2**20,
+            ring=self.config.sum == "ring",
+        )
+
     @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
         """After the first step, sum at once, and see which parameters the loss does not reach."""
@@ -123,7 +148,7 @@ class DdpPlugin(Parallel[DdpConfig]):
     @hookimpl
     def on_step(self, engine: Engine) -> None:
         """Make the running statistics those of the main process."""
-        if self._parallel is not None:
+        if engine.ranks.size > 1:
             share_buffers(engine.model)
 
     @hookimpl

@@ -48,6 +48,7 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
     this process where there are several. No device is waited for.
     """
 
+    topology_invariant: ClassVar[bool] = False
     api_version: ClassVar[str] = "1.2"
     _gradients: dict[str, Gradient]
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.cells import CellSum
 from nexus_core.processes import Ranks
 from nexus_plugins._shared.parameters import matching
 from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
@@ -57,6 +58,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     _weights: dict[str, Tensor]
     _first_losses: dict[str, Tensor]
     _gradients: dict[str, Gradient]
+    _cells: CellSum | None = None
 
     def __init__(self, config: WeighGradnormConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -92,17 +94,43 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         if (step.number - 1) % self.config.every == 0 and not step.again:
             own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
             on = {name: term for name, term in terms.items() if own.get(name, 1.0) > 0}
-            before = self._gradients if step.place else {}
+            before = self._gradients if step.place and not step.cells else {}
             self._gradients = add_term_gradients(before, on, self._chosen(engine))
+            if step.cells:
+                self._add_cell(engine, step)
         return (yield)
+
+    def _add_cell(self, engine: Engine, step: Step) -> None:
+        """Have the sums over cells take the present one's gradients, those of all terms in one."""
+        micro, chosen = step.micro[step.place], self._chosen(engine)
+        if self._cells is None or step.place == 0:
+            self._cells = CellSum(sum(step.cells), [p for _ in step.units for p in chosen])
+        if micro.cell is not None and not micro.borrowed:
+            absent: Gradient = [None] * len(chosen)
+            found = [self._gradients.get(name, absent) for name in step.units]
+            self._cells.add(
+                micro.cell, [None if p is None else p.clone() for parts in found for p in parts]
+            )
+
+    def _of_cells(self, engine: Engine, step: Step, part: CellSum) -> dict[str, Gradient]:
+        """The gradient over all cells of each term that reaches something."""
+        total = engine.hook.sum_cells(engine=engine, step=step, part=part)
+        size = len(total) // len(step.units)
+        parts = [total[place * size : (place + 1) * size] for place in range(len(step.units))]
+        found = dict(zip(step.units, parts, strict=True))
+        return {n: parts for n, parts in found.items() if any(p is not None for p in parts)}
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
         """Move the weights towards balance."""
         gradients, self._gradients = self._gradients, {}
+        if self._cells is not None:
+            gradients = self._of_cells(engine, step, self._cells)
+            self._cells = None
         if len(gradients) < 2:
             return
-        gradients = {name: _of_all(parts, engine.ranks) for name, parts in gradients.items()}
+        if not step.cells:
+            gradients = {name: _of_all(parts, engine.ranks) for name, parts in gradients.items()}
         names, products = trunk_products(gradients)
         if not names:
             raise ConfigError(

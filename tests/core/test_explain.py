@@ -127,6 +127,7 @@ def test_json_says_the_same_as_the_table() -> None:
         "slot": "lr",
         "reasons": ["after a, as it declares"],
         "code": None,
+        "topology_invariant": True,
     }
     assert "[slot lr]" in table
 

@@ -72,6 +72,7 @@ HOOKS_SINCE_1_2 = {
     "after_backward": "engine step",
     "optimizer_step": "engine step again",
     "on_step": "engine step",
+    "sum_cells": "engine step part",
 }
 HOOKS_OF_1 = {**HOOKS_OF_1_0, **HOOKS_SINCE_1_1, **HOOKS_SINCE_1_2}
 

@@ -54,6 +54,7 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
     when it is resumed. `system/micro_batch_rows` is logged. Batches must be dicts of tensors.
     """
 
+    topology_invariant: ClassVar[bool] = False
     api_version: ClassVar[str] = "1.2"
 
     def __init__(self, config: AutoAccumulateConfig | None = None, /, **settings: object) -> None:

@@ -85,6 +85,7 @@ def describe(engine: Engine) -> dict[str, Json]:
             **{key: value for key, value in engine.config.items() if key != "plugins"},
             "seed": engine.seed,
             "accumulate": engine.accumulate,
+            "cells": engine.cells,
         },
         "plugins": plugins,
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, cast
 
 from nexus_core.bases.parallel import own_seed
 from nexus_core.device import RandomState, random_state, seed_everything
 from nexus_core.errors import CheckpointError
 from nexus_core.holders import Held
+from nexus_core.meter import added
 from nexus_core.processes import Ranks, gather
 from nexus_core.snapshot import Snapshot
 
@@ -34,11 +34,7 @@ def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
     snapshot["random"] = cast(RandomState, random)
     if data is not None and place is not None:
         snapshot["data"] = {**data, "peers": [cast(Held, other) for _, _, other in everyone[1:]]}
-    totals: dict[str, Counter[int]] = {}
-    for _, pending, _ in everyone:
-        for name, sums in pending.items():
-            totals.setdefault(name, Counter()).update(dict(enumerate(sums)))
-    snapshot["pending"] = {name: [sums[0], sums[1]] for name, sums in totals.items()}
+    snapshot["pending"] = added([pending for _, pending, _ in everyone])
     return snapshot
 
 

@@ -103,7 +103,7 @@ def _check_counters(train: object) -> None:
 def _check_metrics(pending: object, metrics: object) -> None:
     _require(isinstance(pending, dict) and isinstance(metrics, dict), "has no metrics")
     for sums in cast(dict[str, object], pending).values():
-        _require(isinstance(sums, list) and len(sums) == 2 and _numbers(sums), "has odd sums")
+        _require(isinstance(sums, list) and len(sums) % 2 == 0 and _numbers(sums), "has odd sums")
     _require(_numbers(list(cast(dict[str, object], metrics).values())), "has odd metrics")
 
 

@@ -66,6 +66,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
     read is saved; times and memory, which belong to a session, are not.
     """
 
+    topology_invariant: ClassVar[bool] = False
     api_version: ClassVar[str] = "1.2"
 
     def __init__(self, config: DiagnoseConfig | None = None, /, **settings: object) -> None:

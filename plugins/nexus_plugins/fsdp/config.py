@@ -32,6 +32,12 @@ class FsdpConfig(ParallelConfig):
     reduce_dtype: Precision | None = Field(
         None, description="in which gradients are summed; null: that of the computation"
     )
+    sum: Literal["tree", "ring"] | None = Field(
+        None,
+        description="how gradients are added: ring, as the backend does, so that the number of "
+        "processes changes the last bits; tree, in the order of the run's cells; null: tree in a "
+        "run in cells",
+    )
     reshard: bool = Field(
         True, description="free a module's weights between its forward and its backward pass"
     )

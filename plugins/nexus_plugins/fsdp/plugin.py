@@ -9,31 +9,38 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.parallel import Parallel, launched
+from nexus_core.optimizers import members
 from nexus_core.processes import is_sharded
 from nexus_plugins._shared.buffers import share_buffers
+from nexus_plugins._shared.cell_sums import sum_over_processes
+from nexus_plugins.fsdp.cells import CellReduction, sum_by_tree
 from nexus_plugins.fsdp.config import FsdpConfig
 from nexus_plugins.fsdp.shard import (
     divide,
     keep_weights_on_host,
+    kept_whole,
     mark,
     marks,
     part_again,
     reached,
-    scalars,
+    split_groups,
     sum_gradients,
 )
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
+    from nexus_core.cells import CellSum
 
 __all__ = ["FsdpPlugin"]
 
+REGISTERS = 64
+"""Numbers that the kernels of the host take at once, in the widest type."""
 Metrics = list[Mapping[str, float]]
 
 
@@ -59,6 +66,8 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     )  # fmt: skip
     _noticed: bool = False
     _scalars: list[nn.Parameter]
+    _whole: list[nn.Parameter]
+    _reductions: list[CellReduction]
     _marks: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
     @hookimpl(wrapper=True)
@@ -82,7 +91,12 @@ class FsdpPlugin(Parallel[FsdpConfig]):
             if self.config.offload:
                 keep_weights_on_host(engine.model)
             mark(engine.model, self._marks)  # now, since moving a model makes its weights anew too
-        return (yield)
+        optimizer = yield
+        if (width := self._width(engine)) > 1:
+            whole = kept_whole(engine.model, width)
+            for member in members(optimizer).values():
+                split_groups(member, whole)
+        return optimizer
 
     @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
@@ -92,15 +106,24 @@ class FsdpPlugin(Parallel[FsdpConfig]):
             ConfigError: the optimizer was made before the model could be divided.
         """
         Parallel.on_start(self, engine)
+        if self.config.sum == "tree" and (not engine.cells or self.config.reduce_at_end):
+            raise ConfigError(
+                "fsdp.sum=tree adds cells, each when it is computed; set cells (8), and leave "
+                "fsdp.reduce_at_end out"
+            )
         if engine.ranks.size == 1:
             return
+        self._whole = kept_whole(engine.model, self._width(engine))
         if not isinstance(engine.model, FSDPModule):
             raise ConfigError(
                 "fsdp must divide the model before its optimizer is made: pass the Engine no "
                 "optimizer, and let a plugin make it (optim_adamw)"
             )
         self._noticed = False
-        self._scalars = [scalar for scalar in scalars(engine.model) if scalar.requires_grad]
+        self._reductions = []
+        if engine.cells and self.config.sum != "ring":
+            self._reductions = sum_by_tree(engine.model, engine.ranks)
+        self._scalars = [p for p in self._whole if p.requires_grad]
 
     @hookimpl(wrapper=True, stage="reduce")
     def backward(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
@@ -111,13 +134,25 @@ class FsdpPlugin(Parallel[FsdpConfig]):
             raise ConfigError(
                 f"fsdp trains with one optimizer, and several take turns here ('{step.turn}')"
             )
+        if step.place == 0:
+            for reduction in self._reductions:
+                reduction.begin(step, engine.batch_cells)
         if self.config.reduce_at_end:
             engine.model.set_requires_gradient_sync(step.is_last)
-        gathered = [p for p in engine.model.parameters() if p.ndim and not is_sharded(p)]
+        whole = set(self._whole)
+        gathered = [p for p in engine.model.parameters() if p not in whole and not is_sharded(p)]
         done = yield
         for parameter in gathered:  # FSDP adds a hook to a weight each time the model returns it
             (parameter._backward_hooks or {}).clear()
         return done
+
+    @hookimpl
+    def sum_cells(self, engine: Engine, step: Step, part: CellSum) -> list[Tensor | None] | None:
+        """Sum what is not divided over the cells of all processes."""
+        if engine.ranks.size == 1:
+            return None
+        ring = self.config.sum == "ring"
+        return sum_over_processes(part, step, engine.batch_cells, engine.ranks, ring=ring)
 
     @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
@@ -125,7 +160,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
         if engine.ranks.size > 1:
             if not self._noticed:
                 self._notice(engine)
-            if self._scalars:
+            if self._scalars and not engine.cells:
                 sum_gradients(reached(self._scalars, engine.ranks), engine.ranks)
 
     @hookimpl
@@ -147,7 +182,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     def _divide(self, model: nn.Module, engine: Engine) -> None:
         self._marks = marks(model)
-        divide(model, self.config, engine.device, engine.ranks)
+        divide(model, self.config, engine.device, engine.ranks, self._width(engine))
         # Harmless here: the weights of the model itself stay gathered until its backward pass.
         kind = type(model).__name__
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({kind}\) returned a view")
@@ -158,22 +193,33 @@ class FsdpPlugin(Parallel[FsdpConfig]):
         Raises:
             ConfigError: FSDP did not notice it, and has summed no gradient.
         """
-        if not _is_parted(engine.model):
+        if not _is_parted(engine.model, self._whole):
             raise ConfigError(
                 "fsdp sees no tensor in what the model returns, so that it cannot sum the "
                 "gradients; return tensors, in dicts, lists, tuples or dataclasses"
             )
         self._noticed = True
 
+    def _width(self, engine: Engine) -> int:
+        """What the rows of divided weights must be a multiple of."""
+        steady = engine.cells and self.config.sum != "ring" and engine.device.type == "cpu"
+        return REGISTERS if steady else 1
+
     def _check(self, engine: Engine) -> None:
         self.check_joined()
+        if self.config.compute_dtype and self._width(engine) > 1:
+            raise ConfigError(
+                "fsdp.compute_dtype: on the CPU a run in cells keeps some weights whole, in their "
+                "own type; use amp instead, or set fsdp.sum to ring"
+            )
         if self.config.offload and engine.device.type == "cpu":
             raise ConfigError("fsdp.offload: the weights are in host memory as it is; leave it out")
 
 
-def _is_parted(model: nn.Module) -> bool:
+def _is_parted(model: nn.Module, whole: list[nn.Parameter]) -> bool:
     """Whether the weights have been given up again, as they are after a backward pass."""
-    return all(is_sharded(parameter) for parameter in model.parameters() if parameter.ndim)
+    kept = set(whole)
+    return all(is_sharded(parameter) for parameter in model.parameters() if parameter not in kept)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import ismethod
 from typing import cast
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from nexus_core import ConfigError
@@ -30,36 +32,42 @@ from nexus_plugins.fsdp.config import FsdpConfig, Precision
 __all__ = [
     "divide",
     "keep_weights_on_host",
+    "kept_whole",
     "mark",
     "marks",
     "part_again",
     "reached",
-    "scalars",
+    "split_groups",
     "sum_gradients",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def divide(model: nn.Module, config: FsdpConfig, device: torch.device, ranks: Ranks) -> None:
+def divide(
+    model: nn.Module, config: FsdpConfig, device: torch.device, ranks: Ranks, width: int
+) -> None:
     """Make the model's parameters parts of those of the main process, in place.
-
-    Parameters that are a single number have no parts: every process keeps them whole.
 
     Args:
         model: whole in the main process; on the meta device in those that are only given parts.
         config: which modules are gathered together, and how.
         device: to train on.
         ranks: this process among those that the model is divided among.
+        width: of what is divided, as for `kept_whole`.
 
     Raises:
         ConfigError: the modules that the config chooses cannot be gathered by themselves, or the
             model holds what cannot be sent.
     """
     whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    _shard(model, config, init_device_mesh(device.type, (ranks.size,)))
+    _shard(model, config, init_device_mesh(device.type, (ranks.size,)), width)
     if any(value.is_meta for value in whole.values()):
+        places = _tied(model)
         model.to_empty(device=device)
+        for (first, its_name), *others in places:
+            for module, name in others:
+                module._parameters[name] = first._parameters[its_name]
     _check_filled(model, ranks)
     for name, parameter in model.named_parameters():
         _check_still_tied(name, whole)
@@ -84,9 +92,16 @@ def part_again(model: nn.Module) -> None:
         part.reshard()
 
 
-def scalars(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are a single number, which every process keeps whole."""
-    return [parameter for parameter in model.parameters() if parameter.ndim == 0]
+def kept_whole(model: nn.Module, width: int = 1) -> list[nn.Parameter]:
+    """The parameters that every process keeps whole: single numbers, and those of uneven rows.
+
+    Args:
+        model: whose parameters.
+        width: what the numbers of a row must be a multiple of. Kernels of the host compute the last
+            numbers of a tensor by other instructions, which round otherwise; where parts hold rows
+            of whole registers, an update has no such end, and is the same however it is divided.
+    """
+    return [p for p in model.parameters() if p.ndim == 0 or math.prod(p.shape[1:]) % width]
 
 
 def reached(parameters: Sequence[nn.Parameter], ranks: Ranks) -> list[nn.Parameter]:
@@ -107,11 +122,36 @@ def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
 
 def keep_weights_on_host(model: nn.Module) -> None:
     """Move the parts to host memory, where FSDP fetches them from; the rest stays where it is."""
-    stay = [*model.buffers(), *scalars(model)]
+    stay = [*model.buffers(), *kept_whole(model)]
     there = [tensor.detach().clone() for tensor in stay]
     model.cpu()
-    for tensor, value in zip([*model.buffers(), *scalars(model)], there, strict=True):
+    for tensor, value in zip([*model.buffers(), *kept_whole(model)], there, strict=True):
         tensor.data = value
+
+
+def split_groups(optimizer: Optimizer, whole: Sequence[nn.Parameter]) -> None:
+    """Give parameters that are kept whole groups of their own: kernels take no mixture.
+
+    Args:
+        optimizer: that has not stepped yet.
+        whole: of the model's parameters.
+    """
+    kept = set(whole)
+    for group in list(optimizer.param_groups):
+        apart = [p for p in group["params"] if p in kept]
+        if 0 < len(apart) < len(group["params"]):
+            group["params"] = [p for p in group["params"] if p not in kept]
+            optimizer.param_groups.append({**group, "params": apart})
+
+
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Of each parameter the modules that hold it, and its name there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, name))
+    return list(found.values())
 
 
 def _parts(model: nn.Module) -> Iterator[FSDPModule]:
@@ -119,7 +159,7 @@ def _parts(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh) -> None:
+def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh, width: int) -> None:
     chosen = blocks(model, config.match, "fsdp.match")
     for module in [*reversed(chosen.values()), model]:  # inner ones before those around them
         try:
@@ -129,7 +169,7 @@ def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh) -> None:
                 reshard_after_forward=config.reshard and module is not model,
                 mp_policy=_precision(config, torch.float32 if module is model else None),
                 offload_policy=CPUOffloadPolicy() if config.offload else OffloadPolicy(),
-                ignored_params=set(scalars(model)),
+                ignored_params=set(kept_whole(model, width)),
             )
         except ValueError as error:
             said = str(error).partition("\n")[0]

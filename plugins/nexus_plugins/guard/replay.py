@@ -14,6 +14,7 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from nexus_core import Batch, CheckpointError, NexusError
+from nexus_core.batches import batch_size
 from nexus_core.data import Micro
 from nexus_core.device import set_random_state
 from nexus_core.step import Step
@@ -48,6 +49,9 @@ def replay(engine: Engine, record: Path) -> str:
     engine.model.train()
     with _watched(engine.model, findings), _blamed(record):
         step = Step(facts["step"], tuple(map(Micro, batches)), facts["turn"])
+        if engine.cells:
+            cells = [Micro(b, float(batch_size(b)[0]), cell=c) for c, b in enumerate(batches)]
+            step = Step(facts["step"], tuple(cells), facts["turn"], cells=(len(cells),))
         count_units(engine, step)
         accumulate_gradient(engine, step)
     losses = {name: float(loss) for name, loss in step.losses.items()}

@@ -1,0 +1,222 @@
+"""Steps in cells: the same rows, random numbers and sums, whichever process computes them.
+
+The rows of a batch are cut into cells, as even as they can be. A cell is what one forward and
+backward pass sees, so all kernels see the same shapes everywhere; its random numbers follow from
+(seed, step, cell); and what is summed over cells is added in one order, that of a binary tree:
+
+    cell      0   1   2   3   4   5   6
+               \\ /     \\ /     \\ /    |
+    level 1     +       +       +     |
+                 \\     /         \\   /
+    level 2         +             +
+                     \\           /
+    level 3               +
+
+This module knows of no processes. What each has of the tree is a `CellSum`; the plugin that lets
+them train together brings these together (`sum_cells`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_core.batches import Batch, batch_size, mapped
+from nexus_core.device import seed_everything
+from nexus_core.errors import ConfigError, DataError
+
+__all__ = [
+    "CellSum",
+    "Cells",
+    "Node",
+    "dealt",
+    "divided",
+    "edges",
+    "owned",
+    "per_batch",
+    "seed_for",
+]
+
+Node: TypeAlias = tuple[int, int]
+"""A node of the tree: its level, and its place in it; a cell is `(0, cell)`."""
+Values: TypeAlias = list[Tensor | None]
+"""What is summed: one tensor each, None where a cell has none."""
+
+
+class Cells(NamedTuple):
+    """The part of a batch that one process computes, cell by cell.
+
+    Args:
+        batches: of each cell.
+        rows: how many of the rows of each count: none where a process without a cell of its own
+            gets a row of another's, to take part.
+        first: the number of the first of them in the batch.
+        of: how many cells the whole batch has: as many as rows at the most.
+    """
+
+    batches: tuple[Batch, ...]
+    rows: tuple[int, ...]
+    first: int
+    of: int
+
+
+class Dealing(Protocol):
+    """Data that deals the cells of its batches out to processes."""
+
+    def in_cells(self, count: int) -> Iterable[Batch]: ...
+
+
+class CellSum:
+    """A sum over the cells of a step, added as a binary tree, as far as they are there.
+
+    Cells may come in any order. Two neighbours are added as soon as both are there, so that of n
+    cells in a row at most log2(n) + 1 sums are kept.
+
+    Attributes:
+        parts: the sums of whole subtrees that wait for their neighbours.
+
+    Args:
+        count: cells of the step, over all processes.
+        like: tensors of the shapes and types of what is added, None or not.
+    """
+
+    def __init__(self, count: int, like: Sequence[Tensor]) -> None:
+        self.count, self.like = count, like
+        self.parts: dict[Node, Values] = {}
+
+    def add(self, cell: int, values: Values) -> None:
+        """Add what a cell has; its tensors are this sum's from now on, and are written over."""
+        self.add_part((0, cell), values)
+
+    def add_part(self, node: Node, values: Values) -> None:
+        """Add the sum of a whole subtree."""
+        (level, place), neighbour = node, (node[0], node[1] ^ 1)
+        while 1 << level < self.count and self._is_ready(neighbour):
+            if other := self.parts.pop(neighbour, None):
+                pair = (values, other) if place % 2 == 0 else (other, values)
+                values = _added(*pair)
+            level, place = level + 1, place // 2
+            neighbour = level, place ^ 1
+        self.parts[level, place] = values
+
+    def total(self) -> Values:
+        """The sum over all cells, which must be there."""
+        (values,) = self.parts.values()
+        return values
+
+    def _is_ready(self, node: Node) -> bool:
+        """Whether a subtree is summed up, or has no cell."""
+        return node in self.parts or node[1] << node[0] >= self.count
+
+
+def owned(of: Sequence[int], count: int, rank: int, size: int) -> list[int]:
+    """The cells of a step that one of several processes computes.
+
+    Args:
+        of: how many cells each batch of the step has.
+        count: how many a whole batch has.
+        rank: of the process among `size`.
+    """
+    low, high = edges(count, size)[rank : rank + 2]
+    starts = [sum(of[:place]) for place in range(len(of))]
+    return [
+        s + c for s, cells in zip(starts, of, strict=True) for c in range(low, min(high, cells))
+    ]
+
+
+def edges(count: int, parts: int) -> list[int]:
+    """Where parts of so many things begin, and the last ends; the first are one longer."""
+    each, rest = divmod(count, parts)
+    return [each * part + min(part, rest) for part in range(parts + 1)]
+
+
+def per_batch(cells: int | None, accumulate: int) -> int:
+    """How many cells of a step there are in each of its batches; 0: batches are not cut.
+
+    Raises:
+        ConfigError: these cannot be as many in each.
+    """
+    if accumulate < 1:
+        raise ConfigError(f"accumulate must be at least 1, got {accumulate}")
+    if cells is not None and (cells < 1 or cells % accumulate):
+        raise ConfigError(
+            f"cells must be a multiple of accumulate, {accumulate}, as each micro-batch is cut "
+            f"into as many, got {cells}"
+        )
+    return (cells or 0) // accumulate
+
+
+def seed_for(seed: int, *place: object) -> None:
+    """Seed all generators for a place in the run, such as a cell of a step."""
+    known = hashlib.sha256(repr((seed, *place)).encode()).digest()
+    seed_everything(int.from_bytes(known[:7], "little"))
+
+
+def dealt(data: Iterable[Batch], count: int, processes: int) -> Iterable[Batch]:
+    """The same data, with each batch in cells where it deals them out itself.
+
+    Raises:
+        DataError: several processes read data that does not say which rows are whose.
+    """
+    if count and hasattr(data, "in_cells"):
+        return cast(Dealing, data).in_cells(count)
+    if count and processes > 1:
+        raise DataError(
+            f"{type(data).__name__} cannot deal cells out to {processes} processes; read by "
+            "ResumableLoader(..., ranks=ranks), give it a method in_cells(count), or leave cells "
+            "out"
+        )
+    return data
+
+
+def divided(batch: Batch, count: int) -> Cells:
+    """The cells of a batch that this process computes: as they were dealt, or all of them."""
+    if isinstance(batch, Cells):
+        return batch
+    rows = batch_size(batch)[0]
+    bounds = list(pairwise(edges(rows, min(count, rows))))
+    parts = tuple(_rows(batch, rows, *between) for between in bounds)
+    return Cells(parts, tuple(high - low for low, high in bounds), 0, len(bounds))
+
+
+def _rows(batch: Batch, total: int, low: int, high: int) -> Batch:
+    def cut(leaf: Any) -> Any:
+        by_row = isinstance(leaf, Tensor | np.ndarray) and leaf.ndim and len(leaf) == total
+        return leaf[low:high] if by_row else leaf
+
+    part = mapped(batch, cut)
+    if isinstance(batch, dict):
+        lists = {k: v for k, v in batch.items() if isinstance(v, list) and len(v) == total}
+        part |= {key: value[low:high] for key, value in lists.items()}
+    if batch_size(part)[0] != high - low:
+        raise DataError(
+            f"a batch of type {type(batch).__name__} cannot be cut into cells; make it of tensors "
+            "with an entry per row, in dicts, lists or tuples, or leave cells out"
+        )
+    return part
+
+
+@torch.no_grad()
+def _added(left: Values, right: Values) -> Values:
+    """The sums, in the memory of the left ones where they are dense."""
+    both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    dense = [(a, b) for a, b in both if not (a.is_sparse or b.is_sparse)]
+    if dense:
+        torch._foreach_add_([a for a, _ in dense], [b for _, b in dense])
+    return list(map(_sum, left, right))
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    if left.is_sparse and right.is_sparse:
+        return (left + right).coalesce()
+    if left.is_sparse or right.is_sparse:
+        return right + left if left.is_sparse else left + right
+    return left  # it has been added in place

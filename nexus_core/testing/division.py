@@ -1,0 +1,35 @@
+"""The check that it does not matter how a step in cells is divided among who computes it."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from unittest import SkipTest
+
+from nexus_core.testing.probes import StillPlugin, gradients_of_a_step, joined
+from nexus_core.testing.trial import Settings, Trial
+
+__all__ = ["Division"]
+
+CELLS = 3
+
+
+class Division(Trial):
+    """A part of `PluginContract`."""
+
+    def test_division_of_a_step_changes_no_bit(self, settings: Settings, tmp_path: Path) -> None:
+        """In cells, a step has the same gradient in one batch and in three."""
+        if not self.plugin_class().topology_invariant:
+            raise SkipTest("bits depend on the division, as the plugin says (topology_invariant)")
+        first = [StillPlugin()]
+        split = self._engine(settings, tmp_path / "split", CELLS, cells=CELLS, first=first)
+        assert split.data is not None
+        batches = list(islice(iter(split.data.train), split.accumulate))
+        found = gradients_of_a_step(split, batches, self.horizon)
+        whole = self._engine(settings, tmp_path / "whole", cells=CELLS, first=[StillPlugin()])
+        self._same(
+            gradients_of_a_step(whole, [joined(batches)], self.horizon),
+            found,
+            "a step in three cells has other bits in one batch than in three: keep what is drawn "
+            "or summed by cell (engine.hook.sum_cells), or say topology_invariant = False",
+        )

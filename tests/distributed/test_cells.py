@@ -124,11 +124,12 @@ def test_a_run_that_is_resized_has_the_bits_of_one_that_was_not(tmp_path: Path) 
 def test_the_command_shows_it_and_names_what_differs(tmp_path: Path) -> None:
     """Red if runs are not resized, or a run whose bits depend on the processes is let through."""
     write_run(tmp_path, until="10 steps", cells=8)
-    order = Order(str(tmp_path / "tiny.yaml"), "", (), 1)
+    corpus = f"data_text.train={tmp_path / 'corpus.txt'}"
+    order = Order(str(tmp_path / "tiny.yaml"), "", (corpus,), 1)
     report = verify_topology(order, tmp_path / "same", sizes=(1, 2), resize=1, seed=3)
     assert report.differences == report.unpromised == []
     assert [size for size, _ in report.lives] in ([1, 2], [2, 1])
-    odd = Order(order.config, "", ("ddp.sum=ring",), 1)
+    odd = Order(order.config, "", (corpus, "ddp.sum=ring"), 1)
     report = verify_topology(odd, tmp_path / "odd", sizes=(1, 3))
     assert report.differences
     assert report.differences[0].startswith("on-3 beside on-1: step ")

@@ -64,7 +64,7 @@ def beyond(paths: Iterator[Path], budget: int) -> dict[str, int]:
 
 ENGINE = 230
 """The loop is to be read in one sitting; what is not the loop has a room of its own."""
-CORE = 2465
+CORE = 2680
 """All of the core but commands, kit and bases: what must be known to know what a run does."""
 FILE = 170
 """Of one file: more does not stay in a reader's head. A budget that hurts asks for parts."""
@@ -72,10 +72,11 @@ FLAT = 115
 """Of a plugin that is one file, so that one that grows becomes a folder."""
 OWN_CODE = {"places.py": 130, "sources.py": 115}
 """What loads the code that a user names, counted apart: no part of the loop knows of it."""
-BASES = 650
+BASES = 705
 """All that authors derive from."""
 LARGER = {
     "nexus_core/bases/background.py": 200,
+    "nexus_core/bases/loader.py": 175,
     "nexus_core/cli/profile.py": 300,
     "nexus_core/cli/verify_resume.py": 200,
     "nexus_core/engine.py": ENGINE,

@@ -64,7 +64,7 @@ def test_a_good_plugin_passes_every_check() -> None:
     """Breaks if a check raises a false alarm: authors would switch the kit off."""
     found = outcomes(GoodPlugin, configs=({"strength": 0.9},), off={"strength": 1.0})
     assert [outcome for outcome in found if outcome.status != "pass"] == []
-    assert len({outcome.check for outcome in found}) == 23
+    assert len({outcome.check for outcome in found}) == 24
 
 
 def test_each_config_is_a_case_of_its_own() -> None:

@@ -43,7 +43,7 @@ def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
         batch = engine.hook.on_batch(engine=engine, batch=fresh(one.batch))
         cut = engine.hook.cut_batch(engine=engine, batch=batch)
         if len(cut) == 1:
-            parts.append(one if cut[0] is one.batch else one._replace(batch=cut[0]))
+            parts.append(one if cut[0] is one.batch else Micro(cut[0], *one[1:]))
             continue
         if one.cell is not None:
             raise ConfigError(
@@ -109,20 +109,20 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
     clear_gradients(engine.optimizer, engine.untrained())
     for name in step.units:
         step.losses.pop(name, None)
+    step.passes += 1
     own = [p for p in engine.parameters() if not is_sharded(p)] if step.cells else []
-    like = [*own, torch.zeros(len(step.units), device=engine.device)]
-    summed, step.passes = CellSum(sum(step.cells), like), step.passes + 1
+    summed = _sum_of_cells(engine, step, own) if step.cells else None
     ahead = to_device(step.micro[0].batch, engine.device)
     for place in range(len(step.micro)):
         step.place, batch = place, ahead
         if place + 1 < len(step.micro):
             ahead = to_device(step.micro[place + 1].batch, engine.device)
-        if (cell := step.micro[place].cell) is not None:
-            seed_for(engine.seed, step.number, cell, step.passes)
+        if summed is not None:
+            seed_for(engine.seed, step.number, step.micro[place].cell, step.passes)
         _backward(engine, step, batch)
-        if cell is not None:
+        if summed is not None:
             _take_out(step, own, summed)
-    if step.cells:
+    if summed is not None:
         _put_back(engine, step, own, engine.hook.sum_cells(engine=engine, step=step, part=summed))
         seed_for(engine.seed, step.number, "pass", step.passes)
     if step.turn is not None:
@@ -169,7 +169,9 @@ def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | No
 def _backward(engine: Run, step: Step, batch: object) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms."""
     hook, borrowed = engine.hook, step.micro[step.place].borrowed
-    with engine.meter.counting(not borrowed):  # it logs alike in every process
+    meter, counted = engine.meter, engine.meter.counts
+    meter.counts = not borrowed  # it logs alike in every process
+    try:
         output = hook.forward(engine=engine, batch=batch, step=step)
         terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
         if borrowed:
@@ -177,11 +179,12 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
         counts = step.counts[step.place]
         shares = step.shares_of(terms)
         for name, term in terms.items():
-            engine.meter.add(metric_name("train", name), term.detach(), counts[name])
+            meter.add(metric_name("train", name), term.detach(), counts[name])
         total = reduce(add, shares.values())
         hook.backward(engine=engine, loss=total, terms=shares, step=step)
-        ends_step = step.is_last and engine.ranks.is_main
-        engine.meter.add("train/total_loss", total.detach(), float(ends_step))
+        meter.add("train/total_loss", total.detach(), float(step.is_last and engine.ranks.is_main))
+    finally:
+        meter.counts = counted
 
 
 def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iterator[Micro]:
@@ -192,6 +195,11 @@ def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iter
         for cell, batch, rows in zip(count(first), part.batches, part.rows, strict=False):
             yield Micro(batch, float(rows), borrowed=rows == 0, cell=cell)
         cells.append(part.of)
+
+
+def _sum_of_cells(engine: Run, step: Step, own: Sequence[nn.Parameter]) -> CellSum:
+    losses = torch.zeros(len(step.units), device=engine.device)
+    return CellSum(sum(step.cells), [*own, losses])
 
 
 def _take_out(step: Step, own: Sequence[nn.Parameter], summed: CellSum) -> None:

@@ -70,7 +70,7 @@ FILE = 170
 """Of one file: more does not stay in a reader's head. A budget that hurts asks for parts."""
 FLAT = 115
 """Of a plugin that is one file, so that one that grows becomes a folder."""
-OWN_CODE = {"places.py": 130, "sources.py": 115}
+OWN_CODE = {"places.py": 138, "sources.py": 115}
 """What loads the code that a user names, counted apart: no part of the loop knows of it."""
 BASES = 705
 """All that authors derive from."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from nexus_core.errors import ConfigError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-__all__ = ["nursery", "stand_alone"]
+__all__ = ["free_port", "nursery", "stand_alone"]
 
 
 def nursery(*modules: str) -> ForkServerContext:
@@ -29,6 +31,19 @@ def nursery(*modules: str) -> ForkServerContext:
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(list(modules))
     return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on, drawn from below those that the system gives out by itself.
+
+    Two commands that start at once would else be given one port in turn, before either listens.
+    """
+    drawn = random.SystemRandom()
+    while True:
+        port = drawn.randrange(10_000, 32_768)
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def stand_alone(log: Path) -> None:

@@ -13,7 +13,6 @@ import os
 import platform
 import random
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ import torch
 from nexus_core.cli import distributed
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
-from nexus_core.cli.nursery import nursery, stand_alone
+from nexus_core.cli.nursery import free_port, nursery, stand_alone
 from nexus_core.cli.options import PATH
 from nexus_core.cli.verify_resume import Order, compare_runs, last_step
 from nexus_core.cli.witness import NOTES, WitnessPlugin, fingerprint, whole_lines
@@ -136,9 +135,7 @@ def _check(order: Order) -> list[str]:
 def _live(
     processes: ForkServerContext, order: Order, out: Path, size: int
 ) -> list[ForkServerProcess]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     lives = [
         processes.Process(target=_life, args=(order, out, rank, size, port)) for rank in range(size)
     ]

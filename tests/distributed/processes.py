@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from nexus_core.cli.nursery import free_port
 
 PATIENCE_S = 60.0
 _NURSERY = multiprocessing.get_context("forkserver")
@@ -23,9 +24,7 @@ def together(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     Raises:
         AssertionError: a process raised; the message holds its traceback.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(size):
         ours, theirs = _NURSERY.Pipe(duplex=False)

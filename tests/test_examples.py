@@ -179,7 +179,6 @@ def test_a_sentence_encoder_out_of_a_package_is_fine_tuned(tmp_path: Path) -> No
     )
     for name in ("net.py", "my.yaml"):
         shutil.copy(EXAMPLES / "sentences" / name, tmp_path)
-    command = ["nexus-run", "my.yaml", "--set", "until=1 epochs", "--set", "lr_linear.warmup=0"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr
-    assert number(r"val/accuracy +([\d.]+)", ran.stdout) > 0.6
+    short = ("--set", "until=1 epochs", "--set", "lr_linear.warmup=0")
+    said = command("nexus-run", "my.yaml", *short, folder=tmp_path)
+    assert number(r"val/accuracy +([\d.]+)", said) > 0.6

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,22 @@ def test_overhead_refuses_a_case_that_does_other_work(monkeypatch: pytest.Monkey
 
     with pytest.raises(SystemExit, match="idle ended .* not the same work"):
         overhead.measure({"bare": overhead.bare(), "idle": idle}, rounds=1, steps=10)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fine_tuning_agrees_with_a_loop_by_hand(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails if a side no longer trains, or differs (or agrees) where the docs say otherwise."""
+    pytest.importorskip("transformers", reason="the benchmark trains a model of transformers")
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    from benchmarks import agreement
+
+    found = [f for layout in agreement.LAYOUTS for f in agreement.differences(kind, layout, 3, 2)]
+    differing = {f.side for f in found if max(f.loss, f.weight) > 2e-6}
+    known = {"SFTTrainer, wrapped", *(("Trainer", "SFTTrainer") if kind == "gpt2" else ())}
+    assert {"by hand in float32", "ours"} <= {f.side for f in found} - differing
+    assert differing == {side for side in known if agreement.installed(side)}

@@ -28,10 +28,18 @@ import torch
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
-from nexus_core.cli.notes import NOTES, last_step, notes_of, starts_of, witness
+from nexus_core.cli.notes import (
+    NOTES,
+    companions,
+    fingerprint,
+    last_step,
+    notes_of,
+    starts_of,
+    whole_lines,
+    witness,
+)
 from nexus_core.cli.nursery import nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.cli.witness import companions, fingerprint, whole_lines
 from nexus_core.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -137,7 +145,7 @@ def verify_resume(
             "nothing was shown, as the killed run never went on from a checkpoint; add a "
             "plugin that saves, let it save more often, or train longer"
         )
-    report.fingerprint = fingerprint(whole_lines(undisturbed / NOTES)[-1])
+    report.fingerprint = fingerprint(undisturbed)
     _certify(order, report, out / CERTIFICATE)
     return report
 

@@ -1,8 +1,9 @@
 """`nexus-run verify-topology`: show that a run has the same bits on any number of processes.
 
 The run is done once on each number of processes, then once more, killed by SIGKILL at random
-moments and resumed on another number each time. What a witness notes down step by step, and the
-metrics, must agree with those of the first run to the last line.
+moments and resumed on another number each time. A plugin notes down, step by step, digests of
+batches, generators, losses, gradient, weights, optimizer and each plugin's state; the notes of all
+runs must agree to the last line, and so must the metrics.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import torch
 from nexus_core.cli import distributed
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
+from nexus_core.cli.notes import NOTES, fingerprint, last_step, notes_of, witness
 from nexus_core.cli.nursery import free_port, nursery, stand_alone
 from nexus_core.cli.options import PATH
-from nexus_core.cli.verify_resume import Order, compare_runs, last_step
-from nexus_core.cli.witness import NOTES, WitnessPlugin, fingerprint, whole_lines
+from nexus_core.cli.verify_resume import Order, compare_runs
 from nexus_core.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def verify_topology(
     first = out / f"on-{sizes[0]}"
     for size in sizes:
         _finish(_live(processes, order, out / f"on-{size}", size), out / f"on-{size}")
-    report.steps = len(whole_lines(first / NOTES))
+    report.steps = len(notes_of(first))
     others = [out / f"on-{size}" for size in sizes[1:]]
     if resize:
         others.append(out / "resized")
@@ -103,7 +104,7 @@ def verify_topology(
     for other in others:
         found = compare_runs(first, other)
         report.differences += [f"{other.name} beside {first.name}: {what}" for what in found]
-    report.fingerprint = fingerprint(whole_lines(first / NOTES)[-1])
+    report.fingerprint = fingerprint(first)
     _certify(order, report, out / CERTIFICATE)
     return report
 
@@ -162,7 +163,7 @@ def _life(order: Order, out: Path, rank: int, size: int, port: int) -> None:
         values = {"out": out}
         settings = read_settings(order.config, order.plugins, order.sets, os.environ, values)
         made = build_plugins(settings)
-        plan = arrange([*made.plan.plugins, WitnessPlugin()])
+        plan = arrange([*made.plan.plugins, witness()])
         made = dataclasses.replace(made, plan=plan)
         with run_folder(made, "auto") as folder:
             code = train(make_engine(made, out), made.run, "auto", folder, quiet=True)

@@ -21,6 +21,7 @@ from nexus_plugins.ddp import DdpPlugin
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
+from nexus_plugins.tape import TapePlugin
 from tests.distributed.launcher import write_run
 from tests.distributed.processes import together
 from tests.distributed.works import Block, DeepNet, DeepPlugin, Output, Seen
@@ -66,7 +67,7 @@ def trained(
     parallel.join()
     plugins = [
         parallel, DroppingPlugin(Seen()), SquaredPlugin(), ClipPlugin(max_norm=0.5), EmaPlugin(),
-        OptimAdamwPlugin(lr=1e-2, eps=1e-4), recorder,
+        OptimAdamwPlugin(lr=1e-2, eps=1e-4), recorder, TapePlugin(),
     ]  # fmt: skip
     if out is not None:
         plugins.append(CheckpointPlugin(every="3 steps", best=None))
@@ -83,6 +84,7 @@ def trained(
     return {
         "tensors": {name: _print(value) for name, value in {**named, **moments}.items()},
         "log": [(step, sorted(line.items())) for step, line in recorder.lines],
+        "tape": engine.plugins["tape"].state_dict(),
     }
 
 
@@ -92,7 +94,7 @@ def _print(value: Tensor) -> str:
 
 @pytest.mark.parametrize("make", [DdpPlugin, pytest.param(FsdpPlugin, marks=pytest.mark.slow)])
 def test_two_processes_have_the_bits_of_one(make: Any) -> None:
-    """Red if a weight, a moment, a metric or an evaluation has another bit (dropout, clip, ema)."""
+    """Red if a weight, a moment, a metric, an evaluation or a line of the tape has another bit."""
     alone = trained(DdpPlugin, 5)
     for seen in together(2, partial(trained, make, 5)):
         assert seen == alone
@@ -117,6 +119,7 @@ def test_a_run_that_is_resized_has_the_bits_of_one_that_was_not(tmp_path: Path) 
     together(3, partial(trained, DdpPlugin, 12, out, 8))
     for seen in together(2, partial(trained, DdpPlugin, 12, out)):
         assert seen["tensors"] == alone["tensors"]
+        assert seen["tape"] == alone["tape"]
         assert seen["log"] == [line for line in alone["log"] if line[0] > 8]  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_core import ConfigError, Engine, Plugin, PluginConfig, hookimpl
-from nexus_core.cli.witness import companions
+from nexus_core.cli.notes import companions
 from nexus_core.errors import CheckpointError
 from nexus_core.plan import installed, load
 from nexus_core.testing import tiny_engine

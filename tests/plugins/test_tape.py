@@ -97,6 +97,36 @@ def test_the_first_difference_is_in_its_step_its_part_and_its_module(
     assert not names or set(found[part]) == names
 
 
+class DrawingPlugin(Plugin[PluginConfig]):
+    """Draws a number at the fourth step, after the batch of one of its cells."""
+
+    def __init__(self, cell: int) -> None:
+        super().__init__()
+        self.cell, self.calls = cell, 0
+
+    @hookimpl
+    def on_batch(self, engine: Engine) -> None:
+        self.calls = self.calls + 1 if engine.state.step == 3 else 0
+        if self.calls == self.cell:
+            torch.rand(1)
+
+
+def test_in_cells_each_of_them_is_in_it(tmp_path: Path) -> None:
+    """Red if the generators are those of the last cell alone, or the batch is not cut."""
+
+    def lines(cell: int) -> Any:
+        made = tiny_engine(DrawingPlugin(cell), TapePlugin(), out=tmp_path / str(cell), cells=3)
+        made.fit(ResumableLoader(Regression(), 4, seed=1), until=4)
+        return read_tape(tmp_path / str(cell)).lines
+
+    plain, first, last = map(lines, (4, 1, 3))  # the first draws in none
+    assert len({*plain[1]["batches"], *plain[2]["batches"]}) == 6
+    for other in (first, last):
+        assert [s for s in plain if differing(plain[s], other[s])] == [4]
+        assert differing(plain[4], other[4]) == {"generators": ["torch"]}
+    assert first[4]["generators"] != last[4]["generators"]
+
+
 def test_the_state_of_a_plugin_is_in_it(tmp_path: Path) -> None:
     one = train(tmp_path / "a", MeddlingPlugin("never", print))
     other = train(tmp_path / "b", MeddlingPlugin("state", print))

@@ -7,8 +7,9 @@ import math
 import os
 import platform
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from nexus_core import Batch
 from nexus_core.batches import leaves
 from nexus_core.optimizers import members
+from nexus_core.processes import whole
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -113,33 +115,47 @@ def by_module(values: Mapping[str, Any], depth: int) -> Groups:
 
 
 def optimizer_states(engine: Engine, depth: int) -> Groups:
-    """What the optimizers keep of each parameter, by its module."""
-    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    """What the optimizers keep of each parameter, by its module.
+
+    It is in the order of the model: divided weights may be in other groups of the optimizer.
+    """
+    places = {id(p): (at, name) for at, (name, p) in enumerate(engine.model.named_parameters())}
+    states = [
+        (places.get(id(parameter), (len(places), "")), state)
+        for optimizer in members(engine.optimizer).values()
+        for parameter, state in optimizer.state.items()
+    ]
     groups: Groups = defaultdict(list)
-    for optimizer in members(engine.optimizer).values():
-        for parameter, state in optimizer.state.items():
-            module = _module(names.get(id(parameter), ""), depth)
-            groups[module] += [value for value in state.values() if isinstance(value, Tensor)]
+    for (_, name), state in sorted(states, key=itemgetter(0)):
+        values = [value for value in state.values() if isinstance(value, Tensor)]
+        groups[_module(name, depth)] += values
     return groups
 
 
 def settings(engine: Engine) -> str:
-    """A digest of the settings of the optimizers' groups, such as their rates, but for tensors."""
-    groups = [
-        {key: value for key, value in group.items() if key != "params" and not _has_tensor(value)}
-        for group in engine.optimizer.param_groups
-    ]
-    return hashlib.blake2b(repr(groups).encode(), digest_size=8).hexdigest()
+    """A digest of the settings of the optimizers' groups, such as their rates, but for tensors.
+
+    Groups with the same settings count as one: divided weights are in some of their own.
+    """
+    groups = Counter[str]()
+    for group in engine.optimizer.param_groups:
+        kept = {k: v for k, v in group.items() if k != "params" and not _has_tensor(v)}
+        groups[repr(kept)] += len(group["params"])
+    text = repr(sorted(groups.items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def of_tree(value: object) -> str:
-    """A hash of a tree of values, to the bits of its tensors; it waits for the device."""
+    """A hash of a tree of values, to the bits of its tensors; it waits for the device.
+
+    Where a tensor is divided among processes, all of them must ask.
+    """
     digest = hashlib.sha256()
     for path, leaf in _leaves(value):
         digest.update(path.encode())
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(_bytes(leaf.detach().cpu()))
+            digest.update(_bytes(whole(leaf.detach()).cpu()))
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()[:16]

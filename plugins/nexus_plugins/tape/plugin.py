@@ -14,7 +14,7 @@ from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.cli.digests import Digester, hexadecimal
 from nexus_core.paths import PathText
 from nexus_plugins._shared.files import write_whole
-from nexus_plugins.tape import lines, parts
+from nexus_plugins.tape import cells, lines, parts
 
 if TYPE_CHECKING:
     from nexus_core import Step
@@ -57,12 +57,17 @@ class _Taken:
         names: of the numbers of each part, by part.
         losses: the mean of each term `(terms)`.
         digests: the others, in the order of the names, int64.
+        cells: digests of all cells of the step, `(cells, 1 + generators)`, int64; None: the run is
+            not in cells.
+        generators: the names of those of the cells.
     """
 
     line: dict[str, Any]
     names: dict[str, list[str]] = field(default_factory=dict)
     losses: Tensor | None = None
     digests: list[Tensor] = field(default_factory=list)
+    cells: Tensor | None = None
+    generators: tuple[str, ...] = ()
 
 
 class TapePlugin(Plugin[TapeConfig]):
@@ -75,7 +80,8 @@ class TapePlugin(Plugin[TapeConfig]):
     `nexus-run diff` finds the first step at which they are not, and says why.
 
     A resumed run goes on with the tape of its checkpoint: it ends as that of a run that was not
-    interrupted. With several processes, batches and generators are those of the main one.
+    interrupted. With several processes, batches and generators are those of the main one; in cells
+    they are those of all, in the order of the cells, and the tape is that of one process.
     """
 
     api_version: ClassVar[str] = "1.2"
@@ -86,7 +92,7 @@ class TapePlugin(Plugin[TapeConfig]):
         self._chain = ""
         self._batches: list[str] = []
         self._inputs: list[list[Tensor]] = []  # of each batch, what is on a device already
-        self._generators: dict[str, str] = {}
+        self._generators: list[dict[str, str]] = []  # before the forward pass of each
         self._gradients: dict[str, Tensor] = {}
         self._begun = 0  # the step that batches are being read for
         self._waiting: list[_Taken] = []
@@ -129,11 +135,11 @@ class TapePlugin(Plugin[TapeConfig]):
     def on_batch(self, engine: Engine, batch: Any) -> None:
         if self._begun != engine.state.step + 1:
             self._begun = engine.state.step + 1
-            self._batches, self._inputs, self._gradients = [], [], {}
+            self._batches, self._inputs, self._generators, self._gradients = [], [], [], {}
         digest, elsewhere = parts.of_batch(batch)
         self._batches.append(digest)
         self._inputs.append(elsewhere)
-        self._generators = parts.generators()
+        self._generators.append(parts.generators())
 
     @hookimpl(stage="measure", trylast=True)
     def after_backward(self, engine: Engine, step: Step) -> None:
@@ -144,16 +150,14 @@ class TapePlugin(Plugin[TapeConfig]):
 
     @hookimpl(stage="restore", trylast=True)
     def on_step(self, engine: Engine, step: Step) -> None:
-        taken = _Taken({"step": step.number, "batches": self._batches,
-                        "generators": self._generators})  # fmt: skip
+        taken = self._read_data(engine, step)
         taken.names["losses"] = list(step.losses)
         losses = [loss.detach().reshape(()).double() for loss in step.losses.values()]
         taken.losses = engine.ranks.sum(torch.stack(losses)) if losses else None
         taken.line["settings"] = parts.settings(engine)
         found: dict[str, dict[str, Tensor]] = {}
         if any(self._inputs):
-            inputs = {str(place): tensors for place, tensors in enumerate(self._inputs)}
-            found["inputs"] = self._by_module(engine, inputs)
+            found["inputs"] = self._inputs_of(engine, step)
         if self._is_due(step.number):
             depth = self.config.modules
             found |= {
@@ -182,6 +186,23 @@ class TapePlugin(Plugin[TapeConfig]):
             self._file.close()
             self._file = None
 
+    def _read_data(self, engine: Engine, step: Step) -> _Taken:
+        """What is known of the batches and the generators."""
+        if not step.cells:
+            line = {"step": step.number, "batches": self._batches}
+            return _Taken(line | {"generators": self._generators[-1]})
+        each = [cells.of_run(engine, generators) for generators in self._generators]
+        pairs = zip(self._batches, each, strict=True)
+        own = [[batch, *generators.values()] for batch, generators in pairs]
+        found = cells.gathered(engine, step, own)
+        return _Taken({"step": step.number}, cells=found, generators=tuple(each[0]))
+
+    def _inputs_of(self, engine: Engine, step: Step) -> dict[str, Tensor]:
+        if step.cells:
+            return cells.inputs_of(engine, step, self._inputs, self._digester)
+        inputs = {str(place): tensors for place, tensors in enumerate(self._inputs)}
+        return self._by_module(engine, inputs)
+
     def _waits(self, taken: _Taken) -> bool:
         """Whether a line is read within its step: that of a CPU costs nothing."""
         return self.config.at_once or taken.losses is None or taken.losses.is_cpu
@@ -204,6 +225,8 @@ class TapePlugin(Plugin[TapeConfig]):
         digests = iter(torch.stack(numbers).tolist() if numbers else [])
         for taken in waiting:
             line = taken.line
+            if taken.cells is not None:
+                line["batches"], line["generators"] = cells.read(taken.cells, taken.generators)
             for part, names in taken.names.items():
                 if part == "losses":
                     values = taken.losses.tolist() if taken.losses is not None else []

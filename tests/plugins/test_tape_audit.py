@@ -141,6 +141,54 @@ def test_two_equal_runs_do_not_differ_and_absent_ones_are_an_error(folder: Path)
     assert run("diff", str(folder / "a"), str(folder / "absent")).exit_code == 2
 
 
+def test_an_honest_run_does_not_differ_from_its_re_execution(folder: Path) -> None:
+    honest = run("diff", str(folder / "a"), "--trust")
+    assert (honest.exit_code, honest.output) == (0, "no step differs, of 16\n")
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: Path) -> None:
+    """Red if an edit, a fault of the machine, other code or chance is missed or confused."""
+    struck = make(folder, "struck", PLANTED["a bit of a weight, unseen"])
+    once = ("first difference: step 11", "update", "blocks.1", "always comes out the same")
+    differs(struck, tmp_path / "tape", lambda out: None, *once)
+
+    def untaped(out: Path) -> None:
+        (out / "tape.jsonl").unlink()
+        (out / "metrics.jsonl").unlink()
+
+    differs(struck, tmp_path / "none", untaped, "first difference: step 9", "steps 8 and 12")
+    metric = ("step 8", "train/world_loss", "says ", "changed since it was")
+    differs(folder / "a", tmp_path / "better", better, *metric)
+    saved = ("step 8", "step-00000008", "model.head.weight", "float32 (4, 16)")
+    forged = tmp_path / "forged"
+    differs(folder / "a", forged, lambda out: forge(out / "checkpoints/step-00000008"), *saved)
+    code = ("first difference: step 1\n", "losses", "code world.world.py")
+    differs(folder / "a", tmp_path / "code", scaled("1.001"), *code)
+    chance = "(1 + int.from_bytes(__import__('os').urandom(2)) / 1e6)"
+    said = ("first difference: step 1\n", "loss", "mul", "differently each time")
+    differs(folder / "a", tmp_path / "chance", scaled(chance), *said)
+
+
+def differs(source: Path, room: Path, act: Callable[[Path], None], *said: str) -> None:
+    """A copy of a run in which something was changed differs from its re-execution, in words."""
+    out = room / source.name
+    shutil.copytree(source, out, symlinks=True)
+    act(out)
+    done = run("diff", str(out), "--trust")
+    assert done.exit_code == 1, done.output
+    assert [words for words in said if words not in done.output] == [], done.output
+
+
+def scaled(factor: str) -> Callable[[Path], None]:
+    """Multiply a loss, in the code that a run keeps."""
+
+    def edit_code(out: Path) -> None:
+        edit(out / "plugins/world.py", "self.constant).square().sum()", f" * {factor}")
+
+    return edit_code
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a stale cache", "a bit of a weight, unseen"])
 def test_a_planted_difference_is_named(name: str, folder: Path) -> None:

@@ -26,10 +26,32 @@ from nexus_plugins.tape.lines import differing
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
 
-__all__ = ["Audit", "Segment", "audit", "unseen"]
+__all__ = ["Audit", "OddMetric", "Segment", "audit", "depth_of", "odd_metrics", "unseen"]
 
 _OF_CLOCKS = ("seconds", "time")
 _STATE = ("model", "optimizer", "random", "data", "plugins")
+
+
+@dataclass(frozen=True)
+class OddMetric:
+    """Something in `metrics.jsonl` that is not as the run logs it.
+
+    Args:
+        step: of the line.
+        name: of the metric; empty where it is the whole line.
+        said: what is wrong with it.
+        values: in the file, and when it is executed again; None: it is not there.
+    """
+
+    step: int
+    name: str
+    said: str
+    values: tuple[float | None, float | None] = (None, None)
+
+    def __str__(self) -> str:
+        if not self.name:
+            return f"metrics.jsonl: the line of step {self.step} {self.said}"
+        return f"metrics.jsonl, step {self.step}: {self.name} {self.said}"
 
 
 @dataclass(frozen=True)
@@ -102,17 +124,18 @@ def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
 
 def _again(recorded: Recorded, begin: int, end: int) -> Segment:
     try:
-        again = executed(recorded, begin, end, modules=_depth(recorded, end))
+        again = executed(recorded, begin, end, modules=depth_of(recorded, end))
     except NexusError as error:
         return Segment(begin, end, [f"it cannot be executed again: {error}"])
-    faults = [*_lines(recorded, again, begin, end), *_metrics(recorded, again, begin, end)]
+    faults = [*_lines(recorded, again, begin, end)]
+    faults += map(str, odd_metrics(recorded, again, begin, end))
     for step in filter(None, (begin, end)):
         faults += _checkpoint(recorded, again.engine, step, ends=step == end)
     return Segment(begin, end, list(dict.fromkeys(faults)), again.notes)
 
 
-def _depth(recorded: Recorded, step: int) -> int:
-    """How deep the tape of then tells modules apart."""
+def depth_of(recorded: Recorded, step: int) -> int:
+    """How deep the tape of a step tells modules apart."""
     sessions = [s for s in recorded.tape.sessions if s["step"] < step]
     return int(sessions[-1]["modules"]) if sessions else 2
 
@@ -130,25 +153,26 @@ def _lines(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[s
             return
 
 
-def _metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[str]:
-    """What the run has logged otherwise than when it is executed again."""
+def odd_metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[OddMetric]:
+    """What the run has logged otherwise than when it is executed again, first step first."""
     logged = _logged(recorded.folder / "metrics.jsonl", begin, end)
     if logged is None or _logs_by_the_clock(recorded):
         return
     heard: dict[int, dict[str, float]] = defaultdict(dict)
     for step, metrics in again.metrics:
-        heard[step] |= metrics
+        if begin < step <= end:
+            heard[step] |= metrics
     for step in sorted({*heard, *logged}):
         mine, theirs = heard.get(step), logged.get(step)
         if mine is None or theirs is None:
-            what = "is not there" if theirs is None else "is not of the run"
-            yield f"metrics.jsonl: the line of step {step} {what}"
+            yield OddMetric(step, "", "is not there" if theirs is None else "is not of the run")
             continue
         for name, value in mine.items():
             finite = value if math.isfinite(value) else None
             if not _is_clock(name) and (name not in theirs or theirs[name] != finite):
                 said = f"says {theirs[name]}" if name in theirs else "says nothing"
-                yield f"metrics.jsonl, step {step}: {name} {said}, and is {value:.9g}"
+                said = f"{said}, and is {value:.9g}"
+                yield OddMetric(step, name, said, (theirs.get(name), value))
 
 
 def _logs_by_the_clock(recorded: Recorded) -> bool:
@@ -191,7 +215,7 @@ def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) ->
         yield f"{path.name}: {error}"
         return
     line = recorded.tape.lines.get(step, {})
-    odd = [name for name, now in _weights(snapshot, _depth(recorded, step)).items()
+    odd = [name for name, now in _weights(snapshot, depth_of(recorded, step)).items()
            if name in line.get("weights", {}) and line["weights"][name] != now]  # fmt: skip
     if odd:
         yield f"{path.name}: the weights of {', '.join(odd)} are not those of the tape"

@@ -20,7 +20,16 @@ from nexus_plugins.tape.lines import Line, differing
 from nexus_plugins.tape.probe import OUTSIDE, Moment
 from nexus_plugins.tape.sides import Side, Taken
 
-__all__ = ["Finding", "diff", "first_step"]
+__all__ = [
+    "UNTOLD",
+    "Finding",
+    "between",
+    "by_tape",
+    "diff",
+    "first_step",
+    "largest_of",
+    "steps_of",
+]
 
 PHASE_OF = {
     "batches": "batch",
@@ -95,14 +104,15 @@ def diff(one: Recorded, other: Recorded) -> Finding:
     step = _first_again(one, other, begin, end)
     if step is None:
         said = f"between steps {begin} and {end}, and not when both runs are executed again"
-        return Finding(end, found, begin + 1, cause=f"the runs came apart {said}; {_OUTSIDE}")
+        return Finding(end, found, begin + 1, cause=f"the runs came apart {said}; {UNTOLD}")
     return _taken_apart(one, other, step, end, found)
 
 
-_OUTSIDE = (
+UNTOLD = (
     "what differed is not in their configs: a fault of the machine, code that has been changed "
     "since, or a hand from outside"
 )
+"""Why steps may differ that are the same when they are executed again."""
 
 
 def first_step(
@@ -126,15 +136,15 @@ def _taken_apart(
     lines = one.tape.lines.get(step), other.tape.lines.get(step)
     try:
         with Side(one) as mine, Side(other) as theirs:
-            return _between(mine, theirs, lines, step, compared, found)
+            return between(mine, theirs, lines, step, compared, found)
     except NexusError as error:  # such as code of the user's that is not trusted
         if None in lines:
             raise
-        finding = _by_tape(lines, step, compared, found)
+        finding = by_tape(lines, step, compared, found)
         return Finding(**{**vars(finding), "notes": [f"not done again: {error}"]})
 
 
-def _between(
+def between(
     mine: Side,
     theirs: Side,
     lines: tuple[Line | None, Line | None],
@@ -142,6 +152,16 @@ def _between(
     compared: int,
     found: list[Fact],
 ) -> Finding:
+    """Do a step again on both sides, and find the first value that differs.
+
+    Args:
+        mine: a side.
+        theirs: the other one.
+        lines: of both tapes, where there are some.
+        step: its number.
+        compared: the last step that both have.
+        found: what is known to differ.
+    """
     taken = _both(mine, theirs, step)
     repeated = _repeats(lines[0], taken[0], step), _repeats(lines[1], taken[1], step)
     earlier = _earlier(taken, step)
@@ -151,8 +171,8 @@ def _between(
     places = _first(taken[0].moments, taken[1].moments)
     if places is None or False in repeated:
         if None not in lines:
-            return _by_tape(lines, step, compared, found, repeated, notes)
-        why = f"done again, both runs take the same step; {_OUTSIDE}"
+            return by_tape(lines, step, compared, found, repeated, notes)
+        why = f"done again, both runs take the same step; {UNTOLD}"
         return Finding(compared, found, step, cause=why, repeated=repeated, notes=notes)
     if _is_computed(taken[0].moments[places[0]]):
         closer = _both(mine, theirs, step, operations=True)
@@ -172,7 +192,7 @@ def _between(
         moment.module,
         moment.name,
         (pair[0].about, pair[1].about),
-        _largest(*values),
+        largest_of(*values),
         cause(pair, values, found),
         repeated,
         notes,
@@ -212,7 +232,7 @@ def _first(one: Sequence[Moment], other: Sequence[Moment]) -> tuple[int, int] | 
     return None
 
 
-def _by_tape(
+def by_tape(
     lines: tuple[Line | None, Line | None],
     step: int,
     compared: int,
@@ -254,7 +274,8 @@ def _by_tape(
     )
 
 
-def _largest(one: Tensor | None, other: Tensor | None) -> float | None:
+def largest_of(one: Tensor | None, other: Tensor | None) -> float | None:
+    """The largest difference of two tensors; None where they have no numbers in common."""
     if one is None or other is None or one.shape != other.shape or not one.numel():
         return None
     kind = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
@@ -272,7 +293,7 @@ def _by_checkpoints(one: Recorded, other: Recorded) -> tuple[int, int]:
     """The last common checkpoint that is the same, and the first after it that is not."""
     common = sorted(one.saved.keys() & other.saved.keys())
     if not common:
-        end = min(_steps(one), _steps(other))
+        end = min(steps_of(one), steps_of(other))
         if not end:
             raise RunError("the runs have no tapes, and no checkpoint of a common step")
         return 0, end
@@ -294,7 +315,8 @@ def _first_again(one: Recorded, other: Recorded, begin: int, end: int) -> int | 
     return next((s for s in common if differing(lines[0][s], lines[1][s])), None)
 
 
-def _steps(run: Recorded) -> int:
+def steps_of(run: Recorded) -> int:
+    """How many steps a run has, by its summary or its checkpoints."""
     try:
         found: Any = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
         return int(found["steps"])

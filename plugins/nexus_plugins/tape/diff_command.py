@@ -1,4 +1,4 @@
-"""`nexus-run diff`: where two runs first differ, in what, and why."""
+"""`nexus-run diff`: where two runs, or a run and its re-execution, first differ, and why."""
 
 from __future__ import annotations
 
@@ -23,24 +23,29 @@ __all__ = ["main"]
 
 @click.command(name="diff", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("one", metavar="RUN_A", type=PATH)
-@click.argument("other", metavar="RUN_B", type=PATH)
+@click.argument("other", metavar="[RUN_B]", type=PATH, required=False)
 @click.option("--trust", is_flag=True, help="Use the code of the user that their configs name.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(one: Path, other: Path, trust: bool, as_json: bool, debug: bool) -> None:
+def main(one: Path, other: Path | None, trust: bool, as_json: bool, debug: bool) -> None:
     """Name the first step at which two runs differ, the first tensor in it, and the likely cause.
+
+    With one run, that at which it differs from what comes out when it is executed again.
 
     Settings, code, versions, data and environment are compared first, then the tapes of both runs.
     The first step that differs is done again from the nearest checkpoints, in folders that are
-    thrown away; where a run has no tape, the steps between checkpoints are. Nothing of the runs is
+    thrown away; where a run has no tape, the steps between checkpoints are. Of a single run, all is
+    executed again, and its tape, metrics and checkpoints are compared. Nothing of the runs is
     changed. The exit code is 0 where no step differs, 1 where one does, 2 after an error.
     """
     with reported(debug):
         from nexus_plugins.tape.again import Recorded
         from nexus_plugins.tape.diff import diff
+        from nexus_plugins.tape.itself import diff_itself
 
         try:
-            finding = diff(*(Recorded.at(run, trust=trust) for run in (one, other)))
+            run = Recorded.at(one, trust=trust)
+            finding = diff(run, Recorded.at(other, trust=trust)) if other else diff_itself(run)
         except NexusError as error:
             if debug:
                 raise

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nexus_core.cli.lineage import changes
 from nexus_core.cli.recorded import config_of, settings_in
 from nexus_core.errors import PluginError
+from nexus_core.places import used
 from nexus_core.plan import load
+from nexus_plugins.tape import parts
 from nexus_plugins.tape.again import Recorded
 
-__all__ = ["Fact", "facts", "near"]
+if TYPE_CHECKING:
+    from nexus_core.engine import Engine
+
+__all__ = ["Fact", "facts", "near", "since"]
 
 HOOKS: Mapping[str, tuple[str, ...]] = {
     "batch": ("make_data", "on_batch", "cut_batch"),
@@ -63,6 +71,27 @@ def facts(one: Recorded, other: Recorded) -> list[Fact]:
     return [*found, *_environments(one, other)]
 
 
+def since(run: Recorded, engine: Engine) -> list[Fact]:
+    """What is another now than when a run was made: code, versions and environment.
+
+    Args:
+        run: as it was.
+        engine: the run as it is executed again, after its last step.
+    """
+    then = run.lock()
+    known = {name: of for name, of in (then.get("plugins") or {}).items() if name in engine.plugins}
+    now = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "plugins": {
+            name: of | {"files": {s.file: s.sha256 for s in used(engine.plugins[name])}}
+            for name, of in known.items()
+        },
+    }
+    surroundings = run.tape.environment(engine.state.step), parts.environment(engine)
+    return [*_locks(then, now), *_surroundings(*surroundings)]
+
+
 def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
     """Those that may be the cause of a difference in a phase of a step, likeliest first.
 
@@ -104,7 +133,7 @@ def _locks(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Fact]:
         if one and other and one.get(name) != other.get(name):
             yield Fact("version", name, (one.get(name), other.get(name)))
     mine, theirs = one.get("plugins") or {}, other.get("plugins") or {}
-    for name in mine.keys() & theirs.keys():
+    for name in [name for name in mine if name in theirs]:
         pair = mine[name].get("version"), theirs[name].get("version")
         if pair[0] != pair[1]:
             yield Fact("version", name, pair)
@@ -116,7 +145,12 @@ def _locks(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 def _environments(one: Recorded, other: Recorded) -> Iterator[Fact]:
-    first, second = (run.tape.environment(max(run.tape.lines, default=0)) for run in (one, other))
+    yield from _surroundings(
+        *(run.tape.environment(max(run.tape.lines, default=0)) for run in (one, other))
+    )
+
+
+def _surroundings(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Fact]:
     for key in first.keys() & second.keys() if first and second else ():
         if first[key] != second[key]:
             yield Fact("environment", key, (first[key], second[key]))

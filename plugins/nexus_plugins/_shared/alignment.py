@@ -23,9 +23,15 @@ def check_alignment(batch: Batch, ignore_index: int, prefix: str = "") -> None:
         prefix: before both names.
 
     Raises:
-        DataError: every label that counts is the id at its own position, not the next one.
+        DataError: there are no labels, or every label that counts is the id at its own position,
+            not the next one.
     """
-    labels, ids = batch[f"{prefix}labels"], batch.get(f"{prefix}input_ids")
+    if (labels := batch.get(f"{prefix}labels")) is None:
+        raise DataError(
+            f"the batch has no '{prefix}labels', only {', '.join(sorted(batch))}; name a data "
+            "plugin that gives them, or leave this loss out"
+        )
+    ids = batch.get(f"{prefix}input_ids")
     if ids is None or ids.shape != labels.shape:
         return
     counted = labels != ignore_index

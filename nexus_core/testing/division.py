@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from unittest import SkipTest
 
+from nexus_core.batches import batch_size
 from nexus_core.testing.probes import StillPlugin, gradients_of_a_step, joined
 from nexus_core.testing.trial import Settings, Trial
 
@@ -25,6 +26,8 @@ class Division(Trial):
         split = self._engine(settings, tmp_path / "split", CELLS, cells=CELLS, first=first)
         assert split.data is not None
         batches = list(islice(iter(split.data.train), split.accumulate))
+        if len({batch_size(batch) for batch in batches}) > 1:
+            raise SkipTest("its batches have other numbers of rows, so cells of the whole have too")
         found = gradients_of_a_step(split, batches, self.horizon)
         whole = self._engine(settings, tmp_path / "whole", cells=CELLS, first=[StillPlugin()])
         self._same(

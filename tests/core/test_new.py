@@ -217,7 +217,9 @@ def test_wheel_of_the_trainer_holds_the_templates(folder: Path) -> None:
                "--quiet", "--wheel-dir", str(folder), str(ROOT)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
-    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "templates" in name}
+    names = {
+        Path(name).name for name in zipfile.ZipFile(wheel).namelist() if "cli/templates" in name
+    }
     assert names == {path.name for path in (ROOT / "nexus_core/cli/templates").iterdir()}
 
 

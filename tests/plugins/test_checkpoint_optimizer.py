@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from benchmarks.mutations import resign, try_mutations
+from benchmarks.mutations import resign
 from nexus_core import CheckpointError, Engine
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.optim_muon import MuonAndAdamw
 
+ROOT = Path(__file__).parents[2]
 Build = Callable[[nn.Module], Optimizer]
 
 
@@ -293,11 +296,15 @@ def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path)
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
-def test_signed_mutations_are_refused_or_train(count: int, tmp_path: Path) -> None:
+def test_signed_mutations_are_refused_or_train(count: int) -> None:
     """Breaks if one ends in anything but a `CheckpointError` or a step: an error, a signal."""
-    outcome = try_mutations(count, tmp_path, seed=7)
-    assert outcome.failures == {}
-    assert outcome.refused + outcome.worked == count
-    assert outcome.refused > count / 3
-    assert outcome.memory_kb < 1 << 20
-    shutil.rmtree(tmp_path)
+    command = ["-m", "benchmarks.mutations", "--mutations", str(count), "--seed", "7"]
+    done = subprocess.run(  # it forks, which a process that has used an accelerator may not
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"(\d+) refused, (\d+) trained on, 0 failed", done.stdout)
+    assert found is not None
+    refused, worked = map(int, found.groups())
+    assert refused + worked == count
+    assert refused > count / 3

@@ -146,7 +146,14 @@ def test_the_whole_nexus_resumes_to_the_same_bits(
 # -- pairs, on the smallest model that there is
 
 LEFT_OUT = {
-    *("data", "init", "loss", "model"),  # what they do is up to a user's code and files
+    *(
+        "data",
+        "init",
+        "loss",
+        "loss_distill",
+        "loss_dpo",
+        "model",
+    ),  # what they do is up to a user's code and files
     *("data_text", "model_nexus", *LOSSES),  # above, as they need one another
     *("compile", "ddp", "fsdp"),  # code for a device that there is not, and several processes
 }

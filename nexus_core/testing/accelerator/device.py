@@ -206,7 +206,7 @@ class Device:
         with ExitStack() as stack:
             stack.callback(setattr, self, "active", False)
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(_parameters_moved_in_place())
+            stack.enter_context(_swapping(True))
             for owner, name, replacement in self._replacements():
                 stack.enter_context(patch.object(owner, name, replacement))
             yield
@@ -232,16 +232,23 @@ class Device:
             return self.memory.over(storage, like).clone().untyped_storage()
 
         yield torch.UntypedStorage, "clone", cloned
+        load: Any = torch.nn.Module.load_state_dict
+
+        def loaded(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+            with _swapping(False):  # into the parameters, as on every device that torch knows
+                return load(module, *arguments, **options)
+
+        yield torch.nn.Module, "load_state_dict", loaded
 
 
 @contextmanager
-def _parameters_moved_in_place() -> Iterator[None]:
-    """`module.to` keeps its parameters, tied ones too, as it does to every device that torch knows.
+def _swapping(swaps: bool) -> Iterator[None]:
+    """Whether `module.to` keeps its parameters, tied ones too, as to every device torch knows.
 
     To others, PyTorch makes new ones unless it is told otherwise.
     """
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
     try:
         yield
     finally:

@@ -216,29 +216,18 @@ def _import(name: str, files: tuple[Source, ...]) -> ModuleType:
                 f"'{shown(str(source.path))}' cannot be imported: its name is that of another "
                 f"module, {taken}, and Python has one of a name; rename the file"
             )
+    # No bytecode is left beside a user's files: Python tells it from an edit by seconds and size.
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        with _as_written():
-            module = importlib.import_module(name)
+        module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         what = shown(str(files[0].path)) if files else name
         reason = f"{type(error).__name__}: {error}{_line(error, files)}"
         raise ConfigError(f"'{what}' cannot be imported: {reason}") from error
-    keep(files)
-    return module
-
-
-@contextmanager
-def _as_written() -> Iterator[None]:
-    """Import without leaving bytecode beside the files: Python may take it for a later edit.
-
-    It tells bytecode from what a file is now by seconds and size, so a file that is edited at once
-    would count as what it was; and a run's folder is left as it is.
-    """
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
     finally:
         sys.dont_write_bytecode = before
+    keep(files)
+    return module
 
 
 def _module_and_name(dotted: str) -> tuple[str, str]:

@@ -18,11 +18,12 @@ __all__ = ["reported"]
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
+def reported(debug: bool, failure: int = 1) -> Iterator[None]:
     """Turn an error into a message on stderr and an exit code: 2 the user's mistake, 1 a failure.
 
     Args:
         debug: let the traceback through.
+        failure: the exit code of a failure; 2 where 1 is an answer of the command.
     """
     _take_any_output()
     try:
@@ -34,7 +35,7 @@ def reported(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         if not _said_by_main(said := error.on_command_line()):
             _say(error, said)
-        sys.exit(error.exit_code)
+        sys.exit(max(error.exit_code, failure))
     except (click.exceptions.Exit, click.ClickException, SystemExit, KeyboardInterrupt):
         raise
     except BrokenPipeError:
@@ -45,7 +46,7 @@ def reported(debug: bool) -> Iterator[None]:
         _say(error, f"{type(error).__name__}: {error}")
         if not debug:
             click.echo("run it again with --debug to see the traceback", err=True)
-        sys.exit(1)
+        sys.exit(failure)
 
 
 def _take_any_output() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -257,7 +258,8 @@ class ChatTemplate:
             self._inner.apply_chat_template(_PROBE, tokenize=False, **self._arguments)
         except TypeError:
             return True
-        except Exception:  # it takes no calls at all, which is said where there are some
+        except (TemplateError, AttributeError, LookupError, ValueError):
+            # It takes no calls at all, which is said where there are some.
             return False
         return False
 

@@ -141,6 +141,21 @@ def test_two_equal_runs_do_not_differ_and_absent_ones_are_an_error(folder: Path)
     assert run("diff", str(folder / "a"), str(folder / "absent")).exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["diff", "audit"])
+def test_a_command_that_fails_does_not_answer(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a script takes a failure of the command for runs that differ, whose code is 1."""
+    from nexus_plugins.tape.again import Recorded
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Recorded, "at", fails)
+    done = run(command, str(folder / "a"))
+    assert (done.exit_code, "planted" in done.output) == (2, True)
+
+
 def test_an_honest_run_does_not_differ_from_its_re_execution(folder: Path) -> None:
     honest = run("diff", str(folder / "a"), "--trust")
     assert (honest.exit_code, honest.output) == (0, "no step differs, of 16\n")

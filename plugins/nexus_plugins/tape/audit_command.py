@@ -13,7 +13,6 @@ import click
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.options import PATH
-from nexus_core.errors import NexusError
 
 if TYPE_CHECKING:
     from nexus_plugins.tape.audit import Audit
@@ -40,17 +39,11 @@ def main(
     one that the run was made on. Nothing of the run is changed. The exit code is 0 where all is as
     it was left, 1 where something is not, 2 after an error.
     """
-    with reported(debug):
+    with reported(debug, failure=2):
         from nexus_plugins.tape.again import Recorded
         from nexus_plugins.tape.audit import audit
 
-        try:
-            report = audit(Recorded.at(run, trust=trust), segments, seed)
-        except NexusError as error:
-            if debug:
-                raise
-            click.echo(f"error: {error.on_command_line()}", err=True)
-            sys.exit(2)
+        report = audit(Recorded.at(run, trust=trust), segments, seed)
         click.echo(_as_json(report) if as_json else "\n".join(_lines(report)))
         sys.exit(0 if report.holds else 1)
 

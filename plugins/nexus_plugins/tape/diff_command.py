@@ -13,7 +13,6 @@ import click
 
 from nexus_core.cli.errors import reported
 from nexus_core.cli.options import PATH
-from nexus_core.errors import NexusError
 
 if TYPE_CHECKING:
     from nexus_plugins.tape.diff import Finding
@@ -38,19 +37,13 @@ def main(one: Path, other: Path | None, trust: bool, as_json: bool, debug: bool)
     executed again, and its tape, metrics and checkpoints are compared. Nothing of the runs is
     changed. The exit code is 0 where no step differs, 1 where one does, 2 after an error.
     """
-    with reported(debug):
+    with reported(debug, failure=2):
         from nexus_plugins.tape.again import Recorded
         from nexus_plugins.tape.diff import diff
         from nexus_plugins.tape.itself import diff_itself
 
-        try:
-            run = Recorded.at(one, trust=trust)
-            finding = diff(run, Recorded.at(other, trust=trust)) if other else diff_itself(run)
-        except NexusError as error:
-            if debug:
-                raise
-            click.echo(f"error: {error.on_command_line()}", err=True)
-            sys.exit(2)
+        run = Recorded.at(one, trust=trust)
+        finding = diff(run, Recorded.at(other, trust=trust)) if other else diff_itself(run)
         click.echo(_as_json(finding) if as_json else "\n".join(_lines(finding)))
         sys.exit(0 if finding.equal else 1)
 

@@ -293,13 +293,17 @@ class PluginContract(Division, AcceleratorChecks):
             for seed in seeds
         ]
         plugin_class = self.plugin_class()
-        before = shared_containers(plugin_class)
+        before, process_before = shared_containers(plugin_class), of_torch()
         together = self._side_by_side(settings, seeds, tmp_path)
         for seed, one, other in zip(seeds, alone, together, strict=True):
             what = f"beside another engine, the run of seed {seed} takes another course"
             self._same(of_training(one), of_training(other), what)
         lines = differences(before, shared_containers(plugin_class))
         self._expect(not lines, f"engines share what belongs to each plugin object: {some(lines)}")
+        left = changed(process_before, of_torch())
+        self._expect(
+            not left, f"two runs side by side do not give back what they set: {some(left)}"
+        )
 
     def test_off_is_absent(self, tmp_path: Path) -> None:
         """With the settings `off`, training ends in the same bits as without the plugin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.optimizers import members, needs_closure
+from nexus_plugins._shared.process_setting import ProcessSetting
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["AmpConfig", "AmpPlugin"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = ProcessSetting(
+    "torch's precision of float32 products",
+    torch.get_float32_matmul_precision,
+    torch.set_float32_matmul_precision,
+)
 Answers = list[Mapping[str, Tensor]]
 
 
@@ -49,7 +56,10 @@ class AmpPlugin(Plugin[AmpConfig]):
     _unscaled: list[Optimizer]
     """The optimizers whose gradients this step has divided by the scale."""
     _saved: StateDict | None = None
-    _precision_before: str | None = None
+
+    def __init__(self, config: AmpConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._held = ExitStack()
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -61,9 +71,8 @@ class AmpPlugin(Plugin[AmpConfig]):
                 f"amp: the weights are {narrow.pop()}, expected float32; leave out model.half() "
                 "or model.bfloat16(), or leave out amp"
             )
-        self._precision_before = torch.get_float32_matmul_precision()
         if self.config.tf32:
-            torch.set_float32_matmul_precision("high")
+            self._held.callback(PRECISION.hold("high"))
         if self.config.dtype == "fp16" and any(
             map(needs_closure, members(engine.optimizer).values())
         ):
@@ -83,8 +92,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     @hookimpl
     def on_close(self) -> None:
         """Give back the precision of float32 products."""
-        if self._precision_before is not None:
-            torch.set_float32_matmul_precision(self._precision_before)
+        self._held.close()
 
     @hookimpl(wrapper=True, stage="context")
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:

@@ -4,21 +4,59 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.numerics import WORKSPACE
-
-if TYPE_CHECKING:
-    pass
+from nexus_plugins._shared.process_setting import ProcessSetting
 
 __all__ = ["DeterministicConfig", "DeterministicPlugin"]
 
 WORKSPACES = (":4096:8", ":16:8")
 """Those with which cuBLAS is deterministic, by its manual; the first one costs no time."""
+
+
+def _algorithms() -> str | None:
+    if not torch.are_deterministic_algorithms_enabled():
+        return None
+    return "warn" if torch.is_deterministic_algorithms_warn_only_enabled() else "refuse"
+
+
+def _set_algorithms(missing: str | None) -> None:
+    torch.use_deterministic_algorithms(missing is not None, warn_only=missing == "warn")
+
+
+def _set_workspace(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(WORKSPACE, None)
+    else:
+        os.environ[WORKSPACE] = value
+
+
+def _flag(owner: Any, place: str, name: str) -> ProcessSetting[bool]:
+    return ProcessSetting(
+        f"{place}.{name}", lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+    )
+
+
+ALGORITHMS = ProcessSetting("deterministic.missing", _algorithms, _set_algorithms)
+CUBLAS = ProcessSetting(WORKSPACE, lambda: os.environ.get(WORKSPACE), _set_workspace)
+CUDNN = {
+    name: _flag(torch.backends.cudnn, "cudnn", name)
+    for name in ("deterministic", "benchmark", "allow_tf32")
+}
+PRODUCTS = tuple(
+    _flag(torch.backends.cuda.matmul, "torch.backends.cuda.matmul", name)
+    for name in (
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    )
+)
+"""Where the parts of a product in 16 bits may be added up in 16 bits."""
 
 
 class DeterministicConfig(PluginConfig):
@@ -43,7 +81,8 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
     On CUDA many kernels add up in whichever order their threads finish. With it, the same run on
     the same kind of device with the same versions gives the same bits, more slowly. Operations of
     this package that have no deterministic form on CUDA are replaced; any other one is an error
-    that names it. The settings are those of the whole process: they are given back at the end.
+    that names it. The settings are those of the whole process: they are given back when the last
+    run that holds them ends.
 
     Source: PyTorch's notes on reproducibility; cuBLAS, "Results reproducibility".
     """
@@ -52,7 +91,7 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
 
     def __init__(self, config: DeterministicConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
-        self._before = ExitStack()
+        self._held = ExitStack()
 
     @hookimpl(stage="claim", tryfirst=True)
     def on_start(self) -> None:
@@ -62,27 +101,15 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
             ConfigError: cuBLAS is set to be otherwise, or float32 products to be TF32.
         """
         self._check_precision()
-        with ExitStack() as before:
-            self._set_workspace(before)
-            before.callback(
-                torch.use_deterministic_algorithms,
-                torch.are_deterministic_algorithms_enabled(),
-                warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-            )
-            torch.use_deterministic_algorithms(True, warn_only=self.config.missing == "warn")
-            cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-            in_16_bits = self.config.sums_in_16_bits
-            for owner, name, value in (
-                (cudnn, "deterministic", True),
-                (cudnn, "benchmark", False),
-                (cudnn, "allow_tf32", self.config.tf32),
-                (products, "allow_fp16_reduced_precision_reduction", in_16_bits),
-                (products, "allow_bf16_reduced_precision_reduction", in_16_bits),
-                (products, "allow_fp16_accumulation", in_16_bits),
-            ):
-                before.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, value)
-            self._before = before.pop_all()
+        with ExitStack() as held:
+            held.callback(CUBLAS.hold(_workspace()))
+            held.callback(ALGORITHMS.hold(self.config.missing))
+            held.callback(CUDNN["deterministic"].hold(True))
+            held.callback(CUDNN["benchmark"].hold(False))
+            held.callback(CUDNN["allow_tf32"].hold(self.config.tf32))
+            for setting in PRODUCTS:
+                held.callback(setting.hold(self.config.sums_in_16_bits))
+            self._held = held.pop_all()
 
     @hookimpl(stage="inspect")
     def on_batch(self) -> None:
@@ -100,7 +127,7 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
     @hookimpl
     def on_close(self) -> None:
         """Give every setting back."""
-        self._before.close()
+        self._held.close()
 
     def _check_precision(self) -> None:
         if not self.config.tf32 and torch.get_float32_matmul_precision() != "highest":
@@ -111,14 +138,12 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
                 "deterministic.tf32=true, or leave the other one out"
             )
 
-    @staticmethod
-    def _set_workspace(before: ExitStack) -> None:
-        asked = os.environ.get(WORKSPACE)
-        if asked is None:
-            before.callback(os.environ.pop, WORKSPACE, None)
-            os.environ[WORKSPACE] = WORKSPACES[0]
-        elif asked not in WORKSPACES:
-            raise ConfigError(
-                f"deterministic: {WORKSPACE} is '{asked}', with which cuBLAS is not "
-                f"deterministic; unset it, or set it to {' or '.join(WORKSPACES)}"
-            )
+
+def _workspace() -> str:
+    asked = os.environ.get(WORKSPACE, WORKSPACES[0])
+    if asked not in WORKSPACES:
+        raise ConfigError(
+            f"deterministic: {WORKSPACE} is '{asked}', with which cuBLAS is not "
+            f"deterministic; unset it, or set it to {' or '.join(WORKSPACES)}"
+        )
+    return asked

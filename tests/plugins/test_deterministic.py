@@ -103,6 +103,24 @@ def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.Mo
     assert os.environ[WORKSPACE] == ":16:8", "the user's own stays"
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_runs_side_by_side_keep_the_settings_until_the_last_ends(first: int) -> None:
+    """Breaks if the first to end takes them from the other, or the last leaves them behind."""
+    before = numerics(CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loops = [tiny_engine(DeterministicPlugin()).steps(until="3 steps") for _ in range(2)]
+        for loop in loops:
+            next(loop)
+        refused = tiny_engine(DeterministicPlugin(missing="warn"))
+        with pytest.raises(ConfigError, match=r"missing is 'refuse' for another run.*needs 'warn'"):
+            refused.fit(until="1 step")
+        loops[first].close()
+        assert numerics(CPU)["deterministic_algorithms"] is True
+        loops[1 - first].close()
+    assert numerics(CPU) == before
+
+
 @pytest.mark.parametrize("when", ["before the run", "at its start"])
 def test_tf32_is_refused_or_allowed_in_so_many_words(when: str) -> None:
     class RoughPlugin(Plugin[PluginConfig]):

@@ -1,0 +1,53 @@
+"""Settings of the whole process, which several runs in it may need at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from nexus_core import ConfigError
+
+__all__ = ["ProcessSetting"]
+
+T = TypeVar("T")
+
+
+class ProcessSetting(Generic[T]):
+    """One setting of the process, changed while at least one run holds it.
+
+    The first run to hold it keeps what was there and the last one to release it puts that back,
+    whichever of them ends first. The count belongs to the process as the setting itself does.
+
+    Args:
+        name: the setting, as a message names it.
+        read: tells its value.
+        write: sets it.
+    """
+
+    def __init__(self, name: str, read: Callable[[], T], write: Callable[[T], object]) -> None:
+        self._name, self._read, self._write = name, read, write
+        self._runs = 0
+        self._held: T
+        self._before: T
+
+    def hold(self, value: T) -> Callable[[], None]:
+        """Set it to `value` for a run, and return what releases it, to be called once.
+
+        Raises:
+            ConfigError: another run of this process holds it at another value.
+        """
+        if self._runs == 0:
+            self._before, self._held = self._read(), value
+        elif value != self._held:
+            raise ConfigError(
+                f"{self._name} is {self._held!r} for another run of this process, and this one "
+                f"needs {value!r}; give both the same settings, or use a process for each"
+            )
+        self._write(value)
+        self._runs += 1
+        return self._release
+
+    def _release(self) -> None:
+        self._runs -= 1
+        if self._runs == 0:
+            self._write(self._before)

@@ -294,7 +294,9 @@ class Engine(EarlierNames):
 
     def result(self) -> Result:
         """How far the run is, and the last value of every metric."""
-        return Result.of(self.state, self.horizon, self.stop_reason, self.metrics)
+        return Result.of(
+            self.state, self.horizon, self.stop_reason, self.metrics, self._progress.owed
+        )
 
     def state_dict(self) -> snapshots.Snapshot:
         """Everything that decides how the run continues, read in place; fires `on_save`."""

@@ -87,7 +87,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: "finished", or "stopped" early for a reason; the last of every metric."""
+    """How a run ended: "finished", or "stopped" early for a reason; the last of every metric.
+
+    A run whose last evaluation was given up is "stopped": resumed, it makes it.
+    """
 
     status: str
     reason: str
@@ -103,9 +106,15 @@ class Result:
         horizon: Interval | None,
         reason: str | None,
         metrics: Mapping[str, float],
+        owed: bool,
     ) -> Result:
-        """How a run ended whose counters, horizon, reason to stop and metrics these are."""
-        status = "finished" if horizon is not None and horizon.reached(state) else "stopped"
+        """How a run ended whose counters, horizon, reason to stop and metrics these are.
+
+        Args:
+            owed: an evaluation was given up.
+        """
+        done = horizon is not None and horizon.reached(state) and not owed
+        status = "finished" if done else "stopped"
         return cls(status, reason or "", state.step, state.tokens, state.seconds, dict(metrics))
 
 

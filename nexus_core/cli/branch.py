@@ -19,10 +19,11 @@ from nexus_core.cli.options import PATH
 
 if TYPE_CHECKING:
     from nexus_core.cli.build import Build
+    from nexus_core.cli.lineage import Relation
     from nexus_core.cli.recorded import Saved
     from nexus_core.engine import Engine
 
-__all__ = ["branch", "main"]
+__all__ = ["branch", "branch_off", "main"]
 
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
@@ -41,21 +42,27 @@ def branch(made: Build, saved: Saved, *, quiet: bool) -> int:
     from nexus_core.cli import session
     from nexus_core.cli.build import make_engine
     from nexus_core.cli.folder import run_folder
-    from nexus_core.cli.lineage import Relation, changes
-    from nexus_core.cli.recorded import settings_in
 
     name = _STAMP.sub("", saved.run.name)
     with run_folder(replace(made, name=f"{name}-branch"), None) as folder:
         engine = make_engine(made, folder.path)
-        load_apart(engine, saved.path)
-        changed = changes(settings_in(saved.config), engine.config)
-        place = str(saved.path.relative_to(saved.run))
-        folder.parent = Relation(str(saved.run), engine.state.step, place, changed)
+        folder.parent = parent = branch_off(engine, saved)
         if engine.ranks.is_main and not quiet:
             click.echo(f"branched off {saved.run} at step {engine.state.step:,}")
-            for key, (before, after) in changed.items():
+            for key, (before, after) in parent.changes.items():
                 click.echo(f"  {key}: {_shown(before)} -> {_shown(after)}")
         return session.train(engine, made.run, None, folder, quiet=quiet)
+
+
+def branch_off(engine: Engine, saved: Saved) -> Relation:
+    """Load a checkpoint of another run into the engine of its branch; returns how they relate."""
+    from nexus_core.cli.lineage import Relation, changes
+    from nexus_core.cli.recorded import settings_in
+
+    load_apart(engine, saved.path)
+    changed = changes(settings_in(saved.config), engine.config)
+    place = str(saved.path.relative_to(saved.run))
+    return Relation(str(saved.run), engine.state.step, place, changed)
 
 
 def load_apart(engine: Engine, checkpoint: Path) -> None:

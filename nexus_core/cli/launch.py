@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nexus_core.cli.build import build_plugins, make_engine
+from nexus_core.cli.branch import branch_off
+from nexus_core.cli.build import Build, build_plugins, make_engine
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import RunFolder
 from nexus_core.cli.nursery import nursery, stand_alone
+from nexus_core.cli.recorded import Saved
 from nexus_core.cli.records import CONFIG, Run
-from nexus_core.cli.session import train
+from nexus_core.cli.session import has_checkpoints, train
 from nexus_core.cli.settings import read_settings
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError, NexusError
@@ -29,7 +31,7 @@ from nexus_core.errors import ConfigError, NexusError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
-__all__ = ["Crew", "Recipe", "RunFailedError", "checked", "train_in_folder"]
+__all__ = ["Crew", "Recipe", "RunFailedError", "branch_in_folder", "checked", "train_in_folder"]
 
 _PATIENCE_S = 60.0  # for a run that is about to stop
 _WORDS = 600  # of a log that are shown
@@ -55,6 +57,19 @@ class Recipe:
     plugins: str = ""
     sets: tuple[str, ...] = ()
 
+    def build(self, out: Path | None = None, values: Mapping[str, Any] | None = None) -> Build:
+        """The plugins of a run.
+
+        Args:
+            out: the folder of the run.
+            values: settings above all others, by key.
+
+        Raises:
+            ConfigError, PluginError: as the settings demand.
+        """
+        given = {**(values or {}), **({} if out is None else {"out": out})}
+        return build_plugins(read_settings(self.config, self.plugins, self.sets, os.environ, given))
+
 
 def checked(recipe: Recipe) -> list[str]:
     """Check the settings of runs before any is made.
@@ -65,8 +80,7 @@ def checked(recipe: Recipe) -> list[str]:
     Raises:
         ConfigError, PluginError: as the settings demand.
     """
-    settings = read_settings(recipe.config, recipe.plugins, recipe.sets, os.environ)
-    plugins = build_plugins(settings).plan.plugins
+    plugins = recipe.build().plan.plugins
     return ["nexus_core.cli.ready", *sorted({type(plugin).__module__ for plugin in plugins})]
 
 
@@ -86,12 +100,27 @@ def train_in_folder(
     """
     with reported(debug=True):
         _wait_until_free(out)
-        given = {**values, "out": out}
-        settings = read_settings(recipe.config, recipe.plugins, recipe.sets, os.environ, given)
-        made = build_plugins(settings).quiet()
+        made = recipe.build(out, values).quiet()
         engine = make_engine(made, out)
         watch(engine)
         sys.exit(train(engine, made.run, "auto", RunFolder(out), quiet=True))
+
+
+def branch_in_folder(recipe: Recipe, out: Path, saved: Saved) -> None:
+    """Train a branch of a run to its end, from where it was left if it was begun.
+
+    Args:
+        recipe: of the branch; its config is that of the checkpoint.
+        out: its folder.
+        saved: the checkpoint that it branches off.
+    """
+    with reported(debug=True):
+        _wait_until_free(out)
+        made = recipe.build(out).quiet()
+        engine, folder = make_engine(made, out), RunFolder(out)
+        if not has_checkpoints(out):
+            folder.parent = branch_off(engine, saved)
+        sys.exit(train(engine, made.run, "auto", folder, quiet=True))
 
 
 @dataclass

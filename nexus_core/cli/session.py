@@ -25,7 +25,7 @@ from nexus_core.cli.lineage import Relation, note_branch
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
 
-__all__ = ["stopping_on_signals", "train", "try_resume"]
+__all__ = ["has_checkpoints", "stopping_on_signals", "train", "try_resume"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
@@ -46,7 +46,7 @@ def train(
     """
     out = folder.path
     resume = distributed.resume_source(resume)
-    if resume is not None and (resume != "auto" or _has_checkpoints(out)):
+    if resume is not None and (resume != "auto" or has_checkpoints(out)):
         engine.resume(resume)
         _say(engine, quiet, f"resumed at step {engine.state.step:,}")
     _say(engine, quiet, _headline(engine, run))
@@ -165,14 +165,14 @@ def try_resume(engine: Engine, resume: str, out: Path) -> None:
         resume: "auto", a path, or the name of a checkpoint of the run.
         out: the folder of the run.
     """
-    if resume == "auto" and not _has_checkpoints(out):
+    if resume == "auto" and not has_checkpoints(out):
         return
     of_run = [out] if resume == "auto" else sorted(out.glob(f"checkpoints*/{resume}"))
     engine.resume(str(next(iter(of_run), resume)))
     _say(engine, False, f"resumed at step {engine.state.step:,}")
 
 
-def _has_checkpoints(out: Path) -> bool:
+def has_checkpoints(out: Path) -> bool:
     """Whether there is something to resume from, if only the note of where the run has begun."""
     return any(out.glob("checkpoints*/*"))
 

@@ -24,6 +24,7 @@ from nexus_core import ConfigError
 from nexus_core.cli.compare.arms import read_arms
 from nexus_core.cli.compare.confidence import SCALE, Estimate, estimate, pairs_needed, radius
 from nexus_core.cli.compare.pairs import Pair, pair_up
+from nexus_core.cli.lineage import read_lineage
 from nexus_core.cli.records import Run
 from nexus_core.cli.run import main
 from written import write_run
@@ -257,8 +258,11 @@ def write_tiny(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_keeps_its_runs_and_resumes(tmp_path: Path) -> None:
+def test_a_killed_comparison_keeps_its_runs_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Equal runs are equal to the bit, and what was trained is not trained again."""
+    monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path)
     words = ["compare", "tiny.yaml", "same: until='8 steps'", "faster: lr=0.02", "--pairs", "2",
              "--jobs", "2", "--out", "out", "--json"]  # fmt: skip
@@ -277,8 +281,16 @@ def test_a_killed_comparison_keeps_its_runs_and_resumes(tmp_path: Path) -> None:
     assert (same["verdict"], same["pairs"]) == ("the same", 2)
     assert faster["difference"] != 0
     assert result["variants"][1]["changes"] == {"optim_adamw.lr": [0.01, 0.02]}
-    changed = subprocess.run(
-        [*command, "--set", "until=9 steps"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert changed.returncode == 2
-    assert "holds runs of another" in changed.stderr
+    changed = compare(*words[1:], "--set", "until=9 steps")
+    assert changed.exit_code == 2
+    assert "holds runs of another" in changed.output
+    branched = compare("out/tiny.yaml@4", "same: seq_len=32", "faster: lr=0.02", "--out", "from-4")
+    assert branched.exit_code == 0, branched.output
+    same, faster = json.loads(Path("from-4/compare.json").read_text())["variants"]
+    assert (same["results"][0]["verdict"], same["results"][0]["pairs"]) == ("the same", 2)
+    assert faster["changes"] == {"optim_adamw.lr": [0.01, 0.02]}
+    assert faster["results"][0]["difference"] != 0
+    parents = [
+        read_lineage(path.parent).parent for path in Path("from-4/faster").glob("*/data.json")
+    ]
+    assert [parent and parent.step for parent in parents] == [4, 4]

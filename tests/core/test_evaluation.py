@@ -266,7 +266,8 @@ def test_schedule_free_optimizers_are_evaluated_at_their_average() -> None:
         assert all(torch.equal(trained[n], v) for n, v in own.state_dict().items()), mode
 
 
-def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed() -> None:
+@pytest.mark.parametrize("until", [2, 4])
+def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed(until: int) -> None:
     """Breaks if a signal has to wait for a long evaluation, or the evaluation is lost by it."""
 
     class Held:
@@ -289,9 +290,9 @@ def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed() ->
 
     data = [torch.full((2, 1), float(i)) for i in range(4)]
     whole = engine()
-    expected = whole.fit(data, until="4 steps", eval_data=Held(None), eval_every="2 steps")
+    expected = whole.fit(data, until=until, eval_data=Held(None), eval_every="2 steps")
     cut = engine()
-    stopped = cut.fit(data, until="4 steps", eval_data=Held(cut), eval_every="2 steps")
+    stopped = cut.fit(data, until=until, eval_data=Held(cut), eval_every="2 steps")
     assert (stopped.status, stopped.reason, stopped.step) == ("stopped", "SIGTERM", 2)
     assert "val/loss" not in stopped.metrics
     assert cut.model.training
@@ -301,10 +302,11 @@ def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed() ->
     cut.fit(data, until="3 steps")
     assert cut.state_dict()["due"] == [], "of a step that is long past"
     evaluated: list[int] = []
-    for state in resumed.steps(data, until="4 steps", eval_data=Held(None), eval_every="2 steps"):
+    for state in resumed.steps(data, until=until, eval_data=Held(None), eval_every="2 steps"):
         evaluated.append(state.evaluated_at)
-    assert evaluated == [2, 2, 4]
+    assert evaluated == [2, 2, 4][: until - 1]
     assert resumed.result().metrics == expected.metrics
+    assert resumed.result().status == "finished"
     assert torch.equal(resumed.model.weight, whole.model.weight)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nexus_core.cli.config_file import is_config_file
 from nexus_core.cli.launch import Recipe
+from nexus_core.cli.recorded import Saved, saved_at
 from nexus_core.cli.records import CONFIG, Run, find_runs
 from nexus_core.cli.settings import presets
 from nexus_core.errors import ConfigError
@@ -28,11 +29,20 @@ class Arm:
         name: as the tables show it.
         recipe: how its runs are made; None: they are there already.
         runs: that are there already.
+        origins: the checkpoints that its runs branch off, by seed; None: they are no branches.
     """
 
     name: str
     recipe: Recipe | None = None
     runs: tuple[Run, ...] = ()
+    origins: Mapping[int, Saved] | None = None
+
+    def recipe_for(self, seed: int) -> Recipe:
+        """How its run of a seed is made: a branch starts from the config of its checkpoint."""
+        assert self.recipe is not None
+        if self.origins is None:
+            return self.recipe
+        return replace(self.recipe, config=str(self.origins[seed].config))
 
     @property
     def folder(self) -> str:
@@ -46,7 +56,8 @@ def read_arms(
     """Read what is to be compared; the base comes first.
 
     A word is the folder of a run or of several, a config file, a preset, or changes of the base:
-    `"lr=1e-3 no:PLUGIN"`, perhaps behind a name: `"faster: lr=1e-3"`.
+    `"lr=1e-3 no:PLUGIN"`, perhaps behind a name: `"faster: lr=1e-3"`. A base with a checkpoint,
+    `runs/mine@5000`, is branched there by each variant.
 
     Args:
         base: no changes.
@@ -58,7 +69,7 @@ def read_arms(
         ConfigError: a word is nothing of all this, or two stand for the same.
     """
     common = Recipe(None, plugins, sets)
-    first = _there(base) or _configured(base, common)
+    first = _there(base) or _branched(base, common) or _configured(base, common)
     if first is None:
         raise ConfigError(
             f"'{base}' is no folder with runs, no config file and no preset "
@@ -67,13 +78,13 @@ def read_arms(
     source = _recipe_of(first, common)
     arms = [first]
     for word in variants:
-        arms.append(_there(word) or _configured(word, common) or _changed(word, source))
+        arms.append(_there(word) or _configured(word, common) or _changed(word, source, first))
     for number, arm in enumerate(arms):
         if arm.folder in {other.folder for other in arms[:number]}:
             raise ConfigError(
                 f"'{arm.name}' is there twice; give one of them a name: 'NAME: {arm.name}'"
             )
-    if any(arm.recipe for arm in arms[1:]) and first.recipe is None:
+    if any(arm.recipe for arm in arms[1:]) and first.recipe is None and first.origins is None:
         arms[0] = replace(first, recipe=source)
     return arms
 
@@ -86,6 +97,21 @@ def _there(word: str) -> Arm | None:
     if not runs:
         raise ConfigError(f"there are no runs in or below the folder '{word}'")
     return Arm(word.rstrip("/"), runs=tuple(Run(run.path, str(run.path)) for run in runs))
+
+
+def _branched(word: str, common: Recipe) -> Arm | None:
+    folder, at, wanted = word.rpartition("@")
+    runs = _there(folder) if at and folder else None
+    if runs is None:
+        return None
+    origins = {run.seed: saved_at(f"{run.path}@{wanted}") for run in runs.runs}
+    if len(origins) < len(runs.runs):
+        raise ConfigError(
+            f"several runs in '{folder}' have the same seed; name the folder of the one to branch"
+        )
+    if common == Recipe():  # the runs themselves are what a branch without a change would be
+        return replace(runs, origins=origins)
+    return Arm(word, common, origins=origins)
 
 
 def _configured(word: str, common: Recipe) -> Arm | None:
@@ -104,7 +130,7 @@ def _recipe_of(base: Arm, common: Recipe) -> Recipe:
     return replace(common, config=str(base.runs[0].path / CONFIG))
 
 
-def _changed(word: str, source: Recipe) -> Arm:
+def _changed(word: str, source: Recipe, base: Arm) -> Arm:
     label, rest = _labelled(word)
     try:
         words = shlex.split(rest)
@@ -126,7 +152,8 @@ def _changed(word: str, source: Recipe) -> Arm:
                 "change is KEY=VALUE, +PLUGIN, ./FILE.py or no:PLUGIN"
             )
     plugins = ",".join(filter(None, [source.plugins, *(n.removeprefix("+") for n in names)]))
-    return Arm(label or rest, replace(source, plugins=plugins, sets=(*source.sets, *sets)))
+    recipe = replace(source, plugins=plugins, sets=(*source.sets, *sets))
+    return Arm(label or rest, recipe, origins=base.origins)
 
 
 def _labelled(word: str) -> tuple[str, str]:
@@ -135,7 +162,12 @@ def _labelled(word: str) -> tuple[str, str]:
 
 
 def seeds_of(arms: Sequence[Arm], first: int, pairs: int) -> list[int]:
-    """The seeds to train: those of the base's runs that are there, then new ones."""
+    """The seeds to train: those of the base's runs that are there, then new ones.
+
+    Branches have the seeds of the runs that they branch off, and there are no more of them.
+    """
+    if arms[0].origins is not None:
+        return sorted(arms[0].origins)[:pairs]
     there = sorted({run.seed for run in arms[0].runs})[:pairs]
     new = (seed for seed in range(first, first + 2 * pairs + len(there)) if seed not in there)
     return [*there, *(next(new) for _ in range(pairs - len(there)))]

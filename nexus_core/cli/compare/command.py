@@ -17,7 +17,7 @@ from nexus_core.cli.compare.pictures import save_png
 from nexus_core.cli.compare.result import as_json, as_text, chosen_metrics, rows_of
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
-from nexus_core.cli.launch import Crew, checked, train_in_folder
+from nexus_core.cli.launch import Crew, branch_in_folder, checked, train_in_folder
 from nexus_core.cli.options import PATH
 from nexus_core.cli.records import Run
 from nexus_core.errors import ConfigError
@@ -62,14 +62,16 @@ def main(
 ) -> None:
     """Compare variants with a base, run by run of the same seed, data and noise.
 
-    BASE is a config file, a preset, or a folder with runs. A VARIANT is one of these, or changes of
-    BASE: KEY=VALUE, +PLUGIN, no:PLUGIN, perhaps behind a name. What is not there yet is trained;
-    the same command resumes, and more --pairs adds to those that are there.
+    BASE is a config file, a preset, or a folder with runs; a VARIANT is one of these, or changes of
+    BASE: KEY=VALUE, +PLUGIN, no:PLUGIN, perhaps behind a name. With RUNS@STEP as BASE each variant
+    branches off its runs there. What is missing is trained; the same command resumes, and more
+    --pairs adds to what exists.
 
     \b
     nexus-run compare my.yaml "lr=1e-3" "both: lr=1e-3 until=9 epochs"
     nexus-run compare my.yaml other.yaml --pairs 10 --jobs 2 --out runs/which
     nexus-run compare runs/a runs/b --metric val/loss
+    nexus-run compare runs/a@5000 "lr=1e-4"
     """
     with reported(debug):
         arms = read_arms(base, variants, plugins, sets)
@@ -140,12 +142,17 @@ def _train(arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: int) -> I
     ]
     todo = [(arm, seed, path) for arm, seed, path in todo if not _is_finished(path)]
     total, names = len(todo), {path: f"{arm.name}, seed {seed}" for arm, seed, path in todo}
-    modules = {name: None for arm in arms if arm.recipe for name in checked(arm.recipe)}
+    needed = {recipe for arm, seed, _ in todo for recipe in [arm.recipe_for(seed)]}
+    modules = {name: None for recipe in needed for name in checked(recipe)}
     with Crew(list(modules), jobs) as crew:
         while todo or len(crew):
             while todo and not crew.is_full:
                 arm, seed, path = todo.pop(0)
-                crew.start(path, train_in_folder, arm.recipe, path, {"seed": seed})
+                recipe = arm.recipe_for(seed)
+                if arm.origins is None:
+                    crew.start(path, train_in_folder, recipe, path, {"seed": seed})
+                else:
+                    crew.start(path, branch_in_folder, recipe, path, arm.origins[seed])
             path, code = crew.wait()
             crew.check(path, code)
             left = total - len(todo) - len(crew)
@@ -168,6 +175,8 @@ def _check_plan(out: Path, arms: Sequence[Arm]) -> None:
         if arm.recipe is None:
             continue
         now = {**asdict(arm.recipe), "sets": list(arm.recipe.sets), "sha256": _hash(arm)}
+        if arm.origins is not None:
+            now["origins"] = {str(seed): str(saved.path) for seed, saved in arm.origins.items()}
         if plan.setdefault(arm.folder, now) != now:
             raise ConfigError(
                 f"'{out}' holds runs of another '{arm.name}' (its config or settings have changed "

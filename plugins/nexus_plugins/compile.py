@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from inspect import ismethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -13,6 +14,7 @@ from torch._functorch import config as functorch_config
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.parameters import blocks
+from nexus_plugins._shared.process_setting import ProcessSetting
 
 if TYPE_CHECKING:
     from nexus_core import Engine
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["CompileConfig", "CompilePlugin"]
 
 COMPILERS = ("c++", "g++", "clang++")
+DONATED = ProcessSetting(
+    "functorch's donated_buffer",
+    lambda: functorch_config.donated_buffer,
+    lambda value: setattr(functorch_config, "donated_buffer", value),
+)
+"""Whether compiled code may reuse what it saved; not where a step goes backward once a term."""
 
 
 class CompileConfig(PluginConfig):
@@ -69,12 +77,12 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     api_version: ClassVar[str] = "1.2"
     _compiled: list[nn.Module]
-    _donated: bool
     _methods_before: dict[str, object]
 
     def __init__(self, config: CompileConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
         self._compiled, self._methods_before = [], {}
+        self._held = ExitStack()
 
     @hookimpl(stage="compile")
     def on_start(self, engine: Engine) -> None:
@@ -85,8 +93,7 @@ class CompilePlugin(Plugin[CompileConfig]):
         """
         self._check_backend(engine.device)
         self._compiled = self._chosen(engine.model)
-        # Compiled code must not reuse what it saved: pcgrad, say, goes backward once a term.
-        self._donated, functorch_config.donated_buffer = functorch_config.donated_buffer, False
+        self._held.callback(DONATED.hold(False))
         options: dict[str, Any] = {
             "mode": None if self.config.mode == "default" else self.config.mode,
             "backend": self.config.backend,
@@ -102,8 +109,7 @@ class CompilePlugin(Plugin[CompileConfig]):
     @hookimpl
     def on_close(self, engine: Engine) -> None:
         """Give the model back as it was, and PyTorch's setting."""
-        if self._compiled:
-            functorch_config.donated_buffer = self._donated
+        self._held.close()
         for module in self._compiled:
             module._compiled_call_impl = None
         self._compiled = []

@@ -230,7 +230,7 @@ def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
     names = {kind: f"sparkle{kind}" for kind in KINDS}
     for kind, name in names.items():
         option = [] if kind == "plain" else [f"--{kind}"]
-        assert fresh.run("nexus-plugins", "new", name, *option, cwd=folder).returncode == 0
+        assert new(name, *option).exit_code == 0
     editable = [part for name in names.values() for part in ("-e", name)]
     fresh.pip("install", "--no-build-isolation", "--no-deps", "--no-index", *editable)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from nexus_core.cli.options import PATH
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from nexus_plugins_contrib.sweep.study import Search
 
@@ -44,6 +47,7 @@ _SHOWN = 5  # of the best trials
 @click.option("-p", "--plugins", default="", help="As in nexus-run, for every trial.")
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Likewise.")
 @click.option("--out", type=PATH, help="The folder of the sweep; give it again to resume.")
+@click.option("--json", "as_json", is_flag=True, help="Print the trials as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
     config: str | None,
@@ -58,6 +62,7 @@ def main(
     plugins: str,
     sets: tuple[str, ...],
     out: Path | None,
+    as_json: bool,
     debug: bool,
 ) -> None:
     """Search settings with Optuna; the config's own values are the first trial.
@@ -87,10 +92,15 @@ def main(
         with opened(out, search, jobs) as study:
             if not study.get_trials(deepcopy=False) and len(own) == len(space):
                 study.enqueue_trial(own)
-            _search(study, search, out, trials, jobs)
-            click.echo(_report(study, search, out))
-            for path in save_plots(study, out):
-                click.echo(f"picture: {path}")
+            for line in _search(study, search, out, trials, jobs):
+                if not as_json:
+                    click.echo(line)
+            best = _best_first(study, search, out)
+            plots = save_plots(study, out)
+            if as_json:
+                click.echo(json.dumps(_as_json(study, search, out, best), indent=2))
+            else:
+                click.echo("\n".join([_report(study, search, out, best), *_named(plots)]))
 
 
 def _own_values(search: Search) -> dict[str, object]:
@@ -120,8 +130,10 @@ def _own_values(search: Search) -> dict[str, object]:
     return found
 
 
-def _search(study: optuna.Study, search: Search, out: Path, trials: int, jobs: int) -> None:
-    """Train trials until there are as many as were asked for."""
+def _search(
+    study: optuna.Study, search: Search, out: Path, trials: int, jobs: int
+) -> Iterator[str]:
+    """Train trials until there are as many as were asked for; yields a line for each."""
     from dataclasses import replace
 
     from nexus_core.cli.launch import Crew, checked
@@ -160,7 +172,7 @@ def _search(study: optuna.Study, search: Search, out: Path, trials: int, jobs: i
 
                 study.tell(trial.number, state=TrialState.FAIL)
             values = ", ".join(f"{key}={value}" for key, value in trial.params.items())
-            click.echo(f"trial {trial.number} of {trials}: {values}: {said}")
+            yield f"trial {trial.number} of {trials}: {values}: {said}"
 
 
 def _waiting(study: optuna.Study) -> int:
@@ -169,20 +181,52 @@ def _waiting(study: optuna.Study) -> int:
     return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
-def _report(study: optuna.Study, search: Search, out: Path) -> str:
-    """The best trials, and how to train the best again."""
+def _best_first(study: optuna.Study, search: Search, out: Path) -> list[FrozenTrial]:
+    """The trials that came to an end.
+
+    Raises:
+        ConfigError: none did.
+    """
     from optuna.trial import TrialState
 
-    from nexus_core.cli.tables import aligned
     from nexus_core.errors import ConfigError
-    from nexus_plugins_contrib.sweep.study import folder_of
 
     every = study.get_trials(deepcopy=False)
     complete = [trial for trial in every if trial.state is TrialState.COMPLETE]
     if not complete:
         raise ConfigError(f"none of {len(every)} trials came to an end; their logs are in '{out}'")
     sign = 1 if search.mode == "min" else -1
-    best = sorted(complete, key=lambda trial: sign * (trial.value or 0.0))
+    return sorted(complete, key=lambda trial: sign * (trial.value or 0.0))
+
+
+def _as_json(
+    study: optuna.Study, search: Search, out: Path, best: Sequence[FrozenTrial]
+) -> dict[str, object]:
+    from nexus_plugins_contrib.sweep.study import folder_of
+
+    trials = [
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower(),
+            "value": trial.value,
+            "settings": trial.params,
+            "run": str(folder_of(out, trial)),
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    return {"metric": search.metric, "mode": search.mode, "best": best[0].number, "trials": trials}
+
+
+def _named(plots: Iterable[Path]) -> list[str]:
+    return [f"picture: {path}" for path in plots]
+
+
+def _report(study: optuna.Study, search: Search, out: Path, best: Sequence[FrozenTrial]) -> str:
+    """The best trials, and how to train the best again."""
+    from nexus_core.cli.tables import aligned
+    from nexus_plugins_contrib.sweep.study import folder_of
+
+    every = study.get_trials(deepcopy=False)
     keys = [dimension.key for dimension in search.space]
     rows = [["trial", search.metric, *keys]]
     for trial in best[:_SHOWN]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -151,7 +152,10 @@ plugins:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_keeps_its_trials_and_ends_with_ordinary_runs(tmp_path: Path) -> None:
+def test_a_killed_sweep_keeps_its_trials_and_ends_with_ordinary_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text(
         "".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600))
     )
@@ -177,7 +181,12 @@ def test_a_killed_sweep_keeps_its_trials_and_ends_with_ordinary_runs(tmp_path: P
     assert len({own, *others}) == 4
     best = min(runs, key=lambda run: run.last_metrics["val/loss"])
     assert f"the best: out/{best.name}" in said.stdout
-    again = [*command[:3], "out/trial-0001/config.yaml", "--out", "again"]
-    subprocess.run(again, cwd=tmp_path, check=True, capture_output=True)
+    counted = json.loads(CliRunner().invoke(main, [*command[3:], "--json"]).output)
+    assert [trial["value"] for trial in counted["trials"]] == [
+        run.last_metrics["val/loss"] for run in runs
+    ]
+    assert counted["trials"][counted["best"]]["run"] == f"out/{best.name}"
+    again = CliRunner().invoke(main, ["out/trial-0001/config.yaml", "--out", "again"])
+    assert again.exit_code == 0, again.output
     ours, theirs = runs[1].last_metrics, Run(tmp_path / "again").last_metrics
     assert ours["val/loss"] == theirs["val/loss"], "a trial is a run like any other"

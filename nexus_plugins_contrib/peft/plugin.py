@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from nexus_core.errors import CheckpointError, ConfigError
 from nexus_core.paths import PathField
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.processes import gather
 from nexus_core.snapshot import Snapshot
 from nexus_plugins._shared.calls import Arguments
 from nexus_plugins._shared.other_models import weights_hash
@@ -67,6 +68,7 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = ("init",)  # its weights would be gone on resuming
+    before: ClassVar[tuple[str, ...]] = ("fsdp",)  # which divides what is there
 
     def __init__(self, config: PeftConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -75,10 +77,18 @@ class PeftPlugin(Plugin[PeftConfig]):
         self._hash = ""
         self._looked = False
 
+    @hookimpl(wrapper=True, trylast=True)
+    def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
+        """Put the adapters in as soon as there is a model, before others divide it."""
+        model = yield
+        self._adapt_alike(model, engine)
+        return model
+
     @hookimpl(wrapper=True)
     def make_optimizer(self, engine: Engine) -> Generator[None, Optimizer, Optimizer]:
-        """Put the adapters in before the optimizer looks at what is trained."""
-        self.adapt(engine.model)
+        """Put them into a model of the program, before the optimizer looks at what is trained."""
+        if self.tuner is None:
+            self._adapt_alike(engine.model, engine)
         return (yield)
 
     @hookimpl
@@ -102,17 +112,23 @@ class PeftPlugin(Plugin[PeftConfig]):
             CheckpointError: the weights of `base` do not fit the model.
         """
         config = self.config
-        if config.base is not None:
+        is_empty = any(parameter.is_meta for parameter in model.parameters())
+        if config.base is not None and not is_empty:
             _fill(model, config.base)
         targets = adapters.targets_of(model, config.target, config.r or _RANK)
         own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
-        self._hash = weights_hash(model)
+        self._hash = "" if is_empty else weights_hash(model)
         self.tuner = adapters.inject(
             model, adapters.settings_of(config.method, own, config.args, targets)
         )
         self._below = adapters.frozen_names(model)
         adapters.hide_quantization(model)
         return self.tuner
+
+    def _adapt_alike(self, model: nn.Module, engine: Engine) -> None:
+        """Adapt a model; of a divided one, the main process alone has seen the weights."""
+        self.adapt(model)
+        self._hash = gather(engine.ranks, self._hash)[0]
 
     @hookimpl(stage="inspect")
     def after_backward(self, engine: Engine) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +22,7 @@ from nexus_plugins.init.source import read_weights
 from nexus_plugins_contrib.peft import adapters
 
 if TYPE_CHECKING:
+    from peft import PeftConfig as Settings
     from peft.tuners.tuners_utils import BaseTuner
 
     from nexus_core.engine import Engine
@@ -50,11 +51,29 @@ class PeftConfig(PluginConfig):
     args: Arguments = Field(
         {}, description="further arguments of the method's class in peft, such as use_dora"
     )
+    adapter: PathField | None = Field(
+        None,
+        description="folder of adapters to begin with, as peft or an export saves them, in place "
+        "of method, r, alpha, dropout, target and args, which are theirs",
+        json_schema_extra={"resume": "locked"},
+    )
     base: PathField | None = Field(
         None,
         description="weights of the model below, where the model's plugin loads none: a run, a "
         "checkpoint, an export or safetensors",
     )
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        own = {"method", "r", "alpha", "dropout", "target", "args"}
+        fields = type(self).model_fields
+        idle = sorted(name for name in own if getattr(self, name) != fields[name].default)
+        if self.adapter is not None and idle:
+            raise ValueError(
+                f"{idle[0]} does nothing beside adapter, whose folder tells it; leave one of them "
+                "out (r and alpha of a preset: null)"
+            )
+        return self
 
 
 class PeftPlugin(Plugin[PeftConfig]):
@@ -115,15 +134,22 @@ class PeftPlugin(Plugin[PeftConfig]):
         is_empty = any(parameter.is_meta for parameter in model.parameters())
         if config.base is not None and not is_empty:
             _fill(model, config.base)
-        targets = adapters.targets_of(model, config.target, config.r or _RANK)
-        own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
         self._hash = "" if is_empty else weights_hash(model)
-        self.tuner = adapters.inject(
-            model, adapters.settings_of(config.method, own, config.args, targets)
-        )
+        self.tuner = adapters.inject(model, self._settings(model))
+        if config.adapter is not None:
+            adapters.begin_with(self.tuner, model, config.adapter)
+            self._hash = "" if is_empty else weights_hash(model)
         self._below = adapters.frozen_names(model)
         adapters.hide_quantization(model)
         return self.tuner
+
+    def _settings(self, model: nn.Module) -> Settings:
+        config = self.config
+        if config.adapter is not None:
+            return adapters.settings_in(config.adapter)
+        targets = adapters.targets_of(model, config.target, config.r or _RANK)
+        own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+        return adapters.settings_of(config.method, own, config.args, targets)
 
     def _adapt_alike(self, model: nn.Module, engine: Engine) -> None:
         """Adapt a model; of a divided one, the main process alone has seen the weights."""

@@ -8,7 +8,7 @@ All train the same random Llama (vocabulary 32,000, width 256, 6 layers) on the 
 ids in the same order with AdamW in float32, whole or by LoRA of rank 8 on every linear layer of its
 blocks. Each measurement is a process of its own, and the sides take turns, so that a busy machine
 slows all alike. The time is that of the steps behind the first; the memory is the largest that the
-process held while training, above what it held with its model before.
+process held while training, above what it held with its model before, all weights read.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ class Watch:
         self.stamps: list[float] = []
         self.worked: list[float] = []  # seconds of the processor, which a busy machine leaves alone
 
-    def begin(self) -> None:
-        """Count the peak of memory from here."""
+    def begin(self, model: torch.nn.Module) -> None:
+        """Count the peak of memory from here.
+
+        Weights of safetensors are mapped, and held once they are read; a first step would read
+        them, and memory that every side has would count as what its training needs.
+        """
+        for parameter in model.parameters():
+            parameter.detach().sum()
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         self.held = memory("VmRSS")
@@ -211,7 +217,7 @@ def ours(folder: Path, rows: list[Tensor], by_adapters: bool, watch: Watch) -> l
         plugins.append(PeftPlugin(r=RANK, alpha=16))
     engine = Engine(plugins=plugins, seed=0, log_every=1)
     losses = []
-    watch.begin()
+    watch.begin(engine.model)
     for _ in engine.steps(until=f"{len(rows)} steps"):
         watch.step()
         losses.append(engine.metrics["train/lm_loss"])
@@ -300,8 +306,8 @@ def watcher(watch: Watch) -> Any:
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):
-        def on_train_begin(self, *_: object, **__: object) -> None:
-            watch.begin()
+        def on_train_begin(self, *_: object, **given: Any) -> None:
+            watch.begin(given["model"])
 
         def on_step_end(self, *_: object, **__: object) -> None:
             watch.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -54,6 +54,8 @@ class DataHfPlugin(RowsPlugin[DataHfConfig]):
     change too; it is the same in any number of processes, and a run resumes at the right row.
     Streams are read while training, and hold their place.
     """
+
+    counts_bytes: ClassVar[bool] = True
 
     def encoder(self, tokenizer: HubTokenizer) -> Encoder:
         """What makes a document of a record."""

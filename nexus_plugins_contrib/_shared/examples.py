@@ -28,6 +28,7 @@ __all__ = [
     "Tokens",
     "encoded",
     "examples_of",
+    "first_held_out",
     "is_held_out",
 ]
 
@@ -182,6 +183,52 @@ def encoded(
         first = next((f": {what}" for _, what in found[0].skipped.values()), "")
         raise DataError(f"no record can be used{first}")
     return found
+
+
+def first_held_out(
+    records: Records,
+    encoder: Encoder,
+    cache: Path,
+    *,
+    skips: bool,
+    share: float,
+    rows: int,
+    length: int | None,
+) -> Examples:
+    """The first held-out examples of a source that is not read to its end.
+
+    Args:
+        records, encoder, cache, skips, share: as for `encoded`.
+        rows: how many rows they are to fill, if there are so many.
+        length: tokens of a row; None: each example is one.
+
+    Raises:
+        DataError: a record cannot be used.
+    """
+
+    def write(folder: Path) -> None:
+        filled = 0
+        with _Writer(folder, encoder.sequences) as side:
+            for place, example in _held_out(records, encoder, skips, share):
+                side.add(place, example)
+                filled += 1 if length is None else len(example[0].ids)
+                if filled >= rows * (length or 1):
+                    break
+
+    chosen = (records.key, encoder.key, skips, share, rows, length)
+    key = fingerprint("held out", _LAYOUT, *chosen)
+    return Examples(cached(cache, f"held-out-{key}", write))
+
+
+def _held_out(
+    records: Records, encoder: Encoder, skips: bool, share: float
+) -> Iterator[tuple[Place, Example]]:
+    for place, found in examples_of(iter(records), encoder):
+        if isinstance(found, Fault):
+            if not skips:
+                raise DataError(f"{place}: {found.what}")
+        elif found and is_held_out(found[0], share):
+            yield from ((place, example) for example in found)
 
 
 def is_held_out(example: Example, share: float) -> bool:

@@ -14,7 +14,7 @@ from nexus_core import CheckpointError, ConfigError, DataError, Plugin, RunData,
 from nexus_core.bases.loader import ResumableLoader
 from nexus_plugins._shared.cache import cache_folder, fingerprint
 from nexus_plugins._shared.files import write_whole
-from nexus_plugins_contrib._shared.examples import Encoder, Examples, encoded
+from nexus_plugins_contrib._shared.examples import Encoder, Examples, encoded, first_held_out
 from nexus_plugins_contrib._shared.mixture import Mixture, MixtureOrder, Ramp
 from nexus_plugins_contrib._shared.rows import Batching, Cut, Layout, One, Rows, Together
 from nexus_plugins_contrib._shared.settings import RowsConfig, SourceConfig, listed
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["RowsPlugin"]
 
 TOKENIZER = "tokenizer"  # folder in a run's folder
+_OF_STREAM = 256  # rows of a stream to evaluate on, where no limit is set
 
 
 ConfigT = TypeVar("ConfigT", bound=RowsConfig)
@@ -49,6 +50,8 @@ class RowsPlugin(Plugin[ConfigT]):
 
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "data"
+    counts_bytes: ClassVar[bool] = False
+    """Whether evaluation tells how much text labels stand for."""
     tokenizer: HubTokenizer | None = None
     _opened: _Opened | None = None
     _resumed: StateDict | None = None
@@ -197,11 +200,7 @@ class _Opener:
                 f"{self._name}.num_workers cannot act where {self._name}.streaming is set; leave "
                 "one of them out"
             )
-        if config.valid is None and config.valid_share:
-            self._notes.append(
-                f"no evaluation: a stream is not searched for a share to hold out; set "
-                f"{self._name}.valid"
-            )
+        share = config.valid_share if config.valid is None else 0.0
         streams = [
             Streamed(
                 source.called,
@@ -210,16 +209,16 @@ class _Opener:
                 self._batching,
                 config.seq_len,
                 self._plugin.skips(),
-                0.0,
+                share,
                 config.shuffle,
                 self._engine.seed + number,
             )
             for number, source in enumerate(sources)
         ]
-        keys, ramps = [stream.open().key for stream in streams], self._ramps(sources)
+        keys, ramps = [stream.open().content for stream in streams], self._ramps(sources)
         known = fingerprint(
             *(keys, self._encoder.key, self._batching, config.seq_len, config.shuffle),
-            *(described(ramps), self._engine.seed),
+            *(share, described(ramps), self._engine.seed),
         )
         loader = StreamLoader(
             streams,
@@ -229,7 +228,19 @@ class _Opener:
             self._engine.ranks,
             known[:16],
         )
-        return loader, {}
+        held = {stream.name: self._first_held_out(stream) for stream in streams if share}
+        return loader, {name: some for name, some in held.items() if len(some)}
+
+    def _first_held_out(self, stream: Streamed) -> Examples:
+        return first_held_out(
+            stream.open(),
+            self._encoder,
+            self._cache,
+            skips=stream.skips,
+            share=stream.share,
+            rows=self._config.valid_limit or _OF_STREAM,
+            length=None if self._batching == "pad" else stream.length,
+        )
 
     def _apart(self, sources: Sequence[SourceConfig]) -> dict[str, Examples]:
         return {source.called: self._encoded(source, 0.0)[0] for source in sources}
@@ -258,6 +269,7 @@ class _Opener:
                     self._batching,
                     self._tokenizer.pad,
                     self._config.valid_limit,
+                    self._tokenizer.token_bytes if self._plugin.counts_bytes else None,
                 ),
                 max(size, self._engine.ranks.size),
                 shuffle=False,

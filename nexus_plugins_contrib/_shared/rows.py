@@ -105,14 +105,21 @@ class Rows:
         batching: "pad" fills rows up to the longest of a batch; the others to their length.
         pad: the id that fills rows.
         limit: so many rows at most, evenly spread.
+        token_bytes: `(V,)`, the text that each id stands for, to count that of labels by; None:
+            it is not counted.
     """
 
     def __init__(
-        self, layouts: Sequence[Layout], batching: Batching, pad: int, limit: int | None = None
+        self,
+        layouts: Sequence[Layout],
+        batching: Batching,
+        pad: int,
+        limit: int | None = None,
+        token_bytes: Ids | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self._width = None if batching == "pad" else layouts[0].length
-        self._pad = pad
+        self._pad, self._token_bytes = pad, token_bytes
         self.sizes = tuple(map(len, layouts))
         self._ends = np.cumsum(self.sizes)
         self.total = int(self._ends[-1])
@@ -125,9 +132,14 @@ class Rows:
         return self.__getitems__([number])
 
     def __getitems__(self, numbers: Sequence[int]) -> RowBatch:
-        """The batch of some rows."""
+        """The batch of some rows; `label_bytes` `(B,)` int64, where counted, beside the rest."""
         found = [self.row(number) for number in numbers]
-        return batch_of(found, self._width, self._pad)
+        batch = batch_of(found, self._width, self._pad)
+        if self._token_bytes is not None:
+            labels = batch["labels"].numpy()
+            counts = np.where(labels == IGNORE, 0, self._token_bytes[labels])
+            batch["label_bytes"] = torch.from_numpy(counts.sum(axis=1))
+        return batch
 
     def row(self, number: int) -> tuple[Row, ...]:
         """The documents of a row; of preferences of both rows."""

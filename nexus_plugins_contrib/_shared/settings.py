@@ -64,11 +64,15 @@ class RowsConfig(PluginConfig):
         ge=0,
         lt=1,
         description="share of the training records held out for evaluation where `valid` is null, "
-        "chosen by a hash of each; 0: no evaluation",
+        "chosen by a hash of each; of a stream, the first of them are evaluated on; 0: no "
+        "evaluation",
         json_schema_extra=_LOCKED,
     )
     valid_limit: int | None = Field(
-        None, ge=1, description="evaluate on so many rows, evenly spread; null: all"
+        None,
+        ge=1,
+        description="evaluate on so many rows, evenly spread; null: all, or "
+        "256 of each stream from which a share is held out",
     )
     tokenizer: str = Field(
         min_length=1,

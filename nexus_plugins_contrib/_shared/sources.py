@@ -63,10 +63,12 @@ class Wish:
 class Records(Protocol):
     """Records that can be read again, one after another, from any place.
 
-    `key` tells what they are, so that what was made of them is made once.
+    `key` tells what they are, so that what was made of them is made once; `content` does so
+    wherever they lie, and copies have the same.
     """
 
     key: str
+    content: str
 
     def __iter__(self) -> Iterator[tuple[Place, Record]]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -80,7 +82,9 @@ class JsonLines:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.key = fingerprint("lines", signature(paths))
+        known = signature(paths)
+        self.key = fingerprint("lines", known)
+        self.content = fingerprint("lines", _contents(known))
         self._paths = tuple(paths)
         self._file = self._offset = self._number = 0
 
@@ -116,10 +120,13 @@ class Table:
         make: opens the data set.
         name: what it was opened by.
         key: what tells it from others.
+        content: the same wherever it lies; None: the key.
     """
 
-    def __init__(self, make: Callable[[], Any], name: str, key: str) -> None:
-        self.key = key
+    def __init__(
+        self, make: Callable[[], Any], name: str, key: str, content: str | None = None
+    ) -> None:
+        self.key, self.content = key, content or key
         self._make, self._name = make, name
         self._inner: Any = None
         self._begin: dict[str, Any] | None = None
@@ -236,8 +243,14 @@ def _of_files(files: list[Path], streaming: bool) -> Table:
     options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
     load = partial(datasets.load_dataset, builder, data_files=names, split="train", **options)
     name = names[0] if len(names) == 1 else os.path.commonpath(names)
-    key = fingerprint("files", builder, signature(files))
-    return _table(partial(load, streaming=streaming), streaming, name, key)
+    known = signature(files)
+    keys = fingerprint("files", builder, known), fingerprint("files", builder, _contents(known))
+    return _table(partial(load, streaming=streaming), streaming, name, *keys)
+
+
+def _contents(signatures: list[list[str | int]]) -> list[list[str | int]]:
+    """Of files' signatures what copies have too: the size, and a look at the bytes."""
+    return [[size, looks] for _, size, _, looks in signatures]
 
 
 def _check_id(text: str) -> None:
@@ -264,7 +277,7 @@ def _of_hub(wish: Wish, streaming: bool) -> Table:
         streaming=streaming,
     )
     key = fingerprint("hub", wish.path, wish.subset, wish.split, wish.revision)
-    return _table(load, streaming, wish.path, key)
+    return _table(load, streaming, wish.path, key, key)
 
 
 def _snapshot(wish: Wish) -> str | None:
@@ -280,11 +293,11 @@ def _snapshot(wish: Wish) -> str | None:
     return str(found)
 
 
-def _table(load: Callable[[], Any], streaming: bool, name: str, key: str) -> Table:
+def _table(load: Callable[[], Any], streaming: bool, name: str, key: str, content: str) -> Table:
     """The table, after it was opened once, so that what is wrong is said at the start."""
     found = load()
     own = fingerprint(key, getattr(found, "_fingerprint", None))
-    return Table(load, name, key) if streaming else Table(lambda: found, name, own)
+    return Table(load, name, key, content) if streaming else Table(lambda: found, name, own)
 
 
 def _object(line: bytes, place: Place) -> Record:

@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nexus_core import ConfigError, DataError
 from nexus_plugins._shared.paths import expanded, reason
 
@@ -20,6 +23,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["HubTokenizer", "open_tokenizer"]
+
+_PROBE = "The quick  brown fox, 12.5% of N\u00e4he \u2014 \u6771\u4eac \U0001f600\n\tEnd"
 
 
 class HubTokenizer:
@@ -89,8 +94,34 @@ class HubTokenizer:
         ]
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64] | None:
+        """Bytes of text that each id stands for, `(V,)`, special ones for none.
+
+        None: they do not add up to a text, as where words are changed or unknown ones have one id.
+        """
+        counts = np.zeros(self.size, np.int64)
+        known = json.loads(self.inner.backend_tokenizer.to_str())
+        decoder = json.dumps(known.get("decoder"), ensure_ascii=False)
+        added = self.inner.get_added_vocab()
+        for piece, number in self.inner.get_vocab().items():
+            counts[number] = len(piece.encode()) if piece in added else _bytes_of(piece, decoder)
+        counts[self.inner.all_special_ids] = 0
+        texts = (_PROBE, _PROBE * 2)
+        beyond = {int(counts[self.encode(t)].sum()) - len(t.encode()) for t in texts}
+        return counts if beyond in ({0}, {1}) else None  # SentencePiece begins a text by a space
+
     def __str__(self) -> str:
         return f"tokenizer {self.where} of {self.size:,} ids, hash {self.hash[:12]}"
+
+
+def _bytes_of(piece: str, decoder: str) -> int:
+    """The bytes of a piece of a vocabulary, as what decodes it has them."""
+    if '"ByteLevel"' in decoder:
+        return len(piece)  # a letter for each
+    if '"ByteFallback"' in decoder and len(piece) == 6 and piece.startswith("<0x"):
+        return 1
+    return len(piece.replace("\u2581", " ").encode())
 
 
 def open_tokenizer(wish: str, revision: str | None = None) -> HubTokenizer:

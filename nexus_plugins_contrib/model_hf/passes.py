@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -73,13 +73,13 @@ def run(model: PreTrainedModel, inputs: Inputs, *, headless: bool, rows: Rows | 
     Returns:
         A `HeadOutput`, or logits `(B, T, V)`.
     """
-    what = model.base_model if headless else model
-    if inputs.segments is None:
-        found = _called(what, inputs.ids, inputs.mask)
-    elif rows == "isolated":
-        found = _called(what, inputs.ids, None, positions_of(inputs.segments))
-    else:
-        found = _unpacked(what, inputs.ids, inputs.segments)
+    with _headless(model) if headless else nullcontext():
+        if inputs.segments is None:
+            found = _called(model, inputs.ids, inputs.mask)
+        elif rows == "isolated":
+            found = _called(model, inputs.ids, None, positions_of(inputs.segments))
+        else:
+            found = _unpacked(model, inputs.ids, inputs.segments)
     return HeadOutput(found, _head(model).weight) if headless else found
 
 
@@ -143,16 +143,36 @@ def find_rows(model: PreTrainedModel, ids: Tensor) -> Rows:
         ids: `(B, T)` some real tokens.
     """
     row = ids[:1, :_TOKENS]
-    if row.shape[1] < 3 or "position_ids" not in _parameters(model.base_model):
+    if row.shape[1] < 3 or "position_ids" not in _parameters(model):
         return "unpacked"
     cut = row.shape[1] // 2
     segments = (torch.arange(row.shape[1], device=row.device) >= cut).long()[None]
     with _undisturbed(model, training=False):
-        alone = _called(model.base_model, row[:, cut:], None)
-        parted = _called(model.base_model, row, None, positions_of(segments))[:, cut:]
-        mixed = _called(model.base_model, row, None)[:, cut:]
+        alone = _called(model, row[:, cut:], None)
+        parted = _called(model, row, None, positions_of(segments))[:, cut:]
+        mixed = _called(model, row, None)[:, cut:]
     change, rest = (mixed - alone).abs().max().item(), (parted - alone).abs().max().item()
     return "isolated" if rest <= _NO_BETTER * change else "unpacked"
+
+
+@contextmanager
+def _headless(model: PreTrainedModel) -> Iterator[None]:
+    """Let the output layer pass its states on, so that they are what the model gives.
+
+    The model itself is called, and not its body: it may be compiled, or gather divided weights.
+    """
+    own = vars(_head(model))
+    before = {"forward": own["forward"]} if "forward" in own else {}
+    own["forward"] = _as_it_is
+    try:
+        yield
+    finally:
+        del own["forward"]
+        own.update(before)
+
+
+def _as_it_is(states: Tensor) -> Tensor:
+    return states
 
 
 def _unpacked(what: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:

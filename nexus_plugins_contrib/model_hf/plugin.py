@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+import torch
 from pydantic import ConfigDict, Field
 from torch import nn
 
@@ -87,7 +88,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         if self._commit is not None:  # lock.json holds the settings: the commit is pinned there
             self.config = settings.model_copy(update={"revision": self._commit})
         config = loading.read_config(origin, settings.config)
-        if settings.weights == "random":
+        if settings.weights == "random" or torch.get_default_device().type == "meta":
             model = loading.build(config, settings.dtype, settings.attention)
         else:
             chosen = (settings.dtype, settings.attention, settings.quantize, engine.device)
@@ -166,6 +167,11 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
             return
         if self.config.weights == "random":
             raise ConfigError("model_hf.quantize is for pretrained weights; leave one of them out")
+        if "fsdp" in engine.plugins and engine.ranks.size > 1:
+            raise ConfigError(
+                "model_hf.quantize: fsdp cannot divide weights of 4 bits; use ddp, or leave "
+                "quantize out"
+            )
         if "peft" not in engine.plugins:
             raise ConfigError(
                 "model_hf.quantize: quantized weights are not trained themselves; train adapters "

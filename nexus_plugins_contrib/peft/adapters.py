@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nexus_core.errors import ConfigError, suggestion
@@ -16,8 +20,18 @@ if TYPE_CHECKING:
     from peft import PeftConfig as Settings
     from peft.tuners.tuners_utils import BaseTuner
 
-__all__ = ["frozen_names", "hide_quantization", "inject", "settings_of", "targets_of"]
+__all__ = [
+    "begin_with",
+    "frozen_names",
+    "hide_quantization",
+    "inject",
+    "settings_in",
+    "settings_of",
+    "targets_of",
+]
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+START = "start"  # the name of adapters as they were
 _INPUTS = "feedforward_modules"
 
 
@@ -57,19 +71,111 @@ def _kind(method: str) -> Callable[..., Settings]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     kinds: dict[str, Any] = {t.value.lower(): c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    usable = [
-        kind.value.lower()
-        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
-        if "target_modules" in inspect.signature(kinds[kind.value.lower()]).parameters
-        and not getattr(tuner, "uses_shared_state", False)
-        and not hasattr(tuner, "update_and_allocate")  # ranks that change as training goes
-    ]
+    tuners = {t.value.lower(): tuner for t, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    because = {name: _unusable_because(kind, tuners.get(name)) for name, kind in kinds.items()}
+    usable = sorted(name for name, reason in because.items() if reason is None)
     if method not in usable:
+        said = f" {reason}." if (reason := because.get(method)) else suggestion(method, usable)
         raise ConfigError(
-            f"peft.method: got '{method}'.{suggestion(method, usable)} Methods that adapt modules "
-            f"in place: {', '.join(sorted(usable))}"
+            f"peft.method: got '{method}'.{said} Methods that adapt modules in place: "
+            f"{', '.join(usable)}"
         )
     return cast("Callable[..., Settings]", kinds[method])
+
+
+def _unusable_because(kind: Any, tuner: object) -> str | None:
+    """Why a method of peft cannot be had here; None: it can."""
+    from peft import PromptLearningConfig
+
+    if issubclass(kind, PromptLearningConfig):
+        return (
+            "It trains inputs put before each text, and no modules, for which peft runs the model"
+        )
+    if "target_modules" not in inspect.signature(kind).parameters:
+        return "It does not adapt modules that can be named"
+    if hasattr(tuner, "update_and_allocate"):
+        return "It changes its ranks as training goes, which no checkpoint of peft's holds"
+    if getattr(tuner, "uses_shared_state", False):
+        return "Its layers share a state that no checkpoint would hold"
+    return None
+
+
+def settings_in(folder: Path) -> Settings:
+    """The settings of adapters that peft has saved.
+
+    Raises:
+        ConfigError: there are none, or they are of a kind that cannot be trained here.
+    """
+    from peft import PeftConfig as Saved
+
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise ConfigError(
+            f"peft.adapter: {folder} has no {CONFIG} with {WEIGHTS} beside it; name a folder of "
+            "adapters as peft saves them; of a run: nexus-run export RUN --to hf --adapters alone "
+            "--out FOLDER"
+        )
+    read: Any = Saved.from_pretrained
+    try:
+        found = read(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"peft.adapter: {folder / CONFIG}: {_line(error)}") from error
+    _kind(found.peft_type.value.lower())
+    if getattr(found, "modules_to_save", None):
+        raise ConfigError(
+            f"peft.adapter: {folder} holds whole modules beside the adapters (modules_to_save: "
+            f"{', '.join(found.modules_to_save)}), which are not trained here; merge it into the "
+            "model, and begin new adapters"
+        )
+    found.inference_mode = False
+    return cast("Settings", found)
+
+
+def begin_with(tuner: BaseTuner, model: nn.Module, folder: Path) -> None:
+    """Give adapters the weights of saved ones, and keep these beside them, frozen.
+
+    Where adapters are to be switched off, the saved ones are switched on: what the run began with
+    is the model without what it has learnt.
+
+    Args:
+        tuner: whose adapters have the settings in the folder.
+        model: that they are in; on the meta device it is given no weights.
+        folder: as for `settings_in`.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    tuner.peft_config[START] = tuner.peft_config["default"]
+    tuner.inject_adapter(model, START)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        try:
+            saved = load_file(folder / WEIGHTS)
+            tensors = {name.removeprefix("base_model.model."): t for name, t in saved.items()}
+            own: Any = get_peft_model_state_dict
+            if odd := sorted(own(model).keys() ^ tensors.keys()):
+                raise ValueError(f"either it or the model has no {odd[0]}")
+            give: Any = set_peft_model_state_dict
+            for name in ("default", START):
+                give(model, dict(tensors), adapter_name=name)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(
+                f"peft.adapter: {folder} does not fit the model: {_line(error)}; give the adapters "
+                "the model that they were trained on"
+            ) from error
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "adapter_layer_names"):
+            layer.set_adapter("default")
+            vars(layer)["enable_adapters"] = partial(_enable, layer)
+
+
+def _enable(layer: Any, enabled: bool) -> None:
+    layer.set_adapter("default" if enabled else START, inference_mode=not enabled)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def targets_of(model: nn.Module, patterns: Sequence[str], rank: int) -> list[str]:
@@ -136,7 +242,7 @@ def inject(model: nn.Module, settings: Settings) -> BaseTuner:
     try:
         return cast("BaseTuner", kind(model, settings, adapter_name="default"))
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"peft: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"peft: {_line(error)}") from error
 
 
 def frozen_names(model: nn.Module) -> set[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
 from nexus_core.errors import CheckpointError, ConfigError
 from nexus_core.paths import PathField
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.processes import gather
 from nexus_core.snapshot import Snapshot
 from nexus_plugins._shared.calls import Arguments
 from nexus_plugins._shared.other_models import weights_hash
@@ -21,6 +22,7 @@ from nexus_plugins.init.source import read_weights
 from nexus_plugins_contrib.peft import adapters
 
 if TYPE_CHECKING:
+    from peft import PeftConfig as Settings
     from peft.tuners.tuners_utils import BaseTuner
 
     from nexus_core.engine import Engine
@@ -49,11 +51,29 @@ class PeftConfig(PluginConfig):
     args: Arguments = Field(
         {}, description="further arguments of the method's class in peft, such as use_dora"
     )
+    adapter: PathField | None = Field(
+        None,
+        description="folder of adapters to begin with, as peft or an export saves them, in place "
+        "of method, r, alpha, dropout, target and args, which are theirs",
+        json_schema_extra={"resume": "locked"},
+    )
     base: PathField | None = Field(
         None,
         description="weights of the model below, where the model's plugin loads none: a run, a "
         "checkpoint, an export or safetensors",
     )
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        own = {"method", "r", "alpha", "dropout", "target", "args"}
+        fields = type(self).model_fields
+        idle = sorted(name for name in own if getattr(self, name) != fields[name].default)
+        if self.adapter is not None and idle:
+            raise ValueError(
+                f"{idle[0]} does nothing beside adapter, whose folder tells it; leave one of them "
+                "out (r and alpha of a preset: null)"
+            )
+        return self
 
 
 class PeftPlugin(Plugin[PeftConfig]):
@@ -67,6 +87,7 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = ("init",)  # its weights would be gone on resuming
+    before: ClassVar[tuple[str, ...]] = ("fsdp",)  # which divides what is there
 
     def __init__(self, config: PeftConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -75,10 +96,18 @@ class PeftPlugin(Plugin[PeftConfig]):
         self._hash = ""
         self._looked = False
 
+    @hookimpl(wrapper=True, trylast=True)
+    def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
+        """Put the adapters in as soon as there is a model, before others divide it."""
+        model = yield
+        self._adapt_alike(model, engine)
+        return model
+
     @hookimpl(wrapper=True)
     def make_optimizer(self, engine: Engine) -> Generator[None, Optimizer, Optimizer]:
-        """Put the adapters in before the optimizer looks at what is trained."""
-        self.adapt(engine.model)
+        """Put them into a model of the program, before the optimizer looks at what is trained."""
+        if self.tuner is None:
+            self._adapt_alike(engine.model, engine)
         return (yield)
 
     @hookimpl
@@ -102,17 +131,30 @@ class PeftPlugin(Plugin[PeftConfig]):
             CheckpointError: the weights of `base` do not fit the model.
         """
         config = self.config
-        if config.base is not None:
+        is_empty = any(parameter.is_meta for parameter in model.parameters())
+        if config.base is not None and not is_empty:
             _fill(model, config.base)
-        targets = adapters.targets_of(model, config.target, config.r or _RANK)
-        own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
-        self._hash = weights_hash(model)
-        self.tuner = adapters.inject(
-            model, adapters.settings_of(config.method, own, config.args, targets)
-        )
+        self._hash = "" if is_empty else weights_hash(model)
+        self.tuner = adapters.inject(model, self._settings(model))
+        if config.adapter is not None:
+            adapters.begin_with(self.tuner, model, config.adapter)
+            self._hash = "" if is_empty else weights_hash(model)
         self._below = adapters.frozen_names(model)
         adapters.hide_quantization(model)
         return self.tuner
+
+    def _settings(self, model: nn.Module) -> Settings:
+        config = self.config
+        if config.adapter is not None:
+            return adapters.settings_in(config.adapter)
+        targets = adapters.targets_of(model, config.target, config.r or _RANK)
+        own = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+        return adapters.settings_of(config.method, own, config.args, targets)
+
+    def _adapt_alike(self, model: nn.Module, engine: Engine) -> None:
+        """Adapt a model; of a divided one, the main process alone has seen the weights."""
+        self.adapt(model)
+        self._hash = gather(engine.ranks, self._hash)[0]
 
     @hookimpl(stage="inspect")
     def after_backward(self, engine: Engine) -> None:

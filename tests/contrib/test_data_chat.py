@@ -388,7 +388,6 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("batching", ["pack", "pad"])
-@pytest.mark.filterwarnings("ignore:no evaluation")
 def test_labels_are_what_follows_where_it_is_learned(
     streaming: bool, batching: str, tmp_path: Path
 ) -> None:

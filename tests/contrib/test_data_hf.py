@@ -27,6 +27,7 @@ from nexus_core import ConfigError, DataError
 from nexus_core.processes import Ranks
 from nexus_plugins_contrib._shared.mixture import Mixture, MixtureOrder, Ramp
 from nexus_plugins_contrib._shared.rows import _best_fit
+from nexus_plugins_contrib._shared.tokenizer import HubTokenizer
 from nexus_plugins_contrib.data_hf import DataHfPlugin
 from tests.contrib import tokens
 
@@ -73,7 +74,7 @@ def lines(batches: Any) -> list[tuple[Any, ...]]:
     return found
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens of the training data|no evaluation)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*tokens of the training data")
 
 
 # -- rows
@@ -411,6 +412,80 @@ def test_an_epoch_of_a_stream_has_every_row_once(tmp_path: Path, tokenizer: str)
     assert len(epochs[0]) == 21
     assert epochs[0] != epochs[1] != epochs[2]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+
+
+@pytest.mark.parametrize("batching", ["pack", "pad"])
+def test_what_is_held_out_of_a_stream_is_the_same_and_never_trained_on(
+    batching: str, tmp_path: Path, tokenizer: str
+) -> None:
+    """Red if a share is trained on too, differs from that of a set, or the limit has no say."""
+    path = write(tmp_path / "a.jsonl", "a", 60)
+    wish = {"train": path, "batching": batching, "seq_len": 40, "valid_share": 0.3, "shuffle": 7}
+    as_set, as_stream = (opened(tmp_path, tokenizer, **wish, streaming=s) for s in (False, True))
+    held = lines(as_stream.valid["val"])
+    assert held == lines(as_set.valid["val"])
+    inner = tokens.byte_level()
+
+    def records(rows: Any) -> set[str]:
+        text = "".join(inner.decode(ids) for ids, _, _ in rows)
+        return {record for record in text.replace("<pad>", "").split("<eos>") if record}
+
+    trained = set[str]()
+    for _ in range(3):  # epochs; a row may end in the middle of a record
+        trained |= records(lines(as_stream.train)) & {*texts("a", 60)}
+    assert trained
+    assert records(held) == {*texts("a", 60)} - trained
+    few = opened(tmp_path, tokenizer, **wish, streaming=True, valid_limit=3)
+    assert len(lines(few.valid["val"])) == 3
+    assert few.train.fingerprint == as_stream.train.fingerprint
+
+
+def test_label_bytes_are_those_of_the_text_that_is_predicted(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    """Red if words of several bytes count as one, special ids as text, or rows lose their own."""
+    texts = ["hello the \u6771\u4eac", "is N\u00e4he \U0001f600", "llo llo, the hello", "x"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "for training"}) + "\n")
+    wish = {"train": str(tmp_path / "b.jsonl"), "valid": str(tmp_path / "a.jsonl")}
+    inner = tokens.byte_level()
+    firsts = sum(len(inner.decode(inner(text)["input_ids"][:1]).encode()) for text in texts)
+    for settings in ({"batching": "pad", "seq_len": 40}, {"seq_len": 5, "eval_batch_size": 3}):
+        data = opened(tmp_path, tokenizer, **wish, **settings)
+        counted = [batch["label_bytes"] for batch in data.valid["val"]]
+        assert sum(int(c.sum()) for c in counted) == sum(len(t.encode()) for t in texts) - firsts
+        assert "label_bytes" not in next(iter(data.train))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "told"), [(None, True), ("lowercase", True), ("strip", False)]
+)
+def test_bytes_of_sentencepiece_add_up_or_are_not_told(normalizer: str | None, told: bool) -> None:
+    """Red if a piece's sign for a space counts as its own three bytes, or a loss is not seen."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<eos>": 1, **{f"<0x{n:02X}>": n + 2 for n in range(256)}}
+    for piece in ("\u2581", "h", "e", "\u2581h", "\u00e4", "\u2581he"):
+        vocabulary[piece] = len(vocabulary)
+    merges = [("\u2581", "h"), ("\u2581h", "e")]
+    inner = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    more = {
+        None: [],
+        "lowercase": [normalizers.Lowercase()],
+        "strip": [normalizers.Replace("q", "")],
+    }
+    space = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    inner.normalizer = normalizers.Sequence([*more[normalizer], *space])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    made = HubTokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>"), "here")
+    table = made.token_bytes
+    assert (table is not None) == told
+    for text in ("he h\u00e4h", "\U0001f600 hehe", "h"):
+        if table is not None:
+            assert table[made.encode(text)].sum() == 1 + len(text.encode())
 
 
 RUN = """

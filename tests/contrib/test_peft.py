@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nexus_plugins_contrib.model_hf import ModelHfPlugin
 from nexus_plugins_contrib.peft import PeftPlugin
 from tests.contrib import hf
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_check.* is deprecated:FutureWarning")
 NEXUS = {"vocab_size": hf.VOCABULARY, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
 
 
@@ -48,7 +50,6 @@ def llama(folder: Path) -> ModelHfPlugin:
     return ModelHfPlugin(path=str(folder))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_training_is_that_of_peft_by_hand(tmp_path: Path) -> None:
     """Red if other layers are adapted, scaled or trained than peft does."""
     from peft import LoraConfig, get_peft_model
@@ -151,7 +152,11 @@ def test_base_weights_of_a_run_lie_below(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"method": "lara"}, "Did you mean 'lora'"),
-        ({"method": "prefix_tuning"}, "peft.method"),
+        ({"method": "prefix_tuning"}, "'prefix_tuning'. It trains inputs put before each text"),
+        ({"method": "prompt_tuning"}, "'prompt_tuning'. It trains inputs put before each text"),
+        ({"method": "adalora"}, "'adalora'. It changes its ranks as training goes"),
+        ({"adapter": "nowhere"}, "nowhere has no adapter_config.json"),
+        ({"adapter": "nowhere", "r": 4}, "r does nothing beside adapter"),
         ({"method": "ia3", "r": 4}, "'ia3' has no such setting"),
         ({"args": {"use_dorra": True}}, "Did you mean 'use_dora'"),
         ({"target": ("*.nothing",)}, "peft.target: the pattern"),
@@ -214,8 +219,90 @@ def test_preferences_take_the_model_without_its_adapters_as_reference(tmp_path: 
     assert off.plugins["loss_dpo"]._copy is None
 
 
+def saved_adapters(origin: Path, folder: Path, **changes: Any) -> Path:
+    """Adapters with something in them, as peft saves them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **changes}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(origin), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_adapters_of_a_folder_are_the_start_and_the_reference(tmp_path: Path) -> None:
+    """Red if preferences begin from other adapters, are held against the weights below them, or
+    do not resume."""
+    llama(tmp_path / "one")
+    folder = saved_adapters(tmp_path / "one", tmp_path / "sft")
+
+    def engine(reference: str, out: Path | None = None) -> Engine:
+        origin, adapters = llama(tmp_path / "one"), PeftPlugin(adapter=folder)
+        parts = [hf.RowsPlugin([pairs(n) for n in range(3)]), origin, adapters]
+        rest = [LossDpoPlugin(reference=reference, beta=0.5), OptimAdamwPlugin(lr=1e-2)]
+        saves = [CheckpointPlugin(every="2 steps", sync=True, best=None)] if out else []
+        made = Engine(plugins=[*parts, *rest, *saves], seed=1, log_every=1, out=out)
+        blocks = {"model_hf": {"path": str(tmp_path / "one")}, "peft": {"adapter": str(folder)}}
+        made.config["plugins"] = blocks
+        return made
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    whole = engine("auto", tmp_path / "a")
+    below = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    ids, theirs = batches()[0]["input_ids"], PeftModel.from_pretrained(below, folder).eval()
+    whole.model.eval()
+    assert torch.equal(whole.model(ids).logits, theirs(ids).logits)
+    whole.model.train()
+    losses = [
+        [one.metrics["train/total_loss"] for _ in one.steps(until="5 steps")]
+        for one in (whole, engine("copy"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[0][-1] < losses[0][0] - 0.01
+    engine("auto", tmp_path / "b").fit(until=2)
+    again = engine("auto", tmp_path / "b")
+    again.resume()
+    again.fit(until=5)
+    one, other = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    stored = load_file(tmp_path / "b/checkpoints/final/model.safetensors")
+    assert stored.keys() == {n for n, p in again.model.named_parameters() if p.requires_grad}
+    words = ["export", str(tmp_path / "b"), "--to", "hf", "--out", str(tmp_path / "merged")]
+    ran = CliRunner().invoke(nexus_run, words)
+    assert ran.exit_code == 0, ran.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    again.model.eval()
+    assert torch.allclose(merged(ids).logits, again.model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "holds whole modules beside the adapters .*lm_head"),
+        ({"target_modules": ["gone"]}, "peft: Target modules"),
+        ({"r": 2}, "does not fit the model: .*size mismatch"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    origin = llama(tmp_path / "one")
+    fitting = changes if "modules_to_save" in changes else {}
+    folder = saved_adapters(tmp_path / "one", tmp_path / "sft", **fitting)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ConfigError, match=said):
+        engine_of(origin, PeftPlugin(adapter=folder))
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_on_four_bits_resume_to_the_same_bits_and_are_exported_alone(
     tmp_path: Path,
 ) -> None:

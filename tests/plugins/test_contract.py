@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,28 @@ class OnText(FirstPartyContract):
         return {**settings, "train": str(text), "cache_dir": str(folder / "cache")}
 
 
+class OnRecords(FirstPartyContract):
+    """For what reads records of data sets: texts or chats, and a tokenizer of single letters."""
+
+    pytestmark = pytest.mark.slow
+
+    def model(self) -> nn.Module:
+        return tiny_model(vocabulary=97)
+
+    def settings_in(self, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+        from tests.contrib import hf
+
+        hf.tokenizer().save_pretrained(folder / "tokenizer")
+        texts = [f"line {i}: {'ab' * (i % 17)}" for i in range(200)]
+        talks = [[("user", f"{i}?"), ("assistant", text)] for i, text in enumerate(texts)]
+        chats = [[{"role": who, "content": said} for who, said in talk] for talk in talks]
+        lines = [{"text": t, "messages": chat} for t, chat in zip(texts, chats, strict=True)]
+        records = folder / "records.jsonl"
+        records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        places = {"train": str(records), "tokenizer": str(folder / "tokenizer")}
+        return {**settings, **places, "cache_dir": str(folder / "cache")}
+
+
 class Compiled(FirstPartyContract):
     """For what compiles: the compiler forgets between checks, and takes its time."""
 
@@ -121,6 +145,8 @@ RULE = {"target": "tiny_next.weight", "start": 0.5, "end": 1.0, "over": "4 steps
 ON_FP16 = {"dtype": "fp16", "initial_scale": 1024.0, "growth_interval": 2}
 BASES: Mapping[str, type[FirstPartyContract]] = {
     "compile": Compiled,
+    "data_chat": OnRecords,
+    "data_hf": OnRecords,
     "data_text": OnText,
     "init": OnWeights,
     "loss_dpo": OnPairs,
@@ -135,6 +161,17 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     "console": {"off": {}},
     "curriculum": {"configs": (TIMED, {**TIMED, "mode": "truncate"}), "off": {"start_length": 8}},
     "data": {"configs": ({"call": "called:text", "batch_size": 4},)},
+    "data_chat": {"configs": ({"train": "", "tokenizer": "-", "seq_len": 48, "batch_size": 2},)},
+    "data_hf": {
+        "configs": (
+            {"train": "", "tokenizer": "-", "seq_len": 32, "batch_size": 2},
+            {"train": "", "tokenizer": "-", "seq_len": 32, "batch_size": 2, "streaming": True},
+        ),
+        "pytestmark": [
+            pytest.mark.slow,
+            pytest.mark.filterwarnings("ignore:.*tokens of the training data do not fill a row"),
+        ],
+    },
     "data_text": {"configs": ({"seq_len": 32, "batch_size": 2},)},
     "early_stop": {"off": {}},
     "ema": {"off": {}},
@@ -180,12 +217,14 @@ def contract_of(name: str) -> type[FirstPartyContract]:
     })  # fmt: skip
 
 
+OF_VENDORS = ("data_chat", "data_hf") if find_spec("datasets") else ()
 NAMES = [
-    e.name for e in entry_points(group="nexus.plugins") if e.value.startswith("nexus_plugins.")
+    *(e.name for e in entry_points(group="nexus.plugins") if e.value.startswith("nexus_plugins.")),
+    *OF_VENDORS,
 ]
 globals().update({f"Test_{name}": contract_of(name) for name in NAMES})
 
 
 def test_no_need_is_of_a_plugin_that_is_gone() -> None:
     """Breaks if an entry above outlives its plugin, or misspells it and is never used."""
-    assert {*NEEDS, *BASES} <= {*NAMES}
+    assert {*NEEDS, *BASES} <= {*NAMES, "data_chat", "data_hf"}

@@ -13,7 +13,7 @@ __all__ = ["linear_cross_entropy"]
 
 LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
 LOGITS_ON_CPU = 2**23  # where a smaller one is as fast
-LOGITS_IN_CACHE = 2**20  # the softmax goes over its input several times
+LOGITS_IN_CACHE = 2**18  # the softmax goes over its input several times
 FLOAT16_ROWS = 4096  # sums over more rows may exceed its 65,504, whatever scale the loss has
 
 
@@ -80,16 +80,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             spread_head, spread_hidden = (v.sum(0, dtype=wide) * share for v in (weight, hidden))
             total = -(hidden.to(wide) @ spread_head).sum()
             grad_hidden = torch.empty_like(hidden if to_hidden else hidden[:0])
-            grad_weight = -spread_hidden.repeat(len(weight) if to_weight else 0, 1)
+            grad_weight = (-spread_hidden).repeat(len(weight) if to_weight else 0, 1)
             size = _rows_at_once(len(weight), narrow, hidden.is_cpu)
+            room = rows.new_empty(min(size, len(rows)), len(weight))
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
-                logits = rows[part] @ head.T
+                logits = torch.mm(rows[part], head.T, out=room[: len(rows[part])])
                 total += _to_gradient(logits, labels[part], 1 - smoothing)
                 if to_hidden:
                     grad_hidden[part] = logits @ head - spread_head
                 if to_weight:
-                    grad_weight += logits.T @ rows[part]
+                    _add_product(grad_weight, logits.T, rows[part])
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
@@ -114,13 +115,22 @@ def _rows_at_once(vocabulary: int, dtype: torch.dtype, on_cpu: bool) -> int:
 
 def _to_gradient(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:
     """Replace logits by `softmax - confidence * one_hot`, their gradient; return their loss."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
     picked = logits.gather(1, labels.unsqueeze(1))
-    total = -confidence * picked.sum(dtype=torch.promote_types(logits.dtype, torch.float32))
+    total = -confidence * picked.sum(dtype=wide)
     for block in torch.split(logits, max(1, LOGITS_IN_CACHE // logits.shape[1])):
-        wide = block.to(total.dtype)
-        probabilities = wide.softmax(-1)
-        # The likeliest class's probability is at least 1/V: its logarithm is always exact.
-        total += (wide.amax(-1) - probabilities.amax(-1).log()).sum()
-        block.copy_(probabilities)
+        weights = block.to(wide)  # the block itself, if it is as wide
+        peak = weights.amax(-1, keepdim=True)
+        whole = weights.sub_(peak).exp_().sum(-1, keepdim=True)
+        total += (peak + whole.log()).sum()
+        block.copy_(weights.mul_(whole.reciprocal()))
     logits[torch.arange(len(labels), device=labels.device), labels] -= confidence
     return total
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product, without a copy of it where its type is that of the sum."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -183,6 +183,7 @@ WORDS = {
     *("checkpoint", "clip", "compile", "console", "curriculum", "data", "diagnose", "freeze"),
     *("guard", "init", "loss", "metrics", "model", "offload", "optim", "recompute", "schedule"),
     "sample",
+    "worth",
     *("checkpoint", "clip", "compile", "console", "curriculum", "data", "deterministic"),
     *(
         "diagnose",
@@ -401,7 +402,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-OF_NEXUS = {"loss_causal", "loss_energy", "loss_reason", "loss_world", "model_nexus"}
+OF_NEXUS = {"loss_causal", "loss_energy", "loss_reason", "loss_world", "model_nexus", "worth"}
 """What is nothing without the modules of a NEXUS; beside the others, a smaller model will do."""
 SMALL_NEXUS = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.1}
 

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from nexus_core import ConfigError
+from nexus_plugins._shared.outputs import rows_of
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
@@ -140,12 +141,8 @@ class _Model(TemplateLM):  # type: ignore[misc]
         batch = {"input_ids": ids.to(self._engine.device)}
         with torch.no_grad():
             output: Any = self._engine.hook.forward(engine=self._engine, batch=batch, step=None)
-        output = output[0] if isinstance(output, tuple) else output
-        if hasattr(output, "hidden") and hasattr(output, "head_weight"):
-            logits: Tensor = output.hidden.to(output.head_weight.dtype) @ output.head_weight.T
-            return logits
-        own: Tensor = getattr(output, "logits", output)
-        return own
+        states, head = rows_of(output)
+        return states if head is None else states.to(head.dtype) @ head.T
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -14,7 +14,8 @@ from nexus_core import ConfigError, Loss, LossConfig, hookimpl
 from nexus_core.defaults import accepted
 from nexus_plugins._shared.calls import Call, callee
 from nexus_plugins._shared.other_models import at_rest, forward_of
-from nexus_plugins._shared.token_losses import pieces, rows_of
+from nexus_plugins._shared.outputs import rows_of
+from nexus_plugins._shared.token_losses import pieces
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch

@@ -13,6 +13,7 @@ from torch import Tensor
 from nexus_core import DataError, Loss, LossConfig, hookimpl
 from nexus_plugins._shared.alignment import check_alignment
 from nexus_plugins._shared.linear_cross_entropy import linear_cross_entropy
+from nexus_plugins._shared.outputs import rows_of
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -33,9 +34,10 @@ class LossLmConfig(LossConfig):
 class LossLmPlugin(Loss[LossLmConfig]):
     """Trains on the cross-entropy, in nats, of `labels` `(B, T)` aligned with `input_ids`.
 
-    The model's output may offer `hidden` and `head_weight` (full logits then never exist),
-    offer `logits`, be logits, or be a tuple that starts with logits. Evaluation is without
-    smoothing and also reports perplexity and, for batches with `label_bytes`, bits per byte.
+    The model returns logits `(B, T, V)`, a dict or an object with `logits` or with `hidden` and
+    `head_weight` (full logits then never exist), or a tuple that starts with one of these.
+    Evaluation is without smoothing and also reports perplexity and, for batches with
+    `label_bytes`, bits per byte.
     """
 
     _is_aligned = False
@@ -73,17 +75,15 @@ class LossLmPlugin(Loss[LossLmConfig]):
         return {self.term: nats}
 
     def _cross_entropy(self, output: Any, labels: Tensor, smoothing: float) -> Tensor:
-        output = output[0] if isinstance(output, tuple) else output
-        fused = hasattr(output, "hidden") and hasattr(output, "head_weight")
-        rows: Any = output.hidden if fused else getattr(output, "logits", output)
+        rows, head = rows_of(output)
         if labels.shape != rows.shape[:-1]:
             raise DataError(
                 f"labels have shape {tuple(labels.shape)}, the model's output is for "
                 f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
             )
         rows, labels, ignore = rows.flatten(0, -2), labels.flatten(), self.config.ignore_index
-        if fused:
-            return self.linear_cross_entropy(rows, output.head_weight, labels, smoothing, ignore)
+        if head is not None:
+            return self.linear_cross_entropy(rows, head, labels, smoothing, ignore)
         if torch.are_deterministic_algorithms_enabled():
             return _in_one_order(rows.float().log_softmax(-1), labels, smoothing, ignore)
         return F.cross_entropy(

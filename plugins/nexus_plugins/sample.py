@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_plugins._shared.outputs import rows_of
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -137,12 +138,9 @@ class SamplePlugin(Plugin[SampleConfig]):
 
 def _logits_at(output: Any, places: Tensor) -> Tensor:
     """The logits `(B, V)` at a place of each row, of whatever a forward pass gives."""
-    output = output[0] if isinstance(output, tuple) else output
-    rows = torch.arange(len(places), device=places.device)
-    if hasattr(output, "hidden") and hasattr(output, "head_weight"):
-        hidden = output.hidden[rows, places]
-        return cast(Tensor, hidden.to(output.head_weight.dtype) @ output.head_weight.T)
-    return cast(Tensor, getattr(output, "logits", output)[rows, places])
+    states, head = rows_of(output)
+    last = states[torch.arange(len(places), device=places.device), places]
+    return last if head is None else last.to(head.dtype) @ head.T
 
 
 def _text(codec: Any, ids: Sequence[int]) -> str:

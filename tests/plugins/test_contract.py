@@ -151,7 +151,7 @@ BASES: Mapping[str, type[FirstPartyContract]] = {
     "init": OnWeights,
     "loss_dpo": OnPairs,
     **dict.fromkeys(
-        ("loss_causal", "loss_energy", "loss_lm", "loss_reason", "loss_world"), OnNexus
+        ("loss_causal", "loss_energy", "loss_lm", "loss_reason", "loss_world", "worth"), OnNexus
     ),
 }
 NEEDS: Mapping[str, Mapping[str, Any]] = {

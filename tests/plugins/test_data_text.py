@@ -580,7 +580,7 @@ def lossy_tokenizer(path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["byte level", "lossy", "bytes"])
+@pytest.mark.parametrize("kind", ["byte level", "lossy", "bytes", "bytes256"])
 def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
     tmp_path: Path, cache: Path, kind: str
 ) -> None:
@@ -590,7 +590,7 @@ def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
 
     lines = ["  The Cafés,   the cafés  ", "the <|endoftext|> [SEP] ε", "unknown wörds the"] * 9
     path = write_lines(tmp_path / "a.txt", lines)
-    name = {"bytes": "bytes", "lossy": "tok.json", "byte level": "bpe.json"}[kind]
+    name = {"lossy": "tok.json", "byte level": "bpe.json"}.get(kind, kind)
     if kind == "lossy":
         name = lossy_tokenizer(tmp_path / name)
     if kind == "byte level":
@@ -617,6 +617,19 @@ def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
     again = data_of(cache, train=str(tmp_path / "p"), seq_len=4, valid_share=0).notes()
     assert any("the tokenizer loses text" in note for note in again) == (kind == "lossy")
     assert (batch["label_bytes"] >= 0).all()
+
+
+def test_256_ids_are_enough_for_bytes(tmp_path: Path, cache: Path) -> None:
+    """Red: a model of 256 ids gets an id 256, or a byte 0 in the text is lost unsaid."""
+    path = write_lines(tmp_path / "a.txt", ["one ε", "two", "t\0o"])
+    data = data_of(cache, train=str(path), valid=str(path), tokenizer="bytes256", seq_len=4)
+    ids = data.train.streams[0]
+    whole = np.empty(len(ids), np.int64)
+    ids.read(0, len(ids), whole)
+    assert whole.astype(np.uint8).tobytes() == "one ε\0two\0t\0o\0".encode()
+    assert data.tokenizer.size == 256
+    assert data.tokenizer.decode(whole.tolist()) == "one εtwoto"
+    assert any("1 bytes of text have no id" in note for note in data.notes())
 
 
 @pytest.mark.parametrize("mixture", [False, True])

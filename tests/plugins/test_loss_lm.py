@@ -167,11 +167,14 @@ def outputs() -> dict[str, Any]:
         "hidden": SimpleNamespace(hidden=hidden, head_weight=weight),
         "logits": SimpleNamespace(logits=logits),
         "tensor": logits,
-        "tuple": (logits, {}),
+        "tuple": (logits, {"module_outputs": {}}),
+        "dict": {"logits": logits, "loss": None},
+        "dict of hidden": {"hidden": hidden, "head_weight": weight},
+        "list": [SimpleNamespace(logits=logits), None],
     }
 
 
-@pytest.mark.parametrize("kind", ["hidden", "logits", "tensor", "tuple"])
+@pytest.mark.parametrize("kind", outputs())
 def test_every_kind_of_output_has_the_same_loss(kind: str) -> None:
     """Red: a model that only offers logits cannot be trained, or trains differently."""
     torch.manual_seed(0)
@@ -246,3 +249,19 @@ def test_labels_that_are_the_ids_themselves_are_refused(shifted: bool) -> None:
     else:
         with pytest.raises(DataError, match="shift them by one"):
             plugin.units({"input_ids": ids, "labels": labels})
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ({"prediction": torch.ones(2)}, "a dict of 'prediction'"),
+        (SimpleNamespace(logits="text"), "a SimpleNamespace with 'logits'"),
+        (({"a": 1}, torch.ones(2, 3)), r"a tuple of \(a dict of 'a', a tensor \(2, 3\)\)"),
+        (None, "a NoneType"),
+        ((), r"a tuple of \(\)"),
+    ],
+)
+def test_output_without_logits_is_described(output: Any, said: str) -> None:
+    """Red: the user reads of an attribute that a dict does not have."""
+    with pytest.raises(ConfigError, match=f"the model returned {said}, and the loss needs logits"):
+        LossLmPlugin().loss({"labels": torch.zeros(2, 3, dtype=torch.int64)}, output)

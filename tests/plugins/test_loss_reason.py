@@ -42,6 +42,25 @@ def test_loss_and_units_match_scipy(seed, sharpness):
     np.testing.assert_allclose(mean.item(), per_position_and_step, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda reports: {"logits": None, "module_outputs": reports},
+        lambda reports: (torch.zeros(1, 2, 3), {"module_outputs": reports}),
+        lambda reports: [output(**reports)],
+    ],
+    ids=["dict", "tuple", "list"],
+)
+def test_reports_are_found_in_whatever_a_model_returns(wrap):
+    """If it fails, a model of one's own must return an object, or is said to have no module."""
+    reports = {"reason": torch.full((1, 2, 1, 4), 0.25), "reason_halting": torch.ones(1, 2, 1)}
+    batch = {"input_ids": torch.zeros(1, 2)}
+    plugin = LossReasonPlugin()
+    assert torch.equal(plugin.loss(batch, wrap(reports)), plugin.loss(batch, output(**reports)))
+    with pytest.raises(ConfigError, match=r"needs .*'reason'.*got a .*, with module_outputs: none"):
+        plugin.loss(batch, wrap({}))
+
+
 def test_a_certain_choice_has_no_loss_and_a_finite_gradient():
     """If it fails, a reasoner that has made up its mind ends in NaN."""
     rules = torch.tensor([0.0, 1.0, 0.0]).expand(1, 2, 1, 3).clone().requires_grad_()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, DataError
 from nexus_plugins.model_nexus import (
     ModelNexusPlugin,
     NEXUSConfig,
@@ -414,6 +414,17 @@ def test_plugin_asks_for_the_vocabulary_where_nothing_tells_it() -> None:
     """Red: a run without a tokenizer ends in a traceback instead of the key to set."""
     with pytest.raises(ConfigError, match=r"model_nexus\.vocab_size"):
         ModelNexusPlugin().make_model(SimpleNamespace(data=None))
+
+
+def test_ids_beyond_the_vocabulary_are_named() -> None:
+    """Red: bytes with an end of text on a model of 256 ids end in "index out of range in self"."""
+    plugin = ModelNexusPlugin(vocab_size=256, d_model=16, ssm_n_layers=1, ssm_head_dim=8)
+    bytes_and_more = SimpleNamespace(data=SimpleNamespace(codec=SimpleNamespace(size=259)))
+    with pytest.raises(ConfigError, match=r"has 259 ids .*data_text\.tokenizer=bytes256"):
+        plugin.make_model(bytes_and_more)
+    model = plugin.make_model(SimpleNamespace(data=None))
+    with pytest.raises(DataError, match=r"from 7 to 256, and the model knows the ids 0 to 255"):
+        plugin.forward(SimpleNamespace(model=model), {"input_ids": torch.tensor([[7, 256]])})
 
 
 @pytest.mark.parametrize(

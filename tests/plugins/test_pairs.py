@@ -49,7 +49,7 @@ BASIS: dict[str, dict[str, Any]] = {
     "optim_adamw": {"lr": 1e-2},
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
 }  # fmt: skip
-OF_NEXUS = {"model_nexus", "loss_world", "loss_reason", "loss_energy", "loss_causal"}
+OF_NEXUS = {"model_nexus", "loss_world", "loss_reason", "loss_energy", "loss_causal", "worth"}
 """What is nothing without the modules of a NEXUS; the others are tried with a smaller model."""
 LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so short a run
     "auto_accumulate": {"rows": 1},

@@ -12,6 +12,7 @@ from pydantic import Field
 from nexus_core.bases.loss import Loss, LossConfig
 from nexus_core.errors import ConfigError, hint_leave_out, hint_set
 from nexus_core.plugin import hookimpl
+from nexus_plugins._shared.outputs import described, module_outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 class ModuleLoss(Loss[LossConfigT]):
     """A loss of what the model's module of the same name reports: `loss_world` reads `world`.
 
-    The model's output has `module_outputs`, a dict with that key. A model that has
+    The model's output has `module_outputs`, a dict with that key: it is an object or a dict with
+    that name, or a tuple such as `(logits, {"module_outputs": {...}})`. A model that has
     `active_modules`, a tuple of such names, is refused before the first step if it is not one.
     """
 
@@ -42,7 +44,7 @@ class ModuleLoss(Loss[LossConfigT]):
     def on_start(self, engine: Engine) -> None:
         """Refuse a model that says it does not have the module (a ConfigError)."""
         if self.term not in getattr(engine.model, "active_modules", (self.term,)):
-            raise self._no_module()
+            raise self._no_module(f"a model with the modules {engine.model.active_modules}")
 
     def reports(self, output: Any) -> Mapping[str, Any]:
         """The `module_outputs`, if the module is among them.
@@ -50,15 +52,17 @@ class ModuleLoss(Loss[LossConfigT]):
         Raises:
             ConfigError: it is not.
         """
-        reports: Mapping[str, Any] = getattr(output, "module_outputs", {})
+        reports = module_outputs(output)
         if self.term not in reports:
-            raise self._no_module()
+            found = ", ".join(map(repr, reports)) or "none"
+            raise self._no_module(f"{described(output)}, with module_outputs: {found}")
         return reports
 
-    def _no_module(self) -> ConfigError:
+    def _no_module(self, got: str) -> ConfigError:
         return ConfigError(
-            f"{self.name} needs a model whose output has module_outputs['{self.term}']; got one "
-            "without. Switch the module on with ",
+            f"{self.name} needs a model whose output has module_outputs['{self.term}'] (an object "
+            'or a dict with that name, or (logits, {"module_outputs": {...}})); got '
+            f"{got}. Switch the module on with ",
             hint_set(f"model_nexus.{self.term}", True),
             ", or leave the loss out: ",
             hint_leave_out(self.name),

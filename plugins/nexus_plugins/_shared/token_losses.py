@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nexus_core.errors import DataError
+from nexus_plugins._shared.outputs import rows_of
 
-__all__ = ["pieces", "rows_of", "token_nats"]
+__all__ = ["pieces", "token_nats"]
 
 LOGITS_AT_ONCE = 2**24
 
@@ -20,8 +21,7 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """What each label costs, in nats; 0 where it does not count.
 
     Args:
-        output: of a model: with `hidden` `(B, T, D)` and `head_weight` `(V, D)`, with `logits`, or
-            logits `(B, T, V)`.
+        output: of a model, as `outputs.rows_of` takes it.
         labels: `(B, T)`.
         ignore_index: label of positions that do not count.
 
@@ -45,14 +45,6 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
     else:
         nats = _TokenNats.apply(flat, head, targets)  # type: ignore[no-untyped-call]
     return nats.view(labels.shape) * counted
-
-
-def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
-    """The states and the head's weight of a model's output, or its logits and None."""
-    output = output[0] if isinstance(output, tuple) else output
-    if hasattr(output, "hidden") and hasattr(output, "head_weight"):
-        return output.hidden, output.head_weight
-    return getattr(output, "logits", output), None
 
 
 def pieces(rows: int, vocabulary: int) -> Iterator[slice]:

@@ -115,7 +115,10 @@ def _note(text: str) -> None:
 @_INPUT
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
-    "--tokenizer", default="bytes", show_default=True, help='"bytes", or a tokenizer.json.'
+    "--tokenizer",
+    default="bytes",
+    show_default=True,
+    help='"bytes", "bytes256", or a tokenizer.json.',
 )
 @click.option("--eos-token", help="Token that ends a document, where it has no usual name.")
 @click.option("--pad-token", help="Token that fills rows, where it has no usual name.")

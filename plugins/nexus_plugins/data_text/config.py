@@ -92,8 +92,8 @@ class DataTextConfig(PluginConfig):
     )
     tokenizer: str = Field(
         "auto",
-        description='"bytes", or the path of a tokenizer.json; "auto": the one saved with '
-        "prepared data, else bytes",
+        description='"bytes" (259 ids), "bytes256" (256: byte 0 ends a document), or the path of a '
+        'tokenizer.json; "auto": the one saved with prepared data, else bytes',
     )
     eos_token: str | None = Field(
         None, description="the token that ends a document; null: found by its usual names"

@@ -265,7 +265,7 @@ class _Opener:
     def _can_map(self, texts: list[Path], reading: Reading) -> bool:
         """Whether the bytes of the files can be used as ids where they lie."""
         lines = all(format_of(path, reading.as_text) == Format("lines") for path in texts)
-        plain = isinstance(self.tokenizer, ByteTokenizer)
+        plain = self.tokenizer.kind == ByteTokenizer.kind
         return plain and lines and reading.invalid_utf8 == "error" and len(texts) <= _MOST_MAPPED
 
     def _embedded(self, share: float) -> tuple[Stream, Stream]:

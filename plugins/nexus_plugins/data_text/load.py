@@ -14,9 +14,17 @@ from typing import Any, NoReturn
 from nexus_core.errors import DataError
 from nexus_plugins._shared.paths import expanded, reason
 from nexus_plugins.data_text.huggingface import HfTokenizer
-from nexus_plugins.data_text.tokenizer import ByteTokenizer, CharTokenizer, IdTokenizer, Tokenizer
+from nexus_plugins.data_text.tokenizer import (
+    Byte256Tokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    IdTokenizer,
+    Tokenizer,
+)
 
 __all__ = ["load_tokenizer", "tokenizer_beside"]
+
+_OF_BYTES = {one.kind: one for one in (ByteTokenizer, Byte256Tokenizer)}
 
 
 def load_tokenizer(
@@ -25,23 +33,23 @@ def load_tokenizer(
     """The tokenizer of a name or a file.
 
     Args:
-        wish: "bytes", a tokenizer.json (of Hugging Face's, or saved by this trainer), its folder,
-            or a meta.pkl of nanoGPT.
+        wish: "bytes", "bytes256", a tokenizer.json (of Hugging Face's, or saved by this trainer),
+            its folder, or a meta.pkl of nanoGPT.
         eos_token, pad_token: names of special tokens; None: the usual ones.
 
     Raises:
         DataError: there is no such file, or it is not a tokenizer.
     """
-    if wish == "bytes":
-        return ByteTokenizer()
+    if wish in _OF_BYTES:
+        return _OF_BYTES[wish]()
     path = expanded(wish)
     try:
         path = path / "tokenizer.json" if path.is_dir() else path
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"there is no tokenizer '{wish}' ({reason(error)}); expected \"bytes\" or the path "
-            "of a tokenizer.json"
+            f"there is no tokenizer '{wish}' ({reason(error)}); expected \"bytes\", "
+            '"bytes256" or the path of a tokenizer.json'
         ) from error
     return _parsed(raw, path, eos_token, pad_token)
 
@@ -63,8 +71,8 @@ def _parsed(raw: bytes, path: Path, eos_token: str | None, pad_token: str | None
 
 def _own(kind: str, layout: dict[str, Any], path: Path) -> Tokenizer:
     size, letters = layout.get("size"), layout.get("letters")
-    if kind == "bytes":
-        return ByteTokenizer()
+    if kind in _OF_BYTES:
+        return _OF_BYTES[kind]()
     if kind == "ids" and isinstance(size, int) and 0 < size <= _MOST_IDS:
         return IdTokenizer(size)
     if kind == "characters" and isinstance(letters, list):

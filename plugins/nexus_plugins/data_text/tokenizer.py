@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from nexus_core.errors import DataError
 
-__all__ = ["ByteTokenizer", "CharTokenizer", "Encoded", "IdTokenizer", "Tokenizer", "loss_of"]
+__all__ = [
+    "Byte256Tokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Encoded",
+    "IdTokenizer",
+    "Tokenizer",
+    "loss_of",
+]
 
 Ids = NDArray[np.int64]
 _TOGETHER = 1 << 20  # bytes encoded at once
@@ -96,7 +104,7 @@ def loss_of(tokenizer: Tokenizer, texts: Sequence[bytes], encoded: Encoded) -> d
         `compared` documents, those `altered` (spaces aside), and the bytes that were lost.
     """
     if encoded.token_bytes is None:
-        return {"compared": 0, "altered": 0, "lost_bytes": 0}
+        return {"compared": 0, "altered": 0, "lost_bytes": encoded.lost_bytes}
     ends = encoded.lengths.cumsum()
     picked = np.linspace(0, len(texts) - 1, min(len(texts), _COMPARED)).astype(np.int64)
     altered = 0
@@ -114,7 +122,7 @@ class ByteTokenizer(Tokenizer):
     size = 259
     eos = 256
     pad = 257
-    bos = 258
+    bos: int | None = 258
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -123,7 +131,7 @@ class ByteTokenizer(Tokenizer):
         return bytes(token for token in ids if token < 256).decode("utf-8", "replace")
 
     def to_json(self) -> str:
-        return json.dumps({"nexus_tokenizer": "bytes", "size": self.size})
+        return json.dumps({"nexus_tokenizer": self.kind, "size": self.size})
 
     def encode_documents(self, texts: Sequence[bytes]) -> Encoded:
         lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
@@ -133,7 +141,11 @@ class ByteTokenizer(Tokenizer):
             if end - at >= _TOGETHER or last == len(texts):
                 self._encode(texts[first:last], ids[at:end])
                 at, first = end, last
-        return Encoded(ids, lengths, None)
+        return Encoded(ids, lengths, None, self._lost(texts))
+
+    def _lost(self, texts: Sequence[bytes]) -> int:
+        """Bytes that no id stands for."""
+        return 0
 
     def _encode(self, texts: Sequence[bytes], out: NDArray[np.uint16]) -> None:
         if len(texts) == 1:  # it may be long: without another copy of it
@@ -150,6 +162,29 @@ class ByteTokenizer(Tokenizer):
     @property
     def token_bytes(self) -> Ids:
         return (np.arange(self.size) < 256).astype(np.int64)
+
+
+class Byte256Tokenizer(ByteTokenizer):
+    """One id a byte of UTF-8 and no others: byte 0, which text has no use for, is eos and pad."""
+
+    kind = "bytes256"
+    size = 256
+    eos = 0
+    pad = 0
+    bos = None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token).decode("utf-8", "replace")
+
+    def text_bytes(self, ids: Ids) -> bytes:
+        return ids[ids > 0].astype(np.uint8).tobytes()
+
+    @property
+    def token_bytes(self) -> Ids:
+        return (np.arange(self.size) > 0).astype(np.int64)
+
+    def _lost(self, texts: Sequence[bytes]) -> int:
+        return sum(text.count(0) for text in texts)
 
 
 class IdTokenizer(Tokenizer):

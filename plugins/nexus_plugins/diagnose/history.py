@@ -19,11 +19,13 @@ __all__ = [
     "Reading",
     "TermProbe",
     "Wait",
+    "Worth",
     "reading_of",
 ]
 
 READINGS_KEPT = 24
 PROBES_KEPT = 3
+WORTHS_KEPT = 3
 SURE = 3.0
 """Standard deviations, or errors, that nearly every value lies within."""
 SURE_IN_LOGARITHMS = 5.0
@@ -112,6 +114,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Worth:
+    """What an evaluation found each module to be worth.
+
+    Args:
+        loss: of the evaluation.
+        worths: by how much leaving a module out raises it, by name.
+    """
+
+    loss: float
+    worths: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Baseline:
     """What the run is compared with.
 
@@ -138,10 +153,11 @@ class Baseline:
 
 @dataclass(frozen=True)
 class History:
-    """The last readings and probes, oldest first, and the baseline."""
+    """The last readings, probes and worths, oldest first, and the baseline."""
 
     readings: tuple[Reading, ...] = ()
     probes: tuple[Probe, ...] = ()
+    worths: tuple[Worth, ...] = ()
     baseline: Baseline = Baseline()
 
     def with_reading(self, reading: Reading, first_loss: float) -> History:
@@ -177,12 +193,16 @@ class History:
         )
         return replace(self, probes=(*self.probes, probe)[-PROBES_KEPT:], baseline=baseline)
 
+    def with_worth(self, worth: Worth) -> History:
+        """One measurement of the modules' worth more."""
+        return replace(self, worths=(*self.worths, worth)[-WORTHS_KEPT:])
+
     def state_dict(self) -> StateDict:
         """What JSON holds; memory and waiting are this session's own, and left out."""
         lasting = tuple(replace(reading, memory=None, wait=None) for reading in self.readings)
         state = asdict(replace(self, readings=lasting))
         state["readings"] = [{**r, "silent": list(r["silent"])} for r in state["readings"]]
-        state["probes"] = list(state["probes"])
+        state["probes"], state["worths"] = list(state["probes"]), list(state["worths"])
         return cast(StateDict, state)
 
     @classmethod
@@ -192,6 +212,7 @@ class History:
         return cls(
             tuple(Reading(**{**r, "silent": tuple(r["silent"])}) for r in saved["readings"]),
             tuple(_probe(probe) for probe in saved["probes"]),
+            tuple(Worth(**worth) for worth in saved.get("worths", [])),
             Baseline(**saved["baseline"]),
         )
 

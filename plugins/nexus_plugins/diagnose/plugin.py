@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Generator, Mapping
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
 from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
-from nexus_plugins.diagnose.history import History, Memory, Probe, Reading, TermProbe, reading_of
+from nexus_plugins.diagnose.history import (
+    History,
+    Memory,
+    Probe,
+    Reading,
+    TermProbe,
+    Worth,
+    reading_of,
+)
 from nexus_plugins.diagnose.rules import Finding, examine
 from nexus_plugins.diagnose.sensors import (
     WaitClock,
@@ -40,7 +49,10 @@ RuleName = Literal[
     "dead_layers",
     "lr_at_floor",
     "data_starvation",
+    "worthless_module",
 ]
+
+_WORTH = re.compile(r"module/(.+)_worth")
 
 
 class DiagnoseConfig(PluginConfig):
@@ -136,6 +148,14 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
         self._pending.append(dict(step.losses))
         if engine.state.step % self.config.every == 0:
             self._read(engine)
+
+    @hookimpl
+    def on_eval(self, metrics: dict[str, float]) -> None:
+        """Keep what each module was found to be worth, where it was measured."""
+        worths = {found[1]: v for n, v in metrics.items() if (found := _WORTH.fullmatch(n))}
+        if worths:
+            loss = next(value for name, value in metrics.items() if name.endswith("/loss"))
+            self._history = self._history.with_worth(Worth(loss, worths))
 
     @hookimpl(stage="clock")
     def on_step_end(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from nexus_plugins.diagnose.history import SURE, Baseline, History, Probe, Reading
+from nexus_plugins.diagnose.history import SURE, Baseline, History, Probe, Reading, Worth
 
 __all__ = ["RULES", "Finding", "Rule", "examine"]
 
@@ -49,6 +49,10 @@ STARVED = 0.3
 """Starvation: waiting this share of the time, a run takes 1.4 times as long as it need."""
 STARVED_MS = 2.0
 """Starvation: handing over a batch from another process takes about as long; less cannot be won."""
+WORTHLESS = 1e-3
+"""Worth: leaving a module out raises the loss by less than a thousandth of it."""
+GROWING = 2.0
+"""Worth: a module whose worth has doubled over the measurements is still being learned."""
 NAMES_SHOWN = 3
 
 
@@ -175,7 +179,7 @@ def lr_at_floor(history: History) -> str | None:
     low = max(rates) <= FLOOR * peak * (1 + SAME_LR)
     resting = max(rates) - min(rates) <= SAME_LR * max(rates)
     trend = _trend(window)
-    if len(window) < FLOOR_READINGS or not low or not resting or trend is None:
+    if len(window) < FLOOR_READINGS or not low or not resting or trend is None or not peak:
         return None
     first, second, error = trend
     if first - second < max(SURE * error, FLAT * abs(first)):
@@ -197,6 +201,21 @@ def data_starvation(history: History) -> str | None:
     return (
         f"{waits[-1].share:.0%} of the time the loop waits for the next batch, "
         f"{waits[-1].milliseconds:.1f} ms a step, in each of the last {ROW} readings"
+    )
+
+
+def worthless_module(history: History) -> str | None:
+    """Modules that the evaluation's loss does not miss, in three measurements in a row."""
+    last = history.worths[-ROW:]
+    if len(last) < ROW:
+        return None
+    idle = [name for name in last[-1].worths if _is_idle(name, last)]
+    if not idle:
+        return None
+    told = ", ".join(f"{name} {last[-1].worths[name]:+.2g}" for name in idle)
+    return (
+        f"leaving a module out hardly changes the loss of {last[-1].loss:.4g} in each of the last "
+        f"{ROW} measurements: {told}"
     )
 
 
@@ -240,6 +259,12 @@ RULES: tuple[Rule, ...] = (
         data_starvation,
         "Read ahead in more processes (data_text.workers, or num_workers of a loader), or do the "
         "costly part of the reading once and store it.",
+    ),
+    Rule(
+        "worthless_module",
+        worthless_module,
+        "Switch it off with its loss and compare (nexus-run compare): it costs time, and may only "
+        "have helped by what its loss teaches the rest.",
     ),
 )
 """Every rule, in the order in which they are judged and documented."""
@@ -322,6 +347,13 @@ def _dead_outputs(probes: Sequence[Probe], baseline: Baseline) -> str | None:
         f"{_listed(dead)} put out nearly the same for every row of the batch: the deviation of "
         f"{dead[0]} fell from {before:.3g} to {now:.3g}"
     )
+
+
+def _is_idle(name: str, measured: Sequence[Worth]) -> bool:
+    """Whether a module was worth less than a thousandth each time, and is not becoming more."""
+    worths = [one.worths.get(name, math.inf) for one in measured]
+    small = all(w < WORTHLESS * abs(one.loss) for w, one in zip(worths, measured, strict=True))
+    return small and not 0 < GROWING * worths[0] < worths[-1]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, overload
 
@@ -227,7 +228,7 @@ class NEXUSCore(nn.Module):
         module_outputs: dict[str, Any] = {}
         for part in self._parts():
             update, reports = part(h, document)
-            x = x + self.dropout(update)
+            x = x if part.muted else x + self.dropout(update)
             module_outputs |= reports
         return NEXUSOutput(self.final_norm(x), self.head.weight, module_outputs)
 
@@ -248,7 +249,7 @@ class NEXUSCore(nn.Module):
             new_states.append(new_state)
         h = self._read(x)
         for part in self._parts():
-            x = x + part.step(h)
+            x = x if part.muted else x + part.step(h)
         logits: Tensor = self.head(self.final_norm(x))
         return logits, new_states
 
@@ -264,6 +265,10 @@ class NEXUSCore(nn.Module):
     def active_modules(self) -> tuple[str, ...]:
         """Which of world, reason, energy and causal the model has."""
         return tuple(self.parts)
+
+    def without(self, name: str) -> AbstractContextManager[None]:
+        """Leave out what a module of `active_modules` writes to the stream, while it lasts."""
+        return cast(Part, self.parts[name]).silence()
 
     def update_world_target(self, decay: float | Tensor) -> None:
         """Let the world model's target encoder follow its encoder; call it after each update."""

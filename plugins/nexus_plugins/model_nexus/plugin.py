@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from nexus_core.errors import ConfigError, hint_set
+from nexus_core.errors import ConfigError, DataError, hint_set
 from nexus_core.plugin import Plugin, StateDict, hookimpl
 from nexus_core.processes import is_sharded
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelNexusConfig", "ModelNexusPlugin"]
 
+BYTES = 256
+_OF_BYTES = "; bytes and nothing else, in 256 ids, are data_text.tokenizer=bytes256"
 PROMPT, SAMPLE = 48, 160  # tokens of the sample in the summary
 
 
@@ -54,7 +56,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             raise ConfigError(
                 f"model_nexus.vocab_size is {settings['vocab_size']:,}, but the data has "
                 f"{codec.size:,} ids ({codec}); leave it out to take the data's, or set it to "
-                f"{codec.size} or more"
+                f"{codec.size} or more{_OF_BYTES if settings['vocab_size'] == BYTES else ''}"
             )
         self._vocab_size = settings["vocab_size"]
         return NEXUSCore(NEXUSConfig(**settings))
@@ -68,10 +70,23 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         """Run the backbone over `input_ids`, isolated by `segment_ids` where there are any.
 
         Where there are none, the padding that an `attention_mask` marks is a document of its own.
+
+        Raises:
+            DataError: an id is not in the vocabulary (on the CPU; a device fails by itself).
         """
         model = cast(NEXUSCore, engine.model)
         segments = batch.get("segment_ids", batch.get("attention_mask"))
-        return model.hidden(batch["input_ids"], segments)
+        ids = batch["input_ids"]
+        try:
+            return model.hidden(ids, segments)
+        except IndexError as error:
+            size, low, high = model.config.vocab_size, int(ids.min()), int(ids.max())
+            if low >= 0 and high < size:
+                raise
+            raise DataError(
+                f"input_ids go from {low} to {high}, and the model knows the ids 0 to {size - 1} "
+                f"(vocab_size {size}){_OF_BYTES if size == BYTES else ''}"
+            ) from error
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,18 @@ class Part(nn.Module):
 
     No update may depend on another token: whatever crosses time is the backbone's.
     """
+
+    muted = False
+    """Whether what the module writes is left out of the stream."""
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Leave out what the module writes, while it reports as ever."""
+        before, self.muted = self.muted, True
+        try:
+            yield
+        finally:
+            self.muted = before
 
     def forward(
         self, h: Tensor, document: Tensor | None = None

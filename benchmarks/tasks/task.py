@@ -1,0 +1,178 @@
+"""What a task is: rows drawn from a seed, and the variants of the model that compete on them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_core import Plugin
+from nexus_core.plan import load
+from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
+from nexus_plugins.model_nexus.residual import Part
+
+__all__ = ["IGNORED", "MODULES", "Batch", "Seen", "Sizes", "Task", "Variant"]
+
+MODULES = ("world", "reason", "energy", "causal")
+IGNORED = -100
+HELD_OUT = 10**9
+"""Steps from here on are never trained on: their rows are those of evaluations."""
+
+Batch = dict[str, Tensor]
+Seen = Sequence[tuple[Batch, NEXUSOutput]]
+"""Held-out batches, each with what the model made of it."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Those of the backbone that all variants share; a backbone that competes alone is wider."""
+
+    width: int = 64
+    layers: int = 2
+    state: int = 16
+    head: int = 8
+
+    def config(self, vocab_size: int, width: int | None = None, **settings: Any) -> NEXUSConfig:
+        """The model's config; modules are off unless the settings switch them on."""
+        return NEXUSConfig(
+            vocab_size=vocab_size,
+            d_model=width or self.width,
+            ssm_n_layers=self.layers,
+            ssm_d_state=self.state,
+            ssm_head_dim=self.head,
+            **{**dict.fromkeys(MODULES, False), **settings},
+        )
+
+    @property
+    def grain(self) -> int:
+        """Widths are multiples of this: heads must divide twice the width."""
+        return max(1, self.head // 2)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One competitor: a model and what it is trained on beside the cross-entropy."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of `NEXUSConfig`, beside the sizes."""
+    losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Plugins by name, with their settings."""
+    widened: bool = False
+    """The backbone is as wide as brings it to at least the parameters of the module's variant."""
+    in_place: Callable[[int, int], Part] | None = None
+    """From the width and the parameters that the module has: what stands in the module's place."""
+
+    def build(self, task: Task, sizes: Sizes, parameters: int, of_module: int) -> NEXUSCore:
+        """The model; `parameters` are those to reach if it is widened."""
+        width = sizes.width
+        while self.widened and count(task, sizes, width, self) < parameters:
+            width += sizes.grain
+        model = NEXUSCore(sizes.config(task.vocab_size, width, **self.settings))
+        if self.in_place is not None:
+            model.parts["in_place"] = self.in_place(width, of_module)
+        return model
+
+    def plugins(self) -> list[Plugin[Any]]:
+        """The losses beside the cross-entropy."""
+        return [load(name)(**settings) for name, settings in self.losses.items()]
+
+
+class PlainMLP(Part):
+    """Two layers on each token's state: what any parameters in a module's place could do.
+
+    Args:
+        d_model: width D.
+        parameters: to reach, at least.
+    """
+
+    def __init__(self, d_model: int, parameters: int) -> None:
+        super().__init__()
+        inner = max(1, -(-(parameters - d_model) // (2 * d_model + 1)))
+        self.layers = nn.Sequential(nn.Linear(d_model, inner), nn.SiLU(), nn.Linear(inner, d_model))
+
+    def forward(
+        self, h: Tensor, document: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """The update of the stream `(..., D)`; nothing is reported."""
+        return self.layers(h), {}
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A kind of data; its sizes are fields, so that others than the defaults can be tried."""
+
+    name: ClassVar[str]
+    module: ClassVar[str]
+    """The module that it is for."""
+
+    rows: int = 16
+    length: int = 64
+    steps: int = 400
+    """Optimizer steps of the variant with the module."""
+    lr: float = 3e-3
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Tokens that the model reads and predicts."""
+
+    @abstractmethod
+    def batch(self, seed: int, step: int) -> Batch:
+        """The rows of a step: `input_ids` and `labels` `(rows, length)`, and what else they need.
+
+        A function of its arguments alone. Labels that do not count are -100.
+        """
+
+    @abstractmethod
+    def variants(self) -> list[Variant]:
+        """The competitors; `standard` gives the first three, published designs follow."""
+
+    def held_out(self, seed: int) -> list[Batch]:
+        """Rows to evaluate on, none of which is trained on."""
+        return [self.batch(seed, HELD_OUT + number) for number in range(8)]
+
+    def measure(self, seen: Seen) -> dict[str, float]:
+        """What is reported; `nats` is what decides."""
+        nats, hits, units = 0.0, 0, 0
+        for batch, output in seen:
+            labels, logits = batch["labels"].flatten(), output.logits.flatten(0, 1)
+            nats += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
+            hits += int((logits.argmax(-1) == labels).sum())
+            units += int((labels != IGNORED).sum())
+        return {"nats": nats / units, "accuracy": hits / units}
+
+    def standard(
+        self, settings: Mapping[str, Any], losses: Mapping[str, Mapping[str, Any]]
+    ) -> list[Variant]:
+        """The backbone with the module, alone, and with a plain MLP in the module's place."""
+        return [
+            Variant(self.module, {self.module: True, **settings}, losses),
+            Variant("backbone", widened=True),
+            Variant("mlp", in_place=PlainMLP),
+        ]
+
+
+def count(task: Task, sizes: Sizes, width: int, variant: Variant) -> int:
+    """Parameters that an optimizer moves in a model of this width."""
+    with torch.device("meta"):
+        model = NEXUSCore(sizes.config(task.vocab_size, width, **variant.settings))
+    return trained(model)
+
+
+def trained(model: nn.Module) -> int:
+    """Parameters that an optimizer moves."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Randomness that is a function of some numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,115 @@
+"""Logs what each module is worth: the validation loss without it, less that with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from pydantic import Field
+
+from nexus_core.errors import ConfigError, hint_leave_out
+from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+
+if TYPE_CHECKING:
+    from nexus_core.batches import Batch
+    from nexus_core.engine import Engine
+
+__all__ = ["WorthConfig", "WorthPlugin"]
+
+
+class WorthConfig(PluginConfig):
+    """How often, and on how much of the evaluation data."""
+
+    every: int = Field(1, ge=1, description="evaluations from one measurement to the next")
+    batches: int | None = Field(
+        16, ge=1, description="batches of the first evaluation set to measure on; null: all of it"
+    )
+
+
+class WorthPlugin(Plugin[WorthConfig]):
+    """Evaluates with each module left out in turn, and changes nothing in training.
+
+    `module/<name>_worth` is the rise of the loss (`val/loss`, in its own unit) when what the module
+    writes is zero, on the same batches and with the same weights: above 0, the module helps. It
+    does not see what the module's loss taught the rest of the model, which only a run without the
+    module can tell.
+
+    The model has `active_modules`, a tuple of names, and `without(name)`, a context manager. A
+    measurement is one evaluation of those batches and one more for each module.
+    """
+
+    api_version: ClassVar[str] = "1.2"
+
+    def __init__(self, config: WorthConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self._evaluations = 0
+        self._measured = False
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Refuse a model without modules that can be left out (a ConfigError)."""
+        model = engine.model
+        if not getattr(model, "active_modules", ()) or not hasattr(model, "without"):
+            raise ConfigError(
+                "worth needs a model with active_modules, a tuple of at least one name, and "
+                f"without(name), a context manager; got {type(model).__name__}. Switch a module "
+                "on, or leave the plugin out: ",
+                hint_leave_out(self.name),
+            )
+
+    @hookimpl
+    def evaluating(self) -> None:
+        """An evaluation begins; its first set is still to be measured."""
+        self._measured = self._evaluations % self.config.every > 0
+
+    @hookimpl
+    def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
+        """The worth of each module on the first set, as `module/<name>_worth`."""
+        if self._measured:
+            return {}
+        self._measured = True  # for the evaluations below too, which ask this again
+        model = cast(Any, engine.model)
+        part = {split: data if self.config.batches is None else _First(data, self.config.batches)}
+        whole, worth = engine.evaluate(part)[f"{split}/loss"], {}
+        for name in model.active_modules:
+            with model.without(name):
+                lesioned = engine.evaluate(part)[f"{split}/loss"]
+            worth[f"module/{name}_worth"] = lesioned - whole
+        return worth
+
+    @hookimpl
+    def on_eval(self) -> None:
+        """An evaluation is complete."""
+        self._evaluations += 1
+
+    def state_dict(self) -> StateDict:
+        """How many evaluations there were."""
+        return {"evaluations": self._evaluations}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Count on from there."""
+        self._evaluations = cast(int, state["evaluations"])
+
+
+class _First:
+    """The first batches of some data, which keeps all that it says about itself.
+
+    Args:
+        data: batches that can be read again.
+        count: how many.
+    """
+
+    def __init__(self, data: Iterable[Batch], count: int) -> None:
+        self._data, self._count = data, count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(iter(self._data), self._count)
+
+    def in_cells(self, count: int) -> Iterable[Batch]:
+        """The same of the data in cells; data that cannot deal them out is left whole."""
+        dealing = getattr(self._data, "in_cells", None)
+        return self if dealing is None else _First(dealing(count), self._count)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)

@@ -69,7 +69,11 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         config = self.config
         hidden = _hidden_matrices(engine.model, config.exclude)
         matrices, rest = list[dict[str, Any]](), list[dict[str, Any]]()
-        for group in groups_of(engine.model, config, self.name):
+        # An orthogonal update of a given RMS grows with the root of the width, one of AdamW with
+        # the width; scaled as its author does it does not grow.
+        power = 0.5 if config.adjust == "match_rms_adamw" else 0.0
+        powers = dict.fromkeys(hidden, power)
+        for group in groups_of(engine.model, config, self.name, powers):
             for wanted, groups in ((True, matrices), (False, rest)):
                 if members := [p for p in group["params"] if (id(p) in hidden) is wanted]:
                     groups.append({**group, "params": members})

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from nexus_core import Engine
+from nexus_core.plan import load
 from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 from nexus_plugins.model_nexus.delta import delta_scan
 from nexus_plugins.model_nexus.mlp import Mlp
@@ -187,3 +189,40 @@ def test_config_refuses_layers_that_do_not_fit(settings: dict[str, object], word
     """Red: an impossible size fails deep inside the model."""
     with pytest.raises(ValidationError, match=words):
         NEXUSConfig(**settings)
+
+
+def moved(optimizer: str, base_width: int | None, width: int) -> Tensor:
+    """How far some steps move each layer's output and the logits, root mean square."""
+    torch.manual_seed(0)
+    alone = dict.fromkeys(("world", "reason", "energy", "causal"), False)
+    sizes = {"d_model": width, "ssm_n_layers": 2, "ssm_head_dim": 8, "ssm_d_state": 8}
+    settings = {"vocab_size": VOCAB, "layers": ["ssm", "mlp"], "base_width": base_width, **sizes}
+    model, seen = NEXUSCore(**settings, **alone), list[Tensor]()
+    ids = tokens(4, 17)
+
+    def look() -> list[Tensor]:
+        seen.clear()
+        hooks = [b.register_forward_hook(lambda _m, _i, y: seen.append(y)) for b in model.blocks]
+        with torch.no_grad():
+            seen.append(model(ids))
+        for hook in hooks:
+            hook.remove()
+        return list(seen)
+
+    def loss(model: NEXUSCore, ids: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:])
+
+    before = look()
+    plugin = load(optimizer)(lr=0.02, weight_decay=0.0, base_width=base_width)
+    Engine(model, loss=loss, plugins=[plugin]).fit([ids], until="6 steps")
+    changes = [(y - x).square().mean().sqrt() for x, y in zip(before, look(), strict=True)]
+    return torch.stack(changes)
+
+
+@pytest.mark.parametrize("optimizer", ["optim_adamw", "optim_muon"])
+def test_a_learning_rate_moves_every_width_alike(optimizer: str) -> None:
+    """Red: the rate that was found at one width is too high for a wider model."""
+    narrow, middle, wide = (moved(optimizer, 16, width) for width in (16, 32, 64))
+    for other in (middle, wide):
+        assert (other / narrow).log2().abs().max() < 0.5
+    assert (moved(optimizer, None, 64) / moved(optimizer, None, 16)).log2().max() > 1

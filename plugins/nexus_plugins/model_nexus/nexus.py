@@ -18,6 +18,7 @@ from nexus_plugins.model_nexus.block import LayerKind, LayerState, NEXUSBlock
 from nexus_plugins.model_nexus.causal import CausalModule
 from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.generate import generate
+from nexus_plugins.model_nexus.inputs import check_shapes, document_numbers
 from nexus_plugins.model_nexus.ngrams import NGrams, NGramState
 from nexus_plugins.model_nexus.reasoning import Reasoner
 from nexus_plugins.model_nexus.residual import Part
@@ -68,6 +69,12 @@ class NEXUSConfig(PluginConfig):
     )
     tie_embeddings: bool = Field(
         True, description="the head uses the embedding's matrix instead of one of its own"
+    )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="width that the learning rate was found at: logits of a wider model are as "
+        "much smaller (muP); null: they are not",
     )
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in every norm")
     world: bool = Field(True, description="have the world model, which foretells later latents")
@@ -214,8 +221,8 @@ class NEXUSCore(nn.Module):
         Raises:
             ValueError: a shape is not as above.
         """
-        _check_shapes(input_ids, segment_ids)
-        document = None if segment_ids is None else _document_numbers(segment_ids)
+        check_shapes(input_ids, segment_ids)
+        document = None if segment_ids is None else document_numbers(segment_ids)
         x = self.embedding(input_ids)
         if self.ngrams is not None:
             x = x + self.ngrams(input_ids, document)
@@ -227,7 +234,7 @@ class NEXUSCore(nn.Module):
             update, reports = part(h, document)
             x = x + self.dropout(update)
             module_outputs |= reports
-        return NEXUSOutput(self.final_norm(x), self.head.weight, module_outputs)
+        return NEXUSOutput(self._final(x), self.head.weight, module_outputs)
 
     def step(self, input_ids: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """Read one token per sequence and predict the next one, in constant memory.
@@ -251,8 +258,13 @@ class NEXUSCore(nn.Module):
         h = self._read(x)
         for part in self._parts():
             x = x + part.step(h)
-        logits: Tensor = self.head(self.final_norm(x))
+        logits: Tensor = self.head(self._final(x))
         return logits, new_states
+
+    def _final(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.final_norm(x)
+        base = self.config.base_width
+        return hidden if base is None else hidden * (base / self.config.d_model)
 
     def _read(self, x: Tensor) -> Tensor:
         """What the modules see of the stream; each has a projection of its own behind it."""
@@ -317,22 +329,3 @@ def _make_parts(config: NEXUSConfig) -> nn.ModuleDict:
     if config.causal:
         parts["causal"] = CausalModule(width, config.n_variables)
     return parts
-
-
-def _check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), both at "
-            f"least 1. One sequence alone: input_ids[None]."
-        )
-    if segment_ids is not None and segment_ids.shape != input_ids.shape:
-        raise ValueError(
-            f"segment_ids has shape {tuple(segment_ids.shape)}; expected that of input_ids, "
-            f"{tuple(input_ids.shape)}: one document number per token."
-        )
-
-
-def _document_numbers(segment_ids: Tensor) -> Tensor:
-    """Count the changes, so that an id that comes back later is a document of its own."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return F.pad(changes, (1, 0)).cumsum(1)

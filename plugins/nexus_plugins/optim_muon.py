@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
@@ -18,7 +18,7 @@ from nexus_plugins._shared.parameters import OptimizerConfig, blocks, decaying, 
 if TYPE_CHECKING:
     from nexus_core import Engine
 
-__all__ = ["MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
+__all__ = ["Muon", "MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
 
 
 class OptimMuonConfig(OptimizerConfig):
@@ -48,7 +48,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the
     matched length: Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4;
-    `torch.optim.Muon`.
+    `torch.optim.Muon`, whose products are in bfloat16 on every device.
     """
 
     slot: ClassVar[str | None] = "optimizer"
@@ -64,15 +64,16 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         """Build both over the model's parameters.
 
         Raises:
-            ConfigError: a pattern matches nothing, there is no matrix, or PyTorch has no Muon.
+            ConfigError: a pattern matches nothing, or there is no matrix.
         """
         config = self.config
-        if not hasattr(torch.optim, "Muon"):
-            said = f"optim_muon needs PyTorch 2.9 or later, and this is {torch.__version__}"
-            raise ConfigError(f"{said}; upgrade torch, or use ", hint_add("optim_adamw"))
         hidden = _hidden_matrices(engine.model, config.exclude)
         matrices, rest = list[dict[str, Any]](), list[dict[str, Any]]()
-        for group in groups_of(engine.model, config, self.name):
+        # An orthogonal update of a given RMS grows with the root of the width, one of AdamW with
+        # the width; scaled as its author does it does not grow.
+        power = 0.5 if config.adjust == "match_rms_adamw" else 0.0
+        powers = dict.fromkeys(hidden, power)
+        for group in groups_of(engine.model, config, self.name, powers):
             for wanted, groups in ((True, matrices), (False, rest)):
                 if members := [p for p in group["params"] if (id(p) in hidden) is wanted]:
                     groups.append({**group, "params": members})
@@ -81,7 +82,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
             raise ConfigError(f"{said}; use ", hint_add("optim_adamw"))
         ours, others = (sum(len(g["params"]) for g in groups) for groups in (matrices, rest))
         self._trained = f"trained {ours} matrices; AdamW {others} other parameters"
-        muon = torch.optim.Muon(
+        muon = Muon(
             matrices,
             lr=config.lr,
             weight_decay=config.weight_decay,
@@ -94,6 +95,47 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         fused = has_fused(engine.device.type)
         adamw = AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         return MuonAndAdamw(muon, adamw)
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, with products in float32 on a CPU, where bfloat16 is slow."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._update(matrix, matrix.grad, group)
+        return loss
+
+    def _update(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, longest = self.state[matrix], max(matrix.shape)
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+        matched = group["adjust_lr_fn"] == "match_rms_adamw"
+        length = 0.2 * longest**0.5 if matched else max(1, len(matrix) / matrix.shape[1]) ** 0.5
+        matrix.mul_(1 - group["lr"] * group["weight_decay"])
+        matrix.add_(orthogonal(update), alpha=-group["lr"] * length)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with singular values near one, by five Newton-Schulz iterations.
+
+    Source: Jordan et al. 2024, with their coefficients; values end between 0.7 and 1.2.
+    """
+    is_tall = len(matrix) > matrix.shape[1]
+    x = matrix.mT if is_tall else matrix
+    x = x.float() if x.device.type == "cpu" else x.bfloat16()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        square = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, square, x, beta=3.4445)
+    return (x.mT if is_tall else x).to(matrix.dtype)
 
 
 class MuonAndAdamw(Optimizer):

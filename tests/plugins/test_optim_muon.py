@@ -13,7 +13,7 @@ from nexus_core import ConfigError, Engine
 from nexus_plugins.amp import AmpPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.lr_linear import LrLinearPlugin
-from nexus_plugins.optim_muon import MuonAndAdamw, OptimMuonPlugin
+from nexus_plugins.optim_muon import Muon, MuonAndAdamw, OptimMuonPlugin
 
 
 class Tiny(nn.Module):
@@ -128,6 +128,24 @@ def test_its_updates_are_orthogonal_and_as_long_as_agreed() -> None:
     assert spread[0] / spread[3] > 4
     assert values[0] / values[3] < 2
     assert 0.6 < float(values[3]) < float(values[0]) < 1.3
+
+
+@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_its_matrices_are_those_of_pytorchs_muon(adjust: Any, nesterov: bool) -> None:
+    """Breaks if the update is another one than PyTorch's, beyond what its bfloat16 rounds."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(12, 5), torch.randn(3, 12, 5)
+    settings = {"lr": 0.1, "weight_decay": 0.5, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    ends = []
+    for kind in (Muon, torch.optim.Muon):
+        matrix = nn.Parameter(start.clone())
+        optimizer = kind([matrix], **settings)
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        ends.append(matrix.detach() - start)
+    assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()
 
 
 def test_the_rest_is_trained_as_by_adamw() -> None:

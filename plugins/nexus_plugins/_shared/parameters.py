@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
@@ -52,6 +53,12 @@ class OptimizerConfig(PluginConfig):
     )
     freeze: tuple[str, ...] = Field(
         (), description="patterns of names of parameters that are not trained"
+    )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="width that the learning rate was found at: a linear map with wider inputs "
+        "learns as much more slowly (muP); null: all learn alike",
     )
 
 
@@ -139,8 +146,20 @@ def decaying(model: nn.Module) -> set[int]:
     }
 
 
-def groups_of(model: nn.Module, config: OptimizerConfig, plugin: str) -> list[dict[str, Any]]:
+def groups_of(
+    model: nn.Module,
+    config: OptimizerConfig,
+    plugin: str,
+    powers: Mapping[int, float] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """Freeze what is to be frozen, and sort the rest into an optimizer's parameter groups.
+
+    Args:
+        model: whose parameters.
+        config: the optimizer's settings.
+        plugin: its name, for messages.
+        powers: by the `id` of a linear map's weight, of the width that its learning rate is
+            divided by where `base_width` is set; 1 for those left out.
 
     Returns:
         Groups with `params`, `name`, `weight_decay`, and `lr` where it is not the common one; the
@@ -159,7 +178,49 @@ def groups_of(model: nn.Module, config: OptimizerConfig, plugin: str) -> list[di
         own = matching(rest, group.match, f"{plugin}.groups", "parameter that is still free")
         rest = [name for name in rest if name not in set(own)]
         chosen += _split(model, own, group, config.weight_decay)
-    return _split(model, rest, None, config.weight_decay) + chosen
+    groups = _split(model, rest, None, config.weight_decay) + chosen
+    if config.base_width is None:
+        return groups
+    widths = _widths(model)
+    return [
+        one
+        for group in groups
+        for one in _by_width(group, config.lr, config.base_width, widths, powers)
+    ]
+
+
+def _widths(model: nn.Module) -> dict[int, int]:
+    """How many inputs each linear map has, by the `id` of its weight; none tied to an embedding."""
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in tied]
+    return {id(m.weight): m.in_features for m in linears}
+
+
+def _by_width(
+    group: dict[str, Any],
+    lr: float,
+    base: int,
+    widths: Mapping[int, int],
+    powers: Mapping[int, float],
+) -> list[dict[str, Any]]:
+    """Divide a group by how fast its members learn; a step decays all of them alike.
+
+    Source: Yang et al. 2022, "Tensor Programs V", table 8.
+    """
+    members: dict[float, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        width, power = widths.get(id(parameter), base), powers.get(id(parameter), 1.0)
+        members.setdefault((base / width) ** power, []).append(parameter)
+    return [
+        {
+            **group,
+            "params": parameters,
+            "name": group["name"] if factor == 1 else f"{group['name']}.x{factor:.3g}",
+            "lr": group.get("lr", lr) * factor,
+            "weight_decay": group["weight_decay"] / factor,
+        }
+        for factor, parameters in members.items()
+    ]
 
 
 def _split(

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, overload
+from itertools import cycle, islice
+from typing import Annotated, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus_core.plugin import PluginConfig
+from nexus_plugins.model_nexus.block import LayerKind, LayerState, NEXUSBlock
 from nexus_plugins.model_nexus.causal import CausalModule
 from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.generate import generate
-from nexus_plugins.model_nexus.operations import gated_rms_norm
+from nexus_plugins.model_nexus.inputs import check_shapes, document_numbers
+from nexus_plugins.model_nexus.ngrams import NGrams, NGramState
 from nexus_plugins.model_nexus.reasoning import Reasoner
 from nexus_plugins.model_nexus.residual import Part
-from nexus_plugins.model_nexus.ssm import SelectiveSSM, SSMState
 from nexus_plugins.model_nexus.world import WorldModel
 
 __all__ = ["NEXUSConfig", "NEXUSCore", "NEXUSOutput"]
@@ -33,7 +35,14 @@ class NEXUSConfig(PluginConfig):
 
     vocab_size: int = Field(32_000, ge=1, description="tokens that the model knows")
     d_model: int = Field(256, ge=1, description="width of the residual stream")
-    ssm_n_layers: int = Field(6, ge=1, description="state-space layers in the backbone")
+    ssm_n_layers: int = Field(6, ge=1, description="layers in the backbone")
+    layers: tuple[LayerKind, ...] = Field(
+        ("ssm",),
+        min_length=1,
+        description="what the layers are, repeated in this order until there are ssm_n_layers: "
+        "ssm (selective state space), delta (gated delta rule, which tracks states), window "
+        "(attention to the last tokens), mlp",
+    )
     ssm_d_state: int = Field(64, ge=1, description="size of the state per inner channel")
     ssm_head_dim: int = Field(64, ge=1, description="inner channels that share one decay rate")
     ssm_expand: int = Field(2, ge=1, description="inner width of a layer, in times d_model")
@@ -41,11 +50,32 @@ class NEXUSConfig(PluginConfig):
     ssm_chunk_length: int = Field(
         64, ge=1, description="tokens per chunk of the scan; changes speed and rounding only"
     )
+    delta_products: int = Field(
+        1, ge=1, description="corrections a token of a delta layer; 2 and more track groups"
+    )
+    window: int = Field(128, ge=1, description="tokens that a window layer sees")
+    window_head_dim: int = Field(64, ge=2, multiple_of=2, description="width of its heads")
+    mlp_expand: int = Field(4, ge=1, description="inner width of an mlp layer, in times d_model")
+    ngrams: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (), description="lengths of the n-grams whose hashed embeddings join each token's"
+    )
+    ngram_buckets: int = Field(16_384, ge=1, description="entries in the table of each length")
+    recall: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="lengths of the n-grams of which is recalled what followed them last in the "
+        "document",
+    )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="part of each layer's output dropped in training"
     )
     tie_embeddings: bool = Field(
         True, description="the head uses the embedding's matrix instead of one of its own"
+    )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="width that the learning rate was found at: logits of a wider model are as "
+        "much smaller (muP); null: they are not",
     )
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in every norm")
     world: bool = Field(True, description="have the world model, which foretells later latents")
@@ -77,6 +107,11 @@ class NEXUSConfig(PluginConfig):
                 f"ssm_head_dim={self.ssm_head_dim} does not divide the inner width "
                 f"ssm_expand * d_model = {inner}; choose a divisor of {inner}"
             )
+        if "window" in self.layers and self.d_model % self.window_head_dim:
+            raise ValueError(
+                f"window_head_dim={self.window_head_dim} does not divide d_model={self.d_model}; "
+                f"choose an even divisor of it"
+            )
         return self
 
 
@@ -95,37 +130,6 @@ class NEXUSOutput:
     def logits(self) -> Tensor:
         """(B, T, V), computed at each access."""
         return F.linear(self.hidden, self.head_weight)
-
-
-class NEXUSBlock(nn.Module):
-    """One residual layer: `x + dropout(ssm(norm(x)))`."""
-
-    def __init__(self, config: NEXUSConfig) -> None:
-        super().__init__()
-        self.norm_eps = config.norm_eps
-        self.ssm = SelectiveSSM(
-            d_model=config.d_model,
-            d_state=config.ssm_d_state,
-            head_dim=config.ssm_head_dim,
-            expand=config.ssm_expand,
-            conv_width=config.ssm_conv_width,
-            chunk_length=config.ssm_chunk_length,
-            norm_eps=config.norm_eps,
-        )
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
-        """Update the residual stream `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
-        update: Tensor = self.dropout(self.ssm(self._normed(x), document))
-        return x + update
-
-    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """Update the residual stream of one token, `(B, D)`, and the layer's state."""
-        update, state = self.ssm.step(self._normed(x.unsqueeze(1)).squeeze(1), state)
-        return x + self.dropout(update), state
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return gated_rms_norm(x, None, self.norm_eps)
 
 
 class NEXUSCore(nn.Module):
@@ -148,15 +152,14 @@ class NEXUSCore(nn.Module):
         super().__init__()
         self.config = config if config is not None else NEXUSConfig(**settings)
         self.embedding = nn.Embedding(self.config.vocab_size, self.config.d_model)
-        self.blocks = nn.ModuleList(
-            NEXUSBlock(self.config) for _ in range(self.config.ssm_n_layers)
-        )
+        self.blocks = nn.ModuleList(NEXUSBlock(self.config, kind) for kind in _kinds(self.config))
         self.dropout = nn.Dropout(self.config.dropout)
         self.final_norm = nn.RMSNorm(self.config.d_model, eps=self.config.norm_eps)
         self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._scale_initial_weights()
+        self.ngrams = _make_ngrams(self.config)
         # Last, so that a seed gives the same backbone with and without them.
         self.parts = _make_parts(self.config)
 
@@ -166,7 +169,7 @@ class NEXUSCore(nn.Module):
             nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
         with torch.no_grad():
             for block in self._layers():
-                block.ssm.out_proj.weight /= math.sqrt(self.config.ssm_n_layers)
+                block.layer.out_proj.weight /= math.sqrt(self.config.ssm_n_layers)
 
     def _layers(self) -> Iterator[NEXUSBlock]:
         return cast("Iterator[NEXUSBlock]", iter(self.blocks))
@@ -219,9 +222,11 @@ class NEXUSCore(nn.Module):
         Raises:
             ValueError: a shape is not as above.
         """
-        _check_shapes(input_ids, segment_ids)
-        document = None if segment_ids is None else _document_numbers(segment_ids)
+        check_shapes(input_ids, segment_ids)
+        document = None if segment_ids is None else document_numbers(segment_ids)
         x = self.embedding(input_ids)
+        if self.ngrams is not None:
+            x = x + self.ngrams(input_ids, document)
         for block in self._layers():
             x = block(x, document)
         h = self._read(x)
@@ -230,9 +235,9 @@ class NEXUSCore(nn.Module):
             update, reports = part(h, document)
             x = x if part.muted else x + self.dropout(update)
             module_outputs |= reports
-        return NEXUSOutput(self.final_norm(x), self.head.weight, module_outputs)
+        return NEXUSOutput(self._final(x), self.head.weight, module_outputs)
 
-    def step(self, input_ids: Tensor, states: list[SSMState]) -> tuple[Tensor, list[SSMState]]:
+    def step(self, input_ids: Tensor, states: list[LayerState]) -> tuple[Tensor, list[LayerState]]:
         """Read one token per sequence and predict the next one, in constant memory.
 
         Args:
@@ -242,24 +247,34 @@ class NEXUSCore(nn.Module):
         Returns:
             Logits `(B, V)` and the new states.
         """
-        x = self.embedding(input_ids)
-        new_states = []
+        x, new_states = self.embedding(input_ids), list[LayerState]()
+        if self.ngrams is not None:
+            update, ngram_state = self.ngrams.step(input_ids, NGramState(*states[-1]))
+            x, states = x + update, states[:-1]
         for block, state in zip(self._layers(), states, strict=True):
             x, new_state = block.step(x, state)
             new_states.append(new_state)
+        if self.ngrams is not None:
+            new_states.append(ngram_state)
         h = self._read(x)
         for part in self._parts():
             x = x if part.muted else x + part.step(h)
-        logits: Tensor = self.head(self.final_norm(x))
+        logits: Tensor = self.head(self._final(x))
         return logits, new_states
+
+    def _final(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.final_norm(x)
+        base = self.config.base_width
+        return hidden if base is None else hidden * (base / self.config.d_model)
 
     def _read(self, x: Tensor) -> Tensor:
         """What the modules see of the stream; each has a projection of its own behind it."""
         return F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
 
-    def initial_state(self, batch: int) -> list[SSMState]:
+    def initial_state(self, batch: int) -> list[LayerState]:
         """The states of all layers before the first token, for `batch` sequences."""
-        return [block.ssm.initial_state(batch) for block in self._layers()]
+        states = [block.layer.initial_state(batch) for block in self._layers()]
+        return states if self.ngrams is None else [*states, self.ngrams.initial_state(batch)]
 
     @property
     def active_modules(self) -> tuple[str, ...]:
@@ -288,6 +303,17 @@ class NEXUSCore(nn.Module):
         return generate(self, prompt, max_new_tokens, temperature, top_k, top_p, generator)
 
 
+def _kinds(config: NEXUSConfig) -> Iterator[LayerKind]:
+    return islice(cycle(config.layers), config.ssm_n_layers)
+
+
+def _make_ngrams(config: NEXUSConfig) -> NGrams | None:
+    if not config.ngrams and not config.recall:
+        return None
+    size, width = config.vocab_size, config.d_model
+    return NGrams(size, width, config.ngrams, config.ngram_buckets, config.recall)
+
+
 def _make_parts(config: NEXUSConfig) -> nn.ModuleDict:
     """The modules beside the backbone; each reads its states and updates the stream, gated."""
     width, parts = config.d_model, nn.ModuleDict()
@@ -308,22 +334,3 @@ def _make_parts(config: NEXUSConfig) -> nn.ModuleDict:
     if config.causal:
         parts["causal"] = CausalModule(width, config.n_variables)
     return parts
-
-
-def _check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), both at "
-            f"least 1. One sequence alone: input_ids[None]."
-        )
-    if segment_ids is not None and segment_ids.shape != input_ids.shape:
-        raise ValueError(
-            f"segment_ids has shape {tuple(segment_ids.shape)}; expected that of input_ids, "
-            f"{tuple(input_ids.shape)}: one document number per token."
-        )
-
-
-def _document_numbers(segment_ids: Tensor) -> Tensor:
-    """Count the changes, so that an id that comes back later is a document of its own."""
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return F.pad(changes, (1, 0)).cumsum(1)

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["causal_conv_silu", "chunked_scan", "gated_rms_norm", "running_sum"]
+__all__ = [
+    "Decays",
+    "causal_conv_silu",
+    "chunked",
+    "chunked_scan",
+    "gated_rms_norm",
+    "pad_time",
+    "running_sum",
+]
 
 LOG2_E = 1 / math.log(2)
 TOKENS_IN_CACHE = 1024
@@ -154,17 +162,18 @@ def chunked_scan(
     chunk = min(chunk_length, length)
     missing = -length % chunk
     if missing:
-        x, dt, log_decay, b, c = (_pad_time(value, missing) for value in (x, dt, log_decay, b, c))
-        document = None if document is None else _pad_time(document, missing)
+        x, dt, log_decay, b, c = (pad_time(value, missing) for value in (x, dt, log_decay, b, c))
+        document = None if document is None else pad_time(document, missing)
     y: Tensor = _ChunkedScan.apply(x, dt, log_decay, b, c, skip, document, chunk)  # type: ignore[no-untyped-call]
     return y[:, :length] if missing else y
 
 
-def _pad_time(value: Tensor, missing: int) -> Tensor:
+def pad_time(value: Tensor, missing: int) -> Tensor:
+    """(B, T, ...) with zeros after the last position."""
     return F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
 
 
-class _Decays(NamedTuple):
+class Decays(NamedTuple):
     """What is left of a state on its way through a chunk; 0 across a document boundary."""
 
     sums: Tensor
@@ -179,7 +188,7 @@ class _Decays(NamedTuple):
     """(B, K, Q)"""
 
     @classmethod
-    def of(cls, log_decay: Tensor, document: Tensor | None) -> _Decays:
+    def of(cls, log_decay: Tensor, document: Tensor | None) -> Decays:
         """`log_decay` is (B, K, Q, H), `document` is (B, K, Q)."""
         sums = running_sum(log_decay * LOG2_E, 2)
         last = sums[:, :, -1:]
@@ -193,11 +202,11 @@ class _Decays(NamedTuple):
         from_start, to_end, across = (p.unsqueeze(-1) for p in (from_start, to_end, across))
         return cls(sums, from_start, to_end, across, document)
 
-    def at(self, block: tuple[slice, slice]) -> _Decays:
+    def at(self, block: tuple[slice, slice]) -> Decays:
         """Those of some rows and chunks."""
         sums, from_start, to_end, across = (part[block] for part in self[:4])
         document = None if self.document is None else self.document[block]
-        return _Decays(sums, from_start, to_end, across, document)
+        return Decays(sums, from_start, to_end, across, document)
 
     def pairwise(self) -> Tensor:
         """(B, K, H, Q, Q) decay from the second position to the first, at most 1 everywhere."""
@@ -229,10 +238,10 @@ class _ChunkedScan(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        y_chunks = _chunked(y, chunk)
-        x, dt, log_decay, b, c = (_chunked(value, chunk) for value in (x, dt, log_decay, b, c))
-        document = None if document is None else _chunked(document, chunk)
-        decays = _Decays.of(log_decay, document)
+        y_chunks = chunked(y, chunk)
+        x, dt, log_decay, b, c = (chunked(value, chunk) for value in (x, dt, log_decay, b, c))
+        document = None if document is None else chunked(document, chunk)
+        decays = Decays.of(log_decay, document)
         states = x.new_empty(*b.shape[:2], b.shape[-1], x.shape[-2] * x.shape[-1])
         state = dt.new_zeros(())
         for block in _blocks(x, chunk):
@@ -249,8 +258,8 @@ class _ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, log_decay, b, c, skip, document, states = ctx.saved_tensors
-        grad_y = _chunked(grad_y, x.shape[2])
-        decays = _Decays.of(log_decay, document)
+        grad_y = chunked(grad_y, x.shape[2])
+        decays = Decays.of(log_decay, document)
         grads = tuple(
             torch.empty(value.shape, dtype=value.dtype, device=value.device)
             for value in (x, dt, log_decay, b, c)
@@ -276,7 +285,7 @@ def _scan_block(
     b: Tensor,
     c: Tensor,
     skip: Tensor,
-    decays: _Decays,
+    decays: Decays,
     state: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -304,7 +313,7 @@ def _scan_block_backward(
     b: Tensor,
     c: Tensor,
     skip: Tensor,
-    decays: _Decays,
+    decays: Decays,
     states: Tensor,
     grad_state: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -344,7 +353,7 @@ def _scan_block_backward(
 
 
 def _pairs_backward(
-    grad_heads: Tensor, written: Tensor, b: Tensor, c: Tensor, decays: _Decays
+    grad_heads: Tensor, written: Tensor, b: Tensor, c: Tensor, decays: Decays
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through what positions of one chunk read of one another.
 
@@ -367,7 +376,7 @@ def _pairs_backward(
     return grad_written, grad_scores, grad_sums
 
 
-def _scores(b: Tensor, c: Tensor, decays: _Decays) -> Tensor:
+def _scores(b: Tensor, c: Tensor, decays: Decays) -> Tensor:
     """(B, K, Q, Q) how much each position reads of each visible one, before decay."""
     return (c @ b.mT).to(decays.sums.dtype).mul_(decays.visible())
 
@@ -396,7 +405,7 @@ def _per_column(across: Tensor, x: Tensor) -> Tensor:
     return across.expand(-1, -1, -1, -1, x.shape[-1]).flatten(-2)
 
 
-def _chunked(value: Tensor, chunk: int) -> Tensor:
+def chunked(value: Tensor, chunk: int) -> Tensor:
     """(B, T, ...) to (B, K, Q, ...)."""
     return torch.unflatten(value, 1, (-1, chunk))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nexus_plugins.model_nexus.operations import causal_conv_silu, chunked_scan, gated_rms_norm
 
-__all__ = ["SSMState", "SelectiveSSM"]
+__all__ = ["SSMState", "SelectiveSSM", "draw_decays"]
 
 DECAY_RANGE = (1.0, 16.0)
 STEP_RANGE = (1e-3, 1e-1)
@@ -79,11 +79,7 @@ class SelectiveSSM(nn.Module):
         nn.init.uniform_(self.conv_weight, -(width**-0.5), width**-0.5)
         nn.init.zeros_(self.conv_bias)
         nn.init.ones_(self.skip)
-        low, high = (math.log(step) for step in STEP_RANGE)
-        with torch.no_grad():
-            self.log_rate.uniform_(*DECAY_RANGE).log_()
-            step = self.dt_bias.uniform_(low, high).exp_()
-            step.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+        draw_decays(self.dt_bias, self.log_rate)
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
         """Mix whole sequences.
@@ -152,3 +148,12 @@ class SelectiveSSM(nn.Module):
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         result: Tensor = self.out_proj(gated_rms_norm(y, gate, self.norm_eps))
         return result
+
+
+@torch.no_grad()
+def draw_decays(dt_bias: Tensor, log_rate: Tensor) -> None:
+    """Draw step sizes log-uniform and decay rates uniform, as Mamba-2 does."""
+    low, high = (math.log(step) for step in STEP_RANGE)
+    log_rate.uniform_(*DECAY_RANGE).log_()
+    step = dt_bias.uniform_(low, high).exp_()
+    step.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step

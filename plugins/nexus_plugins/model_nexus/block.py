@@ -1,0 +1,112 @@
+"""A layer of the backbone with its norm and residual, and the kinds of layer there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
+
+from torch import Tensor, nn
+
+from nexus_plugins.model_nexus.delta import GatedDelta
+from nexus_plugins.model_nexus.mlp import Mlp
+from nexus_plugins.model_nexus.operations import gated_rms_norm
+from nexus_plugins.model_nexus.ssm import SelectiveSSM
+from nexus_plugins.model_nexus.window import WindowAttention
+
+if TYPE_CHECKING:
+    from nexus_plugins.model_nexus.nexus import NEXUSConfig
+
+__all__ = ["Layer", "LayerKind", "LayerState", "NEXUSBlock"]
+
+LayerKind = Literal["ssm", "delta", "window", "mlp"]
+LayerState: TypeAlias = tuple[Tensor, ...]
+"""What a layer remembers of the past, constant in size."""
+
+
+class Layer(Protocol):
+    """What mixes tokens or channels in a block."""
+
+    out_proj: nn.Linear
+
+    def __call__(self, x: Tensor, document: Tensor | None = None) -> Tensor:
+        """Update whole sequences `(B, T, D)`."""
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, LayerState]:
+        """Update one token `(B, D)`, and the state."""
+
+    def initial_state(self, batch: int) -> LayerState:
+        """The state before the first token."""
+
+
+class NEXUSBlock(nn.Module):
+    """One residual layer: `x + dropout(layer(norm(x)))`.
+
+    Args:
+        config: the sizes.
+        kind: which layer; it is the block's attribute of that name.
+    """
+
+    def __init__(self, config: NEXUSConfig, kind: LayerKind) -> None:
+        super().__init__()
+        self.norm_eps, self.kind = config.norm_eps, kind
+        self.add_module(kind, _LAYERS[kind](config))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def layer(self) -> Layer:
+        """What mixes."""
+        return cast("Layer", self.get_submodule(self.kind))
+
+    def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
+        """Update the residual stream `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
+        update: Tensor = self.dropout(self.layer(self._normed(x), document))
+        return x + update
+
+    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """Update the residual stream of one token, `(B, D)`, and the layer's state."""
+        update, state = self.layer.step(self._normed(x.unsqueeze(1)).squeeze(1), state)
+        return x + self.dropout(update), state
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return gated_rms_norm(x, None, self.norm_eps)
+
+
+def _make_ssm(config: NEXUSConfig) -> nn.Module:
+    return SelectiveSSM(
+        d_model=config.d_model,
+        d_state=config.ssm_d_state,
+        head_dim=config.ssm_head_dim,
+        expand=config.ssm_expand,
+        conv_width=config.ssm_conv_width,
+        chunk_length=config.ssm_chunk_length,
+        norm_eps=config.norm_eps,
+    )
+
+
+def _make_delta(config: NEXUSConfig) -> nn.Module:
+    return GatedDelta(
+        d_model=config.d_model,
+        d_key=config.ssm_d_state,
+        head_dim=config.ssm_head_dim,
+        expand=config.ssm_expand,
+        conv_width=config.ssm_conv_width,
+        chunk_length=config.ssm_chunk_length,
+        products=config.delta_products,
+        norm_eps=config.norm_eps,
+    )
+
+
+def _make_window(config: NEXUSConfig) -> nn.Module:
+    return WindowAttention(config.d_model, config.window_head_dim, config.window)
+
+
+def _make_mlp(config: NEXUSConfig) -> nn.Module:
+    return Mlp(config.d_model, config.mlp_expand)
+
+
+_LAYERS: Mapping[LayerKind, Callable[[NEXUSConfig], nn.Module]] = {
+    "ssm": _make_ssm,
+    "delta": _make_delta,
+    "window": _make_window,
+    "mlp": _make_mlp,
+}

@@ -1,0 +1,32 @@
+"""What the model is given: shapes, and where documents begin."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["check_shapes", "document_numbers"]
+
+
+def check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
+    """Make sure that tokens are `(B, T)`, and document numbers are as many.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), both at "
+            f"least 1. One sequence alone: input_ids[None]."
+        )
+    if segment_ids is not None and segment_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"segment_ids has shape {tuple(segment_ids.shape)}; expected that of input_ids, "
+            f"{tuple(input_ids.shape)}: one document number per token."
+        )
+
+
+def document_numbers(segment_ids: Tensor) -> Tensor:
+    """Count the changes, so that an id that comes back later is a document of its own."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return F.pad(changes, (1, 0)).cumsum(1)

@@ -218,7 +218,8 @@ class CellGradients:
         self._rooms: list[Tensor | None] = [None, None]
         self._present: list[_Bucket] = []
         self._where: dict[int, tuple[_Bucket, int]] = {}
-        self._order: list[int] = []  # in which gradients came, where there are no buckets yet
+        self._order: list[int] = []  # in which those came that are in no bucket
+        self._twice: set[int] = set()
         self._sent: list[Exchange] = []
         self._is_open = self._is_last = False
         self._handles = {
@@ -257,7 +258,7 @@ class CellGradients:
         counts = micro.cell is not None and not micro.borrowed
         for bucket in self._present:
             bucket.open(self._course.moves[micro.cell or 0] if counts else None)
-        self._is_open = True
+        self._is_open, self._order = True, []
         try:
             yield
         finally:
@@ -315,7 +316,7 @@ class CellGradients:
             for bucket in self._present
             for place, index in enumerate(bucket.indices)
         }
-        self._order, self._sent = [], []
+        self._twice, self._sent = set(), []
         for bucket in self._present:
             bucket.begin(self._course)
 
@@ -324,6 +325,8 @@ class CellGradients:
         if not self._is_open:
             return
         if index not in self._where:
+            if index in self._order:
+                self._twice.add(index)
             self._order.append(index)
             return
         bucket, place = self._where[index]
@@ -371,14 +374,14 @@ class CellGradients:
 
     def _settle(self, turn: str | None, whole: Sequence[Tensor | None]) -> None:
         """Make buckets of what the pass has reached, in the order in which it came."""
-        orders = gather(self._ranks, self._order)
-        twice = {i for order in orders for i in order if order.count(i) > 1}
+        seen = gather(self._ranks, (self._order, self._twice))
+        twice = {index for _, some in seen for index in some}
         dense = {
             index
             for index, value in enumerate(whole[:-1])
             if value is not None and not value.is_sparse and index not in twice
         }
-        order = [i for i in dict.fromkeys(i for order in orders for i in order) if i in dense]
+        order = [i for i in dict.fromkeys(i for order, _ in seen for i in order) if i in dense]
         size = sum(self.parameters[index].nbytes for index in order)
         most = min(self._most, max(SMALLEST, size / 4))
         self._buckets[turn] = [

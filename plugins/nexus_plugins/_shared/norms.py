@@ -55,7 +55,7 @@ def _sums_of_rows(gradient: Tensor) -> Tensor:
     rows = gradient.reshape(len(gradient) if gradient.ndim else 1, math.prod(gradient.shape[1:]))
     wide = torch.promote_types(rows.dtype, torch.float32)
     count = max(1, CACHED // max(1, rows.shape[1])) if rows.is_cpu else max(1, len(rows))
-    parts = [_halved(some.to(wide).square(), NARROW) for some in rows.split(count)]
+    parts = [_halved(some.to(wide).square(), NARROW) for some in torch.split(rows, count)]
     return _halved(torch.cat(parts)).reshape(-1)
 
 

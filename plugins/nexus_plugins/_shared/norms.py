@@ -13,7 +13,7 @@ from nexus_core.processes import Ranks, is_sharded, local_part
 
 __all__ = ["steady_norm"]
 
-CACHED = 1 << 16
+CACHED = 1 << 18
 """Numbers that are squared and added at once on the host."""
 NARROW = 64
 """Numbers of a row that are left when rows are put together again."""

@@ -22,6 +22,7 @@ __all__ = ["ConsoleConfig", "ConsolePlugin"]
 BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]{postfix}"
 COLUMNS_WHERE_UNKNOWN = 100  # some containers give their terminal no width
 SPEED = "system/throughput_tokens_per_sec"
+HASH = "weights/hash"
 
 
 class ConsoleConfig(LoggerConfig):
@@ -135,6 +136,8 @@ def _parts(metrics: Mapping[str, float]) -> Iterator[str]:
         yield f"lr {metrics['train/learning_rate']:.2e}"
     if SPEED in metrics:
         yield f"{metrics[SPEED]:,.0f} tokens/s"
+    if HASH in metrics:
+        yield f"weights {int(metrics[HASH]):012x}"
 
 
 def _done(engine: Engine) -> float:

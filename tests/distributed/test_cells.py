@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nexus_core import ConfigError, Engine, hookimpl
+from nexus_core import ConfigError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core.cells import CellSum, owned
 from nexus_core.cli.verify_resume import Order
 from nexus_core.cli.verify_topology import verify_topology
-from nexus_core.processes import whole
+from nexus_core.processes import Ranks, whole
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin
+from nexus_plugins.ddp.cells import course_of
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
 from nexus_plugins.tape import TapePlugin
 from tests.distributed.launcher import write_run
 from tests.distributed.processes import together
-from tests.distributed.works import Block, DeepNet, DeepPlugin, Output, Seen
-from tiny import RecorderPlugin, SquaredPlugin
+from tests.distributed.works import Block, DeepNet, DeepPlugin, GamePlugin, Output, Seen
+from tiny import Net, RecorderPlugin, Regression, SquaredPlugin
 
 
 class DroppingNet(DeepNet):
@@ -62,16 +67,16 @@ class DroppingPlugin(DeepPlugin):
 def trained(
     make: Any, steps: int, out: Path | None = None, stop_at: int = 0, **options: Any
 ) -> dict[str, object]:
-    """What is the same of a run in six cells, wherever it is computed."""
+    """What is the same of a run in eight cells, wherever it is computed."""
     recorder, parallel = RecorderPlugin(), make(timeout=30)
     parallel.join()
     plugins = [
         parallel, DroppingPlugin(Seen()), SquaredPlugin(), ClipPlugin(max_norm=0.5), EmaPlugin(),
-        OptimAdamwPlugin(lr=1e-2, eps=1e-4), recorder, TapePlugin(),
+        OptimAdamwPlugin(lr=1e-2, eps=1e-4), recorder, TapePlugin(witness="2 steps"),
     ]  # fmt: skip
     if out is not None:
         plugins.append(CheckpointPlugin(every="3 steps", best=None))
-    engine = Engine(plugins=plugins, seed=5, cells=6, log_every=1, out=out, **options)
+    engine = Engine(plugins=plugins, seed=5, cells=8, log_every=1, out=out, **options)
     if out is not None and (out / "checkpoints").exists():
         engine.resume("auto")
     engine.fit(until=stop_at or steps, eval_every=4)
@@ -92,22 +97,114 @@ def _print(value: Tensor) -> str:
     return hashlib.sha256(whole(value.detach()).contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
-@pytest.mark.parametrize("make", [DdpPlugin, pytest.param(FsdpPlugin, marks=pytest.mark.slow)])
-def test_two_processes_have_the_bits_of_one(make: Any) -> None:
+class OddNet(nn.Module):
+    """Has what makes gradients hard to send while they are made.
+
+    A sparse one, one that few cells reach, one that no cell does, one that is trained from the
+    fourth step on, one whose weight lies in memory by columns, and one that is used twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2, 4, sparse=True)
+        self.seldom, self.never, self.late = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(5, 4)
+        self.turned = nn.Parameter(torch.rand(4, 5).t())
+        self.late.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.table((x[:, 0] > 0).long()) + self.late(x) + x @ self.turned
+        return torch.tanh(self.seldom(y @ self.turned.T)) if x[0, 1] > 0.5 else y
+
+
+class LatePlugin(Plugin[PluginConfig]):
+    """Begins to train a layer."""
+
+    @hookimpl
+    def on_batch(self, engine: Engine) -> None:
+        if engine.state.step == 3:
+            engine.model.late.requires_grad_(True)
+
+
+def oddly(make: Any) -> dict[str, object]:
+    """What is the same of runs whose steps differ: in what is reached, in turns, in passes."""
+    nets: dict[str, tuple[nn.Module, Any]] = {}
+    torch.manual_seed(2)
+    nets["odd"] = (net := OddNet()), torch.optim.SGD(net.parameters(), lr=0.05)
+    nets["turns"] = (
+        (net := Net()),
+        {
+            "hidden": torch.optim.SGD(net.hidden.parameters(), lr=0.1),
+            "head": torch.optim.SGD(net.head.parameters(), lr=0.1),
+        },
+    )
+    nets["passes"] = (net := Net()), torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3)
+    found: dict[str, object] = {}
+    for name, (model, optimizer) in nets.items():
+        parallel, recorder = make(timeout=30), RecorderPlugin()
+        ranks = parallel.join()
+        extra = {"odd": [LatePlugin()], "turns": [GamePlugin()], "passes": []}[name]
+        plugins = [parallel, SquaredPlugin(), recorder, *extra]
+        engine = Engine(
+            model, optimizer, plugins=plugins, seed=5, cells=16, log_every=1, accumulate=2
+        )
+        engine.fit(ResumableLoader(Regression(), 6, seed=1, ranks=ranks), until=7)
+        found[name] = {n: _print(p) for n, p in model.named_parameters()}, recorder.lines
+    return found
+
+
+def everything(steps: int, *parts: str) -> dict[str, Any]:
+    """The runs of one process start, by name."""
+    runs: dict[str, Any] = {
+        "ddp": partial(trained, DdpPlugin, steps),
+        "fsdp": partial(trained, FsdpPlugin, steps),
+        "odd": partial(oddly, DdpPlugin),
+        "ring": partial(trained, partial(DdpPlugin, sum="ring"), 2),
+    }
+    return {name: runs[name]() for name in parts}
+
+
+def test_two_processes_have_the_bits_of_one() -> None:
     """Red if a weight, a moment, a metric, an evaluation or a line of the tape has another bit."""
-    alone = trained(DdpPlugin, 5)
-    for seen in together(2, partial(trained, make, 5)):
+    alone = everything(5, "ddp")
+    assert [step for step, line in alone["ddp"]["log"] if "weights/hash" in dict(line)] == [2, 4]
+    for seen in together(2, partial(everything, 5, "ddp")):
         assert seen == alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4])
-@pytest.mark.parametrize("make", [DdpPlugin, FsdpPlugin])
-def test_three_and_four_have_them_too(make: Any, size: int) -> None:
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_more_and_divided_ones_have_them_too(size: int) -> None:
     """Red where processes have unequal cells, none in a ragged batch, or parts of odd sizes."""
-    alone = trained(DdpPlugin, 9)
-    for seen in together(size, partial(trained, make, 9)):
-        assert seen == alone
+    alone = everything(9, "ddp", "odd")
+    first, *others = together(size, partial(everything, 9, "ddp", "fsdp", "odd", "ring"))
+    assert first["ddp"] == first["fsdp"] == alone["ddp"]
+    assert first["odd"] == alone["odd"]
+    for seen in others:
+        assert seen == first
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    of=st.lists(st.integers(1, 9), min_size=1, max_size=3), size=st.integers(1, 9), data=st.data()
+)
+def test_few_slots_hold_what_a_process_has_of_the_tree(
+    of: list[int], size: int, data: st.DataObject
+) -> None:
+    """Red if the course of a step adds in another order than the tree, or keeps more than it."""
+    ranks, count = Ranks(data.draw(st.integers(0, size - 1)), size), max(of)
+    course = course_of(of, count, ranks)
+    summed, slots = CellSum(sum(of), ()), [torch.zeros(()) for _ in range(course.slots)]
+    cells = owned(of, count, ranks.rank, size)
+    for cell in cells:
+        value = torch.randn(()) * 1000 ** torch.randn(())
+        summed.add(cell, [value.clone()])
+        move = course.moves[cell]
+        slots[move.slot] = value if move.is_first else slots[move.slot] + value
+        for left, right in move.merges:
+            slots[left] = slots[left] + slots[right]
+    assert {node: [slots[slot]] for node, slot in course.rows.items()} == summed.parts
+    assert sorted(course.rows) == course.nodes[ranks.rank]
+    assert course.slots <= math.log2(max(len(cells), 1)) + len(of) + 1
 
 
 @pytest.mark.slow
@@ -151,11 +248,8 @@ def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_a_ring_is_chosen_by_name_and_what_cannot_be_is_refused() -> None:
-    """Red if a setting does nothing, or a run promises what it cannot keep."""
-    ring = together(2, partial(trained, partial(DdpPlugin, sum="ring"), 2))
-    assert ring[0] == ring[1]
+def test_what_cannot_be_the_same_everywhere_is_refused() -> None:
+    """Red if a run promises what it cannot keep."""
     with pytest.raises(ConfigError, match="sum=tree adds cells; set cells"):
         _train_on_ones(nn.Linear(5, 4), None, sum="tree")
     with pytest.raises(ConfigError, match=r"statistics of '0' \(BatchNorm1d\) follow the batches"):

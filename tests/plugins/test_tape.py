@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_plugins.console import ConsolePlugin
 from nexus_plugins.tape import TapePlugin
 from nexus_plugins.tape.lines import PARTS, Tape, differing, read_tape
-from tiny import Regression, tiny_engine
+from tiny import RecorderPlugin, Regression, tiny_engine
 
 
 def engine(out: Path | None, *plugins: Plugin[Any], **options: Any) -> Engine:
@@ -162,6 +163,23 @@ def test_an_edited_line_breaks_the_chain(tmp_path: Path) -> None:
     loss = json.loads(path.read_text().splitlines()[2])["losses"]["squared"]
     path.write_text(path.read_text().replace(repr(loss), repr(loss + 1)))
     assert read_tape(tmp_path).broken() == 2
+
+
+def test_the_log_has_a_hash_of_all_weights_where_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Red if a weight can change without it, it is there at other steps, or nobody can read it."""
+    found = []
+    for plugins in ([], [], [MeddlingPlugin("step", lambda e: flip(e.model.head.bias))]):
+        log = RecorderPlugin()
+        tape, console = TapePlugin(witness="2 steps"), ConsolePlugin(every=None)
+        made = tiny_engine(*plugins, log, console, tape, log_every=1)
+        made.fit(ResumableLoader(Regression(), 4, seed=1), until=6)
+        found.append({s: line["weights/hash"] for s, line in log.lines if "weights/hash" in line})
+    assert found[0] == found[1]
+    assert list(found[0]) == [2, 4, 6]
+    assert [step for step in found[0] if found[0][step] != found[2][step]] == [4, 6]
+    assert f"weights {int(found[0][2]):012x}" in capsys.readouterr().out
 
 
 def test_levels_leave_out_and_coarsen(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -13,13 +13,30 @@ from nexus_core.cells import CellSum, Node, owned
 from nexus_core.processes import Ranks, gather
 from nexus_core.step import Step
 
-__all__ = ["Nodes", "nodes_of", "slice_sum", "sum_over_processes"]
+__all__ = [
+    "DENSE",
+    "NOTHING",
+    "Exchange",
+    "Nodes",
+    "buckets",
+    "columns",
+    "empty",
+    "flat_rows",
+    "kind_of",
+    "nodes_of",
+    "padded",
+    "slice_sum",
+    "sum_over_processes",
+]
 
 Nodes = list[list[Node]]
 """The whole subtrees that each process has the sums of, by rank."""
 
-_ABSENT, _SPARSE, _DENSE = 0, 1, 2
-_NOTHING = -0.0  # added to any number it leaves the number, the sign of a zero too
+ABSENT, SPARSE, DENSE = 0, 1, 2
+NOTHING = -0.0
+"""Added to any number it leaves the number, the sign of a zero too."""
+_ALIGNED = 64  # numbers of a process's share
+_TAGS = 4096  # of one exchange
 
 
 @torch.no_grad()
@@ -46,25 +63,135 @@ def sum_over_processes(
         A tensor of its own memory for each, None for what no cell has.
     """
     nodes = [] if ring else nodes_of(step.cells, count, ranks.size)
-    kinds = torch.tensor([max(map(_kind, column), default=0) for column in _columns(part)])
+    kinds = torch.tensor([max(map(kind_of, column), default=0) for column in columns(part)])
     dist.all_reduce(kinds, dist.ReduceOp.MAX)
     found: list[Tensor | None] = [None] * len(part.like)
     for place, kind in enumerate(kinds.tolist()):
-        if kind == _SPARSE:
+        if kind == SPARSE:
             found[place] = _sparse_total(part, place, ranks)
-    dense = [place for place, kind in enumerate(kinds.tolist()) if kind == _DENSE]
-    for places in _buckets(part.like, dense, bucket):
+    dense = [place for place, kind in enumerate(kinds.tolist()) if kind == DENSE]
+    for places in buckets(part.like, dense, bucket):
         like = [part.like[place] for place in places]
-        flat = {node: _flat([part.parts[node][p] for p in places], like) for node in part.parts}
-        size = sum(tensor.numel() for tensor in like)
-        whole = _whole(flat, size, like[0], nodes, ranks)
-        for place, tensor, values in zip(
-            places, like, torch.split(whole[:size], [t.numel() for t in like]), strict=True
-        ):
+        exchange = Exchange(flat_rows(part, places, ranks), nodes, ranks, empty(like, ranks))
+        exchange.begin()
+        exchange.middle()
+        exchange.end()
+        numbers = [tensor.numel() for tensor in like]
+        values = torch.split(exchange.out[: sum(numbers)], numbers)
+        for place, tensor, value in zip(places, like, values, strict=True):
             found[place] = torch.empty_like(tensor, requires_grad=False).copy_(
-                values.view(tensor.shape)
+                value.view(tensor.shape)
             )
     return found
+
+
+class Exchange:
+    """The sum of one flat tensor over the subtrees of all processes, on its way.
+
+    All processes call `begin`, `middle` and `end` in the same order; several sums may be on their
+    way at once. Each process gets its share of every subtree, adds these in the order of the tree,
+    and sends the sum to all: what a ring sends, where each has one subtree. Two processes with one
+    each leave it to the backend, as a + b is b + a.
+
+    Attributes:
+        out: the sum, in the end: in the memory of the first row, where there is one.
+
+    Args:
+        rows: the flat sums of this process's subtrees, as long as `padded` says; written over.
+        nodes: the subtrees of all processes; none: add as the backend does.
+        ranks: this process among its peers.
+        out: memory for the sum where there is no row.
+        room: memory for what is received, or None; too little is replaced.
+        number: tells it from the others that are on their way.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[Node, Tensor],
+        nodes: Nodes,
+        ranks: Ranks,
+        out: Tensor,
+        room: Tensor | None = None,
+        number: int = 0,
+    ) -> None:
+        self._nodes, self._ranks, self._tag = nodes, ranks, number * _TAGS
+        self._rows = [rows[node] for node in sorted(rows)]
+        self.out = self._rows[0] if self._rows else out
+        self._share = len(self.out) // ranks.size
+        two = ranks.size == 2 and all(len(there) == 1 for there in nodes)
+        self._by_backend = not nodes or (two and out.dtype in (torch.float32, torch.float64))
+        self.room = room
+        self._work: list[dist.Work] = []
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Send each process its share of the rows."""
+        if self._by_backend:
+            for row in self._rows[1:]:
+                self.out += row
+            if not self._rows:
+                self.out.fill_(NOTHING)
+            if (work := dist.all_reduce(self.out, async_op=True)) is not None:
+                self._work = [work]
+            return
+        need = sum(len(there) for _, there in self._others()) * self._share
+        if self.room is None or len(self.room) < need:
+            self.room = self.out.new_empty(need)
+        self._received = iter(torch.split(self.room[:need], self._share)) if need else iter(())
+        shares = {rank: [next(self._received) for _ in there] for rank, there in self._others()}
+        self._shares = shares
+        self._swap(
+            {rank: [row[self._slice(rank)] for row in self._rows] for rank, _ in self._others()},
+            shares,
+            0,
+        )
+
+    @torch.no_grad()
+    def middle(self) -> None:
+        """Add this process's share in the order of the tree, and send it to all."""
+        if self._by_backend:
+            return
+        self._wait()
+        own = self._slice(self._ranks.rank)
+        mine = [row[own] for row in self._rows]
+        parts = [self._shares.get(rank, mine) for rank in range(self._ranks.size)]
+        cells = max(place + 1 << level for there in self._nodes for level, place in there)
+        total = slice_sum(parts, self._nodes, cells)
+        if total.data_ptr() != self.out[own].data_ptr():
+            self.out[own] = total
+        others = [rank for rank, _ in self._others()]
+        self._swap(
+            {rank: [self.out[own]] for rank in others},
+            {rank: [self.out[self._slice(rank)]] for rank in others},
+            _TAGS // 2,
+        )
+
+    def end(self) -> None:
+        """Wait until the sum is there."""
+        self._wait()
+
+    def _others(self) -> list[tuple[int, list[Node]]]:
+        return [(r, there) for r, there in enumerate(self._nodes) if r != self._ranks.rank]
+
+    def _slice(self, rank: int) -> slice:
+        return slice(rank * self._share, (rank + 1) * self._share)
+
+    def _swap(
+        self, sent: Mapping[int, list[Tensor]], received: Mapping[int, list[Tensor]], tag: int
+    ) -> None:
+        """Send tensors to each process, and receive some, without waiting."""
+        swaps = [
+            dist.P2POp(way, tensor, rank, tag=self._tag + tag + place)
+            for way, tensors in ((dist.irecv, received), (dist.isend, sent))
+            for rank, there in tensors.items()
+            for place, tensor in enumerate(there)
+        ]
+        self._work = dist.batch_isend_irecv(swaps) if swaps else []
+
+    def _wait(self) -> None:
+        for work in self._work:
+            work.wait()
+        self._work = []
 
 
 def nodes_of(of: Sequence[int], count: int, size: int) -> Nodes:
@@ -84,8 +211,8 @@ def nodes_of(of: Sequence[int], count: int, size: int) -> Nodes:
     return found
 
 
-def slice_sum(received: Sequence[Tensor], nodes: Nodes, cells: int) -> Tensor:
-    """The sum of what the processes have sent of one slice: `(subtrees, slice)` of each."""
+def slice_sum(received: Sequence[Sequence[Tensor]], nodes: Nodes, cells: int) -> Tensor:
+    """The sum of what the processes have sent of one slice, a tensor for each of their subtrees."""
     summed = CellSum(cells, ())
     for sent, own in zip(received, nodes, strict=True):
         for node, values in zip(own, sent, strict=True):
@@ -95,88 +222,18 @@ def slice_sum(received: Sequence[Tensor], nodes: Nodes, cells: int) -> Tensor:
     return total
 
 
-def _whole(flat: dict[Node, Tensor], size: int, like: Tensor, nodes: Nodes, ranks: Ranks) -> Tensor:
-    """The sum of flat tensors over the tree, padded to a multiple of the processes."""
-    padded = -(-size // ranks.size) * ranks.size
-    sent = torch.full((len(flat), padded), _NOTHING, dtype=like.dtype, device=like.device)
-    for row, node in zip(sent, sorted(flat), strict=True):
-        row[:size] = flat[node]
-    if not nodes:
-        total = sent.sum(0)
-        dist.all_reduce(total)
-        return total
-    if _is_even(nodes):
-        return _by_halves(sent[0], ranks)
-    own = padded // ranks.size
-    shares = sent.view(len(flat), ranks.size, own).transpose(0, 1).contiguous()
-    received = shares.new_empty(sum(map(len, nodes)) * own)
-    sizes = [len(there) * own for there in nodes]
-    dist.all_to_all_single(received, shares.view(-1), sizes, [len(flat) * own] * ranks.size)
-    cells = max(place + 1 << level for there in nodes for level, place in there)
-    parts = [part.view(-1, own) for part in torch.split(received, sizes)]
-    total = slice_sum(parts, nodes, cells)
-    whole = total.new_empty(padded)
-    dist.all_gather(list(torch.split(whole, own)), total.contiguous())
-    return whole
+def padded(numbers: int, ranks: Ranks) -> int:
+    """How long a flat tensor of so many numbers is, to be shared evenly."""
+    unit = _ALIGNED * ranks.size
+    return -(-numbers // unit) * unit
 
 
-def _is_even(nodes: Nodes) -> bool:
-    """Whether each process has one subtree, all of a size, and the tree goes on by twos."""
-    level = nodes[0][0][0] if nodes[0] else 0
-    even = all(there == [(level, rank)] for rank, there in enumerate(nodes))
-    return even and len(nodes) & (len(nodes) - 1) == 0
+def kind_of(values: Tensor | None) -> int:
+    """Whether there is something, and how it is kept."""
+    return ABSENT if values is None else SPARSE if values.is_sparse else DENSE
 
 
-def _by_halves(values: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of one tensor of each process, by recursive halving and doubling, in place.
-
-    Neighbours add first, then neighbouring pairs: the tree's own order.
-    """
-    low, high, steps = 0, len(values), list[tuple[int, int, int]]()
-    distance = 1
-    while distance < ranks.size:
-        middle, upper = (low + high) // 2, bool(ranks.rank & distance)
-        steps.append((distance, low, high))
-        given, kept = ((low, middle), (middle, high))[:: 1 if upper else -1]
-        theirs = torch.empty_like(values[slice(*kept)])
-        _swap(values[slice(*given)], theirs, ranks.rank ^ distance)
-        values[slice(*kept)] += theirs
-        (low, high), distance = kept, 2 * distance
-    for distance, first, last in reversed(steps):
-        other = (high, last) if low == first else (first, low)
-        theirs = torch.empty_like(values[slice(*other)])
-        _swap(values[low:high], theirs, ranks.rank ^ distance)
-        values[slice(*other)] = theirs
-        low, high = first, last
-    return values
-
-
-def _swap(ours: Tensor, theirs: Tensor, peer: int) -> None:
-    swaps = [dist.P2POp(dist.isend, ours, peer), dist.P2POp(dist.irecv, theirs, peer)]
-    for work in dist.batch_isend_irecv(swaps):
-        work.wait()
-
-
-def _columns(part: CellSum) -> Iterator[list[Tensor | None]]:
-    """Of each tensor that is summed, what the subtrees have."""
-    return ([values[place] for values in part.parts.values()] for place in range(len(part.like)))
-
-
-def _kind(values: Tensor | None) -> int:
-    return _ABSENT if values is None else _SPARSE if values.is_sparse else _DENSE
-
-
-def _flat(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """All in a row; where there is nothing, what adds nothing."""
-    return torch.cat([
-        torch.full_like(shape, _NOTHING, requires_grad=False).view(-1)
-        if tensor is None
-        else (tensor.to_dense() if tensor.is_sparse else tensor).reshape(-1)
-        for tensor, shape in zip(values, like, strict=True)
-    ])  # fmt: skip
-
-
-def _buckets(like: Sequence[Tensor], places: Sequence[int], most: float) -> Iterator[list[int]]:
+def buckets(like: Sequence[Tensor], places: Sequence[int], most: float) -> Iterator[list[int]]:
     """The tensors to send together: of one type and device, up to so many bytes."""
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for place in places:
@@ -187,6 +244,31 @@ def _buckets(like: Sequence[Tensor], places: Sequence[int], most: float) -> Iter
         cuts = [n for n, (a, b) in enumerate(pairwise(numbers), start=1) if a != b]
         for low, high in pairwise([0, *cuts, len(alike)]):
             yield alike[low:high]
+
+
+def columns(part: CellSum) -> Iterator[list[Tensor | None]]:
+    """Of each tensor that is summed, what the subtrees have."""
+    return ([values[place] for values in part.parts.values()] for place in range(len(part.like)))
+
+
+def empty(like: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """Memory for some tensors in a row."""
+    numbers = padded(sum(tensor.numel() for tensor in like), ranks)
+    return torch.empty(numbers, dtype=like[0].dtype, device=like[0].device)
+
+
+def flat_rows(part: CellSum, places: Sequence[int], ranks: Ranks) -> dict[Node, Tensor]:
+    """Some tensors of each subtree in a row; where there is nothing, what adds nothing."""
+    like, rows = [part.like[place] for place in places], dict[Node, Tensor]()
+    for node, values in part.parts.items():
+        row = rows[node] = empty(like, ranks).fill_(NOTHING)
+        for place, target in zip(
+            places, torch.split(row[: sum(t.numel() for t in like)], [t.numel() for t in like]),
+            strict=True,
+        ):  # fmt: skip
+            if (value := values[place]) is not None:
+                target.view(value.shape).copy_(value.to_dense() if value.is_sparse else value)
+    return rows
 
 
 def _sparse_total(part: CellSum, place: int, ranks: Ranks) -> Tensor | None:

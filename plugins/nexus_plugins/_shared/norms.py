@@ -13,6 +13,11 @@ from nexus_core.processes import Ranks, is_sharded, local_part
 
 __all__ = ["steady_norm"]
 
+CACHED = 1 << 18
+"""Numbers that are squared and added at once on the host."""
+NARROW = 64
+"""Numbers of a row that are left when rows are put together again."""
+
 
 @torch.no_grad()
 def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
@@ -25,7 +30,7 @@ def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
         gradients: strided; a divided one (`DTensor`) by its first dimension over all processes.
         ranks: this process among its peers; where a gradient is divided, all of them ask.
     """
-    own = [_halved(_rows(local_part(gradient))) for gradient in gradients]
+    own = [_sums_of_rows(local_part(gradient)) for gradient in gradients]
     divided = [place for place, gradient in enumerate(gradients) if is_sharded(gradient)]
     if divided and ranks.size > 1:
         rows = [len(gradients[place]) for place in divided]
@@ -42,18 +47,24 @@ def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
     return _halved(sums.view(1, -1)).reshape(()).sqrt()
 
 
-def _rows(gradient: Tensor) -> Tensor:
-    """The squares, in rows `(first dimension, all others)`, float32 at least."""
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return wide.square().reshape(len(wide) if wide.ndim else 1, math.prod(wide.shape[1:]))
+def _sums_of_rows(gradient: Tensor) -> Tensor:
+    """The sum of squares of each row `(first dimension,)`, float32 at least.
+
+    On the host some rows are taken at a time, as many as stay in the cache.
+    """
+    rows = gradient.reshape(len(gradient) if gradient.ndim else 1, math.prod(gradient.shape[1:]))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    count = max(1, CACHED // max(1, rows.shape[1])) if rows.is_cpu else max(1, len(rows))
+    parts = [_halved(some.to(wide).square(), NARROW) for some in torch.split(rows, count)]
+    return _halved(torch.cat(parts)).reshape(-1)
 
 
-def _halved(values: Tensor) -> Tensor:
-    """The sum of each row `(rows,)`: one half is added to the other until one number is left."""
-    while values.shape[1] > 1:
+def _halved(values: Tensor, width: int = 1) -> Tensor:
+    """Rows, written over: one half is added to the other until they are no wider than this."""
+    while values.shape[1] > width:
         half = values.shape[1] // 2
-        both = values[:, :half] + values[:, half : 2 * half]
+        both = values[:, :half].add_(values[:, half : 2 * half])
         if values.shape[1] % 2:
             both[:, 0] += values[:, -1]
         values = both
-    return values.reshape(-1) if values.shape[1] else values.new_zeros(len(values))
+    return values if values.shape[1] else values.new_zeros(len(values), 1)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core import Every, IntervalField, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.cli.digests import Digester, hexadecimal
 from nexus_core.paths import PathText
 from nexus_plugins._shared.files import write_whole
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TapeConfig", "TapePlugin"]
 
+HASH_BITS = 48
 _IGNORED: dict[str, Any] = {"resume": "ignored"}
 
 
@@ -36,6 +37,12 @@ class TapeConfig(PluginConfig):
     )
     modules: int = Field(
         2, ge=0, description="names of a module's path that count: 2 tells blocks.0 from blocks.1"
+    )
+    witness: IntervalField | None = Field(
+        None,
+        description="how often the log has a hash of all weights, `weights/hash`, the same on any "
+        "number of processes in a run in cells: 10 steps; null: never",
+        json_schema_extra=_IGNORED,
     )
     at_once: bool = Field(
         False,
@@ -98,6 +105,7 @@ class TapePlugin(Plugin[TapeConfig]):
         self._waiting: list[_Taken] = []
         self._digester = Digester()
         self._file: IO[str] | None = None
+        self._witness: Every | None = None
 
     def state_dict(self) -> StateDict:
         """The digest of all lines so far."""
@@ -113,6 +121,8 @@ class TapePlugin(Plugin[TapeConfig]):
     def on_start(self, engine: Engine) -> None:
         """Cut the tape back to the step that the run goes on from."""
         self._begun = 0
+        if every := self.config.witness:
+            self._witness = Every(every.of(engine.horizon), engine.state)
         if not engine.ranks.is_main or engine.out is None:
             return
         step = engine.state.step
@@ -173,6 +183,15 @@ class TapePlugin(Plugin[TapeConfig]):
         self._waiting.append(taken)
         if self._waits(taken):
             self._write()
+
+    @hookimpl
+    def collect_metrics(self, engine: Engine) -> dict[str, float]:
+        """A hash of all weights, of as many bits as a metric holds exactly, where one is due."""
+        if self._witness is None or not self._witness.due(engine.state):
+            return {}
+        weights = [value for values in parts.weights(engine, 0).values() for value in values]
+        digest = int(self._digester([weights], engine.device, engine.ranks)[0])
+        return {"weights/hash": float(digest % 2**HASH_BITS)}
 
     @hookimpl(stage="record")
     def on_log(self) -> None:

@@ -5,43 +5,28 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_core import ConfigError, hookimpl
-from nexus_core.bases.parallel import Parallel, ParallelConfig
+from nexus_core.bases.parallel import Parallel
 from nexus_core.errors import hint_set
+from nexus_core.processes import is_sharded
 from nexus_plugins._shared.buffers import share_buffers
 from nexus_plugins._shared.cell_sums import sum_over_processes
+from nexus_plugins.ddp.cells import CellGradients
+from nexus_plugins.ddp.config import DdpConfig
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
     from nexus_core.cells import CellSum
 
-__all__ = ["DdpConfig", "DdpPlugin"]
-
-
-class DdpConfig(ParallelConfig):
-    """Settings of data-parallel training."""
-
-    find_unused: bool | None = Field(
-        None,
-        description="look in each step for parameters that the loss does not reach; null: only if "
-        "the first step has some",
-    )
-    sum: Literal["tree", "ring"] | None = Field(
-        None,
-        description="how gradients are added: ring, as the backend does, so that the number of "
-        "processes changes the last bits; tree, in the order of the run's cells; null: tree in a "
-        "run in cells",
-    )
-    bucket_mb: float = Field(25.0, gt=0, description="gradients that are sent at once, in MiB")
+__all__ = ["DdpPlugin"]
 
 
 class DdpPlugin(Parallel[DdpConfig]):
@@ -60,6 +45,7 @@ class DdpPlugin(Parallel[DdpConfig]):
     _parallel: DistributedDataParallel | None = None
     _first_step: bool = True
     _summed: bool = False
+    _cells: CellGradients | None = None
     _names: Mapping[str, Tensor] = MappingProxyType({})
 
     @hookimpl(stage="join")
@@ -78,12 +64,15 @@ class DdpPlugin(Parallel[DdpConfig]):
             engine.optimizer.zero_grad()
 
     @hookimpl(wrapper=True, stage="reduce")
-    def backward(self, loss: Tensor, step: Step) -> Generator[None, bool, bool]:
+    def backward(self, engine: Engine, loss: Tensor, step: Step) -> Generator[None, bool, bool]:
         """Sum the gradients over the processes while the last micro-batch makes them.
 
         Raises:
             ConfigError: optimizers take turns, or layers that were used before are not any more.
         """
+        if step.cells and engine.ranks.size > 1:
+            with self._in_cells(engine, step).taking(step, engine.batch_cells):
+                return (yield)
         if self._parallel is None:
             return (yield)
         if step.turn is not None:
@@ -124,14 +113,28 @@ class DdpPlugin(Parallel[DdpConfig]):
         """Sum the cells of all processes in the order of the tree, or as the backend does."""
         if engine.ranks.size == 1:
             return None
-        return sum_over_processes(
-            part,
-            step,
-            engine.batch_cells,
-            engine.ranks,
-            self.config.bucket_mb * 2**20,
-            ring=self.config.sum == "ring",
-        )
+        taken, count = self._cells, engine.batch_cells
+        if taken is not None and taken.is_of(part):
+            return taken.total(part, step, count)
+        ring = self.config.sum == "ring"
+        return sum_over_processes(part, step, count, engine.ranks, self._bucket, ring=ring)
+
+    def _in_cells(self, engine: Engine, step: Step) -> CellGradients:
+        """What sums the gradients of the parameters that there are."""
+        own = [p for p in engine.parameters() if not is_sharded(p)]
+        if step.place == 0 and not (self._cells and self._cells.is_for(own)):
+            self._stop_taking()
+            names = {id(p): name for name, p in engine.model.named_parameters()}
+            named = [(names.get(id(p), str(tuple(p.shape))), p) for p in own]
+            ring = self.config.sum == "ring"
+            self._cells = CellGradients(named, engine.ranks, self._bucket, ring=ring)
+        assert self._cells is not None
+        return self._cells
+
+    def _stop_taking(self) -> None:
+        if self._cells is not None:
+            self._cells.close()
+        self._cells = None
 
     @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
@@ -155,6 +158,12 @@ class DdpPlugin(Parallel[DdpConfig]):
     def on_close(self) -> None:
         """Give the model back as it was."""
         self._parallel, self._names = None, {}
+        self._stop_taking()
+
+    @property
+    def _bucket(self) -> float:
+        """Bytes that are sent at once."""
+        return self.config.bucket_mb * 2**20
 
     def _wrapped(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
         parallel = DistributedDataParallel(

@@ -1,0 +1,30 @@
+"""Settings of data-parallel training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nexus_core.bases.parallel import ParallelConfig
+
+__all__ = ["DdpConfig"]
+
+
+class DdpConfig(ParallelConfig):
+    """Settings of data-parallel training."""
+
+    find_unused: bool | None = Field(
+        None,
+        description="look in each step for parameters that the loss does not reach; null: only if "
+        "the first step has some",
+    )
+    sum: Literal["tree", "ring"] | None = Field(
+        None,
+        description="how gradients are added: ring, as the backend does, so that the number of "
+        "processes changes the last bits; tree, in the order of the run's cells; null: tree in a "
+        "run in cells, else ring",
+    )
+    bucket_mb: float = Field(
+        25.0, gt=0, description="gradients that are sent at once, in MiB; in cells at most"
+    )

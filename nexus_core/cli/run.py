@@ -20,7 +20,7 @@ from nexus_core.cli.options import PATH
 if TYPE_CHECKING:
     from nexus_core.cli.build import Build
 
-__all__ = ["main"]
+__all__ = ["main", "resume"]
 
 
 class _WithCommands(click.Command):
@@ -139,6 +139,29 @@ def main(
         del made  # with it goes what plugins hold of the process group
         distributed.leave()
         sys.exit(code)
+
+
+@click.command(
+    name="resume",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+)
+@click.argument("run", default="auto", metavar="[RUN]")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def resume(run: str, options: tuple[str, ...]) -> None:
+    """Resume a run where it stopped: nexus-run --resume RUN.
+
+    RUN is a run's folder or a checkpoint; left out, it is the newest run of the quickstart. Further
+    options are those of nexus-run.
+
+    \b
+    nexus-run resume runs/mine
+    nexus-run resume runs/mine --set until="2 epochs"
+    """
+    main.main(["--resume", run, *options], prog_name="nexus-run resume")
 
 
 def _check_profile(profile: bool, others: Sequence[str]) -> None:

@@ -220,7 +220,12 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     config = shlex.quote(str(out / "config.yaml"))
     rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
     if result.status == "stopped":
-        rows["go on"] = f"nexus-run {config} --resume auto"
+        own = code_of(engine)  # which runs where its user names the config alone
+        rows["resume it"] = (
+            f"nexus-run {config} --resume auto"
+            if own
+            else f"nexus-run resume {shlex.quote(str(out))}"
+        )
     width = max(len(name) for name in rows) + 2
     lines = [_row(name, text, width) for name, text in rows.items()]
     return "\n".join(["", click.style(headline, bold=True), *lines])

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from nexus_core import CheckpointError, ConfigError, DataError, Plugin, RunData, hookimpl
@@ -101,6 +102,11 @@ class RowsPlugin(Plugin[ConfigT]):
         if not folder.exists():
             self.tokenizer.save(folder)
             write_whole(folder / "hash.json", json.dumps(self.tokenizer.hash).encode())
+
+    @staticmethod
+    def codec_in(run: Path) -> HubTokenizer:
+        """The tokenizer that a run has kept in its folder."""
+        return open_tokenizer(str(run / TOKENIZER))
 
     @hookimpl
     def summarize(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,23 @@ class HubTokenizer:
         """The text of each id, special tokens by their names."""
         return [self.inner.decode([one]) for one in ids]
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it knows how a conversation is written."""
+        return self.inner.chat_template is not None
+
     def encode_question(self, text: str) -> list[int]:
         """The ids that ask for an answer to a text, through the chat template."""
+        return self.encode_chat([{"role": "user", "content": text}])
+
+    def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids that ask for the next turn of a conversation.
+
+        Args:
+            turns: each with `role` and `content`.
+        """
         asked = self.inner.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            list(turns), tokenize=False, add_generation_prompt=True
         )
         return self.encode(asked)
 

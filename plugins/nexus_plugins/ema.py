@@ -122,8 +122,10 @@ class EmaPlugin(Plugin[EmaConfig]):
         return (1 + update) / (10 + update) if self.config.ramp else 1.0
 
     @hookimpl
-    def evaluating(self) -> AbstractContextManager[object] | None:
+    def evaluating(self, engine: Engine) -> AbstractContextManager[object] | None:
         """Evaluate with the average in the weights' place, and bring them back bit for bit."""
+        if self._average and not self._live:  # loaded, and not trained since
+            self._collect(engine)
         return self._shown() if self.config.evaluate else None
 
     @hookimpl

@@ -122,6 +122,15 @@ def test_a_resumed_run_has_the_same_average() -> None:
         assert torch.equal(value, got.weights()[name]), name
 
 
+def test_a_resumed_run_is_evaluated_and_predicts_with_the_average_before_it_trains() -> None:
+    trained = engine_of(EmaPlugin(decay=0.9))
+    trained.fit(data(), until="4 steps")
+    resumed = engine_of(EmaPlugin(decay=0.9))
+    resumed.load_state_dict(trained.state_dict())
+    assert resumed.evaluate(data()) == trained.evaluate(data())
+    assert all(map(torch.equal, resumed.predict(data()), trained.predict(data())))
+
+
 def test_the_average_of_narrow_weights_is_wide() -> None:
     """Breaks if a bfloat16 average stands still because its steps are below its resolution."""
     ema = EmaPlugin(decay=0.9999, ramp=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from nexus_plugins._shared.files import write_whole
 from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.dataset import TextData, open_data
+from nexus_plugins.data_text.load import load_tokenizer
 from nexus_plugins.data_text.rows import Rows, as_it_is
 from nexus_plugins.data_text.tokenizer import Tokenizer
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["DATA", "DataTextPlugin"]
 
 DATA = "data.json"  # in a run's folder: fingerprints of the data it began with
+TOKENIZER = "tokenizer.json"  # likewise
 
 _SAMPLE = 4 << 20  # bytes of training text that the bigram model counts
 
@@ -96,7 +99,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             path.parent.mkdir(parents=True, exist_ok=True)
             facts = {"train": self._data.fingerprint, "valid": valid}
             write_whole(path, json.dumps(facts).encode() + b"\n")
-        path = engine.out / "tokenizer.json"
+        path = engine.out / TOKENIZER
         raw = self._data.tokenizer.to_json().encode()
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +163,11 @@ class DataTextPlugin(Plugin[DataTextConfig]):
                 "the evaluation text is not that of the checkpoint: losses before and after, and "
                 "the best of them, cannot be compared"
             )
+
+    def codec_in(self, run: Path) -> Tokenizer:
+        """The tokenizer that a run has kept in its folder."""
+        names = self.config.eos_token, self.config.pad_token
+        return load_tokenizer(str(run / TOKENIZER), *names)
 
     @hookimpl
     def summarize(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from nexus_core.errors import ConfigError, DataError, hint_set
 from nexus_core.plugin import Plugin, StateDict, hookimpl
 from nexus_core.processes import is_sharded
+from nexus_plugins._shared.texts import harmless
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
 if TYPE_CHECKING:
@@ -112,12 +114,8 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             return {"sample": f"none: sampling failed: {str(error).partition(chr(10))[0]}"}
         text = data.codec.decode(written.tolist())
         start = len(data.codec.decode(prompt.tolist()))
-        return {"prompt": _shown(text[:start]), "sample": _shown(text[start:])}
-
-
-def _shown(text: str) -> str:
-    """The text with what would steer a terminal as escapes; line breaks stay."""
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
-        for letter in text
-    )
+        found = {"prompt": harmless(text[:start]), "sample": harmless(text[start:])}
+        if engine.out is not None:
+            out = shlex.quote(str(engine.out))
+            found["write more"] = f"nexus-run generate {out} --prompt TEXT"
+        return found

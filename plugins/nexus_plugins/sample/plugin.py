@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
-from nexus_plugins._shared.outputs import rows_of
+from nexus_plugins._shared.sampling import Sampling
+from nexus_plugins.sample.writing import logits_at
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -110,6 +110,7 @@ class SamplePlugin(Plugin[SampleConfig]):
             ids[row, : ends[row]] = torch.tensor(prompt)
         ids = ids.to(engine.device)
         generator = torch.Generator().manual_seed(engine.seed)
+        sampling = Sampling(self.config.temperature, self.config.top_k)
         written: list[list[int]] = [[] for _ in prompts]
         for _ in range(self.config.tokens):
             open_ = [row for row, some in enumerate(written) if not some or some[-1] != stop]
@@ -117,30 +118,12 @@ class SamplePlugin(Plugin[SampleConfig]):
                 break
             output = engine.hook.forward(engine=engine, batch={"input_ids": ids}, step=None)
             last = torch.tensor([end - 1 for end in ends], device=ids.device)
-            chosen = self._choose(_logits_at(output, last), generator).tolist()
+            chosen = sampling.choose(logits_at(output, last).cpu(), generator).tolist()
             for row in open_:
                 ids[row, ends[row]] = chosen[row]
                 written[row].append(chosen[row])
                 ends[row] += 1
         return [some[:-1] if some and some[-1] == stop else some for some in written]
-
-    def _choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of logits `(B, V)`, on the host."""
-        logits = logits.float().cpu()
-        if self.config.temperature == 0:
-            return logits.argmax(-1)
-        if self.config.top_k is not None and self.config.top_k < logits.shape[-1]:
-            least = logits.topk(self.config.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        shares = (logits / self.config.temperature).softmax(-1)
-        return torch.multinomial(shares, 1, generator=generator).squeeze(-1)
-
-
-def _logits_at(output: Any, places: Tensor) -> Tensor:
-    """The logits `(B, V)` at a place of each row, of whatever a forward pass gives."""
-    states, head = rows_of(output)
-    last = states[torch.arange(len(places), device=places.device), places]
-    return last if head is None else last.to(head.dtype) @ head.T
 
 
 def _text(codec: Any, ids: Sequence[int]) -> str:

@@ -75,10 +75,18 @@ def check_values(model: nn.Module) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of python, numpy, torch and its devices."""
+    """Seed the generators of python, numpy, torch and its devices.
+
+    As `torch.manual_seed`, which also notes a stack trace for each kind of device that is not
+    there: milliseconds, and a step in cells seeds several times.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if (kind := _accelerators()[0]) and not (
+        own := torch.get_device_module(kind)
+    )._is_in_bad_fork():
+        getattr(own, "manual_seed_all", torch.manual_seed)(seed)
 
 
 def random_state() -> RandomState:

@@ -31,8 +31,10 @@ from nexus_plugins._shared.cell_sums import (
 
 __all__ = ["CellGradients", "Course", "Move", "course_of"]
 
-SMALLEST = 2**20
+SMALLEST = 2**22
 """Bytes that are worth a message of their own."""
+TAIL = 64
+"""Numbers that a bucket has room for behind the gradients."""
 AT_ONCE = 2**20
 """Bytes of gradients that are added in one call: not more, so that their memory is used again."""
 ALIGNED = 16
@@ -118,7 +120,7 @@ class _Bucket:
         for parameter in parameters:
             starts.append(end)
             end += -(-parameter.numel() // ALIGNED) * ALIGNED
-        self._starts, self._size = starts, padded(end, ranks)
+        self._starts, self._end, self._size = starts, end, padded(end + TAIL, ranks)
         self.flat: list[Tensor] = []  # of each slot
         self.views: list[list[Tensor]] = []
 
@@ -130,6 +132,20 @@ class _Bucket:
     def rows(self) -> dict[Node, Tensor]:
         """The sum of each whole subtree."""
         return {node: self.flat[slot] for node, slot in self._course.rows.items()}
+
+    def add_losses(self, part: CellSum) -> bool:
+        """Have the sum of the losses travel with it; False: they are of another kind, or many."""
+        like, flat = part.like[-1], self.flat[0]
+        if like.dtype != flat.dtype or like.device != flat.device or like.numel() > TAIL:
+            return False
+        for node, slot in self._course.rows.items():
+            if (losses := part.parts[node][-1]) is not None:
+                self.tail(slot, like.numel()).copy_(losses)
+        return True
+
+    def tail(self, slot: int, count: int) -> Tensor:
+        """The first numbers behind the gradients."""
+        return self.flat[slot][self._end : self._end + count]
 
     def begin(self, course: Course) -> None:
         """Begin a step."""
@@ -265,7 +281,7 @@ class CellGradients:
             self._is_open = False
         for bucket in self._present:
             bucket.close()
-        self._send()
+        self._send(self._present[:-1])
 
     @torch.no_grad()
     def total(self, part: CellSum, step: Step, count: int) -> list[Tensor | None]:
@@ -284,19 +300,12 @@ class CellGradients:
         for index, (bucket, place) in self._where.items():
             kinds[index] = max(int(kinds[index]), DENSE * bucket.reached[place])
         work = dist.all_reduce(kinds, dist.ReduceOp.MAX, async_op=True)
-        last = [len(part.like) - 1]
-        rows = flat_rows(part, last, self._ranks)
-        losses = self._exchange(rows, empty(part.like[-1:], self._ranks), len(self._sent))
-        losses.begin()
-        self._sent[-1].middle()
-        losses.middle()
-        for exchange in [*self._sent, losses]:
-            exchange.end()
+        losses = self._send_rest(part)
         if work is not None:
             work.wait()
         reached = [index for index, kind in enumerate(kinds.tolist()) if kind]
         found: list[Tensor | None] = [None] * len(part.like)
-        found[-1] = losses.out[: part.like[-1].numel()]
+        found[-1] = losses
         for index in reached:
             if index in self._where:
                 bucket, place = self._where[index]
@@ -338,24 +347,37 @@ class CellGradients:
             )
         bucket.take(place)
         if bucket.is_done:
-            self._send()
+            self._send(self._present[:-1])
 
-    def _send(self) -> None:
-        """Send what the last cell has completed, in order; all processes have the same order."""
-        while self._is_last and (number := len(self._sent)) < len(self._present):
-            bucket = self._present[number]
-            if not bucket.is_done:
+    def _send(self, buckets: Sequence[_Bucket]) -> None:
+        """Send those that the last cell has completed, in order, the same in all processes."""
+        while self._is_last and (number := len(self._sent)) < len(buckets):
+            if not buckets[number].is_done:
                 return
-            exchange = self._exchange(bucket.rows(), bucket.flat[0], number)
-            exchange.begin()
-            self._rooms[number % 2] = exchange.room
-            if number:
-                self._sent[-1].middle()
-            self._sent.append(exchange)
+            self._begin_one(buckets[number].rows(), buckets[number].flat[0])
 
-    def _exchange(self, rows: dict[Node, Tensor], out: Tensor, number: int) -> Exchange:
-        nodes = [] if self._ring else self._course.nodes
-        return Exchange(rows, nodes, self._ranks, out, self._rooms[number % 2], number)
+    def _begin_one(self, rows: dict[Node, Tensor], out: Tensor) -> None:
+        """Begin to send something, after which what was sent before is on its way back."""
+        number, nodes = len(self._sent), [] if self._ring else self._course.nodes
+        exchange = Exchange(rows, nodes, self._ranks, out, self._rooms[number % 2], number)
+        exchange.begin()
+        self._rooms[number % 2] = exchange.room
+        if self._sent:
+            self._sent[-1].middle()
+        self._sent.append(exchange)
+
+    def _send_rest(self, part: CellSum) -> Tensor:
+        """Send the last bucket with the losses, and wait for all; returns the losses' sum."""
+        count, bucket = part.like[-1].numel(), self._present[-1]
+        together = bucket.add_losses(part)
+        self._send(self._present)
+        if not together:
+            rows = flat_rows(part, [len(part.like) - 1], self._ranks)
+            self._begin_one(rows, empty(part.like[-1:], self._ranks))
+        self._sent[-1].middle()
+        for exchange in self._sent:
+            exchange.end()
+        return bucket.tail(bucket.slot, count).clone() if together else self._sent[-1].out[:count]
 
     def _all_at_once(self, part: CellSum, step: Step, count: int) -> list[Tensor | None]:
         return sum_over_processes(part, step, count, self._ranks, self._most, ring=self._ring)

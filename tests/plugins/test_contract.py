@@ -127,7 +127,11 @@ class OnRecords(FirstPartyContract):
         lines = [{"text": t, "messages": chat} for t, chat in zip(texts, chats, strict=True)]
         records = folder / "records.jsonl"
         records.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        places = {"train": str(records), "tokenizer": str(folder / "tokenizer")}
+        others = folder / "others.jsonl"
+        others.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines[:30])))
+        changing = [{"path": str(records), "weight": [[0, 3], ["200 tokens", 1]]}]
+        train = [*changing, {"path": str(others)}] if settings.get("streaming") else str(records)
+        places = {"train": train, "tokenizer": str(folder / "tokenizer")}
         return {**settings, **places, "cache_dir": str(folder / "cache")}
 
 

@@ -183,6 +183,11 @@ class PluginContract(Division, AcceleratorChecks):
         fresh.load_state_dict({**snapshot, "plugins": stored(snapshot["plugins"])})
         loaded = fresh.plugins[self._name()].state_dict()
         self._same(saved["state"], loaded, "load_state_dict gives another state than was saved")
+        engine.load_state_dict(snapshot)  # it may have moved at its end
+        assert engine.data is not None
+        found, expected = (each.evaluate(engine.data.valid) for each in (fresh, engine))
+        what = "evaluated as soon as it is loaded, a run has other metrics than the one that saved"
+        self._same(expected, found, what)
 
     def test_resume_is_bit_equal(self, settings: Settings, accumulate: int, tmp_path: Path) -> None:
         """A run that goes on from a snapshot ends in the same bits as one that was not stopped."""

@@ -123,13 +123,16 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
     Micro-batches count the same; where they hold unequal numbers of labels, a `Loss` is exact.
     Parts that one batch was cut into count by their rows, and so do the batches of an evaluation:
     its mean depends neither on the size of a batch nor on the number of processes.
+
+    A function of `(input, target)`, such as `torch.nn.CrossEntropyLoss()`, compares what the model
+    returns for the first of a pair with the second.
     """
 
     name = "loss"
 
-    def __init__(self, function: Callable[[nn.Module, Batch], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._function = function
+        self._function = _on_pairs(function) if _compares(function) else function
 
     @hookimpl
     def forward(self, engine: Run, batch: Batch) -> Tensor:
@@ -148,6 +151,29 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
     def loss_terms(self, batch: Batch, output: Tensor, step: Step | None) -> dict[str, Tensor]:
         share = step.share if step else float(batch_size(batch)[0])
         return {"loss": output if share == 1.0 else output * share}
+
+
+def _compares(function: Callable[..., Tensor]) -> bool:
+    """Whether a loss takes what the model returned and a target, and not the model and a batch."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        names = list(inspect.signature(called).parameters)[:2]
+    except (TypeError, ValueError):  # written in C
+        return False
+    return names[1:] in (["target"], ["targets"]) and names[0] != "model"
+
+
+def _on_pairs(compare: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, Batch], Tensor]:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise ConfigError(
+                f"loss={compare!r:.99} takes (input, target), and a batch is "
+                f"{type(batch).__name__}; expected a pair (input, target), or write "
+                "loss=lambda model, batch: ..."
+            )
+        return compare(model(batch[0]), batch[1])
+
+    return loss
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

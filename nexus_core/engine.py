@@ -26,6 +26,7 @@ from nexus_core.evaluation import (
     collect,
     evaluating,
     measure,
+    named_sets,
     predict,
     say_mode,
     train_mode,
@@ -54,7 +55,8 @@ class Engine(EarlierNames):
         model: any module; None asks the plugins (`make_model`).
         optimizer: over the model's parameters; a list of several steps all of them, a dict by
             name lets them take turns (the hook `take_turns`). None asks the plugins.
-        loss: `loss(model, batch)` returns a mean; None where plugins bring the loss terms.
+        loss: `loss(model, batch)` returns a mean, or `loss(input, target)` as those of `torch.nn`;
+            None where plugins bring the loss terms.
         plugins: in the order in which to call them, where they do not say themselves.
         seed: of python, numpy and torch, set at once; None leaves the generators alone.
         device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None leaves the model
@@ -77,7 +79,7 @@ class Engine(EarlierNames):
         model: nn.Module | None = None,
         optimizer: GivenOptimizer | None = None,
         *,
-        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+        loss: Callable[..., Tensor] | None = None,
         plugins: Iterable[Plugin[Any]] = (),
         seed: int | None = None,
         device: str | torch.device | None = None,
@@ -128,8 +130,8 @@ class Engine(EarlierNames):
     def fit(
         self,
         data: Data | None = None,
+        until: Length | None = None,
         *,
-        until: Length,
         eval_data: Data | Mapping[str, Data] | None = None,
         eval_every: Length | None = None,
     ) -> Result:
@@ -147,7 +149,7 @@ class Engine(EarlierNames):
         self,
         data: Data | None = None,
         *,
-        until: Length,
+        until: Length | None = None,
         eval_data: Data | Mapping[str, Data] | None = None,
         eval_every: Length | None = None,
     ) -> Iterator[TrainState]:
@@ -158,7 +160,7 @@ class Engine(EarlierNames):
 
         Args:
             data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
-            until: the horizon, counted from the very first step, restarts included.
+            until: the horizon, counted from the very first step, restarts included: "3 epochs".
             eval_data: batches to evaluate on, or several sets of them by name.
             eval_every: the period of evaluations, or a share of the horizon ("10%"); there is one
                 at the horizon in any case.
@@ -221,7 +223,7 @@ class Engine(EarlierNames):
             split.
         """
         nested = not self.training
-        metrics = self._measured(data if isinstance(data, Mapping) else {"val": data})
+        metrics = self._measured(named_sets(data))
         return metrics if nested else self._announced(metrics)
 
     def predict(self, data: Data) -> list[Any]:
@@ -437,8 +439,7 @@ class Engine(EarlierNames):
         try:
             if self._agreement.heed(1):  # the last step's exchange is answer enough
                 raise GivenUpError
-            sets = data if isinstance(data, Mapping) else {"val": data}
-            metrics = self._measured(sets, self._agreement.heed)
+            metrics = self._measured(named_sets(data), self._agreement.heed)
         except GivenUpError:
             self._progress.owed = True
             return False

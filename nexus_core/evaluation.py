@@ -11,17 +11,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
 
 from nexus_core.batches import Batch, to_device
 from nexus_core.cells import dealt, divided, seed_for
 from nexus_core.device import random_state, seed_everything, set_random_state
-from nexus_core.errors import DataError
+from nexus_core.errors import ConfigError, DataError
 from nexus_core.events import Run
 from nexus_core.optimizers import members, trained
 from nexus_core.processes import gather
 from nexus_core.step import merge, metric_name
 
-__all__ = ["GivenUpError", "collect", "evaluating", "measure", "predict", "say_mode", "train_mode"]
+__all__ = [
+    "GivenUpError",
+    "collect",
+    "evaluating",
+    "measure",
+    "named_sets",
+    "predict",
+    "say_mode",
+    "train_mode",
+]
 
 
 @contextmanager
@@ -43,6 +53,22 @@ def evaluating(engine: Run, *, nested: bool) -> Iterator[None]:
         if any(mode for _, mode in modes):
             engine.model.eval()
         yield
+
+
+def named_sets(data: Iterable[Batch] | Mapping[str, Iterable[Batch]]) -> Mapping[str, Any]:
+    """Data sets to evaluate on by their names; one alone is "val".
+
+    Raises:
+        ConfigError: they are a list, which would be one set of batches.
+    """
+    if isinstance(data, Mapping):
+        return data
+    if isinstance(data, list | tuple) and any(isinstance(s, DataLoader | Dataset) for s in data):
+        raise ConfigError(
+            "several data sets to evaluate on go by name, and here is a list of them; write "
+            "{'val': one, 'test': other}"
+        )
+    return {"val": data}
 
 
 class GivenUpError(Exception):

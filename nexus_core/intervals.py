@@ -166,12 +166,16 @@ class Interval:
         return cls(float(amount * _SECONDS.get(_singular(name), 1)), unit)
 
     @classmethod
-    def horizon(cls, value: Length) -> Interval:
+    def horizon(cls, value: Length | None) -> Interval:
         """Read the length of a whole run.
 
         Raises:
             ConfigError: it is not an interval, or a share of one.
         """
+        if value is None:
+            raise ConfigError(
+                f"until says how long to train, and is not given; expected {_ABSOLUTE}"
+            )
         horizon = cls.parse(value)
         if horizon.unit == "%":
             raise ConfigError(f"until is '{horizon}', a share of itself; expected {_ABSOLUTE}")

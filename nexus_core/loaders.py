@@ -8,10 +8,11 @@ from itertools import chain, islice
 from typing import Any, Protocol, TypeGuard, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nexus_core.batches import Batch, digest
 from nexus_core.device import RandomState, random_state, set_random_state
+from nexus_core.errors import ConfigError
 from nexus_core.holders import (
     ITERATOR,
     LOADER,
@@ -62,9 +63,18 @@ class Source:
 
     Args:
         data: as the attribute.
+
+    Raises:
+        ConfigError: it gives rows, and not batches.
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            raise ConfigError(
+                f"the data is a {type(data).__name__}, whose items are rows; give batches: "
+                "ResumableLoader(data, batch_size=32), or a DataLoader (batch_size=None where the "
+                "items are batches)"
+            )
         self.data = data
         self.is_iterator = isinstance(data, Iterator)
         self.size: int | None = getattr(data, "batch_size", None) if can_seek(data) else None

@@ -201,9 +201,10 @@ def _one(optimizer: object) -> Optimizer:
         return Optimizers(optimizer)
     if _steps(optimizer):
         return cast(Optimizer, optimizer)
+    name = optimizer.__name__ if isinstance(optimizer, type) else "torch.optim.AdamW"
     raise ConfigError(
-        f"optimizer must be an optimizer, a list or a dict of them, got {optimizer!r:.200}; for "
-        "instance torch.optim.AdamW(model.parameters())"
+        f"optimizer must be an optimizer, a list or a dict of them, got {optimizer!r:.200}; make "
+        f"it over the model's parameters: {name}(model.parameters(), lr=...)"
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,11 @@ COLOURS = {"pass": "green", "FAIL": "red", "skip": "yellow"}
               help="Plugins that it needs beside it, with settings.")  # fmt: skip
 @click.option("-o", "--only", "only", default="", metavar="CHECK,CHECK",
               help="Make these checks alone.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the outcomes as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def check(plugin: str, configs: tuple[str, ...], beside: str, only: str, debug: bool) -> None:
+def check(
+    plugin: str, configs: tuple[str, ...], beside: str, only: str, as_json: bool, debug: bool
+) -> None:
     """Prove that a plugin resumes to the same bits, shares nothing, leaks nothing, and more.
 
     \b
@@ -49,12 +54,18 @@ def check(plugin: str, configs: tuple[str, ...], beside: str, only: str, debug: 
     with reported(debug):
         cases = [_block(text, f"--config of {plugin}") for text in configs]
         wanted = [word.strip() for word in only.split(",") if word.strip()]
-        failed = _check(plugin, cases, _block(beside, "--beside") if beside else {}, wanted)
+        neighbours = _block(beside, "--beside") if beside else {}
+        failed = _check(plugin, cases, neighbours, wanted, as_json=as_json)
     sys.exit(int(failed))
 
 
 def _check(
-    word: str, configs: list[dict[str, Any]], beside: dict[str, Any], only: list[str]
+    word: str,
+    configs: list[dict[str, Any]],
+    beside: dict[str, Any],
+    only: list[str],
+    *,
+    as_json: bool,
 ) -> bool:
     """Make the checks, say how each went, and whether one failed."""
     from nexus_core.cli.local import giver
@@ -65,6 +76,11 @@ def _check(
     contract = _contract(word, configs, beside)
     _refuse_impossible(contract, only)
     plugin = contract.plugin_class()
+    if as_json:
+        outcomes = list(run_contract(contract, *only))
+        facts = {"plugin": plugin.name, "outcomes": [asdict(outcome) for outcome in outcomes]}
+        click.echo(json.dumps(facts, indent=2, default=str))
+        return any(outcome.status == "FAIL" for outcome in outcomes)
     click.echo(f"{plugin.name} ({giver(plugin, word)})")
     counts: Counter[str] = Counter()
     for outcome in run_contract(contract, *only):

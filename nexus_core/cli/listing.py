@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoints
+from itertools import groupby
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,32 +16,110 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from nexus_core.cli.groups import GROUPS, group_of
 from nexus_core.cli.local import giver, plugin_class
-from nexus_core.errors import PluginError
+from nexus_core.errors import ConfigError, PluginError
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
 from nexus_core.plugin import Plugin
 
-__all__ = ["list_plugins", "show_plugin"]
+__all__ = [
+    "Listed",
+    "list_plugins",
+    "list_plugins_json",
+    "listed_plugins",
+    "show_plugin",
+    "show_plugin_json",
+]
 
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >="}
 RULES = ("before", "after", "requires", "conflicts")
+_OWN = "nexus-trainer"  # of which it goes without saying
+_INSTALL = re.compile(r"pip install .*")
 ROLES = {"wrapper": "wraps", "tryfirst": "asks to be first", "trylast": "asks to be last"}
 
 
-def list_plugins(*, loading: bool = True) -> str:
-    """A line for each installed plugin: name, slot, what it does, distribution and version.
+@dataclass(frozen=True)
+class Listed:
+    """An installed plugin in a list.
 
-    One that is broken says why instead, and does no harm to the others.
+    Args:
+        name: of the plugin.
+        package: distribution and version; empty where two give it.
+        status: "ready", "missing" (it needs a package that is not installed) or "broken".
+        what: what it does, or why it cannot be had.
+        group: what it is for; empty where it is not loaded.
+        slot: that it fills.
+    """
+
+    name: str
+    package: str
+    status: str
+    what: str
+    group: str = ""
+    slot: str = ""
+
+
+def listed_plugins(*, loading: bool = True) -> list[Listed]:
+    """Every installed plugin, by group and name; a broken one does no harm to the others.
 
     Args:
         loading: import each plugin; False reads metadata alone, and tells where each would be
             imported from instead of what it does.
     """
-    scanned, look = scan(), _loaded if loading else _found
-    rows = [(name, *look(name, scanned)) for name in sorted(scanned.names)]
-    names, slots = (max((len(row[i]) for row in rows), default=0) + 2 for i in (0, 1))
-    return "\n".join(f"{name:<{names}}{slot:<{slots}}{what}" for name, slot, what in rows)
+    scanned = scan()
+    look = _loaded if loading else _found
+    rows = [look(name, scanned) for name in sorted(scanned.names)]
+    return sorted(rows, key=lambda row: GROUPS.index(row.group) if row.group else len(GROUPS))
+
+
+def list_plugins(*, loading: bool = True) -> str:
+    """A line for each installed plugin below the heading of its group; see `listed_plugins`."""
+    rows = listed_plugins(loading=loading)
+    width = max((len(row.name) for row in rows), default=0) + 2
+    lines = list[str]()
+    for group, members in groupby(rows, key=lambda row: row.group):
+        heading = group or ("not ready" if loading else "")
+        if heading:
+            lines += ["", click.style(heading, bold=True)]
+        lines += [f"{row.name:<{width}}{_said(row)}" for row in members]
+    return "\n".join(lines).lstrip("\n")
+
+
+def list_plugins_json(*, loading: bool = True) -> str:
+    """The same as JSON."""
+    return json.dumps([asdict(row) for row in listed_plugins(loading=loading)], indent=2)
+
+
+def _said(row: Listed) -> str:
+    if row.status == "missing":
+        return click.style(f"not installed: {row.what}", fg="yellow")
+    if row.status == "broken":
+        return click.style(f"BROKEN: {row.what}", fg="red")
+    return row.what if row.package.startswith(f"{_OWN} ") else f"{row.what} ({row.package})"
+
+
+def show_plugin_json(word: str) -> str:
+    """The same facts as `show_plugin`, as JSON; its settings as a JSON schema.
+
+    Raises:
+        PluginError: it cannot be loaded.
+    """
+    plugin = plugin_class(word)
+    hooks = [hook for hook in HOOK_NAMES if hasattr(plugin, hook)]
+    facts = {
+        "name": plugin.name,
+        "what": inspect.cleandoc(plugin.__doc__ or ""),
+        "from": giver(plugin, word),
+        "api_version": plugin.api_version,
+        "group": group_of(plugin),
+        "slot": plugin.slot,
+        **{rule: list(getattr(plugin, rule)) for rule in RULES},
+        "has_state": plugin.state_dict is not Plugin.state_dict,
+        "hooks": hooks,
+        "settings": plugin.config_class.model_json_schema(),
+    }
+    return json.dumps(facts, indent=2, default=str)
 
 
 def show_plugin(word: str) -> str:
@@ -72,25 +153,27 @@ def show_plugin(word: str) -> str:
     )
 
 
-def _found(name: str, scanned: EntryPoints) -> tuple[str, str]:
+def _found(name: str, scanned: EntryPoints) -> Listed:
     try:
         entry = find(name, scanned)
     except PluginError as error:
-        return "", _broken(error)
-    return "", f"{entry.value} ({distribution(entry)})"
+        return Listed(name, "", "broken", error.on_command_line())
+    return Listed(name, distribution(entry), "ready", entry.value)
 
 
-def _loaded(name: str, scanned: EntryPoints) -> tuple[str, str]:
+def _loaded(name: str, scanned: EntryPoints) -> Listed:
+    found = _found(name, scanned)
+    if found.status != "ready":
+        return found
     try:
         plugin = load(name, scanned)
     except PluginError as error:
-        return "", _broken(error)
-    slot = f"[{plugin.slot}]" if plugin.slot else ""
-    return slot, f"{_first_line(plugin.__doc__)} ({distribution(find(name, scanned))})"
-
-
-def _broken(error: PluginError) -> str:
-    return click.style(f"BROKEN: {error.on_command_line()}", fg="red")
+        command = _INSTALL.search(str(error.__cause__))
+        if isinstance(error.__cause__, ConfigError) and command is not None:
+            return replace(found, status="missing", what=command[0])
+        return replace(found, status="broken", what=error.on_command_line())
+    what = _first_line(plugin.__doc__)
+    return replace(found, what=what, group=group_of(plugin), slot=plugin.slot or "")
 
 
 def _settings(model: type[BaseModel], indent: str = "  ") -> Iterator[str]:

@@ -24,22 +24,24 @@ main.add_command(check)
 @main.command(name="list")
 @click.option("--load/--no-load", "loading", default=True,
               help="Import each, to see that it loads; or read metadata alone.")  # fmt: skip
-def list_(loading: bool) -> None:
-    """Every installed plugin with its slot, distribution and purpose; a broken one with why."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(loading: bool, as_json: bool) -> None:
+    """Every installed plugin by what it is for; one that cannot be loaded with why."""
     with reported(debug=False):
-        from nexus_core.cli.listing import list_plugins
+        from nexus_core.cli.listing import list_plugins, list_plugins_json
 
-        click.echo(list_plugins(loading=loading))
+        click.echo((list_plugins_json if as_json else list_plugins)(loading=loading))
 
 
 @main.command()
 @click.argument("plugin", metavar="NAME|FILE.py")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def show(plugin: str, debug: bool) -> None:
+def show(plugin: str, as_json: bool, debug: bool) -> None:
     """One plugin: settings, hooks, its place among the others, and its state."""
     with reported(debug):
-        from nexus_core.cli.listing import show_plugin
+        from nexus_core.cli.listing import show_plugin, show_plugin_json
         from nexus_core.sources import forget
 
         forget()
-        click.echo(show_plugin(plugin))
+        click.echo((show_plugin_json if as_json else show_plugin)(plugin))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nexus_core import (
     ConfigError,
@@ -471,3 +471,49 @@ class SumPlugin(Loss[LossConfig]):
 
     def loss(self, batch: dict[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output.sum()
+
+
+# -- what those who come from other trainers write first
+
+
+PAIRS = [(torch.full((2, 3), float(i)), torch.tensor([0, 1])) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "compare", [nn.CrossEntropyLoss(), nn.functional.cross_entropy], ids=["module", "function"]
+)
+def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
+    def weights(loss: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        engine = Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=loss)
+        engine.fit(PAIRS, "6 steps")
+        return model.weight.detach()
+
+    by_hand = weights(lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    assert torch.equal(weights(compare), by_hand)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "said"),
+    [
+        ({"loss": nn.MSELoss()}, [torch.ones(2, 3)], "a batch is Tensor; expected a pair"),
+        ({"optimizer": torch.optim.SGD}, PAIRS, r"SGD\(model.parameters\(\), lr=...\)"),
+        ({"until": None}, PAIRS, 'until says how long to train.*"500 steps"'),
+        ({"eval_data": [DataLoader([0]), DataLoader([1])]}, PAIRS, "{'val': one, 'test': other}"),
+        ({}, TensorDataset(torch.ones(4, 3), torch.zeros(4)), "items are rows; give batches"),
+    ],
+    ids=["no pairs", "optimizer class", "no end", "eval sets in a list", "rows"],
+)
+def test_a_first_try_that_cannot_be_says_what_to_write(
+    options: dict[str, Any], data: Any, said: str
+) -> None:
+    model = nn.Linear(3, 2)
+    parts = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss": nn.CrossEntropyLoss(),
+    }
+    made = {name: options.get(name, part) for name, part in parts.items()}
+    run = {"until": "2 steps"} | {k: v for k, v in options.items() if k not in parts}
+    with pytest.raises(ConfigError, match=said):
+        Engine(model, **made).fit(data, **run)

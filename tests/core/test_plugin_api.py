@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 import nexus_core
 from nexus_core import Engine, Plugin, PluginConfig, PluginError, hookimpl
+from nexus_core.cli.listing import listed_plugins
 from nexus_core.cli.plugins import main as nexus_plugins
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.events import API_VERSIONS, RENAMED, Hooks
@@ -377,11 +378,27 @@ def test_schema_describes_the_others() -> None:
 def test_list_shows_each_as_broken_with_its_reason_and_the_others_as_they_are() -> None:
     result = CliRunner().invoke(nexus_plugins, ["list"])
     assert result.exit_code == 0
-    lines = {line.split()[0]: line for line in result.output.splitlines()}
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line}
     for name, said in SAID.items():
         assert re.search(rf"^{name} +BROKEN: .*{said}", lines[name])
     assert re.search(r"^setting +Has a setting. \(a-setting 1.0\)$", lines["setting"])
-    assert re.search(r"^lr_cosine +\[lr\] +Warms .* \(nexus-trainer [\d.]+\)$", lines["lr_cosine"])
+    assert re.search(r"^lr_cosine +Warms .*[^)]$", lines["lr_cosine"])
+    rows = json.loads(CliRunner().invoke(nexus_plugins, ["list", "--json"]).stdout)
+    found = {row["name"]: (row["status"], row["group"]) for row in rows}
+    assert found["lr_cosine"] == ("ready", "learning rates")
+    assert found["loss_lm"] == ("ready", "losses")
+    assert found["console"] == ("ready", "loggers and observers")
+    assert {found[name][0] for name in SAID} == {"broken"}
+
+
+def test_a_plugin_whose_package_is_not_installed_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    for name in [name for name in sys.modules if name.startswith("nexus_plugins_contrib.trackio")]:
+        monkeypatch.delitem(sys.modules, name)
+    found = {row.name: row for row in listed_plugins()}["trackio"]
+    assert (found.status, found.what) == ("missing", "pip install 'nexus-trainer[trackio]'")
 
 
 @pytest.mark.usefixtures("faulty")
@@ -389,7 +406,7 @@ def test_list_of_metadata_imports_nothing_and_shows_a_name_given_twice() -> None
     result = CliRunner().invoke(nexus_plugins, ["list", "--no-load"])
     assert result.exit_code == 0
     assert not {f"faulty_{name}" for name in (*FAULTY, "setting")} & set(sys.modules)
-    lines = {line.split()[0]: line for line in result.output.splitlines()}
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line}
     assert re.search(rf"^twice +BROKEN: {SAID['twice']}", lines["twice"])
     assert re.search(r"^raising +faulty_raising:RaisingPlugin \(a-raising 1.0\)$", lines["raising"])
 

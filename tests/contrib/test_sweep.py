@@ -120,7 +120,7 @@ def test_a_trial_that_is_behind_is_pruned_in_the_process_that_trains_it(tmp_path
     ("words", "said"),
     [
         (
-            ["--over", "optim_adamw.lr=log(1e-3,1)", "--over", "clip.max_norm=uniform(-1,1)"],
+            ["--over", "optim_muon.lr=log(1e-3,1)", "--over", "clip.max_norm=uniform(-1,1)"],
             "max_norm",
         ),
         (["--over", "optim_adam.lr=log(1e-3,1)"], "optim_adam"),

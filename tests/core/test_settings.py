@@ -175,7 +175,7 @@ def planned(source: str | None = None, *sets: str, **environment: str) -> Build:
         ("out=007", "007"),
         ("clip.max_norm=.inf", "inf"),
         ("clip.max_norm=1e400", "inf"),
-        ("optim_adamw.lr=1e-3", 0.001),
+        ("optim_muon.lr=1e-3", 0.001),
     ],
 )
 def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
@@ -201,7 +201,7 @@ def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
         ("data_text.batch_size=yes", "batch_size: got 'yes'; input should be a valid integer"),
         ("data_text.batch_size=true", "batch_size: got true; expected a number"),
         ("seed=true", "seed: got true; expected a number"),
-        ("optim_adamw.weight_decay=.inf", "weight_decay: got inf; input should be a finite number"),
+        ("optim_muon.weight_decay=.inf", "weight_decay: got inf; input should be a finite number"),
         ("clip.max_norm=.nan", "clip.max_norm: got nan"),
         (f"seed={10**30}", "seed: got 1000.*; expected a whole number of up to 64 bits"),
         (f"data_text.batch_size={10**30}", "batch_size: got 1000.*up to 64 bits"),
@@ -300,7 +300,7 @@ SETTINGS = {
     "clip.max_norm": 0.5,
     "console.quiet": True,
     "data_text.eos_token": "[SEP]",
-    "optim_adamw.betas": [0.8, 0.9],
+    "optim_muon.betas": [0.8, 0.9],
     "seed": 7,
     "until": "20 steps",
 }
@@ -453,7 +453,7 @@ def test_a_config_as_nobody_would_write_it_is_a_plan_or_one_clear_error(
 @pytest.mark.parametrize(
     ("sets", "place", "value"),
     [
-        ("lr=3e-4", ("optim_adamw", "lr"), 3e-4),
+        ("lr=3e-4", ("optim_muon", "lr"), 3e-4),
         ("batch_size=8", ("data_text", "batch_size"), 8),
         ("d_model=32", ("model_nexus", "d_model"), 32),
         ("max_norm=.inf", ("clip", "max_norm"), math.inf),
@@ -468,9 +468,9 @@ def test_a_key_that_one_plugin_has_needs_no_name(
 
 def test_a_key_without_a_name_means_the_plugins_that_are_in_the_run(config: str) -> None:
     """Breaks if a plugin that has left its slot, or was left out, is meant or is in the way."""
-    found = read_settings("quickstart", "optim_muon", ("lr=0.1",)).run.plugins
-    assert found["optim_muon"]["lr"] == 0.1
-    assert found["optim_adamw"]["lr"] != 0.1
+    found = read_settings("quickstart", "optim_adamw", ("lr=0.1",)).run.plugins
+    assert found["optim_adamw"]["lr"] == 0.1
+    assert found["optim_muon"]["lr"] != 0.1
     assert read_settings(config, "ema", ("warmup=3 steps", "seed=7")).run.seed == 7
     with pytest.raises(ConfigError, match="--set lr=1: unknown key 'lr'"):
         read_settings(config, sets=("lr=1",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import pickle
 import zlib
@@ -24,7 +25,11 @@ from nexus_core import CheckpointError, DataError, Engine, Plugin, PluginConfig,
 from nexus_core.bases.loader import ResumableLoader, permute
 from nexus_core.processes import Ranks
 from nexus_plugins.data_text import DataTextConfig, DataTextPlugin
-from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
+from nexus_plugins.data_text.baselines import (
+    bigram_bits_per_byte,
+    gzip_bits_per_byte,
+    xz_bits_per_byte,
+)
 from nexus_plugins.data_text.dataset import TextData, open_data
 from nexus_plugins.data_text.prepare import Job, prepare
 from nexus_plugins.data_text.rows import Layout, PackedRows, PaddedRows, as_it_is
@@ -329,10 +334,12 @@ def test_the_embedded_text_is_this_pythons_library(cache: Path) -> None:
     assert torch.equal(first["input_ids"], data_of(cache).train[0]["input_ids"])
 
 
-def test_baselines_are_those_of_gzip_and_of_counting() -> None:
+def test_baselines_are_those_of_gzip_of_xz_and_of_counting() -> None:
     """The numbers printed beside the model's must be honest."""
     train, text = b"abracadabra " * 50, b"abracadabra cadabra"
     assert gzip_bits_per_byte(text) == 8 * (len(zlib.compress(text, 9)) - 6) / len(text)
+    container = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    assert 40 <= container - xz_bits_per_byte(text) * len(text) / 8 <= 72
     pairs, firsts = Counter(pairwise(train)), Counter(train[:-1])
     seconds = Counter(train[1:])
     candidates = []

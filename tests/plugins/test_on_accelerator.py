@@ -86,7 +86,7 @@ def run(engine: Engine, until: int, **more: Any) -> Iterator[int]:
                 return
 
 
-@pytest.mark.parametrize("preset", ["nexus", "quickstart"])
+@pytest.mark.parametrize("preset", ["nexus_classic", "quickstart_classic"])
 def test_all_of_each_preset_is_tried(preset: str) -> None:
     """Breaks if a preset gets a plugin that the runs below do not have."""
     text = files("nexus_plugins.presets").joinpath(f"{preset}.yaml").read_text()

@@ -111,7 +111,7 @@ def test_arguments_stay_beside_the_others_when_they_are_written_down() -> None:
     assert stored["groups"] == [{"match": "*", "lr": 1.0}]
     again = OptimPlugin(**{**stored, "momentum": 0.5})
     assert again.config.args == {"momentum": 0.5}
-    read = read_settings("quickstart", "optim,no:optim_adamw", ("optim.momentum=0.5",))
+    read = read_settings("quickstart", "optim,no:optim_muon", ("optim.momentum=0.5",))
     assert read.run.plugins["optim"] == {"momentum": 0.5}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import zlib
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bigram_bits_per_byte", "gzip_bits_per_byte"]
+__all__ = ["bigram_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte"]
 
 _PAIRS = 256 * 256
 _STRENGTHS = 2.0 ** np.arange(-2, 11)
@@ -17,6 +18,12 @@ def gzip_bits_per_byte(text: bytes) -> float:
     """Bits per byte that `gzip -9` (DEFLATE, RFC 1951) makes of a text, without its header."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     return 8 * len(packer.compress(text) + packer.flush()) / len(text)
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """Bits per byte that `xz -9e` (LZMA2) makes of a text, without the container's header."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    return 8 * len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) / len(text)
 
 
 def bigram_bits_per_byte(train: bytes, text: bytes) -> float:

@@ -15,7 +15,11 @@ from nexus_core.data import RunData
 from nexus_core.errors import CheckpointError, ConfigError, hint_out
 from nexus_core.plugin import Plugin, hookimpl
 from nexus_plugins._shared.files import write_whole
-from nexus_plugins.data_text.baselines import bigram_bits_per_byte, gzip_bits_per_byte
+from nexus_plugins.data_text.baselines import (
+    bigram_bits_per_byte,
+    gzip_bits_per_byte,
+    xz_bits_per_byte,
+)
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.dataset import TextData, open_data
 from nexus_plugins.data_text.load import load_tokenizer
@@ -184,7 +188,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         return self._data.notes() if self._data is not None else []
 
     def baselines(self) -> dict[str, float]:
-        """Bits per byte of gzip and of a bigram model on the text that is evaluated as "val".
+        """Bits per byte of gzip, xz and a bigram model on the text that is evaluated as "val".
 
         The bigram model counts rows spread evenly over the training text, 4 MB at most.
         """
@@ -194,7 +198,11 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         train = _text(self._data, self._data.train, _SAMPLE)
         if not valid or not train:
             return {}
-        return {"gzip": gzip_bits_per_byte(valid), "bigram": bigram_bits_per_byte(train, valid)}
+        return {
+            "gzip": gzip_bits_per_byte(valid),
+            "xz": xz_bits_per_byte(valid),
+            "bigram": bigram_bits_per_byte(train, valid),
+        }
 
 
 def _check_model(model: object, tokenizer: Tokenizer) -> None:

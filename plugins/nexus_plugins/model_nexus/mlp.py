@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
-__all__ = ["Mlp"]
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Mlp", "squared_relu"]
 
 
 class Mlp(nn.Module):
@@ -24,7 +29,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
         """Map each token of `(B, T, D)`; documents make no difference."""
-        result: Tensor = self.out_proj(self.in_proj(x).relu().square())
+        result: Tensor = self.out_proj(squared_relu(self.in_proj(x)))
         return result
 
     def step(self, x: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
@@ -34,3 +39,23 @@ class Mlp(nn.Module):
     def initial_state(self, batch: int) -> tuple[()]:
         """Nothing."""
         return ()
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`relu(x) ** 2`, in half the passes over memory that automatic differentiation takes."""
+    result: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SquaredReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        positive: Tensor = ctx.saved_tensors[0]
+        return torch.mul(grad, positive).mul_(2)

@@ -437,7 +437,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         for block in _blocks(x, 1):
             gated, _ = _gated(x[block].to(wide), gate, block)
             scale[block] = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-            y[block] = gated * scale[block]
+            torch.mul(gated, scale[block], out=y[block])
         ctx.save_for_backward(x, gate, scale)
         return y
 
@@ -453,13 +453,14 @@ class _GatedRMSNorm(torch.autograd.Function):
             y = gated * scale[block]
             grad = grad_y[block].to(scale.dtype)
             grad = torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1)
+            if gate is None or grad_gate is None or opening is None:
+                torch.mul(grad, scale[block], out=grad_x[block])
+                continue
             grad.mul_(scale[block])
-            if gate is not None and grad_gate is not None and opening is not None:
-                grad_gate[block] = torch.ops.aten.silu_backward(
-                    grad * values, gate[block].to(scale.dtype)
-                )
-                grad.mul_(opening)
-            grad_x[block] = grad
+            grad_gate[block] = torch.ops.aten.silu_backward(
+                grad * values, gate[block].to(scale.dtype)
+            )
+            torch.mul(grad, opening, out=grad_x[block])
         return grad_x, grad_gate, None
 
 

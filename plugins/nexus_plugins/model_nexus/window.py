@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from nexus_plugins.model_nexus.operations import pad_time
 
@@ -51,26 +53,29 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
         """Mix whole sequences `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
         batch, length = x.shape[:2]
-        query, key, value = self._project(x)
         block = min(self.window, length)
-        missing = -length % block
+        pairs, value = self._project(x)
+        query, key = _rotated(pairs, 0).to(value.dtype).unbind(2)
         query, key, value = (
-            torch.unflatten(pad_time(part, missing), 1, (-1, block)) for part in (query, key, value)
+            torch.unflatten(pad_time(part, -length % block), 1, (-1, block))
+            for part in (query, key, value)
         )
         mask = _mask(x, block, document)
         if query.shape[1] > 1:
             key, value = _with_block_before(key), _with_block_before(value)
-        y = self._attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
+        y = _attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
         y = torch.unflatten(y, 0, (batch, -1)).flatten(1, 2)[:, :length]
         result: Tensor = self.out_proj(y.flatten(-2))
         return result
 
     def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
         """Read one token `(B, D)`; the same as `forward` up to rounding."""
-        query, key, value = self._project(x.unsqueeze(1))
-        keys, values = torch.cat([state.keys, key], 1), torch.cat([state.values, value], 1)
+        pairs, value = self._project(x.unsqueeze(1))
+        keys = torch.cat([state.keys, pairs[:, :, 1]], 1)
+        values = torch.cat([state.values, value], 1)
         filled = F.pad(state.filled, (0, 1), value=True)
-        y = self._attend(query, keys, values, filled[:, None, None])
+        query = _rotated(pairs[:, :, 0], self.window - 1).to(value.dtype)
+        y = _attend(query, _rotated(keys, 0).to(value.dtype), values, filled[:, None, None])
         output: Tensor = self.out_proj(y.flatten(1))
         return output, WindowState(keys[:, 1:], values[:, 1:], filled[:, 1:])
 
@@ -81,19 +86,45 @@ class WindowAttention(nn.Module):
         filled = torch.zeros(past, dtype=torch.bool, device=empty.device)
         return WindowState(empty, empty, filled)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, T, 2, H, P) in float32, of unit mean square; values (B, T, H, P)."""
         parts = torch.unflatten(self.in_proj(x), -1, (3, self.heads, self.head_dim))
-        query, key, value = parts.unbind(-3)
-        size = (self.head_dim,)
-        return F.rms_norm(query, size), F.rms_norm(key, size), value
+        return _unit(parts[:, :, :2]), parts[:, :, 2]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of (B, Q, H, P) to (B, L, H, P), the query's last position being the key's."""
-        query = _rotated(query, key.shape[1] - query.shape[1])
-        key = _rotated(key, 0)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
-        return y.transpose(1, 2)
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of (B, Q, H, P) to (B, L, H, P)."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
+    return y.transpose(1, 2)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scale the last dimension to a mean square of one."""
+    result: Tensor = _Unit.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Unit(Function):
+    """By hand, in a third of the passes over memory that automatic differentiation takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-6)
+        y: Tensor = wide * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        y: Tensor
+        scale: Tensor
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
 
 
 def _mask(x: Tensor, block: int, document: Tensor | None) -> Tensor | None:
@@ -120,11 +151,14 @@ def _with_block_before(value: Tensor, missing: int = 0) -> Tensor:
 
 
 def _rotated(value: Tensor, start: int) -> Tensor:
-    """Turn pairs of (B, L, H, P) by angles that grow with the position, which begins at `start`."""
+    """Turn pairs of (B, L, ..., P) by angles that grow with the position, which begins at `start`.
+
+    Relative positions are all that is seen of it afterwards.
+    """
     half = value.shape[-1] // 2
     rates = ROTARY_BASE ** -(torch.arange(half, device=value.device) / half)
     positions = torch.arange(start, start + value.shape[1], device=value.device)
-    angles = (positions.unsqueeze(-1) * rates).unsqueeze(1)
-    cos, sin = angles.cos().to(value.dtype), angles.sin().to(value.dtype)
-    first, second = value[..., :half], value[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    angles = positions.unsqueeze(-1) * rates
+    turns = torch.polar(torch.ones_like(angles), angles).view(-1, *(1,) * (value.dim() - 3), half)
+    pairs = torch.view_as_complex(torch.unflatten(value, -1, (half, 2)))
+    return torch.view_as_real(pairs * turns.to(pairs.dtype)).flatten(-2)

@@ -53,15 +53,20 @@ class Bucket:
         """The sum of each whole subtree."""
         return {node: self.flat[slot] for node, slot in self._course.rows.items()}
 
-    def add_losses(self, part: CellSum) -> bool:
-        """Have the sum of the losses travel with it; False: they are of another kind, or many."""
-        like, flat = part.like[-1], self.flat[0]
-        if like.dtype != flat.dtype or like.device != flat.device or like.numel() > TAIL:
-            return False
+    def carries(self, values: Tensor) -> bool:
+        """Whether there is room for such values behind the gradients."""
+        flat = self.flat[0]
+        alike = values.dtype == flat.dtype and values.device == flat.device
+        return alike and values.numel() < TAIL
+
+    def add_rest(self, part: CellSum, is_usual: bool) -> None:
+        """Have the sum of the losses travel with it, and of how many processes are as usual."""
+        count, first = part.like[-1].numel(), self.slot
         for node, slot in self._course.rows.items():
-            if (losses := part.parts[node][-1]) is not None:
-                self.tail(slot, like.numel()).copy_(losses)
-        return True
+            losses = part.parts[node][-1]
+            tail = self.tail(slot, count + 1)
+            tail[:count] = NOTHING if losses is None else losses
+            tail[count] = float(is_usual and slot == first)
 
     def tail(self, slot: int, count: int) -> Tensor:
         """The first numbers behind the gradients."""

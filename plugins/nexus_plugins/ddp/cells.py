@@ -123,10 +123,7 @@ class CellGradients:
         kinds = torch.tensor([max(map(kind_of, column), default=0) for column in columns(part)])
         for index, (bucket, place) in self._where.items():
             kinds[index] = max(int(kinds[index]), DENSE * bucket.reached[place])
-        work = dist.all_reduce(kinds, dist.ReduceOp.MAX, async_op=True)
-        losses = self._send_rest(part)
-        if work is not None:
-            work.wait()
+        losses = self._send_rest(part, kinds)
         reached = [index for index, kind in enumerate(kinds.tolist()) if kind]
         found: list[Tensor | None] = [None] * len(part.like)
         found[-1] = losses
@@ -190,10 +187,27 @@ class CellGradients:
             self._sent[-1].middle()
         self._sent.append(exchange)
 
-    def _send_rest(self, part: CellSum) -> Tensor:
-        """Send the last bucket with the losses, and wait for all; returns the losses' sum."""
-        count, bucket = part.like[-1].numel(), self._present[-1]
-        together = bucket.add_losses(part)
+    def _send_rest(self, part: CellSum, kinds: Tensor) -> Tensor:
+        """Send the last bucket, the losses, and what there is of each gradient; wait for all.
+
+        The host need not be told of gradients that are those which the buckets were made of: the
+        sum says how many processes have just these. A device would have to be waited for.
+
+        Args:
+            part: with the losses.
+            kinds: of the gradients, here; in the end those of all processes.
+
+        Returns:
+            The sum of the losses.
+        """
+        like, bucket = part.like[-1], self._present[-1]
+        count, together, work = like.numel(), bucket.carries(like), None
+        usual = torch.zeros_like(kinds)
+        usual[[*self._where, -1]] = DENSE
+        if together:
+            bucket.add_rest(part, torch.equal(kinds, usual))
+        if not (together and like.is_cpu):
+            work = dist.all_reduce(kinds, dist.ReduceOp.MAX, async_op=True)
         self._send(self._present)
         if not together:
             rows = flat_rows(part, [len(part.like) - 1], self._ranks)
@@ -201,7 +215,16 @@ class CellGradients:
         self._sent[-1].middle()
         for exchange in self._sent:
             exchange.end()
-        return bucket.tail(bucket.slot, count).clone() if together else self._sent[-1].out[:count]
+        if work is not None:
+            work.wait()
+        if not together:
+            return self._sent[-1].out[:count]
+        tail = bucket.tail(bucket.slot, count + 1).clone()
+        if work is None and int(tail[count]) == sum(map(bool, self._course.nodes)):
+            kinds.copy_(usual)
+        elif work is None:
+            dist.all_reduce(kinds, dist.ReduceOp.MAX)
+        return tail[:count]
 
     def _all_at_once(self, part: CellSum, step: Step, count: int) -> list[Tensor | None]:
         return sum_over_processes(part, step, count, self._ranks, self._most, ring=self._ring)

@@ -1,7 +1,7 @@
 """What `ddp` costs beside PyTorch's DistributedDataParallel by hand, and what processes bring.
 
     python -m benchmarks.distributed [--rounds 5] [--problems nexus small] [--sizes 2 4]
-        [--cells 8] [--json PATH]
+        [--cells 8] [--cases ours tree] [--memory] [--json PATH]
 
 Everybody trains the same network (AdamW, cross-entropy, gradients clipped) on the same global
 batch, with one thread a process. Problems:
@@ -25,6 +25,9 @@ the median time of a step on the wall, on rank 0; the table shows the median ove
 the ratio taken within a round the median, the least and the most. The trained weights of the two
 cases are compared at the end: they must have done the same work.
 
+With `--memory` each case then takes four steps in processes of its own, and the table has the peak
+of resident memory of each process, beside that of a process which has the model and no more.
+
 On a machine whose cores the case `alone` already fills, two processes cannot be twice as fast.
 """
 
@@ -33,12 +36,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +63,11 @@ from nexus_plugins.ddp import DdpPlugin
 from nexus_plugins.model_nexus import NEXUSCore
 
 MAX_NORM, WARMUP = 0.5, 3
+CASES = ("ours", "tree", "cells", "by hand")
 MOST_OVER_HAND = 1.03
 Batch = tuple[Tensor, Tensor]
 Times = list[float]
+Runs = dict[str, tuple[Callable[..., Iterator[object]], int]]
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,44 @@ def by_hand(model: nn.Module, feed: Feed) -> Iterator[object]:
         yield step
 
 
-def measure(problem: Problem, rounds: int, cells: int) -> dict[str, Times]:
-    """Seconds of a step in each round, by case, in this process and its peers."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    cases: dict[str, tuple[Callable[..., Iterator[object]], int]] = {"ours": (by_engine, 0)}
+def runs_of(chosen: Sequence[str], size: int, cells: int) -> Runs:
+    """What runs each case, and in how many cells."""
+    if size == 1:
+        return {"ours": (by_engine, 0)}
+    runs: Runs = {
+        "ours": (by_engine, 0),
+        "tree": (by_engine, size),
+        "cells": (by_engine, cells),
+        "by hand": (by_hand, 0),
+    }
+    return {name: runs[name] for name in CASES if name in chosen}
+
+
+def ranks_here() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def peaks(problem: Problem, case: str, cells: int) -> Times:
+    """Peak of the resident memory of each process in a few steps of a case, in bytes."""
+    rank, size = ranks_here()
+    model = problem.model()
+    if case in CASES:
+        run, cut = runs_of([case], size, cells)[case]
+        steps = run(model, Feed(problem, rank, size, cut), *([cut] if cut else []))
+        for _ in range(4):
+            next(steps)
+    found = torch.zeros(size, dtype=torch.float64)
+    found[rank] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if size > 1:
-        cases |= {"tree": (by_engine, size), "cells": (by_engine, cells), "by hand": (by_hand, 0)}
+        dist.all_reduce(found)
+    return found.tolist()
+
+
+def measure(problem: Problem, rounds: int, cells: int, chosen: Sequence[str]) -> dict[str, Times]:
+    """Seconds of a step in each round, by case, in this process and its peers."""
+    rank, size = ranks_here()
+    cases = runs_of(chosen, size, cells)
     found: dict[str, Times] = {name: [] for name in cases}
     for _ in range(rounds):
         models = {}
@@ -199,26 +237,33 @@ def measure(problem: Problem, rounds: int, cells: int) -> dict[str, Times]:
     return found
 
 
-def in_processes(size: int, problem: str, rounds: int, cells: int) -> dict[str, Times]:
-    """`measure` in so many processes under torchrun."""
+def in_processes(
+    size: int, problem: str, rounds: int, cells: int, cases: Sequence[str], memory: bool = False
+) -> dict[str, Times]:
+    """`measure` in so many processes under torchrun; or the `peaks` of one case."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "times.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
             "-m", "benchmarks.distributed", "--rounds", str(rounds), "--problems", problem,
-            "--cells", str(cells), "--worker", str(path),
+            "--cells", str(cells), "--worker", str(path), *(["--memory"] if memory else []),
+            "--cases", *cases,
         ]  # fmt: skip
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         times: dict[str, Times] = json.loads(path.read_text())
         return times
 
 
-def work(path: Path, problem: Problem, rounds: int, cells: int) -> None:
+def work(path: Path, problem: Problem, options: argparse.Namespace) -> None:
     """In a process of the launcher: measure, and let rank 0 write."""
     torch.set_num_threads(1)
     DdpPlugin().join()
-    found = measure(problem, rounds, cells)
+    if options.memory:
+        (case,) = options.cases
+        found = {case: peaks(problem, case, options.cells)}
+    else:
+        found = measure(problem, options.rounds, options.cells, options.cases)
     if int(os.environ["RANK"]) == 0:
         path.write_text(json.dumps(found))
     if dist.is_initialized():
@@ -243,6 +288,8 @@ def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> flo
         )
     over = 0.0
     for name, other in (("ours", "by hand"), ("tree", "ours"), ("cells", "ours")):
+        if name not in found or other not in found:
+            continue
         ratios = [a / b for a, b in zip(found[name], found[other], strict=True)]
         middle = statistics.median(ratios)
         over = over or middle
@@ -253,6 +300,16 @@ def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> flo
     return over
 
 
+def show_peaks(problem: str, size: int, options: argparse.Namespace) -> dict[str, Times]:
+    """Print how much memory each case takes."""
+    found: dict[str, Times] = {}
+    for case in ["model", *options.cases]:
+        found |= in_processes(size, problem, 1, options.cells, [case], memory=True)
+        each = ", ".join(f"{peak / 2**20:.0f}" for peak in found[case])
+        print(f"{problem:<7} {size} {case:<8} peaks of resident memory, in MiB: {each}")
+    return found
+
+
 def main() -> None:
     """Measure, print a table for each problem, and fail where we are slower than allowed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed")
@@ -260,24 +317,29 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[2])
     parser.add_argument("--cells", type=int, default=8)
+    parser.add_argument("--cases", nargs="+", choices=(*CASES, "model"), default=list(CASES))
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, PROBLEMS[options.problems[0]], options.rounds, options.cells)
+        work(options.worker, PROBLEMS[options.problems[0]], options)
         return
     results: dict[str, dict[str, Times | float]] = {}
     slower = False
     for problem in options.problems:
-        alone = in_processes(1, problem, options.rounds, options.cells)["ours"]
+        shared = problem, options.rounds, options.cells, options.cases
+        alone = in_processes(1, *shared)["ours"]
         print(f"{problem:<7} alone      {1e3 * statistics.median(alone):8.2f} ms a step")
         for size in options.sizes:
-            found = in_processes(size, problem, options.rounds, options.cells)
+            found = in_processes(size, *shared)
             over = compare(problem, size, found, options.cells)
-            speed = statistics.median(alone) / statistics.median(found["ours"])
+            speed = statistics.median(alone) / statistics.median(next(iter(found.values())))
             cores = os.cpu_count()
             print(f"{problem:<7} {size} processes: {speed:.2f} times as fast, on {cores} cores")
             results[f"{problem} {size}"] = {"alone": alone, **found, "over": over, "speed": speed}
+            if options.memory:
+                show_peaks(problem, size, options)
             slower |= problem == "nexus" and size == 2 and over > MOST_OVER_HAND
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))

@@ -97,7 +97,9 @@ class CellSum:
     def add_part(self, node: Node, values: Values) -> None:
         """Add the sum of a whole subtree."""
         (level, place), neighbour = node, (node[0], node[1] ^ 1)
-        while 1 << level < self.count and self._is_ready(neighbour):
+        while 1 << level < self.count and (
+            neighbour in self.parts or neighbour[1] << level >= self.count  # which has no cell
+        ):
             if other := self.parts.pop(neighbour, None):
                 pair = (values, other) if place % 2 == 0 else (other, values)
                 values = _added(*pair)
@@ -109,10 +111,6 @@ class CellSum:
         """The sum over all cells, which must be there."""
         (values,) = self.parts.values()
         return values
-
-    def _is_ready(self, node: Node) -> bool:
-        """Whether a subtree is summed up, or has no cell."""
-        return node in self.parts or node[1] << node[0] >= self.count
 
 
 def owned(of: Sequence[int], count: int, rank: int, size: int) -> list[int]:
@@ -205,8 +203,11 @@ def _rows(batch: Batch, total: int, low: int, high: int) -> Batch:
 @torch.no_grad()
 def _added(left: Values, right: Values) -> Values:
     """The sums, in the memory of the left ones where they are dense."""
-    both = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
-    dense = [(a, b) for a, b in both if not (a.is_sparse or b.is_sparse)]
+    dense = [
+        (a, b)
+        for a, b in zip(left, right, strict=True)
+        if not (a is None or b is None or a.is_sparse or b.is_sparse)
+    ]
     if dense:
         torch._foreach_add_([a for a, _ in dense], [b for _, b in dense])
     return list(map(_sum, left, right))

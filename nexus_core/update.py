@@ -111,7 +111,11 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
         step.losses.pop(name, None)
     step.passes += 1
     own = [p for p in engine.parameters() if not is_sharded(p)] if step.cells else []
-    summed = _sum_of_cells(engine, step, own) if step.cells else None
+    summed = (
+        CellSum(sum(step.cells), [*own, torch.zeros(len(step.units), device=engine.device)])
+        if step.cells
+        else None
+    )
     ahead = to_device(step.micro[0].batch, engine.device)
     for place in range(len(step.micro)):
         step.place, batch = place, ahead
@@ -195,11 +199,6 @@ def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iter
         for cell, batch, rows in zip(count(first), part.batches, part.rows, strict=False):
             yield Micro(batch, float(rows), borrowed=rows == 0, cell=cell)
         cells.append(part.of)
-
-
-def _sum_of_cells(engine: Run, step: Step, own: Sequence[nn.Parameter]) -> CellSum:
-    losses = torch.zeros(len(step.units), device=engine.device)
-    return CellSum(sum(step.cells), [*own, losses])
 
 
 def _take_out(step: Step, own: Sequence[nn.Parameter], summed: CellSum) -> None:

@@ -22,7 +22,7 @@ from nexus_core.processes import Ranks, whole
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin
-from nexus_plugins.ddp.cells import course_of
+from nexus_plugins.ddp.course import course_of
 from nexus_plugins.ema import EmaPlugin
 from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,200 +11,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_core import ConfigError, Step
-from nexus_core.cells import CellSum, Node, owned
+from nexus_core.cells import CellSum, Node
 from nexus_core.processes import Ranks, gather
 from nexus_plugins._shared.cell_sums import (
     DENSE,
-    NOTHING,
     Exchange,
-    Nodes,
     buckets,
     columns,
     empty,
     flat_rows,
     kind_of,
-    nodes_of,
-    padded,
     sum_over_processes,
 )
+from nexus_plugins.ddp.bucket import Bucket
+from nexus_plugins.ddp.course import Course, course_of
 
-__all__ = ["CellGradients", "Course", "Move", "course_of"]
+__all__ = ["CellGradients"]
 
 SMALLEST = 2**22
 """Bytes that are worth a message of their own."""
-TAIL = 64
-"""Numbers that a bucket has room for behind the gradients."""
-AT_ONCE = 2**20
-"""Bytes of gradients that are added in one call: not more, so that their memory is used again."""
-ALIGNED = 16
-"""Numbers: each gradient begins at a multiple of them."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """What becomes of a cell's gradient.
-
-    Args:
-        slot: that it is added to.
-        is_first: nothing is in there yet.
-        merges: slots that are then added up, the second to the first.
-    """
-
-    slot: int
-    is_first: bool
-    merges: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a process adds up its cells in the order of the tree, in few slots.
-
-    Args:
-        moves: of its cells.
-        rows: in the end, the slot of each whole subtree.
-        slots: how many are needed.
-        nodes: the subtrees of all processes.
-    """
-
-    moves: dict[int, Move]
-    rows: dict[Node, int]
-    slots: int
-    nodes: Nodes
-
-
-def course_of(of: Sequence[int], count: int, ranks: Ranks) -> Course:
-    """The course of a step.
-
-    Args:
-        of: how many cells each of its batches has.
-        count: how many a whole batch has.
-        ranks: this process among its peers.
-    """
-    cells, parts, free, used = sum(of), dict[Node, int](), list[int](), 0
-    moves = {}
-    for cell in owned(of, count, ranks.rank, ranks.size):
-        level, place, merges = 0, cell, list[tuple[int, int]]()
-        slot = parts.pop((0, cell - 1), None) if cell % 2 else None
-        is_first = slot is None
-        if slot is None:
-            slot = free.pop() if free else used
-            used = max(used, slot + 1)
-        else:
-            level, place = 1, cell // 2
-        first = slot
-        while 1 << level < cells:
-            left, is_alone = (level, place - 1), place + 1 << level >= cells
-            if place % 2 and left in parts:
-                other = parts.pop(left)
-                merges.append((other, slot))
-                free.append(slot)
-                slot = other
-            elif place % 2 or not is_alone:
-                break
-            level, place = level + 1, place // 2
-        parts[level, place] = slot
-        moves[cell] = Move(first, is_first, tuple(merges))
-    return Course(moves, parts, max(used, 1), nodes_of(of, count, ranks.size))
-
-
-class _Bucket:
-    """Some of the parameters, whose gradients are sent together."""
-
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], indices: Sequence[int], ranks: Ranks
-    ) -> None:
-        self.indices = indices
-        self.parameters = parameters = [parameters[index] for index in indices]
-        starts, end = [], 0
-        for parameter in parameters:
-            starts.append(end)
-            end += -(-parameter.numel() // ALIGNED) * ALIGNED
-        self._starts, self._end, self._size = starts, end, padded(end + TAIL, ranks)
-        self.flat: list[Tensor] = []  # of each slot
-        self.views: list[list[Tensor]] = []
-
-    @property
-    def slot(self) -> int:
-        """Where the sum over all processes is."""
-        return self._course.rows[min(self._course.rows)] if self._course.rows else 0
-
-    def rows(self) -> dict[Node, Tensor]:
-        """The sum of each whole subtree."""
-        return {node: self.flat[slot] for node, slot in self._course.rows.items()}
-
-    def add_losses(self, part: CellSum) -> bool:
-        """Have the sum of the losses travel with it; False: they are of another kind, or many."""
-        like, flat = part.like[-1], self.flat[0]
-        if like.dtype != flat.dtype or like.device != flat.device or like.numel() > TAIL:
-            return False
-        for node, slot in self._course.rows.items():
-            if (losses := part.parts[node][-1]) is not None:
-                self.tail(slot, like.numel()).copy_(losses)
-        return True
-
-    def tail(self, slot: int, count: int) -> Tensor:
-        """The first numbers behind the gradients."""
-        return self.flat[slot][self._end : self._end + count]
-
-    def begin(self, course: Course) -> None:
-        """Begin a step."""
-        self._course, self.reached = course, [False] * len(self.parameters)
-        like = self.parameters[0]
-        while len(self.flat) < course.slots:
-            flat = torch.zeros(self._size, dtype=like.dtype, device=like.device)
-            self.flat.append(flat)
-            self.views.append([
-                torch.as_strided(flat, p.shape, torch.empty_like(p, device="meta").stride(), at)
-                for p, at in zip(self.parameters, self._starts, strict=True)
-            ])  # fmt: skip
-
-    def open(self, move: Move | None) -> None:
-        """Begin a cell; None: one whose gradient does not count."""
-        self.move, self.arrived = move, [False] * len(self.parameters)
-        self.left = sum(parameter.requires_grad for parameter in self.parameters)
-        self._waiting: list[int] = []
-        self._bytes, self.is_done = 0, False
-
-    def take(self, place: int) -> None:
-        """Add the gradient of a parameter."""
-        self.arrived[place] = True
-        self.left -= 1
-        self._waiting.append(place)
-        self._bytes += self.parameters[place].nbytes
-        if self._bytes >= AT_ONCE:
-            self._add()
-        if not self.left:
-            self.close()
-
-    @torch.no_grad()
-    def close(self) -> None:
-        """The gradients of the cell are there: add what it completes."""
-        if self.is_done:
-            return
-        self._add()
-        self.is_done = True
-        if self.move is None:
-            return
-        self.reached = [a or b for a, b in zip(self.reached, self.arrived, strict=True)]
-        if self.move.is_first:
-            for view, there in zip(self.views[self.move.slot], self.arrived, strict=True):
-                if not there:
-                    view.fill_(NOTHING)
-        for left, right in self.move.merges:
-            self.flat[left] += self.flat[right]
-
-    @torch.no_grad()
-    def _add(self) -> None:
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        pairs = [(place, self.parameters[place].grad) for place in waiting]
-        for place in waiting:
-            self.parameters[place].grad = None
-        if self.move is None or not pairs:
-            return
-        views = [self.views[self.move.slot][place] for place, _ in pairs]
-        values = [g.to_dense() if g.is_sparse else g for _, g in pairs if g is not None]
-        add = torch._foreach_copy_ if self.move.is_first else torch._foreach_add_
-        add(views, values)
 
 
 class CellGradients:
@@ -228,12 +52,12 @@ class CellGradients:
         self.parameters = [parameter for _, parameter in named]
         self._names = [name for name, _ in named]
         self._ranks, self._most, self._ring = ranks, bucket, ring
-        self._buckets: dict[str | None, list[_Bucket]] = {}  # of each turn
+        self._buckets: dict[str | None, list[Bucket]] = {}  # of each turn
         self._apart: dict[str | None, set[int]] = {}  # what is not in them, and known
         self._courses: dict[tuple[int, ...], Course] = {}
         self._rooms: list[Tensor | None] = [None, None]
-        self._present: list[_Bucket] = []
-        self._where: dict[int, tuple[_Bucket, int]] = {}
+        self._present: list[Bucket] = []
+        self._where: dict[int, tuple[Bucket, int]] = {}
         self._order: list[int] = []  # in which those came that are in no bucket
         self._twice: set[int] = set()
         self._sent: list[Exchange] = []
@@ -299,10 +123,7 @@ class CellGradients:
         kinds = torch.tensor([max(map(kind_of, column), default=0) for column in columns(part)])
         for index, (bucket, place) in self._where.items():
             kinds[index] = max(int(kinds[index]), DENSE * bucket.reached[place])
-        work = dist.all_reduce(kinds, dist.ReduceOp.MAX, async_op=True)
-        losses = self._send_rest(part)
-        if work is not None:
-            work.wait()
+        losses = self._send_rest(part, kinds)
         reached = [index for index, kind in enumerate(kinds.tolist()) if kind]
         found: list[Tensor | None] = [None] * len(part.like)
         found[-1] = losses
@@ -349,7 +170,7 @@ class CellGradients:
         if bucket.is_done:
             self._send(self._present[:-1])
 
-    def _send(self, buckets: Sequence[_Bucket]) -> None:
+    def _send(self, buckets: Sequence[Bucket]) -> None:
         """Send those that the last cell has completed, in order, the same in all processes."""
         while self._is_last and (number := len(self._sent)) < len(buckets):
             if not buckets[number].is_done:
@@ -366,10 +187,27 @@ class CellGradients:
             self._sent[-1].middle()
         self._sent.append(exchange)
 
-    def _send_rest(self, part: CellSum) -> Tensor:
-        """Send the last bucket with the losses, and wait for all; returns the losses' sum."""
-        count, bucket = part.like[-1].numel(), self._present[-1]
-        together = bucket.add_losses(part)
+    def _send_rest(self, part: CellSum, kinds: Tensor) -> Tensor:
+        """Send the last bucket, the losses, and what there is of each gradient; wait for all.
+
+        The host need not be told of gradients that are those which the buckets were made of: the
+        sum says how many processes have just these. A device would have to be waited for.
+
+        Args:
+            part: with the losses.
+            kinds: of the gradients, here; in the end those of all processes.
+
+        Returns:
+            The sum of the losses.
+        """
+        like, bucket = part.like[-1], self._present[-1]
+        count, together, work = like.numel(), bucket.carries(like), None
+        usual = torch.zeros_like(kinds)
+        usual[[*self._where, -1]] = DENSE
+        if together:
+            bucket.add_rest(part, torch.equal(kinds, usual))
+        if not (together and like.is_cpu):
+            work = dist.all_reduce(kinds, dist.ReduceOp.MAX, async_op=True)
         self._send(self._present)
         if not together:
             rows = flat_rows(part, [len(part.like) - 1], self._ranks)
@@ -377,7 +215,16 @@ class CellGradients:
         self._sent[-1].middle()
         for exchange in self._sent:
             exchange.end()
-        return bucket.tail(bucket.slot, count).clone() if together else self._sent[-1].out[:count]
+        if work is not None:
+            work.wait()
+        if not together:
+            return self._sent[-1].out[:count]
+        tail = bucket.tail(bucket.slot, count + 1).clone()
+        if work is None and int(tail[count]) == sum(map(bool, self._course.nodes)):
+            kinds.copy_(usual)
+        elif work is None:
+            dist.all_reduce(kinds, dist.ReduceOp.MAX)
+        return tail[:count]
 
     def _all_at_once(self, part: CellSum, step: Step, count: int) -> list[Tensor | None]:
         return sum_over_processes(part, step, count, self._ranks, self._most, ring=self._ring)
@@ -407,7 +254,7 @@ class CellGradients:
         size = sum(self.parameters[index].nbytes for index in order)
         most = min(self._most, max(SMALLEST, size / 4))
         self._buckets[turn] = [
-            _Bucket(self.parameters, indices, self._ranks)
+            Bucket(self.parameters, indices, self._ranks)
             for indices in buckets(self.parameters, order, most)
         ]
         self._apart[turn] = {i for i, value in enumerate(whole[:-1]) if value is not None} - {

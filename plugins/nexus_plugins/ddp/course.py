@@ -1,0 +1,79 @@
+"""How a process adds up its cells of a step in the order of the tree, in few slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nexus_core.cells import Node, owned
+from nexus_core.processes import Ranks
+from nexus_plugins._shared.cell_sums import Nodes, nodes_of
+
+__all__ = ["Course", "Move", "course_of"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """What becomes of a cell's gradient.
+
+    Args:
+        slot: that it is added to.
+        is_first: nothing is in there yet.
+        merges: slots that are then added up, the second to the first.
+    """
+
+    slot: int
+    is_first: bool
+    merges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a process adds up its cells in the order of the tree, in few slots.
+
+    Args:
+        moves: of its cells.
+        rows: in the end, the slot of each whole subtree.
+        slots: how many are needed.
+        nodes: the subtrees of all processes.
+    """
+
+    moves: dict[int, Move]
+    rows: dict[Node, int]
+    slots: int
+    nodes: Nodes
+
+
+def course_of(of: Sequence[int], count: int, ranks: Ranks) -> Course:
+    """The course of a step.
+
+    Args:
+        of: how many cells each of its batches has.
+        count: how many a whole batch has.
+        ranks: this process among its peers.
+    """
+    cells, parts, free, used = sum(of), dict[Node, int](), list[int](), 0
+    moves = {}
+    for cell in owned(of, count, ranks.rank, ranks.size):
+        level, place, merges = 0, cell, list[tuple[int, int]]()
+        slot = parts.pop((0, cell - 1), None) if cell % 2 else None
+        is_first = slot is None
+        if slot is None:
+            slot = free.pop() if free else used
+            used = max(used, slot + 1)
+        else:
+            level, place = 1, cell // 2
+        first = slot
+        while 1 << level < cells:
+            left, is_alone = (level, place - 1), place + 1 << level >= cells
+            if place % 2 and left in parts:
+                other = parts.pop(left)
+                merges.append((other, slot))
+                free.append(slot)
+                slot = other
+            elif place % 2 or not is_alone:
+                break
+            level, place = level + 1, place // 2
+        parts[level, place] = slot
+        moves[cell] = Move(first, is_first, tuple(merges))
+    return Course(moves, parts, max(used, 1), nodes_of(of, count, ranks.size))

@@ -11,9 +11,9 @@ from pydantic import ConfigDict, Field
 from nexus_plugins._shared.cache import fingerprint
 from nexus_plugins_contrib._shared.examples import Encoder, Example, Fault, Tokens
 from nexus_plugins_contrib._shared.reading import RowsPlugin
+from nexus_plugins_contrib._shared.records import Record
 from nexus_plugins_contrib._shared.rows import Batching
 from nexus_plugins_contrib._shared.settings import RowsConfig
-from nexus_plugins_contrib._shared.sources import Record
 from nexus_plugins_contrib._shared.tokenizer import HubTokenizer
 
 __all__ = ["DataHfConfig", "DataHfPlugin"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nexus_core import DataError
 from nexus_plugins._shared.cache import cached, fingerprint, sample
-from nexus_plugins_contrib._shared.sources import Place, Record, Records
+from nexus_plugins_contrib._shared.records import Place, Record, Records
 
 __all__ = [
     "IGNORE",

@@ -1,19 +1,19 @@
-"""Records of data sets: from a folder, files, or the hub, one after another or as a stream."""
+"""Opens data sets: a folder, files, or an id of the hub, as a whole or as a stream."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any
 
 from nexus_core import ConfigError, DataError
 from nexus_plugins._shared.cache import fingerprint, signature
 from nexus_plugins._shared.paths import expanded, reason
+from nexus_plugins_contrib._shared.records import JsonLines, Records, Table, contents
 
 try:
     import datasets
@@ -24,23 +24,11 @@ except ImportError as error:
         "this plugin needs the package datasets: pip install 'nexus-trainer[hf]'"
     ) from error
 
-__all__ = ["Place", "Record", "Records", "Wish", "open_records", "open_stream"]
+__all__ = ["Wish", "open_records", "open_stream"]
 
-Record: TypeAlias = dict[str, Any]
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
 _LINES = (".jsonl", ".ndjson")
 _KNOWN = (*_LINES, ".json", *_BUILDERS)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a record comes from: its file or data set, and its number there, from 1."""
-
-    file: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, row {self.number:,}"
 
 
 @dataclass(frozen=True)
@@ -58,95 +46,6 @@ class Wish:
     subset: str | None = None
     revision: str | None = None
     key: str = "train"
-
-
-class Records(Protocol):
-    """Records that can be read again, one after another, from any place.
-
-    `key` tells what they are, so that what was made of them is made once; `content` does so
-    wherever they lie, and copies have the same.
-    """
-
-    key: str
-    content: str
-
-    def __iter__(self) -> Iterator[tuple[Place, Record]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class JsonLines:
-    """Objects of JSON, one a line; `state_dict` is the place behind the one read last.
-
-    They are read as they are written: no key is added, none is merged with those of other lines.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        known = signature(paths)
-        self.key = fingerprint("lines", known)
-        self.content = fingerprint("lines", _contents(known))
-        self._paths = tuple(paths)
-        self._file = self._offset = self._number = 0
-
-    def __iter__(self) -> Iterator[tuple[Place, Record]]:
-        while self._file < len(self._paths):
-            path = self._paths[self._file]
-            with path.open("rb") as file:
-                file.seek(self._offset)
-                while line := file.readline():
-                    self._offset, self._number = self._offset + len(line), self._number + 1
-                    if line.strip():
-                        place = Place(str(path), self._number)
-                        yield place, _object(line, place)
-            self._file, self._offset, self._number = self._file + 1, 0, 0
-        self._file = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"file": self._file, "offset": self._offset, "number": self._number}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._file, self._offset = state["file"], state["offset"]
-        self._number = state["number"]
-
-
-class Table:
-    """A data set of `datasets`, map-style or streaming.
-
-    Arrow gives every record of a column the keys of all of them; those without a value are taken
-    away again, within lists and objects. A stream is opened anew for each pass: one that has been
-    told its place begins every later pass there.
-
-    Args:
-        make: opens the data set.
-        name: what it was opened by.
-        key: what tells it from others.
-        content: the same wherever it lies; None: the key.
-    """
-
-    def __init__(
-        self, make: Callable[[], Any], name: str, key: str, content: str | None = None
-    ) -> None:
-        self.key, self.content = key, content or key
-        self._make, self._name = make, name
-        self._inner: Any = None
-        self._begin: dict[str, Any] | None = None
-        self._number = 0
-
-    def __iter__(self) -> Iterator[tuple[Place, Record]]:
-        self._inner = self._make()
-        if self._begin is not None:
-            self._inner.load_state_dict(self._begin)
-        for record in self._inner:
-            self._number += 1
-            yield Place(self._name, self._number), {k: _present(v) for k, v in record.items()}
-        self._inner, self._begin, self._number = None, None, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        inner = self._begin if self._inner is None else self._inner.state_dict()
-        return {"number": self._number, "inner": inner}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._inner, self._begin, self._number = None, state["inner"], state["number"]
 
 
 def open_records(wish: Wish) -> Records:
@@ -244,13 +143,8 @@ def _of_files(files: list[Path], streaming: bool) -> Table:
     load = partial(datasets.load_dataset, builder, data_files=names, split="train", **options)
     name = names[0] if len(names) == 1 else os.path.commonpath(names)
     known = signature(files)
-    keys = fingerprint("files", builder, known), fingerprint("files", builder, _contents(known))
+    keys = fingerprint("files", builder, known), fingerprint("files", builder, contents(known))
     return _table(partial(load, streaming=streaming), streaming, name, *keys)
-
-
-def _contents(signatures: list[list[str | int]]) -> list[list[str | int]]:
-    """Of files' signatures what copies have too: the size, and a look at the bytes."""
-    return [[size, looks] for _, size, _, looks in signatures]
 
 
 def _check_id(text: str) -> None:
@@ -298,20 +192,3 @@ def _table(load: Callable[[], Any], streaming: bool, name: str, key: str, conten
     found = load()
     own = fingerprint(key, getattr(found, "_fingerprint", None))
     return Table(load, name, key, content) if streaming else Table(lambda: found, name, own)
-
-
-def _object(line: bytes, place: Place) -> Record:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{place}: expected an object of JSON, got {type(found).__name__}")
-    return cast(Record, found)
-
-
-def _present(value: Any) -> Any:
-    """A value without the keys that Arrow has filled in."""
-    if isinstance(value, dict):
-        return {key: _present(item) for key, item in value.items() if item is not None}
-    return [_present(item) for item in value] if isinstance(value, list) else value

@@ -15,8 +15,8 @@ from nexus_core.bases.loader import permute
 from nexus_core.processes import Ranks
 from nexus_plugins_contrib._shared.examples import Encoder, Example, Fault, examples_of, is_held_out
 from nexus_plugins_contrib._shared.mixture import Mixture
+from nexus_plugins_contrib._shared.records import Place, Record, Records
 from nexus_plugins_contrib._shared.rows import Batching, Row, RowBatch, batch_of
-from nexus_plugins_contrib._shared.sources import Place, Record, Records
 
 __all__ = ["StreamLoader", "StreamRows", "Streamed"]
 

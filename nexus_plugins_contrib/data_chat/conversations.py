@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from nexus_plugins_contrib._shared.examples import Fault
-from nexus_plugins_contrib._shared.sources import Record
+from nexus_plugins_contrib._shared.records import Record
 
 __all__ = ["Conversation", "Message", "conversations"]
 

@@ -14,8 +14,9 @@ import yaml
 from nexus_core import ConfigError
 from nexus_plugins._shared.paths import printable
 from nexus_plugins_contrib._shared.examples import Example, Fault, Tokens, examples_of
+from nexus_plugins_contrib._shared.records import Place
 from nexus_plugins_contrib._shared.settings import SourceConfig, listed
-from nexus_plugins_contrib._shared.sources import Place, open_records
+from nexus_plugins_contrib._shared.sources import open_records
 from nexus_plugins_contrib._shared.tokenizer import HubTokenizer, open_tokenizer
 from nexus_plugins_contrib.data_chat.plugin import ChatEncoder, DataChatPlugin
 

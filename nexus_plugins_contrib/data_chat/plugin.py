@@ -14,9 +14,9 @@ from nexus_plugins._shared.cache import fingerprint
 from nexus_plugins._shared.paths import reason
 from nexus_plugins_contrib._shared.examples import Encoder, Example, Fault
 from nexus_plugins_contrib._shared.reading import RowsPlugin
+from nexus_plugins_contrib._shared.records import Record
 from nexus_plugins_contrib._shared.rows import Batching
 from nexus_plugins_contrib._shared.settings import RowsConfig
-from nexus_plugins_contrib._shared.sources import Record
 from nexus_plugins_contrib._shared.tokenizer import HubTokenizer
 from nexus_plugins_contrib.data_chat.conversations import Conversation, conversations
 from nexus_plugins_contrib.data_chat.template import ChatTemplate, Masks

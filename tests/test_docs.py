@@ -46,7 +46,8 @@ from nexus_plugins.jsonl import JsonlPlugin
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+OF_THE_ROOT = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/llms.txt")
+PAGES = [*(ROOT / name for name in OF_THE_ROOT), *sorted(DOCS.rglob("*.md"))]
 SHELLS = ("bash", "sh", "console", "")  # without a name: lines that begin with a command
 PRESET = read_settings("quickstart").defaults
 CONTROL = {"&&", "||", "|", ";", ">", ">>", "<", "&"}

@@ -9,7 +9,7 @@ step by step. Each seed has a process with one thread, and time is that of the p
 what else the machine does hardly counts.
 
 Equal steps: validation bits per byte after the given number of steps. Equal time: the variants
-that were faster go on until their own steps have taken as long as the slowest variant's; the
+that were faster continue until their own steps have taken as long as the slowest variant's; the
 second number is taken then. Differences to the backbone are within a seed; the spread is the
 standard deviation over seeds.
 """

@@ -1,4 +1,4 @@
-"""What saving, resuming and guarding cost: how long the loop is held, how soon a run goes on.
+"""What saving, resuming and guarding cost: how long the loop is held, how soon a run continues.
 
     python -m benchmarks.checkpoint [--megabytes 100] [--rounds 7] [--json PATH]
 

@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=200, help="of each change")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
-    parser.add_argument("--json", type=Path, help="keep the results here, and go on from them")
+    parser.add_argument("--json", type=Path, help="keep the results here, and continue from them")
     options = parser.parse_args(arguments)
     many = max(LOOKS * COMPARISONS, options.pairs)
     done = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}

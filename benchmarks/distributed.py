@@ -150,7 +150,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def by_engine(model: nn.Module, feed: Feed, cells: int | None = None) -> Iterator[object]:
-    """Our engine, with `ddp` where there are peers; goes on after each step."""
+    """Our engine, with `ddp` where there are peers; continues after each step."""
     plugins: list[Plugin[Any]] = [ClipPlugin(max_norm=MAX_NORM)]
     plugins += [DdpPlugin()] if dist.is_initialized() else []
     optimizer = AdamW(model.parameters(), fused=True)
@@ -159,7 +159,7 @@ def by_engine(model: nn.Module, feed: Feed, cells: int | None = None) -> Iterato
 
 
 def by_hand(model: nn.Module, feed: Feed) -> Iterator[object]:
-    """PyTorch's own calls; goes on after each step."""
+    """PyTorch's own calls; continues after each step."""
     parallel = DistributedDataParallel(model)
     optimizer = AdamW(model.parameters(), fused=True)
     for step, batch in enumerate(feed, start=1):

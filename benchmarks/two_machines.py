@@ -1,4 +1,4 @@
-"""Two "machines" on one: do they train together, end when the cable is cut, and go on afterwards?
+"""Two "machines" on one: do they train together, end when the cable is cut, and resume?
 
     sudo python -m benchmarks.two_machines [--steps 20] [--timeout 10] [--keep]
 
@@ -122,7 +122,7 @@ def wait_for(happened: Callable[[], bool], what: str) -> float:
 
 
 def summary(out: Path) -> dict[str, object]:
-    """What the run says of its end; nothing while it goes on."""
+    """What the run says of its end; nothing while it continues."""
     path = out / "summary.json"
     read: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
     return read
@@ -157,7 +157,7 @@ def play(folder: Path, steps: int, timeout: float) -> None:
     state = summary(second)
     good = codes == [0, 0] and (state["status"], state["steps"]) == ("finished", reached + steps)
     expect(good, f"act 3 ended with {codes}: {state}")
-    print(f"3  with the cable back, the run went on from step {reached} to its end")
+    print(f"3  with the cable back, the run continued from step {reached} to its end")
 
 
 def expect(holds: bool, otherwise: str) -> None:

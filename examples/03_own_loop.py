@@ -3,7 +3,7 @@
     python examples/03_own_loop.py
 
 Here the program around the loop stops it as soon as the loss is low enough, leaves the training
-for something else, goes on where it was, and at last steps back to a moment that it kept.
+for something else, continues where it was, and at last steps back to a moment that it kept.
 """
 
 import copy

@@ -58,7 +58,7 @@ def play(policy: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def discounted(alive: Tensor) -> Tensor:
-    """(time, game): how long each game still goes on, far moments counting less."""
+    """(time, game): how long each game still continues, far moments counting less."""
     worth, later = torch.empty_like(alive), torch.zeros_like(alive[0])
     for now in reversed(range(LONGEST)):
         worth[now] = later = alive[now] * (1 + DISCOUNT * later)

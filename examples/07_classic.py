@@ -2,7 +2,7 @@
 
     python examples/07_classic.py --steps 200 --out runs/classic
 
-Run it again with --resume, and it goes on from its last checkpoint.
+Run it again with --resume, and it continues from its last checkpoint.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--out", default="runs/classic", help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     return parser.parse_args()
 
 

@@ -2,7 +2,7 @@
 
     python examples/12_word_language_model.py
 
-An LSTM whose hidden state goes on from batch to batch through the text; the gradient is clipped,
+An LSTM whose hidden state continues from batch to batch through the text; the gradient is clipped,
 and the learning rate is divided by four when the validation loss does not get better.
 """
 

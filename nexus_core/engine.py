@@ -320,7 +320,7 @@ class Engine(EarlierNames):
         """
         if self._running:
             raise ConfigError(
-                "a snapshot cannot be loaded within the loop, which would go on from two places; "
+                "a snapshot cannot be loaded within the loop, which would be in two places then; "
                 "close the loop first, or use rewind, which leaves counters and data as they are"
             )
         self._restore(deepcopy(snapshot))
@@ -332,7 +332,7 @@ class Engine(EarlierNames):
     def rewind(self, snapshot: snapshots.Snapshot) -> None:
         """Restore weights, optimizer and plugins of an earlier snapshot of this run, and no more.
 
-        Counters, metrics, random generators and the place in the data stay: time goes on.
+        Counters, metrics, random generators and the place in the data stay: time continues.
         """
         progress = self._progress
         now = snapshots.gather(self, progress.where())

@@ -60,7 +60,7 @@ class CheckpointError(NexusError):
 
 
 class RunError(NexusError):
-    """A run that had started cannot go on."""
+    """A run that had started cannot continue."""
 
     exit_code = 1
 

@@ -179,7 +179,7 @@ class Hooks:
 
     @hookspec
     def on_error(self, *, engine: Run, error: BaseException) -> None:
-        """Event: something raised; the error goes on to the caller after `on_close`."""
+        """Event: something raised; the error reaches the caller after `on_close`."""
 
     @hookspec
     def on_close(self, *, engine: Run) -> None:

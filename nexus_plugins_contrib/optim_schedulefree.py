@@ -88,7 +88,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
 
     @hookimpl
     def on_start(self) -> None:
-        """Bring the training weights back, where a run goes on."""
+        """Bring the training weights back, where a run continues."""
         self._bring_back()
 
     @hookimpl(stage="settle")

@@ -43,14 +43,14 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
     """Stores each log and each evaluation with Trackio; changes nothing in training.
 
     The store is Trackio's own, `TRACKIO_DIR` or its default, so that the dashboard shows the runs
-    of a project together. A resumed run goes on under the same name; steps that are done again
+    of a project together. A resumed run continues under the same name; steps that are done again
     are not stored again.
     """
 
     _run: Run | None = None
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run, or go on with it."""
+        """Begin the run, or resume it."""
         self._run = trackio.init(
             project=self.config.project,
             name=self.config.run_name or f"{run.name}-{run.key}",

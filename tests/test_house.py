@@ -269,7 +269,7 @@ def test_plugins_hardly_name_their_neighbours() -> None:
 PROSE = (*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/**/*.md"))
 BANNED = re.compile(
     r"\bh[au]ngs? on\b|\bis none\b|\bat hand\b|\bof yours\b|\b[Mm]end(s|ed|ing)?\b|\bin vain\b"
-    r"|\b[Ww]ithout a word\b|\bthe way;"
+    r"|\b[Ww]ithout a word\b|\bthe way;|\b(go|goes|went) on\b(?! the command line)"
 )
 """Turns of phrase that readers stumble over; say it as the field does."""
 

@@ -40,7 +40,7 @@ class RunInfo:
     Args:
         name: of the run's folder; "run" without one.
         folder: the run's folder, as an absolute path.
-        step: optimizer steps done so far: above 0 where the run goes on.
+        step: optimizer steps done so far: above 0 where the run continues.
         config: the resolved settings.
         key: no other run has it; a resumed run has that of its checkpoint.
     """
@@ -94,7 +94,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         self._waiting: deque[Line] = deque()  # what has not been sent, in order
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run with the service, or go on with it.
+        """Begin the run with the service, or resume it.
 
         Returns:
             The last step of each metric, and of each note by its title, that the service has

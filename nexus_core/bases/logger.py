@@ -42,7 +42,7 @@ class Logger(Plugin[LoggerConfigT]):
     _last_failure: str = ""
 
     def open(self, engine: Engine) -> None:
-        """Prepare to write; the run starts, or goes on, at `engine.state.step`."""
+        """Prepare to write; the run starts, or resumes, at `engine.state.step`."""
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Store the metrics, by name, as they are at `engine.state.step`."""
@@ -126,6 +126,6 @@ class Logger(Plugin[LoggerConfigT]):
         self.switched_off = fatal
         what = f"{action} at step {step} ({type(error).__name__}: {error})"
         self._last_failure = what
-        end = "it is switched off" if fatal else "going on"
+        end = "it is switched off" if fatal else "continuing"
         message = f"logger '{self.name}' failed to {what}; {end}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

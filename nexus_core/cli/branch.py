@@ -1,4 +1,4 @@
-"""`nexus-run branch`: a new run that goes on from a checkpoint of another, with changed settings.
+"""`nexus-run branch`: a new run that continues from a checkpoint of another, with changed settings.
 
 What the settings leave alone stays the same to the bit: rows, dropout, noise.
 """
@@ -33,7 +33,7 @@ def branch(made: Build, saved: Saved, *, quiet: bool) -> int:
 
     Args:
         made: of the branch.
-        saved: what it goes on from.
+        saved: what it continues from.
         quiet: print the final line alone.
 
     Returns:

@@ -35,7 +35,7 @@ class RunFolder:
         made: folders that this process has made for it, outermost first.
         claimed: whether the run in it is that of this process alone.
         copies: of local code, and folders for them, that this process has made, outermost first.
-        parent: the checkpoint that a branch goes on from; None: the run is no branch.
+        parent: the checkpoint that a branch continues from; None: the run is no branch.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class RunFolder:
         Args:
             settings: resolved.
             code: the local files that the settings name copies of.
-            resuming: whether the run in it goes on.
+            resuming: whether the run in it continues.
 
         Returns:
             Whether the config has been written; not where the run in it is resumed.

@@ -1,4 +1,4 @@
-"""Where a run comes from and which runs went on from it: `lineage.jsonl` in the folder of a run.
+"""Where a run comes from and which runs continued from it: `lineage.jsonl` in the folder of a run.
 
 Each line is an object with one key. A branch has one line `parent`; a run has a line `branch` for
 each run that was branched off it. Lines are appended whole, so that many branches may begin at
@@ -21,7 +21,7 @@ FILE = "lineage.jsonl"
 
 @dataclass(frozen=True)
 class Relation:
-    """That a run went on from a checkpoint of another.
+    """That a run continued from a checkpoint of another.
 
     Args:
         run: the folder of the other run, as an absolute path.
@@ -57,7 +57,7 @@ def note_parent(folder: Path, parent: Relation) -> None:
 
 
 def note_branch(folder: Path, parent: Relation) -> None:
-    """Write down in the run that was branched which run went on from it.
+    """Write down in the run that was branched which run continued from it.
 
     Args:
         folder: of the branch.

@@ -87,7 +87,7 @@ def main(
     nexus-run                                    the quickstart, about two minutes
     nexus-run my.yaml --plugins one,no:other     a config file, plugins added and left out
     nexus-run my.yaml --set until="2 epochs"     a setting changed
-    nexus-run --resume auto                      go on where the newest run stopped
+    nexus-run --resume auto                      continue where the newest run stopped
     """
     with reported(debug), ExitStack() as stack:
         from nexus_core.cli import build, distributed

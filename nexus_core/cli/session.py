@@ -69,7 +69,7 @@ def train(
 
 
 def _fit(engine: Engine, run: RunConfig, folder: RunFolder, resume: str | None) -> Result:
-    """Train; the config of a run in progress is replaced once the run is known to go on."""
+    """Train; the config of a run in progress is replaced once the run is known to continue."""
     settings, code = engine.config, code_of(engine)
     written = distributed.of_main(
         engine.ranks, lambda: folder.claim(settings, code, resuming=resume is not None)

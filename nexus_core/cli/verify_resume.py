@@ -142,7 +142,7 @@ def verify_resume(
     report.differences = compare_runs(undisturbed, disturbed)
     if not _went_on(disturbed):
         report.differences.append(
-            "nothing was shown, as the killed run never went on from a checkpoint; add a "
+            "nothing was shown, as the killed run never continued from a checkpoint; add a "
             "plugin that saves, let it save more often, or train longer"
         )
     report.fingerprint = fingerprint(undisturbed)
@@ -219,7 +219,7 @@ def _kill(
         moments: decides when; one kill in three waits for a checkpoint that is being written, and
             one in ten does not wait for a step.
         term: by a SIGTERM to the run and its workers.
-        saved: as soon as there is a checkpoint to go on from.
+        saved: as soon as there is a checkpoint to continue from.
     """
     within_save = not saved and moments.random() < _SAVE_SHARE
     at_start = not (within_save or saved) and moments.random() < 0.1
@@ -267,7 +267,7 @@ def _saving(out: Path) -> bool:
 
 
 def _caught_saving(life: ForkServerProcess, out: Path, delay: float) -> bool:
-    """Freeze the run a moment later; let it go on if its save was over by then."""
+    """Freeze the run a moment later; let it continue if its save was over by then."""
     assert life.pid is not None
     time.sleep(delay)
     with suppress(ProcessLookupError):

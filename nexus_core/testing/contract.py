@@ -190,7 +190,7 @@ class PluginContract(Division, AcceleratorChecks):
         self._same(expected, found, what)
 
     def test_resume_is_bit_equal(self, settings: Settings, accumulate: int, tmp_path: Path) -> None:
-        """A run that goes on from a snapshot ends in the same bits as one that was not stopped."""
+        """A run resumed from a snapshot ends in the same bits as one that was not stopped."""
         whole = self._run(self._engine(settings, tmp_path / "whole", accumulate))
         taken: dict[int, Snapshot] = {}
         self._run(self._engine(settings, tmp_path / "saving", accumulate), taken, RESUMED_AT)
@@ -199,7 +199,7 @@ class PluginContract(Division, AcceleratorChecks):
             seed_everything(1234)  # generators are elsewhere, as in a new process
             engine.load_state_dict(snapshot)
             end = self._run(engine)
-            what = f"resumed at step {step}, step {STEPS} is not that of the run that went on"
+            what = f"resumed at step {step}, step {STEPS} is not that of the run that continued"
             self._same(of_training(whole), of_training(end), what)
 
     def test_checkpoint_is_bit_equal(self, settings: Settings, tmp_path: Path) -> None:

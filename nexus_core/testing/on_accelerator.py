@@ -35,7 +35,7 @@ class AcceleratorChecks(Trial):
             seed_everything(1234)  # generators are elsewhere, as in a new process
             again.load_state_dict(taken[at])
             what = f"resumed on an accelerator at step {at}, step {STEPS} is not that of the run "
-            self._same(of_training(whole), of_training(self._run(again)), f"{what} that went on")
+            self._same(of_training(whole), of_training(self._run(again)), f"{what} that continued")
 
     def test_device_is_not_waited_for(self, settings: Settings, tmp_path: Path) -> None:
         """The host does not wait for an accelerator in an ordinary step; logs and saves may."""

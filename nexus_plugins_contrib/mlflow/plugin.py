@@ -54,7 +54,7 @@ class MlflowConfig(BackgroundConfig):
     )
     experiment: str = Field("nexus", min_length=1, description="experiment of the run")
     run_name: str | None = Field(None, description="shown name; null: that of the run's folder")
-    run_id: str | None = Field(None, description="id of a run to go on with; null: a new run")
+    run_id: str | None = Field(None, description="id of a run to resume; null: a new run")
     tags: dict[str, str] = Field({}, description="tags of the run, by name")
     artifact: bool = Field(
         False,
@@ -66,7 +66,7 @@ class MlflowConfig(BackgroundConfig):
 class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     """Sends each log and each evaluation to MLflow, and the config as parameters.
 
-    Changes nothing in training. A resumed run goes on in the same run; steps that are done again
+    Changes nothing in training. A resumed run continues in the same run; steps that are done again
     are not sent again.
     """
 
@@ -78,7 +78,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     _place: str = ""
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run, or go on with it."""
+        """Begin the run, or resume it."""
         assert run.folder is not None
         uri = self.config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         store = uri or f"sqlite:///{run.folder / 'mlflow.db'}"

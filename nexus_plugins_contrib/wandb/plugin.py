@@ -43,7 +43,7 @@ class WandbConfig(BackgroundConfig):
     project: str = Field("nexus", min_length=1, description="project that the run belongs to")
     entity: str | None = Field(None, description="user or team; null: the account's default")
     run_name: str | None = Field(None, description="shown name; null: that of the run's folder")
-    run_id: str | None = Field(None, description="id of a run to go on with; null: a new run")
+    run_id: str | None = Field(None, description="id of a run to resume; null: a new run")
     tags: tuple[str, ...] = Field((), description="labels of the run")
     mode: Literal["auto", "online", "offline"] = Field(
         "auto",
@@ -61,8 +61,8 @@ class WandbConfig(BackgroundConfig):
 class WandbPlugin(BackgroundLogger[WandbConfig]):
     """Sends each log and each evaluation to Weights & Biases; changes nothing in training.
 
-    Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run goes on
-    in the same run: it sends what a kill took from wandb, and no line a second time.
+    Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run is
+    the same run there: it sends what a kill took from wandb, and no line a second time.
     """
 
     writes_files = True
@@ -83,7 +83,7 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
         super().on_start(engine)
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run, or go on with it."""
+        """Begin the run, or resume it."""
         config, t = self.config, self.config.timeout
         assert run.folder is not None
         if self._mode == "disabled":

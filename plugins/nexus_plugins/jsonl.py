@@ -45,7 +45,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
     _repeated: frozenset[frozenset[str | None]] = frozenset()
 
     def open(self, engine: Engine) -> None:
-        """Cut the file back to the step that the run goes on from, and open it."""
+        """Cut the file back to the step that the run resumes from, and open it."""
         assert engine.out is not None
         path = engine.out / self.config.file
         path.parent.mkdir(parents=True, exist_ok=True)

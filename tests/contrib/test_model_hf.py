@@ -94,7 +94,7 @@ def test_losses_and_weights_are_those_of_a_loop_by_hand(
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "mamba"])
 def test_a_packed_document_has_the_loss_that_it_has_alone(kind: str) -> None:
-    """Red if documents of a row see one another, positions go on, or a sliding window is lost."""
+    """Red if documents of a row see one another, or positions or a sliding window are lost."""
     model = hf.tiny(kind).eval()
     documents = hf.documents(6, seed=3, longest=12)
     packed = hf.packed([documents[:3], documents[3:]])

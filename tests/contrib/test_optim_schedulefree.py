@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, on_disk: bool) -> N
 
 
 def test_after_the_run_the_model_is_the_average_and_the_run_can_go_on() -> None:
-    """Breaks if `fit` leaves weights to train at, or going on starts from the average."""
+    """Breaks if `fit` leaves weights to train at, or continuing starts from the average."""
     whole = engine_of(dropout=0.0)
     whole.fit(data(), until=8)
     parts = engine_of(dropout=0.0)

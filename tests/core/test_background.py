@@ -166,8 +166,8 @@ def test_calls_that_raise_switch_it_off_and_are_said(trouble: Callable[[], None]
     service.trouble["send"] = trouble
     run = trained(service)
     assert [warning.rpartition("; ")[2] for warning in run.warnings] == [
-        "going on",
-        "going on",
+        "continuing",
+        "continuing",
         "it is switched off",
     ]
     assert said(run).startswith("logger service: failed 3 times, last to write at step 3")

@@ -373,7 +373,7 @@ def test_a_hint_is_in_the_words_of_the_command() -> None:
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")
 def test_auto_finds_the_runs_of_this_very_config() -> None:
-    """Red if `my` goes on with the checkpoints of `my-big`."""
+    """Red if `my` continues with the checkpoints of `my-big`."""
     for folder in ("tiny-20250101-000000", "tiny-big-20260101-000000"):
         assert run("tiny.yaml", "--out", f"runs/{folder}", "-s", "until=4").exit_code == 0
     resumed = run("tiny.yaml", "--resume", "auto", "-s", "until=5")

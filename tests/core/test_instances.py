@@ -133,7 +133,7 @@ def test_two_checkpoints_keep_two_best_ones_and_the_newest_of_both_is_resumed(
     resumed = trained(*savers(), until=10, resume=True, out=out)
     assert resumed.state.step == 10
     saved = sorted(path.name for path in (out / "checkpoints@loss").glob("step-*"))
-    assert "step-00000008" not in saved, "the run went on from step 8 of the other"
+    assert "step-00000008" not in saved, "the run continued from step 8 of the other"
     one, other = whole.state_dict(), resumed.state_dict()
     assert all((one["model"][name] == other["model"][name]).all() for name in one["model"])
     assert one["plugins"]["checkpoint@tide"] == other["plugins"]["checkpoint@tide"]

@@ -192,7 +192,7 @@ def test_a_model_by_place_is_exported_with_its_settings_and_no_code() -> None:
 
 @pytest.mark.filterwarnings("default:resuming")
 def test_a_changed_file_is_a_difference(folder: Path) -> None:
-    """Breaks if a run goes on with other code and nothing is said."""
+    """Breaks if a run continues with other code and nothing is said."""
     with_block("./mine.py", {"size": 3})
     assert run("my.yaml", "--out", "one").exit_code == 0
     Path("words.py").write_text('WORD = "bye"\n')

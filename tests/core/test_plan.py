@@ -156,7 +156,7 @@ def test_name_given_by_two_distributions_is_refused(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[nexus.plugins]\ngood = elsewhere:GoodPlugin\n")
     with pytest.raises(PluginError, match="two distributions give a plugin 'good'.*uninstall"):
         load("good")
-    assert "good" in installed(), "what does not name it goes on"
+    assert "good" in installed(), "what does not name it continues"
 
 
 class KnobConfig(PluginConfig):

@@ -182,7 +182,7 @@ class OwnDicePlugin(GoodPlugin):
 
 
 class DrawsAtStartPlugin(GoodPlugin):
-    """Draws random numbers when a run starts, so a resumed one goes on with others."""
+    """Draws random numbers when a run starts, so a resumed one continues with others."""
 
     @hookimpl
     def on_start(self) -> None:

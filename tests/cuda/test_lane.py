@@ -182,7 +182,7 @@ WITH: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", WITH)
 def test_a_resumed_run_ends_in_the_same_bits(name: str, device: torch.device) -> None:
-    """A snapshot of the middle goes on to the weights of a run that was not interrupted."""
+    """A snapshot of the middle continues to the weights of a run that was not interrupted."""
 
     def run(last: int, snapshot: Any = None) -> Engine:
         plugin = load(name)(**WITH[name])

@@ -63,7 +63,7 @@ def process_of(launcher: subprocess.Popen[str], rank: int) -> int:
 
 
 def wait_for(happened: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
-    """Wait until something has happened in a run that goes on."""
+    """Wait until something has happened in a run that continues."""
     end = time.monotonic() + PATIENCE_S
     while not happened():
         assert launcher.poll() is None, launcher.communicate()[0]

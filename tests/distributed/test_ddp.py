@@ -137,7 +137,7 @@ def test_clip_guard_and_average_see_the_gradient_of_all() -> None:
 
 
 def test_processes_that_find_different_checkpoints_do_not_go_on(tmp_path: Path) -> None:
-    """Red if a machine without the shared folder begins anew beside one that goes on."""
+    """Red if a machine without the shared folder begins anew beside one that continues."""
     train(6, out=tmp_path / "0")
     with pytest.raises(AssertionError, match="rank 0 step 6, rank 1 step -1"):
         together(2, partial(train_apart, tmp_path))

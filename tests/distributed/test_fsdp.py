@@ -108,7 +108,7 @@ def test_a_model_is_the_same_to_the_bit_once_it_is_divided(build_once: bool) -> 
 
 @pytest.mark.slow
 def test_an_average_is_not_left_in_weights_that_stay_gathered() -> None:
-    """Red if training goes on with what an evaluation has gathered."""
+    """Red if training continues with what an evaluation has gathered."""
     plugin = partial(FsdpPlugin, timeout=20, match=("hidden", "head"), reshard=False)
     work = partial(train_with, plugin, 12, EmaPlugin, optimizer=ADAMW, eval_every=3)
     alone = work()

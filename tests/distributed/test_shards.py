@@ -1,4 +1,4 @@
-"""Checkpoints of weights that are divided among processes: any number of them goes on."""
+"""Checkpoints of weights that are divided among processes: any number of them continues."""
 
 from __future__ import annotations
 

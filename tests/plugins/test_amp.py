@@ -16,7 +16,7 @@ from nexus_plugins.clip import ClipPlugin
 
 
 class WatchPlugin(Plugin[PluginConfig]):
-    """Notes types and lengths as the step goes on."""
+    """Notes types and lengths as the step continues."""
 
     after = ("amp",)
     before = ("clip",)
@@ -184,7 +184,7 @@ def test_a_state_that_is_loaded_within_a_run_keeps_the_scaler_at_work() -> None:
     ],
 )
 def test_refuses_what_cannot_be(settings: dict[str, Any], half: bool, words: str) -> None:
-    """Breaks if a run goes on without the precision that was asked for."""
+    """Breaks if a run continues without the precision that was asked for."""
     engine = engine_of(AmpPlugin(**settings))
     if half:
         engine.model.half()

@@ -219,7 +219,7 @@ def test_best_and_final_are_names_of_whole_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_worse_evaluation_after_a_resume_is_not_called_best(tmp_path: Path) -> None:
-    """Breaks if the best value is forgotten when a run goes on."""
+    """Breaks if the best value is forgotten when a run continues."""
     train(engine_in(tmp_path, every=100), 8)
     best = (tmp_path / "checkpoints" / "best").readlink()
     again = engine_in(tmp_path, every=100)
@@ -575,7 +575,7 @@ def test_a_save_that_fails_is_said_and_tried_again(
 def test_a_disk_that_stays_broken_ends_the_run_with_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run goes on for days without a checkpoint, or spoils the last good one."""
+    """Breaks if a run continues for days without a checkpoint, or spoils the last good one."""
     train(engine_in(tmp_path, best=None), 3)
     monkeypatch.setattr(os, "fsync", FailingDisk(10**9, OSError(28, "No space left on device")))
     engine = engine_in(tmp_path, best=None)
@@ -603,7 +603,7 @@ def test_a_failure_of_the_last_save_is_never_swallowed(
 
 
 class ScoresPlugin(Plugin[PluginConfig]):
-    """Gives evaluations their values; at each, the writer may go on that was held before."""
+    """Gives evaluations their values; at each, the writer may continue that was held before."""
 
     before: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
@@ -875,7 +875,7 @@ def test_differences_in_settings_follow_their_policy(
 
 
 def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
-    """Breaks if a resumed run shuffles in another order than the one it goes on with."""
+    """Breaks if a resumed run shuffles in another order than the one it continues with."""
     train(engine_in(tmp_path), 3)
     engine = engine_in(tmp_path)
     engine.seed = 6
@@ -886,7 +886,7 @@ def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:the run was 4 batches into an epoch of other data")
 @pytest.mark.parametrize("until", [4, 6], ids=["within an epoch", "between two"])
 def test_other_data_needs_a_policy(until: int, tmp_path: Path) -> None:
-    """Breaks if a run that promises to be exact goes on with data that it did not begin with."""
+    """Breaks if a run that promises to be exact continues with data that it did not begin with."""
     engine_in(tmp_path).fit(ResumableLoader(Regression(), 4, seed=1), until=until)
     other = ResumableLoader(Regression(), 4, seed=2)
     engine = engine_in(tmp_path)

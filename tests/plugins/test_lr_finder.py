@@ -59,7 +59,7 @@ def test_rates_grow_geometrically_and_the_groups_keep_their_ratio() -> None:
 
 
 def test_a_rate_that_diverges_ends_the_run_and_the_suggestions_are_below_it() -> None:
-    """Breaks if the run goes on into infinity, or a rate is suggested that cannot be trained at."""
+    """Breaks if the run never ends, or a rate is suggested that cannot be trained at."""
     finder = LrFinderPlugin(start=1e-3, end=1e3, steps=200)
     engine = bowl_engine(finder)
     result = engine.fit(DATA, until=500)

@@ -299,7 +299,7 @@ def test_scan_in_half_precision_keeps_the_gradient_of_strong_decays(
 
 
 def test_state_of_generation_does_not_grow() -> None:
-    """Red: generation slows down and fills the memory as it goes on."""
+    """Red: generation slows down and fills the memory as it continues."""
     model = small_model()
     _, states = model.step(tokens(2, 1)[:, 0], model.initial_state(2))
     shapes = [[part.shape for part in state] for state in model.initial_state(2)]

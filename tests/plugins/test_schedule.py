@@ -151,7 +151,7 @@ def test_rules_go_on_after_a_state_was_loaded_into_the_run() -> None:
     saved: list[Any] = []
 
     class ReturningPlugin(Plugin[PluginConfig]):
-        """Takes the state of step 2 back after step 4, and lets time go on."""
+        """Takes the state of step 2 back after step 4, and lets time continue."""
 
         @hookimpl(trylast=True)
         def on_step(self, engine: Engine) -> None:

@@ -6,7 +6,7 @@
 | `course` | which checkpoint a run was resumed from, until it has saved by itself |
 | `codec` | trees of Python values as JSON and tensors |
 | `storable` | what cannot be stored, found at the first step |
-| `hostcopy` | the copy that lets the loop go on while a thread writes |
+| `hostcopy` | the copy that lets the loop continue while a thread writes |
 | `writer` | that thread |
 | `peers` | what several processes add to a checkpoint, and each takes from it |
 | `lock` | which plugins, versions and settings wrote a checkpoint, and how this run differs |

@@ -135,7 +135,7 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
 
 
 def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose: str) -> str:
-    """Hold the data that a checkpoint was in against the data that the run is to go on with.
+    """Hold the data that a checkpoint was in against the data that the run is to continue with.
 
     Args:
         saved: of the snapshot.

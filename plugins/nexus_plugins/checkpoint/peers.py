@@ -58,7 +58,7 @@ def own_share(snapshot: Snapshot, ranks: Ranks, seed: int) -> Snapshot:
 
 
 def check_same_step(step: int, ranks: Ranks) -> None:
-    """Refuse to go on where the processes found different checkpoints.
+    """Refuse to continue where the processes found different checkpoints.
 
     Raises:
         CheckpointError: they did; the message says who found what.

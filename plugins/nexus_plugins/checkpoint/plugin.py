@@ -147,7 +147,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """Read the snapshot to resume from.
 
         Args:
-            engine: of the run that is to go on.
+            engine: of the run that is to continue.
             source: "auto" (the newest good checkpoint of this run; from the beginning where
                 nothing is saved yet), "best", "final", the folder of a checkpoint or of a run.
 
@@ -315,10 +315,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if self._failures > self.config.failures_allowed:
             raise RunError(f"{what}; make room or repair the disk, then ", hint_resume()) from error
         if self._speaks:
-            _say(f"{what}; going on, the next save tries again")
+            _say(f"{what}; continuing, the next save tries again")
 
     def _reserve(self, engine: Engine, writer: Writer) -> None:
-        """Have the memory for the copies ready before the first save, while the loop goes on."""
+        """Have the memory for the copies ready before the first save, while the loop continues."""
         self._reserved = True
         bag = TensorBag()
         encode(parts(engine), bag)

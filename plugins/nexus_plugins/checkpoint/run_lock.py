@@ -57,7 +57,7 @@ class RunLock:
         except BaseException:
             self._file.close()
             raise
-        # a forked worker must not go on holding the lock of a run that was killed
+        # a forked worker must not continue holding the lock of a run that was killed
         itself = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: _close_in_child(itself))

@@ -1,4 +1,4 @@
-"""The thread that writes while the loop goes on."""
+"""The thread that writes while the loop continues."""
 
 from __future__ import annotations
 

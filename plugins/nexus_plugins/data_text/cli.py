@@ -151,7 +151,7 @@ def _prepare(
 ) -> None:
     """Turn text into ids, once: train.bin and val.bin with their indexes, and the tokenizer.
 
-    Killed or interrupted, the same command goes on where it was.
+    Killed or interrupted, the same command continues where it was.
     """
     from tqdm import tqdm
 

@@ -95,7 +95,7 @@ class Workers:
         if not line:
             raise DataError(
                 f"a worker died at {unit[0].path} (exit code {process.wait()}; out of memory?); "
-                "run the same command again to go on, perhaps with fewer --workers"
+                "run the same command again to continue, perhaps with fewer --workers"
             )
         answer = json.loads(line)
         if "error" in answer:

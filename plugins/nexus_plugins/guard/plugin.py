@@ -43,7 +43,7 @@ class GuardConfig(PluginConfig):
 
     policy: Literal["skip", "rollback", "stop"] = Field(
         "skip",
-        description="after refusing the update: 'skip' goes on with the next batch; 'rollback' "
+        description="after refusing the update: 'skip' continues with the next batch; 'rollback' "
         "goes back to the state of the last save first, where there is one (checkpoint.every); "
         "'stop' saves and ends the run",
     )
@@ -285,7 +285,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         """Have the run go back where there is a save; returns which it is, in words."""
         if self._snapshot is None:
             return (
-                "; nothing has been saved yet to go back to, so the run goes on with the weights "
+                "; nothing has been saved yet to go back to, so the run continues with the weights "
                 "before that step (checkpoint.every says how often is saved)"
             )
         self._returns += 1
@@ -315,7 +315,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         engine.stop(f"guard: {why}")
 
     def _go_back(self, engine: Engine) -> None:
-        """Restore everything of the last save but counters, metrics and data: time goes on."""
+        """Restore everything of the last save but counters, metrics and data: time continues."""
         engine.rewind(cast(Snapshot, self._snapshot))
         self._rollbacks += 1
         self._going_back = False

@@ -17,7 +17,7 @@ __all__ = ["Course"]
 
 
 class Course(PluginConfig):
-    """Settings of a number that goes from one value to another as the run goes on."""
+    """Settings of a number that goes from one value to another as the run continues."""
 
     start: float = Field(description="value at the start, in the unit of the target")
     end: float = Field(description="value at the end")

@@ -86,7 +86,7 @@ class TapePlugin(Plugin[TapeConfig]):
     changes nothing in training. Two runs with the same chain at a step are the same up to it:
     `nexus-run diff` finds the first step at which they are not, and says why.
 
-    A resumed run goes on with the tape of its checkpoint: it ends as that of a run that was not
+    A resumed run continues with the tape of its checkpoint: it ends as that of a run that was not
     interrupted. With several processes, batches and generators are those of the main one; in cells
     they are those of all, in the order of the cells, and the tape is that of one process.
     """
@@ -119,7 +119,7 @@ class TapePlugin(Plugin[TapeConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Cut the tape back to the step that the run goes on from."""
+        """Cut the tape back to the step that the run resumes from."""
         self._begun = 0
         if every := self.config.witness:
             self._witness = Every(every.of(engine.horizon), engine.state)

@@ -455,7 +455,6 @@ def test_bug_in_a_plugin_ends_with_1_names_it_and_keeps_the_folder(
 def test_plugins_are_listed_and_shown() -> None:
     listed = CliRunner().invoke(nexus_plugins, ["list"])
     assert "clip" in listed.output
-    assert "nexus-trainer" in listed.output
     shown = CliRunner().invoke(nexus_plugins, ["show", "clip"])
     assert "max_norm" in shown.output
     assert "after_backward" in shown.output

@@ -2,11 +2,11 @@
 
     python -m benchmarks.ablation [--steps 200] [--seeds 3] [--json PATH]
 
-Text and model are those of the quickstart (the standard library's source as bytes, width 128,
-4 layers), 2,048 tokens a step, with a constant learning rate after the warm-up, so that a run may
-be read at any step. The variants of a seed share backbone weights and data order, and take turns
-step by step. Each seed has a process with one thread, and time is that of the processor, so that
-what else the machine does hardly counts.
+Text and model are those of the preset quickstart_classic (the standard library's source as bytes,
+width 128, 4 layers), 2,048 tokens a step, with a constant learning rate after the warm-up, so that
+a run may be read at any step. The variants of a seed share backbone weights and data order, and
+take turns step by step. Each seed has a process with one thread, and time is that of the
+processor, so that what else the machine does hardly counts.
 
 Equal steps: validation bits per byte after the given number of steps. Equal time: the variants
 that were faster continue until their own steps have taken as long as the slowest variant's; the

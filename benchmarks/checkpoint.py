@@ -11,7 +11,7 @@ it and syncs nothing. The thread is waited for before `torch.save` is timed.
 with the files in it: from the call of `Engine.resume` to the start of the first step (finding,
 reading, verifying every hash, restoring), beside reading the same files with `read()`.
 
-*Guarding* trains the quickstart and adds up the time spent in the guard's hooks.
+*Guarding* trains quickstart_classic and adds up the time spent in the guard's hooks.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def measure_resuming(megabytes: int, rounds: int, out: Path) -> dict[str, Any]:
 
 
 def measure_guard(steps: int) -> dict[str, Any]:
-    """Seconds in the guard's hooks and in whole steps of the quickstart."""
-    built = build_plugins(read_settings("quickstart", "", (), {}))
+    """Seconds in the guard's hooks and in whole steps of quickstart_classic."""
+    built = build_plugins(read_settings("quickstart_classic", "", (), {}))
     others = [p for p in built.plan.plugins if p.name not in ("checkpoint", "console", "guard")]
     guard = TimedGuardPlugin()
     with tempfile.TemporaryDirectory() as out:

@@ -80,6 +80,9 @@ class Load:
     lr: float = 1.5e-2
 
 
+QUICK = Load(length=12)
+
+
 def learn(task: str, model: NEXUSCore, load: Load, seed: int) -> float:
     """Train a model; return the share of right answers beyond the length it was trained on."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    load = Load(length=12, rows=32, steps=200) if options.quick else Load()
+    load = QUICK if options.quick else Load()
     seeds = 1 if options.quick else options.seeds
     results: dict[str, dict[str, list[float]]] = {}
     print(f"{'':22} " + " ".join(f"{task:>16}" for task in TASKS))

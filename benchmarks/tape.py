@@ -1,4 +1,4 @@
-"""What the plugin tape costs a step of the quickstart, at its default.
+"""What the plugin tape costs a step of quickstart_classic, at its default.
 
     python -m benchmarks.tape [--steps 12]
 
@@ -36,7 +36,9 @@ def main(steps: int) -> None:
 
 def measured(steps: int) -> tuple[float, float]:
     """The share of the median step that the median tape takes, and the step in seconds."""
-    settings = read_settings("quickstart", "tape", ("console.quiet=true", f"until={steps + 3}"))
+    settings = read_settings(
+        "quickstart_classic", "tape", ("console.quiet=true", f"until={steps + 3}")
+    )
     spent: list[float] = []
     whole: list[float] = []
     with TemporaryDirectory() as room:

@@ -7,7 +7,7 @@
     compile      a step of the backbone, compiled and eager, in both precisions
     cost         a step of the whole model with clip, ema, and each way of weighing
     scales       what is left of two loss terms of scales 1:1000, weighed in each way
-    quickstart   the quickstart with curriculum, ema, lr_wsd and optim_muon
+    quickstart   the preset quickstart_classic with curriculum, ema, lr_wsd and optim_muon
 
 All train through the engine, with random tokens but for the quickstart. The whole model has
 vocabulary 32,000, width 256 and 6 layers, and reads rows of 512 tokens. What is compared takes
@@ -54,7 +54,7 @@ MODULES = ("world", "reason", "energy", "causal")
 FOREVER = "1000000 steps"
 EVALUATED_EVERY = 10  # steps of the quickstart
 TERMS = ("small", "large")
-PLAIN = "quickstart"
+PLAIN = "quickstart_classic"
 WITHOUT_FILES = "no:console,no:jsonl,no:tensorboard,no:checkpoint"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # plugins and settings beside the preset's
     "curriculum": (
@@ -434,7 +434,7 @@ class Racer:
     """
 
     def __init__(self, plugins: str, sets: tuple[str, ...], out: Path) -> None:
-        build = build_plugins(read_settings("quickstart", f"{WITHOUT_FILES},{plugins}", sets))
+        build = build_plugins(read_settings(PLAIN, f"{WITHOUT_FILES},{plugins}", sets))
         self._engine = make_engine(build, out)
         self._loop = self._engine.steps(until=build.run.until, eval_data={})
         self._seconds = 0.0

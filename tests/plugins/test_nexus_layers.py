@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +18,7 @@ from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 from nexus_plugins.model_nexus.delta import delta_scan
 from nexus_plugins.model_nexus.mlp import Mlp
 
+ROOT = Path(__file__).parents[2]
 VOCAB = 7
 KINDS: dict[str, dict[str, object]] = {
     "delta": {"layers": ["delta"]},
@@ -180,7 +184,7 @@ def test_layers_repeat_in_their_order_until_there_are_enough() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"layers": ["window"], "d_model": 96}, "window_head_dim=64 does not divide d_model=96"),
+        ({"layers": ["window"], "d_model": 33}, "d_model=33 is odd"),
         ({"layers": ["attention"]}, "'ssm', 'delta', 'window' or 'mlp'"),
         ({"ngrams": [1]}, "greater than or equal to 2"),
     ],
@@ -226,3 +230,17 @@ def test_a_learning_rate_moves_every_width_alike(optimizer: str) -> None:
     for other in (middle, wide):
         assert (other / narrow).log2().abs().max() < 0.5
     assert (moved(optimizer, None, 64) / moved(optimizer, None, 16)).log2().max() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "name"), [("parity", "delta"), ("s3", "delta, 3 corrections")])
+def test_a_delta_layer_tracks_states_beyond_the_length_it_was_trained_on(
+    task: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red: the layer that is there for it cannot count modulo two, or multiply permutations."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import states
+
+    torch.manual_seed(0)
+    load = replace(states.QUICK, steps=100) if task == "parity" else states.QUICK
+    assert states.learn(task, states.build(states.MODELS[name]), load, seed=0) > 0.95

@@ -29,6 +29,10 @@ SMALL: dict[str, Any] = {
     "d_latent": 4, "n_predicates": 4, "n_rules": 2, "reasoning_steps": 1,
     "d_code": 4, "n_memories": 2, "max_energy_iters": 2, "n_variables": 2,
 }  # fmt: skip
+ALL_LAYERS: dict[str, Any] = {
+    "ssm_n_layers": 4, "layers": ("ssm", "delta", "window", "mlp"), "window": 8,
+    "ngrams": (2,), "ngram_buckets": 64, "recall": (2,),
+}  # fmt: skip
 LOSSES = ("loss_lm", "loss_world", "loss_reason", "loss_energy", "loss_causal")
 OF_THIS_MACHINE = ("system/", "compile/")
 COMPANY: dict[str, dict[str, Any]] = {
@@ -86,11 +90,11 @@ def run(engine: Engine, until: int, **more: Any) -> Iterator[int]:
                 return
 
 
-@pytest.mark.parametrize("preset", ["nexus_classic", "quickstart_classic"])
+@pytest.mark.parametrize("preset", ["nexus", "quickstart", "nexus_classic", "quickstart_classic"])
 def test_all_of_each_preset_is_tried(preset: str) -> None:
     """Breaks if a preset gets a plugin that the runs below do not have."""
     text = files("nexus_plugins.presets").joinpath(f"{preset}.yaml").read_text()
-    tried = {"data_text", "model_nexus", *LOSSES, *COMPANY}
+    tried = {"data_text", "model_nexus", "optim_muon", *LOSSES, *COMPANY}
     assert yaml.safe_load(text)["plugins"].keys() <= tried
 
 
@@ -102,7 +106,8 @@ def test_the_whole_nexus_waits_for_nothing_in_a_step(
 
     In a step that is saved, the counts that go into the checkpoint are read, and nothing else.
     """
-    engine = whole_nexus(corpus, tmp_path, accelerator.device)
+    sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1}
+    engine = whole_nexus(corpus, tmp_path, accelerator.device, model_nexus=sizes)
     waits: dict[int, list[str]] = {}
     for step in run(engine, 4, eval_data={}):
         waits[step] = [Path(wait.file).name for wait in accelerator.waits]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 from torch import Tensor, nn
 
 from nexus_plugins.model_nexus.delta import GatedDelta
 from nexus_plugins.model_nexus.mlp import Mlp
+from nexus_plugins.model_nexus.ngrams import NGrams
 from nexus_plugins.model_nexus.operations import gated_rms_norm
 from nexus_plugins.model_nexus.ssm import SelectiveSSM
 from nexus_plugins.model_nexus.window import WindowAttention
@@ -16,7 +18,7 @@ from nexus_plugins.model_nexus.window import WindowAttention
 if TYPE_CHECKING:
     from nexus_plugins.model_nexus.nexus import NEXUSConfig
 
-__all__ = ["Layer", "LayerKind", "LayerState", "NEXUSBlock"]
+__all__ = ["Layer", "LayerKind", "LayerState", "NEXUSBlock", "kinds", "make_ngrams"]
 
 LayerKind = Literal["ssm", "delta", "window", "mlp"]
 LayerState: TypeAlias = tuple[Tensor, ...]
@@ -110,3 +112,16 @@ _LAYERS: Mapping[LayerKind, Callable[[NEXUSConfig], nn.Module]] = {
     "window": _make_window,
     "mlp": _make_mlp,
 }
+
+
+def kinds(config: NEXUSConfig) -> Iterator[LayerKind]:
+    """What each layer of the backbone is."""
+    return islice(cycle(config.layers), config.ssm_n_layers)
+
+
+def make_ngrams(config: NEXUSConfig) -> NGrams | None:
+    """The n-grams that join each token's embedding; None: there are none."""
+    if not config.ngrams and not config.recall:
+        return None
+    size, width = config.vocab_size, config.d_model
+    return NGrams(size, width, config.ngrams, config.ngram_buckets, config.recall)

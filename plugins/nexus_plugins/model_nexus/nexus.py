@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import cycle, islice
 from typing import Annotated, Any, Literal, cast, overload
 
 import torch
@@ -15,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus_core.plugin import PluginConfig
-from nexus_plugins.model_nexus.block import LayerKind, LayerState, NEXUSBlock
+from nexus_plugins.model_nexus.block import LayerKind, LayerState, NEXUSBlock, kinds, make_ngrams
 from nexus_plugins.model_nexus.causal import CausalModule
 from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.generate import generate
 from nexus_plugins.model_nexus.inputs import check_shapes, document_numbers
-from nexus_plugins.model_nexus.ngrams import NGrams, NGramState
+from nexus_plugins.model_nexus.ngrams import NGramState
 from nexus_plugins.model_nexus.reasoning import Reasoner
 from nexus_plugins.model_nexus.residual import Part
 from nexus_plugins.model_nexus.world import WorldModel
@@ -54,7 +53,11 @@ class NEXUSConfig(PluginConfig):
         1, ge=1, description="corrections a token of a delta layer; 2 and more track groups"
     )
     window: int = Field(128, ge=1, description="tokens that a window layer sees")
-    window_head_dim: int = Field(64, ge=2, multiple_of=2, description="width of its heads")
+    window_head_dim: int = Field(
+        64,
+        ge=2,
+        description="width of its heads, at most: the widest that is even and divides d_model",
+    )
     mlp_expand: int = Field(4, ge=1, description="inner width of an mlp layer, in times d_model")
     ngrams: tuple[Annotated[int, Field(ge=2)], ...] = Field(
         (), description="lengths of the n-grams whose hashed embeddings join each token's"
@@ -102,16 +105,13 @@ class NEXUSConfig(PluginConfig):
     @model_validator(mode="after")
     def _heads_fit(self) -> NEXUSConfig:
         inner = self.ssm_expand * self.d_model
-        if inner % self.ssm_head_dim:
+        if {"ssm", "delta"} & {*self.layers} and inner % self.ssm_head_dim:
             raise ValueError(
                 f"ssm_head_dim={self.ssm_head_dim} does not divide the inner width "
                 f"ssm_expand * d_model = {inner}; choose a divisor of {inner}"
             )
-        if "window" in self.layers and self.d_model % self.window_head_dim:
-            raise ValueError(
-                f"window_head_dim={self.window_head_dim} does not divide d_model={self.d_model}; "
-                f"choose an even divisor of it"
-            )
+        if "window" in self.layers and self.d_model % 2:
+            raise ValueError(f"d_model={self.d_model} is odd; a window layer needs an even width")
         return self
 
 
@@ -152,14 +152,14 @@ class NEXUSCore(nn.Module):
         super().__init__()
         self.config = config if config is not None else NEXUSConfig(**settings)
         self.embedding = nn.Embedding(self.config.vocab_size, self.config.d_model)
-        self.blocks = nn.ModuleList(NEXUSBlock(self.config, kind) for kind in _kinds(self.config))
+        self.blocks = nn.ModuleList(NEXUSBlock(self.config, kind) for kind in kinds(self.config))
         self.dropout = nn.Dropout(self.config.dropout)
         self.final_norm = nn.RMSNorm(self.config.d_model, eps=self.config.norm_eps)
         self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self._scale_initial_weights()
-        self.ngrams = _make_ngrams(self.config)
+        self.ngrams = make_ngrams(self.config)
         # Last, so that a seed gives the same backbone with and without them.
         self.parts = _make_parts(self.config)
 
@@ -301,17 +301,6 @@ class NEXUSCore(nn.Module):
     ) -> Tensor:
         """Continue a prompt token by token; see `generate.generate` for the arguments."""
         return generate(self, prompt, max_new_tokens, temperature, top_k, top_p, generator)
-
-
-def _kinds(config: NEXUSConfig) -> Iterator[LayerKind]:
-    return islice(cycle(config.layers), config.ssm_n_layers)
-
-
-def _make_ngrams(config: NEXUSConfig) -> NGrams | None:
-    if not config.ngrams and not config.recall:
-        return None
-    size, width = config.vocab_size, config.d_model
-    return NGrams(size, width, config.ngrams, config.ngram_buckets, config.recall)
 
 
 def _make_parts(config: NEXUSConfig) -> nn.ModuleDict:

@@ -35,7 +35,7 @@ class WindowAttention(nn.Module):
 
     Args:
         d_model: width D of input and output.
-        head_dim: width P of a head.
+        head_dim: width P of a head at most: the widest that is even and divides D.
         window: tokens W that a token sees.
 
     Source: Beltagy et al. 2020, "Longformer" (windows), in blocks of W that see the block before
@@ -45,8 +45,9 @@ class WindowAttention(nn.Module):
 
     def __init__(self, d_model: int, head_dim: int = 64, window: int = 128) -> None:
         super().__init__()
-        self.head_dim, self.window = head_dim, window
-        self.heads = d_model // head_dim
+        self.window = window
+        self.head_dim = next(n for n in range(head_dim, 1, -1) if n % 2 == 0 and d_model % n == 0)
+        self.heads = d_model // self.head_dim
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 

@@ -25,6 +25,7 @@ import click
 import torch
 
 from nexus_core.cli import distributed
+from nexus_core.cli.blame import blame
 from nexus_core.cli.errors import reported
 from nexus_core.cli.folder import automatic
 from nexus_core.cli.notes import NOTES, fingerprint, last_step, notes_of, witness
@@ -32,6 +33,7 @@ from nexus_core.cli.nursery import free_port, nursery, stand_alone
 from nexus_core.cli.options import PATH
 from nexus_core.cli.verify_resume import Order, compare_runs
 from nexus_core.errors import ConfigError, RunError
+from nexus_core.plan import AnyPlugin
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -51,6 +53,7 @@ class Report:
         lives: of the run that was resized: on how many processes, and at which step it was killed.
         steps: how many steps the run has.
         differences: what differs from the first run, by run; empty where all agree.
+        blame: where a step of the first run that differs comes apart, and by whom.
         unpromised: plugins of the run that do not promise what was verified.
         fingerprint: of the last line of notes, which holds the whole state.
     """
@@ -59,6 +62,7 @@ class Report:
     lives: list[tuple[int, int]] = field(default_factory=list)
     steps: int = 0
     differences: list[str] = field(default_factory=list)
+    blame: str = ""
     unpromised: list[str] = field(default_factory=list)
     fingerprint: str = ""
 
@@ -87,7 +91,9 @@ def verify_topology(
         ConfigError: the folder exists, the run is not in cells, or has no plugin for processes.
         RunError: a run failed by itself.
     """
-    report = Report(tuple(sizes), unpromised=_check(order))
+    plugins = _check(order)
+    loose = [plugin.name for plugin in plugins if not plugin.topology_invariant]
+    report = Report(tuple(sizes), unpromised=loose)
     try:
         out.mkdir(parents=True)
     except OSError as error:
@@ -104,13 +110,14 @@ def verify_topology(
     for other in others:
         found = compare_runs(first, other)
         report.differences += [f"{other.name} beside {first.name}: {what}" for what in found]
+        report.blame = report.blame or blame(first, other, plugins)
     report.fingerprint = fingerprint(first)
     _certify(order, report, out / CERTIFICATE)
     return report
 
 
-def _check(order: Order) -> list[str]:
-    """Which plugins of the run promise nothing.
+def _check(order: Order) -> list[AnyPlugin]:
+    """The plugins of the run.
 
     Raises:
         ConfigError: the run cannot be done on several processes, or promises nothing itself.
@@ -130,7 +137,7 @@ def _check(order: Order) -> list[str]:
             f"no plugin of this run lets several processes train one model; add one of slot "
             f"'{distributed.SLOT}' (nexus-plugins list)"
         )
-    return [plugin.name for plugin in plan.plugins if not plugin.topology_invariant]
+    return list(plan.plugins)
 
 
 def _live(
@@ -282,6 +289,8 @@ def main(
         )
         for difference in report.differences:
             click.echo(f"  {difference}")
+        if report.blame:
+            click.echo(f"  {report.blame}")
         if report.unpromised:
             click.echo(f"  promised by all plugins but {', '.join(report.unpromised)}")
         click.echo(f"certificate: {out / CERTIFICATE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from nexus_core import ConfigError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
 from nexus_core.cells import CellSum, owned
+from nexus_core.cli.blame import blame
+from nexus_core.cli.notes import NOTES
 from nexus_core.cli.verify_resume import Order
 from nexus_core.cli.verify_topology import verify_topology
 from nexus_core.processes import Ranks, whole
@@ -234,6 +237,42 @@ def test_the_command_shows_it_and_names_what_differs(tmp_path: Path) -> None:
     assert report.differences
     assert report.differences[0].startswith("on-3 beside on-1: step ")
     assert "weights" in report.differences[0]
+    assert report.unpromised == ["ddp"]
+    assert report.blame.startswith("step 1 comes apart in the backward pass, or its sum (gradient")
+    assert report.blame.endswith("; made or changed by ddp, which does not promise it")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        (
+            {"weights": {"a": "9", "b": "2"}},
+            "the update (weights of a); made or changed by ddp, ema",
+        ),
+        ({"batches": ["0"], "weights": {}}, "the data (batches); made or changed by dropping"),
+        (
+            {"gradient": {"a": "9", "b": "9"}, "plugins": {}},
+            "the backward pass, or its sum (gradient of b); made or changed by ddp, clip, ema",
+        ),
+        (
+            {"plugins": {"ema": "9"}},
+            "the state of a plugin (plugins of ema); made or changed by ema",
+        ),
+    ],
+)
+def test_the_first_difference_has_a_place_and_names(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Red if a step's later parts hide the first, or plugins are named that have no hand in it."""
+    parts = {name: {"a": "1", "b": "2"} for name in ("weights", "gradient")}
+    line: dict[str, Any] = {"step": 7, "batches": ["1"], "plugins": {"ema": "1"}, **parts}
+    for run, text in (("one", line), ("other", line | change)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / NOTES).write_text(json.dumps(text) + "\n")
+    plugins = [DdpPlugin(), DroppingPlugin(Seen()), ClipPlugin(), EmaPlugin(), TapePlugin()]
+    found = blame(tmp_path / "one", tmp_path / "other", plugins)
+    assert found == (said and f"step 7 comes apart in {said}")
 
 
 def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ class DdpPlugin(Parallel[DdpConfig]):
     _cells: CellGradients | None = None
     _names: Mapping[str, Tensor] = MappingProxyType({})
 
+    def __init__(self, config: DdpConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self.topology_invariant = self.config.sum != "ring"  # type: ignore[misc]  # of this one
+
     @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
         """Make the weights of all processes those of the main one."""

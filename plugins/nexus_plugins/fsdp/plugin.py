@@ -70,6 +70,10 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     _reductions: list[CellReduction]
     _marks: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
+    def __init__(self, config: FsdpConfig | None = None, /, **settings: object) -> None:
+        super().__init__(config, **settings)
+        self.topology_invariant = self.config.sum != "ring"  # type: ignore[misc]  # of this one
+
     @hookimpl(wrapper=True)
     def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
         """Divide the model among the processes as soon as it is built."""

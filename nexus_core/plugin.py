@@ -231,20 +231,17 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
             line += f" Known: {', '.join(known)}." if known else ""
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            got = "" if fault["type"] == "missing" else f"got {_shown(fault, model)}; "
-            line = f"{key}: {got}{message[:1].lower()}{message[1:]}"
+            line = f"{key}: {_got(fault, model)}{message[:1].lower()}{message[1:]}"
         lines.append(line)
     if more := len(faults) - len(lines):
         lines.append(f"and {more:,} more")
     return ConfigError("\n".join(lines))
 
 
-def _shown(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    """What a wrong setting was, as far as everybody may read it."""
+def _got(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    """What a wrong setting was, as far as everybody may read it; nothing of a whole block."""
     secret = {name for name, f in model.model_fields.items() if "Secret" in str(f.annotation)}
     place, given = fault["loc"], fault["input"]
-    if place and place[0] in secret:
-        return "a secret"
-    if isinstance(given, dict) and not place:
-        given = {name: value for name, value in given.items() if name not in secret}
-    return f"{given!r:.200}"
+    if fault["type"] == "missing" or (isinstance(given, dict) and not place):
+        return ""
+    return "got a secret; " if place and place[0] in secret else f"got {given!r:.200}; "

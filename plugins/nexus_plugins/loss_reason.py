@@ -1,61 +1,169 @@
-"""The reasoner's loss: make up your mind about the rule to apply."""
+"""The reasoner's loss: every rule of use, on some tokens and not on others."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from nexus_core.plugin import hookimpl
-from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, real_positions
+from nexus_core.plugin import StateDict, hookimpl
+from nexus_plugins._shared.module_loss import (
+    ModuleLoss,
+    PositionLossConfig,
+    real_positions,
+    refuse_idle,
+)
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
     from nexus_core.engine import Engine
+    from nexus_core.step import Step
 
 __all__ = ["LossReasonConfig", "LossReasonPlugin"]
+
+DOUBT = 0.25
+"""Of the entropy beside the pull: with 1 and more, a rule that never fires would be the best."""
+TINY = 1e-6
+"""Firings count as this far from 0 and 1 at least, where the slope of the entropy has no end."""
+GRAIN = 2.0**20
+"""Firings are summed as whole numbers of this part, so that no order of adding them counts."""
+EDGE = 1e-4
+"""Rates count as this far from 0 and 1 at least: what is out of use is drawn back, not torn."""
+
+_OF_FORMULA = {True: ("entropy_weight", "eps"), False: ("balance_weight", "rate", "decay")}
+"""Settings that act in the classic formula, and in the other one."""
 
 
 class LossReasonConfig(PositionLossConfig):
     """Settings of the reasoner's loss."""
 
     weight: float = Field(0.05, description="factor of this term in the total loss")
-    entropy_weight: float = Field(
-        0.1, description="factor of the entropy (nats) of the rule distributions"
+    classic: bool = Field(
+        False, description="the entropy of the rule distributions alone, weighted by halting"
     )
-    eps: float = Field(1e-10, gt=0, description="added to probabilities inside the logarithm")
+    balance_weight: float = Field(
+        0.01, ge=0, description="factor of the balance of the rules' use, summed over rules"
+    )
+    rate: float = Field(
+        0.3, gt=0, lt=1, description="how far a rule should fire on average over tokens"
+    )
+    decay: float = Field(
+        0.99, ge=0, lt=1, description="part of the average of past steps that is kept at each"
+    )
+    entropy_weight: float = Field(
+        0.1, description="classic: factor of the entropy (nats) of the rule distributions"
+    )
+    eps: float = Field(
+        1e-10, gt=0, description="classic: added to probabilities inside the logarithm"
+    )
+
+    @model_validator(mode="after")
+    def _all_act(self) -> LossReasonConfig:
+        refuse_idle(self, self.classic, _OF_FORMULA[not self.classic])
+        return self
 
 
 class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
-    """Trains rule choices to be clear: `entropy_weight * entropy`, weighted by halting.
+    """Trains the reasoner to use all of its rules, each on some tokens and not on others.
 
-    The model reports `reason` `(B, T, K, R)`, a distribution over R rules at each of K steps, and
-    `reason_halting` `(B, T, K)`. The mean is over positions and steps. Training also logs
-    `reasoning/proof_length`, the expected number of steps.
+    The model reports `reason` `(B, T, R)`, how far each rule fired. A position costs, summed over
+    rules, `balance_weight` times `H(f) / 4 + KL(m, rate)`: H is the entropy, in nats, of firing f,
+    which is low where a rule is sure, and KL the divergence of m, how far the rule fired over the
+    tokens of past steps, from `rate`; its gradient is passed to f, so that the loss stays a sum
+    over tokens. A rule that always or never fires is paid to change.
+    Training also logs `reasoning/idle_rules`, how many rules fire on average less than a tenth of
+    `rate`.
+
+    Classic: the model reports `reason` `(B, T, K, R)`, a distribution over rules at each of K
+    steps, and `reason_halting` `(B, T, K)`; a position costs `entropy_weight` times the entropy
+    weighted by halting, on average over steps. It is least where one rule wins for all tokens.
+    Training also logs `reasoning/proof_length`, the expected number of steps.
+
+    Source: the balance is that of losses that spread the load of experts (Shazeer et al. 2017), on
+        an average of the past as in Wang et al. 2024.
     """
+
+    api_version: ClassVar[str] = "1.2"
+    _rates: Tensor | None = None
+    _fired: Tensor | None = None
 
     def units(self, batch: Batch) -> Tensor:
         """The number of positions; padding does not count."""
         return real_positions(batch, self.config.ignore_index).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """The sum over positions of the mean over steps (so a unit is a position: K is fixed)."""
-        reports = self.reports(output)
-        rules, halting = reports["reason"], reports["reason_halting"]
-        entropy = -(rules * (rules + self.config.eps).log()).sum(-1)
-        each = self.config.entropy_weight * (halting * entropy).mean(-1)
-        total: Tensor = (each * real_positions(batch, self.config.ignore_index)).sum()
+        """The sum over positions."""
+        reports, config = self.reports(output), self.config
+        each = _entropy_of_choice(reports, config) if config.classic else self._each(reports)
+        total: Tensor = (each * real_positions(batch, config.ignore_index)).sum()
         return total
 
     @hookimpl
-    def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
-        """The term `reason`; in training also `reasoning/proof_length`."""
-        if engine.training:
-            halting = self.reports(output)["reason_halting"].detach()
-            steps = torch.arange(1, halting.shape[-1] + 1, device=halting.device)
-            length = (halting * steps).sum(-1)
-            real = real_positions(batch, self.config.ignore_index)
-            engine.log("reasoning/proof_length", (length * real).sum(), units=real.sum())
+    def loss_terms(  # type: ignore[override]  # hooks name what they use
+        self, engine: Engine, batch: Batch, output: Any, step: Step | None
+    ) -> dict[str, Tensor]:
+        """The term `reason`; in training, note how far each rule fires."""
+        if step is not None:
+            reports, real = self.reports(output), real_positions(batch, self.config.ignore_index)
+            if self.config.classic:
+                length = _proof_length(reports["reason_halting"].detach())
+                engine.log("reasoning/proof_length", (length * real).sum(), units=real.sum())
+            elif not step.micro[step.place].borrowed:
+                self._note(reports["reason"].detach() * real.unsqueeze(-1))
         return {self.term: self.loss(batch, output)}
+
+    @hookimpl
+    def on_step(self, engine: Engine, step: Step) -> None:
+        """Take in how far each rule has fired."""
+        if self._fired is None:
+            return
+        fired = engine.ranks.sum(self._fired).to(torch.float32) / (GRAIN * step.units[self.term])
+        kept = self.config.decay if self._rates is not None else 0.0
+        self._rates = fired + kept * (self._rates_like(fired) - fired)
+        self._fired = None
+        engine.log("reasoning/idle_rules", (self._rates < self.config.rate / 10).sum())
+
+    def state_dict(self) -> StateDict:
+        """How far each rule fires on average."""
+        return {} if self._rates is None else {"rates": self._rates}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Continue from these averages."""
+        self._rates, self._fired = cast("Tensor | None", state.get("rates")), None
+
+    def _each(self, reports: Mapping[str, Tensor]) -> Tensor:
+        """What each position costs."""
+        firing, config = reports["reason"].clamp(TINY, 1 - TINY), self.config
+        rates = self._rates_like(firing).clamp(EDGE, 1 - EDGE)
+        pull = rates.logit() - math.log(config.rate / (1 - config.rate))
+        doubt: Tensor = torch.special.entr(firing) + torch.special.entr(1 - firing)
+        far = rates * pull - ((1 - config.rate) / (1 - rates)).log()  # from the wanted rate
+        balance = DOUBT * doubt + far + (firing - firing.detach()) * pull
+        return config.balance_weight * balance.sum(-1)
+
+    def _rates_like(self, firing: Tensor) -> Tensor:
+        """The average of each rule, as it was before this step; `rate` in the first."""
+        if self._rates is None:
+            return firing.new_full(firing.shape[-1:], self.config.rate)
+        self._rates = self._rates.to(firing.device)
+        return self._rates
+
+    def _note(self, firing: Tensor) -> None:
+        whole = (firing * GRAIN).round().long().flatten(0, -2).sum(0)
+        self._fired = whole if self._fired is None else self._fired + whole
+
+
+def _proof_length(halting: Tensor) -> Tensor:
+    """The expected number of steps of each position."""
+    return (halting * torch.arange(1, halting.shape[-1] + 1, device=halting.device)).sum(-1)
+
+
+def _entropy_of_choice(reports: Mapping[str, Tensor], config: LossReasonConfig) -> Tensor:
+    rules, halting = reports["reason"], reports["reason_halting"]
+    entropy = -(rules * (rules + config.eps).log()).sum(-1)
+    each: Tensor = config.entropy_weight * (halting * entropy).mean(-1)
+    return each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from torch import nn
 
 from nexus_core.engine import Engine
 from nexus_core.errors import ConfigError
-from nexus_plugins.loss_causal import LossCausalPlugin, dag_constraint
+from nexus_plugins.loss_causal import LossCausalPlugin, dag_constraint, dag_log_det
 from nexus_plugins.model_nexus.nexus import NEXUSOutput
 
 
@@ -75,7 +76,7 @@ def test_loss_matches_numpy(seed, reconstruction):
     missed = [variable - adjacency.T @ variable for variable in variables.reshape(-1, 4)]
     expected += reconstruction * np.mean([(miss**2).sum() / 2 for miss in missed])
     plugin = LossCausalPlugin(
-        dag_weight=1.5, sparsity_weight=0.02, reconstruction_weight=reconstruction
+        classic=True, dag_weight=1.5, sparsity_weight=0.02, reconstruction_weight=reconstruction
     )
     report = {"adjacency": torch.from_numpy(adjacency), "variables": torch.from_numpy(variables)}
     batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
@@ -102,7 +103,7 @@ def test_the_term_counts_once_a_step_however_it_is_split():
     for accumulate in (1, 4):
         model = Graph()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        plugin = LossCausalPlugin(weight=1.0)
+        plugin = LossCausalPlugin(weight=1.0, classic=True)
         engine = Engine(model, optimizer, plugins=[plugin], accumulate=accumulate)
         batches = [{"input_ids": torch.zeros(1, 2)}] * accumulate
         before = dag_constraint(model.edges).item()
@@ -123,7 +124,7 @@ class Reader(Graph):
 
 def edges_after_a_step(*batches):
     model = Reader()
-    plugin = LossCausalPlugin(weight=1.0, reconstruction_weight=0.5)
+    plugin = LossCausalPlugin(weight=1.0, classic=True, reconstruction_weight=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = Engine(model, optimizer, plugins=[plugin], accumulate=len(batches))
     engine.fit(list(batches), until="1 steps")
@@ -164,6 +165,52 @@ def test_a_model_without_the_module_is_refused(active):
 
 def test_defaults_are_those_of_the_full_model():
     """If it fails, a default of the documented table has changed."""
-    config = LossCausalPlugin().config
+    config = LossCausalPlugin(classic=True).config
     assert (config.weight, config.dag_weight, config.sparsity_weight) == (0.05, 1.0, 0.01)
-    assert config.reconstruction_weight == 0
+    assert (config.reconstruction_weight, config.dag_growth, config.constraint) == (0, 1, "exp")
+    assert LossCausalPlugin().config.reconstruction_weight == 1
+    assert LossCausalPlugin(classic=True, sparsity_weight=0.3).config.sparsity_weight == 0.3
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_log_determinant_is_zero_without_a_cycle_only_and_matches_numpy(data):
+    """If it fails, DAGMA's constraint lets cycles pass, or fails far from a graph without any."""
+    graph = data.draw(graphs(acyclic=True))
+    assert abs(dag_log_det(torch.from_numpy(graph)).item()) < 1e-8
+    graph = data.draw(graphs(acyclic=False))
+    adjacency = torch.from_numpy(graph).requires_grad_()
+    value = dag_log_det(adjacency)
+    value.backward()
+    squares, n = graph * graph, len(graph)
+    scale = max(1.0, 1.1 * min(squares.sum(0).max(), squares.sum(1).max()))
+    inner = scale * np.eye(n) - squares
+    assert value.item() > 1e-12
+    np.testing.assert_allclose(
+        value.item(), n * np.log(scale) - np.log(np.linalg.det(inner)), rtol=1e-6, atol=1e-9
+    )
+    expected = 2 * graph * np.linalg.inv(inner).T
+    np.testing.assert_allclose(adjacency.grad.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 9999), observed=st.booleans(), intervened=st.booleans())
+def test_likelihood_matches_scipy_and_leaves_out_what_was_set_by_hand(seed, observed, intervened):
+    """If it fails, the graph is fitted to what no equation made, or on another formula."""
+    numbers = np.random.default_rng(seed)
+    variables, explained, read = numbers.normal(size=(3, 2, 3, 4))
+    log_std, adjacency = numbers.normal(size=4), np.triu(numbers.normal(size=(4, 4)), 1)
+    do = numbers.random(size=(2, 3, 4)) < 0.4
+    each = -scipy.stats.norm.logpdf(variables, explained, np.exp(log_std)) - np.log(2 * np.pi) / 2
+    each = np.where(do & intervened, 0, each)
+    expected = each.sum((0, 1, 2)) + 6 * 0.02 * np.abs(adjacency).sum()
+    if observed:
+        expected += ((variables - read) ** 2).sum() / 2
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
+    batch |= {"variables": torch.from_numpy(variables)} if observed else {}
+    batch |= {"do": torch.from_numpy(do)} if intervened else {}
+    reports = {"adjacency": adjacency, "variables": variables, "explained": explained}
+    reports |= {"log_std": log_std, "read": read}
+    plugin = LossCausalPlugin(sparsity_weight=0.02)
+    given_ = {name: torch.from_numpy(value) for name, value in reports.items()}
+    np.testing.assert_allclose(plugin.loss(batch, output(causal=given_)).item(), expected)

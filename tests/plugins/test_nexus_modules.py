@@ -45,7 +45,7 @@ def five_losses():
         LossWorldPlugin(),
         LossReasonPlugin(),
         LossEnergyPlugin(),
-        LossCausalPlugin(),
+        LossCausalPlugin(dag_growth=1),  # what it costs is the same all along
     ]
 
 
@@ -72,7 +72,7 @@ def test_outputs_have_the_documented_names_and_shapes():
     outputs = info["module_outputs"]
     assert logits.shape == (2, 9, VOCAB)
     assert outputs["world"].shape == outputs["world_targets"].shape == (2, 9, 2, 6)
-    assert outputs["reason"].shape == (2, 9, 3, 5)
+    assert outputs["reason"].shape == (2, 9, 5)
     assert outputs["energy"]["iterations"].shape == (2, 9)
     assert outputs["energy"]["final_energy"].shape == (2, 9)
     assert outputs["causal"]["adjacency"].shape == (7, 7)
@@ -220,7 +220,7 @@ def test_all_five_terms_move_in_the_sensible_direction():
     for name in [*terms, "train/causal_loss"]:
         first, last = (sum(m[name] for m in part) / 10 for part in (seen[:10], seen[-10:]))
         assert last < first, name
-    assert 1 <= seen[-1]["reasoning/proof_length"] <= 3
+    assert 0 <= seen[-1]["reasoning/idle_rules"] <= 128
     assert 1 <= seen[-1]["energy/avg_iterations"] <= 8
     assert seen[-1]["causal/dag_constraint"] >= 0
     measured = engine.evaluate(batches(1))
@@ -251,7 +251,6 @@ def test_gradient_is_the_same_for_every_split_of_a_step(padded, split):
         ]
         plugins = [ModelNexusPlugin(), *five_losses()]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        model.parts["causal"].noise_scale.data.zero_()  # its noise is drawn per micro-batch
         Engine(model, optimizer, plugins=plugins, accumulate=len(data)).fit(data, until="1 steps")
         return {
             name: parameter.grad

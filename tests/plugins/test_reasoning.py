@@ -1,12 +1,15 @@
-"""The reasoner: its distributions, its chaining, its halting."""
+"""The reasoner: rules in parallel, steps as needed; and the classical one, which picks rules."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from nexus_plugins.model_nexus.classic_reasoning import ClassicReasoner
 from nexus_plugins.model_nexus.reasoning import Reasoner
 
 
@@ -20,7 +23,7 @@ from nexus_plugins.model_nexus.reasoning import Reasoner
 def test_rules_and_halting_are_distributions(seed, steps, rules, scale):
     """If it fails, the entropy of the loss and the proof length mean nothing."""
     torch.manual_seed(seed)
-    reasoner = Reasoner(6, n_predicates=5, n_rules=rules, steps=steps)
+    reasoner = ClassicReasoner(6, n_predicates=5, n_rules=rules, steps=steps)
     _, reports = reasoner(torch.randn(2, 3, 6) * scale)
     assert reports["reason"].shape == (2, 3, steps, rules)
     assert reports["reason_halting"].shape == (2, 3, steps)
@@ -34,7 +37,7 @@ def test_rules_and_halting_are_distributions(seed, steps, rules, scale):
 def test_update_matches_forward_chaining_written_in_numpy():
     """If it fails, the steps do not apply the rules that they choose."""
     torch.manual_seed(1)
-    reasoner = Reasoner(6, n_predicates=5, n_rules=4, steps=3, d_symbol=7).double()
+    reasoner = ClassicReasoner(6, n_predicates=5, n_rules=4, steps=3, d_symbol=7).double()
     h = torch.randn(6, dtype=torch.float64)
     got, reports = reasoner(h)
     weights = {name: value.detach().numpy() for name, value in reasoner.named_parameters()}
@@ -82,7 +85,7 @@ def test_a_chain_of_two_rules_is_learned_only_with_enough_steps():
     """
 
     def belief_in_e(steps: int) -> float:
-        reasoner = Reasoner(4, n_predicates=5, n_rules=2, steps=steps, d_symbol=5)
+        reasoner = ClassicReasoner(4, n_predicates=5, n_rules=2, steps=steps, d_symbol=5)
         with torch.no_grad():
             reasoner.predicates.copy_(torch.eye(5))
             sharp = 50 * torch.eye(5)
@@ -108,7 +111,7 @@ def test_a_chain_of_two_rules_is_learned_only_with_enough_steps():
 def test_every_parameter_gets_a_gradient_and_a_step_equals_the_whole():
     """If it fails, part of the reasoner is never trained, or generation differs from training."""
     torch.manual_seed(0)
-    reasoner = Reasoner(6)
+    reasoner = ClassicReasoner(6)
     h = torch.randn(2, 3, 6)
     update, _ = reasoner(h)
     update.square().sum().backward()
@@ -122,7 +125,97 @@ def test_every_parameter_gets_a_gradient_and_a_step_equals_the_whole():
 
 def test_reports_stay_in_float32_under_autocast():
     """If it fails, probabilities are rounded to three digits and logarithms of them to nothing."""
-    reasoner = Reasoner(6)
+    reasoner = ClassicReasoner(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, reports = reasoner(torch.randn(2, 3, 6))
     assert {value.dtype for value in reports.values()} == {torch.float32}
+
+
+def test_update_is_a_loop_over_all_rules_written_in_numpy():
+    """If it fails, a step does not apply all rules, or not to what the last one derived."""
+    torch.manual_seed(1)
+    reasoner = Reasoner(6, n_predicates=5, n_rules=7, steps=3).double()
+    h = torch.randn(6, dtype=torch.float64)
+    got, reports = reasoner(h)
+    weights = {name: value.detach().numpy() for name, value in reasoner.named_parameters()}
+
+    def sigmoid(value):
+        return 1 / (1 + np.exp(-value))
+
+    def normed(value):
+        return value / np.sqrt(np.mean(value**2) + np.finfo(value.dtype).eps)
+
+    read = weights["read.weight"] @ h.numpy() + weights["read.bias"]
+    facts, seen, fired = read[:5], read[5:], np.zeros(7)
+    for _ in range(3):
+        found = weights["premises.weight"] @ normed(facts) + seen
+        facts = facts + weights["conclusions.weight"] @ (found * sigmoid(found))
+        fired = fired + sigmoid(found) / 3
+    np.testing.assert_allclose(reports["reason"].detach().numpy(), fired)
+    update = weights["write.gate"] * (weights["write.projection.weight"] @ normed(facts))
+    np.testing.assert_allclose(got.detach().numpy(), update, atol=1e-12)
+
+
+def hops(generator, most, exactly=None, rows=256, places=6):
+    """Tables of where each place leads, a start and how often to go on; and where that ends."""
+    table = torch.randint(places, (rows, places), generator=generator)
+    place = torch.randint(places, (rows, 1), generator=generator)
+    times = torch.randint(1, most + 1, (rows, 1), generator=generator)
+    times = times if exactly is None else torch.full_like(times, exactly)
+    told = [nn.functional.one_hot(one, places).flatten(1) for one in (table, place)]
+    for hop in range(int(times.max())):
+        place = torch.where(hop < times, table.gather(1, place), place)
+    return torch.cat([*told, times / 2], 1).float(), place[:, 0]
+
+
+@pytest.mark.slow
+def test_one_more_step_answers_what_is_one_hop_further_than_any_question_before():
+    """If it fails, the reasoner learns answers by heart and not the rule that leads to them."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    read, reasoner, head = nn.Linear(43, 64), Reasoner(64, steps=3), nn.Linear(64, 6)
+    model = nn.ModuleList([read, reasoner, head])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def answers(told):
+        h = nn.functional.rms_norm(read(told), (64,))
+        return head(nn.functional.rms_norm(h + reasoner(h)[0], (64,)))
+
+    def hits(told, place):
+        return (answers(told).argmax(1) == place).float().mean()
+
+    for step in range(700):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50, 2 - 2 * step / 700)
+        told, place = hops(generator, most=3)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(answers(told), place).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        known, further = hops(generator, 3, rows=999), hops(generator, 4, exactly=4, rows=999)
+        assert hits(*known) > 0.97
+        before = hits(*further)
+        reasoner.steps += 1
+        assert hits(*further) > before + 0.15, (before, hits(*further))
+
+
+def test_every_parameter_of_the_parallel_reasoner_is_trained_and_a_step_equals_the_whole():
+    """If it fails, part of the reasoner is never trained, or generation differs from training."""
+    torch.manual_seed(0)
+    reasoner = Reasoner(6)
+    h = torch.randn(2, 3, 6)
+    update, reports = reasoner(h)
+    update.square().sum().backward()
+    for name, parameter in reasoner.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    assert torch.stack([reasoner.step(token) for token in h.unbind(1)], 1).allclose(
+        update, atol=1e-6
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert {one.dtype for one in reasoner(h)[1].values()} == {torch.float32}
+    assert reports["reason"].shape == (2, 3, 128)
+    assert reports["reason"].min() > 0
+    assert reports["reason"].max() < 1

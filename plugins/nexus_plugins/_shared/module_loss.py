@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,13 +20,28 @@ if TYPE_CHECKING:
     from nexus_core.batches import Batch
     from nexus_core.engine import Engine
 
-__all__ = ["ModuleLoss", "PositionLossConfig", "real_positions"]
+__all__ = ["ModuleLoss", "PositionLossConfig", "real_positions", "refuse_idle"]
 
 
 class PositionLossConfig(LossConfig):
     """Settings that every loss over positions has."""
 
     ignore_index: int = Field(-100, description="label of positions that do not count")
+
+
+def refuse_idle(config: LossConfig, is_classic: bool, idle: Sequence[str]) -> None:
+    """Refuse settings of the formula that was not chosen, if they are not at their defaults.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    fields = type(config).model_fields
+    changed = [name for name in idle if getattr(config, name) != fields[name].default]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} would do nothing with classic={str(is_classic).lower()}; leave "
+            f"it out, or set classic to {str(not is_classic).lower()}"
+        )
 
 
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)

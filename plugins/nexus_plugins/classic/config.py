@@ -12,6 +12,8 @@ from nexus_core.plan import load
 __all__ = ["TrainingConfig"]
 
 TERMS = ("lm", "world", "reason", "energy", "causal")
+OF_TWO_KINDS = ("reason", "causal")
+"""Terms with a classical formula beside the one that is their default."""
 
 
 class TrainingConfig(PluginConfig):
@@ -20,6 +22,7 @@ class TrainingConfig(PluginConfig):
     vocab_size: int = Field(32_000, ge=1, description="tokens that the model knows")
     d_model: int = Field(256, ge=1, description="width of the model")
     ssm_n_layers: int = Field(6, ge=1, description="state-space layers of the model")
+    classic: bool = Field(True, description="the classical modules, and their losses")
     dropout: float = Field(0.0, ge=0, lt=1, description="part of each layer's output dropped")
     learning_rate: float = Field(1e-4, gt=0, description="highest learning rate")
     min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the end")
@@ -53,8 +56,9 @@ class TrainingConfig(PluginConfig):
     seed: int = Field(0, description="of weights, order and noise")
 
     def model_settings(self) -> dict[str, Any]:
-        """The sizes of the model, by their names in `NEXUSConfig`."""
-        return self.model_dump(include={"vocab_size", "d_model", "ssm_n_layers", "dropout"})
+        """The sizes of the model and the kind of its modules, by their names in `NEXUSConfig`."""
+        named = {"vocab_size", "d_model", "ssm_n_layers", "dropout", "classic"}
+        return self.model_dump(include=named)
 
     def plugins(self) -> list[Plugin[Any]]:
         """The plugins that the settings stand for.
@@ -80,6 +84,9 @@ class TrainingConfig(PluginConfig):
         for term in TERMS:
             if weight := getattr(self, f"{term}_loss_weight"):
                 chosen[f"loss_{term}"] = {"weight": weight}
+        for term in OF_TWO_KINDS:
+            if f"loss_{term}" in chosen:
+                chosen[f"loss_{term}"]["classic"] = self.classic
         if "loss_lm" in chosen:
             chosen["loss_lm"]["label_smoothing"] = self.label_smoothing
         if self.max_grad_norm:

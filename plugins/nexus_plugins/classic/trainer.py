@@ -33,7 +33,9 @@ class NEXUSTrainer:
     def __init__(
         self, model: nn.Module | None, config: TrainingConfig, plugins: Iterable[Plugin[Any]] = ()
     ) -> None:
-        self.config = config
+        # A model that is given says itself of which kind its modules are.
+        kind = getattr(getattr(model, "config", None), "classic", config.classic)
+        self.config = config = config.model_copy(update={"classic": kind})
         chosen = {plugin.name: plugin for plugin in (*config.plugins(), *plugins)}
         if model is None:
             model = _built(chosen["model_nexus"], config)

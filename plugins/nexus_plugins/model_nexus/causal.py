@@ -1,45 +1,124 @@
-"""The causal module: a few variables, and a learned graph of which acts on which."""
+"""The causal module: variables, and a learned graph of which explains which."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite, Part
+from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 
-__all__ = ["CausalModule"]
+__all__ = ["CausalGraph", "CausalModule"]
 
-EDGE_STD = 0.1
-NOISE_STD = 0.1
+EDGE_STD = 0.05
+HIDDEN_STD = 0.1
+LENGTH_FLOOR = 1e-12  # under the root of an edge's strength, whose slope at 0 would be infinite
+LEAST_LOG_STD = -4.0
+
+
+class CausalGraph(nn.Module):
+    """Explain each variable by the others: `v_j = f_j(v) + noise`, with a strength for each edge.
+
+    A mechanism f_j is linear, or a small network (tanh) of which each variable but j itself is an
+    input. The strength of the edge from i to j is the weight, or the length of the weights that
+    leave i in the first layer of f_j: where it is 0, j does not depend on i. The noise of each
+    variable is normal, with a learned scale.
+
+    It is a model by itself: an `Engine` of `CausalGraph(["rain", "wet"])` and `LossCausalPlugin`
+    learns a graph from batches of `variables`, and of `do` where some were set by hand.
+
+    Args:
+        variables: their names, or how many there are; at least 2.
+        hidden: hidden units of each mechanism; 0: it is linear.
+
+    Source: linear and multilayer structural models of NOTEARS (Zheng et al. 2018; 2020, section
+        3.2); noise of unequal scale as in GOLEM-NV (Ng et al. 2020).
+    """
+
+    active_modules: tuple[str, ...] = ("causal",)
+
+    def __init__(self, variables: int | Sequence[str], hidden: int = 0) -> None:
+        super().__init__()
+        numbered = isinstance(variables, int)
+        self.names = tuple(map(str, range(variables) if numbered else variables))  # type: ignore[arg-type]
+        n, self.hidden = len(self.names), hidden
+        self.bias = nn.Parameter(torch.zeros(n))
+        self.log_std = nn.Parameter(torch.zeros(n))
+        if hidden:
+            self.first = nn.Parameter(torch.randn(n, n, hidden) * HIDDEN_STD)
+            self.first_bias = nn.Parameter(torch.randn(n, hidden) * HIDDEN_STD)
+            self.second = nn.Parameter(torch.randn(n, hidden) * hidden**-0.5)
+        else:
+            self.edges = nn.Parameter(torch.randn(n, n) * EDGE_STD)
+
+    @property
+    def adjacency(self) -> Tensor:
+        """`(n, n)`: the strength with which variable i acts on variable j; its diagonal is 0."""
+        if not self.hidden:
+            return self.edges.masked_fill(self._itself(), 0)
+        lengths = (self.first.square().sum(-1) + LENGTH_FLOOR).sqrt()
+        return lengths.masked_fill(self._itself(), 0)
+
+    def explained(self, variables: Tensor) -> Tensor:
+        """What the others make of each variable, `(..., n)`."""
+        kind = variables.dtype
+        if not self.hidden:
+            return variables @ self.adjacency.to(kind) + self.bias.to(kind)
+        first = self.first.masked_fill(self._itself().unsqueeze(-1), 0).to(kind)
+        units = torch.einsum("...i,ijh->...jh", variables, first) + self.first_bias.to(kind)
+        return (units.tanh() * self.second.to(kind)).sum(-1) + self.bias.to(kind)
+
+    def reports(self, variables: Tensor) -> dict[str, Tensor]:
+        """What the loss needs: `adjacency`, `variables`, `explained` and `log_std` of the noise.
+
+        Variables are taken as given, so that they are not made easy to explain; float32 or wider.
+        """
+        with torch.autocast(variables.device.type, enabled=False):
+            given = widened(variables.detach())
+            return {
+                "adjacency": self.adjacency,
+                "variables": given,
+                "explained": self.explained(given),
+                "log_std": self.log_std.clamp_min(LEAST_LOG_STD),
+            }
+
+    def forward(self, variables: Tensor) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Explain observed variables `(..., n)`.
+
+        Returns:
+            `{"module_outputs": {"causal": reports}}`, as `loss_causal` reads it.
+        """
+        return {"module_outputs": {"causal": self.reports(variables)}}
+
+    def _itself(self) -> Tensor:
+        return torch.eye(len(self.names), dtype=torch.bool, device=self.bias.device)
 
 
 class CausalModule(Part):
-    """Read variables v of each token, apply one step `v A + noise` of a linear structural model.
+    """A probe: read variables of each token's state, and learn the graph of what explains which.
 
-    `A[i, j]` is the strength with which variable i acts on variable j; nothing acts on itself.
-    The noise (normal, with a learned scale for each variable) is drawn in training only.
+    What it writes to the stream is what the graph makes of the variables.
 
     Shapes: B batch, T time, D model, n variables.
 
     Args:
         d_model: width D of the backbone's states.
-        n_variables: variables n; at least 2.
-
-    Source: linear structural equation model in the form of NOTEARS (Zheng et al. 2018, eq. 2).
+        variables: their names, or how many there are; at least 2.
+        hidden: hidden units of each mechanism; 0: it is linear.
     """
 
-    def __init__(self, d_model: int, n_variables: int = 16) -> None:
+    def __init__(self, d_model: int, variables: int | Sequence[str] = 16, hidden: int = 0) -> None:
         super().__init__()
-        self.read = nn.Linear(d_model, n_variables)
-        self.edges = nn.Parameter(torch.randn(n_variables, n_variables) * EDGE_STD)
-        self.noise_scale = nn.Parameter(torch.full((n_variables,), NOISE_STD))
-        self.write = GatedWrite(n_variables, d_model)
+        self.graph = CausalGraph(variables, hidden)
+        n = len(self.graph.names)
+        self.read = nn.Linear(d_model, n)
+        self.write = GatedWrite(n, d_model)
 
     @property
     def adjacency(self) -> Tensor:
-        """A, `(n, n)`, with a zero diagonal."""
-        itself = torch.eye(len(self.edges), dtype=torch.bool, device=self.edges.device)
-        return self.edges.masked_fill(itself, 0)
+        """As in `CausalGraph`."""
+        return self.graph.adjacency
 
     def forward(
         self, h: Tensor, document: Tensor | None = None
@@ -51,12 +130,9 @@ class CausalModule(Part):
             document: not needed: no token looks at another.
 
         Returns:
-            The update `(..., D)`, and `{"causal": reports}` with the `adjacency` `(n, n)` and the
-            `variables` `(..., n)` that were read.
+            The update `(..., D)`, and `{"causal": reports}` as in `CausalGraph.reports`, with the
+            variables as they are `read`, `(..., n)`.
         """
-        variables, adjacency = self.read(h), self.adjacency
-        effects = variables @ adjacency
-        if self.training:
-            effects = effects + torch.randn_like(effects) * self.noise_scale
-        reports = {"adjacency": adjacency, "variables": variables}
-        return self.write(effects), {"causal": reports}
+        variables = self.read(h)
+        update: Tensor = self.write(self.graph.explained(variables))
+        return update, {"causal": {**self.graph.reports(variables), "read": variables}}

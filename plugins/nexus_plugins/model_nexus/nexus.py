@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from nexus_core.plugin import PluginConfig
 from nexus_plugins.model_nexus.block import LayerKind, LayerState, NEXUSBlock, kinds, make_ngrams
-from nexus_plugins.model_nexus.causal import CausalModule
-from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.generate import generate
 from nexus_plugins.model_nexus.inputs import check_shapes, document_numbers
 from nexus_plugins.model_nexus.ngrams import NGramState
-from nexus_plugins.model_nexus.reasoning import Reasoner
+from nexus_plugins.model_nexus.parts import make_parts
 from nexus_plugins.model_nexus.residual import Part
 from nexus_plugins.model_nexus.world import WorldModel
 
 __all__ = ["NEXUSConfig", "NEXUSCore", "NEXUSOutput"]
 
 EMBEDDING_STD = 0.02
+CLASSIC = {"n_predicates": 32, "n_rules": 16}
 
 
 class NEXUSConfig(PluginConfig):
@@ -87,9 +86,11 @@ class NEXUSConfig(PluginConfig):
         3, ge=1, description="distances that the world model foretells: 1, 2, 4, ... tokens ahead"
     )
     reason: bool = Field(True, description="have the reasoner, which chains learned rules")
-    n_predicates: int = Field(32, ge=1, description="predicates that the reasoner believes in")
-    n_rules: int = Field(16, ge=1, description="rules that the reasoner chooses from")
-    reasoning_steps: int = Field(3, ge=1, description="rules that the reasoner applies at most")
+    n_predicates: int = Field(64, ge=1, description="facts that the reasoner derives; classic: 32")
+    n_rules: int = Field(128, ge=1, description="rules that the reasoner applies; classic: 16")
+    reasoning_steps: int = Field(
+        3, ge=1, description="steps of the reasoner at most; may be raised in a trained model"
+    )
     energy: bool = Field(
         True, description="have the energy module, which refines a code by descent"
     )
@@ -101,6 +102,20 @@ class NEXUSConfig(PluginConfig):
     )
     causal: bool = Field(True, description="have the causal module, which learns a graph")
     n_variables: int = Field(16, ge=2, description="variables in the causal module's graph")
+    variable_names: tuple[str, ...] = Field(
+        (), description="names of these variables; none: numbers"
+    )
+    mechanism_units: int = Field(
+        0, ge=0, description="hidden units of each variable's equation; 0: linear"
+    )
+    classic: bool = Field(
+        False, description="the modules as they were first, for models trained so"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_classic(cls, given: Any) -> Any:
+        return {**CLASSIC, **given} if isinstance(given, dict) and given.get("classic") else given
 
     @model_validator(mode="after")
     def _heads_fit(self) -> NEXUSConfig:
@@ -112,6 +127,11 @@ class NEXUSConfig(PluginConfig):
             )
         if "window" in self.layers and self.d_model % 2:
             raise ValueError(f"d_model={self.d_model} is odd; a window layer needs an even width")
+        if self.variable_names and len(set(self.variable_names)) != self.n_variables:
+            raise ValueError(
+                f"variable_names are {', '.join(self.variable_names)}; give n_variables="
+                f"{self.n_variables} different ones, or set n_variables to their number"
+            )
         return self
 
 
@@ -161,7 +181,7 @@ class NEXUSCore(nn.Module):
         self._scale_initial_weights()
         self.ngrams = make_ngrams(self.config)
         # Last, so that a seed gives the same backbone with and without them.
-        self.parts = _make_parts(self.config)
+        self.parts = make_parts(self.config)
 
     def _scale_initial_weights(self) -> None:
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
@@ -301,25 +321,3 @@ class NEXUSCore(nn.Module):
     ) -> Tensor:
         """Continue a prompt token by token; see `generate.generate` for the arguments."""
         return generate(self, prompt, max_new_tokens, temperature, top_k, top_p, generator)
-
-
-def _make_parts(config: NEXUSConfig) -> nn.ModuleDict:
-    """The modules beside the backbone; each reads its states and updates the stream, gated."""
-    width, parts = config.d_model, nn.ModuleDict()
-    if config.world:
-        parts["world"] = WorldModel(width, config.d_latent, config.world_levels)
-    if config.reason:
-        parts["reason"] = Reasoner(
-            width, config.n_predicates, config.n_rules, config.reasoning_steps
-        )
-    if config.energy:
-        parts["energy"] = EnergyModule(
-            width,
-            config.d_code,
-            config.n_memories,
-            config.max_energy_iters,
-            config.energy_threshold,
-        )
-    if config.causal:
-        parts["causal"] = CausalModule(width, config.n_variables)
-    return parts

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from nexus_core.errors import ConfigError, DataError, hint_set
 from nexus_core.plugin import Plugin, StateDict, hookimpl
 from nexus_core.processes import is_sharded
 from nexus_plugins._shared.texts import harmless
+from nexus_plugins.model_nexus.causal import CausalModule
 from nexus_plugins.model_nexus.nexus import NEXUSConfig, NEXUSCore, NEXUSOutput
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         """Run the backbone over `input_ids`, isolated by `segment_ids` where there are any.
 
         Where there are none, the padding that an `attention_mask` marks is a document of its own.
+        `variables` `(B, T, n)` in the batch are observed values of the causal module's variables:
+        they are what its graph is to explain then.
 
         Raises:
             DataError: an id is not in the vocabulary (on the CPU; a device fails by itself).
@@ -80,7 +84,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         segments = batch.get("segment_ids", batch.get("attention_mask"))
         ids = batch["input_ids"]
         try:
-            return model.hidden(ids, segments)
+            output = model.hidden(ids, segments)
         except IndexError as error:
             size, low, high = model.config.vocab_size, int(ids.min()), int(ids.max())
             if low >= 0 and high < size:
@@ -89,6 +93,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
                 f"input_ids go from {low} to {high}, and the model knows the ids 0 to {size - 1} "
                 f"(vocab_size {size}){_OF_BYTES if size == BYTES else ''}"
             ) from error
+        return _observed(model, output, batch["variables"]) if "variables" in batch else output
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
@@ -119,3 +124,19 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             out = shlex.quote(str(engine.out))
             found["write more"] = f"nexus-run generate {out} --prompt TEXT"
         return found
+
+
+def _observed(model: NEXUSCore, output: NEXUSOutput, variables: Tensor) -> NEXUSOutput:
+    """The output with what the causal module's graph makes of observed variables.
+
+    Raises:
+        ConfigError: the model has no such module.
+    """
+    probe = model.parts["causal"] if "causal" in model.active_modules else None
+    if not isinstance(probe, CausalModule):
+        raise ConfigError(
+            "the batch has 'variables', and the model no causal module to explain them; ",
+            hint_set("model_nexus.causal", True),
+        )
+    reports = {**output.module_outputs["causal"], **probe.graph.reports(variables)}
+    return replace(output, module_outputs={**output.module_outputs, "causal": reports})

@@ -1,8 +1,6 @@
-"""The reasoner: a few steps of forward chaining with learned predicates and rules."""
+"""The reasoner: rules that all fire at once, step after step."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -12,52 +10,41 @@ from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 
 __all__ = ["Reasoner"]
 
-PREMISES = 2
-TRUTH_FLOOR = 1e-6  # of a rule's premises, inside the logarithm
-HALT_BIAS = -1.0  # at the start, a quarter of what is left halts at each step
+CONCLUSION_SCALE = 0.5
 
 
 class Reasoner(Part):
-    """Derive beliefs from what a token's state says, rule by rule, and write them to the stream.
+    """Derive facts from what a token's state says, by rules that fire in parallel.
 
-    A state is the degree of belief, from 0 to 1, in each of P predicates. A rule is two premises
-    and a conclusion, each of them a symbol that unifies softly with the predicates. At each step
-    the rules compete by how well they suit the token and how true their premises are; the winner's
-    conclusion is believed as far as its premises are (noisy or: beliefs never shrink). Halting is
-    learned: the result is the mean of the states, weighted by the chance to halt there.
+    A state of facts is P numbers. At each step every rule looks at all facts, through weights of
+    its own, and at the token; what it finds is how far it fires, and each that fires adds its
+    conclusions to the facts: a step applies all rules that hold, as forward chaining does. The
+    rules are the same at each step, so a derivation of several steps is made of those of one. No
+    parameter belongs to a step: a model that was trained with K steps takes one more to derive
+    what lies one step further (`model_nexus.reasoning_steps`, or `steps` of this module).
 
-    Shapes: B batch, T time, D model, P predicates, R rules, K steps.
+    Shapes: B batch, T time, D model, P facts, R rules, K steps.
 
     Args:
         d_model: width D of the backbone's states.
-        n_predicates: predicates P.
+        n_predicates: facts P.
         n_rules: rules R.
-        steps: steps K; the last one takes what has not halted.
-        d_symbol: width of the symbols' embeddings.
+        steps: steps K.
 
-    Source: soft unification of Neural Theorem Provers (Rocktaschel & Riedel 2017), differentiable
-        forward chaining of dILP (Evans & Grefenstette 2018), halting of PonderNet (Banino et al.
-        2021). Predicates take no arguments: they speak of the token whose state is read.
+    Source: a block in a loop, as in Universal Transformers (Dehghani et al. 2019) and in recurrent
+        depth (Geiping et al. 2025), with the token read anew at each step as there.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        n_predicates: int = 32,
-        n_rules: int = 16,
-        steps: int = 3,
-        d_symbol: int = 32,
+        self, d_model: int, n_predicates: int = 64, n_rules: int = 128, steps: int = 3
     ) -> None:
         super().__init__()
-        self.n_rules = n_rules
-        self.steps = steps
+        self.n_predicates, self.n_rules, self.steps = n_predicates, n_rules, steps
         self.read = nn.Linear(d_model, n_predicates + n_rules)
-        self.predicates = nn.Parameter(torch.randn(n_predicates, d_symbol))
-        self.premises = nn.Parameter(torch.randn(PREMISES, n_rules, d_symbol))
-        self.conclusions = nn.Parameter(torch.randn(n_rules, d_symbol))
-        self.halt = nn.Linear(n_predicates, 1)
-        nn.init.constant_(self.halt.bias, HALT_BIAS)
+        self.premises = nn.Linear(n_predicates, n_rules, bias=False)
+        self.conclusions = nn.Linear(n_rules, n_predicates, bias=False)
         self.write = GatedWrite(n_predicates, d_model)
+        nn.init.normal_(self.conclusions.weight, std=CONCLUSION_SCALE * n_rules**-0.5)
 
     def forward(
         self, h: Tensor, document: Tensor | None = None
@@ -69,40 +56,26 @@ class Reasoner(Part):
             document: not needed: no token looks at another.
 
         Returns:
-            The update `(..., D)`, and a dict with `reason`, the distribution over rules at each
-            step `(..., K, R)`, and `reason_halting`, the weight of each step `(..., K)`. Both sum
-            to 1 over their last dimension and are in float32 or wider.
+            The update `(..., D)`, and `{"reason": firing}` with `(..., R)` in float32 or wider: how
+            far each rule fired, from 0 to 1, on average over the steps.
         """
-        sizes = [self.halt.in_features, self.n_rules]
-        beliefs, affinity = torch.split(widened(self.read(h)), sizes, -1)
+        sizes = [self.n_predicates, self.n_rules]
         with torch.autocast(h.device.type, enabled=False):
-            beliefs, rules, halting = self._chain(beliefs.sigmoid(), affinity)
-        return self.write(beliefs.to(h.dtype)), {"reason": rules, "reason_halting": halting}
+            facts, seen = torch.split(_linear(self.read, widened(h)), sizes, -1)
+            fired = torch.zeros_like(seen)
+            for _ in range(self.steps):
+                found = _linear(self.premises, _normed(facts)) + seen
+                facts = facts + _linear(self.conclusions, F.silu(found))
+                fired = fired + found.sigmoid()
+            derived = _normed(facts)
+        return self.write(derived.to(h.dtype)), {"reason": fired / self.steps}
 
-    def _chain(self, beliefs: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        premises, conclusions = self._unify(self.premises), self._unify(self.conclusions)
-        running = torch.ones_like(beliefs[..., :1])
-        result = torch.zeros_like(beliefs)
-        distributions, halting = [], []
-        for step in range(self.steps):
-            first, second = (beliefs @ premise.T for premise in premises)
-            truth = first * second
-            rules = (affinity + truth.clamp_min(TRUTH_FLOOR).log()).softmax(-1)
-            beliefs = beliefs + (1 - beliefs) * ((rules * truth) @ conclusions)
-            last = step == self.steps - 1
-            chance = torch.ones_like(running) if last else self._halts(beliefs)
-            weight = running * chance
-            running = running - weight
-            result = result + weight * beliefs
-            distributions.append(rules)
-            halting.append(weight)
-        return result, torch.stack(distributions, -2), torch.cat(halting, -1)
 
-    def _halts(self, beliefs: Tensor) -> Tensor:
-        weight, bias = widened(self.halt.weight), widened(self.halt.bias)
-        return F.linear(beliefs, weight, bias).sigmoid()
+def _linear(layer: nn.Linear, value: Tensor) -> Tensor:
+    """The layer in the type of the value, which is float32 or wider."""
+    bias = None if layer.bias is None else layer.bias.to(value.dtype)
+    return F.linear(value, layer.weight.to(value.dtype), bias)
 
-    def _unify(self, symbols: Tensor) -> Tensor:
-        """(..., P) how far each symbol (..., d_symbol) means each predicate; rows sum to 1."""
-        scores = widened(symbols) @ widened(self.predicates).T / math.sqrt(self.predicates.shape[1])
-        return scores.softmax(-1)
+
+def _normed(facts: Tensor) -> Tensor:
+    return F.rms_norm(facts, facts.shape[-1:])

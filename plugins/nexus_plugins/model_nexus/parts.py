@@ -1,0 +1,45 @@
+"""The modules that a config asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from nexus_plugins.model_nexus.causal import CausalModule
+from nexus_plugins.model_nexus.classic_causal import ClassicCausal
+from nexus_plugins.model_nexus.classic_reasoning import ClassicReasoner
+from nexus_plugins.model_nexus.energy import EnergyModule
+from nexus_plugins.model_nexus.reasoning import Reasoner
+from nexus_plugins.model_nexus.world import WorldModel
+
+if TYPE_CHECKING:
+    from nexus_plugins.model_nexus.nexus import NEXUSConfig
+
+__all__ = ["make_parts"]
+
+
+def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
+    """The modules beside the backbone; each reads its states and updates the stream, gated."""
+    width, parts = config.d_model, nn.ModuleDict()
+    if config.world:
+        parts["world"] = WorldModel(width, config.d_latent, config.world_levels)
+    if config.reason:
+        reasoner = ClassicReasoner if config.classic else Reasoner
+        parts["reason"] = reasoner(
+            width, config.n_predicates, config.n_rules, config.reasoning_steps
+        )
+    if config.energy:
+        parts["energy"] = EnergyModule(
+            width,
+            config.d_code,
+            config.n_memories,
+            config.max_energy_iters,
+            config.energy_threshold,
+        )
+    if config.causal and config.classic:
+        parts["causal"] = ClassicCausal(width, config.n_variables)
+    elif config.causal:
+        names = config.variable_names or config.n_variables
+        parts["causal"] = CausalModule(width, names, config.mechanism_units)
+    return parts

@@ -10,7 +10,7 @@ import signal
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -215,6 +215,7 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     if quiet:
         return headline
     rows = {name: f"{value:.4f}" for name, value in result.metrics.items() if "val" in name}
+    rows = {name: text for name, text in rows.items() if not _is_said(name, rows)}
     for answer in engine.hook.summarize(engine=engine):
         rows.update(answer)
     config = shlex.quote(str(out / "config.yaml"))
@@ -229,6 +230,12 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     width = max(len(name) for name in rows) + 2
     lines = [_row(name, text, width) for name, text in rows.items()]
     return "\n".join(["", click.style(headline, bold=True), *lines])
+
+
+def _is_said(name: str, rows: Mapping[str, str]) -> bool:
+    """Whether a loss term is all of the loss, which has a row."""
+    split, _, metric = name.rpartition("/")
+    return metric.endswith("_loss") and rows[name] == rows.get(f"{split}/loss")
 
 
 def _row(name: str, text: str, width: int) -> str:

@@ -23,6 +23,7 @@ BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remai
 COLUMNS_WHERE_UNKNOWN = 100  # some containers give their terminal no width
 SPEED = "system/throughput_tokens_per_sec"
 HASH = "weights/hash"
+HEADLINE = "/bits_per_byte"
 
 
 class ConsoleConfig(LoggerConfig):
@@ -34,6 +35,11 @@ class ConsoleConfig(LoggerConfig):
         json_schema_extra={"resume": "ignored"},
     )
     quiet: bool = Field(False, description="show nothing", json_schema_extra={"resume": "ignored"})
+    verbose: bool = Field(
+        False,
+        description="show every metric of an evaluation, each loss term too",
+        json_schema_extra={"resume": "ignored"},
+    )
 
 
 class ConsolePlugin(Logger[ConsoleConfig]):
@@ -89,8 +95,9 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         """Print a line, above the bar where there is one."""
         if self.config.quiet:
             return
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        line = f"{_place(engine)}  evaluated: {values}"
+        shown = metrics if self.config.verbose else _headlines(metrics)
+        values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        line = f"{_place(engine)}  {values}"
         if self._bar is not None:
             tqdm.write(line, file=sys.stderr)
         else:
@@ -138,6 +145,13 @@ def _parts(metrics: Mapping[str, float]) -> Iterator[str]:
         yield f"{metrics[SPEED]:,.0f} tokens/s"
     if HASH in metrics:
         yield f"weights {int(metrics[HASH]):012x}"
+
+
+def _headlines(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What an evaluation comes to: of each set the loss, and what is no loss term before it."""
+    best = sorted(metrics, key=lambda name: (name.endswith("loss"), not name.endswith(HEADLINE)))
+    found = {name: metrics[name] for name in best if not name.endswith("_loss")}
+    return found or dict(metrics)
 
 
 def _done(engine: Engine) -> float:

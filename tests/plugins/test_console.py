@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nexus_core import Engine
+from nexus_core.testing import tiny_engine
 from nexus_plugins.console import ConsolePlugin
 from nexus_plugins.throughput import ThroughputPlugin
 
@@ -49,7 +50,7 @@ def test_off_a_terminal_each_log_is_a_line(capsys: pytest.CaptureFixture[str]) -
     ]
     pattern = r"step 2/6  loss \d+\.\d{4}  lr 1\.00e-01  [\d,]+ tokens/s  \d\d:\d\d left"
     assert re.fullmatch(pattern, lines[0])
-    assert re.search(r"evaluated: .*val/loss \d+\.\d{4}", lines[2])
+    assert re.search(r"val/loss \d+\.\d{4}$", lines[2])
     assert "left" not in lines[3]
 
 
@@ -118,7 +119,7 @@ def test_on_a_terminal_a_bar_moves_to_the_end(
     assert re.search(r" 10%\|.*\| 4/40 samples \[", text)
     assert re.search(r"100%\|.*\| 40/40 samples \[", text)
     assert re.search(r"loss \d+\.\d{4}  lr 1\.00e-01", text)
-    assert re.search(r"step 10  50\.0% of 40 samples  evaluated: .*val/loss", text)
+    assert re.search(r"step 10  50\.0% of 40 samples  .*val/loss", text)
 
 
 def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,3 +131,14 @@ def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) 
     places = re.findall(r"(\d+)/40 steps", b"".join(screen).decode())
     assert places[0] == "30"
     assert places[-1] == "40"
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_an_evaluation_is_its_headline_and_each_loss_term_on_request(
+    verbose: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tiny_engine(ConsolePlugin(every=None, verbose=verbose))
+    engine.fit(until="1 step")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "val/" in line]
+    assert "val/loss " in line
+    assert ("val/tiny_next_loss" in line, "val/total_loss" in line) == (verbose, verbose)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from safetensors.torch import load_file
@@ -30,8 +30,13 @@ from nexus_plugins_contrib.peft import PeftPlugin
 from tests.contrib import hf
 
 pytestmark = pytest.mark.slow
-CASES: list[tuple[str, dict[str, Any] | None]] = [("pad", None), ("pack", {"r": 4})]
-WAYS = {"ddp": partial(DdpPlugin, timeout=30), "fsdp": partial(FsdpPlugin, timeout=30)}
+Case: TypeAlias = tuple[str, dict[str, Any] | None]
+WHOLE: Case = ("pad", None)
+ADAPTED: Case = ("pack", {"r": 4})
+WAYS = {
+    "ddp": (partial(DdpPlugin, timeout=30), [ADAPTED]),
+    "fsdp": (partial(FsdpPlugin, timeout=30), [WHOLE, ADAPTED]),
+}
 
 
 def train(
@@ -69,10 +74,10 @@ def train(
     return seen
 
 
-def train_all(make: Any, folder: Path, out: Path) -> list[list[Seen]]:
+def train_all(make: Any, cases: list[Case], folder: Path, out: Path) -> list[list[Seen]]:
     """Each case as a whole, and as a run that is stopped and resumed; in one pair of processes."""
     found = []
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         saved = partial(train, make, folder, *case, out / str(number))
         found.append([saved(stop_at=5), saved(resume=True)])
     return found
@@ -84,9 +89,10 @@ def test_two_processes_have_the_numbers_of_one_and_resume(way: str, tmp_path: Pa
     folder = Path(hf.saved(tmp_path / "model", "llama"))
     texts = ["ABCDEFGHIJ"[: 2 + n % 8] + str(n) for n in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    cases = [train(WAYS[way], folder, *case) for case in CASES]
-    for seen in together(2, train_all, WAYS[way], folder, tmp_path):
-        for (first, second), alone in zip(seen, cases, strict=True):
+    make, cases = WAYS[way]
+    whole = [train(make, folder, *case) for case in cases]
+    for seen in together(2, train_all, make, cases, folder, tmp_path):
+        for (first, second), alone in zip(seen, whole, strict=True):
             logged = first.logged + second.logged, first.evaluations + second.evaluations
             for lines, expected in zip(logged, (alone.logged, alone.evaluations), strict=True):
                 assert len(lines) == len(expected) > 0
@@ -95,7 +101,7 @@ def test_two_processes_have_the_numbers_of_one_and_resume(way: str, tmp_path: Pa
             assert second.last.keys() == alone.last.keys()
             for name, numbers in second.last.items():
                 assert numbers == pytest.approx(alone.last[name], abs=1e-6), name
-    for number, (_, adapters) in enumerate(CASES):
+    for number, (_, adapters) in enumerate(cases):
         final = tmp_path / str(number) / "checkpoints/final"
         names = {name for file in final.rglob("*.safetensors") for name in load_file(file)}
         weights = {name for name in names if "q_proj.weight" in name or "base_layer" in name}

@@ -202,6 +202,27 @@ class FakeEngine:
         self.logged[name] = finish(mean) if finish else mean
 
 
+class LazyOutput:
+    """Offers states and a head, and logits that are computed when somebody reads them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self.hidden, self.head_weight = hidden, weight
+
+    @property
+    def logits(self) -> Tensor:
+        raise AssertionError("full logits were computed")
+
+
+def test_logits_are_not_read_where_they_are_not_needed() -> None:
+    """Red if a look at what an output offers computes full logits: their time and their memory."""
+    output = LazyOutput(torch.randn(2, 3, 5), torch.randn(7, 5))
+    labels = torch.randint(7, (2, 3))
+    found = LossLmPlugin(label_smoothing=0.0).loss({"labels": labels}, output)
+    logits = (output.hidden @ output.head_weight.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_evaluation_reports_perplexity_and_bits_per_byte_without_smoothing() -> None:
     """Red: validation figures cannot be compared with those of others."""
     torch.manual_seed(0)

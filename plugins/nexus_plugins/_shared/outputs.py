@@ -28,9 +28,10 @@ def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if isinstance(first, Tensor):
         return first, None
-    hidden, head, logits = (_named(first, name) for name in ("hidden", "head_weight", "logits"))
+    hidden, head = _named(first, "hidden"), _named(first, "head_weight")
     if isinstance(hidden, Tensor) and isinstance(head, Tensor):
         return hidden, head
+    logits = _named(first, "logits")  # asked for last: reading it may compute it
     if isinstance(logits, Tensor):
         return logits, None
     raise ConfigError(

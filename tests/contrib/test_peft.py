@@ -28,7 +28,10 @@ from nexus_plugins_contrib.model_hf import ModelHfPlugin
 from nexus_plugins_contrib.peft import PeftPlugin
 from tests.contrib import hf
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_check.* is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_check.* is deprecated:FutureWarning",
+    "ignore:peft. the loss does not reach .*parts.reason:RuntimeWarning",  # which has its own loss
+)
 NEXUS = {"vocab_size": hf.VOCABULARY, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
 
 

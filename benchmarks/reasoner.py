@@ -1,0 +1,110 @@
+"""The reasoner alone on questions of several hops, beside a plain MLP of its size.
+
+    python -m benchmarks.reasoner [--seeds 3]
+
+A question is a table of six places (where each leads to), a start and a number of hops, as one
+vector; the answer is where they end. Each row has a table of its own, so none can be known by
+heart. Both are trained on 1 to 3 hops, with as much processor time; asked are held-out questions
+of 1 to 3 hops, and of 4, for which the reasoner takes a fourth step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_plugins.model_nexus.reasoning import Reasoner
+
+PLACES, MOST, WIDTH, STEPS, ROWS, LR = 6, 3, 64, 1000, 256, 3e-3
+HIDDEN = 260  # of the MLP, which then has as many parameters
+Questions = tuple[Tensor, Tensor]
+
+
+def questions(generator: torch.Generator, rows: int, exactly: int | None = None) -> Questions:
+    """Questions of up to `MOST` hops, or of as many as said, and their answers."""
+    table = torch.randint(PLACES, (rows, PLACES), generator=generator)
+    place = torch.randint(PLACES, (rows, 1), generator=generator)
+    hops = torch.randint(1, MOST + 1, (rows, 1), generator=generator)
+    hops = hops if exactly is None else torch.full_like(hops, exactly)
+    told = [F.one_hot(one, PLACES).flatten(1) for one in (table, place)]
+    for hop in range(int(hops.max())):
+        place = torch.where(hop < hops, table.gather(1, place), place)
+    return torch.cat([*told, hops / 2], 1).float(), place[:, 0]
+
+
+class Answerer(nn.Module):
+    """Reads a question, thinks about it, and answers."""
+
+    def __init__(self, reasons: bool) -> None:
+        super().__init__()
+        self.read = nn.Linear(PLACES * PLACES + PLACES + 1, WIDTH)
+        self.reasoner = Reasoner(WIDTH, steps=MOST) if reasons else None
+        mlp = (nn.Linear(WIDTH, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, WIDTH))
+        self.mlp = None if reasons else nn.Sequential(*mlp)
+        self.head = nn.Linear(WIDTH, PLACES)
+
+    def forward(self, told: Tensor) -> Tensor:
+        h = F.rms_norm(self.read(told), (WIDTH,))
+        update = self.reasoner(h)[0] if self.reasoner is not None else self.mlp(h)
+        answer: Tensor = self.head(F.rms_norm(h + update, (WIDTH,)))
+        return answer
+
+
+def train(model: nn.Module, seed: int, seconds: float | None) -> float:
+    """Train for `STEPS` steps, or for so much processor time; returns what it took."""
+    generator, begin = torch.Generator().manual_seed(seed + 1), time.process_time()
+    optimizer, done = torch.optim.AdamW(model.parameters(), lr=LR), 0.0
+    step = 0
+    while done < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1, (step + 1) / 50, 2 - 2 * done)
+        told, places = questions(generator, ROWS)
+        optimizer.zero_grad()
+        F.cross_entropy(model(told), places).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        done = step / STEPS if seconds is None else (time.process_time() - begin) / seconds
+    return time.process_time() - begin
+
+
+@torch.no_grad()
+def nats(model: nn.Module, asked: Questions) -> float:
+    """The cross-entropy of the answers."""
+    return F.cross_entropy(model(asked[0]), asked[1]).item()
+
+
+def compare(seed: int) -> dict[str, float]:
+    """The nats of both on questions of known depth and one hop further."""
+    held_out = torch.Generator().manual_seed(10**6 + seed)
+    known, further = questions(held_out, 4000), questions(held_out, 4000, MOST + 1)
+    torch.manual_seed(seed)
+    reasoner, mlp = Answerer(reasons=True), Answerer(reasons=False)
+    train(mlp, seed, train(reasoner, seed, None))
+    found = {"known, reasoner": nats(reasoner, known), "known, MLP": nats(mlp, known)}
+    found |= {"further, MLP": nats(mlp, further), "further, 3 steps": nats(reasoner, further)}
+    assert reasoner.reasoner is not None
+    reasoner.reasoner.steps += 1
+    return {**found, "further, 4 steps": nats(reasoner, further)}
+
+
+def main() -> None:
+    """Print the mean and the spread over seeds."""
+    parser = argparse.ArgumentParser(prog="benchmarks.reasoner", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--seeds", type=int, default=3)
+    runs = [compare(seed) for seed in range(parser.parse_args().seeds)]
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{name}: {statistics.mean(values):.3f} ± {spread:.3f} nats")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -167,7 +167,7 @@ def test_the_command_draws_and_leaves_no_run(
     assert result.exit_code == 0, result.output
     assert "over 30 steps" in result.output
     assert "⠀" in result.output
-    assert "highest 0.01 at step 5," in result.output
+    assert "highest 0.012 at step 5," in result.output
     assert "is taken to be" not in result.output
     picture = Path("runs/quickstart-lr.png")
     assert picture.exists() is with_matplotlib

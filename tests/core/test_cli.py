@@ -288,6 +288,7 @@ def test_quiet_is_of_this_command_and_not_of_the_run() -> None:
     assert yaml.safe_load(Path("one/config.yaml").read_text())["plugins"]["console"] == {
         "every": "10 seconds",
         "quiet": False,
+        "verbose": False,
     }
 
 

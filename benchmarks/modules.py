@@ -106,8 +106,9 @@ class Contender:
             (batch, self.model.hidden(batch["input_ids"], batch.get("segment_ids")))
             for batch in self._held_out
         ]
+        beside = self.task.timed(self.model, self._rows.seed)
         self.model.train()
-        return self.task.measure(seen)
+        return self.task.measure(seen) | beside
 
 
 def compete(seed: int, task: Task, sizes: Sizes, only: frozenset[str]) -> list[Run]:

@@ -2,57 +2,124 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from benchmarks.tasks.task import Batch, Task, Variant, generator
+from benchmarks.tasks.task import Batch, Seen, Task, Variant, generator
+from nexus_plugins.model_nexus import NEXUSCore
 
 __all__ = ["TASK", "Denoising"]
 
 
 @dataclass(frozen=True)
 class Denoising(Task):
-    """A walk through a graph, of which some tokens are replaced at random; say what they were.
+    """A sequence that follows a rule, of which some tokens are replaced; say what they were.
 
-    Each token has a few successors (the graph belongs to the seed). A part of each row's tokens,
-    another part for every row, is replaced by any token. The label of a position is the token
-    that stood there, or before it was replaced.
+    Every token is a function of the two before it (the rule, a scrambled addition table, belongs
+    to the seed). A part of each row's tokens, another part for every row, is replaced: by a blank
+    or by any token. The label of a position is the token that stood there before. It can be worked
+    out, step by step, from the last two that are trusted.
     """
 
     name: ClassVar[str] = "denoising"
     module: ClassVar[str] = "energy"
 
-    symbols: int = 32
-    successors: int = 2
-    most_noise: float = 0.6
+    symbols: int = 8
+    order: int = 2
+    """Tokens before one that it is a function of: 1 or 2."""
+    most_noise: float = 0.7
     """The level of noise is uniform from 0 to this."""
+    blanks: float = 0.5
+    """Part of the replaced tokens that are blank."""
+    d_code: int = 64
+    n_memories: int = 128
+    iterations: int = 6
+    threshold: float = 0.1
+    weight: float = 0.2
 
     @property
     def vocab_size(self) -> int:
-        """The tokens of the walk."""
-        return self.symbols
+        """The tokens of the rule, and the blank."""
+        return self.symbols + 1
 
     def batch(self, seed: int, step: int) -> Batch:
-        """Noisy walks, with the clean walk as labels and the `level` of each row."""
-        world, draw = generator(seed), generator(seed, step)
-        graph = torch.stack(
-            [torch.randperm(self.symbols, generator=world) for _ in range(self.successors)], 1
-        )
-        choices = torch.randint(self.successors, (self.length, self.rows), generator=draw)
-        clean = [torch.randint(self.symbols, (self.rows,), generator=draw)]
-        for choice in choices[1:]:
-            clean.append(graph[clean[-1], choice])
+        """Noisy sequences, with the clean ones as labels and the `level` of each row."""
+        draw = generator(seed, step)
+        return self._noisy(seed, self.most_noise * torch.rand((self.rows, 1), generator=draw), draw)
+
+    def _noisy(self, seed: int, level: Tensor, draw: torch.Generator) -> Batch:
+        world = generator(seed)
+        first, second, sum_of = (torch.randperm(self.symbols, generator=world) for _ in range(3))
+        clean = [torch.randint(self.symbols, (self.rows,), generator=draw) for _ in range(2)]
+        for _ in range(self.length - 2):
+            before = second[clean[-2]] if self.order == 2 else 0
+            clean.append(sum_of[(first[clean[-1]] + before) % self.symbols])
         labels = torch.stack(clean, 1)
-        level = self.most_noise * torch.rand((self.rows, 1), generator=draw)
         is_noise = torch.rand(labels.shape, generator=draw) < level
         noise = torch.randint(self.symbols, labels.shape, generator=draw)
+        is_blank = torch.rand(labels.shape, generator=draw) < self.blanks
+        noise = noise.where(~is_blank, self.symbols)
         return {"input_ids": torch.where(is_noise, noise, labels), "labels": labels, "level": level}
 
     def variants(self) -> list[Variant]:
         """The energy module, the backbone, an MLP."""
-        return self.standard({}, {"loss_energy": {}})
+        sizes = {
+            "d_code": self.d_code,
+            "n_memories": self.n_memories,
+            "max_energy_iters": self.iterations,
+            "energy_threshold": self.threshold,
+        }
+        return self.standard(sizes, {"loss_energy": {"weight": self.weight}})
+
+    def measure(self, seen: Seen) -> dict[str, float]:
+        """Also the refinements made, and how they rank with the level of noise."""
+        found = super().measure(seen)
+        if "energy" not in seen[0][1].module_outputs:
+            return found
+        made = torch.cat([out.module_outputs["energy"]["refinements"] for _, out in seen])
+        level = torch.cat([batch["level"] for batch, _ in seen])
+        return found | {
+            "refinements": made.mean().item(),
+            "of the easiest third": made[level[:, 0] < self.most_noise / 3].mean().item(),
+            "of the hardest third": made[level[:, 0] > self.most_noise / 1.5].mean().item(),
+            "rank correlation, rows": spearman(made.mean(1), level[:, 0]),
+            "rank correlation, tokens": spearman(made.flatten(), level.expand_as(made).flatten()),
+        }
+
+    def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
+        """The module's processor time for rows without noise and with the most of it, in turns."""
+        if "energy" not in model.parts:
+            return {}
+        read: list[Tensor] = []
+        part = model.parts["energy"]
+        hook = part.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        seconds: dict[float, list[float]] = {0.0: [], self.most_noise: []}
+        for number in range(9):
+            for level, taken in seconds.items():
+                draw = generator(seed, number)
+                ids = self._noisy(seed, torch.full((self.rows, 1), level), draw)["input_ids"]
+                model.hidden(ids, observed=False)
+                begin = time.process_time()
+                part(read[-1])
+                taken.append(time.process_time() - begin)
+        hook.remove()
+        easy, hard = (1000 * statistics.median(taken) for taken in seconds.values())
+        return {"ms without noise": easy, "ms with most noise": hard}
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Rank correlation; equals share the mean of their ranks."""
+    return torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1].item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - counts / 2)[which].double()
 
 
 TASK = Denoising

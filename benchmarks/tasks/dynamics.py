@@ -1,4 +1,4 @@
-"""Hidden dynamics: what a token shows of a world that moves on by itself."""
+"""Hidden dynamics: a world with a law of its own, seen through noise."""
 
 from __future__ import annotations
 
@@ -6,60 +6,64 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from benchmarks.tasks.task import IGNORED, Batch, Task, Variant, generator
+from benchmarks.tasks.task import Batch, Task, Variant, generator
 
 __all__ = ["TASK", "Dynamics"]
 
 
 @dataclass(frozen=True)
 class Dynamics(Task):
-    """Hidden oscillators, each with a speed of its own; a token is a rough reading of their sum.
+    """Each row moves along a hidden cycle of its own, and shows a symbol at every place of it.
 
-    Every row has new phases and speeds (of a set that belongs to the seed). One reading says
-    little; phases and speeds must be inferred from many, and then all that follows is known but
-    for the noise.
+    Length and symbols of the cycle are drawn for each row; some tokens are replaced by any symbol.
+    Two places may look alike, so what comes next depends on the place, not on the symbol. Who has
+    found the cycle knows all that follows but the noise.
     """
 
     name: ClassVar[str] = "dynamics"
     module: ClassVar[str] = "world"
 
-    oscillators: int = 2
-    speeds: int = 8
-    """How many speeds there are to choose from."""
-    levels: int = 32
-    """Readings that a token can show."""
+    symbols: int = 12
+    shortest: int = 6
+    longest: int = 12
     noise: float = 0.0
-    """Standard deviation, in levels."""
+    """Part of the tokens that are replaced."""
+    d_latent: int = 64
+    levels: int = 4
+    """Moves that the world model rolls out."""
+    heads: int = 0
+    latent_weight: float = 0.3
 
     @property
     def vocab_size(self) -> int:
-        """One token a reading."""
-        return self.levels
+        """One token a symbol."""
+        return self.symbols
 
     def batch(self, seed: int, step: int) -> Batch:
-        """Readings, with the next one as label."""
-        world, draw = generator(seed), generator(seed, step)
-        speeds = 0.1 + 0.9 * torch.rand(self.speeds, generator=world)
-        shape = (self.rows, self.oscillators, 1)
-        speed = speeds[torch.randint(self.speeds, shape, generator=draw)]
-        phase = 2 * torch.pi * torch.rand(shape, generator=draw)
-        time = torch.arange(self.length + 1)
-        sums = torch.sin(phase + speed * time).sum(1) / self.oscillators
-        readings = self._read(sums, draw)
-        labels = readings[:, 1:].clone()
-        labels[:, : self.length // 8] = IGNORED
-        return {"input_ids": readings[:, :-1], "labels": labels}
-
-    def _read(self, sums: Tensor, draw: torch.Generator) -> Tensor:
-        exact = (sums + 1) / 2 * (self.levels - 1)
-        rough = exact + self.noise * torch.randn(sums.shape, generator=draw)
-        return rough.round().long().clamp(0, self.levels - 1)
+        """What is seen, with what is seen next as label."""
+        draw = generator(seed, step)
+        lengths = torch.randint(self.shortest, self.longest + 1, (self.rows, 1), generator=draw)
+        cycles = torch.randint(self.symbols, (self.rows, self.longest), generator=draw)
+        places = torch.arange(self.length + 1).expand(self.rows, -1) % lengths
+        seen = cycles.gather(1, places)
+        is_noise = torch.rand(seen.shape, generator=draw) < self.noise
+        seen = seen.where(~is_noise, torch.randint(self.symbols, seen.shape, generator=draw))
+        return {"input_ids": seen[:, :-1], "labels": seen[:, 1:]}
 
     def variants(self) -> list[Variant]:
-        """The world model, the backbone, an MLP."""
-        return self.standard({}, {"loss_world": {}})
+        """The world model, the backbone, an MLP; multi-token prediction, the classical world."""
+        sizes = {"d_latent": self.d_latent, "world_levels": self.levels, "world_heads": self.heads}
+        heads_alone = {"latent_weight": 0.0, "token_weight": 0.0}
+        return [
+            *self.standard(sizes, {"loss_world": {"latent_weight": self.latent_weight}}),
+            Variant(
+                "multi-token",
+                {"world": True, "d_latent": self.d_latent, "world_levels": 1, "world_heads": 2},
+                {"loss_world": heads_alone},
+            ),
+            Variant("classic", {"world": True, "classic": True}, {"loss_world": {"classic": True}}),
+        ]
 
 
 TASK = Dynamics

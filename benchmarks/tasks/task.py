@@ -111,7 +111,7 @@ class Task(ABC):
     module: ClassVar[str]
     """The module that it is for."""
 
-    rows: int = 16
+    rows: int = 8
     length: int = 64
     steps: int = 400
     """Optimizer steps of the variant with the module."""
@@ -146,6 +146,10 @@ class Task(ABC):
             hits += int((logits.argmax(-1) == labels).sum())
             units += int((labels != IGNORED).sum())
         return {"nats": nats / units, "accuracy": hits / units}
+
+    def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
+        """What is measured of the model beside, such as times; it is in evaluation mode."""
+        return {}
 
     def standard(
         self, settings: Mapping[str, Any], losses: Mapping[str, Mapping[str, Any]]

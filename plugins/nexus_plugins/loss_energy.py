@@ -1,14 +1,25 @@
-"""The energy module's loss: low valleys, reached in about so many refinements."""
+"""The energy module's loss: what refinements cost, and what they foresee."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import hookimpl
-from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, real_positions
+from nexus_plugins._shared.module_loss import (
+    ModuleLoss,
+    PositionLossConfig,
+    real_positions,
+    refuse_idle,
+)
+from nexus_plugins._shared.token_losses import token_nats
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -16,25 +27,58 @@ if TYPE_CHECKING:
 
 __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]
 
+CLASSIC = ("iteration_weight", "target_iterations")
+"""Settings that do nothing but in the classical formula."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Final states and the head that reads them."""
+
+    hidden: Tensor
+    head_weight: Tensor
+
 
 class LossEnergyConfig(PositionLossConfig):
     """Settings of the energy module's loss."""
 
-    weight: float = Field(0.05, description="factor of this term in the total loss")
+    weight: float = Field(
+        0.1, description="factor of this term in the total loss; classic: 0.05 unless it is given"
+    )
+    classic: bool = Field(False, description="the loss of the classical energy module")
     iteration_weight: float = Field(
-        0.01, ge=0, description="factor of the distance to `target_iterations`"
+        0.01, ge=0, description="factor of the distance to `target_iterations`; classic"
     )
     target_iterations: float = Field(
-        5.0, ge=0, description="refinements that a token should take on average"
+        5.0, ge=0, description="refinements that a token should take on average; classic"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classical_weight(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"weight": 0.05, **given} if given.get("classic") else given
+
+    @model_validator(mode="after")
+    def _acts(self) -> LossEnergyConfig:
+        refuse_idle(self, self.classic, () if self.classic else CLASSIC)
+        return self
 
 
 class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
-    """Trains on `final_energy + iteration_weight * |iterations - target_iterations|`.
+    """Trains every refinement to be the last one, and to foresee what it would cost if it were.
 
-    The model reports `energy`, a dict of `final_energy` and `iterations`, both `(B, T)`. The mean
-    is over positions. Training also logs `energy/avg_iterations`: of `refinements`, the refinements
-    really made, where the model reports them, else of the expected `iterations`.
+    The model reports `energy`, a dict of `early` `(B, T, D)`, final states had tokens settled after
+    fewer refinements, and `foreseen` `(B, T)`, what that is expected to cost in nats. The loss is
+    the cross-entropy of `early` with the labels, and the squared distance between `foreseen` and
+    the difference of that cross-entropy to the model's own, which has no gradient. Positions
+    without a label add 0. Where a refinement gains nothing, nothing is what it learns to foresee,
+    and all of it is measured on the labels: there is no reward for codes that say nothing.
+
+    With `classic` the dict is of `iterations` and `final_energy`, both `(B, T)`, and the loss is
+    `final_energy + iteration_weight * |iterations - target_iterations|`.
+
+    Training also logs `energy/avg_iterations`: of `refinements`, the refinements really made, where
+    the model reports them, else of the expected `iterations`.
     """
 
     def units(self, batch: Batch) -> Tensor:
@@ -44,10 +88,39 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     def loss(self, batch: Batch, output: Any) -> Tensor:
         """The sum over positions."""
         energy = self.reports(output)["energy"]
-        distance = (energy["iterations"] - self.config.target_iterations).abs()
-        each = energy["final_energy"] + self.config.iteration_weight * distance
+        each = (
+            self._classic(energy)
+            if self.config.classic
+            else self._of_refinements(batch, output, energy)
+        )
         total: Tensor = (each * real_positions(batch, self.config.ignore_index)).sum()
         return total
+
+    def _of_refinements(self, batch: Batch, output: Any, energy: Mapping[str, Tensor]) -> Tensor:
+        if "early" not in energy:
+            raise self._other_model("early", is_classic=True)
+        skipped, head = self.config.ignore_index, output.head_weight
+        labels = batch.get("labels", F.pad(batch["input_ids"][:, 1:], (0, 1), value=skipped))
+        early = token_nats(States(energy["early"], head), labels, skipped)
+        with torch.no_grad():
+            cost = early - token_nats(States(output.hidden, head), labels, skipped)
+        missed: Tensor = (energy["foreseen"] - cost).square() * (labels != skipped)
+        return early + missed
+
+    def _classic(self, energy: Mapping[str, Tensor]) -> Tensor:
+        if "final_energy" not in energy:
+            raise self._other_model("final_energy", is_classic=False)
+        distance = (energy["iterations"] - self.config.target_iterations).abs()
+        return energy["final_energy"] + self.config.iteration_weight * distance
+
+    def _other_model(self, missing: str, is_classic: bool) -> ConfigError:
+        return ConfigError(
+            f"loss_energy needs module_outputs['energy']['{missing}'], which the model does not "
+            "report. Model and loss must both be classical, or neither: ",
+            hint_set("model_nexus.classic", not is_classic),
+            " or ",
+            hint_set("loss_energy.classic", is_classic),
+        )
 
     @hookimpl
     def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
@@ -55,6 +128,6 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
         if engine.training:
             energy = self.reports(output)["energy"]
             real = real_positions(batch, self.config.ignore_index)
-            made = energy.get("refinements", energy["iterations"].detach())
+            made = energy["refinements" if "refinements" in energy else "iterations"].detach()
             engine.log("energy/avg_iterations", (made * real).sum(), units=real.sum())
         return {self.term: self.loss(batch, output)}

@@ -1,17 +1,24 @@
-"""The world-model loss: predict the latents of tokens to come."""
+"""The world-model loss: predict the model's own next states, and the tokens after next."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nexus_core.plugin import hookimpl
-from nexus_plugins._shared.module_loss import ModuleLoss, PositionLossConfig, real_positions
+from nexus_plugins._shared.linear_cross_entropy import linear_cross_entropy
+from nexus_plugins._shared.module_loss import (
+    ModuleLoss,
+    PositionLossConfig,
+    real_positions,
+    refuse_idle,
+)
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
@@ -19,41 +26,84 @@ if TYPE_CHECKING:
 
 __all__ = ["LossWorldConfig", "LossWorldPlugin"]
 
+MODERN = ("latent_weight", "token_weight", "head_weight")
+CLASSIC = ("variance_weight", "variance_floor", "decay", "decay_schedule")
+"""Settings of either formula, which do nothing with the other."""
+
 
 class LossWorldConfig(PositionLossConfig):
     """Settings of the world-model loss and of its target encoder."""
 
-    weight: float = Field(0.1, description="factor of this term in the total loss")
-    variance_weight: float = Field(0.1, ge=0, description="factor of the hinge on the variance")
+    weight: float = Field(
+        1.0, description="factor of this term in the total loss; classic: 0.1 unless it is given"
+    )
+    latent_weight: float = Field(
+        0.3, ge=0, description="factor of the distance between predicted and later states"
+    )
+    token_weight: float = Field(
+        1.0, ge=0, description="factor of the cross-entropy of the token after a predicted state"
+    )
+    head_weight: float = Field(
+        1.0, ge=0, description="factor of the cross-entropy of the heads for tokens further ahead"
+    )
+    classic: bool = Field(False, description="the loss of the classical world model")
+    variance_weight: float = Field(
+        0.1, ge=0, description="factor of the hinge on the variance; classic"
+    )
     variance_floor: float = Field(
         0.1, ge=0, description="variance of a prediction over its dimensions where the hinge begins"
     )
     decay: float = Field(
-        0.996, ge=0, le=1, description="part of the target encoder kept at each optimizer step"
+        0.996,
+        ge=0,
+        le=1,
+        description="part of the target encoder kept at each optimizer step; classic",
     )
     decay_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: the decay rises to 1 by the end of the run"
+        "constant", description="cosine: the decay rises to 1 by the end of the run; classic"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classical_weight(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"weight": 0.1, **given} if given.get("classic") else given
+
+    @model_validator(mode="after")
+    def _acts(self) -> LossWorldConfig:
+        refuse_idle(self, self.classic, MODERN if self.classic else CLASSIC)
+        return self
 
 
 class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
-    """Trains latents to foretell later ones, and moves the target encoder after each step.
+    """Trains the model to predict its own next states and the tokens after the next one.
 
-    The model reports `world` and `world_targets` `(B, T, L, d)` and `world_mask` `(B, T, L)`, true
-    where a target exists, and may have `update_world_target(decay)`. A position counts if the
-    token after it is there and of the same document; its loss is the mean over its targets of
+    The model reports `world` and `world_targets` `(B, T, K, D)` and `world_mask` `(B, T, K)`, true
+    where a target exists. A position counts if the token after it is there and of the same
+    document; its loss is the mean over K, what does not exist counting 0, of
+    `latent_weight * smooth_l1(world, world_targets)`, a mean over D. If it also reports
+    `world_heads` `(B, T, M, D)`, `world` are states that `head_weight` turns into logits, and there
+    are two more parts: `token_weight` times the cross-entropy of the token after each state of
+    `world`, with the head taken as given, mean over K; and `head_weight` times that of the tokens
+    2, 3, ... ahead, mean over M. Tokens whose `labels` are -100 do not count.
+
+    States that are equal for all tokens would cost nothing here, and everything in the
+    cross-entropy of the same states: they cannot collapse while the language model is trained.
+
+    With `classic`, the mean is over the targets that exist of
     `mean((world - world_targets)^2) + variance_weight * relu(variance_floor - variance)`, the
-    variance (population) being that of the prediction over d. Without `world_targets` there is
-    only the second part.
+    variance (population) being that of the prediction over D; without `world_targets` there is
+    only the second part. The model may have `update_world_target(decay)`.
 
     The hinge keeps one prediction from being the same number in every dimension. It is no defence
     against collapse: latents that are equal for all tokens cost nothing. What works against that
     is that the targets have no gradient and follow slowly, and have mean 0 and variance 1.
 
-    Source: VICReg (Bardes et al. 2022) has a hinge on the standard deviation over the batch, for
-        each dimension. That is no sum over positions, so the gradient of a step would depend on
-        its split into micro-batches; here it is on the variance over the latent dimension. The
-        cosine decay is that of BYOL (Grill et al. 2020).
+    Source: Teoh et al. 2025, "Next-Latent Prediction Transformers Learn Compact World Models", the
+        smooth L1 distance and the divergence; Gloeckle et al. 2024 for the heads. Classic: VICReg
+        (Bardes et al. 2022) has a hinge on the standard deviation over the batch, for each
+        dimension. That is no sum over positions, so the gradient of a step would depend on its
+        split into micro-batches; here it is on the variance over the latent dimension. The cosine
+        decay is that of BYOL (Grill et al. 2020).
     """
 
     api_version: ClassVar[str] = "1.2"
@@ -65,8 +115,39 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     def loss(self, batch: Batch, output: Any) -> Tensor:
         """The sum over positions of the mean over their targets."""
         reports = self.reports(output)
-        predictions = reports["world"]
-        predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        if self.config.classic:
+            return self._classic(batch, reports)
+        predictions, targets = wide(reports["world"]), wide(reports["world_targets"])
+        counts = self._foretelling(batch).unsqueeze(-1) & reports["world_mask"]
+        each = F.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
+        total: Tensor = self.config.latent_weight * (each * counts).sum() / predictions.shape[2]
+        if "world_heads" not in reports:
+            return total
+        return total + self._of_tokens(batch, output.head_weight, reports, counts)
+
+    def _of_tokens(
+        self, batch: Batch, head: Tensor, reports: Mapping[str, Tensor], counts: Tensor
+    ) -> Tensor:
+        """What predicted states say of the token after them, and heads of tokens further ahead."""
+        heads = reports["world_heads"]
+        reached = [self._reaches(batch, ahead) for ahead in range(1, heads.shape[2] + 1)]
+        of_states = self._nats(batch, reports["world"], head.detach(), counts)
+        total = self.config.token_weight * of_states
+        if reached:
+            of_heads = self._nats(batch, heads, head, torch.stack(reached, 2))
+            total = total + self.config.head_weight * of_heads
+        return total
+
+    def _nats(self, batch: Batch, states: Tensor, head: Tensor, counts: Tensor) -> Tensor:
+        """The cross-entropy of the token after next, and so on, from states `(B, T, K, D)`."""
+        skipped, ahead = self.config.ignore_index, states.shape[2]
+        after = batch.get("labels", later(batch["input_ids"], 1, skipped))
+        wanted = torch.stack([later(after, n, skipped) for n in range(1, ahead + 1)], 2)
+        wanted, rows = wanted.where(counts, skipped).flatten(), states.flatten(0, 2)
+        return linear_cross_entropy(rows, head, wanted, 0.0, skipped) / ahead
+
+    def _classic(self, batch: Batch, reports: Mapping[str, Tensor]) -> Tensor:
+        predictions = wide(reports["world"])
         variance = predictions.var(-1, correction=0)
         each = self.config.variance_weight * F.relu(self.config.variance_floor - variance)
         mask = self._foretelling(batch).unsqueeze(-1).expand(variance.shape)
@@ -94,8 +175,23 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
 
     def _foretelling(self, batch: Batch) -> Tensor:
         """(B, T) whether a token and the next one are real and of one document."""
-        ids = batch["input_ids"]
+        return self._reaches(batch, 1)
+
+    def _reaches(self, batch: Batch, ahead: int) -> Tensor:
+        """(B, T) whether a token and the one `ahead` of it are real and of one document."""
         real = real_positions(batch, self.config.ignore_index)
-        documents = batch.get("segment_ids", torch.zeros_like(ids))
-        pairs = real[:, :-1] & real[:, 1:] & (documents[:, :-1] == documents[:, 1:])
-        return F.pad(pairs, (0, 1))
+        documents = batch.get("segment_ids", torch.zeros_like(batch["input_ids"]))
+        same = later(documents, ahead, -1) == documents
+        reaches: Tensor = real & later(real, ahead, 0) & same
+        return reaches
+
+
+def later(values: Tensor, ahead: int, missing: int) -> Tensor:
+    """What stands `ahead` places later along time, `missing` past the end; `(B, T)`."""
+    ahead = min(ahead, values.shape[1])
+    return F.pad(values[:, ahead:], (0, ahead), value=missing)
+
+
+def wide(values: Tensor) -> Tensor:
+    """The values in float32, or in their own type where that is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

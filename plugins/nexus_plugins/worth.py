@@ -35,7 +35,8 @@ class WorthPlugin(Plugin[WorthConfig]):
     does not see what the module's loss taught the rest of the model, which only a run without the
     module can tell.
 
-    The model has `active_modules`, a tuple of names, and `without(name)`, a context manager. A
+    The model has `active_modules`, a tuple of names, and `without(name)`, a context manager; it may
+    have `writing_modules`, those of them that have something to leave out. A
     measurement is one evaluation of those batches and one more for each module.
     """
 
@@ -72,7 +73,7 @@ class WorthPlugin(Plugin[WorthConfig]):
         model = cast(Any, engine.model)
         part = {split: data if self.config.batches is None else _First(data, self.config.batches)}
         whole, worth = engine.evaluate(part)[f"{split}/loss"], {}
-        for name in model.active_modules:
+        for name in getattr(model, "writing_modules", model.active_modules):
             with model.without(name):
                 lesioned = engine.evaluate(part)[f"{split}/loss"]
             worth[f"module/{name}_worth"] = lesioned - whole

@@ -21,7 +21,7 @@ def output(**reports):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 9999))
-def test_loss_and_units_match_numpy(seed):
+def test_classical_loss_and_units_match_numpy(seed):
     """If it fails, the energy module is trained on another formula than documented."""
     numbers = np.random.default_rng(seed)
     energy, iterations = numbers.normal(size=(2, 4)), numbers.uniform(1, 9, (2, 4))
@@ -30,9 +30,44 @@ def test_loss_and_units_match_numpy(seed):
     expected = (energy[real] + 0.01 * np.abs(iterations[real] - 5)).sum()
     batch = {"input_ids": torch.zeros(2, 4), "labels": torch.from_numpy(labels)}
     report = {"final_energy": torch.from_numpy(energy), "iterations": torch.from_numpy(iterations)}
-    plugin = LossEnergyPlugin()
+    plugin = LossEnergyPlugin(classic=True)
     assert plugin.units(batch) == 7
     np.testing.assert_allclose(plugin.loss(batch, output(energy=report)).item(), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 9999))
+def test_loss_and_units_match_numpy(seed):
+    """If it fails, the energy module is trained on another formula than documented."""
+    numbers = np.random.default_rng(seed)
+    early, last = numbers.normal(size=(2, 2, 4, 5))
+    head, foreseen = numbers.normal(size=(6, 5)), numbers.normal(size=(2, 4))
+    labels = np.array([[1, 2, 3, 4], [1, 2, -100, -100]])
+
+    def nats(states):
+        logits = states @ head.T
+        picked = np.take_along_axis(logits, labels.clip(0)[..., None], -1)[..., 0]
+        return np.log(np.exp(logits).sum(-1)) - picked
+
+    each = nats(early) + (foreseen - (nats(early) - nats(last))) ** 2
+    batch = {"input_ids": torch.zeros(2, 4), "labels": torch.from_numpy(labels)}
+    report = {"early": torch.from_numpy(early), "foreseen": torch.from_numpy(foreseen)}
+    result = NEXUSOutput(torch.from_numpy(last), torch.from_numpy(head), {"energy": report})
+    plugin = LossEnergyPlugin()
+    assert plugin.units(batch) == 7
+    expected = each[labels != -100].sum()
+    np.testing.assert_allclose(plugin.loss(batch, result).item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classic", [False, True])
+def test_a_model_of_the_other_kind_is_named(classic):
+    """If it fails, the user hears of a KeyError instead of what to change."""
+    report = {"refinements": torch.ones(1, 3), "iterations": torch.ones(1, 3)}
+    report |= {"early": torch.ones(1, 3, 1)} if classic else {"final_energy": torch.ones(1, 3)}
+    with pytest.raises(ConfigError, match="must both be classical, or neither"):
+        LossEnergyPlugin(classic=classic).loss(
+            {"input_ids": torch.zeros(1, 3)}, output(energy=report)
+        )
 
 
 class Settler(nn.Module):
@@ -56,7 +91,7 @@ def test_training_aims_at_the_target_and_logs_the_iterations():
     """If it fails, effort does not approach its target, or the metric is not the mean."""
     model = Settler()
     optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
-    plugin = LossEnergyPlugin(weight=1.0)
+    plugin = LossEnergyPlugin(weight=1.0, classic=True)
     engine = Engine(model, optimizer, plugins=[plugin], accumulate=2)
     batches = [{"input_ids": torch.zeros(1, length)} for length in (1, 3)]
     engine.fit(batches, until="1 steps")
@@ -77,5 +112,6 @@ def test_a_model_without_the_module_is_refused(active):
 
 def test_defaults_are_those_of_the_full_model():
     """If it fails, a default of the documented table has changed."""
-    config = LossEnergyPlugin().config
+    assert LossEnergyPlugin().config.weight == 0.1
+    config = LossEnergyPlugin(classic=True).config
     assert (config.weight, config.iteration_weight, config.target_iterations) == (0.05, 0.01, 5)

@@ -54,7 +54,7 @@ def counts(batch, row: int, position: int) -> bool:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 9999), with_targets=st.booleans(), scale=st.sampled_from([0.1, 1.0]))
-def test_loss_and_units_match_numpy(seed, with_targets, scale):
+def test_classical_loss_and_units_match_numpy(seed, with_targets, scale):
     """If it fails, the world model is trained on another formula than documented."""
     numbers = np.random.default_rng(seed)
     batch = a_batch(numbers)
@@ -80,7 +80,7 @@ def test_loss_and_units_match_numpy(seed, with_targets, scale):
     if with_targets:
         reports["world_targets"] = torch.from_numpy(targets)
         reports["world_mask"] = torch.from_numpy(mask)
-    plugin = LossWorldPlugin()
+    plugin = LossWorldPlugin(classic=True)
     assert plugin.units(batch) == units
     np.testing.assert_allclose(plugin.loss(batch, output(**reports)).item(), total, atol=1e-4)
 
@@ -89,16 +89,87 @@ def test_the_hinge_pushes_the_dimensions_of_a_prediction_apart():
     """If it fails, a step down the loss makes the numbers of a prediction more alike."""
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
     guess = (torch.randn(1, 3, 1, 8) * 0.1).requires_grad_()
-    LossWorldPlugin().loss(batch, output(world=guess)).backward()
+    LossWorldPlugin(classic=True).loss(batch, output(world=guess)).backward()
     further = guess.detach() - 10 * guess.grad
     assert (further[:, :2].var(-1) > guess.detach()[:, :2].var(-1)).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 9999), with_tokens=st.booleans(), with_labels=st.booleans())
+def test_loss_and_units_match_numpy(seed, with_tokens, with_labels):
+    """If it fails, the world model is trained on another formula than documented."""
+    numbers = np.random.default_rng(seed)
+    batch = a_batch(numbers)
+    rows, length = batch["input_ids"].shape
+    batch["input_ids"] = torch.from_numpy(numbers.integers(0, 50, (rows, length)))
+    if not with_labels:
+        del batch["labels"]
+    world, targets = numbers.normal(size=(2, rows, length, 2, 5)).astype(np.float32)
+    heads = numbers.normal(size=(rows, length, 3, 5)).astype(np.float32)
+    head = numbers.normal(size=(50, 5)).astype(np.float32)
+    segments = batch["segment_ids"].numpy()
+    ids = batch["input_ids"].numpy()
+    last = np.full((rows, 1), -100)
+    labels = batch["labels"].numpy() if with_labels else np.concatenate([ids[:, 1:], last], 1)
+    mask = numbers.random((rows, length, 2)) < 0.7
+
+    def nats(state, row, place):
+        wanted = labels[row, place] if place < length else -100
+        logits = head @ state
+        return 0.0 if wanted == -100 else np.log(np.exp(logits).sum()) - logits[wanted]
+
+    def real(row, place):
+        given = batch["labels"].numpy() if with_labels else None
+        return given is None or given[row, place] != -100 or (
+            place > 0 and given[row, place - 1] != -100
+        )  # fmt: skip
+
+    def reaches(row, place, ahead):
+        there = place + ahead
+        same = there < length and segments[row, there] == segments[row, place]
+        return bool(same and real(row, place) and real(row, there))
+
+    latents = of_states = of_heads = units = 0.0
+    for row, place in np.ndindex(rows, length):
+        units += reaches(row, place, 1)
+        for level in range(2):
+            if reaches(row, place, 1) and mask[row, place, level]:
+                off = np.abs(world[row, place, level] - targets[row, place, level])
+                latents += np.where(off < 1, off**2 / 2, off - 0.5).mean() / 2
+                of_states += nats(world[row, place, level], row, place + level + 1) / 2
+        for ahead in (1, 2, 3):
+            if reaches(row, place, ahead):
+                of_heads += nats(heads[row, place, ahead - 1], row, place + ahead) / 3
+    made = {"world": world, "world_targets": targets, "world_mask": mask}
+    made |= {"world_heads": heads} if with_tokens else {}
+    reports = {name: torch.from_numpy(value) for name, value in made.items()}
+    plugin = LossWorldPlugin(latent_weight=0.7, token_weight=0.3, head_weight=0.2)
+    total = 0.7 * latents + with_tokens * (0.3 * of_states + 0.2 * of_heads)
+    assert plugin.units(batch) == units
+    result = NEXUSOutput(torch.empty(0), torch.from_numpy(head), reports)
+    np.testing.assert_allclose(plugin.loss(batch, result).item(), total, rtol=1e-4, atol=1e-4)
+
+
+def test_predicted_states_do_not_move_the_head():
+    """If it fails, the output matrix is bent towards states that the world made up."""
+    head = torch.randn(9, 5, requires_grad=True)
+    state = torch.randn(1, 4, 2, 5, requires_grad=True)
+    mask = torch.ones(1, 4, 2, dtype=torch.bool)
+    reports = {"world": state, "world_targets": state.detach(), "world_mask": mask}
+    reports["world_heads"] = torch.randn(1, 4, 0, 5)
+    batch = {"input_ids": torch.arange(4)[None]}
+    LossWorldPlugin().loss(batch, NEXUSOutput(torch.empty(0), head, reports)).backward()
+    assert state.grad.abs().max() > 0
+    assert head.grad is None
+
+
 def test_defaults_are_those_of_the_full_model():
     """If it fails, a default of the documented table has changed."""
-    config = LossWorldPlugin().config
+    config = LossWorldPlugin(classic=True).config
     assert (config.weight, config.variance_weight, config.variance_floor) == (0.1, 0.1, 0.1)
     assert (config.decay, config.decay_schedule) == (0.996, "constant")
+    assert LossWorldPlugin().config.weight == 1.0
+    assert LossWorldPlugin(classic=True, weight=0.3).config.weight == 0.3
 
 
 @pytest.mark.parametrize("mark", ["attention_mask", "segment_ids"])

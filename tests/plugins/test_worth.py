@@ -106,10 +106,11 @@ def test_modules_of_nexus_are_left_out_one_by_one_and_report_as_ever() -> None:
     ids = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(0))
     data = ResumableLoader([{"input_ids": row[:-1], "labels": row[1:]} for row in ids], 2)
     with torch.no_grad():
-        for part in engine.model.parts.values():
-            part.write.gate.fill_(1.0)
+        for name in engine.model.writing_modules:
+            engine.model.parts[name].write.gate.fill_(1.0)
     metrics = engine.evaluate(data)
-    for name in engine.model.active_modules:
+    assert "module/world_worth" not in metrics, "it shapes states in training, and writes nothing"
+    for name in engine.model.writing_modules:
         gate = engine.model.parts[name].write.gate
         with torch.no_grad():
             gate.zero_()

@@ -12,7 +12,7 @@ from nexus_core.plan import load
 __all__ = ["TrainingConfig"]
 
 TERMS = ("lm", "world", "reason", "energy", "causal")
-OF_TWO_KINDS = ("reason", "causal")
+OF_TWO_KINDS = ("world", "reason", "energy", "causal")
 """Terms with a classical formula beside the one that is their default."""
 
 

@@ -12,11 +12,12 @@ from nexus_plugins.model_nexus.delta import GatedDelta
 from nexus_plugins.model_nexus.mlp import Mlp
 from nexus_plugins.model_nexus.ngrams import NGrams
 from nexus_plugins.model_nexus.operations import gated_rms_norm
-from nexus_plugins.model_nexus.ssm import SelectiveSSM
+from nexus_plugins.model_nexus.residual import in_turn
+from nexus_plugins.model_nexus.ssm import SelectiveSSM, SSMState
 from nexus_plugins.model_nexus.window import WindowAttention
 
 if TYPE_CHECKING:
-    from nexus_plugins.model_nexus.nexus import NEXUSConfig
+    from nexus_plugins.model_nexus.config import NEXUSConfig
 
 __all__ = ["Layer", "LayerKind", "LayerState", "NEXUSBlock", "kinds", "make_ngrams"]
 
@@ -64,10 +65,14 @@ class NEXUSBlock(nn.Module):
         update: Tensor = self.dropout(self.layer(self._normed(x), document))
         return x + update
 
-    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """Update the residual stream of one token, `(B, D)`, and the layer's state."""
-        update, state = self.layer.step(self._normed(x.unsqueeze(1)).squeeze(1), state)
-        return x + self.dropout(update), state
+    def advance(self, x: Tensor, state: LayerState) -> tuple[Tensor, list[LayerState]]:
+        """Update the residual stream of a few tokens, `(B, k, D)`, with the state after each."""
+        normed, layer = self._normed(x), self.layer
+        if isinstance(layer, SelectiveSSM) and x.shape[1] > 1:  # in one pass
+            update, after = layer.advance(normed, SSMState(*state))
+            return x + self.dropout(update), list(after)
+        update, states = in_turn(layer.step, normed, state)
+        return x + self.dropout(update), states
 
     def _normed(self, x: Tensor) -> Tensor:
         return gated_rms_norm(x, None, self.norm_eps)

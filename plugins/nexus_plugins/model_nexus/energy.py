@@ -1,50 +1,48 @@
-"""The energy module: settle each token's code in the nearest valley of a learned energy."""
+"""The energy module: refine the codes of tokens in a loop, each until its energy is spent."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
+from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, widened
 
 __all__ = ["EnergyModule"]
 
-SHARPNESS = 8.0
-STEP_START = 0.7
-STOP_SHARPNESS = 4.0  # power of change / threshold in the odds of going on
-NORM_EPS = 1e-12
+EAGERNESS = 8.0
+"""How much faster than others' the gate opens, for the same start: loops are trained through it."""
+TILE = 16
+"""Tokens are refined in multiples of this: a product's rounding depends on its number of rows."""
 
 
 class EnergyModule(Part):
-    """Refine a code z of each token by the gradient of an energy, until it hardly changes.
+    """Refine a code of each token by one shared layer, until it has come to rest.
 
-    `E(h, z) = |z - c(h)|^2 / 2 - log(mean_m exp(s * m . z)) / s` over M learned memories m of
-    length 1, where c(h), of length 1, is what the token's state says and s is a sharpness: near
-    the token's own code and near a memory is good. The energy is at least -1.5 and falls with
-    every refinement. Familiar tokens settle in a few refinements; those between memories take
-    more. A token that has settled is frozen, so none depends on another one.
+    A code starts as what the token's state says. A refinement reads the codes of the token and of
+    the W - 1 before it, `z += V silu(K [z(t), z(t-1), ...] + c(h))`: looped, it passes what is
+    settled on from token to token. The energy of a code is what it still costs: the nats that the
+    token's loss would fall by, were all refinements made. The layer also foresees the energy that a
+    refinement leaves.
 
-    The refined code is differentiable throughout. The energy that is reported for a loss trains
-    the memories alone (at the bottom of a valley the code's own share of the gradient is zero):
-    they become a mixture density of the codes (von Mises-Fisher, of fixed concentration). Were
-    c(h) to follow it too, every token would end up on one memory.
+    In training all refinements are made, so that energies are known. In evaluation and generation a
+    token whose foreseen energy is below the threshold has settled: its code stays as it is, for
+    those that read it too. On a CPU only tokens that have not settled are computed, so easy text
+    takes less time; on an accelerator all are, as no step waits to hear which have.
 
-    Shapes: D model, M memories.
+    Shapes: B batch, T time, D model, C code, M hidden units, W window, K refinements, N = B * T.
 
     Args:
         d_model: width D of the backbone's states.
-        d_code: width of the codes.
-        n_memories: memories M.
-        max_iterations: refinements at most; all are computed, so that no step waits to see
-            whether its tokens have settled.
-        threshold: a token has settled when a refinement moves its code by less (Euclidean).
+        d_code: width C of the codes.
+        n_memories: hidden units M of the shared layer, the memories that codes are matched with.
+        max_iterations: refinements K at most.
+        threshold: a token has settled when its energy, in nats, is foreseen to be less.
+        window: codes W that a refinement reads.
 
-    Source: the energy and its descent are those of modern Hopfield networks (Ramsauer et al.
-        2021) with the pull to the origin replaced by one to c(h); with a concave second part and
-        steps of at most 1 descent is certain (Yuille & Rangarajan 2003).
+    Source: a layer shared over depth as in universal transformers (Dehghani et al. 2019) and
+        recurrent depth (Geiping et al. 2025). A token leaves early where that costs nothing, as in
+        CALM (Schuster et al. 2022); what it would cost is learned from the loss itself.
     """
 
     def __init__(
@@ -54,62 +52,153 @@ class EnergyModule(Part):
         n_memories: int = 32,
         max_iterations: int = 8,
         threshold: float = 0.01,
+        window: int = 3,
     ) -> None:
         super().__init__()
         self.max_iterations = max_iterations
         self.threshold = threshold
-        self.read = nn.Linear(d_model, d_code)
-        self.memories = nn.Parameter(torch.randn(n_memories, d_code))
-        self.step_logit = nn.Parameter(torch.tensor(math.log(STEP_START / (1 - STEP_START))))
+        self.window = window
+        self.d_code = d_code
+        self.read = nn.Linear(d_model, d_code + n_memories)
+        self.keys = nn.Linear(window * d_code, n_memories, bias=False)
+        self.values = nn.Linear(n_memories, d_code + 1)
         self.write = GatedWrite(d_code, d_model)
+        with torch.no_grad():
+            self.write.projection.weight.mul_(EAGERNESS)
+            self.write.gate.div_(EAGERNESS)
+        nn.init.ones_(self.values.bias[-1:])  # until it is learned, all have much to gain
 
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-        """Update states of any leading shape, each by itself.
+        """Update whole sequences.
 
         Args:
-            h: `(..., D)` normed states of the backbone.
-            document: not needed: no token looks at another.
+            h: `(B, T, D)` normed states of the backbone.
+            document: `(B, T)` non-decreasing numbers of documents; None: every row is one.
 
         Returns:
-            The update `(..., D)`, and `{"energy": reports}` with tensors `(...)` in float32 or
-            wider: `final_energy`; `iterations`, the expected number of refinements if the odds of
-            going on are `(change / threshold) ** 4` each time, with gradient; `refinements`, the
-            number that really moved the code, without.
+            The update `(B, T, D)`, and `{"energy": reports}`: `early` `(B, T, D)`, what would be
+            written less what is, had each token settled after one of the refinements 1 to K - 1;
+            `foreseen` `(B, T)`, the energy that was foreseen to be left by that one; and
+            `refinements` `(B, T)`, how many a token takes until it has settled.
         """
-        context = widened(self.read(h))
+        code, context = self._read(h)
+        reach = [self._same(h, document, back).flatten() for back in range(1, self.window)]
         with torch.autocast(h.device.type, enabled=False):
-            code, reports = self._settle(F.normalize(context, dim=-1))
-        return self.write(code.to(h.dtype)), {"energy": reports}
+            codes, energies = self._settle(code.flatten(0, 1), context.flatten(0, 1), reach)
+        trail = torch.stack(codes, 1).view(*h.shape[:2], -1, self.d_code)
+        foreseen = torch.stack(energies, 1).view(*h.shape[:2], -1)
+        update = self.write(trail[:, :, -1].to(h.dtype))
+        return update, {"energy": self._reports(trail, foreseen, h.dtype)}
 
-    def energy(self, context: Tensor, code: Tensor) -> Tensor:
-        """E for contexts of length 1 and codes, both `(..., d_code)`; returns `(...)`."""
-        scores = code @ self._unit_memories().T * SHARPNESS
-        soft_best = (scores.logsumexp(-1) - math.log(len(self.memories))) / SHARPNESS
-        return (code - context).square().sum(-1) / 2 - soft_best
+    def observe(self, final: Final) -> dict[str, dict[str, Tensor]]:
+        """Make of `early` the final states `(B, T, D)` that tokens would have, settled early."""
+        reports = final.reports["energy"]
+        return {"energy": {**reports, "early": final.norm(final.stream + reports["early"])}}
 
-    def _settle(self, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        memories, rate = self._unit_memories(), widened(self.step_logit).sigmoid()
-        code = context
-        moving = torch.ones_like(context[..., :1], dtype=torch.bool)
-        going_on = torch.ones_like(context[..., :1])
-        expected = torch.zeros_like(going_on)
-        refinements = torch.zeros_like(going_on)
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        """The codes before each refinement of the last tokens, `(B, K, W - 1, C)`, newest first."""
+        dtype = torch.promote_types(self.read.weight.dtype, torch.float32)
+        shape = (batch, self.max_iterations, self.window - 1, self.d_code)
+        return (self.read.weight.new_zeros(shape, dtype=dtype),)
+
+    def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The update `(B, D)` of one token `(B, D)`, the same as `forward`, and the new state."""
+        (past,) = state
+        code, context = self._read(h)
+        moving, kept = torch.ones_like(code[:, 0], dtype=torch.bool), []
+        with torch.autocast(h.device.type, enabled=False):
+            for number in range(self.max_iterations):
+                windows = torch.cat([_normed(code).unsqueeze(1), past[:, number]], 1)
+                kept.append(windows[:, :-1])
+                change, energy = self._refine(windows.flatten(1), context)
+                code = torch.where(moving.unsqueeze(-1), code + change, code)
+                moving = moving & self._goes_on(energy)
+        return self.write(code.to(h.dtype)), (torch.stack(kept, 1),)
+
+    def _settle(
+        self, code: Tensor, context: Tensor, reach: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes `(N, C)` and foreseen energies `(N,)` after each refinement.
+
+        `reach[b - 1]` `(N,)` says whether the place b before is of the same document.
+        """
+        places = torch.arange(len(code), device=code.device)
+        energy = torch.zeros_like(code[:, 0])
+        moving = torch.ones_like(energy, dtype=torch.bool)
+        trail, foreseen = [], []
         for _ in range(self.max_iterations):
-            recalled = (code @ memories.T * SHARPNESS).softmax(-1) @ memories
-            change = rate * (context + recalled - code)
-            size = (change.square().sum(-1, keepdim=True) + NORM_EPS).sqrt()
-            code = torch.where(moving, code + change, code)
-            refinements = refinements + moving
-            expected = expected + going_on
-            going_on = going_on * (STOP_SHARPNESS * (size / self.threshold).log()).sigmoid()
-            moving = moving & (size >= self.threshold)
-        return code, {
-            "iterations": expected.squeeze(-1),
-            "final_energy": self.energy(context.detach(), code.detach()),
-            "refinements": refinements.detach().squeeze(-1),
+            everyone = len(places) == len(code)
+            if everyone:
+                change, left = self._refine(_windows(code, reach), context)
+                code = code + (change if code.is_cpu else change * moving.unsqueeze(-1))
+                energy = left
+            elif len(places):
+                change, left = self._refine(_windows(code, reach, places), context[places])
+                code = code.index_add(0, places, change)
+                energy = energy.index_copy(0, places, left)
+            moving = moving & self._goes_on(energy)
+            trail.append(code)
+            foreseen.append(energy)
+            if code.is_cpu and not self.training:
+                places = places[moving[places]]
+        return trail, foreseen
+
+    def _read(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = [self.d_code, self.keys.out_features]
+        code, context = torch.split(widened(self.read(h)), sizes, -1)
+        return code, context
+
+    def _refine(self, windows: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The change of codes `(n, C)`, and the energy that it is expected to leave `(n,)`."""
+        count = len(windows)
+        rows = F.pad(torch.cat([windows, context], 1), (0, 0, 0, -count % TILE))
+        windows, context = torch.split(rows, [windows.shape[1], context.shape[1]], 1)
+        matched = F.silu(F.linear(windows, widened(self.keys.weight)) + context)
+        values = F.linear(matched, widened(self.values.weight), widened(self.values.bias))[:count]
+        return values[:, :-1], values[:, -1]
+
+    def _goes_on(self, energy: Tensor) -> Tensor:
+        """Whether codes with these foreseen energies are refined further."""
+        return (energy >= self.threshold) | self.training
+
+    def _reports(self, trail: Tensor, foreseen: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What is reported of codes `(B, T, K, C)` and foreseen energies `(B, T, K)`."""
+        going_on = foreseen[..., :-1].detach() >= self.threshold
+        # One refinement of each token is judged by its loss: the 1st, 2nd, ... in turn over time.
+        turns = torch.arange(trail.shape[1], device=trail.device) % max(1, self.max_iterations - 1)
+        which = turns.expand(trail.shape[:2]).unsqueeze(-1)
+        early = trail.gather(2, which.unsqueeze(-1).expand(*which.shape, self.d_code)).squeeze(2)
+        return {
+            "early": self.write((early - trail[:, :, -1]).to(dtype)),
+            "foreseen": foreseen.gather(-1, which).squeeze(-1),
+            "refinements": 1.0 + going_on.cumprod(-1).sum(-1),
         }
 
-    def _unit_memories(self) -> Tensor:
-        return F.normalize(widened(self.memories), dim=-1)
+    def _same(self, h: Tensor, document: Tensor | None, back: int) -> Tensor:
+        """(B, T) whether the place `back` before is there and of the same document."""
+        if document is None:
+            document = torch.zeros(h.shape[:2], dtype=torch.long, device=h.device)
+        back = min(back, document.shape[1])
+        earlier = document[:, : document.shape[1] - back]
+        return F.pad(document[:, back:] == earlier, (back, 0))
+
+
+def _windows(code: Tensor, reach: list[Tensor], places: Tensor | None = None) -> Tensor:
+    """The codes `(n, W * C)` at some places, or at all, and before them; 0 where none is near."""
+    normed = _normed(code)
+    if places is None:
+        length = len(normed)
+        backs = [min(back, length) for back in range(1, len(reach) + 1)]
+        earlier = [F.pad(normed[: length - back], (0, 0, back, 0)) for back in backs]
+    else:
+        normed, whole = normed[places], normed
+        earlier = [whole[(places - back).clamp_min(0)] for back in range(1, len(reach) + 1)]
+        reach = [near[places] for near in reach]
+    pairs = zip(earlier, reach, strict=True)
+    return torch.cat([normed, *(code * near.unsqueeze(-1) for code, near in pairs)], -1)
+
+
+def _normed(code: Tensor) -> Tensor:
+    return F.rms_norm(code, code.shape[-1:])

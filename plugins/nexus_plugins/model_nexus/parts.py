@@ -8,13 +8,15 @@ from torch import nn
 
 from nexus_plugins.model_nexus.causal import CausalModule
 from nexus_plugins.model_nexus.classic_causal import ClassicCausal
+from nexus_plugins.model_nexus.classic_energy import ClassicEnergyModule
 from nexus_plugins.model_nexus.classic_reasoning import ClassicReasoner
+from nexus_plugins.model_nexus.classic_world import ClassicWorldModel
 from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.reasoning import Reasoner
 from nexus_plugins.model_nexus.world import WorldModel
 
 if TYPE_CHECKING:
-    from nexus_plugins.model_nexus.nexus import NEXUSConfig
+    from nexus_plugins.model_nexus.config import NEXUSConfig
 
 __all__ = ["make_parts"]
 
@@ -23,14 +25,20 @@ def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
     """The modules beside the backbone; each reads its states and updates the stream, gated."""
     width, parts = config.d_model, nn.ModuleDict()
     if config.world:
-        parts["world"] = WorldModel(width, config.d_latent, config.world_levels)
+        sizes = (width, config.d_latent, config.world_levels)
+        parts["world"] = (
+            ClassicWorldModel(*sizes)
+            if config.classic
+            else WorldModel(*sizes, heads=config.world_heads)
+        )
     if config.reason:
         reasoner = ClassicReasoner if config.classic else Reasoner
         parts["reason"] = reasoner(
             width, config.n_predicates, config.n_rules, config.reasoning_steps
         )
     if config.energy:
-        parts["energy"] = EnergyModule(
+        energy = ClassicEnergyModule if config.classic else EnergyModule
+        parts["energy"] = energy(
             width,
             config.d_code,
             config.n_memories,

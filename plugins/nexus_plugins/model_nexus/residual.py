@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GATE_START", "GatedWrite", "Part", "widened"]
+__all__ = ["GATE_START", "Final", "GatedWrite", "Part", "in_turn", "widened"]
+
+StateT = TypeVar("StateT")
 
 GATE_START = 0.01
+
+
+class Final(NamedTuple):
+    """Whole sequences when all modules have written to the stream."""
+
+    stream: Tensor
+    """(B, T, D)"""
+    hidden: Tensor
+    """(B, T, D) the stream behind the last norm, which the head reads."""
+    norm: Callable[[Tensor], Tensor]
+    """From the stream to what the head reads."""
+    tokens: Tensor
+    """(B, T, D) embeddings."""
+    document: Tensor | None
+    """(B, T) non-decreasing numbers of documents; None: every row is one."""
+    reports: Mapping[str, Any]
+    """What the modules reported when they wrote."""
 
 
 class Part(nn.Module):
     """A module beside the backbone: it reads the states and answers with an update of the stream.
 
-    No update may depend on another token: whatever crosses time is the backbone's.
+    No update may depend on a later token, a neighbour in the batch or another document. One that
+    depends on earlier tokens keeps what it needs of them in a state of its own.
     """
+
+    writes: ClassVar[bool] = True
+    """Whether it updates the stream; one that does not costs nothing in generation."""
 
     muted = False
     """Whether what the module writes is left out of the stream."""
@@ -43,10 +66,34 @@ class Part(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
-    def step(self, h: Tensor) -> Tensor:
-        """The update `(B, D)` of one token `(B, D)`; the same as `forward`."""
+    def observe(self, final: Final) -> Mapping[str, Any]:
+        """What it reports once all modules have written; nothing unless it says otherwise."""
+        return {}
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        """What it remembers before the first token: tensors with a row for each sequence."""
+        return ()
+
+    def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The update `(B, D)` of one token `(B, D)`, the same as `forward`, and the new state."""
         update: Tensor = self(h)[0]
-        return update
+        return update, state
+
+
+def in_turn(
+    step: Callable[[Tensor, StateT], tuple[Tensor, StateT]], tokens: Tensor, state: StateT
+) -> tuple[Tensor, list[StateT]]:
+    """Take a step for each of a few tokens `(B, k, ...)`.
+
+    Returns:
+        What the steps give `(B, k, ...)`, and the state after each of them.
+    """
+    updates, after = [], []
+    for token in tokens.unbind(1):
+        update, state = step(token, state)
+        updates.append(update)
+        after.append(state)
+    return torch.stack(updates, 1), after
 
 
 class GatedWrite(nn.Module):

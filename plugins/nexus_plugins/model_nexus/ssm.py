@@ -127,6 +127,24 @@ class SelectiveSSM(nn.Module):
         output = self._output(y.flatten(-2).unsqueeze(1), gate.unsqueeze(1)).squeeze(1)
         return output, SSMState(window[:, :-1], ssm)
 
+    def advance(self, x: Tensor, state: SSMState) -> tuple[Tensor, list[SSMState]]:
+        """Mix a few tokens `(B, k, D)` into the state, with the state after each of them."""
+        gate, mixed, dt = self._project(x)
+        inputs = torch.cat([state.conv.flip(1), mixed], 1)
+        taps = self.conv_weight.flip(0).T
+        windows = inputs.unfold(1, taps.shape[1], 1)
+        mixed = F.silu((windows * taps).sum(-1) + self.conv_bias)
+        x_heads, b, c = self._split_channels(mixed)
+        decay = torch.exp(dt * -self.log_rate.exp())[:, :, None, :, None]
+        written = torch.einsum("bkn,bkhp->bknhp", b, x_heads * dt.unsqueeze(-1))
+        now, after = state.ssm, []
+        for place in range(x.shape[1]):
+            now = torch.addcmul(written[:, place], now, decay[:, place])
+            after.append(SSMState(windows[:, place, :, 1:].mT.flip(1), now))
+        y = torch.einsum("bkn,bknhp->bkhp", c, torch.stack([s.ssm for s in after], 1))
+        y = y + x_heads * self.skip.unsqueeze(-1)
+        return self._output(y.flatten(-2), gate), after
+
     def initial_state(self, batch: int) -> SSMState:
         """The state before the first token, for `batch` sequences."""
         taps, channels = self.conv_weight.shape

@@ -1,107 +1,106 @@
-"""The world model: from the latent of a token, predict the latents of tokens to come."""
+"""The world model: what the model's own next states will be, given the tokens that come."""
 
 from __future__ import annotations
 
-import copy
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_core.errors import ConfigError
-from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
+from nexus_plugins.model_nexus.residual import Final, Part
 
 __all__ = ["WorldModel"]
 
+CHANGE_SCALE = 0.1
+"""Of the initial weights of what is added to a state: a fresh world stands almost still."""
+
 
 class WorldModel(Part):
-    """Predict latents 1, 2, 4, ... tokens ahead, and write the expectation to the stream.
+    """Predict the final hidden state of the next token from this one's and the token that came.
 
-    It learns in latent space: targets are what a slowly moving copy of the encoder makes of the
-    later states, without gradient. The copy has `requires_grad=False`, so no optimizer takes it;
-    it is part of the `state_dict`, and `update_target` moves it after each optimizer step.
+    The prediction is rolled out: the predicted state and the token after it give the state after
+    that, and so on. To be predictable from itself, a state must hold all that later ones need: it
+    becomes a belief about what is hidden behind the tokens. Beside that, heads predict the tokens
+    2, 3, ... ahead from the state alone, through the model's own output matrix.
 
-    Shapes: B batch, T time, D model, L levels.
+    It writes nothing to the stream: it shapes the states in training, and generation does without
+    it, or drafts with it.
+
+    Shapes: B batch, T time, D model, K moves, M heads.
 
     Args:
-        d_model: width D of the backbone's states.
-        d_latent: width of the latents.
-        levels: how many distances L to predict; level l looks 2**l tokens ahead.
+        d_model: width D of the states.
+        d_latent: width of the hidden layer of a move.
+        levels: moves K that are rolled out in training.
+        heads: heads M; head m predicts the token m + 1 ahead of a state.
 
-    Source: joint-embedding prediction as in I-JEPA (Assran et al. 2023), targets normalised
-        without learned scale as there; EMA targets of BYOL (Grill et al. 2020). Deviation: the
-        copy is of the encoder on top of the backbone, not of the backbone too, which would cost a
-        second forward pass.
+    Source: next-latent prediction (Teoh et al. 2025, "Next-Latent Prediction Transformers Learn
+        Compact World Models"): a residual network on state and token, with targets that have no
+        gradient. Heads: multi-token prediction (Gloeckle et al. 2024), each here a residual
+        network of two layers where theirs is a layer of a transformer.
     """
 
-    def __init__(self, d_model: int, d_latent: int = 64, levels: int = 3) -> None:
+    writes: ClassVar[bool] = False
+
+    def __init__(self, d_model: int, d_latent: int = 64, levels: int = 3, heads: int = 0) -> None:
         super().__init__()
         self.levels = levels
-        self.encoder = nn.Sequential(
-            nn.Linear(d_model, d_latent), nn.SiLU(), nn.Linear(d_latent, d_latent)
+        self.from_state = nn.Linear(d_model, d_latent)
+        self.from_token = nn.Linear(d_model, d_latent, bias=False)
+        self.change = nn.Linear(d_latent, d_model)
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(d_model, d_latent), nn.SiLU(), nn.Linear(d_latent, d_model))
+            for _ in range(heads)
         )
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.predictor = nn.Sequential(
-            nn.Linear(d_latent, 2 * d_latent), nn.SiLU(), nn.Linear(2 * d_latent, levels * d_latent)
-        )
-        self.write = GatedWrite(levels * d_latent, d_model)
+        with torch.no_grad():
+            self.change.weight *= CHANGE_SCALE
 
-    def forward(
-        self, h: Tensor, document: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Update whole sequences, and report predictions and targets.
+    def move(self, state: Tensor, token: Tensor) -> Tensor:
+        """The state `(..., D)` after a token whose embedding is `token` `(..., D)`."""
+        return self._moved(state, self.from_token(token))
 
-        Args:
-            h: `(B, T, D)` normed states of the backbone.
-            document: `(B, T)` non-decreasing numbers of documents; None: every row is one.
+    def observe(self, final: Final) -> dict[str, Tensor]:
+        """Roll the final states of whole sequences out.
 
         Returns:
-            The update `(B, T, D)`, and a dict with the predictions `world` and their targets
-            `world_targets`, both `(B, T, L, d_latent)`, and `world_mask` `(B, T, L)`: whether the
-            target lies in the same document. Targets that do not exist are 0.
+            The predictions `world` and their targets `world_targets`, both `(B, T, K, D)`: of the
+            states 1, 2, ..., K tokens ahead; `world_mask` `(B, T, K)`, whether the target lies in
+            the same document; and `world_heads` `(B, T, M, D)`, whose products with the output
+            matrix are logits of the tokens 2, 3, ... ahead. Targets that do not exist are 0.
         """
-        expected = self.predictor(self.encoder(h))
-        targets, mask = self._targets(h.detach(), document)
-        predictions = expected.unflatten(-1, (self.levels, -1))
-        reports = {"world": predictions, "world_targets": targets, "world_mask": mask}
-        return self.write(expected), reports
+        hidden, document = final.hidden, final.document
+        moves, state, still = self.from_token(final.tokens), hidden, hidden.detach()
+        predictions, targets, masks = [], [], []
+        for ahead in range(1, self.levels + 1):
+            state = self._moved(state, later(moves, ahead))
+            predictions.append(state)
+            targets.append(later(still, ahead))
+            masks.append(same_document(hidden, document, ahead))
+        mask = torch.stack(masks, 2)
+        return {
+            "world": torch.stack(predictions, 2),
+            "world_targets": torch.stack(targets, 2) * mask.unsqueeze(-1),
+            "world_mask": mask,
+            "world_heads": torch.stack([hidden + head(hidden) for head in self.heads], 2)
+            if self.heads
+            else hidden.unsqueeze(2)[:, :, :0],
+        }
 
-    def step(self, h: Tensor) -> Tensor:
-        """The update `(B, D)` of one token `(B, D)`, without the targets."""
-        update: Tensor = self.write(self.predictor(self.encoder(h)))
-        return update
-
-    @torch.no_grad()
-    def update_target(self, decay: float | Tensor) -> None:
-        """Move the target encoder to `decay * itself + (1 - decay) * encoder`."""
-        sources = dict(self.encoder.named_parameters())
-        if sources.keys() != {name for name, _ in self.target_encoder.named_parameters()}:
-            raise ConfigError(
-                "the world model's target encoder follows the weights of its encoder, which has "
-                "adapters here; leave the encoder as it is (peft.target), or leave out loss_world"
-            )
-        for name, target in self.target_encoder.named_parameters():
-            if isinstance(decay, Tensor):
-                weight = (1 - decay).to(target)
-            else:  # made there, as a copy to the device would be waited for
-                weight = target.new_full((), 1 - decay)
-            target.lerp_(sources[name], weight)
-
-    @torch.no_grad()
-    def _targets(self, h: Tensor, document: Tensor | None) -> tuple[Tensor, Tensor]:
-        latents = widened(self.target_encoder(h))
-        latents = F.layer_norm(latents, latents.shape[-1:])
-        if document is None:
-            document = torch.zeros(h.shape[:2], dtype=torch.long, device=h.device)
-        offsets = [2**level for level in range(self.levels)]
-        same = [_ahead(document, offset, -1) == document for offset in offsets]
-        mask = torch.stack(same, 2)
-        later = torch.stack([_ahead(latents, offset, 0.0) for offset in offsets], 2)
-        return later * mask.unsqueeze(-1), mask
+    def _moved(self, state: Tensor, move: Tensor) -> Tensor:
+        moved: Tensor = state + self.change(F.silu(self.from_state(state) + move))
+        return moved
 
 
-def _ahead(values: Tensor, offset: int, missing: float) -> Tensor:
-    """What stands `offset` places later along time, `missing` past the end."""
-    offset = min(offset, values.shape[1])
-    end = values.new_full((values.shape[0], offset, *values.shape[2:]), missing)
-    return torch.cat([values[:, offset:], end], 1)
+def later(values: Tensor, ahead: int) -> Tensor:
+    """What stands `ahead` places later along time, 0 past the end; `(B, T, ...)`."""
+    ahead = min(ahead, values.shape[1])
+    return F.pad(values[:, ahead:], (0, 0) * (values.dim() - 2) + (0, ahead))
+
+
+def same_document(hidden: Tensor, document: Tensor | None, ahead: int) -> Tensor:
+    """(B, T) whether the place `ahead` is there and of the same document."""
+    if document is None:
+        document = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    ahead = min(ahead, document.shape[1])
+    return F.pad(document[:, ahead:] == document[:, : document.shape[1] - ahead], (0, ahead))

@@ -30,7 +30,7 @@ from tests.contrib import hf
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_check.* is deprecated:FutureWarning",
-    "ignore:peft. the loss does not reach .*parts.reason:RuntimeWarning",  # which has its own loss
+    "ignore:peft. the loss does not reach .*parts:RuntimeWarning",  # which have their own losses
 )
 NEXUS = {"vocab_size": hf.VOCABULARY, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
 

@@ -54,7 +54,7 @@ def test_noise_is_drawn_in_training_only_and_from_the_seed():
     assert not torch.equal(drawn(1), drawn(2))
     module.eval()
     assert torch.equal(drawn(1), drawn(2))
-    parts = [module.step(token) for token in h.unbind(1)]
+    parts = [module.step(token, ())[0] for token in h.unbind(1)]
     torch.testing.assert_close(torch.stack(parts, 1), module(h)[0])
 
 

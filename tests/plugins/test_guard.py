@@ -682,7 +682,7 @@ def test_replay_writes_nowhere_that_a_config_names(
     plugins: dict[str, Any] = {
         "data_text": {"train": "corpus.txt", "seq_len": 32, "batch_size": 4, "cache_dir": "cache"},
         "model_nexus": {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16},
-        "loss_lm": {}, "optim_adamw": {"lr": 1e-3}, "jsonl": {},
+        "loss_lm": {}, "optim_adamw": {"lr": 0.1}, "jsonl": {},
         "guard": {"spike_threshold": 1e-6, "spike_window": 8, "records": 1},
     }  # fmt: skip
     Path("tiny.yaml").write_text(yaml.safe_dump({"until": "30 steps", "plugins": plugins}))

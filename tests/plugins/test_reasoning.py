@@ -119,7 +119,7 @@ def test_every_parameter_gets_a_gradient_and_a_step_equals_the_whole():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
-    parts = [reasoner.step(token) for token in h.unbind(1)]
+    parts = [reasoner.step(token, ())[0] for token in h.unbind(1)]
     torch.testing.assert_close(torch.stack(parts, 1), update)
 
 
@@ -211,7 +211,7 @@ def test_every_parameter_of_the_parallel_reasoner_is_trained_and_a_step_equals_t
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
-    assert torch.stack([reasoner.step(token) for token in h.unbind(1)], 1).allclose(
+    assert torch.stack([reasoner.step(token, ())[0] for token in h.unbind(1)], 1).allclose(
         update, atol=1e-6
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -155,6 +155,11 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
 
 def _compares(function: Callable[..., Tensor]) -> bool:
     """Whether a loss takes what the model returned and a target, and not the model and a batch."""
+    if isinstance(function, type) or getattr(function, "reduction", "mean") != "mean":
+        raise ConfigError(
+            f"loss must return a mean, got {function!r:.99}; give an object that averages, such as "
+            "torch.nn.CrossEntropyLoss()"
+        )
     called = function.forward if isinstance(function, nn.Module) else function
     try:
         names = list(inspect.signature(called).parameters)[:2]

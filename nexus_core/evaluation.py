@@ -18,6 +18,7 @@ from nexus_core.cells import dealt, divided, seed_for
 from nexus_core.device import random_state, seed_everything, set_random_state
 from nexus_core.errors import ConfigError, DataError
 from nexus_core.events import Run
+from nexus_core.loaders import check_batches
 from nexus_core.optimizers import members, trained
 from nexus_core.processes import gather
 from nexus_core.step import merge, metric_name
@@ -59,16 +60,17 @@ def named_sets(data: Iterable[Batch] | Mapping[str, Iterable[Batch]]) -> Mapping
     """Data sets to evaluate on by their names; one alone is "val".
 
     Raises:
-        ConfigError: they are a list, which would be one set of batches.
+        ConfigError: they are a list, which would be one set of batches, or give rows.
     """
-    if isinstance(data, Mapping):
-        return data
     if isinstance(data, list | tuple) and any(isinstance(s, DataLoader | Dataset) for s in data):
         raise ConfigError(
             "several data sets to evaluate on go by name, and here is a list of them; write "
             "{'val': one, 'test': other}"
         )
-    return {"val": data}
+    sets = data if isinstance(data, Mapping) else {"val": data}
+    for one in sets.values():
+        check_batches(one)
+    return sets
 
 
 class GivenUpError(Exception):

@@ -47,6 +47,20 @@ class AstrayError(Exception):
     """Data is not where its state should have brought it."""
 
 
+def check_batches(data: object) -> None:
+    """Refuse data whose items are rows.
+
+    Raises:
+        ConfigError: it is such a data set.
+    """
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ConfigError(
+            f"the data is a {type(data).__name__}, whose items are rows; give batches: "
+            "ResumableLoader(data, batch_size=32), or a DataLoader (batch_size=None where the "
+            "items are batches)"
+        )
+
+
 class Source:
     """Data as the engine reads it: opened at any place, with a place to hold after each batch.
 
@@ -69,12 +83,7 @@ class Source:
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            raise ConfigError(
-                f"the data is a {type(data).__name__}, whose items are rows; give batches: "
-                "ResumableLoader(data, batch_size=32), or a DataLoader (batch_size=None where the "
-                "items are batches)"
-            )
+        check_batches(data)
         self.data = data
         self.is_iterator = isinstance(data, Iterator)
         self.size: int | None = getattr(data, "batch_size", None) if can_seek(data) else None

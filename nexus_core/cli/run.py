@@ -161,6 +161,8 @@ def resume(run: str, options: tuple[str, ...]) -> None:
     nexus-run resume runs/mine
     nexus-run resume runs/mine --set until="2 epochs"
     """
+    if run.startswith("-"):  # an option: no run is named
+        run, options = "auto", (run, *options)
     main.main(["--resume", run, *options], prog_name="nexus-run resume")
 
 

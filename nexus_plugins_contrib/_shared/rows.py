@@ -137,7 +137,8 @@ class Rows:
         batch = batch_of(found, self._width, self._pad)
         if self._token_bytes is not None:
             labels = batch["labels"].numpy()
-            counts = np.where(labels == IGNORE, 0, self._token_bytes[labels])
+            real = labels != IGNORE
+            counts = np.where(real, self._token_bytes[np.where(real, labels, 0)], 0)
             batch["label_bytes"] = torch.from_numpy(counts.sum(axis=1))
         return batch
 

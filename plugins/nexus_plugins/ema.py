@@ -128,7 +128,7 @@ class EmaPlugin(Plugin[EmaConfig]):
             self._collect(engine)
         return self._shown() if self.config.evaluate else None
 
-    @hookimpl
+    @hookimpl(trylast=True)  # so that who measures once does so with the average
     def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float] | None:
         """Measure the weights as well, where both are wanted."""
         if self.config.evaluate != "both" or split.endswith(LIVE):
@@ -173,6 +173,7 @@ class EmaPlugin(Plugin[EmaConfig]):
         average = cast(dict[str, Tensor], state["average"])
         self._average = {name: tensor.clone() for name, tensor in average.items()}
         self._updates = int(cast(int, state["updates"]))
+        self._live, self._seen = {}, ()  # what is averaged may be other parameters
 
     def _fitting(self, name: str, parameter: Tensor) -> Tensor:
         """The average of a parameter, where the parameter is."""

@@ -112,8 +112,11 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
             if self.config.classic:
                 length = _proof_length(reports["reason_halting"].detach())
                 engine.log("reasoning/proof_length", (length * real).sum(), units=real.sum())
-            elif not step.micro[step.place].borrowed:
-                self._note(reports["reason"].detach() * real.unsqueeze(-1))
+            else:
+                if step.place == 0:  # a pass that is made again counts once
+                    self._fired = None
+                counts = real & (not step.micro[step.place].borrowed)
+                self._note(reports["reason"].detach() * counts.unsqueeze(-1))
         return {self.term: self.loss(batch, output)}
 
     @hookimpl

@@ -71,9 +71,12 @@ class WorthPlugin(Plugin[WorthConfig]):
             return {}
         self._measured = True  # for the evaluations below too, which ask this again
         model = cast(Any, engine.model)
+        names = getattr(model, "writing_modules", model.active_modules)
+        if not names:
+            return {}
         part = {split: data if self.config.batches is None else _First(data, self.config.batches)}
         whole, worth = engine.evaluate(part)[f"{split}/loss"], {}
-        for name in getattr(model, "writing_modules", model.active_modules):
+        for name in names:
             with model.without(name):
                 lesioned = engine.evaluate(part)[f"{split}/loss"]
             worth[f"module/{name}_worth"] = lesioned - whole

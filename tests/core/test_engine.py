@@ -502,8 +502,20 @@ def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
         ({"until": None}, PAIRS, 'until says how long to train.*"500 steps"'),
         ({"eval_data": [DataLoader([0]), DataLoader([1])]}, PAIRS, "{'val': one, 'test': other}"),
         ({}, TensorDataset(torch.ones(4, 3), torch.zeros(4)), "items are rows; give batches"),
+        ({"eval_data": TensorDataset(torch.ones(4, 3))}, PAIRS, "items are rows; give batches"),
+        ({"loss": nn.CrossEntropyLoss}, PAIRS, "give an object that averages"),
+        ({"loss": nn.MSELoss(reduction="sum")}, PAIRS, "loss must return a mean"),
     ],
-    ids=["no pairs", "optimizer class", "no end", "eval sets in a list", "rows"],
+    ids=[
+        "no pairs",
+        "optimizer class",
+        "no end",
+        "eval sets in a list",
+        "rows",
+        "eval rows",
+        "loss class",
+        "sum",
+    ],
 )
 def test_a_first_try_that_cannot_be_says_what_to_write(
     options: dict[str, Any], data: Any, said: str

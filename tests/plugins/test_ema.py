@@ -131,6 +131,18 @@ def test_a_resumed_run_is_evaluated_and_predicts_with_the_average_before_it_trai
     assert all(map(torch.equal, resumed.predict(data()), trained.predict(data())))
 
 
+def test_a_state_of_fewer_trained_weights_is_evaluated_with_theirs() -> None:
+    """Breaks if what was thawed since is looked for in an average that is taken back."""
+    engine = engine_of(EmaPlugin(decay=0.9))
+    engine.model[0].requires_grad_(False)
+    engine.fit(data(), until="2 steps")
+    snapshot, before = copy.deepcopy(engine.state_dict()), engine.evaluate(data())
+    engine.model[0].requires_grad_(True)
+    engine.fit(data(), until="4 steps")
+    engine.load_state_dict(snapshot)
+    assert engine.evaluate(data()) == before
+
+
 def test_the_average_of_narrow_weights_is_wide() -> None:
     """Breaks if a bfloat16 average stands still because its steps are below its resolution."""
     ema = EmaPlugin(decay=0.9999, ramp=False)

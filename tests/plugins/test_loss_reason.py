@@ -167,14 +167,20 @@ class Firing(nn.Module):
         return output(reason=firing)
 
 
-def fired(accumulate, steps, **options):
+def fired(accumulate, steps, optimizer=torch.optim.Adam, **options):
     """The mean firing of each rule after some training, and the run."""
     model = Firing()
     plugin = LossReasonPlugin(weight=1.0, balance_weight=1.0, decay=0.9)
     rows = torch.randn(8 * steps, 3, generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part} for part in rows.split(8 // accumulate)]
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05, eps=1e-3)
-    engine = Engine(model, optimizer, plugins=[plugin], accumulate=accumulate, **options)
+    given = {"lr": 0.05, "eps": 1e-3} if optimizer is torch.optim.Adam else {"max_iter": 4}
+    engine = Engine(
+        model,
+        optimizer(model.parameters(), **given),
+        plugins=[plugin],
+        accumulate=accumulate,
+        **options,
+    )
     engine.fit(batches, until=f"{steps} steps")
     return model(rows).module_outputs["reason"].mean((0, 1)), model, plugin
 
@@ -194,3 +200,10 @@ def test_no_rule_stays_idle_or_fires_always_and_no_split_of_a_step_matters():
         whole[1].state_dict()["rates"].round(decimals=4),
         parts[1].state_dict()["rates"].round(decimals=4),
     )
+
+
+def test_a_pass_that_is_made_again_counts_once():
+    """LBFGS computes the gradient of a step several times; the rates are those of one pass."""
+    _, _, plugin = fired(2, 1, torch.optim.LBFGS)
+    rates = plugin.state_dict()["rates"]
+    assert ((rates >= 0) & (rates <= 1)).all(), rates

@@ -87,7 +87,9 @@ def test_a_seed_is_a_text_and_samples_have_one_each(run: Path) -> None:
     one, other = (sample["text"] for sample in two["samples"])
     assert one != other == again["samples"][0]["text"]
     assert two["checkpoint_step"] == 6
-    told = nexus("generate", str(run), "--prompt", "-", "--max-new-tokens", "3", input="abc")
+    asked = ["generate", str(run), "--prompt", "-", "--max-new-tokens", "3"]
+    assert "not UTF-8 at byte 1" in nexus(*asked, input=b"a\xff").output
+    told = nexus(*asked, input="abc")
     assert told.stdout.startswith("abc"), told.output
 
 
@@ -99,6 +101,8 @@ def test_a_seed_is_a_text_and_samples_have_one_each(run: Path) -> None:
         (["chat", "RUN"], "has no chat template; write with: nexus-run generate"),
         (["generate", "RUN", "--temperature", "-1"], "temperature"),
         (["resume", "RUN/nothing"], "nothing"),
+        (["resume", "--set", "no.such=1"], "no.such"),
+        (["compare", "RUN@3", "quickstart"], "does not branch off"),
     ],
 )
 def test_what_cannot_write_is_one_clear_error(run: Path, words: list[str], said: str) -> None:

@@ -79,6 +79,12 @@ def read_arms(
     arms = [first]
     for word in variants:
         arms.append(_there(word) or _configured(word, common) or _changed(word, source, first))
+    for arm in arms[1:]:
+        if first.origins is not None and arm.recipe is not None and arm.origins is None:
+            raise ConfigError(
+                f"'{arm.name}' does not branch off '{base}'; a variant of RUNS@STEP is a change, "
+                "such as 'lr=1e-3', or a folder with runs"
+            )
     for number, arm in enumerate(arms):
         if arm.folder in {other.folder for other in arms[:number]}:
             raise ConfigError(

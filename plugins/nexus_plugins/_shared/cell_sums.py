@@ -135,7 +135,7 @@ class Exchange:
                 self._work = [work]
             return
         need = sum(len(there) for _, there in self._others()) * self._share
-        if self.room is None or len(self.room) < need:
+        if self.room is None or len(self.room) < need or not _alike(self.room, self.out):
             self.room = self.out.new_empty(need)
         self._received = iter(torch.split(self.room[:need], self._share)) if need else iter(())
         shares = {rank: [next(self._received) for _ in there] for rank, there in self._others()}
@@ -278,3 +278,8 @@ def _sparse_total(part: CellSum, place: int, ranks: Ranks) -> Tensor | None:
         for node, values in there.items():
             summed.add_part(node, values)
     return summed.total()[0]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether numbers of one can be received into the other."""
+    return one.dtype == other.dtype and one.device == other.device

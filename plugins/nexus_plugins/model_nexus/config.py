@@ -98,10 +98,10 @@ class NEXUSConfig(PluginConfig):
     energy_threshold: float = Field(
         0.01,
         gt=0,
-        description="energy, of 1, that a refinement spends at least; classic: a code is settled "
-        "when a refinement moves it by less",
+        description="a token is settled when further refinements are foreseen to gain less, in "
+        "nats; classic: when a refinement moves its code by less",
     )
-    causal: bool = Field(True, description="have the causal module, which learns a graph")
+    causal: bool = Field(True, description="have the causal module, a probe that learns a graph")
     n_variables: int = Field(16, ge=2, description="variables in the causal module's graph")
     variable_names: tuple[str, ...] = Field(
         (), description="names of these variables; none: numbers"
@@ -132,6 +132,11 @@ class NEXUSConfig(PluginConfig):
             raise ValueError(
                 f"variable_names are {', '.join(self.variable_names)}; give n_variables="
                 f"{self.n_variables} different ones, or set n_variables to their number"
+            )
+        if self.classic and (self.variable_names or self.mechanism_units):
+            raise ValueError(
+                "variable_names and mechanism_units would do nothing with classic=true; leave them "
+                "out, or classic"
             )
         if self.classic and self.world_heads:
             raise ValueError(

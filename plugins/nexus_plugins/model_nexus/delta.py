@@ -15,6 +15,7 @@ from nexus_plugins.model_nexus.operations import (
     gated_rms_norm,
     pad_time,
 )
+from nexus_plugins.model_nexus.residual import widened
 from nexus_plugins.model_nexus.ssm import draw_decays
 
 __all__ = ["DeltaState", "GatedDelta", "delta_scan"]
@@ -126,14 +127,14 @@ class GatedDelta(nn.Module):
         """The gate, the convolution's input, (B, T, H) log decay, (B, T, products, H) beta."""
         sizes = [self.inner, sum(self.sizes), self.heads, self.heads * self.products]
         gate, mixed, dt, beta = torch.split(self.in_proj(x), sizes, -1)
-        dt, beta = dt.to(self.dt_bias.dtype), beta.to(self.dt_bias.dtype)
+        dt, beta = widened(dt), widened(beta)
         log_decay = F.softplus(dt + self.dt_bias) * -self.log_rate.exp()
         beta = 2 * torch.sigmoid(torch.unflatten(beta, -1, (self.products, self.heads)))
         return gate, mixed, log_decay, beta
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, products, H, P) values and (…, N) keys of length one, (B, T, H, N) queries."""
-        value, key, query = torch.split(mixed.to(self.dt_bias.dtype), self.sizes, -1)
+        value, key, query = torch.split(widened(mixed), self.sizes, -1)
         value = torch.unflatten(value, -1, (self.products, self.heads, self.head_dim))
         key = torch.unflatten(key, -1, (self.products, self.heads, self.d_key))
         query = torch.unflatten(query, -1, (self.heads, self.d_key))

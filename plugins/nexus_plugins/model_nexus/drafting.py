@@ -11,6 +11,8 @@ from nexus_plugins.model_nexus.generate import Limits, Stepper, chances, check_r
 
 __all__ = ["Drafter", "generate_drafting"]
 
+READ_AT_ONCE = 16  # tokens of a prompt: the state after each is kept meanwhile
+
 
 class Drafter(Stepper, Protocol):
     """A model that foresees its own states, and reads several tokens in one pass."""
@@ -59,8 +61,11 @@ def generate_drafting(
     tokens = prompt.reshape(-1, prompt.shape[-1])
     length = tokens.shape[1] + max_new_tokens
     with evaluating(model):
-        hidden, after = model.read(tokens, model.initial_state(len(tokens)))
-        last, states = hidden[:, -1], after[-1]
+        states = model.initial_state(len(tokens))
+        for piece in torch.split(tokens, READ_AT_ONCE, 1):
+            hidden, after = model.read(piece, states)
+            states = after[-1]
+        last = hidden[:, -1]
         tokens = torch.cat([tokens, _drawn(_chances(model, last, limits), generator)], 1)
         while tokens.shape[1] < length:
             drafted, guesses = _drafted(model, last, tokens[:, -1], limits, generator, draft)

@@ -110,7 +110,10 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             return {}
         if not all(bool(weight.isfinite().all()) for weight in engine.model.parameters()):
             return {"sample": "none: the weights are not finite"}
-        prompt = next(iter(split))["input_ids"][0, :PROMPT].to(engine.device)
+        batch = next(iter(split))
+        if "input_ids" not in batch:  # pairs to choose from
+            return {}
+        prompt = batch["input_ids"][0, :PROMPT].to(engine.device)
         generator = torch.Generator(engine.device).manual_seed(engine.seed)
         model = cast(NEXUSCore, engine.model)
         try:

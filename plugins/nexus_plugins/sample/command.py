@@ -91,7 +91,7 @@ def main(
         from nexus_plugins.sample.rebuilt import writer_of
 
         if prompt == "-":
-            prompt = sys.stdin.read()
+            prompt = _read_input()
         sampling = sampling_of(temperature, top_k, top_p)
         with writer_of(expanded(source), device=device, trust=trust) as writer:
             ids = beginning(writer, prompt)
@@ -141,6 +141,15 @@ def spoken(
         if echo:
             click.echo(harmless(piece), nl=False)
     return "".join(said), count
+
+
+def _read_input() -> str:
+    from nexus_core.errors import ConfigError
+
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt -: the input is not UTF-8 at byte {error.start}") from None
 
 
 def _heading(number: int, samples: int) -> str:

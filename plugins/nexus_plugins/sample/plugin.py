@@ -10,6 +10,7 @@ from pydantic import Field
 
 from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_core.processes import gather
 from nexus_plugins._shared.sampling import Sampling
 from nexus_plugins.sample.writing import logits_at
 
@@ -64,7 +65,8 @@ class SamplePlugin(Plugin[SampleConfig]):
             return {}
         self._done_at = engine.state.step
         codec = engine.data.codec if engine.data is not None else None
-        prompts = self._prompts(codec, data)
+        # Of the main process: a pass with divided weights is one of all processes together.
+        prompts = gather(engine.ranks, self._prompts(codec, data))[0]
         stop = getattr(codec, "eos", None)
         written = self._written(engine, prompts, stop)
         texts = [
@@ -81,6 +83,8 @@ class SamplePlugin(Plugin[SampleConfig]):
                 "sample.chat needs questions to ask: ", hint_set("sample.prompts", "[Who are you?]")
             )
         encode = getattr(codec, "encode_question" if config.chat else "encode", None)
+        if config.chat and not getattr(codec, "has_chat_template", True):
+            encode = None
         if config.prompts and encode is None:
             what = "chat template" if config.chat else "tokenizer"
             raise ConfigError(

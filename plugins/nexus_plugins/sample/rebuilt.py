@@ -71,13 +71,10 @@ def writer_of(source: str, *, device: str | None = None, trust: bool = False) ->
         ConfigError: there is no such checkpoint, or its data has no tokenizer.
     """
     saved = saved_at(source)
-    with (
-        TemporaryDirectory(prefix="nexus-write-") as room,
-        only_trusted(saved.run, trust=trust),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # that plugins of the training are not here
-        engine = _engine(saved, device, trust, Path(room))
+    with TemporaryDirectory(prefix="nexus-write-") as room, only_trusted(saved.run, trust=trust):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that plugins of the training are not here
+            engine = _engine(saved, device, trust, Path(room))
         codec = engine.data.codec if engine.data is not None else None
         if codec is None:
             raise ConfigError(

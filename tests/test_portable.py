@@ -81,7 +81,7 @@ def run(*arguments):
     return 0
 settings = ["model_nexus.d_model=16", "model_nexus.ssm_head_dim=16", "model_nexus.ssm_n_layers=1",
             f"data_text.train={sys.argv[1]}", "data_text.seq_len=32", "data_text.batch_size=2",
-            "log_every=2 steps", "checkpoint.every=2 steps"]
+            "optim_adamw.lr=1e-3", "log_every=2 steps", "checkpoint.every=2 steps"]
 sets = [part for setting in settings for part in ("--set", setting)]
 plugins = "data_text,model_nexus,loss_lm,optim_adamw,checkpoint,throughput,diagnose,jsonl"
 assert run("--plugins", plugins, *sets, "--set", "until=4 steps", "--out", "run") == 0

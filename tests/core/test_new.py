@@ -246,7 +246,7 @@ def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
 
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
-    theirs = ["no:data_text", "no:model_nexus", "no:optim_muon"]  # so that ours fill the slots
+    theirs = ["no:data_text", "no:model_nexus", "no:optim_adamw"]  # so that ours fill the slots
     together = ["tiny.yaml", "--plugins", ",".join([*theirs, *names.values()])]
     run = fresh.run("nexus-run", *together, "--out", "one", cwd=folder)
     assert run.returncode == 0, run.stderr

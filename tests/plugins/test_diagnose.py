@@ -238,15 +238,14 @@ def collapsed(seed: int) -> dict[str, str]:
 
 
 def healthy_nexus(seed: int, folder: Path) -> dict[str, str]:
-    """The quickstart with a small model: all five losses, its schedule, guard and clipping."""
+    """A small model with the losses of text and modules, schedule, guard and clipping."""
     chosen: dict[str, dict[str, Any]] = {
         "data_text": {"train": "stdlib", "seq_len": 64, "batch_size": 8},
-        "model_nexus": {"d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 32},
+        "model_nexus": {"d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 32, "causal": False},
         "loss_lm": {"label_smoothing": 0.0},
         "loss_world": {},
         "loss_reason": {},
         "loss_energy": {},
-        "loss_causal": {},
         "optim_adamw": {"lr": 6e-3, "weight_decay": 0.1},
         "lr_cosine": {"warmup": "15 steps", "min_lr": 3e-4},
         "guard": {},

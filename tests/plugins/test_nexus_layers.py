@@ -195,12 +195,13 @@ def test_config_refuses_layers_that_do_not_fit(settings: dict[str, object], word
         NEXUSConfig(**settings)
 
 
-def moved(optimizer: str, base_width: int | None, width: int) -> Tensor:
+def moved(optimizer: str, base_width: int | None, width: int, tied: bool) -> Tensor:
     """How far some steps move each layer's output and the logits, root mean square."""
     torch.manual_seed(0)
     alone = dict.fromkeys(("world", "reason", "energy", "causal"), False)
     sizes = {"d_model": width, "ssm_n_layers": 2, "ssm_head_dim": 8, "ssm_d_state": 8}
-    settings = {"vocab_size": VOCAB, "layers": ["ssm", "mlp"], "base_width": base_width, **sizes}
+    settings = {"vocab_size": VOCAB, "layers": ["ssm", "mlp"], "base_width": base_width,
+                "tie_embeddings": tied, **sizes}  # fmt: skip
     model, seen = NEXUSCore(**settings, **alone), list[Tensor]()
     ids = tokens(4, 17)
 
@@ -223,13 +224,14 @@ def moved(optimizer: str, base_width: int | None, width: int) -> Tensor:
     return torch.stack(changes)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["optim_adamw", "optim_muon"])
-def test_a_learning_rate_moves_every_width_alike(optimizer: str) -> None:
+def test_a_learning_rate_moves_every_width_alike(optimizer: str, tied: bool) -> None:
     """Red: the rate that was found at one width is too high for a wider model."""
-    narrow, middle, wide = (moved(optimizer, 16, width) for width in (16, 32, 64))
+    narrow, middle, wide = (moved(optimizer, 16, width, tied) for width in (16, 32, 64))
     for other in (middle, wide):
         assert (other / narrow).log2().abs().max() < 0.5
-    assert (moved(optimizer, None, 64) / moved(optimizer, None, 16)).log2().max() > 1
+    assert (moved(optimizer, None, 64, tied) / moved(optimizer, None, 16, tied)).log2().max() > 1
 
 
 @pytest.mark.slow

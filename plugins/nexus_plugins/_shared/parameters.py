@@ -190,9 +190,14 @@ def groups_of(
 
 
 def _widths(model: nn.Module) -> dict[int, int]:
-    """How many inputs each linear map has, by the `id` of its weight; none tied to an embedding."""
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in tied]
+    """How many inputs each linear map has, by the `id` of its weight.
+
+    Left out are those tied to an embedding, and a head whose logits the model shrinks itself: the
+    rate of an output that has a multiplier stays as it is.
+    """
+    apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    apart |= {id(weight) for weight in getattr(model, "shrunk_heads", ())}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in apart]
     return {id(m.weight): m.in_features for m in linears}
 
 

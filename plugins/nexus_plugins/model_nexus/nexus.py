@@ -218,6 +218,11 @@ class NEXUSCore(nn.Module):
             )
         return world.move(hidden, self.embedding(input_ids))
 
+    @property
+    def shrunk_heads(self) -> tuple[nn.Parameter, ...]:
+        """The weights whose outputs shrink with the width, so that their rates need not (muP)."""
+        return () if self.config.base_width is None else (self.head.weight,)
+
     def _final(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.final_norm(x)
         base = self.config.base_width

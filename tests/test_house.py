@@ -91,7 +91,7 @@ LARGER = {
     "plugins/nexus_plugins/data_text/rows.py": 195,
     "plugins/nexus_plugins/data_text/stream.py": 210,
     "plugins/nexus_plugins/guard/plugin.py": 228,
-    "plugins/nexus_plugins/model_nexus/operations.py": 250,
+    "plugins/nexus_plugins/model_nexus/operations.py": 242,
 }
 """Files beyond the line, a little above what they are: they may shrink, and must not grow."""
 

@@ -16,21 +16,22 @@ from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 
 __all__ = ["write_code", "write_config"]
 
-_PACKAGE = "nexus_plugins.model_nexus"
+_PACKAGES = ("nexus_plugins.model_nexus", "nexus_plugins._shared")
 _TEMPLATES = ("standalone.py", "configuration_nexus.py", "modeling_nexus.py")
-_OURS = re.compile(r"^from (nexus_plugins\.model_nexus\.)", re.MULTILINE)
+_OURS = re.compile(r"^from nexus_plugins\.(?:model_nexus|_shared)\.", re.MULTILINE)
 _OTHERS = re.compile(r"^from (?:nexus_core\.\w+|pydantic) import", re.MULTILINE)
 
 
 def write_code(folder: Path) -> None:
     """Write the model's own files, with imports of one another, and those of transformers."""
-    names, pending = set[str](), ["nexus"]
+    known, pending = set[str](), [f"{_PACKAGES[0]}.nexus"]
     while pending:
-        name = pending.pop()
-        if name in names:
+        module = pending.pop()
+        if module in known:
             continue
-        names.add(name)
-        text = resources.files(_PACKAGE).joinpath(f"{name}.py").read_text(encoding="utf-8")
+        known.add(module)
+        package, _, name = module.rpartition(".")
+        text = resources.files(package).joinpath(f"{name}.py").read_text(encoding="utf-8")
         pending += _neighbours(text)
         (folder / f"{name}.py").write_text(_standing_alone(text), encoding="utf-8")
     templates = resources.files("nexus_plugins_contrib.export_hf").joinpath("templates")
@@ -41,7 +42,7 @@ def write_code(folder: Path) -> None:
 
 def _neighbours(text: str) -> list[str]:
     modules = [n.module or "" for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)]
-    return [m.rpartition(".")[2] for m in modules if m.startswith(f"{_PACKAGE}.")]
+    return [module for module in modules if module.rpartition(".")[0] in _PACKAGES]
 
 
 def _standing_alone(text: str) -> str:

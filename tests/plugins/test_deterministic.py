@@ -22,11 +22,11 @@ from nexus_core.cli.notes import companions
 from nexus_core.errors import CheckpointError, DataError
 from nexus_core.plan import installed, load
 from nexus_core.testing import tiny_engine
+from nexus_plugins._shared import running_sum as sums
 from nexus_plugins._shared.numerics import WORKSPACE, numerics
 from nexus_plugins.checkpoint import CheckpointPlugin
 from nexus_plugins.deterministic import DeterministicPlugin
 from nexus_plugins.loss_lm import LossLmPlugin
-from nexus_plugins.model_nexus import operations
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[2] / "docs/plugins/deterministic.md"
@@ -319,7 +319,7 @@ def surveyed(corpus: Path, out: Path, *names: str) -> tuple[Survey, dict[str, fl
 
 def in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the CPU computed like a device that adds floats up in no particular order."""
-    monkeypatch.setattr(operations, "ADD_IN_ORDER", ())
+    monkeypatch.setattr(sums, "ADD_IN_ORDER", ())
 
 
 def test_the_preset_asks_for_what_the_page_says_and_for_nothing_of_it_when_deterministic(
@@ -361,9 +361,9 @@ def test_sums_by_doubling_are_those_of_cumsum(length: int, dim: int, seed: int) 
     with pytest.MonkeyPatch.context() as patch:
         in_one_order(patch)
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        found = operations.running_sum(values, dim)
+        found = sums.running_sum(values, dim)
     torch.testing.assert_close(found, values.double().cumsum(dim).float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(operations.running_sum(values, dim), values.cumsum(dim))
+    assert torch.equal(sums.running_sum(values, dim), values.cumsum(dim))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

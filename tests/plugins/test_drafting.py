@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nexus_plugins._shared.sampling import Sampling
 from nexus_plugins.model_nexus import NEXUSCore
 from nexus_plugins.model_nexus.drafting import generate_drafting
-from nexus_plugins.model_nexus.generate import Limits, chances
 
 SIZES = {"d_model": 16, "ssm_n_layers": 2, "ssm_head_dim": 8, "ssm_d_state": 4}
 
@@ -64,11 +64,11 @@ def test_sampled_tokens_have_the_distribution_without_drafts():
     """If it fails, drafting answers another question than sampling."""
     draw = torch.Generator().manual_seed(0)
     logits, noise = torch.randn(2, 4, 4, generator=draw)
-    chain, limits = Chain(logits, logits + noise), Limits(0.8, 3, 0.95)
+    chain, sampling = Chain(logits, logits + noise), Sampling(0.8, 3, 0.95)
     prompt = torch.zeros(3, 1, dtype=torch.long)
-    made = [generate_drafting(chain, prompt, 3, limits, draw, 2)[:, 1:] for _ in range(600)]
+    made = [generate_drafting(chain, prompt, 3, sampling, draw, 2)[:, 1:] for _ in range(600)]
     found = torch.bincount(torch.cat(made) @ torch.tensor([16, 4, 1]), minlength=64) / 1800
-    step = chances(logits, limits)
+    step = sampling.chances(logits)
     wanted = (step[0, :, None, None] * step[:, :, None] * step[None]).flatten()
     assert (found[wanted == 0] == 0).all()
     error = (wanted * (1 - wanted) / 1800).sqrt()

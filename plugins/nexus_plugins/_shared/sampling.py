@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from nexus_plugins._shared.running_sum import running_sum
 
 __all__ = ["Sampling"]
 
@@ -56,17 +59,25 @@ class Sampling:
         choice = torch.multinomial(shares, 1, generator=generator)
         return tokens.gather(-1, choice).squeeze(-1)
 
+    def chances(self, logits: Tensor) -> Tensor:
+        """The probabilities `(..., V)` with which tokens are chosen, 0 for those that never are."""
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        shares, tokens = self.shares(logits)
+        total = shares.sum(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, tokens, shares / total)
+
     def shares(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities `(B, V)`, the likeliest first, and the tokens that they are of."""
+        """Weights `(..., V)` of the tokens, the likeliest first, and the tokens themselves."""
         ordered, tokens = logits.sort(-1, descending=True)
         # From the likeliest down, so that a low temperature cannot overflow; 0 / 0 is no number.
         least = torch.finfo(logits.dtype).tiny
-        ordered = (ordered - ordered[:, :1]) / max(self.temperature, least)
+        ordered = (ordered - ordered[..., :1]) / max(self.temperature, least)
         if self.top_k is not None:
-            ordered[:, self.top_k :] = -torch.inf
+            ordered[..., self.top_k :] = -torch.inf
         shares = ordered.softmax(-1)
         if self.top_p is not None:
-            before = shares.cumsum(-1) - shares
+            before = running_sum(shares, -1) - shares
             shares = shares.masked_fill(before >= self.top_p, 0)
-            shares[:, 0] = shares[:, 0].clamp_min(least)
+            shares[..., 0] = shares[..., 0].clamp_min(least)
         return shares, tokens

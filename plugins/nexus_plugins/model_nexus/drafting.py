@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.generate import Limits, Stepper, chances, check_request, evaluating
+from nexus_plugins._shared.sampling import Sampling
+from nexus_plugins.model_nexus.generate import Stepper, check_request, evaluating
 
 __all__ = ["Drafter", "generate_drafting"]
 
@@ -31,7 +32,7 @@ def generate_drafting(
     model: Drafter,
     prompt: Tensor,
     max_new_tokens: int,
-    limits: Limits,
+    sampling: Sampling,
     generator: torch.Generator | None,
     draft: int,
 ) -> Tensor:
@@ -41,7 +42,7 @@ def generate_drafting(
         model: what predicts; it is in evaluation mode meanwhile.
         prompt: `(B, T)` token numbers, or `(T,)` for one sequence; T at least 1.
         max_new_tokens: tokens to add.
-        limits: temperature, top_k and top_p.
+        sampling: how tokens are chosen.
         generator: source of randomness.
         draft: tokens of a draft; the rows of a batch keep as many of them as the row that keeps
             fewest.
@@ -55,7 +56,7 @@ def generate_drafting(
     Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding",
         algorithm 1.
     """
-    check_request(prompt, max_new_tokens, limits)
+    check_request(prompt, max_new_tokens)
     if draft < 1:
         raise ValueError(f"draft is {draft}; expected 1 or more, or 0 to generate without drafts")
     tokens = prompt.reshape(-1, prompt.shape[-1])
@@ -66,11 +67,11 @@ def generate_drafting(
             hidden, after = model.read(piece, states)
             states = after[-1]
         last = hidden[:, -1]
-        tokens = torch.cat([tokens, _drawn(_chances(model, last, limits), generator)], 1)
+        tokens = torch.cat([tokens, _drawn(_chances(model, last, sampling), generator)], 1)
         while tokens.shape[1] < length:
-            drafted, guesses = _drafted(model, last, tokens[:, -1], limits, generator, draft)
+            drafted, guesses = _drafted(model, last, tokens[:, -1], sampling, generator, draft)
             hidden, after = model.read(torch.cat([tokens[:, -1:], drafted], 1), states)
-            truth = _chances(model, hidden, limits)
+            truth = _chances(model, hidden, sampling)
             new = _kept(drafted, guesses, truth, generator)
             tokens = torch.cat([tokens, new], 1)
             last, states = hidden[:, new.shape[1] - 1], after[new.shape[1] - 1]
@@ -81,7 +82,7 @@ def _drafted(
     model: Drafter,
     hidden: Tensor,
     token: Tensor,
-    limits: Limits,
+    sampling: Sampling,
     generator: torch.Generator | None,
     draft: int,
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ def _drafted(
     drafted, guesses = [], []
     for _ in range(draft):
         hidden = model.foresee(hidden, token)
-        guess = _chances(model, hidden, limits)
+        guess = _chances(model, hidden, sampling)
         token = _drawn(guess, generator).squeeze(1)
         drafted.append(token)
         guesses.append(guess)
@@ -119,8 +120,8 @@ def _kept(
     return torch.cat([drafted[:, :count], following.unsqueeze(1)], 1)
 
 
-def _chances(model: Drafter, hidden: Tensor, limits: Limits) -> Tensor:
-    return chances(model.head(hidden).float(), limits)
+def _chances(model: Drafter, hidden: Tensor, sampling: Sampling) -> Tensor:
+    return sampling.chances(model.head(hidden).float())
 
 
 def _drawn(weights: Tensor, generator: torch.Generator | None) -> Tensor:

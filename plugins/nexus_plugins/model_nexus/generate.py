@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.operations import running_sum
+from nexus_plugins._shared.sampling import Sampling
 
-__all__ = ["Limits", "Stepper", "chances", "check_request", "evaluating", "generate"]
-
-
-class Limits(NamedTuple):
-    """Which tokens may be sampled: see `generate`."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+__all__ = ["Stepper", "check_request", "evaluating", "generate"]
 
 
 class Stepper(Protocol):
@@ -69,15 +59,15 @@ def generate(
 
     Source: top_p is nucleus sampling, Holtzman et al. 2020.
     """
-    limits = Limits(temperature, top_k, top_p)
-    check_request(prompt, max_new_tokens, limits)
+    sampling = Sampling(temperature, top_k, top_p)
+    check_request(prompt, max_new_tokens)
     tokens = list(prompt.reshape(-1, prompt.shape[-1]).unbind(1))
     with evaluating(model):
         states = model.initial_state(len(tokens[0]))
         for token in tokens:
             logits, states = model.step(token, states)
         for _ in range(max_new_tokens):
-            tokens.append(_sample(logits.float(), limits, generator))
+            tokens.append(sampling.choose(logits, generator))
             logits, states = model.step(tokens[-1], states)
     return torch.stack(tokens, 1).reshape(*prompt.shape[:-1], -1)
 
@@ -94,42 +84,8 @@ def evaluating(model: Stepper) -> Iterator[None]:
             part.training = True
 
 
-def _sample(logits: Tensor, limits: Limits, generator: torch.Generator | None) -> Tensor:
-    if limits.temperature == 0:
-        return logits.argmax(-1)
-    probabilities, tokens = _ordered(logits, limits)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return tokens.gather(-1, choice).squeeze(-1)
-
-
-def chances(logits: Tensor, limits: Limits) -> Tensor:
-    """The probabilities `(..., V)` with which tokens are sampled, 0 for those that never are."""
-    if limits.temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    probabilities, tokens = _ordered(logits, limits)
-    total = probabilities.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter(-1, tokens, probabilities / total)
-
-
-def _ordered(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-    """Weights of the tokens within the limits, from the likeliest down, and the tokens."""
-    tiny = torch.finfo(logits.dtype).tiny
-    ordered, tokens = logits.sort(-1, descending=True)
-    # From the likeliest down, so that a low temperature cannot overflow; 0 / 0 is no number.
-    ordered = (ordered - ordered[..., :1]) / max(limits.temperature, tiny)
-    if limits.top_k is not None:
-        ordered[..., limits.top_k :] = -torch.inf
-    probabilities = ordered.softmax(-1)
-    if limits.top_p is not None:
-        before = running_sum(probabilities, -1) - probabilities
-        probabilities = probabilities.masked_fill(before >= limits.top_p, 0)
-        probabilities[..., 0] = probabilities[..., 0].clamp_min(tiny)
-    return probabilities, tokens
-
-
-def check_request(prompt: Tensor, max_new_tokens: int, limits: Limits) -> None:
+def check_request(prompt: Tensor, max_new_tokens: int) -> None:
     """Refuse arguments that are out of their range (a ValueError)."""
-    temperature, top_k, top_p = limits
     if prompt.dim() not in (1, 2) or prompt.numel() == 0:
         raise ValueError(
             f"prompt has shape {tuple(prompt.shape)}; expected (batch, time) or (time,) with at "
@@ -137,11 +93,3 @@ def check_request(prompt: Tensor, max_new_tokens: int, limits: Limits) -> None:
         )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature}; expected a finite number: 0 (likeliest token) or more"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected 1 or more, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; expected above 0 and up to 1, or None for all tokens")

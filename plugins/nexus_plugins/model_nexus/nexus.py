@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_plugins._shared.sampling import Sampling
 from nexus_plugins.model_nexus.block import LayerState, NEXUSBlock, kinds, make_ngrams
 from nexus_plugins.model_nexus.classic_world import ClassicWorldModel
 from nexus_plugins.model_nexus.config import NEXUSConfig
 from nexus_plugins.model_nexus.drafting import generate_drafting
-from nexus_plugins.model_nexus.generate import Limits, generate
+from nexus_plugins.model_nexus.generate import generate
 from nexus_plugins.model_nexus.inputs import check_shapes, document_numbers
 from nexus_plugins.model_nexus.ngrams import NGramState
 from nexus_plugins.model_nexus.parts import make_parts
@@ -219,7 +220,7 @@ class NEXUSCore(nn.Module):
         return world.move(hidden, self.embedding(input_ids))
 
     @property
-    def shrunk_heads(self) -> tuple[nn.Parameter, ...]:
+    def shrunk_heads(self) -> tuple[Tensor, ...]:
         """The weights whose outputs shrink with the width, so that their rates need not (muP)."""
         return () if self.config.base_width is None else (self.head.weight,)
 
@@ -274,6 +275,6 @@ class NEXUSCore(nn.Module):
         in one pass: the tokens are distributed as without, and at temperature 0 are the same.
         """
         if draft:
-            limits = Limits(temperature, top_k, top_p)
-            return generate_drafting(self, prompt, max_new_tokens, limits, generator, draft)
+            sampling = Sampling(temperature, top_k, top_p)
+            return generate_drafting(self, prompt, max_new_tokens, sampling, generator, draft)
         return generate(self, prompt, max_new_tokens, temperature, top_k, top_p, generator)

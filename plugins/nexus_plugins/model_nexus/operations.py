@@ -21,19 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = [
-    "Decays",
-    "causal_conv_silu",
-    "chunked",
-    "chunked_scan",
-    "gated_rms_norm",
-    "pad_time",
-    "running_sum",
-]
+from nexus_plugins._shared.running_sum import running_sum
+
+__all__ = ["Decays", "causal_conv_silu", "chunked", "chunked_scan", "gated_rms_norm", "pad_time"]
 
 LOG2_E = 1 / math.log(2)
 TOKENS_IN_CACHE = 1024
-ADD_IN_ORDER = ("cpu",)  # devices on which cumsum adds up floats in one order
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
@@ -379,25 +372,6 @@ def _pairs_backward(
 def _scores(b: Tensor, c: Tensor, decays: Decays) -> Tensor:
     """(B, K, Q, Q) how much each position reads of each visible one, before decay."""
     return (c @ b.mT).to(decays.sums.dtype).mul_(decays.visible())
-
-
-def running_sum(value: Tensor, dim: int) -> Tensor:
-    """`value.cumsum(dim)`, in an order that is always the same where that is asked for.
-
-    On CUDA PyTorch has no deterministic `cumsum` of floats, so the sums are made there by doubling:
-    of 1, 2, 4, ... neighbours. It takes log2 of the length times as long, and rounds less.
-
-    Source: Hillis & Steele 1986, "Data parallel algorithms".
-    """
-    if value.device.type in ADD_IN_ORDER or not torch.are_deterministic_algorithms_enabled():
-        return value.cumsum(dim)
-    length, reach = value.shape[dim], 1
-    while reach < length:
-        earlier = value.narrow(dim, 0, length - reach)
-        later = value.narrow(dim, reach, length - reach)
-        value = torch.cat([value.narrow(dim, 0, reach), later + earlier], dim)
-        reach *= 2
-    return value
 
 
 def _per_column(across: Tensor, x: Tensor) -> Tensor:

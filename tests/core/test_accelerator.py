@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 
 from nexus_core import ConfigError
 from nexus_core.meter import Meter
@@ -59,6 +60,16 @@ def test_it_is_there_for_its_block_alone() -> None:
     assert (torch.Generator, torch.accelerator.synchronize) == (generator, synchronize)
     del kept
     assert accelerator.allocated == before
+
+
+def test_device_contexts_act_within_it_and_afterwards() -> None:
+    """Breaks if PyTorch remembers replacements: weights made on `meta` were then never filled."""
+    _device_constructors.cache_clear()  # as in a process where nothing has asked yet
+    with host_accelerator(), torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+        assert nn.Linear(2, 2).weight.device.type == "meta"
 
 
 @pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"foreach": False}])

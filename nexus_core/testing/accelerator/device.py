@@ -10,7 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.overrides
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from nexus_core.errors import ConfigError
 from nexus_core.testing.accelerator.autocast import register_autocast
@@ -22,6 +24,11 @@ from nexus_core.testing.accelerator.waits import Waits
 __all__ = ["NAME", "Device", "Event", "Pinned", "registered"]
 
 NAME = "fakegpu"
+_REMEMBERED: tuple[Callable[[], object], ...] = (
+    _device_constructors,
+    torch.overrides.get_overridable_functions,
+)
+"""What PyTorch collects of its own functions when it is first asked, and keeps."""
 
 
 class Pinned:
@@ -200,6 +207,8 @@ class Device:
         """
         if self.active:
             raise ConfigError("there is an accelerator already: host_accelerator() within another")
+        for remembered in _REMEMBERED:  # with PyTorch's own functions, not with replacements
+            remembered()
         self.begin()
         self.generators.default.manual_seed(torch.initial_seed())
         self.active = True

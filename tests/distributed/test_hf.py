@@ -74,11 +74,6 @@ def train(
     return seen
 
 
-def train_whole(make: Any, cases: list[Case], folder: Path) -> list[Seen]:
-    """Each case in one process, which has seen nothing else."""
-    return [train(make, folder, *case) for case in cases]
-
-
 def train_all(make: Any, cases: list[Case], folder: Path, out: Path) -> list[list[Seen]]:
     """Each case as a whole, and as a run that is stopped and resumed; in one pair of processes."""
     found = []
@@ -95,7 +90,7 @@ def test_two_processes_have_the_numbers_of_one_and_resume(way: str, tmp_path: Pa
     texts = ["ABCDEFGHIJ"[: 2 + n % 8] + str(n) for n in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     make, cases = WAYS[way]
-    (whole,) = together(1, train_whole, make, cases, folder)
+    whole = [train(make, folder, *case) for case in cases]
     for seen in together(2, train_all, make, cases, folder, tmp_path):
         for (first, second), alone in zip(seen, whole, strict=True):
             logged = first.logged + second.logged, first.evaluations + second.evaluations

@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.overrides
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
@@ -24,11 +23,6 @@ from nexus_core.testing.accelerator.waits import Waits
 __all__ = ["NAME", "Device", "Event", "Pinned", "registered"]
 
 NAME = "fakegpu"
-_REMEMBERED: tuple[Callable[[], object], ...] = (
-    _device_constructors,
-    torch.overrides.get_overridable_functions,
-)
-"""What PyTorch collects of its own functions when it is first asked, and keeps."""
 
 
 class Pinned:
@@ -207,8 +201,7 @@ class Device:
         """
         if self.active:
             raise ConfigError("there is an accelerator already: host_accelerator() within another")
-        for remembered in _REMEMBERED:  # with PyTorch's own functions, not with replacements
-            remembered()
+        _device_constructors()  # remembered from the first call on: not the replacements
         self.begin()
         self.generators.default.manual_seed(torch.initial_seed())
         self.active = True

@@ -82,6 +82,7 @@ class ClipPlugin(Plugin[ClipConfig]):
     api_version: ClassVar[str] = "1.2"
     _seen: Sequence[Parameter] = ()
     """The parameters that the last step had gradients for."""
+    _ordered: Sequence[Parameter] = ()
     _plain: bool = False
 
     @hookimpl(stage="limit")
@@ -90,9 +91,10 @@ class ClipPlugin(Plugin[ClipConfig]):
         parameters = [p for p in engine.parameters(step.turn) if p.grad is not None]
         if len(parameters) != len(self._seen) or not all(map(is_, parameters, self._seen)):
             self._seen, self._plain = parameters, _are_plain(parameters)
+            self._ordered = _in_order(engine.model, parameters)
         max_norm = self.config.max_norm if self.config.by == "norm" else math.inf
         if engine.cells:
-            norm = _clip_steadily(_in_order(engine.model, parameters), max_norm, engine.ranks)
+            norm = _clip_steadily(self._ordered, max_norm, engine.ranks)
         else:
             norm = (_clip_plain if self._plain else _clip_any)(parameters, max_norm)
         name = f"grad_norm_{self.label}" if self.label else "grad_norm"
@@ -149,9 +151,14 @@ def _clip_steadily(parameters: Sequence[Parameter], max_norm: float, ranks: Rank
     """The same for a run in cells: to the same bits however the gradient is divided."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = steady_norm([g.coalesce().values() if g.is_sparse else g for g in gradients], ranks)
+    if norm.is_cpu and norm.item() + EPS <= max_norm:
+        return norm
     scale = (norm + EPS).reciprocal().mul(max_norm).clamp(max=1.0)
-    for gradient in gradients:
-        local_part(gradient).mul_(scale.to(gradient.device))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in map(local_part, gradients):
+        by_device.setdefault(gradient.device, []).append(gradient)
+    for device, some in by_device.items():
+        torch._foreach_mul_(some, scale.to(device))
     return norm
 
 

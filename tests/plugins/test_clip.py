@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nexus_core import ConfigError, Engine
+from nexus_core.processes import Ranks
+from nexus_plugins._shared import norms
 from nexus_plugins.clip import ClipPlugin
 
 
-def engine_of(model: nn.Module, plugin: ClipPlugin, scale: float = 1.0) -> Engine:
+def engine_of(
+    model: nn.Module, plugin: ClipPlugin, scale: float = 1.0, cells: int | None = None
+) -> Engine:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     return Engine(
         model,
@@ -20,6 +26,7 @@ def engine_of(model: nn.Module, plugin: ClipPlugin, scale: float = 1.0) -> Engin
         loss=lambda model, batch: scale * model(batch).square().mean(),
         plugins=[plugin],
         log_every=1,
+        cells=cells,
     )
 
 
@@ -29,11 +36,12 @@ def engine_of(model: nn.Module, plugin: ClipPlugin, scale: float = 1.0) -> Engin
     scale=st.floats(1e-4, 1e4),
     max_norm=st.floats(1e-3, 1e3),
     mixed=st.booleans(),
+    cells=st.sampled_from([None, 1]),
 )
 def test_update_is_that_of_torchs_clipping(
-    seed: int, scale: float, max_norm: float, mixed: bool
+    seed: int, scale: float, max_norm: float, mixed: bool, cells: int | None
 ) -> None:
-    """Breaks if either way (one type, mixed types) clips to other numbers than torch."""
+    """Breaks if any path (one type, mixed types, in cells) clips to other numbers than torch."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     if mixed:
@@ -46,7 +54,7 @@ def test_update_is_that_of_torchs_clipping(
     length = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     expected = [p - p.grad for p in model.parameters()]
 
-    engine = engine_of(model, ClipPlugin(max_norm=max_norm), scale)
+    engine = engine_of(model, ClipPlugin(max_norm=max_norm), scale, cells)
     result = engine.fit([batch], until="1 step")
 
     for parameter, wanted in zip(model.parameters(), expected, strict=True):
@@ -183,3 +191,23 @@ def test_a_limit_that_would_not_act_is_refused(settings: dict[str, float], words
         ClipPlugin(**settings)
     stored = ClipPlugin(by="agc", ratio=0.1).config.model_dump(mode="json")
     assert ClipPlugin(**stored).config.model_dump(mode="json") == stored, "what is stored is read"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=6),
+    at_once=st.integers(1, 40),
+)
+def test_length_in_cells_does_not_depend_on_what_is_added_at_once(
+    shapes: list[tuple[int, ...]], at_once: int
+) -> None:
+    """Breaks if rows are lost, counted twice or mixed up where blocks of them begin and end."""
+    generator = torch.Generator().manual_seed(at_once)
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(norms.AT_ONCE, "cpu", at_once)
+        found = norms.steady_norm(gradients, Ranks())
+    assert torch.equal(found, norms.steady_norm(gradients, Ranks()))
+    assert float(found) == pytest.approx(
+        math.sqrt(math.fsum(float(x) ** 2 for g in gradients for x in g.flatten())), rel=1e-6
+    )

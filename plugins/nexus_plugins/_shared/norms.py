@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,9 @@ from nexus_core.processes import Ranks, is_sharded, local_part
 
 __all__ = ["steady_norm"]
 
-CACHED = 1 << 18
-"""Numbers that are squared and added at once on the host."""
-NARROW = 64
-"""Numbers of a row that are left when rows are put together again."""
+AT_ONCE = {"cpu": 1 << 18}
+"""Numbers that are squared and added at once: on the host, as many as stay in the cache."""
+AT_ONCE_ELSEWHERE = 1 << 24
 
 
 @torch.no_grad()
@@ -30,7 +29,7 @@ def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
         gradients: strided; a divided one (`DTensor`) by its first dimension over all processes.
         ranks: this process among its peers; where a gradient is divided, all of them ask.
     """
-    own = [_sums_of_rows(local_part(gradient)) for gradient in gradients]
+    own = _sums_of_rows([local_part(gradient) for gradient in gradients])
     divided = [place for place, gradient in enumerate(gradients) if is_sharded(gradient)]
     if divided and ranks.size > 1:
         rows = [len(gradients[place]) for place in divided]
@@ -47,21 +46,56 @@ def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
     return _halved(sums.view(1, -1)).reshape(()).sqrt()
 
 
-def _sums_of_rows(gradient: Tensor) -> Tensor:
-    """The sum of squares of each row `(first dimension,)`, float32 at least.
+def _sums_of_rows(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of squares of the rows of each gradient `(first dimension,)`, float32 at least.
 
-    On the host some rows are taken at a time, as many as stay in the cache.
+    Rows of one width are added together, of whichever gradient they are: a small model has many
+    gradients, and each call on one costs more than its numbers.
     """
-    rows = gradient.reshape(len(gradient) if gradient.ndim else 1, math.prod(gradient.shape[1:]))
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    count = max(1, CACHED // max(1, rows.shape[1])) if rows.is_cpu else max(1, len(rows))
-    parts = [_halved(some.to(wide).square(), NARROW) for some in torch.split(rows, count)]
-    return _halved(torch.cat(parts)).reshape(-1)
+    alike: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+    rows = [g.reshape(len(g) if g.ndim else 1, math.prod(g.shape[1:])) for g in gradients]
+    for place, one in enumerate(rows):
+        alike.setdefault((one.device, one.dtype, one.shape[1]), []).append(place)
+    found: list[Tensor] = [*gradients]
+    for (device, dtype, width), places in alike.items():
+        count = max(1, AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE) // max(1, width))
+        wide = torch.promote_types(dtype, torch.float32)
+        blocks = _blocks([rows[place] for place in places], count)
+        room = torch.empty(
+            min(count, sum(len(rows[place]) for place in places)), width, dtype=wide, device=device
+        )
+        sums = torch.cat([_halved(_squares(some, room)).flatten().clone() for some in blocks])
+        counts = [len(rows[place]) for place in places]
+        for place, part in zip(places, torch.split(sums, counts), strict=True):
+            found[place] = part
+    return found
 
 
-def _halved(values: Tensor, width: int = 1) -> Tensor:
-    """Rows, written over: one half is added to the other until they are no wider than this."""
-    while values.shape[1] > width:
+def _squares(rows: Sequence[Tensor], room: Tensor) -> Tensor:
+    """The squares of some rows, in memory that is used again and again."""
+    found = room[: sum(map(len, rows))]
+    for part, one in zip(torch.split(found, [*map(len, rows)]), rows, strict=True):
+        part.copy_(one)
+    return found.square_()
+
+
+def _blocks(matrices: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
+    """All rows of some matrices in their order, so many at a time."""
+    block, room = list[Tensor](), count
+    for matrix in matrices:
+        for some in torch.tensor_split(matrix, [*range(room, len(matrix), count)]):
+            block.append(some)
+            room -= len(some)
+            if room == 0:
+                yield block
+                block, room = [], count
+    if block:
+        yield block
+
+
+def _halved(values: Tensor) -> Tensor:
+    """Rows, written over: one half is added to the other until a number is left."""
+    while values.shape[1] > 1:
         half = values.shape[1] // 2
         both = values[:, :half].add_(values[:, half : 2 * half])
         if values.shape[1] % 2:

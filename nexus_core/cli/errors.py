@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import click
 
+from nexus_core.cli.tables import folded
 from nexus_core.errors import NexusError
 
 __all__ = ["reported"]
@@ -60,7 +61,7 @@ def _take_any_output() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    click.echo(f"{click.style('warning', fg='yellow')}: {message}", err=True)
+    _print("warning", str(message), fg="yellow")
 
 
 def _said_by_main(message: str) -> bool:
@@ -77,4 +78,9 @@ def _say(error: Exception, message: str) -> None:
     places = "".join(f" [{place}]" for place in where)
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     head = "error" if rank == "0" else f"error in rank {rank}"
-    click.echo(f"{click.style(head, fg='red', bold=True)}: {message}{places}", err=True)
+    _print(head, f"{message}{places}", fg="red", bold=True)
+
+
+def _print(head: str, text: str, *, fg: str, bold: bool = False) -> None:
+    lines = folded(f"{head}: {text}", stream=sys.stderr).removeprefix(head)
+    click.echo(click.style(head, fg=fg, bold=bold) + lines, err=True)

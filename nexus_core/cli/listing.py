@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from nexus_core.cli.groups import GROUPS, group_of
 from nexus_core.cli.local import giver, plugin_class
+from nexus_core.cli.tables import folded
 from nexus_core.errors import ConfigError, PluginError
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
@@ -82,7 +83,7 @@ def list_plugins(*, loading: bool = True) -> str:
         heading = group or ("not ready" if loading else "")
         if heading:
             lines += ["", click.style(heading, bold=True)]
-        lines += [f"{row.name:<{width}}{_said(row)}" for row in members]
+        lines += [f"{row.name:<{width}}{_said(row, width)}" for row in members]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -91,12 +92,13 @@ def list_plugins_json(*, loading: bool = True) -> str:
     return json.dumps([asdict(row) for row in listed_plugins(loading=loading)], indent=2)
 
 
-def _said(row: Listed) -> str:
+def _said(row: Listed, indent: int) -> str:
     if row.status == "missing":
-        return click.style(f"not installed: {row.what}", fg="yellow")
+        return click.style(folded(f"not installed: {row.what}", indent), fg="yellow")
     if row.status == "broken":
-        return click.style(f"BROKEN: {row.what}", fg="red")
-    return row.what if row.package.startswith(f"{_OWN} ") else f"{row.what} ({row.package})"
+        return click.style(folded(f"BROKEN: {row.what}", indent), fg="red")
+    own = row.package.startswith(f"{_OWN} ")
+    return folded(row.what if own else f"{row.what} ({row.package})", indent)
 
 
 def show_plugin_json(word: str) -> str:

@@ -22,6 +22,7 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.copies import code_of
 from nexus_core.cli.folder import RunFolder, write_config
 from nexus_core.cli.lineage import Relation, note_branch
+from nexus_core.cli.tables import folded
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
 
@@ -239,7 +240,7 @@ def _is_said(name: str, rows: Mapping[str, str]) -> bool:
 
 
 def _row(name: str, text: str, width: int) -> str:
-    return f"  {name:<{width}}" + _visible(text).replace("\n", "\n" + " " * (width + 2))
+    return f"  {name:<{width}}" + folded(_visible(text), width + 2)
 
 
 def _visible(text: str) -> str:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
+from typing import TextIO
 
-__all__ = ["aligned", "as_bytes", "as_number", "as_time"]
+__all__ = ["aligned", "as_bytes", "as_number", "as_time", "folded"]
+
+NARROWEST = 20
+"""Columns to which text is folded at least, however far it is indented."""
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -25,6 +32,27 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def folded(text: str, indent: int = 0, stream: TextIO | None = None) -> str:
+    """Text with its lines folded between words, where it goes to a terminal.
+
+    Words that are longer than a line, such as paths, stay whole. Into a file or a pipe, lines go as
+    they are.
+
+    Args:
+        text: of one or more lines.
+        indent: columns in front of the first line, which hold something else, and of the others.
+        stream: that it goes to; None: the output.
+    """
+    lines = text.split("\n")
+    if (stream or sys.stdout).isatty():
+        fold = textwrap.TextWrapper(
+            max(shutil.get_terminal_size().columns - indent, NARROWEST),
+            replace_whitespace=False, break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        lines = [part for line in lines for part in fold.wrap(line) or [""]]
+    return ("\n" + " " * indent).join(lines)
 
 
 def as_bytes(size: int) -> str:

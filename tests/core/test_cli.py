@@ -72,7 +72,7 @@ def test_run_leaves_config_log_checkpoint_and_summary_and_config_repeats_it() ->
     result = run("tiny.yaml", "--out", "one")
     assert result.exit_code == 0, result.output
     assert "val/loss" in result.output
-    for label in ("checkpoints", "metrics", "bigram, same text", "sample"):
+    for label in ("checkpoints", "metrics", "compared", "sample"):
         assert f"\n  {label} " in result.output, "plugins' answers to `summarize` are printed"
     summary = json.loads(Path("one/summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 6)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nexus_core.cli.tables import folded
 from nexus_core.errors import (
     ConfigError,
     Hint,
@@ -50,3 +54,31 @@ def test_a_hint_is_in_the_words_of_the_place(
     assert str(error) == f"try {python}, or not"
     assert error.on_command_line() == f"try {command}, or not"
     assert pickle.loads(pickle.dumps(error)).on_command_line() == error.on_command_line()
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lines=st.lists(st.lists(st.text("ab-/", min_size=1, max_size=90), max_size=9), max_size=3),
+    indent=st.integers(0, 40),
+)
+def test_text_is_folded_between_words_on_a_terminal_alone(
+    lines: list[list[str]], indent: int
+) -> None:
+    """Red if a terminal breaks words in the middle, or a pipe gets other lines than were written."""
+    text = "\n".join(map(" ".join, lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        shown = folded(text, indent, Terminal())
+    space = "\n" + " " * indent
+    assert folded(text, indent, io.StringIO()) == text.replace("\n", space)
+    assert shown.split() == text.split(), "every word is there, whole and in order"
+    parts = shown.split(space)
+    assert all(len(part) <= 80 - indent or " " not in part for part in parts)
+    assert len(parts) == len(lines or [[]]) or max(map(len, text.split("\n"))) > 80 - indent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -48,9 +49,9 @@ def test_off_a_terminal_each_log_is_a_line(capsys: pytest.CaptureFixture[str]) -
         "step 6/6",
         "step 6/6",
     ]
-    pattern = r"step 2/6  loss \d+\.\d{4}  lr 1\.00e-01  [\d,]+ tokens/s  \d\d:\d\d left"
+    pattern = r"step 2/6  loss [\d.]{5,7}  [\d.]+k? tok/s  lr 1\.00e-01  \d\d:\d\d left"
     assert re.fullmatch(pattern, lines[0])
-    assert re.search(r"val/loss \d+\.\d{4}$", lines[2])
+    assert re.fullmatch(r"step 4/6  val: loss [\d.]+(e-\d\d)?", lines[2])
     assert "left" not in lines[3]
 
 
@@ -61,16 +62,23 @@ def test_a_character_that_the_output_has_not_is_written_as_an_escape(
     taken = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(taken, "latin-1", write_through=True))
     engine_of(every=None).fit(DATA, until="2 steps", eval_data={"läufe-😀": DATA})
-    assert "läufe-\\U0001f600/loss" in taken.getvalue().decode("latin-1")
+    assert "läufe-\\U0001f600: loss" in taken.getvalue().decode("latin-1")
 
 
 def test_every_holds_lines_back_but_never_the_first_and_the_last(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Breaks if a long run floods its log, or a short one ends without its result."""
-    engine_of(every="6 steps").fit(DATA, until="16 steps")
-    places = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert places == ["step 2/16", "step 6/16", "step 12/16", "step 16/16"]
+    """Breaks if a long run floods its log, or an evaluation or the end is without its loss."""
+    data = {"eval_data": DATA, "eval_every": "10 steps"}
+    engine_of(every="6 steps").fit(DATA, until="16 steps", **data)
+    output = capsys.readouterr().out
+    assert "\r" not in output
+    assert "\x1b" not in output
+    lines = [line.split("  ") for line in output.splitlines()]
+    assert [(place.split("/")[0], said.split()[0]) for place, said, *_ in lines] == [
+        *(("step 2", "loss"), ("step 6", "loss"), ("step 10", "loss"), ("step 10", "val:")),
+        *(("step 12", "loss"), ("step 16", "loss"), ("step 16", "val:")),
+    ]
 
 
 def test_the_place_is_in_the_unit_of_the_horizon(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,8 +126,37 @@ def test_on_a_terminal_a_bar_moves_to_the_end(
     assert capsys.readouterr().out == "", "with a bar there are no plain lines"
     assert re.search(r" 10%\|.*\| 4/40 samples \[", text)
     assert re.search(r"100%\|.*\| 40/40 samples \[", text)
-    assert re.search(r"loss \d+\.\d{4}  lr 1\.00e-01", text)
-    assert re.search(r"step 10  50\.0% of 40 samples  .*val/loss", text)
+    assert re.search(r"\], loss [\d.]+  [\d.]+k? tok/s  lr 1\.00e-01", text)
+    assert re.search(r"step 10  50\.0% of 40 samples  val: loss", text)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_narrow_terminal_gets_whole_lines_and_whole_numbers(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """Breaks if a line is wrapped by the terminal, or a metric is cut within its digits."""
+    many = {f"set_{n}": DATA for n in range(2)}
+    with terminal(monkeypatch, columns) as screen:
+        engine_of(verbose=True).fit(
+            DATA, until="400 samples", eval_data=many, eval_every="100 steps"
+        )
+    lines = re.split(r"\r\n?|\n", re.sub(r"\x1b\[\w", "", b"".join(screen).decode()))
+    assert max(map(len, lines)) <= columns
+    shown = [line.partition("], ")[2].rstrip() for line in lines if "%|" in line]
+    whole = r"loss [\d.]+(e-\d\d)?(  [\d.]+k? tok/s(  lr 1\.00e-01)?)?"
+    assert [text for text in shown if text and not re.fullmatch(whole, text)] == []
+    assert shown[-1]
+    assert ("lr" in shown[-1]) == (columns == 80)
+
+
+def test_the_bar_moves_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a run that logs rarely looks as if it had stopped."""
+    seconds = itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(seconds)))
+    with terminal(monkeypatch, 80) as screen:
+        engine_of().fit(DATA, until="9 steps")
+    places = re.findall(r"(\d)/9 steps", b"".join(screen).decode())
+    assert list(dict.fromkeys(places)) == list("0123456789")
 
 
 def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +176,6 @@ def test_an_evaluation_is_its_headline_and_each_loss_term_on_request(
 ) -> None:
     engine = tiny_engine(ConsolePlugin(every=None, verbose=verbose))
     engine.fit(until="1 step")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "val/" in line]
-    assert "val/loss " in line
-    assert ("val/tiny_next_loss" in line, "val/total_loss" in line) == (verbose, verbose)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "val: " in line]
+    assert " loss " in line
+    assert ("tiny_next_loss" in line, "total_loss" in line) == (verbose, verbose)

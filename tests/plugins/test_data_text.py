@@ -27,6 +27,7 @@ from nexus_core.processes import Ranks
 from nexus_plugins.data_text import DataTextConfig, DataTextPlugin
 from nexus_plugins.data_text.baselines import (
     bigram_bits_per_byte,
+    compared,
     gzip_bits_per_byte,
     xz_bits_per_byte,
 )
@@ -332,6 +333,20 @@ def test_the_embedded_text_is_this_pythons_library(cache: Path) -> None:
     first = data.train[0]
     assert first["input_ids"].shape == (512,)
     assert torch.equal(first["input_ids"], data_of(cache).train[0]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("reached", "said"),
+    [
+        (1.5, "1.50 bits/byte: beats xz 1.92, gzip 2.15 and bigram 3.37, on the same text"),
+        (2.0, "2.00 bits/byte: beats gzip 2.15 and bigram 3.37, but not xz 1.92, on the same text"),
+        (4.0, "4.00 bits/byte: does not beat xz 1.92, gzip 2.15 and bigram 3.37 on the same text"),
+        (math.nan, "xz 1.92, gzip 2.15 and bigram 3.37 bits/byte on the same text"),
+    ],
+)
+def test_the_summary_says_what_the_model_beats(reached: float, said: str) -> None:
+    assert compared(reached, {"gzip": 2.148, "xz": 1.919, "bigram": 3.366}) == said
+    assert compared(reached, {}) == ""
 
 
 def test_baselines_are_those_of_gzip_of_xz_and_of_counting() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import lzma
 import zlib
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bigram_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte"]
+__all__ = ["bigram_bits_per_byte", "compared", "gzip_bits_per_byte", "xz_bits_per_byte"]
 
 _PAIRS = 256 * 256
 _STRENGTHS = 2.0 ** np.arange(-2, 11)
@@ -39,6 +41,29 @@ def bigram_bits_per_byte(train: bytes, text: bytes) -> float:
     best = min(_STRENGTHS, key=lambda strength: _bits(counts, held_out, float(strength)))
     measured = _pairs(text)
     return _bits(_pairs(train), measured, float(best)) / max(1, int(measured.sum()))
+
+
+def compared(reached: float, others: Mapping[str, float]) -> str:
+    """What a model reaches, and which of the others it beats; lower is better.
+
+    Args:
+        reached: bits per byte of the model; nan where that is not known.
+        others: bits per byte on the same text, by name.
+    """
+    said = {name: f"{name} {bits:.2f}" for name, bits in sorted(others.items(), key=itemgetter(1))}
+    beaten = _listed([said[name] for name in said if others[name] > reached])
+    ahead = _listed([said[name] for name in said if others[name] <= reached])
+    if not beaten and not ahead:
+        return f"{_listed([*said.values()])} bits/byte on the same text" if said else ""
+    if not beaten:
+        return f"{reached:.2f} bits/byte: does not beat {ahead} on the same text"
+    rest = f", but not {ahead}" if ahead else ""
+    return f"{reached:.2f} bits/byte: beats {beaten}{rest}, on the same text"
+
+
+def _listed(items: Sequence[str]) -> str:
+    *others, last = items or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _pairs(text: bytes) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from nexus_core.plugin import Plugin, hookimpl
 from nexus_plugins._shared.files import write_whole
 from nexus_plugins.data_text.baselines import (
     bigram_bits_per_byte,
+    compared,
     gzip_bits_per_byte,
     xz_bits_per_byte,
 )
@@ -174,14 +176,11 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         return load_tokenizer(str(run / TOKENIZER), *names)
 
     @hookimpl
-    def summarize(self) -> dict[str, str]:
+    def summarize(self, engine: Engine) -> dict[str, str]:
         """What simpler models reach on the evaluation text, and what to know about the data."""
-        rows = {
-            f"{name}, same text": f"{bits:.4f} bits per byte"
-            for name, bits in self.baselines().items()
-        }
-        notes = self.notes()
-        return {**rows, "data": "\n".join(notes)} if notes else rows
+        reached = engine.metrics.get("val/bits_per_byte", math.nan)
+        rows = {"compared": compared(reached, self.baselines()), "data": "\n".join(self.notes())}
+        return {label: text for label, text in rows.items() if text}
 
     def notes(self) -> list[str]:
         """What a user should know about the data: tokens left out, a limited evaluation."""

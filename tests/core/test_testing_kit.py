@@ -150,7 +150,9 @@ def test_check_puts_a_plugin_beside_what_it_needs() -> None:
     """Breaks if a loss of a module cannot be checked without a test file."""
     alone = check("loss_causal", "--only", "trains")
     assert (alone.exit_code, "needs a model whose output has" in alone.output) == (1, True)
-    sizes = '{"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16}'
+    sizes = (
+        '{"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "causal": true}'
+    )
     beside = check("loss_causal", "--only", "trains", "--beside", f'{{"model_nexus": {sizes}}}')
     assert (beside.exit_code, "2 passed" in beside.output) == (0, True), beside.output
 

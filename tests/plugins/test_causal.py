@@ -134,8 +134,11 @@ def test_a_variable_depends_on_what_has_an_edge_to_it_and_on_nothing_else(hidden
     assert not depends.diagonal().any()
     assert graph.names == ("rain", "sprinkler", "wet")
     module = CausalModule(6, graph.names, hidden)
-    update, reports = module(torch.randn(2, 3, 6))
+    states = torch.randn(2, 3, 6, requires_grad=True)
+    update, reports = module(states)
     assert update.shape == (2, 3, 6)
+    (update.sum() + reports["causal"]["read"].sum()).backward()
+    assert states.grad is None  # a probe leaves what it probes as it is
     assert not reports["causal"]["variables"].requires_grad
     assert reports["causal"]["read"].requires_grad
 

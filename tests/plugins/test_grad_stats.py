@@ -160,7 +160,13 @@ def test_a_nexus_is_trained_to_the_same_bits(names: tuple[str, ...], tmp_path: P
     corpus.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(400)))
     settings: dict[str, dict[str, Any]] = {
         "data_text": {"train": str(corpus), "seq_len": 32, "batch_size": 2},
-        "model_nexus": {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.1},
+        "model_nexus": {
+            "d_model": 16,
+            "ssm_n_layers": 1,
+            "ssm_head_dim": 16,
+            "dropout": 0.1,
+            "causal": True,
+        },
         **{f"loss_{term}": {} for term in ("lm", "world", "reason", "energy", "causal")},
         "optim_adamw": {"lr": 1e-2},
         "clip": {},

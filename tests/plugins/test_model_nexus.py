@@ -36,6 +36,7 @@ def small_model(seed: int = 0, **changes: object) -> NEXUSCore:
         "ssm_head_dim": 8,
         "ssm_d_state": 4,
         "ssm_chunk_length": 4,
+        "causal": True,
     }
     model = NEXUSCore(**{**sizes, **changes}).eval()
     for parameter in model.parameters():  # large weights make every influence visible
@@ -381,6 +382,14 @@ def test_config_refuses_heads_that_do_not_fit() -> None:
     """Red: an impossible size fails deep inside the model."""
     with pytest.raises(ValidationError, match="does not divide"):
         NEXUSConfig(d_model=100, ssm_head_dim=64)
+
+
+def test_the_causal_module_is_on_where_it_is_asked_for() -> None:
+    """Red: a probe costs every model, a classic one loses it, or its settings do nothing."""
+    assert NEXUSConfig().causal is NEXUSConfig(classic=True, causal=False).causal is False
+    assert NEXUSConfig(classic=True).causal
+    with pytest.raises(ValidationError, match="without the causal module; set causal to true"):
+        NEXUSConfig(variable_names=("rain", "wet"), n_variables=2)
 
 
 def test_all_outputs_come_with_the_modules_reports() -> None:

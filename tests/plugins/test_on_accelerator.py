@@ -106,7 +106,7 @@ def test_the_whole_nexus_waits_for_nothing_in_a_step(
 
     In a step that is saved, the counts that go into the checkpoint are read, and nothing else.
     """
-    sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1}
+    sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1, "causal": True}
     engine = whole_nexus(corpus, tmp_path, accelerator.device, model_nexus=sizes)
     waits: dict[int, list[str]] = {}
     for step in run(engine, 4, eval_data={}):

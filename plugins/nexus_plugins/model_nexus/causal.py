@@ -98,7 +98,8 @@ class CausalGraph(nn.Module):
 class CausalModule(Part):
     """A probe: read variables of each token's state, and learn the graph of what explains which.
 
-    What it writes to the stream is what the graph makes of the variables.
+    What it writes to the stream is what the graph makes of the variables. It takes the states as
+    they are: no gradient of what it reads reaches the backbone.
 
     Shapes: B batch, T time, D model, n variables.
 
@@ -133,6 +134,6 @@ class CausalModule(Part):
             The update `(..., D)`, and `{"causal": reports}` as in `CausalGraph.reports`, with the
             variables as they are `read`, `(..., n)`.
         """
-        variables = self.read(h)
+        variables = self.read(h.detach())
         update: Tensor = self.write(self.graph.explained(variables))
         return update, {"causal": {**self.graph.reports(variables), "read": variables}}

@@ -11,7 +11,7 @@ from nexus_plugins.model_nexus.block import LayerKind
 
 __all__ = ["NEXUSConfig"]
 
-CLASSIC = {"n_predicates": 32, "n_rules": 16}
+CLASSIC = {"n_predicates": 32, "n_rules": 16, "causal": True}
 
 
 class NEXUSConfig(PluginConfig):
@@ -101,7 +101,9 @@ class NEXUSConfig(PluginConfig):
         description="a token is settled when further refinements are foreseen to gain less, in "
         "nats; classic: when a refinement moves its code by less",
     )
-    causal: bool = Field(True, description="have the causal module, a probe that learns a graph")
+    causal: bool = Field(
+        False, description="have the causal module, a probe that learns a graph; classic: true"
+    )
     n_variables: int = Field(16, ge=2, description="variables in the causal module's graph")
     variable_names: tuple[str, ...] = Field(
         (), description="names of these variables; none: numbers"
@@ -132,6 +134,11 @@ class NEXUSConfig(PluginConfig):
             raise ValueError(
                 f"variable_names are {', '.join(self.variable_names)}; give n_variables="
                 f"{self.n_variables} different ones, or set n_variables to their number"
+            )
+        if not self.causal and (self.variable_names or self.mechanism_units):
+            raise ValueError(
+                "variable_names and mechanism_units would do nothing without the causal module; "
+                "set causal to true, or leave them out"
             )
         if self.classic and (self.variable_names or self.mechanism_units):
             raise ValueError(

@@ -8,6 +8,7 @@ fall behind the code:
     <!-- contents -->         the navigation
     <!-- commands: GROUP -->  the help of every command, as the command prints it
     <!-- api: MODULE -->      every public name of a module with its docstring
+    <!-- examples -->         the examples, with their pictures and their code
     <!-- file: PATH -->       another file of the repository
     <!-- hooks -->            every hook, and who answers it
     <!-- stages -->           the stages of the hooks that have some, and who is there
@@ -17,6 +18,7 @@ fall behind the code:
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -42,7 +44,7 @@ from nexus_core.plan import HOOK_NAMES, AnyPlugin, installed, load
 __all__ = ["MARKER", "first_party", "with_reference"]
 
 MARKER = re.compile(
-    r"^<!-- (settings|plugins|hooks|stages|loop|config|contents|commands|api|file)"
+    r"^<!-- (settings|plugins|hooks|stages|loop|config|contents|commands|api|examples|file)"
     r"(?:: (\S+))? -->$",
     re.MULTILINE,
 )
@@ -168,8 +170,45 @@ def _config_section(_: str) -> str:
 
 def _file_section(path: str) -> str:
     """A file that is kept elsewhere in the repository; its links to pages lead there."""
-    text = (DOCS.parent / path).read_text().replace("](../docs/", "](").replace("](docs/", "](")
-    return re.sub(r"(?<=\]\()(?=[A-Z]+\.md)", "https://github.com/nexus-trainer/", text)
+    return (DOCS.parent / path).read_text().replace("](../docs/", "](")
+
+
+# -- examples
+
+
+def _examples_section(_: str) -> str:
+    """A card with a picture for each example, and below them what each says and its code."""
+    found = sorted((DOCS.parent / "examples").glob("[0-9]*.py"))
+    cards = [_card(path, _title(path)) for path in found if _picture(path).exists()]
+    grid = ["::::{grid} 1 2 2 3", ":gutter: 2", "", *cards, "::::"]
+    return "\n\n".join(["\n".join(grid), *map(_example, found)])
+
+
+def _title(path: Path) -> str:
+    return path.stem.replace("_", " ")
+
+
+def _picture(path: Path) -> Path:
+    return DOCS / f"images/examples/{path.stem}.svg"
+
+
+def _card(path: Path, title: str) -> str:
+    anchor = title.replace(" ", "-")
+    return (
+        f":::{{grid-item-card}} {title}\n:link: {anchor}\n:link-type: ref\n"
+        f":img-top: images/examples/{path.stem}.svg\n:::"
+    )
+
+
+def _example(path: Path) -> str:
+    text = path.read_text()
+    said = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
+    said = re.sub(r"(?m)^(?: {4})?((?:pip install|python|tensorboard) .*)$", r"    \1", said)
+    title = _title(path)
+    return "\n".join([
+        f"({title.replace(' ', '-')})=", "", f"## {title}", "", said, "",
+        ":::{dropdown} examples/" + path.name, "", "```python", text.strip(), "```", "", ":::",
+    ])  # fmt: skip
 
 
 # -- the API, and the commands
@@ -448,5 +487,6 @@ _SECTIONS: dict[str, Callable[[str], str]] = {
     "contents": _contents_section,
     "commands": _commands_section,
     "api": _api_section,
+    "examples": _examples_section,
     "file": _file_section,
 }

@@ -1,10 +1,15 @@
-"""Reference pages out of the code, at every build: `mkdocs` calls this file as a hook.
+"""Reference pages out of the code, at every build of the site (docs/conf.py).
 
 A page carries a marker, and the marker is replaced where the page is built, so that no table can
 fall behind the code:
 
     <!-- settings: clip -->   the settings of a plugin, its hooks and its place among the others
-    <!-- plugins -->          every plugin of this distribution
+    <!-- plugins -->          every plugin of this distribution, by what it is for
+    <!-- contents -->         the navigation
+    <!-- commands: GROUP -->  the help of every command, as the command prints it
+    <!-- api: MODULE -->      every public name of a module with its docstring
+    <!-- examples -->         the examples, with their pictures and their code
+    <!-- file: PATH -->       another file of the repository
     <!-- hooks -->            every hook, and who answers it
     <!-- stages -->           the stages of the hooks that have some, and who is there
     <!-- loop -->             the loop of `nexus_core.events`, drawn
@@ -13,47 +18,58 @@ fall behind the code:
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import indent
+from typing import Any
 
+import click
+
+import nexus_core
 from nexus_core import Interval, Plugin, events
 from nexus_core.cli.build import json_schema
+from nexus_core.cli.groups import GROUPS, group_of
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, installed, load
 
-if TYPE_CHECKING:
-    from mkdocs.config.defaults import MkDocsConfig
-
-__all__ = ["first_party", "on_config", "on_page_markdown", "with_reference"]
+__all__ = ["MARKER", "first_party", "with_reference"]
 
 MARKER = re.compile(
-    r"^<!-- (settings|plugins|hooks|stages|loop|config)(?:: (\w+))? -->$", re.MULTILINE
+    r"^<!-- (settings|plugins|hooks|stages|loop|config|contents|commands|api|examples|file)"
+    r"(?:: (\S+))? -->$",
+    re.MULTILINE,
 )
-PAGES = Path(__file__).parent / "plugins"
+OWN = "nexus-trainer"
+DOCS = Path(__file__).parent
+PAGES = DOCS / "plugins"
 Schema = Mapping[str, Any]
-
-
-# -- what mkdocs calls
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the page of every plugin into the navigation, below "Plugins"."""
-    for entry in config.nav or ():
-        if isinstance(entry.get("Plugins"), list):
-            entry["Plugins"] += [{p.stem: f"plugins/{p.name}"} for p in sorted(PAGES.glob("*.md"))]
-    return config
-
-
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace the markers of a page."""
-    return with_reference(markdown)
+NAVIGATION = """
+Start: tutorial examples glossary
+Train: howto/own data howto/embed howto/finetune howto/resume howto/schedules howto/compare
+Train: howto/pairs howto/generate loggers distributed cells profiling platforms
+Extend: howto/one_file howto/plugin howto/loss howto/log testing
+Plugins: plugins
+Reference: hooks config commands checkpoints nexus architecture plugin_api
+Python: api/index api/run api/bases api/testing
+Beside others: comparison migration benchmarks
+"""
+"""Every page of the site but the plugins', by caption."""
+PARTS = {
+    "Engine": ("nexus_core.engine", "nexus_core.step", "nexus_core.snapshot"),
+    "Plugins": ("nexus_core.plugin", "nexus_core.bases"),
+    "Data and lengths": ("nexus_core.batches", "nexus_core.data", "nexus_core.intervals"),
+    "Errors": ("nexus_core.errors",),
+}
+"""Where the names of `nexus_core` come from, by what they are for."""
 
 
 # -- pages
@@ -66,8 +82,7 @@ def with_reference(markdown: str) -> str:
 
 def first_party() -> list[str]:
     """The names of the plugins that come with this distribution."""
-    entries = installed().items()
-    return [name for name, entry in entries if entry.dist and entry.dist.name == "nexus-trainer"]
+    return [name for name, entry in installed().items() if _is_ours(entry)]
 
 
 def _plugin_section(name: str) -> str:
@@ -84,9 +99,34 @@ def _plugin_section(name: str) -> str:
 
 
 def _plugins_section(_: str) -> str:
-    rows = [(_linked(name, "plugins/"), plugin.slot and f"`{plugin.slot}`", _purpose(plugin))
-            for name, plugin in _first_party_classes()]  # fmt: skip
-    return "\n".join(_table(("plugin", "slot", "what it does"), rows))
+    """A table for each group, and the group's pages below it in the navigation."""
+    said = []
+    for group, members in _grouped().items():
+        rows = [(_linked(plugin.name, "plugins/"), _purpose(plugin)) for plugin in members]
+        pages = [f"{plugin.name} <plugins/{plugin.name}>" for plugin in members]
+        table = _table(("plugin", "what it does"), rows)
+        said += [f"## {group.capitalize()}", "\n".join(table), _toctree(pages)]
+    return "\n\n".join(said)
+
+
+def _grouped() -> dict[str, list[type[AnyPlugin]]]:
+    """The plugins by the groups of `nexus-plugins list`."""
+    plugins = [plugin for _, plugin in sorted(_first_party_classes())]
+    groups = {group: [p for p in plugins if group_of(p) == group] for group in GROUPS}
+    return {group: members for group, members in groups.items() if members}
+
+
+def _toctree(pages: Sequence[str], caption: str = "") -> str:
+    head = ["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else [])]
+    return "\n".join([*head, "", *pages, "```"])
+
+
+def _contents_section(_: str) -> str:
+    captions: dict[str, list[str]] = {}
+    for line in NAVIGATION.strip().splitlines():
+        caption, pages = line.split(": ")
+        captions.setdefault(caption, []).extend(pages.split())
+    return "\n\n".join(_toctree(pages, caption) for caption, pages in captions.items())
 
 
 def _hooks_section(_: str) -> str:
@@ -103,7 +143,7 @@ def _hook(name: str, answered_by: list[str]) -> str:
     answer = inspect.signature(spec).return_annotation
     plugins = ", ".join(_linked(plugin, "plugins/") for plugin in answered_by)
     return "\n\n".join([
-        f"### `{name}` {{ #{name} }}",
+        f"### `{name}`",
         f"`{name}(self, {arguments}) -> {answer}` · *{kind.lower()}*",
         said[:1].upper() + said[1:],
         f"Answered by: {plugins or 'no plugin of this distribution'}.",
@@ -126,6 +166,126 @@ def _config_section(_: str) -> str:
     properties = {k: v for k, v in schema["properties"].items() if k not in ("plugins", "preset")}
     tables = _settings_tables({**schema, "properties": properties}, "")
     return "\n".join([*tables, "[interval]: #intervals"])
+
+
+def _file_section(path: str) -> str:
+    """A file that is kept elsewhere in the repository; its links to pages lead there."""
+    return (DOCS.parent / path).read_text().replace("](../docs/", "](")
+
+
+# -- examples
+
+
+def _examples_section(_: str) -> str:
+    """A card with a picture for each example, and below them what each says and its code."""
+    found = sorted((DOCS.parent / "examples").glob("[0-9]*.py"))
+    cards = [_card(path, _title(path)) for path in found if _picture(path).exists()]
+    grid = ["::::{grid} 1 2 2 3", ":gutter: 2", "", *cards, "::::"]
+    return "\n\n".join(["\n".join(grid), *map(_example, found)])
+
+
+def _title(path: Path) -> str:
+    return path.stem.replace("_", " ")
+
+
+def _picture(path: Path) -> Path:
+    return DOCS / f"images/examples/{path.stem}.svg"
+
+
+def _card(path: Path, title: str) -> str:
+    anchor = title.replace(" ", "-")
+    return (
+        f":::{{grid-item-card}} {title}\n:link: {anchor}\n:link-type: ref\n"
+        f":img-top: images/examples/{path.stem}.svg\n:::"
+    )
+
+
+def _example(path: Path) -> str:
+    text = path.read_text()
+    said = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
+    said = re.sub(r"(?m)^(?: {4})?((?:pip install|python|tensorboard) .*)$", r"    \1", said)
+    title = _title(path)
+    return "\n".join([
+        f"({title.replace(' ', '-')})=", "", f"## {title}", "", said, "",
+        ":::{dropdown} examples/" + path.name, "", "```python", text.strip(), "```", "", ":::",
+    ])  # fmt: skip
+
+
+# -- the API, and the commands
+
+
+def _api_section(place: str) -> str:
+    """Every public name of a module with its docstring, or one name of a module."""
+    try:
+        names = [f"{place}.{name}" for name in import_module(place).__all__]
+    except ModuleNotFoundError:
+        names = [place]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_part(name), []).append(_documented(name))
+    said = [
+        f"## {part}\n\n" * (len(groups) > 1) + "\n".join(groups[part])
+        for part in sorted(groups, key=[*PARTS, "More"].index)
+    ]
+    return "\n\n".join(said)
+
+
+def _home(name: str) -> str:
+    """The module that a public name comes from."""
+    package, _, last = name.rpartition(".")
+    return nexus_core._HOME.get(last, package) if package == "nexus_core" else package
+
+
+def _part(name: str) -> str:
+    """The heading below which a public name stands."""
+    home = _home(name)
+    return next((part for part, homes in PARTS.items() if home.startswith(homes)), "More")
+
+
+def _documented(name: str) -> str:
+    module, _, last = name.rpartition(".")
+    thing = getattr(import_module(module), last)
+    if inspect.isclass(thing):
+        said = f".. autoclass:: {name}\n   :members:\n   :exclude-members: model_config"
+    elif inspect.isroutine(thing):
+        said = f".. autofunction:: {name}"
+    else:
+        told = indent(_said_below(_home(name), last), "   ")
+        said = f".. py:data:: {name}\n\n{told}"
+    return f"```{{eval-rst}}\n{said}\n```"
+
+
+def _said_below(module: str, name: str) -> str:
+    """The text below the assignment of a name, or after it in its line."""
+    source = inspect.getsource(import_module(module))
+    below = re.search(rf'^{name}\b.*?^"""(.*?)"""', source, re.MULTILINE | re.DOTALL)
+    beside = re.search(rf"^{name}\b.*  # (.+)$", source, re.MULTILINE)
+    found = beside or below
+    return found[1].replace("`", "``") if found else ""
+
+
+def _commands_section(_: str) -> str:
+    """The help of every command, as the command prints it."""
+    scripts = {e.name: e for e in entry_points(group="console_scripts") if _is_ours(e)}
+    extra = [e for e in entry_points(group="nexus.commands") if _is_ours(e)]
+    said = list(_help("nexus-run", scripts["nexus-run"].load()))
+    for entry in sorted(extra, key=lambda entry: entry.name):
+        said += _help(f"nexus-run {entry.name}", entry.load())
+    said += _help("nexus-plugins", scripts["nexus-plugins"].load())
+    said += _help("nexus-data", import_module(scripts["nexus-data"].module)._group)
+    return "\n\n".join(said)
+
+
+def _is_ours(entry: EntryPoint) -> bool:
+    return entry.dist is not None and entry.dist.name == OWN
+
+
+def _help(name: str, command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=name, terminal_width=76, max_content_width=76)
+    yield f"## `{name}`\n\n```text\n{command.get_help(context)}\n```"
+    if isinstance(command, click.Group):
+        for sub, called in sorted(command.commands.items()):
+            yield from _help(f"{name} {sub}", called)
 
 
 # -- tables of settings, out of a JSON schema
@@ -289,7 +449,7 @@ def _drawn_line(line: _Line, y: int) -> str:
         name = word.lower()
         if name in HOOK_NAMES:
             kind = "event" if (getattr(Hooks, name).__doc__ or "").startswith("Event") else "seam"
-            drawn += f'<a href="#{name}">{_pill(word, kind, x, y)}</a>'
+            drawn += f'<a href="#{name.replace("_", "-")}">{_pill(word, kind, x, y)}</a>'
             x += 2 * PAD
         else:
             drawn += _words(word, x, y)
@@ -324,4 +484,9 @@ _SECTIONS: dict[str, Callable[[str], str]] = {
     "stages": _stages_section,
     "loop": _loop_section,
     "config": _config_section,
+    "contents": _contents_section,
+    "commands": _commands_section,
+    "api": _api_section,
+    "examples": _examples_section,
+    "file": _file_section,
 }

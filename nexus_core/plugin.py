@@ -52,6 +52,7 @@ StateValue: TypeAlias = Union[
 """What a state may be made of: what JSON holds, and tensors."""
 
 StateDict: TypeAlias = dict[str, StateValue]
+"""What a plugin keeps in a checkpoint: tensors, numbers, text, and lists and dicts of them."""
 
 _marker = pluggy.HookimplMarker("nexus")
 Function = TypeVar("Function", bound=Callable[..., Any])

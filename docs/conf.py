@@ -1,0 +1,117 @@
+"""The site: `sphinx-build -W docs site` makes it, `python -m http.server -d site` shows it.
+
+Pages are Markdown. Their markers are replaced by what the code says (`docs/reference.py`), and
+docstrings, which are Markdown too, are read as such where Sphinx shows them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that docs.reference is found
+
+from bs4 import BeautifulSoup
+
+from docs.reference import MARKER, with_reference
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "NEXUS trainer"
+author = copyright = "the NEXUS trainer authors"
+release = metadata.version("nexus-trainer")
+PHONE = 24  # letters in a cell: with more, a table of several columns is too wide for a phone
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["llms.txt"]
+html_theme = "furo"
+html_title = project
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
+html_show_sphinx = html_show_sourcelink = html_copy_source = False
+COLORS = {
+    "color-brand-primary": "#3f51b5",
+    "color-brand-content": "#3f51b5",
+    "color-api-name": "var(--color-brand-content)",
+    "color-sidebar-link-text--top-level": "var(--color-foreground-primary)",
+}
+html_theme_options = {
+    "top_of_page_buttons": [],
+    "light_css_variables": COLORS,
+    "dark_css_variables": {
+        **COLORS,
+        "color-brand-primary": "#9fa8da",
+        "color-brand-content": "#9fa8da",
+    },
+}
+pygments_style, pygments_dark_style = "friendly", "monokai"
+copybutton_prompt_text = "$ "
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 4
+default_role = "py:obj"
+toc_object_entries_show_parents = "hide"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 72
+napoleon_custom_sections = [("Source", "notes_style"), ("Legend", "notes_style")]
+napoleon_use_rtype = False
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what is done to pages and docstrings."""
+    app.connect("env-get-outdated", lambda app, env, *_: _filled(env))
+    app.connect("source-read", _fill)
+    app.connect("html-page-context", _label)
+    app.connect("autodoc-process-docstring", _read, priority=100)  # before napoleon
+
+
+def _filled(env: BuildEnvironment) -> list[str]:
+    """The pages with a marker: they are as old as the code, not as their file."""
+    return [name for name in env.found_docs if MARKER.search(env.doc2path(name).read_text())]
+
+
+def _fill(_app: Sphinx, _name: str, source: list[str]) -> None:
+    source[0] = with_reference(source[0])
+
+
+def _label(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _: object) -> None:
+    """Give cells the name of their column, which `style.css` shows where a row is too wide."""
+    if "<table" not in context.get("body", ""):
+        return
+    body = BeautifulSoup(context["body"], "html.parser")
+    for table in body.find_all("table"):
+        head = [cell.get_text() for cell in table.select("thead th")]
+        rows = [row.find_all("td") for row in table.select("tbody tr")]
+        told = max((len(cell.get_text()) for row in rows for cell in row), default=0)
+        if len(head) > 2 and told > PHONE:
+            table["class"] = [*table.get("class", []), "stacked"]
+            for row in rows:
+                for cell, name in zip(row, head, strict=False):
+                    cell["data-label"] = name
+    context["body"] = str(body)
+
+
+def _read(*event: Any) -> None:
+    """Have a docstring mean in reStructuredText what it says in Markdown, as far as it uses it."""
+    lines: list[str] = event[-1]
+    text = re.sub(r":\n\n(?= {4}\S)", "::\n\n", "\n".join(lines))  # an indented block is code
+    parts = re.split(r"`([^`]*)`", text)
+    prose, code = parts[::2], parts[1::2]
+    said = [re.sub(r"[*|]|_\b", r"\\\g<0>", words) for words in prose]
+    said[1:] = [re.sub(r"^(?=\w)", r"\\ ", words) for words in said[1:]]  # the s of `Hint`s
+    quoted = [f"`{c}`" if re.fullmatch(r"[\w.]+", c) else f"``{c}``" for c in code]
+    lines[:] = "".join(chain(*zip_longest(said, quoted, fillvalue=""))).split("\n")

@@ -1,4 +1,4 @@
-"""Batches of any make: what they hold, how large they are, and copies of them elsewhere."""
+"""Batches of any type: what they hold, their size, and copies of them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = [
 ]
 
 Batch: TypeAlias = Any
-"""What a loader yields: usually a dict of tensors, but any object that holds tensors will do."""
+"""What a loader yields: usually a dict of tensors, but any object that holds tensors works."""
 
-_DIGESTED = 1024  # numbers of each tensor
-_LOOKS = 16  # batches until a loader is trusted not to write over them
+_DIGESTED = 1024  # numbers per tensor
+_LOOKS = 16  # batches before a loader is trusted not to overwrite them
 
 
 class Keeper:
-    """Keeps batches that wait for their turn, where their loader may write over them."""
+    """Keeps waiting batches safe from loaders that reuse their memory."""
 
     def __init__(self) -> None:
         self._memory: list[tuple[set[int], Batch]] = []
-        self._reuses: bool | None = None  # whether the loader writes over earlier batches
+        self._reuses: bool | None = None  # whether the loader overwrites earlier batches
 
     def kept(self, batch: Batch) -> Batch:
-        """The batch, in memory of its own unless its loader was seen to give each its own."""
+        """The batch, copied unless its loader is known to allocate each batch anew."""
         if self._reuses is None:
             mine = {t.data_ptr() for t in leaves(batch) if isinstance(t, Tensor) and t.numel()}
             if any(mine & others for others, _ in self._memory):
@@ -51,12 +51,12 @@ class Keeper:
             elif len(self._memory) == _LOOKS:
                 self._reuses, self._memory = False, []
             else:
-                self._memory.append((mine, batch))  # held, so that its memory is not given away
+                self._memory.append((mine, batch))  # held, so that its memory is not reused
         return batch if self._reuses is False else copied(batch)
 
 
 def digest(batch: Batch) -> str:
-    """A short digest of a batch: the types, shapes and first numbers of what it is made of."""
+    """A short digest of a batch: types, shapes and first numbers of its leaves."""
     found = hashlib.sha256()
     for leaf in leaves(batch):
         found.update(_bytes_of(leaf))
@@ -64,14 +64,14 @@ def digest(batch: Batch) -> str:
 
 
 def fingerprint(data: object) -> str | None:
-    """What tells data from other data: its own `fingerprint`, or a digest of a list of batches."""
+    """An identifier of the data: its own `fingerprint`, or a digest of a list of batches."""
     if isinstance(data, list | tuple) and data and own_fingerprint(data) is None:
         return digest([len(data), data[0], data[-1]])
     return own_fingerprint(data)
 
 
 def own_fingerprint(data: object) -> str | None:
-    """What data says itself; a method of that name does not count."""
+    """The data's `fingerprint` attribute; a method of that name does not count."""
     own = getattr(data, "fingerprint", None)
     return None if own is None or callable(own) else str(own)
 
@@ -91,7 +91,7 @@ def _bytes_of(leaf: object) -> bytes:
 
 
 def leaves(batch: object) -> Iterator[object]:
-    """What a batch is made of, without its containers, in order."""
+    """The leaves of a batch, in order."""
     if isinstance(batch, Tensor | str | bytes | np.ndarray) or batch is None:
         yield batch
     elif isinstance(batch, Mapping):
@@ -107,10 +107,10 @@ def leaves(batch: object) -> Iterator[object]:
 
 
 def batch_size(batch: Batch) -> tuple[int, int]:
-    """The rows and the tokens of a batch: those of `input_ids`, else its first tensor's length."""
+    """The rows and tokens of a batch: of `input_ids`, else the first tensor's length."""
     first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if isinstance(first, Tensor) and first.ndim:
-        return first.shape[0], first.shape[0]  # as most batches are, without a search
+        return first.shape[0], first.shape[0]  # the common case, without a search
     ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
     if isinstance(ids, Tensor | np.ndarray):
         return (len(ids) if ids.ndim > 1 else 1), math.prod(ids.shape)
@@ -138,7 +138,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def copied(batch: Batch) -> Batch:
-    """The batch with tensors and arrays of its own."""
+    """The batch with copied tensors and arrays."""
 
     def copied(leaf: Batch) -> Batch:
         if isinstance(leaf, Tensor):
@@ -150,7 +150,7 @@ def copied(batch: Batch) -> Batch:
 
 def mapped(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
     """The batch in new containers of the same classes, each leaf changed."""
-    kind = type(batch)  # first what nearly every batch is made of: this is done at every step
+    kind = type(batch)  # the common types first: this runs at every step
     if kind is Tensor:
         return change(batch)
     if kind is dict:
@@ -182,7 +182,7 @@ def _mapped_fields(batch: Batch, change: Callable[[Batch], Batch]) -> Batch:
 
 
 def _filled(batch: MutableMapping[Any, Any], values: dict[Any, Any]) -> MutableMapping[Any, Any]:
-    """A mapping of the same class, with its other attributes, that holds the values."""
+    """A mapping of the same class, with the same attributes and new values."""
     new = copy.copy(batch)
     for key, value in values.items():
         new[key] = value

@@ -1,8 +1,8 @@
-"""Steps in cells: the same rows, random numbers and sums, whichever process computes them.
+"""Steps in cells: the same rows, random numbers and sums on any number of processes.
 
-The rows of a batch are cut into cells, as even as they can be. A cell is what one forward and
-backward pass sees, so all kernels see the same shapes everywhere; its random numbers follow from
-(seed, step, cell); and what is summed over cells is added in one order, that of a binary tree:
+The rows of a batch are cut into cells of nearly equal size. A cell is what one forward and backward
+pass sees, so kernels see the same shapes everywhere; its random numbers depend only on (seed, step,
+cell); and sums over cells are added in a fixed order, that of a binary tree:
 
     cell      0   1   2   3   4   5   6
                \\ /     \\ /     \\ /    |
@@ -12,8 +12,8 @@ backward pass sees, so all kernels see the same shapes everywhere; its random nu
                      \\           /
     level 3               +
 
-This module knows of no processes. What each has of the tree is a `CellSum`; the plugin that lets
-them train together brings these together (`sum_cells`).
+This module does not know about processes. Each one's part of the tree is a `CellSum`; the plugin
+that runs distributed training combines them (`sum_cells`).
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ __all__ = [
 ]
 
 Node: TypeAlias = tuple[int, int]
-"""A node of the tree: its level, and its place in it; a cell is `(0, cell)`."""
+"""A node of the tree: its level, and its index in it; a cell is `(0, cell)`."""
 Values: TypeAlias = list[Tensor | None]
-"""What is summed: one tensor each, None where a cell has none."""
+"""The values to sum: one tensor each, None if a cell has none."""
 
 
 class Cells(NamedTuple):
-    """The part of a batch that one process computes, cell by cell.
+    """The cells of a batch that one rank computes.
 
     Args:
-        batches: of each cell.
-        rows: how many of the rows of each count: none where a process without a cell of its own
-            gets a row of another's, to take part.
-        first: the number of the first of them in the batch.
-        of: how many cells the whole batch has: as many as rows at the most.
+        batches: the batch of each cell.
+        rows: how many rows of each cell count: 0 if a rank without a cell of its own gets a row of
+            another rank's, so that it takes part.
+        first: index of the first of these cells in the batch.
+        of: number of cells of the whole batch: at most one per row.
     """
 
     batches: tuple[Batch, ...]
@@ -67,23 +67,23 @@ class Cells(NamedTuple):
 
 
 class Dealing(Protocol):
-    """Data that deals the cells of its batches out to processes."""
+    """Data that distributes the cells of its batches over ranks."""
 
     def in_cells(self, count: int) -> Iterable[Batch]: ...
 
 
 class CellSum:
-    """A sum over the cells of a step, added as a binary tree, as far as they are there.
+    """A running sum over the cells of a step, added as a binary tree.
 
-    Cells may come in any order. Two neighbours are added as soon as both are there, so that of n
-    cells in a row at most log2(n) + 1 sums are kept.
+    Cells may arrive in any order. Two neighbours are added as soon as both are known, so for n
+    consecutive cells at most log2(n) + 1 sums are kept.
 
     Attributes:
-        parts: the sums of whole subtrees that wait for their neighbours.
+        parts: sums of complete subtrees that wait for their neighbours.
 
     Args:
-        count: cells of the step, over all processes.
-        like: tensors of the shapes and types of what is added, None or not.
+        count: number of cells of the step, over all ranks.
+        like: tensors with the shapes and dtypes of the values.
     """
 
     def __init__(self, count: int, like: Sequence[Tensor]) -> None:
@@ -91,14 +91,14 @@ class CellSum:
         self.parts: dict[Node, Values] = {}
 
     def add(self, cell: int, values: Values) -> None:
-        """Add what a cell has; its tensors are this sum's from now on, and are written over."""
+        """Add a cell's values; the sum takes over its tensors and overwrites them."""
         self.add_part((0, cell), values)
 
     def add_part(self, node: Node, values: Values) -> None:
-        """Add the sum of a whole subtree."""
+        """Add the sum of a complete subtree."""
         (level, place), neighbour = node, (node[0], node[1] ^ 1)
         while 1 << level < self.count and (
-            neighbour in self.parts or neighbour[1] << level >= self.count  # which has no cell
+            neighbour in self.parts or neighbour[1] << level >= self.count  # beyond the last cell
         ):
             if other := self.parts.pop(neighbour, None):
                 pair = (values, other) if place % 2 == 0 else (other, values)
@@ -108,18 +108,18 @@ class CellSum:
         self.parts[level, place] = values
 
     def total(self) -> Values:
-        """The sum over all cells, which must be there."""
+        """The sum over all cells, which must all have been added."""
         (values,) = self.parts.values()
         return values
 
 
 def owned(of: Sequence[int], count: int, rank: int, size: int) -> list[int]:
-    """The cells of a step that one of several processes computes.
+    """The cells of a step that one rank computes.
 
     Args:
-        of: how many cells each batch of the step has.
-        count: how many a whole batch has.
-        rank: of the process among `size`.
+        of: number of cells of each batch of the step.
+        count: number of cells of a full batch.
+        rank: the rank among `size`.
     """
     low, high = edges(count, size)[rank : rank + 2]
     starts = [sum(of[:place]) for place in range(len(of))]
@@ -129,44 +129,44 @@ def owned(of: Sequence[int], count: int, rank: int, size: int) -> list[int]:
 
 
 def edges(count: int, parts: int) -> list[int]:
-    """Where parts of so many things begin, and the last ends; the first are one longer."""
+    """The boundaries of `parts` parts of `count` items; the first parts are one longer."""
     each, rest = divmod(count, parts)
     return [each * part + min(part, rest) for part in range(parts + 1)]
 
 
 def per_batch(cells: int | None, accumulate: int) -> int:
-    """How many cells of a step there are in each of its batches; 0: batches are not cut.
+    """The number of cells per batch of a step; 0: batches are not cut.
 
     Raises:
-        ConfigError: these cannot be as many in each.
+        ConfigError: the cells cannot be divided evenly.
     """
     if accumulate < 1:
         raise ConfigError(f"accumulate must be at least 1, got {accumulate}")
     if cells is not None and (cells < 1 or cells % accumulate):
         raise ConfigError(
             f"cells must be a multiple of accumulate, {accumulate}, as each micro-batch is cut "
-            f"into as many, got {cells}"
+            f"into equally many, got {cells}"
         )
     return (cells or 0) // accumulate
 
 
 def seed_for(seed: int, *place: object) -> None:
-    """Seed all generators for a place in the run, such as a cell of a step."""
+    """Seed all generators for a position in the run, such as a cell of a step."""
     known = hashlib.sha256(repr((seed, *place)).encode()).digest()
     seed_everything(int.from_bytes(known[:7], "little"))
 
 
 def dealt(data: Iterable[Batch], count: int, processes: int) -> Iterable[Batch]:
-    """The same data, with each batch in cells where it deals them out itself.
+    """The same data, with batches already in cells if the data distributes them itself.
 
     Raises:
-        DataError: several processes read data that does not say which rows are whose.
+        DataError: several ranks read data that does not say which rank gets which rows.
     """
     if count and hasattr(data, "in_cells"):
         return cast(Dealing, data).in_cells(count)
     if count and processes > 1:
         raise DataError(
-            f"{type(data).__name__} cannot deal cells out to {processes} processes; read by "
+            f"{type(data).__name__} cannot distribute cells over {processes} processes; use "
             "ResumableLoader(..., ranks=ranks), give it a method in_cells(count), or leave cells "
             "out"
         )
@@ -174,7 +174,7 @@ def dealt(data: Iterable[Batch], count: int, processes: int) -> Iterable[Batch]:
 
 
 def divided(batch: Batch, count: int) -> Cells:
-    """The cells of a batch that this process computes: as they were dealt, or all of them."""
+    """The cells of a batch that this rank computes: those assigned to it, or all."""
     if isinstance(batch, Cells):
         return batch
     rows = batch_size(batch)[0]
@@ -202,7 +202,7 @@ def _rows(batch: Batch, total: int, low: int, high: int) -> Batch:
 
 @torch.no_grad()
 def _added(left: Values, right: Values) -> Values:
-    """The sums, in the memory of the left ones where they are dense."""
+    """The sums, added in place to dense left values."""
     dense = [
         (a, b)
         for a, b in zip(left, right, strict=True)
@@ -220,4 +220,4 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
         return (left + right).coalesce()
     if left.is_sparse or right.is_sparse:
         return right + left if left.is_sparse else left + right
-    return left  # it has been added in place
+    return left  # added in place

@@ -1,4 +1,4 @@
-"""Batches of any make, and the stream of them that a run reads from where its cursor is."""
+"""The stream of batches that a run reads, starting at its cursor."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _END: Batch = object()  # after the last batch
 
 
 class Codec(Protocol):
-    """What turns the ids of a data set into something a person reads: a tokenizer."""
+    """Turns the ids of a data set into readable text: a tokenizer."""
 
     @property
-    def size(self) -> int: ...  # how many distinct ids there are
+    def size(self) -> int: ...  # number of distinct ids
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What `make_data` answers; `valid` goes by the prefix of its metrics: "val"."""
+    """The result of `make_data`; `valid` is keyed by metric prefix: "val"."""
 
     train: Iterable[Batch]
     valid: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
@@ -38,15 +38,15 @@ class RunData:
 
 
 class Micro(NamedTuple):
-    """A micro-batch: what one forward and backward pass sees.
+    """A micro-batch: the input of one forward and backward pass.
 
     Args:
         batch: its rows.
-        share: of a batch that was cut, the part of its rows that is here, and of a cell its rows;
-            else 1.
-        borrowed: a row that another process trains on too, read so that this one takes part; it
-            has no units and no loss.
-        cell: which of the step's it is, over all processes; None: the run is not in cells.
+        share: for a batch that was cut, the fraction of its rows in this part; for a cell its
+            number of rows; else 1.
+        borrowed: a row that another rank also trains on, read so that this rank takes part; it has
+            no units and no loss.
+        cell: index of the cell in the step, over all ranks; None: the run is not in cells.
     """
 
     batch: Batch
@@ -56,33 +56,33 @@ class Micro(NamedTuple):
 
 
 class DataState(TypedDict):
-    """What a snapshot keeps of the data, besides the counters."""
+    """The data state in a snapshot, besides the counters."""
 
     fingerprint: str | None
-    batch_size: int | None  # rows of a batch, over all processes
-    row: int  # rows read within the epoch, where the batch size is known
-    loader: Held | None  # where the data of this process is
-    processes: NotRequired[int]  # that read the data
-    peers: NotRequired[list[Held | None]]  # where the data of the others is, by rank
+    batch_size: int | None  # rows per batch, over all ranks
+    row: int  # rows read in this epoch, if the batch size is known
+    loader: Held | None  # position of this rank's data
+    processes: NotRequired[int]  # number of ranks that read the data
+    peers: NotRequired[list[Held | None]]  # position of each rank's data
 
 
 class Stream:
-    """The micro-batches of a run, from its cursor on, epoch after epoch.
+    """The micro-batches of a run from its cursor on, epoch after epoch.
 
-    It reads a batch ahead only to see whether an epoch is over: after the last batch of data that
-    says its length, and always for data that does not.
+    It reads one batch ahead only to detect the end of an epoch: after the last batch of data with
+    a length, and always for data without one.
 
     Args:
-        data: batches; what it can do is found by what it has (see `nexus_core.loaders`).
+        data: batches; capabilities are detected by protocol (see `nexus_core.loaders`).
         state: the counters of the run, read once.
-        saved: what is known of the data that the cursor was in; None: nothing.
-        known: whether this is the very data that the cursor is in; None: a new process cannot tell.
+        saved: the saved data state of the cursor; None: nothing is known.
+        known: whether this is the data that the cursor is in; None: unknown (new process).
         ranks: this process among its peers.
-        ends_with_epoch: the last step of an epoch takes what is left of it, and no more.
-        cells: that each batch is divided into; 0: it is not.
+        ends_with_epoch: the last step of an epoch takes only what is left of it.
+        cells: number of cells per batch; 0: batches are not divided.
 
     Raises:
-        DataError: there is not a single batch, or it cannot resume in so many processes.
+        DataError: there are no batches, or it cannot resume on this number of ranks.
     """
 
     def __init__(
@@ -103,35 +103,35 @@ class Stream:
         self._source = Source(dealt(data, cells, ranks.size))
         self._taken: list[tuple[Micro, Place]] = []
         self._returned: list[tuple[Micro, Place]] = []
-        self._waits = False  # a micro-batch waits for others to be read before it is computed
+        self._waits = False  # micro-batches are held while others are read
         self._keeper = Keeper()
         self.place = self._beginning(state, saved, known)
         self._batches = self._read()
 
     def take(self, count: int, horizon: Interval) -> list[Micro]:
-        """The next micro-batches, fewer where the horizon, in epochs, comes first."""
+        """The next micro-batches; fewer if a horizon in epochs comes first."""
         start, self._taken, self._waits = self.place, [], count > 1
         try:
             while len(self._taken) < count and not self._passed(horizon):
                 if self._ends_with_epoch and self._taken and self.place.batch == 0:
                     break
                 micro, self.place = self._returned.pop(0) if self._returned else next(self._batches)
-                if micro is None:  # the last one is followed by the end of its epoch
+                if micro is None:  # the epoch ends after the last one
                     self._taken[-1:] = [(last, self.place) for last, _ in self._taken[-1:]]
                 else:
                     self._taken.append((micro, self.place))
         except BaseException:
-            self._batches = self._read()  # a generator that raised is at its end
+            self._batches = self._read()  # a generator that raised is exhausted
             self.give_back(start)
             raise
         return [micro for micro, _ in self._taken]
 
     def close(self) -> None:
-        """Give up reading, so that the data may be read by others at once."""
+        """Stop reading, so that others can read the data at once."""
         self._batches.close()
 
     def give_back(self, place: Place) -> None:
-        """Return the micro-batches that were taken last, where they cannot be read again."""
+        """Return the last micro-batches taken, if they cannot be read again."""
         if self._source.is_iterator:
             self.place = place
             if self._source.tells:
@@ -140,14 +140,14 @@ class Stream:
                 self._returned = [*self._taken, *self._returned]
 
     def leave_to(self, others: Iterable[object]) -> None:
-        """Let others read from the beginning; then the data is opened at its place again."""
+        """Let others read from the start; the data is reopened at its position afterwards."""
         if any(map(self._source.shares, others)):
             self._batches.close()
             self._source.rewind()
             self._batches = self._read()
 
     def state(self, place: Place) -> DataState:
-        """What a snapshot keeps of the data, at a place in it."""
+        """The data state for a snapshot at a position."""
         return {
             "fingerprint": self._print,
             "batch_size": self._source.size,
@@ -157,15 +157,15 @@ class Stream:
         }
 
     def check(self, length: Interval) -> None:
-        """Refuse a length that cannot be told in this data.
+        """Reject a length that this data cannot measure.
 
         Raises:
-            ConfigError: it is part of an epoch, and the data does not say how long one is.
+            ConfigError: it is a fraction of an epoch, and the data has no length.
         """
         if length.unit == "epochs" and length.amount % 1 and not self.length:
             raise ConfigError(
-                f"'{length}' is part of an epoch, and this data does not say how many batches "
-                "an epoch has; give it a __len__, or count in steps"
+                f"'{length}' is a fraction of an epoch, and this data does not say how many "
+                "batches an epoch has; give it a __len__, or use steps"
             )
 
     def _passed(self, horizon: Interval) -> bool:
@@ -175,7 +175,7 @@ class Stream:
         return round(self.place.epoch + part, 9) >= horizon.amount
 
     def _beginning(self, state: TrainState, saved: DataState | None, known: bool | None) -> Place:
-        """The cursor's place in this data: other data begins at its beginning."""
+        """The cursor's position in this data; other data starts from the beginning."""
         if saved is None or not (state.batch or saved["loader"]):
             return Place(state.epoch, state.batch, held=self._source.begin())
         before, now = saved["fingerprint"], self._print
@@ -183,15 +183,15 @@ class Stream:
         if not known and (before != now if compared else known is False):
             if state.batch:
                 say(
-                    f"the run was {state.batch} batches into an epoch of other data; this data "
-                    "begins at its first batch"
+                    f"the run was {state.batch} batches into an epoch of different data; this data "
+                    "starts at its first batch"
                 )
             return Place(state.epoch, 0, held=self._source.begin())
         held = self._own(saved)
         if self._source.is_iterator and known is not True and not (held and held["now"]):
             say(
                 f"the run was {state.batch} batches into an epoch, and this data is an iterator, "
-                "read from where it stands; data that can be read again resumes exactly"
+                "read from its current position; use data that can be reread to resume exactly"
             )
         place = Place(state.epoch, state.batch, saved["row"], held)
         size = self._source.size
@@ -199,16 +199,16 @@ class Stream:
             return place._replace(batch=self._source.number(saved["row"]))
         if self.length and state.epoch_length not in (0, self.length):
             say(
-                f"the data had {state.epoch_length} batches an epoch and has {self.length} now; "
+                f"the data had {state.epoch_length} batches per epoch and now has {self.length}; "
                 f"the run continues at batch {state.batch} of the epoch"
             )
         return place
 
     def _own(self, saved: DataState) -> Held | None:
-        """Where the data of this process is.
+        """The position of this rank's data.
 
         Raises:
-            DataError: other processes read it, and the loader cannot share their places.
+            DataError: a different number of ranks read it, and the loader cannot redistribute.
         """
         places = [saved["loader"], *saved.get("peers", [])]
         told = [place["now"] for place in places if place and place["now"]]
@@ -219,15 +219,15 @@ class Stream:
         share = getattr(self.data, "load_state_dicts", None)
         if share is None or len(told) < processes:
             raise DataError(
-                f"this data holds its own place, and that of each of {processes} processes was "
+                f"this data tracks its own position, and that of each of {processes} processes was "
                 f"saved; resume with {processes} processes, not {self._ranks.size}, or give it a "
-                "method load_state_dicts(states), which takes all of them"
+                "method load_state_dicts(states) that takes all of them"
             )
         share([next(iter(now.values())) for now in told])
         return self._source.hold()
 
     def _read(self) -> Generator[tuple[Micro | None, Place]]:
-        """Each micro-batch with the cursor after it; None with that of an end seen late."""
+        """Each micro-batch with the cursor after it; None with the cursor of an end found late."""
         source = self._source
         while True:
             epoch, number, row = self.place.epoch, self.place.batch, self.place.row
@@ -252,7 +252,7 @@ class Stream:
                 yield None, Place(epoch + 1, 0, held=source.begin())
 
     def _seen(self, place: Place, ahead: Batch) -> Place:
-        """The place, where what comes after it is known."""
+        """The position, once what comes next is known."""
         if ahead is _END:
             return Place(place.epoch + 1, 0, held=self._source.begin())
         if place.held and place.held["now"]:
@@ -262,21 +262,21 @@ class Stream:
     def _ahead(self, batches: Iterator[Batch], number: int) -> Batch:
         ahead = self._source.read(batches, _END)
         if ahead is not _END and number == self.length:
-            say(f"the data says that it has {self.length} batches, and has more; all are read")
+            say(f"the data has more than the {self.length} batches its length says; all are read")
             self.length = 0
         if ahead is _END and not self.length:
             self.length = number
         return ahead
 
     def _ended_early(self, found: int, number: int) -> None:
-        """The data ended where its length, or that it cannot be read again, promised more."""
+        """The data ended before its length, or cannot be read again for another epoch."""
         iterator = self._source.is_iterator
         if number == found and (iterator or not found):
             raise DataError(
                 f"the data ended after {number} batches; pass data that holds batches and can be "
-                "read again, or an earlier horizon"
+                "reread, or an earlier horizon"
             )
         if number > found and self.length > number:
-            say(f"the data says that it has {self.length} batches, and has {number}")
+            say(f"the data has {number} batches, fewer than the {self.length} its length says")
         if number > found:
             self.length = 0 if iterator else number

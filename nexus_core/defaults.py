@@ -1,4 +1,4 @@
-"""What happens where no plugin answers: the last implementation of every seam."""
+"""The core's defaults: the last implementation of every seam."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nexus_core.step import Step, merge
 
 __all__ = ["Defaults", "FunctionLossPlugin"]
 
-_MISSING = "there is no {what}: pass it to {where}, or add a plugin for it (nexus-plugins list)"
+_MISSING = "no {what}: pass it to {where}, or add a plugin for it (nexus-plugins list)"
 
 
 class Defaults:
-    """The core's own answers, asked after every plugin's.
+    """The core's own implementations, called after those of every plugin.
 
-    Those that each step asks for take every argument: where no plugin answers, the call is direct.
+    Those called at each step take every argument: without plugins the call is direct.
     """
 
     @hookimpl(trylast=True)
@@ -95,10 +95,10 @@ class Defaults:
 def _step_with_closure(
     optimizer: Optimizer, ranks: Ranks, loss: Tensor, again: Callable[[], Tensor]
 ) -> None:
-    """The closure's first answer is what the step has computed already.
+    """The closure's first result is what the step has already computed.
 
-    All processes see the loss of all of them, so that they search alike. An error within the search
-    leaves weights and state as they were.
+    All ranks see the loss summed over all of them, so that their searches agree. An error during
+    the search leaves weights and state unchanged.
     """
     first = [loss]
 
@@ -120,12 +120,12 @@ def _step_with_closure(
 class FunctionLossPlugin(Plugin[PluginConfig]):
     """The term `loss` of an embedded engine: a function of model and batch that returns a mean.
 
-    Micro-batches count the same; where they hold unequal numbers of labels, a `Loss` is exact.
-    Parts that one batch was cut into count by their rows, and so do the batches of an evaluation:
-    its mean depends neither on the size of a batch nor on the number of processes.
+    Micro-batches have equal weight; if they hold unequal numbers of labels, use a `Loss`, which is
+    exact. Parts of a cut batch are weighted by their rows, as are evaluation batches: the mean does
+    not depend on batch size or number of ranks.
 
-    A function of `(input, target)`, such as `torch.nn.CrossEntropyLoss()`, compares what the model
-    returns for the first of a pair with the second.
+    A function of `(input, target)`, such as `torch.nn.CrossEntropyLoss()`, compares the model's
+    output for the first element of a pair with the second.
     """
 
     name = "loss"
@@ -154,7 +154,7 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
 
 
 def _compares(function: Callable[..., Tensor]) -> bool:
-    """Whether a loss takes what the model returned and a target, and not the model and a batch."""
+    """Whether a loss takes (output, target) rather than (model, batch)."""
     if isinstance(function, type) or getattr(function, "reduction", "mean") != "mean":
         raise ConfigError(
             f"loss must return a mean, got {function!r:.99}; give an object that averages, such as "
@@ -163,7 +163,7 @@ def _compares(function: Callable[..., Tensor]) -> bool:
     called = function.forward if isinstance(function, nn.Module) else function
     try:
         names = list(inspect.signature(called).parameters)[:2]
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # implemented in C
         return False
     return names[1:] in (["target"], ["targets"]) and names[0] != "model"
 
@@ -182,7 +182,7 @@ def _on_pairs(compare: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, Bat
 
 
 def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that the model's `forward` has a parameter for."""
+    """The entries of a batch that match parameters of the model's `forward`."""
     compiled = getattr(model, "_orig_mod", model)  # torch.compile hides the parameters' names
     parameters = inspect.signature(compiled.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -1,4 +1,4 @@
-"""All that depends on the kind of device: which one, its random generators, how copies reach it."""
+"""Everything that depends on the device: choice, random generators, and copies to it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 _PYTHON: Any = getattr(random.getstate, "__self__")  # noqa: B009  the one behind the functions
-_MT19937_BYTES = 2500  # its 624 words and its place among them
-_PEEK_BYTES = 64  # of them: each draw moves the place, and each 624th rewrites every word
+_MT19937_BYTES = 2500  # its 624 words and its position
+_PEEK_BYTES = 64  # of these: each draw moves the position, each 624th rewrites every word
 
 Words: TypeAlias = list[Any]
-"""Numbers, in the nesting that a generator of Python or NumPy gives its state in."""
+"""Numbers, nested as in the states of Python's and NumPy's generators."""
 
 
 class RandomState(TypedDict):
@@ -44,7 +44,7 @@ class RandomState(TypedDict):
 
 
 def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> torch.device:
-    """The device to train on: "auto" is an accelerator if there is one, None the model's own.
+    """The device to train on: "auto" is an accelerator if available, None the model's own.
 
     Raises:
         ConfigError: this machine has no such device.
@@ -62,23 +62,23 @@ def pick_device(wish: str | torch.device | None, model: nn.Module | None) -> tor
 
 
 def check_values(model: nn.Module) -> None:
-    """See that the model's parameters have values.
+    """Check that the model's parameters have values.
 
     Raises:
-        ConfigError: it was made on the device meta.
+        ConfigError: the model is on the meta device.
     """
     if name := next((name for name, p in model.named_parameters() if p.is_meta), None):
         raise ConfigError(
-            f"'{name}' is on the device meta, and has no values; call model.to_empty(device=...), "
-            "initialize the parameters, and make the optimizer then"
+            f"'{name}' is on the meta device and has no values; call model.to_empty(device=...), "
+            "initialize the parameters, then create the optimizer"
         )
 
 
 def seed_everything(seed: int) -> None:
     """Seed the generators of python, numpy, torch and its devices.
 
-    As `torch.manual_seed`, which also notes a stack trace for each kind of device that is not
-    there: milliseconds, and a step in cells seeds several times.
+    Like `torch.manual_seed`, but without the stack trace that it records for each missing kind of
+    device: that takes milliseconds, and a step in cells seeds several times.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -108,19 +108,19 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put every generator back to where `random_state` read it; says which cannot be."""
+    """Restore every generator to a `random_state`; warns about those that it cannot restore."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"].clone())  # of a view with an offset torch reads garbage
+    torch.set_rng_state(state["torch"].clone())  # torch misreads views with an offset
     saved, kind = state["devices"], state.get("accelerator", "cuda")
     here, count = _accelerators()
     if saved and (here != kind or count < len(saved)):
         found = f"{count} of kind {here}" if here else "none"
         warnings.warn(
             f"the generators of {len(saved)} {kind} devices were saved, and this process has "
-            f"{found}: random numbers drawn on the device differ from those of the saved run",
+            f"{found}: random numbers on the device will differ from the saved run",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -130,12 +130,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 class Undo:
-    """What a step draws and updates besides weights, as it was before: generators and buffers.
+    """Restores what a step changes besides weights: random generators and buffers.
 
-    It is taken before every step, so it must be quick: nothing is turned into lists, and the
-    generators of Python and NumPy, which take 20 and 40 microseconds to read, are read where a look
-    at their memory says that they were used (or where NumPy's holds back half of a pair of normal
-    numbers, which no look shows).
+    It is taken before every step, so it must be fast: nothing is turned into lists, and the
+    generators of Python and NumPy, which take 20 and 40 microseconds to read, are only read if a
+    look at their memory shows that they were used (or if NumPy's holds half of a pair of normal
+    numbers, which the look does not show).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -143,7 +143,7 @@ class Undo:
         self._owners = [(m, name) for m in model.modules() for name in m._buffers]
         self._buffers: list[Tensor | None] = [None for _ in self._owners]
         self._copies = list(self._buffers)
-        self._versions = [0 for _ in self._owners]  # -1: taken for changed in any case
+        self._versions = [0 for _ in self._owners]  # -1: treat as changed
         self._accelerator, self._count = _accelerators()
         self._numpy_generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         self._numpy_words, self._python_words = _numpy_words(self._numpy_generator), _python_words()
@@ -152,7 +152,7 @@ class Undo:
         self.take()
 
     def take(self) -> None:
-        """Remember the present state."""
+        """Record the current state."""
         words = self._python_words
         if not words or words.raw != self._seen_python or _PYTHON.gauss_next != self._python[2]:
             self._read_python()
@@ -173,7 +173,7 @@ class Undo:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Return to the state that was remembered last."""
+        """Restore the last recorded state."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
@@ -194,7 +194,7 @@ class Undo:
         self._seen_numpy = self._numpy_words.raw if self._numpy_words else b""
 
     def _changed(self) -> list[int]:
-        """The places of the buffers that may have changed; not every change of values tells."""
+        """Indices of buffers that may have changed; not every change bumps the version."""
         return [
             place
             for place, (buffer, (module, name)) in enumerate(
@@ -206,19 +206,19 @@ class Undo:
 
 
 def _words_at(address: int, count: int) -> ctypes.Array[ctypes.c_char]:
-    """Bytes of a generator's memory, to be compared."""
+    """Bytes of a generator's memory, for comparison."""
     return (ctypes.c_char * count).from_address(address)
 
 
 def _numpy_words(generator: Any) -> ctypes.Array[ctypes.c_char] | None:
-    """The last words of NumPy's generator, and its place after them, if it is this kind."""
+    """The last words and position of NumPy's generator, if it is an MT19937."""
     if not isinstance(generator, np.random.MT19937):
         return None
     return _words_at(generator.ctypes.state_address + _MT19937_BYTES - _PEEK_BYTES, _PEEK_BYTES)
 
 
 def _python_words() -> ctypes.Array[ctypes.c_char] | None:
-    """The place and first words of Python's generator, if it is kept as CPython keeps it."""
+    """The position and first words of Python's generator, if laid out as in CPython."""
     address = id(_PYTHON) + object.__basicsize__
     if type(_PYTHON).__basicsize__ < object.__basicsize__ + _MT19937_BYTES:
         return None
@@ -228,6 +228,6 @@ def _python_words() -> ctypes.Array[ctypes.c_char] | None:
 
 
 def _accelerators() -> tuple[str, int]:
-    """The kind of accelerator of this process, and how many there are; "" and 0 for none."""
+    """The kind and number of this process's accelerators; "" and 0 if there are none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return (found.type, torch.accelerator.device_count()) if found else ("", 0)

@@ -1,4 +1,4 @@
-"""What plugins of API 1.0 and 1.1 found on the engine, and plugins of 1.2 get as `step`."""
+"""Engine attributes for plugins of API 1.0 and 1.1; since 1.2 hooks get them as `step`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EarlierNames"]
 
 
 class EarlierNames:
-    """Attributes of earlier releases: they work during a step, and warn."""
+    """Deprecated attributes: they work during a step, and warn."""
 
     _progress: Progress
 

@@ -1,4 +1,4 @@
-"""The loop. It fires the hooks of `nexus_core.events` and keeps the books; plugins do the rest."""
+"""The loop. It calls the hooks of `nexus_core.events` and keeps count; plugins do the rest."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ class Engine(EarlierNames):
 
     Args:
         model: any module; None asks the plugins (`make_model`).
-        optimizer: over the model's parameters; a list of several steps all of them, a dict by
-            name lets them take turns (the hook `take_turns`). None asks the plugins.
-        loss: `loss(model, batch)` returns a mean, or `loss(input, target)` as those of `torch.nn`;
-            None where plugins bring the loss terms.
-        plugins: in the order in which to call them, where they do not say themselves.
-        seed: of python, numpy and torch, set at once; None leaves the generators alone.
-        device: "cpu", "cuda:0", "auto" (an accelerator if there is one); None leaves the model
-            where it is.
-        accumulate: micro-batches in a step.
-        cells: that a step is computed in, over all its micro-batches and processes: its bits are
-            then the same however it is divided among them; None: each micro-batch is whole.
-        step_at_epoch_end: the last step of an epoch takes the micro-batches that are left of it;
-            otherwise it takes the first of the next epoch too.
-        log_every: period of `on_log`.
-        out: the run's folder, for plugins that write files.
+        optimizer: over the model's parameters; of a list all are stepped, of a dict by name they
+            take turns (the hook `take_turns`). None asks the plugins.
+        loss: `loss(model, batch)` returns a mean, or `loss(input, target)` as in `torch.nn`; None
+            if plugins provide the loss terms.
+        plugins: called in this order unless they declare otherwise.
+        seed: seeds python, numpy and torch at once; None leaves the generators alone.
+        device: "cpu", "cuda:0", "auto" (an accelerator if available); None leaves the model where
+            it is.
+        accumulate: micro-batches per optimizer step.
+        cells: number of cells per step, over all micro-batches and ranks: results are then bitwise
+            the same however the cells are distributed; None: each micro-batch is whole.
+        step_at_epoch_end: the last step of an epoch takes only the micro-batches that are left of
+            it; otherwise it also takes the first of the next epoch.
+        log_every: interval between calls of `on_log`.
+        out: the run folder, for plugins that write files.
         config: the resolved settings of the run, for plugins that store or show them.
 
     Raises:
-        ConfigError, PluginError, DataError: the parts do not make a run.
+        ConfigError, PluginError, DataError: the parts do not fit together.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Engine(EarlierNames):
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
         self.hook: Hooks = calling.relay(self.plan, Defaults())
         if not self._answers("loss_terms"):
-            raise ConfigError("there is no loss: pass loss=..., or add a plugin with a loss term")
+            raise ConfigError("no loss: pass loss=..., or add a plugin with a loss term")
         self.device = pick_device(device, model)
         self.data: RunData | None = None
         given = model is not None
@@ -137,7 +137,7 @@ class Engine(EarlierNames):
     ) -> Result:
         """Train until the horizon, or until `stop`; see `steps` for the arguments.
 
-        Ctrl-C ends the run after its present step, with all that is saved at an end; a second one
+        Ctrl-C ends the run after the current step, saving as at the end; a second one
         interrupts at once.
         """
         with stopping_on_interrupt(self.stop):
@@ -153,25 +153,25 @@ class Engine(EarlierNames):
         eval_data: Data | Mapping[str, Data] | None = None,
         eval_every: Length | None = None,
     ) -> Iterator[TrainState]:
-        """The loop as a generator, one optimizer step a turn; close it and continue later.
+        """The loop as a generator, one optimizer step per iteration; close it and continue later.
 
-        A step that is interrupted, or that fails, has not happened: the next call takes it again.
-        Where its update was made already, the next call does what was due after it and not begun.
+        A step that is interrupted or fails has not happened: the next call takes it again. If its
+        update was already applied, the next call only does what was still due after it.
 
         Args:
-            data: batches; an iterable, best a `ResumableLoader`. None: what `make_data` answers.
-            until: the horizon, counted from the very first step, restarts included: "3 epochs".
-            eval_data: batches to evaluate on, or several sets of them by name.
-            eval_every: the period of evaluations, or a share of the horizon ("10%"); there is one
-                at the horizon in any case.
+            data: batches; any iterable, ideally a `ResumableLoader`. None: uses `make_data`.
+            until: the horizon, counted from the very first step across restarts: "3 epochs".
+            eval_data: batches to evaluate on, or several sets by name.
+            eval_every: interval between evaluations, or a share of the horizon ("10%"); there is
+                always one at the horizon.
 
         Yields:
             The counters, after each step with its log and evaluation.
         """
         if self._running:
             raise ConfigError(
-                "a loop of this engine is open already: exhaust it, or close() what steps() gave, "
-                "before the next begins"
+                "this engine already has an open loop: exhaust or close() what steps() returned "
+                "before starting another"
             )
         if data is None:
             self.data = self.data or self.hook.make_data(engine=self)
@@ -190,8 +190,8 @@ class Engine(EarlierNames):
     ) -> tuple[Step, dict[str, float]]:
         """Compute the gradient of one step, and evaluate, without an update.
 
-        What `on_start`, a batch or a loss refuses is refused here. Plugins that only watch, such
-        as loggers, are not called.
+        Raises whatever `on_start`, a batch or a loss would raise in training. Observers, such as
+        loggers, are not called.
 
         Returns:
             The step, and the metrics of the evaluation.
@@ -214,12 +214,12 @@ class Engine(EarlierNames):
             acting.on_close(engine=self)
 
     def evaluate(self, data: Data | Mapping[str, Data]) -> dict[str, float]:
-        """Measure every loss term, weighted by its units, over all the data; fires `on_eval`.
+        """Evaluate every loss term over all the data, weighted by units; calls `on_eval`.
 
-        Within an evaluation (from the hook `measure`) it measures and fires nothing.
+        Inside an evaluation (from the hook `measure`) it calls no events.
 
         Returns:
-            `val/loss`, `val/total_loss`, `val/<term>_loss` and what plugins measure or log, by
+            `val/loss`, `val/total_loss`, `val/<term>_loss` and metrics of plugins, by
             split.
         """
         nested = not self.training
@@ -227,12 +227,12 @@ class Engine(EarlierNames):
         return metrics if nested else self._announced(metrics)
 
     def predict(self, data: Data) -> list[Any]:
-        """The model's output for each batch, in order and on the host.
+        """The model's output for each batch, in order, on the CPU.
 
-        It runs as an evaluation does: in evaluation mode, without gradients, with averaged weights
-        where a plugin evaluates with them; `loss=` of the engine is not asked. Each process gets
-        all outputs. Where each reads a share of every batch (a `ResumableLoader` with `ranks`),
-        those of a batch follow one another as its rows do, and rows that only fill up are left out.
+        Runs like an evaluation: in evaluation mode, without gradients, with averaged weights if a
+        plugin evaluates with them; the engine's `loss=` is not called. Every rank gets all outputs.
+        If each rank reads a share of every batch (a `ResumableLoader` with `ranks`), the outputs of
+        a batch are concatenated in row order, and padding rows are dropped.
         """
         answering = calling.relay(self.plan, Defaults(), lambda plugin: plugin.name != "loss")
         with self._aside([data]):
@@ -246,39 +246,39 @@ class Engine(EarlierNames):
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the loop ends before its horizon; None: it does not."""
+        """Why the loop ends before its horizon; None if it does not."""
         return self._agreement.reason
 
     @property
     def stopping(self) -> bool:
-        """Whether the loop ends after the present step."""
+        """Whether the loop ends after the current step."""
         return self._agreement.reason is not None
 
     @property
     def data_state(self) -> DataState | None:
-        """Which data the loop reads, and where it is in it; None where there was no loop yet."""
+        """Which data the loop reads, and its position; None before the first loop."""
         return self._progress.where()
 
     def stop(self, reason: str = "stopped by the program", *, at_once: bool = False) -> None:
-        """End the loop after the present step, or before its first; all processes end together.
+        """End the loop after the current step, or before its first; all ranks end together.
 
         Args:
-            reason: for the `Result`.
-            at_once: do not begin or finish an evaluation; it is given up between two batches, by
-                several processes at the same one, and made when the run is resumed.
+            reason: shown in the `Result`.
+            at_once: do not start or finish an evaluation; it is abandoned between two batches (on
+                all ranks at the same one), and made up for when the run is resumed.
         """
         self._agreement.stop(reason, at_once)
 
     def log(
         self, name: str, value: Number | Measured, units: Number = 1.0, finish: Finish = None
     ) -> None:
-        """Record a sum over units, 0-d; its mean is read when due, and no device is waited for.
+        """Record a 0-d sum over units; its mean is read at the next log, without a device sync.
 
         Args:
-            name: without a slash it gets the split's prefix: "train/grad_norm", "val/...".
+            name: without a slash it gets the split as prefix: "train/grad_norm", "val/...".
             value: a number, or a metric with `update`, `compute` and `reset` that you update: it is
-                computed when due, and reset. Those of torchmetrics sum over processes themselves;
-                of others the mean over processes is taken.
+                computed when due, then reset. Those of torchmetrics reduce over ranks themselves;
+                for others the mean over ranks is taken.
             finish: applied to the mean when it is read: `math.exp` makes a perplexity.
 
         Raises:
@@ -287,21 +287,21 @@ class Engine(EarlierNames):
         self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
 
     def parameters(self, turn: str | None = None) -> list[nn.Parameter]:
-        """What the optimizer updates now, or that of one turn; ask each time, as it may change."""
+        """The parameters the optimizer updates now, or in one turn; may change, so do not cache."""
         return trained(self.optimizer, turn)
 
     def untrained(self) -> list[nn.Parameter]:
-        """The model's other parameters; looked up anew when the optimizer's groups have changed."""
+        """The model's other parameters; looked up again when the optimizer's groups change."""
         return self._untrained.of(self.optimizer, self.model)
 
     def result(self) -> Result:
-        """How far the run is, and the last value of every metric."""
+        """The progress of the run, and the last value of every metric."""
         return Result.of(
             self.state, self.horizon, self.stop_reason, self.metrics, self._progress.owed
         )
 
     def state_dict(self) -> snapshots.Snapshot:
-        """Everything that decides how the run continues, read in place; fires `on_save`."""
+        """Everything needed to continue the run, tensors by reference; calls `on_save`."""
         self._progress.check_whole()
         snapshot = snapshots.gather(self, self._progress.where(), self._progress.owed)
         calling.call_each(
@@ -313,26 +313,26 @@ class Engine(EarlierNames):
         return snapshot
 
     def load_state_dict(self, snapshot: snapshots.Snapshot) -> None:
-        """Continue from a snapshot, to the same bits; fires `on_load` first.
+        """Continue from a snapshot, bitwise; calls `on_load` first.
 
         Raises:
-            CheckpointError: it does not fit; then the engine is as it was.
+            CheckpointError: it does not fit; the engine is left unchanged.
         """
         if self._running:
             raise ConfigError(
-                "a snapshot cannot be loaded within the loop, which would be in two places then; "
-                "close the loop first, or use rewind, which leaves counters and data as they are"
+                "cannot load a snapshot while the loop is open; "
+                "close the loop first, or use rewind, which leaves counters and data alone"
             )
         self._restore(deepcopy(snapshot))
 
     def resume(self, source: str = "auto") -> None:
-        """Find a snapshot through the plugins ("auto": the newest good one) and load it."""
+        """Find a snapshot through the plugins ("auto": the newest valid one) and load it."""
         self._restore(self.hook.load_snapshot(engine=self, source=source))
 
     def rewind(self, snapshot: snapshots.Snapshot) -> None:
-        """Restore weights, optimizer and plugins of an earlier snapshot of this run, and no more.
+        """Restore only weights, optimizer and plugins from an earlier snapshot of this run.
 
-        Counters, metrics, random generators and the place in the data stay: time continues.
+        Counters, metrics, random generators and the data position are kept.
         """
         progress = self._progress
         now = snapshots.gather(self, progress.where())
@@ -415,10 +415,10 @@ class Engine(EarlierNames):
                 raise closing
 
     def _end_step(self, eval_data: Data | Mapping[str, Data] | None) -> bool:
-        """Do what is due when a step is done; what failed before it was begun stays due.
+        """Do what is due after a step; what has not been started when an error occurs stays due.
 
         Returns:
-            False where the run stops before all is done.
+            False if the run stops before everything is done.
         """
         due = self._progress.due
         if "follow" in due and self._progress.step is not None:
@@ -433,11 +433,11 @@ class Engine(EarlierNames):
         return True
 
     def _evaluate(self, data: Data | Mapping[str, Data] | None) -> bool:
-        """Evaluate, if that has not been done at this step; False where a stop cannot wait."""
+        """Evaluate unless already done at this step; False if a stop cannot wait."""
         if data is None or (isinstance(data, Mapping) and not data) or self.state.is_evaluated:
             return True
         try:
-            if self._agreement.heed(1):  # the last step's exchange is answer enough
+            if self._agreement.heed(1):  # the last step's exchange already answers this
                 raise GivenUpError
             metrics = self._measured(named_sets(data), self._agreement.heed)
         except GivenUpError:

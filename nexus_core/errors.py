@@ -1,4 +1,4 @@
-"""Every error that the trainer raises on purpose: what, what was got, how to fix it.
+"""Errors that the trainer raises on purpose: what is wrong, what was given, how to fix it.
 
 The command line turns a `NexusError` into one line and an exit code; `--debug` shows the traceback.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hint:
-    """How to fix a mistake, in the words of each place where it can have been made.
+    """How to fix a mistake, worded for the command line and for Python.
 
     Args:
-        command: an option of the commands.
-        python: the same in a program.
+        command: as a command-line option.
+        python: the same in Python.
     """
 
     command: str
@@ -29,8 +29,8 @@ class Hint:
 class NexusError(Exception):
     """Base of all errors whose message is meant for the user.
 
-    The message is given in parts, one after the other: text, and `Hint`s. Programs read it with
-    the hints in Python; the commands ask for theirs.
+    The message is given in parts: text and `Hint`s. In Python it shows the Python hints; the
+    commands show theirs.
     """
 
     exit_code = 2
@@ -39,12 +39,12 @@ class NexusError(Exception):
         return "".join(map(str, self.args))
 
     def on_command_line(self) -> str:
-        """The message, with its hints as options of the commands."""
+        """The message, with hints as command-line options."""
         return "".join(p.command if isinstance(p, Hint) else str(p) for p in self.args)
 
 
 class ConfigError(NexusError, ValueError):
-    """A setting is unknown, of the wrong type or impossible beside another."""
+    """A setting is unknown, of the wrong type or incompatible with another."""
 
 
 class PluginError(NexusError):
@@ -89,7 +89,7 @@ def hint_add(*plugins: str) -> Hint:
 
 
 def hint_leave_out(plugin: str) -> Hint:
-    """How to leave a plugin out: `--plugins no:glow`, or `drop GlowPlugin() from plugins=[...]`."""
+    """How to remove a plugin: `--plugins no:glow`, or `drop GlowPlugin() from plugins=[...]`."""
     return Hint(f"--plugins no:{plugin}", f"drop {_class_of(plugin)}() from plugins=[...]")
 
 
@@ -99,7 +99,7 @@ def hint_resume(source: str = "auto") -> Hint:
 
 
 def hint_out(folder: str = "FOLDER") -> Hint:
-    """How to choose the run's folder: `--out FOLDER`, or `Engine(..., out='FOLDER')`."""
+    """How to choose the run folder: `--out FOLDER`, or `Engine(..., out='FOLDER')`."""
     return Hint(f"--out {folder}", f"Engine(..., out={folder!r})")
 
 

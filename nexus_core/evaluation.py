@@ -1,4 +1,4 @@
-"""An evaluation as a scope that is always left the way it was entered."""
+"""An evaluation as a scope that restores everything on exit."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ __all__ = [
 
 @contextmanager
 def evaluating(engine: Run, *, nested: bool) -> Iterator[None]:
-    """Evaluation mode, with what plugins put in place of the weights, and no trace afterwards.
+    """Evaluation mode, with weights that plugins swap in, fully restored afterwards.
 
-    Modules are switched as PyTorch does it, by `eval()` and `train()`, and each gets its own mode
-    back. Within another evaluation the weights are those of that one.
+    Modules are switched with `eval()` and `train()`, and each gets its previous mode back. A
+    nested evaluation uses the weights of the outer one.
     """
     modes = [(module, module.training) for module in engine.model.modules()]
     generators = random_state()
@@ -57,15 +57,14 @@ def evaluating(engine: Run, *, nested: bool) -> Iterator[None]:
 
 
 def named_sets(data: Iterable[Batch] | Mapping[str, Iterable[Batch]]) -> Mapping[str, Any]:
-    """Data sets to evaluate on by their names; one alone is "val".
+    """Evaluation data sets by name; a single one is "val".
 
     Raises:
-        ConfigError: they are a list, which would be one set of batches, or give rows.
+        ConfigError: they are a list, which would be one set of batches, or yield rows.
     """
     if isinstance(data, list | tuple) and any(isinstance(s, DataLoader | Dataset) for s in data):
         raise ConfigError(
-            "several data sets to evaluate on go by name, and here is a list of them; write "
-            "{'val': one, 'test': other}"
+            "several evaluation data sets need names, got a list; write {'val': one, 'test': other}"
         )
     sets = data if isinstance(data, Mapping) else {"val": data}
     for one in sets.values():
@@ -74,7 +73,7 @@ def named_sets(data: Iterable[Batch] | Mapping[str, Iterable[Batch]]) -> Mapping
 
 
 class GivenUpError(Exception):
-    """An evaluation ends early, as the run is to stop at once."""
+    """An evaluation ends early because the run must stop at once."""
 
 
 def measure(
@@ -83,15 +82,15 @@ def measure(
     """Every loss term and metric of one data set, weighted by units, within `evaluating`.
 
     Args:
-        engine: with a meter of its own for this set.
+        engine: with a separate meter for this set.
         split: the prefix of the metrics.
-        gives_up: whether to end here, asked with the number of each batch before it is measured,
-            and with None after the last.
-        data: batches; those in which this process has no row of its own do not count.
+        gives_up: whether to stop here; called with each batch's number before it is measured, and
+            with None after the last.
+        data: batches; those in which this rank has no row of its own do not count.
 
     Raises:
         DataError: there is no batch with units of a loss.
-        GivenUpError: `gives_up` says so.
+        GivenUpError: `gives_up` returned True.
     """
     seed_everything(engine.seed)
     hook, seen, differentiates = engine.hook, set[str](), False
@@ -105,7 +104,7 @@ def measure(
             except RuntimeError as error:
                 if differentiates or "does not require grad" not in str(error):
                     raise
-                differentiates = True  # the loss does: a gradient penalty, an equation of physics
+                differentiates = True  # the loss does: a gradient penalty, a PDE residual
                 engine.meter.rollback(mark)
                 with torch.enable_grad():
                     terms = _terms(engine, moved)
@@ -126,23 +125,23 @@ def measure(
 
 @torch.no_grad()
 def predict(engine: Run, forward: Callable[..., Any], data: Iterable[Batch]) -> list[Any]:
-    """The outputs for batches in their order, on the host, within `evaluating`.
+    """The outputs for the batches in order, on the CPU, within `evaluating`.
 
     Args:
-        engine: whose processes exchange what each has, where each reads a share of every batch.
-        forward: the hook, giving what the model does.
+        engine: its ranks exchange outputs if each reads a share of every batch.
+        forward: the hook that returns the model's output.
         data: batches.
 
     Raises:
-        DataError: each process reads its own rows, in an order that others cannot know.
+        DataError: each rank reads its own rows, in an order unknown to the others.
     """
     seed_everything(engine.seed)
     outputs: list[Any] = []
     divided = getattr(data, "ranks", None)
     if getattr(getattr(data, "sampler", None), "num_replicas", 1) > 1:
         raise DataError(
-            "a sampler deals the rows of this data out to processes, so that no order of them can "
-            "be told; read it whole in each, or by ResumableLoader(..., ranks=engine.ranks)"
+            "a sampler distributes the rows of this data over processes, so their order is not "
+            "known; read all of it in each, or use ResumableLoader(..., ranks=engine.ranks)"
         )
     for batch, borrowed in _with_borrowed(data):
         output = forward(engine=engine, batch=to_device(batch, engine.device), step=None)
@@ -154,10 +153,10 @@ def predict(engine: Run, forward: Callable[..., Any], data: Iterable[Batch]) -> 
 def _parts(
     engine: Run, data: Iterable[Batch], gives_up: Callable[[int | None], bool]
 ) -> Iterator[tuple[Batch, bool]]:
-    """What is computed of the batches, whole or cell by cell, and whether its rows are another's.
+    """Each batch to compute, whole or cell by cell, and whether its rows are borrowed.
 
     Raises:
-        GivenUpError: `gives_up` says so, asked before each batch.
+        GivenUpError: `gives_up` returned True, called before each batch.
     """
     ours = dealt(data, engine.cells, engine.ranks.size)
     for number, (batch, borrowed) in enumerate(_with_borrowed(ours)):
@@ -173,7 +172,7 @@ def _parts(
 
 
 def _with_borrowed(data: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Batches, and of each whether this process has no row of its own in it."""
+    """Batches, and for each whether all its rows are borrowed from other ranks."""
     borrowed = getattr(data, "is_borrowed", lambda row: False)
     rows = getattr(data, "batch_size", None) or 0  # a DataLoader of batches has none
     for number, batch in enumerate(data):
@@ -181,14 +180,14 @@ def _with_borrowed(data: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 
 def train_mode(optimizer: Optimizer) -> None:
-    """Switch an optimizer that has a mode of its own (schedule-free ones do) to training."""
+    """Switch an optimizer with its own modes (such as schedule-free ones) to training."""
     for member in members(optimizer).values():
         if callable(train := getattr(member, "train", None)):
             train()
 
 
 def collect(engine: Run) -> dict[str, float]:
-    """The training metrics since the last log, read; they stay unread where a plugin fails."""
+    """Read the training metrics since the last log; they stay unread if a plugin fails."""
     sums = engine.meter.state_dict()
     if not (metrics := engine.meter.read(engine.ranks)):
         return {}
@@ -203,11 +202,11 @@ def collect(engine: Run) -> dict[str, float]:
 
 
 def say_mode(model: nn.Module) -> None:
-    """Say where a model is about to be trained in evaluation mode."""
+    """Warn if a model is about to be trained in evaluation mode."""
     if not model.training:
         warnings.warn(
-            "the model is in evaluation mode, and trains so: without dropout, and with running "
-            "statistics as they are; call model.train() if that is not wanted",
+            "the model is in evaluation mode and trains that way: without dropout, and with frozen "
+            "running statistics; call model.train() if that is not intended",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -215,7 +214,7 @@ def say_mode(model: nn.Module) -> None:
 
 @contextmanager
 def _averaged_weights(engine: Run) -> Iterator[None]:
-    """Evaluate with the weights that such an optimizer means, and bring the others back exactly."""
+    """Evaluate with the optimizer's averaged weights, then restore the others exactly."""
     modal = [m for m in members(engine.optimizer).values() if callable(getattr(m, "eval", None))]
     live = [p for member in modal for p in trained(member)]
     before = [parameter.detach().clone() for parameter in live]
@@ -241,8 +240,8 @@ def _totals(
     names = sorted(name for name in terms if metric_name(split, name) in metrics)
     if not names:
         raise DataError(
-            f"the evaluation data '{split}' holds no batch with units of a loss; add some, leave "
-            "it out, or pass data that can be read again"
+            f"the evaluation data '{split}' has no batch with loss units; add some, remove "
+            "it, or pass data that can be read again"
         )
     weights = merge(engine.hook.loss_weight(engine=engine))
     total = sum(weights.get(name, 1.0) * metrics[metric_name(split, name)] for name in names)
@@ -250,7 +249,7 @@ def _totals(
 
 
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Give every module its mode back, from the model down: `train` sets those below too."""
+    """Restore every module's mode, from the model down: `train` also sets children."""
     for module, mode in modes:
         if module.training != mode:
             module.train(mode)

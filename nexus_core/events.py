@@ -1,8 +1,8 @@
-"""The hooks: every moment of a run at which plugins are called, and every question they answer.
+"""The hooks: every event that plugins can observe, and every question they can answer.
 
 The loop, with the hooks in capitals where they fire:
 
-    MAKE_DATA, MAKE_MODEL, MAKE_OPTIMIZER            what was not passed in as an object
+    MAKE_DATA, MAKE_MODEL, MAKE_OPTIMIZER            whatever was not passed in
     ON_BUILD
     [LOAD_SNAPSHOT, ON_LOAD]                         when resuming
     ON_START
@@ -28,20 +28,20 @@ The loop, with the hooks in capitals where they fire:
             MEASURE                                  for each set
         ON_EVAL
         ON_STEP_END                                  a checkpoint is taken here: ON_SAVE
-    ON_NOTE                                          whenever a plugin has something to say
-    ON_FINISH, or ON_ERROR when something raised
-    ON_CLOSE                                         whatever happened, in reverse order
-    SUMMARIZE                                        `nexus-run` prints what is answered
+    ON_NOTE                                          whenever a plugin writes a note
+    ON_FINISH, or ON_ERROR if something raised
+    ON_CLOSE                                         always, in reverse order
+    SUMMARIZE                                        `nexus-run` prints the answers
 
-Two kinds. An *event* is broadcast and returns nothing. A *seam* asks a question: "first answer"
-takes the first plugin that answers, "collected" takes all of them, "chained" hands the answer of
-one to the next; what the core does by itself is the last answer (`nexus_core.defaults`). Around a
-seam, `@hookimpl(wrapper=True)` wraps it.
+There are two kinds. An *event* is broadcast and returns nothing. A *seam* asks a question: "first
+answer" takes the first plugin that answers, "collected" takes all answers, "chained" passes each
+answer on to the next plugin; the core's default comes last (`nexus_core.defaults`).
+`@hookimpl(wrapper=True)` wraps a seam.
 
-Plugins are called in the order of the plan (`nexus-run --explain`). Where a hook has an inherent
-order it has *stages*: `@hookimpl(stage="limit")` puts an implementation there, wherever its plugin
-stands in the plan; the one marked * holds those that name none. A wrapper that comes first is
-outermost. An implementation names only the arguments it uses.
+Plugins are called in the order of the plan (`nexus-run --explain`). Hooks with an inherent order
+have *stages*: `@hookimpl(stage="limit")` puts an implementation into that stage, wherever its
+plugin is in the plan; the stage marked * is the default. The first wrapper is the outermost. An
+implementation only names the arguments it uses.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ from nexus_core.step import Step
 
 __all__ = ["API_VERSIONS", "RENAMED", "STAGES", "Hooks", "Run"]
 
-API_VERSIONS: tuple[str, ...] = ("1.0", "1.1", "1.2")  # those whose plugins run, newest last
-RENAMED: Mapping[str, str] = {}  # a hook's earlier name to its own: warns for a release
+API_VERSIONS: tuple[str, ...] = ("1.0", "1.1", "1.2")  # supported versions, newest last
+RENAMED: Mapping[str, str] = {}  # old name of a hook: its new name; warns for one release
 
 STAGES: Mapping[str, tuple[str, ...]] = {
     "on_start": ("claim", "join", "prepare*", "wrap", "compile", "clock"),
@@ -86,17 +86,17 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "on_load": ("check*", "copy"),
     "on_finish": ("settle", "save", "report*"),
 }
-"""The stages of the hooks that have some, in order; * marks the ordinary one."""
+"""The stages of hooks that have any, in order; * marks the default."""
 
 Answer = TypeVar("Answer")
 Answers: TypeAlias = list[Answer]
-"""What a collected seam gives: the answers of all implementations, each of which gives one."""
+"""The result of a collected seam: one answer from each implementation."""
 
 hookspec = pluggy.HookspecMarker("nexus")
 
 
 class Run(Protocol):
-    """What the core hands to plugins as `engine`: the part of `Engine` that they may rely on."""
+    """What plugins get as `engine`: the part of `Engine` that they may rely on."""
 
     seed: int
     accumulate: int
@@ -136,36 +136,36 @@ class Run(Protocol):
 class Hooks:
     """The specification of every hook, and the type of `engine.hook`, which calls them.
 
-    Read it as documentation. Calls name every argument; an implementation takes what it needs.
-    What is annotated is what a call gives: of `Answers`, each implementation gives one.
+    Read it as documentation. Calls pass every argument; an implementation takes what it needs.
+    Return types are those of a call; with `Answers`, each implementation returns one.
     """
 
     @hookspec(firstresult=True)
     def make_data(self, *, engine: Run) -> RunData:
-        """Seam, first answer: build training and evaluation data where none was passed."""
+        """Seam, first answer: build training and evaluation data if none was passed."""
 
     @hookspec(firstresult=True)
     def make_model(self, *, engine: Run) -> nn.Module:
-        """Seam, first answer: build the model where none was passed; `engine.data` is there."""
+        """Seam, first answer: build the model if none was passed; `engine.data` is available."""
 
     @hookspec(firstresult=True)
     def make_optimizer(self, *, engine: Run) -> Optimizer:
-        """Seam, first answer: build the optimizer over `engine.model`, on its device already.
+        """Seam, first answer: build the optimizer over `engine.model`, already on its device.
 
-        A dict of several goes by the names of their turns.
+        Several optimizers are returned as a dict by the names of their turns.
         """
 
     @hookspec
     def on_build(self, *, engine: Run) -> None:
-        """Event: model and optimizer are there; make what `load_state_dict` will need."""
+        """Event: model and optimizer exist; create what `load_state_dict` will need."""
 
     @hookspec(firstresult=True)
     def load_snapshot(self, *, engine: Run, source: str) -> Snapshot:
-        """Seam, first answer: read the snapshot to resume from ("auto": the newest good one)."""
+        """Seam, first answer: read the snapshot to resume from ("auto": the newest valid one)."""
 
     @hookspec
     def on_start(self, *, engine: Run) -> None:
-        """Event: the loop is about to begin; state is restored, nothing has been trained yet.
+        """Event: the loop is about to start; state is restored, nothing is trained yet.
 
         Stages: claim > join > prepare* > wrap > compile > clock.
         """
@@ -174,43 +174,43 @@ class Hooks:
     def on_finish(self, *, engine: Run) -> None:
         """Event: the horizon is reached or `engine.stop` was called; the last step is complete.
 
-        It reaches every plugin; errors are raised afterwards. Stages: settle > save > report*.
+        Every plugin is called; errors are raised afterwards. Stages: settle > save > report*.
         """
 
     @hookspec
     def on_error(self, *, engine: Run, error: BaseException) -> None:
-        """Event: something raised; the error reaches the caller after `on_close`."""
+        """Event: an exception was raised; it reaches the caller after `on_close`."""
 
     @hookspec
     def on_close(self, *, engine: Run) -> None:
-        """Event: give back files, threads, handlers. Runs whatever happened, in reverse order."""
+        """Event: release files, threads, handlers. Always called, in reverse order."""
 
     @hookspec
     def on_batch(self, *, engine: Run, batch: Batch) -> Batch:
-        """Seam, chained: change a training batch, on the host still, before it is counted.
+        """Seam, chained: change a training batch, still on the CPU, before it is counted.
 
-        Change its entries in place, or return another batch, which the next plugin gets. Stages:
+        Change its entries in place, or return a new batch for the next plugin. Stages:
         transform* > inspect.
         """
 
     @hookspec(firstresult=True)
     def cut_batch(self, *, engine: Run, batch: Batch) -> Sequence[Batch]:
-        """Seam, first answer: cut a training batch into parts that are computed one by one.
+        """Seam, first answer: split a training batch into parts that are computed one by one.
 
-        The default leaves it whole. The update stays that of the whole batch.
+        By default it is not split. The update is still that of the whole batch.
         """
 
     @hookspec(firstresult=True)
     def take_turns(self, *, engine: Run, step: Step) -> Sequence[str | None]:
         """Seam, first answer: the turns of this step, each with a gradient and an update.
 
-        A turn is the name of one of several optimizers (`Engine(model, {"critic": ...})`); None is
-        all of them. Answer `loss_units` and `loss_terms` with the terms of `step.turn`.
+        A turn is the name of one optimizer of several (`Engine(model, {"critic": ...})`); None is
+        all of them. Return the terms of `step.turn` from `loss_units` and `loss_terms`.
         """
 
     @hookspec(firstresult=True)
     def forward(self, *, engine: Run, batch: Batch, step: Step | None) -> Any:
-        """Seam, first answer: run the model; gives the losses' `output` (`loss=fn`: the loss).
+        """Seam, first answer: run the model; returns the losses' `output` (`loss=fn`: the loss).
 
         In an evaluation `step` is None. Stages: context > inspect*.
         """
@@ -219,7 +219,7 @@ class Hooks:
     def loss_units(
         self, *, engine: Run, batch: Batch, step: Step | None
     ) -> Answers[Mapping[str, Tensor | float]]:
-        """Seam, collected: how many units each loss term has in this micro-batch, on the host."""
+        """Seam, collected: number of units of each loss term in this micro-batch, on the CPU."""
 
     @hookspec
     def loss_terms(
@@ -238,83 +238,82 @@ class Hooks:
     def weigh_losses(
         self, *, engine: Run, terms: tuple[str, ...], step: Step
     ) -> Mapping[str, Tensor | float]:
-        """Seam, first answer, once a turn: each term's weight; `step.losses` is for `on_step`."""
+        """Seam, first answer, once per turn: each term's weight; `step.losses` is for `on_step`."""
 
     @hookspec(firstresult=True)
     def backward(
         self, *, engine: Run, loss: Tensor, terms: Mapping[str, Tensor], step: Step
     ) -> bool:
-        """Seam, first answer: add the gradient of `loss`, the sum of `terms`; True says done.
+        """Seam, first answer: add the gradient of `loss`, the sum of `terms`; return True if done.
 
         Stages: reduce > scale > inspect*.
         """
 
     @hookspec(firstresult=True)
     def sum_cells(self, *, engine: Run, step: Step, part: CellSum) -> list[Tensor | None]:
-        """Seam, first answer: the sum over all cells of the step, of which `part` are ours.
+        """Seam, first answer: the sum over all cells of the step; `part` holds this rank's.
 
-        Called in runs in cells alone, once a gradient, and by plugins that sum over cells
-        themselves; all processes ask alike. It must not depend on how many there are.
+        Called only in runs in cells, once per gradient, and by plugins that sum over cells
+        themselves; all ranks must call it alike. The result must not depend on their number.
         """
 
     @hookspec
     def after_backward(self, *, engine: Run, step: Step) -> None:
-        """Event, once a gradient: it is complete; change or measure it.
+        """Event, once per gradient: it is complete; change or measure it.
 
         Stages: reduce > unscale > inspect > transform* > judge > limit > measure.
         """
 
     @hookspec
     def lr_scale(self, *, engine: Run) -> Answers[float]:
-        """Seam, collected and multiplied: factor of every group's base learning rate now.
+        """Seam, collected and multiplied: current factor of every group's base learning rate.
 
-        A pure function of `engine.state` (its `step` is 0 in the first) and `engine.horizon`.
+        A pure function of `engine.state` (`step` is 0 in the first step) and `engine.horizon`.
         """
 
     @hookspec(firstresult=True)
     def optimizer_step(self, *, engine: Run, step: Step, again: Callable[[], Tensor]) -> bool:
-        """Seam, first answer: update the weights of the turn; True says done.
+        """Seam, first answer: update the weights of the turn; return True if done.
 
-        `again()` computes the step's gradient anew where the weights are now, through every hook
-        from `forward` to `after_backward`, and gives the loss.
+        `again()` recomputes the step's gradient at the current weights, through every hook from
+        `forward` to `after_backward`, and returns the loss.
         """
 
     @hookspec
     def on_step(self, *, engine: Run, step: Step) -> None:
-        """Event: the update is done and counted; target networks and averages follow here.
+        """Event: the update is done and counted; update target networks and averages here.
 
         Stages: follow* > restore.
         """
 
     @hookspec
     def collect_metrics(self, *, engine: Run) -> Answers[Mapping[str, float]]:
-        """Seam, collected: metrics worth reading only when a log is due, by full name."""
+        """Seam, collected: metrics that are only read when a log is due, by full name."""
 
     @hookspec
     def on_log(self, *, engine: Run, metrics: dict[str, float]) -> None:
-        """Event: the metrics since the last log, as floats, reduced over steps and processes.
+        """Event: the metrics since the last log, as floats, reduced over steps and ranks.
 
         Stages: measure* > record.
         """
 
     @hookspec
     def evaluating(self, *, engine: Run) -> Answers[AbstractContextManager[object]]:
-        """Seam, collected: what an evaluation runs inside of; it is left whatever happens.
+        """Seam, collected: contexts around an evaluation, always exited.
 
-        The place to put other weights into the model: they are entered in the order of the plan
-        before the first batch, and left after `measure`. An evaluation within one enters nothing.
+        Use it to swap in other weights: contexts are entered in the order of the plan
+        before the first batch, and exited after `measure`. Nested evaluations enter none.
         """
 
     @hookspec
     def measure(
         self, *, engine: Run, split: str, data: Iterable[Batch]
     ) -> Answers[Mapping[str, float]]:
-        """Seam, collected: metrics of a whole evaluation set, by full name; samples too.
+        """Seam, collected: metrics of a whole evaluation set, by full name; also samples.
 
-        Called after its last batch, with the weights that were evaluated in the model, in
-        evaluation mode and without gradients; `engine.evaluate({...: data})` measures it
-        again. What is answered reaches `Result.metrics`, loggers, early stopping and the choice of
-        the best checkpoint.
+        Called after its last batch, with the evaluated weights in the model, in evaluation mode and
+        without gradients; `engine.evaluate({...: data})` measures it again. The answers reach
+        `Result.metrics`, loggers, early stopping and the choice of the best checkpoint.
         """
 
     @hookspec
@@ -326,29 +325,29 @@ class Hooks:
 
     @hookspec
     def on_note(self, *, engine: Run, title: str, text: str) -> None:
-        """Event: a plugin says a few words about the run; loggers that hold text keep them."""
+        """Event: a plugin writes a note about the run; loggers that support text record it."""
 
     @hookspec
     def on_step_end(self, *, engine: Run) -> None:
-        """Event: the step, its log and its evaluation are complete; the moment to save.
+        """Event: the step, its log and its evaluation are complete; checkpoints are saved here.
 
         Stages: measure* > save > clock.
         """
 
     @hookspec
     def summarize(self, *, engine: Run) -> Answers[Mapping[str, str]]:
-        """Seam, collected: lines for the end of a run, by their label: a path, a sample, a hint."""
+        """Seam, collected: lines for the end of a run, by label: a path, a sample, a hint."""
 
     @hookspec
     def on_save(self, *, engine: Run, snapshot: Snapshot) -> None:
-        """Event: a snapshot is complete; add to `snapshot["extras"][self.name]` what to store.
+        """Event: a snapshot is complete; add what to store to `snapshot["extras"][self.name]`.
 
         Stages: gather* > copy.
         """
 
     @hookspec
     def on_load(self, *, engine: Run, snapshot: Snapshot) -> None:
-        """Event: a snapshot has been read and is about to be checked and restored.
+        """Event: a snapshot was read and is about to be checked and restored.
 
         Stages: check* > copy.
         """

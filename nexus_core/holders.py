@@ -1,4 +1,4 @@
-"""The parts of a loader, and what they say of the place where it is."""
+"""The parts of a loader, and their states that tell its position."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ __all__ = [
 LOADER, ITERATOR = "loader", "iterator"
 _ACCESS = (("state_dict", "load_state_dict"), ("get_state", "set_state"))
 _PARTS = ("batch_sampler", "sampler", "dataset", "generator")
-_DEPTH = 3  # of parts within parts
+_DEPTH = 3  # of nested parts
 
 States: TypeAlias = dict[str, Any]
-"""What parts of a loader say of themselves, by their path: "loader", "loader.sampler"."""
+"""The states of a loader's parts, by path: "loader", "loader.sampler"."""
 
 Access: TypeAlias = tuple[Callable[[], Any], Callable[[Any], Any]]
-"""How the state of a part is read, and how it is put back."""
+"""Functions that read and restore the state of a part."""
 
 
 class Held(TypedDict):
-    """Where a loader is in an epoch: what it says itself, and how to read up to there again."""
+    """A loader's position in an epoch: its own state, and how to reread up to it."""
 
-    now: States  # of the part that tells the place; none where nothing does
-    start: States  # of all its parts as the epoch began
-    random: RandomState | None  # the generators then
-    next: str | None  # digest of the batch after the place, where it had been read
+    now: States  # of the part that tells the position; empty if none does
+    start: States  # of all its parts at the start of the epoch
+    random: RandomState | None  # the random generators at that time
+    next: str | None  # digest of the batch after the position, if it was read
     draws: bool  # whether reading a batch draws random numbers in this process
 
 
 class Place(NamedTuple):
-    """Where a run is in its data: the cursor after a micro-batch."""
+    """A run's position in its data: the cursor after a micro-batch."""
 
     epoch: int
     batch: int
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 def nowhere() -> Held:
-    """The place of data of which nothing is known."""
+    """The position in data of which nothing is known."""
     return {"now": {}, "start": {}, "random": None, "next": None, "draws": False}
 
 
@@ -78,7 +78,7 @@ def parts_of(data: object) -> dict[str, object]:
 
 
 def teller_of(data: object) -> object:
-    """What knows how far a loader has been read: of one with workers, which are ahead, itself."""
+    """The part that knows how far a loader was read; with workers (which run ahead) the loader."""
     if not isinstance(data, DataLoader) or access_to(data) or data.num_workers:
         return data
     if isinstance(data.dataset, IterableDataset):
@@ -90,7 +90,7 @@ def teller_of(data: object) -> object:
 
 
 def access_to(part: object) -> Access | None:
-    """How the state of a part is read and put back, without further arguments."""
+    """Functions to read and restore a part's state without arguments, if it has them."""
     draws = isinstance(part, Iterator | torch.Generator)
     for names in _ACCESS if draws else _ACCESS[:1]:
         get, put = (getattr(part, name, None) for name in names)
@@ -100,7 +100,7 @@ def access_to(part: object) -> Access | None:
 
 
 def _needs_nothing(method: Callable[..., Any]) -> bool:
-    """Whether a method can be called as it is; some data sets want to be told how far they are."""
+    """Whether a method needs no arguments; some data sets must be told their position."""
     if inspect.isbuiltin(method):
         return True
     filled = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -109,18 +109,18 @@ def _needs_nothing(method: Callable[..., Any]) -> bool:
 
 
 def read(parts: Mapping[str, Access]) -> States:
-    """What parts say of themselves now, as values that later reads leave."""
+    """The current states of the parts, as values that later reads do not change."""
     return {name: _plain(get()) for name, (get, _) in parts.items()}
 
 
 def write(parts: Mapping[str, Access], states: States) -> None:
-    """Put those parts back that there are states of."""
+    """Restore the parts for which there is a state."""
     for name in parts.keys() & states.keys():
         parts[name][1](copy.deepcopy(states[name]))
 
 
 def _plain(value: Any) -> Any:
-    """A copy of a state that later reads leave, with Python's numbers for those of NumPy."""
+    """A copy of a state, with NumPy numbers turned into Python ones."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

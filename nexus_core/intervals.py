@@ -1,4 +1,4 @@
-"""How far a run is, and lengths of training: "500 steps", "10M tokens", "15 min", "10%" of it."""
+"""Training progress, and lengths of training: "500 steps", "10M tokens", "15 min", "10%"."""
 
 from __future__ import annotations
 
@@ -37,59 +37,59 @@ _UNITS = {
     **{"%": "%", "percent": "%"},
 }
 _SECONDS = {"min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "d": 86400, "day": 86400}
-_KNOWN = "steps, epochs, samples, tokens (with k, M or B before them), s, min, h, d, %"
+_KNOWN = "steps, epochs, samples, tokens (also with k, M or B in front), s, min, h, d, %"
 _WHOLE = ("steps", "samples", "tokens")
 
 Exact: TypeAlias = int | Fraction
-"""A number without rounding; the quotient of two is rounded once, or not at all."""
+"""An exact number; the quotient of two is rounded at most once."""
 
 
 @dataclass
 class TrainState:
-    """How far a run is. The engine alone writes it, when a step is done; all else reads it."""
+    """The progress of a run. Only the engine writes it, after each step."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # passes over the data completed
-    batch: int = 0  # micro-batches trained on within the present epoch: the data cursor
-    epoch_length: int = 0  # micro-batches in an epoch, 0 while that is not known
+    batch: int = 0  # micro-batches trained on in the current epoch: the data cursor
+    epoch_length: int = 0  # micro-batches per epoch, 0 if unknown
     samples: int = 0  # rows trained on
-    tokens: int = 0  # tokens trained on (rows, where a batch holds no `input_ids`)
+    tokens: int = 0  # tokens trained on (rows, if a batch has no `input_ids`)
     seconds: float = 0.0  # time spent in the training loop, over all restarts
     evaluated_at: int = -1  # the step of the last evaluation
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether there has been an evaluation at the present step."""
+        """Whether the current step has been evaluated."""
         return self.evaluated_at == self.step
 
     @property
     def epochs(self) -> float:
-        """Epochs done, the present one as a fraction where its length is known, to 9 digits."""
+        """Epochs done, with the current one as a fraction if its length is known, to 9 digits."""
         return round(self.epoch + (self.batch / self.epoch_length if self.epoch_length else 0), 9)
 
     def counted(self, unit: str) -> float:
-        """The amount done of a unit: steps, epochs, samples, tokens or seconds."""
+        """Progress in a unit: steps, epochs, samples, tokens or seconds."""
         if unit == "%":
-            raise ConfigError("a share of a run is counted by `interval.of(engine.horizon)`")
+            raise ConfigError("resolve a share of a run with `interval.of(engine.horizon)`")
         return self.step if unit == "steps" else float(getattr(self, unit))
 
     def exactly(self, unit: str) -> Exact:
-        """The same without rounding, so that a share of a run is the same in every unit."""
+        """The same without rounding, so that a share of a run agrees in every unit."""
         if unit == "epochs":
             part = Fraction(self.batch, self.epoch_length) if self.epoch_length else 0
             return self.epoch + part
         return Fraction(self.seconds) if unit == "seconds" else int(self.counted(unit))
 
     def a_step(self, unit: str) -> Fraction:
-        """What a step held of a unit, in the mean of those done; 0 before the first."""
+        """The mean amount of a unit per step so far; 0 before the first step."""
         return Fraction(self.exactly(unit)) / (self.step or 1)
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: "finished", or "stopped" early for a reason; the last of every metric.
+    """How a run ended: "finished", or "stopped" early with a reason; and the last of every metric.
 
-    A run whose last evaluation was given up is "stopped": resumed, it makes it.
+    A run whose last evaluation was abandoned is "stopped": resuming makes up for it.
     """
 
     status: str
@@ -108,10 +108,10 @@ class Result:
         metrics: Mapping[str, float],
         owed: bool,
     ) -> Result:
-        """How a run ended whose counters, horizon, reason to stop and metrics these are.
+        """The result from a run's counters, horizon, stop reason and metrics.
 
         Args:
-            owed: an evaluation was given up.
+            owed: an evaluation was abandoned.
         """
         done = horizon is not None and horizon.reached(state) and not owed
         status = "finished" if done else "stopped"
@@ -122,7 +122,7 @@ class Result:
 class Interval:
     """A length of training: an amount of steps, epochs, samples, tokens or seconds, or a share.
 
-    A share of the run has the unit "%", and is a length in the unit of a horizon by `of`.
+    A share of the run has the unit "%"; `of` converts it to the unit of the horizon.
     """
 
     amount: float
@@ -131,17 +131,17 @@ class Interval:
     def __post_init__(self) -> None:
         known = self.unit in _UNITS.values()
         if not (known and 0 < self.amount < float("inf")):
-            raise ConfigError(f"no interval: {self.amount:g} {self.unit}; expected {_EXAMPLES}")
+            raise ConfigError(f"bad interval: {self.amount:g} {self.unit}; expected {_EXAMPLES}")
         if self.unit == "%" and self.amount > 100:
             raise ConfigError(
-                f"no interval: {self} is more than the whole run; expected up to 100%"
+                f"bad interval: {self} is more than the whole run; expected up to 100%"
             )
 
     @classmethod
     def parse(cls, value: Length) -> Interval:
-        """Read "500 steps", "1e3 steps", "1.5 epochs", "10M tokens", "8 h", "10%".
+        """Parse "500 steps", "1e3 steps", "1.5 epochs", "10M tokens", "8 h", "10%".
 
-        A bare whole number is steps, and a `timedelta` its seconds.
+        A bare integer is steps, and a `timedelta` its seconds.
 
         Raises:
             ConfigError: it is not an amount and a unit.
@@ -162,20 +162,18 @@ class Interval:
                 f"the interval {value!r} has the unknown unit '{name}'; known units: {_KNOWN}"
             )
         if unit in _WHOLE and amount != amount.to_integral_value():
-            raise ConfigError(f"no interval: {value!r} is not a whole number of {unit}")
+            raise ConfigError(f"bad interval: {value!r} is not a whole number of {unit}")
         return cls(float(amount * _SECONDS.get(_singular(name), 1)), unit)
 
     @classmethod
     def horizon(cls, value: Length | None) -> Interval:
-        """Read the length of a whole run.
+        """Parse the length of a whole run.
 
         Raises:
             ConfigError: it is not an interval, or a share of one.
         """
         if value is None:
-            raise ConfigError(
-                f"until says how long to train, and is not given; expected {_ABSOLUTE}"
-            )
+            raise ConfigError(f"until (how long to train) is not set; expected {_ABSOLUTE}")
         horizon = cls.parse(value)
         if horizon.unit == "%":
             raise ConfigError(f"until is '{horizon}', a share of itself; expected {_ABSOLUTE}")
@@ -183,11 +181,11 @@ class Interval:
 
     @property
     def exact(self) -> Exact:
-        """The amount as the decimal number that was written."""
+        """The amount as the decimal number written."""
         return int(self.amount) if self.amount % 1 == 0 else Fraction(str(self.amount))
 
     def of(self, horizon: Interval | None) -> Interval:
-        """This length in a run with a horizon: of a share, the part of it; others are themselves.
+        """This length for a given horizon: a share is resolved, other lengths stay as they are.
 
         Raises:
             ConfigError: it is a share, and there is no horizon.
@@ -195,11 +193,11 @@ class Interval:
         if self.unit != "%":
             return self
         if horizon is None:
-            raise ConfigError(f"'{self}' is a share of a run, and there is no run that it is of")
+            raise ConfigError(f"'{self}' is a share of a run, and there is no run to resolve it")
         return Interval(float(horizon.exact * self.exact / 100), horizon.unit)
 
     def progress(self, state: TrainState) -> float:
-        """The share of this interval that is done, from 0 to 1."""
+        """The fraction of this interval that is done, from 0 to 1."""
         return within(state.exactly(self.unit) / self.exact)
 
     def reached(self, state: TrainState) -> bool:
@@ -213,21 +211,21 @@ class Interval:
 
 
 def within(share: float | Fraction) -> float:
-    """A share, rounded once; 0 and 1 where it is beyond them."""
+    """A fraction, rounded once and clamped to [0, 1]."""
     return float(min(1, max(0, share)))
 
 
 def _singular(name: str) -> str:
-    """How a unit is looked up: "Epochs" and "epoch" are one."""
+    """Normalize a unit name: "Epochs" and "epoch" are the same."""
     return name.lower() if len(name) < 2 else name.lower().removesuffix("s")
 
 
 Length: TypeAlias = Interval | timedelta | str | int
-"""What is read as an interval."""
+"""Anything that can be parsed as an interval."""
 
 
 class Every:
-    """Tells once per period that it has passed since the counters were `state`; None: never.
+    """Reports once per period that it has passed since `state`; None: never.
 
     A period that may be a share is resolved first: `Every(period.of(engine.horizon), ...)`.
     """
@@ -243,7 +241,7 @@ class Every:
 
     def _periods(self, state: TrainState) -> int:
         interval = self._interval
-        # rounded up by a hair: three tenths of an epoch are three times a tenth of one
+        # rounded up slightly, so that three tenths of an epoch are three times one tenth
         return int(state.counted(interval.unit) / interval.amount + 1e-9) if interval else 0
 
 
@@ -253,4 +251,4 @@ IntervalField = Annotated[
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": ["string", "integer"], "examples": ["500 steps", "15 min", "10%"]}),
 ]
-"""The type of a config field that holds an interval: read from text, written as text."""
+"""The type of a config field for an interval: parsed from text, written as text."""

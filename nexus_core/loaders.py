@@ -1,4 +1,4 @@
-"""What loaders may be able to do: start anywhere, hold their place, be told the epoch."""
+"""Optional loader capabilities: seek, save their position, be told the epoch."""
 
 from __future__ import annotations
 
@@ -33,53 +33,53 @@ _NO_LENGTH = (TypeError, NotImplementedError, AttributeError, RuntimeError)
 
 
 class Seekable(Protocol):
-    """Data that starts anywhere in an epoch without replaying what came before.
+    """Data that can start anywhere in an epoch without replaying what came before.
 
     It may also have `batches_from_row(epoch, row)` and `batch_size`, to resume at the right row
-    with another batch size; `is_borrowed(row)`, which tells that this process has no row of the
-    batch there and gets one that must not count; and a `fingerprint` of what it holds.
+    with a different batch size; `is_borrowed(row)`, which tells that this rank has no row of its
+    own in that batch and gets one that must not count; and a `fingerprint` of its contents.
     """
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
 
 class AstrayError(Exception):
-    """Data is not where its state should have brought it."""
+    """Data is not at the position that its state should have restored."""
 
 
 def check_batches(data: object) -> None:
-    """Refuse data whose items are rows.
+    """Reject data whose items are rows.
 
     Raises:
         ConfigError: it is such a data set.
     """
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ConfigError(
-            f"the data is a {type(data).__name__}, whose items are rows; give batches: "
+            f"the data is a {type(data).__name__}, whose items are rows; pass batches: "
             "ResumableLoader(data, batch_size=32), or a DataLoader (batch_size=None where the "
             "items are batches)"
         )
 
 
 class Source:
-    """Data as the engine reads it: opened at any place, with a place to hold after each batch.
+    """Data as the engine reads it: opened at any position, and able to save it after each batch.
 
-    Data that can seek starts at the place. Of other data the part that decides its order is asked
-    for its place after each batch: the loader itself, its iterator, or what a `DataLoader` without
-    workers reads from. What cannot tell, or does not come back to where it was, is read again from
-    the beginning of the epoch, with its parts and the random generators as they were then: so a
-    shuffling `DataLoader` comes back to its order.
+    Seekable data starts at the position. For other data, the part that determines its order is
+    asked for its state after each batch: the loader itself, its iterator, or what a `DataLoader`
+    without workers reads from. If that has no state, or does not return to its position, the epoch
+    is reread from its start, with its parts and the random generators as they were then: so a
+    shuffling `DataLoader` reproduces its order.
 
     Attributes:
         data: the batches.
-        is_iterator: it is read once, from where it stands.
-        size: rows of a batch, over all processes, where the data can seek and says so.
+        is_iterator: it can only be read once, from its current position.
+        size: rows per batch over all ranks, if the data can seek and says so.
 
     Args:
-        data: as the attribute.
+        data: see the attribute.
 
     Raises:
-        ConfigError: it gives rows, and not batches.
+        ConfigError: it yields rows instead of batches.
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
@@ -99,7 +99,7 @@ class Source:
         self._start: States = {}
         self._random: RandomState | None = None
         self._draws = self._measures = False
-        self._untouched = True  # since its parts were asked how they begin
+        self._untouched = True  # since its parts' initial states were read
 
     def tell_epoch(self, epoch: int) -> None:
         """Call `set_epoch` of a loader, its samplers and its data sets, each once."""
@@ -109,31 +109,31 @@ class Source:
 
     @property
     def tells(self) -> bool:
-        """Whether the data says itself where it is."""
+        """Whether the data tells its own position."""
         return bool(self._tells)
 
     def shares(self, other: object) -> bool:
-        """Whether reading other data moves the place that this data tells."""
+        """Whether reading other data moves this data's position."""
         own = {id(self._parts[name]) for name in self._tells.keys() & self._parts.keys()}
         return any(id(part) in own for part in parts_of(other).values())
 
     def rewind(self) -> None:
-        """Put all parts back to where the epoch began, to be read from there."""
+        """Restore all parts to the start of the epoch."""
         write(self._stateful, self._start)
 
     def begin(self) -> Held | None:
-        """The place before the first batch of an epoch; None: it is known by its number."""
+        """The position before the first batch of an epoch; None: its number suffices."""
         begins_anew = self._untouched and isinstance(self.data, DataLoader)
         asked = {n: a for n, a in self._stateful.items() if not (begins_anew and n == LOADER)}
         self._start, self._random = read(asked), None
         return self._held({})
 
     def hold(self) -> Held | None:
-        """The place after the batch that was read last, as values that later reads leave."""
+        """The position after the last batch read, as values that later reads do not change."""
         return None if self._is_numbered else self._held(read(self._tells))
 
     def open(self, place: Place) -> Iterator[Batch]:
-        """The batches from a place on."""
+        """The batches from a position on."""
         if can_seek(self.data):
             return self._sought(self.data, place)
         held, before = place.held or nowhere(), random_state()
@@ -152,17 +152,17 @@ class Source:
         for states, skipped in ways[:-1]:
             try:
                 return self._opened(place, held, states, skipped, before)
-            except Exception as error:  # what is wrong with the data itself will come up again
+            except Exception as error:  # errors of the data itself will occur again
                 reason = " ".join((str(error) or repr(error)).split())[:200]
                 say(
-                    f"this data does not come back to its place by its own state ({reason}); it is "
-                    "read again from the beginning of the epoch"
+                    f"this data does not return to its position by its own state ({reason}); it is "
+                    "reread from the start of the epoch"
                 )
                 set_random_state(before)
         return self._opened(place, held, *ways[-1], before)
 
     def read(self, batches: Iterator[Batch], end: Batch) -> Batch:
-        """The next batch, and whether it took random numbers; `end` after the last."""
+        """The next batch; notes whether it drew random numbers; `end` after the last."""
         if not self._tells:
             return next(batches, end)
         before = torch.get_rng_state()
@@ -173,7 +173,7 @@ class Source:
         return batch
 
     def number(self, row: int) -> int:
-        """How many batches of this size an epoch has before a row, counted from its end."""
+        """The number of batches before a row in an epoch, counted from its end."""
         return length_of(self.data) - -(-(self._rows() - row) // (self.size or 1))
 
     def row_after(self, row: int) -> int:
@@ -181,7 +181,7 @@ class Source:
         return min(row + self.size, self._rows()) if self.size else 0
 
     def is_borrowed(self, row: int) -> bool:
-        """Whether this process has no row of its own in the batch at a row."""
+        """Whether this rank has no row of its own in the batch at a row."""
         asks = getattr(self.data, "is_borrowed", None)
         return bool(asks(row)) if asks else False
 
@@ -200,26 +200,26 @@ class Source:
     def _opened(
         self, place: Place, held: Held, states: States, skipped: int, before: RandomState
     ) -> Iterator[Batch]:
-        """The batches from a place on, by states; some are passed over, drawing what they drew.
+        """The batches from a position on, by states; skipped ones draw the same random numbers.
 
         Raises:
-            AstrayError: it is not the place.
+            AstrayError: the position does not match.
         """
         if skipped and held["random"] is not None:
             set_random_state(held["random"])
         batches = self._iterated(states)
-        next(islice(batches, skipped, skipped), None)  # no further than to their end
+        next(islice(batches, skipped, skipped), None)  # at most to their end
         drawn = held["next"] is not None or not held["draws"]
-        early = drawn if place.batch else LOADER in states  # to see whether the state is good
+        early = drawn if place.batch else LOADER in states  # to check whether the state is valid
         first = list(islice(batches, 1)) if early and states and not skipped else []
         if place.batch:
             set_random_state(before)
         if not skipped and held["next"] not in (None, *map(digest, first)):
-            raise AstrayError("another batch comes next, as where it lacks a shuffle buffer")
+            raise AstrayError("a different batch comes next; the state may lack a shuffle buffer")
         return chain(first, batches)
 
     def _iterated(self, states: States) -> Iterator[Batch]:
-        """An iterator of the data, from where these states say."""
+        """An iterator over the data from these states on."""
         write(self._stateful, states)
         batches = iter(self.data)
         if not self._stateful and (found := access_to(batches)):
@@ -232,12 +232,12 @@ class Source:
 
 
 def can_seek(data: object) -> TypeGuard[Seekable]:
-    """Whether data starts anywhere in an epoch: it has a method `batches`."""
+    """Whether data can start anywhere in an epoch: it has a method `batches`."""
     return callable(getattr(data, "batches", None))
 
 
 def is_same(data: Iterable[Batch], last: Iterable[Batch] | None) -> bool | None:
-    """Whether data is what was read last, or another loader of it; None: nothing was read."""
+    """Whether data is what was read last, or another loader over it; None: nothing was read."""
     if last is None:
         return None
     owner = getattr(data, "dataset", None)
@@ -245,7 +245,7 @@ def is_same(data: Iterable[Batch], last: Iterable[Batch] | None) -> bool | None:
 
 
 def length_of(data: object) -> int:
-    """The length of data, 0 where it does not say, or cannot."""
+    """The length of data, 0 if unknown."""
     if isinstance(data, Iterator) or not hasattr(data, "__len__"):
         return 0
     try:
@@ -255,5 +255,5 @@ def length_of(data: object) -> int:
 
 
 def say(text: str) -> None:
-    """Say what the user should know of the data."""
+    """Warn the user about the data."""
     warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Unit-weighted means that stay on the device until somebody reads them."""
+"""Unit-weighted means that stay on the device until they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Finish = Callable[[float], float] | None
 
 
 class Measured(Protocol):
-    """A metric that keeps its own record, as those of torchmetrics do; its owner updates it."""
+    """A metric with its own state, as in torchmetrics; its owner updates it."""
 
     def compute(self) -> Any: ...
     def reset(self) -> Any: ...
@@ -31,22 +31,22 @@ class Measured(Protocol):
 
 @dataclass
 class _Entry:
-    """One metric: the sums that have been read, and what still lies on the device."""
+    """One metric: the sums read so far, and what is still on the device."""
 
-    total: list[float] = field(default_factory=list)  # its exact parts
+    total: list[float] = field(default_factory=list)  # exact partial sums
     units: list[float] = field(default_factory=list)
     finish: Finish = None
     pending: list[tuple[Number, Number]] = field(default_factory=list)
     measured: Measured | None = None
 
     def compute(self) -> None:
-        """Take the value of a metric that keeps its own record, which begins anew."""
+        """Compute and reset a metric with its own state."""
         if self.measured is not None:
             self.total, self.units = [float(self.measured.compute())], [1.0]
             self.measured.reset()
 
     def sums(self) -> list[float]:
-        """The parts of sum and units, which take turns."""
+        """The parts of sum and units, alternating."""
         pairs = zip_longest(self.total or [0.0], self.units or [0.0], fillvalue=0.0)
         return [number for pair in pairs for number in pair]
 
@@ -61,10 +61,10 @@ class _Entry:
 class Meter:
     """Collects sums and units by name; reading all of them costs one transfer.
 
-    Sums are exact until they are read, so that they do not depend on who has added what.
+    Sums are exact until they are read, so that they do not depend on who added what.
 
     Args:
-        counts: whether what is added does; False for what another process adds as well.
+        counts: whether added values count; False for values that another rank adds as well.
     """
 
     def __init__(self, counts: bool = True) -> None:
@@ -75,9 +75,9 @@ class Meter:
     def add(
         self, name: str, value: Number | Measured, units: Number = 1.0, finish: Finish = None
     ) -> None:
-        """Add a sum over units, numbers or tensors of one element; nothing waits for the device.
+        """Add a sum over units, as numbers or one-element tensors; does not sync with the device.
 
-        A metric that keeps its own record is noted, and computed when all are read.
+        A metric with its own state is registered, and computed when all are read.
         """
         entry = self._entries.get(name)
         if entry is None:
@@ -91,7 +91,7 @@ class Meter:
 
     @contextmanager
     def counting(self, counts: bool) -> Iterator[None]:
-        """Have what is added meanwhile count, or not: a cell counts wherever it is computed."""
+        """Set whether values added inside count: a cell counts wherever it is computed."""
         before, self.counts = self.counts, counts
         try:
             yield
@@ -99,11 +99,11 @@ class Meter:
             self.counts = before
 
     def mark(self) -> dict[str, int]:
-        """Where the record is now, for `rollback`; nothing may be read in between."""
+        """The current mark, for `rollback`; nothing may be read in between."""
         return {name: len(entry.pending) for name, entry in self._entries.items()}
 
     def rollback(self, mark: Mapping[str, int]) -> None:
-        """Forget what was added since the mark."""
+        """Drop what was added since the mark."""
         for name in list(self._entries):
             if name in mark:
                 del self._entries[name].pending[mark[name] :]
@@ -111,10 +111,10 @@ class Meter:
                 del self._entries[name]
 
     def read(self, ranks: Ranks) -> dict[str, float]:
-        """The mean of every metric since the last reading, over all processes."""
+        """The mean of every metric since the last read, over all ranks."""
         self._settle()
         entries, self._entries = self._entries, {}
-        for name in sorted(entries):  # in one order, as some of them ask their peers
+        for name in sorted(entries):  # in a fixed order, as some communicate with other ranks
             entries[name].compute()
         if ranks.size > 1:
             known = gather(ranks, {name: entry.sums() for name, entry in entries.items()})
@@ -128,35 +128,35 @@ class Meter:
     def _say_partial(
         self, names: list[str], known: Sequence[Collection[str]], ranks: Ranks
     ) -> None:
-        """Name a metric that some processes alone have; its mean is over those."""
+        """Warn about a metric that only some ranks log; its mean is over those."""
         new = [n for n in names if not all(n in own for own in known) and n not in self._said]
         self._said.update(new)
         if new and ranks.is_main:
             who = [str(rank) for rank, own in enumerate(known) if new[0] in own]
             warnings.warn(
-                f"the metric '{new[0]}' is logged by rank {' and '.join(who)} alone, and is the "
-                "mean over what is there; log it everywhere, with 0 units where there is nothing",
+                f"the metric '{new[0]}' is only logged by rank {' and '.join(who)}, and is the "
+                "mean over those; log it on every rank, with 0 units if there is nothing",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The sums and units since the last reading, by name.
+        """The sums and units since the last read, by name.
 
-        They take turns in a list; several of each are the parts of what no one float holds.
+        They alternate in a list; several of each are the parts of a sum that one float cannot hold.
         """
         self._settle()
         return {name: entry.sums() for name, entry in self._entries.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        """Go on from sums that `state_dict` gave."""
+        """Continue from the sums of `state_dict`."""
         known = {name: entry.finish for name, entry in self._entries.items()}
         self._entries = {
             name: _Entry(*_parts(sums), known.get(name)) for name, sums in state.items()
         }
 
     def _settle(self) -> None:
-        """Bring all that is pending to the host at once, and add it up in double precision."""
+        """Transfer everything pending to the CPU at once, and add it in double precision."""
         pending = [pair for entry in self._entries.values() for pair in entry.pending]
         read = iter(_to_host([n for pair in pending for n in pair if isinstance(n, Tensor)]))
         for entry in self._entries.values():
@@ -169,14 +169,14 @@ class Meter:
 
 
 def exact(values: Sequence[float]) -> list[float]:
-    """The sum as floats that add up to it exactly, the largest first; empty where it is 0."""
+    """The exact sum as a list of floats, the largest first; empty if it is 0."""
     parts = list[float]()
     try:
         while left := math.fsum([*values, *(-part for part in parts)]):
             if not math.isfinite(left):
                 return [left]
             parts.append(left)
-    except (ValueError, OverflowError):  # inf - inf, or beyond what a float holds
+    except (ValueError, OverflowError):  # inf - inf, or float overflow
         return [sum(values)]
     return parts
 
@@ -195,7 +195,7 @@ def _parts(sums: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 def _plain(name: str, number: Number | Measured) -> Number:
-    """The number without its graph.
+    """The number, detached from its graph.
 
     Raises:
         ConfigError: it is more than one number.
@@ -211,9 +211,9 @@ def _plain(name: str, number: Number | Measured) -> Number:
 
 
 def _to_host(tensors: list[Tensor]) -> list[float]:
-    """The numbers in their order; those of a device come in one transfer."""
+    """The numbers in order; one transfer per device."""
     if all(tensor.is_cpu for tensor in tensors):
-        return [float(tensor.item()) for tensor in tensors]  # exact, and quicker than stacking
+        return [float(tensor.item()) for tensor in tensors]  # exact, and faster than stacking
     device = next(t.device for t in tensors if not t.is_cpu)
     flat = [t.detach().reshape(()).to(device, torch.float32) for t in tensors if not t.is_cpu]
     read = iter(torch.stack(flat).tolist())

@@ -1,4 +1,4 @@
-"""Several optimizers as one, and what is asked of any optimizer."""
+"""Several optimizers as one, and helpers for any optimizer."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 Group = dict[str, Any]
-_WRAPPER = Optimizer.profile_hook_step(len).__code__  # that of PyTorch, around every `step`
+_WRAPPER = Optimizer.profile_hook_step(len).__code__  # PyTorch's wrapper around every `step`
 
 
 class Optimizers(Optimizer):
-    """Several optimizers, by name, that stand where one is expected.
+    """Several named optimizers that act as one.
 
-    `step` steps all of them, or the one of a turn (see the hook `take_turns`); groups and states
+    `step` steps all of them, or those of one turn (see the hook `take_turns`); groups and states
     are those of all, in order; the state dict is nested by name.
 
     Args:
-        named: the optimizers. Those of a list go by their place: "0", "1", ...
+        named: the optimizers. In a list they are named by index: "0", "1", ...
     """
 
     def __init__(self, named: Mapping[str, Optimizer]) -> None:
@@ -48,7 +48,7 @@ class Optimizers(Optimizer):
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
-        """The groups of all of them: the very dicts, so that what is set in one acts."""
+        """The groups of all of them: the same dict objects, so changes take effect."""
         return [group for optimizer in self.named.values() for group in optimizer.param_groups]
 
     @property
@@ -62,7 +62,7 @@ class Optimizers(Optimizer):
             optimizer.step(closure)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Refuse a group that says not which of the optimizers is to train it."""
+        """Reject a group, since it is unclear which optimizer should train it."""
         names = ", ".join(f".named[{name!r}]" for name in self.named)
         raise ConfigError(f"add the group to one of the optimizers: engine.optimizer{names}")
 
@@ -76,15 +76,15 @@ class Optimizers(Optimizer):
         return {"optimizers": {name: opt.state_dict() for name, opt in self.named.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: it is of other optimizers.
+            ValueError: the state belongs to other optimizers.
         """
         saved = state_dict.get("optimizers", {})
         if list(saved) != list(self.named):
             raise ValueError(
-                f"the state is of the optimizers {list(saved)}, not {list(self.named)}"
+                f"the state belongs to the optimizers {list(saved)}, not {list(self.named)}"
             )
         for name, optimizer in self.named.items():
             optimizer.load_state_dict(saved[name])
@@ -97,7 +97,7 @@ class Optimizers(Optimizer):
 
 
 def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimizer]:
-    """The optimizers of a turn by name: all of them where no turn is taken.
+    """The optimizers of a turn by name; all of them if there are no turns.
 
     Raises:
         ConfigError: no optimizer has this turn's name.
@@ -107,14 +107,14 @@ def members(optimizer: Optimizer, turn: str | None = None) -> dict[str, Optimize
         return named
     if turn not in named:
         raise ConfigError(
-            f"there is no optimizer for the turn '{turn}', only {', '.join(map(repr, named))}; "
-            "give the Engine a dict of optimizers by the names of their turns"
+            f"no optimizer for the turn '{turn}', only {', '.join(map(repr, named))}; "
+            "pass the Engine a dict of optimizers by turn name"
         )
     return {turn: named[turn]}
 
 
 def trained(optimizer: Optimizer, turn: str | None = None) -> list[nn.Parameter]:
-    """The parameters that a turn updates, as they are now, each once."""
+    """The parameters that a turn currently updates, each once."""
     found: list[nn.Parameter] = []
     member = optimizer if turn is None else members(optimizer, turn)[turn]
     for group in member.param_groups:
@@ -135,14 +135,14 @@ def set_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def base_rate(group: Group) -> float:
-    """The base learning rate of a group, noted down when it is first asked for."""
+    """The base learning rate of a group, recorded on first use."""
     if "initial_lr" not in group:
         group["initial_lr"] = float(group["lr"])
     return float(group["initial_lr"])
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether `step` cannot do without a function that computes the gradient anew (LBFGS)."""
+    """Whether `step` requires a closure that recomputes the gradient (LBFGS)."""
     return _needs_closure(type(optimizer).step)
 
 
@@ -153,14 +153,14 @@ def _needs_closure(step: Callable[..., object]) -> bool:
 
 
 def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
-    """One optimizer for an engine, of what was given.
+    """A single optimizer for an engine, from what was given.
 
     Args:
         optimizer: an optimizer, a list of them, or a dict by the names of their turns.
-        model: what it should train.
+        model: the model it should train.
 
     Raises:
-        ConfigError: it is something else, or trains nothing of the model.
+        ConfigError: it is something else, or trains no parameter of the model.
     """
     made = _one(optimizer)
     own = {id(parameter) for parameter in model.parameters()}
@@ -168,8 +168,8 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
         if not any(id(parameter) in own for parameter in trained(member)):
             which = f"the optimizer '{name}'" if name else "the optimizer"
             raise ConfigError(
-                f"{which} trains no parameter of the model; make it over model.parameters() after "
-                "the last change to the model (moving, resizing or wrapping makes new parameters)"
+                f"{which} trains no parameter of the model; make it from model.parameters() after "
+                "the last change to the model (moving, resizing or wrapping creates new parameters)"
             )
     _say_replaced(made, model)
     for group in made.param_groups:
@@ -178,7 +178,7 @@ def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
 
 
 def _say_replaced(optimizer: Optimizer, model: nn.Module) -> None:
-    """Warn of parameters that came into the model in the place of some that are still trained."""
+    """Warn about model parameters that replaced ones still held by the optimizer."""
     inside, known = set(model.parameters()), set(trained(optimizer))
     shapes = [p.shape for p in known - inside if not is_lazy(p)]
     for name, parameter in model.named_parameters():
@@ -186,7 +186,7 @@ def _say_replaced(optimizer: Optimizer, model: nn.Module) -> None:
         if new and parameter.shape in shapes:
             warnings.warn(
                 f"'{name}' is not trained, and the optimizer holds a parameter of its shape that "
-                "is not the model's: make the optimizer after the last change to the model",
+                "is not the model's: create the optimizer after the last change to the model",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -203,8 +203,8 @@ def _one(optimizer: object) -> Optimizer:
         return cast(Optimizer, optimizer)
     name = optimizer.__name__ if isinstance(optimizer, type) else "torch.optim.AdamW"
     raise ConfigError(
-        f"optimizer must be an optimizer, a list or a dict of them, got {optimizer!r:.200}; make "
-        f"it over the model's parameters: {name}(model.parameters(), lr=...)"
+        f"optimizer must be an optimizer, a list or a dict of them, got {optimizer!r:.200}; create "
+        f"it from the model's parameters: {name}(model.parameters(), lr=...)"
     )
 
 
@@ -213,9 +213,9 @@ def _steps(optimizer: object) -> bool:
 
 
 def clear_gradients(optimizer: Optimizer, others: Iterable[nn.Parameter]) -> None:
-    """Clear the gradients of what is trained and of `others`.
+    """Clear the gradients of trained parameters and of `others`.
 
-    Without what torch's own `zero_grad` spends on profiling, where nobody overrode it.
+    Avoids the profiling overhead of torch's `zero_grad`, unless it is overridden.
     """
     if type(optimizer).zero_grad is not Optimizer.zero_grad:
         optimizer.zero_grad()
@@ -228,10 +228,10 @@ def clear_gradients(optimizer: Optimizer, others: Iterable[nn.Parameter]) -> Non
 
 
 def update(optimizer: Optimizer) -> None:
-    """Call `optimizer.step()`, without PyTorch's wrapper around it where that has nothing to do.
+    """Call `optimizer.step()`, bypassing PyTorch's wrapper if it has nothing to do.
 
-    The wrapper calls the optimizer's hooks and labels the step for a profiler, which is an eighth
-    of the time that a small model's step takes.
+    The wrapper calls the optimizer's hooks and labels the step for a profiler, which takes an
+    eighth of a small model's step time.
     """
     wrapper = type(optimizer).step
     idle = getattr(wrapper, "__code__", None) is _WRAPPER and "step" not in vars(optimizer)
@@ -251,9 +251,9 @@ def _hooks_around(optimizer: Optimizer) -> tuple[Mapping[int, Any], ...]:
 
 
 class Untrained:
-    """The model's other parameters, looked up anew when the optimizer's groups have changed.
+    """The model's other parameters, looked up again when the optimizer's groups change.
 
-    They have when they hold another number; a parameter that joins the model alone is not seen.
+    A change is a different number of parameters; one added only to the model is not noticed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Paths as people write them in settings: `~` and variables stand for what a shell puts there."""
+"""Paths in settings: `~` and variables are expanded as in a shell."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 
 
 def expanded(path: str | Path) -> str:
-    """Put the home folder in place of a leading `~`, and values in place of `$NAME` and `${NAME}`.
+    """Expand a leading `~`, `$NAME` and `${NAME}`.
 
-    A name in small letters that is no variable stays, as it may be a part of the path's name.
+    A lower-case name that is not a variable stays, as it may be part of the path.
 
     Raises:
-        ConfigError: a variable is not set, there is no home folder, or no path is like that.
+        ConfigError: a variable is not set, there is no home folder, or the path is invalid.
     """
     text = _VARIABLE.sub(_value, str(path))
     if not text or "\0" in text:
-        raise ConfigError("a path is not empty, and holds no NUL character")
+        raise ConfigError("a path must not be empty or contain a NUL character")
     if not text.startswith("~"):
         return text
     own = text == "~" or text.startswith("~/")
@@ -37,9 +37,9 @@ def expanded(path: str | Path) -> str:
     except RuntimeError:
         if own:
             raise ConfigError(
-                "there is no home folder for '~'; set HOME, or write the path in full"
+                "no home folder for '~'; set HOME, or write the path in full"
             ) from None
-        return text  # no user has this name, so it is the path's own
+        return text  # no such user, so `~` is part of the name
 
 
 def _value(match: re.Match[str]) -> str:
@@ -56,7 +56,7 @@ def _path(value: object) -> object:
 
 
 PathField = Annotated[Path, BeforeValidator(_path)]
-"""The type of a config field that holds a path."""
+"""The type of a config field for a path."""
 
 PathText = Annotated[str, AfterValidator(expanded)]
-"""The same where the path is kept as text."""
+"""The same, keeping the path as text."""

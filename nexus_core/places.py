@@ -1,9 +1,9 @@
-"""Code by its place: `./net.py:build`, `./mine.py`, `package.module:Name` or `package.module.Name`.
+"""Load code by path or module: `./net.py:build`, `package.module:Name`, `package.module.Name`.
 
-A file is loaded as the module that Python would import from its folder (`net`, or `package.net`
-where the folder is a package), behind all that is installed: what is beside it can be imported, a
-second place in it is the same module, and worker processes find its classes by name. A process has
-one module of a name, so that a file whose name is taken is refused.
+A file is loaded as the module that Python would import from its folder (`net`, or `package.net` if
+the folder is a package), after everything installed: its neighbours can be imported, a second name
+in it refers to the same module, and worker processes find its classes by name. A process has one
+module per name, so a file whose name is taken is refused.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ __all__ = [
 ]
 
 FOLDER = "plugins"
-"""Within a run's folder: copies of the local files that the run was made of."""
+"""Folder within a run folder for copies of the run's local files."""
 
 _SETTING = re.compile(r"(\S.*\.py|[^\W\d][\w.]*):[^\W\d][\w.]*(@\w+)?")
 
-# Code comes from the user's own command and config alone. A command that reads a config which the
-# user has not named says so, once, around all that it does.
+# Code comes only from the user's own command and config. A command that reads a config which the
+# user did not name wraps everything it does in `only_named`.
 _named: tuple[Collection[str], str] | None = None
 
 
 @contextmanager
 def only_named(places: Collection[str], fix: str) -> Iterator[None]:
-    """Load no code but that of these places for as long as the context lasts.
+    """Refuse to load code from other places inside this context.
 
     Args:
-        places: those that the user's own command names, each as `absolute` gives it; a file or a
-            module stands for all that is in it.
-        fix: what the error says where another one is asked for.
+        places: those that the user's own command names, as returned by `absolute`; a file or module
+            includes everything in it.
+        fix: what the error suggests if another one is requested.
     """
-    global _named  # of the process: what a thread loads is no less code
+    global _named  # per process: code loaded by threads counts too
     before, _named = _named, (places, fix)
     try:
         yield
@@ -72,16 +72,16 @@ def only_named(places: Collection[str], fix: str) -> Iterator[None]:
 
 
 def load(place: str, base: Path | None = None) -> object:
-    """Import what is at a place.
+    """Import the object at a place.
 
     Args:
         place: `file.py:name`, `package.module:name` or `package.module.name`; without a name it is
             the module itself.
-        base: the folder that a relative file is looked for in; None: the current one.
+        base: the folder that relative files are in; None: the current one.
 
     Raises:
         ConfigError: there is no such file, module or name, Python has another module of the file's
-            name, importing it raises, or the user's command does not name it.
+            name, importing it fails, or the user's command does not name it.
     """
     place = absolute(place, base)
     where, name = split(place)
@@ -104,12 +104,12 @@ def load(place: str, base: Path | None = None) -> object:
 
 
 def sources(place: str) -> tuple[Source, ...]:
-    """The local files of a place, the one that it names first; none of what is installed.
+    """The local files of a place, the named one first; none if it is installed.
 
-    Where the place has been loaded, the files are as they were then.
+    If the place has been loaded, the files are as they were then.
 
     Args:
-        place: as `absolute` gives it.
+        place: as returned by `absolute`.
     """
     where, _ = split(place)
     if where.endswith(".py"):
@@ -120,7 +120,7 @@ def sources(place: str) -> tuple[Source, ...]:
 
 
 def used(plugin: Plugin[Any]) -> tuple[Source, ...]:
-    """The local files that a plugin is made of: its class, and what its settings name."""
+    """The local files of a plugin: its class, and what its settings name."""
     found = list(kept(type(plugin).__module__))
     for value in _leaves(plugin.config.model_dump(mode="json")):
         found += sources(value) if in_settings(value) else ()
@@ -128,9 +128,9 @@ def used(plugin: Plugin[Any]) -> tuple[Source, ...]:
 
 
 def in_run_folder(value: Any) -> Any:
-    """Settings with the copies in the run's folder in place of local files.
+    """Settings with local files replaced by their copies in the run folder.
 
-    `/home/me/net.py:build` is `./plugins/net.py:build`; what is no place of local code stays.
+    `/home/me/net.py:build` becomes `./plugins/net.py:build`; everything else stays.
     """
     if isinstance(value, dict):
         return {in_run_folder(key): in_run_folder(item) for key, item in value.items()}
@@ -142,11 +142,11 @@ def in_run_folder(value: Any) -> Any:
 
 
 def absolute(place: str, base: Path | None = None) -> str:
-    """The same place for every working directory; a module stays as it is.
+    """The place with an absolute path; a module stays as it is.
 
     Args:
-        place: as it was written.
-        base: the folder that a relative file is looked for in; None: the current one.
+        place: as written.
+        base: the folder that relative files are in; None: the current one.
     """
     where, name = split(place)
     if not where.endswith(".py"):
@@ -156,29 +156,29 @@ def absolute(place: str, base: Path | None = None) -> str:
 
 
 def split(place: str) -> tuple[str, str]:
-    """The file or module of a place, and the name in it; "" where none is said."""
+    """The file or module of a place, and the name in it; "" if there is none."""
     where, colon, name = place.rpartition(":")
     return (where, name) if colon else (place, "")
 
 
 def in_settings(value: object) -> bool:
-    """Whether a value of a setting can be a place: `./net.py:build`, `package.module:build`."""
+    """Whether the value of a setting can be a place: `./net.py:build`, `package.module:build`."""
     return isinstance(value, str) and _SETTING.fullmatch(value) is not None
 
 
 def with_colon(place: str) -> str:
-    """`net.Net` of a local module as `net:Net`, so that a run keeps a copy; all else stays."""
+    """`net.Net` of a local module as `net:Net`, so that a run keeps a copy; others stay."""
     words = place.split(".") if place.replace(".", "_").isidentifier() else []
     ends = [end for end in range(1, len(words)) if local(".".join(words[:end]))]
     return f"{'.'.join(words[: ends[-1]])}:{'.'.join(words[ends[-1] :])}" if ends else place
 
 
 PlaceField: TypeAlias = Annotated[str, AfterValidator(with_colon)]
-"""The type of a setting that is a place, for plugins' configs."""
+"""The type of a config field for a place."""
 
 
 def shown(place: str) -> str:
-    """A place as one would write it in the current folder."""
+    """A place as written from the current folder."""
     where, name = split(place)
     path = Path(where)
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
@@ -198,25 +198,25 @@ def _import_file(path: Path) -> ModuleType:
     what = f"'{shown(str(path))}'"
     if not os.path.isfile(path):  # noqa: PTH113 (no error for an odd name)
         beside = suggestion(path.name, [file.name for file in path.parent.glob("*.py")])
-        raise ConfigError(f"there is no file {what}.{beside}")
+        raise ConfigError(f"no file {what}.{beside}")
     name, root = module_of(path)
     if not name.replace(".", "_").isidentifier():
         fix = "rename it: letters, digits and underscores"
-        raise ConfigError(f"{what} has no name that Python can import; {fix}")
+        raise ConfigError(f"{what} is not a name that Python can import; {fix}")
     look_in(root)
     return _import(name, of_file(path))
 
 
 def _import(name: str, files: tuple[Source, ...]) -> ModuleType:
-    """Import a module, and note on it which local files it is made of."""
+    """Import a module, and record on it which local files it consists of."""
     importlib.invalidate_caches()
     for source in files:
         if taken := owner(source):
             raise ConfigError(
-                f"'{shown(str(source.path))}' cannot be imported: its name is that of another "
-                f"module, {taken}, and Python has one of a name; rename the file"
+                f"'{shown(str(source.path))}' cannot be imported: its name is taken by another "
+                f"module, {taken}; rename the file"
             )
-    # No bytecode is left beside a user's files: Python tells it from an edit by seconds and size.
+    # Write no bytecode: Python only notices edits by seconds and size.
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         module = importlib.import_module(name)
@@ -231,7 +231,7 @@ def _import(name: str, files: tuple[Source, ...]) -> ModuleType:
 
 
 def _module_and_name(dotted: str) -> tuple[str, str]:
-    """Where the module ends in `torch.optim.AdamW`."""
+    """Split `torch.optim.AdamW` into module and name."""
     words = dotted.split(".")
     for end in range(1, len(words)):
         parent, child = ".".join(words[:end]), ".".join(words[: end + 1])
@@ -242,9 +242,9 @@ def _module_and_name(dotted: str) -> tuple[str, str]:
 
 
 def _line(error: BaseException, files: tuple[Source, ...]) -> str:
-    """Where an error is from: the innermost line of the user's own, else of anyone's."""
+    """Where an error comes from: the innermost line of user code, else of any code."""
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)[1:]]
-    frames = [frame for frame in frames if "importlib" not in frame[0]]  # Python's own machinery
+    frames = [frame for frame in frames if "importlib" not in frame[0]]  # Python's import machinery
     own = [frame for frame in frames if Path(frame[0]) in {source.path for source in files}]
     if isinstance(error, SyntaxError) and error.filename:
         own = [(error.filename, error.lineno)]

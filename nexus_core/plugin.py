@@ -1,4 +1,4 @@
-"""What a plugin is: a class with a config, its place among the others, and the hooks it answers."""
+"""What a plugin is: a class with a config, ordering constraints, and hook implementations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ __all__ = [
 StateValue: TypeAlias = Union[
     bool, int, float, str, "Tensor", "list[StateValue]", "dict[str, StateValue]", None
 ]
-"""What a state may be made of: what JSON holds, and tensors."""
+"""What a state may contain: JSON values and tensors."""
 
 StateDict: TypeAlias = dict[str, StateValue]
 """What a plugin keeps in a checkpoint: tensors, numbers, text, and lists and dicts of them."""
@@ -79,15 +79,15 @@ def hookimpl(
     trylast: bool = False,
     optionalhook: bool = False,
 ) -> Any:
-    """Mark a method as the answer to the hook of the same name.
+    """Mark a method as the implementation of the hook of the same name.
 
     Args:
-        function: the method, where the decorator has no settings.
-        stage: one of the hook's stages (see `nexus_core.events`); None: its ordinary one.
-        wrapper: the method is a generator around the other answers; it yields once.
-        tryfirst: before all others, whatever their stage; one plugin of a run may ask for it.
+        function: the method, if the decorator is used without arguments.
+        stage: one of the hook's stages (see `nexus_core.events`); None: the default one.
+        wrapper: the method is a generator around the other implementations; it yields once.
+        tryfirst: before all others, whatever their stage; only one plugin of a run may use it.
         trylast: after all others, whatever their stage.
-        optionalhook: not an error where this release has no such hook.
+        optionalhook: ignored if this release has no such hook.
     """
 
     def mark(method: Any) -> Any:
@@ -100,10 +100,10 @@ def hookimpl(
 
 
 class PluginConfig(BaseModel):
-    """Base of every plugin's settings: unknown keys are errors, values never change in a run.
+    """Base of every plugin's settings: unknown keys are errors, values are frozen.
 
-    A number must be finite, unless its field says `allow_inf_nan=True`. What is stored of settings
-    (`model_dump(mode="json")`) has no secrets, and "inf" for a number that is not finite.
+    Numbers must be finite unless the field has `allow_inf_nan=True`. Stored settings
+    (`model_dump(mode="json")`) omit secrets, and have "inf" for infinite numbers.
     """
 
     model_config = ConfigDict(
@@ -115,36 +115,36 @@ class PluginConfig(BaseModel):
         return _storable(dump(self)) if info.mode == "json" else dump(self)
 
 
-MOST_FAULTS = 10  # that are told of one block of settings
+MOST_FAULTS = 10  # reported per block of settings
 _SECRET = str(SecretStr("any"))
 ConfigT = TypeVar("ConfigT", bound=PluginConfig)
 
 
 class Plugin(Generic[ConfigT]):
-    """One ability of a run. Subclass it as `Plugin[YourConfig]` and answer hooks with `@hookimpl`.
+    """One feature of a run. Subclass `Plugin[YourConfig]` and implement hooks with `@hookimpl`.
 
     The class name gives the plugin's name: `SparklePlugin` is `sparkle`, `SlowFadePlugin`
-    is `slow_fade`; entry point, config block and state in a checkpoint go by the same name.
-    `SparklePlugin.labelled("late")` makes further instances of it in one run: `sparkle@late`.
+    is `slow_fade`; entry point, config block and state in a checkpoint use the same name.
+    `SparklePlugin.labelled("late")` adds another instance to a run: `sparkle@late`.
 
     Args:
-        config: the settings as an object; or give them as keywords: `SparklePlugin(size=1.0)`.
+        config: the settings as an object; or pass them as keywords: `SparklePlugin(size=1.0)`.
 
     Raises:
         ConfigError: a setting is unknown, missing or of the wrong type.
     """
 
     name: ClassVar[str] = "plugin"
-    label: ClassVar[str] = ""  # what tells this instance from others of the plugin in one run
+    label: ClassVar[str] = ""  # distinguishes several instances of the plugin in one run
     config_class: ClassVar[type[PluginConfig]] = PluginConfig
-    before: ClassVar[tuple[str, ...]] = ()  # plugins that come after this one, where present
-    after: ClassVar[tuple[str, ...]] = ()  # plugins that come before this one, where present
+    before: ClassVar[tuple[str, ...]] = ()  # plugins that must come after this one, if present
+    after: ClassVar[tuple[str, ...]] = ()  # plugins that must come before this one, if present
     requires: ClassVar[tuple[str, ...]] = ()  # plugins that must be present
     conflicts: ClassVar[tuple[str, ...]] = ()  # plugins that must be absent
-    api_version: ClassVar[str] = "1.0"  # of the hooks that it was built for; see docs/plugin_api.md
-    topology_invariant: ClassVar[bool] = True  # in cells: same bits on any number of processes
-    slot: ClassVar[str | None] = None  # a place that one plugin of a run fills: "lr", "model"
-    state_version: ClassVar[int] = 1  # of the layout of `state_dict`; see `migrate`
+    api_version: ClassVar[str] = "1.0"  # hook version it was built for; see docs/plugin_api.md
+    topology_invariant: ClassVar[bool] = True  # in cells: same bits for any number of ranks
+    slot: ClassVar[str | None] = None  # a role for one plugin of a run: "lr", "model"
+    state_version: ClassVar[int] = 1  # layout version of `state_dict`; see `migrate`
     config: ConfigT
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -158,10 +158,10 @@ class Plugin(Generic[ConfigT]):
 
     @classmethod
     def labelled(cls, label: str) -> type[Self]:
-        """The class of a further instance: a run has `sparkle`, `sparkle@late`, `sparkle@again`.
+        """The class of another instance: `sparkle`, `sparkle@late`, `sparkle@again` in one run.
 
-        Each has settings, state and name of its own. What other plugins declare of `sparkle`, such
-        as to come before it, holds for all of them.
+        Each has its own settings, state and name. What other plugins declare about `sparkle`, such
+        as to come before it, applies to all of them.
 
         Args:
             label: letters, digits and underscores.
@@ -171,7 +171,7 @@ class Plugin(Generic[ConfigT]):
         """
         if not re.fullmatch(r"[A-Za-z0-9_]+", label):
             raise PluginError(
-                f"'{cls.name}@{label}': behind the @ come letters, digits and underscores, such as "
+                f"'{cls.name}@{label}': a label has letters, digits and underscores, such as "
                 f"{cls.name}@late"
             )
         same = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
@@ -191,14 +191,14 @@ class Plugin(Generic[ConfigT]):
         self.config = cast(ConfigT, made)
 
     def state_dict(self) -> StateDict:
-        """What this plugin must get back for a resumed run to end in the same bits."""
+        """What this plugin needs for a resumed run to continue bitwise."""
         return {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     def migrate(self, state: StateDict, from_version: int) -> StateDict:
-        """Turn the state that an older `state_version` wrote into today's layout."""
+        """Convert a state of an older `state_version` to the current layout."""
         raise CheckpointError(
             f"plugin '{self.name}' cannot read its state of version {from_version}; it expects "
             f"version {self.state_version}. Install the release that wrote the checkpoint."
@@ -206,13 +206,13 @@ class Plugin(Generic[ConfigT]):
 
 
 def name_of(class_name: str) -> str:
-    """The name of a plugin whose class is called so: `SlowFadePlugin` is `slow_fade`."""
+    """The plugin name for a class name: `SlowFadePlugin` is `slow_fade`."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name.removesuffix("Plugin"))
     return words.lower()
 
 
 def _storable(value: Any) -> Any:
-    """The same without what pydantic put in place of a secret, and as JSON can say it."""
+    """The value without pydantic's placeholders for secrets, as JSON can represent it."""
     if isinstance(value, dict):
         return {key: _storable(item) for key, item in value.items() if item != _SECRET}
     if isinstance(value, list):
@@ -221,7 +221,7 @@ def _storable(value: Any) -> Any:
 
 
 def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> ConfigError:
-    """Say in one line per fault which key is wrong, what it got and what it expects."""
+    """One line per error: which key is wrong, what it got and what it expects."""
     lines, faults = [], error.errors(include_url=False)
     for fault in faults[:MOST_FAULTS]:
         path = [str(part) for part in fault["loc"]]
@@ -240,7 +240,7 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
 
 
 def _got(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    """What a wrong setting was, as far as everybody may read it; nothing of a whole block."""
+    """The wrong value, unless it is secret or a whole block."""
     secret = {name for name, f in model.model_fields.items() if "Secret" in str(f.annotation)}
     place, given = fault["loc"], fault["input"]
     if fault["type"] == "missing" or (isinstance(given, dict) and not place):

@@ -1,4 +1,4 @@
-"""This process among its peers: its rank, sums over all, and what they agree on after a step."""
+"""Ranks of a distributed run: sums over ranks, and what they agree on after a step."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ __all__ = [
 
 Value = TypeVar("Value")
 SHORT = 2048
-"""Bytes that are gathered at once."""
+"""Bytes gathered in the first exchange."""
 HEED_EVERY = 8
-"""Batches of an evaluation between two exchanges of processes: milliseconds, in seconds of work."""
+"""Evaluation batches between two exchanges of ranks: milliseconds, in seconds of work."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process in the job; rank 0 owns run folder, console and loggers."""
+    """This process's rank in the job; rank 0 owns run folder, console and loggers."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
-        """As `torch.distributed` says; one process where it is not running."""
+        """From `torch.distributed`; a single process if it is not initialized."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def is_main(self) -> bool:
-        """Whether this process owns what exists once per run."""
+        """Whether this is rank 0, which owns what exists once per run."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes; the tensor itself in a single one."""
+        """The sum of a tensor over all ranks; the tensor itself in a single process."""
         if self.size > 1:
             tensor = tensor.detach().clone()
             dist.all_reduce(tensor)
@@ -61,13 +61,13 @@ class Ranks:
 
 
 class Agreement:
-    """What all processes of a run know alike: how much was read, the time, and whether to stop.
+    """What all ranks agree on: how much was read, the time, and whether to stop.
 
-    `begin` sends what this process has, `end` takes what all have; the exchange runs while the
-    weights are updated. In a single process nothing is sent.
+    `begin` sends this rank's part, `end` receives the total; the exchange overlaps with the weight
+    update. A single process sends nothing.
 
     Attributes:
-        reason: why all processes stop; None: they do not.
+        reason: why all ranks stop; None: they do not.
         at_once: the stop does not wait for an evaluation.
     """
 
@@ -75,43 +75,43 @@ class Agreement:
         self.reason: str | None = None
         self._ranks = ranks
         self.at_once = False
-        self._wish: str | None = None  # to stop, of this process
-        self._hurry = False  # to stop at once
+        self._wish: str | None = None  # this rank's reason to stop
+        self._hurry = False  # whether to stop at once
         self._own = 0, 0
         self._sums: Tensor
         self._work: dist.Work | None = None
         self._now = 0.0
 
     def close(self) -> None:
-        """The loop is over, and with it the wish to stop it."""
+        """The loop has ended; forget requests to stop."""
         self._wish, self._hurry, self.at_once = None, False, False
 
     def stop(self, reason: str, at_once: bool = False) -> None:
-        """This process wants to stop."""
+        """Request a stop from this rank."""
         self._wish, self._hurry = reason, at_once or self._hurry
         if self._ranks.size == 1:
             self.reason, self.at_once = reason, self._hurry
 
     def settle(self, busy: bool = False) -> bool:
-        """Have all processes know of a wish to stop, outside of a step, of before the loop too.
+        """Exchange stop requests outside a step, including those from before the loop.
 
         Args:
-            busy: this process comes back for another such exchange.
+            busy: this rank will take part in another such exchange.
 
         Returns:
-            Whether one of them does.
+            Whether any rank will.
         """
         self.begin(int(busy))
         return self.end()[0] > 0
 
     def heed(self, number: int | None) -> bool:
-        """Whether to stop at once, asked between two batches of an evaluation.
+        """Whether to stop at once; called between two batches of an evaluation.
 
-        Several processes exchange their wishes now and then, and get the same answer at the same
-        batch; one with fewer batches takes part until all are through.
+        Ranks exchange their requests now and then, and get the same answer at the same batch; one
+        with fewer batches takes part until all are done.
 
         Args:
-            number: of the batch that comes next; None: all are read.
+            number: index of the next batch; None: all are read.
         """
         if self._ranks.size > 1 and (number is None or number % HEED_EVERY == 0):
             while self.settle(number is not None) and number is None and not self.at_once:
@@ -119,7 +119,7 @@ class Agreement:
         return self.at_once
 
     def begin(self, rows: int = 0, tokens: int = 0) -> None:
-        """Send rows and tokens of this process since the last time, and its wish to stop."""
+        """Send this rank's rows and tokens since the last call, and its stop request."""
         self._own = rows, tokens
         if self._ranks.size > 1:
             now = time.perf_counter() if self._ranks.is_main else 0.0
@@ -128,7 +128,7 @@ class Agreement:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def end(self) -> tuple[int, int]:
-        """Rows and tokens of all processes; their reason to stop is that of the first with one."""
+        """Rows and tokens of all ranks; the stop reason is that of the first rank with one."""
         if self._work is None:
             self.reason, self.at_once = self._wish, self._hurry
             return self._own
@@ -140,13 +140,13 @@ class Agreement:
         return int(rows), int(tokens)
 
     def clock(self) -> float:
-        """Seconds; in several processes those of the main one, as of the last exchange."""
+        """Seconds; with several ranks those of rank 0 at the last exchange."""
         return time.perf_counter() if self._ranks.size == 1 else self._now
 
 
 @contextmanager
 def stopping_on_interrupt(stop: Callable[[str], None]) -> Iterator[None]:
-    """Let the first Ctrl-C call `stop`, and the second interrupt, where nobody else listens."""
+    """Let the first Ctrl-C call `stop` and the second interrupt, unless SIGINT is handled."""
     listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     if listens or threading.current_thread() is not threading.main_thread():
         yield
@@ -164,13 +164,13 @@ def stopping_on_interrupt(stop: Callable[[str], None]) -> Iterator[None]:
 
 
 def gather(ranks: Ranks, value: Value) -> list[Value]:
-    """What each process has, by rank, for all of them; every one of them must ask.
+    """Gather each rank's value on all ranks; every rank must call it.
 
-    What is short takes one exchange, all else three: a process that waits costs more than bytes.
+    Short values take one exchange, others three: latency matters more than bytes.
 
     Args:
-        ranks: this process among its peers.
-        value: anything that can be pickled; it goes to processes of this very run alone.
+        ranks: this process's rank.
+        value: anything that can be pickled; it is only sent to ranks of this run.
     """
     found = [value] * ranks.size
     if ranks.size > 1:
@@ -178,22 +178,22 @@ def gather(ranks: Ranks, value: Value) -> list[Value]:
         sent = torch.frombuffer(bytearray(text if len(text) == SHORT else SHORT), dtype=torch.uint8)
         parts = list(sent.new_empty(ranks.size, SHORT))
         dist.all_gather(parts, sent)
-        if all(part[0] for part in parts):  # no pickle begins with a zero, nor is read past its end
+        if all(part[0] for part in parts):  # pickles never start with 0, and end themselves
             return [pickle.loads(part.numpy()) for part in parts]
         dist.all_gather_object(found, value)
     return found
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a `DTensor`, of which this process may hold but a part."""
+    """Whether the tensor is a `DTensor`, of which this rank may hold only a shard."""
     return hasattr(tensor, "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in place: all of it, unless it is a `DTensor`."""
+    """This rank's part of a tensor, without a copy: all of it, unless it is a `DTensor`."""
     return cast(Tensor, getattr(tensor, "to_local", lambda: tensor)())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered where it is a `DTensor`; then every process must ask."""
+    """The full tensor, gathered if it is a `DTensor`; then every rank must call it."""
     return cast(Tensor, getattr(tensor, "full_tensor", lambda: tensor)())

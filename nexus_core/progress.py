@@ -1,4 +1,4 @@
-"""Where a run is: in its data, between its steps, and within one that failed halfway."""
+"""The position of a run: in its data, between steps, and within a step that failed halfway."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["Course", "Progress"]
 
 
 class Progress:
-    """Which data the cursor is in, the present step, and what is due after it.
+    """Which data the cursor is in, the current step, and what is due after it.
 
     Attributes:
-        step: the last one that was begun; None before the first.
-        due: what comes after the last step and has not been begun: "follow" (the hook `on_step`),
+        step: the last step started; None before the first.
+        due: what follows the last step and has not started: "follow" (the hook `on_step`),
             "log", "evaluate" and "end" (`on_step_end`). An error before it leaves it due.
 
-        owed: an evaluation of the last step was given up, as the run had to stop.
+        owed: the evaluation of the last step was abandoned because the run had to stop.
 
     Args:
-        saved: the data's state of the snapshot that was restored.
-        owed: as the attribute, in that snapshot.
+        saved: the data state of the restored snapshot.
+        owed: see the attribute, in that snapshot.
     """
 
     def __init__(self, saved: DataState | None = None, owed: bool = False) -> None:
@@ -42,19 +42,19 @@ class Progress:
         self._saved = saved
         self._read: Iterable[Batch] | None = None  # the data that the cursor is in
         self._stream: Stream | None = None
-        self._place: Place | None = None  # in the stream, as of the last step
+        self._place: Place | None = None  # in the stream, after the last step
         self._partial: tuple[Step, RandomState] | None = None  # a step between two of its turns
 
     def open(
         self, engine: Run, data: Iterable[Batch], horizon: Interval, period: Interval | None
     ) -> Stream:
-        """The stream of this data from the cursor on; that of an iterator is continued.
+        """The stream of this data from the cursor on; an iterator continues.
 
         Args:
-            engine: whose counters say where the cursor is.
+            engine: its counters give the cursor.
             data: batches.
-            horizon: the end of the run, and `period` that of its evaluations; where they are part
-                of an epoch, the data must say how long one is.
+            horizon: the end of the run; `period` the interval of evaluations; if one is a fraction
+                of an epoch, the data must have a length.
         """
         if self._stream is not None and data is self._stream.data and isinstance(data, Iterator):
             return self._stream
@@ -82,34 +82,34 @@ class Progress:
         return stream
 
     def where(self) -> DataState | None:
-        """Which data the cursor is in, and where, for a snapshot."""
+        """Which data the cursor is in, and its position, for a snapshot."""
         if self._stream is None or self._place is None:
             return self._saved
         return self._stream.state(self._place)
 
     def leave_to(self, others: Iterable[object]) -> None:
-        """Let others read data, which may be what the run reads."""
+        """Let others read data, possibly the run's own."""
         if self._stream is not None:
             self._stream.leave_to(others)
 
     def check_whole(self) -> None:
-        """Refuse what needs whole steps where one stopped between two of its turns.
+        """Reject operations that need whole steps if one stopped between two turns.
 
         Raises:
             ConfigError: one did.
         """
         if self._partial is not None:
             raise ConfigError(
-                "the last step failed between two of its turns; take it to its end first, by "
+                "the last step failed between two of its turns; complete it first by calling "
                 "fit with the same data"
             )
 
     def reached(self, place: Place) -> None:
-        """The steps up to this place in the data are done."""
+        """Mark the steps up to this position in the data as done."""
         self._place = place
 
     def interrupted(self) -> None:
-        """Keep a step that failed after some of its turns, to continue it at the next one."""
+        """Keep a step that failed after some of its turns, to continue with the next turn."""
         if self.step is not None and self.step.turns_done:
             self._partial = self.step, random_state()
 
@@ -123,16 +123,16 @@ class Progress:
 
 
 class Course:
-    """One open loop: takes the steps of a stream, each all or nothing.
+    """One open loop: takes the steps of a stream, each atomically.
 
     Args:
-        engine: that is trained.
-        progress: where it is.
-        stream: of its data.
-        agreement: what its processes agree on.
+        engine: the engine to train.
+        progress: its position.
+        stream: the stream of its data.
+        agreement: what its ranks agree on.
         horizon: the end of the run.
-        log_every: the period of logs.
-        period: of evaluations; None: none but the last.
+        log_every: interval between logs.
+        period: interval between evaluations; None: only the last.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Course:
         self._started = agreement.clock() - engine.state.seconds
 
     def take_step(self) -> bool:
-        """Take one step, or none at the data's end; one that fails leaves no trace."""
+        """Take one step, or none at the end of the data; a failed step is undone."""
         engine, progress, stream = self._engine, self._progress, self._stream
         self._mark()
         place = stream.place
@@ -161,7 +161,7 @@ class Course:
             self._commit(None)
             return False
         if isinstance(stream.data, Iterator):
-            self._undo.take()  # what is given back is not read again
+            self._undo.take()  # returned batches are not read again
         try:
             step = progress.step = progress.continued() or prepare(engine, micro)
             take_step(engine, step, lambda: self._agreement.begin(*step.size()), self._mark)
@@ -178,7 +178,7 @@ class Course:
         return True
 
     def _mark(self) -> None:
-        """Remember what a failure returns to: before the step, and between two of its turns."""
+        """Record what a failure restores: before the step, and between two of its turns."""
         self._metrics = self._engine.meter.mark()
         self._undo.take()
 

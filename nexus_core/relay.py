@@ -1,4 +1,4 @@
-"""Who answers a hook, in which order, and the calls: what `engine.hook` is made of."""
+"""Which plugins implement a hook, in which order, and how they are called: `engine.hook`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Impl", "blame", "call_all", "call_each", "implementations", "relay"]
 
 @dataclass(frozen=True)
 class Impl:
-    """One plugin's answer to one hook.
+    """One plugin's implementation of one hook.
 
     Args:
         plugin: its name, or "the core".
-        method: what is called.
-        wrapper: it is a generator around the others.
-        rank: -1 asks to be first, 1 to be last, 0 neither.
-        stage: its stage's place among those of the hook, and its name; "" where there are none.
+        method: the method to call.
+        wrapper: whether it is a generator around the others.
+        rank: -1 to be first, 1 to be last, else 0.
+        stage: index and name of its stage among those of the hook; "" if there are none.
     """
 
     plugin: str
@@ -39,10 +39,10 @@ class Impl:
 
 
 def implementations(plan: Plan, hook: str, defaults: object) -> list[Impl]:
-    """Who answers a hook, in the order of the calls: by rank, by stage, then by the plan.
+    """The implementations of a hook in call order: by rank, by stage, then by the plan.
 
-    Wrappers come first, the outermost at the head. `on_close` runs in reverse. What names no stage
-    but stands before or after a plugin that does goes to the stage of that one where it must.
+    Wrappers come first, the outermost at the head. `on_close` runs in reverse. An implementation
+    without a stage whose plugin must come before or after one with a stage joins that stage.
     """
     found = [_impl(plugin, hook, method) for plugin in plan.plugins
              for method in _methods(plugin, hook)]  # fmt: skip
@@ -58,15 +58,15 @@ def implementations(plan: Plan, hook: str, defaults: object) -> list[Impl]:
 def relay(
     plan: Plan, defaults: object, only: Callable[[AnyPlugin], bool] = lambda plugin: True
 ) -> Hooks:
-    """What calls the hooks of an engine's own plugins: one method a hook, typed as `Hooks`.
+    """Calls the hooks of an engine's plugins: one method per hook, typed as `Hooks`.
 
     Args:
         plan: the plugins.
-        defaults: the core's own answers.
+        defaults: the core's own implementations.
         only: which of the plugins to call.
 
     Raises:
-        PluginError: an implementation asks for an argument that its hook does not have.
+        PluginError: an implementation has an argument that its hook does not have.
     """
     chosen = Plan(tuple(filter(only, plan.plugins)), plan.declared)
     manager = _Manager("nexus")
@@ -83,10 +83,10 @@ def relay(
 
 
 class _Manager(pluggy.PluginManager):
-    """Calls what was registered last first, with no order of its own: the plan has decided.
+    """Calls plugins last registered first, without pluggy's ordering: the plan decides.
 
-    Of what it registers only the one hook is looked at: the 25 names that every object has would
-    take most of the time in which an engine is made.
+    Only the one hook is inspected when registering: the 25 attributes of every object would take
+    most of the time to create an engine.
     """
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
@@ -100,19 +100,19 @@ def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
         manager.register(SimpleNamespace(**{hook: impl.method}), f"{impl.plugin}: {hook}")
     except pluggy.PluginValidationError as error:
         said = " ".join(str(error).split("\n")[1:])
-        raise PluginError(f"plugin '{impl.plugin}' answers {hook} wrongly: {said}") from error
+        raise PluginError(f"plugin '{impl.plugin}' implements {hook} wrongly: {said}") from error
 
 
 def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:
-    """The plugin's method for a hook, under its own name or else under an earlier one."""
+    """The plugin's method for a hook, under its current or an old name."""
     if getattr(getattr(plugin, hook, None), "nexus_impl", None):
         yield getattr(plugin, hook)
         return
     for earlier, now in RENAMED.items():
         if now == hook and getattr(getattr(plugin, earlier, None), "nexus_impl", None):
             warnings.warn(
-                f"{type(plugin).__qualname__}.{earlier}: the hook is called '{now}' now; rename "
-                "it, as the earlier name will go",
+                f"{type(plugin).__qualname__}.{earlier}: the hook is now called '{now}'; rename "
+                "it, as the old name will be removed",
                 FutureWarning,
                 stacklevel=2,
             )
@@ -141,7 +141,7 @@ def _stage(hook: str, method: Callable[..., Any]) -> tuple[int, str]:
 
 
 def _beside(impl: Impl, plan: Plan, named: Mapping[str, tuple[int, str]]) -> Impl:
-    """The implementation in a stage that keeps what was declared, where it names none itself."""
+    """The implementation, assigned to a stage that satisfies its constraints if it names none."""
     if impl.plugin in named:
         return impl
     pairs = [pair for pair in plan.declared if impl.plugin in pair]
@@ -151,10 +151,10 @@ def _beside(impl: Impl, plan: Plan, named: Mapping[str, tuple[int, str]]) -> Imp
 
 
 def _written(hook: pluggy.HookCaller) -> Callable[..., Any]:
-    """The hook as one function without a loop; pluggy's own where a wrapper is around it.
+    """The hook as one unrolled function; pluggy's own call if there is a wrapper.
 
-    More than ten hooks are called at every step, so their calls are written out, as `dataclasses`
-    writes out an `__init__`: an implementation then costs a call and nothing else.
+    More than ten hooks are called at every step, so their calls are unrolled into source code, as
+    `dataclasses` does for `__init__`: an implementation then costs one call and nothing else.
     """
     impls = hook.get_hookimpls()[::-1]
     if hook.spec is None or any(impl.wrapper or impl.hookwrapper for impl in impls):
@@ -173,10 +173,10 @@ def _written(hook: pluggy.HookCaller) -> Callable[..., Any]:
 
 def _body(hook: str, calls: Sequence[str], is_first: bool) -> list[str]:
     """The lines of a function that calls a hook's implementations in order."""
-    if hook == "on_batch":  # each gets the batch that the one before answered
+    if hook == "on_batch":  # each gets the batch returned by the one before
         return [*(f"batch = batch if (new := {call}) is None else new" for call in calls),
                 "return batch"]  # fmt: skip
-    if hook == "on_step":  # each is called once for a step, also where one raises in between
+    if hook == "on_step":  # each is called once per step, even if one raises in between
         return [
             *(f"if step.followed == {place}: step.followed += 1; {call}"
               for place, call in enumerate(calls)),
@@ -202,10 +202,10 @@ def call_each(impls: Iterable[Impl], done: Callable[[str], None], /, **arguments
 def call_all(
     impls: Iterable[Impl], hook: str, failure: BaseException | None, /, **arguments: object
 ) -> BaseException | None:
-    """Call every implementation of an event; what they raise becomes a note on the first error.
+    """Call every implementation of an event; later errors become notes on the first.
 
     Returns:
-        The first error: `failure`, where there is one already.
+        The first error: `failure`, if there already is one.
     """
     first = failure
     for impl in impls:
@@ -225,7 +225,7 @@ def argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def blame(error: BaseException, plan: Plan, step: int) -> None:
-    """Note on an error which plugin raised it, in which method, at which step."""
+    """Add a note to an error: which plugin raised it, in which method, at which step."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for plugin in plan.plugins:
             if frame.f_locals.get("self") is plugin:

@@ -1,4 +1,4 @@
-"""What a run is made of, typed: gathered, checked whole, and applied all or nothing."""
+"""The state of a run, typed: gathered, fully checked, then applied all or nothing."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ __all__ = ["PluginState", "Snapshot", "apply", "check", "check_parts", "gather"]
 
 
 class PluginState(TypedDict):
-    """What a plugin saved, and the `state_version` that it had."""
+    """A plugin's saved state and its `state_version`."""
 
     version: int
     state: StateDict
 
 
 class Snapshot(TypedDict):
-    """Everything that decides how a run continues: what a checkpoint stores."""
+    """Everything needed to continue a run: what a checkpoint stores."""
 
     model: dict[str, Tensor]
     optimizer: StateDict
-    train: dict[str, int | float]  # the counters, with the data cursor
+    train: dict[str, int | float]  # counters, including the data cursor
     pending: dict[str, list[float]]  # the sum and units of each metric since the last log
-    metrics: dict[str, float]  # the last value of each
+    metrics: dict[str, float]  # last value of each metric
     random: RandomState
     plugins: dict[str, PluginState]  # by name
     data: NotRequired[DataState | None]  # which data the cursor is in
-    due: NotRequired[list[str]]  # "evaluate": the run stopped before its evaluation was done
+    due: NotRequired[list[str]]  # "evaluate": the run stopped before its evaluation finished
     extras: NotRequired[dict[str, StateDict]]  # what `on_save` added, by the plugin's name
 
 
 OPTIONAL = frozenset({"data", "due", "extras"})
-"""Parts that snapshots of earlier releases do not have."""
+"""Parts that snapshots of earlier releases lack."""
 
 
 class Parts(Protocol):
-    """What of an engine a snapshot is of."""
+    """The parts of an engine that a snapshot covers."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -63,7 +63,7 @@ _FAULTS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def gather(engine: Parts, data: DataState | None, owed: bool = False) -> Snapshot:
-    """Read the state of an engine, tensors in place."""
+    """Read the state of an engine, tensors by reference."""
     states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
     return {
         "model": engine.model.state_dict(),
@@ -84,10 +84,10 @@ def gather(engine: Parts, data: DataState | None, owed: bool = False) -> Snapsho
 
 
 def check_parts(snapshot: Snapshot, plugin: str) -> None:
-    """Refuse what a plugin has put where it cannot come back.
+    """Reject what a plugin put where it cannot be restored.
 
     Raises:
-        PluginError: the snapshot has a part, or a counter, that is not one of its own.
+        PluginError: the snapshot has an unknown part or counter.
     """
     strange = snapshot.keys() - Snapshot.__annotations__.keys()
     strange |= snapshot["train"].keys() - _COUNTERS
@@ -99,10 +99,10 @@ def check_parts(snapshot: Snapshot, plugin: str) -> None:
 
 
 def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
-    """See that a snapshot fits the engine, changing nothing.
+    """Check that a snapshot fits the engine, without changing anything.
 
     Returns:
-        The plugins that get a state, with it in their present layout.
+        The plugins that get a state, converted to their current layout.
 
     Raises:
         CheckpointError: a part of it is missing, or does not fit model, optimizer or plugins.
@@ -111,14 +111,14 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
         raise CheckpointError(f"the snapshot has no part '{min(missing)}'")
     if strangers := snapshot["plugins"].keys() - engine.plugins.keys():
         raise CheckpointError(
-            f"the checkpoint holds the state of plugin '{min(strangers)}', which is not in this "
+            f"the checkpoint has state of plugin '{min(strangers)}', which is not in this "
             "run; add it: ",
             hint_add(min(strangers)),
         )
     _check_model(engine.model, snapshot["model"])
     _check_optimizer(engine.optimizer, cast(dict[str, Any], snapshot["optimizer"]))
     if strange := snapshot["train"].keys() - _COUNTERS:
-        raise CheckpointError(f"the snapshot counts '{min(strange)}', which this release does not")
+        raise CheckpointError(f"the snapshot has an unknown counter '{min(strange)}'")
     with _as_misfit():
         return [
             (plugin, _present(plugin, saved))
@@ -128,14 +128,14 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
 
 
 def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
-    """Put a checked snapshot into its engine; the optimizer takes over its tensors.
+    """Apply a checked snapshot to its engine; the optimizer takes over its tensors.
 
-    Plugins take their state twice: first as a rehearsal, with their own put back where one of them
-    refuses, so that a refused load leaves the engine as it was; then after model and optimizer,
-    since some of them put other weights into the model.
+    Plugins load their state twice: first as a rehearsal, undone if one of them raises, so that a
+    failed load leaves the engine unchanged; then after model and optimizer, since some of them put
+    other weights into the model.
 
     Raises:
-        CheckpointError: a plugin refuses its state.
+        CheckpointError: a plugin cannot load its state.
     """
     before = [(plugin, _state_of(plugin), dict(vars(plugin))) for plugin, _ in loads]
     try:
@@ -158,7 +158,7 @@ def apply(engine: Parts, snapshot: Snapshot, loads: list[Load]) -> None:
 def _put_back(
     before: list[tuple[Plugin[Any], StateDict, dict[str, Any]]], error: CheckpointError
 ) -> None:
-    """Give plugins their attributes back, and the state within these where they had one."""
+    """Restore plugins' attributes, including their nested states."""
     for plugin, state, attributes in before:
         vars(plugin).clear()
         vars(plugin).update(attributes)
@@ -166,7 +166,7 @@ def _put_back(
             if state:
                 plugin.load_state_dict(state)
         except _FAULTS as other:
-            error.add_note(f"plugin '{plugin.name}' does not take its own state back: {other!r}")
+            error.add_note(f"plugin '{plugin.name}' cannot reload its own state: {other!r}")
 
 
 def _load(loads: list[Load]) -> None:
@@ -186,8 +186,8 @@ def _as_refusal(plugin: Plugin[Any]) -> Iterator[None]:
         yield
     except _FAULTS as error:
         raise CheckpointError(
-            f"plugin '{plugin.name}' cannot take its saved state: {_words(error)}; resume with "
-            "the config that wrote it, and let the plugin make what it needs for that in "
+            f"plugin '{plugin.name}' cannot load its saved state: {_words(error)}; resume with "
+            "the config that wrote it, and let the plugin create what loading needs in "
             "__init__ or on_build, not in on_start"
         ) from error
 
@@ -207,7 +207,7 @@ def _check_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         one, other = own[name], saved[name]
         both = isinstance(one, Tensor) and isinstance(other, Tensor)
         if both and one.shape != other.shape and not nn.parameter.is_lazy(one):
-            raise _misfit(f"'{name}' is {tuple(other.shape)}, and {tuple(one.shape)} in the model")
+            raise _misfit(f"'{name}' is {tuple(other.shape)}, but {tuple(one.shape)} in the model")
 
 
 def _renames(module: nn.Module) -> bool:
@@ -230,7 +230,7 @@ def _check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         sizes = [[len(group["params"]) for group in s["param_groups"]] for s in (mine, other)]
         if sizes[0] != sizes[1]:
             raise _misfit(
-                f"its optimizer has groups of {sizes[1]} parameters, and this one of {sizes[0]}"
+                f"its optimizer has groups of {sizes[1]} parameters, this one of {sizes[0]}"
             )
 
 

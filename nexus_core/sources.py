@@ -1,4 +1,4 @@
-"""The local files that code is made of: one that the user names, and what it imports beside it."""
+"""The local files that code is made of: one that the user names, and its local imports."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NONE: Mapping[str, Source] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Source:
-    """A local file that is loaded with a place: the one that is named, or one that it imports.
+    """A local file loaded for a place: the named file, or one that it imports.
 
     Args:
-        module: the name by which Python imports it.
-        path: of the file.
-        content: as it was when the place was loaded.
+        module: its module name in Python.
+        path: path of the file.
+        content: its content when the place was loaded.
     """
 
     module: str
@@ -35,7 +35,7 @@ class Source:
 
     @property
     def file(self) -> str:
-        """Where a copy belongs, so that it is imported by the same name: `package/net.py`."""
+        """Relative path for a copy, so that it is imported by the same name: `package/net.py`."""
         name = self.module.replace(".", "/")
         return f"{name}/__init__.py" if self.path.name == "__init__.py" else f"{name}.py"
 
@@ -51,23 +51,23 @@ class Source:
 
 
 class _Folder(str):
-    """An entry of `sys.path` that is there for code named by its place."""
+    """An entry of `sys.path` for code loaded by path."""
 
     __slots__ = ()
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)  # in a worker process it is an entry like any other
+        return str, (str(self),)  # an ordinary entry in worker processes
 
 
 def look_in(folder: Path) -> None:
-    """Have Python find the modules of a folder, behind all that is installed."""
+    """Let Python find the modules of a folder, after everything installed."""
     entry = _Folder(folder.absolute())
     if entry not in _folders():
         sys.path.append(entry)
 
 
 def forget() -> None:
-    """Forget folders and modules that were named before, as a command does that begins anew."""
+    """Forget folders and modules loaded before, as at the start of a command."""
     sys.path[:] = [entry for entry in sys.path if not isinstance(entry, _Folder)]
     for name in list(sys.modules):
         for source in kept(name):
@@ -75,7 +75,7 @@ def forget() -> None:
 
 
 def module_of(path: Path) -> tuple[str, Path]:
-    """The name by which Python imports a file, and the folder that it does so from."""
+    """The module name of a file, and the folder that Python imports it from."""
     name, root = path.stem, path.parent
     while os.path.isfile(root / "__init__.py"):  # noqa: PTH113 (no error for an odd name)
         name, root = f"{root.name}.{name}", root.parent
@@ -83,14 +83,14 @@ def module_of(path: Path) -> tuple[str, Path]:
 
 
 def of_file(path: Path) -> tuple[Source, ...]:
-    """The files of a file: itself first, and what it imports from the same folder."""
+    """A file and what it imports from the same folder; the file first."""
     name, root = module_of(path)
     found = kept(name)
     return found if found and found[0].path == path else _read(name, root)
 
 
 def local(name: str) -> tuple[Source, ...]:
-    """The files of a module in one of the folders; none where an installed one is meant."""
+    """The files of a module in one of the folders; empty if it is an installed one."""
     if found := kept(name):
         return found
     for folder in map(Path, _folders()):
@@ -101,11 +101,11 @@ def local(name: str) -> tuple[Source, ...]:
 
 
 def owner(source: Source) -> str | None:
-    """Where Python has another module from that goes by the name of this file; None: it is free."""
+    """The origin of another module with this file's name; None if the name is free."""
     top = source.module.partition(".")[0]
     try:
         spec = importlib.util.find_spec(top)
-    except ValueError:  # the program itself, or a module that was made by hand
+    except ValueError:  # the main program, or a module created at run time
         return f"the '{top}' of this program"
     if spec is None:
         return None
@@ -116,7 +116,7 @@ def owner(source: Source) -> str | None:
 
 
 def keep(files: tuple[Source, ...]) -> None:
-    """Note on loaded modules which files each is made of."""
+    """Record on loaded modules which files each consists of."""
     known = {source.module: source for source in files}
     for source in files:
         spec = getattr(sys.modules.get(source.module), "__spec__", None)
@@ -125,19 +125,19 @@ def keep(files: tuple[Source, ...]) -> None:
 
 
 def kept(name: str) -> tuple[Source, ...]:
-    """What was noted on a loaded module."""
+    """The files recorded on a loaded module."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     state = getattr(spec, "loader_state", None)
     return state if isinstance(state, tuple) and isinstance(state[0], Source) else ()
 
 
 def _read(name: str, root: Path, known: Mapping[str, Source] = _NONE) -> tuple[Source, ...]:
-    """Read a module, and all that it imports from the same folder, by what the code says.
+    """Read a module and everything it imports from the same folder, by parsing the code.
 
     Args:
-        name: of the module, which comes first in the answer.
+        name: the module, which comes first in the result.
         root: the folder.
-        known: what has been read already.
+        known: sources already read.
     """
     found: dict[str, Source] = {}
     waiting = [name]
@@ -150,7 +150,7 @@ def _read(name: str, root: Path, known: Mapping[str, Source] = _NONE) -> tuple[S
 
 
 def _file(name: str, root: Path) -> Source | None:
-    """The file of a module, where there is one that can be read."""
+    """The file of a module, if it can be read."""
     place = root.joinpath(*name.split("."))
     files = (place / "__init__.py", place.with_suffix(".py"))
     for path in files if name.partition(".")[0] != _OWN else ():
@@ -160,10 +160,10 @@ def _file(name: str, root: Path) -> Source | None:
 
 
 def _imported(source: Source) -> Iterator[str]:
-    """The modules that a file may import, each with the packages that it is in."""
+    """The modules that a file may import, each with its parent packages."""
     try:
         tree = ast.parse(source.content)
-    except (SyntaxError, ValueError):  # whoever imports it says so
+    except (SyntaxError, ValueError):  # importing it will report this
         return
     names = [source.module]
     package = source.module.split(".")[: source.file.count("/")]

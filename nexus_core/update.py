@@ -33,7 +33,7 @@ __all__ = [
 
 
 def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
-    """A step over micro-batches as the data gave them: each through `on_batch` and `cut_batch`."""
+    """A step over micro-batches from the data, each passed through `on_batch` and `cut_batch`."""
     number, parts, cells = engine.state.step + 1, list[Micro](), list[int]()
     if engine.cells:
         micro = list(_cell_by_cell(engine, micro, cells))
@@ -47,8 +47,8 @@ def prepare(engine: Run, micro: Sequence[Micro]) -> Step:
             continue
         if one.cell is not None:
             raise ConfigError(
-                "a plugin of this run cuts batches as memory allows, and parts of a cell would "
-                "change the bits of its sum; leave it out, and set more cells instead"
+                "a plugin of this run splits batches to fit memory, and splitting a cell would "
+                "change its result; remove the plugin, and set more cells instead"
             )
         rows = batch_size(batch)[0]
         parts += [Micro(part, batch_size(part)[0] / rows, one.borrowed) for part in cut]
@@ -63,11 +63,11 @@ def take_step(
     about_to_update: Callable[[], None] = lambda: None,
     between_turns: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train on one step, in all its turns that have not been.
+    """Train on one step, in all its remaining turns.
 
     Args:
-        engine: whose weights are updated.
-        step: as `prepare` gives it.
+        engine: its weights are updated.
+        step: from `prepare`.
         about_to_update: called when the last gradient is complete.
         between_turns: called after the update of each turn but the last.
     """
@@ -84,7 +84,7 @@ def take_step(
 
 
 def count_units(engine: Run, step: Step) -> None:
-    """Count the units of the step's turn, over all its micro-batches, and weigh its terms."""
+    """Count the units of the step's turn over all its micro-batches, and set the term weights."""
     counts: list[Numbers] = []
     for place, micro in enumerate(step.micro):
         step.place = place
@@ -96,15 +96,15 @@ def count_units(engine: Run, step: Step) -> None:
 
 
 def compute_gradient(engine: Run, step: Step) -> None:
-    """Compute the gradient of the step's turn, and hand it to `after_backward`."""
+    """Compute the gradient of the step's turn, and call `after_backward`."""
     accumulate_gradient(engine, step)
     engine.hook.after_backward(engine=engine, step=step)
 
 
 def accumulate_gradient(engine: Run, step: Step) -> None:
-    """Add up the gradient of the step's turn, micro-batch by micro-batch, and record its terms.
+    """Accumulate the gradient of the step's turn over its micro-batches, and record its terms.
 
-    The copy of the next micro-batch to the device is queued before the present one is computed.
+    The copy of the next micro-batch to the device is queued before the current one runs.
     """
     clear_gradients(engine.optimizer, engine.untrained())
     for name in step.units:
@@ -135,7 +135,7 @@ def accumulate_gradient(engine: Run, step: Step) -> None:
 
 @contextmanager
 def leaving_no_trace(engine: Run) -> Iterator[None]:
-    """Compute on the side: generators, buffers, gradients and metrics are put back."""
+    """Compute without side effects: generators, buffers, gradients and metrics are restored."""
     mark, undo = engine.meter.mark(), Undo(engine.model)
     gradients = [(parameter, parameter.grad) for parameter in engine.model.parameters()]
     clear_gradients(engine.optimizer, engine.untrained())
@@ -174,7 +174,7 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms."""
     hook, borrowed = engine.hook, step.micro[step.place].borrowed
     meter, counted = engine.meter, engine.meter.counts
-    meter.counts = not borrowed  # it logs alike in every process
+    meter.counts = not borrowed  # it logs alike on every rank
     try:
         output = hook.forward(engine=engine, batch=batch, step=step)
         terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
@@ -192,7 +192,7 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
 
 
 def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iterator[Micro]:
-    """Each cell of some batches as a micro-batch; `cells` gets how many each of them has."""
+    """Each cell of some batches as a micro-batch; `cells` is filled with the counts."""
     for one in micro:
         part = divided(one.batch, engine.batch_cells)
         first = sum(cells) + part.first
@@ -202,7 +202,7 @@ def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iter
 
 
 def _take_out(step: Step, own: Sequence[nn.Parameter], summed: CellSum) -> None:
-    """Have the sum over cells take the gradients and losses of the present cell."""
+    """Move the gradients and losses of the current cell into the sum over cells."""
     found = [step.losses.pop(name, summed.like[-1][:1]) for name in step.units]
     values: list[Tensor | None] = [
         p.grad if p.grad is None or not p.grad.is_sparse else p.grad.coalesce() for p in own
@@ -218,7 +218,7 @@ def _take_out(step: Step, own: Sequence[nn.Parameter], summed: CellSum) -> None:
 def _put_back(
     engine: Run, step: Step, own: Sequence[nn.Parameter], values: Sequence[Tensor | None]
 ) -> None:
-    """Give the parameters the gradient of the whole step, and the main process its losses."""
+    """Set the gradients of the whole step on the parameters, and the losses on rank 0."""
     *gradients, losses = values
     for parameter, gradient in zip(own, gradients, strict=True):
         parameter.grad = gradient
@@ -228,7 +228,7 @@ def _put_back(
 
 
 def _clear_other_turns(engine: Run, turn: str) -> None:
-    """Leave no gradient on what another turn updates."""
+    """Clear gradients on parameters that another turn updates."""
     own = {id(parameter) for parameter in engine.parameters(turn)}
     for parameter in engine.parameters():
         if id(parameter) not in own:

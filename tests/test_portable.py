@@ -105,7 +105,7 @@ def test_every_file_imports_and_a_run_is_resumed_without_posix(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.partition("imported ")[2].split()[0]) > 150
     assert "verified 2" in done.stdout, done.stdout[-500:]
-    assert "forking, which this system does not have" in done.stderr
+    assert "forking, which this system lacks" in done.stderr
     assert (tmp_path / "run/summary.json").exists() or (tmp_path / "run/checkpoints").exists()
 
 

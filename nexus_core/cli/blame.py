@@ -1,4 +1,4 @@
-"""Where in a step two runs first come apart, and which plugins have a hand in it."""
+"""Find where in a step two runs first diverge, and which plugins could be the cause."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PHASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "optimizer": ("the update", ("optimizer_step",)),
     "plugins": ("the state of a plugin", ()),
 }
-"""Of each part of a line of notes, in the order in which a step makes them: what makes it, and the
-hooks that a plugin answers to have a hand in it."""
+"""For each part of a line of notes, in the order in which a step computes them: what computes it,
+and the hooks through which a plugin can affect it."""
 
 
 def blame(one: Path, other: Path, plugins: Sequence[AnyPlugin]) -> str:
-    """What the first difference of two runs is in, and which of their plugins may have made it.
+    """Say where two runs first differ, and which of their plugins may have caused it.
 
     Args:
         one: folder of a run with notes.
-        other: folder of the other one.
+        other: folder of the other run.
         plugins: of both runs, in order.
 
     Returns:
-        A sentence; "" where the notes do not differ.
+        A sentence; "" if the notes do not differ.
     """
     for mine, theirs in zip(notes_of(one), notes_of(other), strict=False):
         for part, (phase, hooks) in PHASES.items():
@@ -45,12 +45,12 @@ def blame(one: Path, other: Path, plugins: Sequence[AnyPlugin]) -> str:
                 suspects = [name] if part == "plugins" else _suspects(plugins, hooks)
                 where = f"{part} of {name}" if name else part
                 by = f"; made or changed by {', '.join(suspects)}" if suspects else ""
-                return f"step {mine['step']} comes apart in {phase} ({where}){by}"
+                return f"step {mine['step']} diverges in {phase} ({where}){by}"
     return ""
 
 
 def _first(part: str, mine: Any, theirs: Any) -> str:
-    """The first module, term, generator or plugin that differs; a gradient is made from the end."""
+    """The first module, term, generator or plugin that differs; for gradients, the last."""
     if not (isinstance(mine, dict) and isinstance(theirs, dict)):
         return ""
     odd = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
@@ -58,7 +58,7 @@ def _first(part: str, mine: Any, theirs: Any) -> str:
 
 
 def _suspects(plugins: Iterable[AnyPlugin], hooks: Sequence[str]) -> list[str]:
-    """Plugins that answer one of these hooks; if some promise nothing, these alone."""
+    """Plugins that implement one of these hooks; only those that promise nothing, if any."""
     acting = [
         plugin
         for plugin in plugins

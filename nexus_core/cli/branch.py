@@ -1,6 +1,6 @@
 """`nexus-run branch`: a new run that continues from a checkpoint of another, with changed settings.
 
-What the settings leave alone stays the same to the bit: rows, dropout, noise.
+What the settings do not change stays bitwise identical: rows, dropout, noise.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
 def branch(made: Build, saved: Saved, *, quiet: bool) -> int:
-    """Train on from a checkpoint of another run, in a folder of its own.
+    """Continue training from another run's checkpoint, in a new folder.
 
     Args:
-        made: of the branch.
-        saved: what it continues from.
-        quiet: print the final line alone.
+        made: the branch's build.
+        saved: the checkpoint to continue from.
+        quiet: print only the final line.
 
     Returns:
-        The exit code, as that of a run.
+        The exit code, as for a run.
     """
     from nexus_core.cli import session
     from nexus_core.cli.build import make_engine
@@ -55,7 +55,7 @@ def branch(made: Build, saved: Saved, *, quiet: bool) -> int:
 
 
 def branch_off(engine: Engine, saved: Saved) -> Relation:
-    """Load a checkpoint of another run into the engine of its branch; returns how they relate."""
+    """Load another run's checkpoint into the branch's engine; returns how the two relate."""
     from nexus_core.cli.lineage import Relation, changes
     from nexus_core.cli.recorded import settings_in
 
@@ -66,7 +66,7 @@ def branch_off(engine: Engine, saved: Saved) -> Relation:
 
 
 def load_apart(engine: Engine, checkpoint: Path) -> None:
-    """Load the checkpoint of another run, but for what plugins that only watch keep of that run."""
+    """Load another run's checkpoint without the state of plugins that only observe."""
     from nexus_core.cli.recorded import without_watchers
 
     snapshot = engine.hook.load_snapshot(engine=engine, source=str(checkpoint))
@@ -86,12 +86,12 @@ def _shown(value: object) -> str:
               help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
               help="Change a setting, as in nexus-run.")  # fmt: skip
-@click.option("--out", type=PATH, help="The branch's folder.")
+@click.option("--out", type=PATH, help="Folder of the branch.")
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
-              help="What may differ from the run, settings aside: as in nexus-run; 'compatible' "
-              "where --plugins is given.")  # fmt: skip
-@click.option("--trust", is_flag=True, help="Use the code of the user that its config names.")
-@click.option("--quiet", is_flag=True, help="Print errors and the final line alone.")
+              help="What may differ from the original run besides settings; default 'compatible' "
+              "with --plugins.")  # fmt: skip
+@click.option("--trust", is_flag=True, help="Load the local code that its config names.")
+@click.option("--quiet", is_flag=True, help="Print only errors and the final line.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
     source: str,
@@ -103,11 +103,11 @@ def main(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Go on from a checkpoint of a run in a new run, with changed settings.
+    """Continue from a checkpoint in a new run, with changed settings.
 
-    RUN@STEP is a run's folder and a step that it has saved: runs/mine@5000, runs/mine@best, or
-    runs/mine for the newest. What is not changed stays the same to the bit: the rows, dropout,
-    noise. The folders of both runs say where the branch comes from (lineage.jsonl).
+    RUN@STEP is a run's folder and the step of a checkpoint: runs/mine@5000, runs/mine@best, or
+    runs/mine for the newest. Everything you do not change stays bitwise identical: rows, dropout,
+    noise. Both run folders record where the branch comes from (lineage.jsonl).
 
     \b
     nexus-run branch runs/mine@5000 --set lr=1e-4

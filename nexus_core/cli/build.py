@@ -23,14 +23,14 @@ __all__ = ["Build", "build_plugins", "json_schema", "make_engine"]
 
 @dataclass(frozen=True)
 class Build:
-    """A checked run that nothing has been built for yet.
+    """A validated run before anything is built.
 
     Args:
         run: the engine's settings.
         plan: the plugins, in order.
         name: of the preset or file.
-        configs: the settings of each plugin, by its name, as they are to be kept.
-        places: where plugins are that are not installed, by name.
+        configs: each plugin's settings, by its name, as written to the config.
+        places: where plugins that are not installed live, by name.
     """
 
     run: RunConfig
@@ -40,9 +40,9 @@ class Build:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def resolved(self, out: Path) -> dict[str, Any]:
-        """Every setting with its value, but for secrets: as a config file, it repeats the run.
+        """Every setting with its value, except secrets: a config file that repeats the run.
 
-        Local code is named where the run's folder has its copy.
+        Local code is named by its copy in the run folder.
         """
         settings = self.run.model_dump(mode="json", exclude={"plugins", "out"})
         blocks = {
@@ -52,7 +52,7 @@ class Build:
         return {**settings, "out": str(out), "plugins": in_run_folder(blocks)}
 
     def quiet(self) -> Build:
-        """Have every plugin that has a setting `quiet` be so, this time."""
+        """Set `quiet` for every plugin that has this setting."""
         for plugin in self.plan.plugins:
             if "quiet" in type(plugin.config).model_fields:
                 plugin.config = plugin.config.model_copy(update={"quiet": True})
@@ -60,10 +60,10 @@ class Build:
 
 
 def build_plugins(settings: Settings) -> Build:
-    """Load the classes of the named plugins, settle slots, validate configs and order them.
+    """Load the plugin classes, resolve slots, validate configs and order the plugins.
 
     Raises:
-        ConfigError, PluginError: as the plugins and their order demand.
+        ConfigError, PluginError: a plugin, its settings or the order is invalid.
     """
     asked = dict.fromkeys((*settings.defaults, *settings.named))
     classes = load_classes(asked, settings.places)
@@ -106,14 +106,14 @@ def make_engine(build: Build, out: Path) -> Engine:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a config file with every plugin that is installed and loads."""
+    """The JSON schema of a config file with every installed plugin that loads."""
     schema = RunConfig.model_json_schema()
     blocks: dict[str, Any] = {}
     scanned = scan()
     for name in sorted(scanned.names):
         try:
             block = load(name, scanned).config_class.model_json_schema()
-        except PluginError:  # a broken neighbour is shown by `nexus-plugins list`
+        except PluginError:  # `nexus-plugins list` reports broken plugins
             continue
         schema.setdefault("$defs", {}).update(block.pop("$defs", {}))
         blocks[name] = {"anyOf": [block, {"type": ["boolean", "null"]}]}
@@ -131,7 +131,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with text for numbers that JSON cannot say."""
+    """The same value, with numbers that JSON lacks (inf, nan) as text."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

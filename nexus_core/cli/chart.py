@@ -1,4 +1,4 @@
-"""Charts of lines over numbers: in the terminal, and as a picture where matplotlib is there."""
+"""Line charts in the terminal and, if matplotlib is installed, as a PNG."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from string import ascii_lowercase
 
 __all__ = ["NO_PICTURE", "Chart", "Line", "save_picture", "text_chart"]
 
-NO_PICTURE = "none; matplotlib draws one: pip install 'nexus-trainer[plot]'"
-MARKED = 5  # places of a line that get its letter
+NO_PICTURE = "none; for a PNG: pip install 'nexus-trainer[plot]'"
+MARKED = 5  # points of a line marked with its letter
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn.
+    """A chart to draw.
 
     Args:
         lines: at least one, each of at least one point.
         x_label: what `x` is, with its unit.
         y_label: what `y` is, with its unit.
-        y_limits: the least and the greatest `y` to show.
-        log_x: whether `x` is drawn by its logarithm.
-        marks: values of `x` to point out, by name; pictures alone show them.
+        y_limits: smallest and largest `y` to show.
+        log_x: whether the `x` axis is logarithmic.
+        marks: values of `x` to mark, by name; shown only in the PNG.
     """
 
     lines: Sequence[Line]
@@ -46,9 +46,9 @@ class Chart:
 
 
 def text_chart(chart: Chart, *, width: int = 60, height: int = 12) -> str:
-    """Draw in Unicode, `width` by `height` characters within the axes, one colour.
+    """Draw in Unicode, `width` by `height` characters inside the axes, in one colour.
 
-    Several lines are marked by letters here and there: `a` the first, `b` the second.
+    With several lines, letters mark them: `a` the first, `b` the second.
     """
     import plotille
 
@@ -74,7 +74,7 @@ def text_chart(chart: Chart, *, width: int = 60, height: int = 12) -> str:
 
 
 def save_picture(chart: Chart, path: Path) -> Path | None:
-    """Write a PNG and return its path; None where matplotlib is not installed."""
+    """Write a PNG and return its path; None if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure

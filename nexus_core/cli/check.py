@@ -30,17 +30,17 @@ COLOURS = {"pass": "green", "FAIL": "red", "skip": "yellow"}
 @click.command()
 @click.argument("plugin", metavar="NAME|FILE.py")
 @click.option("-c", "--config", "configs", multiple=True, metavar="FILE|JSON",
-              help="Settings to check it with; several are several cases.")  # fmt: skip
+              help="Settings to check it with; repeat for several cases.")  # fmt: skip
 @click.option("-b", "--beside", default="", metavar="FILE|JSON",
-              help="Plugins that it needs beside it, with settings.")  # fmt: skip
+              help="Other plugins it needs, with their settings.")  # fmt: skip
 @click.option("-o", "--only", "only", default="", metavar="CHECK,CHECK",
-              help="Make these checks alone.")  # fmt: skip
+              help="Run only these checks.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the outcomes as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def check(
     plugin: str, configs: tuple[str, ...], beside: str, only: str, as_json: bool, debug: bool
 ) -> None:
-    """Prove that a plugin resumes to the same bits, shares nothing, leaks nothing, and more.
+    """Check that a plugin resumes bitwise, shares no state, leaks nothing, and more.
 
     \b
     nexus-plugins check sparkle
@@ -48,8 +48,8 @@ def check(
     nexus-plugins check sparkle --config '{"strength": 2.0}' --config sparkle.yaml
     nexus-plugins check sparkle --beside '{"glitter": {"size": 13}}'
 
-    It trains a tiny model of token ids. A plugin that needs more is checked by a test class of
-    its own: subclass nexus_core.testing.PluginContract. Exits with 1 if a check fails.
+    The checks train a tiny model of token ids. A plugin that needs more gets its own test
+    class: subclass nexus_core.testing.PluginContract. Exits with 1 if a check fails.
     """
     with reported(debug):
         cases = [_block(text, f"--config of {plugin}") for text in configs]
@@ -67,7 +67,7 @@ def _check(
     *,
     as_json: bool,
 ) -> bool:
-    """Make the checks, say how each went, and whether one failed."""
+    """Run the checks, print each outcome, and return whether one failed."""
     from nexus_core.cli.local import giver
     from nexus_core.sources import forget
     from nexus_core.testing import run_contract
@@ -86,14 +86,14 @@ def _check(
     for outcome in run_contract(contract, *only):
         counts[outcome.status] += 1
         click.echo(_line(outcome))
-    click.echo(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skip']} left out")
+    click.echo(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skip']} skipped")
     return counts["FAIL"] > 0
 
 
 def _contract(
     word: str, configs: list[dict[str, Any]], beside: dict[str, Any]
 ) -> type[PluginContract]:
-    """The class that an author would write."""
+    """The test class an author would write."""
     from nexus_core.cli.local import plugin_class
     from nexus_core.testing import PluginContract
 
@@ -108,7 +108,7 @@ def _contract(
 
 
 def _refuse_impossible(contract: type[PluginContract], only: list[str]) -> None:
-    """See to it that what is wrong with the command is not told as a fault of the plugin."""
+    """Report mistakes in the command as such, not as faults of the plugin."""
     plugin_class = contract.plugin_class()
     for settings in contract.cases():
         plugin_class(**settings)
@@ -117,7 +117,7 @@ def _refuse_impossible(contract: type[PluginContract], only: list[str]) -> None:
     for word in only:
         if word not in known:
             names = f"{suggestion(word, known)} Checks: {', '.join(known)}"
-            raise ConfigError(f"there is no check '{word}'.{names}")
+            raise ConfigError(f"unknown check '{word}'.{names}")
 
 
 def _line(outcome: Outcome) -> str:
@@ -131,7 +131,7 @@ def _block(text: str, origin: str) -> dict[str, Any]:
     """A block of settings: as JSON on the command line, or in a YAML or JSON file.
 
     Raises:
-        ConfigError: it is neither, or no block.
+        ConfigError: it is neither, or not a block of settings.
     """
     if not text.lstrip().startswith("{"):
         path = Path(expanded(text))
@@ -145,5 +145,5 @@ def _block(text: str, origin: str) -> dict[str, Any]:
     except yaml12.YamlError as error:
         raise ConfigError(f"{origin}: '{text}' cannot be read: {error}") from None
     if not isinstance(block, dict):
-        raise ConfigError(f"{origin}: expected settings by key, got {block!r:.60}")
+        raise ConfigError(f"{origin}: expected a mapping of settings, got {block!r:.60}")
     return block

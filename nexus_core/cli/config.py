@@ -1,4 +1,4 @@
-"""The engine's own settings in a config file, beside one block per plugin."""
+"""The engine's own settings in a config file, next to one block per plugin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    seed: int = Field(0, description="of the generators, of the weights and of the data order")
+    seed: int = Field(0, description="seed of the generators, the weights and the data order")
     out: PathField | None = Field(None, description="run folder; null: runs/<name>-<time>")
     until: Annotated[IntervalField, BeforeValidator(Interval.horizon)] = Field(
         Interval.parse("1000 steps"), description="horizon: steps, epochs, samples, tokens or time"
@@ -27,26 +27,26 @@ class RunConfig(BaseModel):
     accumulate: Annotated[int, WithJsonSchema(_ACCUMULATE)] = Field(
         1,
         ge=1,
-        description="micro-batches in an optimizer step; auto: each batch is a step, split as "
-        "memory asks, by an installed plugin that does so",
+        description="micro-batches per optimizer step; auto: each batch is a step, split to fit "
+        "memory by an installed plugin that can",
     )
     cells: int | None = Field(
         None,
         ge=1,
-        description="cells that a step is computed in, one by one: its bits are then the same for "
-        "any number of processes up to this, and however it is divided; null: whole micro-batches",
+        description="number of cells that a step is computed in, one at a time: results are then "
+        "bitwise identical on up to this many processes; null: whole micro-batches",
     )
     step_at_epoch_end: bool = Field(
         False,
-        description="whether the last step of an epoch takes what is left of it alone, instead of "
-        "micro-batches of the next epoch too",
+        description="end the last step of an epoch with what is left of it, instead of filling it "
+        "up with micro-batches of the next epoch",
     )
     device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     log_every: IntervalField = Field(
         Interval.parse("10 steps"),
-        description="period of the training metrics; a share: of the run",
+        description="interval between training metrics; a share is of the run",
     )
-    eval_every: IntervalField | None = Field(None, description="period; null: at the end alone")
+    eval_every: IntervalField | None = Field(None, description="interval; null: only at the end")
     plugins: dict[str, dict[str, Any]] = Field(
-        {}, description="settings of each plugin, by its name"
+        {}, description="each plugin's settings, by its name"
     )

@@ -1,4 +1,4 @@
-"""Config files: YAML, TOML or JSON, in whatever Unicode encoding an editor wrote them."""
+"""Config files: YAML, TOML or JSON, in any Unicode encoding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MARKS = (  # longest first: that of UTF-32 begins like that of UTF-16
 
 
 def is_config_file(name: str) -> bool:
-    """Whether a name is that of a config file; else it may be a preset's."""
+    """Whether a name is a config file's; otherwise it may be a preset's."""
     return Path(name).suffix.lower() in SUFFIXES
 
 
@@ -35,10 +35,10 @@ def read_config_file(path: Path) -> Document:
     """Read a config file.
 
     Returns:
-        A mapping with text as keys, and how its YAML wrote what is not text.
+        A mapping with text keys, and how its YAML wrote values that are not text.
 
     Raises:
-        ConfigError: it cannot be read, is not valid, has a key twice, or holds no mapping.
+        ConfigError: it cannot be read, is not valid, repeats a key, or is not a mapping.
     """
     text, kind = _read(path), path.suffix.lower().removeprefix(".")
     try:
@@ -85,12 +85,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key '{twice}' is there twice; keep one")
+        raise ValueError(f"duplicate key '{twice}'; keep one")
     return found
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """What the other formats have as well, in place: TOML's own dates become text."""
+    """Values that all formats share, in place: TOML dates become text."""
     if depth > yaml12.DEEPEST:
         raise ValueError(f"nested deeper than {yaml12.DEEPEST} levels")
     if isinstance(value, dict | list):

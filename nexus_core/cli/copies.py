@@ -1,4 +1,4 @@
-"""Copies of the local code that a run is made of, in its folder, so that its config repeats it."""
+"""Copies of a run's local code in its folder, so that its config repeats the run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["check_free", "code_of", "write_copies"]
 
 
 def code_of(engine: Engine) -> tuple[Source, ...]:
-    """The local files that the plugins of a run are made of, each once."""
+    """The local files that define the run's plugins, each once."""
     found = {source.file: source for plugin in engine.plugins.values() for source in used(plugin)}
     return tuple(found.values())
 
 
 def check_free(code: Sequence[Source], out: Path) -> None:
-    """See that no copy would take the place of a file of somebody's.
+    """Check that no copy would overwrite a user's file.
 
     Raises:
         ConfigError: one would.
@@ -30,16 +30,16 @@ def check_free(code: Sequence[Source], out: Path) -> None:
         path = _copy(source, out)
         if path.exists() and path.read_bytes() != source.content:
             raise ConfigError(
-                f"'{path}' is there already and is another file than the copy of '{source.path}' "
-                "that the run would leave there; choose another folder with --out"
+                f"'{path}' already exists and differs from the copy of '{source.path}' "
+                "that the run would write there; choose another folder with --out"
             )
 
 
 def write_copies(code: Sequence[Source], out: Path) -> list[Path]:
-    """Write copies, each whole or not at all.
+    """Write the copies, each atomically.
 
     Returns:
-        What has been made, outermost folder first; a copy that was there is no such thing.
+        What was created, outermost folder first; existing copies are not included.
     """
     made: list[Path] = []
     for source in code:

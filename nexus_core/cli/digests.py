@@ -1,9 +1,9 @@
-"""One digest for tensors: of every bit and its place, on the device, without waiting for it.
+"""Digest tensors on the device, without syncing: every bit and its position counts.
 
-Tensors are read as words of 64 bits. A word at place `i` counts `word * u[i] + (word >> 32) * v[i]`
-modulo 2^64, with odd weights that look random: any change of one number is seen, and an exchange
-of two is missed in one of 2^30 cases at most. The digest is a sum, so that of a whole is the sum of
-those of its parts, each at its place: processes that hold a part of a tensor each add up theirs.
+Tensors are read as 64-bit words. A word at position `i` contributes `word * u[i] + (word >> 32) *
+v[i]` modulo 2^64, with odd pseudo-random weights: any change of one number is detected, and a swap
+of two is missed in at most one of 2^30 cases. The digest is a sum, so the digest of a whole is the
+sum over its parts, each at its position: ranks that hold shards of a tensor add up theirs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from nexus_core.processes import Ranks, is_sharded, local_part, whole
 __all__ = ["Digester", "Piece", "hexadecimal"]
 
 Piece = tuple[Tensor, int]
-"""A tensor, and the byte at which it begins in the whole."""
+"""A tensor, and its byte offset in the whole."""
 
 WORD = 8  # bytes
 PLACE = 16  # bytes: where the next tensor of a group may begin
-BLOCK = 1 << 15  # words that have weights of their own; those of a block are multiplied by its own
-SLICE = 64  # blocks that are read at once
-ROWS = 1 << 15  # blocks with a factor of their own
-SMALL = 1 << 16  # bytes of a tensor that is joined with its neighbours before it is read
+BLOCK = 1 << 15  # words with their own weights; a block multiplies them by its own factor
+SLICE = 64  # blocks read at once
+ROWS = 1 << 15  # blocks with their own factor
+SMALL = 1 << 16  # bytes; smaller tensors are joined with their neighbours
 
 
 class Digester:
@@ -44,15 +44,15 @@ class Digester:
         """The digest of each group of tensors, one after the other, as an int64 vector `(groups)`.
 
         Args:
-            groups: the tensors of each.
+            groups: the tensors of each group.
             device: of the answer.
-            ranks: of the processes that hold a part each of divided tensors; then all must call,
-                and all get the digests of the whole, which are those of one process.
+            ranks: processes that each hold a shard of divided tensors; then all must call this, and
+                all get the digest of the whole, as one process would.
         """
         if not groups:
             return torch.zeros(0, dtype=torch.int64, device=device)
         divided = ranks is not None and any(is_sharded(t) for tensors in groups for t in tensors)
-        counts = not divided or ranks is None or ranks.is_main  # what all hold, one adds
+        counts = not divided or ranks is None or ranks.is_main  # replicated tensors count once
         own = torch.stack([self.total(laid_out(group, counts), device) for group in groups])
         return ranks.sum(own) if divided and ranks is not None else own
 
@@ -61,7 +61,7 @@ class Digester:
         """The digest of pieces of one whole: a 0-d int64.
 
         Args:
-            pieces: with their places.
+            pieces: with their offsets.
             device: of the answer.
         """
         total: Tensor | None = None
@@ -72,7 +72,7 @@ class Digester:
         return torch.zeros((), dtype=torch.int64, device=device) if total is None else total
 
     def _of(self, words: Tensor, start: int) -> Iterator[Tensor]:
-        """Sums over words that begin at a place, in words; all of them together are the digest."""
+        """Partial sums over words from an offset (in words); their sum is the digest."""
         low, high, rows = self._weights(words.device)
         at = 0
         while at < len(words):
@@ -101,11 +101,11 @@ class Digester:
 
 
 def laid_out(tensors: Iterable[Tensor], counts: bool = True) -> Iterator[Piece]:
-    """Tensors one after the other, each at a place that any dtype may begin at.
+    """Lay tensors out one after another, each at an offset aligned for any dtype.
 
     Args:
-        tensors: of divided ones, this process's rows.
-        counts: whether those that are not divided are of this process.
+        tensors: for divided ones, this rank's rows.
+        counts: whether this rank counts the tensors that are not divided.
     """
     start = 0
     for tensor in tensors:
@@ -118,9 +118,9 @@ def laid_out(tensors: Iterable[Tensor], counts: bool = True) -> Iterator[Piece]:
 
 
 def _own_rows(tensor: Any, start: int, counts: bool) -> Iterator[Piece]:
-    """This process's rows of a tensor that is divided by rows; of another one, all where it counts.
+    """This rank's rows of a tensor divided by rows; any other tensor whole, if it counts here.
 
-    Every process decides alike, as they exchange the tensor where it is not divided so.
+    Every rank decides alike, as they gather the tensor if it is not divided by rows.
     """
     if tensor.device_mesh.ndim == 1 and all(part.is_shard(0) for part in tensor.placements):
         chunks = tensor.__create_chunk_list__()
@@ -133,12 +133,12 @@ def _own_rows(tensor: Any, start: int, counts: bool) -> Iterator[Piece]:
 
 
 def hexadecimal(number: int) -> str:
-    """A digest that was read from the device, as 16 digits."""
+    """A digest read from the device, as 16 hex digits."""
     return f"{number % 2**64:016x}"
 
 
 def _joined(pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, int]]:
-    """Pieces as words with their places; small ones that are neighbours become one."""
+    """Pieces as words with their offsets; small neighbours are merged."""
     waiting: list[Tensor] = []
     begin = end = 0
     for tensor, start in pieces:
@@ -163,7 +163,7 @@ def _joined(pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, int]]:
 
 
 def _words(flat: Tensor, start: int) -> Tensor:
-    """The bits of a tensor of one dimension as int64, with zeros up to the next words' ends."""
+    """The bits of a 1-d tensor as int64, zero-padded to whole words."""
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     size = flat.element_size()
@@ -187,7 +187,7 @@ def _product(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _odd(count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Odd numbers that look random, the same everywhere (splitmix64)."""
+    """Odd pseudo-random numbers, the same on every machine (splitmix64)."""
     with np.errstate(over="ignore"):
         z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

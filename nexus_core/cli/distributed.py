@@ -1,4 +1,4 @@
-"""`nexus-run` under a launcher such as torchrun: several processes that behave as one command."""
+"""`nexus-run` under a launcher such as torchrun: several ranks that behave as one command."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ __all__ = ["join", "leave", "of_main", "resume_source", "said_by_main"]
 
 Answer = TypeVar("Answer")
 SLOT = "processes"
-"""The slot of the plugin that lets several processes train one model."""
+"""The slot of the plugin that runs distributed training."""
 PATIENCE_S = 5.0
-"""How long a process waits for the main one to end with the same error, in seconds."""
+"""How long a rank waits for rank 0 to end with the same error, in seconds."""
 
 
 class Joining(Protocol):
-    """What a plugin that fills the slot can do."""
+    """What a plugin in this slot provides."""
 
     def join(self) -> Ranks: ...
 
 
 def join(build: Build) -> Ranks:
-    """Bring this process together with those that the launcher started beside it.
+    """Join this rank with the others that the launcher started.
 
     Raises:
-        ConfigError: there are several and no plugin for that, or they were not started alike.
+        ConfigError: there are several and no plugin for that, or they were started differently.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:
@@ -54,24 +54,24 @@ def join(build: Build) -> Ranks:
     if plugin is None:
         raise ConfigError(
             f"a launcher started {started} processes (WORLD_SIZE={started}), and no plugin of this "
-            f"run lets them train one model; add one of slot '{SLOT}' (nexus-plugins list)"
+            f"run trains on several; add one that fills the slot '{SLOT}' (nexus-plugins list)"
         )
     if build.run.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
-            "a run that the launcher may start again needs a folder in which it finds what it has "
-            "saved: --out runs/mine (or torchrun --max-restarts 0)"
+            "a run that the launcher may restart needs a fixed folder to find its checkpoints "
+            "in: --out runs/mine (or torchrun --max-restarts 0)"
         )
     ranks = cast(Joining, plugin).join()
     if differences := _differences(build, ranks):
         _end(ranks, ConfigError(
-            f"the processes of this run were not started alike: {differences}; give all of them "
+            f"the ranks of this run were started differently: {differences}; give all of them "
             "the same files, options, NEXUS_* variables and packages"
         ))  # fmt: skip
     return ranks
 
 
 def of_main(ranks: Ranks, work: Callable[[], Answer]) -> Answer:
-    """Do something in the main process alone; all get what it returned, or end with its error."""
+    """Do something on rank 0 only; all ranks get its result, or end with its error."""
     if ranks.size == 1:
         return work()
     answer: Answer | None = None
@@ -90,21 +90,21 @@ def of_main(ranks: Ranks, work: Callable[[], Answer]) -> Answer:
 
 
 def resume_source(wished: str | None) -> str | None:
-    """What to resume from: in a restart by the launcher, what this very run has saved.
+    """What to resume from: after a restart by the launcher, this run's own checkpoints.
 
-    What was named stays what is asked for, as the run may have ended before it had saved; who reads
-    checkpoints knows whether it has.
+    A source named by the user is kept, as the run may have ended before its first save; whoever
+    reads the checkpoints knows.
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return "auto" if restarted and wished is None else wished
 
 
 def leave() -> None:
-    """Wait until all processes are done, so that none is ended while it saves, and part.
+    """Wait for all ranks, so that none is killed while it saves, then leave the process group.
 
-    Call it when engine and plugins are gone. Threads of a group that is still held live on into the
-    end of the interpreter, which aborts if they let go of a Python object then
-    (pytorch/pytorch#179291), and the exit code is lost.
+    Call it when engine and plugins are gone. Threads of a group that is still alive run until the
+    interpreter exits, which aborts if they release a Python object then (pytorch/pytorch#179291),
+    and the exit code is lost.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -113,15 +113,15 @@ def leave() -> None:
 
 
 def said_by_main(message: str) -> bool:
-    """Whether the main process ends with this very error too; its peers ask and wait for it.
+    """Whether rank 0 ends with this same error too; its peers ask and wait for it.
 
-    They ask the launcher, which they reach whether or not they have joined.
+    They ask the launcher's store, which is reachable before the ranks have joined.
 
     Args:
-        message: the error that this process ends with.
+        message: the error that this rank ends with.
 
     Returns:
-        False in the main process, and where it is well, says something else or cannot be reached.
+        False on rank 0, and if rank 0 is fine, reports another error or cannot be reached.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
@@ -140,11 +140,11 @@ def said_by_main(message: str) -> bool:
 
 
 def _end(ranks: Ranks, error: NexusError) -> None:
-    """Raise the error in the main process; the others end in silence, after it."""
+    """Raise the error on rank 0; the other ranks end silently after it."""
     if not ranks.is_main:
         with suppress(RuntimeError):
-            dist.barrier()  # broken off when the main process leaves
-    dist.destroy_process_group()  # its threads must not live on into the end of the interpreter
+            dist.barrier()  # fails when rank 0 leaves
+    dist.destroy_process_group()  # its threads must not outlive the interpreter
     gc.collect()
     if ranks.is_main:
         raise error
@@ -152,7 +152,7 @@ def _end(ranks: Ranks, error: NexusError) -> None:
 
 
 def _differences(build: Build, ranks: Ranks) -> str:
-    """How this run is not the same in every process, in words; nothing where it is."""
+    """How this run differs between ranks, in words; empty if it does not."""
     own = dict(_settings(build))
     digests = _gather(ranks, hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
     if len(set(digests)) == 1:
@@ -167,7 +167,7 @@ def _differences(build: Build, ranks: Ranks) -> str:
 
 
 def _settings(build: Build) -> Iterator[tuple[str, str]]:
-    """Each setting, the order of the plugins, and the versions of what they are made of."""
+    """Each setting, the order of the plugins, and the versions of their code."""
     yield from _flat(build.resolved(Path(build.run.out or "")))
     yield "the order of plugins", " ".join(plugin.name for plugin in build.plan.plugins)
     yield "torch", torch.__version__

@@ -1,4 +1,4 @@
-"""Build everything and try one batch, forward, backward and in evaluation; write nothing."""
+"""Build everything and try one batch: forward, backward and evaluation; write nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["dry_run"]
 
 
 def dry_run(engine: Engine, until: Interval) -> str:
-    """Try the run's parts together and report parameters, tokens of a step and memory."""
+    """Try all parts of the run once and report parameters, tokens per step and memory."""
     assert engine.data is not None
     first = {split: list(islice(batches, 1)) for split, batches in engine.data.valid.items()}
     step, metrics = engine.rehearse(engine.data.train, until=until, eval_data=first)
@@ -31,7 +31,7 @@ def dry_run(engine: Engine, until: Interval) -> str:
         [
             f"parameters      {sum(p.numel() for p in parameters):,} trained, "
             f"{sum(p.numel() for p in engine.model.parameters()):,} in all",
-            f"tokens a step   {tokens:,}",
+            f"tokens per step {tokens:,}",
             *lines,
             f"peak memory     {_peak_memory(engine.device) / 2**20:,.0f} MiB on {engine.device}",
             "dry run done: nothing was written",

@@ -1,4 +1,4 @@
-"""Which plugins a run has, and which of them a setting without a plugin's name is meant for."""
+"""Which plugins a run has, and which one a setting without a plugin name belongs to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["full_key", "keep_named_of_slot", "load_classes"]
 
 
 def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, type[AnyPlugin]]:
-    """The class of each plugin, by its name.
+    """The class of each plugin, by name.
 
     Args:
-        names: of plugins.
-        places: where those are that are not installed, by name.
+        names: names of plugins.
+        places: where plugins that are not installed live, by name.
     """
     scanned, classes = scan(), dict[str, type[AnyPlugin]]()
     for name in names:
@@ -34,7 +34,7 @@ def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, t
 def keep_named_of_slot(
     defaults: Sequence[str], named: Sequence[str], classes: Mapping[str, type[AnyPlugin]]
 ) -> list[str]:
-    """The plugins of a run: a default leaves its slot to a plugin that the user named for it."""
+    """The plugins of a run: a default yields its slot to a plugin that the user named."""
     taken = {classes[name].slot for name in named} - {None}
     kept = [name for name in defaults if name in named or classes[name].slot not in taken]
     return list(dict.fromkeys([*kept, *named]))
@@ -43,16 +43,16 @@ def keep_named_of_slot(
 def full_key(
     key: str, origin: str, defaults: Sequence[str], named: Sequence[str], places: Mapping[str, str]
 ) -> str:
-    """The key of a setting, with the plugin's name where one plugin of the run alone has it.
+    """The key of a setting, with the plugin's name if exactly one plugin of the run has it.
 
-    `lr` is `adam.lr`, say; the engine's own keys stand for themselves.
+    `lr` is `adam.lr`, say; the engine's own keys stay as they are.
 
     Args:
-        key: as it was written.
-        origin: where, for messages.
+        key: as written.
+        origin: where it was written, for messages.
         defaults: plugins of the run that a preset brings.
-        named: those that the user named.
-        places: where those are that are not installed, by name.
+        named: plugins that the user named.
+        places: where plugins that are not installed live, by name.
 
     Raises:
         ConfigError: no plugin of the run has it, or several have.
@@ -66,11 +66,11 @@ def full_key(
     found = [f"{name}.{key}" for name in enabled if key in keys[name]]
     if len(found) > 1:
         several = f"{len(found)} plugins of this run: {', '.join(found)}"
-        raise ConfigError(f"{origin}: '{key}' is a setting of {several}; say which")
+        raise ConfigError(f"{origin}: '{key}' is a setting of {several}; prefix it with one")
     if not found:
         near = suggestion(key, [*known, *sum(keys.values(), [])])
         raise ConfigError(
             f"{origin}: unknown key '{key}'.{near} The engine's keys: {', '.join(known)}; a "
-            "plugin's: NAME.KEY, or KEY where one plugin of the run has it"
+            "plugin's: NAME.KEY, or KEY if only one plugin of the run has it"
         )
     return found[0]

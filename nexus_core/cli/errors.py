@@ -1,4 +1,4 @@
-"""How the commands report errors: one line for what the user can fix, a traceback on request."""
+"""How the commands report errors: one line for what the user can fix, a traceback with --debug."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def reported(debug: bool, failure: int = 1) -> Iterator[None]:
 
     Args:
         debug: let the traceback through.
-        failure: the exit code of a failure; 2 where 1 is an answer of the command.
+        failure: the exit code of a failure; 2 if 1 is a regular result of the command.
     """
     _take_any_output()
     try:
@@ -40,7 +40,7 @@ def reported(debug: bool, failure: int = 1) -> Iterator[None]:
     except (click.exceptions.Exit, click.ClickException, SystemExit, KeyboardInterrupt):
         raise
     except BrokenPipeError:
-        raise  # click ends in silence, as `nexus-run | head` wants
+        raise  # click exits silently, for `nexus-run | head`
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -51,7 +51,7 @@ def reported(debug: bool, failure: int = 1) -> Iterator[None]:
 
 
 def _take_any_output() -> None:
-    """Have a character that the terminal cannot show written as an escape, and heed NO_COLOR."""
+    """Escape characters that the terminal cannot show, and respect NO_COLOR."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -65,7 +65,7 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def _said_by_main(message: str) -> bool:
-    """Whether this is one of several processes, whose main one says the same."""
+    """Whether rank 0 of this run reports the same error."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     from nexus_core.cli.distributed import said_by_main  # needs torch, which is slow to import

@@ -1,4 +1,4 @@
-"""The plan of a run in words: every event, who is called, in which order, and why."""
+"""The plan of a run in words: for each event, which plugins are called, in which order and why."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Place:
 
     Args:
         plugin: its name.
-        slot: the place in a run that it alone fills; null: none.
-        reasons: the constraints that put it behind others, or that it is where it was named.
-        code: the file or module that it was named by; null: it is installed.
-        topology_invariant: whether a run in cells has the same bits on any number of processes with
-            it, as its author says.
+        slot: the role that only it can fill in a run; null: none.
+        reasons: constraints that put it after others; else that it keeps the order it was named in.
+        code: the file or module that it was loaded from; null: it is installed.
+        topology_invariant: whether its author promises that a run in cells stays bitwise identical
+            on any number of processes with it.
     """
 
     plugin: str
@@ -56,12 +56,12 @@ class Place:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A preset's plugin that is not in the run.
+    """A plugin of the preset that is not in the run.
 
     Args:
         plugin: its name.
-        slot: the place in a run that it would fill.
-        taken_by: the plugin that was named for it.
+        slot: the role that it would fill.
+        taken_by: the plugin named for this slot.
     """
 
     plugin: str
@@ -75,9 +75,9 @@ class Call:
 
     Args:
         plugin: its name, or "the core".
-        role: "wraps", "first", "last", or empty where stage and plan alone decide.
-        stage: the stage of the hook that it is called in; empty where the hook has none.
-        reasons: why it is called at this place.
+        role: "wraps", "first", "last", or empty if stage and plan decide.
+        stage: the hook's stage in which it is called; empty if the hook has none.
+        reasons: why it is called in this position.
     """
 
     plugin: str
@@ -88,12 +88,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Event:
-    """A hook that is answered in this run.
+    """A hook that this run calls.
 
     Args:
         hook: its name.
         kind: event or seam, and whose answer counts.
-        calls: in the order in which they are made.
+        calls: in call order.
     """
 
     hook: str
@@ -111,21 +111,21 @@ class Explanation:
 
 
 def explain(plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] = NOWHERE) -> str:
-    """The explanation as a table: of each event its calls, in order, with role and reasons."""
+    """The explanation as a table: each event's calls in order, with role and reasons."""
     found = explanation(plan, defaults, places)
     width = max(len(name) for name in (CORE, *(place.plugin for place in found.plugins))) + 2
-    lines = [f"{len(found.plugins)} plugins, in the order in which they are called"]
+    lines = [f"{len(found.plugins)} plugins, in call order"]
     for place in found.plugins:
         slot = f"  [slot {place.slot}]" if place.slot else ""
         code = f"  ({shown(place.code)})" if place.code else ""
         lines.append(f"  {place.plugin:<{width}}{'; '.join(place.reasons)}{slot}{code}")
     odd = [place.plugin for place in found.plugins if not place.topology_invariant]
     lines.append(
-        "in cells, the same bits on any number of processes: promised by "
+        "bitwise identical in cells on any number of processes: promised by "
         + (f"all but {', '.join(odd)}" if odd else "all")
     )
     for gone in found.left_out:
-        lines.append(f"left out: {gone.plugin}, as {gone.taken_by} fills the slot {gone.slot}")
+        lines.append(f"left out: {gone.plugin}, as {gone.taken_by} fills slot {gone.slot}")
     for event in found.events:
         lines += ["", f"{event.hook}  ({event.kind})"]
         digits = len(str(len(event.calls)))
@@ -146,12 +146,12 @@ def explain_json(
 def explanation(
     plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] = NOWHERE
 ) -> Explanation:
-    """What will be called when, and why there; nothing is built and nothing is called.
+    """What will be called when, and why; nothing is built or called.
 
     Args:
-        plan: of the run.
+        plan: the run's plan.
         defaults: names of the plugins that a preset brings, whether they are in the plan or not.
-        places: where plugins are that are not installed, by name.
+        places: where plugins that are not installed live, by name.
     """
     names = [plugin.name for plugin in plan.plugins]
     found = [
@@ -176,7 +176,7 @@ def _event(plan: Plan, hook: str) -> Event:
     kind = (getattr(Hooks, hook).__doc__ or "").partition(":")[0].lower()
     impls = implementations(plan, hook, Defaults())
     if hook == IN_REVERSE:
-        back = "the reverse of the plan's order"
+        back = "reverse of the plan's order"
         return Event(hook, kind, tuple(Call(impl.plugin, "", "", (back,)) for impl in impls))
     calls: list[Call] = []
     for impl in impls:
@@ -197,12 +197,12 @@ def _stage(impl: Impl) -> str:
 
 def _reasons(plan: Plan, name: str, among: Collection[str]) -> tuple[str, ...]:
     if name == CORE:
-        return ("the answer where no plugin gives one",)
+        return ("default if no plugin answers",)
     return tuple(_constraints(plan, name, among)) or ("as named",)
 
 
 def _constraints(plan: Plan, name: str, among: Collection[str]) -> Iterator[str]:
-    """What puts a plugin behind those of `among`: it or they declare it, or a chain of others."""
+    """What puts a plugin after those in `among`: its declaration, theirs, or a chain of others."""
     seen, chains = {name}, list[tuple[str, ...]]([(name,)])
     for chain in chains:
         for (earlier, later), who in plan.declared.items():

@@ -1,7 +1,7 @@
-"""Settings held against the model that checks them, by rules that all models share.
+"""Validate settings against their model, by rules that all models share.
 
-Where a plugin wants text and YAML read a number, it gets what was written. A truth value is no
-number, and a whole number is one that 64 bits hold.
+If a plugin wants text and YAML read a number, it gets the text as written. A boolean is not a
+number, and an integer must fit in 64 bits.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ROUNDS = 20
 
 
 def fitted(model: type[BaseModel], given: Block, written: Mapping[Path, str]) -> Block:
-    """The settings, with text as it was written wherever the model wants text.
+    """The settings, with text as written wherever the model wants text.
 
-    A `run_name` of `007` is that name, and a `sep_token` of `[SEP]` that token.
+    A `run_name` of `007` stays `007`, and a `sep_token` of `[SEP]` stays that token.
 
     Args:
-        model: checks the settings.
-        given: by key.
-        written: how values that are not text were written, by their place in `given`.
+        model: the model that validates the settings.
+        given: settings by key.
+        written: how values that are not text were written, by their path in `given`.
     """
     if not written:
         return given
@@ -67,7 +67,7 @@ def _misread(
 
 
 def _place(given: Any, location: tuple[str | int, ...]) -> Path:
-    """Where a fault is; pydantic names the members of a union in between."""
+    """The path of an error; pydantic inserts the names of union members."""
     place: list[str | int] = []
     for part in location:
         in_dict = isinstance(given, dict) and part in given
@@ -84,15 +84,15 @@ def _at(given: Any, place: Path) -> Any:
 
 
 def check_numbers(prefix: str, checked: BaseModel, given: Block) -> None:
-    """Refuse numbers that would not do what they say.
+    """Reject numbers that would be misread.
 
     Args:
-        prefix: of the keys in messages.
-        checked: the settings that came of `given`.
+        prefix: prefix of the keys in messages.
+        checked: the settings validated from `given`.
         given: by key.
 
     Raises:
-        ConfigError: a truth value stands for a number, or a whole number needs more than 64 bits.
+        ConfigError: a boolean is given for a number, or an integer needs more than 64 bits.
     """
     settings = checked.model_dump(include=set(type(checked).model_fields) - {"plugins"})
     truths = {place for place, value in _leaves(given) if isinstance(value, bool)}
@@ -103,15 +103,15 @@ def check_numbers(prefix: str, checked: BaseModel, given: Block) -> None:
         if place in truths:
             raise ConfigError(f"{key}: got {str(bool(value)).lower()}; expected a number")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ConfigError(f"{key}: got {value!r:.60}; expected a whole number of up to 64 bits")
+            raise ConfigError(f"{key}: got {value!r:.60}; expected an integer of up to 64 bits")
 
 
 def from_variables(error: ConfigError, variables: Mapping[str, str]) -> ConfigError:
-    """The same error, with the environment variable named that a wrong setting is from.
+    """The same error, naming the environment variable that a wrong setting comes from.
 
     Args:
-        error: of one or more lines that begin with keys.
-        variables: by key.
+        error: one or more lines that begin with keys.
+        variables: variable names by key.
     """
     if not any(line.startswith(f"{key}:") for line in str(error).split("\n") for key in variables):
         return error

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what of it may be removed when nothing comes of the run."""
+"""The folder of a run: which run owns it, and what to remove if the run never starts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: of the folder.
-        made: folders that this process has made for it, outermost first.
-        claimed: whether the run in it is that of this process alone.
-        copies: of local code, and folders for them, that this process has made, outermost first.
-        parent: the checkpoint that a branch continues from; None: the run is no branch.
+        path: path of the folder.
+        made: folders that this process created for it, outermost first.
+        claimed: whether this process owns the run in it.
+        copies: copies of local code, with their folders, that this process made, outermost first.
+        parent: the checkpoint that a branch continues from; None: not a branch.
     """
 
     path: Path
@@ -47,18 +47,18 @@ class RunFolder:
     def claim(
         self, settings: Mapping[str, Any], code: Sequence[Source] = (), *, resuming: bool
     ) -> bool:
-        """Make the folder this run's, by a config that no other process can have written.
+        """Claim the folder for this run, with a config that no other process can have written.
 
         Args:
-            settings: resolved.
-            code: the local files that the settings name copies of.
-            resuming: whether the run in it continues.
+            settings: the resolved settings.
+            code: the local files whose copies the settings name.
+            resuming: whether the run in it is resumed.
 
         Returns:
-            Whether the config has been written; not where the run in it is resumed.
+            Whether the config was written; False if the run is resumed.
 
         Raises:
-            ConfigError: another run has taken the folder since, or it cannot be written.
+            ConfigError: another run has claimed the folder, or it cannot be written.
         """
         try:
             self.make()
@@ -76,10 +76,10 @@ class RunFolder:
         return self.claimed
 
     def make(self) -> None:
-        """Make it, and note which folders were not there."""
+        """Create it, and note which folders are new."""
         for path in reversed([self.path, *self.path.parents]):
             if not path.is_dir():
-                with suppress(FileExistsError):  # another process was quicker
+                with suppress(FileExistsError):  # another process was faster
                     path.mkdir()
                     self.made.append(path)
 
@@ -87,12 +87,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Leave no empty folder behind where an error ends it before there is a run."""
+        """Remove the empty folder if an error ends the run before it starts."""
         if kind is not None:
             self._remove_empty()
 
     def remove(self) -> None:
-        """Undo what this process has done to it, and nothing that another one has."""
+        """Undo what this process did to it, and nothing that others did."""
         if self.claimed and self.path in self.made:
             shutil.rmtree(self.path, ignore_errors=True)
         elif self.claimed:
@@ -104,22 +104,22 @@ class RunFolder:
 
     def _remove_empty(self) -> None:
         for path in reversed(self.made):
-            with suppress(OSError):  # another run has come to live in it
+            with suppress(OSError):  # another run uses it now
                 path.rmdir()
 
 
 def run_folder(build: Build, resume: str | None, *, make: bool = True) -> RunFolder:
-    """The folder of this run: as set, of the run to resume, or a new one under `runs/`.
+    """The folder of this run: the one set, that of the run to resume, or a new one under `runs/`.
 
-    All processes of a run get the one that the main process found.
+    All ranks get the folder that rank 0 found.
 
     Args:
-        build: of the run.
-        resume: as asked for; None begins a run.
-        make: whether a new one under `runs/` is made at once, so that its name is no other run's.
+        build: the run's build.
+        resume: as given; None starts a new run.
+        make: whether to create a new one under `runs/` at once, to reserve its name.
 
     Raises:
-        ConfigError: it holds another run, and `resume` was not asked for.
+        ConfigError: it holds another run, and `resume` is not set.
     """
     ranks = distributed.join(build)
     source = distributed.resume_source(resume)
@@ -127,7 +127,7 @@ def run_folder(build: Build, resume: str | None, *, make: bool = True) -> RunFol
 
 
 def write_config(settings: Mapping[str, Any], code: Sequence[Source], out: Path) -> None:
-    """Write the resolved config and copies of code into the run's folder, in place of earlier ones.
+    """Write the resolved config and the copies of code to the run folder, replacing earlier ones.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -146,7 +146,7 @@ def _found(build: Build, resume: str | None, *, make: bool) -> RunFolder:
     if out is not None:
         try:
             taken = resume is None and (out / CONFIG).exists()
-        except OSError as error:  # a name that is too long, a folder that cannot be entered
+        except OSError as error:  # name too long, folder not accessible
             raise _cannot_write(out, error) from error
         if taken:
             raise _taken(out)
@@ -158,7 +158,7 @@ def _found(build: Build, resume: str | None, *, make: bool) -> RunFolder:
 
 
 def _is_first(folder: RunFolder) -> bool:
-    """Make a folder; whether no other process was quicker."""
+    """Create a folder; returns whether this process was first."""
     try:
         folder.make()
     except OSError as error:
@@ -167,7 +167,7 @@ def _is_first(folder: RunFolder) -> bool:
 
 
 def automatic(name: str) -> Iterator[Path]:
-    """Names under `runs/` for a run that has none, of this second, best first."""
+    """Names under `runs/` for an unnamed run, with the current time, best first."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     yield RUNS / f"{name}-{stamp}"
     for number in count(2):
@@ -175,26 +175,26 @@ def automatic(name: str) -> Iterator[Path]:
 
 
 def _newest(name: str) -> Path | None:
-    """The newest run of this name that has saved something."""
+    """The newest run of this name with a checkpoint."""
     pattern = re.compile(rf"{re.escape(name)}-(\d{{8}}-\d{{6}})(?:-(\d+)|([b-k]))?")
     runs = []
     for path in RUNS.glob("*"):
         match = pattern.fullmatch(path.name)
         if match and any(path.glob("checkpoints*")):
-            letter = ord(match[3]) if match[3] else 0  # as earlier releases counted
+            letter = ord(match[3]) if match[3] else 0  # numbering of earlier releases
             runs.append((match[1], int(match[2] or letter), path))
     return max(runs)[2] if runs else None
 
 
 def _write_new(path: Path, text: str) -> bool:
-    """Write a file, all of it or nothing; False where there is one already."""
+    """Write a file atomically; False if it already exists."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     draft.write_text(text, encoding="utf-8")
     try:
         os.link(draft, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no links
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -207,13 +207,13 @@ def _write_new(path: Path, text: str) -> bool:
 
 def _taken(out: Path) -> ConfigError:
     return ConfigError(
-        f"'{out}' holds a run already; resume it with --resume auto, or choose another folder "
+        f"'{out}' already holds a run; resume it with --resume auto, or choose another folder "
         "with --out"
     )
 
 
 def _cannot_write(out: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"cannot write to the run's folder '{out}': {error.strerror}; "
-        "choose another with --out, or make room"
+        f"cannot write to the run folder '{out}': {error.strerror}; "
+        "choose another with --out, or free some space"
     )

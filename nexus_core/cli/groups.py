@@ -1,4 +1,4 @@
-"""What plugins are there for, so that a list of them can be read."""
+"""Group plugins by purpose, for listings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUPS = (
     OTHERS,
     "loggers and observers",
 )
-"""In the order in which they are shown."""
+"""Groups in the order shown."""
 
 _OF_SLOT = {
     "data": "data",
@@ -31,7 +31,7 @@ _OF_SLOT = {
 
 
 def group_of(plugin: type[AnyPlugin]) -> str:
-    """The group of a plugin, by the slot that it fills and what it answers."""
+    """The group of a plugin, from its slot and its hooks."""
     if plugin.slot in _OF_SLOT:
         return _OF_SLOT[plugin.slot]
     if getattr(plugin, "only_watches", False):

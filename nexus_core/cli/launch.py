@@ -1,4 +1,4 @@
-"""Runs that a command starts, several at once, each in a process and a folder of its own."""
+"""Runs started by a command, several in parallel, each in its own process and folder."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Crew", "Recipe", "RunFailedError", "branch_in_folder", "checked", "train_in_folder"]
 
-_PATIENCE_S = 60.0  # for a run that is about to stop
-_WORDS = 600  # of a log that are shown
+_PATIENCE_S = 60.0  # for a run that is stopping
+_WORDS = 600  # words of a log to show
 
 
 class RunFailedError(NexusError):
-    """A run that a command has started ended with an error."""
+    """A run started by a command ended with an error."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How runs are made.
+    """How to make runs.
 
     Args:
         config: file or preset; None: the default preset.
-        plugins: as behind `--plugins`.
-        sets: as behind each `--set`.
+        plugins: as in `--plugins`.
+        sets: as in each `--set`.
     """
 
     config: str | None = None
@@ -58,27 +58,27 @@ class Recipe:
     sets: tuple[str, ...] = ()
 
     def build(self, out: Path | None = None, values: Mapping[str, Any] | None = None) -> Build:
-        """The plugins of a run.
+        """The build of a run.
 
         Args:
-            out: the folder of the run.
-            values: settings above all others, by key.
+            out: the run folder.
+            values: settings that override all others, by key.
 
         Raises:
-            ConfigError, PluginError: as the settings demand.
+            ConfigError, PluginError: the settings are invalid.
         """
         given = {**(values or {}), **({} if out is None else {"out": out})}
         return build_plugins(read_settings(self.config, self.plugins, self.sets, os.environ, given))
 
 
 def checked(recipe: Recipe) -> list[str]:
-    """Check the settings of runs before any is made.
+    """Check the settings of runs before starting any.
 
     Returns:
         The modules that the runs need.
 
     Raises:
-        ConfigError, PluginError: as the settings demand.
+        ConfigError, PluginError: the settings are invalid.
     """
     plugins = recipe.build().plan.plugins
     return ["nexus_core.cli.ready", *sorted({type(plugin).__module__ for plugin in plugins})]
@@ -90,13 +90,13 @@ def train_in_folder(
     values: Mapping[str, Any],
     watch: Callable[[Engine], None] = lambda engine: None,
 ) -> None:
-    """Train a run to its end, from where it was left if it was begun; the process ends with it.
+    """Train a run to its end, resuming if it was started before; the process exits with it.
 
     Args:
-        recipe: of the run.
+        recipe: how to make the run.
         out: its folder.
-        values: settings above all others, by key.
-        watch: gets the engine before it trains.
+        values: settings that override all others, by key.
+        watch: called with the engine before it trains.
     """
     with reported(debug=True):
         _wait_until_free(out)
@@ -107,10 +107,10 @@ def train_in_folder(
 
 
 def branch_in_folder(recipe: Recipe, out: Path, saved: Saved) -> None:
-    """Train a branch of a run to its end, from where it was left if it was begun.
+    """Train a branch of a run to its end, resuming if it was started before.
 
     Args:
-        recipe: of the branch; its config is that of the checkpoint.
+        recipe: how to make the branch; its config is that of the checkpoint.
         out: its folder.
         saved: the checkpoint that it branches off.
     """
@@ -125,11 +125,11 @@ def branch_in_folder(recipe: Recipe, out: Path, saved: Saved) -> None:
 
 @dataclass
 class Crew:
-    """Processes at work; when it is left by an error, they are told to stop, and waited for.
+    """A pool of worker processes; on an error they are told to stop and joined.
 
     Args:
-        modules: that the processes need; they are imported once for all of them.
-        jobs: how many are to work at once; they share the cores.
+        modules: modules the processes need; imported once for all of them.
+        jobs: how many run in parallel; they share the cores.
     """
 
     modules: Sequence[str]
@@ -148,19 +148,19 @@ class Crew:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many work as may."""
+        """Whether all job slots are taken."""
         return len(self._working) >= self.jobs
 
     def __len__(self) -> int:
         return len(self._working)
 
     def start(self, out: Path, target: Callable[..., None], *args: Any) -> None:
-        """Let a process do something for a run, with its words in `OUT.log` beside the folder.
+        """Start a process for a run; its output goes to `OUT.log` next to the folder.
 
         Args:
-            out: the folder of the run.
-            target: a function of a module; it ends by returning or by `sys.exit`.
-            args: of it; they are pickled.
+            out: the run folder.
+            target: a module-level function; it ends by returning or with `sys.exit`.
+            args: its arguments; they are pickled.
         """
         out.parent.mkdir(parents=True, exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -175,8 +175,8 @@ class Crew:
         """Wait until one has ended.
 
         Returns:
-            The folder of its run, and its exit code: 0, 128 + a signal that stopped the run, less
-            than 0 where it was killed, or that of an error.
+            The folder of its run, and its exit code: 0, 128 + the signal that stopped it, negative
+            if it was killed, or that of an error.
         """
         ready = connection.wait([process.sentinel for process in self._working.values()])
         out = next(out for out, process in self._working.items() if process.sentinel in ready)
@@ -186,11 +186,11 @@ class Crew:
 
     @staticmethod
     def check(out: Path, code: int) -> None:
-        """Raise what ended a run.
+        """Raise the error that ended a run.
 
         Raises:
             ConfigError: a mistake in its settings.
-            RunFailedError: anything else that is not its end.
+            RunFailedError: any other early end.
         """
         if code == 0:
             return
@@ -201,13 +201,13 @@ class Crew:
         stopped = code > 128 or code < 0
         how = "was stopped" if stopped else f"ended with exit code {code}"
         raise RunFailedError(
-            f"the run in '{out}' {how}; the same command resumes it; its last words, in {log}: "
+            f"the run in '{out}' {how}; the same command resumes it; last lines of {log}: "
             f"{said[-_WORDS:].strip()}"
         )
 
 
 def _wait_until_free(out: Path) -> None:
-    """Let a process that a killed command has left end its last step."""
+    """Wait for a process left over from a killed command to finish its last step."""
     limit = time.monotonic() + _PATIENCE_S
     while (out / CONFIG).is_file() and Run(out).status == "running" and time.monotonic() < limit:
         time.sleep(0.1)
@@ -228,7 +228,7 @@ def _work(
 
 
 def _stop_with_parent() -> None:
-    """Stop the run where the command that started it has been killed."""
+    """Stop the run if the command that started it was killed."""
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The installed plugins in words: a line for each, and everything about one."""
+"""Show the installed plugins: one line each, or everything about one."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ __all__ = [
 
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >="}
 RULES = ("before", "after", "requires", "conflicts")
-_OWN = "nexus-trainer"  # of which it goes without saying
+_OWN = "nexus-trainer"  # not shown
 _INSTALL = re.compile(r"pip install .*")
 ROLES = {"wrapper": "wraps", "tryfirst": "asks to be first", "trylast": "asks to be last"}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An installed plugin in a list.
+    """A row of the list of plugins.
 
     Args:
-        name: of the plugin.
-        package: distribution and version; empty where two give it.
+        name: name of the plugin.
+        package: distribution and version; empty if two provide it.
         status: "ready", "missing" (it needs a package that is not installed) or "broken".
-        what: what it does, or why it cannot be had.
-        group: what it is for; empty where it is not loaded.
-        slot: that it fills.
+        what: what it does, or why it is not available.
+        group: its purpose; empty if it is not loaded.
+        slot: the slot it fills.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Listed:
 
 
 def listed_plugins(*, loading: bool = True) -> list[Listed]:
-    """Every installed plugin, by group and name; a broken one does no harm to the others.
+    """Every installed plugin, by group and name; a broken one does not affect the others.
 
     Args:
-        loading: import each plugin; False reads metadata alone, and tells where each would be
+        loading: import each plugin; False only reads metadata, and shows where each would be
             imported from instead of what it does.
     """
     scanned = scan()
@@ -75,7 +75,7 @@ def listed_plugins(*, loading: bool = True) -> list[Listed]:
 
 
 def list_plugins(*, loading: bool = True) -> str:
-    """A line for each installed plugin below the heading of its group; see `listed_plugins`."""
+    """One line for each installed plugin, under its group's heading; see `listed_plugins`."""
     rows = listed_plugins(loading=loading)
     width = max((len(row.name) for row in rows), default=0) + 2
     lines = list[str]()
@@ -102,7 +102,7 @@ def _said(row: Listed, indent: int) -> str:
 
 
 def show_plugin_json(word: str) -> str:
-    """The same facts as `show_plugin`, as JSON; its settings as a JSON schema.
+    """The same as `show_plugin` in JSON; settings as a JSON schema.
 
     Raises:
         PluginError: it cannot be loaded.
@@ -125,10 +125,10 @@ def show_plugin_json(word: str) -> str:
 
 
 def show_plugin(word: str) -> str:
-    """What a plugin does, its settings, hooks, place among the others, and state.
+    """What a plugin does, its settings, hooks, order and state.
 
     Args:
-        word: its name, or its place, such as `./mine.py`.
+        word: its name or its path, such as `./mine.py`.
 
     Raises:
         PluginError: it cannot be loaded.
@@ -138,7 +138,7 @@ def show_plugin(word: str) -> str:
     facts = {
         "from": giver(plugin, word),
         "built for": f"plugin API {plugin.api_version}",
-        "slot": f"{plugin.slot}: one plugin of a run fills it" if plugin.slot else "",
+        "slot": f"{plugin.slot}: only one plugin of a run can fill it" if plugin.slot else "",
         **{rule: ", ".join(getattr(plugin, rule)) for rule in RULES},
         "state": _state(plugin),
     }
@@ -149,7 +149,7 @@ def show_plugin(word: str) -> str:
             *("", *(f"{fact:<11}{said}" for fact, said in facts.items() if said)),
             *("", "settings" if settings else "no settings"),
             *settings,
-            *("", "hooks, in the order of a run"),
+            *("", "hooks, in call order"),
             *_hooks(plugin),
         ]
     )
@@ -179,7 +179,7 @@ def _loaded(name: str, scanned: EntryPoints) -> Listed:
 
 
 def _settings(model: type[BaseModel], indent: str = "  ") -> Iterator[str]:
-    """Two lines for each field, and below them those of a block of settings within it."""
+    """Two lines for each field, followed by those of nested blocks of settings."""
     for key, field in model.model_fields.items():
         kind = " ".join([_type(field.annotation), *_bounds(field)])
         yield f"{indent}{key}: {kind}, {_default(field)}"
@@ -214,7 +214,7 @@ def _hooks(plugin: type[AnyPlugin]) -> Iterator[str]:
 
 def _state(plugin: type[AnyPlugin]) -> str:
     if plugin.state_dict is Plugin.state_dict:
-        return "none to save"
+        return "nothing to save"
     holds = _first_line(plugin.state_dict.__doc__)
     return f"version {plugin.state_version}" + (f": {holds}" if holds else "")
 
@@ -231,7 +231,7 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 
 
 def _type(annotation: Any) -> str:
-    """A type as one writes it: `float`, `Interval | None`, `'min' | 'max'`, `list[str]`."""
+    """A type as written in code: `float`, `Interval | None`, `'min' | 'max'`, `list[str]`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(arguments[0])

@@ -1,4 +1,4 @@
-"""Plugins that are named by their place: `./mine.py`, `./mine.py:SparklePlugin`, `pack.module`."""
+"""Plugins given by path or module: `./mine.py`, `./mine.py:SparklePlugin`, `pack.module`."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ __all__ = [
 
 
 def is_place(word: str) -> bool:
-    """Whether a word names a plugin by its place; a plugin's name has none of these signs."""
+    """Whether a word gives a plugin by path or module; plugin names lack these signs."""
     return any(sign in word for sign in "./:")
 
 
 def without_label(word: str) -> tuple[str, str]:
-    """A place, and what follows it: `@late` where it names a further instance of the plugin."""
+    """A path, and its suffix: `@late` names another instance of the plugin."""
     place, sign, label = word.rpartition("@")
     return (place, sign + label) if is_place(place) and not is_place(label) else (word, "")
 
 
 class LocalPlugins:
-    """The plugins of a run that are named by their place.
+    """The plugins of a run that are given by path or module.
 
     Args:
-        words: names and places, as the command line gives them.
+        words: names and paths from the command line.
 
     Attributes:
-        places: where each is, by the plugin's name.
-        names: of all that the command line names.
+        places: the path of each, by plugin name.
+        names: all plugins that the command line names.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -56,17 +56,17 @@ class LocalPlugins:
             self.names.append(self._name(word, Path.cwd(), ()))
 
     def by_name(self, document: Document, base: Path | None) -> Document:
-        """A config file with plugins by name, and places in it for every working directory.
+        """A config file with plugins by name, and its paths made absolute.
 
-        Where the command line names a plugin by its place too, its place wins.
+        If the command line gives a plugin by path too, its path wins.
 
         Args:
             document: the file.
-            base: what places in it are relative to; None: the user has not named the file.
+            base: what paths in it are relative to; None: the user did not name the file.
 
         Raises:
-            ConfigError: two blocks are of one plugin.
-            PluginError: there is no plugin at a place.
+            ConfigError: two blocks configure one plugin.
+            PluginError: there is no plugin at a path.
         """
         blocks = document.value.get("plugins")
         if not isinstance(blocks, dict):
@@ -108,11 +108,11 @@ class LocalPlugins:
 
 
 def placed(value: Any, base: Path | None) -> Any:
-    """The same settings with the places in them as they are for every working directory.
+    """The same settings with their paths made absolute.
 
     Args:
         value: a setting, or settings by key.
-        base: the folder that relative places are relative to; None leaves them as they are.
+        base: the folder that paths are relative to; None leaves them unchanged.
     """
     if isinstance(value, dict):
         return {key: placed(item, base) for key, item in value.items()}
@@ -122,10 +122,10 @@ def placed(value: Any, base: Path | None) -> Any:
 
 
 def plugin_class(word: str) -> type[AnyPlugin]:
-    """The class of a plugin that is named, or whose place is given.
+    """The class of a plugin given by name or path.
 
     Raises:
-        PluginError: it is no plugin, or goes by the name of one that is installed.
+        PluginError: it is not a plugin, or has the name of an installed one.
         ConfigError: it cannot be loaded.
     """
     if not is_place(word):
@@ -138,14 +138,14 @@ def plugin_class(word: str) -> type[AnyPlugin]:
     entry = installed().get(found.name)
     if entry is not None and load_installed(found.name) is not found:
         raise PluginError(
-            f"'{shown(word)}' goes by the name '{found.name}', as a plugin of "
-            f"{distribution(entry)} does; rename the class"
+            f"'{shown(word)}' has the name '{found.name}', like a plugin of "
+            f"{distribution(entry)}; rename the class"
         )
     return found.labelled(label[1:]) if label else found
 
 
 def giver(plugin: type[AnyPlugin], word: str) -> str:
-    """Where a plugin is from: its distribution and entry point, or its place."""
+    """Where a plugin comes from: its distribution and entry point, or its path."""
     if is_place(word):
         return shown(place_of(plugin, word))
     entry = installed()[plugin.name]
@@ -153,7 +153,7 @@ def giver(plugin: type[AnyPlugin], word: str) -> str:
 
 
 def place_of(plugin: type[AnyPlugin], word: str) -> str:
-    """The place of a plugin, with its class, as it was found at a place."""
+    """The path of a plugin found by path, with its class."""
     word, label = without_label(word)
     where, name = split(word)
     if not name and where.endswith(f".{plugin.__name__}"):
@@ -162,14 +162,14 @@ def place_of(plugin: type[AnyPlugin], word: str) -> str:
 
 
 def _looked_for(place: str, base: Path) -> str:
-    """The place for every working directory, with its module looked for in a folder too."""
+    """The path made absolute; modules are also looked up in a folder."""
     if not split(place)[0].endswith(".py"):
         look_in(base)
     return absolute(place, base)
 
 
 def _only_plugin(module: ModuleType, word: str) -> type[AnyPlugin]:
-    """The one class of a plugin that a module defines."""
+    """The only plugin class that a module defines."""
     classes = [
         item
         for name, item in vars(module).items()
@@ -179,9 +179,9 @@ def _only_plugin(module: ModuleType, word: str) -> type[AnyPlugin]:
     names = [found.__name__ for found in classes]
     if not names:
         raise PluginError(
-            f"'{shown(word)}' has no class of a plugin, such as class SparklePlugin(Plugin[...])"
+            f"'{shown(word)}' has no plugin class, such as class SparklePlugin(Plugin[...])"
         )
     if len(names) > 1:
-        said = f"'{shown(word)}' has {len(names)} plugins, {', '.join(names)}; say which"
+        said = f"'{shown(word)}' has {len(names)} plugins, {', '.join(names)}; choose one"
         raise PluginError(f"{said}: {shown(word)}:{names[0]}")
     return classes[0]

@@ -1,4 +1,4 @@
-"""Memory of this process and of this machine, as its operating system tells it."""
+"""Memory of this process and this machine, as reported by the operating system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhe
 
 
 def peak_resident() -> int:
-    """Bytes of main memory that this process had at most; 0 where the system does not tell."""
+    """Peak resident memory of this process in bytes; 0 if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -22,7 +22,7 @@ def peak_resident() -> int:
 
 
 def machine_memory() -> int:
-    """Bytes of main memory that this machine has; 0 where the system does not tell."""
+    """Memory of this machine in bytes; 0 if unknown."""
     names = getattr(os, "sysconf_names", {})
     if "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -52,7 +52,7 @@ class _MachineMemory(ctypes.Structure):
 
 
 def _ask_windows(function: str, answer: Any) -> Any:
-    """Let a function of Windows fill in its answer, which stays zero on any other system."""
+    """Call a Windows function that fills in `answer`; it stays zero on other systems."""
     answer.size = ctypes.sizeof(answer)
     kernel = getattr(getattr(ctypes, "windll", None), "kernel32", None)
     if kernel is not None and isinstance(answer, _ProcessMemory):

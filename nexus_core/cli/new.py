@@ -1,4 +1,4 @@
-"""`nexus-plugins new`: a plugin's package, complete and with its tests, or a plugin in one file."""
+"""`nexus-plugins new`: a complete plugin package with tests, or a plugin in one file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEMPLATES = {
     "src/$name/py.typed": "py.typed",
     "tests/test_$name.py": "test_$kind.py",
 }
-"""Path in the new package to the template that fills it."""
+"""File of the new package: its template."""
 
 
 @click.command()
@@ -43,12 +43,12 @@ TEMPLATES = {
 @click.option("--model", "kind", flag_value="model", help="The model of a run.")
 @click.option("--data", "kind", flag_value="data", help="The data of a run.")
 @click.option("--optimizer", "kind", flag_value="optimizer", help="An optimizer.")
-@click.option("--schedule", "kind", flag_value="schedule", help="A learning rate over the run.")
-@click.option("--metric", "kind", flag_value="metric", help="A metric of an evaluation set.")
+@click.option("--schedule", "kind", flag_value="schedule", help="A learning rate schedule.")
+@click.option("--metric", "kind", flag_value="metric", help="An evaluation metric.")
 @click.option("--logger", "kind", flag_value="logger", help="Shows or stores metrics.")
-@click.option("--out", type=PATH, help="The package's folder; default: NAME.")
+@click.option("--out", type=PATH, help="Folder of the package; default: NAME.")
 def new(name: str, kind: str | None, out: Path | None) -> None:
-    """Write the package of a new plugin, with tests that pass; or a plugin in one file.
+    """Create a package for a new plugin, with passing tests; or a plugin in one file.
 
     \b
     nexus-plugins new sparkle            a package, ready to install
@@ -67,7 +67,7 @@ def _new_package(name: str, kind: str, folder: Path) -> str:
     _check_name(name)
     _write(folder, package_files(name, kind))
     return (
-        f"wrote the package of '{name}' into {folder}; next:\n"
+        f"created the package '{name}' in {folder}; next:\n"
         f"  pip install -e '{folder}[test]'\n"
         f"  pytest {folder}\n"
         f"  nexus-run --plugins {name}"
@@ -78,9 +78,9 @@ def _new_file(path: Path, kind: str, out: Path | None) -> str:
     from nexus_core.errors import ConfigError
 
     if out is not None:
-        raise ConfigError(f"--out is for a package; the file goes where its name says: {path}")
+        raise ConfigError(f"--out is for packages; a file is written to the path you name: {path}")
     if path.exists():
-        raise ConfigError(f"'{path}' is there already; choose another name")
+        raise ConfigError(f"'{path}' already exists; choose another name")
     name = path.stem
     _check_name(name)
     words = _words(name, kind)
@@ -92,7 +92,7 @@ def _new_file(path: Path, kind: str, out: Path | None) -> str:
         raise ConfigError(f"cannot write '{path}': {error.strerror}; choose another") from error
     place = shlex.quote(str(path) if path.is_absolute() else f"./{path}")
     return (
-        f"wrote the plugin '{name}' into {path}; next:\n"
+        f"created the plugin '{name}' in {path}; next:\n"
         f"  nexus-run --plugins {place}\n"
         f"  nexus-plugins check {place}"
     )
@@ -102,8 +102,8 @@ def package_files(name: str, kind: str = PLAIN) -> dict[str, str]:
     """The files of a plugin's package: path to text.
 
     Args:
-        name: of the plugin, its module and its distribution.
-        kind: "plain", or what an option of the command says: "loss", "model", ...
+        name: name of the plugin, its module and its distribution.
+        kind: "plain", or one of the command's options: "loss", "model", ...
     """
     words = _words(name, kind)
     return {
@@ -113,7 +113,7 @@ def package_files(name: str, kind: str = PLAIN) -> dict[str, str]:
 
 
 def _words(name: str, kind: str) -> dict[str, str]:
-    """What the templates leave open."""
+    """Values for the templates' placeholders."""
     from nexus_core.events import API_VERSIONS
 
     return {
@@ -134,10 +134,10 @@ def _template(source: str, words: Mapping[str, str]) -> str:
 
 
 def _check_name(name: str) -> None:
-    """Refuse what cannot be a plugin's name, or is one already.
+    """Reject names that are invalid or already taken.
 
     Raises:
-        ConfigError: with a name that would do, where there is one.
+        ConfigError: suggests a valid name if there is one.
     """
     from nexus_core.errors import ConfigError
     from nexus_core.plan import distribution, installed
@@ -146,29 +146,29 @@ def _check_name(name: str) -> None:
     if not plain or keyword.iskeyword(name) or "__" in name:
         raise ConfigError(
             f"'{name}' cannot be a plugin's name: expected lower-case letters, digits and single "
-            "underscores, a letter first, and no word of Python's own, such as 'gradient_noise'"
+            "underscores, starting with a letter, not a Python keyword; such as 'gradient_noise'"
         )
     if entry := installed().get(name):
         raise ConfigError(
-            f"there is a plugin '{name}' already, of {distribution(entry)}; choose another name"
+            f"the plugin '{name}' already exists in {distribution(entry)}; choose another name"
         )
     if find_spec(name) is not None:
         raise ConfigError(
-            f"there is a module '{name}' already, which the plugin's would hide or be hidden by; "
+            f"a module '{name}' already exists, and one would hide the other; "
             f"choose another name, such as '{name}_plugin'"
         )
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write all files or none.
+    """Write all files, or nothing on an error.
 
     Raises:
-        ConfigError: the folder is there already, or cannot be made.
+        ConfigError: the folder already exists, or cannot be created.
     """
     from nexus_core.errors import ConfigError
 
     if folder.exists():
-        raise ConfigError(f"'{folder}' is there already; choose another folder with --out")
+        raise ConfigError(f"'{folder}' already exists; choose another folder with --out")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as draft:

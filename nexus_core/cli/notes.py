@@ -1,9 +1,9 @@
-"""The notes by which runs are compared: the plugin that keeps them, and their lines.
+"""The per-step notes by which runs are compared, and the plugin that writes them.
 
-An installed package names the plugin by the entry-point group `nexus.witness`. It has the settings
-`file` and `at_once`, writes an object a line, with the `step`, and one with a `session` wherever
-the run begins or is resumed. A run in cells has the same lines on any number of processes, but for
-those of the sessions.
+An installed package declares the plugin with the entry-point group `nexus.witness`. It has the
+settings `file` and `at_once`, and writes one JSON object per line: one for each `step`, and one
+with a `session` wherever the run starts or is resumed. A run in cells writes the same lines on
+any number of processes, except those of the sessions.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ __all__ = [
 
 NOTES = "witness.jsonl"
 GROUP = "nexus.witness"
-LABEL = "witness"  # beside an instance that the run has by itself
-_CHAIN = "chain"  # of a line and all before it: it says that there is a difference, and not which
+LABEL = "witness"  # next to an instance that the run itself enables
+_CHAIN = "chain"  # hash of a line and all before it: shows that they differ, not where
 
 
 def witness() -> AnyPlugin:
-    """A plugin that writes down each step of a run, within the step.
+    """A plugin that records each step of a run, during the step.
 
     Raises:
-        PluginError: no installed package gives one.
+        PluginError: no installed package provides one.
     """
     for entry in entry_points(group=GROUP):
         return load(entry.name).labelled(LABEL)(file=NOTES, at_once=True)
-    raise PluginError(f"no installed package names a plugin in the entry-point group {GROUP}")
+    raise PluginError(f"no installed package provides a plugin in the entry-point group {GROUP}")
 
 
 def companions() -> list[str]:
-    """Names of the plugins that installed packages add to a run which is compared to the bit."""
+    """Names of the plugins that installed packages add to runs that are compared bitwise."""
     return sorted(entry.name for entry in entry_points(group="nexus.verify"))
 
 
 def notes_of(out: Path) -> list[dict[str, Any]]:
-    """What was written down of each step."""
+    """The notes of each step."""
     lines = map(json.loads, whole_lines(out / NOTES))
     return [{k: v for k, v in line.items() if k != _CHAIN} for line in lines if "step" in line]
 
 
 def starts_of(out: Path) -> list[int]:
-    """The steps after which the lives of a run began, but for those that were done again."""
+    """The steps at which the sessions of a run started, except those that were repeated."""
     lines = map(json.loads, whole_lines(out / NOTES))
     return [line["session"]["step"] for line in lines if "session" in line]
 
 
 def fingerprint(out: Path) -> str:
-    """A hash of what was written down of the last step, which has the whole state."""
+    """A hash of the last step's notes, which cover the whole state."""
     return hashlib.sha256(json.dumps(notes_of(out)[-1]).encode()).hexdigest()[:32]
 
 
@@ -80,7 +80,7 @@ def last_step(path: Path) -> int:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The whole lines of a file, which may be cut off by a kill; none where there is no file."""
+    """The complete lines of a file (a kill may cut the last one); empty if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Processes that start at once, forked from one that has imported all; they may be killed."""
+"""Fast-starting processes, forked from one that has imported everything; they may be killed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["free_port", "nursery", "stand_alone"]
 
 
 def nursery(*modules: str) -> ForkServerContext:
-    """What starts processes that have modules imported.
+    """A context that starts processes with modules already imported.
 
     Raises:
         ConfigError: this system cannot fork.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         raise ConfigError(
-            "runs are started by forking, which this system does not have; do it on Linux or "
+            "this command starts runs by forking, which this system lacks; use Linux or "
             "macOS, or on Windows within WSL"
         )
     found = multiprocessing.get_context("forkserver")
@@ -34,9 +34,9 @@ def nursery(*modules: str) -> ForkServerContext:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, drawn from below those that the system gives out by itself.
+    """A free port, from below the range that the system assigns by itself.
 
-    Two commands that start at once would else be given one port in turn, before either listens.
+    Otherwise two commands started at once could get the same port, before either listens.
     """
     drawn = random.SystemRandom()
     while True:
@@ -47,11 +47,11 @@ def free_port() -> int:
 
 
 def stand_alone(log: Path) -> None:
-    """Make this process one that can be killed with its workers, and that writes into a log.
+    """Let this process be killed together with its workers, and redirect its output to a log.
 
-    What a process makes that outlives it, such as the semaphores of its workers' queues, is
-    removed by a tracker when the process has ended. The one that comes with the fork is that of
-    the process which kills, and waits for the end of that one; so this process gets its own.
+    A resource tracker removes what outlives this process, such as the semaphores of its workers'
+    queues. The inherited one belongs to the parent and waits for the parent to end, so this process
+    starts its own.
     """
     from multiprocessing import resource_tracker  # not on every system
 

@@ -1,4 +1,4 @@
-"""Types of options that several commands have."""
+"""Option types that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nexus-run --plot-lr`: the learning rate of every parameter group, before anything is trained."""
+"""`nexus-run --plot-lr`: plot each parameter group's learning rate without training."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from nexus_core.relay import relay
 
 __all__ = ["LrPlan", "plan_lr", "plot_lr"]
 
-POINTS = 600  # more than a terminal or a picture can tell apart
+POINTS = 600  # more than a terminal or PNG can resolve
 
 
 @dataclass(frozen=True)
 class LrPlan:
-    """The learning rates of a run.
+    """The planned learning rates of a run.
 
     Args:
-        total: steps of the run.
-        steps: those of them that are planned here, the first is 0, the last `total - 1`.
-        rates: at these steps, by the names of the optimizer's parameter groups.
-        assumed: how large every step is taken to be, in words; empty where that has no influence.
+        total: number of steps of the run.
+        steps: the steps planned here, from 0 to `total - 1`.
+        rates: learning rates at these steps, by parameter group name.
+        assumed: the step size assumed, in words; empty if it does not matter.
     """
 
     total: int
@@ -45,10 +45,10 @@ class LrPlan:
 
 
 def plot_lr(made: Build) -> str:
-    """Draw the plan of a run: model, optimizer and schedules are built, nothing is trained.
+    """Plot a run's learning rates: builds model, optimizer and schedules, trains nothing.
 
     Returns:
-        The chart and where its picture is: `lr.png` in the run's folder if one is set, else
+        The chart and the path of its PNG: `lr.png` in the run folder if one is set, else
         `runs/NAME-lr.png`.
 
     Raises:
@@ -70,26 +70,26 @@ def plot_lr(made: Build) -> str:
             text_chart(chart),
             *map(_in_words, lines),
             *([plan.assumed] if plan.assumed else []),
-            f"picture: {picture or NO_PICTURE}",
+            f"PNG: {picture or NO_PICTURE}",
         ]
     )
 
 
 def plan_lr(engine: Engine, until: Length, points: int = POINTS) -> LrPlan:
-    """Ask the schedules for the learning rates of a run that has not begun.
+    """Ask the schedules for the learning rates of a run that has not started.
 
-    Every plugin that answers `lr_scale` gets its `on_start`, and is then asked at steps spread
-    evenly over the run. One batch is read where an interval counts tokens or samples; all steps
-    are taken to be as large as the first, as `LrPlan.assumed` says then.
+    Every plugin that implements `lr_scale` gets its `on_start`, and is then asked at steps spread
+    evenly over the run. If an interval counts tokens or samples, one batch is read and all steps
+    are assumed to be as large as the first; `LrPlan.assumed` says so.
 
     Args:
-        engine: built from plugins alone, never run; it is of no use afterwards.
+        engine: built from plugins only and never run; not usable afterwards.
         until: the horizon.
-        points: the most steps to ask at.
+        points: maximum number of steps to ask at.
 
     Raises:
-        ConfigError: the horizon or a schedule counts seconds, or the length of an epoch is not
-            known.
+        ConfigError: the horizon or a schedule counts seconds, or the length of an epoch is
+            unknown.
     """
     assert engine.data is not None
     data = engine.data.train
@@ -99,7 +99,7 @@ def plan_lr(engine: Engine, until: Length, points: int = POINTS) -> LrPlan:
         accumulate=engine.accumulate,
         ends=engine.step_at_epoch_end,
     )
-    planned = copy(engine)  # shares its optimizer and plugins, and has counters of its own
+    planned = copy(engine)  # shares optimizer and plugins, has its own counters
     planned.state, planned.horizon = state, Interval.horizon(until)
     schedules = relay(planned.plan, Defaults(), lambda plugin: hasattr(plugin, "lr_scale"))
     schedules.on_start(engine=planned)
@@ -121,12 +121,12 @@ def plan_lr(engine: Engine, until: Length, points: int = POINTS) -> LrPlan:
 
 @dataclass
 class _PlannedState(TrainState):
-    """The counters of a run that is thought through: told from the step and one batch."""
+    """The counters of a simulated run, computed from the step and one batch."""
 
     data: Iterable[Batch] = ()
     accumulate: int = 1
-    ends: bool = False  # the last step of an epoch takes what is left of it
-    asked: set[str] = field(default_factory=set)  # the units that the plan depends on
+    ends: bool = False  # the last step of an epoch is short
+    asked: set[str] = field(default_factory=set)  # units that the plan depends on
 
     def counted(self, unit: str) -> float:
         self.asked.add(unit)
@@ -141,7 +141,7 @@ class _PlannedState(TrainState):
         return Fraction(self.counted(unit))
 
     def go_to(self, step: int) -> None:
-        """Be before the given step: nothing of it is counted."""
+        """Move to just before the given step."""
         self.step = step
         read = step * self.accumulate
         if self.ends and self.epoch_length:
@@ -154,17 +154,17 @@ class _PlannedState(TrainState):
         if horizon.unit == "epochs" and not self.epoch_length:
             raise ConfigError(
                 f"the horizon is {horizon}, and this data does not say how long an epoch is; "
-                "count in steps, for instance with --set until='1000 steps'"
+                "use steps, for instance --set until='1000 steps'"
             )
         self.asked.add(horizon.unit)
         return max(1, math.ceil(round(horizon.exact / self.a_step(horizon.unit), 6)))
 
     def a_step(self, unit: str) -> Fraction:
-        """How much of a unit a step is: the first step, as all are taken to be like it."""
+        """How much of a unit a step covers, taking every step to be like the first."""
         if unit == "seconds":
             raise ConfigError(
-                "the plan counts seconds, and how many steps fit into them is known only when the "
-                "run is on; count otherwise, for instance with --set until='1000 steps'"
+                "the plan counts seconds, and how many steps fit into them is known only while "
+                "training; use another unit, for instance --set until='1000 steps'"
             )
         if unit == "steps":
             return Fraction(1)
@@ -175,10 +175,10 @@ class _PlannedState(TrainState):
         return Fraction(self.accumulate * self._a_batch[unit])
 
     def assumed(self) -> str:
-        """What the plan takes every step to hold, in words; empty where it depends on no size."""
+        """The step size that the plan assumes, in words; empty if it does not matter."""
         decisive = sorted(self.asked & {"epochs", "samples", "tokens"})
         sizes = [f"{float(self.a_step(unit)):.6g} {unit}" for unit in decisive]
-        return f"every step is taken to be {' and '.join(sizes)}, as the first is" if sizes else ""
+        return f"assuming every step has {' and '.join(sizes)}, like the first" if sizes else ""
 
     @cached_property
     def _a_batch(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ __all__ = ["main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="nexus-trainer", prog_name="nexus-plugins")
 def main() -> None:
-    """Look at the plugins that are installed, and begin one of your own."""
+    """Inspect installed plugins, and create your own."""
 
 
 main.add_command(new)
@@ -23,10 +23,10 @@ main.add_command(check)
 
 @main.command(name="list")
 @click.option("--load/--no-load", "loading", default=True,
-              help="Import each, to see that it loads; or read metadata alone.")  # fmt: skip
+              help="Import each plugin to check that it loads, or only read metadata.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(loading: bool, as_json: bool) -> None:
-    """Every installed plugin by what it is for; one that cannot be loaded with why."""
+    """List every installed plugin by purpose; says why if one cannot be loaded."""
     with reported(debug=False):
         from nexus_core.cli.listing import list_plugins, list_plugins_json
 
@@ -38,7 +38,7 @@ def list_(loading: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def show(plugin: str, as_json: bool, debug: bool) -> None:
-    """One plugin: settings, hooks, its place among the others, and its state."""
+    """Show one plugin: settings, hooks, order and state."""
     with reported(debug):
         from nexus_core.cli.listing import show_plugin, show_plugin_json
         from nexus_core.sources import forget

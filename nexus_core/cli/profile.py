@@ -1,4 +1,4 @@
-"""Where a run's time and tensor memory go: measured around every hook, from outside the engine."""
+"""Profile a run's time and tensor memory around every hook, from outside the engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PHASES = {
 }
 UNOBSERVED = frozenset(
     {"forward", "backward", "optimizer_step"}
-)  # may run compiled code, which a mode would change
+)  # may run compiled code, which a torch mode would change
 SYNCS = frozenset(
     {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select"}
     | {"__bool__", "__float__", "__int__", "__index__"}
@@ -48,18 +48,18 @@ SYNCS = frozenset(
 END: Final = object()
 MEBIBYTE = 2**20
 TRACED_STEPS = 5
-SHOWN_SHARE = 0.001  # of the time; smaller rows without memory or syncs are added up
+SHOWN_SHARE = 0.001  # of the time; smaller rows without memory or syncs are summed
 
 
 @dataclass
 class Row:
-    """What one plugin did in one event.
+    """What one plugin did in one hook.
 
     Args:
-        calls: of its method; one that wraps a seam counts twice, before and after the rest.
-        seconds: spent in it, without what it called that has a row of its own.
-        allocated: bytes of the tensors that it made.
-        kept: bytes of those that lived on when it returned.
+        calls: calls of its method; a wrapper counts twice, before and after the rest.
+        seconds: time in it, excluding calls that have their own row.
+        allocated: bytes of tensors it allocated.
+        kept: bytes of those still alive when it returned.
     """
 
     calls: int = 0
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass
 class Sync:
-    """How often a method waited, or on a GPU would wait, for the device; and where first."""
+    """How often a method synced with the device (or would on a GPU), and where first."""
 
     count: int = 0
     function: str = ""
@@ -79,24 +79,24 @@ class Sync:
 
 @dataclass
 class _Span:
-    """A stretch of time that is open."""
+    """An open time span."""
 
     row: tuple[str, str]
     phase: str
     entered: float
     started: float = 0.0
-    elsewhere: float = 0.0  # seconds within that belong to other spans, or to the measuring
+    elsewhere: float = 0.0  # seconds inside it that belong to other spans or to profiling
 
 
 class Profiler:
-    """Measures a run: call `watch` before the engine is built, and `attach` after.
+    """Profiles a run: call `watch` before the engine is built, `attach` after.
 
-    Every moment between `watch` and `stop` belongs to exactly one row, to the loop or to the
-    measuring itself, so that all add up to the whole. Times are those of the host: on a GPU, work
-    that is under way is found where the host waits for it.
+    Every moment between `watch` and `stop` belongs to exactly one row, to the loop or to profiling
+    itself, so the rows add up to the total. Times are host times: on a GPU, running work shows up
+    where the host waits for it.
 
     Args:
-        trace: file for a Chrome trace of the first 5 steps, by torch's profiler; None: no trace.
+        trace: file for a Chrome trace of the first 5 steps by torch.profiler; None: no trace.
     """
 
     def __init__(self, trace: Path | None = None) -> None:
@@ -113,7 +113,7 @@ class Profiler:
         self._stop = ExitStack()
 
     def watch(self, plan: Plan) -> None:
-        """Put a measurement around every hook of the plugins, and start the clock."""
+        """Time every hook of the plugins, and start the clock."""
         for plugin in plan.plugins:
             for name in HOOK_NAMES:
                 method = getattr(plugin, name, None)
@@ -125,7 +125,7 @@ class Profiler:
         self._stop.enter_context(self._span((LOOP, ""), LOOP))
 
     def attach(self, engine: Engine) -> None:
-        """Put a measurement around every event of the engine, and around its data."""
+        """Time every event of the engine, and its data loading."""
         self._engine = engine
         for name in HOOK_NAMES:
             hook = getattr(engine.hook, name)
@@ -138,25 +138,25 @@ class Profiler:
         vars(engine.hook)["evaluating"] = evaluating
 
     def _timed_data(self, data: RunData) -> RunData:
-        """The same data, with the clock on what training waits for."""
+        """The same data, timing how long training waits for it."""
         if isinstance(data.train, Iterator):
             return data
         kind = _TimedSeekable if can_seek(data.train) else _TimedData
         return replace(data, train=kind(data.train, self._waiting))
 
     def stop(self) -> None:
-        """Stop the clock, and write the trace where one was asked for."""
+        """Stop the clock, and write the trace if requested."""
         self.whole = time.perf_counter() - self._stack[0].entered
         self._stop.close()
         self._end_trace()
 
     @property
     def has_news(self) -> bool:
-        """Whether this process took a step, and is the one that speaks for the run."""
+        """Whether this process took a step and is rank 0."""
         return self.steps > 0 and self._engine is not None and self._engine.ranks.is_main
 
     def report(self) -> str:
-        """The tables: phases, plugins by event, syncs, and what the measuring took."""
+        """The tables: phases, plugins by event, syncs, and the profiling overhead."""
         return "\n".join(_report(self))
 
     def _event(self, name: str, hook: Callable[..., Any], phase: str) -> Callable[..., Any]:
@@ -200,7 +200,7 @@ class Profiler:
 
     @contextmanager
     def _span(self, key: tuple[str, str], phase: str, *, observed: bool = False) -> Iterator[None]:
-        """Charge what happens within to a row and a phase."""
+        """Charge the time inside to a row and a phase."""
         entered = time.perf_counter()
         parent = self._stack[-1] if self._stack else None
         if parent is not None and parent.phase not in (LOOP, OTHER):
@@ -238,12 +238,12 @@ class Profiler:
                 parent.elsewhere += left - entered
 
     def charge(self, seconds: float) -> None:
-        """Take time that the measuring took out of what is measured."""
+        """Exclude profiling overhead from what is measured."""
         self.cost += seconds
         self._stack[-1].elsewhere += seconds
 
     def saw_sync(self, key: tuple[str, str], function: str, tensor: Tensor) -> None:
-        """Note a call that waits for the device, if the tensor is on the run's."""
+        """Record a call that syncs, if the tensor is on the run's device."""
         if self._engine is None or tensor.device.type != self._engine.device.type:
             return
         sync = self.syncs[key]
@@ -268,7 +268,7 @@ class Profiler:
 
 
 class _Syncs(TorchFunctionMode):
-    """Sees the functions that hand a tensor's values to the host."""
+    """Intercepts functions that read a tensor's values on the host."""
 
     def __init__(self, profiler: Profiler, key: tuple[str, str]) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ class _Syncs(TorchFunctionMode):
 
 
 class _Memory(TorchDispatchMode):
-    """Sees every new tensor's storage."""
+    """Intercepts every new tensor storage."""
 
     supports_higher_order_operators = True
 
@@ -302,11 +302,11 @@ class _Memory(TorchDispatchMode):
 
     @property
     def allocated(self) -> int:
-        """Bytes of all storages that were made."""
+        """Bytes of all storages allocated."""
         return sum(size for _, size in self._made.values())
 
     def kept(self) -> int:
-        """Bytes of those that are alive still."""
+        """Bytes of those still alive."""
         return sum(size for storage, size in self._made.values() if not storage.expired())
 
     def __torch_dispatch__(
@@ -330,7 +330,7 @@ class _Memory(TorchDispatchMode):
 
 
 class _TimedData:
-    """Training data whose batches are waited for on the clock."""
+    """Training data that times the wait for each batch."""
 
     def __init__(
         self, data: Iterable[Batch], waiting: Callable[[], AbstractContextManager[None]]
@@ -359,7 +359,7 @@ class _TimedData:
 
 
 class _TimedSeekable(_TimedData):
-    """The same for data that starts anywhere."""
+    """The same for seekable data."""
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         return self._timed(lambda: cast(Seekable, self._data).batches(epoch, start))
@@ -369,20 +369,22 @@ class _TimedSeekable(_TimedData):
 
 
 def check_trace(trace: Path) -> None:
-    """Refuse a trace file that could not be written at the end.
+    """Reject a trace file that could not be written at the end.
 
     Raises:
-        ConfigError: it does not end in .json, or its folder is not there.
+        ConfigError: it does not end in .json, or its folder does not exist.
     """
     if trace.suffix != ".json":
-        raise ConfigError(f"--profile-trace writes JSON; got '{trace}', expected a name in .json")
+        raise ConfigError(
+            f"--profile-trace writes JSON; got '{trace}', expected a file name ending in .json"
+        )
     if not trace.absolute().parent.is_dir():
-        raise ConfigError(f"--profile-trace: there is no folder '{trace.parent}'; make it first")
+        raise ConfigError(f"--profile-trace: no folder '{trace.parent}'; create it first")
 
 
 def _report(profiler: Profiler) -> Iterator[str]:
     whole = max(profiler.whole, 1e-9)
-    yield f"profile of {profiler.steps:,} steps, {whole:.2f} s from the building of the run on"
+    yield f"profile of {profiler.steps:,} steps, {whole:.2f} s including building the run"
     yield ""
     yield f"  {'where the time goes':<44} {'s':>10} {'share':>7}"
     phases = sorted(profiler.phases.items(), key=lambda item: -item[1])
@@ -405,10 +407,10 @@ def _report(profiler: Profiler) -> Iterator[str]:
     yield from _sync_lines(profiler.syncs)
     yield ""
     yield (
-        f"  Measuring took {profiler.cost:.3f} s ({profiler.cost / whole:.1%}), which no other row "
-        "holds. Not looked into for memory and"
+        f"  Profiling overhead: {profiler.cost:.3f} s ({profiler.cost / whole:.1%}), in no other "
+        "row. Only timed, not checked for memory"
     )
-    yield f"  syncs, only timed: {', '.join(sorted(UNOBSERVED))}, wrappers, and the core itself."
+    yield f"  or syncs: {', '.join(sorted(UNOBSERVED))}, wrappers, and the core itself."
 
 
 def _line(key: tuple[str, str], row: Row, sync: Sync, whole: float) -> str:
@@ -424,9 +426,9 @@ def _line(key: tuple[str, str], row: Row, sync: Sync, whole: float) -> str:
 
 def _sync_lines(syncs: Mapping[tuple[str, str], Sync]) -> Iterator[str]:
     if not syncs:
-        yield "  No plugin has the host read a tensor of the device, as far as was looked."
+        yield "  No plugin was seen reading a device tensor on the host."
         return
-    yield "  Tensors of the device that the host reads; on a GPU, each reading waits for it:"
+    yield "  Device tensors read on the host (each read is a sync on a GPU):"
     for (plugin, event), sync in sorted(syncs.items(), key=lambda item: -item[1].count):
         yield f"    {plugin}, {event}: {sync.count:,}, first {sync.function} at {sync.place}"
 
@@ -436,7 +438,7 @@ def _phase(event: str) -> str:
 
 
 def _place() -> str:
-    """File and line of the innermost caller outside of torch and of this file."""
+    """File and line of the innermost caller outside torch and this file."""
     frame = sys._getframe(1)
     torch_folder = str(Path(torch.__file__).parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(
@@ -447,7 +449,7 @@ def _place() -> str:
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
-    """The tensors of an operator's arguments or answers that have a storage."""
+    """The tensors with storage in an operator's arguments or results."""
     if isinstance(tree, Tensor):
         if tree.layout is torch.strided:
             yield tree

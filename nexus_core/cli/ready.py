@@ -1,5 +1,5 @@
-"""What the process of a run imports sooner or later: imported once, before it is forked."""
+"""Modules that every run imports: imported once, before forking."""
 
-import torch._dynamo  # noqa: F401  by the first optimizer: a second of work
+import torch._dynamo  # noqa: F401  the first optimizer imports it: takes a second
 
 import nexus_core.cli.launch  # noqa: F401

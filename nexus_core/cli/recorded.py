@@ -1,4 +1,4 @@
-"""A run as it lies in its folder: its config, its checkpoints, and the engine built again."""
+"""A run on disk: its config, its checkpoints, and the engine rebuilt from them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Saved:
     """A checkpoint of a run.
 
     Args:
-        run: the run's folder.
-        path: of the checkpoint; a name such as `best` may lead to it.
+        run: the run folder.
+        path: the checkpoint, resolved from a name such as `best`.
     """
 
     run: Path
@@ -44,36 +44,36 @@ class Saved:
 
     @property
     def config(self) -> Path:
-        """The config that the run had when it was saved."""
+        """The run's config when the checkpoint was saved."""
         own = self.path / CONFIG
         return own if own.is_file() else config_of(self.run)
 
 
 def config_of(run: Path) -> Path:
-    """The config in a run's folder.
+    """The config in a run folder.
 
     Raises:
-        ConfigError: there is no such folder, or no config in it.
+        ConfigError: the folder does not exist, or has no config.
     """
     if not run.is_dir():
         raise ConfigError(f"there is no run in '{run}': no such folder")
     if not (run / CONFIG).is_file():
-        raise ConfigError(f"'{run}' is not the folder of a run: it has no {CONFIG}")
+        raise ConfigError(f"'{run}' is not a run folder: it has no {CONFIG}")
     return run / CONFIG
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step, first step first."""
+    """The checkpoints of a run by step, in ascending order."""
     found = {
         int(match[1]): path
-        for path in sorted(run.glob(f"{FOLDER}*/step-*"), reverse=True)  # those without a label win
+        for path in sorted(run.glob(f"{FOLDER}*/step-*"), reverse=True)  # unlabelled ones win
         if (match := _STEP.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
     }
     return dict(sorted(found.items()))
 
 
 def saved_at(text: str) -> Saved:
-    """What `RUN@5000`, `RUN@best`, `RUN` (its newest) or the path of a checkpoint means.
+    """Resolve `RUN@5000`, `RUN@best`, `RUN` (the newest) or a checkpoint path.
 
     Raises:
         ConfigError: there is no such run, or it has no such checkpoint.
@@ -97,22 +97,20 @@ def saved_at(text: str) -> Saved:
     if step not in there:
         steps = [f"{step:,}".replace(",", "") for step in there]
         shown = ", ".join(["...", *steps[-_SHOWN:]] if len(steps) > _SHOWN else steps)
-        raise ConfigError(
-            f"'{folder}' has no checkpoint of step {step}; it has those of: {shown or 'no step'}"
-        )
+        raise ConfigError(f"'{folder}' has no checkpoint of step {step}; it has: {shown or 'none'}")
     return Saved(folder, there[step])
 
 
 def settings_in(config: Path) -> Mapping[str, Any]:
-    """The resolved settings in a config that a run has written."""
+    """The resolved settings in a config that a run wrote."""
     content: Mapping[str, Any] = read_config_file(config).value
     return content
 
 
 @contextmanager
 def only_trusted(run: Path, *, trust: bool) -> Iterator[None]:
-    """Load no local code that the config of a run names, unless its user says so."""
-    fix = f"the config of '{run}' asks for it; where that is your own, add --trust"
+    """Refuse to load local code that a run's config names, unless the user trusts it."""
+    fix = f"the config of '{run}' loads it; if it is your own code, add --trust"
     if trust:
         yield
         return
@@ -121,11 +119,11 @@ def only_trusted(run: Path, *, trust: bool) -> Iterator[None]:
 
 
 def without_watchers(snapshot: Snapshot, watching: Mapping[str, bool]) -> Snapshot:
-    """The snapshot without what plugins that only watch keep of a run, such as its id in a service.
+    """The snapshot without the state of observers, such as the run's id in a service.
 
     Args:
-        snapshot: as read.
-        watching: whether each plugin of this run only watches, by its name.
+        snapshot: the snapshot read.
+        watching: whether each plugin of this run only observes, by its name.
     """
     kept = {n: s for n, s in snapshot["plugins"].items() if not watching.get(n, False)}
     extras: dict[str, StateDict] = {

@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: where they are, how they ended, and what they measured."""
+"""Read runs from disk: where they are, how they ended, and their metrics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["DataNote", "Point", "Run", "find_runs", "open_run"]
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 _SIGNS = (METRICS, SUMMARY, "run*.lock", "checkpoints*")
-"""What lies beside the config of a run; a folder with a config alone is a template."""
+"""Files that mark a run next to its config; a folder with only a config is a template."""
 _COUNTERS = ("step", "time", "tokens")
-_TAIL = 2**16  # bytes at the end of a metrics file that hold its last lines
+_TAIL = 2**16  # bytes read from the end of a metrics file for its last lines
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a metric: at which step, after how many tokens."""
+    """A value of a metric, with its step and token count."""
 
     step: int
     tokens: int
@@ -36,7 +36,7 @@ class Point:
 
 @dataclass(frozen=True)
 class DataNote:
-    """What a checkpoint says of the data that its run was on; None: it does not say."""
+    """What a checkpoint records about the run's data; None: not recorded."""
 
     fingerprint: str | None = None
     batch_size: int | None = None
@@ -44,11 +44,11 @@ class DataNote:
 
 @dataclass(frozen=True)
 class Run:
-    """One run by its folder; everything is read when it is asked for, once.
+    """One run on disk; everything is read lazily and cached.
 
     Args:
-        path: of the folder.
-        name: of the run, as the user sees it.
+        path: the run folder.
+        name: the run's name as displayed.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Run:
         """The resolved config.
 
         Raises:
-            ConfigError: it is not valid.
+            ConfigError: it is invalid.
         """
         content: dict[str, Any] = read_config_file(self.path / CONFIG).value
         return content
@@ -72,12 +72,12 @@ class Run:
 
     @cached_property
     def lineage(self) -> Lineage:
-        """Where the run comes from, and which runs were branched off it."""
+        """Where the run comes from, and which runs branch off it."""
         return read_lineage(self.path)
 
     @cached_property
     def status(self) -> str:
-        """running, finished, stopped, failed; unfinished where nothing tells how it ended."""
+        """running, finished, stopped or failed; unfinished if how it ended is unknown."""
         if any(map(_is_held, self.path.glob("run*.lock"))):
             return "running"
         beyond = _count(self._last, "step") > _count(self.summary, "steps")
@@ -85,22 +85,22 @@ class Run:
 
     @property
     def reason(self) -> str:
-        """Why it ended as it did, where the run has said so."""
+        """Why it ended, if the run recorded it."""
         return str(self.summary.get("reason", "")) if self.status in _ENDS else ""
 
     @property
     def step(self) -> int:
-        """The last step that is known of."""
+        """The last known step."""
         return max(_count(self.summary, "steps"), _count(self._last, "step"))
 
     @property
     def tokens(self) -> int:
-        """The tokens that it was trained on, as far as is known."""
+        """The number of tokens trained on, as far as known."""
         return max(_count(self.summary, "tokens"), _count(self._last, "tokens"))
 
     @property
     def seconds(self) -> float | None:
-        """How long it was trained; None where it has not ended."""
+        """Training time; None if it has not ended."""
         seconds = self.summary.get("seconds")
         return float(seconds) if isinstance(seconds, int | float) else None
 
@@ -112,7 +112,7 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What the run wrote when it last ended; empty where it has not."""
+        """The summary written when it last ended; empty if it has not."""
         return _object(self.path / SUMMARY)
 
     @cached_property
@@ -139,11 +139,11 @@ class Run:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of all its files; what links lead to does not count."""
+        """Bytes of all its files; links are not followed."""
         total = 0
         for folder, _, files in os.walk(self.path):
             for name in files:
-                with suppress(OSError):  # gone since
+                with suppress(OSError):  # deleted meanwhile
                     total += os.lstat(Path(folder, name)).st_size
         return total
 
@@ -155,7 +155,7 @@ class Run:
 
     @cached_property
     def data(self) -> DataNote:
-        """What the newest checkpoint says of the data."""
+        """What the newest checkpoint records about the data."""
         for checkpoint in reversed(self.checkpoints):
             content = _object(checkpoint / "state.json").get("data")
             if isinstance(content, dict):
@@ -164,7 +164,7 @@ class Run:
 
     @cached_property
     def _ending(self) -> list[dict[str, Any]]:
-        """The last lines of the metrics."""
+        """The last lines of the metrics file."""
         try:
             with (self.path / METRICS).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -189,13 +189,13 @@ _ENDS = ("finished", "stopped", "failed")
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Every run in or below a folder, by path; folders within a run are not looked into.
+    """Every run in or below a folder, by path; folders inside a run are not searched.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise ConfigError(f"'{folder}' is no folder; give one that holds runs, such as runs/")
+        raise ConfigError(f"'{folder}' is not a folder; give one that contains runs, such as runs/")
     found = []
     for place, folders, files in os.walk(folder):
         path = Path(place)
@@ -207,21 +207,21 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def open_run(folder: Path) -> Run:
-    """The run in a folder.
+    """Open the run in a folder.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder does not contain a run.
     """
     if not (folder / CONFIG).is_file():
         raise ConfigError(
-            f"'{folder}' holds no run ({CONFIG} is not there); nexus-run runs lists those that "
+            f"'{folder}' is not a run folder (no {CONFIG}); nexus-run runs lists those that "
             "there are"
         )
     return Run(folder, str(folder))
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a line or summary that are numbers, and finite."""
+    """The finite numeric metrics of a line or summary."""
     return {
         name: float(value)
         for name, value in record.items()
@@ -237,10 +237,10 @@ def _is_run(path: Path) -> bool:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process holds the lock of a run; a file that was let go of is empty."""
+    """Whether a process holds a run's lock; a released lock file is empty."""
     try:
         import fcntl
-    except ImportError:  # Windows, where what the file says has to do
+    except ImportError:  # Windows: rely on the file's content
         return lock.stat().st_size > 0
     try:
         with lock.open("rb") as file:
@@ -249,7 +249,7 @@ def _is_held(lock: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # held; or the file system cannot tell, and the file says that it is
+    except OSError:  # held; or the file system cannot tell, and the file says so
         return True
     return False
 
@@ -260,7 +260,7 @@ def _count(record: Mapping[str, Any], key: str) -> int:
 
 
 def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """The lines of numbers; a torn one, at either end, is passed over, and so are notes."""
+    """The metric lines; torn lines at either end and notes are skipped."""
     for line in lines:
         try:
             record = json.loads(line)
@@ -272,7 +272,7 @@ def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no file."""
+    """The JSON object in a file; empty if there is no file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

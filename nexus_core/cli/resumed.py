@@ -1,4 +1,4 @@
-"""The config of a run that is to be resumed, where the command line names none."""
+"""Find the config of a run to resume when the command line names none."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FOLDER = "checkpoints"
 
 
 def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The config of a run, and what has to be replaced in it.
+    """The config of a run, and the keys to override in it.
 
     Args:
-        resume: the folder of a run or of a checkpoint; anything else is no path, and has no config.
+        resume: folder of a run or checkpoint; anything else is not a path and has no config.
 
     Returns:
-        The config's path, None where there is no such folder; and the folder of the run as `out`,
-        since a run may have been moved.
+        The config's path, None if there is no such folder; and the run folder as `out`, since a run
+        may have been moved.
 
     Raises:
-        ConfigError: the folder is there, and no config in it.
+        ConfigError: the folder exists but has no config.
     """
     if resume is None or not Path(resume).is_dir():
         return None, {}
@@ -49,7 +49,7 @@ def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
 
 
 def config_base(config: Path) -> Path:
-    """What relative places in a config file are relative to: its folder, or that of its run."""
+    """The folder that a config's relative paths are relative to: its own, or its run's."""
     folder = config.absolute().parent
     return folder.parent.parent if _holds_checkpoints(folder.parent) else folder
 
@@ -58,22 +58,22 @@ def config_base(config: Path) -> Path:
 def only_code_of_the_command(
     config: str, resume: str, plugins: str, sets: Iterable[str], environment: Mapping[str, str]
 ) -> Iterator[None]:
-    """Load no code that the config of a run names, but for what the command names as well.
+    """Refuse to load code named in a run's config unless the command names it too.
 
     Args:
-        config: that was found with the checkpoint, and not named.
-        resume: what is resumed.
-        plugins: as behind `--plugins`.
-        sets: as behind each `--set`.
-        environment: variables.
+        config: found with the checkpoint, not named by the user.
+        resume: what to resume.
+        plugins: as in `--plugins`.
+        sets: as in each `--set`.
+        environment: environment variables.
     """
     values = [yaml12.parse_value(text.partition("=")[2]).value for text in sets]
     values += [text for name, text in environment.items() if name.startswith("NEXUS_")]
     named = {text.strip() for text in (*plugins.split(","), *_texts(values))}
     command = shlex.join(["nexus-run", shown(config), "--resume", resume])
     fix = (
-        f"the config of '{resume}' asks for it, and code comes from what you name yourself; name "
-        f"the config: {command}, or the code, behind --plugins or --set"
+        f"the config of '{resume}' loads it, and only code that you name yourself is loaded; name "
+        f"the config: {command}, or the code, with --plugins or --set"
     )
     with only_named({absolute(without_label(text)[0]) for text in named if text}, fix):
         yield
@@ -88,5 +88,5 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _holds_checkpoints(folder: Path) -> bool:
-    """Whether it goes by the name of such a folder: `checkpoints`, `checkpoints@late`."""
+    """Whether its name is that of a checkpoint folder: `checkpoints`, `checkpoints@late`."""
     return folder.name.partition("@")[0] == FOLDER

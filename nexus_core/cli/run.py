@@ -1,4 +1,4 @@
-"""`nexus-run`: from a config or preset to a trained model."""
+"""`nexus-run`: train a model from a config or preset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["main", "resume"]
 
 
 class _WithCommands(click.Command):
-    """Hands over to a command of the entry-point group `nexus.commands` that is named first."""
+    """Dispatches to a command of the entry-point group `nexus.commands` named by the first word."""
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
@@ -43,25 +43,25 @@ class _WithCommands(click.Command):
 @click.command(cls=_WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="",
-              help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
+              help="Add plugins by name or file, or remove some: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
               help='Override a setting: until="2 epochs", PLUGIN.KEY=0.5.')  # fmt: skip
-@click.option("--out", type=PATH, help="The run's folder.")
+@click.option("--out", type=PATH, help="Run folder.")
 @click.option("--resume", metavar="auto|PATH",
-              help="Resume from the newest good checkpoint, or from a PATH: a run or a "
-              "checkpoint, whose config is taken where no other is given.")  # fmt: skip
+              help="Resume from the newest good checkpoint, or from PATH: a run or a "
+              "checkpoint, whose config is used if none is given.")  # fmt: skip
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
-              help="What may differ from the run that wrote the checkpoint.")  # fmt: skip
-@click.option("--explain", is_flag=True, help="Show which plugin is called when, and why.")
-@click.option("--json", "as_json", is_flag=True, help="Show the same as JSON.")
+              help="What may differ from the run that saved the checkpoint.")  # fmt: skip
+@click.option("--explain", is_flag=True, help="Show when each plugin is called, and why.")
+@click.option("--json", "as_json", is_flag=True, help="With --explain: print JSON.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
-@click.option("--dry-run", is_flag=True, help="Build all, try one batch, write nothing.")
-@click.option("--plot-lr", is_flag=True, help="Draw the learning rate over the run, and stop.")
+@click.option("--dry-run", is_flag=True, help="Build everything, try one batch, write nothing.")
+@click.option("--plot-lr", is_flag=True, help="Plot the learning rate over the run, and exit.")
 @click.option("--profile", is_flag=True,
-              help="Show at the end where time and tensor memory went.")  # fmt: skip
+              help="At the end, show where time and tensor memory went.")  # fmt: skip
 @click.option("--profile-trace", type=PATH, metavar="FILE.json",
-              help="With --profile: a Chrome trace of the first steps.")  # fmt: skip
-@click.option("--quiet", is_flag=True, help="Print errors and the final line alone.")
+              help="With --profile: write a Chrome trace of the first steps.")  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Print only errors and the final line.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="nexus-trainer", prog_name="nexus-run")
 def main(
@@ -81,13 +81,13 @@ def main(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Train a model as a config file or a preset says (the default preset: quickstart).
+    """Train a model from a config file or preset (default: the preset quickstart).
 
     \b
     nexus-run                                    the quickstart, about two minutes
-    nexus-run my.yaml --plugins one,no:other     a config file, plugins added and left out
-    nexus-run my.yaml --set until="2 epochs"     a setting changed
-    nexus-run --resume auto                      continue where the newest run stopped
+    nexus-run my.yaml --plugins one,no:other     a config file, plugins added and removed
+    nexus-run my.yaml --set until="2 epochs"     change a setting
+    nexus-run --resume auto                      resume the newest run
     """
     with reported(debug), ExitStack() as stack:
         from nexus_core.cli import build, distributed
@@ -152,16 +152,16 @@ def main(
 @click.argument("run", default="auto", metavar="[RUN]")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def resume(run: str, options: tuple[str, ...]) -> None:
-    """Resume a run where it stopped: nexus-run --resume RUN.
+    """Resume a run where it stopped; short for nexus-run --resume RUN.
 
-    RUN is a run's folder or a checkpoint; left out, it is the newest run of the quickstart. Further
-    options are those of nexus-run.
+    RUN is a run folder or a checkpoint; without it, the newest run of the quickstart. All options
+    of nexus-run work.
 
     \b
     nexus-run resume runs/mine
     nexus-run resume runs/mine --set until="2 epochs"
     """
-    if run.startswith("-"):  # an option: no run is named
+    if run.startswith("-"):  # an option, not a run
         run, options = "auto", (run, *options)
     main.main(["--resume", run, *options], prog_name="nexus-run resume")
 
@@ -170,9 +170,11 @@ def _check_profile(profile: bool, others: Sequence[str]) -> None:
     from nexus_core.errors import ConfigError
 
     if not profile:
-        raise ConfigError("--profile-trace goes with --profile; add it")
+        raise ConfigError("--profile-trace requires --profile; add it")
     if others:
-        raise ConfigError(f"--profile measures a run, and {others[0]} makes none; leave one out")
+        raise ConfigError(
+            f"--profile needs a run, and {others[0]} does not train; drop one of them"
+        )
 
 
 def _run(made: Build, resume: str | None, *, dry: bool, quiet: bool) -> int:

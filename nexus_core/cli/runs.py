@@ -1,4 +1,4 @@
-"""`nexus-run runs`: the runs below a folder, one of them in full, and several in a chart."""
+"""`nexus-run runs`: list the runs below a folder, show one, or plot several."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from nexus_core.errors import ConfigError, suggestion
 __all__ = ["key_metric", "list_runs", "main", "plot_runs", "show_run"]
 
 _FIRST = ("val/loss", "val/total_loss", "train/total_loss")
-"""The metrics to show where none was asked for: the first of these that there is."""
+"""Default metrics: the first of these that exists."""
 
 
 class _Listing(click.Group):
-    """A group that lists where no command of it is named; `./show` is a folder, not a command."""
+    """A group whose default command lists; `./show` is a folder, not a command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         asks = {"-h", "--help"} & set(args[:1])
@@ -52,8 +52,10 @@ def main() -> None:
 @main.command("list")
 @click.argument("folder", type=PATH, default="runs")
 @click.option("-m", "--metric", "metrics", multiple=True, metavar="NAME",
-              help="A metric to show; may be given several times.")  # fmt: skip
-@click.option("--sort", metavar="NAME", help="The least of this metric first; -NAME: the greatest.")
+              help="Metric to show; may be repeated.")  # fmt: skip
+@click.option(
+    "--sort", metavar="NAME", help="Sort by this metric, smallest first; -NAME: largest first."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def _list(
@@ -76,7 +78,7 @@ def _list(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def _show(run: Path, as_json: bool, debug: bool) -> None:
-    """Show one run: how it ended, its metrics, checkpoints, relations and settings."""
+    """Show one run: status, metrics, checkpoints, lineage and settings."""
     with reported(debug):
         found = open_run(run)
         if as_json:
@@ -88,19 +90,19 @@ def _show(run: Path, as_json: bool, debug: bool) -> None:
 
 @main.command("plot")
 @click.argument("runs", type=PATH, nargs=-1, required=True)
-@click.option("-m", "--metric", metavar="NAME", help="Default: val/loss, or what there is.")
+@click.option("-m", "--metric", metavar="NAME", help="Default: val/loss if there is one.")
 @click.option("--x", "over", type=click.Choice(["step", "tokens"]), default="step",
-              show_default=True, help="What to draw it over.")  # fmt: skip
-@click.option("--log", "is_log", is_flag=True, help="Draw it by its logarithm.")
-@click.option("--png", type=PATH, metavar="FILE.png", help="Also draw it into this file.")
+              show_default=True, help="The x axis.")  # fmt: skip
+@click.option("--log", "is_log", is_flag=True, help="Plot its logarithm.")
+@click.option("--png", type=PATH, metavar="FILE.png", help="Also save it as this PNG file.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def _plot(
     runs: tuple[Path, ...], metric: str | None, over: str, is_log: bool, png: Path | None,
     debug: bool,
 ) -> None:  # fmt: skip
-    """Draw a metric of several runs in the terminal, and with --png as a picture.
+    """Plot a metric of several runs in the terminal, and as a PNG with --png.
 
-    A folder that holds runs stands for all of them.
+    A folder of runs stands for all runs in it.
     """
     with reported(debug):
         found = [run for path in runs for run in _runs_at(path)]
@@ -108,12 +110,12 @@ def _plot(
 
 
 def list_runs(runs: Sequence[Run], folder: Path, metrics: Sequence[str] = ()) -> str:
-    """A line for each run.
+    """List runs, one line each.
 
     Args:
-        runs: below the folder.
-        folder: as it was asked for.
-        metrics: to show; none: one that most runs have.
+        runs: the runs below the folder.
+        folder: as given by the user.
+        metrics: metrics to show; empty: one that most runs have.
 
     Raises:
         ConfigError: no run has one of the metrics.
@@ -139,7 +141,7 @@ def list_runs(runs: Sequence[Run], folder: Path, metrics: Sequence[str] = ()) ->
 
 
 def show_run(run: Run) -> str:
-    """All that is known of a run, in words."""
+    """Everything known about a run, in words."""
     how = run.status + (f" ({run.reason})" if run.reason else "")
     facts = {
         "status": how,
@@ -165,7 +167,7 @@ def show_run(run: Run) -> str:
             ends = [as_number(low.value), f"{low.step:,}"] if low else ["", ""]
             table.append([name, as_number(value), *ends])
         lines += ["", aligned(table, (1, 2, 3))]
-    lines += ["", f"its settings: {run.path / 'config.yaml'}"]
+    lines += ["", f"settings: {run.path / 'config.yaml'}"]
     return "\n".join(lines)
 
 
@@ -173,14 +175,14 @@ def plot_runs(
     runs: Sequence[Run], metric: str | None = None, *, over: str = "step", is_log: bool = False,
     png: Path | None = None,
 ) -> str:  # fmt: skip
-    """Draw a metric of several runs.
+    """Plot a metric of several runs.
 
     Args:
-        runs: whose metrics are drawn, one line each.
-        metric: its name; None: one that most of them have.
+        runs: the runs to plot, one line each.
+        metric: name of the metric; None: one that most runs have.
         over: "step" or "tokens".
-        is_log: whether the values are drawn by their logarithm, to the base 10.
-        png: of a picture of the same; None draws none.
+        is_log: whether to plot log10 of the values.
+        png: file for the chart as a PNG; None: no PNG.
 
     Raises:
         ConfigError: no run has the metric.
@@ -199,14 +201,14 @@ def plot_runs(
         values = [math.log10(p.value) if is_log else p.value for p in kept]
         lines.append(Line(run.name, [float(getattr(p, over)) for p in kept], values))
     if not lines:
-        raise ConfigError(f"no run has values of {name} that can be drawn; leave out --log")
+        raise ConfigError(f"no run has values of {name} that can be plotted; drop --log")
     said = [f"without {name}: {', '.join(lacking)}"] if lacking else []
     low, high = (pick(v for line in lines for v in line.y) for pick in (min, max))
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     label = f"log10 of {name}" if is_log else name
     chart = Chart(lines, over, label, (low - margin, high + margin))
     if png is not None:
-        said.append(f"picture: {save_picture(chart, png) or NO_PICTURE}")
+        said.append(f"PNG: {save_picture(chart, png) or NO_PICTURE}")
     letters = f"{ascii_lowercase:<{len(lines)}}" if len(lines) > 1 else " "
     ends = {
         f"{letter} {line.label}".strip(): f"{as_number(line.y[-1])} at {over} {line.x[-1]:,.0f}"
@@ -216,7 +218,7 @@ def plot_runs(
 
 
 def key_metric(runs: Iterable[Run]) -> str | None:
-    """The metric to look at where none was named: one of evaluation, that most runs have."""
+    """The default metric: an evaluation metric that most runs have."""
     names: dict[str, int] = {}
     for run in runs:
         for name in run.last_metrics:
@@ -237,7 +239,7 @@ def _check_metric(name: str, runs: Sequence[Run]) -> None:
 
 
 def _sorted(runs: Sequence[Run], key: str) -> list[Run]:
-    """By a metric; runs that do not have it come last."""
+    """Sort by a metric; runs without it come last."""
     name, sign = key.removeprefix("-"), -1 if key.startswith("-") else 1
     _check_metric(name, runs)
     return sorted(runs, key=lambda run: sign * run.last_metrics.get(name, sign * math.inf))

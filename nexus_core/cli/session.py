@@ -30,20 +30,20 @@ __all__ = ["has_checkpoints", "stopping_on_signals", "train", "try_resume"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 2.0
-"""How long after a signal another one is taken for the same, in seconds: a scheduler or a terminal
-signals all processes, and the launcher among them hands it on. Ctrl-C twice is meant twice."""
+"""Seconds after a signal in which another counts as the same one: a scheduler or terminal signals
+all processes, and the launcher forwards it too. A second Ctrl-C is always a second one."""
 
 
 def train(
     engine: Engine, run: RunConfig, resume: str | None, folder: RunFolder, *, quiet: bool
 ) -> int:
-    """Train in the run's folder and leave config, summary and what the plugins write there.
+    """Train in the run folder, and write config, summary and plugin output there.
 
     Returns:
         The exit code: 0, or 128 + the signal that ended it.
 
     Raises:
-        NexusError: as the run does; what a run leaves that has done nothing is removed.
+        NexusError: the run failed; if it did nothing yet, its files are removed.
     """
     out = folder.path
     resume = distributed.resume_source(resume)
@@ -60,7 +60,7 @@ def train(
         if engine.ranks.is_main and mistake and engine.state.step == start:
             folder.remove()
         elif engine.ranks.is_main:
-            with suppress(OSError):  # the error that ended the run says more
+            with suppress(OSError):  # the error that ended the run matters more
                 _write_summary(out, engine.result(), "failed", f"{type(error).__name__}: {error}")
         raise
     if engine.ranks.is_main:
@@ -70,7 +70,7 @@ def train(
 
 
 def _fit(engine: Engine, run: RunConfig, folder: RunFolder, resume: str | None) -> Result:
-    """Train; the config of a run in progress is replaced once the run is known to continue."""
+    """Train; when resuming, replace the config only once loading has succeeded."""
     settings, code = engine.config, code_of(engine)
     written = distributed.of_main(
         engine.ranks, lambda: folder.claim(settings, code, resuming=resume is not None)
@@ -88,12 +88,12 @@ def _fit(engine: Engine, run: RunConfig, folder: RunFolder, resume: str | None) 
 
 
 def _tell(parent: Relation, out: Path) -> None:
-    """Write down in the run that was branched that a branch of it is there."""
+    """Record the branch in the run it branches off."""
     try:
         note_branch(out, parent)
     except OSError as error:
         warnings.warn(
-            f"'{parent.run}' is not told of its branch, as it cannot be written: {error.strerror}",
+            f"could not record the branch in '{parent.run}': {error.strerror}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -101,10 +101,10 @@ def _tell(parent: Relation, out: Path) -> None:
 
 @contextmanager
 def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
-    """End the loop after its step on SIGINT or SIGTERM; one that follows ends the process at once.
+    """Stop after the current step on SIGINT or SIGTERM; a second signal ends the process at once.
 
     Yields:
-        The signals received. The handlers of before are put back afterwards.
+        The signals received. The previous handlers are restored afterwards.
     """
     received: list[int] = []
     first = 0.0
@@ -133,15 +133,15 @@ def stopping_on_signals(engine: Engine) -> Iterator[list[int]]:
 
 
 def _say_at_once(engine: Engine, text: str) -> None:
-    """Print a line on the error stream, even where the program was within a print."""
+    """Print a line to stderr, even if a print was interrupted."""
     if engine.ranks.is_main:
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode(errors="backslashreplace"))
 
 
 def _kept(engine: Engine) -> str:
-    """What is left of a run that ends now."""
-    ended = f"ended at once at step {engine.state.step:,}"
+    """What remains of a run that ends now."""
+    ended = f"ended immediately at step {engine.state.step:,}"
     if engine.out is None:
         return ended
     found = engine.out.glob("checkpoints*/step-*")
@@ -153,18 +153,18 @@ def _kept(engine: Engine) -> str:
 
 
 def _exit_code(result: Result) -> int:
-    """128 + the signal that stopped the run, whichever of its processes got it; else 0."""
+    """128 + the signal that stopped the run, whichever rank got it; else 0."""
     stopped = result.status == "stopped" and result.reason in signal.Signals.__members__
     return 128 + signal.Signals[result.reason] if stopped else 0
 
 
 def try_resume(engine: Engine, resume: str, out: Path) -> None:
-    """Load what a run would be resumed from, into an engine whose own folder is another.
+    """Load what a run would be resumed from, into an engine with another run folder.
 
     Args:
-        engine: that has not trained yet.
-        resume: "auto", a path, or the name of a checkpoint of the run.
-        out: the folder of the run.
+        engine: an engine that has not trained yet.
+        resume: "auto", a path, or the name of one of the run's checkpoints.
+        out: the run folder.
     """
     if resume == "auto" and not has_checkpoints(out):
         return
@@ -174,13 +174,13 @@ def try_resume(engine: Engine, resume: str, out: Path) -> None:
 
 
 def has_checkpoints(out: Path) -> bool:
-    """Whether there is something to resume from, if only the note of where the run has begun."""
+    """Whether there is something to resume from, even if only the note of where the run started."""
     return any(out.glob("checkpoints*/*"))
 
 
 def _headline(engine: Engine, run: RunConfig) -> str:
     if run.until.reached(engine.state):
-        return f"{engine.out} is at {run.until} already; to train on: --set until=..."
+        return f"{engine.out} is already at {run.until}; to continue: --set until=..."
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     return f"training {trained:,} parameters on {engine.device} until {run.until} in {engine.out}"
 
@@ -200,14 +200,14 @@ def _write_summary(out: Path, result: Result, status: str, reason: str) -> None:
         "metrics": {n: v if math.isfinite(v) else None for n, v in result.metrics.items()},
     }
     draft = out / ".summary.json.tmp"
-    draft.unlink(missing_ok=True)  # be it a link, which would be followed
+    draft.unlink(missing_ok=True)  # also a link, which would be followed
     with draft.open("x", encoding="utf-8") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
     draft.replace(out / "summary.json")
 
 
 def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
-    """What the user reads at the end: how it went, what came out, where it is, what to try."""
+    """The final report: status, results, where they are, and what to do next."""
     how = f" ({result.reason})" if result.reason else ""
     headline = (
         f"{result.status}{how} at step {result.step:,}: {result.tokens:,} tokens "
@@ -222,7 +222,7 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     config = shlex.quote(str(out / "config.yaml"))
     rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
     if result.status == "stopped":
-        own = code_of(engine)  # which runs where its user names the config alone
+        own = code_of(engine)  # only runs if the user names the config
         rows["resume it"] = (
             f"nexus-run {config} --resume auto"
             if own
@@ -234,7 +234,7 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
 
 
 def _is_said(name: str, rows: Mapping[str, str]) -> bool:
-    """Whether a loss term is all of the loss, which has a row."""
+    """Whether a loss term equals the loss, which already has a row."""
     split, _, metric = name.rpartition("/")
     return metric.endswith("_loss") and rows[name] == rows.get(f"{split}/loss")
 
@@ -244,7 +244,7 @@ def _row(name: str, text: str, width: int) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text with an escape for each character that would do something to a terminal."""
+    """Text with terminal control characters escaped."""
     return "".join(
         repr(sign)[1:-1]
         if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t"

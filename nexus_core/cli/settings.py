@@ -1,6 +1,6 @@
-"""Settings from files, presets, environment and options, merged by precedence.
+"""Merge settings from files, presets, environment and options.
 
-Precedence: preset < file < `NEXUS_*` environment < `--set`. A plugin validates its own block.
+Precedence: preset < file < `NEXUS_*` environment < `--set`. Each plugin validates its own block.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ PREFIX = "NEXUS_"
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for, before any plugin is loaded.
+    """The settings given by the user, before any plugin is loaded.
 
     Args:
         run: the engine's settings, with the raw blocks of the plugins.
-        defaults: plugins that the preset brings, in order, whether or not they are named as well.
-        named: plugins that the user named, in order; they win a slot over the defaults.
-        name: of the preset or file, for the run folder.
-        written: how values that are not text were written, by their place.
-        variables: the environment variable that a setting is from, by its key.
-        places: where plugins are that are not installed, by name.
+        defaults: plugins of the preset, in order, whether or not they are also named.
+        named: plugins that the user named, in order; they take a slot from a default.
+        name: name of the preset or file, for the run folder.
+        written: how values that are not text were written, by their path.
+        variables: the environment variable a setting comes from, by its key.
+        places: where plugins that are not installed live, by name.
     """
 
     run: RunConfig
@@ -58,7 +58,7 @@ class Settings:
 
 
 def presets() -> dict[str, str]:
-    """Name and package of every installed preset."""
+    """The name and package of every installed preset."""
     return {entry.name: entry.value for entry in entry_points(group="nexus.presets")}
 
 
@@ -72,16 +72,16 @@ def read_settings(
     *,
     trusted: bool = True,
 ) -> Settings:
-    """Gather the settings of a run from a config file or preset, environment and overrides.
+    """Collect the settings of a run from a config file or preset, environment and overrides.
 
     Args:
         source: path of a .yaml, .toml or .json file, or a preset's name; None: `quickstart`.
-        plugins: "one,./two.py,no:three": plugins to add and to leave out.
+        plugins: "one,./two.py,no:three": plugins to add and to remove.
         sets: "sparkle.size=1": a plugin's key, or "until=100 steps": one of the engine's.
         environment: variables; `NEXUS_SPARKLE__SIZE=1` is `sparkle.size=1`.
-        values: as `sets`, by key, of values that need no reading, and above them.
-        replaced: the engine's own, in place of those of the file.
-        trusted: whether the user has named the source; its relative places are relative to it.
+        values: like `sets`, but by key and already parsed; they override `sets`.
+        replaced: engine settings that replace those of the file.
+        trusted: whether the user named the source; its relative paths are then relative to it.
 
     Raises:
         ConfigError: something is unknown, missing or of the wrong type.
@@ -112,9 +112,9 @@ def read_settings(
     for given, value in (values or {}).items():
         for key in merged.of_each_instance(given):
             merged.set(key, Document(value), key)
-    if merged.content.get("accumulate") == "auto":  # the batch stays whole; a plugin splits it
+    if merged.content.get("accumulate") == "auto":  # a plugin splits the batch
         merged.content["accumulate"] = 1
-        from nexus_core.plan import answering  # and torch with it, where it is needed
+        from nexus_core.plan import answering  # imports torch, so only where needed
 
         splitting = answering("cut_batch").name
         merged.add([splitting])
@@ -131,12 +131,12 @@ def read_settings(
 
 
 class _Merged:
-    """A preset, what a file puts over it, and the assignments that come after.
+    """A preset, the file that overrides it, and the assignments that follow.
 
     Args:
         base: the preset.
-        top: the file, over it.
-        own: the file's blocks of plugins; False leaves one out.
+        top: the file that overrides it.
+        own: the file's plugin blocks; False removes the plugin.
     """
 
     def __init__(self, base: Document, top: Document, own: Mapping[str, Block | bool]) -> None:
@@ -155,10 +155,10 @@ class _Merged:
         self.variables: dict[str, str] = {}
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Take plugins out of the run.
+        """Remove plugins from the run.
 
         Raises:
-            ConfigError: one is not in it.
+            ConfigError: one is not in the run.
         """
         for name in names:
             if self.blocks.pop(name, None) is None:
@@ -168,18 +168,18 @@ class _Merged:
                 )
 
     def add(self, names: Iterable[str]) -> None:
-        """Put plugins into the run, with their defaults where they are not there."""
+        """Add plugins to the run, with default settings if they are new."""
         for name in names:
             self.blocks.setdefault(name, {})
 
     def of_each_instance(self, key: str) -> list[str]:
-        """The key of every instance of its plugin: `dew.size` and `dew@late.size`."""
+        """The key for every instance of its plugin: `dew.size` and `dew@late.size`."""
         plugin, dot, rest = key.partition(".")
         names = [name for name in self.blocks if name.partition("@")[0] == plugin]
         return [f"{name}.{rest}" for name in names] if dot and names else [key]
 
     def set(self, key: str, given: Document, origin: str) -> None:
-        """Assign one dotted key: the engine's own, or a plugin's behind the plugin's name."""
+        """Assign one dotted key: an engine setting, or a plugin's with its name as prefix."""
         head, dot, rest = key.partition(".")
         given = Document(placed(given.value, Path.cwd()), given.written)
         if not dot:
@@ -196,7 +196,7 @@ class _Merged:
         """The engine's settings, checked.
 
         Raises:
-            ConfigError: some are wrong.
+            ConfigError: some are invalid.
         """
         content = fitted(RunConfig, self.content, self.written)
         try:
@@ -226,7 +226,7 @@ class _Merged:
         self._write(("plugins", name, *path), given)
 
     def _write(self, place: yaml12.Path, given: Document) -> None:
-        """Note how a value was written, and forget what was at its place."""
+        """Record how a value was written, replacing what was at its path."""
         old = [path for path in self.written if path[: len(place)] == place]
         for path in old:
             del self.written[path]
@@ -234,7 +234,7 @@ class _Merged:
 
 
 def _reaches(blocks: Mapping[str, Block], place: yaml12.Path) -> bool:
-    """Whether blocks of plugins have a key that a place within `plugins` is in."""
+    """Whether the plugin blocks contain the key of a path within `plugins`."""
     return len(place) > 2 and place[2] in blocks.get(str(place[1]), {})
 
 
@@ -283,9 +283,9 @@ def _environment(
 ) -> Iterator[tuple[str, str, str]]:
     """Variable, key and text of each setting in the environment.
 
-    `NEXUS_*` belongs to others too (a service called nexus has `NEXUS_PORT`), so that what names
-    no setting is passed over; a name that is close to one of a setting is said. An empty variable
-    is one that is not set.
+    `NEXUS_*` is used by others too (a service called nexus has `NEXUS_PORT`), so variables that
+    name no setting are ignored, with a warning if the name is close to a setting's. An empty
+    variable counts as unset.
     """
     known = [name for name in RunConfig.model_fields if name != "plugins"]
     for variable, text in sorted(environment.items()):
@@ -297,10 +297,10 @@ def _environment(
             yield variable, key, text
         elif close := get_close_matches(head, [*blocks] if dot else known, 1, cutoff=0.75):
             if dot and head in entry_points(group="nexus.plugins").names:
-                continue  # of a plugin that is not in this run
+                continue  # belongs to a plugin that is not in this run
             meant = variable.replace(variable.removeprefix(PREFIX)[: len(head)], close[0].upper())
             warnings.warn(
-                f"{variable} is no setting of this run and is ignored; did you mean {meant}?",
+                f"{variable} is not a setting of this run and is ignored; did you mean {meant}?",
                 RuntimeWarning,
                 stacklevel=2,
             )

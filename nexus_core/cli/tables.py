@@ -1,4 +1,4 @@
-"""Tables of text: what the commands print, in columns."""
+"""Text tables for the commands' output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
     Args:
         rows: all of the same length; the first may be a heading.
-        right: the columns that end at their right edge: numbers.
+        right: right-aligned columns: numbers.
     """
     shown = [[_visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
@@ -56,7 +56,7 @@ def folded(text: str, indent: int = 0, stream: TextIO | None = None) -> str:
 
 
 def as_bytes(size: int) -> str:
-    """A size as one reads it: `812 B`, `34 kB`, `1.2 GB`."""
+    """A human-readable size: `812 B`, `34 kB`, `1.2 GB`."""
     number, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 999.5 or unit == "TB":
@@ -66,7 +66,7 @@ def as_bytes(size: int) -> str:
 
 
 def as_time(seconds: float | None) -> str:
-    """A duration as one reads it: `4.2 s`, `3 min 05 s`, `2 h 07 min`; nothing for None."""
+    """A human-readable duration: `4.2 s`, `3 min 05 s`, `2 h 07 min`; empty for None."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -78,12 +78,12 @@ def as_time(seconds: float | None) -> str:
 
 
 def as_number(value: float | None) -> str:
-    """A metric with what is worth reading of it; nothing for None."""
+    """A metric with its significant digits; empty for None."""
     if value is None:
         return ""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
 
 
 def _visible(text: str) -> str:
-    """Text on one line, with an escape for what would do something to a terminal."""
+    """Text on one line, with terminal control characters escaped."""
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)

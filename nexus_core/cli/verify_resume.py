@@ -1,9 +1,9 @@
-"""`nexus-run verify-resume`: show that a run killed at random moments ends in the same bits.
+"""`nexus-run verify-resume`: verify that a run killed at random moments ends bitwise identical.
 
-The run is done once undisturbed, then again, killed by SIGKILL as often as asked for (a third of
-the times while a checkpoint is being written) and resumed each time. A plugin notes down, step by
-step, digests of batches, generators, losses, gradient, weights, optimizer and each plugin's state;
-the notes of both runs must agree to the last line, and so must the metrics.
+The run is done once undisturbed, then again, killed by SIGKILL as often as requested (a third of
+the times during a save) and resumed each time. A plugin records, step by step, digests of batches,
+generators, losses, gradients, weights, optimizer and each plugin's state; the notes and metrics of
+both runs must agree to the last line.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Order", "Report", "compare_runs", "last_step", "main", "verify_resume"]
 
 CERTIFICATE = "certificate.json"
-_CLOCKS = ("time", "seconds")  # what no two runs share
+_CLOCKS = ("time", "seconds")  # differ between any two runs
 _CLOCK_PREFIXES = ("system/",)
 _SAVE_SHARE = 1 / 3
 _PATIENCE_S = 600.0
@@ -56,15 +56,15 @@ _PATIENCE_S = 600.0
 
 @dataclass
 class Report:
-    """How a verification went.
+    """The result of a verification.
 
     Args:
-        kills: how often the run was killed and resumed.
-        terms: how many of the kills were a SIGTERM, after which a run saves and ends.
-        within_saves: how many of the kills met a checkpoint being written.
-        steps: how many steps the run has.
-        differences: what differs, first step first; empty where the runs agree.
-        fingerprint: of the last line of notes, which holds the whole state.
+        kills: number of times the run was killed and resumed.
+        terms: how many of the kills were SIGTERM, after which a run saves and ends.
+        within_saves: how many of the kills hit a checkpoint being written.
+        steps: number of steps of the run.
+        differences: what differs, in order of steps; empty if the runs agree.
+        fingerprint: hash of the last line of notes, which covers the whole state.
     """
 
     kills: int = 0
@@ -76,7 +76,7 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Whether the killed run ended in the same bits."""
+        """Whether the killed run ended bitwise identical."""
         return not self.differences
 
 
@@ -92,33 +92,33 @@ def verify_resume(
     terms: float = 0.0,
     bare: bool = False,
 ) -> Report:
-    """Do a run twice, undisturbed and killed, and compare every step of it.
+    """Run twice, undisturbed and killed, and compare every step.
 
     Args:
         config: a config file or preset, as `nexus-run` takes it.
         out: a folder for both runs and the certificate; must not exist yet.
         kills: how often to kill.
-        plugins: as `--plugins`.
-        sets: as `--set`, each.
-        seed: of the moments of the kills.
-        threads: that torch uses in a run; None leaves it to torch.
-        terms: share of the kills that are a SIGTERM to the run and its workers, not a SIGKILL.
-        bare: add no plugins of those that packages bring for it.
+        plugins: as in `--plugins`.
+        sets: as in each `--set`.
+        seed: seed for the moments of the kills.
+        threads: torch threads of a run; None leaves it to torch.
+        terms: share of the kills that send SIGTERM, not SIGKILL, to the run and its workers.
+        bare: do not add the plugins that packages provide for this.
 
     Returns:
         The report, which is also written to `certificate.json`.
 
     Raises:
         ConfigError: the folder exists.
-        RunError: a run failed by itself.
+        RunError: a run failed on its own.
     """
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
-        said = f"'{out}' exists; verify-resume needs a folder of its own: --out DIR"
+        said = f"'{out}' already exists; verify-resume needs a new folder: --out DIR"
         raise ConfigError(said) from error
     except OSError as error:
-        raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
+        raise ConfigError(f"cannot create the folder '{out}': {error.strerror}") from error
     named = ",".join([*([] if bare else companions()), *filter(None, [plugins])])
     order = Order(config, named, tuple(sets), threads)
     processes = nursery("nexus_core.cli.verify_resume")
@@ -130,7 +130,7 @@ def verify_resume(
         life = _live(processes, order, disturbed)
         term = moments.random() < terms
         shows = report.kills < kills - 1 or _went_on(disturbed)
-        steps = report.steps / (kills + 1)  # a share for each life, and one to end with
+        steps = report.steps / (kills + 1)  # one share for each session, and one for the end
         if not _kill(life, disturbed, steps, moments, term=term, saved=not shows):
             _finish(life, disturbed)
             break
@@ -142,8 +142,8 @@ def verify_resume(
     report.differences = compare_runs(undisturbed, disturbed)
     if not _went_on(disturbed):
         report.differences.append(
-            "nothing was shown, as the killed run never continued from a checkpoint; add a "
-            "plugin that saves, let it save more often, or train longer"
+            "nothing was verified: the killed run never resumed from a checkpoint; add a "
+            "plugin that saves, save more often, or train longer"
         )
     report.fingerprint = fingerprint(undisturbed)
     _certify(order, report, out / CERTIFICATE)
@@ -167,7 +167,7 @@ def _live(processes: ForkServerContext, order: Order, out: Path) -> ForkServerPr
 
 
 def _life(order: Order, out: Path) -> None:
-    """In a process of its own: the run, resumed where there is something to resume."""
+    """In its own process: the run, resumed if there is something to resume."""
     from nexus_core.cli.build import build_plugins, make_engine
     from nexus_core.cli.folder import RunFolder
     from nexus_core.cli.session import train
@@ -192,10 +192,10 @@ def _finish(life: ForkServerProcess, out: Path) -> None:
     if life.exitcode != 0:
         log = out.with_suffix(".log")
         said = log.read_text(errors="replace")
-        if life.exitcode == ConfigError.exit_code and "error: " in said:  # a mistake of the user's
+        if life.exitcode == ConfigError.exit_code and "error: " in said:  # a user's mistake
             raise ConfigError(said.rpartition("\nerror: ")[2].strip())
         raise RunError(
-            f"the run ended with exit code {life.exitcode}; its last words, in {log}: "
+            f"the run ended with exit code {life.exitcode}; last lines of {log}: "
             f"{said[-600:].strip()}"
         )
 
@@ -209,17 +209,17 @@ def _kill(
     term: bool,
     saved: bool,
 ) -> bool:
-    """Kill a run at a random moment; False where it ended before that.
+    """Kill a run at a random moment; False if it ended before that.
 
     Args:
         life: the run.
         out: its folder.
-        steps: the most that a life does beyond where the notes of the last one end, whatever
-            was drawn: a run that ends by itself shows nothing.
+        steps: the most steps this session may take beyond the notes of the last one, whatever was
+            drawn: a run that ends by itself shows nothing.
         moments: decides when; one kill in three waits for a checkpoint that is being written, and
             one in ten does not wait for a step.
-        term: by a SIGTERM to the run and its workers.
-        saved: as soon as there is a checkpoint to continue from.
+        term: kill with SIGTERM to the run and its workers.
+        saved: kill as soon as there is a checkpoint to resume from.
     """
     within_save = not saved and moments.random() < _SAVE_SHARE
     at_start = not (within_save or saved) and moments.random() < 0.1
@@ -245,10 +245,10 @@ def _kill(
     assert life.pid is not None
     with suppress(ProcessLookupError):
         if term:
-            os.kill(life.pid, signal.SIGCONT)  # it may have been frozen within a save
+            os.kill(life.pid, signal.SIGCONT)  # it may have been frozen during a save
             try:
                 os.killpg(life.pid, signal.SIGTERM)
-            except ProcessLookupError:  # it has not made its group yet, and has no workers
+            except ProcessLookupError:  # it has no process group yet, so no workers
                 os.kill(life.pid, signal.SIGTERM)
             life.join()
             return life.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -258,7 +258,7 @@ def _kill(
 
 
 def _went_on(out: Path) -> bool:
-    """Whether a life of the killed run has begun from a checkpoint."""
+    """Whether a session of the killed run has started from a checkpoint."""
     return any(starts_of(out))
 
 
@@ -267,7 +267,7 @@ def _saving(out: Path) -> bool:
 
 
 def _caught_saving(life: ForkServerProcess, out: Path, delay: float) -> bool:
-    """Freeze the run a moment later; let it continue if its save was over by then."""
+    """Freeze the run a moment later; let it continue if its save had finished by then."""
     assert life.pid is not None
     time.sleep(delay)
     with suppress(ProcessLookupError):
@@ -279,11 +279,11 @@ def _caught_saving(life: ForkServerProcess, out: Path, delay: float) -> bool:
 
 
 def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
-    """Where two runs first differ, and in what: in their notes, and in their metrics.
+    """Where two runs first differ, and in what, in their notes and metrics.
 
     Args:
         undisturbed: folder of a run with a witness.
-        killed: folder of the other one.
+        killed: folder of the other run.
     """
     ours, theirs = notes_of(undisturbed), notes_of(killed)
     differences = []
@@ -304,7 +304,7 @@ def compare_runs(undisturbed: Path, killed: Path) -> list[str]:
 
 
 def _odd_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The keys whose values differ, with those within that do."""
+    """The keys whose values differ, including nested ones."""
     odd = []
     for key in {**mine, **other}:
         one, two = mine.get(key), other.get(key)
@@ -315,7 +315,7 @@ def _odd_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
-    """The logged metrics without those that tell the time."""
+    """The logged metrics, except timings."""
     return [
         {
             key: value
@@ -323,7 +323,7 @@ def _metrics(out: Path) -> list[dict[str, Any]]:
             if key not in _CLOCKS and not key.startswith(_CLOCK_PREFIXES)
         }
         for line in map(json.loads, whole_lines(out / "metrics.jsonl"))
-        if "note" not in line  # words may hold what a clock said
+        if "note" not in line  # notes may contain timings
     ]
 
 
@@ -342,19 +342,19 @@ def _certify(order: Order, report: Report, path: Path) -> None:
 @click.command(name="verify-resume", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="",
-              help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
+              help="Add plugins by name or file, or remove some: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="As in nexus-run.")
 @click.option(
     "--kills",
     default=5,
     show_default=True,
     type=click.IntRange(min=1),
-    help="How often to kill it.",
+    help="How often to kill the run.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
-@click.option("--out", type=PATH, help="A new folder for both runs.")
-@click.option("--bare", is_flag=True, help="Add no plugins that make runs exact.")
-@click.option("--keep", is_flag=True, help="Keep both runs, not the certificate alone.")
+@click.option("--seed", default=0, show_default=True, help="Seed for the moments of the kills.")
+@click.option("--out", type=PATH, help="New folder for both runs.")
+@click.option("--bare", is_flag=True, help="Do not add plugins that make runs exact.")
+@click.option("--keep", is_flag=True, help="Keep both runs, not only the certificate.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
     config: str | None,
@@ -367,7 +367,7 @@ def main(
     keep: bool,
     debug: bool,
 ) -> None:
-    """Kill a run at random moments, resume it, and show that it ends in the same bits."""
+    """Kill a run at random moments, resume it, and verify that it ends bitwise identical."""
     with reported(debug):
         out = out or next(path for path in automatic("verify-resume") if not path.exists())
         report = verify_resume(
@@ -377,7 +377,7 @@ def main(
             for folder in ("undisturbed", "killed"):
                 shutil.rmtree(out / folder)
         click.echo(
-            f"{report.kills} kills, {report.within_saves} of them while saving, over "
+            f"{report.kills} kills, {report.within_saves} of them during a save, over "
             f"{report.steps} steps: {'the same bits' if report.holds else 'NOT the same'}"
         )
         for difference in report.differences:

@@ -1,9 +1,9 @@
-"""`nexus-run verify-topology`: show that a run has the same bits on any number of processes.
+"""`nexus-run verify-topology`: verify that a run is bitwise identical on any number of processes.
 
 The run is done once on each number of processes, then once more, killed by SIGKILL at random
-moments and resumed on another number each time. A plugin notes down, step by step, digests of
-batches, generators, losses, gradient, weights, optimizer and each plugin's state; the notes of all
-runs must agree to the last line, and so must the metrics.
+moments and resumed on a different number each time. A plugin records, step by step, digests of
+batches, generators, losses, gradients, weights, optimizer and each plugin's state; the notes and
+metrics of all runs must agree to the last line.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _PATIENCE_S = 600.0
 
 @dataclass
 class Report:
-    """How a verification went.
+    """The result of a verification.
 
     Args:
-        sizes: the numbers of processes that the run was done on.
-        lives: of the run that was resized: on how many processes, and at which step it was killed.
-        steps: how many steps the run has.
-        differences: what differs from the first run, by run; empty where all agree.
-        blame: where a step of the first run that differs comes apart, and by whom.
+        sizes: the numbers of processes tested.
+        lives: sessions of the resized run: number of processes, and step at which it was killed.
+        steps: number of steps of the run.
+        differences: what differs from the first run, by run; empty if all agree.
+        blame: where the first differing run diverges within a step, and the plugins involved.
         unpromised: plugins of the run that do not promise what was verified.
-        fingerprint: of the last line of notes, which holds the whole state.
+        fingerprint: hash of the last line of notes, which covers the whole state.
     """
 
     sizes: tuple[int, ...]
@@ -68,28 +68,28 @@ class Report:
 
     @property
     def holds(self) -> bool:
-        """Whether all runs have the same bits."""
+        """Whether all runs are bitwise identical."""
         return not self.differences
 
 
 def verify_topology(
     order: Order, out: Path, *, sizes: Sequence[int], resize: int = 0, seed: int = 0
 ) -> Report:
-    """Do a run on each number of processes, and compare every step.
+    """Run on each number of processes, and compare every step.
 
     Args:
         order: what to run.
         out: a folder for the runs and the certificate; must not exist yet.
         sizes: numbers of processes.
-        resize: how often a further run is killed, and resumed on another number of them.
-        seed: of the moments of the kills, and of the numbers.
+        resize: how often another run is killed and resumed on a different number.
+        seed: seed for the moments of the kills and the numbers of processes.
 
     Returns:
         The report, which is also written to `certificate.json`.
 
     Raises:
-        ConfigError: the folder exists, the run is not in cells, or has no plugin for processes.
-        RunError: a run failed by itself.
+        ConfigError: the folder exists, the run is not in cells, or has no distributed plugin.
+        RunError: a run failed on its own.
     """
     plugins = _check(order)
     loose = [plugin.name for plugin in plugins if not plugin.topology_invariant]
@@ -97,7 +97,7 @@ def verify_topology(
     try:
         out.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"cannot make the folder '{out}': {error.strerror}") from error
+        raise ConfigError(f"cannot create the folder '{out}': {error.strerror}") from error
     processes = nursery("nexus_core.cli.verify_topology")
     first = out / f"on-{sizes[0]}"
     for size in sizes:
@@ -120,7 +120,7 @@ def _check(order: Order) -> list[AnyPlugin]:
     """The plugins of the run.
 
     Raises:
-        ConfigError: the run cannot be done on several processes, or promises nothing itself.
+        ConfigError: the run cannot use several processes, or promises nothing itself.
     """
     from nexus_core.cli.build import build_plugins
     from nexus_core.cli.settings import read_settings
@@ -129,12 +129,12 @@ def _check(order: Order) -> list[AnyPlugin]:
     plan = build_plugins(settings).plan
     if settings.run.cells is None:
         raise ConfigError(
-            "the bits of a run depend on the number of processes unless it is in cells; set cells "
-            "to the most processes that it should ever run on: --set cells=8"
+            "results depend on the number of processes unless the run is in cells; set cells "
+            "to the largest number of processes it should ever run on: --set cells=8"
         )
     if not any(plugin.slot == distributed.SLOT for plugin in plan.plugins):
         raise ConfigError(
-            f"no plugin of this run lets several processes train one model; add one of slot "
+            f"no plugin of this run trains on several processes; add one that fills the slot "
             f"'{distributed.SLOT}' (nexus-plugins list)"
         )
     return list(plan.plugins)
@@ -153,7 +153,7 @@ def _live(
 
 
 def _life(order: Order, out: Path, rank: int, size: int, port: int) -> None:
-    """In a process of its own: one rank of the run, resumed where there is something to resume."""
+    """In its own process: one rank of the run, resumed if there is something to resume."""
     from nexus_core.cli.build import build_plugins, make_engine
     from nexus_core.cli.folder import run_folder
     from nexus_core.cli.session import train
@@ -190,7 +190,7 @@ def _finish(lives: Sequence[ForkServerProcess], out: Path) -> None:
     if bad := [life.exitcode for life in lives if life.exitcode]:
         log = out.with_suffix(".log")
         raise RunError(
-            f"the run '{out.name}' ended with exit code {bad[0]}; its last words, in {log}: "
+            f"the run '{out.name}' ended with exit code {bad[0]}; last lines of {log}: "
             f"{log.read_text(errors='replace')[-900:].strip()}"
         )
 
@@ -203,7 +203,7 @@ def _resize(
     times: int,
     moments: random.Random,
 ) -> None:
-    """Do the run once more, killed so many times and resumed on another number of processes."""
+    """Run once more, killed several times and resumed on a different number of processes."""
     size = moments.choice(report.sizes)
     for place in range(times):
         lives = _live(processes, order, out, size)
@@ -241,7 +241,7 @@ def _certify(order: Order, report: Report, path: Path) -> None:
 
 
 def _processor() -> str:
-    """The name of the processor, where the system tells."""
+    """The name of the processor, if known."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -251,14 +251,14 @@ def _processor() -> str:
 @click.command(name="verify-topology", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="",
-              help="Add plugins by name or file, or leave some out: a,./my.py,no:c.")  # fmt: skip
+              help="Add plugins by name or file, or remove some: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="As in nexus-run.")
 @click.option("--sizes", default="1,2,3,4", show_default=True, help="Numbers of processes.")
 @click.option("--resize", default=3, show_default=True, type=click.IntRange(min=0),
-              help="How often to kill it and resume it on another number.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the moments of the kills.")
-@click.option("--out", type=PATH, help="A new folder for the runs.")
-@click.option("--keep", is_flag=True, help="Keep the runs, not the certificate alone.")
+              help="How often to kill it and resume on a different number.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Seed for the moments of the kills.")
+@click.option("--out", type=PATH, help="New folder for the runs.")
+@click.option("--keep", is_flag=True, help="Keep the runs, not only the certificate.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
     config: str | None,
@@ -271,7 +271,7 @@ def main(
     keep: bool,
     debug: bool,
 ) -> None:
-    """Run on several numbers of processes, kill and resume, and show that the bits are the same."""
+    """Run on several numbers of processes, kill and resume, and verify identical bits."""
     with reported(debug):
         if not (numbers := _numbers(sizes)):
             raise ConfigError(f"--sizes {sizes}: expected numbers of processes, such as 1,2,4")
@@ -292,7 +292,7 @@ def main(
         if report.blame:
             click.echo(f"  {report.blame}")
         if report.unpromised:
-            click.echo(f"  promised by all plugins but {', '.join(report.unpromised)}")
+            click.echo(f"  promised by all plugins except {', '.join(report.unpromised)}")
         click.echo(f"certificate: {out / CERTIFICATE}")
         sys.exit(0 if report.holds else 1)
 

@@ -1,8 +1,8 @@
-"""YAML as people write settings in it: the scalars of YAML 1.2, no key twice, bounded in size.
+"""Parse YAML settings: YAML 1.2 scalars, no duplicate keys, bounded in size.
 
-PyYAML reads YAML 1.1, where `010` is 8, `yes` is true and `1:30` is 90. Here a plain scalar is
-what the core schema of YAML 1.2 says (https://yaml.org/spec/1.2.2/, 10.3.2). A reader of this
-module keeps how each number, truth value and list was written, for settings that want text.
+PyYAML reads YAML 1.1, where `010` is 8, `yes` is true and `1:30` is 90. Here plain scalars follow
+the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/, 10.3.2). How each number, boolean and
+list was written is kept for settings that want text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import yaml
 __all__ = ["Document", "Path", "YamlError", "dump", "parse", "parse_value"]
 
 Path: TypeAlias = tuple[str | int, ...]
-"""Where a value is: keys of mappings and places in lists, outermost first."""
+"""Path of a value: mapping keys and list indices, outermost first."""
 
 MOST_CHARACTERS = 2**20
-MOST_VALUES = 40_000  # with every alias written out; PyYAML takes a kilobyte for each
+MOST_VALUES = 40_000  # with every alias expanded; PyYAML needs a kilobyte for each
 DEEPEST = 50
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
@@ -36,16 +36,16 @@ _PLAIN = {
 
 
 class YamlError(ValueError):
-    """A text is not YAML, or not such YAML as a config is made of."""
+    """The text is not YAML, or uses YAML that configs do not allow."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a text holds.
+    """A parsed text.
 
     Args:
-        value: of dicts with text as keys, lists, text, numbers, truth values and None.
-        written: the text of each value in it that is not text, by its place.
+        value: dicts with text keys, lists, text, numbers, booleans and None.
+        written: the original text of each value that is not text, by its path.
     """
 
     value: Any
@@ -53,13 +53,13 @@ class Document:
 
 
 def parse(text: str) -> Document:
-    """Read one document; where the text is empty, None.
+    """Parse one document; None if the text is empty.
 
     Raises:
-        YamlError: it is not YAML, has a key twice, or is too large or too deep.
+        YamlError: it is not YAML, repeats a key, or is too large or too deep.
     """
     if len(text) > MOST_CHARACTERS:
-        raise YamlError(f"{len(text):,} characters; settings have {MOST_CHARACTERS:,} at most")
+        raise YamlError(f"{len(text):,} characters; at most {MOST_CHARACTERS:,} are allowed")
     try:
         root = yaml.compose(text, Loader=_Loader)
         builder = _Builder()
@@ -75,9 +75,9 @@ def parse(text: str) -> Document:
 
 
 def parse_value(text: str) -> Document:
-    """Read what stands behind `KEY=`: a number, `true`, `null`, `[a, b]`, `{a: 1}`, else text.
+    """Parse what follows `KEY=`: a number, `true`, `null`, `[a, b]`, `{a: 1}`, else text.
 
-    Nothing in it is a comment, and what begins like a list but is not one is text.
+    It has no comments, and what starts like a list but is not one is text.
     """
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'"):
@@ -94,12 +94,12 @@ def parse_value(text: str) -> Document:
 
 
 def dump(settings: object) -> str:
-    """Write settings so that `parse`, and a reader of YAML 1.1, gets them back."""
+    """Write settings so that both `parse` and a YAML 1.1 reader get them back."""
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's parser, with the plain scalars of YAML 1.2, and a bound on what it makes."""
+    """PyYAML's parser, with the plain scalars of YAML 1.2 and a size limit."""
 
     composed = 0
 
@@ -116,10 +116,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what a reader of YAML 1.1 or one of 1.2 would take for something else than text."""
+    """Quotes text that a YAML 1.1 or 1.2 reader would not read as text."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write what is there twice twice."""
+        """Write repeated values out instead of using aliases."""
         return True
 
 
@@ -136,12 +136,12 @@ _Loader.add_implicit_resolver(_MERGE, re.compile(r"<<\Z"), ["<"])
 
 
 class _Builder:
-    """Turns nodes into values, noting how those that are not text were written."""
+    """Turns nodes into values, recording how those that are not text were written."""
 
     def __init__(self) -> None:
         self.written: dict[Path, str] = {}
         self._values = 0
-        self._read: dict[int, Any] = {}  # by node: an alias takes no time and memory of its own
+        self._read: dict[int, Any] = {}  # by node: an alias costs no extra time or memory
         self._keys: dict[int, str] = {}
 
     def value(self, node: yaml.Node, path: Path) -> Any:
@@ -153,7 +153,7 @@ class _Builder:
         assert isinstance(node, yaml.CollectionNode)
         kind = "seq" if isinstance(node, yaml.SequenceNode) else "map"
         if node.tag != _TAG + kind:
-            raise YamlError(f"{_line(node)}: the tag '{node.tag}' is not for settings")
+            raise YamlError(f"{_line(node)}: the tag '{node.tag}' is not allowed in settings")
         if node.flow_style and node.start_mark.buffer is not None:
             if id(node) not in self._read:
                 written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
@@ -173,20 +173,20 @@ class _Builder:
         return value
 
     def _items(self, node: yaml.MappingNode, depth: int) -> Iterator[tuple[str, yaml.Node]]:
-        """The entries, those that a merge key `<<` brings first where no key of its own is."""
+        """The entries; those from a merge key `<<` first, unless overridden."""
         own: dict[str, yaml.Node] = {}
         merged: list[yaml.Node] = []
         lines: dict[str, int] = {}
         for key_node, item in node.value:
             self._count()
             if not isinstance(key_node, yaml.ScalarNode):
-                raise YamlError(f"{_line(key_node)}: a key must be text")
+                raise YamlError(f"{_line(key_node)}: keys must be text")
             if id(key_node) not in self._keys:
                 self._keys[id(key_node)] = _joined(key_node.value)
             key, line = self._keys[id(key_node)], key_node.start_mark.line + 1
             if (first := lines.setdefault(key, line)) != line or key in own:
                 where = f"lines {first} and {line}" if first != line else f"line {line}"
-                raise YamlError(f"the key '{key}' is there twice, in {where}; keep one")
+                raise YamlError(f"duplicate key '{key}', in {where}; keep one")
             if key_node.tag == _MERGE:
                 merged += item.value if isinstance(item, yaml.SequenceNode) else [item]
             else:
@@ -202,7 +202,7 @@ class _Builder:
     def _count(self) -> None:
         self._values += 1
         if self._values > MOST_VALUES:
-            raise YamlError(f"more than {MOST_VALUES:,} values, with every alias written out")
+            raise YamlError(f"more than {MOST_VALUES:,} values, with every alias expanded")
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
@@ -231,12 +231,12 @@ def _plain(kind: str, text: str) -> Any:
         return text.lower() == "true"
     if kind == "float":
         return float(re.sub(r"\.(?=[infINFnaNA])", "", text))
-    if kind == "int" and len(text) <= 100:  # a longer number is left to whoever wants one
+    if kind == "int" and len(text) <= 100:  # longer numbers stay text
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
         return int(text.removeprefix("0o").removeprefix("0x"), base)
     return _joined(text)
 
 
 def _joined(text: str) -> str:
-    """JSON writes a character beyond 16 bits as two escapes; they are one character."""
+    """Join surrogate pairs: JSON writes a character beyond 16 bits as two escapes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")

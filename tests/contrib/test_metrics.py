@@ -254,7 +254,7 @@ def measured_together(names: list[str]) -> Any:
     sampler: Any = torch.utils.data.distributed.DistributedSampler(
         Points(13), ranks.size, ranks.rank
     )
-    with pytest.raises(DataError, match="deals the rows"):
+    with pytest.raises(DataError, match="distributes the rows"):
         engine.predict(torch.utils.data.DataLoader(Points(13), 4, sampler=sampler))
     kept = {n: v for n, v in engine.metrics.items() if n.rpartition("/")[2] in metrics}
     weights = {name: value.tolist() for name, value in engine.model.state_dict().items()}

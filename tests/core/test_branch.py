@@ -152,12 +152,12 @@ def test_the_newest_checkpoint_is_branched_and_longer_runs_go_on(world: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["whole@5"], "has no checkpoint of step 5; it has those of: 4, 8, 12"),
+        (["whole@5"], "has no checkpoint of step 5; it has: 4, 8, 12"),
         (["absent@5"], "there is no run in"),
         (["whole@better"], "has no checkpoint 'better'"),
         (["whole@8"], "add --trust"),
         (["whole@8", "--trust", "-s", "seed=4"], "seed is 4, was 3"),
-        (["whole@8", "--trust", "--out", "whole"], "holds a run already"),
+        (["whole@8", "--trust", "--out", "whole"], "already holds a run"),
     ],
 )
 def test_a_mistake_is_one_message_and_leaves_nothing(

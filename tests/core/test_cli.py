@@ -138,7 +138,7 @@ def test_folder_with_a_run_is_not_written_over() -> None:
     log = Path("one/metrics.jsonl").read_bytes()
     result = run("tiny.yaml", "--out", "one")
     assert result.exit_code == 2
-    assert "holds a run already" in result.output
+    assert "already holds a run" in result.output
     assert Path("one/metrics.jsonl").read_bytes() == log
 
 
@@ -230,7 +230,7 @@ def test_of_two_starts_in_one_folder_the_second_touches_nothing(
     result = run(*options, "-s", "seed=2", *resume)
     assert result.exit_code == 2
     assert (
-        "in use by process" in result.output if resume else "holds a run already" in result.output
+        "in use by process" in result.output if resume else "already holds a run" in result.output
     )
     assert content() == seen[0]
     os.close(held[0])
@@ -357,7 +357,7 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> 
     assert "stopping after this step; Ctrl-C again ends the run at once" in first
     kept = "kept: one/checkpoints/step-00000004; resume from it with --resume auto"
     assert (kept if saved else "no checkpoint had been saved in one") in last
-    assert last.startswith("ended at once at step 4; ")
+    assert last.startswith("ended immediately at step 4; ")
     assert last.count("\n") == 1
 
 

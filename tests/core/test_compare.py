@@ -114,7 +114,7 @@ LONGER = {"plugins": {"data_text": {"seq_len": 128}, "optim_adamw": {"lr": 0.2}}
         ({}, {"fingerprint": None}, ""),
         ({}, {"settings": {"until": "40 steps"}}, ""),
         ({}, {"fingerprint": "data-2"}, "other data (fingerprint data-2, the base has data-1)"),
-        ({}, {"tokens": 50}, "other tokens: 500 by step 10, the base has 1,000"),
+        ({}, {"tokens": 50}, "different tokens: 500 by step 10, the base has 1,000"),
         ({}, {"settings": {"accumulate": 2}}, "accumulate is 2, the base has 1"),
         ({"settings": BATCHES}, {"settings": LONGER}, "data_text.seq_len is 128, the base has 64"),
     ],
@@ -183,7 +183,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     said = compare(base, variant, base + "/../base/0", "--json", "--out", str(tmp_path / "out"))
     assert said.exit_code == 0, said.output
     one, other = json.loads(said.output)["variants"]
-    assert one["results"][0]["verdict"] == "not told apart"
+    assert one["results"][0]["verdict"] == "no clear difference"
     assert one["results"][0]["pairs_needed"] > 6
     assert other["results"][0]["verdict"] == "the same"
 
@@ -191,16 +191,16 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
 def test_other_tokens_are_said_on_screen_and_page(tmp_path: Path) -> None:
     base, variant = write_pairs(tmp_path, -0.1, tokens=50)
     result = compare(base, variant, "--out", str(tmp_path / "out"))
-    assert "BROKEN PAIRING: other tokens: 500 by step 10" in result.output
-    assert "the pairing is broken" in (tmp_path / "out/compare.html").read_text()
+    assert "BROKEN PAIRING: different tokens: 500 by step 10" in result.output
+    assert "the pairs do not match" in (tmp_path / "out/compare.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nothing.here", "a=1"], "is no folder with runs, no config file and no preset"),
+        (["nothing.here", "a=1"], "is not a run folder, config file or preset"),
         (["quickstart", "optim"], "a change is KEY=VALUE"),
-        (["quickstart", "until=5 steps", "until=5 steps"], "is there twice"),
+        (["quickstart", "until=5 steps", "until=5 steps"], "appears twice"),
         (["quickstart", "seed=5"], "--seed"),
         (["quickstart", "a: 'open"], "cannot be read"),
         (["quickstart", "no_such.key=5"], "no_such"),

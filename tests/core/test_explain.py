@@ -110,7 +110,7 @@ def test_table_has_kind_roles_and_the_answers_of_the_core() -> None:
     assert [re.sub(" +", " ", line) for line in lines[start + 1 : start + 4]] == [
         " 1. wrap wraps the rest; as named",
         " 2. noop as named",
-        " 3. the core the answer where no plugin gives one",
+        " 3. the core default if no plugin answers",
     ]
 
 
@@ -151,7 +151,7 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
     [
         (
             [waiting("a", after=("c",)), waiting("b", after=("a",)), waiting("c", after=("b",))],
-            "a circle: '.' before '.' .as '.' says.*leave one of them out, such as drop .Plugin",
+            "a cycle: '.' before '.' .as '.' says.*remove one of them, such as drop .Plugin",
         ),
         (
             [waiting("a", before=("b",)), waiting("b", before=("a",))],

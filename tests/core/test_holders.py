@@ -188,7 +188,7 @@ MAKES: dict[str, Callable[[], Iterable[Any]]] = {
     "iterators": Seekers,
 }
 """By what they are; each call makes what a new process would make."""
-SAID = {"stream with a buffer": "another batch", "stream that cannot load": "list index out of"}
+SAID = {"stream with a buffer": "a different batch", "stream that cannot load": "list index out of"}
 
 
 class Run:

@@ -297,5 +297,5 @@ def test_what_follows_a_step_cannot_be_wrapped() -> None:
 
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(PluginError, match="on_step cannot be wrapped: its calls are made one by"):
+    with pytest.raises(PluginError, match="on_step cannot be wrapped: plugins are called one by"):
         Engine(model, optimizer, loss=loss, plugins=[AroundPlugin()])

@@ -63,7 +63,7 @@ def test_a_loop_within_a_loop_is_refused_until_the_first_is_closed() -> None:
     engine = new()
     loop = engine.steps(BATCHES, until=4)
     next(loop)
-    with pytest.raises(ConfigError, match=r"open already.*close\(\)"):
+    with pytest.raises(ConfigError, match=r"already has an open loop.*close\(\)"):
         engine.fit(BATCHES, until=4)
     assert engine.state.step == 1
     loop.close()
@@ -74,7 +74,7 @@ def test_a_loop_within_a_loop_is_refused_until_the_first_is_closed() -> None:
         def on_step(self, engine: Engine) -> None:
             engine.fit(BATCHES, until=9)
 
-    with pytest.raises(ConfigError, match="open already"):
+    with pytest.raises(ConfigError, match="already has an open loop"):
         new(NestedPlugin()).fit(BATCHES, until=2)
 
 

@@ -263,8 +263,8 @@ BROKEN = {
     [
         ("./mime.py", "there is no file './mime.py'. Did you mean 'mine.py'?"),
         ("./pack", "'./pack' cannot be loaded; expected file.py:name or package.module:name"),
-        ("./none.py", "'./none.py' has no class of a plugin, such as class SparklePlugin(Plugin"),
-        ("./mine.py@f-1", "'sparkle@f-1': behind the @ come letters, digits and underscores"),
+        ("./none.py", "'./none.py' has no plugin class, such as class SparklePlugin(Plugin"),
+        ("./mine.py@f-1", "'sparkle@f-1': a label has letters, digits and underscores"),
         ("./two.py", "'./two.py' has 2 plugins, APlugin, BPlugin; say which: ./two.py:APlugin"),
         ("./mine.py:SparklPlugin", "'./mine.py' has no 'SparklPlugin'. Did you mean 'SparkleP"),
         ("./mine.py:SparkleConfig", "must be a subclass of nexus_core.Plugin, got <class 'mine.Sp"),
@@ -277,7 +277,7 @@ BROKEN = {
         ),
         ("./slips.py", "SlipsPlugin.on_step is named like a hook"),
         ("no:./mine.py", "no:./mine.py: './mine.py' is not in this run"),
-        ("sparkle", "one in a file goes by the file, such as ./mine.py"),
+        ("sparkle", "name one in a file by its path, such as ./mine.py"),
         ("nowhere.at_all:SparklePlugin", "cannot be imported: ModuleNotFoundError"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_folder_with_another_file_of_that_name_is_not_written_to(folder: Path)
     Path("plugins/mine.py").write_text("theirs = 1\n")
     result = run("tiny.yaml", "-p", "./mine.py", "--out", ".")
     assert result.exit_code == 2
-    assert "'plugins/mine.py' is there already and is another file" in result.output
+    assert "'plugins/mine.py' already exists and differs from the copy" in result.output
     assert Path("plugins/mine.py").read_text() == "theirs = 1\n"
     assert not Path("config.yaml").exists()
 

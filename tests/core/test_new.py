@@ -107,7 +107,7 @@ def test_code_is_formatted_and_lints_clean() -> None:
         ("", "cannot be a plugin's name"),
         ("class", "cannot be a plugin's name"),
         ("../spark", "cannot be a plugin's name"),
-        ("clip", "there is a plugin 'clip' already, of nexus-trainer"),
+        ("clip", "the plugin 'clip' already exists in nexus-trainer"),
         ("json", "there is a module 'json' already"),
     ],
 )
@@ -125,7 +125,7 @@ def test_name_of_another_ones_plugin_is_taken() -> None:
     with fake_distribution("glitter", {"sparkle": "glitter_module:SparklePlugin"}, version="2.1"):
         result = new("sparkle")
     assert result.exit_code == 2
-    assert "there is a plugin 'sparkle' already, of glitter 2.1; choose another" in result.output
+    assert "the plugin 'sparkle' already exists in glitter 2.1; choose another" in result.output
 
 
 def test_folder_that_is_there_stays_as_it_is(folder: Path) -> None:
@@ -133,7 +133,7 @@ def test_folder_that_is_there_stays_as_it_is(folder: Path) -> None:
     (folder / "work/mine.txt").write_text("mine")
     result = new("sparkle", "--out", "work")
     assert result.exit_code == 2
-    assert "'work' is there already" in result.output
+    assert "'work' already exists" in result.output
     assert [path.name for path in folder.rglob("*")] == ["work", "mine.txt"]
 
 
@@ -169,7 +169,7 @@ def test_a_plugin_in_one_file_is_that_of_the_package(kind: str) -> None:
         (["Mine.py"], "'Mine' cannot be a plugin's name"),
         (["clip.py"], "there is a plugin 'clip' already"),
         (["json.py"], "there is a module 'json' already"),
-        (["sparkle.py"], "'sparkle.py' is there already; choose another name"),
+        (["sparkle.py"], "'sparkle.py' already exists; choose another name"),
         (["mine.py", "--out", "x"], "--out is for a package"),
         (["sparkle.py/mine.py"], "cannot write 'sparkle.py/mine.py': "),
     ],

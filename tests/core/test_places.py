@@ -143,7 +143,7 @@ def test_local_code_with_a_dot_is_a_place_that_a_run_keeps(place: str, expected:
         ("./net.py:biuld", r"'./net.py' has no 'biuld'. Did you mean 'build'\?"),
         ("./net.py:Net.wdth", r"has no 'Net.wdth'. Did you mean 'width'\?"),
         ("./my-net.py:build", "no name that Python can import; rename it"),
-        ("./json.py:build", "another module, .*json.__init__.py, and Python has one of a name"),
+        ("./json.py:build", "another module, .*json.__init__.py; rename"),
         ("./uses.py:build", r"'./random.py' cannot be imported: its name is that of another"),
         ("./bad.py:build", r"NameError: name 'nme' is not defined \(./bad.py, line 3\)"),
         ("./worse.py:build", r"'./worse.py' cannot be imported: .*nme.* \(./bad.py, line 3\)"),

@@ -77,11 +77,11 @@ def first() -> Any:
 @pytest.mark.parametrize(
     ("plugins", "message"),
     [
-        ([plugin("a"), plugin("a")], "plugin 'a' is given twice"),
+        ([plugin("a"), plugin("a")], "plugin 'a' is listed twice"),
         ([plugin("a", slot="lr"), plugin("b", slot="lr")], "'a' and 'b' both fill the slot 'lr'"),
         ([plugin("a", requires=("z",))], r"'a' requires 'z'.*ZPlugin\(\)"),
         ([plugin("a", conflicts=("b",)), plugin("b")], "'a' and 'b' cannot be in one run"),
-        ([plugin("a", before=("b",)), plugin("b", before=("a",))], "a circle: .*before.*before"),
+        ([plugin("a", before=("b",)), plugin("b", before=("a",))], "a cycle: .*before.*before"),
         ([plugin("a", on_step=first()), plugin("b", on_step=first())], "both ask to be first"),
         ([BarePlugin()], "on_step is named like a hook: mark it @hookimpl"),
         ([StrangerPlugin()], "no such hook. Did you mean 'on_step'"),
@@ -140,7 +140,7 @@ def test_only_what_is_named_is_imported() -> None:
         ("goood", "no plugin named 'goood'. Did you mean 'good'.*nexus-plugins list"),
         ("broken", "'broken' .fake-broken 1.2.* cannot be imported: OSError: planted"),
         ("notplugin", "must be a subclass of nexus_core.Plugin, got 3"),
-        ("misnamed", "calls itself 'other'"),
+        ("misnamed", "has the name 'other'"),
     ],
 )
 def test_plugin_that_cannot_be_loaded_is_one_clear_error(name: str, message: str) -> None:

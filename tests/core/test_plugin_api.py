@@ -200,10 +200,10 @@ def test_earlier_name_of_a_hook_is_called_in_its_place_and_warned_of() -> None:
     assert earlier.called == ["before the update", "after the update", "step 1", "later"]
     said = sorted(str(warning.message) for warning in caught)
     assert said == [
-        "EarlierPlugin.apply_update: the hook is called 'optimizer_step' now; rename it, as the "
-        "earlier name will go",
-        "EarlierPlugin.on_update: the hook is called 'on_step' now; rename it, as the earlier name "
-        "will go",
+        "EarlierPlugin.apply_update: the hook is now called 'optimizer_step'; rename it, as the "
+        "old name will be removed",
+        "EarlierPlugin.on_update: the hook is now called 'on_step'; rename it, as the old name "
+        "will be removed",
     ]
     assert {warning.category for warning in caught} == {FutureWarning}
 
@@ -456,4 +456,4 @@ def test_show_writes_types_and_defaults_as_one_sets_them() -> None:
     assert re.search(r"^state +version 1$", data, re.MULTILINE)
     block = r"\n      SourceConfig\n        path: str, required\n            "
     assert re.search(block, data), "the settings within a setting"
-    assert re.search(r"^slot +data: one plugin of a run fills it$", data, re.MULTILINE)
+    assert re.search(r"^slot +data: only one plugin of a run can fill it$", data, re.MULTILINE)

@@ -209,7 +209,7 @@ def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
         ("clip." + "a." * 3000 + "b=1", "nested deeper than 50 levels"),
         ("out=a$NEXUS_NOT_SET/b", r"out: got .*; the variable \$NEXUS_NOT_SET is not set"),
         ('jsonl.file="a\\0b"', "jsonl.file: got .*; .*no NUL character"),
-        ('out=""', "out: got ''; a path is not empty"),
+        ('out=""', "out: got ''; a path must not be empty"),
     ],
 )
 def test_a_value_that_would_be_misread_is_refused_at_once(assignment: str, message: str) -> None:
@@ -258,8 +258,8 @@ def test_a_file_is_read_in_the_encoding_that_it_says(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.yaml", b"seed: 1\nuntil: 2\nseed: 2\n", "'seed' is there twice, in lines 1 and 3"),
-        ("a.json", b'{"seed": 1, "seed": 2}', "the key 'seed' is there twice"),
+        ("a.yaml", b"seed: 1\nuntil: 2\nseed: 2\n", "duplicate key 'seed', in lines 1 and 3"),
+        ("a.json", b'{"seed": 1, "seed": 2}', "duplicate key 'seed'"),
         ("a.toml", b"seed = 1\nseed = 2\n", "Cannot overwrite a value"),
         ("a.json", b"[" * 5000, "is not valid json"),
         ("a.json", b'{"a": ' * 60 + b"1" + b"}" * 60, "nested deeper than 50 levels"),
@@ -352,7 +352,7 @@ def test_a_new_plugin_follows_those_of_the_preset(tmp_path: Path) -> None:
         ({"NEXUS_SERVICE_HOST": "x", "NEXUS_PORT_80_TCP": "x", "NEXUS_": "x", "NEXUS___": "x"}, []),
         ({"NEXUS_USERNAME": "x", "NEXUS_DATA__URL": "x", "NEXUS_SEED": ""}, []),
         ({"NEXUS_WANDB__PROJECT": "x"}, []),
-        ({"NEXUS_SEDE": "1"}, ["NEXUS_SEDE is no setting.* did you mean NEXUS_SEED"]),
+        ({"NEXUS_SEDE": "1"}, ["NEXUS_SEDE is not a setting.* did you mean NEXUS_SEED"]),
         ({"NEXUS_CLPI__MAX_NORM": "1"}, ["did you mean NEXUS_CLIP__MAX_NORM"]),
     ],
 )

@@ -165,7 +165,7 @@ def test_check_puts_a_plugin_beside_what_it_needs() -> None:
         (["sparkle", "--config", "{not json"], "cannot be read"),
         (["sparkle", "--config", '{"strenght": 1}'], "Did you mean 'strength'"),
         (["sparkle", "--beside", '{"clpi": {}}'], "no plugin named 'clpi'"),
-        (["sparkle", "--only", "train"], "no check 'train'. Did you mean 'trains'"),
+        (["sparkle", "--only", "train"], "unknown check 'train'. Did you mean 'trains'"),
     ],
 )
 @pytest.mark.usefixtures("sparkle")

@@ -238,7 +238,7 @@ def test_the_command_shows_it_and_names_what_differs(tmp_path: Path) -> None:
     assert report.differences[0].startswith("on-3 beside on-1: step ")
     assert "weights" in report.differences[0]
     assert report.unpromised == ["ddp"]
-    assert report.blame.startswith("step 1 comes apart in the backward pass, or its sum (gradient")
+    assert report.blame.startswith("step 1 diverges in the backward pass, or its sum (gradient")
     assert report.blame.endswith("; made or changed by ddp, which does not promise it")
 
 
@@ -272,7 +272,7 @@ def test_the_first_difference_has_a_place_and_names(
         (tmp_path / run / NOTES).write_text(json.dumps(text) + "\n")
     plugins = [DdpPlugin(), DroppingPlugin(Seen()), ClipPlugin(), EmaPlugin(), TapePlugin()]
     found = blame(tmp_path / "one", tmp_path / "other", plugins)
-    assert found == (said and f"step 7 comes apart in {said}")
+    assert found == (said and f"step 7 diverges in {said}")
 
 
 def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unless it is in cells; set cells"):
         verify_topology(Order(config, "", (), 1), tmp_path / "out", sizes=(1, 2))
     order = Order(config, "no:ddp", ("cells=4",), 1)
-    with pytest.raises(ConfigError, match="add one of slot 'processes'"):
+    with pytest.raises(ConfigError, match="add one that fills the slot 'processes'"):
         verify_topology(order, tmp_path / "out", sizes=(1, 2))
     assert not (tmp_path / "out").exists()
 

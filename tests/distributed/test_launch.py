@@ -209,7 +209,7 @@ def test_processes_that_were_started_unlike_end_with_one_error(tmp_path: Path) -
     )
     launcher = start(tmp_path, 2, "--no-python", "sh", "unlike.sh")
     output = launcher.communicate(timeout=PATIENCE_S)[0]
-    assert output.count("were not started alike") == 1, output
+    assert output.count("were started differently") == 1, output
     assert "optim_adamw.lr is 0.002 in rank 1, 0.001 in rank 0" in output
     assert "exitcode  : 2" in output
     assert not (tmp_path / "run").exists()

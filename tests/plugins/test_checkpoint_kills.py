@@ -46,7 +46,7 @@ def test_a_run_that_never_resumed_gets_no_certificate(tmp_path: Path) -> None:
     )
     assert report.kills == 3  # the last one waits for a checkpoint
     assert not report.holds
-    assert "never continued from a checkpoint" in report.differences[-1]
+    assert "never resumed from a checkpoint" in report.differences[-1]
     assert json.loads((tmp_path / "out/certificate.json").read_text())["holds"] is False
 
 

@@ -1,1 +1,1 @@
-"""`nexus-run compare`: does a change help? Variants against a base, on the same data and noise."""
+"""`nexus-run compare`: does a change help? Variants against a base on the same data and noise."""

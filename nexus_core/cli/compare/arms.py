@@ -1,4 +1,4 @@
-"""What is compared: the runs of a base and of its variants, there already or to be made."""
+"""The arms of a comparison: runs of a baseline and its variants, existing or to be trained."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Arm:
     """One side of a comparison.
 
     Args:
-        name: as the tables show it.
-        recipe: how its runs are made; None: they are there already.
-        runs: that are there already.
-        origins: the checkpoints that its runs branch off, by seed; None: they are no branches.
+        name: as shown in the tables.
+        recipe: how to make its runs; None: they already exist.
+        runs: those that already exist.
+        origins: the checkpoints its runs branch off, by seed; None: they are not branches.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Arm:
     origins: Mapping[int, Saved] | None = None
 
     def recipe_for(self, seed: int) -> Recipe:
-        """How its run of a seed is made: a branch starts from the config of its checkpoint."""
+        """How to make its run of a seed; a branch starts from the config of its checkpoint."""
         assert self.recipe is not None
         if self.origins is None:
             return self.recipe
@@ -46,34 +46,34 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """A name for a folder of its runs."""
+        """A folder name for its runs."""
         return _UNSAFE.sub("_", self.name).strip("._")[:80] or "variant"
 
 
 def read_arms(
     base: str, variants: Iterable[str], plugins: str = "", sets: tuple[str, ...] = ()
 ) -> list[Arm]:
-    """Read what is to be compared; the base comes first.
+    """Parse what to compare; the base comes first.
 
-    A word is the folder of a run or of several, a config file, a preset, or changes of the base:
-    `"lr=1e-3 no:PLUGIN"`, perhaps behind a name: `"faster: lr=1e-3"`. A base with a checkpoint,
-    `runs/mine@5000`, is branched there by each variant.
+    A word is a run's folder, a folder of runs, a config file, a preset, or changes to the base:
+    `"lr=1e-3 no:PLUGIN"`, optionally named: `"faster: lr=1e-3"`. If the base is a checkpoint,
+    `runs/mine@5000`, each variant branches off it.
 
     Args:
         base: no changes.
         variants: at least one.
-        plugins: as `--plugins`, for the runs that are made.
+        plugins: as `--plugins`, for the runs to be trained.
         sets: as `--set`, likewise.
 
     Raises:
-        ConfigError: a word is nothing of all this, or two stand for the same.
+        ConfigError: a word is none of these, or two mean the same.
     """
     common = Recipe(None, plugins, sets)
     first = _there(base) or _branched(base, common) or _configured(base, common)
     if first is None:
         raise ConfigError(
-            f"'{base}' is no folder with runs, no config file and no preset "
-            f"({', '.join(sorted(presets()))}); the first word says what the others change"
+            f"'{base}' is not a run folder, config file or preset "
+            f"({', '.join(sorted(presets()))}); the first argument is the base"
         )
     source = _recipe_of(first, common)
     arms = [first]
@@ -87,9 +87,7 @@ def read_arms(
             )
     for number, arm in enumerate(arms):
         if arm.folder in {other.folder for other in arms[:number]}:
-            raise ConfigError(
-                f"'{arm.name}' is there twice; give one of them a name: 'NAME: {arm.name}'"
-            )
+            raise ConfigError(f"'{arm.name}' appears twice; name one of them: 'NAME: {arm.name}'")
     if any(arm.recipe for arm in arms[1:]) and first.recipe is None and first.origins is None:
         arms[0] = replace(first, recipe=source)
     return arms
@@ -115,7 +113,7 @@ def _branched(word: str, common: Recipe) -> Arm | None:
         raise ConfigError(
             f"several runs in '{folder}' have the same seed; name the folder of the one to branch"
         )
-    if common == Recipe():  # the runs themselves are what a branch without a change would be
+    if common == Recipe():  # a branch without a change would only repeat the runs
         return replace(runs, origins=origins)
     return Arm(word, common, origins=origins)
 
@@ -130,7 +128,7 @@ def _configured(word: str, common: Recipe) -> Arm | None:
 
 
 def _recipe_of(base: Arm, common: Recipe) -> Recipe:
-    """How further runs of the base are made: by the config of one of those that are there."""
+    """How to make further runs of the base: with the config of one that exists."""
     if base.recipe is not None:
         return base.recipe
     return replace(common, config=str(base.runs[0].path / CONFIG))
@@ -154,7 +152,7 @@ def _changed(word: str, source: Recipe, base: Arm) -> Arm:
             sets[-1] += f" {each}"
         else:
             raise ConfigError(
-                f"'{each}' is no folder with runs, no config file, no preset and no change; a "
+                f"'{each}' is not a folder with runs, a config file, a preset or a change; a "
                 "change is KEY=VALUE, +PLUGIN, ./FILE.py or no:PLUGIN"
             )
     plugins = ",".join(filter(None, [source.plugins, *(n.removeprefix("+") for n in names)]))
@@ -168,9 +166,9 @@ def _labelled(word: str) -> tuple[str, str]:
 
 
 def seeds_of(arms: Sequence[Arm], first: int, pairs: int) -> list[int]:
-    """The seeds to train: those of the base's runs that are there, then new ones.
+    """The seeds to train: those of the existing base runs, then new ones.
 
-    Branches have the seeds of the runs that they branch off, and there are no more of them.
+    Branches reuse the seeds of the runs they branch off; no new seeds are added.
     """
     if arms[0].origins is not None:
         return sorted(arms[0].origins)[:pairs]

@@ -1,4 +1,4 @@
-"""`nexus-run compare`: variants against a base, paired, with intervals that hold at any time."""
+"""`nexus-run compare`: paired comparison of variants with a base, with anytime-valid intervals."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _PLAN = "comparison.json"
 @click.argument("base")
 @click.argument("variants", nargs=-1, required=True, metavar="VARIANT...")
 @click.option("--pairs", default=5, show_default=True, type=click.IntRange(min=1),
-              help="Runs of each side that are to be there.")  # fmt: skip
+              help="Number of paired runs.")  # fmt: skip
 @click.option("-m", "--metric", "metrics", multiple=True, metavar="NAME",
-              help="Compare by this; may be given several times. Default: val/loss, or what there "
+              help="Metric to compare by; may be repeated. Default: val/loss, or what there "
               "is.")  # fmt: skip
-@click.option("-p", "--plugins", default="", help="As in nexus-run, for all runs that are made.")
+@click.option("-p", "--plugins", default="", help="As in nexus-run, for all runs that are trained.")
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Likewise.")
-@click.option("--seed", default=0, show_default=True, help="Of the first pair that is made.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first new pair.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1),
-              help="Runs to train at once; they share the cores.")  # fmt: skip
+              help="Runs to train in parallel; they share the cores.")  # fmt: skip
 @click.option("--confidence", default=0.95, show_default=True,
               type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help="How sure each interval is to hold.")  # fmt: skip
-@click.option("--out", type=PATH, help="A folder for the runs that are made, and for the page.")
+              help="Confidence level of each interval.")  # fmt: skip
+@click.option("--out", type=PATH, help="Folder for new runs and the HTML page.")
 @click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -60,12 +60,12 @@ def main(
     as_json_: bool,
     debug: bool,
 ) -> None:
-    """Compare variants with a base, run by run of the same seed, data and noise.
+    """Compare variants with a base, in pairs of runs with the same seed, data and noise.
 
-    BASE is a config file, a preset, or a folder with runs; a VARIANT is one of these, or changes of
-    BASE: KEY=VALUE, +PLUGIN, no:PLUGIN, perhaps behind a name. With RUNS@STEP as BASE each variant
-    branches off its runs there. What is missing is trained; the same command resumes, and more
-    --pairs adds to what exists.
+    BASE is a config file, a preset, or a folder with runs; a VARIANT is one of these, or changes to
+    BASE: KEY=VALUE, +PLUGIN, no:PLUGIN, optionally named. With RUNS@STEP as BASE, each variant
+    branches off its runs there. Missing runs are trained; the same command resumes, and a larger
+    --pairs adds runs.
 
     \b
     nexus-run compare my.yaml "lr=1e-3" "both: lr=1e-3 until=9 epochs"
@@ -76,7 +76,7 @@ def main(
     with reported(debug):
         arms = read_arms(base, variants, plugins, sets)
         if any(text.partition("=")[0].strip() == "seed" for arm in arms for text in _sets(arm)):
-            raise ConfigError("each pair has a seed of its own; say the first one by --seed")
+            raise ConfigError("each pair has its own seed; set the first one with --seed")
         made = [arm for arm in arms if arm.recipe is not None]
         out = out or next(path for path in automatic("compare") if not path.exists())
         if made:
@@ -108,7 +108,7 @@ def _sets(arm: Arm) -> Sequence[str]:
 
 
 def _groups(arms: Sequence[Arm], out: Path) -> list[Paired]:
-    """The pairs of each variant, with runs that were made and those that were there."""
+    """The pairs of each variant, from new and existing runs."""
     sides = [[*arm.runs, *_made(arm, out)] for arm in arms]
     groups = [
         pair_up(arm.name, sides[0], runs) for arm, runs in zip(arms[1:], sides[1:], strict=True)
@@ -118,14 +118,14 @@ def _groups(arms: Sequence[Arm], out: Path) -> list[Paired]:
             seeds = sorted({run.seed for run in sides[0]})
             raise ConfigError(
                 f"'{group.name}' has no run of a seed and branch point that the base has (the base "
-                f"has the seeds {', '.join(map(str, seeds)) or 'of no run'}, the variant "
+                f"has the seeds {', '.join(map(str, seeds)) or 'none'}, the variant "
                 f"{', '.join(str(run.seed) for run in group.alone) or 'none'})"
             )
     return groups
 
 
 def _made(arm: Arm, out: Path) -> list[Run]:
-    """The runs of an arm that were made in this folder, by any call, and are finished."""
+    """The finished runs of an arm that any call has trained in this folder."""
     if arm.recipe is None:
         return []
     found = [path.parent for path in (out / arm.folder).glob("seed-*/config.yaml")]
@@ -133,7 +133,7 @@ def _made(arm: Arm, out: Path) -> list[Run]:
 
 
 def _train(arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: int) -> Iterator[str]:
-    """Train what is not there, pair after pair; yields a line for each run that is done."""
+    """Train the missing runs, pair by pair; yields a line for each finished run."""
     todo = [
         (arm, seed, out / arm.folder / f"seed-{seed}")
         for seed in seeds
@@ -164,10 +164,10 @@ def _is_finished(path: Path) -> bool:
 
 
 def _check_plan(out: Path, arms: Sequence[Arm]) -> None:
-    """Note what is compared in a folder, and refuse one in which an arm of a name was another.
+    """Record what a folder compares; refuse a folder where an arm's name meant something else.
 
     Raises:
-        ConfigError: it was.
+        ConfigError: it did.
     """
     place = out / _PLAN
     plan = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}

@@ -1,4 +1,4 @@
-"""How far a mean difference can be trusted, however often and whenever one looks at it."""
+"""Confidence in a mean difference that stays valid however often you look at it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 __all__ = ["SCALE", "Estimate", "estimate", "pairs_needed", "radius"]
 
 SCALE = 2.0
-"""The effects that the interval is best at, in standard deviations of a paired difference: with 4
-pairs it is finite, and from 5 to 20 within a tenth of the narrowest that any scale gives."""
-_MOST = 100_000  # pairs that are thought of at all
+"""The effect sizes at which the interval is tightest, in standard deviations of a difference: it is
+finite from 4 pairs, and for 5 to 20 within a tenth of the narrowest that any scale gives."""
+_MOST = 100_000  # largest number of pairs considered
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference, and an interval for the true one.
+    """A mean difference, and a confidence interval for the true one.
 
     Args:
-        n: how many differences there are.
-        mean: of them.
+        n: number of differences.
+        mean: their mean.
         spread: their standard deviation; nan for fewer than two.
-        low, high: the interval's ends; infinite for fewer than four.
+        low, high: ends of the interval; infinite for fewer than four.
     """
 
     n: int
@@ -34,23 +34,23 @@ class Estimate:
 
     @property
     def is_different(self) -> bool:
-        """Whether zero is out of the interval."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def estimate(differences: Sequence[float], confidence: float = 0.95) -> Estimate:
     """A mean difference with a confidence sequence: an interval for any number of looks.
 
-    The chance that the interval misses the true mean difference at any time, for differences that
-    are normal with any variance, is at most 1 - `confidence`. So looking, and adding pairs until
-    one is sure, does no harm; with a t-test it does.
+    For normal differences of any variance, the chance that the interval ever misses the true mean
+    difference is at most 1 - `confidence`. So you may look at any time and add pairs until you are
+    sure; with a t-test you may not.
 
     Source: the martingale is the likelihood ratio of the t-statistic, mixed over effects mean /
     standard deviation ~ N(0, SCALE^2): the Bayes factor of Rouder et al. (2009), "Bayesian t tests
     for accepting and rejecting the null hypothesis", for one g. That it is one whatever the
     variance, and so holds at any time by Ville's inequality: Lai (1976), "On confidence sequences";
     Wang and Ramdas (2025), "Anytime-valid t-tests and confidence sequences for Gaussian means with
-    unknown variance". The interval is every mean that it does not refute.
+    unknown variance". The interval holds every mean that is not rejected.
 
     Args:
         differences: variant minus base, one for each pair, at least one.
@@ -79,12 +79,12 @@ def radius(n: int, confidence: float) -> float:
 
 
 def pairs_needed(found: Estimate, confidence: float = 0.95) -> int | None:
-    """How many pairs there must be in all until the difference is told from none.
+    """Total number of pairs needed to tell the difference from zero.
 
-    It is taken to stay as large and as scattered as it is now, so the number is a forecast.
+    This assumes that mean and spread stay as they are now, so it is a forecast.
 
     Returns:
-        The number of pairs; None where no number that one would train helps.
+        The number of pairs; None if no practical number suffices.
     """
     if found.n < 2 or found.mean == 0:
         return None
@@ -94,7 +94,7 @@ def pairs_needed(found: Estimate, confidence: float = 0.95) -> int | None:
     low, high = 2, _MOST
     if radius(high, confidence) >= wanted:
         return None
-    while low < high:  # the radius falls with every pair
+    while low < high:  # the radius shrinks with every pair
         middle = (low + high) // 2
         low, high = (middle + 1, high) if radius(middle, confidence) >= wanted else (low, middle)
     return low

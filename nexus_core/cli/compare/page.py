@@ -1,4 +1,4 @@
-"""A page of a comparison: one HTML file that needs nothing else, for a desktop and a phone."""
+"""A page of a comparison: one self-contained HTML file, for desktop and phone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def page(title: str, groups: Sequence[Paired], rows: Sequence[Row], confidence: 
     Args:
         title: of the page.
         groups: the pairs, by variant.
-        rows: as the terminal shows them.
+        rows: as shown in the terminal.
         confidence: of the intervals.
     """
     metrics = list(dict.fromkeys(row.metric for row in rows))
@@ -65,9 +65,9 @@ def page(title: str, groups: Sequence[Paired], rows: Sequence[Row], confidence: 
     parts += ["<h2>What the variants change</h2>", *map(_changes, groups)]
     parts.append(
         f'<p class="soft">Intervals are {confidence:.0%} confidence sequences for normal '
-        "differences: they hold however often one looks, and whenever one stops adding pairs. "
-        "Each holds by itself: of many variants, some may miss. In the curves each step is taken "
-        "by itself, too.</p>"
+        "differences: they hold however often you look and whenever you stop adding pairs. "
+        "Each holds separately: among many variants, some may miss. The curves treat each step "
+        "separately, too.</p>"
     )
     body = "\n".join(part for part in parts if part)
     return (
@@ -100,9 +100,7 @@ def _results(rows: Sequence[Row]) -> str:
     heads = "".join(f"<th>{head}</th>" for head in _HEADS)
     table = f'<table class="results"><thead><tr>{heads}</tr></thead>{"".join(lines)}</table>'
     said = ", ".join(f"{escape(r.variant)} {gain(r)} times" for r in rows if r.saved is not None)
-    remark = (
-        f'<p class="soft">Runs of different seeds scatter more than pairs: {said} the variance.</p>'
-    )
+    remark = f'<p class="soft">Unpaired runs vary more than pairs: {said} the variance.</p>'
     return f'<div class="wide">{table}</div>' + (remark if said else "")
 
 
@@ -141,7 +139,7 @@ def _broken(group: Paired) -> str:
     )
     name = escape(group.name)
     return (
-        f'<p class="broken">{name}: the pairing is broken{faults}</p>' if faults else ""
+        f'<p class="broken">{name}: the pairs do not match{faults}</p>' if faults else ""
     ) + notes
 
 

@@ -1,4 +1,4 @@
-"""Which run is compared with which, and whether both were trained on the same."""
+"""Pair up runs, and check that both were trained on the same data."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Pair:
         }
 
     def faults(self) -> list[str]:
-        """What makes this less than a pair: data, batches or tokens that differ, in words."""
+        """Why this is not a valid pair: data, batches or tokens that differ, in words."""
         base, variant = self.base, self.variant
         found = []
         ours, theirs = base.data, variant.data
         if _differ(ours.fingerprint, theirs.fingerprint):
             found.append(
-                f"other data (fingerprint {theirs.fingerprint}, the base has {ours.fingerprint})"
+                f"different data (fingerprint {theirs.fingerprint}, base {ours.fingerprint})"
             )
         if _differ(ours.batch_size, theirs.batch_size):
             found.append(f"batches of {theirs.batch_size} rows, the base has {ours.batch_size}")
@@ -55,11 +55,11 @@ class Pair:
             if key == "accumulate" or _is_locked(key)
         ]
         if (tokens := self._other_tokens()) is not None:
-            found.append("other tokens: " + tokens)
+            found.append("different tokens: " + tokens)
         return found
 
     def remarks(self) -> list[str]:
-        """What a reader should know of the pair: runs that have not ended, or ended elsewhere."""
+        """Caveats: runs that have not ended, or ended at different steps."""
         found = []
         for side, run in (("the base", self.base), ("the variant", self.variant)):
             if run.status != "finished":
@@ -83,7 +83,7 @@ class Paired:
     Args:
         name: of the variant.
         pairs: by seed.
-        alone: runs of the variant that the base has no partner for.
+        alone: runs of the variant without a partner in the base.
     """
 
     name: str
@@ -99,18 +99,18 @@ class Paired:
         return found
 
     def faults(self) -> list[str]:
-        """What breaks the pairing, each thing once, with how many pairs it is in."""
+        """What breaks the pairing, each fault once, with the number of pairs affected."""
         return self._said([pair.faults() for pair in self.pairs])
 
     def remarks(self) -> list[str]:
-        """What else a reader should know, likewise."""
+        """Other caveats, likewise."""
         said = self._said([pair.remarks() for pair in self.pairs])
         said += [f"{run.name} has no partner in the base (seed {run.seed})" for run in self.alone]
         if self.pairs and all(
             p.base.data.fingerprint is None or p.variant.data.fingerprint is None
             for p in self.pairs
         ):
-            said.append("nothing tells whether the data was the same: no checkpoint was kept")
+            said.append("cannot tell whether the data was the same: no checkpoint was kept")
         return said
 
     def _said(self, each: Sequence[Sequence[str]]) -> list[str]:
@@ -125,7 +125,7 @@ class Paired:
 
 
 def pair_up(name: str, base: Sequence[Run], variant: Sequence[Run]) -> Paired:
-    """Find the partner of each run of a variant: of its seed and branch point, or its own parent.
+    """Find each variant run's partner: same seed and branch point, or its parent run.
 
     Raises:
         ConfigError: several runs could be the partner.
@@ -138,7 +138,7 @@ def pair_up(name: str, base: Sequence[Run], variant: Sequence[Run]) -> Paired:
             twice = found if len(found) > 1 else [r for r in variant if _key(r) == _key(run)]
             raise ConfigError(
                 f"several runs have the seed {run.seed}: {', '.join(r.name for r in twice)}; "
-                "name the folder of the one that is meant"
+                "name the folder of the one you mean"
             )
         if found:
             pairs.append(Pair(found[0], run))
@@ -162,7 +162,7 @@ def _is_parent(run: Run, branch: Run) -> bool:
 
 
 def _differ(one: object, other: object) -> bool:
-    """Whether both are known, and not the same."""
+    """Whether both are known and differ."""
     return one is not None and other is not None and one != other
 
 
@@ -171,13 +171,13 @@ def _by_step(run: Run, metric: str) -> dict[int, Point]:
 
 
 def _tokens(run: Run) -> dict[int, int]:
-    """The tokens by step, of what was logged in training: an evaluation may come late."""
+    """Tokens by step as logged in training: an evaluation may come late."""
     return {p.step: p.tokens for points in run.series.values() for p in points if p.tokens}
 
 
 @cache
 def _locked_keys(plugin: str) -> frozenset[str]:
-    """The settings of a plugin that a resumed run must not change, as they decide the batches."""
+    """A plugin's settings that a resumed run must not change, as they determine the batches."""
     try:
         fields = load(plugin).config_class.model_fields
     except PluginError:  # not installed here

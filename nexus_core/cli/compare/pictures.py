@@ -1,4 +1,4 @@
-"""Pictures of a comparison: curves, their difference with its band, and how it settled."""
+"""Charts of a comparison: curves, difference with its interval, and convergence over pairs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["save_png", "svg_pictures"]
 
-_SIZE = (5.2, 3.4)  # inches; of a phone's width, so that text can be read there
+_SIZE = (5.2, 3.4)  # inches; readable at a phone's width
 _BASE = "#555555"
 
 
 def save_png(groups: Sequence[Paired], metric: str, confidence: float, path: Path) -> Path | None:
-    """Draw all three pictures of a metric into a PNG; None where matplotlib is not installed."""
+    """Draw all three charts of a metric into a PNG; None if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def save_png(groups: Sequence[Paired], metric: str, confidence: float, path: Pat
 
 
 def svg_pictures(groups: Sequence[Paired], metric: str, confidence: float) -> dict[str, str]:
-    """The pictures of a metric as SVG, by title; none where matplotlib is not installed."""
+    """The charts of a metric as SVG, by title; none if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return {}
     import matplotlib as mpl

@@ -1,4 +1,4 @@
-"""What came out of a comparison: a row for each variant and metric."""
+"""The result of a comparison: a row for each variant and metric."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Row:
         variant: its name.
         metric: its name.
         base, other: the means of the last values of the pairs' runs.
-        found: the difference; None: no pair has the metric.
-        needed: pairs in all until it is told from none, as things stand; None: not to be told.
-        saved: how many times more scattered runs of different seeds are than pairs: their
-            variance over that of the differences; None where it cannot be told.
-        is_same: whether it is the same number in all pairs.
+        found: the difference; None if no pair has the metric.
+        needed: total pairs to tell the difference from zero, as things stand; None: cannot be told.
+        saved: how many times larger the variance of runs with different seeds is than that of
+            the paired differences; None if unknown.
+        is_same: whether the value is identical in all pairs.
     """
 
     variant: str
@@ -43,10 +43,10 @@ class Row:
 
 
 def chosen_metrics(groups: Sequence[Paired], asked: Sequence[str]) -> list[str]:
-    """The metrics to compare by: those asked for, or one that the runs share.
+    """The metrics to compare by: those given, or one that the runs share.
 
     Raises:
-        ConfigError: no pair has one of them.
+        ConfigError: no pair has one of the metrics.
     """
     runs = [run for group in groups for pair in group.pairs for run in (pair.base, pair.variant)]
     known = list(dict.fromkeys(name for run in runs for name in run.last_metrics))
@@ -101,11 +101,11 @@ def verdict(row: Row) -> str:
         return "too few pairs"
     if row.found.is_different:
         return "lower" if row.found.high < 0 else "higher"
-    return "not told apart"
+    return "no clear difference"
 
 
 def more(row: Row) -> str:
-    """How many pairs are still needed, in words."""
+    """How many more pairs are needed, in words."""
     if row.found is None or row.is_same:
         return ""
     if row.found.is_different:
@@ -116,7 +116,7 @@ def more(row: Row) -> str:
 
 
 def gain(row: Row) -> str:
-    """How many times more runs of different seeds scatter, in words."""
+    """How many times more unpaired runs vary, in words."""
     saved = row.saved or 0.0
     return f"{saved:.1f}" if saved < 1000 else "over 1,000"
 
@@ -129,7 +129,7 @@ def signed(value: float) -> str:
 
 
 def interval(found: Estimate) -> str:
-    """The interval, as one reads it."""
+    """The interval as text."""
     return f"[{signed(found.low)}, {signed(found.high)}]"
 
 
@@ -146,14 +146,12 @@ def as_text(groups: Sequence[Paired], rows: Sequence[Row], confidence: float) ->
             means = [as_number(row.base), as_number(row.other), signed(row.found.mean)]
             ends = [interval(row.found), verdict(row), more(row)]
             table.append([row.variant, str(row.found.n), *means, *ends])
-        parts.append(f"{metric}, {confidence:.0%} interval, good after every pair")
+        parts.append(f"{metric}, {confidence:.0%} interval, valid after every pair")
         parts.append(aligned(table, (1, 2, 3, 4)))
         gains = [row for row in rows if row.metric == metric and row.saved is not None]
         if gains:
             said = ", ".join(f"{row.variant}: {gain(row)}" for row in gains)
-            parts.append(
-                f"runs of different seeds scatter more than pairs, in variance: {said} times"
-            )
+            parts.append(f"variance of unpaired runs relative to pairs: {said} times")
     parts += [line for group in groups for line in _words(group)]
     return "\n".join(parts)
 
@@ -165,7 +163,7 @@ def _words(group: Paired) -> list[str]:
 
 
 def as_json(groups: Sequence[Paired], rows: Sequence[Row], confidence: float) -> Mapping[str, Any]:
-    """All of it as JSON has it; what is infinite or not a number is null."""
+    """The result as JSON; infinite values and nan are null."""
     return {
         "confidence": confidence,
         "variants": [

@@ -156,7 +156,7 @@ def absolute(place: str, base: Path | None = None) -> str:
 
 
 def split(place: str) -> tuple[str, str]:
-    """The file or module of a place, and the name in it; "" if there is none."""
+    """The file or module of a place, and the name in it, or ""."""
     where, colon, name = place.rpartition(":")
     return (where, name) if colon else (place, "")
 

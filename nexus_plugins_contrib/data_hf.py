@@ -28,22 +28,21 @@ class DataHfConfig(RowsConfig):
 
     batching: Literal["pack", "pad"] = Field(
         "pack",
-        description="pack: documents one after another, cut into rows of seq_len; "
-        "pad: one document a row, cut off at seq_len",
+        description="pack: documents concatenated and cut into rows of seq_len; pad: one document "
+        "per row, truncated to seq_len",
         json_schema_extra={"resume": "locked"},
     )
-    column: str = Field("text", description="column of the text, or of ids that are tokens already")
+    column: str = Field("text", description="column of the text, or of token ids")
     labels_column: str | None = Field(
         None,
-        description="column of labels, as long as the ids and each at the place of its own id, "
-        "-100 where nothing is learned; null: all is",
+        description="column of labels, as long as the ids and aligned with them (not shifted), "
+        "-100 to ignore; null: train on all",
     )
     special_tokens: bool = Field(
-        True, description="add what the tokenizer adds to a text, such as a bos token"
+        True, description="add the special tokens that the tokenizer adds to a text, such as bos"
     )
     on_bad_rows: Literal["error", "skip"] = Field(
-        "error", description="what to do with a record that cannot be used; skip: leave it out, "
-        "and say how many there were"
+        "error", description="handling of unusable records; skip: leave out and count them"
     )  # fmt: skip
 
 

@@ -20,11 +20,13 @@ class OptimAdamw8BitConfig(OptimizerConfig):
     """Settings of AdamW with a state of 8 bits."""
 
     betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay rates of the running means of gradient and its square"
+        (0.9, 0.95), description="decay rates of the running means of the gradient and its square"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    eps: float = Field(
+        1e-8, gt=0, description="term added to the denominator for numerical stability"
+    )
     min_8bit_size: int = Field(
-        4096, ge=1, description="parameters with fewer numbers keep a state of 32 bits"
+        4096, ge=1, description="parameters with fewer elements keep 32-bit state"
     )
 
 

@@ -22,15 +22,19 @@ __all__ = ["OptimSchedulefreeConfig", "OptimSchedulefreePlugin"]
 class OptimSchedulefreeConfig(OptimizerConfig):
     """Settings of Schedule-Free AdamW."""
 
-    lr: float = Field(2.5e-3, gt=0, description="learning rate; higher than that of a schedule")
+    lr: float = Field(2.5e-3, gt=0, description="learning rate; higher than with a schedule")
     betas: tuple[float, float] = Field(
         (0.9, 0.999),
-        description="share of the average in the point of the gradient; decay rate of the running "
-        "mean of the squared gradient",
+        description="weight of the average in the point where the gradient is taken; decay rate "
+        "of the running mean of the squared gradient",
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
-    warmup_steps: int = Field(0, ge=0, description="steps of a linear rise of the learning rate")
-    r: float = Field(0.0, ge=0, description="later steps count by this power of their number")
+    eps: float = Field(
+        1e-8, gt=0, description="term added to the denominator for numerical stability"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup")
+    r: float = Field(
+        0.0, ge=0, description="weight later steps in the average by this power of their index"
+    )
 
 
 class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):

@@ -32,11 +32,11 @@ NOTE = "/text"  # behind the title of a note, which may be the name of a metric 
 class TrackioConfig(BackgroundConfig):
     """Settings of the run with Trackio."""
 
-    project: str = Field("nexus", min_length=1, description="project that the run belongs to")
+    project: str = Field("nexus", min_length=1, description="project of the run")
     run_name: str | None = Field(
-        None, description="name of the run; null: that of the run's folder, and a few digits"
+        None, description="run name; null: name of the run folder plus a few digits"
     )
-    group: str | None = Field(None, description="group of runs that the dashboard shows together")
+    group: str | None = Field(None, description="group of runs in the dashboard")
 
 
 class TrackioPlugin(BackgroundLogger[TrackioConfig]):

@@ -178,7 +178,7 @@ class _PlannedState(TrainState):
         """The step size that the plan assumes, in words; empty if it does not matter."""
         decisive = sorted(self.asked & {"epochs", "samples", "tokens"})
         sizes = [f"{float(self.a_step(unit)):.6g} {unit}" for unit in decisive]
-        return f"assuming every step has {' and '.join(sizes)}, like the first" if sizes else ""
+        return f"assuming every step covers {' and '.join(sizes)}, like the first" if sizes else ""
 
     @cached_property
     def _a_batch(self) -> dict[str, int]:

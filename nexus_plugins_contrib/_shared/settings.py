@@ -19,18 +19,18 @@ class SourceConfig(PluginConfig):
     """One source of a mixture."""
 
     path: str = Field(description="file, folder, glob, or id of a data set on the hub")
-    split: str = Field("train", description="split of a data set that has several")
+    split: str = Field("train", description="split, if the data set has several")
     subset: str | None = Field(None, description="subset of a data set on the hub")
     revision: str | None = Field(None, description="commit, tag or branch on the hub")
     weight: float | list[tuple[str | int, float]] = Field(
         1.0,
-        description="share of the rows, relative to the other sources; or points [when, weight] "
-        'of a run, such as [[0, 3], ["10M tokens", 1]], with straight lines between them',
+        description="share of the rows, relative to the other sources; or points [when, weight], "
+        'such as [[0, 3], ["10M tokens", 1]], interpolated linearly',
     )
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_.-]+$",
-        description="its validation loss is logged as val_<name>/loss; null: the path's name",
+        description="its validation loss is logged as val_<name>/loss; null: name of the path",
     )
 
     @property
@@ -63,16 +63,16 @@ class RowsConfig(PluginConfig):
         0.05,
         ge=0,
         lt=1,
-        description="share of the training records held out for evaluation where `valid` is null, "
-        "chosen by a hash of each; of a stream, the first of them are evaluated on; 0: no "
+        description="share of the training records held out for evaluation if `valid` is null, "
+        "chosen by a hash of each; of a stream, the first records are held out; 0: no "
         "evaluation",
         json_schema_extra=_LOCKED,
     )
     valid_limit: int | None = Field(
         None,
         ge=1,
-        description="evaluate on so many rows, evenly spread; null: all, or "
-        "256 of each stream from which a share is held out",
+        description="number of evaluation rows, evenly spread; null: all, or 256 per stream with "
+        "held-out records",
     )
     tokenizer: str = Field(
         min_length=1,
@@ -80,45 +80,45 @@ class RowsConfig(PluginConfig):
     )
     tokenizer_revision: str | None = Field(None, description="commit, tag or branch on the hub")
     seq_len: int = Field(
-        1024, ge=2, description="tokens in a packed row, and most in a padded one",
+        1024, ge=2, description="tokens per packed row, and maximum tokens per padded row",
         json_schema_extra=_LOCKED,
     )  # fmt: skip
     batch_size: int = Field(
         8,
         ge=1,
-        description="rows in a training batch, over all processes",
+        description="rows per training batch, over all processes",
         json_schema_extra=_LOCKED,
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, description="rows in an evaluation batch; null: batch_size"
+        None, ge=1, description="rows per evaluation batch; null: batch_size"
     )
     streaming: bool = Field(
         False,
-        description="read the training data while training, without a copy of its tokens; every "
+        description="read the training data while training, without storing its tokens; every "
         "process reads all of it",
         json_schema_extra=_LOCKED,
     )
     shuffle: int = Field(
         1000,
         ge=1,
-        description="streaming: so many records are shuffled together; 1 keeps their order",
+        description="streaming: size of the shuffle buffer in records; 1: no shuffling",
         json_schema_extra=_LOCKED,
     )
     cache_dir: Path | None = Field(
-        None, description="folder for tokens; null: nexus-trainer in the user's cache folder"
+        None, description="folder for cached tokens; null: nexus-trainer in the user's cache folder"
     )
     num_workers: int = Field(
         0,
         ge=0,
         le=1024,
-        description="processes that read ahead; 0: none",
+        description="worker processes that prefetch; 0: none",
         json_schema_extra={"resume": "ignored"},
     )
     prefetch: int = Field(
         2,
         ge=1,
         le=1024,
-        description="batches that each worker reads ahead",
+        description="batches that each worker prefetches",
         json_schema_extra={"resume": "ignored"},
     )
 

@@ -35,39 +35,38 @@ class DataChatConfig(RowsConfig):
 
     batching: Literal["pack", "pad"] | None = Field(
         None,
-        description="pack: whole conversations together in rows of seq_len; pad: one a row; null: "
-        "pack, or pad for pairs",
+        description="pack: whole conversations packed into rows of seq_len; pad: one per row; "
+        "null: pack, but pad for pairs",
         json_schema_extra=_LOCKED,
     )
     pairs: bool = Field(
         False,
-        description="records are preferences, with a chosen and a rejected answer",
+        description="records are preference pairs, with a chosen and a rejected answer",
         json_schema_extra=_LOCKED,
     )
     columns: dict[str, str] = Field(
-        {}, description="names of columns where they are others, such as {messages: dialog}"
+        {}, description="column names, if they differ from the defaults, such as {messages: dialog}"
     )
     chat_template: PathField | None = Field(
-        None, description="file of a chat template (.jinja) in place of the tokenizer's own"
+        None, description="file of a chat template (.jinja) that replaces the tokenizer's own"
     )
     template_args: dict[str, Any] = Field(
         {}, description="variables of the chat template, such as {enable_thinking: false}"
     )
     turns: Literal["all", "last", "each"] = Field(
         "all",
-        description="which turns of the assistant are learned: all; the last one; each, in a row "
-        "of its own with what came before, as the model is asked",
+        description="assistant turns to train on: all; only the last; each, in its own row with "
+        "the conversation before it, as the model is prompted",
         json_schema_extra=_LOCKED,
     )
     masks: Masks = Field(
         "auto",
-        description="how turns are found: by the template's {% generation %} markers, or by the "
-        "prefix that comes before each; auto: markers where there are some",
+        description="how to find turns: by the template's {% generation %} markers, or by the "
+        "prefix before each turn; auto: markers if the template has any",
         json_schema_extra=_LOCKED,
     )
     on_bad_rows: Literal["error", "skip"] = Field(
-        "error", description="what to do with a conversation that cannot be used; skip: leave it "
-        "out, and say how many there were"
+        "error", description="handling of unusable conversations; skip: leave out and count"
     )  # fmt: skip
 
     @model_validator(mode="after")

@@ -23,17 +23,19 @@ class EvalHarnessConfig(PluginConfig):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tasks": ["arc_easy"]}]})
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or groups of tasks")
+    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or task groups")
     include: PathField | None = Field(
-        None, description="folder of further tasks, as YAML; null: those of the package alone"
+        None, description="folder of additional tasks, as YAML; null: only those of the package"
     )
-    limit: int | None = Field(None, ge=1, description="examples of each task; null: all")
+    limit: int | None = Field(None, ge=1, description="examples per task; null: all")
     shots: int | None = Field(
-        None, ge=0, description="solved examples before each question; null: as the task says"
+        None, ge=0, description="few-shot examples per question; null: the task's default"
     )
-    batch_size: int = Field(8, ge=1, description="rows that the model is asked at once")
+    batch_size: int = Field(8, ge=1, description="rows per model call")
     max_length: int = Field(
-        1024, ge=2, description="tokens that the model can see; longer contexts lose their start"
+        1024,
+        ge=2,
+        description="context length in tokens; longer contexts are truncated on the left",
     )
 
 

@@ -25,21 +25,21 @@ class KernelsConfig(PluginConfig):
     """Whose kernel to use for what, and how exact it must be."""
 
     scan: Literal["auto", "mamba_ssm", "fla", "none"] = Field(
-        "auto", description="the recurrence of state-space layers: by mamba-ssm or "
-        "flash-linear-attention; auto: the first one that is installed and passes"
+        "auto", description="state-space recurrence: mamba-ssm or flash-linear-attention; "
+        "auto: the first one that is installed and passes"
     )  # fmt: skip
     convolve: Literal["auto", "causal_conv1d", "none"] = Field(
-        "auto", description="their causal convolution: by causal-conv1d"
+        "auto", description="causal convolution of state-space layers: causal-conv1d"
     )
     linear_cross_entropy: Literal["auto", "liger_kernel", "fla", "none"] = Field(
-        "auto", description="the loss of a language model with its output layer: by Liger Kernel "
-        "or flash-linear-attention"
+        "auto", description="language-model loss fused with the output layer: Liger Kernel or "
+        "flash-linear-attention"
     )  # fmt: skip
     tolerance: float = Field(
         0.02,
         gt=0,
-        description="most difference from float32, by the length of what is expected, in the "
-        "result and in every gradient",
+        description="largest allowed difference from float32, relative to the norm of the "
+        "expected result, for the output and every gradient",
     )
 
 

@@ -32,7 +32,7 @@ class MetricConfig(PluginConfig):
     """One metric."""
 
     metric: places.PlaceField = Field(
-        description="class in torchmetrics (Accuracy, F1Score, AUROC), or a place: ./net.py:Worst"
+        description="class in torchmetrics (Accuracy, F1Score, AUROC), or its path: ./net.py:Worst"
     )
     args: dict[str, Any] = Field(
         {}, description="its arguments: {task: multiclass, num_classes: 10}"

@@ -36,17 +36,15 @@ class MetricsConfig(PluginConfig):
     """Settings of the metrics of evaluations."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    metrics: dict[str, MetricConfig] = Field(
-        {}, description="each metric, by the name it is to have"
-    )
+    metrics: dict[str, MetricConfig] = Field({}, description="metrics by name")
     target: str | int | None = Field(
         None,
-        description="key or place of the target in a batch; null: labels, label, targets, target "
+        description="key or index of the target in a batch; null: labels, label, targets, target "
         "or y, or the last of a tuple",
     )
     output: str | int | None = Field(
         None,
-        description="key, attribute or place of the prediction in the model's output; null: "
+        description="key, attribute or index of the prediction in the model's output; null: "
         "logits, output or prediction, or the output itself",
     )
 

@@ -43,19 +43,19 @@ class MlflowConfig(BackgroundConfig):
         60.0,
         gt=0,
         le=31_536_000,
-        description="longest time for one call of MLflow, and for closing, in seconds; then the "
-        "logger is switched off (making the tables of a new database takes some of them)",
+        description="timeout in seconds for one MLflow call, and for closing; the logger is then "
+        "disabled (creating the tables of a new database takes some time)",
         json_schema_extra={"resume": "ignored"},
     )
     tracking_uri: str | None = Field(
         None,
-        description="store, such as http://HOST:5000 or sqlite:////PATH/mlflow.db; null: as "
-        "MLFLOW_TRACKING_URI says, else mlflow.db in the run's folder",
+        description="tracking URI, such as http://HOST:5000 or sqlite:////PATH/mlflow.db; null: "
+        "MLFLOW_TRACKING_URI, else mlflow.db in the run folder",
     )
-    experiment: str = Field("nexus", min_length=1, description="experiment of the run")
-    run_name: str | None = Field(None, description="shown name; null: that of the run's folder")
+    experiment: str = Field("nexus", min_length=1, description="experiment name")
+    run_name: str | None = Field(None, description="display name; null: name of the run folder")
     run_id: str | None = Field(None, description="id of a run to resume; null: a new run")
-    tags: dict[str, str] = Field({}, description="tags of the run, by name")
+    tags: dict[str, str] = Field({}, description="run tags, by name")
     artifact: bool = Field(
         False,
         description="store the checkpoint `final` as an artifact at the end",

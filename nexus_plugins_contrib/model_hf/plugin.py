@@ -33,25 +33,31 @@ class ModelHfConfig(PluginConfig):
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     path: str = Field(min_length=1, description="folder of a model, or its id on the hub")
     revision: str | None = Field(
-        None, description="commit, tag or branch on the hub; null: the main branch as it is now"
+        None, description="commit, tag or branch on the hub; null: the current main branch"
     )
     weights: Literal["pretrained", "random"] = Field(
-        "pretrained", description="'random': the architecture alone, as the run's seed draws it"
+        "pretrained",
+        description="'pretrained', or 'random': only the architecture, initialized with the run's "
+        "seed",
     )
     config: dict[str, Any] = Field(
-        {}, description="entries of the model's configuration to change, such as dropouts"
+        {}, description="overrides of the model's configuration, such as dropouts"
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="of the weights; 'auto': as they are stored"
+        "float32", description="dtype of the weights; 'auto': as stored"
     )
     attention: str | None = Field(
-        None, description="attention of transformers: 'sdpa', 'eager', ...; null: its own choice"
+        None,
+        description="attention implementation of transformers: 'sdpa', 'eager', ...; null: its "
+        "default",
     )
     logits: Literal["auto", "full"] = Field(
-        "auto", description="'auto': without full logits where that is the same; 'full': always"
+        "auto",
+        description="'auto': avoid full logits if the result is the same; 'full': always compute "
+        "them",
     )
     quantize: loading.Quantized | None = Field(
-        None, description="store the frozen weights in 4 bits (bitsandbytes); for adapters"
+        None, description="load the frozen weights in 4 bits (bitsandbytes); for adapters"
     )
 
 

@@ -36,31 +36,33 @@ class PeftConfig(PluginConfig):
     """Which adapters, and where."""
 
     method: str = Field(
-        "lora", description="adapter of peft, in small letters: lora, loha, lokr, ia3, oft, vera..."
+        "lora", description="peft method, in lower case: lora, loha, lokr, ia3, oft, vera..."
     )
-    r: int | None = Field(None, ge=1, description="rank; null: the method's own (LoRA: 8)")
+    r: int | None = Field(None, ge=1, description="rank; null: the method's default (LoRA: 8)")
     alpha: float | None = Field(
-        None, gt=0, description="scale, divided by the rank in LoRA; null: the method's own"
+        None, gt=0, description="scale, divided by the rank in LoRA; null: the method's default"
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="null: the method's own (LoRA: 0)")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout; null: the method's default (LoRA: 0)"
+    )
     target: tuple[str, ...] = Field(
         (),
-        description="patterns of names of modules; none: every linear layer but the output layer "
-        "and those of fewer inputs or outputs than the rank",
+        description="patterns of module names; none: every linear layer except the output layer "
+        "and those with fewer inputs or outputs than the rank",
     )
     args: Arguments = Field(
-        {}, description="further arguments of the method's class in peft, such as use_dora"
+        {}, description="further arguments of the peft config class, such as use_dora"
     )
     adapter: PathField | None = Field(
         None,
-        description="folder of adapters to begin with, as peft or an export saves them, in place "
-        "of method, r, alpha, dropout, target and args, which are theirs",
+        description="folder of saved adapters (from peft or an export) to start from; replaces "
+        "method, r, alpha, dropout, target and args",
         json_schema_extra={"resume": "locked"},
     )
     base: PathField | None = Field(
         None,
-        description="weights of the model below, where the model's plugin loads none: a run, a "
-        "checkpoint, an export or safetensors",
+        description="base weights, if the model's plugin loads none: a run, a checkpoint, an "
+        "export or safetensors",
     )
 
     @model_validator(mode="after")

@@ -40,15 +40,15 @@ TRUE = ("1", "on", "true", "yes")
 class WandbConfig(BackgroundConfig):
     """Settings of the run with Weights & Biases."""
 
-    project: str = Field("nexus", min_length=1, description="project that the run belongs to")
+    project: str = Field("nexus", min_length=1, description="project of the run")
     entity: str | None = Field(None, description="user or team; null: the account's default")
-    run_name: str | None = Field(None, description="shown name; null: that of the run's folder")
+    run_name: str | None = Field(None, description="display name; null: name of the run folder")
     run_id: str | None = Field(None, description="id of a run to resume; null: a new run")
-    tags: tuple[str, ...] = Field((), description="labels of the run")
+    tags: tuple[str, ...] = Field((), description="run tags")
     mode: Literal["auto", "online", "offline"] = Field(
         "auto",
-        description="auto: as WANDB_MODE or WANDB_DISABLED says, else online where there are "
-        "credentials (an environment variable or .netrc) and offline where there are none",
+        description="auto: from WANDB_MODE or WANDB_DISABLED, else online if there are "
+        "credentials (an environment variable or .netrc), else offline",
         json_schema_extra={"resume": "ignored"},
     )
     artifact: bool = Field(

@@ -33,10 +33,16 @@ Answers = list[Mapping[str, Tensor]]
 class AmpConfig(PluginConfig):
     """Settings of mixed precision."""
 
-    dtype: Literal["bf16", "fp16"] = Field("bf16", description="fp16 is finer, and is scaled")
-    initial_scale: float = Field(65536.0, gt=0, description="fp16: first factor of the loss")
-    growth_interval: int = Field(2000, ge=1, description="fp16: steps until the factor doubles")
-    tf32: bool = Field(False, description="CUDA: float32 products with a mantissa of 10 bits")
+    dtype: Literal["bf16", "fp16"] = Field(
+        "bf16", description="fp16 has more mantissa bits, and needs loss scaling"
+    )
+    initial_scale: float = Field(65536.0, gt=0, description="fp16: initial loss scale")
+    growth_interval: int = Field(
+        2000, ge=1, description="fp16: steps between doublings of the scale"
+    )
+    tf32: bool = Field(
+        False, description="CUDA: use TF32 (10 mantissa bits) for float32 matrix products"
+    )
 
 
 class AmpPlugin(Plugin[AmpConfig]):

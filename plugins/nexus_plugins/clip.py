@@ -34,22 +34,20 @@ class ClipConfig(PluginConfig):
         1.0,
         gt=0,
         allow_inf_nan=True,
-        description="by norm: longest gradient (L2 norm over all parameters); inf: only log it",
+        description="by norm: maximum gradient norm (L2 over all parameters); inf: only log it",
     )
     by: Literal["norm", "value", "agc"] = Field(
         "norm",
-        description="what is limited: the length of the whole gradient, each of its numbers, or "
-        "(adaptive clipping) the gradient of each unit against its weights",
+        description="what is clipped: the global norm, each element, or (adaptive gradient "
+        "clipping) the norm of each unit relative to its weights",
     )
-    max_value: float = Field(1.0, gt=0, description="by value: largest magnitude of a number")
+    max_value: float = Field(1.0, gt=0, description="by value: maximum magnitude of an element")
     ratio: float = Field(
-        0.01, gt=0, description="by agc: longest gradient of a unit, relative to its weights"
+        0.01, gt=0, description="by agc: maximum gradient norm of a unit, relative to its weights"
     )
-    eps: float = Field(
-        1e-3, gt=0, description="by agc: least length that weights are taken to have"
-    )
+    eps: float = Field(1e-3, gt=0, description="by agc: lower bound on the weight norm")
     spare: tuple[str, ...] = Field(
-        (), description="by agc: patterns of names of parameters to leave alone, such as the head's"
+        (), description="by agc: patterns of names of parameters to skip, such as the head's"
     )
 
     @model_validator(mode="after")

@@ -36,25 +36,25 @@ class CompileConfig(PluginConfig):
     model_config = ConfigDict(json_schema_extra={"examples": [{"backend": "aot_eager"}]})
     match: tuple[str, ...] = Field(
         (),
-        description="patterns of names of modules to compile each by itself; none: the members of "
-        "every ModuleList, or the whole model where it has none",
+        description="patterns of names of modules to compile separately; none: the members of "
+        "every ModuleList, or the whole model if there is none",
     )
     whole: bool = Field(
-        False, description="compile the model as one: faster steps, and a start that takes minutes"
+        False, description="compile the model as a whole: faster steps, but minutes of startup"
     )
     methods: tuple[str, ...] = Field(
         ("hidden",),
-        description="with `whole`: methods by which the model is run, besides forward; those that "
-        "it does not have are passed over",
+        description="with `whole`: methods that run the model, besides forward; missing ones are "
+        "skipped",
     )
     mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
-        "default", description="what torch.compile spends its effort on"
+        "default", description="mode of torch.compile"
     )
-    backend: str = Field("inductor", description="compiler; `torch.compiler.list_backends()`")
+    backend: str = Field("inductor", description="backend; see `torch.compiler.list_backends()`")
     dynamic: bool | None = Field(
         None, description="whether shapes may vary; null: from the second shape on"
     )
-    fullgraph: bool = Field(False, description="whether a break in the graph is an error")
+    fullgraph: bool = Field(False, description="treat graph breaks as errors")
 
     @model_validator(mode="after")
     def _chooses_once(self) -> Self:

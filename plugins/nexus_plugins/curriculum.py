@@ -31,22 +31,23 @@ __all__ = ["CurriculumConfig", "CurriculumPlugin"]
 class CurriculumConfig(PluginConfig):
     """Settings of the sequence-length curriculum."""
 
-    start_length: int = Field(256, ge=1, description="tokens of a row at the start")
-    end_length: int = Field(2048, ge=1, description="tokens of a row at the end")
+    start_length: int = Field(256, ge=1, description="tokens per row at the start")
+    end_length: int = Field(2048, ge=1, description="tokens per row at the end")
     warmup: IntervalField = Field(
-        Interval(10, "%"), description="length of training in which the rows grow"
+        Interval(10, "%"), description="length of training over which rows grow"
     )
-    round_to: int = Field(64, ge=1, description="lengths are rounded down to a multiple of this")
+    round_to: int = Field(64, ge=1, description="round lengths down to a multiple of this")
     shape: Literal["linear", "sqrt", "step"] = Field(
-        "linear", description="how the length grows: evenly, quickly at first, or by the table"
+        "linear",
+        description="how the length grows: linearly, fast at first (sqrt), or by the table (step)",
     )
     table: tuple[tuple[float, int], ...] = Field(
-        (), description="for shape step: pairs of share of the warm-up done and length from there"
+        (), description="for shape step: pairs [share of the warmup done, length from then on]"
     )
     mode: Literal["reshape", "truncate"] = Field(
         "reshape",
-        description="reshape: rows are cut into shorter rows, no token is lost; truncate: the "
-        "rest of each row is dropped",
+        description="reshape: cut rows into shorter rows, keeping every token; truncate: drop the "
+        "rest of each row",
     )
 
     @model_validator(mode="after")

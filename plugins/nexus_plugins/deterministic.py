@@ -63,15 +63,17 @@ class DeterministicConfig(PluginConfig):
     """How strict to be, and which roundings to allow."""
 
     missing: Literal["refuse", "warn"] = Field(
-        "refuse", description="at an operation that has no deterministic form on the device"
+        "refuse",
+        description="what to do at an operation without a deterministic implementation on the "
+        "device",
     )
     tf32: bool = Field(
         False,
-        description="CUDA: allow convolutions, and float32 products where they are set so, a "
-        "mantissa of 10 bits",
+        description="CUDA: allow TF32 (10 mantissa bits) in convolutions, and in float32 products "
+        "if enabled",
     )
     sums_in_16_bits: bool = Field(
-        False, description="CUDA: allow 16-bit products to add up their parts in 16 bits"
+        False, description="CUDA: allow reduced-precision accumulation in 16-bit products"
     )
 
 

@@ -18,12 +18,12 @@ __all__ = ["EarlyStopConfig", "EarlyStopPlugin"]
 class EarlyStopConfig(PluginConfig):
     """Settings of early stopping."""
 
-    metric: str = Field("val/loss", description="metric of the evaluations to watch")
-    mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
-    patience: int = Field(5, ge=1, description="evaluations in a row without improvement")
-    min_delta: float = Field(
-        0.0, ge=0, description="an improvement must be more than this, in units of the metric"
+    metric: str = Field("val/loss", description="evaluation metric to watch")
+    mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
+    patience: int = Field(
+        5, ge=1, description="consecutive evaluations without improvement before stopping"
     )
+    min_delta: float = Field(0.0, ge=0, description="minimum improvement, in units of the metric")
 
 
 class EarlyStopPlugin(Plugin[EarlyStopConfig]):

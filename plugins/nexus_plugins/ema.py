@@ -25,29 +25,24 @@ LIVE = "_live"  # behind the name of a set that is evaluated with the weights th
 class EmaConfig(PluginConfig):
     """Settings of the averaged weights."""
 
-    decay: float = Field(
-        0.999, ge=0, lt=1, description="what the average keeps of itself at an update"
-    )
-    update_every: int = Field(1, ge=1, description="steps between two updates of the average")
-    ramp: bool = Field(
-        True,
-        description="average over fewer steps while there are few: decay is at most (1+n)/(10+n)",
-    )
+    decay: float = Field(0.999, ge=0, lt=1, description="decay of the average per update")
+    update_every: int = Field(1, ge=1, description="steps between updates of the average")
+    ramp: bool = Field(True, description="ramp up the decay: at most (1+n)/(10+n) after n updates")
     power: float | None = Field(
         None,
         gt=0,
-        description="another ramp: decay is at most 1-n**-power at update n; 2/3 suits long runs, "
-        "3/4 runs of up to some 100,000 steps",
+        description="alternative ramp: decay is at most 1-n**-power at update n; 2/3 suits long "
+        "runs, 3/4 runs of up to about 100,000 steps",
     )
     buffers: bool = Field(
         False,
-        description="average buffers of floating point too (running statistics), instead of "
+        description="also average floating-point buffers (running statistics), instead of "
         "evaluating with the model's own",
     )
     evaluate: bool | Literal["both"] = Field(
         True,
         description="evaluate with the average instead of the weights; both: first the average, "
-        "then the weights, as val_live/...",
+        "then the weights as val_live/...",
     )
 
 

@@ -21,15 +21,13 @@ _EXAMPLE: Any = {"rules": [{"match": "embedding*", "until": "2 epochs"}]}
 class FreezeRule(PluginConfig):
     """What is frozen, and when."""
 
-    match: str = Field(description="pattern of parameter names, as of files: 'encoder.*'")
-    start: IntervalField | None = Field(
-        None, description="frozen from then on; null: from the beginning"
-    )
-    until: IntervalField | None = Field(None, description="thawed then; null: never")
+    match: str = Field(description="glob pattern of parameter names: 'encoder.*'")
+    start: IntervalField | None = Field(None, description="when to freeze; null: from the start")
+    until: IntervalField | None = Field(None, description="when to unfreeze; null: never")
     statistics: bool = Field(
         True,
-        description="freeze running statistics too, by evaluation mode of a batch norm whose "
-        "parameters are frozen",
+        description="also freeze running statistics, by keeping batch norms with frozen "
+        "parameters in evaluation mode",
     )
 
 
@@ -38,7 +36,8 @@ class FreezeConfig(PluginConfig):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     rules: tuple[FreezeRule, ...] = Field(
-        min_length=1, description="each with a pattern; what any rule freezes is frozen"
+        min_length=1,
+        description="rules, each with a pattern; a parameter is frozen if any rule freezes it",
     )
 
 

@@ -27,13 +27,13 @@ class GradStatsConfig(PluginConfig):
     """Settings of the gradient statistics."""
 
     depth: int = Field(
-        2, ge=1, description="names of a module's path that count: 2 tells blocks.0 from blocks.1"
+        2, ge=1, description="depth of the module path: 2 separates blocks.0 from blocks.1"
     )
-    every: int = Field(10, ge=1, description="steps between measurements by module")
+    every: int = Field(10, ge=1, description="steps between measurements per module")
     terms_every: int | None = Field(
         100,
         ge=1,
-        description="steps between measurements by term, which cost a backward pass a term; "
+        description="steps between measurements per term, which cost one backward pass per term; "
         "null: never",
     )
 

@@ -27,7 +27,7 @@ _ENCODER = json.JSONEncoder(allow_nan=False)
 class JsonlConfig(LoggerConfig):
     """Settings of the metrics file."""
 
-    file: PathText = Field("metrics.jsonl", min_length=1, description="name in the run's folder")
+    file: PathText = Field("metrics.jsonl", min_length=1, description="file name in the run folder")
 
 
 class JsonlPlugin(Logger[JsonlConfig]):

@@ -30,27 +30,29 @@ _CLASSIC = {
 class LossCausalConfig(PositionLossConfig):
     """Settings of the causal module's loss."""
 
-    weight: float = Field(0.05, description="factor of this term in the total loss")
+    weight: float = Field(0.05, description="weight of this term in the total loss")
     classic: bool = Field(
         False,
-        description="as before: squares of any scale, no noise or interventions, and other "
-        "defaults (constraint exp, dag_growth 1, sparsity_weight 0.01, reconstruction_weight 0)",
+        description="the original formula: unnormalized squares, no noise or interventions, and "
+        "other defaults (constraint exp, dag_growth 1, sparsity_weight 0.01, "
+        "reconstruction_weight 0)",
     )
     constraint: Literal["logdet", "exp"] = Field(
-        "logdet", description="of acyclicity: DAGMA's log-determinant, or NOTEARS' exponential"
+        "logdet",
+        description="acyclicity constraint: DAGMA's log-determinant, or NOTEARS' exponential",
     )
-    dag_weight: float = Field(1.0, ge=0, description="factor of the constraint at the start")
+    dag_weight: float = Field(1.0, ge=0, description="initial weight of the constraint")
     dag_growth: float = Field(
-        1000.0, ge=1, description="how many times that it is at the end, rising geometrically"
+        1000.0, ge=1, description="factor by which that weight grows geometrically until the end"
     )
     sparsity_weight: float = Field(
-        0.03, ge=0, description="factor of the sum of absolute edge strengths"
+        0.03, ge=0, description="weight of the sum of absolute edge strengths"
     )
     reconstruction_weight: float = Field(
         1.0,
         ge=0,
-        description="factor of what the graph does not explain of a position's variables, on "
-        "average over positions; without padding",
+        description="weight of the variance of a position's variables that the graph does not "
+        "explain, averaged over positions without padding",
     )
 
     @model_validator(mode="before")

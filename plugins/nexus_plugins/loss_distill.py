@@ -31,12 +31,14 @@ class LossDistillConfig(LossConfig):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     teacher: Call = Field(
-        description="function or class that makes the teacher with its weights, and arguments"
+        description="function or class that builds the teacher with its weights, and its arguments"
     )
     temperature: float = Field(
-        1.0, gt=0, description="divides the logits of both; the loss is multiplied by its square"
+        1.0,
+        gt=0,
+        description="divides the logits of both models; the loss is multiplied by its square",
     )
-    ignore_index: int = Field(-100, description="label of positions that do not count")
+    ignore_index: int = Field(-100, description="label of ignored positions")
 
 
 class LossDistillPlugin(Loss[LossDistillConfig]):

@@ -43,14 +43,14 @@ class LossEnergyConfig(PositionLossConfig):
     """Settings of the energy module's loss."""
 
     weight: float = Field(
-        0.1, description="factor of this term in the total loss; classic: 0.05 unless it is given"
+        0.1, description="weight of this term in the total loss; classic: default 0.05"
     )
-    classic: bool = Field(False, description="the loss of the classical energy module")
+    classic: bool = Field(False, description="the loss of the classic energy module")
     iteration_weight: float = Field(
-        0.01, ge=0, description="factor of the distance to `target_iterations`; classic"
+        0.01, ge=0, description="weight of the distance to `target_iterations`; classic"
     )
     target_iterations: float = Field(
-        5.0, ge=0, description="refinements that a token should take on average; classic"
+        5.0, ge=0, description="target for the average number of refinements per token; classic"
     )
 
     @model_validator(mode="before")

@@ -26,9 +26,9 @@ class LossLmConfig(LossConfig):
     """Settings of the language-model loss."""
 
     label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="part of the target spread over all tokens; training only"
+        0.1, ge=0, lt=1, description="share of the target spread over all tokens; training only"
     )
-    ignore_index: int = Field(-100, description="label of positions that do not count")
+    ignore_index: int = Field(-100, description="label of ignored positions")
 
 
 class LossLmPlugin(Loss[LossLmConfig]):

@@ -41,21 +41,21 @@ _OF_FORMULA = {True: ("entropy_weight", "eps"), False: ("balance_weight", "rate"
 class LossReasonConfig(PositionLossConfig):
     """Settings of the reasoner's loss."""
 
-    weight: float = Field(0.05, description="factor of this term in the total loss")
+    weight: float = Field(0.05, description="weight of this term in the total loss")
     classic: bool = Field(
-        False, description="the entropy of the rule distributions alone, weighted by halting"
+        False, description="only the entropy of the rule distributions, weighted by halting"
     )
     balance_weight: float = Field(
-        0.01, ge=0, description="factor of the balance of the rules' use, summed over rules"
+        0.01, ge=0, description="weight of the load balance of the rules, summed over rules"
     )
     rate: float = Field(
-        0.3, gt=0, lt=1, description="how far a rule should fire on average over tokens"
+        0.3, gt=0, lt=1, description="target for how often a rule fires on average over tokens"
     )
     decay: float = Field(
-        0.99, ge=0, lt=1, description="part of the average of past steps that is kept at each"
+        0.99, ge=0, lt=1, description="decay of the running average over past steps"
     )
     entropy_weight: float = Field(
-        0.1, description="classic: factor of the entropy (nats) of the rule distributions"
+        0.1, description="classic: weight of the entropy (nats) of the rule distributions"
     )
     eps: float = Field(
         1e-10, gt=0, description="classic: added to probabilities inside the logarithm"

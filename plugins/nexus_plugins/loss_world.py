@@ -35,29 +35,24 @@ class LossWorldConfig(PositionLossConfig):
     """Settings of the world-model loss and of its target encoder."""
 
     weight: float = Field(
-        1.0, description="factor of this term in the total loss; classic: 0.1 unless it is given"
+        1.0, description="weight of this term in the total loss; classic: default 0.1"
     )
     latent_weight: float = Field(
-        0.3, ge=0, description="factor of the distance between predicted and later states"
+        0.3, ge=0, description="weight of the distance between predicted and later states"
     )
     token_weight: float = Field(
-        1.0, ge=0, description="factor of the cross-entropy of the token after a predicted state"
+        1.0, ge=0, description="weight of the cross-entropy of the token after a predicted state"
     )
     head_weight: float = Field(
-        1.0, ge=0, description="factor of the cross-entropy of the heads for tokens further ahead"
+        1.0, ge=0, description="weight of the cross-entropy of the heads for tokens further ahead"
     )
-    classic: bool = Field(False, description="the loss of the classical world model")
-    variance_weight: float = Field(
-        0.1, ge=0, description="factor of the hinge on the variance; classic"
-    )
+    classic: bool = Field(False, description="the loss of the classic world model")
+    variance_weight: float = Field(0.1, ge=0, description="weight of the variance hinge; classic")
     variance_floor: float = Field(
-        0.1, ge=0, description="variance of a prediction over its dimensions where the hinge begins"
+        0.1, ge=0, description="variance over dimensions below which the hinge is active; classic"
     )
     decay: float = Field(
-        0.996,
-        ge=0,
-        le=1,
-        description="part of the target encoder kept at each optimizer step; classic",
+        0.996, ge=0, le=1, description="decay of the target encoder per optimizer step; classic"
     )
     decay_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: the decay rises to 1 by the end of the run; classic"

@@ -22,7 +22,7 @@ class LrRsqrtConfig(ScheduleConfig):
 
     warmup: Warmup = Field(Interval(4, "%"), description=WARMUP)
     timescale: IntervalField | None = Field(
-        None, description="the rate is halved at four times this; null: as long as the warm-up"
+        None, description="the rate is halved at four times this; null: the warmup length"
     )
 
 

@@ -23,10 +23,10 @@ class LrWsdConfig(DecayConfig):
     """Settings of warm-up, stable, decay."""
 
     decay: IntervalField | None = Field(
-        LAST_FIFTH, description="length of the fall at the end; null: the last fifth of the run"
+        LAST_FIFTH, description="length of the decay at the end; null: the last fifth of the run"
     )
     shape: Literal["sqrt", "linear"] = Field(
-        "sqrt", description="how it falls: one minus the root of the share done, or a line"
+        "sqrt", description="decay shape: 1 - sqrt(share done), or linear"
     )
 
 

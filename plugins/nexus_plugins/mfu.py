@@ -30,10 +30,10 @@ class MfuConfig(PluginConfig):
     """Settings of the utilization."""
 
     flops_per_token: float | None = Field(
-        None, gt=0, description="operations of a token, forward and backward; null: counted"
+        None, gt=0, description="FLOPs per token, forward and backward; null: counted"
     )
     peak: float | None = Field(
-        None, gt=0, description="operations a second that count as 1; null: measured"
+        None, gt=0, description="peak FLOP/s that count as 1; null: measured"
     )
 
 

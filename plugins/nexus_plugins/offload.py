@@ -31,18 +31,18 @@ class OffloadConfig(PluginConfig):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"without_cuda": "copy"}]})
     match: tuple[str, ...] = Field(
-        ("*",), description="patterns of names of the modules whose activations are moved"
+        ("*",), description="patterns of names of modules whose activations are offloaded"
     )
     min_kib: float = Field(
         1024,
         ge=0,
         le=1e9,
-        description="smaller tensors stay on the device, in KiB: a transfer has a price",
+        description="smaller tensors stay on the device, in KiB, as each transfer has overhead",
     )
     without_cuda: Literal["refuse", "copy"] = Field(
         "refuse",
-        description="on other devices: refuse, or copy within host memory, which saves nothing "
-        "and is for tests",
+        description="on other devices: raise an error, or copy within CPU memory (saves nothing; "
+        "for tests)",
     )
 
 

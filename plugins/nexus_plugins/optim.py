@@ -32,8 +32,8 @@ class _Flat(PluginConfig):
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
 
-    lr: float | None = Field(None, ge=0, description="base learning rate; null: the common one")
-    args: Arguments = Field({}, description="further arguments, which may stand beside `lr` too")
+    lr: float | None = Field(None, ge=0, description="base learning rate; null: the shared one")
+    args: Arguments = Field({}, description="further arguments; may also be given next to `lr`")
 
     @model_validator(mode="before")
     @classmethod
@@ -60,9 +60,7 @@ class _Flat(PluginConfig):
 class OptimGroupConfig(_Flat):
     """Other settings for the parameters whose names match a pattern."""
 
-    match: str = Field(
-        description="pattern of parameter names, as of files: '*.bias' is every bias"
-    )
+    match: str = Field(description="glob pattern of parameter names: '*.bias' matches every bias")
 
 
 class OptimConfig(_Flat, Call):
@@ -76,14 +74,12 @@ class OptimConfig(_Flat, Call):
     )
 
     lr: float | None = Field(
-        None, ge=0, description="base learning rate; null: what the class takes by itself"
+        None, ge=0, description="base learning rate; null: the default of the class"
     )
     groups: tuple[OptimGroupConfig, ...] = Field(
-        (), description="parameters with settings of their own; the first match counts"
+        (), description="parameter groups with their own settings; the first match applies"
     )
-    freeze: tuple[str, ...] = Field(
-        (), description="patterns of names of parameters that are not trained"
-    )
+    freeze: tuple[str, ...] = Field((), description="patterns of names of parameters to freeze")
 
 
 class OptimPlugin(Plugin[OptimConfig]):

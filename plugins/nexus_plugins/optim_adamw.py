@@ -21,11 +21,13 @@ class OptimAdamwConfig(OptimizerConfig):
     """Settings of AdamW."""
 
     betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay rates of the running means of gradient and its square"
+        (0.9, 0.95), description="decay rates of the running means of the gradient and its square"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    eps: float = Field(
+        1e-8, gt=0, description="term added to the denominator for numerical stability"
+    )
     fused: bool | None = Field(
-        None, description="one kernel for the whole update; null: where the device has it"
+        None, description="use the fused kernel; null: if the device supports it"
     )
 
 

@@ -24,18 +24,20 @@ __all__ = ["Muon", "MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
 class OptimMuonConfig(OptimizerConfig):
     """Settings of Muon with AdamW."""
 
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon: what the momentum keeps a step")
-    nesterov: bool = Field(True, description="Muon: look ahead along the momentum")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon: momentum")
+    nesterov: bool = Field(True, description="Muon: Nesterov momentum")
     adjust: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw",
-        description="Muon: updates as long as AdamW's, so that both share one learning rate, or "
-        "scaled as its author does",
+        description="Muon: scale updates to AdamW's size, so that both share one learning rate, "
+        "or as in the original",
     )
     exclude: tuple[str, ...] = Field(
-        (), description="patterns of names of matrices to leave to AdamW"
+        (), description="patterns of names of matrices to train with AdamW"
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW: decay of the two means")
-    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the mean square")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW: decay rates of the two running means"
+    )
+    eps: float = Field(1e-8, gt=0, description="AdamW: term added to the denominator")
 
 
 class OptimMuonPlugin(Plugin[OptimMuonConfig]):

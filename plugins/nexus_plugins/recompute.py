@@ -28,7 +28,9 @@ class RecomputeConfig(PluginConfig):
     match: tuple[str, ...] = Field(
         (), description="patterns of module names; none: the members of every ModuleList"
     )
-    every: int = Field(1, ge=1, description="recompute each n-th of the modules, the first of n")
+    every: int = Field(
+        1, ge=1, description="recompute every n-th of the modules, starting with the first"
+    )
 
 
 class RecomputePlugin(Plugin[RecomputeConfig]):

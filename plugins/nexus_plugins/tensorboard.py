@@ -27,9 +27,11 @@ _MARKUP = re.compile(r"[\\`*_#\[\]]")  # what the Text tab, which reads Markdown
 class TensorboardConfig(LoggerConfig):
     """Settings of the TensorBoard files."""
 
-    folder: PathText = Field("tensorboard", min_length=1, description="name in the run's folder")
+    folder: PathText = Field(
+        "tensorboard", min_length=1, description="folder name in the run folder"
+    )
     flush_seconds: float = Field(
-        10.0, gt=0, description="longest time until what was logged is in the file, in seconds"
+        10.0, gt=0, description="maximum delay until logged values are in the file, in seconds"
     )
 
 

@@ -28,12 +28,14 @@ class WeighGradnormConfig(PluginConfig):
     """Settings of GradNorm."""
 
     alpha: float = Field(
-        1.5, ge=0, description="how much a term that learns more slowly is favoured; 0: not at all"
+        1.5, ge=0, description="how much slower-learning terms are favoured; 0: not at all"
     )
     lr: float = Field(
-        0.1, gt=0, le=1, description="share of the way to balance, in logarithms, an update"
+        0.1, gt=0, le=1, description="share of the way to balance per update, in log space"
     )
-    every: int = Field(10, ge=1, description="steps between updates; one costs a backward per term")
+    every: int = Field(
+        10, ge=1, description="steps between updates; each costs one backward pass per term"
+    )
     shared: tuple[str, ...] = Field(
         (), description="patterns of the shared parameters; none: those that the most terms reach"
     )

@@ -24,9 +24,9 @@ TINY = 1e-12
 class WeighMagnitudeConfig(PluginConfig):
     """Settings of weighing by magnitude."""
 
-    momentum: float = Field(0.99, ge=0, lt=1, description="what the running mean keeps a step")
+    momentum: float = Field(0.99, ge=0, lt=1, description="decay of the running mean per step")
     total: Literal["terms", "one"] = Field(
-        "terms", description="what the weights sum to: the number of terms, or one"
+        "terms", description="sum of the weights: the number of terms, or one"
     )
 
 

@@ -20,7 +20,7 @@ __all__ = ["WeighUncertaintyConfig", "WeighUncertaintyPlugin"]
 class WeighUncertaintyConfig(PluginConfig):
     """Settings of weighing by uncertainty."""
 
-    lr: float = Field(0.05, gt=0, description="longest step of a log-variance, in nats")
+    lr: float = Field(0.05, gt=0, description="maximum change of a log-variance per step, in nats")
 
 
 class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):

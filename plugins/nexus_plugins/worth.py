@@ -21,7 +21,7 @@ __all__ = ["WorthConfig", "WorthPlugin"]
 class WorthConfig(PluginConfig):
     """How often, and on how much of the evaluation data."""
 
-    every: int = Field(1, ge=1, description="evaluations from one measurement to the next")
+    every: int = Field(1, ge=1, description="evaluations between measurements")
     batches: int | None = Field(
         16, ge=1, description="batches of the first evaluation set to measure on; null: all of it"
     )

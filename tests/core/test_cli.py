@@ -117,8 +117,8 @@ def test_every_preset_runs_until_whatever_end(preset: str, until: str) -> None:
         (["tiny.yaml", "-s", "lr_cosine.warmup=9 steps"], "lr_cosine.warmup is 9 steps"),
         (["tiny.yaml", "-s", "device=toaster"], "cannot use the device 'toaster'"),
         (["tiny.yaml", "--resume", "nowhere"], "nowhere"),
-        (["tiny.yaml", "-p", "no:loss_lm"], "there is no loss"),
-        (["tiny.yaml", "-p", "no:optim_adamw"], "there is no optimizer"),
+        (["tiny.yaml", "-p", "no:loss_lm"], "no loss: pass"),
+        (["tiny.yaml", "-p", "no:optim_adamw"], "no optimizer: pass"),
     ],
 )
 def test_users_mistake_is_one_message_exit_2_and_leaves_nothing(

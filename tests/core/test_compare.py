@@ -113,7 +113,7 @@ LONGER = {"plugins": {"data_text": {"seq_len": 128}, "optim_adamw": {"lr": 0.2}}
         ({}, {}, ""),
         ({}, {"fingerprint": None}, ""),
         ({}, {"settings": {"until": "40 steps"}}, ""),
-        ({}, {"fingerprint": "data-2"}, "other data (fingerprint data-2, the base has data-1)"),
+        ({}, {"fingerprint": "data-2"}, "different data (fingerprint data-2, base data-1)"),
         ({}, {"tokens": 50}, "different tokens: 500 by step 10, the base has 1,000"),
         ({}, {"settings": {"accumulate": 2}}, "accumulate is 2, the base has 1"),
         ({"settings": BATCHES}, {"settings": LONGER}, "data_text.seq_len is 128, the base has 64"),

@@ -316,9 +316,9 @@ def test_two_engines_do_not_see_each_other() -> None:
 def test_parts_that_are_missing_are_named() -> None:
     model = nn.Linear(5, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="there is no loss"):
+    with pytest.raises(ConfigError, match="no loss: pass"):
         Engine(model, optimizer)
-    with pytest.raises(ConfigError, match="there is no optimizer"):
+    with pytest.raises(ConfigError, match="no optimizer: pass"):
         Engine(model, plugins=[SquaredPlugin()])
     with pytest.raises(DataError, match="there is no training data"):
         Engine(plugins=[SquaredPlugin()])
@@ -328,7 +328,7 @@ def test_parts_that_are_missing_are_named() -> None:
         tiny_engine(accumulate=0)
     with pytest.raises(ConfigError, match="cannot use the device"):
         tiny_engine(device="toaster")
-    with pytest.raises(DataError, match="holds no batch"):
+    with pytest.raises(DataError, match="has no batch"):
         tiny_engine().evaluate([])
 
 
@@ -399,7 +399,7 @@ def test_total_loss_of_an_evaluation_counts_the_terms_of_all_its_batches(
     metrics = engine.evaluate(batches)
     assert (metrics["val/first_loss"], metrics["val/other_loss"]) == (3.0, 1.0)
     assert metrics["val/total_loss"] == 4.0
-    with pytest.raises(DataError, match="no batch with units of a loss"):
+    with pytest.raises(DataError, match="no batch with loss units"):
         engine.evaluate([{"input": torch.ones(1, 2), "kind": torch.tensor(7)}])
 
 
@@ -452,7 +452,7 @@ def test_a_loss_function_that_gives_no_loss_is_refused(wrong: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [RecorderPlugin, "clip"])
 def test_what_is_no_plugin_is_refused(wrong: Any) -> None:
-    with pytest.raises(PluginError, match="a plugin is an object such as"):
+    with pytest.raises(PluginError, match="plugins must be objects such as"):
         tiny_engine(wrong)
 
 
@@ -499,7 +499,7 @@ def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
     [
         ({"loss": nn.MSELoss()}, [torch.ones(2, 3)], "a batch is Tensor; expected a pair"),
         ({"optimizer": torch.optim.SGD}, PAIRS, r"SGD\(model.parameters\(\), lr=...\)"),
-        ({"until": None}, PAIRS, 'until says how long to train.*"500 steps"'),
+        ({"until": None}, PAIRS, 'until .how long to train. is not set.*"500 steps"'),
         ({"eval_data": [DataLoader([0]), DataLoader([1])]}, PAIRS, "{'val': one, 'test': other}"),
         ({}, TensorDataset(torch.ones(4, 3), torch.zeros(4)), "items are rows; pass batches"),
         ({"eval_data": TensorDataset(torch.ones(4, 3))}, PAIRS, "items are rows; pass batches"),

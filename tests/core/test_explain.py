@@ -139,7 +139,7 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
     assert colon
     assert re.fullmatch(
         r"(Event|Seam, (first answer|collected|chained))"
-        r"(, once a (turn|gradient)| and multiplied)?",
+        r"(, once per (turn|gradient)| and multiplied)?",
         kind,
     )
     first = getattr(Hooks, hook).nexus_spec["firstresult"]
@@ -151,7 +151,7 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
     [
         (
             [waiting("a", after=("c",)), waiting("b", after=("a",)), waiting("c", after=("b",))],
-            "a cycle: '.' before '.' .as '.' says.*remove one of them, such as drop .Plugin",
+            "a cycle: '.' before '.' .as '.' says.*remove one of them, for instance drop .Plugin",
         ),
         (
             [waiting("a", before=("b",)), waiting("b", before=("a",))],
@@ -160,7 +160,7 @@ def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
         ),
         (
             [waiting("a", slot="lr"), waiting("b", slot="lr")],
-            "both fill the slot 'lr'; leave one of them out, such as drop APlugin",
+            "both fill the slot 'lr'; remove one of them, such as drop APlugin",
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_command_gives_json_and_says_which_default_left_its_slot() -> None:
     (event,) = [event for event in data["events"] if event["hook"] == "lr_scale"]
     assert [call["plugin"] for call in event["calls"]] == ["lr_linear"]
     table = run("quickstart", "--explain", "--plugins", "lr_linear").output
-    assert "left out: lr_cosine, as lr_linear fills the slot lr" in table
+    assert "left out: lr_cosine, as lr_linear fills slot lr" in table
 
 
 def test_impossible_plan_is_one_error_on_stderr_and_no_half_json() -> None:

@@ -205,5 +205,5 @@ def test_a_part_of_an_epoch_needs_a_length(until: str, every: str | None) -> Non
     model = new_model()
     engine = Engine(model, torch.optim.SGD(model.parameters(), lr=BASE), loss=loss)
     data = Unsized(batches_of(4))
-    with pytest.raises(ConfigError, match=r"part of an epoch.*__len__"):
+    with pytest.raises(ConfigError, match=r"fraction of an epoch.*__len__"):
         engine.fit(data, until=until, eval_data=data, eval_every=every)

@@ -43,7 +43,7 @@ def test_what_is_declared_of_a_plugin_holds_for_all_its_instances() -> None:
     assert [plugin.name for plugin in order] == ["first", "ema", "ema@late", "own", "needs"]
     with pytest.raises(PluginError, match="'foe' and 'ema@late' cannot be in one run"):
         arrange([late, relation("foe", conflicts=("ema",))])
-    with pytest.raises(PluginError, match=r"given twice; .*EmaPlugin\.labelled\('late'\)\(\)"):
+    with pytest.raises(PluginError, match=r"listed twice; .*EmaPlugin\.labelled\('late'\)\(\)"):
         arrange([EmaPlugin(), EmaPlugin()])
     with pytest.raises(PluginError, match="both fill the slot 'place'"):
         arrange([relation("one", slot="place"), relation("one@b", slot="place")])

@@ -81,7 +81,7 @@ def test_a_loop_within_a_loop_is_refused_until_the_first_is_closed() -> None:
 def test_a_plugin_object_belongs_to_one_engine() -> None:
     shared = EmaPlugin()
     first = new(shared)
-    with pytest.raises(PluginError, match=r"'ema' is the object of another engine.*EmaPlugin\("):
+    with pytest.raises(PluginError, match=r"'ema' already belongs to another engine.*EmaPlugin\("):
         new(shared)
     assert first.fit(BATCHES, until=2).step == 2
 
@@ -225,7 +225,7 @@ class LatePlugin(Plugin[PluginConfig]):
     ("one", "other", "said"),
     [
         ((), (two_groups,), "groups of"),
-        ((LatePlugin(),), (LatePlugin(),), "'late' cannot take its saved state.*on_build"),
+        ((LatePlugin(),), (LatePlugin(),), "'late' cannot load its saved state.*on_build"),
     ],
     ids=["optimizer", "plugin"],
 )

@@ -243,7 +243,7 @@ def test_a_planted_config_can_neither_name_modules_nor_have_a_folder_looked_in(
             Path(home, "planted.py").write_text("open('executed', 'w').close()\n")
         result = run("--resume", "one")
         assert result.exit_code == 2
-        assert "is not loaded: the config of 'one' asks for it" in result.output
+        assert "is not loaded: the config of 'one' loads it" in result.output
     assert not Path("executed").exists()
 
 
@@ -261,15 +261,15 @@ BROKEN = {
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("./mime.py", "there is no file './mime.py'. Did you mean 'mine.py'?"),
+        ("./mime.py", "no file './mime.py'. Did you mean 'mine.py'?"),
         ("./pack", "'./pack' cannot be loaded; expected file.py:name or package.module:name"),
         ("./none.py", "'./none.py' has no plugin class, such as class SparklePlugin(Plugin"),
         ("./mine.py@f-1", "'sparkle@f-1': a label has letters, digits and underscores"),
-        ("./two.py", "'./two.py' has 2 plugins, APlugin, BPlugin; say which: ./two.py:APlugin"),
+        ("./two.py", "'./two.py' has 2 plugins, APlugin, BPlugin; choose one: ./two.py:APlugin"),
         ("./mine.py:SparklPlugin", "'./mine.py' has no 'SparklPlugin'. Did you mean 'SparkleP"),
         ("./mine.py:SparkleConfig", "must be a subclass of nexus_core.Plugin, got <class 'mine.Sp"),
         ("./mine.py:WORD", "must be a subclass of nexus_core.Plugin, got 'hello'"),
-        ("./clips.py", "goes by the name 'clip', as a plugin of nexus-trainer"),
+        ("./clips.py", "has the name 'clip', like a plugin of nexus-trainer"),
         ("./raises.py", "cannot be imported: OSError: no disk (./raises.py, line 3)"),
         (
             "./mine.py,./other.py",
@@ -356,4 +356,4 @@ def test_check_proves_a_plugin_in_a_file() -> None:
     assert result.output.startswith("sparkle (./mine.py:SparklePlugin)\n")
     wrong = CliRunner().invoke(nexus_plugins, ["check", "./mien.py"])
     assert wrong.exit_code == 2
-    assert "there is no file './mien.py'. Did you mean 'mine.py'?" in wrong.output
+    assert "no file './mien.py'. Did you mean 'mine.py'?" in wrong.output

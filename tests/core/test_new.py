@@ -108,7 +108,7 @@ def test_code_is_formatted_and_lints_clean() -> None:
         ("class", "cannot be a plugin's name"),
         ("../spark", "cannot be a plugin's name"),
         ("clip", "the plugin 'clip' already exists in nexus-trainer"),
-        ("json", "there is a module 'json' already"),
+        ("json", "a module 'json' already exists"),
     ],
 )
 def test_bad_or_taken_name_is_one_error_and_writes_nothing(
@@ -167,10 +167,10 @@ def test_a_plugin_in_one_file_is_that_of_the_package(kind: str) -> None:
     ("arguments", "message"),
     [
         (["Mine.py"], "'Mine' cannot be a plugin's name"),
-        (["clip.py"], "there is a plugin 'clip' already"),
-        (["json.py"], "there is a module 'json' already"),
+        (["clip.py"], "the plugin 'clip' already exists"),
+        (["json.py"], "a module 'json' already exists"),
         (["sparkle.py"], "'sparkle.py' already exists; choose another name"),
-        (["mine.py", "--out", "x"], "--out is for a package"),
+        (["mine.py", "--out", "x"], "--out is for packages"),
         (["sparkle.py/mine.py"], "cannot write 'sparkle.py/mine.py': "),
     ],
 )

@@ -138,13 +138,13 @@ def test_local_code_with_a_dot_is_a_place_that_a_run_keeps(place: str, expected:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("./nett.py:build", r"there is no file './nett.py'. Did you mean 'net.py'\?"),
-        ("./pack.py", "there is no file './pack.py'"),
+        ("./nett.py:build", r"no file './nett.py'. Did you mean 'net.py'\?"),
+        ("./pack.py", "no file './pack.py'"),
         ("./net.py:biuld", r"'./net.py' has no 'biuld'. Did you mean 'build'\?"),
         ("./net.py:Net.wdth", r"has no 'Net.wdth'. Did you mean 'width'\?"),
-        ("./my-net.py:build", "no name that Python can import; rename it"),
+        ("./my-net.py:build", "is not a name that Python can import; rename it"),
         ("./json.py:build", "another module, .*json.__init__.py; rename"),
-        ("./uses.py:build", r"'./random.py' cannot be imported: its name is that of another"),
+        ("./uses.py:build", r"'./random.py' cannot be imported: its name is taken by another"),
         ("./bad.py:build", r"NameError: name 'nme' is not defined \(./bad.py, line 3\)"),
         ("./worse.py:build", r"'./worse.py' cannot be imported: .*nme.* \(./bad.py, line 3\)"),
         ("./comma.py", r"SyntaxError: .*\(./comma.py, line 2\)"),

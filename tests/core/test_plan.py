@@ -80,11 +80,11 @@ def first() -> Any:
         ([plugin("a"), plugin("a")], "plugin 'a' is listed twice"),
         ([plugin("a", slot="lr"), plugin("b", slot="lr")], "'a' and 'b' both fill the slot 'lr'"),
         ([plugin("a", requires=("z",))], r"'a' requires 'z'.*ZPlugin\(\)"),
-        ([plugin("a", conflicts=("b",)), plugin("b")], "'a' and 'b' cannot be in one run"),
+        ([plugin("a", conflicts=("b",)), plugin("b")], "'a' and 'b' cannot be used together"),
         ([plugin("a", before=("b",)), plugin("b", before=("a",))], "a cycle: .*before.*before"),
         ([plugin("a", on_step=first()), plugin("b", on_step=first())], "both ask to be first"),
         ([BarePlugin()], "on_step is named like a hook: mark it @hookimpl"),
-        ([StrangerPlugin()], "no such hook. Did you mean 'on_step'"),
+        ([StrangerPlugin()], "no such hook exists. Did you mean 'on_step'"),
     ],
 )
 def test_impossible_company_is_refused(plugins: list[Plugin[Any]], message: str) -> None:
@@ -93,7 +93,7 @@ def test_impossible_company_is_refused(plugins: list[Plugin[Any]], message: str)
 
 
 def test_misspelt_argument_of_a_hook_is_refused() -> None:
-    with pytest.raises(PluginError, match="'argument' answers on_step wrongly.*engin"):
+    with pytest.raises(PluginError, match="'argument' implements on_step wrongly.*engin"):
         tiny_engine(ArgumentPlugin())
 
 
@@ -154,7 +154,7 @@ def test_name_given_by_two_distributions_is_refused(tmp_path: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 3\n")
     (info / "entry_points.txt").write_text("[nexus.plugins]\ngood = elsewhere:GoodPlugin\n")
-    with pytest.raises(PluginError, match="two distributions give a plugin 'good'.*uninstall"):
+    with pytest.raises(PluginError, match="two distributions provide a plugin 'good'.*uninstall"):
         load("good")
     assert "good" in installed(), "what does not name it continues"
 

@@ -96,12 +96,12 @@ def test_base_learning_rates_that_a_rule_moves_are_in_the_plan(corpus: Path, cas
         (
             {"warmup": "100 tokens"},
             "12 steps",
-            "every step is taken to be 64 tokens, as the first is",
+            "assuming every step covers 64 tokens, like the first",
         ),
         (
             {"warmup": "4 steps"},
             "60 samples",
-            "every step is taken to be 4 samples, as the first is",
+            "assuming every step covers 4 samples, like the first",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_the_command_draws_and_leaves_no_run(
     assert "over 30 steps" in result.output
     assert "⠀" in result.output
     assert "highest 0.012 at step 5," in result.output
-    assert "is taken to be" not in result.output
+    assert "assuming every step" not in result.output
     picture = Path("runs/quickstart-lr.png")
     assert picture.exists() is with_matplotlib
     expected = str(picture) if with_matplotlib else "pip install 'nexus-trainer[plot]'"
@@ -210,7 +210,7 @@ def test_the_command_says_what_it_takes_for_granted(corpus: Path, tmp_path: Path
     tokens = arguments(corpus, "--plot-lr", "--out", str(tmp_path / "o"))
     result = CliRunner().invoke(main, [*tokens, "--set", "until=900 tokens"])
     assert result.exit_code == 0, result.output
-    assert "\nevery step is taken to be 32 tokens, as the first is\n" in result.output
+    assert "\nassuming every step covers 32 tokens, like the first\n" in result.output
 
 
 def test_a_mistake_is_one_line(corpus: Path) -> None:

@@ -288,10 +288,10 @@ SAID = {
     "lacking": r"cannot be imported: AttributeError: .*LackingPlugin",
     "number": r"must be a subclass of nexus_core.Plugin, got 3",
     "function": r"must be a subclass of nexus_core.Plugin, got <function FunctionPlugin",
-    "misnamed": r"calls itself 'other'; give both the same name",
-    "future": r"is built for plugin API 7.3; nexus-trainer [\d.]+ has 1.0 and 1.1 and 1.2: install",
-    "misspelt": r"no such hook. Did you mean 'on_step'",
-    "twice": r"two distributions give a plugin 'twice': one-of-two 1.0 and two-of-two 2.0; uninst",
+    "misnamed": r"has the name 'other'; give both the same name",
+    "future": r"is built for plugin API 7.3; nexus-trainer [\d.]+ supports 1.0 and 1.1 and 1.2: install",
+    "misspelt": r"no such hook exists. Did you mean 'on_step'",
+    "twice": r"two distributions provide a plugin 'twice': one-of-two 1.0 and two-of-two 2.0",
 }
 SETTING = """
 class SettingConfig(PluginConfig):
@@ -423,7 +423,7 @@ class AheadPlugin(Plugin[PluginConfig]):
 def test_plugin_made_by_hand_for_another_api_is_refused_by_the_engine() -> None:
     """The version is looked at first: that the new hook is unknown is only what follows."""
     with pytest.raises(
-        PluginError, match=r"plugin 'ahead' is built for plugin API 1.3;.* has 1.0 and 1.1 and 1.2"
+        PluginError, match=r"'ahead' is built for plugin API 1.3;.* supports 1.0 and 1.1 and 1.2"
     ):
         tiny_engine(AheadPlugin())
 
@@ -437,7 +437,7 @@ def test_show_tells_settings_hooks_order_and_state() -> None:
         r"^from +nexus-trainer [\d.]+, nexus_plugins.ema:EmaPlugin$",
         r"^built for +plugin API 1.2$",
         r"^state +version 1: The average and how many steps are in it\.$",
-        r"^  decay: float >= 0 < 1, default 0.999\n      what the average keeps",
+        r"^  decay: float >= 0 < 1, default 0.999\n      decay of the average",
         r"^  evaluating +Evaluate with the average .*$",
     ):
         assert re.search(said, shown, re.MULTILINE), said
@@ -451,7 +451,7 @@ def test_show_writes_types_and_defaults_as_one_sets_them() -> None:
     assert "mode: 'min' | 'max', default \"min\"" in shown
     assert "keep_every: Interval | null, default null" in shown
     clip = CliRunner().invoke(nexus_plugins, ["show", "clip"]).output
-    assert re.search(r"^state +none to save$", clip, re.MULTILINE)
+    assert re.search(r"^state +nothing to save$", clip, re.MULTILINE)
     data = CliRunner().invoke(nexus_plugins, ["show", "data_text"]).output
     assert re.search(r"^state +version 1$", data, re.MULTILINE)
     block = r"\n      SourceConfig\n        path: str, required\n            "

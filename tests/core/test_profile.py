@@ -227,8 +227,11 @@ def test_the_command_prints_the_table_and_trains_the_same() -> None:
         (["--profile", "--dry-run"], "--profile needs a run, and --dry-run does not train"),
         (["--profile", "--explain"], "--profile needs a run, and --explain does not train"),
         (["--profile", "--schema"], "--profile needs a run, and --schema does not train"),
-        (["--profile", "--profile-trace", "t.txt"], "got 't.txt', expected a name in .json"),
-        (["--profile", "--profile-trace", "no/t.json"], "there is no folder 'no'"),
+        (
+            ["--profile", "--profile-trace", "t.txt"],
+            "got 't.txt', expected a file name ending in .json",
+        ),
+        (["--profile", "--profile-trace", "no/t.json"], "no folder 'no'"),
     ],
 )
 def test_what_does_not_go_together_is_one_message(

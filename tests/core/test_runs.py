@@ -57,7 +57,7 @@ def test_the_best_comes_first_where_asked_for(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:5]] == ["c", "a", "b", "other"]
     assert "Did you mean 'val/loss'?" in mistake(str(tmp_path), "-m", "val/lose")
     assert "is no folder" in mistake(str(tmp_path / "nowhere"))
-    assert "holds no run" in mistake("show", str(tmp_path))
+    assert "is not a run folder" in mistake("show", str(tmp_path))
 
 
 def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:

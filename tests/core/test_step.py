@@ -92,7 +92,7 @@ class UnlabelledPlugin(Loss[LossConfig]):
 
 
 def test_terms_must_be_unique_and_have_units() -> None:
-    with pytest.raises(PluginError, match="two plugins give the loss term 'squared'"):
+    with pytest.raises(PluginError, match="two plugins return the loss term 'squared'"):
         gradients([[0]], SquaredPlugin(), OtherPlugin())
     with pytest.raises(PluginError, match="no units"):
         gradients([[0]], UnlabelledPlugin())

@@ -332,7 +332,7 @@ def test_a_model_without_values_is_refused_in_words() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 1)
     for device in (None, "cpu"):
-        with pytest.raises(ConfigError, match="'weight' is on the device meta"):
+        with pytest.raises(ConfigError, match="'weight' is on the meta device"):
             Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), loss=loss, device=device)
 
 

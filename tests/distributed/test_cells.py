@@ -279,7 +279,7 @@ def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
     """Red if a run is done for nothing, or on processes that nobody brings together."""
     write_run(tmp_path)
     config = str(tmp_path / "tiny.yaml")
-    with pytest.raises(ConfigError, match="unless it is in cells; set cells"):
+    with pytest.raises(ConfigError, match="unless the run is in cells; set cells"):
         verify_topology(Order(config, "", (), 1), tmp_path / "out", sizes=(1, 2))
     order = Order(config, "no:ddp", ("cells=4",), 1)
     with pytest.raises(ConfigError, match="add one that fills the slot 'processes'"):

@@ -883,7 +883,7 @@ def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
         engine.resume()
 
 
-@pytest.mark.filterwarnings("ignore:the run was 4 batches into an epoch of other data")
+@pytest.mark.filterwarnings("ignore:the run was 4 batches into an epoch of different data")
 @pytest.mark.parametrize("until", [4, 6], ids=["within an epoch", "between two"])
 def test_other_data_needs_a_policy(until: int, tmp_path: Path) -> None:
     """Breaks if a run that promises to be exact continues with data that it did not begin with."""

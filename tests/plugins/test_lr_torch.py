@@ -101,7 +101,7 @@ def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
         ("StepLr", {}, r"is 'StepLr', which is no scheduler.*Did you mean 'StepLR'"),
         ("no.such.place", {}, r"lr_torch\.scheduler: 'no' cannot be imported"),
         ("torch.optim.lr_scheduler:EPOCH_DEPRECATION_WARNING", {}, "which is no function or class"),
-        ("./absent.py:make", {}, r"lr_torch\.scheduler: there is no file './absent\.py'"),
+        ("./absent.py:make", {}, r"lr_torch\.scheduler: no file './absent\.py'"),
         ("builtins.repr", {}, "builtins.repr made .*, and a scheduler is expected"),
         ("StepLR", {"size": 3}, r"StepLR does not take the settings.*it takes step_size, gamma"),
     ],

@@ -30,14 +30,14 @@ class GroupConfig(PluginConfig):
     """Other settings for the parameters whose names match a pattern."""
 
     match: str = Field(
-        description="pattern of parameter names, as of files: '*.lm_head*' is any lm_head"
+        description="glob pattern of parameter names: '*.lm_head*' matches any lm_head"
     )
-    lr: float | None = Field(None, ge=0, description="base learning rate; null: the common one")
+    lr: float | None = Field(None, ge=0, description="base learning rate; null: the shared one")
     weight_decay: float | None = Field(
         None,
         ge=0,
-        description="weight decay of every parameter that matches; null: the common one, on "
-        "matrices alone",
+        description="weight decay of all matching parameters; null: the shared one, on matrices "
+        "only",
     )
 
 
@@ -49,16 +49,14 @@ class OptimizerConfig(PluginConfig):
         0.01, ge=0, description="decoupled weight decay of matrices, per unit of learning rate"
     )
     groups: tuple[GroupConfig, ...] = Field(
-        (), description="parameters with settings of their own; the first match counts"
+        (), description="parameter groups with their own settings; the first match applies"
     )
-    freeze: tuple[str, ...] = Field(
-        (), description="patterns of names of parameters that are not trained"
-    )
+    freeze: tuple[str, ...] = Field((), description="patterns of names of parameters to freeze")
     base_width: int | None = Field(
         None,
         ge=1,
-        description="width that the learning rate was found at: a linear map with wider inputs "
-        "learns as much more slowly (muP); null: all learn alike",
+        description="width at which the learning rate was tuned: wider linear layers learn "
+        "proportionally more slowly (muP); null: off",
     )
 
 

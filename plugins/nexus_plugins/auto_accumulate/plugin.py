@@ -35,12 +35,12 @@ class AutoAccumulateConfig(PluginConfig):
     """Settings of the search for the largest micro-batch."""
 
     rows: int | None = Field(
-        None, ge=1, description="rows of a micro-batch at the most; null: as many as fit"
+        None, ge=1, description="maximum rows per micro-batch; null: as many as fit"
     )
     limit: float | None = Field(
-        None, gt=0, le=1e6, description="memory for the search, in GiB; null: what is free"
+        None, gt=0, le=1e6, description="memory for the search, in GiB; null: all free memory"
     )
-    margin: float = Field(0.1, ge=0, lt=1, description="share of this memory to leave alone")
+    margin: float = Field(0.1, ge=0, lt=1, description="share of this memory to keep free")
 
 
 class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):

@@ -52,40 +52,41 @@ class CheckpointConfig(PluginConfig):
 
     every: IntervalField = Field(
         Interval(1000, "steps"),
-        description="save after each such period: steps, epochs, samples, tokens, time or a share",
+        description="interval between saves: steps, epochs, samples, tokens, time or a share",
         json_schema_extra=_IGNORED,
     )
     keep_last: int = Field(
-        5, ge=1, description="newest checkpoints that stay", json_schema_extra=_IGNORED
+        5, ge=1, description="number of newest checkpoints to keep", json_schema_extra=_IGNORED
     )
     keep_every: IntervalField | None = Field(
         None,
-        description="the first checkpoint after each such period stays for good",
+        description="keep the first checkpoint after each such interval forever",
         json_schema_extra=_IGNORED,
     )
     best: str | None = Field(
-        "val/loss",
-        description="metric of evaluations whose best value is saved as 'best'; null for none",
+        "val/loss", description="evaluation metric whose best value is saved as 'best'; null: none"
     )
-    mode: Literal["min", "max"] = Field("min", description="whether less or more is best")
+    mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
     final: bool = Field(
         True, description="save the end of the run as 'final'", json_schema_extra=_IGNORED
     )
     sync: bool = Field(
         False,
-        description="write within the loop instead of beside it: slower, but no memory for a copy",
+        description="save synchronously instead of in a background thread: slower, but without "
+        "memory for a copy",
         json_schema_extra=_IGNORED,
     )
     failures_allowed: int = Field(
         2,
         ge=0,
-        description="saves in a row that may fail with a warning before the run stops",
+        description="consecutive saves that may fail with a warning before the run stops",
         json_schema_extra=_IGNORED,
     )
     resume_policy: lock.Policy = Field(
         "exact",
-        description="'exact' refuses other plugins, versions or data than those of the "
-        "checkpoint; 'compatible' lets versions and data differ; 'force' loads what can be loaded",
+        description="'exact' rejects plugins, versions or data that differ from the checkpoint's; "
+        "'compatible' allows other versions and data; 'force' loads whatever can be "
+        "loaded",
         json_schema_extra=_IGNORED,
     )
 

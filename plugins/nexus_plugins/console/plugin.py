@@ -31,13 +31,13 @@ class ConsoleConfig(LoggerConfig):
 
     every: IntervalField | None = Field(
         Interval(10, "seconds"),
-        description="shortest distance of two plain lines (a bar ignores it); null: every log",
+        description="minimum interval between plain lines (ignored by the bar); null: every log",
         json_schema_extra={"resume": "ignored"},
     )
     quiet: bool = Field(False, description="show nothing", json_schema_extra={"resume": "ignored"})
     verbose: bool = Field(
         False,
-        description="show every metric of an evaluation, each loss term too",
+        description="show every metric of an evaluation, including each loss term",
         json_schema_extra={"resume": "ignored"},
     )
 

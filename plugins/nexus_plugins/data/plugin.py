@@ -40,25 +40,23 @@ class DataConfig(Call):
     batch_size: int | None = Field(
         None,
         ge=1,
-        description="samples of a batch, over all processes; null: what is called gives batches",
+        description="samples per batch, over all processes; null: the callable yields batches",
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, description="samples of a batch in evaluation; null: batch_size"
+        None, ge=1, description="samples per evaluation batch; null: batch_size"
     )
     shuffle: bool | None = Field(
-        None,
-        description="train on the samples in another order each epoch; null: where they can be "
-        "indexed",
+        None, description="shuffle the samples each epoch; null: if they can be indexed"
     )
-    drop_last: bool = Field(False, description="leave out a last batch that is not full")
+    drop_last: bool = Field(False, description="drop the last incomplete batch")
     num_workers: int = Field(
         0,
         ge=0,
-        description="processes that read ahead; 0: none",
+        description="worker processes that prefetch; 0: none",
         json_schema_extra={"resume": "ignored"},
     )
     collate: Call | None = Field(
-        None, description="makes a batch of a list of samples; null: PyTorch's default_collate"
+        None, description="collate function; null: PyTorch's default_collate"
     )
 
 

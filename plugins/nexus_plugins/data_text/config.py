@@ -27,10 +27,10 @@ class SourceConfig(PluginConfig):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_.-]+$",
-        description="its validation loss is logged as val_<name>/loss; null: the file's name",
+        description="its validation loss is logged as val_<name>/loss; null: name of the file",
     )
     as_: Literal["text"] | None = Field(
-        None, alias="as", description='"text": read every file of text, whatever its suffix'
+        None, alias="as", description='"text": read every file as text, whatever its suffix'
     )
 
     @model_serializer(mode="wrap")
@@ -51,8 +51,8 @@ class DataTextConfig(PluginConfig):
 
     train: SourceList = Field(
         "stdlib",
-        description="training text: a file, folder, glob, list of them, or a mixture "
-        '[{path, weight, name}]; "stdlib" is the source of this Python\'s standard library',
+        description="training text: a file, folder, glob, list of them, or a mixture [{path, "
+        'weight, name}]; "stdlib" is the source of this Python\'s standard library',
         json_schema_extra=_LOCKED,
     )
     valid: SourceList | None = Field(
@@ -62,69 +62,71 @@ class DataTextConfig(PluginConfig):
         0.05,
         ge=0,
         lt=1,
-        description="share of the training documents held out for evaluation where `valid` is "
-        "null, chosen by a hash of each document; 0: no evaluation",
+        description="share of the training documents held out for evaluation if `valid` is null, "
+        "chosen by a hash of each document; 0: no evaluation",
     )
     valid_limit: int | None = Field(
         None,
         ge=1,
-        description="evaluate on at most so many tokens, rows spread evenly over the evaluation "
-        "text and the same in every evaluation; null: all of it",
+        description="maximum tokens to evaluate on, in rows spread evenly over the evaluation "
+        "text and the same each time; null: all of it",
     )
     batching: Literal["pack", "pad"] = Field(
         "pack",
-        description="pack: documents one after another, cut into rows of seq_len; "
-        "pad: one document a row, cut off at max_length",
+        description="pack: documents concatenated and cut into rows of seq_len; pad: one document "
+        "per row, truncated to max_length",
         json_schema_extra=_LOCKED,
     )
-    seq_len: int = Field(512, ge=2, description="tokens in a packed row", json_schema_extra=_LOCKED)
+    seq_len: int = Field(512, ge=2, description="tokens per packed row", json_schema_extra=_LOCKED)
     max_length: int | None = Field(
-        None, ge=2, description="most tokens in a padded row; null: seq_len"
+        None, ge=2, description="maximum tokens per padded row; null: seq_len"
     )
     batch_size: int = Field(
         8,
         ge=1,
-        description="rows in a training batch, over all processes",
+        description="rows per training batch, over all processes",
         json_schema_extra=_LOCKED,
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, description="rows in an evaluation batch; null: batch_size"
+        None, ge=1, description="rows per evaluation batch; null: batch_size"
     )
     tokenizer: str = Field(
         "auto",
-        description='"bytes" (259 ids), "bytes256" (256: byte 0 ends a document), or the path of a '
-        'tokenizer.json; "auto": the one saved with prepared data, else bytes',
+        description='"bytes" (259 ids), "bytes256" (256: byte 0 ends a document), or the path of '
+        'a tokenizer.json; "auto": the one saved with prepared data, else bytes',
     )
     eos_token: str | None = Field(
-        None, description="the token that ends a document; null: found by its usual names"
+        None, description="end-of-document token; null: found by its usual names"
     )
     pad_token: str | None = Field(
-        None, description="the token that fills rows; null: found by its usual names, else eos"
+        None, description="padding token; null: found by its usual names, else eos"
     )
     vocab_size: int | None = Field(
         None,
         ge=1,
         le=2**32,
-        description="vocabulary of ids without a tokenizer; null: the highest id and one",
+        description="vocabulary size of ids without a tokenizer; null: highest id + 1",
     )
     ids_dtype: IdsDtype | None = Field(
         None,
-        description="how files of ids that do not say it store them; null: uint16, after a check",
+        description="dtype of id files that do not declare one; null: uint16, after a check",
         json_schema_extra=_LOCKED,
     )
     text_key: str = Field("text", description="key or column of the text in .jsonl and .parquet")
     one_file_one_document: bool = Field(
-        False, description="take each file of text as one document instead of one a line"
+        False, description="treat each text file as one document instead of one per line"
     )
     invalid_utf8: Literal["error", "replace", "skip"] = Field(
         "error",
-        description="what to do with bytes that are not UTF-8: stop, put U+FFFD in their place, "
-        "or leave out the document",
+        description="what to do with bytes that are not UTF-8: stop, replace them with U+FFFD, or "
+        "skip the document",
     )
     cache_dir: Path | None = Field(
         None,
-        description="folder for indexes and tokenised copies; null: nexus-trainer in the "
-        "user's cache folder",
+        description="folder for indexes and tokenized copies; null: nexus-trainer in the user's "
+        "cache folder",
     )
-    num_workers: int = Field(0, ge=0, le=1024, description="processes that read ahead; 0: none")
-    prefetch: int = Field(2, ge=1, le=1024, description="batches that each worker reads ahead")
+    num_workers: int = Field(
+        0, ge=0, le=1024, description="worker processes that prefetch; 0: none"
+    )
+    prefetch: int = Field(2, ge=1, le=1024, description="batches that each worker prefetches")

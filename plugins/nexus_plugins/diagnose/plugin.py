@@ -58,14 +58,14 @@ _WORTH = re.compile(r"module/(.+)_worth")
 class DiagnoseConfig(PluginConfig):
     """Settings of the diagnosis."""
 
-    every: int = Field(10, ge=1, description="steps between readings")
+    every: int = Field(10, ge=1, description="steps between checks")
     probe_every: int | None = Field(
         50,
         ge=1,
-        description="steps between probes of module outputs and of the gradient by term, which "
-        "cost a backward pass a term; null: never, and no module_collapse",
+        description="steps between probes of module outputs and of gradients by term, which cost "
+        "one backward pass per term; null: never, and no module_collapse",
     )
-    ignore: tuple[RuleName, ...] = Field((), description="rules that are not judged")
+    ignore: tuple[RuleName, ...] = Field((), description="rules to disable")
 
 
 class DiagnosePlugin(Plugin[DiagnoseConfig]):

@@ -19,38 +19,37 @@ class FsdpConfig(ParallelConfig):
     match: tuple[str, ...] = Field(
         (),
         description="patterns of names of modules whose weights are gathered together, one module "
-        "after another; none: the members of every ModuleList",
+        "at a time; none: the members of every ModuleList",
     )
     methods: tuple[str, ...] = Field(
         ("hidden",),
-        description="methods by which the model is run, besides forward; those that it does not "
-        "have are passed over",
+        description="methods that run the model, besides forward; missing ones are skipped",
     )
     compute_dtype: Precision | None = Field(
-        None, description="of weights while they are computed with; null: as they are kept"
+        None, description="dtype of weights during computation; null: as stored"
     )
     reduce_dtype: Precision | None = Field(
-        None, description="in which gradients are summed; null: that of the computation"
+        None, description="dtype in which gradients are summed; null: that of the computation"
     )
     sum: Literal["tree", "ring"] | None = Field(
         None,
-        description="how gradients are added: ring, as the backend does, so that the number of "
-        "processes changes the last bits; tree, in the order of the run's cells; null: tree in a "
-        "run in cells",
+        description="how gradients are summed: ring, as the backend does, so the last bits depend "
+        "on the number of processes; tree, in the order of the run's cells; null: "
+        "tree in a run in cells",
     )
     reshard: bool = Field(
-        True, description="free a module's weights between its forward and its backward pass"
+        True, description="free a module's weights between forward and backward pass"
     )
     reduce_at_end: bool = Field(
         False,
-        description="sum gradients with the last micro-batch of a step alone: less traffic, and "
-        "memory for a whole gradient",
+        description="reduce gradients only with the last micro-batch of a step: less traffic, but "
+        "memory for a full gradient",
     )
     offload: bool = Field(
-        False, description="keep weights, gradients and optimizer states in host memory"
+        False, description="keep weights, gradients and optimizer states in CPU memory"
     )
     build_once: bool = Field(
         True,
-        description="only the main process computes first weights; the others get their parts of "
-        "them, and never hold a whole model",
+        description="initialize weights only on rank 0; the others receive their shards, and "
+        "never hold a whole model",
     )

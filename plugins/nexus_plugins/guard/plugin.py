@@ -43,22 +43,27 @@ class GuardConfig(PluginConfig):
 
     policy: Literal["skip", "rollback", "stop"] = Field(
         "skip",
-        description="after refusing the update: 'skip' continues with the next batch; 'rollback' "
-        "goes back to the state of the last save first, where there is one (checkpoint.every); "
-        "'stop' saves and ends the run",
+        description="after skipping the update: 'skip' continues with the next batch; 'rollback' "
+        "first restores the last save, if there is one (checkpoint.every); 'stop' "
+        "saves and ends the run",
     )
     max_consecutive: int = Field(
-        20, ge=1, description="refused steps in a row, or rollbacks to one save, that end the run"
+        20,
+        ge=1,
+        description="end the run after this many consecutive skipped steps, or rollbacks to the "
+        "same save",
     )
     spike_threshold: float | None = Field(
         None,
         gt=0,
-        description="refuse steps whose loss is this many robust standard deviations above the "
-        "median of the last ones; null: no such check",
+        description="skip steps whose loss is this many robust standard deviations above the "
+        "median of recent ones; null: off",
     )
-    spike_window: int = Field(128, ge=8, description="losses that the median is taken over, steps")
+    spike_window: int = Field(
+        128, ge=8, description="number of recent losses for the median, in steps"
+    )
     records: int = Field(
-        3, ge=0, description="refused steps of a run that are written down with weights and batch"
+        3, ge=0, description="maximum skipped steps per run to dump with weights and batch"
     )
 
 

@@ -35,25 +35,23 @@ class InitConfig(PluginConfig):
     )
 
     source: PathField = Field(
-        description="a run or checkpoint, an exported folder, a safetensors file or a folder of "
-        "such, as Hugging Face has them"
+        description="source: a run or checkpoint, an exported folder, a safetensors file or a "
+        "folder of them, as from Hugging Face"
     )
-    ema: bool = Field(False, description="take a checkpoint's averaged weights (plugin ema)")
+    ema: bool = Field(False, description="use the checkpoint's averaged weights (plugin ema)")
     strict: bool = Field(
         True,
-        description="all that is chosen must be in model and source, in one shape; false: take "
-        "what fits, and say what does not",
+        description="require every selected tensor in both model and source, with equal shapes; "
+        "false: load what fits, and report the rest",
     )
     map: dict[str, str] = Field(
         {},
-        description="new names of tensors in the source: a pattern to a name, in which each * is "
-        "what that of the pattern matched; the first that matches counts",
+        description="renames tensors of the source: a pattern to a name, in which each * stands "
+        "for what the pattern's * matched; the first match applies",
     )
-    only: tuple[str, ...] = Field((), description="patterns of names to take; none: all")
-    skip: tuple[str, ...] = Field((), description="patterns of names to leave as they are")
-    freeze: tuple[str, ...] = Field(
-        (), description="patterns of names of parameters that are not trained"
-    )
+    only: tuple[str, ...] = Field((), description="patterns of names to load; none: all")
+    skip: tuple[str, ...] = Field((), description="patterns of names not to load")
+    freeze: tuple[str, ...] = Field((), description="patterns of names of parameters to freeze")
 
     @field_validator("map")
     @classmethod

@@ -34,17 +34,17 @@ class LossConfig(Call, bases.LossConfig):
 
     target: str | int | None = Field(
         None,
-        description="key or place of the targets in a batch; null: the second entry of a pair, or "
-        "of a dict the entry target, targets, label, labels or y",
+        description="key or index of the targets in a batch; null: the second of a pair, or the "
+        "entry target, targets, label, labels or y of a dict",
     )
     units: Call | None = Field(
         None,
-        description='the loss is a sum over so many units: "rows", or a function of the targets '
-        "that counts them; null: the loss is a mean",
+        description='what the loss sums over: "rows", or a function of the targets that counts '
+        "units; null: the loss is a mean",
     )
     metrics: dict[str, Call] = Field(
         {},
-        description="functions of output and targets to log beside the loss, by their name",
+        description="functions of output and targets to log next to the loss, by name",
         json_schema_extra={"resume": "ignored"},
     )
 

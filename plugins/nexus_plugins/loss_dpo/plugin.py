@@ -37,20 +37,23 @@ class LossDpoConfig(LossConfig):
     """Settings of the preference loss."""
 
     variant: Literal["sigmoid", "robust", "hinge", "ipo"] = Field(
-        "sigmoid", description="how the margin of a pair becomes its loss"
+        "sigmoid", description="loss as a function of a pair's margin"
     )
     beta: float = Field(
-        0.1, gt=0, description="how far the model may leave the reference: less is farther"
+        0.1,
+        gt=0,
+        description="strength of the KL constraint: lower lets the model move further from the "
+        "reference",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="part of the pairs that are taken to be the wrong way round"
+        0.0, ge=0, lt=0.5, description="assumed share of pairs with flipped preferences"
     )
     reference: Literal["auto", "adapters", "copy", "none"] = Field(
         "auto",
-        description="'adapters': the model with its adapters switched off; 'copy': a frozen copy "
-        "of what the run begins with; 'auto': the first that is possible; 'none': no reference",
+        description="'adapters': the model with its adapters disabled; 'copy': a frozen copy of "
+        "the initial model; 'auto': the first that is possible; 'none': no reference",
     )
-    ignore_index: int = Field(-100, description="label of positions that do not count")
+    ignore_index: int = Field(-100, description="label of ignored positions")
 
 
 class LossDpoPlugin(Loss[LossDpoConfig]):

@@ -28,16 +28,16 @@ class LrFinderConfig(PluginConfig):
     start: float = Field(
         1e-6,
         gt=0,
-        description="learning rate of the first step, of the first parameter group; the others "
+        description="learning rate of the first step, for the first parameter group; the others "
         "keep their ratio to it",
     )
     end: float = Field(1.0, gt=0, description="learning rate of the last step, likewise")
-    steps: int = Field(100, ge=FEWEST, description="steps from start to end, if all goes well")
+    steps: int = Field(100, ge=FEWEST, description="number of steps, unless it stops early")
     smoothing: float = Field(
-        0.8, ge=0, lt=1, description="share that the running mean of the loss keeps in a step"
+        0.8, ge=0, lt=1, description="decay of the loss's running mean per step"
     )
     diverged: float = Field(
-        4.0, gt=1, description="stop where the running mean is so many times its least"
+        4.0, gt=1, description="stop when the running mean is this many times its minimum"
     )
 
     @model_validator(mode="after")

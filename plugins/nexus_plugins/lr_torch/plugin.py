@@ -32,18 +32,19 @@ class LrTorchConfig(PluginConfig):
         json_schema_extra={"examples": [{"scheduler": "StepLR", "settings": {"step_size": 100}}]}
     )
     scheduler: PlaceField = Field(
-        description="class in torch.optim.lr_scheduler, such as OneCycleLR, or the place of what "
-        "makes a scheduler of an optimizer, such as transformers.get_scheduler or "
-        "./net.py:schedule; in Python also the scheduler itself, or such a function"
+        description="class in torch.optim.lr_scheduler, such as OneCycleLR, or a path to a "
+        "function that builds a scheduler from an optimizer, such as "
+        "transformers.get_scheduler or ./net.py:schedule; in Python also the "
+        "scheduler or function itself"
     )
     settings: dict[str, Setting] = Field(
-        {}, description="arguments of what makes the scheduler, besides the optimizer"
+        {}, description="arguments for building the scheduler, besides the optimizer"
     )
-    every: Every = Field("step", description="when it is turned; one of timm counts both by itself")
+    every: Every = Field("step", description="when to step it; a timm scheduler counts both itself")
     metric: str | None = Field(
         None,
-        description="metric of evaluations (val/accuracy) or logs (train/loss) for a scheduler "
-        "that goes by one; null: val/loss",
+        description="evaluation metric (val/accuracy) or training metric (train/loss) for a "
+        "scheduler that needs one; null: val/loss",
     )
 
 

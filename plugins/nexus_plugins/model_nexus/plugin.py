@@ -32,7 +32,7 @@ class ModelNexusConfig(NEXUSConfig):
     """The sizes of the model, with the vocabulary left to the data unless it is given."""
 
     vocab_size: int | None = Field(  # type: ignore[assignment]
-        None, ge=1, description="tokens that the model knows; null: as many as the data has"
+        None, ge=1, description="vocabulary size; null: that of the data"
     )
 
 

@@ -27,20 +27,22 @@ class SampleConfig(PluginConfig):
     """What the model is to continue, and how."""
 
     prompts: tuple[str, ...] = Field(
-        (), description="texts to continue; none: the beginnings of rows of the evaluation data"
+        (), description="prompts to continue; none: starts of rows of the evaluation data"
     )
     chat: bool = Field(
-        False, description="ask the prompts as a user would, through the data's chat template"
+        False, description="send the prompts as user messages, through the data's chat template"
     )
-    rows: int = Field(
-        2, ge=1, description="rows of the evaluation data, where there are no prompts"
+    rows: int = Field(2, ge=1, description="number of evaluation rows, if there are no prompts")
+    prompt_tokens: int = Field(
+        32, ge=1, description="tokens of each of these rows to use as prompt"
     )
-    prompt_tokens: int = Field(32, ge=1, description="tokens of each of these rows")
-    tokens: int = Field(64, ge=1, description="most tokens to write for each prompt")
+    tokens: int = Field(64, ge=1, description="maximum tokens to generate per prompt")
     temperature: float = Field(
-        0.8, ge=0, description="divides the logits; 0: the likeliest token each time"
+        0.8, ge=0, description="sampling temperature; 0: always the most likely token"
     )
-    top_k: int | None = Field(None, ge=1, description="among so many likeliest tokens; null: all")
+    top_k: int | None = Field(
+        None, ge=1, description="sample among this many most likely tokens; null: all"
+    )
 
 
 class SamplePlugin(Plugin[SampleConfig]):

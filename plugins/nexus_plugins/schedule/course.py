@@ -21,12 +21,10 @@ class Course(PluginConfig):
 
     start: float = Field(description="value at the start, in the unit of the target")
     end: float = Field(description="value at the end")
-    over: IntervalField = Field(Interval(100, "%"), description="length of the way")
-    begin: IntervalField | None = Field(
-        None, description="what comes before the change; null: nothing"
-    )
+    over: IntervalField = Field(Interval(100, "%"), description="length of the change")
+    begin: IntervalField | None = Field(None, description="delay before the change; null: none")
     shape: Literal["linear", "cosine", "exponential", "step"] = Field(
-        "linear", description="how it changes; exponential: by equal factors; step: at its end"
+        "linear", description="shape of the change; exponential: by equal factors; step: at its end"
     )
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ class ScheduleConfig(PluginConfig):
     """Settings of the scheduled numbers."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    rules: tuple[RuleConfig, ...] = Field(min_length=1, description="one for each number")
+    rules: tuple[RuleConfig, ...] = Field(min_length=1, description="one schedule per value")
 
 
 @dataclass(frozen=True)

@@ -33,25 +33,28 @@ class TapeConfig(PluginConfig):
         1,
         ge=1,
         description="steps between digests of gradient, weights, optimizer and plugins; batches, "
-        "generators and losses are in every line",
+        "generators and losses are recorded every step",
     )
     modules: int = Field(
-        2, ge=0, description="names of a module's path that count: 2 tells blocks.0 from blocks.1"
+        2, ge=0, description="depth of the module path: 2 separates blocks.0 from blocks.1"
     )
     witness: IntervalField | None = Field(
         None,
-        description="how often the log has a hash of all weights, `weights/hash`, the same on any "
-        "number of processes in a run in cells: 10 steps; null: never",
+        description="interval for logging a hash of all weights, `weights/hash`; in a run in "
+        "cells it is the same on any number of processes; null: never",
         json_schema_extra=_IGNORED,
     )
     at_once: bool = Field(
         False,
-        description="write each line within its step, which waits for the device; otherwise lines "
-        "are read with logs and saves, but on a CPU, which is never waited for",
+        description="write each line within its step, which syncs with the device; otherwise "
+        "lines are read with logs and saves, except on a CPU",
         json_schema_extra=_IGNORED,
     )
     file: PathText = Field(
-        lines.FILE, min_length=1, description="name in the run's folder", json_schema_extra=_IGNORED
+        lines.FILE,
+        min_length=1,
+        description="file name in the run folder",
+        json_schema_extra=_IGNORED,
     )
 
 

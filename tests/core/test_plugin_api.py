@@ -289,7 +289,7 @@ SAID = {
     "number": r"must be a subclass of nexus_core.Plugin, got 3",
     "function": r"must be a subclass of nexus_core.Plugin, got <function FunctionPlugin",
     "misnamed": r"has the name 'other'; give both the same name",
-    "future": r"is built for plugin API 7.3; nexus-trainer [\d.]+ supports 1.0 and 1.1 and 1.2: install",
+    "future": r"for plugin API 7.3; nexus-trainer [\d.]+ supports 1.0 and 1.1 and 1.2: install",
     "misspelt": r"no such hook exists. Did you mean 'on_step'",
     "twice": r"two distributions provide a plugin 'twice': one-of-two 1.0 and two-of-two 2.0",
 }

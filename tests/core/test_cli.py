@@ -399,7 +399,7 @@ def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
     before = sorted(folder.rglob("*"))
     result = run("tiny.yaml", "--dry-run", "-p", more)
     assert result.exit_code == 0, result.output
-    assert "tokens a step   128" in result.output
+    assert "tokens per step 128" in result.output
     assert "parameters" in result.output
     assert "val/loss" in result.output
     assert sorted(folder.rglob("*")) == before

@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 def test_text_is_folded_between_words_on_a_terminal_alone(
     lines: list[list[str]], indent: int
 ) -> None:
-    """Red if a terminal breaks words in the middle, or a pipe gets other lines than were written."""
+    """Red if a terminal breaks words in the middle, or a pipe gets changed lines."""
     text = "\n".join(map(" ".join, lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")

@@ -74,8 +74,8 @@ class AmpPlugin(Plugin[AmpConfig]):
         _check_device(engine.device, {p.device.type for p in trained}, self.config)
         if narrow := {p.dtype for p in trained} & {torch.float16, torch.bfloat16}:
             raise ConfigError(
-                f"amp: the weights are {narrow.pop()}, expected float32; leave out model.half() "
-                "or model.bfloat16(), or leave out amp"
+                f"amp: the weights are {narrow.pop()}, expected float32; remove model.half() "
+                "or model.bfloat16(), or do not use amp"
             )
         if self.config.tf32:
             self._held.callback(PRECISION.hold("high"))
@@ -83,7 +83,7 @@ class AmpPlugin(Plugin[AmpConfig]):
             map(needs_closure, members(engine.optimizer).values())
         ):
             raise ConfigError(
-                "amp: with fp16 an optimizer that needs a closure (LBFGS) cannot be scaled; set "
+                "amp: fp16 loss scaling does not work with optimizers that need a closure; set "
                 "amp.dtype to bf16"
             )
         if self._scaler is not None:  # forget what an interrupted step has left in it
@@ -134,7 +134,7 @@ class AmpPlugin(Plugin[AmpConfig]):
             return
         if step.again:
             raise ConfigError(
-                "amp: with fp16 the gradient cannot be computed again within a step, as the "
+                "amp: with fp16 the gradient cannot be recomputed within a step, as the "
                 "optimizer or a plugin does here; set amp.dtype to bf16"
             )
         self._unscaled = _reached(engine, step)
@@ -189,14 +189,14 @@ def _reached(engine: Engine, step: Step) -> list[Optimizer]:
 def _check_device(device: torch.device, kept_on: set[str], config: AmpConfig) -> None:
     kind, on_cuda, fault = device.type, device.type == "cuda", ""
     if not is_autocast_available(kind):
-        fault = f"there is no autocast on {kind}; run on cpu or cuda, or leave out amp"
+        fault = f"no autocast on {kind}; run on cpu or cuda, or do not use amp"
     elif config.dtype == "fp16" and kind in ("mps", "xla"):
-        fault = f"fp16 cannot be scaled on {kind}; set amp.dtype=bf16"
+        fault = f"no fp16 loss scaling on {kind}; set amp.dtype=bf16"
     elif config.dtype == "fp16" and kept_on != {kind}:
-        fault = f"fp16 cannot be scaled for weights kept off {device}; set amp.dtype=bf16"
+        fault = f"no fp16 loss scaling for weights outside {device}; set amp.dtype=bf16"
     elif config.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(False):
         fault = f"{torch.cuda.get_device_name(device)} has no bfloat16; set amp.dtype=fp16"
     elif config.tf32 and not (on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
-        fault = f"TF32 needs a CUDA device of capability 8.0, not {device}; leave out amp.tf32"
+        fault = f"TF32 needs a CUDA device of capability 8.0, not {device}; remove amp.tf32"
     if fault:
         raise ConfigError(f"amp: {fault}")

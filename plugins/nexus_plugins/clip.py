@@ -57,7 +57,7 @@ class ClipConfig(PluginConfig):
         others = fields.keys() - own[self.by] - {"by"}
         if idle := {key for key in others if getattr(self, key) != fields[key].default}:
             raise ValueError(
-                f"{min(idle)} does nothing with by={self.by}; leave it out, or set by to "
+                f"{min(idle)} has no effect with by={self.by}; remove it, or set by to "
                 f"{next(by for by, keys in own.items() if min(idle) in keys)}"
             )
         return self

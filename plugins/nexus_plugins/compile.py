@@ -59,7 +59,7 @@ class CompileConfig(PluginConfig):
     @model_validator(mode="after")
     def _chooses_once(self) -> Self:
         if self.whole and self.match:
-            raise ValueError("match chooses modules, and whole takes all of them; set one of both")
+            raise ValueError("match selects modules, and whole compiles all of them; set only one")
         return self
 
 
@@ -144,10 +144,10 @@ class CompilePlugin(Plugin[CompileConfig]):
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
             raise ConfigError(
-                f"compile.backend is '{backend}', which is not there; known: {', '.join(known)}"
+                f"compile.backend is '{backend}', which is not available; known: {', '.join(known)}"
             )
         if backend == "inductor" and device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
             raise ConfigError(
-                "compile needs a C++ compiler on the CPU, and the PATH holds no compiler; install "
-                "one (apt install g++, xcode-select --install), or leave out compile"
+                "compile needs a C++ compiler on the CPU, and none was found in PATH; install "
+                "one (apt install g++, xcode-select --install), or remove compile"
             )

@@ -55,9 +55,9 @@ class CurriculumConfig(PluginConfig):
         if self.start_length > self.end_length:
             raise ValueError(f"start_length is above end_length, {self.end_length}")
         if (self.shape == "step") is not bool(self.table):
-            raise ValueError("shape 'step' goes with a table such as [[0, 256], [0.5, 512]]")
+            raise ValueError("shape 'step' needs a table such as [[0, 256], [0.5, 512]]")
         if list(self.table) != sorted(self.table):
-            raise ValueError("the table must be sorted by share of the warm-up")
+            raise ValueError("the table must be sorted by share of the warmup")
         return self
 
 
@@ -109,9 +109,9 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
                 batch[name] = value.repeat_interleave(time // length, dim=0)
             else:
                 raise DataError(
-                    f"curriculum: '{name}' of shape {tuple(value.shape)} has tokens elsewhere than "
-                    "in its second dimension, so its rows cannot be cut; set curriculum.mode to "
-                    "truncate, or let the model make the mask"
+                    f"curriculum: '{name}' of shape {tuple(value.shape)} has tokens outside "
+                    "its second dimension, so its rows cannot be cut; set curriculum.mode to "
+                    "truncate, or let the model build the mask"
                 )
 
     @hookimpl
@@ -140,7 +140,7 @@ def _even_cut(time: int, length: int, round_to: int) -> int:
     if 2 * best <= length < time:
         raise ConfigError(
             f"curriculum: rows of {time} tokens cannot be cut evenly into rows of about {length} "
-            f"(the next divisor is {best}); use a sequence length with many divisors, such as a "
+            f"(the nearest divisor is {best}); use a sequence length with many divisors, such as a "
             "power of two, or curriculum.mode=truncate"
         )
     return best

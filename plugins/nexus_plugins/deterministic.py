@@ -123,7 +123,7 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
         """Say what to do about an operation without a deterministic form."""
         if "does not have a deterministic implementation" in str(error):
             error.add_note(
-                "deterministic: replace the operation, or let it pass: deterministic.missing=warn"
+                "deterministic: replace the operation, or allow it: deterministic.missing=warn"
             )
 
     @hookimpl
@@ -137,7 +137,7 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
                 "deterministic: float32 products may be rounded to "
                 f"'{torch.get_float32_matmul_precision()}' (amp.tf32, or "
                 "torch.set_float32_matmul_precision), and deterministic.tf32 is off; set "
-                "deterministic.tf32=true, or leave the other one out"
+                "deterministic.tf32=true, or disable the other setting"
             )
 
 

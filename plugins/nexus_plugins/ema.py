@@ -85,7 +85,7 @@ class EmaPlugin(Plugin[EmaConfig]):
         named = engine.model.state_dict().keys() | dict(engine.model.named_parameters()).keys()
         if odd := self._average.keys() - named:
             raise CheckpointError(
-                f"{self.name}: the saved average has '{min(odd)}', which the model does not; "
+                f"{self.name}: the saved average has '{min(odd)}', which the model lacks; "
                 "resume with the config that wrote the checkpoint"
             )
         self._seen = ()

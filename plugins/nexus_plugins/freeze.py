@@ -74,8 +74,8 @@ class FreezePlugin(Plugin[FreezeConfig]):
         changing = [rule.match for rule in rules if rule.start or rule.until]
         if changing and engine.ranks.size > 1:
             raise ConfigError(
-                f"{key}: '{changing[0]}' is frozen for a part of the run, and several processes "
-                "settle at its start which gradients they sum; leave out start and until, or train "
+                f"{key}: '{changing[0]}' is frozen for part of the run, but distributed training "
+                "fixes at its start which gradients are reduced; remove start and until, or train "
                 "in one process"
             )
         self._apply(engine)
@@ -95,8 +95,8 @@ class FreezePlugin(Plugin[FreezeConfig]):
         frozen = {name for _, names in now for name in names}
         if frozen == self._named.keys():
             raise ConfigError(
-                f"{self.name}: every parameter that is trained is frozen at step "
-                f"{engine.state.step}; leave some out of the rules"
+                f"{self.name}: every trainable parameter is frozen at step "
+                f"{engine.state.step}; freeze fewer"
             )
         holders = {n.rpartition(".")[0] for rule, names in now if rule.statistics for n in names}
         self._set(frozen, {name for name in holders if _keeps_statistics(self._modules[name])})

@@ -96,7 +96,7 @@ class LossDistillPlugin(Loss[LossDistillConfig]):
         given = accepted(self._teacher, batch)
         if "segment_ids" in batch and "segment_ids" not in given:
             raise ConfigError(
-                "loss_distill: the batches are packed, and the teacher's forward takes no "
+                "loss_distill: the batches are packed, but the teacher's forward takes no "
                 "segment_ids to keep documents apart; pad instead of packing, or wrap the teacher"
             )
         return self._teacher(**{key: given[key] for key in given if key != "labels"})
@@ -119,8 +119,8 @@ def divergence(output: Any, taught: Any, counted: Tensor, temperature: float) ->
                   for r, h in ((rows, head), (theirs, their_head)))  # fmt: skip
     if own != other:
         raise ConfigError(
-            f"loss_distill: the teacher has {other:,} ids, and the model {own:,}; distil from a "
-            "teacher with the model's own tokenizer"
+            f"loss_distill: the teacher has {other:,} ids, the model {own:,}; distil from a "
+            "teacher with the model's tokenizer"
         )
     rows, theirs, weight = rows.flatten(0, -2), theirs.flatten(0, -2).detach(), counted.flatten()
     if rows.is_cpu:  # elsewhere this would wait for the device

@@ -116,7 +116,7 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     def _other_model(self, missing: str, is_classic: bool) -> ConfigError:
         return ConfigError(
             f"loss_energy needs module_outputs['energy']['{missing}'], which the model does not "
-            "report. Model and loss must both be classical, or neither: ",
+            "report. Model and loss must both be classic, or neither: ",
             hint_set("model_nexus.classic", not is_classic),
             " or ",
             hint_set("loss_energy.classic", is_classic),

@@ -78,7 +78,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
         rows, head = rows_of(output)
         if labels.shape != rows.shape[:-1]:
             raise DataError(
-                f"labels have shape {tuple(labels.shape)}, the model's output is for "
+                f"labels have shape {tuple(labels.shape)}, but the model's output is for "
                 f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
             )
         rows, labels, ignore = rows.flatten(0, -2), labels.flatten(), self.config.ignore_index

@@ -46,8 +46,7 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
         super().on_start(engine)
         if self.config.timescale is None and self.config.warmup is None:
             raise ConfigError(
-                "lr_rsqrt needs a timescale where there is no warm-up to take it from; give one, "
-                "for instance with ",
+                "lr_rsqrt without a warmup needs a timescale; set one, for instance with ",
                 hint_set("lr_rsqrt.timescale", "1000 steps"),
             )
 

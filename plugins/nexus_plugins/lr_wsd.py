@@ -56,7 +56,7 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         rise = amount_in(horizon.unit, warmup, engine) or 0 if warmup else 0
         if rise + fall > horizon.exact:
             raise ConfigError(
-                f"lr_wsd: a warm-up of {warmup} and a decay of {decay} do not fit into a run of "
+                f"lr_wsd: a warmup of {warmup} and a decay of {decay} do not fit into a run of "
                 f"{horizon}; shorten one of them, or train longer"
             )
 
@@ -79,7 +79,7 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         amount = amount_in(horizon.unit, self.config.decay or LAST_FIFTH, engine)
         if amount is None:
             raise ConfigError(
-                f"lr_wsd.decay is {self.config.decay}, and the run is until {horizon}; the fall "
+                f"lr_wsd.decay is {self.config.decay}, but the run lasts {horizon}; the decay "
                 f"ends with the run, so give it in {horizon.unit}, or as a share of the run"
             )
         return amount

@@ -69,8 +69,8 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         """
         if engine.device.type != "cuda" and self.config.without_cuda == "refuse":
             raise ConfigError(
-                f"offload moves activations from CUDA to host memory, and this run is on "
-                f"{engine.device}; leave out offload, and try ",
+                f"offload moves activations from CUDA to CPU memory, but this run is on "
+                f"{engine.device}; remove offload, and try ",
                 hint_add("recompute"),
             )
         mover = _Mover(engine.model, engine.device, int(self.config.min_kib * KIB))

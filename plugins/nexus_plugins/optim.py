@@ -102,8 +102,8 @@ class OptimPlugin(Plugin[OptimConfig]):
         self._of_model = takes(self._make.function, 0, "model", "module")
         if self._of_model and self.config.groups:
             raise ConfigError(
-                f"optim.groups: {self._make.place} takes the model, and groups its parameters "
-                "itself; leave the groups out"
+                f"optim.groups: {self._make.place} takes the model and groups its parameters "
+                "itself; remove the groups"
             )
         is_class = isinstance(self._make.function, type)
         self._groups = [
@@ -133,7 +133,7 @@ class OptimPlugin(Plugin[OptimConfig]):
         try:
             made: Optimizer = self._make(given)
         except (ValueError, TypeError) as error:
-            said = f"optim: {self._make.place} refuses its arguments: {error}"
+            said = f"optim: {self._make.place} rejects its arguments: {error}"
             raise ConfigError(said) from error
         return made
 
@@ -141,12 +141,12 @@ class OptimPlugin(Plugin[OptimConfig]):
         """All parameters, or groups of them where there are some: those of no pattern first."""
         rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not rest:
-            raise ConfigError("optim: no parameter is left to train; freeze fewer of them")
+            raise ConfigError("optim: no parameter is left to train; freeze fewer")
         if not self.config.groups:
             return list(rest.values())
         groups: list[dict[str, Any]] = []
         for group, settings in zip(self.config.groups, self._groups, strict=True):
-            names = matching(rest, group.match, "optim.groups", "parameter that is still free")
+            names = matching(rest, group.match, "optim.groups", "parameter without a group")
             members = [rest.pop(name) for name in names]
             groups.append({"params": members, "name": group.match, **settings})
         return [{"params": list(rest.values()), "name": "others"}] * bool(rest) + groups

@@ -74,7 +74,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
         if not outermost:
             first = next((name for name, _ in model.named_children()), "block")
             raise ConfigError(
-                "recompute: the model has no ModuleList to choose from; name its modules, for "
+                "recompute: the model has no ModuleList; name the modules to recompute, for "
                 "instance with ",
                 hint_set("recompute.match", [f"*.{first}*"]),
             )

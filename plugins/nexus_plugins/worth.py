@@ -54,8 +54,8 @@ class WorthPlugin(Plugin[WorthConfig]):
         if not getattr(model, "active_modules", ()) or not hasattr(model, "without"):
             raise ConfigError(
                 "worth needs a model with active_modules, a tuple of at least one name, and "
-                f"without(name), a context manager; got {type(model).__name__}. Switch a module "
-                "on, or leave the plugin out: ",
+                f"without(name), a context manager; got {type(model).__name__}. Enable a module, "
+                "or remove the plugin: ",
                 hint_leave_out(self.name),
             )
 

@@ -172,7 +172,7 @@ def test_the_bound_is_relative_to_the_logits() -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--adapters", "alone"], "trained no adapters"), (["--ema"], "holds no averages")],
+    [(["--adapters", "alone"], "trained no adapters"), (["--ema"], "has no averages")],
 )
 def test_what_cannot_be_exported_is_one_clear_error(
     words: list[str], said: str, tmp_path: Path

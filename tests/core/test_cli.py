@@ -415,7 +415,7 @@ def test_dry_run_tries_the_checkpoint_as_well(folder: Path) -> None:
         assert "resumed at step 1\n" in result.output, result.output
     refused = run("tiny.yaml", "--resume", "absent", "--dry-run")
     assert refused.exit_code == 2
-    assert "there is no checkpoint at 'absent'" in refused.output
+    assert "no checkpoint at 'absent'" in refused.output
     assert sorted(folder.rglob("*")) == before
 
 

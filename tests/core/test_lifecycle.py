@@ -300,7 +300,7 @@ def test_another_order_of_plugins_is_refused_when_a_run_is_to_be_exact(tmp_path:
         return new(*plugins, CheckpointPlugin(every=2), out=tmp_path)
 
     engine("A", "B").fit(BATCHES, until=4)
-    with pytest.raises(CheckpointError, match="in another order: 'b' where 'a' was"):
+    with pytest.raises(CheckpointError, match="order differs: 'b' instead of 'a'"):
         engine("B", "A").resume()
     again = engine("A", "B")
     again.resume()

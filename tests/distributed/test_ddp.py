@@ -148,7 +148,7 @@ def test_turns_are_refused_by_name_and_a_second_look_at_the_gradient_is_summed()
     """Red if optimizers that take turns train apart, or LBFGS sees the gradient of one process."""
     for errors in together(2, partial(refused, play)):
         assert (
-            "ddp sums one gradient a step, and optimizers take turns here ('hidden')" in errors[0]
+            "ddp sums one gradient per step, but optimizers take turns here ('hidden')" in errors[0]
         )
     alone = search()
     for weights in together(2, search):

@@ -225,9 +225,9 @@ def test_what_cannot_be_divided_is_refused_with_one_error() -> None:
         "pass the Engine no optimizer",
         "fsdp.match: the pattern '*.nothing' matches no module",
         "fsdp.match: fully_shard does not support containers",
-        "is tied to a weight that is gathered with another module",
+        "is tied to a weight gathered with another module",
         "fsdp.build_once: the tensor 'table' of the model itself",
-        "fsdp sees no tensor in what the model returns",
+        "fsdp finds no tensor in the model's output",
     )
     for errors in together(2, partial(refused, *tries)):
         for error, part in zip(errors, expected, strict=True):
@@ -244,7 +244,7 @@ def test_a_model_that_must_read_its_weights_is_told_how_to_be_built() -> None:
 
 def test_weights_on_the_host_are_not_moved_to_the_host() -> None:
     """Red if a setting that does nothing on this device is taken in silence."""
-    with pytest.raises(ConfigError, match="fsdp.offload: the weights are in host memory as it is"):
+    with pytest.raises(ConfigError, match="fsdp.offload: the weights are already in CPU memory"):
         Engine(Net(), plugins=[FsdpPlugin(offload=True), SquaredPlugin(), ADAMW()])
 
 

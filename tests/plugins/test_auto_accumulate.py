@@ -151,7 +151,7 @@ def test_trying_finds_what_fits_and_leaves_no_trace(most: int, rows: int) -> Non
 @pytest.mark.usefixtures("unmeasured")
 def test_what_cannot_be_measured_is_said() -> None:
     """Breaks if a CPU run that only tried the whole batch looks as if it had been fitted."""
-    with pytest.warns(RuntimeWarning, match="cannot be measured on cpu.*auto_accumulate.rows"):
+    with pytest.warns(RuntimeWarning, match="cannot measure memory on cpu.*auto_accumulate.rows"):
         greedy_engine(1000, AutoAccumulatePlugin()).fit(batches(), until=1)
 
 

@@ -100,7 +100,7 @@ def test_another_optimizer_is_refused_or_begins_anew(
         engine_in(tmp_path, build).resume()
     assert "resume_policy='force'" in str(refused.value)
     engine = engine_in(tmp_path, build, resume_policy="force")
-    with pytest.warns(RuntimeWarning, match=f"{fault}.*begins with a fresh state"):
+    with pytest.warns(RuntimeWarning, match=f"{fault}.*starts with a fresh state"):
         engine.resume()
     engine.fit(batches(), until=5)
 

@@ -231,12 +231,12 @@ class KindsPlugin(Plugin[PluginConfig]):
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        ({"n": "1"}, r"\.n is text, and a number is expected"),
-        ({"n": None}, r"\.n is None, and a number"),
-        ({"t": 1}, r"\.t is a number, and text"),
-        ({"d": {"x": [1]}}, r"\.d\.x is a list, and a number"),
-        ({"l": {}}, r"\.l is a dict, and a list"),
-        ({"w": [1.0]}, r"\.w is a list, and a tensor"),
+        ({"n": "1"}, r"\.n is text; expected a number"),
+        ({"n": None}, r"\.n is None; expected a number"),
+        ({"t": 1}, r"\.t is a number; expected text"),
+        ({"d": {"x": [1]}}, r"\.d\.x is a list; expected a number"),
+        ({"l": {}}, r"\.l is a dict; expected a list"),
+        ({"w": [1.0]}, r"\.w is a list; expected a tensor"),
         ({"n": 2.5, "l": [], "d": {}, "o": 5}, None),
     ],
 )

@@ -166,7 +166,7 @@ def test_what_is_of_another_course_and_cannot_be_moved_stops_the_run(
     engine = engine_in(tmp_path)
     engine.resume(str(tmp_path / "checkpoints" / "step-00000003"))
     monkeypatch.setattr(Path, "rename", refusing(Path.rename, "step-00000006"))
-    with pytest.raises(CheckpointError, match="step-00000006 is of another course"):
+    with pytest.raises(CheckpointError, match="step-00000006 is from a different course"):
         train(engine, 9)
 
 

@@ -172,8 +172,11 @@ def test_the_default_compiler_trains_to_the_same_losses() -> None:
     ("config", "words"),
     [
         ({"match": ["*.blok*"]}, r"compile\.match: the pattern '\*\.blok\*' matches no module"),
-        ({"whole": True, "match": ["*.head"]}, "set one of both"),
-        ({"backend": "inducto"}, "compile.backend is 'inducto', which is not there; known: .*indu"),
+        ({"whole": True, "match": ["*.head"]}, "set only one"),
+        (
+            {"backend": "inducto"},
+            "compile.backend is 'inducto', which is not available; known: .*indu",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(config: dict[str, Any], words: str) -> None:

@@ -119,8 +119,8 @@ def test_every_process_takes_its_slice_of_a_stream() -> None:
         ({"train": BATCHES, "test": BATCHES}, {}, "a dict with 'test'.*Known: train, codec, valid"),
         ({"train": BATCHES, "vaild": BATCHES}, {}, "'vaild'.*mean 'valid'"),
         (NUMBERS, {}, r"a data set of samples; .*batch_size=32"),
-        (LOADER, {"batch_size": 4}, "is a DataLoader, which makes batches itself"),
-        ((BATCHES, iter(BATCHES)), {}, "'val' data of called:text.*can be read once"),
+        (LOADER, {"batch_size": 4}, "is a DataLoader, which already yields batches"),
+        ((BATCHES, iter(BATCHES)), {}, "'val' data of called:text.*can be read only once"),
         (Streamed(), {"batch_size": 4, "shuffle": True}, r"stream .*data\.shuffle cannot act"),
         (Streamed(), {"batch_size": 4, "num_workers": 2}, r"data\.num_workers cannot act"),
         (NUMBERS, {"batch_size": 20, "drop_last": True}, "too few for a batch of 20"),
@@ -134,7 +134,9 @@ def test_mistakes_are_told(
 
 
 def test_settings_of_samples_need_samples() -> None:
-    with pytest.raises(ConfigError, match=r"data\.shuffle acts where data\.batch_size"):
+    with pytest.raises(
+        ConfigError, match=r"data\.shuffle only has an effect with data\.batch_size"
+    ):
         DataPlugin(call="called:text", shuffle=True)
     again = DataPlugin(call="called:text").config.model_dump(mode="json")
     assert DataPlugin(**again).config.batch_size is None  # as a run's own config repeats it

@@ -91,11 +91,11 @@ def of_numpy(ids: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...] = (-1
     ("name", "raw", "how"),
     [
         ("a.bin", IDS.astype("<u2").tobytes(), "bare uint16"),
-        ("a.bin", llm_c(IDS, 20240520, 1, "<u2"), "uint16 ids with the header of llm.c"),
-        ("a.bin", llm_c(IDS, 20240801, 7, "<u4"), "uint32 ids with the header of llm.c"),
-        ("a.bin", of_numpy(IDS, "<u2"), "uint16 ids with the header of NumPy"),
-        ("a.npy", of_numpy(IDS, ">u4"), "uint32 ids with the header of NumPy"),
-        ("a.npy", of_numpy(IDS, "<i8"), "int64 ids with the header of NumPy"),
+        ("a.bin", llm_c(IDS, 20240520, 1, "<u2"), "uint16 ids with an llm.c header"),
+        ("a.bin", llm_c(IDS, 20240801, 7, "<u4"), "uint32 ids with an llm.c header"),
+        ("a.bin", of_numpy(IDS, "<u2"), "uint16 ids with a NumPy header"),
+        ("a.npy", of_numpy(IDS, ">u4"), "uint32 ids with a NumPy header"),
+        ("a.npy", of_numpy(IDS, "<i8"), "int64 ids with a NumPy header"),
     ],
 )
 def test_ids_are_read_by_what_the_file_says(
@@ -207,7 +207,7 @@ def test_files_of_megatron_are_read(tmp_path: Path, cache: Path, kind: int, widt
     assert ids_of(data) == sum(documents, [])
     assert [stream.span(number) for number in range(3)] == [(0, 4), (4, 7), (7, 12)]
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(DataError, match=r"m\.bin has .* bytes, but its \.idx speaks of"):
+    with pytest.raises(DataError, match=r"m\.bin has .* bytes, but its \.idx says"):
         data_of(cache, path)
 
 
@@ -225,7 +225,7 @@ def test_beginnings_beyond_all_numbers_are_refused(tmp_path: Path, cache: Path, 
     raw = bytearray(index.read_bytes())
     raw[at - 16 : at] = edges
     index.write_bytes(raw)
-    with pytest.raises(DataError, match="beginnings of .*documents go backwards"):
+    with pytest.raises(DataError, match="document offsets decrease"):
         data_of(cache, path)
 
 
@@ -256,13 +256,13 @@ def test_prepared_ids_without_their_index_are_read_by_the_record(
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("a.bin", llm_c(IDS, 20240520, 1, "<u2")[:-2], "cut short.*header of llm.c"),
+        ("a.bin", llm_c(IDS, 20240520, 1, "<u2")[:-2], "truncated.*llm.c header"),
         ("a.bin", llm_c(IDS, 20240520, 3, "<u2"), "of version 3; known: 1"),
-        ("a.npy", of_numpy(IDS, "<u2")[:-2], "cut short.*NumPy"),
-        ("a.npy", of_numpy(IDS, "<f4"), "numbers of type float32"),
+        ("a.npy", of_numpy(IDS, "<u2")[:-2], "truncated.*NumPy"),
+        ("a.npy", of_numpy(IDS, "<f4"), "has dtype float32"),
         ("a.npy", of_numpy(IDS, "<u2", (30, 100)), r"shape \(30, 100\)"),
-        ("a.npy", b"\x93NUMPY\1\0\x10\0{'descr': f()}   ", "damaged header of NumPy"),
-        ("a.npy", b"\1\0" * 90, "is not a .npy file"),
+        ("a.npy", b"\x93NUMPY\1\0\x10\0{'descr': f()}   ", "damaged NumPy header"),
+        ("a.npy", b"\1\0" * 90, "is not a NumPy .npy file"),
     ],
 )
 def test_headers_that_do_not_fit_are_named(
@@ -279,7 +279,7 @@ def test_a_wish_against_what_the_file_says_is_refused(tmp_path: Path, cache: Pat
     with pytest.raises(DataError, match="but data_text.ids_dtype is uint32"):
         data_of(cache, tmp_path / "a.bin", ids_dtype="uint32")
     np.array([3, -1, 5] * 9, "<i4").tofile(tmp_path / "b.bin")
-    with pytest.raises(DataError, match="holds the negative id -1"):
+    with pytest.raises(DataError, match="has the negative id -1"):
         data_of(cache, tmp_path / "b.bin", ids_dtype="int32")
     (tmp_path / "b.idx").write_bytes(b"TNTIDX\0\0 of another time")
     with pytest.raises(DataError, match=r"b\.idx is neither an index of this trainer nor"):
@@ -330,9 +330,9 @@ def test_a_folder_is_read_through_links_and_what_is_left_out_is_named(
     data = data_of(cache, str(tmp_path / where))
     assert sorted(text_of(data)) == sorted(READ)
     notes = "\n".join(data.notes())
-    for part in ("3 files are left out, of formats", "1 .md", "1 .py", "1 .json", "1 file is left "
-                 "out, empty", "empty.txt", "links that lead nowhere", "broken.txt", "pipe.txt",
-                 "links to files that are read", "1 of the files hold no document"):  # fmt: skip
+    for part in ("3 files are skipped, of formats", "1 .md", "1 .py", "1 .json", "1 file is "
+                 "skipped, empty", "empty.txt", "broken links", "broken.txt", "pipe.txt",
+                 "links to files that are read", "1 of the files have no document"):  # fmt: skip
         assert part in notes, (part, notes)
     assert ".hidden" not in notes
 
@@ -365,7 +365,7 @@ def test_a_folder_of_nothing_that_can_be_read_says_what_is_there(
     (tmp_path / "c").mkdir()
     (tmp_path / "c/a.csv").write_text("a,b\n")
     (tmp_path / "c/b.txt").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no file that can be read: .*a\.csv .*empty: .*b\.txt"):
+    with pytest.raises(DataError, match=r"no readable file: .*a\.csv .*empty: .*b\.txt"):
         data_of(cache, tmp_path / "c")
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match=r"pipe\.txt is neither a file nor a folder"):
@@ -451,10 +451,10 @@ def test_without_a_home_folder_the_cache_has_another_place(
 @pytest.mark.parametrize(
     ("files", "wish", "trained", "evaluated", "said"),
     [
-        (["a", "v"], {"train": "c", "valid": "c/v.txt"}, "a", "v", "evaluated on, and so left out"),
-        (["a", "b"], {"train": "c/*.txt", "valid": "c/b.txt"}, "a", "b", "1 file .*left out of tr"),
+        (["a", "v"], {"train": "c", "valid": "c/v.txt"}, "a", "v", "evaluated on, so excluded"),
+        (["a", "b"], {"train": "c/*.txt", "valid": "c/b.txt"}, "a", "b", "1 file .*excluded from"),
         (["a"], {"train": "c/a.txt", "valid": "c/a.txt"}, "a", "a", "both trained on and evaluate"),
-        (["x_train_0", "x_val_0"], {"train": "c"}, "x_train_0", "x_val_0", "in place of a share"),
+        (["x_train_0", "x_val_0"], {"train": "c"}, "x_train_0", "x_val_0", "instead of a share"),
         (["x_0", "x_val_0"], {"train": "c", "valid_share": 0}, "x_0", "", "named as held-out text"),
         (["train", "validation"], {"train": "c", "valid": "c"}, "train", "validation", "named as"),
         (["naïvalé"], {"train": "c", "valid_share": 0}, "naïvalé", "", ""),

@@ -569,7 +569,7 @@ class SpendPlugin(Plugin[PluginConfig]):
         self.clock.now += 7.0
 
 
-@pytest.mark.parametrize(("wait", "expected"), [(0.03, "50% of the time"), (0.01, None)])
+@pytest.mark.parametrize(("wait", "expected"), [(0.03, "50% of its time"), (0.01, None)])
 def test_only_the_wait_for_batches_counts(
     monkeypatch: pytest.MonkeyPatch, wait: float, expected: str | None
 ) -> None:

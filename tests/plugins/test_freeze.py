@@ -96,7 +96,7 @@ def test_a_run_that_is_resumed_thaws_when_it_would_have(killed_at: int, tmp_path
     ("rules", "words"),
     [
         ([{"match": "no.*"}], r"freeze\.rules: the pattern 'no\.\*' matches no parameter"),
-        ([{"match": "*"}], "every parameter that is trained is frozen at step 0"),
+        ([{"match": "*"}], "every trainable parameter is frozen at step 0"),
         ([], "at least 1 item"),
     ],
 )

@@ -28,7 +28,7 @@ from nexus_plugins.guard import GuardPlugin, record
 from nexus_plugins.guard.spikes import Spikes
 from tiny import RecorderPlugin
 
-REFUSED = "the update of step .* was refused"
+REFUSED = "skipped the update of step"
 
 
 class PoisonPlugin(Plugin[PluginConfig]):
@@ -212,7 +212,7 @@ def test_a_stop_saves_first_and_then_says_why(
     """Breaks if stopping for bad numbers loses the good weights, or looks like success."""
     guard = GuardPlugin(**settings)
     engine = engine_of(PoisonPlugin(*bad), guard, CheckpointPlugin(every=100), out=tmp_path)
-    with pytest.raises(RunError, match=f"step {stop} was refused"):
+    with pytest.raises(RunError, match=f"skipped the update of step {stop}"):
         engine.fit(data(), until=20)
     assert engine.state.step == stop
     again = engine_of(
@@ -289,7 +289,7 @@ def test_rolling_back_in_vain_ends() -> None:
     """Breaks if a run goes back to the same save for ever."""
     guard = GuardPlugin(policy="rollback", max_consecutive=3)
     engine = engine_of(PoisonPlugin(*range(4, 100, 2)), guard, SavePlugin(2))
-    with pytest.raises(RunError, match="3 times, and it did not help"):
+    with pytest.raises(RunError, match="3 rollbacks did not help"):
         engine.fit(data(), until=100)
 
 
@@ -330,10 +330,10 @@ def test_a_rollback_says_where_it_goes(device_path: bool, monkeypatch: pytest.Mo
         SavePlugin(6),
         notes,
     ]
-    with pytest.warns(RuntimeWarning, match="the run goes back to the save of step 6"):
+    with pytest.warns(RuntimeWarning, match="rolling back to the save of step 6"):
         engine_of(*parts, optimizer="fused").fit(data(), until=10)
     assert len(notes.texts) == 1
-    assert "goes back to the save of step 6" in notes.texts[0]
+    assert "rolling back to the save of step 6" in notes.texts[0]
 
 
 @pytest.mark.parametrize("device_path", [False, True], ids=["host", "device"])
@@ -349,7 +349,7 @@ def test_without_a_save_a_rollback_keeps_the_progress(
         engine.load_state_dict(engine.state_dict())
     states: list[list[Tensor]] = []
     engine_steps = engine.steps(data(), until=10)
-    with pytest.warns(RuntimeWarning, match="nothing has been saved yet to go back to"):
+    with pytest.warns(RuntimeWarning, match="there is no save to roll back to yet"):
         states.extend(state(engine) for _ in engine_steps)
     assert equal(states[6], states[7])
     assert not equal(states[7], states[9])
@@ -564,7 +564,7 @@ def test_a_turn_of_several_optimizers_is_refused_and_replayed_as_that_turn(tmp_p
         return Engine(model, optimizers, plugins=[TurnsPlugin(), GuardPlugin()], out=out)
 
     engine = made(tmp_path)
-    with pytest.warns(RuntimeWarning, match="the update of step 3 was refused"):
+    with pytest.warns(RuntimeWarning, match="skipped the update of step 3"):
         engine.fit([torch.ones(4, 2)] * 4, until=4)
     assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
     assert engine.plugins["guard"].state_dict()["skipped"] == 1
@@ -594,7 +594,7 @@ def test_a_record_whose_write_fails_leaves_nothing(
 
     monkeypatch.setattr(record, "save_model", full)
     engine = engine_of(PoisonPlugin(3, 5), GuardPlugin(records=1), out=tmp_path)
-    with pytest.warns(RuntimeWarning, match="could not be written down.*No space left"):
+    with pytest.warns(RuntimeWarning, match="could not be dumped.*No space left"):
         engine.fit(data(), until=6)
     assert [path.name for path in (tmp_path / "guard").iterdir()] == ["step-00000005"]
     replayed = engine_of(GuardPlugin())
@@ -669,7 +669,7 @@ def test_a_forged_record_is_only_ever_a_checkpoint_error(
     record = recorded(tmp_path)
     forge(record)
     engine = engine_of(GuardPlugin())
-    with pytest.raises(CheckpointError, match=r"cannot replay|cannot be done again"):
+    with pytest.raises(CheckpointError, match=r"cannot replay"):
         engine.plugins["guard"].replay(engine, record)  # type: ignore[attr-defined]
 
 

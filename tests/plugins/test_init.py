@@ -178,7 +178,7 @@ def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
     assert "took 3 of 7 tensors (" in said
     assert "3 missing in the source: body.1.bias, tail.weight, tail.bias" in said
     assert "2 not in the model: head.bias, old.weight" in said
-    assert "1 unlike the model's: body.1.weight ((3, 8), not (4, 8))" in said
+    assert "1 different from the model's: body.1.weight ((3, 8), not (4, 8))" in said
     assert torch.equal(found["body.0.weight"], weights()["body.0.weight"].double())
     assert plugin.summarize()["began with"].startswith("3 tensors from ")
 
@@ -197,8 +197,8 @@ def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
         ({}, {"skip": ["haed.*"]}, r"init\.skip: the pattern 'haed\.\*' matches no parameter"),
         ({}, {"only": ["haed.*"]}, r"init\.only: the pattern"),
         ({}, {"freeze": ["haed.*"]}, r"init\.freeze: the pattern"),
-        ({}, {"map": {"head": "*"}}, "has more stars than the pattern 'head'"),
-        ({}, {"ema": True}, "is no checkpoint of a run"),
+        ({}, {"map": {"head": "*"}}, "has more \* than the pattern 'head'"),
+        ({}, {"ema": True}, "is not a run's checkpoint"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -349,8 +349,8 @@ def own_loss(config: Mapping[str, Any]) -> float:
     [
         ("model.pt", r"'model\.pt' is a pickle.*save_file\(torch\.load\('model\.pt', weights_only"),
         ("a/pytorch_model.bin", "is a pickle"),
-        ("a/notes.txt", "holds no weights; expected a run, a checkpoint, or a folder"),
-        ("notes.txt", "is no safetensors file"),
+        ("a/notes.txt", "has no weights; expected a run, a checkpoint, or a folder"),
+        ("notes.txt", "is not a safetensors file"),
     ],
 )
 def test_nothing_is_unpickled(name: str, said: str, folder: Path) -> None:
@@ -384,7 +384,7 @@ def test_an_index_lists_files_beside_it_alone(listed: Any, folder: Path) -> None
     source = in_parts(folder)
     index = {"weight_map": {"head.bias": listed}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="which is no file beside it"):
+    with pytest.raises(CheckpointError, match="not a file in this folder"):
         started(engine_of(InitPlugin(source=source)))
 
 
@@ -392,7 +392,7 @@ def test_an_index_lists_files_beside_it_alone(listed: Any, folder: Path) -> None
 def test_an_index_that_is_none_is_told(text: str, folder: Path) -> None:
     source = in_parts(folder)
     (source / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+    with pytest.raises(CheckpointError, match="is not a safetensors index"):
         started(engine_of(InitPlugin(source=source)))
 
 

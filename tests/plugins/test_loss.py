@@ -149,15 +149,15 @@ def test_missing_targets_are_told(batch: Batch, settings: dict[str, Any], said: 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"call": "called:points"}, r"called with \(output, target\), and takes \(count\)"),
+        ({"call": "called:points"}, r"called with \(output, target\), but takes \(count\)"),
         ({"call": "called:pair", "args": {"target": 1}}, "passes 'target' to called:pair itself"),
         ({"call": "called:pair", "args": {"scael": 1}}, "'loss.args.scael'.*mean 'scale'"),
         ({"call": "torch.nn:CrossEntropyLoss", "args": {"reduction": "sum"}},
          "reduction of .* is 'sum'.*'mean'.*loss.args.reduction=mean.*loss.units"),
         ({"call": "torch.nn:CrossEntropyLoss", "args": {"weight": ["a"]}}, "got .*is a tensor"),
         ({"call": "torch.nn:MSELoss", "units": "rows"}, "is 'mean'.*must be 'sum'"),
-        ({"call": "called:Net"}, "has parameters, which no optimizer would train"),
-        ({"call": "called:pair", "metrics": {"loss": "called:pair"}}, "cannot be called 'loss'"),
+        ({"call": "called:Net"}, "has parameters that no optimizer would train"),
+        ({"call": "called:pair", "metrics": {"loss": "called:pair"}}, "cannot be named 'loss'"),
         ({"call": "called:pair", "metrics": {"hits": "called:hit"}}, r"metrics\.hits.*'hits'"),
     ],
 )  # fmt: skip

@@ -87,7 +87,7 @@ def test_a_model_comes_nearer_to_its_teacher(function: Any) -> None:
 
 @pytest.mark.parametrize(
     ("function", "said"),
-    [(larger, "the teacher has 17 ids, and the model 13"), (no_model, "returned a int")],
+    [(larger, "the teacher has 17 ids, the model 13"), (no_model, "returned a int")],
 )
 def test_a_teacher_that_does_not_fit_is_refused(function: Any, said: str) -> None:
     train, _ = text()

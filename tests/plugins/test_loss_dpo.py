@@ -172,7 +172,7 @@ def test_settings_that_do_nothing_are_refused() -> None:
         engine_of(Scorer(), LossDpoPlugin(reference="adapters"))
     engine = engine_of(Scorer(), LossDpoPlugin())
     nn.init.zeros_(engine.model.head.weight)
-    with pytest.raises(ConfigError, match="got other weights after it was built"):
+    with pytest.raises(ConfigError, match="weights were loaded after the model was built"):
         engine.fit([pairs(2)], until=1)
 
 

@@ -64,7 +64,7 @@ def test_a_model_of_the_other_kind_is_named(classic):
     """If it fails, the user hears of a KeyError instead of what to change."""
     report = {"refinements": torch.ones(1, 3), "iterations": torch.ones(1, 3)}
     report |= {"early": torch.ones(1, 3, 1)} if classic else {"final_energy": torch.ones(1, 3)}
-    with pytest.raises(ConfigError, match="must both be classical, or neither"):
+    with pytest.raises(ConfigError, match="must both be classic, or neither"):
         LossEnergyPlugin(classic=classic).loss(
             {"input_ids": torch.zeros(1, 3)}, output(energy=report)
         )

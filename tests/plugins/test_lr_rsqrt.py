@@ -46,5 +46,5 @@ def test_it_does_not_depend_on_the_horizon() -> None:
 
 def test_without_any_timescale_it_is_refused() -> None:
     """Breaks if the fall has no scale and nobody says so."""
-    with pytest.raises(ConfigError, match=r"lr_rsqrt needs a timescale"):
+    with pytest.raises(ConfigError, match=r"needs a timescale"):
         rates("5 steps", warmup=None)

@@ -98,11 +98,15 @@ def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("StepLr", {}, r"is 'StepLr', which is no scheduler.*Did you mean 'StepLR'"),
+        ("StepLr", {}, r"is 'StepLr', which is not in torch.*Did you mean 'StepLR'"),
         ("no.such.place", {}, r"lr_torch\.scheduler: 'no' cannot be imported"),
-        ("torch.optim.lr_scheduler:EPOCH_DEPRECATION_WARNING", {}, "which is no function or class"),
+        (
+            "torch.optim.lr_scheduler:EPOCH_DEPRECATION_WARNING",
+            {},
+            "which is not a function or class",
+        ),
         ("./absent.py:make", {}, r"lr_torch\.scheduler: no file './absent\.py'"),
-        ("builtins.repr", {}, "builtins.repr made .*, and a scheduler is expected"),
+        ("builtins.repr", {}, "builtins.repr returned .*; expected a scheduler"),
         ("StepLR", {"size": 3}, r"StepLR does not take the settings.*it takes step_size, gamma"),
     ],
 )
@@ -426,10 +430,10 @@ def test_several_optimizers_have_a_scheduler_each() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "settings", "others", "words"),
     [
-        (lambda o: lr_scheduler.StepLR(o, 1), {"metric": "val/f1"}, (), "does not go by a metric"),
+        (lambda o: lr_scheduler.StepLR(o, 1), {"metric": "val/f1"}, (), "uses no metric"),
         (lr_scheduler.StepLR(parts()[1], 1), {}, (), "drives another optimizer than the run's"),
         (7, {}, (), "takes a scheduler, a function.*got 7"),
-        (lambda o: o.param_groups, {}, (), "a scheduler is expected"),
+        (lambda o: o.param_groups, {}, (), "expected a scheduler"),
         (lambda o: lr_scheduler.ReduceLROnPlateau(o), {"metric": "val/f1"}, (),
          r"lr_torch\.metric is 'val/f1', which this evaluation does not have; it has val/loss"),
         (lambda o: lr_scheduler.StepLR(o, 1), {},
@@ -447,7 +451,7 @@ def test_a_scheduler_that_cannot_act_is_refused(
 
 def test_a_plateau_that_never_sees_its_metric_says_so() -> None:
     engine = run(lambda o: lr_scheduler.ReduceLROnPlateau(o), {}, [])
-    with pytest.warns(RuntimeWarning, match="goes by 'val/loss', which was never measured"):
+    with pytest.warns(RuntimeWarning, match="needs 'val/loss', which was never measured"):
         engine.fit(Epochs(), until=2)
 
 

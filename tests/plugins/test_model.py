@@ -105,7 +105,7 @@ def test_mistakes_name_file_function_and_argument(
 
 
 def test_a_file_alone_says_what_could_be_called(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"whole module; name what is to be called.*:Sizes"):
+    with pytest.raises(ConfigError, match=r"whole module; name what to call.*:Sizes"):
         ModelPlugin(call=f"./net_{folder.name}.py")
 
 
@@ -122,7 +122,7 @@ def test_a_program_may_give_the_function_itself() -> None:
     plugin = ModelPlugin(call=called.Net, args={"width": 3})
     assert plugin.config.model_dump(mode="json")["call"] == "called:Net"
     assert plugin.make_model().head.in_features == 3
-    with pytest.raises(ConfigError, match="is not at the top of a module"):
+    with pytest.raises(ConfigError, match="is not defined at module level"):
         ModelPlugin(call=lambda: None)
 
 

@@ -432,7 +432,7 @@ def test_ids_beyond_the_vocabulary_are_named() -> None:
     with pytest.raises(ConfigError, match=r"has 259 ids .*data_text\.tokenizer=bytes256"):
         plugin.make_model(bytes_and_more)
     model = plugin.make_model(SimpleNamespace(data=None))
-    with pytest.raises(DataError, match=r"from 7 to 256, and the model knows the ids 0 to 255"):
+    with pytest.raises(DataError, match=r"from 7 to 256, but the model has ids 0 to 255"):
         plugin.forward(SimpleNamespace(model=model), {"input_ids": torch.tensor([[7, 256]])})
 
 

@@ -110,7 +110,7 @@ def test_weights_and_small_tensors_are_not_copied(
 
 def test_a_device_without_memory_of_its_own_is_refused() -> None:
     """Breaks if a CPU run pays for copies that save nothing."""
-    with pytest.raises(ConfigError, match=r"from CUDA to host memory.*is on cpu.*RecomputePlugin"):
+    with pytest.raises(ConfigError, match=r"from CUDA to CPU memory.*is on cpu.*RecomputePlugin"):
         engine_of(OffloadPlugin()).fit(data(), until=1)
 
 

@@ -92,10 +92,10 @@ def test_a_function_of_the_model_gets_it(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"groups": [{"lr": 1}]}, r"optim\.groups\.0\.match: field required"),
         ({"lr": -1}, r"optim\.lr: got -1"),
         ({"groups": [{"match": "haed.*"}]}, r"optim\.groups: the pattern 'haed\.\*' matches no"),
-        ({"groups": [{"match": "*"}, {"match": "*.bias"}]}, "parameter that is still free"),
+        ({"groups": [{"match": "*"}, {"match": "*.bias"}]}, "parameter without a group"),
         ({"freeze": ["*"]}, "no parameter is left to train"),
-        ({"momentum": -1.0}, r"torch\.optim:SGD refuses its arguments: Invalid momentum"),
-        ({"nesterov": True}, r"SGD refuses its arguments: Nesterov"),
+        ({"momentum": -1.0}, r"torch\.optim:SGD rejects its arguments: Invalid momentum"),
+        ({"nesterov": True}, r"SGD rejects its arguments: Nesterov"),
     ],
 )
 def test_mistakes_are_told(settings: dict[str, Any], said: str) -> None:

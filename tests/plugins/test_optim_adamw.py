@@ -133,7 +133,7 @@ def test_frozen_parameters_do_not_move() -> None:
         ({"freeze": ["*"]}, "no parameter is left to train"),
         (
             {"groups": [{"match": "block*"}, {"match": "block.bias"}]},
-            r"'block\.bias' matches no parameter that is still free",
+            r"'block\.bias' matches no parameter without a group",
         ),
     ],
 )

@@ -141,7 +141,7 @@ def test_training_is_the_same_to_the_bit_and_samples_with_a_seed_are_repeated() 
     [
         ({"prompts": ["a"]}, None, "has no tokenizer"),
         ({"prompts": ["a"], "chat": True}, Letters(), "has no chat template"),
-        ({"chat": True}, Letters(), "needs questions to ask"),
+        ({"chat": True}, Letters(), "needs prompts"),
     ],
 )
 def test_prompts_that_cannot_be_asked_are_refused(

@@ -98,7 +98,7 @@ def test_a_seed_is_a_text_and_samples_have_one_each(run: Path) -> None:
     [
         (["generate", "nowhere"], "there is no run in 'nowhere'"),
         (["generate", "RUN@5"], "has no checkpoint of step 5"),
-        (["chat", "RUN"], "has no chat template; write with: nexus-run generate"),
+        (["chat", "RUN"], "has no chat template; use: nexus-run generate"),
         (["generate", "RUN", "--temperature", "-1"], "temperature"),
         (["resume", "RUN/nothing"], "nothing"),
         (["resume", "--set", "no.such=1"], "no.such"),

@@ -233,7 +233,7 @@ def test_a_target_that_is_no_number_of_the_run_is_refused(target: str, words: st
 
 def test_rules_without_sense_are_refused() -> None:
     """Breaks if a way through zero by equal factors gets as far as training."""
-    with pytest.raises(ConfigError, match="needs a start and an end of one sign"):
+    with pytest.raises(ConfigError, match="needs nonzero start and end"):
         SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "shape": "exponential"}])
     with pytest.raises(ConfigError, match="begin must be in %"):
         SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "begin": "5 tokens"}])

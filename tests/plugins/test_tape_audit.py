@@ -42,7 +42,7 @@ def test_an_honest_run_is_not_accused_and_the_chance_is_said(folder: Path) -> No
     before = sorted((path, path.stat().st_mtime_ns) for path in (folder / "a").rglob("*"))
     done = audited(folder / "a")
     assert done.exit_code == 0, done.output
-    assert "all 4 intervals of the run were executed again" in done.output
+    assert "all 4 intervals of the run were re-executed" in done.output
     some = run("audit", str(folder / "same"), "--segments", "2", "--seed", "1", "--trust")
     assert some.exit_code == 0, some.output
     assert "   10%  0.81" in some.output
@@ -97,10 +97,10 @@ def retaped(out: Path) -> None:
 
 FORGED: tuple[dict[str, Callable[[Path], None]], ...] = (
     {
-        "step-00000008: the weights of head are not those of the tape": (
+        "step-00000008: the weights of head differ from the tape": (
             lambda out: forge(out / "checkpoints/step-00000008")
         ),
-        "step-00000016: model (head.weight) is not as it comes out": (
+        "step-00000016: model (head.weight) differs when": (
             lambda out: forge(out / "checkpoints/step-00000016", 30)
         ),
         "metrics.jsonl, step 8: train/world_loss says": better,
@@ -110,7 +110,7 @@ FORGED: tuple[dict[str, Callable[[Path], None]], ...] = (
     },
     {
         "metrics.jsonl: the line of step 8 is not there": dropped,
-        "step 7: the tape has other digests of: losses world": retaped,
+        "step 7: the tape has different digests of: losses world": retaped,
     },
 )
 
@@ -165,7 +165,7 @@ def test_an_honest_run_does_not_differ_from_its_re_execution(folder: Path) -> No
 def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: Path) -> None:
     """Red if an edit, a fault of the machine, other code or chance is missed or confused."""
     struck = make(folder, "struck", PLANTED["a bit of a weight, unseen"])
-    once = ("first difference: step 11", "update", "blocks.1", "always comes out the same")
+    once = ("first difference: step 11", "update", "blocks.1", "the step is reproducible")
     differs(struck, tmp_path / "tape", lambda out: None, *once)
 
     def untaped(out: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: 
         (out / "metrics.jsonl").unlink()
 
     differs(struck, tmp_path / "none", untaped, "first difference: step 9", "steps 8 and 12")
-    metric = ("step 8", "train/world_loss", "says ", "changed since it was")
+    metric = ("step 8", "train/world_loss", "says ", "changed after it was")
     differs(folder / "a", tmp_path / "better", better, *metric)
     saved = ("step 8", "step-00000008", "model.head.weight", "float32 (4, 16)")
     forged = tmp_path / "forged"
@@ -181,7 +181,7 @@ def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: 
     code = ("first difference: step 1\n", "losses", "code world.world.py")
     differs(folder / "a", tmp_path / "code", scaled("1.001"), *code)
     chance = "(1 + int.from_bytes(__import__('os').urandom(2)) / 1e6)"
-    said = ("first difference: step 1\n", "loss", "mul", "differently each time")
+    said = ("first difference: step 1\n", "loss", "mul", "differs each time")
     differs(folder / "a", tmp_path / "chance", scaled(chance), *said)
 
 
@@ -219,7 +219,7 @@ def test_where_a_step_cannot_be_done_again_the_tapes_speak(folder: Path) -> None
     done = run("diff", str(folder / "a"), str(folder / "rate"))
     assert done.exit_code == 1, done.output
     assert "first difference: step 11" in done.output
-    assert "not done again" in done.output
+    assert "not re-executed" in done.output
     assert "add --trust" in done.output
 
 

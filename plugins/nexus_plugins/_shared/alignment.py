@@ -28,8 +28,8 @@ def check_alignment(batch: Batch, ignore_index: int, prefix: str = "") -> None:
     """
     if (labels := batch.get(f"{prefix}labels")) is None:
         raise DataError(
-            f"the batch has no '{prefix}labels', only {', '.join(sorted(batch))}; name a data "
-            "plugin that gives them, or leave this loss out"
+            f"the batch has no '{prefix}labels', only {', '.join(sorted(batch))}; use a data "
+            "plugin that provides them, or remove this loss"
         )
     ids = batch.get(f"{prefix}input_ids")
     if ids is None or ids.shape != labels.shape:
@@ -38,7 +38,7 @@ def check_alignment(batch: Batch, ignore_index: int, prefix: str = "") -> None:
     copied = counted.any() and bool((labels == ids)[counted].all())
     if copied and not bool((labels[..., :-1] == ids[..., 1:])[counted[..., :-1]].all()):
         raise DataError(
-            f"{prefix}labels are {prefix}input_ids at the same positions, as models of Hugging "
-            "Face take them; here labels[:, t] is what follows position t: shift them by one, "
+            f"{prefix}labels equal {prefix}input_ids position by position, as Hugging Face models "
+            "expect; here labels[:, t] is the token after position t: shift them by one, "
             "labels[:, :-1] = input_ids[:, 1:], with -100 at the end"
         )

@@ -34,6 +34,6 @@ def _check_dense(name: str, buffer: Tensor) -> None:
     kind = "quantized" if buffer.is_quantized else "nested" if buffer.is_nested else kind
     if kind != "strided":
         raise ConfigError(
-            f"the model's buffer '{name}' is {kind}, which processes cannot share; register it as "
-            "a dense tensor, make it where it is used, or train in one process"
+            f"the model's buffer '{name}' is {kind}, which cannot be broadcast; register it as "
+            "a dense tensor, create it where it is used, or train in one process"
         )

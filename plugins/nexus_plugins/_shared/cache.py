@@ -143,8 +143,8 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"cannot write into {folder}: {error.strerror or error}; free some space, or choose "
+            f"cannot write to {folder}: {error.strerror or error}; free some space, or choose "
             "another folder: for the run ",
             hint_out(),
-            ", for the cache the setting cache_dir of the plugin that reads the data",
+            ", for the cache with the setting cache_dir of the data plugin",
         ) from error

@@ -58,7 +58,7 @@ class Call(PluginConfig):
             return given
         if not given.__qualname__.replace(".", "").isidentifier():
             raise ValueError(
-                f"{given.__qualname__} is not at the top of a module; name one that is"
+                f"{given.__qualname__} is not defined at module level; name one that is"
             )
         return f"{given.__module__}:{given.__qualname__}"
 
@@ -172,7 +172,7 @@ def check_arguments(
             taken = f"It takes: {', '.join(named) or 'nothing'}"
             said = f"{place} has no argument '{name}'.{suggestion(name, named)} {taken}"
             if name in parameters:
-                said = f"the trainer passes '{name}' to {place} itself; leave it out"
+                said = f"the trainer passes '{name}' to {place}; remove it"
             raise ConfigError(f"unknown key '{key}.{name}': {said}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in args]
     if missing and whole:
@@ -219,7 +219,7 @@ def located(key: str, place: str) -> Callable[..., Any]:
     if isinstance(found, ModuleType):
         own = [n for n, v in vars(found).items() if getattr(v, "__module__", "") == found.__name__]
         raise ConfigError(
-            f"{key}.call: {places.shown(place)} is a whole module; name what is to be called in "
+            f"{key}.call: {places.shown(place)} is a whole module; name what to call in "
             f"it, such as {places.shown(place)}:{own[0] if own else 'NAME'}"
         )
     if isinstance(found, nn.Module) or not callable(found):
@@ -239,7 +239,7 @@ def _without_given(
         p.kind is p.VAR_POSITIONAL for p in parameters.values()
     ):
         raise ConfigError(
-            f"{key.partition('.')[0]}: {place} is called with ({', '.join(given)}), and takes "
+            f"{key.partition('.')[0]}: {place} is called with ({', '.join(given)}), but takes "
             f"({', '.join(parameters)}); give it {len(given)} positional parameters"
         )
     taken = set(positional[: len(given)])

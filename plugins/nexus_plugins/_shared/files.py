@@ -54,7 +54,7 @@ def read_small(path: Path, limit: int) -> bytes:
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise CheckpointError(f"{size} bytes are more than the {limit} allowed")
+            raise CheckpointError(f"{size} bytes exceed the limit of {limit}")
         return file.read(limit)
 
 

@@ -44,9 +44,7 @@ def check_generators(saved: Mapping[str, Any]) -> None:
         ValueError, TypeError, RuntimeError, OverflowError, AttributeError, LookupError,
     ) as error:  # fmt: skip
         said = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"the states of the random generators are not such: {said}"
-        ) from error
+        raise CheckpointError(f"invalid states of the random generators: {said}") from error
 
 
 def _check_place(state: Tensor) -> None:
@@ -67,4 +65,4 @@ def _check_devices(states: object) -> None:
 
 def _require(holds: bool) -> None:
     if not holds:
-        raise ValueError("a number in it is out of range or of another type")
+        raise ValueError("a number is out of range or has the wrong type")

@@ -39,8 +39,8 @@ def refuse_idle(config: LossConfig, is_classic: bool, idle: Sequence[str]) -> No
     changed = [name for name in idle if getattr(config, name) != fields[name].default]
     if changed:
         raise ValueError(
-            f"{', '.join(changed)} would do nothing with classic={str(is_classic).lower()}; leave "
-            f"it out, or set classic to {str(not is_classic).lower()}"
+            f"{', '.join(changed)} has no effect with classic={str(is_classic).lower()}; remove "
+            f"it, or set classic to {str(not is_classic).lower()}"
         )
 
 
@@ -77,9 +77,9 @@ class ModuleLoss(Loss[LossConfigT]):
         return ConfigError(
             f"{self.name} needs a model whose output has module_outputs['{self.term}'] (an object "
             'or a dict with that name, or (logits, {"module_outputs": {...}})); got '
-            f"{got}. Switch the module on with ",
+            f"{got}. Enable the module with ",
             hint_set(f"model_nexus.{self.term}", True),
-            ", or leave the loss out: ",
+            ", or remove the loss: ",
             hint_leave_out(self.name),
         )
 

@@ -36,7 +36,7 @@ def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
         return logits, None
     raise ConfigError(
         f"the model returned {described(output)}, and the loss needs logits (batch, time, "
-        "vocabulary): return them, a dict or an object with 'logits', one with 'hidden' and "
+        "vocabulary): return them, a dict or object with 'logits', or with 'hidden' and "
         "'head_weight', or a tuple that starts with one of these"
     )
 

@@ -80,7 +80,7 @@ def matching(names: Iterable[str], pattern: str, key: str, what: str = "paramete
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         raise ConfigError(
             f"{key}: the pattern '{pattern}' matches no {what}.{suggestion(pattern, names)} "
-            f"Names: {shown or 'none'}; a pattern is like '*.{names[0] if names else 'name'}'"
+            f"Names: {shown or 'none'}; a pattern looks like '*.{names[0] if names else 'name'}'"
         )
     return found
 
@@ -170,10 +170,10 @@ def groups_of(
     freeze(model, config.freeze, f"{plugin}.freeze")
     rest = [name for name in names if model.get_parameter(name).requires_grad]
     if not rest:
-        raise ConfigError(f"{plugin}: no parameter is left to train; freeze fewer of them")
+        raise ConfigError(f"{plugin}: no parameter is left to train; freeze fewer")
     chosen: list[dict[str, Any]] = []
     for group in config.groups:
-        own = matching(rest, group.match, f"{plugin}.groups", "parameter that is still free")
+        own = matching(rest, group.match, f"{plugin}.groups", "parameter without a group")
         rest = [name for name in rest if name not in set(own)]
         chosen += _split(model, own, group, config.weight_decay)
     groups = _split(model, rest, None, config.weight_decay) + chosen

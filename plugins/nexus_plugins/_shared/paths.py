@@ -29,15 +29,15 @@ def expanded(wish: str | Path) -> Path:
         if match[1] not in os.environ:
             raise DataError(
                 f"cannot use the path '{text}': the environment variable {match[1]} is not set; "
-                "set it, or write the path out"
+                "set it, or write the path in full"
             )
     found = Path(os.path.expandvars(text))
     try:
         return found.expanduser()
     except RuntimeError as error:
         raise DataError(
-            f"cannot use the path '{text}': there is no home folder for "
-            f"'{found.parts[0]}'; write the path out"
+            f"cannot use the path '{text}': no home folder for "
+            f"'{found.parts[0]}'; write the path in full"
         ) from error
 
 

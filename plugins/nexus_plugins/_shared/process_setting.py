@@ -41,7 +41,7 @@ class ProcessSetting(Generic[T]):
         elif value != self._held:
             raise ConfigError(
                 f"{self._name} is {self._held!r} for another run of this process, and this one "
-                f"needs {value!r}; give both the same settings, or use a process for each"
+                f"needs {value!r}; use the same settings for both, or separate processes"
             )
         self._write(value)
         self._runs += 1

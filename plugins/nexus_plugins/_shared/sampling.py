@@ -36,7 +36,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature}; expected a finite number: 0 (likeliest "
+                f"temperature is {self.temperature}; expected a finite number: 0 (most likely "
                 "token) or more"
             )
         if self.top_k is not None and self.top_k < 1:

@@ -34,7 +34,7 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
     rows, head = rows_of(output)
     if labels.shape != rows.shape[:-1]:
         raise DataError(
-            f"labels have shape {tuple(labels.shape)}, the model's output is for "
+            f"labels have shape {tuple(labels.shape)}, but the model's output is for "
             f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
         )
     counted = labels != ignore_index

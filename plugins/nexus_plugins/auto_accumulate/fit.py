@@ -66,8 +66,8 @@ def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
     fits, taken = 1, peak(1)
     if taken > room:
         raise RunError(
-            f"auto_accumulate: one row takes {taken / 2**20:,.0f} MiB, and there is room for "
-            f"{max(room, 0) / 2**20:,.0f} MiB; use shorter rows, or ",
+            f"auto_accumulate: one row takes {taken / 2**20:,.0f} MiB, but only "
+            f"{max(room, 0) / 2**20:,.0f} MiB are free; use shorter rows, or ",
             hint_add("recompute"),
         )
     while fits < rows:

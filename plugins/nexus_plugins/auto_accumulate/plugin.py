@@ -127,7 +127,7 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
 
                 return fit.largest_measured(rows, peak, int(limit * (1 - self.config.margin)))
             warnings.warn(
-                f"auto_accumulate: memory cannot be measured on {engine.device} here, so the "
+                f"auto_accumulate: cannot measure memory on {engine.device} here, so the "
                 f"whole batch of {rows} rows is tried; set auto_accumulate.rows yourself",
                 RuntimeWarning,
                 stacklevel=2,

@@ -123,7 +123,7 @@ def _advice(value: object) -> str:
     if isinstance(value, set | frozenset | deque | range):
         return "keep a list of its items"
     return (
-        "states are made of dicts, lists, tuples, strings, bytes, numbers, booleans, None, tensors"
+        "states may contain dicts, lists, tuples, strings, bytes, numbers, booleans, None, tensors"
     )
 
 
@@ -154,7 +154,7 @@ def _encode_dict(value: dict[object, object], bag: TensorBag, path: str, depth: 
         if key is not None and type(key) not in (str, int, float, bool):
             raise CheckpointError(
                 f"the dict at '{path}' has the key {key!r:.80}, of type {type(key).__qualname__}; "
-                "a checkpoint holds keys that are strings, numbers, booleans or None"
+                "checkpoint keys must be strings, numbers, booleans or None"
             )
     items: list[Json] = [
         [encode(key, bag, path), encode(item, bag, _join(path, key), depth + 1)]
@@ -178,7 +178,7 @@ def _decode_marked(mark: str, content: Json, tensors: Mapping[str, Tensor]) -> o
         return dict(_decode_item(item, tensors) for item in content)
     if mark == "$ordered" and isinstance(content, list):
         return OrderedDict(_decode_item(item, tensors) for item in content)
-    raise CheckpointError(f"state.json holds {mark}: {str(content)[:80]!r}, which means nothing")
+    raise CheckpointError(f"state.json holds {mark}: {str(content)[:80]!r}, which is invalid")
 
 
 def _decode_item(item: Json, tensors: Mapping[str, Tensor]) -> tuple[object, object]:
@@ -186,7 +186,7 @@ def _decode_item(item: Json, tensors: Mapping[str, Tensor]) -> tuple[object, obj
         key = decode(item[0], tensors)
         if key is None or isinstance(key, str | int | float):
             return key, decode(item[1], tensors)
-    raise CheckpointError(f"state.json holds {str(item)[:80]!r} where a key and a value belong")
+    raise CheckpointError(f"state.json holds {str(item)[:80]!r} instead of a key and a value")
 
 
 def _big_int(text: str) -> int:

@@ -16,14 +16,14 @@ __all__ = ["main"]
 @click.command(name="export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
-@click.option("--ema", is_flag=True, help="Take the averaged weights of the plugin ema.")
-@click.option("--to", metavar="FORMAT", help="A format of an installed package, such as hf.")
+@click.option("--ema", is_flag=True, help="Use the averaged weights of the plugin ema.")
+@click.option("--to", metavar="FORMAT", help="Export format of an installed package, such as hf.")
 @click.option(
     "--adapters",
     type=click.Choice(["merged", "alone"]),
-    help="With --to: put adapters into the weights below (the default), or write them alone.",
+    help="With --to: merge adapters into the base weights (default), or write only them.",
 )
-@click.option("--shard", metavar="SIZE", help="With --to: largest file of weights (5GB).")
+@click.option("--shard", metavar="SIZE", help="With --to: maximum size of a weights file (5GB).")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
     checkpoint: Path,
@@ -34,9 +34,9 @@ def main(
     shard: str | None,
     debug: bool,
 ) -> None:
-    """Write a checkpoint's weights, settings and tokenizer into a folder of their own.
+    """Export a checkpoint's weights, settings and tokenizer to a new folder.
 
-    CHECKPOINT is the folder of one (runs/x/checkpoints/best), or of a run: its newest one.
+    CHECKPOINT is a checkpoint folder (runs/x/checkpoints/best) or a run folder (its newest).
     """
     with reported(debug):
         from nexus_plugins.checkpoint.export import Options, export, exporter
@@ -47,7 +47,7 @@ def main(
                 click.echo(path)
             return
         if adapters or shard:
-            raise ConfigError("--adapters and --shard are for a format; name one: --to FORMAT")
+            raise ConfigError("--adapters and --shard need a format: --to FORMAT")
         for path in export(checkpoint, out, ema=ema):
             click.echo(path)
-        click.echo(f"what this model is, and which programs read it: {out / 'README.md'}")
+        click.echo(f"description of the model, and how to load it: {out / 'README.md'}")

@@ -131,12 +131,12 @@ def _read(root: Path) -> Course | None:
         course = Course(**found)
         texts = (course.asked, course.source, *course.launch)
         if not all(isinstance(text, str) for text in texts) or len(course.launch) != 3:
-            raise TypeError("text is expected")
+            raise TypeError("expected text")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}; it names the checkpoint that this run was resumed "
-            "from. Remove it to resume from the newest checkpoint beside it"
+            "from. Remove it to resume from the newest checkpoint in this folder"
         ) from error
     return course

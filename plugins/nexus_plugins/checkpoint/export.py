@@ -32,9 +32,9 @@ library_name: nexus-trainer
 
 The weights of a model of `{plugin}`, trained for {steps} steps, as `nexus-run export` wrote them.
 
-- `model.safetensors`: the weights by name, for any reader of safetensors.
-- `config.json`: the settings of the plugin that builds the model. It is no configuration of
-  transformers, whose `AutoConfig` and `AutoModel` do not know this model.
+- `model.safetensors`: the weights by name, for any safetensors reader.
+- `config.json`: the settings of the plugin that builds the model. It is not a transformers
+  configuration: `AutoConfig` and `AutoModel` do not know this model.
 """
 
 
@@ -101,7 +101,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
         ConfigError: the folder exists.
     """
     if out.exists():
-        raise ConfigError(f"'{out}' exists; export needs a folder of its own: --out FOLDER")
+        raise ConfigError(f"'{out}' already exists; export needs a new folder: --out FOLDER")
     found = checkpoint_of(source)
     content = folder.read(found)
     lay_out(content, lambda name, shape: None)  # nothing is divided here
@@ -137,7 +137,7 @@ def _tokenizer(found: Path) -> bytes | None:
         return None
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
-            f"{path} is not a file of the run that can be copied: {error}; remove it, or put the "
+            f"{path} is not a file that can be copied: {error}; remove it, or put the "
             "tokenizer itself there"
         ) from error
 

@@ -55,7 +55,7 @@ def check_kinds(saved: object, expected: Kinds, where: str) -> None:
     got, wanted = _kind(saved), "a dict" if isinstance(expected, dict) else expected
     if got != wanted:
         raise CheckpointError(
-            f"the state of {where} is {got or str(saved)[:80]}, and {wanted} is expected"
+            f"the state of {where} is {got or str(saved)[:80]}; expected {wanted}"
         )
     if isinstance(saved, int) and saved.bit_length() > _BITS:
         raise CheckpointError(f"the state of {where} is a number of {saved.bit_length()} bits")

@@ -127,7 +127,7 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
     refused = [difference.what for difference in differences if policy in difference.refused_by]
     if refused:
         raise CheckpointError(
-            f"the checkpoint was written by another kind of run: {'; '.join(refused)}. "
+            f"the checkpoint was saved by a different run: {'; '.join(refused)}. "
             "Resume with the config in its folder, or accept the difference: ",
             hint_set(f"{whose}.resume_policy", "compatible" if policy == "exact" else "force"),
         )
@@ -154,9 +154,9 @@ def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose
         return ""
     if policy == "exact":
         raise CheckpointError(
-            f"the checkpoint is of a run on other data (fingerprint {before}, and {now} here), so "
-            "this one would not be its continuation; give it the data of then, or begin with this "
-            "data at its first batch: ",
+            f"the checkpoint's run used different data (fingerprint {before}, now {now}), so "
+            "this run would not continue it; use the original data, or start this "
+            "data from its first batch: ",
             hint_set(f"{whose}.resume_policy", "compatible"),
         )
     return f"the training data is not that of the checkpoint (fingerprint {now}, was {before})"
@@ -181,8 +181,8 @@ def compare_numerics(saved: Json, device: torch.device, policy: Policy, whose: s
     found = list(differences(theirs, numerics(device)))
     if found and policy == "exact" and theirs.get("deterministic_algorithms"):
         raise CheckpointError(
-            f"the checkpoint was computed otherwise, and its run was deterministic: "
-            f"{'; '.join(found)}. Compute as it did, or accept other bits: ",
+            f"the checkpoint's run was deterministic, and numerics now differ: "
+            f"{'; '.join(found)}. Restore them, or accept different bits: ",
             hint_set(f"{whose}.resume_policy", "compatible"),
         )
     return found
@@ -194,9 +194,7 @@ def _order(saved: list[str], now: list[str], engine: Engine) -> Iterator[Differe
     before = [n for n in saved if n in acting]
     if before != acting:
         here, there = next(pair for pair in zip(acting, before, strict=True) if len({*pair}) > 1)
-        yield Difference(
-            f"the plugins are called in another order: '{here}' where '{there}' was", ("exact",)
-        )
+        yield Difference(f"the plugin order differs: '{here}' instead of '{there}'", ("exact",))
 
 
 def drop_foreign_states(
@@ -213,9 +211,9 @@ def drop_foreign_states(
     foreign = [name for name in states if name not in engine.plugins]
     if foreign and policy != "force":
         raise CheckpointError(
-            f"the checkpoint holds the state of {', '.join(foreign)}, not in this run; add it: ",
+            f"the checkpoint has state of {', '.join(foreign)}, not in this run; add it: ",
             hint_add(*foreign),
-            ", or lose it: ",
+            ", or drop it: ",
             hint_set(f"{whose}.resume_policy", "force"),
         )
     for name in foreign:
@@ -282,7 +280,7 @@ def _table(value: Json | Mapping[str, Json], *keys: str) -> dict[str, Json]:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"lock.json holds no {' '.join(keys) or 'object'}")
+        raise CheckpointError(f"lock.json has no {' '.join(keys) or 'object'}")
     return dict(value)
 
 

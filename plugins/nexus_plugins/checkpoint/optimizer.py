@@ -87,12 +87,12 @@ def take_over(
         if force:
             saved.clear()
             saved.update(_copied(engine.optimizer.state_dict()))
-            return [f"{fault}; the optimizer begins with a fresh state"]
+            return [f"{fault}; the optimizer starts with a fresh state"]
         if other := _other_model(snapshot["model"], engine):
             raise CheckpointError(other)
         raise CheckpointError(
             f"{fault}, so its state cannot be used; build the optimizer as the run that wrote "
-            "the checkpoint did, or begin with a fresh state: ",
+            "the checkpoint did, or start with a fresh state: ",
             hint_set(f"{whose}.resume_policy", "force"),
         )
     said = []
@@ -221,8 +221,8 @@ def _check_settings(group: Settings, live: Settings) -> None:
     for key, value in live.items():
         if key != "params" and not _alike(group[key], value):
             raise CheckpointError(
-                f"the optimizer's {key} is {str(group[key])[:80]} in the checkpoint, and a value "
-                f"such as {str(value)[:80]} is expected"
+                f"the optimizer's {key} is {str(group[key])[:80]} in the checkpoint; expected "
+                f"a value such as {str(value)[:80]}"
             )
 
 
@@ -297,7 +297,7 @@ def _check_states(
         if state == {}:
             continue  # nothing has been kept yet
         if not isinstance(state, dict):
-            raise CheckpointError(f"the optimizer's state of parameter {number} is no state")
+            raise CheckpointError(f"the optimizer's state of parameter {number} is invalid")
         if kind is None:
             _check_unknown(state, number, parameter)
             continue
@@ -326,8 +326,8 @@ def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> N
         return
     if group["dampening"]:
         raise CheckpointError(
-            f"the optimizer has a momentum for parameter {there[0]} and not for all, which its "
-            "fused kernel cannot take; resume with fused=False"
+            f"the optimizer has momentum for parameter {there[0]} but not for all, which its "
+            "fused kernel does not support; resume with fused=False"
         )
     for number, parameter in zip(group["params"], live["params"], strict=True):
         if parameter.requires_grad and not states.get(number):
@@ -385,7 +385,7 @@ def _trial(
     except Exception as error:  # whatever it is, the settings or the state do not work
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the optimizer cannot use what the checkpoint holds for parameter {number}: "
+            f"the optimizer cannot use the checkpoint's state for parameter {number}: "
             f"{type(error).__name__}: {said}"
         ) from error
     return {name: _Kept(value, sizes) for name, value in optimizer.state[small].items()}
@@ -403,7 +403,7 @@ def _checked(value: object, kept: _Kept, parameter: Tensor, name: str, number: i
     if counts and isinstance(value, int | float) and _is_count(value):
         return value  # an optimizer of torch makes a tensor of it
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"{what} is missing or is no tensor")
+        raise CheckpointError(f"{what} is missing or not a tensor")
     if shape is not None and tuple(value.shape) != shape:
         raise CheckpointError(
             f"{what} does not have the shape {shape}; resume with the config that wrote the "

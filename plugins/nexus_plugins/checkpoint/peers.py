@@ -67,6 +67,6 @@ def check_same_step(step: int, ranks: Ranks) -> None:
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {rank} step {step}" for rank, step in enumerate(steps))
         raise CheckpointError(
-            f"the processes found checkpoints of different steps: {found}; the run's folder must "
-            "be on a file system that all machines share"
+            f"the processes found checkpoints of different steps: {found}; the run folder must "
+            "be on a file system shared by all machines"
         )

@@ -200,7 +200,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             return
         if name not in metrics:
             warnings.warn(
-                f"{self.name}.best is '{name}', which this evaluation does not measure; it has "
+                f"{self.name}.best is '{name}', which this evaluation does not have; it has "
                 f"{', '.join(sorted(metrics))}",
                 RuntimeWarning,
                 stacklevel=2,
@@ -312,11 +312,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         where = f"the checkpoint of step {self._saved_step} could not be written"
         what = f"{where} to {self._store.root}: {error}"
         if not isinstance(error, OSError):
-            raise RunError(f"{what}; the run can be resumed from the save before") from error
+            raise RunError(f"{what}; the run can be resumed from the previous save") from error
         if self._failures > self.config.failures_allowed:
-            raise RunError(f"{what}; make room or repair the disk, then ", hint_resume()) from error
+            raise RunError(f"{what}; free space or fix the disk, then ", hint_resume()) from error
         if self._speaks:
-            _say(f"{what}; continuing, the next save tries again")
+            _say(f"{what}; training continues, and the next save tries again")
 
     def _reserve(self, engine: Engine, writer: Writer) -> None:
         """Have the memory for the copies ready before the first save, while the loop continues."""
@@ -363,7 +363,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     def _own_store(self, engine: Engine) -> Store:
         if engine.out is None:
             raise ConfigError(
-                "the checkpoint plugin needs the run's folder: pass out=... to the Engine"
+                "the checkpoint plugin needs a run folder: pass out=... to the Engine"
             )
         return Store(engine.out / self._folder)
 
@@ -372,7 +372,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         step, folders = engine.state.step, self._store.folders()
         if folders and step == 0 and not self._resumed:
             raise CheckpointError(
-                f"{self._store.root} holds checkpoints of an earlier run, the newest "
+                f"{self._store.root} has checkpoints of an earlier run, the newest "
                 f"{folders[-1].name}; resume from it with ",
                 hint_resume(),
                 ", or choose another folder: ",
@@ -385,9 +385,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             course.forget(self._store.root)
         foreign = begun is not None and begun.is_foreign(self._store.root)
         for moved in self._store.set_aside(after=-1 if foreign else step):
-            _say(
-                f"the run continues from step {step}; a checkpoint of another course is now {moved}"
-            )
+            _say(f"the run continues from step {step}; a later checkpoint was moved to {moved}")
         if begun is not None:
             course.note(begun, self._store.root, ready=True)
 
@@ -402,7 +400,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         snapshot = own_share(unpack(content, engine, self._kinds or {}), engine.ranks, engine.seed)
         states = cast(dict[str, Any], snapshot["plugins"])
         for name in lock.drop_foreign_states(states, engine, policy, self.name):
-            differences.append(f"the state of plugin '{name}' is lost")
+            differences.append(f"the state of plugin '{name}' is dropped")
         differences += take_over(
             snapshot,
             cast(dict[str, Json], content.documents["lock.json"]).get("optimizer"),

@@ -48,20 +48,18 @@ def read_newest(stores: list[Store], ranks: Ranks) -> Content | None:
         try:
             content = read(path, ranks)
             if content.step != step_of(path.name):
-                raise CheckpointError(f"{path} is of step {content.step}, as its manifest says")
+                raise CheckpointError(f"{path} is of step {content.step} according to its manifest")
         except CheckpointError as error:
             faults.append(str(error))
             continue
         for fault in faults:
-            warnings.warn(
-                f"passed over a damaged checkpoint: {fault}", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"skipped a damaged checkpoint: {fault}", RuntimeWarning, stacklevel=2)
         return content
     if not faults:
         return None
     raise CheckpointError(
-        f"no checkpoint in {stores[-1].root} is whole: {'; '.join(faults)}. Restore one "
-        "from a copy, or begin again in another folder: ",
+        f"no checkpoint in {stores[-1].root} is intact: {'; '.join(faults)}. Restore one "
+        "from a backup, or start over in another folder: ",
         hint_out(),
     )
 
@@ -73,6 +71,6 @@ def read_path(path: Path, ranks: Ranks) -> Content:
     if (found_newest := read_newest(stores_at(path), ranks)) is not None:
         return found_newest
     raise CheckpointError(
-        f"there is no checkpoint at '{path}'; give the folder of one "
+        f"no checkpoint at '{path}'; give the folder of one "
         "(runs/x/checkpoints/step-00000100), of a run (runs/x), or auto, best or final"
     )

@@ -44,8 +44,7 @@ class RunLock:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise CheckpointError(
-                    f"{self._path} is a link, and the file that it leads to would be overwritten; "
-                    "remove it"
+                    f"{self._path} is a link, and its target would be overwritten; remove it"
                 ) from error
             raise CheckpointError(
                 f"cannot write to the run folder {folder}: {error.strerror}; make it writable, or "

@@ -28,7 +28,7 @@ def check_storable(parts: Mapping[str, Any]) -> None:
         if isinstance(tensor, Tensor) and (fault := fault_of(tensor)):
             raise CheckpointError(
                 f"the model's tensor '{name}' cannot be stored in a checkpoint: {fault}; a buffer "
-                "that can be computed again is left out by register_buffer(..., persistent=False)"
+                "that can be recomputed is excluded with register_buffer(..., persistent=False)"
             )
     for part, whose in (("model", "the model's"), ("optimizer", "the optimizer's")):
         _check(parts[part], part, whose)

@@ -42,13 +42,13 @@ def checked(tree: Mapping[str, object], engine: Engine, kinds: Mapping[str, Kind
     _check_plugins(tree["plugins"], engine, kinds)
     _check_data(tree.get("data"))
     _check_extras(tree.get("extras", {}))
-    _require(tree.get("due", []) in ([], ["evaluate"]), "owes what nobody knows")
+    _require(tree.get("due", []) in ([], ["evaluate"]), "has an unknown pending task")
     return cast(Snapshot, tree)
 
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise CheckpointError(f"state.json is not the state of a run: it {otherwise}")
+        raise CheckpointError(f"state.json is not a valid run state: it {otherwise}")
 
 
 def _check_model(model: object) -> None:
@@ -83,11 +83,9 @@ def _check_one_optimizer(saved: object) -> None:
     numbers = [number for group in table["param_groups"] for number in group["params"]]
     whole = all(type(number) is int for number in [*numbers, *table["state"]])
     _require(
-        whole and table["state"].keys() <= set(numbers), "numbers the optimizer's parameters oddly"
+        whole and table["state"].keys() <= set(numbers), "misnumbers the optimizer's parameters"
     )
-    _require(
-        len(set(numbers)) == len(numbers), "gives two of the optimizer's parameters one number"
-    )
+    _require(len(set(numbers)) == len(numbers), "gives two optimizer parameters the same number")
 
 
 def _check_counters(train: object) -> None:
@@ -103,8 +101,8 @@ def _check_counters(train: object) -> None:
 def _check_metrics(pending: object, metrics: object) -> None:
     _require(isinstance(pending, dict) and isinstance(metrics, dict), "has no metrics")
     for sums in cast(dict[str, object], pending).values():
-        _require(isinstance(sums, list) and len(sums) % 2 == 0 and _numbers(sums), "has odd sums")
-    _require(_numbers(list(cast(dict[str, object], metrics).values())), "has odd metrics")
+        _require(isinstance(sums, list) and len(sums) % 2 == 0 and _numbers(sums), "has wrong sums")
+    _require(_numbers(list(cast(dict[str, object], metrics).values())), "has invalid metrics")
 
 
 def _numbers(values: list[object]) -> bool:
@@ -117,9 +115,9 @@ def _check_generators(saved: object) -> None:
     good = isinstance(saved, dict) and kinds <= saved.keys() <= {*kinds, "accelerator", "peers"}
     _require(good, "has no generators")
     table = cast(dict[str, Any], saved)
-    _require(isinstance(table.get("accelerator", ""), str), "has generators of no kind of device")
+    _require(isinstance(table.get("accelerator", ""), str), "has generators of an unknown device")
     peers = table.get("peers", [])
-    _require(isinstance(peers, list), "has odd generators of other processes")
+    _require(isinstance(peers, list), "has invalid generators of other ranks")
     for other in peers:
         _require(isinstance(other, dict) and "peers" not in other, "nests generators")
         _check_generators(other)
@@ -137,7 +135,7 @@ def _check_data(data: object) -> None:
         and _is_count(data["row"], 0)
         and _is_count(data.get("processes", 1), 1)
         and isinstance(data.get("peers", []), list),
-        "does not say which data it was in",
+        "does not say which data it used",
     )
     table = cast(dict[str, Any], data)
     for place in (table["loader"], *table.get("peers", [])):
@@ -145,7 +143,7 @@ def _check_data(data: object) -> None:
 
 
 def _check_place(place: object) -> None:
-    _require(isinstance(place, dict | None), "does not say where its data was")
+    _require(isinstance(place, dict | None), "has no valid data position")
     if isinstance(place, dict):
         good = (
             place.keys() == Held.__annotations__.keys()
@@ -154,7 +152,7 @@ def _check_place(place: object) -> None:
             and isinstance(place["next"], str | None)
             and isinstance(place["draws"], bool)
         )
-        _require(good, "does not say where its data was")
+        _require(good, "has no valid data position")
         if place["random"] is not None:
             _check_generators(place["random"])
 
@@ -167,7 +165,7 @@ def _check_extras(extras: object) -> None:
     _require(
         isinstance(extras, dict)
         and all(isinstance(n, str) and isinstance(state, dict) for n, state in extras.items()),
-        "has odd additions of plugins",
+        "has invalid additions of plugins",
     )
 
 
@@ -185,7 +183,7 @@ def _check_plugins(plugins: object, engine: Engine, kinds: Mapping[str, Kinds]) 
         plugin = engine.plugins.get(str(name))
         if plugin is not None and saved["version"] > plugin.state_version:
             raise CheckpointError(
-                f"the state of plugin '{name}' is of version {saved['version']}, and this release "
+                f"the state of plugin '{name}' has version {saved['version']}, but this release "
                 f"reads up to {plugin.state_version}; install the release that wrote it"
             )
         if plugin is not None and saved["version"] == plugin.state_version:

@@ -29,7 +29,7 @@ class Writer:
     def start(self, job: Callable[[], None]) -> None:
         """Begin a job; call `finish` before, so that no error is lost."""
         if self._job is not None:
-            raise RuntimeError("the outcome of the job before has not been taken")
+            raise RuntimeError("the result of the previous job was not collected")
         self._job = self._pool.submit(job)
 
     @property

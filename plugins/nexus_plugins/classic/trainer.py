@@ -101,5 +101,5 @@ def _check_sizes(model: nn.Module, config: TrainingConfig) -> None:
         if size != wanted:
             raise ConfigError(
                 f"the model has {name}={size}, but the TrainingConfig says {wanted}; make them "
-                "agree, or pass model=None to have the one built that the config describes"
+                "agree, or pass model=None to build the model from the config"
             )

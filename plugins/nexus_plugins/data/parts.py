@@ -45,7 +45,7 @@ def parts(made: Any, place: str) -> dict[str, Any]:
     if odd := [str(key) for key in made if key not in known]:
         raise ConfigError(
             f"data: {place} returned a dict with '{odd[0]}'.{suggestion(odd[0], known)} Known: "
-            f"{', '.join(known)}; further evaluation sets go into 'valid', a dict of them"
+            f"{', '.join(known)}; put several evaluation sets into 'valid', as a dict"
         )
     found = {"train": None, "valid": None, "codec": None}
     found |= {known[key]: part for key, part in made.items()}
@@ -76,8 +76,8 @@ def check_iterable(data: Any, where: str, *, again: bool) -> None:
         raise DataError(f"{where} is a {type(data).__name__}, which cannot be iterated; {RETURNS}")
     if again and isinstance(data, Iterator):
         raise DataError(
-            f"{where} is a {type(data).__name__}, which can be read once, and each evaluation "
-            "reads it; return what can be read again: a list, a data set, a loader"
+            f"{where} is a {type(data).__name__}, which can be read only once; every evaluation "
+            "reads it; return something that can be reread: a list, a data set, a loader"
         )
 
 
@@ -89,7 +89,7 @@ def as_batches(data: Any, where: str) -> Iterable[Batch]:
     """
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ConfigError(
-            f"{where} is a data set of samples; say how many make a batch: ",
+            f"{where} is a data set of samples; set the batch size: ",
             hint_set("data.batch_size", 32),
         )
     batches: Iterable[Batch] = data

@@ -83,10 +83,9 @@ class DataPlugin(Plugin[DataConfig]):
         given = self.config.model_dump(include=OF_SAMPLES, exclude_defaults=True)
         if self.config.batch_size is None and given:
             raise ConfigError(
-                f"data.{min(given)} acts where data.batch_size puts samples into batches; set "
-                "that, such as ",
+                f"data.{min(given)} only has an effect with data.batch_size; set that, such as ",
                 hint_set("data.batch_size", 32),
-                f", or leave {min(given)} out",
+                f", or remove {min(given)}",
             )
 
     @hookimpl
@@ -115,7 +114,7 @@ class DataPlugin(Plugin[DataConfig]):
             return as_batches(data, where)
         if isinstance(data, DataLoader) or can_seek(data):
             raise ConfigError(
-                f"{where} is a {type(data).__name__}, which makes batches itself; leave out "
+                f"{where} is a {type(data).__name__}, which already yields batches; remove "
                 "data.batch_size, or return its data set"
             )
         if not trains:
@@ -141,6 +140,6 @@ class DataPlugin(Plugin[DataConfig]):
         for key in ("shuffle", "num_workers"):
             if getattr(self.config, key):
                 raise ConfigError(
-                    f"{where} is a stream without __getitem__, so data.{key} cannot act; leave it "
-                    "out, and do that in the stream itself"
+                    f"{where} is a stream without __getitem__, so data.{key} has no effect; remove "
+                    "it, and do that in the stream itself"
                 )

@@ -99,11 +99,11 @@ class Header:
             _LAYOUT.unpack_from(raw)
         )
         if version != 1 or width not in (2, 4):
-            raise DataError(f"{path} is of version {version}; this release reads 1; {_AGAIN}")
+            raise DataError(f"{path} has version {version}; this release reads version 1; {_AGAIN}")
         return cls(documents, tokens, highest, vocabulary, text, width, flags, digest.hex())
 
 
-_AGAIN = "make it again with: nexus-data prepare"
+_AGAIN = "rebuild it with: nexus-data prepare"
 
 
 class TokenFile:
@@ -143,7 +143,7 @@ class TokenFile:
         except OSError as error:
             raise DataError(f"cannot read {path}: {reason(error)}; {_AGAIN}") from error
         if size != expected:
-            what = "is cut short" if size < expected else "is too long"
+            what = "is truncated" if size < expected else "is too long"
             raise DataError(
                 f"{path} {what}: {size:,} bytes instead of {expected:,}; copy it again, or {_AGAIN}"
             )
@@ -169,7 +169,7 @@ class TokenFile:
             if not ends_right or backwards.any():
                 at = first + int(backwards.argmax()) if ends_right else 0
                 raise DataError(
-                    f"{index}: the beginnings of documents go backwards or past the "
+                    f"{index}: document offsets decrease or exceed the "
                     f"{self.header.tokens:,} tokens of {self.path.name} (at document {at}); "
                     f"{_AGAIN}"
                 )

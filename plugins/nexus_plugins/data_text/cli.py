@@ -31,10 +31,10 @@ _TEXT_KEY = click.option(
     "--text-key", default="text", show_default=True, help="Key of the text in .jsonl and .parquet."
 )
 _WHOLE = click.option(
-    "--one-file-one-document", is_flag=True, help="A file of text is one document, not one a line."
+    "--one-file-one-document", is_flag=True, help="A text file is one document, not one per line."
 )
 _AS_TEXT = click.option(
-    "--as-text", is_flag=True, help="Read every file of text as such, whatever its suffix."
+    "--as-text", is_flag=True, help="Read every file as text, whatever its suffix."
 )
 _UTF8 = click.option(
     "--invalid-utf8",
@@ -46,7 +46,7 @@ _UTF8 = click.option(
 
 
 def main() -> None:
-    """Run the command; any error is one line and exit code 2, with --debug its traceback too."""
+    """Run the command; errors are one line with exit code 2, plus the traceback with --debug."""
     warnings.showwarning = lambda message, *_, **__: _note(str(message))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -60,9 +60,9 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         place = f" '{error.filename}'" if error.filename else ""
-        _end(f"the system refused{place}: {error.strerror or error}", error)
+        _end(f"system error{place}: {error.strerror or error}", error)
     except Exception as error:
-        hint = "run it again as `nexus-data --debug ...` to see the traceback"
+        hint = "run `nexus-data --debug ...` to see the traceback"
         _end(f"{type(error).__name__}: {error} ({hint})", error)
 
 
@@ -76,7 +76,7 @@ def _end(message: str, error: BaseException) -> NoReturn:
 @click.group(name="nexus-data", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def _group(debug: bool) -> None:
-    """Text for training: prepare it, look at it, find it again."""
+    """Prepare, inspect and trace training text."""
 
 
 def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
@@ -94,16 +94,16 @@ def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
             split = split_by_name(files, root_of(expanded(one)))
             files = files if as_text else list(split.train)
             if as_text and split.valid:
-                _note(f"{in_words(split.valid)} named as held-out text, and used (--as-text)")
+                _note(f"{in_words(split.valid)} named as held-out text, but used (--as-text)")
             elif not as_text and (split.valid or split.test):
                 _note(
-                    f"{in_words([*split.valid, *split.test])} named as held-out text, and so left "
-                    "out; name a file by itself to use it"
+                    f"{in_words([*split.valid, *split.test])} named as held-out text, so "
+                    "skipped; name a file explicitly to use it"
                 )
         paths += files
     twice = [path for path in dict.fromkeys(paths) if paths.count(path) > 1]
     if twice:
-        _note(f"{in_words(twice)} named twice: read as often")
+        _note(f"{in_words(twice)} named twice, so read twice")
     return paths
 
 
@@ -113,16 +113,16 @@ def _note(text: str) -> None:
 
 @_group.command("prepare")
 @_INPUT
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option(
     "--tokenizer",
     default="bytes",
     show_default=True,
     help='"bytes", "bytes256", or a tokenizer.json.',
 )
-@click.option("--eos-token", help="Token that ends a document, where it has no usual name.")
-@click.option("--pad-token", help="Token that fills rows, where it has no usual name.")
-@click.option("--workers", type=click.IntRange(1), help="Processes; default: one a core.")
+@click.option("--eos-token", help="End-of-document token, if it has no usual name.")
+@click.option("--pad-token", help="Padding token, if it has no usual name.")
+@click.option("--workers", type=click.IntRange(1), help="Worker processes; default: one per core.")
 @click.option(
     "--val",
     type=click.FloatRange(0, 1, max_open=True),
@@ -130,7 +130,7 @@ def _note(text: str) -> None:
     show_default=True,
     help="Share of the documents to hold out for evaluation.",
 )
-@click.option("--deduplicate", is_flag=True, help="Keep one of documents that are the same.")
+@click.option("--deduplicate", is_flag=True, help="Keep one copy of identical documents.")
 @_TEXT_KEY
 @_WHOLE
 @_AS_TEXT
@@ -149,9 +149,9 @@ def _prepare(
     as_text: bool,
     invalid_utf8: str,
 ) -> None:
-    """Turn text into ids, once: train.bin and val.bin with their indexes, and the tokenizer.
+    """Tokenize text once: writes train.bin and val.bin with their indexes, and the tokenizer.
 
-    Killed or interrupted, the same command continues where it was.
+    If interrupted, the same command continues where it stopped.
     """
     from tqdm import tqdm
 
@@ -187,12 +187,12 @@ def _show_summary(summary: Summary, out: Path) -> None:
             click.echo(f"{name:<6}{documents:>14,} documents {tokens:>16,} tokens")
     tokens = summary.train_tokens + summary.valid_tokens
     share = summary.text_bytes / max(1, tokens)
-    click.echo(f"text  {summary.text_bytes:>14,} bytes, {share:.2f} a token")
+    click.echo(f"text  {summary.text_bytes:>14,} bytes, {share:.2f} per token")
     for what, count in (
-        ("duplicates left out", summary.duplicates),
-        ("documents left out, not UTF-8", summary.skipped),
+        ("duplicates skipped", summary.duplicates),
+        ("documents skipped, not UTF-8", summary.skipped),
         ("documents with bytes replaced", summary.replaced),
-        ("empty documents left out", summary.empty),
+        ("empty documents skipped", summary.empty),
         ("files without a document", len(summary.barren)),
     ):
         if count:
@@ -220,7 +220,7 @@ def _train_tokenizer(
     as_text: bool,
     invalid_utf8: str,
 ) -> None:
-    """Learn a byte-level BPE vocabulary from text; any text can be written with it."""
+    """Train a byte-level BPE vocabulary on text; it can encode any text."""
     from nexus_plugins.data_text.formats import Reading
     from nexus_plugins.data_text.training import train_tokenizer
 
@@ -233,16 +233,18 @@ def _train_tokenizer(
 
 @_group.command("inspect")
 @click.argument("path")
-@click.option("--tokenizer", default="auto", help="Of ids; default: the one beside them.")
+@click.option("--tokenizer", default="auto", help="Tokenizer; default: the one next to the ids.")
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True)
-@click.option("--ids-dtype", help="How bare ids are stored, such as uint32; default: uint16.")
+@click.option("--ids-dtype", help="dtype of bare ids, such as uint32; default: uint16.")
 @_TEXT_KEY
 @_WHOLE
 @_AS_TEXT
 @_UTF8
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--as", "kind", help='What it holds, if not text: "chat" shows conversations.')
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="With --as: a setting.")
+@click.option("--as", "kind", help='Type of data, if not text: "chat" shows conversations.')
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="With --as: a data setting."
+)
 def _inspect(
     path: str,
     tokenizer: str,
@@ -256,7 +258,7 @@ def _inspect(
     kind: str | None,
     sets: tuple[str, ...],
 ) -> None:
-    """Count and check all documents of a file or folder; exit code 1 if something is wrong."""
+    """Count and check all documents of a file or folder; exits with 1 if something is wrong."""
     if kind is not None:
         pairs = dict(one.partition("=")[::2] for one in sets)
         sys.exit(0 if _inspector(kind)(path, tokenizer, samples, pairs) else 1)
@@ -314,16 +316,16 @@ def _show_report(report: Report) -> None:
     for fault in report.faults:
         click.echo(f"  WRONG: {printable(fault)}")
     if not report.faults:
-        click.echo("  checks: all ids are in the vocabulary, all documents end where they should")
+        click.echo("  checks passed: all ids are in the vocabulary, all documents end with eos")
 
 
 @_group.command("at")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(1), required=True, help="Counted from 1.")
-@click.option("--text", is_flag=True, help="Print the text too.")
+@click.option("--text", is_flag=True, help="Also print the text.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the text.")
 def _at(run: Path, step: int, text: bool, as_json: bool) -> None:
-    """Print which documents and offsets a step of a run trained on."""
+    """Show which documents and offsets a step of a run trained on."""
     from dataclasses import asdict
 
     from nexus_plugins.data_text.trace import trained_on

@@ -61,7 +61,7 @@ class TextData:
         for name, rows in self.valid.items():
             if len(rows) < sum(rows.counts):
                 found.append(
-                    f"{name} is measured on {len(rows):,} of {sum(rows.counts):,} rows, the same "
+                    f"{name} is evaluated on {len(rows):,} of {sum(rows.counts):,} rows, the same "
                     "ones each time (data_text.valid_limit)"
                 )
         return found
@@ -146,8 +146,8 @@ def _evaluations(config: DataTextConfig, streams: Streams) -> dict[str, Rows]:
     for name, stream in streams.valid.items():
         if not len(stream):
             raise DataError(
-                f"no document of '{name}' is left for the evaluation; set data_text.valid to a "
-                "file of its own, raise data_text.valid_share, or set it to 0 for none"
+                f"no document of '{name}' is left for evaluation; set data_text.valid to a "
+                "separate file, raise data_text.valid_share, or set it to 0 for no evaluation"
             )
     limit = config.valid_limit and max(1, config.valid_limit // length)
     groups = {"val": list(streams.valid.values())} if streams.valid else {}
@@ -182,8 +182,8 @@ def _tokenizer(config: DataTextConfig, sources: Sequence[Source]) -> tuple[Token
     text = next((path for one in sources for path in one.texts), None)
     if text is not None:
         raise DataError(
-            f"{ids[0]} holds ids of an unknown tokenizer, and {text} is text, which needs that "
-            "one; set data_text.tokenizer to it"
+            f"{ids[0]} has ids of an unknown tokenizer, which is needed for the text in {text}; "
+            "set data_text.tokenizer to it"
         )
     size = config.vocab_size or max((size for _, size in known), default=0)
     return IdTokenizer(size or _highest(files, ids, config) + 1), "auto"
@@ -253,14 +253,14 @@ class _Opener:
                     raise
                 barren.append(str(path))
         if not pairs:
-            raise DataError(f"{barren[0]} holds no document that can be used, nor do the others")
+            raise DataError(f"neither {barren[0]} nor the other files have a usable document")
         self._say_barren(barren)
-        self.readings.append(f"{_files_of_text(len(pairs))}, used where they lie")
+        self.readings.append(f"{_files_of_text(len(pairs))}, used in place")
         return pairs
 
     def _say_barren(self, paths: Sequence[str]) -> None:
         if paths:
-            self.remarks.append(f"{len(paths):,} of the files hold no document, such as {paths[0]}")
+            self.remarks.append(f"{len(paths):,} of the files have no document, such as {paths[0]}")
 
     def _can_map(self, texts: list[Path], reading: Reading) -> bool:
         """Whether the bytes of the files can be used as ids where they lie."""
@@ -304,7 +304,7 @@ class _Opener:
             )
         if summary.skipped or summary.replaced or summary.empty:
             self.remarks.append(
-                f"{summary.skipped:,} documents are not UTF-8 and are left out, "
+                f"{summary.skipped:,} documents are not UTF-8 and were skipped, "
                 f"{summary.replaced:,} have bytes replaced, {summary.empty:,} are empty"
             )
         self._say_barren(summary.barren)
@@ -351,8 +351,8 @@ class _Opener:
             )
         elif file.guessed and tokenizer.size > 1 << 16:
             raise DataError(
-                f"{path} does not say how it stores ids, and the {tokenizer.size:,} of its "
-                "tokenizer do not fit into 16 bits; set data_text.ids_dtype to how it was written "
+                f"{path} does not declare its dtype, and the {tokenizer.size:,} ids of its "
+                "tokenizer do not fit into 16 bits; set data_text.ids_dtype to its dtype "
                 "(most likely uint32)"
             )
         return file
@@ -362,17 +362,17 @@ def loss_in_words(compared: int, altered: int, lost_bytes: int) -> str:
     """What a tokenizer does not keep of the text; "" where it keeps all."""
     said = []
     if lost_bytes:
-        said.append(f"{lost_bytes:,} bytes of text have no id of their own and are not counted")
+        said.append(f"{lost_bytes:,} bytes of text have no id and are not counted")
     if altered:
-        said.append(f"{altered:,} of {compared:,} documents come back from their ids changed")
+        said.append(f"{altered:,} of {compared:,} documents change when decoded from their ids")
     if not said:
         return ""
     return (
-        f"the tokenizer loses text: {'; '.join(said)}; bits per byte are of what it keeps, and "
+        f"the tokenizer is lossy: {'; '.join(said)}; bits per byte only cover what it keeps, and "
         "cannot be compared with other tokenizers"
     )
 
 
 def _files_of_text(count: int) -> str:
     """The number of files, in words."""
-    return "1 file of text" if count == 1 else f"{count:,} files of text"
+    return "1 text file" if count == 1 else f"{count:,} text files"

@@ -51,15 +51,15 @@ def doubts(path: Path) -> str | None:
     if head[8:10] == b'{"' and head[5:8] == b"\0\0\0":
         archive = "a model in safetensors"
     if archive is not None:
-        return f"it is {archive}; name the files of ids"
+        return f"it is {archive}; name the id files"
     kind, dtype = _kind(sample)
     if kind is None:
         return None
     if dtype is None:
         return f"it holds {kind}; write the ids as integers, or set data_text.ids_dtype=uint16"
     return (
-        f"it holds {kind}; set data_text.ids_dtype={dtype}, or to uint16 if the ids are what they "
-        "seem"
+        f"it holds {kind}; set data_text.ids_dtype={dtype}, or to uint16 if the ids really are "
+        "uint16"
     )
 
 
@@ -80,13 +80,13 @@ def _kind(raw: Bytes) -> tuple[str | None, str | None]:
         return "text", None
     if _is_wide(words):
         zeros = len(words) % 4 == 0 and not words[2::4].any()
-        return ("ids of 64 bits", "int64") if zeros else ("ids of 32 bits", "uint32")
+        return ("64-bit ids", "int64") if zeros else ("32-bit ids", "uint32")
     if _is_wide(words.byteswap()[: len(words) // 2 * 2][::-1]):
-        return "ids of 32 bits of the other byte order", "uint32be"
+        return "32-bit ids in the other byte order", "uint32be"
     if len(words) >= 32 and _is_float(raw):
         return "floating-point numbers", None
     if _is_swapped(raw):
-        return "ids of the other byte order", "uint16be"
+        return "ids in the other byte order", "uint16be"
     return None, None
 
 

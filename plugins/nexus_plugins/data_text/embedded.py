@@ -31,8 +31,8 @@ def standard_library(valid_share: float) -> tuple[list[tuple[str, bytes]], list[
     documents = [(path.relative_to(root).as_posix(), text) for path, text in _sources(root)]
     if not documents:
         raise DataError(
-            f"there are no readable .py files in {root}, so there is no embedded text to train "
-            "on; set data_text.train to a file or folder of your own"
+            f"no readable .py files in {root}, so there is no built-in text to train "
+            "on; set data_text.train to your own file or folder"
         )
     train = [pair for pair in documents if not _held_out(pair[0], valid_share)]
     valid = [pair for pair in documents if _held_out(pair[0], valid_share)]

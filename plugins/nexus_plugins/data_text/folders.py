@@ -63,7 +63,7 @@ def find(wish: str, as_text: bool = False) -> Found:
             return _Choice(f"'{wish}'", as_text).of(iter(matching))
     except OSError as error:
         raise DataError(f"cannot read {error.filename or path}: {reason(error)}") from error
-    raise DataError(f"there is no file or folder '{wish}'; expected {KNOWN} (from {Path.cwd()})")
+    raise DataError(f"no file or folder '{wish}'; expected {KNOWN} (from {Path.cwd()})")
 
 
 def root_of(path: Path) -> Path:
@@ -74,10 +74,10 @@ def root_of(path: Path) -> Path:
 
 def _named(path: Path, as_text: bool) -> Path:
     if not path.is_file():
-        raise DataError(f"{path} is neither a file nor a folder; write its content into a file")
+        raise DataError(f"{path} is neither a file nor a folder; write its content to a file")
     if not suffix_of(path, as_text):
         raise DataError(
-            f"{path} is of an unknown format '{path.suffix}'; known: {KNOWN}; to "
+            f"{path} has the unknown format '{path.suffix}'; known: {KNOWN}; to "
             f"read it as text: data_text.train=[{{path: {path.name}, as: text}}] (--as-text)"
         )
     return path
@@ -94,7 +94,7 @@ def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
     except OSError as error:
         raise DataError(
             f"cannot read the folder {folder}: {reason(error)}; make it readable, or name the "
-            "files and folders beside it"
+            "other files and folders"
         ) from error
     if any(entry.name == CACHE_TAG for entry in entries):
         return
@@ -135,10 +135,9 @@ class _Choice:
         known = [path for path in there if self._is_known(path)]
         kept = [path for path in self._of_prepared(known) if not self._is_empty(path)]
         if not kept:
-            found = "; ".join(self._notes()) or "there is nothing in it"
+            found = "; ".join(self._notes()) or "it is empty"
             raise DataError(
-                f"{self._what} holds no file that can be read: {found}; expected "
-                f"{KNOWN} (from {Path.cwd()})"
+                f"{self._what} has no readable file: {found}; expected {KNOWN} (from {Path.cwd()})"
             )
         return Found(tuple(sorted(kept)), left_out=tuple(self._notes()))
 
@@ -150,7 +149,7 @@ class _Choice:
         if path.is_file():
             return True
         broken = path.is_symlink() and not path.exists()
-        return self._leave("links that lead nowhere" if broken else "not regular files", path)
+        return self._leave("broken links" if broken else "not regular files", path)
 
     def _once(self, files: Sequence[Path]) -> list[Path]:
         """Each file once, by its own name where links lead to it too."""
@@ -170,7 +169,7 @@ class _Choice:
         if suffix and suffix not in _ALONE:
             return not _is_metadata(path)
         if not _goes_with_ids(path):
-            self._leave("of formats that are not read in a folder", path)
+            self._leave("of formats that are not read from folders", path)
         return False
 
     def _of_prepared(self, files: list[Path]) -> list[Path]:
@@ -197,7 +196,7 @@ class _Choice:
             kinds = Counter(path.suffix or path.name for path in paths)
             names = ", ".join(printable(str(path)) for path in paths[:_NAMED])
             more = ", ..." if len(paths) > _NAMED else ""
-            note = f"{_files(len(paths))} left out, {why}: {names}{more}"
+            note = f"{_files(len(paths))} skipped, {why}: {names}{more}"
             if why.startswith("of formats"):
                 counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
                 note += f" ({printable(counts)}; `as: text` or --as-text reads text of any suffix)"

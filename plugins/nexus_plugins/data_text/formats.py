@@ -143,7 +143,7 @@ class Portion:
         try:
             self.metadata.append(None if metadata is None else json.dumps(metadata, default=str))
         except RecursionError:
-            raise DataError(f"{where()}: 'metadata' is nested too deeply; leave it out") from None
+            raise DataError(f"{where()}: 'metadata' is nested too deeply; remove it") from None
 
 
 def suffix_of(path: Path, as_text: bool = False) -> str:
@@ -183,7 +183,7 @@ def slices_of(path: Path, reading: Reading | None = None) -> list[Slice]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
     if size == 0:
-        raise DataError(f"{path} is empty; leave it out, or put text into it")
+        raise DataError(f"{path} is empty; remove it, or add text")
     if form is not None and form.kind == "parquet":
         from nexus_plugins.data_text.parquet import parquet_slices
 
@@ -211,7 +211,7 @@ def read_slice(part: Slice, reading: Reading) -> Iterator[Portion]:
     form = format_of(path, reading.as_text)
     try:
         if form is None or form.kind == "ids":
-            raise DataError(f"{path} is not a file of text")
+            raise DataError(f"{path} is not a text file")
         if form.kind == "parquet":
             from nexus_plugins.data_text.parquet import read_parquet
 
@@ -239,8 +239,8 @@ def _take_file(part: Slice, form: Format, reading: Reading) -> Portion:
 def _check_length(size: int, part: Slice) -> None:
     if size > _LONGEST:
         raise DataError(
-            f"{part.path} holds a document of more than {_LONGEST >> 20:,} MiB; documents must fit "
-            "in memory: cut it into several lines"
+            f"{part.path} has a document of more than {_LONGEST >> 20:,} MiB; documents must fit "
+            "in memory: split it into several lines"
         )
 
 
@@ -317,7 +317,7 @@ def _take_json(
             raise DataError(_not_utf8(where(offset), line[error.start], error.start)) from None
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{where(offset)} is not JSON ({error}); expected one object a line, such as "
+                f"{where(offset)} is not JSON ({error}); expected one object per line, such as "
                 f'{{"{reading.text_key}": "..."}}{_of_array(line)}'
             ) from None
         text = _text_of(entry, reading.text_key, lambda at=offset: where(at))  # type: ignore[misc]
@@ -348,7 +348,7 @@ def _take_long_json(
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where(0)} is not JSON ({error}); expected one object a line") from None
+        raise DataError(f"{where(0)} is not JSON ({error}); expected one object per line") from None
     del line
     key = reading.text_key.encode().decode("latin-1")
     known = isinstance(entry, dict) and isinstance(entry.get(key), str)
@@ -382,7 +382,7 @@ def _of_array(line: bytes) -> str:
     """What to do with a file that is one array."""
     if not line.lstrip().startswith(b"["):
         return ""
-    return "; an array becomes such lines by: jq -c '.[]' FILE > FILE.jsonl"
+    return "; convert an array to such lines with: jq -c '.[]' FILE > FILE.jsonl"
 
 
 def _kind(value: Any) -> str:
@@ -481,7 +481,7 @@ def _decompressed(part: Slice, packing: str) -> Iterator[bytes]:
             yield from _gunzip(file) if packing == ".gz" else _unzstd(file, part.path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(
-                f"{part.path} is damaged or cut short: {error}; copy or compress it again"
+                f"{part.path} is damaged or truncated: {error}; copy or compress it again"
             ) from error
 
 

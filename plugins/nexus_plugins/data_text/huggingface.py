@@ -56,7 +56,7 @@ class HfTokenizer(Tokenizer):
         if self.size > _GAPS * len(self._vocabulary) + _MORE:
             raise DataError(
                 f"{path} has {len(self._vocabulary):,} tokens, but ids up to {self.size - 1:,}; "
-                "number its tokens without such gaps"
+                "renumber its tokens without such gaps"
             )
         self.eos: int = self._required("eos", eos_token, _EOS)
         pad = self._find("pad", pad_token, _PAD)
@@ -70,7 +70,7 @@ class HfTokenizer(Tokenizer):
             added = self._tokenizer.get_added_tokens_decoder().values()
             special = ", ".join(repr(token.content) for token in added) or "none"
             raise DataError(
-                f"{self._path} has no token that ends a document (looked for {', '.join(names)}); "
+                f"{self._path} has no end-of-document token (looked for {', '.join(names)}); "
                 f"its special tokens: {special}; set data_text.{what}_token (--{what}-token)"
             )
         return found
@@ -79,7 +79,7 @@ class HfTokenizer(Tokenizer):
         if wish is not None and wish not in self._vocabulary:
             raise DataError(
                 f"{self._path} has no token '{wish}'; set data_text.{what}_token (--{what}-token) "
-                "to one that it has"
+                "to an existing one"
             )
         known = (wish,) if wish is not None else names
         return next((self._vocabulary[name] for name in known if name in self._vocabulary), None)

@@ -97,18 +97,18 @@ def open_ids(path: Path, wish: str | None, eos: int | None, cache: Path) -> IdFi
     if magic.startswith(MEGATRON):
         ids, starts, highest = open_megatron(path, index, cache)
         _agree(path, str(ids.dtype), wish, "its .idx")
-        how = f"{ids.dtype} ids with the index of Megatron"
+        how = f"{ids.dtype} ids with an index of Megatron"
         return IdFile(ids, starts, highest, how, None, PreparedOrigin.of_itself(path, starts))
     if indexed:
         raise DataError(
-            f"{index} is neither an index of this trainer nor of Megatron (MMIDIDX), so that "
+            f"{index} is neither an index of this trainer nor of Megatron (MMIDIDX), so "
             f"{path.name} cannot be trusted; move it away to read {path.name} without it"
         )
     layout = _layout(path, wish)
     ids = MappedFile(path, layout.dtype, layout.offset, layout.count)
     scan = scan_ids(ids, eos, cache, _check_guess if layout.guessed else None)
     if scan.lowest < 0:
-        raise DataError(f"{path} holds the negative id {scan.lowest}: {layout.how}; {_WISH}")
+        raise DataError(f"{path} has the negative id {scan.lowest}: {layout.how}; {_WISH}")
     origin = PreparedOrigin.of_itself(path, scan.starts)
     return IdFile(
         ids,
@@ -122,7 +122,7 @@ def open_ids(path: Path, wish: str | None, eos: int | None, cache: Path) -> IdFi
     )
 
 
-_WISH = "set data_text.ids_dtype to how the file was written"
+_WISH = "set data_text.ids_dtype to the dtype of the file"
 
 
 def _ours(path: Path, wish: str | None) -> IdFile:
@@ -130,7 +130,7 @@ def _ours(path: Path, wish: str | None) -> IdFile:
     header = file.header
     dtype = f"uint{8 * header.id_bytes}"
     _agree(path, dtype, wish, "its .idx")
-    how = f"{dtype} ids with the index of this trainer"
+    how = f"{dtype} ids with an index of this trainer"
     record = Record.beside(path.parent)
     crc = "" if record is None else str(record.checksums.get(path.name, ""))
     return IdFile(
@@ -158,12 +158,12 @@ def _layout(path: Path, wish: str | None) -> _Layout:
     dtype = _dtype(wish or "uint16")
     if size % dtype.itemsize:
         raise DataError(
-            f"{path} is cut short, or other than {wish or 'uint16'} ids: {size:,} bytes are no "
+            f"{path} is truncated, or not {wish or 'uint16'} ids: {size:,} bytes are not a "
             f"multiple of {dtype.itemsize}; {_AGAIN}, or {_WISH}"
         )
     if wish is not None:
-        return _Layout(dtype.str, 0, f"{wish} ids, as data_text.ids_dtype says")
-    how = "bare uint16 ids (nothing says so, but they look so)"
+        return _Layout(dtype.str, 0, f"{wish} ids, from data_text.ids_dtype")
+    how = "bare uint16 ids (undeclared, but plausible)"
     return _Layout("<u2", 0, how, guessed=True)
 
 
@@ -184,8 +184,8 @@ def _dtype(name: str) -> np.dtype[np.generic]:
 def _agree(path: Path, found: str, wish: str | None, source: str) -> None:
     if wish is not None and np.dtype(found) != _dtype(wish):
         raise DataError(
-            f"{path} holds {np.dtype(found).name} ids, as {source} says, but data_text.ids_dtype "
-            f"is {wish}; leave data_text.ids_dtype out, which is for files that do not say it"
+            f"{path} has {np.dtype(found).name} ids according to {source}, but data_text.ids_dtype "
+            f"is {wish}; remove data_text.ids_dtype, which is for files that do not declare one"
         )
 
 
@@ -199,7 +199,7 @@ def _head(path: Path, count: int) -> bytes:
 
 def _check_size(path: Path, size: int, expected: int, source: str) -> None:
     if size != expected:
-        what = "is cut short" if size < expected else "is too long"
+        what = "is truncated" if size < expected else "is too long"
         raise DataError(
             f"{path} {what}: {size:,} bytes, but {source} says {expected:,}; copy it again, or "
             f"{_AGAIN}"
@@ -214,17 +214,17 @@ def _llm_c(path: Path, head: bytes, size: int) -> _Layout | None:
         return None
     expected, name = _LLM_C[magic]
     if version != expected or count < 0:
-        raise DataError(f"{path} has a header of llm.c of version {version}; known: {expected}")
+        raise DataError(f"{path} has an llm.c header of version {version}; known: {expected}")
     dtype = np.dtype(name)
-    _check_size(path, size, _LLM_C_HEADER + count * dtype.itemsize, "the header of llm.c")
-    return _Layout(dtype.str, _LLM_C_HEADER, f"{name} ids with the header of llm.c", count)
+    _check_size(path, size, _LLM_C_HEADER + count * dtype.itemsize, "the llm.c header")
+    return _Layout(dtype.str, _LLM_C_HEADER, f"{name} ids with an llm.c header", count)
 
 
 def _numpy(path: Path, head: bytes) -> _Layout | None:
     """The header of NumPy's format, read by hand: nothing of it is executed."""
     if not head.startswith(_NUMPY):
         if path.suffix.lower() == ".npy":
-            raise DataError(f"{path} is not a .npy file of NumPy; {_AGAIN}")
+            raise DataError(f"{path} is not a NumPy .npy file; {_AGAIN}")
         return None
     try:
         wide = head[6] > 1
@@ -238,17 +238,15 @@ def _numpy(path: Path, head: bytes) -> _Layout | None:
         fits = dtype.kind in "ui" and all(isinstance(one, int) and one >= 0 for one in shape)
     except (struct.error, ValueError, TypeError, KeyError, SyntaxError, IndexError,
             RecursionError, MemoryError) as error:  # fmt: skip
-        raise DataError(
-            f"{path} has a damaged header of NumPy ({error!r:.100}); {_AGAIN}"
-        ) from None
+        raise DataError(f"{path} has a damaged NumPy header ({error!r:.100}); {_AGAIN}") from None
     if not fits or len(shape) != 1:
         raise DataError(
-            f"{path} holds numbers of type {dtype} and shape {shape}; expected one row of integers"
+            f"{path} has dtype {dtype} and shape {shape}; expected a 1-d array of integers"
         )
     _check_size(
         path, path.stat().st_size, begin + length + shape[0] * dtype.itemsize, "NumPy's header"
     )
-    how = f"{dtype.name} ids with the header of NumPy"
+    how = f"{dtype.name} ids with a NumPy header"
     return _Layout(dtype.str, begin + length, how, shape[0])
 
 
@@ -260,11 +258,11 @@ def _recorded(path: Path, size: int) -> _Layout | None:
         return None
     if size not in (2 * count, 4 * count):
         raise DataError(
-            f"{path} is cut short or too long: {size:,} bytes, but prepare.json says {count:,} "
+            f"{path} is truncated or too long: {size:,} bytes, but prepare.json says {count:,} "
             f"ids; copy it again, or {_AGAIN}"
         )
     name = "uint16" if size == 2 * count else "uint32"
-    return _Layout(np.dtype(name).str, 0, f"{name} ids, as prepare.json says (its .idx is missing)")
+    return _Layout(np.dtype(name).str, 0, f"{name} ids, from prepare.json (its .idx is missing)")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def open_text(
         DataError: the file cannot be read, is not UTF-8 or holds no document.
     """
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; leave it out, or put text into it")
+        raise DataError(f"{path} is empty; remove it, or add text")
 
     def build(folder: Path) -> None:
         _index(path, reading, share, folder)
@@ -106,7 +106,7 @@ def open_text(
 
 def _check_same(path: Path, signed: list[list[str | int]]) -> None:
     if signature([path], changes=True) != signed:
-        raise DataError(f"{path} has changed while it was read; start again when it is complete")
+        raise DataError(f"{path} changed while it was read; start again when it is complete")
 
 
 def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
@@ -119,7 +119,7 @@ def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
             for writer, chosen in zip(writers, (~valid, valid), strict=False):
                 writer.append(begins[chosen], (ends - begins)[chosen])
         if not any(writer.documents for writer in writers):
-            raise NoDocumentError(f"{path} holds no text, only blank lines; leave it out")
+            raise NoDocumentError(f"{path} has no text, only blank lines; remove it")
         (folder / "checksum").write_text(f"{crc[0]:08x}")
 
 
@@ -176,7 +176,7 @@ def _whole_file(path: Path, reading: Reading) -> tuple[Ids, Ids, Ids]:
         checksum = zlib.crc32(block, checksum)
         offset = begin if offset < 0 else offset
     if offset < 0:
-        raise NoDocumentError(f"{path} is empty but for a byte-order mark; leave it out")
+        raise NoDocumentError(f"{path} is empty except for a byte-order mark; remove it")
     size = path.stat().st_size
     return np.array([offset]), np.array([size]), np.array([checksum])
 
@@ -245,7 +245,7 @@ def scan_ids(
         DataError: no document is found.
     """
     if not len(file.array):
-        raise DataError(f"{file.path} holds no ids; leave it out")
+        raise DataError(f"{file.path} has no ids; remove it")
 
     def build(folder: Path) -> None:
         if check is not None:

@@ -99,7 +99,7 @@ def _faults(stream: Stream, tokenizer: Tokenizer) -> list[str]:
     if highest >= tokenizer.size:
         faults.append(f"id {highest} is not in the vocabulary of {tokenizer.size} ids")
     if unended:
-        faults.append(f"{unended:,} documents do not end in eos")
+        faults.append(f"{unended:,} documents do not end with eos")
     if tokenizer.eos is not None and inside > stream.documents:
-        faults.append(f"{inside - stream.documents:,} eos tokens lie inside documents")
+        faults.append(f"{inside - stream.documents:,} eos tokens are inside documents")
     return faults

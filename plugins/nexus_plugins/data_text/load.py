@@ -48,7 +48,7 @@ def load_tokenizer(
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"there is no tokenizer '{wish}' ({reason(error)}); expected \"bytes\", "
+            f"no tokenizer '{wish}' ({reason(error)}); expected \"bytes\", "
             '"bytes256" or the path of a tokenizer.json'
         ) from error
     return _parsed(raw, path, eos_token, pad_token)
@@ -77,7 +77,7 @@ def _own(kind: str, layout: dict[str, Any], path: Path) -> Tokenizer:
         return IdTokenizer(size)
     if kind == "characters" and isinstance(letters, list):
         return CharTokenizer(_letters(letters, path))
-    raise DataError(f"{path} holds a tokenizer of the unknown kind '{kind}'; use a newer release")
+    raise DataError(f"{path} has a tokenizer of unknown kind '{kind}'; use a newer release")
 
 
 def _letters(found: list[Any], path: Path) -> list[str]:
@@ -85,7 +85,7 @@ def _letters(found: list[Any], path: Path) -> list[str]:
     try:
         "".join(found).encode()
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path} has ids that stand for no text ({error})") from error
+        raise DataError(f"{path} has ids without text ({error})") from error
     if len(set(found)) < len(found) or not found:
         raise DataError(f"{path} has no ids, or two for the same text")
     return found
@@ -104,7 +104,7 @@ class _Plain(pickle.Unpickler):
     """Reads numbers, texts and containers; anything that could run code is refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it loads {module}.{name}")
 
 
 def _of_nanogpt(raw: bytes, path: Path) -> Tokenizer:
@@ -139,4 +139,4 @@ def _check_memo(raw: bytes) -> None:
     for opcode, value, _ in pickletools.genops(raw):
         puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
         if puts and not 0 <= int(value or 0) <= len(raw):
-            raise pickle.UnpicklingError(f"it asks for {value:,} cells of memory")
+            raise pickle.UnpicklingError(f"it requests {value:,} memo cells")

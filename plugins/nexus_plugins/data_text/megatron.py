@@ -33,17 +33,17 @@ def open_megatron(path: Path, index: Path, cache: Path) -> tuple[MappedFile, Map
     """
     raw = MappedFile(index).array
     if len(raw) < _HEADER.size:
-        raise DataError(f"{index} is cut short; {_AGAIN}")
+        raise DataError(f"{index} is truncated; {_AGAIN}")
     _, version, kind, sequences, edges = _HEADER.unpack(raw[: _HEADER.size].tobytes())
     if version != 1 or kind not in _KINDS:
         raise DataError(
-            f"{index} is of version {version} with ids of kind {kind}; known: version 1 with "
+            f"{index} has version {version} with ids of kind {kind}; known: version 1 with "
             f"kinds {', '.join(map(str, _KINDS))}"
         )
     expected = _HEADER.size + 12 * sequences + 8 * edges
     if len(raw) < expected or edges < 1:
         raise DataError(
-            f"{index} is cut short: {len(raw):,} bytes instead of {expected:,}; {_AGAIN}"
+            f"{index} is truncated: {len(raw):,} bytes instead of {expected:,}; {_AGAIN}"
         )
     ids = MappedFile(path, _KINDS[kind])
     lengths = MappedFile(index, "i4", _HEADER.size, sequences)
@@ -58,7 +58,7 @@ def open_megatron(path: Path, index: Path, cache: Path) -> tuple[MappedFile, Map
             portion = ids.array[first : first + _PORTION]
             ends = [min(ends[0], int(portion.min())), max(ends[1], int(portion.max()))]
         if ends[0] < 0:
-            raise DataError(f"{path} holds the negative id {ends[0]}; {_AGAIN}")
+            raise DataError(f"{path} has the negative id {ends[0]}; {_AGAIN}")
         (folder / "scan.json").write_text(json.dumps({"highest": ends[1]}))
 
     key = fingerprint("megatron", signature([path, index], changes=True))
@@ -80,16 +80,16 @@ def _starts(
     begins = np.concatenate([[0], sizes.cumsum()])
     width = ids.dtype.itemsize
     if (sizes < 0).any() or not np.array_equal(offsets.array, begins[:-1] * width):
-        raise DataError(f"{index}: its sequences do not lie one behind the other; {_AGAIN}")
+        raise DataError(f"{index}: its sequences are not contiguous; {_AGAIN}")
     if int(begins[-1]) * width != path.stat().st_size:
         raise DataError(
-            f"{path} has {path.stat().st_size:,} bytes, but its .idx speaks of "
+            f"{path} has {path.stat().st_size:,} bytes, but its .idx says "
             f"{int(begins[-1]) * width:,}; copy both again"
         )
     edges = firsts.array
     ends_right = int(edges[0]) == 0 and int(edges[-1]) == len(sizes)
     if not ends_right or (edges[1:] < edges[:-1]).any():
-        raise DataError(f"{index}: the beginnings of its documents go backwards; {_AGAIN}")
+        raise DataError(f"{index}: its document offsets decrease; {_AGAIN}")
     starts: np.ndarray[tuple[int], np.dtype[np.int64]] = np.unique(begins[edges])
     return starts
 

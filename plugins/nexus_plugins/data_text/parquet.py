@@ -85,13 +85,13 @@ def _columns(schema: Any, path: str, key: str) -> list[str]:
     twice = next((name for name in wanted if names.count(name) > 1), None)
     if twice is not None:
         raise DataError(
-            f"{path} has {names.count(twice)} columns called '{twice}', and which one is meant "
-            "cannot be told; rename them when you write the file"
+            f"{path} has {names.count(twice)} columns called '{twice}', which is "
+            "ambiguous; rename them when you write the file"
         )
     kind = schema.field(key).type
     stored = str(getattr(kind, "value_type", kind)) if str(kind).startswith("dictionary") else kind
     if str(stored) not in _TEXT:
-        raise DataError(f"{path}: column '{key}' is of type {kind}; expected strings")
+        raise DataError(f"{path}: column '{key}' has type {kind}; expected strings")
     return wanted
 
 

@@ -124,9 +124,7 @@ def prepare(
     """
     ids = [path for path in paths if not is_text(path, job.as_text)]
     if ids:
-        raise DataError(
-            f"{ids[0]} holds ids, not text; it needs no preparing, train on it as it is"
-        )
+        raise DataError(f"{ids[0]} already has ids, not text; train on it directly")
     tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
     settings = {**asdict(job), "tokenizer": tokenizer.hash, "eos": tokenizer.eos}
     signed = signature(paths)
@@ -141,7 +139,7 @@ def prepare(
                 encoded = _encode(units, job, parts, workers, progress)
                 done = _Merge(out, job, paths, units).run(encoded)
                 if signature(paths) != signed:
-                    raise DataError("the input has changed while it was read; start again")
+                    raise DataError("the input changed while it was read; start again")
                 _write(out / "tokenizer.json", tokenizer.to_json().encode())
                 record = {"fingerprint": mark, "settings": settings, **done}
                 _write(out / RECORD, json.dumps(record, indent=1).encode())
@@ -169,7 +167,7 @@ def _finished(out: Path, mark: str) -> dict[str, Any] | None:
         return None
     if found.fingerprint != mark:
         raise DataError(
-            f"{out} already holds data prepared from other files or settings; choose another "
+            f"{out} already has data prepared from other files or settings; choose another "
             "folder, or remove this one"
         )
     return {"summary": found.summary}
@@ -377,10 +375,10 @@ class _Merge:
     def _check(self) -> None:
         self._barren = [path for path, kept in self._kept.items() if not kept]
         if len(self._barren) == len(self._kept):
-            raise DataError(f"{self._barren[0]} holds no document that can be used; leave it out")
+            raise DataError(f"{self._barren[0]} has no usable document; remove it")
         if not self._writers[0].documents:
             raise DataError(
-                "no document is left to train on; lower the share for evaluation (--val, "
+                "no document is left to train on; lower the evaluation share (--val, "
                 "data_text.valid_share) or add documents"
             )
 

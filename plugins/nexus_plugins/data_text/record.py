@@ -60,7 +60,7 @@ class Record:
             OverflowError,
         ) as error:
             raise DataError(
-                f"{path} is damaged ({error!r:.100}); remove it, or make the data again with: "
+                f"{path} is damaged ({error!r:.100}); remove it, or rebuild the data with: "
                 "nexus-data prepare"
             ) from error
 

@@ -175,7 +175,7 @@ class Rows(ABC):
         highest = int(tokens.max(initial=0))
         if highest >= self._size:
             raise DataError(
-                f"the data holds id {highest}, but the vocabulary has {self._size} ids; check it "
+                f"the data has id {highest}, but the vocabulary has {self._size} ids; check it "
                 "with: nexus-data inspect"
             )
 
@@ -212,7 +212,7 @@ class PackedRows(Rows):
     start of a document) and `label_bytes` `(B,)` int64 (bytes of text that the labels stand for).
     """
 
-    LOST = "do not fill a row and are left out"
+    LOST = "do not fill a row and are dropped"
 
     def rows_of(self, stream: Stream) -> int:
         full, rest = divmod(len(stream), self.length)
@@ -283,7 +283,7 @@ class PaddedRows(Rows):
     padding), all `(B, T)` int64, and `label_bytes` `(B,)` int64.
     """
 
-    LOST = "are cut off long documents (data_text.max_length)"
+    LOST = "are truncated from long documents (data_text.max_length)"
 
     def rows_of(self, stream: Stream) -> int:
         return stream.documents

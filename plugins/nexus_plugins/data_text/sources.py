@@ -111,9 +111,7 @@ class _Finder:
         names = [source.name for source in sources]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise DataError(
-                f"two sources are called '{twice}'; give them names of their own (name:)"
-            )
+            raise DataError(f"two sources are called '{twice}'; give them different names (name:)")
         return sources
 
     def _source(self, wish: SourceConfig) -> Source:
@@ -156,16 +154,16 @@ class _Finder:
         """Note what text of any suffix brings along: a `validation.py` is source code."""
         if taken := split_by_name(files, root_of(expanded(wish))).valid:
             self.remarks.append(
-                f"{in_words(taken)} named as held-out text, and trained on, as all files of "
-                f"{wish} are to be read as text"
+                f"{in_words(taken)} named as held-out text, but trained on, because all files of "
+                f"{wish} are read as text"
             )
 
     def _by_name(self, files: Sequence[Path], wish: str) -> Split:
         split = split_by_name(files, root_of(expanded(wish)))
         if split.test:
             self.remarks.append(
-                f"{in_words(split.test)} named as test data: not trained on; name a file by "
-                "itself to use it"
+                f"{in_words(split.test)} named as test data: not trained on; name a file "
+                "explicitly to use it"
             )
         return split
 
@@ -173,10 +171,10 @@ class _Finder:
         """Note what is kept out of training because of its name."""
         files = [path for one in sources for path in one.apart]
         if files:
-            what = "evaluated on, in place of a share, and " if evaluated else ""
+            what = "evaluated on, instead of a share, and " if evaluated else ""
             self.remarks.append(
-                f"{in_words(files)} named as held-out text: {what}not trained on; name a file by "
-                "itself to train on it"
+                f"{in_words(files)} named as held-out text: {what}not trained on; name a file "
+                "explicitly to train on it"
             )
 
     def without_evaluated(self, train: list[Source], valid: list[Source]) -> list[Source]:
@@ -193,16 +191,16 @@ class _Finder:
             meant += [path for path in both if path not in here]
             kept.append(replace(source, files=rest))
         if brought:
-            self.remarks.append(f"{in_words(brought)} evaluated on, and so left out of training")
+            self.remarks.append(f"{in_words(brought)} evaluated on, so excluded from training")
         if meant:
             self.remarks.append(
-                f"{in_words(meant)} both trained on and evaluated on: val/loss then says nothing "
-                "about text that the model has not seen; name other files as data_text.valid"
+                f"{in_words(meant)} both trained on and evaluated on: val/loss says nothing "
+                "about unseen text; set data_text.valid to other files"
             )
         if any(not one.files for one in train) and any(not one.files for one in valid):
             self.remarks.append(
                 f"all of '{_EMBEDDED}' is both trained on and evaluated on; leave data_text.valid "
-                "out to hold out a share of it"
+                "unset to hold out a share of it"
             )
         return kept
 
@@ -211,6 +209,6 @@ class _Finder:
         twice = repeated([path for one in train for path in one.files])
         if twice:
             self.remarks.append(
-                f"{in_words(twice)} named twice, or the same as others to the byte: trained on as "
+                f"{in_words(twice)} named twice, or identical to others: trained on as "
                 "often as they occur"
             )

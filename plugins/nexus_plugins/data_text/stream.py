@@ -166,7 +166,7 @@ class MappedFile:
         """
         if self._stat() != self._signature:
             raise DataError(
-                f"{self.path} has changed while it was in use; do not write to files that a run "
+                f"{self.path} changed while it was in use; do not write to files that a run "
                 "reads (write a new file and rename it), and start the run again"
             )
 

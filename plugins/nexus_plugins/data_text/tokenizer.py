@@ -75,7 +75,7 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[bytes]) -> Encoded:
         """The ids of many documents of valid UTF-8, each followed by eos."""
         raise DataError(
-            f"the {self} makes no ids of text; set data_text.tokenizer to a tokenizer.json or bytes"
+            f"the {self} cannot encode text; set data_text.tokenizer to a tokenizer.json or bytes"
         )
 
     def text_bytes(self, ids: Ids) -> bytes:

@@ -70,13 +70,13 @@ def trained_on(run: Path, step: int) -> list[Row]:
     named = isinstance(block, dict) and all(isinstance(key, str) for key in block)
     if not named or not isinstance(seed, int) or not isinstance(accumulate, int):
         raise ConfigError(
-            f"{run / 'config.yaml'} is not the resolved config of a run: expected settings for "
+            f"{run / 'config.yaml'} is not a run's resolved config: expected settings for "
             f"data_text, and numbers for seed and accumulate (got {seed!r} and {accumulate!r})"
         )
     plugin = DataTextPlugin(**block)
     count = accumulate * plugin.config.batch_size
     if not 0 < count <= _MOST_ROWS:
-        raise ConfigError(f"a step of {count:,} rows cannot be listed; at most {_MOST_ROWS:,} can")
+        raise ConfigError(f"cannot list a step of {count:,} rows; the limit is {_MOST_ROWS:,}")
     data = open_data(plugin.config)
     _check_same(run, data)
     loader = ResumableLoader(data.train, plugin.config.batch_size, seed, collate=as_it_is)
@@ -108,8 +108,8 @@ def _check_same(run: Path, data: TextData) -> None:
         raise ConfigError(f"cannot read {path}: {error}; expected the folder of a run") from error
     if saved != data.fingerprint:
         warnings.warn(
-            f"the data has changed since {run} began (fingerprint {data.fingerprint}, not "
-            f"{saved}): these are the rows of the data as it is now",
+            f"the data has changed since {run} started (fingerprint {data.fingerprint}, not "
+            f"{saved}): these are the rows of the current data",
             RuntimeWarning,
             stacklevel=3,
         )

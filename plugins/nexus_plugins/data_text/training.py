@@ -60,7 +60,7 @@ def train_tokenizer(paths: Sequence[Path], out: Path, size: int, reading: Readin
 def _texts(paths: Sequence[Path], reading: Reading) -> Iterator[list[str]]:
     for path in paths:
         if not is_text(path, reading.as_text):
-            raise DataError(f"{path} holds ids, not text; a tokenizer is learnt from text")
+            raise DataError(f"{path} has ids, not text; a tokenizer is trained on text")
         for part in slices_of(path, reading):
             for portion in read_slice(part, reading):
                 yield [text.decode() for text in portion.texts]

@@ -162,9 +162,9 @@ class CellGradients:
         bucket, place = self._where[index]
         if bucket.arrived[place]:
             raise ConfigError(
-                f"ddp: the gradient of '{self._names[index]}' is made twice in one backward pass, "
-                "which it was not in the first step, and cannot be summed while it is made; run "
-                "the step as the first one was"
+                f"ddp: the gradient of '{self._names[index]}' is computed twice per backward pass, "
+                "unlike in the first step, and cannot be reduced during the backward pass; run "
+                "every step like the first"
             )
         bucket.take(place)
         if bucket.is_done:

@@ -57,7 +57,7 @@ class DdpPlugin(Parallel[DdpConfig]):
         """Make the weights of all processes those of the main one."""
         Parallel.on_start(self, engine)
         if self.config.sum == "tree" and not engine.cells:
-            raise ConfigError("ddp.sum=tree adds cells; set cells (8), or leave it out")
+            raise ConfigError("ddp.sum=tree needs cells; set cells (8), or remove it")
         if engine.ranks.size > 1:
             share_buffers(engine.model)
         if engine.ranks.size > 1 and not engine.cells:
@@ -81,7 +81,7 @@ class DdpPlugin(Parallel[DdpConfig]):
             return (yield)
         if step.turn is not None:
             raise ConfigError(
-                f"ddp sums one gradient a step, and optimizers take turns here ('{step.turn}'); "
+                f"ddp sums one gradient per step, but optimizers take turns here ('{step.turn}'); "
                 "train in one process, or with one optimizer"
             )
         if self._first_step:

@@ -103,7 +103,7 @@ def loss_explosion(history: History) -> str | None:
         return f"the loss of step {now.bad_step} is not finite (learning rate {now.lr:.3g})"
     row, last = history.readings[-ROW:], history.readings[-TWICE:]
     if len(row) == ROW and not any(reading.gradient_finite for reading in row):
-        return f"the gradient was not finite in each of the last {ROW} readings"
+        return f"the gradient was not finite in each of the last {ROW} checks"
     if len(last) < TWICE:
         return None
     margin = LOST * max(abs(baseline.first), baseline.first - baseline.lowest)
@@ -168,7 +168,7 @@ def dead_layers(history: History) -> str | None:
         return None
     return (
         f"{_listed(silent)} had no gradient (less than 1e-7 of the largest) in each of the last "
-        f"{DEAD_READINGS} readings, since step {last[0].step}"
+        f"{DEAD_READINGS} checks, since step {last[0].step}"
     )
 
 
@@ -186,7 +186,7 @@ def lr_at_floor(history: History) -> str | None:
         return None
     return (
         f"the learning rate has been at {rates[-1]:.3g} for {_steps(window)} steps, "
-        f"{rates[-1] / peak:.0%} of its highest, and the loss still fell in them from {first:.4g} "
+        f"{rates[-1] / peak:.0%} of its highest, and the loss still fell from {first:.4g} "
         f"to {second:.4g}"
     )
 
@@ -199,8 +199,8 @@ def data_starvation(history: History) -> str | None:
     if min(w.share for w in waits) < STARVED or min(w.milliseconds for w in waits) < STARVED_MS:
         return None
     return (
-        f"{waits[-1].share:.0%} of the time the loop waits for the next batch, "
-        f"{waits[-1].milliseconds:.1f} ms a step, in each of the last {ROW} readings"
+        f"the loop spends {waits[-1].share:.0%} of its time waiting for the next batch, "
+        f"{waits[-1].milliseconds:.1f} ms per step, in each of the last {ROW} checks"
     )
 
 
@@ -214,7 +214,7 @@ def worthless_module(history: History) -> str | None:
         return None
     told = ", ".join(f"{name} {last[-1].worths[name]:+.2g}" for name in idle)
     return (
-        f"leaving a module out hardly changes the loss of {last[-1].loss:.4g} in each of the last "
+        f"ablating a module hardly changes the loss of {last[-1].loss:.4g} in each of the last "
         f"{ROW} measurements: {told}"
     )
 
@@ -223,48 +223,48 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "loss_explosion",
         loss_explosion,
-        "Lower the learning rate, limit the gradient (clip), or lengthen the warm-up; guard keeps "
-        "steps that are not finite from the weights.",
+        "Lower the learning rate, clip the gradient (clip), or lengthen the warmup; guard skips "
+        "steps that are not finite.",
     ),
     Rule(
         "slow_convergence",
         slow_convergence,
-        "Check that inputs and labels belong together. If they do: past its peak, a longer warm-up "
-        "to a lower learning rate; in a warm-up with hardly any rate yet, a shorter one.",
+        "Check that inputs and labels match. If they do: past its peak, use a longer warmup "
+        "to a lower learning rate; early in the warmup, use a shorter one.",
     ),
     Rule(
         "memory_near_limit",
         memory_near_limit,
-        "Make the batch smaller and accumulate more of them, or add recompute.",
+        "Use smaller micro-batches and accumulate more of them, or add recompute.",
     ),
     Rule(
         "module_collapse",
         module_collapse,
         "Change the weights of the loss terms, or let weigh_magnitude, weigh_gradnorm or "
-        "weigh_uncertainty find them.",
+        "weigh_uncertainty choose them.",
     ),
     Rule(
         "dead_layers",
         dead_layers,
-        "Lower the learning rate, use an activation that has a slope everywhere (GELU, SiLU), "
-        "start from smaller biases, or see that a loss reaches them.",
+        "Lower the learning rate, use an activation with a gradient everywhere (GELU, SiLU), "
+        "initialize smaller biases, or check that a loss reaches them.",
     ),
     Rule(
         "lr_at_floor",
         lr_at_floor,
-        "Let the schedule fall later (a longer horizon), or raise its floor (min_lr).",
+        "Decay the learning rate later (a longer horizon), or raise its floor (min_lr).",
     ),
     Rule(
         "data_starvation",
         data_starvation,
-        "Read ahead in more processes (data_text.workers, or num_workers of a loader), or do the "
-        "costly part of the reading once and store it.",
+        "Use more worker processes (num_workers of the data or loader), or do the "
+        "expensive preprocessing once and store it.",
     ),
     Rule(
         "worthless_module",
         worthless_module,
-        "Switch it off with its loss and compare (nexus-run compare): it costs time, and may only "
-        "have helped by what its loss teaches the rest.",
+        "Disable it and its loss, and compare (nexus-run compare): it costs time, and may only "
+        "help through its loss.",
     ),
 )
 """Every rule, in the order in which they are judged and documented."""
@@ -304,9 +304,9 @@ def _dominance(probes: Sequence[Probe], baseline: Baseline) -> str | None:
                 one, other = probes[-1].terms[strong], probes[-1].terms[weak]
                 return (
                     f"the gradient of the term {strong} (weight {one.weight:g}, loss "
-                    f"{one.loss:.4g}) is {ratio:.0f} times as long in the shared parameters as "
+                    f"{one.loss:.4g}) is {ratio:.0f} times as large on the shared parameters as "
                     f"that of {weak} (weight {other.weight:g}, loss {other.loss:.4g}), in the last "
-                    f"{len(probes)} probes together"
+                    f"{len(probes)} probes"
                 )
     return None
 
@@ -344,7 +344,7 @@ def _dead_outputs(probes: Sequence[Probe], baseline: Baseline) -> str | None:
         return None
     now, before = probes[-1].outputs[dead[0]], baseline.widest[dead[0]]
     return (
-        f"{_listed(dead)} put out nearly the same for every row of the batch: the deviation of "
+        f"{_listed(dead)} output nearly the same for every row of the batch: the deviation of "
         f"{dead[0]} fell from {before:.3g} to {now:.3g}"
     )
 

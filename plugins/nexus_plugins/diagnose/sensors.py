@@ -136,7 +136,7 @@ def memory_gauge(device: torch.device) -> Callable[[], Memory | None]:
         total = torch.cuda.get_device_properties(device).total_memory
         return lambda: Memory(torch.cuda.max_memory_allocated(device), total, f"of {device}")
     limit = host_limit()
-    return lambda: Memory(_resident(), limit, "of main memory") if limit else None
+    return lambda: Memory(_resident(), limit, "of CPU memory") if limit else None
 
 
 def host_limit(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float:

@@ -60,8 +60,8 @@ class CellReduction:
         place = self._step.place
         if place == self._place:
             raise ConfigError(
-                "fsdp sums the gradient of a module twice in one backward pass here, and can do so "
-                "in no fixed order; set fsdp.sum to ring, or leave cells out"
+                "fsdp reduces the gradient of a module twice in one backward pass here, which has "
+                "no fixed order; set fsdp.sum to ring, or remove cells"
             )
         self._place = place
         received = torch.empty_like(input_tensor)

@@ -112,16 +112,16 @@ class FsdpPlugin(Parallel[FsdpConfig]):
         Parallel.on_start(self, engine)
         if self.config.sum == "tree" and (not engine.cells or self.config.reduce_at_end):
             raise ConfigError(
-                "fsdp.sum=tree adds cells, each when it is computed; set cells (8), and leave "
-                "fsdp.reduce_at_end out"
+                "fsdp.sum=tree needs cells, reduced one at a time; set cells (8), and remove "
+                "fsdp.reduce_at_end"
             )
         if engine.ranks.size == 1:
             return
         self._whole = kept_whole(engine.model, self._width(engine))
         if not isinstance(engine.model, FSDPModule):
             raise ConfigError(
-                "fsdp must divide the model before its optimizer is made: pass the Engine no "
-                "optimizer, and let a plugin make it (optim_adamw)"
+                "fsdp must shard the model before its optimizer is created: pass the Engine no "
+                "optimizer, and use an optimizer plugin (optim_adamw)"
             )
         self._noticed = False
         self._reductions = []
@@ -136,7 +136,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
             return (yield)
         if step.turn is not None:
             raise ConfigError(
-                f"fsdp trains with one optimizer, and several take turns here ('{step.turn}')"
+                f"fsdp supports one optimizer, but several take turns here ('{step.turn}')"
             )
         if step.place == 0:
             for reduction in self._reductions:
@@ -199,7 +199,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
         """
         if not _is_parted(engine.model, self._whole):
             raise ConfigError(
-                "fsdp sees no tensor in what the model returns, so that it cannot sum the "
+                "fsdp finds no tensor in the model's output, so it cannot reduce the "
                 "gradients; return tensors, in dicts, lists, tuples or dataclasses"
             )
         self._noticed = True
@@ -213,11 +213,11 @@ class FsdpPlugin(Parallel[FsdpConfig]):
         self.check_joined()
         if self.config.compute_dtype and self._width(engine) > 1:
             raise ConfigError(
-                "fsdp.compute_dtype: on the CPU a run in cells keeps some weights whole, in their "
-                "own type; use amp instead, or set fsdp.sum to ring"
+                "fsdp.compute_dtype: on a CPU, a run in cells keeps some weights whole, in their "
+                "own dtype; use amp instead, or set fsdp.sum to ring"
             )
         if self.config.offload and engine.device.type == "cpu":
-            raise ConfigError("fsdp.offload: the weights are in host memory as it is; leave it out")
+            raise ConfigError("fsdp.offload: the weights are already in CPU memory; remove it")
 
 
 def _is_parted(model: nn.Module, whole: list[nn.Parameter]) -> bool:
@@ -243,6 +243,6 @@ def _without_numbers() -> Iterator[None]:
     except (RuntimeError, TypeError) as error:
         said = str(error).partition("\n")[0]
         raise ConfigError(
-            f"fsdp.build_once: the model cannot be built without numbers in its weights ({said}); "
+            f"fsdp.build_once: the model cannot be built on the meta device ({said}); "
             "set fsdp.build_once=false"
         ) from error

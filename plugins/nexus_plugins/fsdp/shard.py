@@ -206,7 +206,7 @@ def _check_filled(model: nn.Module, ranks: Ranks) -> None:
     ]
     if found := next(filter(None, gather(ranks, empty)), None):
         raise ConfigError(
-            f"fsdp.build_once: {found[0]} cannot be had from the main process, as it is neither a "
+            f"fsdp.build_once: {found[0]} cannot be received from rank 0, as it is neither a "
             "parameter nor a buffer; register it as a buffer, or set fsdp.build_once=false"
         )
 
@@ -214,8 +214,8 @@ def _check_filled(model: nn.Module, ranks: Ranks) -> None:
 def _check_still_tied(name: str, whole: dict[str, Tensor]) -> None:
     if name not in whole:
         raise ConfigError(
-            f"fsdp: '{name}' is tied to a weight that is gathered with another module; choose "
-            "modules with fsdp.match that hold both, or neither"
+            f"fsdp: '{name}' is tied to a weight gathered with another module; choose "
+            "modules with fsdp.match that contain both or neither"
         )
 
 

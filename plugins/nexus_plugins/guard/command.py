@@ -15,7 +15,7 @@ from nexus_core.cli.errors import reported
 
 __all__ = ["main"]
 
-UNTRUSTED = "the run's config asks for it; where that is your own, add --trust"
+UNTRUSTED = "the run's config loads it; if it is your own code, add --trust"
 _CONFIG_LIMIT = 1 << 20
 _PLACE = re.compile(r"(^|_)(file|dir|folder)$")
 """Settings that name a place where a plugin writes."""
@@ -24,7 +24,7 @@ _PLACE = re.compile(r"(^|_)(file|dir|folder)$")
 @click.command(name="replay", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("record", type=click.Path(path_type=Path))
 @click.option("--trust", is_flag=True,
-              help="Use the code, and folders outside the run, that its config names.")  # fmt: skip
+              help="Use code and folders outside the run that its config names.")  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(record: Path, trust: bool, debug: bool) -> None:
     """Do a recorded step again and name the first module and loss term with a bad number.
@@ -63,7 +63,7 @@ def _run_of(record: Path) -> Path:
         read_small(config, _CONFIG_LIMIT)  # no link, no pipe
     except FileNotFoundError:
         raise CheckpointError(
-            f"'{record}' is not a record of a run: there is no config.yaml two folders above; "
+            f"'{record}' is not a record of a run: no config.yaml two folders above; "
             "expected OUT/guard/step-00000123"
         ) from None
     except (OSError, CheckpointError) as error:

@@ -269,17 +269,15 @@ class GuardPlugin(Plugin[GuardConfig]):
     def _react(self, engine: Engine, attempt: Attempt, streak: Tensor | float) -> None:
         """Write the step down and do as the policy says; all processes say the same, one aloud."""
         attempt.losses = {name: engine.ranks.sum(loss) for name, loss in attempt.losses.items()}
-        what = f"the update of step {attempt.step} was refused: {attempt.verdict()}"
+        what = f"skipped the update of step {attempt.step}: {attempt.verdict()}"
         what += gather(engine.ranks, self._write_down(engine, attempt))[0]
         limit = self.config.max_consecutive
         if self.config.policy == "stop":
             self._stop(engine, what)
         elif streak >= limit:
-            self._stop(engine, f"{what}; that makes {streak:.0f} in a row")
+            self._stop(engine, f"{what}; {streak:.0f} in a row")
         elif self._returns >= limit:
-            self._stop(
-                engine, f"{what}; the run went back {self._returns} times, and it did not help"
-            )
+            self._stop(engine, f"{what}; {self._returns} rollbacks did not help")
         elif self.config.policy == "rollback":
             what += self._prepare_return()
         if engine.ranks.is_main:
@@ -290,12 +288,12 @@ class GuardPlugin(Plugin[GuardConfig]):
         """Have the run go back where there is a save; returns which it is, in words."""
         if self._snapshot is None:
             return (
-                "; nothing has been saved yet to go back to, so the run continues with the weights "
-                "before that step (checkpoint.every says how often is saved)"
+                "; there is no save to roll back to yet, so the run continues with the weights "
+                "before that step (see checkpoint.every)"
             )
         self._returns += 1
         self._going_back = True
-        return f"; the run goes back to the save of step {self._snapshot['train']['step']}"
+        return f"; rolling back to the save of step {self._snapshot['train']['step']}"
 
     def _keep(self, snapshot: Snapshot) -> None:
         """Copy what a rollback goes back to; the state before the first step is not worth it."""
@@ -307,15 +305,15 @@ class GuardPlugin(Plugin[GuardConfig]):
         if engine.out is None or not engine.ranks.is_main:
             return ""
         if any(map(is_sharded, engine.parameters())):
-            return "; it is not written down, since no process has all of the weights"
+            return "; it is not dumped, since no rank has all the weights"
         try:
             folder = write_record(engine, attempt, engine.out / "guard", self.config.records)
         except (OSError, SafetensorError) as error:  # a full disk must not end the run
-            return f"; it could not be written down: {error}"
+            return f"; it could not be dumped: {error}"
         return f"; see nexus-run replay {folder}" if folder else ""
 
     def _stop(self, engine: Engine, why: str) -> None:
-        advice = "lower the learning rate, look at the data, or raise guard.max_consecutive"
+        advice = "lower the learning rate, check the data, or raise guard.max_consecutive"
         self._error = RunError(f"{why}; the weights before it are saved; {advice}")
         engine.stop(f"guard: {why}")
 

@@ -68,7 +68,7 @@ def _report(losses: Mapping[str, float], findings: list[str]) -> Iterator[str]:
             yield f"  first bad {first}"
     if not findings and all(_finite(torch.tensor(loss)) for loss in losses.values()):
         yield "  every output, loss and gradient was finite this time: it may have been a spike, "
-        yield "  the weights may be of a later step, or the machine made an error"
+        yield "  the weights may be from a later step, or the hardware made an error"
 
 
 @contextmanager
@@ -81,8 +81,8 @@ def _blamed(record: Path) -> Iterator[None]:
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the step of '{record}' cannot be done again: {type(error).__name__}: {said}; the "
-            "record or the run's config.yaml has been changed since"
+            f"cannot replay the step of '{record}': {type(error).__name__}: {said}; the "
+            "record or the run's config.yaml may have changed"
         ) from error
 
 

@@ -66,9 +66,9 @@ class Spikes:
             return
         recent, seen = cast(Tensor, state["recent"]), cast(Tensor, state["seen"])
         if recent.ndim != 1 or recent.dtype != self._recent.dtype:
-            raise ValueError(f"the losses remembered are {tuple(recent.shape)}, {recent.dtype}")
+            raise ValueError(f"the stored losses are {tuple(recent.shape)}, {recent.dtype}")
         if seen.ndim != 0 or seen.dtype != self._seen.dtype or seen < 0:
-            raise ValueError("the count of losses is no whole number")
+            raise ValueError("the count of losses is not an integer")
         if recent.shape == self._recent.shape:
             self._recent = recent.to(self._recent.device)
             self._seen = seen.to(self._seen.device)

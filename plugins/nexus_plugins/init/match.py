@@ -44,7 +44,7 @@ class Match:
         told = (
             ("missing in the source", self.missing),
             ("not in the model", self.unexpected),
-            ("unlike the model's", unlike),
+            ("different from the model's", unlike),
         )
         return [f"{len(names)} {what}: {_some(names)}" for what, names in told if names]
 
@@ -66,7 +66,7 @@ def check_rule(pattern: str, name: str) -> None:
         ValueError: the new name has more stars than the pattern.
     """
     if name.count("*") > pattern.count("*"):
-        raise ValueError(f"'{name}' has more stars than the pattern '{pattern}'")
+        raise ValueError(f"'{name}' has more * than the pattern '{pattern}'")
 
 
 def renamed(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, str]:
@@ -89,11 +89,11 @@ def renamed(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, str]:
                 new = _filled(name, matched.groups())
                 break
         if new in found:
-            raise ConfigError(f"init.map gives '{found[new]}' and '{old}' one name, '{new}'")
+            raise ConfigError(f"init.map gives '{found[new]}' and '{old}' the same name, '{new}'")
         found[new] = old
     for pattern, rule in zip(patterns, rules, strict=True):
         if pattern not in used:
-            matching(names, rule, "init.map", "tensor that an earlier rule leaves")
+            matching(names, rule, "init.map", "tensor not matched by an earlier rule")
     return found
 
 

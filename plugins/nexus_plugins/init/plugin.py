@@ -135,12 +135,12 @@ class InitPlugin(Plugin[InitConfig]):
     def _check(self, found: Match, weights: Weights) -> None:
         if found.taken and (found.is_whole or not self.config.strict):
             return
-        some = ["; take what fits: ", hint_set("init.strict", False)] if found.taken else []
+        some = ["; load what fits: ", hint_set("init.strict", False)] if found.taken else []
         rule = found.hint()
         raise CheckpointError(
             f"init: the weights of {weights.origin} do not fit the model: "
-            f"{'; '.join(found.faults()) or 'none is chosen'}; "
-            f"{f'rename: {rule}' if rule else 'rename with init.map'}; leave names out: ",
+            f"{'; '.join(found.faults()) or 'none is selected'}; "
+            f"{f'rename: {rule}' if rule else 'rename with init.map'}; skip names: ",
             hint_set("init.skip", ["head.*"]),
             *some,
         )
@@ -164,8 +164,8 @@ def _fill(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tenso
         other = first.setdefault(id(own[name]), name)
         if other != name and not torch.equal(given[other], tensor):
             raise CheckpointError(
-                f"init: '{other}' and '{name}' differ in the source, and are one tensor in the "
-                "model; leave one out: ",
+                f"init: '{other}' and '{name}' differ in the source, but are tied in the "
+                "model; skip one: ",
                 hint_set("init.skip", [name]),
             )
     parts = {n: part_of(t, own[n]) if is_sharded(own[n]) else t for n, t in given.items()}

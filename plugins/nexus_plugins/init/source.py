@@ -54,15 +54,15 @@ def read_weights(source: Path, *, ema: bool) -> Weights:
         CheckpointError: it is damaged, or not what it says.
     """
     if not source.exists():
-        raise ConfigError(f"init.source: there is no '{source}'.{_nearest(source)}")
+        raise ConfigError(f"init.source: no '{source}'.{_nearest(source)}")
     if _is_ours(source):
         found = checkpoint_of(source)
         tensors, step = weights_of(found, ema=ema)
         return Weights(tensors, f"{found} (step {step:,}{', averaged' if ema else ''})")
     if ema:
         raise ConfigError(
-            f"init.ema: '{source}' is no checkpoint of a run, which alone holds averaged weights "
-            "beside the others; leave ema out"
+            f"init.ema: '{source}' is not a run's checkpoint; only those have averaged weights; "
+            "remove ema"
         )
     if not source.is_dir():
         _refuse_others([source], source)
@@ -73,7 +73,7 @@ def read_weights(source: Path, *, ema: bool) -> Weights:
     for path in files:
         part = _read(path)
         if twice := tensors.keys() & part.keys():
-            raise CheckpointError(f"{source}: two files hold a tensor '{min(twice)}'")
+            raise CheckpointError(f"{source}: two files have a tensor '{min(twice)}'")
         tensors |= part
     return Weights(tensors, str(source))
 
@@ -85,7 +85,7 @@ def _is_ours(source: Path) -> bool:
 def _nearest(source: Path) -> str:
     if _HUB.fullmatch(str(source)) and not source.parent.exists():
         return (
-            f" Nothing is downloaded in a run: get it by `hf download {source} --local-dir FOLDER` "
+            f" Runs download nothing: get it with `hf download {source} --local-dir FOLDER` "
             "and give the folder"
         )
     beside = [path.name for path in source.parent.glob("*")] if source.parent.is_dir() else []
@@ -105,12 +105,12 @@ def _files_of(folder: Path) -> list[Path]:
         return [_there(folder / found[0])]
     if found:
         raise ConfigError(
-            f"init.source: '{folder}' holds {len(found)} safetensors files and no index that says "
+            f"init.source: '{folder}' has {len(found)} safetensors files and no index that says "
             f"which belong together: {', '.join(found[:4])}; name one of them"
         )
     _refuse_others([folder / name for name in names], folder)
     raise ConfigError(
-        f"init.source: '{folder}' holds no weights; expected a run, a checkpoint, or a folder with "
+        f"init.source: '{folder}' has no weights; expected a run, a checkpoint, or a folder with "
         "safetensors files"
     )
 
@@ -121,12 +121,12 @@ def _listed(index: Path) -> list[str]:
         table = json.loads(read_small(index, _INDEX_LIMIT))
         names = dict.fromkeys(table["weight_map"].values())
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
+        raise CheckpointError(f"{index} is not a safetensors index: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{index}: {error}") from error
     for name in names:
         if not (isinstance(name, str) and _PLAIN.fullmatch(name)):
-            raise CheckpointError(f"{index} lists {str(name)[:80]!r}, which is no file beside it")
+            raise CheckpointError(f"{index} lists {str(name)[:80]!r}, not a file in this folder")
     return list(names)
 
 
@@ -135,14 +135,14 @@ def _refuse_others(paths: list[Path], source: Path) -> None:
     for path in paths:
         if path.suffix in PICKLES:
             raise ConfigError(
-                f"init.source: '{path}' is a pickle, which can run any code when it is read; "
-                "convert it once, where you trust it: safetensors.torch.save_file("
+                f"init.source: '{path}' is a pickle, which can run arbitrary code when loaded; "
+                "if you trust it, convert it once: safetensors.torch.save_file("
                 f"torch.load({path.name!r}, weights_only=True), {path.stem + SUFFIX!r})"
             )
     if paths == [source] and source.suffix != SUFFIX:
         raise ConfigError(
-            f"init.source: '{source}' is no safetensors file; expected one, a run, a checkpoint or "
-            "a folder"
+            f"init.source: '{source}' is not a safetensors file; expected one, a run, checkpoint "
+            "or a folder"
         )
 
 
@@ -165,7 +165,7 @@ def _check_memory(files: list[Path]) -> None:
     memory = machine_memory() or sys.maxsize
     if (total := sum(path.stat().st_size for path in files if path.is_file())) > memory:
         raise CheckpointError(
-            f"{files[0].parent} has {total:,} bytes; this machine's memory has {memory:,}"
+            f"{files[0].parent} has {total:,} bytes, more than this machine's memory of {memory:,}"
         )
 
 

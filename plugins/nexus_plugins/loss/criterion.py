@@ -65,7 +65,7 @@ class Given:
             f"which entry of {_described(batch)} is the target of {self.function.place}? Set it, "
             "such as ",
             hint_set(self._setting, "label"),
-            ", or call the function's second parameter 'batch', to get all of it",
+            ", or name the function's second parameter 'batch' to get all of it",
         )
 
 
@@ -106,13 +106,13 @@ class Criterion(Given):
         reduction = self._facts["reduction"]
         if self.module is not None and any(True for _ in self.module.parameters()):
             raise ConfigError(
-                f"{key}: {place} has parameters, which no optimizer would train; put them into the "
+                f"{key}: {place} has parameters that no optimizer would train; move them into the "
                 "model"
             )
         fitting = ("mean", "batchmean") if self.is_mean else ("sum",)
         if isinstance(reduction, str) and reduction not in fitting:
             how = f"{key}.args.reduction={fitting[0]}"
-            other = f"; for a sum, say with {key}.units what it is over" if self.is_mean else ""
+            other = f"; for a sum, set {key}.units to what it sums over" if self.is_mean else ""
             raise ConfigError(
                 f"{key}: the reduction of {place} is '{reduction}', and with {key}.units "
                 f"{'unset' if self.is_mean else 'set'} it must be '{fitting[0]}': {how}{other}"

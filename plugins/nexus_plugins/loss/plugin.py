@@ -52,7 +52,7 @@ class LossConfig(Call, bases.LossConfig):
     @classmethod
     def _free_names(cls, metrics: dict[str, Call]) -> dict[str, Call]:
         if odd := [name for name in metrics if name in RESERVED or "/" in name or not name]:
-            raise ValueError(f"a metric cannot be called '{odd[0]}' here; choose another name")
+            raise ValueError(f"a metric cannot be named '{odd[0]}' here; choose another name")
         return metrics
 
 
@@ -143,5 +143,5 @@ def _sum_of(value: Any, batch: Batch, key: str) -> tuple[Tensor | float, float]:
         return value.squeeze() * rows if isinstance(value, Tensor) else value * rows, rows
     raise ConfigError(
         f"{key}: got a {type(value).__name__}; return a mean over the rows of the batch, a number "
-        "for each row, or a pair of a sum and what it is over"
+        "per row, or a pair (sum, count)"
     )

@@ -37,8 +37,8 @@ def check_answers(labels: Tensor, name: str, ignore_index: int) -> None:
     """
     if labels.is_cpu and len(empty := (labels == ignore_index).all(1).nonzero()):
         raise DataError(
-            f"{name} of row {int(empty[0])} of a batch are all {ignore_index}: there is no answer; "
-            "leave the pair out"
+            f"{name} of row {int(empty[0])} of a batch are all {ignore_index}: no answer; "
+            "remove the pair"
         )
 
 

@@ -74,8 +74,8 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         super().__init__(config, **settings)
         if self.config.label_smoothing and self.config.variant in ("hinge", "ipo"):
             raise ConfigError(
-                f"loss_dpo.label_smoothing is for the variants sigmoid and robust, and this one is "
-                f"'{self.config.variant}'; leave one of them out"
+                f"loss_dpo.label_smoothing is for the variants sigmoid and robust, but this one is "
+                f"'{self.config.variant}'; change one of them"
             )
         self._copy: nn.Module | None = None
         self._hash = ""
@@ -92,7 +92,7 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         adapted = has_adapters(engine.model)
         if wanted == "adapters" and not adapted:
             raise ConfigError(
-                "loss_dpo.reference is 'adapters', and the model has none; add them: ",
+                "loss_dpo.reference is 'adapters', but the model has none; add them: ",
                 hint_add("peft"),
             )
         if wanted == "copy" or (wanted == "auto" and not adapted):
@@ -109,9 +109,9 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         if self._copy is None or engine.state.step > 0 or self._hash == weights_hash(engine.model):
             return
         raise ConfigError(
-            "loss_dpo.reference: the model got other weights after it was built, so a resumed run "
+            "loss_dpo.reference: weights were loaded after the model was built, so a resumed run "
             "could not copy them; load them with the model, or train adapters, which can be "
-            "switched off: ",
+            "disabled: ",
             hint_add("peft"),
         )
 
@@ -184,7 +184,7 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         if state["reference"] != self._hash:
             raise CheckpointError(
                 f"loss_dpo: the reference was a copy of other weights (hash {state['reference']}, "
-                f"and {self._hash or 'none'} here); give the run the model that it began with"
+                f"now {self._hash or 'none'}); use the model that the run started from"
             )
 
     def _reference(self, engine: Engine, joined: dict[str, Tensor], step: Step | None) -> Tensor:

@@ -89,7 +89,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         if engine.horizon and engine.horizon.unit == "steps" and engine.horizon.amount < last:
             fewer = max(FEWEST, int(engine.horizon.amount) - self._begin)
             raise ConfigError(
-                f"lr_finder.steps is {self.config.steps}, and the run ends after "
+                f"lr_finder.steps is {self.config.steps}, but the run ends after "
                 f"{engine.horizon}; train longer with ",
                 hint_set("until", f"{last} steps"),
                 ", or test in fewer steps with ",
@@ -138,11 +138,11 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         """The suggestions, the curve, and where it is written."""
         sweep = self.sweep()
         steepest, tenth = sweep.steepest, sweep.tenth_of_minimum
-        rows = {"learning rate": "none to suggest: the loss never fell; lower lr_finder.start"}
+        rows = {"learning rate": "no suggestion: the loss never fell; lower lr_finder.start"}
         if steepest is not None:
             rows = {
-                "learning rate": f"{steepest:.1e}, where the loss falls most steeply",
-                "or": f"{tenth:.1e}, a tenth of where it is least",
+                "learning rate": f"{steepest:.1e}, where the loss falls fastest",
+                "or": f"{tenth:.1e}, a tenth of the rate with the lowest loss",
             }
         if self._losses:
             rows["curve"] = text_chart(sweep.chart)

@@ -95,14 +95,14 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
                 if not any(getattr(given, "optimizer", one) is one for one in known):
                     raise ConfigError(
                         f"lr_torch: {_name(given)} drives another optimizer than the run's; make "
-                        "it over the one that the Engine gets, or pass a function that makes it"
+                        "it for the one passed to the Engine, or pass a function that creates it"
                     )
                 self._turn(given)
             elif callable(given):
                 self._turn(make(given, engine.optimizer, self.config.settings, _name(given)))
             else:
                 raise ConfigError(
-                    f"LrTorchPlugin takes a scheduler, a function that makes one of an optimizer, "
+                    f"LrTorchPlugin takes a scheduler, a function that makes it from an optimizer, "
                     f"or a list of them; got {given!r:.200}"
                 )
 
@@ -116,8 +116,8 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
         """
         if self._given and engine.hook.lr_scale(engine=engine):
             raise ConfigError(
-                "lr_torch drives the optimizer's learning rates itself, and another plugin sets "
-                "them too (a rule of schedule for optimizer.lr?); leave one of them out, or give "
+                "lr_torch sets the optimizer's learning rates, but another plugin sets "
+                "them too (a schedule rule for optimizer.lr?); remove one of them, or give "
                 "lr_torch its scheduler by name in settings"
             )
         if not self._given and not self._turning:
@@ -162,7 +162,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
         """Say where a scheduler has waited for a metric that nobody measured."""
         if not self._was_measured and any(turning.measures for turning in self._turning):
             warnings.warn(
-                f"{self.config.scheduler} goes by '{self._metric}', which was never measured, so "
+                f"{self.config.scheduler} needs '{self._metric}', which was never measured, so "
                 "the learning rate has not moved; pass eval_data and eval_every, or set "
                 f"{self.name}.metric",
                 RuntimeWarning,
@@ -213,8 +213,8 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
         turning = Turning(scheduler, self.config.every)
         if self.config.metric and not (turning.measures or turning.is_told):
             raise ConfigError(
-                f"{self.name}.metric is '{self.config.metric}', and {_name(scheduler)} does not go "
-                "by a metric; leave it out, or take ReduceLROnPlateau"
+                f"{self.name}.metric is '{self.config.metric}', but {_name(scheduler)} uses "
+                "no metric; remove it, or use ReduceLROnPlateau"
             )
         self._turning.append(turning)
 

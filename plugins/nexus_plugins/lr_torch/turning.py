@@ -94,7 +94,7 @@ def find(name: str) -> Callable[..., Any]:
         return known[name]
     if not {".", ":"}.intersection(name):
         raise ConfigError(
-            f"lr_torch.scheduler is '{name}', which is no scheduler of torch.optim.lr_scheduler."
+            f"lr_torch.scheduler is '{name}', which is not in torch.optim.lr_scheduler."
             f"{suggestion(name, known)} Known: {', '.join(sorted(known))}; or the import path of "
             "one from elsewhere, such as transformers.get_scheduler or ./net.py:schedule"
         )
@@ -104,7 +104,7 @@ def find(name: str) -> Callable[..., Any]:
         raise ConfigError(f"lr_torch.scheduler: {error}") from error
     if not callable(found):
         raise ConfigError(
-            f"lr_torch.scheduler is '{places.shown(name)}', which is no function or class"
+            f"lr_torch.scheduler is '{places.shown(name)}', which is not a function or class"
         )
     return cast(Callable[..., Any], found)
 
@@ -130,7 +130,7 @@ def make(
             f"{takes}"
         ) from error
     if not is_scheduler(made):
-        raise ConfigError(f"lr_torch: {name} made {made!r:.200}, and a scheduler is expected")
+        raise ConfigError(f"lr_torch: {name} returned {made!r:.200}; expected a scheduler")
     return made
 
 

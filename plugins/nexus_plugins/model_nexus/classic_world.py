@@ -77,8 +77,8 @@ class ClassicWorldModel(Part):
         sources = dict(self.encoder.named_parameters())
         if sources.keys() != {name for name, _ in self.target_encoder.named_parameters()}:
             raise ConfigError(
-                "the world model's target encoder follows the weights of its encoder, which has "
-                "adapters here; leave the encoder as it is (peft.target), or leave out loss_world"
+                "the world model's target encoder tracks the weights of its encoder, which has "
+                "adapters here; do not adapt the encoder (peft.target), or remove loss_world"
             )
         for name, target in self.target_encoder.named_parameters():
             if isinstance(decay, Tensor):

@@ -17,7 +17,7 @@ def check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, time), both at "
-            f"least 1. One sequence alone: input_ids[None]."
+            f"least 1. For a single sequence: input_ids[None]."
         )
     if segment_ids is not None and segment_ids.shape != input_ids.shape:
         raise ValueError(

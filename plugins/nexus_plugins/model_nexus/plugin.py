@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelNexusConfig", "ModelNexusPlugin"]
 
 BYTES = 256
-_OF_BYTES = "; bytes and nothing else, in 256 ids, are data_text.tokenizer=bytes256"
+_OF_BYTES = "; for plain bytes with 256 ids, set data_text.tokenizer=bytes256"
 PROMPT, SAMPLE = 48, 160  # tokens of the sample in the summary
 
 
@@ -59,7 +59,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         if codec is not None and settings["vocab_size"] < codec.size:
             raise ConfigError(
                 f"model_nexus.vocab_size is {settings['vocab_size']:,}, but the data has "
-                f"{codec.size:,} ids ({codec}); leave it out to take the data's, or set it to "
+                f"{codec.size:,} ids ({codec}); remove it to use the data's, or set it to "
                 f"{codec.size} or more{_OF_BYTES if settings['vocab_size'] == BYTES else ''}"
             )
         self._vocab_size = settings["vocab_size"]
@@ -90,7 +90,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
             if low >= 0 and high < size:
                 raise
             raise DataError(
-                f"input_ids go from {low} to {high}, and the model knows the ids 0 to {size - 1} "
+                f"input_ids range from {low} to {high}, but the model has ids 0 to {size - 1} "
                 f"(vocab_size {size}){_OF_BYTES if size == BYTES else ''}"
             ) from error
         return _observed(model, output, batch["variables"]) if "variables" in batch else output
@@ -138,7 +138,7 @@ def _observed(model: NEXUSCore, output: NEXUSOutput, variables: Tensor) -> NEXUS
     probe = model.parts["causal"] if "causal" in model.active_modules else None
     if not isinstance(probe, CausalModule):
         raise ConfigError(
-            "the batch has 'variables', and the model no causal module to explain them; ",
+            "the batch has 'variables', but the model has no causal module; ",
             hint_set("model_nexus.causal", True),
         )
     reports = {**output.module_outputs["causal"], **probe.graph.reports(variables)}

@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 @click.command(name="chat", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", metavar="RUN[@STEP]")
-@click.option("--system", help="What the model is told before the conversation.")
+@click.option("--system", help="System prompt.")
 @options_of_sampling(400)
 def main(
     source: str,
@@ -47,7 +47,7 @@ def main(
             encode = getattr(writer.codec, "encode_chat", None)
             if encode is None or not getattr(writer.codec, "has_chat_template", False):
                 raise ConfigError(
-                    f"the tokenizer of '{source}' has no chat template; write with: nexus-run "
+                    f"the tokenizer of '{source}' has no chat template; use: nexus-run "
                     f"generate {source} --prompt TEXT"
                 )
             turns = [{"role": "system", "content": system}] if system else []

@@ -25,19 +25,19 @@ def options_of_sampling(most: int) -> Options:
     """The options that decide how text is written; `most` is the default length."""
     options = [
         click.option("--max-new-tokens", default=most, show_default=True,
-                     type=click.IntRange(min=1), help="Tokens to write at most."),
+                     type=click.IntRange(min=1), help="Maximum tokens to generate."),
         click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(min=0),
-                     help="Divides the logits; 0: the likeliest token each time."),
+                     help="Sampling temperature; 0: always the most likely token."),
         click.option("--top-k", type=click.IntRange(min=1),
-                     help="Choose among this many likeliest tokens."),
+                     help="Sample among this many most likely tokens."),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True),
-                     help="Choose among the likeliest tokens that together hold this "
-                     "probability."),
+                     help="Sample among the most likely tokens with this total "
+                            "probability."),
         click.option("--seed", default=0, show_default=True,
-                     type=click.IntRange(0, 2**63 - 1), help="The same writes the same text."),
-        click.option("--device", metavar="NAME", help="As in a config; default: that of the run."),
+                     type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
+        click.option("--device", metavar="NAME", help="As in a config; default: the run's."),
         click.option("--trust", is_flag=True,
-                     help="Use the code of the user that the run's config names."),
+                     help="Load the local code that the run's config names."),
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     ]  # fmt: skip
 
@@ -58,9 +58,9 @@ def sampling_of(temperature: float, top_k: int | None, top_p: float | None) -> S
 
 @click.command(name="generate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", metavar="RUN[@STEP]")
-@click.option("--prompt", default="", help="Text to continue; '-' reads it from the input.")
+@click.option("--prompt", default="", help="Text to continue; '-' reads it from stdin.")
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1),
-              help="Texts to write, each with the next seed.")  # fmt: skip
+              help="Number of texts, each with the next seed.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the texts as JSON.")
 @options_of_sampling(200)
 def main(
@@ -149,7 +149,7 @@ def _read_input() -> str:
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt -: the input is not UTF-8 at byte {error.start}") from None
+        raise ConfigError(f"--prompt -: stdin is not UTF-8 at byte {error.start}") from None
 
 
 def _heading(number: int, samples: int) -> str:

@@ -82,7 +82,7 @@ class SamplePlugin(Plugin[SampleConfig]):
         config = self.config
         if config.chat and not config.prompts:
             raise ConfigError(
-                "sample.chat needs questions to ask: ", hint_set("sample.prompts", "[Who are you?]")
+                "sample.chat needs prompts: ", hint_set("sample.prompts", "[Who are you?]")
             )
         encode = getattr(codec, "encode_question" if config.chat else "encode", None)
         if config.chat and not getattr(codec, "has_chat_template", True):
@@ -90,7 +90,7 @@ class SamplePlugin(Plugin[SampleConfig]):
         if config.prompts and encode is None:
             what = "chat template" if config.chat else "tokenizer"
             raise ConfigError(
-                f"sample has prompts, and the data has no {what} for them; leave out "
+                f"sample has prompts, but the data has no {what} for them; remove "
                 f"sample.{'chat' if config.chat else 'prompts'}"
             )
         if encode is not None and config.prompts:

@@ -78,8 +78,8 @@ def writer_of(source: str, *, device: str | None = None, trust: bool = False) ->
         codec = engine.data.codec if engine.data is not None else None
         if codec is None:
             raise ConfigError(
-                f"the data of '{saved.run}' has no tokenizer to read and write text with; let "
-                "make_data answer RunData(..., codec=...)"
+                f"the data of '{saved.run}' has no tokenizer to read and write text; let "
+                "make_data return RunData(..., codec=...)"
             )
         yield Writer(engine, codec, engine.state.step)
 

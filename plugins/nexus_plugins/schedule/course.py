@@ -30,9 +30,9 @@ class Course(PluginConfig):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.shape == "exponential" and not self.start * self.end > 0:
-            raise ValueError("shape 'exponential' needs a start and an end of one sign, not 0")
+            raise ValueError("shape 'exponential' needs nonzero start and end of the same sign")
         if self.begin is not None and self.begin.unit != self.over.unit:
-            raise ValueError(f"begin must be in {self.over.unit}, as over is")
+            raise ValueError(f"begin must be in {self.over.unit}, like over")
         return self
 
     def value(self, state: TrainState, horizon: Interval | None) -> float:

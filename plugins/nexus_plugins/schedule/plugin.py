@@ -126,6 +126,6 @@ def _group(engine: Engine, number: int) -> dict[str, Any]:
 def _check(found: bool, target: str, name: str, known: list[str]) -> None:
     if not found:
         raise ConfigError(
-            f"schedule: there is no number '{target}' to set: no '{name}'."
+            f"schedule: no number '{target}' to set: no '{name}'."
             f"{suggestion(name, known)} Known: {', '.join(known) or 'none'}"
         )

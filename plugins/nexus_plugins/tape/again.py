@@ -215,8 +215,8 @@ def _walk(engine: Engine, made: Build, end: int, before: Callable[[Engine, int],
         steps.close()  # type: ignore[attr-defined]
     if engine.state.step < end:
         raise RunError(
-            f"executed again, the run ends at step {engine.state.step}, and step {end} was asked "
-            "for; its config has been changed since"
+            f"re-executed, the run ends at step {engine.state.step}, before the requested step "
+            f"{end}; its config has changed"
         )
 
 

@@ -110,8 +110,8 @@ def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
     found = list(intervals(recorded))
     if not found:
         raise CheckpointError(
-            f"'{recorded.folder}' has no checkpoint, and nothing to execute again; an audit needs "
-            "a run that saves (checkpoint.every)"
+            f"'{recorded.folder}' has no checkpoint to re-execute from; an audit needs "
+            "a run with checkpoints (checkpoint.every)"
         )
     drawn = sorted(Random(seed).sample(found, min(segments, len(found))))
     report = Audit(len(found))
@@ -126,7 +126,7 @@ def _again(recorded: Recorded, begin: int, end: int) -> Segment:
     try:
         again = executed(recorded, begin, end, modules=depth_of(recorded, end))
     except NexusError as error:
-        return Segment(begin, end, [f"it cannot be executed again: {error}"])
+        return Segment(begin, end, [f"it cannot be re-executed: {error}"])
     faults = [*_lines(recorded, again, begin, end)]
     faults += map(str, odd_metrics(recorded, again, begin, end))
     for step in filter(None, (begin, end)):
@@ -149,7 +149,7 @@ def _lines(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[s
             return
         if was is not None and now is not None and (odd := differing(was, now)):
             shown = "; ".join(f"{part} {', '.join(names)}".strip() for part, names in odd.items())
-            yield f"step {step}: the tape has other digests of: {shown}"
+            yield f"step {step}: the tape has different digests of: {shown}"
             return
 
 
@@ -165,7 +165,7 @@ def odd_metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Itera
     for step in sorted({*heard, *logged}):
         mine, theirs = heard.get(step), logged.get(step)
         if mine is None or theirs is None:
-            yield OddMetric(step, "", "is not there" if theirs is None else "is not of the run")
+            yield OddMetric(step, "", "is missing" if theirs is None else "is not from the run")
             continue
         for name, value in mine.items():
             finite = value if math.isfinite(value) else None
@@ -218,13 +218,13 @@ def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) ->
     odd = [name for name, now in _weights(snapshot, depth_of(recorded, step)).items()
            if name in line.get("weights", {}) and line["weights"][name] != now]  # fmt: skip
     if odd:
-        yield f"{path.name}: the weights of {', '.join(odd)} are not those of the tape"
+        yield f"{path.name}: the weights of {', '.join(odd)} differ from the tape"
     if ends:
         watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
         now = without_watchers(engine.state_dict(), watching)
         then = without_watchers(snapshot, watching)
         for part in _unlike(then, now):
-            yield f"{path.name}: {part} is not as it comes out when it is executed again"
+            yield f"{path.name}: {part} differs when re-executed"
 
 
 def _weights(snapshot: Snapshot, depth: int) -> dict[str, str]:

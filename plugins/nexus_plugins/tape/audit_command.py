@@ -25,10 +25,10 @@ SHARES = (0.01, 0.05, 0.1, 0.25)
 @click.command(name="audit", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run", metavar="RUN", type=PATH)
 @click.option("--segments", default=3, show_default=True, type=click.IntRange(min=1),
-              help="How many intervals between checkpoints are executed again.")  # fmt: skip
-@click.option("--seed", type=int, help="Of the drawing of intervals; by chance where not given.")
-@click.option("--trust", is_flag=True, help="Use the code of the user that its config names.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+              help="Number of intervals between checkpoints to re-execute.")  # fmt: skip
+@click.option("--seed", type=int, help="Seed for choosing intervals; default: random.")
+@click.option("--trust", is_flag=True, help="Load the local code that its config names.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
     run: Path, segments: int, seed: int | None, trust: bool, as_json: bool, debug: bool
@@ -64,9 +64,9 @@ def _lines(report: Audit) -> Iterator[str]:
             yield f"         {said}"
     count = len(report.intervals)
     if count == report.of:
-        yield f"all {count} intervals of the run were executed again"
+        yield f"all {count} intervals of the run were re-executed"
         return
-    yield f"{count} of {report.of} intervals were executed again; the chance that one"
-    yield "would have missed a run of which a share is false:"
+    yield f"{count} of {report.of} intervals were re-executed; the probability that they"
+    yield "miss a run in which this share is falsified:"
     for share in SHARES:
         yield f"  {share:4.0%}  {unseen(share, count):.3g}"

@@ -23,7 +23,7 @@ def cause(
     one, other = pair
     plugin = one.name.rpartition("after ")[2] if "after " in one.name else ""
     if one.about != other.about and None not in values:
-        return f"another type or shape: {one.about} | {other.about}" + _facts(found, one.phase)
+        return f"different type or shape: {one.about} | {other.about}" + _facts(found, one.phase)
     if one.phase == "batch" and values[0] is not None and values[1] is not None:
         return _rows(values[0], values[1]) + _facts(found, "batch", plugin)
     return words(one.phase, plugin, found)
@@ -32,17 +32,17 @@ def cause(
 def words(phase: str, plugin: str, found: list[Fact]) -> str:
     """What a difference in a phase usually comes from, and which known differences may be it."""
     what = {
-        "batch": "other rows, or in another order",
-        "generators": "a generator stands elsewhere: something drew random numbers, or seeded it",
-        "start": "the state before the step differs already",
-        "forward": "with the same batch, weights and generators something else is computed: other "
-        "code, a state that is not saved, or another rounding",
+        "batch": "different rows, or a different order",
+        "generators": "a generator's state differs: something drew random numbers, or seeded it",
+        "start": "the state already differs before the step",
+        "forward": "the same batch, weights and generators give a different result: different "
+        "code, unsaved state, or different rounding",
         "loss": "the loss term is computed, counted or weighed differently",
-        "backward": "the same losses have another gradient: other code, or another rounding",
+        "backward": "the same losses have a different gradient: different code or rounding",
         "gradient": "a plugin changes the gradient differently",
-        "settings": "the optimizer has other settings, such as its rate",
+        "settings": "the optimizer has different settings, such as the learning rate",
         "update": "the same gradient gives another update, or something changed the weights after",
-        "end": "a plugin keeps another state",
+        "end": "a plugin has a different state",
     }[phase]
     named = f"{what} ({plugin})" if plugin else what
     return named + _facts(found, phase, plugin)
@@ -57,16 +57,16 @@ def surroundings(found: list[Fact]) -> str:
     """Why neither run may come out as it was."""
     close = [fact for fact in found if fact.kind in ("environment", "version")]
     said = f"; differs: {'; '.join(map(str, close))}" if close else ""
-    return f": this machine, or what is installed, is another than theirs{said}"
+    return f": this machine or its packages differ from theirs{said}"
 
 
 def _rows(one: Tensor, other: Tensor) -> str:
     if one.shape != other.shape or one.ndim == 0:
-        return "the batches are of other shapes"
+        return "the batches have different shapes"
     rows = [one.flatten(1), other.flatten(1)] if one.ndim > 1 else [one[:, None], other[:, None]]
     odd = (rows[0] != rows[1]).any(1).nonzero().flatten().tolist()
     mine, theirs = (sorted(map(tuple, part.tolist())) for part in rows)
     shown = ", ".join(map(str, odd[:8]))
     if mine == theirs:
-        return f"the same rows in another order (rows {shown})"
-    return f"{len(odd)} of {len(one)} rows are other ones (rows {shown})"
+        return f"the same rows in a different order (rows {shown})"
+    return f"{len(odd)} of {len(one)} rows differ (rows {shown})"

@@ -100,17 +100,17 @@ def diff(one: Recorded, other: Recorded) -> Finding:
         return _taken_apart(one, other, step, common[-1], found)
     begin, end = _by_checkpoints(one, other)
     if begin == end:
-        return Finding(end, found, notes=["compared by the checkpoints, as there are no tapes"])
+        return Finding(end, found, notes=["compared by checkpoints, as there are no tapes"])
     step = _first_again(one, other, begin, end)
     if step is None:
-        said = f"between steps {begin} and {end}, and not when both runs are executed again"
-        return Finding(end, found, begin + 1, cause=f"the runs came apart {said}; {UNTOLD}")
+        said = f"between steps {begin} and {end}, but not when both runs are re-executed"
+        return Finding(end, found, begin + 1, cause=f"the runs diverged {said}; {UNTOLD}")
     return _taken_apart(one, other, step, end, found)
 
 
 UNTOLD = (
-    "what differed is not in their configs: a fault of the machine, code that has been changed "
-    "since, or a hand from outside"
+    "the cause is not in their configs: a hardware fault, code that has changed "
+    "since, or outside interference"
 )
 """Why steps may differ that are the same when they are executed again."""
 
@@ -141,7 +141,7 @@ def _taken_apart(
         if None in lines:
             raise
         finding = by_tape(lines, step, compared, found)
-        return Finding(**{**vars(finding), "notes": [f"not done again: {error}"]})
+        return Finding(**{**vars(finding), "notes": [f"not re-executed: {error}"]})
 
 
 def between(
@@ -172,7 +172,7 @@ def between(
     if places is None or False in repeated:
         if None not in lines:
             return by_tape(lines, step, compared, found, repeated, notes)
-        why = f"done again, both runs take the same step; {UNTOLD}"
+        why = f"re-executed, both runs take the same step; {UNTOLD}"
         return Finding(compared, found, step, cause=why, repeated=repeated, notes=notes)
     if _is_computed(taken[0].moments[places[0]]):
         closer = _both(mine, theirs, step, operations=True)
@@ -248,12 +248,12 @@ def by_tape(
     odd = [name for name, same in zip("AB", repeated, strict=True) if same is False]
     if len(odd) == 1:
         why = (
-            f"done again, run {odd[0]} does not come out as its tape says, and the other one does: "
-            "what changed it is not in its config: a fault of the machine, code that has been "
-            "changed since, or a hand from outside"
+            f"re-executed, run {odd[0]} differs from its tape, and the other one does not: "
+            "the cause is not in its config: a hardware fault, code that has "
+            "changed since, or outside interference"
         )
     elif odd:
-        why = "done again here, neither run comes out as its tape says" + surroundings(found)
+        why = "re-executed here, neither run matches its tape" + surroundings(found)
     else:
         why = words(PHASE_OF[part], "", found)
     largest = None
@@ -286,7 +286,7 @@ def _lengths(one: Recorded, other: Recorded) -> list[str]:
     ends = [max(run.tape.lines, default=0) for run in (one, other)]
     if ends[0] == ends[1]:
         return []
-    return [f"A goes to step {ends[0]}, B to step {ends[1]}; the same as far as both go"]
+    return [f"A ends at step {ends[0]}, B at step {ends[1]}; identical as far as both go"]
 
 
 def _by_checkpoints(one: Recorded, other: Recorded) -> tuple[int, int]:

@@ -23,8 +23,8 @@ __all__ = ["main"]
 @click.command(name="diff", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("one", metavar="RUN_A", type=PATH)
 @click.argument("other", metavar="[RUN_B]", type=PATH, required=False)
-@click.option("--trust", is_flag=True, help="Use the code of the user that their configs name.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--trust", is_flag=True, help="Load the local code that their configs name.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(one: Path, other: Path | None, trust: bool, as_json: bool, debug: bool) -> None:
     """Name the first step at which two runs differ, the first tensor in it, and the likely cause.

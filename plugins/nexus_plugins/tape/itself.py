@@ -21,7 +21,7 @@ from nexus_plugins.tape.sides import Side
 
 __all__ = ["diff_itself"]
 
-CHANGED = "the step comes out as it did, and this does not: it was changed since it was written"
+CHANGED = "the step is reproduced, but this is not: it was changed after it was written"
 _STATE = ("model", "optimizer", "random", "data", "plugins")
 
 
@@ -53,8 +53,8 @@ def _parts(recorded: Recorded) -> Iterator[tuple[int, int]]:
         yield last, end
     elif not end and not last:
         raise RunError(
-            f"'{recorded.folder}' has no tape, no checkpoint and no metrics.jsonl: there is "
-            "nothing to compare with what is executed again; train with the plugin tape, or save"
+            f"'{recorded.folder}' has no tape, checkpoint or metrics.jsonl, so there is "
+            "nothing to compare a re-execution with; train with the plugin tape, or save"
         )
 
 
@@ -81,11 +81,11 @@ def _by_line(recorded: Recorded, again: Again, step: int, end: int, found: list[
     with Side(recorded) as one, Side(recorded) as other:
         twice = between(one, other, (None, None), step, end, found)
     if twice.phase:
-        why = f"executed twice more, it comes out differently each time: {twice.cause}"
+        why = f"re-executed twice, it differs each time: {twice.cause}"
         return replace(twice, cause=why)
     lines = recorded.tape.lines[step], again.lines[step]
     finding = by_tape(lines, step, end, found)
-    why = "executed again, the step always comes out the same, and not as its tape says"
+    why = "re-executed, the step is reproducible but differs from its tape"
     known = f"{finding.cause}" if found else UNTOLD
     return replace(finding, cause=f"{why}: {known}", repeated=(False, None))
 
@@ -125,7 +125,7 @@ def _by_checkpoint(
     if odd is None:
         return None
     place, values = odd
-    why = CHANGED if taped else f"it came apart between steps {begin} and {end}; {UNTOLD}"
+    why = CHANGED if taped else f"it diverged between steps {begin} and {end}; {UNTOLD}"
     tensors = [value if isinstance(value, Tensor) else None for value in values]
     return Finding(
         end,

@@ -41,7 +41,7 @@ class ProbeFirstPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def on_batch(self, batch: Any) -> None:
-        self._probe.batch("as the data gave it", batch)
+        self._probe.batch("from the data", batch)
 
     @hookimpl(stage="context", wrapper=True)
     def forward(self) -> Generator[None, Any, Any]:
@@ -79,12 +79,12 @@ class ProbeLastPlugin(Plugin[PluginConfig]):
 
     @hookimpl(stage="inspect", trylast=True)
     def on_batch(self, batch: Any) -> None:
-        self._probe.batch("as it is trained on", batch)
+        self._probe.batch("as trained on", batch)
         self._probe.generators()
 
     @hookimpl(stage="measure", trylast=True)
     def after_backward(self, engine: Engine) -> None:
-        self._probe.gradient(engine, "gradient", ", as it is applied")
+        self._probe.gradient(engine, "gradient", ", as applied")
 
     @hookimpl(stage="restore", trylast=True)
     def on_step(self, engine: Engine) -> None:

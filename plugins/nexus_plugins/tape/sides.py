@@ -90,13 +90,13 @@ class Side:
             kind, answer = self._connection.recv()
         except (EOFError, ConnectionResetError):
             raise RunError(
-                f"the process that executed '{self._recorded.folder}' again has ended with exit "
+                f"the process re-executing '{self._recorded.folder}' ended with exit "
                 f"code {self._process.exitcode}"
             ) from None
         if kind == "mistake":
-            raise ConfigError(f"'{self._recorded.folder}' cannot be executed again: {answer}")
+            raise ConfigError(f"'{self._recorded.folder}' cannot be re-executed: {answer}")
         if kind == "failure":
-            raise RunError(f"'{self._recorded.folder}', executed again, failed: {answer}")
+            raise RunError(f"'{self._recorded.folder}', re-executed, failed: {answer}")
         return answer
 
 

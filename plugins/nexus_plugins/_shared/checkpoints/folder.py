@@ -52,7 +52,7 @@ TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors
 JSON_FILES = ("state.json", "lock.json")
 OPTIONAL = ("config.yaml",)
 
-_DAMAGED = "its SHA-256 is not the one in the manifest: it is damaged"
+_DAMAGED = "its SHA-256 differs from the manifest: it is damaged"
 _JSON_LIMIT = 256 << 20
 _MANIFEST_LIMIT = 1 << 20
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -168,7 +168,7 @@ def read(
     }
     total = sum(size for name, (size, _) in files.items() if not _SHARD.fullmatch(name))
     if total > (memory := machine_memory() or sys.maxsize):
-        raise CheckpointError(f"{folder} has {total} bytes; this machine's memory has {memory}")
+        raise CheckpointError(f"{folder} has {total} bytes, but this machine only {memory}")
     content = Content(manifest.step, {}, {}, keep=manifest.keep, source=folder)
     with ThreadPoolExecutor(1, "checkpoint-hash") as pool:
         for number, (name, (size, digest)) in enumerate(files.items()):
@@ -207,7 +207,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no manifest: {error}") from error
+        raise CheckpointError(f"{path} is not a manifest: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return manifest
@@ -255,7 +255,7 @@ def _read_file(
             content.tensors[path.name] = read_tensors(reader, size)
             raw = None
         elif size > _JSON_LIMIT:
-            raise CheckpointError(f"{size} bytes are more than the {_JSON_LIMIT} allowed")
+            raise CheckpointError(f"{size} bytes exceed the limit of {_JSON_LIMIT}")
         else:
             raw = reader.read(size)
         if reader.sha256() != digest:
@@ -276,23 +276,23 @@ def _check_listed(shards: Path, manifest: Manifest) -> None:
     """See that the folder of parts is one, and that nothing in it is read unchecked."""
     there = {f"{SHARDS}/{path.name}" for path in shards.iterdir()} if shards.is_dir() else set()
     if shards.is_symlink() or there != set(filter(_SHARD.fullmatch, manifest.files)):
-        raise CheckpointError(f"the folder '{SHARDS}' does not hold what the manifest lists")
+        raise CheckpointError(f"the folder '{SHARDS}' does not match the manifest")
 
 
 def _expect_size(file: FileIO, expected: int) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != expected:
-        raise CheckpointError(f"it has {size} bytes, and the manifest says {expected}")
+        raise CheckpointError(f"it has {size} bytes, but the manifest says {expected}")
 
 
 def _manifest(parsed: object) -> Manifest:
     if not isinstance(parsed, dict) or parsed.keys() != {"format", "step", "keep", "files"}:
-        raise ValueError("it must have format, step, keep and files")
+        raise ValueError("format, step, keep and files are required")
     step, keep, files = parsed["step"], parsed["keep"], parsed["files"]
     if parsed["format"] != FORMAT:
         raise ValueError(f"its format is {parsed['format']!r}; this release reads {FORMAT}")
     if type(step) is not int or type(keep) is not bool or not isinstance(files, dict):
-        raise ValueError("step, keep or files is of the wrong type")
+        raise ValueError("step, keep or files has the wrong type")
     required = {*TENSOR_FILES, *JSON_FILES}
     single = {name for name in files if not _SHARD.fullmatch(name)}
     if not required <= single <= required.union(OPTIONAL):
@@ -310,7 +310,7 @@ def _to_json(name: str, document: Json) -> bytes:
     text = json.dumps(document, allow_nan=False).encode()
     if len(text) > _JSON_LIMIT:
         raise CheckpointError(
-            f"{name} would have {len(text)} bytes; a plugin keeps too much outside tensors"
+            f"{name} would have {len(text)} bytes; a plugin stores too much outside tensors"
         )
     return text
 

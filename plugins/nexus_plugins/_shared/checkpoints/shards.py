@@ -107,7 +107,7 @@ class Shards:
 
     def _lead(self, ranks: Ranks, save: Callable[[Callable[[Path], Files]], object]) -> None:
         """Save, and tell the others in any case which folder it is, and then how it went."""
-        named, fault = False, "the main process failed"
+        named, fault = False, "rank 0 failed"
 
         def write_parts(folder: Path) -> Files:
             nonlocal named
@@ -147,7 +147,7 @@ class Shards:
         except CheckpointException as error:
             fault = "; ".join(f"rank {rank}: {what[0]}" for rank, what in error.failures.items())
             if not all(isinstance(what[0], OSError) for what in error.failures.values()):
-                raise CheckpointError(f"the parts cannot be written: {fault}") from error
+                raise CheckpointError(f"the shards cannot be written: {fault}") from error
         found: list[tuple[Files, str]] = [({}, "")] * ranks.size
         own = _described(place, ranks) if not fault else ({}, fault)
         dist.all_gather_object(found, own, group=self._group)
@@ -219,7 +219,7 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
             for name, facts in table.items():
                 assert isinstance(facts, TensorStorageMetadata)  # the files hold nothing else
                 if sum(math.prod(chunk.sizes) for chunk in facts.chunks) != math.prod(facts.size):
-                    raise ValueError(f"the parts of '{name}' are not all there")
+                    raise ValueError(f"shards of '{name}' are missing")
                 model, kind = like(name, facts.size), facts.properties.dtype
                 tensors[name] = (
                     torch.empty(facts.size, dtype=kind)

@@ -72,10 +72,10 @@ class Store:
         """
         target = self._target(name)
         if target is None:
-            raise CheckpointError(f"there is no checkpoint '{name}' in {self.root}")
+            raise CheckpointError(f"no checkpoint '{name}' in {self.root}")
         if not (_STEP.fullmatch(target) or target == name):
             raise CheckpointError(
-                f"{self.root / name} leads to '{target[:80]}', which is no checkpoint beside it"
+                f"{self.root / name} points to '{target[:80]}', not a checkpoint in this folder"
             )
         return self.root / target
 
@@ -143,7 +143,7 @@ class Store:
                 moved.append(folder.rename(_unused(aside, folder.name)))
             except OSError as error:
                 raise CheckpointError(
-                    f"{folder} is of another course than the one that the run is on, and "
+                    f"{folder} is from a different course of this run, and "
                     f"cannot be moved to {aside}: {error.strerror}; move it away, or choose "
                     "another folder: ",
                     hint_out(),

@@ -162,9 +162,9 @@ def fault_of(tensor: Tensor) -> str:
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}; keep to_dense()"
     if tensor.is_meta:
-        return "it is on the meta device and has no values; give it some first"
+        return "it is on the meta device and has no values; initialize it first"
     if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
-        return f"it is a {type(tensor).__qualname__}, a tensor made of others; keep those"
+        return f"it is a {type(tensor).__qualname__}, a wrapper around other tensors; keep those"
     return _fault_of_dtype(tensor.dtype)
 
 
@@ -188,9 +188,9 @@ def check_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who
 def _check_length(header: bytes, whose: str) -> None:
     if len(header) > _HEADER_LIMIT:
         raise CheckpointError(
-            f"{whose} tensors are too many for a safetensors file: the header that names them "
-            f"would have {len(header)} bytes, and {_HEADER_LIMIT} are allowed; keep fewer and "
-            "larger tensors, under shorter names"
+            f"{whose} tensors are too many for a safetensors file: the header "
+            f"would have {len(header)} bytes, the limit is {_HEADER_LIMIT}; keep fewer, "
+            "larger tensors with shorter names"
         )
 
 
@@ -268,7 +268,7 @@ def _entries(header: bytes, data_size: int) -> list[_Entry]:
     place = 0
     for entry in entries:
         if entry.begin != place:
-            raise CheckpointError(f"tensor '{entry.name}' begins at {entry.begin}, not at {place}")
+            raise CheckpointError(f"tensor '{entry.name}' starts at {entry.begin}, not at {place}")
         place = entry.end
     if place != data_size:
         raise CheckpointError(f"the header describes {place} bytes of tensors, not {data_size}")
@@ -277,10 +277,10 @@ def _entries(header: bytes, data_size: int) -> list[_Entry]:
 
 def _entry(name: str, facts: object) -> _Entry:
     if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"tensor '{name[:80]}' is not described by dtype, shape, offsets")
+        raise CheckpointError(f"tensor '{name[:80]}' lacks dtype, shape or offsets")
     shape, offsets, dtype = facts["shape"], facts["data_offsets"], DTYPES.get(str(facts["dtype"]))
     if dtype is None or not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2):
-        raise CheckpointError(f"tensor '{name[:80]}' is described by {str(facts)[:200]}")
+        raise CheckpointError(f"tensor '{name[:80]}' has an invalid entry {str(facts)[:200]}")
     begin, end = offsets
     if len(shape) > 64 or math.prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(
@@ -298,5 +298,5 @@ def _sizes(value: object) -> bool:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name occurs twice")
     return made

@@ -50,7 +50,7 @@ def checkpoint_of(source: Path) -> Path:
     if folders := newest_first(stores_at(source)):
         return folders[0].resolve()
     raise CheckpointError(
-        f"there is no checkpoint at '{source}'; give the folder of one "
+        f"no checkpoint at '{source}'; give the folder of one "
         "(runs/x/checkpoints/best) or of a run (runs/x)"
     )
 
@@ -64,7 +64,7 @@ def keys_of(content: folder.Content) -> dict[str, str]:
     table = content.documents["state.json"]
     names = table.get("model") if isinstance(table, dict) else None
     if not isinstance(names, dict):
-        raise CheckpointError("state.json holds no model")
+        raise CheckpointError("state.json has no model")
     keys = {}
     for name, place in names.items():
         key = place.get("$tensor") if isinstance(place, dict) and len(place) == 1 else None
@@ -74,7 +74,7 @@ def keys_of(content: folder.Content) -> dict[str, str]:
     tensors = content.tensors[MODEL]
     stored, wanted = (sum(tensors[k].nbytes for k in ks) for ks in (tensors, keys.values()))
     if wanted > _SHARING * stored:
-        raise CheckpointError(f"the model's names stand for {wanted} bytes, {MODEL} has {stored}")
+        raise CheckpointError(f"the model's names add up to {wanted} bytes, {MODEL} has {stored}")
     return keys
 
 
@@ -100,7 +100,7 @@ def averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]
     found = {name: states[key] for key, (owner, _, name) in split.items() if owners[:1] == [owner]}
     if not found or not found.keys() <= keys.keys():
         raise CheckpointError(
-            "the checkpoint holds no averages; take its last weights, or train with the plugin ema"
+            "the checkpoint has no averages; use its last weights, or train with the plugin ema"
         )
     weights = content.tensors[MODEL]
     for name, mean in found.items():

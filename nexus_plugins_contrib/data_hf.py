@@ -103,7 +103,7 @@ class _Documents:
         if column not in record:
             return Fault(
                 f"no column '{column}'",
-                f"there is no value in the column '{column}'; the record has "
+                f"no value in column '{column}'; the record has "
                 f"{', '.join(record) or 'none'}; set data_hf.column",
             )
         return record[column]
@@ -124,7 +124,7 @@ class _Documents:
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self._tokenizer.size:
             return Fault(
                 "ids outside the vocabulary",
-                f"its ids are none, or outside the {self._tokenizer.size:,} of the tokenizer",
+                f"its ids are empty or outside the tokenizer's {self._tokenizer.size:,}",
             )
         learnt = np.ones(len(ids), np.bool_)
         if self._config.labels_column is not None:
@@ -137,7 +137,7 @@ class _Documents:
             if len(labels) != len(ids) or (labels != ids)[learnt].any():
                 return Fault(
                     "labels that are not the ids",
-                    f"its {len(labels)} labels are not -100 or the ids at their own places "
+                    f"its {len(labels)} labels are neither -100 nor the ids at the same positions "
                     f"({len(ids)})",
                 )
         return [(Tokens(ids, learnt),)]

@@ -181,7 +181,7 @@ def encoded(
     found = Examples(folder / "train"), Examples(folder / "held_out")
     if not len(found[0]):
         first = next((f": {what}" for _, what in found[0].skipped.values()), "")
-        raise DataError(f"no record can be used{first}")
+        raise DataError(f"no usable record{first}")
     return found
 
 

@@ -56,7 +56,7 @@ class Mixture:
         edges = np.unique(np.concatenate([np.array(ramp.rows) for ramp in self.ramps]))
         if not (self._weights(edges).sum(axis=0) > 0).all():
             raise ConfigError(
-                "the weights of all sources are 0 at once; give one of them a weight there"
+                "the weights of all sources are 0 at the same time; raise one of them there"
             )
         self._counts = [np.zeros(len(self.ramps), np.int64)]
 

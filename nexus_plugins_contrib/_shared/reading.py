@@ -88,7 +88,7 @@ class RowsPlugin(Plugin[ConfigT]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Save the tokenizer, with its chat template, in the run's folder.
+        """Save the tokenizer, with its chat template, in the run folder.
 
         Raises:
             ConfigError: the model has fewer ids than the data.
@@ -130,13 +130,13 @@ class RowsPlugin(Plugin[ConfigT]):
             return
         if self._resumed["tokenizer"] != self.tokenizer.hash:
             raise CheckpointError(
-                f"the checkpoint was trained with another tokenizer or chat template than the "
-                f"{self.tokenizer}; set {self.name}.tokenizer to {TOKENIZER}/ in the run's folder"
+                f"the checkpoint was trained with a different tokenizer or chat template than "
+                f"{self.tokenizer}; set {self.name}.tokenizer to {TOKENIZER}/ in the run folder"
             )
         if self._resumed["data"] != self._opened.fingerprint:
             warnings.warn(
-                "the training data is not that of the checkpoint (another source, content, order "
-                "or cut): what follows is not the unbroken run",
+                "the training data differs from the checkpoint's (source, content, order "
+                "or packing): this run does not exactly continue it",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -165,7 +165,7 @@ class _Opener:
         sources = listed(self._config.train)
         names = [source.called for source in sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise DataError(f"two sources are called '{twice}'; give them names of their own")
+            raise DataError(f"two sources are called '{twice}'; give them different names")
         train, held_out = self._streams(sources) if self._config.streaming else self._rows(sources)
         valid = {} if self._config.valid is None else self._apart(listed(self._config.valid))
         loaders = self._evaluations(valid or held_out)
@@ -203,8 +203,8 @@ class _Opener:
         config = self._config
         if config.num_workers:
             raise ConfigError(
-                f"{self._name}.num_workers cannot act where {self._name}.streaming is set; leave "
-                "one of them out"
+                f"{self._name}.num_workers has no effect with {self._name}.streaming; remove "
+                "one of them"
             )
         share = config.valid_share if config.valid is None else 0.0
         streams = [
@@ -258,7 +258,7 @@ class _Opener:
         )
         for kind, (count, first) in found[0].skipped.items():
             self._notes.append(
-                f"{count:,} records of '{source.called}' left out: {kind} (first: {first})"
+                f"{count:,} records of '{source.called}' skipped: {kind} (first: {first})"
             )
         return found
 
@@ -299,8 +299,8 @@ class _Opener:
 
     def _lost(self) -> str:
         if self._batching == "cut":
-            return "do not fill a row and are left out"
-        return f"are cut off long ones ({self._name}.seq_len)"
+            return "do not fill a row and are dropped"
+        return f"are truncated ({self._name}.seq_len)"
 
 
 class _Described:

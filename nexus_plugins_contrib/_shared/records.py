@@ -127,7 +127,7 @@ def _object(line: bytes, place: Place) -> Record:
     except ValueError as error:
         raise DataError(f"{place}: not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise DataError(f"{place}: expected an object of JSON, got {type(found).__name__}")
+        raise DataError(f"{place}: expected a JSON object, got {type(found).__name__}")
     return cast(Record, found)
 
 

@@ -106,7 +106,7 @@ def _files(path: Path, wish: Wish) -> list[Path]:
         found = [p for p in found if not any(part.startswith(".") for part in p.parts)]
         of_split = [p for p in found if wish.split in p.stem.replace("-", "_").split("_")]
         if not found:
-            raise DataError(f"{path} holds no data set, and no file of {', '.join(_KNOWN)}")
+            raise DataError(f"{path} has no data set and no {', '.join(_KNOWN)} file")
         return _of_one_kind(of_split or found, path)
     if not any(letter in str(path) for letter in "*?["):
         return []
@@ -118,8 +118,8 @@ def _of_one_kind(files: list[Path], where: Path) -> list[Path]:
     kinds = {path.suffix for path in files} - set(_LINES)
     if len(kinds) > 1 or (kinds and len({path.suffix for path in files}) > 1):
         raise DataError(
-            f"{where} holds files of several kinds ({', '.join(sorted({p.suffix for p in files}))})"
-            f"; name those of one kind, such as {where}/*{sorted(kinds)[0]}"
+            f"{where} has files of several kinds ({', '.join(sorted({p.suffix for p in files}))})"
+            f"; choose one kind, such as {where}/*{sorted(kinds)[0]}"
         )
     return files
 
@@ -155,7 +155,7 @@ def _check_id(text: str) -> None:
     """
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) or text.endswith(_KNOWN):
         raise DataError(
-            f"there is no file or folder '{text}', and no data set of the hub has such an id; "
+            f"no file or folder '{text}', and no data set with this id on the hub; "
             f"expected a folder or file of {', '.join(_KNOWN)}, a data set saved by save_to_disk, "
             "or an id such as org/name"
         )

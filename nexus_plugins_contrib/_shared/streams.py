@@ -161,7 +161,7 @@ class StreamRows:
                     here: StreamPlace = {**block, "record": number, "example": one, "offset": 0}
                     yield examples[one], here
             if following["passes"] > block["passes"] and not usable:
-                raise DataError(f"no record of {self._source.name} can be used")
+                raise DataError(f"{self._source.name} has no usable record")
 
     def _blocks(
         self, place: StreamPlace
@@ -172,7 +172,7 @@ class StreamRows:
             reader = iter(self._records)
             ahead = next(reader, None)
             if ahead is None:
-                raise DataError(f"{self._source.name} holds no record")
+                raise DataError(f"{self._source.name} has no records")
             while ahead is not None:
                 records = [ahead, *islice(reader, self._source.shuffle - 1)]
                 end, ahead = self._records.state_dict(), next(reader, None)

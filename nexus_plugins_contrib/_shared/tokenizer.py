@@ -47,8 +47,7 @@ class HubTokenizer:
     def __init__(self, inner: Any, where: str) -> None:
         if not inner.is_fast:
             raise DataError(
-                f"the tokenizer {where} does not say which text its tokens stand for; use one with "
-                "a tokenizer.json"
+                f"the tokenizer {where} does not map tokens to text; use one with a tokenizer.json"
             )
         if inner.eos_token_id is None:
             raise DataError(

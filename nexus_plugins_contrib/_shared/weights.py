@@ -30,7 +30,7 @@ def ramp(source: SourceConfig, tokens: int | None, plugin: str) -> Ramp:
     if not points or any(weight < 0 for _, weight in points):
         raise ConfigError(f"{where} is {source.weight}; expected numbers of 0 or more")
     if rows != sorted(set(rows)):
-        raise ConfigError(f"{where}: its points come at rows {rows}; expected rising ones")
+        raise ConfigError(f"{where}: its points are at rows {rows}; expected increasing rows")
     return Ramp(tuple(rows), tuple(weight for _, weight in points))
 
 

@@ -92,7 +92,7 @@ def _pair(record: Record, tools: tuple[Any, ...] | None) -> tuple[Conversation, 
     while same < min(map(len, sides)) and chosen[same] == rejected[same]:
         same += 1
     if same in map(len, sides):
-        return Fault("a pair without a difference", "its chosen and rejected answers are the same")
+        return Fault("an identical pair", "its chosen and rejected answers are the same")
     return tuple(Conversation(tuple(side), tools, same) for side in sides)
 
 
@@ -116,7 +116,7 @@ def _messages(record: Record) -> list[Message] | Fault:
         return Fault("a pair", "it is a preference (chosen, rejected); set data_chat.pairs=true")
     return Fault(
         "no conversation",
-        f"no column of a conversation ({_COLUMNS}); the record has {', '.join(record) or 'none'}: "
+        f"no conversation column ({_COLUMNS}); the record has {', '.join(record) or 'none'}: "
         "set data_chat.columns, such as {messages: dialog}",
     )
 
@@ -146,9 +146,7 @@ def _listed(value: Any, role: str) -> list[Message] | Fault:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        return Fault(
-            "no messages", f"its messages are {type(value).__name__}; expected a list of them"
-        )
+        return Fault("no messages", f"its messages are {type(value).__name__}; expected a list")
     found: list[Message] = []
     for turn, one in enumerate(value, 1):
         message = _message(one, turn)
@@ -202,7 +200,7 @@ def _tools(value: Any) -> tuple[Any, ...] | Fault | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        return Fault("tools that are no list", "its tools are no list of JSON schemas")
+        return Fault("tools that are not a list", "its tools are not a list of JSON schemas")
     return tuple(t if "function" in t else {"type": "function", "function": t} for t in value)
 
 

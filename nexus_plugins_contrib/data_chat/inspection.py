@@ -71,7 +71,7 @@ def _shown(
     share = learned / max(1, tokens)
     click.echo(
         f"\n{source.called}: {count:,} conversations, {tokens:,} tokens, {learned:,} of them "
-        f"learned ({share:.0%})"
+        f"trained on ({share:.0%})"
     )
     for place, examples in kept:
         for example in examples:

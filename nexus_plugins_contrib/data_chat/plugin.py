@@ -72,7 +72,7 @@ class DataChatConfig(RowsConfig):
     @model_validator(mode="after")
     def _pairs_are_padded(self) -> DataChatConfig:
         if self.pairs and self.batching == "pack":
-            raise ValueError("pairs are padded; leave batching out, or set it to pad")
+            raise ValueError("pairs are padded; remove batching, or set it to pad")
         return self
 
 
@@ -136,11 +136,11 @@ class ChatEncoder:
                 if not made.learnt[1 : self._config.seq_len].any():
                     return Fault(
                         "too long",
-                        f"nothing of the {len(made.ids):,} tokens that is learned lies within the "
+                        f"none of the trained tokens among its {len(made.ids):,} are within the "
                         f"first {self._config.seq_len}; raise data_chat.seq_len",
                     )
             examples.append(tuple(made for made in tokens if not isinstance(made, Fault)))
-        return examples or Fault("no turn of the assistant", "no turn of the assistant to learn")
+        return examples or Fault("no assistant turn", "no assistant turn to train on")
 
     def _parts(self, found: tuple[Conversation, ...]) -> list[list[tuple[Conversation, list[int]]]]:
         """What becomes an example: conversations, each with the turns that are learned."""

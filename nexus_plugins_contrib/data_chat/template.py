@@ -82,7 +82,7 @@ class ChatTemplate:
         marked = bool(_MARKER.search(self.source))
         if masks == "markers" and not marked:
             raise ConfigError(
-                "data_chat.masks=markers: the chat template has no {% generation %}; leave it at "
+                "data_chat.masks=markers: the chat template has no {% generation %}; set it to "
                 "'auto' or 'prefix', or set data_chat.chat_template to one that has"
             )
         self.marked = marked and masks != "prefix"
@@ -106,7 +106,7 @@ class ChatTemplate:
         if fault is not None:
             return fault
         if not learnt.any():
-            return Fault("nothing to learn", "none of its tokens would be learned")
+            return Fault("nothing to train on", "none of its tokens would be trained on")
         return Tokens(np.array(whole.ids, np.int64), learnt)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
@@ -127,10 +127,10 @@ class ChatTemplate:
                 return self._broken(turn, before, through, whole)
             if whole.ids[:first] != before.ids:
                 return Fault(
-                    "a token across the border of a turn",
-                    f"turn {turn + 1}: the ids before the answer change once the answer follows "
-                    f"({self._inner.decode(before.ids[-4:])!r}), so that the model would be asked "
-                    "with other ids than it was trained on; use a chat template that has a special "
+                    "a token across a turn boundary",
+                    f"turn {turn + 1}: the prompt's ids change once the answer is appended "
+                    f"({self._inner.decode(before.ids[-4:])!r}), so the model would be prompted "
+                    "with ids that differ from training; use a chat template that has a special "
                     "token there",
                 )
             last = self._end_of_turn(whole.ids, first, last)
@@ -144,20 +144,20 @@ class ChatTemplate:
         if not through.text.startswith(before.text):
             place = _common_text(before.text, through.text)
             return Fault(
-                "a template that asks otherwise than it answers",
-                f"turn {turn + 1}: the chat template asks for an answer with "
-                f"{before.text[max(0, place - 20) :][-60:]!r}, and writes the answer as "
+                "a template whose prompt and answer disagree",
+                f"turn {turn + 1}: the chat template's generation prompt is "
+                f"{before.text[max(0, place - 20) :][-60:]!r}, but it writes the answer as "
                 f"{through.text[max(0, place - 20) :][:60]!r}, so the model would be trained on "
-                "what it is never asked for; set data_chat.chat_template to one that agrees",
+                "text it is never prompted for; set data_chat.chat_template to a consistent one",
             )
         shown = before if not whole.text.startswith(before.text) else through
         place = _common_text(shown.text, whole.text)
         return Fault(
             "a template that breaks prefixes",
-            f"turn {turn + 1}: the chat template writes what comes before the end of this turn "
+            f"turn {turn + 1}: the chat template writes the text up to the end of this turn "
             f"differently once more follows ({shown.text[place : place + 40]!r} becomes "
             f"{whole.text[place : place + 40]!r}), so the conversation cannot be split exactly; "
-            "set data_chat.turns=each (a row for each turn, as the model is asked), or "
+            "set data_chat.turns=each (one row per turn, as the model is prompted), or "
             "data_chat.chat_template to one that keeps earlier turns",
         )
 
@@ -197,14 +197,14 @@ class ChatTemplate:
         )
         texts, marked = rendered
         if texts != [whole.text]:
-            raise ValueError("it writes another text with its marks")
+            raise ValueError("its markers change the text")
         spans = [span for span in marked[0] if span[0] < span[1]]
         spoken = [n for n, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         if [*turns] != spoken and len(spans) != len(spoken):
             return Fault(
-                "marks that are not the turns",
+                "markers that do not match the turns",
                 f"the chat template marks {len(spans)} passages in {len(spoken)} turns of the "
-                "assistant, so that single turns cannot be left out; set data_chat.turns=each or "
+                "assistant, so single turns cannot be excluded; set data_chat.turns=each or "
                 "data_chat.masks=prefix",
             )
         if [*turns] != spoken:
@@ -214,9 +214,9 @@ class ChatTemplate:
                 if first < end and last > begin and first < last:
                     if first < begin or last > end:
                         return Fault(
-                            "a token across the border of a turn",
-                            f"a token reaches over the border of the marked passage "
-                            f"{whole.text[begin:end][:40]!r}, so that no mask is exact",
+                            "a token across a turn boundary",
+                            f"a token crosses the boundary of the marked passage "
+                            f"{whole.text[begin:end][:40]!r}, so no exact mask exists",
                         )
                     learnt[place] = True
         return None
@@ -225,7 +225,7 @@ class ChatTemplate:
 
     def _render(self, conversation: Conversation, count: int, asks: bool = False) -> str:
         if not count:
-            raise ValueError("it begins with the assistant, and nothing comes before")
+            raise ValueError("it starts with the assistant, with nothing before")
         return str(
             self._inner.apply_chat_template(
                 self._messages(conversation, count),
@@ -271,7 +271,7 @@ def _dropped(message: Message, turn: int, text: str) -> Fault | None:
         if isinstance(words, str) and _dense(words) not in _dense(text):
             return Fault(
                 "a template that drops words",
-                f"turn {turn + 1}: the chat template drops part of what the assistant says "
+                f"turn {turn + 1}: the chat template drops part of the assistant's text "
                 f"({' '.join(words.split())[:60]!r} becomes {' '.join(text.split())[:60]!r}); set "
                 "data_chat.chat_template to one that keeps it",
             )

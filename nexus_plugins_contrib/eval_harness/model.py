@@ -38,8 +38,8 @@ def asked(engine: Engine, codec: Any, config: EvalHarnessConfig) -> dict[str, fl
     tasks = TaskManager(include_path=None if config.include is None else str(config.include))
     if unknown := [name for name in config.tasks if name not in tasks.all_tasks]:
         raise ConfigError(
-            f"eval_harness.tasks: there is no task '{unknown[0]}'; `lm_eval ls tasks` lists them, "
-            "and eval_harness.include names a folder of further ones"
+            f"eval_harness.tasks: no task '{unknown[0]}'; `lm_eval ls tasks` lists them, "
+            "and eval_harness.include adds a folder of tasks"
         )
     found: Any = simple_evaluate(
         model=_Model(engine, codec, config),

@@ -73,5 +73,5 @@ class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
         self._done_at = engine.state.step
         codec = engine.data.codec if engine.data is not None else None
         if codec is None:
-            raise ConfigError("eval_harness asks in text, and the data has no tokenizer")
+            raise ConfigError("eval_harness needs text, but the data has no tokenizer")
         return asked(engine, codec, self.config)

@@ -52,10 +52,10 @@ def export(source: Path, out: Path, options: Options) -> list[Path]:
         ConfigError: the folder exists, or the run's model cannot be exported so.
     """
     if out.exists():
-        raise ConfigError(f"'{out}' exists; export needs a folder of its own: --out FOLDER")
+        raise ConfigError(f"'{out}' already exists; export needs a new folder: --out FOLDER")
     trained = rebuild(source, ema=options.ema)
     if options.adapters == "alone" and trained.tuner is None:
-        raise ConfigError("--adapters alone: the run trained no adapters, but the whole model")
+        raise ConfigError("--adapters alone: the run trained the whole model, not adapters")
     ids = fixed_batch(*_sizes(trained.model))
     expected = logits_of(trained.model, ids)
     dtypes = {parameter.dtype for parameter in trained.model.parameters()}
@@ -97,8 +97,8 @@ def _merged(trained: Trained) -> nn.Module:
         return trained.model
     if getattr(trained.model, "is_quantized", False):
         raise ConfigError(
-            "the weights below the adapters are quantized, so a merged model would be rounded "
-            "anew; export the adapters: --adapters alone"
+            "the base weights are quantized, so a merged model would be rounded "
+            "again; export the adapters: --adapters alone"
         )
     model: nn.Module = trained.tuner.merge_and_unload(safe_merge=True)
     for name in ("peft_config", "_hf_peft_config_loaded"):
@@ -111,8 +111,7 @@ def _adapters_alone(trained: Trained, draft: Path, ids: Tensor) -> Tensor:
     """Write the adapters as peft does, and load them on the weights below."""
     if trained.origin is None or trained.tuner is None:
         raise ConfigError(
-            "--adapters alone is for adapters on a model of Hugging Face; export NEXUS merged: "
-            "--adapters merged"
+            "--adapters alone needs a Hugging Face model; export NEXUS merged: --adapters merged"
         )
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -111,8 +111,8 @@ def compare(
     receipt = Receipt(largest, kl, bound, rows, length, _SEED, str(checkpoint), step)
     if not (largest <= bound and kl <= bound):
         raise CheckpointError(
-            f"the export does not compute what was trained: logits differ by up to {largest:.3g} "
-            f"and the KL divergence is {kl:.3g}, of {bound:.3g} that is allowed; nothing was "
+            f"the export does not match the trained model: logits differ by up to {largest:.3g} "
+            f"and the KL divergence is {kl:.3g}, above the limit of {bound:.3g}; nothing was "
             "written"
         )
     return receipt

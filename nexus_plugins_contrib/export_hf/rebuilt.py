@@ -72,7 +72,7 @@ def rebuild(source: Path, *, ema: bool) -> Trained:
     kind = next((name for name in ("model_hf", "model_nexus") if name in blocks), None)
     if kind is None:
         raise ConfigError(
-            "export --to hf: the run's model is neither of Hugging Face (model_hf) nor NEXUS "
+            "export --to hf: the run's model is neither from Hugging Face (model_hf) nor NEXUS "
             "(model_nexus), so transformers has no architecture for it; export without --to"
         )
     run, peft = found.parent.parent, blocks.get("peft")
@@ -109,7 +109,7 @@ def _hugging_face(
         return loading.build(config, settings.dtype, settings.attention), None
     if settings.weights == "random":
         raise ConfigError(
-            "export --to hf: the weights below the adapters were random, and no file has them"
+            "export --to hf: the base weights were random and are not stored in any file"
         )
     origin = loading.pinned(loading.origin_of(settings.path, settings.revision))
     config = loading.read_config(origin, settings.config)

@@ -86,7 +86,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
             before, now = left.get(name, "PyTorch"), self.used.get(name, "PyTorch")
             if before != now:
                 warnings.warn(
-                    f"resuming: {name} is by {now}, was by {before}; the last bits differ",
+                    f"resuming: {name} now runs on {now} instead of {before}; the last bits differ",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -100,7 +100,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
     def summarize(self) -> dict[str, str]:
         """Which operations ran by which package."""
         said = ", ".join(f"{name} by {package}" for name, package in self.used.items())
-        return {"kernels": said or "none was used: no package for this model is installed"}
+        return {"kernels": said or "none: no package for this model is installed"}
 
     @hookimpl
     def on_close(self) -> None:
@@ -131,7 +131,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
         missing = [k.package for k in chosen if not k.installed]
         if missing and asked != "auto":
             raise ConfigError(
-                f"kernels.{name} is '{asked}', and that package is not installed; install it, or "
+                f"kernels.{name} is '{asked}', but that package is not installed; install it, or "
                 f"set kernels.{name}=auto"
             )
         return [kernel for kernel in chosen if kernel.installed]
@@ -180,7 +180,7 @@ class _Swap:
             said = f"kernels: {self.name} by {self.left[0].package} {fault}"
             if self.asked != "auto":
                 raise ConfigError(
-                    f"{said}; set kernels.{self.name}=auto to do without it, or kernels.tolerance"
+                    f"{said}; set kernels.{self.name}=auto to skip it, or raise kernels.tolerance"
                 )
             warnings.warn(f"{said}; it is not used", RuntimeWarning, stacklevel=2)
             del self.left[0]
@@ -198,7 +198,7 @@ class _Swap:
         if distance <= self.config.tolerance:
             return ""
         return (
-            f"differs from float32 by {distance:.3g} of its length in {where}, allowed are "
+            f"differs from float32 by a relative {distance:.3g} in {where}; the limit is "
             f"{self.config.tolerance:g}"
         )
 

@@ -85,7 +85,7 @@ def part_at(whole: Any, place: Place, usual: tuple[str, ...], default: Any, key:
     try:
         return _part(whole, place)
     except (LookupError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{key} is {place!r}, which is not there; there are {keys}") from error
+        raise ConfigError(f"{key} is {place!r}, which does not exist; there are {keys}") from error
 
 
 def _part(whole: Any, place: str | int) -> Any:
@@ -99,8 +99,8 @@ def together(metric: Metric, seen: list[int], ranks: Ranks, key: str) -> Any:
         return metric
     if not hasattr(metric, "merge_state"):
         raise ConfigError(
-            f"{key}: {type(metric).__name__} cannot be brought together over {ranks.size} "
-            "processes; give it merge_state(other), or take a metric of torchmetrics"
+            f"{key}: {type(metric).__name__} cannot be merged over {ranks.size} "
+            "processes; give it merge_state(other), or use a torchmetrics metric"
         )
     own = copy.deepcopy(metric)
     own = own.cpu() if isinstance(own, nn.Module) else own

@@ -84,7 +84,7 @@ class MetricsPlugin(Plugin[MetricsConfig]):
         self._metrics: dict[str, Metric] = {**own, **given}
         if not self._metrics:
             raise ConfigError(
-                f"{self.name} has no metric; name some, such as "
+                f"{self.name} has no metrics; add some, such as "
                 f"{self.name}.metrics={{accuracy: {{metric: Accuracy, args: {{...}}}}}}"
             )
         self._pick = pick
@@ -144,7 +144,7 @@ class MetricsPlugin(Plugin[MetricsConfig]):
     def _chosen(self, batch: Batch, output: Any) -> tuple[Any, Any]:
         if isinstance(output, Tensor) and output.ndim == 0 and self.config.output is None:
             raise ConfigError(
-                f"{self.name}: the model was not called by the loss, so there is no prediction to "
+                f"{self.name}: the loss did not call the model, so there is no prediction to "
                 "measure; pass pick=lambda batch, output: (prediction, target)"
             )
         last = batch[-1] if isinstance(batch, list | tuple) else None

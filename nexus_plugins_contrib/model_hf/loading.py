@@ -50,13 +50,13 @@ def origin_of(path: str, revision: str | None) -> Origin:
         if revision is not None:
             raise ConfigError(
                 f"model_hf.revision: got '{revision}', but {place} is a folder, which has no "
-                "revisions; leave it out"
+                "revisions; remove it"
             )
         return Origin(place, None, True)
     looks_like_path = place.startswith((".", "/", "~")) or place.count("/") > 1
     if looks_like_path or Path(place).exists():
         raise ConfigError(
-            f"model_hf.path: there is no folder '{place}'; give a folder with config.json and "
+            f"model_hf.path: no folder '{place}'; give a folder with config.json and "
             "*.safetensors, or an id of the hub such as Qwen/Qwen3-0.6B"
         )
     return Origin(place, revision, False)
@@ -176,7 +176,7 @@ def _quantization(kind: Quantized, dtype: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"model_hf.quantize: needs bitsandbytes, which cannot be imported ({error}); install "
-            "it: pip install 'nexus-trainer[adamw8bit]', or leave quantize out"
+            "it: pip install 'nexus-trainer[adamw8bit]', or remove quantize"
         ) from error
     make: Any = Configure
     return make(
@@ -191,10 +191,10 @@ def _check_whole(origin: Origin, facts: dict[str, Any]) -> None:
     missing = sorted(facts.get("missing_keys", ()))
     odd = sorted(str(key) for key in facts.get("mismatched_keys", ()))
     if missing or odd:
-        which = f"lacks {_some(missing)}" if missing else f"has other sizes of {_some(odd)}"
+        which = f"lacks {_some(missing)}" if missing else f"has different shapes for {_some(odd)}"
         raise ConfigError(
-            f"model_hf.path: '{origin.place}' {which}, which would be left random; give the "
-            "folder of a whole causal language model, or begin with random weights: ",
+            f"model_hf.path: '{origin.place}' {which}, which would stay random; give the "
+            "folder of a complete causal language model, or start from random weights: ",
             hint_set("model_hf.weights", "random"),
         )
 
@@ -215,7 +215,7 @@ def _refuse_foreign_code(origin: Origin) -> None:
             "model"
         ) from None
     except ValueError as error:
-        raise ConfigError(f"model_hf.path: {path} is no JSON: {error}") from error
+        raise ConfigError(f"model_hf.path: {path} is not JSON: {error}") from error
     if isinstance(written, dict) and "auto_map" in written and not _is_known(written):
         raise _foreign_code(origin)
 
@@ -228,8 +228,8 @@ def _is_known(written: dict[str, Any]) -> bool:
 
 def _foreign_code(origin: Origin) -> ConfigError:
     return ConfigError(
-        f"model_hf.path: '{origin.place}' brings modelling code of its own (trust_remote_code), "
-        "which model_hf never runs; take a model whose architecture transformers has, or name a "
+        f"model_hf.path: '{origin.place}' ships its own modelling code (trust_remote_code), "
+        "which model_hf never runs; use an architecture that transformers includes, or name a "
         "function that builds it with the plugin model: ",
         Hint("--set model.call=./net.py:build", "ModelPlugin(call=build)"),
     )
@@ -237,7 +237,7 @@ def _foreign_code(origin: Origin) -> ConfigError:
 
 def _no_causal(config: PretrainedConfig, error: BaseException) -> ConfigError:
     return ConfigError(
-        f"model_hf.path: transformers cannot make a causal language model of a "
+        f"model_hf.path: transformers cannot build a causal language model from a "
         f"{type(config).__name__}: {_line(error)}"
     )
 
@@ -248,9 +248,9 @@ def _unreadable(origin: Origin, error: BaseException) -> ConfigError:
         return _foreign_code(origin)
     if "safetensors" in text and origin.is_folder and not list(Path(origin.place).glob("*.safet*")):
         return ConfigError(
-            f"model_hf.path: {origin.place} has no *.safetensors, and no other files of weights "
-            "are read, since pickles can run code; convert them: model.save_pretrained(FOLDER), "
-            "or begin with random weights: ",
+            f"model_hf.path: {origin.place} has no *.safetensors, and other weight files "
+            "are not read, as pickles can run code; convert them: model.save_pretrained(FOLDER), "
+            "or start from random weights: ",
             hint_set("model_hf.weights", "random"),
         )
     where = "" if origin.is_folder else " from the hub, or from its cache where there is no network"

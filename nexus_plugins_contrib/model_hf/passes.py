@@ -102,11 +102,11 @@ def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
     """
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None or type(head) is not nn.Linear:
-        return f"its output layer is {'not there' if head is None else f'a {type(head).__name__}'}"
+        return f"its output layer is {'missing' if head is None else f'a {type(head).__name__}'}"
     if head.bias is not None:
         return "its output layer has a bias"
     if model.base_model is model:
-        return "it is not divided into a body and an output layer"
+        return "it is not split into a body and an output layer"
     seen: list[Tensor] = []
 
     def louder(_: nn.Module, __: object, output: Any) -> Any:
@@ -121,7 +121,7 @@ def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
         with _undisturbed(model, training=True):
             own = _called(model, ids[:1, :_TOKENS], None).float()
             if not seen:
-                return "its body is not called as one"
+                return "its body is not called as a whole"
             expected = HeadOutput(seen[0], head.weight).logits.float()
     finally:
         hook.remove()
@@ -129,7 +129,7 @@ def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
     allowed = 32 * torch.finfo(head.weight.dtype).eps * _LOUD
     if error <= allowed:
         return None
-    return f"its logits are not the head's weight times its states (they differ by {error:.2g})"
+    return f"its logits are not head weight times hidden states (they differ by {error:.2g})"
 
 
 def find_rows(model: PreTrainedModel, ids: Tensor) -> Rows:

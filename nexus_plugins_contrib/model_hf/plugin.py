@@ -136,9 +136,9 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         """What was found about the model."""
         lines = [f"full logits: {self._full_because}"] if self._full_because else []
         if self._rows == "unpacked":
-            lines.append("packed rows: each document is run as a row of its own")
+            lines.append("packed rows: each document is run as its own row")
         if not self._has_tokenizer:
-            lines.append("no tokenizer beside the model: an export will have none")
+            lines.append("no tokenizer next to the model: an export will have none")
         return {"model_hf": "\n".join(lines)} if lines else {}
 
     def state_dict(self) -> StateDict:
@@ -151,7 +151,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         commit = state["commit"]
         if commit is not None and self._commit is not None and commit != self._commit:
             raise CheckpointError(
-                f"the checkpoint began with commit {commit} of '{self.config.path}', and this run "
+                f"the checkpoint began at commit {commit} of '{self.config.path}', but this run "
                 f"loaded {self._commit}; pin it: ",
                 hint_set("model_hf.revision", commit),
             )
@@ -166,22 +166,20 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         self._full_because = passes.full_logits_because(model, inputs.ids)
         self._headless = self._full_because is None
         if self._full_because:
-            _log.info("model_hf: full logits, since %s", self._full_because)
+            _log.info("model_hf: using full logits, because %s", self._full_because)
 
     def _check_quantized(self, engine: Engine) -> None:
         if self.config.quantize is None:
             return
         if self.config.weights == "random":
-            raise ConfigError("model_hf.quantize is for pretrained weights; leave one of them out")
+            raise ConfigError("model_hf.quantize is for pretrained weights; remove one of them")
         if "fsdp" in engine.plugins and engine.ranks.size > 1:
             raise ConfigError(
-                "model_hf.quantize: fsdp cannot divide weights of 4 bits; use ddp, or leave "
-                "quantize out"
+                "model_hf.quantize: fsdp cannot shard 4-bit weights; use ddp, or remove quantize"
             )
         if "peft" not in engine.plugins:
             raise ConfigError(
-                "model_hf.quantize: quantized weights are not trained themselves; train adapters "
-                "beside them: ",
+                "model_hf.quantize: quantized weights cannot be trained; train adapters on them: ",
                 hint_add("peft"),
             )
 

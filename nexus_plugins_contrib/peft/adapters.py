@@ -57,7 +57,7 @@ def settings_of(
             continue
         found = next((n for n in (f"{method}_{name}", name) if n in known), None)
         if found is None:
-            raise ConfigError(f"peft.{name}: '{method}' has no such setting; leave it out")
+            raise ConfigError(f"peft.{name}: '{method}' has no such setting; remove it")
         given[found] = value
     checked = check_arguments(kind, f"peft's {kind.__name__}", args, "peft.args", whole=False)
     if patterns := checked.get(_INPUTS):  # of IA3, which wants names that are among the targets
@@ -88,15 +88,13 @@ def _unusable_because(kind: Any, tuner: object) -> str | None:
     from peft import PromptLearningConfig
 
     if issubclass(kind, PromptLearningConfig):
-        return (
-            "It trains inputs put before each text, and no modules, for which peft runs the model"
-        )
+        return "It trains prompt inputs instead of modules, for which peft runs the model"
     if "target_modules" not in inspect.signature(kind).parameters:
-        return "It does not adapt modules that can be named"
+        return "It does not adapt named modules"
     if hasattr(tuner, "update_and_allocate"):
-        return "It changes its ranks as training goes, which no checkpoint of peft's holds"
+        return "It changes its ranks during training, which peft checkpoints do not store"
     if getattr(tuner, "uses_shared_state", False):
-        return "Its layers share a state that no checkpoint would hold"
+        return "Its layers share a state that checkpoints do not store"
     return None
 
 
@@ -110,8 +108,8 @@ def settings_in(folder: Path) -> Settings:
 
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise ConfigError(
-            f"peft.adapter: {folder} has no {CONFIG} with {WEIGHTS} beside it; name a folder of "
-            "adapters as peft saves them; of a run: nexus-run export RUN --to hf --adapters alone "
+            f"peft.adapter: {folder} has no {CONFIG} and {WEIGHTS}; name a folder of "
+            "adapters saved by peft; from a run: nexus-run export RUN --to hf --adapters alone "
             "--out FOLDER"
         )
     read: Any = Saved.from_pretrained
@@ -122,9 +120,9 @@ def settings_in(folder: Path) -> Settings:
     _kind(found.peft_type.value.lower())
     if getattr(found, "modules_to_save", None):
         raise ConfigError(
-            f"peft.adapter: {folder} holds whole modules beside the adapters (modules_to_save: "
-            f"{', '.join(found.modules_to_save)}), which are not trained here; merge it into the "
-            "model, and begin new adapters"
+            f"peft.adapter: {folder} has whole modules besides the adapters (modules_to_save: "
+            f"{', '.join(found.modules_to_save)}), which are not supported; merge it into the "
+            "model, and start new adapters"
         )
     found.inference_mode = False
     return cast("Settings", found)
@@ -160,8 +158,8 @@ def begin_with(tuner: BaseTuner, model: nn.Module, folder: Path) -> None:
                 give(model, dict(tensors), adapter_name=name)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigError(
-                f"peft.adapter: {folder} does not fit the model: {_line(error)}; give the adapters "
-                "the model that they were trained on"
+                f"peft.adapter: {folder} does not fit the model: {_line(error)}; use the model "
+                "that the adapters were trained on"
             ) from error
     layers: list[Any] = list(model.modules())
     for layer in layers:
@@ -202,8 +200,8 @@ def targets_of(model: nn.Module, patterns: Sequence[str], rank: int) -> list[str
         found = [n for n in wide if _is_trained(named[n])]
     if not found:
         raise ConfigError(
-            "peft.target: the model has no linear layer to adapt; name modules, with patterns as "
-            "of files: peft.target=['*.q_proj', '*.v_proj']"
+            "peft.target: the model has no linear layer to adapt; name modules, with glob "
+            "patterns: peft.target=['*.q_proj', '*.v_proj']"
         )
     return found
 

@@ -72,8 +72,8 @@ class PeftConfig(PluginConfig):
         idle = sorted(name for name in own if getattr(self, name) != fields[name].default)
         if self.adapter is not None and idle:
             raise ValueError(
-                f"{idle[0]} does nothing beside adapter, whose folder tells it; leave one of them "
-                "out (r and alpha of a preset: null)"
+                f"{idle[0]} has no effect with adapter, whose folder sets it; remove one of them "
+                "(r and alpha of a preset: null)"
             )
         return self
 
@@ -121,7 +121,7 @@ class PeftPlugin(Plugin[PeftConfig]):
         """
         if self.tuner is None:
             raise ConfigError(
-                "peft puts adapters into the model before its optimizer is made; leave the "
+                "peft adds adapters to the model before its optimizer is created; leave the "
                 "optimizer to a plugin: Engine(model, plugins=[..., OptimAdamwPlugin()])"
             )
 
@@ -170,7 +170,7 @@ class PeftPlugin(Plugin[PeftConfig]):
             warnings.warn(
                 f"peft: the loss does not reach {len(idle)} of {len(trained)} trained tensors, "
                 f"such as {idle[0]}; the model may read a layer's weight without calling the "
-                "layer: leave it out of peft.target",
+                "layer: exclude it from peft.target",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -219,8 +219,8 @@ class PeftPlugin(Plugin[PeftConfig]):
         """
         if state["base"] != self._hash:
             raise CheckpointError(
-                f"peft: the adapters were trained on other weights (hash {state['base']}, and "
-                f"{self._hash} here); give the run the model that it began with"
+                f"peft: the adapters were trained on other weights (hash {state['base']}, but "
+                f"{self._hash} here); use the model that the run started from"
             )
         self._looked = bool(state["looked"])
 

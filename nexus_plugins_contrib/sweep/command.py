@@ -30,23 +30,23 @@ _SHOWN = 5  # of the best trials
 @click.argument("config", required=False, metavar="[CONFIG|PRESET]")
 @click.option("--over", "spaces", multiple=True, required=True, metavar="KEY=SPACE",
               help="Search a setting: log(1e-4,1e-2), uniform(0,1), int(1,8), intlog(16,1024), "
-              "choice(a,b); may be given several times.")  # fmt: skip
+              "choice(a,b); may be repeated.")  # fmt: skip
 @click.option("--trials", default=20, show_default=True, type=click.IntRange(min=1),
-              help="How many there are to be, with those of earlier calls.")  # fmt: skip
+              help="Total number of trials, including earlier calls.")  # fmt: skip
 @click.option("-m", "--metric", default="val/loss", show_default=True,
-              help="By its last value trials are judged.")  # fmt: skip
+              help="Trials are ranked by its last value.")  # fmt: skip
 @click.option("--mode", type=click.Choice(["min", "max"]), default="min", show_default=True,
-              help="Whether the metric is to be small or great.")  # fmt: skip
+              help="Whether to minimize or maximize the metric.")  # fmt: skip
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1),
-              help="Trials at once; they share the cores.")  # fmt: skip
+              help="Trials to run in parallel; they share the cores.")  # fmt: skip
 @click.option("--sampler", type=click.Choice(["tpe", "random"]), default="tpe", show_default=True,
-              help="What chooses the values.")  # fmt: skip
+              help="Sampler of values.")  # fmt: skip
 @click.option("--pruner", type=click.Choice(["median", "hyperband", "none"]), default="median",
-              show_default=True, help="What ends trials at an evaluation.")  # fmt: skip
+              show_default=True, help="Pruner that stops trials at an evaluation.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Of the sampler.")
 @click.option("-p", "--plugins", default="", help="As in nexus-run, for every trial.")
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Likewise.")
-@click.option("--out", type=PATH, help="The folder of the sweep; give it again to resume.")
+@click.option("--out", type=PATH, help="Folder of the sweep; pass it again to resume.")
 @click.option("--json", "as_json", is_flag=True, help="Print the trials as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(
@@ -194,7 +194,7 @@ def _best_first(study: optuna.Study, search: Search, out: Path) -> list[FrozenTr
     every = study.get_trials(deepcopy=False)
     complete = [trial for trial in every if trial.state is TrialState.COMPLETE]
     if not complete:
-        raise ConfigError(f"none of {len(every)} trials came to an end; their logs are in '{out}'")
+        raise ConfigError(f"none of {len(every)} trials finished; their logs are in '{out}'")
     sign = 1 if search.mode == "min" else -1
     return sorted(complete, key=lambda trial: sign * (trial.value or 0.0))
 
@@ -240,5 +240,5 @@ def _report(study: optuna.Study, search: Search, out: Path, best: Sequence[Froze
         aligned(rows, (0, 1)),
         f"{len(every)} trials: " + ", ".join(f"{n} {state}" for state, n in counts.items()),
         f"the best: {folder_of(out, best[0])}, {sets}",
-        f"all of them: nexus-run runs {shlex.quote(str(out))} --sort {search.metric}",
+        f"all trials: nexus-run runs {shlex.quote(str(out))} --sort {search.metric}",
     ])  # fmt: skip

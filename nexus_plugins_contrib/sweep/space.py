@@ -73,7 +73,7 @@ def read_dimension(text: str) -> Dimension:
     kind = match["kind"]
     if kind == "choice":
         if len(set(words)) < 2 or "" in words:
-            raise ConfigError(f"--over '{text}': a choice is between two values at least")
+            raise ConfigError(f"--over '{text}': a choice needs at least two values")
         return Dimension(key, kind, tuple(words))
     return Dimension(key, kind, _numbers(text, kind, words))
 
@@ -88,14 +88,14 @@ def _numbers(text: str, kind: str, words: list[str]) -> tuple[float, ...]:
     )
     if not fits or not 2 <= len(values) <= most:
         what = "whole numbers" if whole else "numbers"
-        last = " and perhaps a step" if most == 3 else ""
-        raise ConfigError(f"--over '{text}': {kind} takes {what}: the least, the greatest{last}")
+        last = " and optionally a step" if most == 3 else ""
+        raise ConfigError(f"--over '{text}': {kind} takes {what}: minimum, maximum{last}")
     numbers: list[float] = [int(value) if whole else float(value) for value in values]
     low, high, *step = numbers
     if not low < high:
-        raise ConfigError(f"--over '{text}': the least value, {low}, is not below {high}")
+        raise ConfigError(f"--over '{text}': the minimum, {low}, is not below {high}")
     if kind in ("log", "intlog") and low <= 0:
         raise ConfigError(f"--over '{text}': a logarithm needs values above 0, got {low}")
     if step and not 0 < step[0] <= high - low:
-        raise ConfigError(f"--over '{text}': a step is above 0 and at most {high - low}")
+        raise ConfigError(f"--over '{text}': a step must be above 0 and at most {high - low}")
     return (low, high, *step)

@@ -90,7 +90,7 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
             lock(held, wait=False)
         except BlockingIOError:
             raise ConfigError(
-                f"a sweep is at work in '{out}'; wait for it, stop it, or choose another folder "
+                f"a sweep is running in '{out}'; wait for it, stop it, or choose another folder "
                 "with --out"
             ) from None
         _cut_torn_line(out / _JOURNAL)
@@ -107,7 +107,7 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
         elif before != search.identity:
             other = [key for key, value in search.identity.items() if before.get(key) != value]
             raise ConfigError(
-                f"'{out}' holds another sweep: {', '.join(other)} differ; choose another folder "
+                f"'{out}' has another sweep: {', '.join(other)} differ; choose another folder "
                 "with --out"
             )
         yield study
@@ -150,7 +150,7 @@ def close_value(
         return f"pruned at step {summary.get('steps', 0):,}"
     if search.metric not in metrics:
         raise ConfigError(
-            f"no trial has a metric '{search.metric}': there are {', '.join(metrics) or 'none'}; "
+            f"no trial has a metric '{search.metric}'; available: {', '.join(metrics) or 'none'}; "
             "choose one with --metric"
         )
     value = metrics[search.metric]

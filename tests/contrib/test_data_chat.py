@@ -212,7 +212,7 @@ BROKEN = {
     ),
     "a system message that moves to the last question": (
         published.MISTRAL03, said(*CHAT),
-        "a template that asks otherwise than it answers: turn 3",
+        "a template whose prompt and answer disagree: turn 3",
     ),
     "reasoning that is never written": (
         published.DEEPSEEK_R1, said("hello", "<think>the sum</think>It is 4."),
@@ -220,7 +220,7 @@ BROKEN = {
     ),
     "a question that begins the answer": (
         published.DEEPSEEK_R1_ASKING, said("hello", "It is 4."),
-        "a template that asks otherwise than it answers: turn 2",
+        "a template whose prompt and answer disagree: turn 2",
     ),
     "a role that the template does not know": (
         published.GEMMA2, said(*CHAT), "the template refuses it: the chat template refuses it: "
@@ -235,23 +235,23 @@ BROKEN = {
     ),
     "a border within a token": (
         Published("{% for m in messages %}{{ m.content }}{% endfor %}", (), "<eos>"),
-        said("he", "llo"), "a token across the border of a turn: turn 2",
+        said("he", "llo"), "a token across a turn boundary: turn 2",
     ),
     "marks within a token": (
         Published(
             "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
             "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}", (), "<eos>",
         ),
-        said("he", "llo"), "a token across the border of a turn: a token reaches over",
+        said("he", "llo"), "a token across a turn boundary: a token crosses",
     ),
     "marks around nothing": (
         Published("{% for m in messages %}{{ m.content }}{% endfor %}"
                   "{% generation %}{% endgeneration %}", (), "<eos>"),
-        said("hello", "hello"), "nothing to learn",
+        said("hello", "hello"), "nothing to train on",
     ),
-    "no answer": (published.QWEN25, said("hello"), "no turn of the assistant"),
+    "no answer": (published.QWEN25, said("hello"), "no assistant turn"),
     "an answer beyond the row": (
-        published.QWEN25, said("hello " * 1200, "4"), "too long: nothing of the",
+        published.QWEN25, said("hello " * 1200, "4"), "too long: none of the",
     ),
 }  # fmt: skip
 
@@ -271,7 +271,7 @@ def test_ids_that_change_once_the_answer_follows_are_caught() -> None:
     made = ChatEncoder(DataChatConfig(train="-", tokenizer="-"), HubTokenizer(inner, "tiny"))
     (found,) = made.encode([said("hello", "hello there.")])
     assert isinstance(found, Fault)
-    assert found.kind == "a token across the border of a turn"
+    assert found.kind == "a token across a turn boundary"
 
 
 def test_each_turn_in_a_row_of_its_own_keeps_its_thoughts() -> None:
@@ -364,7 +364,7 @@ def test_pairs_of_several_turns_learn_the_last_ones_alone() -> None:
     assert [text.count("⟦") for text in found] == [1, 1]
     assert "⟦It is 4.<|im_end|>⟧" in found[0]
     (same,) = marks(published.QWEN25, {"chosen": chosen, "rejected": chosen}, pairs=True)
-    assert same.startswith("a pair without a difference")
+    assert same.startswith("an identical pair")
 
 
 # -- as the data of a run

@@ -111,7 +111,7 @@ def test_padded_rows_are_documents_and_long_ones_are_cut_and_counted(
     tmp_path: Path, tokenizer: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", "a", 30)
-    with pytest.warns(RuntimeWarning, match=r"tokens of the training data are cut off"):
+    with pytest.warns(RuntimeWarning, match=r"tokens of the training data are truncated"):
         data = opened(tmp_path, tokenizer, train=path, batching="pad", seq_len=12)
     inner = tokens.byte_level()
     whole = [[*inner(text)["input_ids"], inner.eos_token_id] for text in texts("a", 30)]
@@ -230,10 +230,10 @@ def test_ids_of_the_hub_are_found_in_its_cache_offline(
     ("change", "said"),
     [
         ({"train": "nowhere.jsonl"}, "no file or folder 'nowhere.jsonl'"),
-        ({"column": "body"}, r"a.jsonl, row 1: there is no value in the column 'body'"),
+        ({"column": "body"}, r"a.jsonl, row 1: no value in column 'body'"),
         ({"tokenizer": "nowhere"}, "cannot open the tokenizer 'nowhere'"),
         ({"seq_len": 4000}, "too few tokens for a row of 4000"),
-        ({"streaming": True, "num_workers": 1}, "num_workers cannot act"),
+        ({"streaming": True, "num_workers": 1}, "num_workers has no effect"),
         ({"train": ["a.jsonl", "a.jsonl"]}, "two sources are called 'a'"),
         ({"train": []}, "the list of sources is empty"),
     ],
@@ -344,8 +344,8 @@ def test_weights_that_mean_nothing_are_refused(tmp_path: Path, tokenizer: str) -
     path = write(tmp_path / "a.jsonl", "a", 30)
     for weight, said in (
         (-1.0, "expected numbers of 0 or more"),
-        ([[0, 1], ["9 samples", 1], ["5 samples", 1]], "expected rising ones"),
-        ([[0, 1], ["9 samples", 0]], "weights of all sources are 0 at once"),
+        ([[0, 1], ["9 samples", 1], ["5 samples", 1]], "expected increasing rows"),
+        ([[0, 1], ["9 samples", 0]], "weights of all sources are 0 at the same time"),
     ):
         train = [{"path": path, "weight": weight, "name": name} for name in ("a", "b")]
         with pytest.raises(ConfigError, match=said):
@@ -481,5 +481,5 @@ def test_another_tokenizer_is_refused_on_resuming(tmp_path: Path, tokenizer: str
     first, second = (DataHfPlugin(tokenizer=one, **settings) for one in (tokenizer, other))
     first.make_data(engine())
     second.load_state_dict(first.state_dict())
-    with pytest.raises(CheckpointError, match="another tokenizer"):
+    with pytest.raises(CheckpointError, match="a different tokenizer"):
         second.make_data(engine())

@@ -108,5 +108,5 @@ def test_tasks_of_this_machine_are_scored_as_by_hand(tasks: Path) -> None:
 
 
 def test_an_unknown_task_is_refused(tasks: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no task 'nowhere'"):
+    with pytest.raises(ConfigError, match="no task 'nowhere'"):
         trained(tasks=["nowhere"], include=tasks)

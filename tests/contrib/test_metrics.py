@@ -129,13 +129,13 @@ def test_an_evaluation_that_was_given_up_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize(
     ("plugin", "words"),
     [
-        (lambda: MetricsPlugin(), "metrics has no metric; name some"),
+        (lambda: MetricsPlugin(), "metrics has no metrics; add some"),
         (lambda: MetricsPlugin({"share": 3}), "'share' is 3, without update"),
         (lambda: MetricsPlugin(metrics={"a": {"metric": "no.such"}}),
          r"metrics\.metrics\.a: 'no' cannot be imported"),
         (lambda: MetricsPlugin(metrics={"a": {"metric": "math.nosuch"}}), "'math' has no 'nosuch'"),
         (lambda: MetricsPlugin({"share": Share()}, target="lable"),
-         r"metrics\.target is 'lable', which is not there; there are \['input', 'label'"),
+         r"metrics\.target is 'lable', which does not exist; there are \['input', 'label'"),
         (lambda: MetricsPlugin({"share": Share()}, output="no"), r"metrics\.output is 'no'"),
     ],
 )  # fmt: skip

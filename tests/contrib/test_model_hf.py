@@ -114,7 +114,7 @@ def test_a_packed_document_has_the_loss_that_it_has_alone(kind: str) -> None:
     [
         ("gemma2", {}, "its logits are not"),
         ("gemma2", {"final_logit_softcapping": None}, None),
-        ("opt", {}, "its body is not called as one"),
+        ("opt", {}, "its body is not called as a whole"),
         ("llama", {"tie_word_embeddings": True}, None),
     ],
 )
@@ -192,12 +192,12 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("code", "brings modelling code of its own"),
+        ("code", "ships its own modelling code"),
         ("pickle", "has no \\*.safetensors"),
         ("part", "lacks lm_head.weight"),
         ("cut", "cannot load"),
         ("no config", "has no config.json"),
-        ("gone", "there is no folder"),
+        ("gone", "no folder"),
         ("entry", "model_hf.config.atention_dropout"),
         ("revision", "which has no revisions"),
     ],
@@ -234,7 +234,7 @@ def test_an_id_is_read_from_the_cache_and_its_commit_is_pinned(
     snapshot = copy.deepcopy(first.state_dict())
     begun("someone/tiny").load_state_dict(copy.deepcopy(snapshot))
     cached(tmp_path / "hub", hf.saved(tmp_path / "n", "llama", seed=1), "b" * 40)
-    with pytest.raises(CheckpointError, match=f"began with commit {'a' * 40}"):
+    with pytest.raises(CheckpointError, match=f"began at commit {'a' * 40}"):
         begun("someone/tiny").load_state_dict(snapshot)
     with pytest.raises(ConfigError, match="cannot load 'someone/other' from the hub"):
         make("someone/other")

@@ -155,11 +155,11 @@ def test_base_weights_of_a_run_lie_below(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"method": "lara"}, "Did you mean 'lora'"),
-        ({"method": "prefix_tuning"}, "'prefix_tuning'. It trains inputs put before each text"),
-        ({"method": "prompt_tuning"}, "'prompt_tuning'. It trains inputs put before each text"),
-        ({"method": "adalora"}, "'adalora'. It changes its ranks as training goes"),
+        ({"method": "prefix_tuning"}, "'prefix_tuning'. It trains prompt inputs"),
+        ({"method": "prompt_tuning"}, "'prompt_tuning'. It trains prompt inputs"),
+        ({"method": "adalora"}, "'adalora'. It changes its ranks during training"),
         ({"adapter": "nowhere"}, "nowhere has no adapter_config.json"),
-        ({"adapter": "nowhere", "r": 4}, "r does nothing beside adapter"),
+        ({"adapter": "nowhere", "r": 4}, "r has no effect with adapter"),
         ({"method": "ia3", "r": 4}, "'ia3' has no such setting"),
         ({"args": {"use_dorra": True}}, "Did you mean 'use_dora'"),
         ({"target": ("*.nothing",)}, "peft.target: the pattern"),
@@ -176,7 +176,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_an_optimizer_that_was_made_before_is_refused() -> None:
     model = hf.tiny("llama")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="before its optimizer is made"):
+    with pytest.raises(ConfigError, match="before its optimizer is created"):
         Engine(model, optimizer, plugins=[PeftPlugin(), load("loss_lm")()])
 
 
@@ -288,7 +288,7 @@ def test_adapters_of_a_folder_are_the_start_and_the_reference(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"modules_to_save": ["lm_head"]}, "holds whole modules beside the adapters .*lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "has whole modules besides the adapters .*lm_head"),
         ({"target_modules": ["gone"]}, "peft: Target modules"),
         ({"r": 2}, "does not fit the model: .*size mismatch"),
     ],
@@ -343,7 +343,7 @@ def test_adapters_on_four_bits_resume_to_the_same_bits_and_are_exported_alone(
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({}, "train adapters beside them"), ({"weights": "random"}, "is for pretrained weights")],
+    [({}, "train adapters on them"), ({"weights": "random"}, "is for pretrained weights")],
 )
 def test_quantized_weights_alone_are_refused(
     settings: dict[str, Any], said: str, tmp_path: Path

@@ -85,7 +85,7 @@ def search(**given: Any) -> Search:
 def test_a_folder_is_of_one_sweep_and_one_process(tmp_path: Path) -> None:
     with opened(tmp_path, search(), 1) as study:
         study.tell(study.ask({"x": read_dimension(LR).distribution()}), 1.0)
-        with pytest.raises(ConfigError, match="is at work"), opened(tmp_path, search(), 1):
+        with pytest.raises(ConfigError, match="is running"), opened(tmp_path, search(), 1):
             pass
     with pytest.raises(ConfigError, match="metric differ"), opened(tmp_path, search(metric="m"), 1):
         pass

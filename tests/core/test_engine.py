@@ -320,9 +320,9 @@ def test_parts_that_are_missing_are_named() -> None:
         Engine(model, optimizer)
     with pytest.raises(ConfigError, match="no optimizer: pass"):
         Engine(model, plugins=[SquaredPlugin()])
-    with pytest.raises(DataError, match="there is no training data"):
+    with pytest.raises(DataError, match="no training data"):
         Engine(plugins=[SquaredPlugin()])
-    with pytest.raises(DataError, match="there is no training data"):
+    with pytest.raises(DataError, match="no training data"):
         Engine(model, optimizer, plugins=[SquaredPlugin()]).fit(until="1 step")
     with pytest.raises(ConfigError, match="accumulate"):
         tiny_engine(accumulate=0)

@@ -56,7 +56,7 @@ def test_the_best_comes_first_where_asked_for(tmp_path: Path) -> None:
     lines = command(str(tmp_path), "--sort", "-val/loss").splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["c", "a", "b", "other"]
     assert "Did you mean 'val/loss'?" in mistake(str(tmp_path), "-m", "val/lose")
-    assert "is no folder" in mistake(str(tmp_path / "nowhere"))
+    assert "is not a folder" in mistake(str(tmp_path / "nowhere"))
     assert "is not a run folder" in mistake("show", str(tmp_path))
 
 

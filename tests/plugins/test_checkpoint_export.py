@@ -128,7 +128,7 @@ BOMB = "plugins:\n  model_tied: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("state.json", lambda text: json.dumps(json.loads(text) | {"model": [1]}), "no model"),
         ("state.json", lambda text: "[]", "no model"),
         ("state.json", lambda text: json.dumps(json.loads(text) | {
-            "model": {f"n{n}": {"$tensor": "head.weight"} for n in range(5000)}}), "stand for"),
+            "model": {f"n{n}": {"$tensor": "head.weight"} for n in range(5000)}}), "add up to"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:checkpoint.best")

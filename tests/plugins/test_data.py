@@ -121,8 +121,8 @@ def test_every_process_takes_its_slice_of_a_stream() -> None:
         (NUMBERS, {}, r"a data set of samples; .*batch_size=32"),
         (LOADER, {"batch_size": 4}, "is a DataLoader, which already yields batches"),
         ((BATCHES, iter(BATCHES)), {}, "'val' data of called:text.*can be read only once"),
-        (Streamed(), {"batch_size": 4, "shuffle": True}, r"stream .*data\.shuffle cannot act"),
-        (Streamed(), {"batch_size": 4, "num_workers": 2}, r"data\.num_workers cannot act"),
+        (Streamed(), {"batch_size": 4, "shuffle": True}, r"stream .*data\.shuffle has no effect"),
+        (Streamed(), {"batch_size": 4, "num_workers": 2}, r"data\.num_workers has no effect"),
         (NUMBERS, {"batch_size": 20, "drop_last": True}, "too few for a batch of 20"),
     ],
 )

@@ -400,7 +400,7 @@ def test_what_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ("x" * 300 + ".txt", "cannot read .*name too long|there is no file"),
+        ("x" * 300 + ".txt", "cannot read .*name too long|no file"),
         ("a\0b.txt", "null byte"),
         ("$NOT_SET_HERE/a.txt", "variable NOT_SET_HERE is not set"),
         ("~no-such-user-here/a.txt", "no home folder for '~no-such-user-here'"),

@@ -109,7 +109,7 @@ FORGED: tuple[dict[str, Callable[[Path], None]], ...] = (
         ),
     },
     {
-        "metrics.jsonl: the line of step 8 is not there": dropped,
+        "metrics.jsonl: the line of step 8 is missing": dropped,
         "step 7: the tape has different digests of: losses world": retaped,
     },
 )

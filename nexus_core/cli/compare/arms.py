@@ -66,7 +66,7 @@ def read_arms(
         sets: as `--set`, likewise.
 
     Raises:
-        ConfigError: a word is none of these, or two mean the same.
+        ConfigError: a word matches none of these, or two mean the same.
     """
     common = Recipe(None, plugins, sets)
     first = _there(base) or _branched(base, common) or _configured(base, common)

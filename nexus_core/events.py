@@ -28,7 +28,7 @@ The loop, with the hooks in capitals where they fire:
             MEASURE                                  for each set
         ON_EVAL
         ON_STEP_END                                  a checkpoint is taken here: ON_SAVE
-    ON_NOTE                                          whenever a plugin has something to say
+    ON_NOTE, ON_IMAGE                                whenever there is something to say or to show
     ON_FINISH, or ON_ERROR when something raised
     ON_CLOSE                                         whatever happened, in reverse order
     SUMMARIZE                                        `nexus-run` prints what is answered
@@ -59,6 +59,7 @@ from torch.optim import Optimizer
 from nexus_core.batches import Batch
 from nexus_core.cells import CellSum
 from nexus_core.data import DataState, RunData
+from nexus_core.images import Image
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.plugin import Plugin
@@ -128,6 +129,9 @@ class Run(Protocol):
     def stop(self, reason: str = ..., *, at_once: bool = ...) -> None: ...
     def log(
         self, name: str, value: Number | Measured, units: Number = ..., finish: Finish = ...
+    ) -> None: ...
+    def note(
+        self, title: str, text: str = ..., *, image: object = ..., figure: object = ...
     ) -> None: ...
     def parameters(self, turn: str | None = None) -> list[nn.Parameter]: ...
     def untrained(self) -> list[nn.Parameter]: ...
@@ -326,7 +330,11 @@ class Hooks:
 
     @hookspec
     def on_note(self, *, engine: Run, title: str, text: str) -> None:
-        """Event: a plugin says a few words about the run; loggers that hold text keep them."""
+        """Event: a few words about the run; loggers that hold text keep them."""
+
+    @hookspec
+    def on_image(self, *, engine: Run, title: str, image: Image) -> None:
+        """Event: an image of something in the run, as PNG; loggers that hold images keep it."""
 
     @hookspec
     def on_step_end(self, *, engine: Run) -> None:

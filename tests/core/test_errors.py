@@ -63,7 +63,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lines=st.lists(st.lists(st.text("ab-/", min_size=1, max_size=90), max_size=9), max_size=3),
     indent=st.integers(0, 40),
@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 def test_text_is_folded_between_words_on_a_terminal_alone(
     lines: list[list[str]], indent: int
 ) -> None:
-    """Red if a terminal breaks words in the middle, or a pipe gets other lines than were written."""
+    """Red if a terminal breaks words in the middle, or a pipe gets other lines than written."""
     text = "\n".join(map(" ".join, lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")

@@ -32,6 +32,7 @@ from nexus_core.evaluation import (
     train_mode,
 )
 from nexus_core.events import Hooks
+from nexus_core.images import tell
 from nexus_core.intervals import Interval, Length, Result, TrainState
 from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.optimizers import Untrained, check_optimizer, trained
@@ -203,8 +204,7 @@ class Engine(EarlierNames):
         try:
             stream = self._progress.open(self, data, self.horizon, None)
             acting.on_start(engine=self)
-            step = prepare(self, stream.take(self.accumulate, self.horizon))
-            self._progress.step = step
+            step = self._progress.step = prepare(self, stream.take(self.accumulate, self.horizon))
             for turn in self.hook.take_turns(engine=self, step=step):
                 step.turn = turn
                 count_units(self, step)
@@ -222,9 +222,8 @@ class Engine(EarlierNames):
             `val/loss`, `val/total_loss`, `val/<term>_loss` and metrics of plugins, by
             split.
         """
-        nested = not self.training
         metrics = self._measured(named_sets(data))
-        return metrics if nested else self._announced(metrics)
+        return self._announced(metrics) if self.training else metrics
 
     def predict(self, data: Data) -> list[Any]:
         """The model's output for each batch, in order, on the CPU.
@@ -285,6 +284,27 @@ class Engine(EarlierNames):
             ConfigError: the value is more than one number.
         """
         self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
+
+    def note(
+        self, title: str, text: str = "", *, image: object = None, figure: object = None
+    ) -> None:
+        """Say or show something about the run as it is now, for every logger that keeps notes.
+
+        It changes nothing in training; an image on a device is waited for. With several processes
+        the loggers of the first alone write.
+
+        Args:
+            title: what it is about, named as metrics are: "samples", "attention/layer_0".
+            text: words, without Markdown; beside an image its caption.
+            image: a tensor or array (height, width), (channels, height, width) or (height, width,
+                channels) of bytes, booleans, or floats from 0 to 1; an image of Pillow; or the path
+                of a PNG file.
+            figure: of matplotlib; it stays open.
+
+        Raises:
+            ConfigError: there is nothing to say, or it is something else.
+        """
+        tell(self.hook, self, title, text, image, figure)
 
     def parameters(self, turn: str | None = None) -> list[nn.Parameter]:
         """The parameters the optimizer updates now, or in one turn; may change, so do not cache."""

@@ -28,7 +28,7 @@ The loop, with the hooks in capitals where they fire:
             MEASURE                                  for each set
         ON_EVAL
         ON_STEP_END                                  a checkpoint is taken here: ON_SAVE
-    ON_NOTE                                          whenever a plugin writes a note
+    ON_NOTE, ON_IMAGE                                whenever a plugin writes a note or shows an image
     ON_FINISH, or ON_ERROR if something raised
     ON_CLOSE                                         always, in reverse order
     SUMMARIZE                                        `nexus-run` prints the answers
@@ -59,6 +59,7 @@ from torch.optim import Optimizer
 from nexus_core.batches import Batch
 from nexus_core.cells import CellSum
 from nexus_core.data import DataState, RunData
+from nexus_core.images import Image
 from nexus_core.intervals import Interval, TrainState
 from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.plugin import Plugin
@@ -128,6 +129,9 @@ class Run(Protocol):
     def stop(self, reason: str = ..., *, at_once: bool = ...) -> None: ...
     def log(
         self, name: str, value: Number | Measured, units: Number = ..., finish: Finish = ...
+    ) -> None: ...
+    def note(
+        self, title: str, text: str = ..., *, image: object = ..., figure: object = ...
     ) -> None: ...
     def parameters(self, turn: str | None = None) -> list[nn.Parameter]: ...
     def untrained(self) -> list[nn.Parameter]: ...
@@ -326,6 +330,10 @@ class Hooks:
     @hookspec
     def on_note(self, *, engine: Run, title: str, text: str) -> None:
         """Event: a plugin writes a note about the run; loggers that support text record it."""
+
+    @hookspec
+    def on_image(self, *, engine: Run, title: str, image: Image) -> None:
+        """Event: an image about the run, as PNG; loggers that support images record it."""
 
     @hookspec
     def on_step_end(self, *, engine: Run) -> None:

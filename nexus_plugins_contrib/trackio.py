@@ -9,6 +9,7 @@ from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_core.images import Image
 
 try:
     import trackio
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["TrackioConfig", "TrackioPlugin"]
 
 NOT_METRICS = ("step", "timestamp")
-NOTE = "/text"  # behind the title of a note, which may be the name of a metric too
+NOTE, IMAGE = "/text", "/image"  # behind a title, which may be the name of a metric too
 
 
 class TrackioConfig(BackgroundConfig):
@@ -73,6 +74,12 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
         assert self._run is not None
         self._run.log({title + NOTE: Markdown(text)}, step=step)
 
+    def send_image(self, step: int, title: str, image: Image) -> None:
+        """Hand the image to Trackio, with its caption."""
+        assert self._run is not None
+        shown = trackio.Image(image.opened(), caption=image.caption or None)
+        self._run.log({title + IMAGE: shown}, step=step)
+
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Have everything stored."""
         assert self._run is not None
@@ -86,10 +93,10 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
         return {**place, **super().summarize(engine)}
 
     def _last_steps(self, run: Run) -> dict[str, int]:
-        """The last step of each metric, and of each note by its title, that is in the store."""
+        """The last step of each metric, and of each note or image by its title, in the store."""
         steps: dict[str, int] = {}
         for line in SQLiteStorage.get_logs(self.config.project, run.name, run_id=run.id):
             for name in line.keys() - set(NOT_METRICS):
-                name = name.removesuffix(NOTE)
+                name = name.removesuffix(NOTE).removesuffix(IMAGE)
                 steps[name] = max(line["step"], steps.get(name, -1))
         return steps

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from nexus_core.bases.logger import Logger, LoggerConfig
 from nexus_core.errors import CheckpointError
+from nexus_core.images import Image, packed, unpacked
 from nexus_core.plugin import hookimpl
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BackgroundConfig", "BackgroundLogger", "Ending", "Job", "Outcome", "RunInfo", "Worker"]
 
-Line: TypeAlias = tuple[int, Mapping[str, float | str]]
-"""A step, and metrics by name or notes by title."""
+Line: TypeAlias = tuple[int, Mapping[str, float | str | Image]]
+"""A step, and metrics by name, or words or images by title."""
 Ending: TypeAlias = Literal["finished", "stopped", "failed"]
 """How a run went: to its horizon, ended before it on purpose, or ended by an error."""
 
@@ -71,13 +72,13 @@ BackgroundConfigT = TypeVar("BackgroundConfigT", bound=BackgroundConfig)
 class BackgroundLogger(Logger[BackgroundConfigT]):
     """A logger that the training never waits for, whatever its service does.
 
-    Answer `connect`, `send` and `disconnect`, and `send_note` where there is a place for text:
-    they are called one after another on a thread of this logger, beside the training. A call
-    that raises is a warning, and three in a row switch the logger off, as does a first call that
-    raises. A call that takes longer than `config.timeout` is given up: the logger is switched off,
-    and what waits is dropped. What waits is bounded by `CAPACITY` calls; a call for which there is
-    no room is a failure. Closing waits until all is stored, but never longer than
-    `config.timeout`.
+    Answer `connect`, `send` and `disconnect`, and `send_note` and `send_image` where there is a
+    place for text and images: they are called one after another on a thread of this logger, beside
+    the training. A call that raises is a warning, and three in a row switch the logger off, as does
+    a first call that raises. A call that takes longer than `config.timeout` is given up: the logger
+    is switched off, and what waits is dropped. What waits is bounded by `CAPACITY` calls; a call
+    for which there is no room is a failure. Closing waits until all is stored, but never longer
+    than `config.timeout`.
 
     `RunInfo.key` names the run. It is in the checkpoints, so that a resumed run finds its own; so
     is what waits still, so that a run that is killed and resumed misses no line.
@@ -97,8 +98,8 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         """Begin the run with the service, or resume it.
 
         Returns:
-            The last step of each metric, and of each note by its title, that the service has
-            already; what comes up to there is not sent again.
+            The last step of each metric, and of each note or image by its title, that the service
+            has already; what comes up to there is not sent again.
         """
         raise NotImplementedError(f"{type(self).__name__}.connect")
 
@@ -112,6 +113,12 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         They may come a second time in a resumed run, unless `connect` answers their title.
         """
 
+    def send_image(self, step: int, title: str, image: Image) -> None:
+        """Store an image of the run as it was at an optimizer step; nothing unless answered.
+
+        It may come a second time, as notes may.
+        """
+
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store what is left, and say how the run ended."""
 
@@ -120,7 +127,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         if self._key is None:
             return {}
         waiting = [] if self.switched_off else list(self._waiting)
-        return {"run": self._key, "waiting": [[step, {**line}] for step, line in waiting]}
+        return {"run": self._key, "waiting": [[step, packed(line)] for step, line in waiting]}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Go on with the run that has this key, and send what waited."""
@@ -128,7 +135,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         if not isinstance(key, str) or not isinstance(waiting, list):
             raise CheckpointError(f"the checkpoint's state of plugin '{self.name}' is {state}")
         self._key = key
-        self._waiting = deque(cast(list[Line], waiting))
+        self._waiting = deque((step, unpacked(line)) for step, line in cast(list[Line], waiting))
 
     def open(self, engine: Engine) -> None:
         """Start the thread, have it connect, and have it send what waited in the checkpoint."""
@@ -141,17 +148,19 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         connect = partial(self._connect, self._info(engine))
         self._worker.submit(Job("open", engine.state.step, connect, vital=True))
         for step, content in waited:
-            self._hand_over(self._worker, step, content)
+            self._hand_over(step, content)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Hand the metrics to the thread."""
-        if self._worker is not None:
-            self._hand_over(self._worker, engine.state.step, dict(metrics))
+        self._hand_over(engine.state.step, dict(metrics))
 
     def write_note(self, engine: Engine, title: str, text: str) -> None:
         """Hand the words to the thread."""
-        if self._worker is not None:
-            self._hand_over(self._worker, engine.state.step, {title: text})
+        self._hand_over(engine.state.step, {title: text})
+
+    def write_image(self, engine: Engine, title: str, image: Image) -> None:
+        """Hand the image to the thread."""
+        self._hand_over(engine.state.step, {title: image})
 
     @hookimpl
     def on_error(self, error: BaseException) -> None:
@@ -161,8 +170,8 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         """Wait until all is stored, but not longer than `config.timeout`."""
         if self._worker is None or self.switched_off:
             return
-        ended: Ending = "finished" if engine.result().status == "finished" else "stopped"
-        ending: Ending = "failed" if self._broken else ended
+        reached = engine.result().status == "finished"
+        ending: Ending = "failed" if self._broken else "finished" if reached else "stopped"
         call = partial(self._disconnect, self._info(engine), ending)
         if not self._worker.finish(Job("close", engine.state.step, call), self.config.timeout):
             raise TimeoutError(f"not done within {self.config.timeout:g} s")
@@ -179,26 +188,29 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
             run.folder.mkdir(parents=True, exist_ok=True)
         self._stored = dict(self.connect(run))
 
-    def _hand_over(self, worker: Worker, step: int, content: Mapping[str, float | str]) -> None:
-        self._waiting.append((step, content))
-        try:
-            worker.submit(Job("write", step, partial(self._send, step, content)))
-        except BufferError:
-            self._waiting.pop()
-            raise
+    def _hand_over(self, step: int, content: Mapping[str, float | str | Image]) -> None:
+        if self._worker is not None:
+            self._waiting.append((step, content))
+            try:
+                self._worker.submit(Job("write", step, partial(self._send, step, content)))
+            except BufferError:
+                self._waiting.pop()
+                raise
 
-    def _send(self, step: int, content: Mapping[str, float | str]) -> None:
+    def _send(self, step: int, content: Mapping[str, float | str | Image]) -> None:
         stored = self._stored
         try:
             if stored is None:
                 return
             new = {name: value for name, value in content.items() if step > stored.get(name, -1)}
-            metrics = {name: value for name, value in new.items() if not isinstance(value, str)}
+            metrics = {n: value for n, value in new.items() if not isinstance(value, str | Image)}
             if metrics:
                 self.send(step, metrics)
-            for title, text in new.items():
-                if isinstance(text, str):
-                    self.send_note(step, title, text)
+            for title, one in new.items():
+                if isinstance(one, str):
+                    self.send_note(step, title, one)
+                elif isinstance(one, Image):
+                    self.send_image(step, title, one)
         finally:
             self._waiting.popleft()
 
@@ -206,11 +218,13 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         if self._stored is not None:
             self.disconnect(run, ending)
 
-    def _attempted(self, action: str, step: int, error: BaseException | None) -> None:
+    def _attempted(
+        self, action: str, step: int, error: BaseException | None, fatal: bool = False
+    ) -> None:
         """Take note of how the calls went that the thread has made since the last time."""
         worker = self._worker
         if worker is None:
-            super()._attempted(action, step, error)
+            super()._attempted(action, step, error, fatal)
             return
         outcomes = worker.outcomes()
         if late := worker.hanging(self.config.timeout):
@@ -226,15 +240,9 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
             outcomes.append(Outcome(action, step, error, fatal=action == "close"))
         for outcome in outcomes:
             if not self.switched_off:
-                self._note(outcome)
+                super()._attempted(outcome.action, outcome.step, outcome.error, outcome.fatal)
         if self.switched_off:
             worker.abandon()
-
-    def _note(self, outcome: Outcome) -> None:
-        if outcome.error is not None and outcome.fatal:
-            self._fail(outcome.action, outcome.step, outcome.error, fatal=True)
-        else:
-            super()._attempted(outcome.action, outcome.step, outcome.error)
 
 
 @dataclass(frozen=True)
@@ -301,9 +309,7 @@ class Worker:
     def hanging(self, timeout: float) -> Job | None:
         """The present call, if it has taken longer than `timeout` seconds."""
         present = self._present
-        if present is None or time.monotonic() - present[1] <= timeout:
-            return None
-        return present[0]
+        return present[0] if present and time.monotonic() - present[1] > timeout else None
 
     def finish(self, last: Job, timeout: float) -> bool:
         """Make a last call after those that wait, and end the thread.

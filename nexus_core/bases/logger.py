@@ -11,6 +11,7 @@ from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 
 if TYPE_CHECKING:
     from nexus_core.engine import Engine
+    from nexus_core.images import Image
 
 __all__ = ["Logger", "LoggerConfig"]
 
@@ -25,11 +26,11 @@ LoggerConfigT = TypeVar("LoggerConfigT", bound=LoggerConfig)
 class Logger(Plugin[LoggerConfigT]):
     """A plugin that shows or stores metrics, and that may fail without stopping the run.
 
-    Answer `open`, `write` and `close` instead of hooks, and `write_note` where there is a place
-    for text. Only the main process calls them. A failure is a warning; after three in a row the
-    logger is switched off for the rest of the run, and closed at its end. What failed is said once
-    more at the end: a logger that answers `summarize` itself adds its lines to those of
-    `super().summarize(engine)`. For a service that may be slow or hang, see
+    Answer `open`, `write` and `close` instead of hooks, and `write_note` and `write_image` where
+    there is a place for text and for images. Only the main process calls them. A failure is a
+    warning; after three in a row the logger is switched off for the rest of the run, and closed at
+    its end. What failed is said once more at the end: a logger that answers `summarize` itself adds
+    its lines to those of `super().summarize(engine)`. For a service that may be slow or hang, see
     `nexus_core.bases.background`.
     """
 
@@ -58,6 +59,14 @@ class Logger(Plugin[LoggerConfigT]):
         Args:
             title: what they are about, named as metrics are: `sensors/loss_explosion`.
             text: sentences, without Markdown, in one or more lines.
+        """
+
+    def write_image(self, engine: Engine, title: str, image: Image) -> None:
+        """Store an image of the run as it is at `engine.state.step`; nothing unless answered.
+
+        Args:
+            title: what it shows, named as metrics are, and perhaps as one of them.
+            image: as PNG, with its size and its caption, which may be empty.
         """
 
     def close(self, engine: Engine) -> None:
@@ -90,6 +99,10 @@ class Logger(Plugin[LoggerConfigT]):
         self._attempt("write_note", engine, title, text)
 
     @hookimpl
+    def on_image(self, engine: Engine, title: str, image: Image) -> None:
+        self._attempt("write_image", engine, title, image)
+
+    @hookimpl
     def on_close(self, engine: Engine) -> None:
         self._attempt("close", engine)
 
@@ -102,7 +115,9 @@ class Logger(Plugin[LoggerConfigT]):
         times = "once" if self.failures_in_all == 1 else f"{self.failures_in_all} times"
         return {f"logger {self.name}": f"failed {times}, last to {self._last_failure}{end}"}
 
-    def _attempt(self, action: str, engine: Engine, *arguments: Mapping[str, float] | str) -> None:
+    def _attempt(
+        self, action: str, engine: Engine, *arguments: Mapping[str, float] | str | Image
+    ) -> None:
         if not engine.ranks.is_main or (self.switched_off and action != "close"):
             return
         raised: Exception | None = None
@@ -112,20 +127,18 @@ class Logger(Plugin[LoggerConfigT]):
             raised = error
         self._attempted(action, engine.state.step, raised)
 
-    def _attempted(self, action: str, step: int, error: BaseException | None) -> None:
-        """Take note of how a call went."""
+    def _attempted(
+        self, action: str, step: int, error: BaseException | None, fatal: bool = False
+    ) -> None:
+        """Take note of how a call went: warn of a failure, and switch the logger off if `fatal`."""
         if error is None:
             self.failures = 0
             return
         self.failures += 1
-        self._fail(action, step, error, fatal=self.failures >= self.FAILURES_ALLOWED)
-
-    def _fail(self, action: str, step: int, error: BaseException, *, fatal: bool) -> None:
-        """Warn of a failure, and switch the logger off where it is `fatal`."""
         self.failures_in_all += 1
-        self.switched_off = fatal
+        self.switched_off = fatal or self.failures >= self.FAILURES_ALLOWED
         what = f"{action} at step {step} ({type(error).__name__}: {error})"
         self._last_failure = what
-        end = "it is switched off" if fatal else "continuing"
+        end = "it is switched off" if self.switched_off else "continuing"
         message = f"logger '{self.name}' failed to {what}; {end}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["name_for_mlflow", "named", "parameters"]
+__all__ = ["name_for_mlflow", "name_of_image", "named", "parameters", "steps_of_images"]
 
 LONGEST_NAME, LONGEST_PARAMETER = 250, 6000  # characters: MLflow's own limits
 _NOT_IN_NAMES = re.compile(r"[^\w.\-:/ ]")
+_NOT_IN_IMAGES = re.compile(r"[^a-zA-Z0-9_\-./ ]")
+_IMAGE = re.compile(r"images/(.*)[+%]step[+%](\d+)[+%]")
 
 
 def name_for_mlflow(name: str) -> str:
@@ -27,6 +29,21 @@ def named(metrics: Mapping[str, float]) -> dict[str, float]:
             stored += "_"
         named[stored] = metrics[name]
     return named
+
+
+def name_of_image(title: str) -> str:
+    """The title of an image as MLflow takes it: letters, digits and a few signs."""
+    return _NOT_IN_IMAGES.sub("_", title)[:LONGEST_NAME]
+
+
+def steps_of_images(paths: Iterable[str]) -> dict[str, int]:
+    """The last step of each image by its name, as the names of its files tell it."""
+    steps: dict[str, int] = {}
+    for path in paths:
+        if found := _IMAGE.match(path):
+            name = found[1].replace("~", "/")
+            steps[name] = max(int(found[2]), steps.get(name, -1))
+    return steps
 
 
 def parameters(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

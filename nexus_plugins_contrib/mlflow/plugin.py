@@ -13,7 +13,14 @@ from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
-from nexus_plugins_contrib.mlflow.names import name_for_mlflow, named, parameters
+from nexus_core.images import Image
+from nexus_plugins_contrib.mlflow.names import (
+    name_for_mlflow,
+    name_of_image,
+    named,
+    parameters,
+    steps_of_images,
+)
 
 try:
     from mlflow.entities import Metric, Param, Run
@@ -75,6 +82,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     _client: MlflowClient
     _run_id: str = ""
     _last_steps: Mapping[str, int] = MappingProxyType({})
+    _image_steps: Mapping[str, int] = MappingProxyType({})
     _place: str = ""
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
@@ -92,6 +100,8 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
             self._client.log_batch(self._run_id, params=new[start : start + PARAMETERS_AT_ONCE])
         self._place = f"run {self._run_id}; mlflow ui --backend-store-uri {store}"
         self._last_steps = {name: self._last_step(name) for name in found.data.metrics}
+        files = self._client.list_artifacts(self._run_id, "images") if run.step else []
+        self._image_steps = steps_of_images(file.path for file in files)
         return self._last_steps
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -107,6 +117,14 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         self._client.set_tag(
             self._run_id, name_for_mlflow(title), f"step {step:,}: {text}"[:LONGEST_TAG]
         )
+
+    def send_image(self, step: int, title: str, image: Image) -> None:
+        """Store the image as an artifact that MLflow shows by step; its caption as a note."""
+        key = name_of_image(title)
+        if step > self._image_steps.get(key, -1):
+            self._client.log_image(self._run_id, image.opened(), key=key, step=step)
+        if image.caption:
+            self.send_note(step, title, image.caption)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store the artifact, where asked for, and end the run."""

@@ -1,4 +1,4 @@
-"""Logs to Weights & Biases: `plugin` is the logger, `handed` what it was given, on disk."""
+"""Logs to Weights & Biases: `plugin` is the logger, `handed` and `notes` what it is given."""
 
 from nexus_plugins_contrib.wandb.plugin import WandbConfig, WandbPlugin
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 __all__ = ["HandedLines", "Line", "last_steps"]
 
-Line: TypeAlias = tuple[int, Mapping[str, float]]
-"""An optimizer step, and metrics by name."""
+Line: TypeAlias = tuple[int, Mapping[str, Any]]
+"""An optimizer step, and metrics, or what JSON holds of notes, by name."""
 
 
 class HandedLines:
@@ -24,7 +24,7 @@ class HandedLines:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add a line."""
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(f"\n{json.dumps([step, dict(metrics)])}")  # also after a torn line

@@ -10,17 +10,20 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
+from nexus_core.images import Image
 from nexus_plugins_contrib.wandb.handed import HandedLines, Line, last_steps
 
 try:
     import wandb
+
+    from nexus_plugins_contrib.wandb.notes import as_image, as_text, shown, title_of
 except ImportError as error:
     raise ConfigError(
         "the plugin wandb needs the package wandb: pip install 'nexus-trainer[wandb]'"
@@ -35,6 +38,7 @@ Mode: TypeAlias = Literal["online", "offline", "disabled", "shared"]
 MODES = {"dryrun": "offline", "run": "online", **{mode: mode for mode in get_args(Mode)}}
 """What WANDB_MODE may say, earlier names included."""
 TRUE = ("1", "on", "true", "yes")
+KIND = "._type"  # behind the name of an image or words, in what its reader prints
 
 
 class WandbConfig(BackgroundConfig):
@@ -110,15 +114,27 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
         found = _stored(run.folder / "wandb", self._run.id) if self._run.offline else ()
         stored = last_steps(found)
         for step, metrics in self._handed.missing(stored, self._run.starting_step):
-            self._run.log(dict(metrics), step=step)
-        return stored | last_steps(self._handed)
+            self._log(step, metrics)
+        steps = stored | last_steps(self._handed)
+        return steps | {title_of(name): step for name, step in steps.items()}
 
-    def send(self, step: int, metrics: Mapping[str, float]) -> None:
+    def send(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Keep the metrics, and hand them to wandb's own process, which holds them in memory."""
         if self._mode == "disabled":
             return
         self._handed.add(step, metrics)
-        self._run.log(dict(metrics), step=step)
+        self._log(step, metrics)
+
+    def send_note(self, step: int, title: str, text: str) -> None:
+        """Do so with words, which wandb shows by step under the title and `/text`."""
+        self.send(step, as_text(title, text))
+
+    def send_image(self, step: int, title: str, image: Image) -> None:
+        """Do so with an image, which wandb shows by step under the title and `/image`."""
+        self.send(step, as_image(title, image))
+
+    def _log(self, step: int, line: Mapping[str, Any]) -> None:
+        self._run.log({name: shown(value) for name, value in line.items()}, step=step)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         """Store the artifact, where asked for, and end the run."""
@@ -169,4 +185,5 @@ def _stored(folder: Path, run_id: str) -> Iterator[Line]:
         printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
         for record in map(json.loads, printed.splitlines()):
             if item := record.get("history", {}).get("item"):
-                yield item["_step"], item
+                media = {name.removesuffix(KIND): None for name in item if name.endswith(KIND)}
+                yield item["_step"], {**item, **media}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,9 +20,13 @@ from nexus_plugins._shared.files import write_whole
 if TYPE_CHECKING:
     from nexus_core import TrainState
     from nexus_core.engine import Engine
+    from nexus_core.images import Image
 
 __all__ = ["JsonlConfig", "JsonlPlugin"]
 
+IMAGES = "images"  # the folder, beside the file
+LONGEST_NAME = 80  # characters of a title in the name of a file
+_IMAGE = re.compile(rf"{IMAGES}/step-\d+-[\w.-]*\.png", re.ASCII)
 _ENCODER = json.JSONEncoder(allow_nan=False)
 
 
@@ -34,9 +40,11 @@ class JsonlPlugin(Logger[JsonlConfig]):
     """Appends logs, evaluations and notes to `metrics.jsonl`, and changes nothing in training.
 
     A line is an object: `step`, `time` (seconds since 1970), `tokens`, and the metrics by name, or
-    a note's `note`, which is its title, and `text`. A number that is not finite is written as
-    null, since JSON has no name for it. Each line is handed to the system at once. On resuming,
-    lines of steps that will be done again are removed, so that each is there once.
+    a note's `note`, which is its title, and `text`. An image is a PNG file in the folder `images`
+    beside it, and a note with `image`, the file's relative path, whose `text` is the caption. A
+    number that is not finite is written as null, since JSON has no name for it. Each line is handed
+    to the system at once. On resuming, lines and images of steps that will be done again are
+    removed, so that each is there once.
     """
 
     writes_files = True
@@ -50,7 +58,9 @@ class JsonlPlugin(Logger[JsonlConfig]):
         path = engine.out / self.config.file
         path.parent.mkdir(parents=True, exist_ok=True)
         step = self._resumed_at = engine.state.step
-        kept = [record for record in _records(path) if record["step"] <= step] if step else []
+        records = list(_records(path))
+        kept = [record for record in records if record["step"] <= step] if step else []
+        _remove_images(path.parent, records, kept)
         self._repeated = frozenset(_kind(record) for record in kept if record["step"] == step)
         write_whole(path, "".join(map(_line, kept)).encode())
         self._stream = path.open("a", encoding="utf-8", buffering=1)
@@ -63,6 +73,15 @@ class JsonlPlugin(Logger[JsonlConfig]):
     def write_note(self, engine: Engine, title: str, text: str) -> None:
         """Append a line of words."""
         self._append(engine.state, {"note": title, "text": text})
+
+    def write_image(self, engine: Engine, title: str, image: Image) -> None:
+        """Write the file, and append a line that names it."""
+        assert engine.out is not None
+        path = (engine.out / self.config.file).parent / _image_file(engine.state.step, title, image)
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, image.png)
+        file = f"{IMAGES}/{path.name}"
+        self._append(engine.state, {"note": title, "text": image.caption, "image": file})
 
     def _append(self, state: TrainState, content: Mapping[str, Any]) -> None:
         """Write a line, unless the session before this one wrote it already."""
@@ -90,7 +109,24 @@ class JsonlPlugin(Logger[JsonlConfig]):
 
 def _kind(record: Mapping[str, Any]) -> frozenset[str | None]:
     """What a line has in common with its repetition alone: names of metrics, words of a note."""
-    return frozenset({*record, record.get("note"), record.get("text")})
+    return frozenset({*record, *(record.get(key) for key in ("note", "text", "image"))})
+
+
+def _image_file(step: int, title: str, image: Image) -> str:
+    """The same for the same image, so that a step that is done again writes no second file."""
+    digest = hashlib.sha256(image.png).hexdigest()[:8]
+    name = re.sub(r"[^\w.-]+", "-", title, flags=re.ASCII).strip(".-")[:LONGEST_NAME]
+    return f"{IMAGES}/step-{step:08}-{name}-{digest}.png"
+
+
+def _remove_images(
+    folder: Path, records: Iterable[Mapping[str, Any]], kept: Iterable[Mapping[str, Any]]
+) -> None:
+    """Remove the images of lines that are not kept, and no other file."""
+    named = {str(record.get("image")) for record in records}
+    for name in named - {str(record.get("image")) for record in kept}:
+        if _IMAGE.fullmatch(name) and not (folder / IMAGES).is_symlink():
+            (folder / name).unlink(missing_ok=True)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import FileWriter
 
     from nexus_core.engine import Engine
+    from nexus_core.images import Image
 
 __all__ = ["TensorboardConfig", "TensorboardPlugin"]
 
@@ -85,6 +86,18 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
             return
         shown = _MARKUP.sub(r"\\\g<0>", text).replace("<", "&lt;").replace("\n", "  \n")
         self._writer.add_summary(summary(title, shown), engine.state.step)  # type: ignore[no-untyped-call]
+
+    def write_image(self, engine: Engine, title: str, image: Image) -> None:
+        """Write the image for the Images tab, under its title and `/image`, and the caption."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if self._writer is None:
+            return
+        png = Summary.Image(width=image.width, height=image.height, encoded_image_string=image.png)
+        value = Summary.Value(tag=f"{title}/image", image=png)
+        self._writer.add_summary(Summary(value=[value]), engine.state.step)
+        if image.caption:
+            self.write_note(engine, title, image.caption)
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:

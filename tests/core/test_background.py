@@ -30,6 +30,7 @@ from nexus_core.bases.background import (
 )
 from nexus_core.batches import Batch
 from nexus_core.device import random_state
+from nexus_core.images import Image
 from tiny import Regression, tiny_engine, weights
 
 STEPS = "5 steps"
@@ -51,6 +52,7 @@ class ServicePlugin(BackgroundLogger[BackgroundConfig]):
         self.entered = threading.Event()
         self.lines: list[tuple[int, dict[str, float]]] = []
         self.notes: list[tuple[int, str, str]] = []
+        self.images: list[tuple[int, str, Image]] = []
         self.runs: list[RunInfo] = []
         self.endings: list[Ending] = []
         self.there: Mapping[str, int] = {}
@@ -67,6 +69,10 @@ class ServicePlugin(BackgroundLogger[BackgroundConfig]):
     def send_note(self, step: int, title: str, text: str) -> None:
         self._meet("send_note")
         self.notes.append((step, title, text))
+
+    def send_image(self, step: int, title: str, image: Image) -> None:
+        self._meet("send_image")
+        self.images.append((step, title, image))
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
         self._meet("disconnect")
@@ -357,7 +363,8 @@ def test_notes_wait_with_the_lines_and_are_sent_by_the_next(hang: Callable[[], N
     engine = tiny_engine(first, log_every=1)
     steps = engine.steps(data(), until="4 steps")
     for state in steps:
-        engine.hook.on_note(engine=engine, title="talk", text=f"step {state.step}")
+        engine.note("talk", f"step {state.step}")
+        engine.note("shown", image=torch.eye(state.step))
         if state.step == 2:
             snapshot = copy.deepcopy(engine.state_dict())
             break
@@ -365,10 +372,12 @@ def test_notes_wait_with_the_lines_and_are_sent_by_the_next(hang: Callable[[], N
     again = tiny_engine(second, log_every=1)
     again.load_state_dict(snapshot)
     for _ in again.steps(data(), until="4 steps"):
-        again.hook.on_note(engine=again, title="talk", text=f"step {again.state.step}")
+        again.note("talk", f"step {again.state.step}")
+        again.note("shown", image=torch.eye(again.state.step))
     assert second.notes == [(step, "talk", f"step {step}") for step in (1, 2, 3, 4)]
+    assert second.images == [(s, "shown", Image.of(torch.eye(s))) for s in (1, 2, 3, 4)]
     assert [step for step, _ in second.lines] == [1, 2, 3, 4]
-    assert all("talk" not in line for _, line in second.lines)
+    assert not any({"talk", "shown"} & line.keys() for _, line in second.lines)
     first.config = BackgroundConfig(timeout=1e-9)
     with pytest.warns(RuntimeWarning, match="switched off"):
         steps.close()

@@ -63,7 +63,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lines=st.lists(st.lists(st.text("ab-/", min_size=1, max_size=90), max_size=9), max_size=3),
     indent=st.integers(0, 40),

@@ -30,7 +30,8 @@ from tiny import RecorderPlugin
 
 ROWS, SIZE, STEPS = 10, 2, 5
 BEFORE_A_LOOP = {"make_data", "make_model", "make_optimizer", "on_build"}
-NOT_IN_A_LOOP = {"load_snapshot", "on_load", "on_save", "on_error", "on_note", "summarize"}
+NOTES = {"on_note", "on_image"}
+NOT_IN_A_LOOP = {"load_snapshot", "on_load", "on_save", "on_error", "summarize"} | NOTES
 IN_A_LOOP = [name for name in HOOK_NAMES if name not in BEFORE_A_LOOP | NOT_IN_A_LOOP]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -148,7 +150,7 @@ def test_without_a_folder_the_run_does_not_start() -> None:
 
 
 class TalkativePlugin(Plugin[PluginConfig]):
-    """Says two things before the update of a step, and one after it."""
+    """Says two things before the update of a step, and says and shows one after it."""
 
     @hookimpl
     def after_backward(self, engine: Engine) -> None:
@@ -158,7 +160,9 @@ class TalkativePlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        engine.hook.on_note(engine=engine, title="talk", text=f"after {engine.state.step}")
+        engine.note("talk", f"after {engine.state.step}")
+        shown = torch.full((2, 3), engine.state.step, dtype=torch.uint8)
+        engine.note("shown/it is", image=shown)
 
 
 def test_a_note_is_a_line_with_its_step_and_none_is_lost_or_doubled(tmp_path: Path) -> None:
@@ -176,7 +180,13 @@ def test_a_note_is_a_line_with_its_step_and_none_is_lost_or_doubled(tmp_path: Pa
     second.fit(DATA, until="6 steps")
     lines = lines_of(whole)
     assert without_time(lines_of(killed)) == without_time(lines)
-    notes = [line for line in lines if "note" in line]
+    images = [line for line in lines if "image" in line]
+    assert [line["step"] for line in images] == [1, 2, 3, 4, 5, 6]
+    for out in (whole, killed):
+        assert sorted((out / "images").iterdir()) == [out / line["image"] for line in images]
+        for line in images:
+            assert np.unique(PIL.Image.open(out / line["image"])).tolist() == [line["step"]]
+    notes = [line for line in lines if "note" in line and "image" not in line]
     assert [(line["step"], line["text"]) for line in notes] == [
         (step - (word != "after"), f"{word} {step}")
         for step in range(1, 7)
@@ -184,6 +194,18 @@ def test_a_note_is_a_line_with_its_step_and_none_is_lost_or_doubled(tmp_path: Pa
     ]
     assert notes[0].keys() == {"step", "time", "tokens", "note", "text"}
     assert {line["note"] for line in notes} == {"talk"}
+
+
+def test_a_new_run_in_an_old_folder_removes_its_images_and_nothing_else(tmp_path: Path) -> None:
+    """Breaks if images of two runs are mixed, or a line has any other file removed."""
+    engine_of(tmp_path, plugins=[TalkativePlugin()]).fit(DATA, until="3 steps")
+    own = tmp_path / "images" / "mine.png"
+    own.touch()
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for name in ("images/mine.png", "images/../metrics.jsonl", "../run.png"):
+            file.write(json.dumps({"step": 9, "image": name}) + "\n")
+    engine_of(tmp_path).fit(DATA, until="2 steps")
+    assert list((tmp_path / "images").iterdir()) == [own]
 
 
 def test_a_note_from_before_the_first_step_outlives_a_resumption(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import socket
@@ -11,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from mlflow.entities import Run
@@ -250,15 +253,29 @@ def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_note_is_a_tag_of_the_run(out: Path) -> None:
-    """Breaks if what a plugin says in words does not reach MLflow, or is too long for it."""
-    engine = engine_of(out, MlflowPlugin())
-    for state in engine.steps(data(), until="3 steps"):
-        engine.hook.on_note(engine=engine, title="talk/last", text=f"step {state.step}")
-        if state.step == 2:
-            engine.hook.on_note(engine=engine, title="talk/long", text="x" * 9000)
+def test_a_note_is_a_tag_of_the_run_and_an_image_an_artifact(out: Path) -> None:
+    """Breaks if a note does not reach MLflow, is too long for it, or an image is there twice."""
+    first, engine = engine_of(out, MlflowPlugin()), engine_of(out, MlflowPlugin())
+    for one, end in ((first, 2), (engine, 3)):
+        for state in one.steps(data(), until="3 steps"):
+            one.note("talk/last", f"step {state.step}")
+            one.note("shown/it is", "an image", image=torch.eye(3))
+            if state.step == 1:
+                engine.load_state_dict(copy.deepcopy(first.state_dict()))
+            if state.step == 2:
+                one.note("talk/long", "x" * 9000)
+            if state.step == end:
+                break
     (run,) = runs_of(out)
     assert run.data.tags["talk/last"] == "step 3: step 3"
     assert run.data.tags["talk/long"] == ("step 2: " + "x" * 9000)[:8000]
+    assert run.data.tags["shown/it is"] == "step 3: an image"
+    files = [file.path for file in client_of(out).list_artifacts(run.info.run_id, "images")]
+    stored = sorted(file for file in files if file.endswith(".png"))
+    assert [file.split("+")[:3] for file in stored] == [
+        ["images/shown~it is", "step", str(step)] for step in (1, 2, 3)
+    ]
+    image = PIL.Image.open(client_of(out).download_artifacts(run.info.run_id, stored[0]))
+    assert (np.asarray(image.convert("L")) == np.eye(3) * 255).all()
     (answer,) = engine.hook.summarize(engine=engine)
     assert "logger mlflow" not in answer

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -119,3 +122,20 @@ def test_a_note_is_shown_as_it_was_said(tmp_path: Path) -> None:
 
         shown = markdown_to_safe_html(note.tensor_proto.string_val[0])
     assert unescape(re.sub(r"<br ?/?>|</?p>", "", shown)) == WORDS
+
+
+def test_an_image_is_stored_with_its_step_and_its_caption(tmp_path: Path) -> None:
+    """Breaks if the Images tab shows other pixels, or shows them under a metric's name."""
+    engine = engine_of(tmp_path)
+    given = torch.arange(24, dtype=torch.uint8).reshape(2, 4, 3)
+    for state in engine.steps(DATA, until="3 steps"):
+        if state.step > 1:
+            engine.note("val/loss", "from below", image=given.numpy() * state.step)
+    events = read(tmp_path)
+    assert [image.step for image in events.Images("val/loss/image")] == [2, 3]
+    last = events.Images("val/loss/image")[-1]
+    assert (last.width, last.height) == (4, 2)
+    shown = np.asarray(PIL.Image.open(io.BytesIO(last.encoded_image_string)))
+    assert (shown == given.numpy() * 3).all()
+    said = events.Tensors("val/loss/text_summary")[-1]
+    assert said.tensor_proto.string_val == [b"from below"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import trackio
@@ -28,6 +31,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, module in list(sys.modules.items()):
         if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
             monkeypatch.setattr(module, "TRACKIO_DIR", folder)
+        if name.startswith("trackio") and hasattr(module, "MEDIA_DIR"):
+            monkeypatch.setattr(module, "MEDIA_DIR", folder / "media")
     return folder
 
 
@@ -104,19 +109,27 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles() -> None:
     }
 
 
-def test_a_note_is_kept_as_markdown_with_its_step() -> None:
-    """Breaks if what a plugin says in words does not reach Trackio, or disturbs a resumed run."""
-    first = engine_of(TrackioPlugin())
-    for state in first.steps(data(), until="6 steps"):
-        if state.step == 2:
-            first.hook.on_note(engine=first, title="talk", text="two steps are done")
-            snapshot = first.state_dict()
-            break
-    second = engine_of(TrackioPlugin())
-    second.load_state_dict(snapshot)
-    second.fit(data(), until="4 steps")
+def test_words_and_images_are_kept_with_their_step_and_once(store: Path) -> None:
+    """Breaks if a note does not reach Trackio, or is there twice in a resumed run."""
+    first, second = engine_of(TrackioPlugin()), engine_of(TrackioPlugin())
+    for engine, end in ((first, 3), (second, 4)):
+        for state in engine.steps(data(), until="6 steps"):
+            engine.note("talk", f"step {state.step}")
+            engine.note("shown", "an image", image=torch.eye(3))
+            if state.step == 2:
+                second.load_state_dict(copy.deepcopy(first.state_dict()))
+            if state.step == end:
+                break
     notes = [(step, value) for step, name, value in points() if name == "talk/text"]
-    assert notes == [(2, {"_type": "trackio.markdown", "_value": "two steps are done"})]
+    assert notes == [
+        (step, {"_type": "trackio.markdown", "_value": f"step {step}"}) for step in (1, 2, 3, 4)
+    ]
+    images = [(step, value) for step, name, value in points() if name == "shown/image"]
+    assert [(step, value["caption"]) for step, value in images] == [
+        (step, "an image") for step in (1, 2, 3, 4)
+    ]
+    image = PIL.Image.open(store / "media" / images[0][1]["file_path"])
+    assert (np.asarray(image.convert("L")) == np.eye(3) * 255).all()
 
 
 def test_two_runs_without_a_name_are_two() -> None:

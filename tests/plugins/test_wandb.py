@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import wandb
@@ -56,13 +58,14 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def points(records: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
-    """Every value that was logged: step, name, value."""
+    """Every value that was logged: step, name, value; of words and images the file's path."""
     items = [record["history"]["item"] for record in records if record["type"] == "history"]
     return sorted(
-        (item["_step"], name, value)
+        (item["_step"], name.removesuffix(".path"), value)
         for item in items
         for name, value in item.items()
         if not name.startswith("_")
+        and (f"{name.partition('.')[0]}._type" not in item or name.endswith(".path"))
     )
 
 
@@ -96,12 +99,22 @@ def test_every_metric_and_the_config_can_be_read_back(tmp_path: Path) -> None:
     settings = {"project": "p", "run_name": "n", "tags": ("a", "b")}
     config = {"seed": 5, "plugins": {"clip": {"max_norm": 0.5}}}
     engine = engine_of(tmp_path, WandbPlugin(**settings), recorder, config=config)
-    engine.fit(data(), until="4 steps", eval_data=data(), eval_every="2 steps")
+    for state in engine.steps(data(), until="4 steps", eval_data=data(), eval_every="2 steps"):
+        if state.step == 3:
+            engine.note("talk", "3 < 4 & so on")
+            engine.note("shown", "an image", image=torch.eye(3))
     records = read(tmp_path)
     (run,) = runs_of(records)
+    notes = {name: value for _, name, value in points(records) if isinstance(value, str)}
+    (files,) = tmp_path.glob("wandb/offline-run-*/files")
+    image = PIL.Image.open(files / notes["shown/image"])
+    assert (np.asarray(image.convert("L")) == np.eye(3) * 255).all()
+    assert "3 &lt; 4 &amp; so on" in (files / notes["talk/text"]).read_text()
+    assert '"an image"' in json.dumps(records)
     assert (run["project"], run["display_name"], run["tags"]) == ("p", "n", ["a", "b"])
     assert run["config"]["update"]["plugins"] == {"clip": {"max_norm": 0.5}}
-    assert points(records) == recorded(recorder)
+    numbers = [point for point in points(records) if point[1] not in notes]
+    assert numbers == recorded(recorder)
     assert sorted({step for step, _, _ in points(records)}) == [1, 2, 3, 4]
     (answer,) = engine.hook.summarize(engine=engine)
     assert answer["wandb"].startswith(f"wandb sync {tmp_path}/wandb/offline-run-")
@@ -113,6 +126,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(tmp_path: Path) -
     one, other = RecorderPlugin(), RecorderPlugin()
     first = engine_of(tmp_path, WandbPlugin(), one)
     for state in first.steps(data(), until="6 steps"):
+        first.note("talk", "so")
+        first.note("shown", image=torch.eye(3))
         if state.step == 2:
             snapshot = first.state_dict()
             snapshot["model"] = {k: v.clone() for k, v in snapshot["model"].items()}
@@ -120,14 +135,18 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(tmp_path: Path) -
             break
     second = engine_of(tmp_path, WandbPlugin(), other)
     second.load_state_dict(snapshot)
-    second.fit(data(), until="6 steps", eval_data=data())
+    for _ in second.steps(data(), until="6 steps", eval_data=data()):
+        second.note("talk", "so")
+        second.note("shown", image=torch.eye(3))
     records = read(tmp_path)
     assert len({run["run_id"] for run in runs_of(records)}) == 1
     found = points(records)
     assert len({(step, name) for step, name, _ in found}) == len(found), "nothing twice"
-    assert {(step, name) for step, name, _ in found} == {
+    said = {(step, name) for step in range(1, 7) for name in ("talk/text", "shown/image")}
+    assert {(step, name) for step, name, _ in found} - said == {
         (step, name) for step, name, _ in recorded(one, other)
     }
+    assert said <= {(step, name) for step, name, _ in found}
 
 
 KILLED = """

@@ -94,6 +94,9 @@ class NEXUSConfig(PluginConfig):
     n_memories: int = Field(
         32, ge=1, description="hidden units of a refinement; classic: memories in the landscape"
     )
+    energy_window: int = Field(
+        8, ge=1, description="tokens whose codes a refinement reads; not classic"
+    )
     max_energy_iters: int = Field(8, ge=1, description="refinements of a token's code at most")
     energy_threshold: float = Field(
         0.01,

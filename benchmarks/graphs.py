@@ -18,7 +18,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,56 +31,20 @@ from nexus_core import Engine
 from nexus_plugins.loss_causal import LossCausalPlugin
 from nexus_plugins.lr_linear import LrLinearPlugin
 from nexus_plugins.model_nexus.causal import CausalGraph
+from nexus_plugins.modules.graphs import Graph
 
 VARIABLES, OBSERVED, BY_HAND = 10, 1000, 200
 STEPS, ROWS, LR, UNITS = 1500, 512, 0.02, 8
-LEAST = {"linear": 0.1, "network": 0.05}
+Kind = Literal["linear", "network"]
+LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.05}
 """Strength from which on an edge is taken to be there."""
-HIDDEN = 16  # of the networks that make the data
 
 
-class World:
-    """A random model of variables, and samples of it."""
-
-    def __init__(self, seed: int, edges: int, kind: str) -> None:
-        draw = self._draw = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(VARIABLES, generator=draw).tolist()
-        pairs = torch.triu_indices(VARIABLES, VARIABLES, 1)
-        chosen = pairs[:, torch.randperm(pairs.shape[1], generator=draw)[:edges]]
-        self.edges = torch.zeros(VARIABLES, VARIABLES, dtype=torch.bool)
-        places = torch.tensor(self.order)
-        self.edges[places[chosen[0]], places[chosen[1]]] = True
-        size = 0.5 + 1.5 * torch.rand(VARIABLES, VARIABLES, generator=draw)
-        sign = torch.randn(VARIABLES, VARIABLES, generator=draw).sign()
-        self._strengths = size * sign * self.edges
-        self._first = torch.randn(VARIABLES, VARIABLES, HIDDEN, generator=draw)
-        self._second = torch.randn(VARIABLES, HIDDEN, generator=draw)
-        self._kind = kind
-
-    def sample(self, rows: int, by_hand: int | None = None) -> Tensor:
-        """Rows of values; `by_hand` is the variable that is set."""
-        values = torch.zeros(rows, VARIABLES)
-        for one in self.order:
-            noise = torch.randn(rows, generator=self._draw)
-            if one == by_hand:
-                values[:, one] = 2 * noise
-            elif self._kind == "linear":
-                values[:, one] = values @ self._strengths[:, one] + noise
-            else:
-                parents = self.edges[:, one]
-                inner = (values * parents) @ self._first[one] / math.sqrt(max(1, parents.sum()))
-                values[:, one] = (2 * inner).sigmoid() @ self._second[one] + noise / 2
-        return values
-
-    def data(self, by_hand: bool) -> tuple[Tensor, Tensor]:
-        """Standardised values, and which of them were set by hand."""
-        seen = self.sample(OBSERVED if by_hand else OBSERVED + BY_HAND * VARIABLES)
-        parts, marks = [seen], [torch.zeros(seen.shape, dtype=torch.bool)]
-        for one in range(VARIABLES) if by_hand else ():
-            parts.append(self.sample(BY_HAND, one))
-            marks.append(torch.zeros(BY_HAND, VARIABLES, dtype=torch.bool))
-            marks[-1][:, one] = True
-        return (torch.cat(parts) - seen.mean(0)) / seen.std(0), torch.cat(marks)
+def known(seed: int, edges: int, kind: Kind, by_hand: bool) -> Graph:
+    """A random graph, with data of it."""
+    observed = OBSERVED if by_hand else OBSERVED + BY_HAND * VARIABLES
+    draw = torch.Generator().manual_seed(seed)
+    return Graph(draw, VARIABLES, edges, kind, observed, BY_HAND if by_hand else 0)
 
 
 def learned(values: Tensor, marks: Tensor, hidden: int, seed: int) -> Tensor:
@@ -152,9 +116,9 @@ def main() -> None:
         for by_hand in (True, False):
             found: dict[str, list[tuple[float, int]]] = {"causal": [], "NOTEARS": []}
             for seed in range(options.first_seed, options.first_seed + options.graphs):
-                world = World(seed, options.edges, kind)
-                values, marks = world.data(by_hand)
-                ours = learned(values, marks, 0 if kind == "linear" else UNITS, seed)
+                world = known(seed, options.edges, kind, by_hand)
+                values = world.values
+                ours = learned(values, world.is_set, 0 if kind == "linear" else UNITS, seed)
                 found["causal"].append(score(world.edges, ours, LEAST[kind]))
                 if not by_hand and kind == "linear":
                     theirs = torch.from_numpy(notears(values.double().numpy()))

@@ -115,7 +115,7 @@ def compete(seed: int, task: Task, sizes: Sizes, only: frozenset[str]) -> list[R
     """Train the variants with one seed, the module's first: it sets the time of the others."""
     torch.set_num_threads(1)
     first, *others = task.variants()
-    bare = trained(Variant("bare").build(task, sizes, 0, 0))
+    bare = trained(replace(others[0], widened=False).build(task, sizes, 0, 0))
     whole = trained(first.build(task, sizes, 0, 0))
     runs: list[Run] = []
     budget: float | None = None

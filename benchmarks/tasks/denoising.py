@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.tasks.task import Batch, Seen, Task, Variant, generator
 from nexus_plugins.model_nexus import NEXUSCore
+from nexus_plugins.modules.puzzles import Rule, noisy
 
 __all__ = ["TASK", "Denoising"]
 
@@ -20,10 +21,8 @@ __all__ = ["TASK", "Denoising"]
 class Denoising(Task):
     """A sequence that follows a rule, of which some tokens are replaced; say what they were.
 
-    Every token is a function of the two before it (the rule, a scrambled addition table, belongs
-    to the seed). A part of each row's tokens, another part for every row, is replaced: by a blank
-    or by any token. The label of a position is the token that stood there before. It can be worked
-    out, step by step, from the last two that are trusted.
+    Every token is a function of the two before it (the rule belongs to the seed). Another part of
+    each row's tokens is replaced; see `puzzles.noisy`.
     """
 
     name: ClassVar[str] = "denoising"
@@ -36,7 +35,8 @@ class Denoising(Task):
     """The level of noise is uniform from 0 to this."""
     blanks: float = 0.5
     """Part of the replaced tokens that are blank."""
-    d_code: int = 64
+    d_code: int = 32
+    window: int = 8
     n_memories: int = 128
     iterations: int = 6
     threshold: float = 0.1
@@ -53,24 +53,15 @@ class Denoising(Task):
         return self._noisy(seed, self.most_noise * torch.rand((self.rows, 1), generator=draw), draw)
 
     def _noisy(self, seed: int, level: Tensor, draw: torch.Generator) -> Batch:
-        world = generator(seed)
-        first, second, sum_of = (torch.randperm(self.symbols, generator=world) for _ in range(3))
-        clean = [torch.randint(self.symbols, (self.rows,), generator=draw) for _ in range(2)]
-        for _ in range(self.length - 2):
-            before = second[clean[-2]] if self.order == 2 else 0
-            clean.append(sum_of[(first[clean[-1]] + before) % self.symbols])
-        labels = torch.stack(clean, 1)
-        is_noise = torch.rand(labels.shape, generator=draw) < level
-        noise = torch.randint(self.symbols, labels.shape, generator=draw)
-        is_blank = torch.rand(labels.shape, generator=draw) < self.blanks
-        noise = noise.where(~is_blank, self.symbols)
-        return {"input_ids": torch.where(is_noise, noise, labels), "labels": labels, "level": level}
+        rule = Rule.drawn(generator(seed), self.symbols, self.order)
+        return noisy(draw, rule, level, self.length, self.blanks)
 
     def variants(self) -> list[Variant]:
         """The energy module, the backbone, an MLP."""
         sizes = {
             "d_code": self.d_code,
             "n_memories": self.n_memories,
+            "energy_window": self.window,
             "max_energy_iters": self.iterations,
             "energy_threshold": self.threshold,
         }

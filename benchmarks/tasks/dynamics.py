@@ -5,21 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from benchmarks.tasks.task import Batch, Task, Variant, generator
+from nexus_plugins.modules.puzzles import dynamics
 
 __all__ = ["TASK", "Dynamics"]
 
 
 @dataclass(frozen=True)
 class Dynamics(Task):
-    """Each row moves along a hidden cycle of its own, and shows a symbol at every place of it.
-
-    Length and symbols of the cycle are drawn for each row; some tokens are replaced by any symbol.
-    Two places may look alike, so what comes next depends on the place, not on the symbol. Who has
-    found the cycle knows all that follows but the noise.
-    """
+    """Each row moves along a hidden cycle of its own; see `puzzles.dynamics`."""
 
     name: ClassVar[str] = "dynamics"
     module: ClassVar[str] = "world"
@@ -42,14 +36,8 @@ class Dynamics(Task):
 
     def batch(self, seed: int, step: int) -> Batch:
         """What is seen, with what is seen next as label."""
-        draw = generator(seed, step)
-        lengths = torch.randint(self.shortest, self.longest + 1, (self.rows, 1), generator=draw)
-        cycles = torch.randint(self.symbols, (self.rows, self.longest), generator=draw)
-        places = torch.arange(self.length + 1).expand(self.rows, -1) % lengths
-        seen = cycles.gather(1, places)
-        is_noise = torch.rand(seen.shape, generator=draw) < self.noise
-        seen = seen.where(~is_noise, torch.randint(self.symbols, seen.shape, generator=draw))
-        return {"input_ids": seen[:, :-1], "labels": seen[:, 1:]}
+        sizes = (self.symbols, self.shortest, self.longest, self.noise)
+        return dynamics(generator(seed, step), self.rows, self.length, *sizes)
 
     def variants(self) -> list[Variant]:
         """The world model, the backbone, an MLP; multi-token prediction, the classical world."""

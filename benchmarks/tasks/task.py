@@ -39,14 +39,14 @@ class Sizes:
 
     def config(self, vocab_size: int, width: int | None = None, **settings: Any) -> NEXUSConfig:
         """The model's config; modules are off unless the settings switch them on."""
-        return NEXUSConfig(
-            vocab_size=vocab_size,
-            d_model=width or self.width,
-            ssm_n_layers=self.layers,
-            ssm_d_state=self.state,
-            ssm_head_dim=self.head,
-            **{**dict.fromkeys(MODULES, False), **settings},
-        )
+        sizes = {
+            "vocab_size": vocab_size,
+            "d_model": width or self.width,
+            "ssm_n_layers": self.layers,
+            "ssm_d_state": self.state,
+            "ssm_head_dim": self.head,
+        }
+        return NEXUSConfig(**{**sizes, **dict.fromkeys(MODULES, False), **settings})
 
     @property
     def grain(self) -> int:
@@ -152,13 +152,23 @@ class Task(ABC):
         return {}
 
     def standard(
-        self, settings: Mapping[str, Any], losses: Mapping[str, Mapping[str, Any]]
+        self,
+        settings: Mapping[str, Any],
+        losses: Mapping[str, Mapping[str, Any]],
+        backbone: Mapping[str, Any] | None = None,
     ) -> list[Variant]:
-        """The backbone with the module, alone, and with a plain MLP in the module's place."""
+        """The backbone with the module, alone, and with a plain MLP in the module's place.
+
+        Args:
+            settings: of the module.
+            losses: of the module.
+            backbone: settings that all of them have; None: those of the sizes.
+        """
+        shared = backbone or {}
         return [
-            Variant(self.module, {self.module: True, **settings}, losses),
-            Variant("backbone", widened=True),
-            Variant("mlp", in_place=PlainMLP),
+            Variant(self.module, {**shared, self.module: True, **settings}, losses),
+            Variant("backbone", shared, widened=True),
+            Variant("mlp", shared, in_place=PlainMLP),
         ]
 
 

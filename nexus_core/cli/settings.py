@@ -97,6 +97,7 @@ def read_settings(
         document = local.by_name(read_config_file(path), config_base(path) if trusted else None)
     content: Block = {**document.value, **(replaced or {})}
     base = _read_preset(content.pop("preset")) if "preset" in content else Document({})
+    base = local.by_name(base, None)
     own = _plugin_blocks(content, source)
     merged = _Merged(base, Document(content, document.written), own)
     merged.leave_out([*removed, *(name for name, block in own.items() if block is False)])

@@ -18,7 +18,8 @@ from nexus_plugins.model_nexus.residual import Final
 def module(seed: int = 0, **settings) -> EnergyModule:
     """One in which some tokens settle early and some never, with its gate open."""
     torch.manual_seed(seed)
-    made = EnergyModule(6, **{"d_code": 5, "n_memories": 12, "threshold": 0.05, **settings}).eval()
+    sizes = {"d_code": 5, "n_memories": 12, "threshold": 0.05, "window": 3}
+    made = EnergyModule(6, **{**sizes, **settings}).eval()
     with torch.no_grad():
         made.values.weight[-1] *= 20
         made.values.bias[-1] = 0.05
@@ -120,7 +121,7 @@ def test_training_makes_all_refinements_and_judges_an_early_one_of_each_token():
 def test_effort_goes_where_the_answer_must_be_worked_out():
     """If it fails, what early refinements cost is not learned, and all tokens take as many."""
     torch.manual_seed(0)
-    energy = EnergyModule(6, d_code=8, n_memories=32, max_iterations=5, threshold=0.05)
+    energy = EnergyModule(6, d_code=8, n_memories=32, max_iterations=5, threshold=0.05, window=3)
     head = torch.nn.Parameter(torch.randn(4, 6))
     plugin = LossEnergyPlugin()
     optimizer = torch.optim.Adam([*energy.parameters(), head], lr=1e-2)

@@ -98,6 +98,9 @@ class NEXUSConfig(PluginConfig):
         ge=1,
         description="hidden units of a refinement; classic: number of memories in the landscape",
     )
+    energy_window: int = Field(
+        8, ge=1, description="number of tokens whose codes a refinement reads; not classic"
+    )
     max_energy_iters: int = Field(8, ge=1, description="maximum refinements of a token's code")
     energy_threshold: float = Field(
         0.01,

@@ -52,7 +52,7 @@ class EnergyModule(Part):
         n_memories: int = 32,
         max_iterations: int = 8,
         threshold: float = 0.01,
-        window: int = 3,
+        window: int = 8,
     ) -> None:
         super().__init__()
         self.max_iterations = max_iterations

@@ -37,13 +37,12 @@ def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
             width, config.n_predicates, config.n_rules, config.reasoning_steps
         )
     if config.energy:
-        energy = ClassicEnergyModule if config.classic else EnergyModule
-        parts["energy"] = energy(
-            width,
-            config.d_code,
-            config.n_memories,
-            config.max_energy_iters,
-            config.energy_threshold,
+        sizes = (width, config.d_code, config.n_memories)
+        limits = (config.max_energy_iters, config.energy_threshold)
+        parts["energy"] = (
+            ClassicEnergyModule(*sizes, *limits)
+            if config.classic
+            else EnergyModule(*sizes, *limits, config.energy_window)
         )
     if config.causal and config.classic:
         parts["causal"] = ClassicCausal(width, config.n_variables)

@@ -1,0 +1,57 @@
+"""Hops: where a few steps through a table of the row's own lead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from benchmarks.tasks.task import Batch, Seen, Task, Variant, generator
+from nexus_plugins.modules.puzzles import hops
+
+__all__ = ["TASK", "Hops"]
+
+
+@dataclass(frozen=True)
+class Hops(Task):
+    """Each row brings a table, and asks where 1 to `most` hops end; see `puzzles.hops`."""
+
+    name: ClassVar[str] = "hops"
+    module: ClassVar[str] = "reason"
+
+    places: int = 6
+    most: int = 3
+    n_predicates: int = 64
+    n_rules: int = 128
+
+    @property
+    def vocab_size(self) -> int:
+        """A token for each line that a table may have, and for each question."""
+        return self.places * (self.places + self.most)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        """Tables and questions, with the answers as labels."""
+        return hops(generator(seed, step), self.rows, self.length, self.places, self.most)
+
+    def variants(self) -> list[Variant]:
+        """The reasoner, the backbone, an MLP."""
+        sizes = {
+            "n_predicates": self.n_predicates,
+            "n_rules": self.n_rules,
+            "reasoning_steps": self.most,
+        }
+        reads = {"layers": ["window"], "ssm_n_layers": 1, "window": self.length}
+        return self.standard(sizes, {"loss_reason": {}}, {**reads, "window_head_dim": 16})
+
+    def measure(self, seen: Seen) -> dict[str, float]:
+        """Also the accuracy for each number of hops."""
+        found = super().measure(seen)
+        asked = torch.cat([batch["hops"] for batch, _ in seen])
+        right = torch.cat([out.logits.argmax(-1) == batch["labels"] for batch, out in seen])
+        for number in range(1, self.most + 1):
+            found[f"{number} hops"] = right[asked == number].double().mean().item()
+        return found
+
+
+TASK = Hops

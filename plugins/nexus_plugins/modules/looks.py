@@ -1,0 +1,128 @@
+"""What a puzzle is about, beside its cross-entropy: what an evaluation found of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nexus_core.batches import Batch
+from nexus_plugins._shared.outputs import module_outputs
+
+__all__ = ["Depth", "Edges", "Hops", "Look", "Seen", "looks"]
+
+Seen: TypeAlias = Sequence[tuple[Batch, Any]]
+"""Parts of batches, each with what a model made of it."""
+STRENGTH = 0.1
+"""From here on an edge is taken to be there."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How often the tokens of a row are refined, and how noisy the row is."""
+
+    place: str
+    level: Tensor
+    """(B,)"""
+    refinements: Tensor
+    """(B,) on average over the row."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Refinements, and their rank correlation with the level of noise."""
+        return {
+            "refinements": self.refinements.mean().item(),
+            "rank_correlation": _spearman(self.refinements, self.level),
+        }
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        order = self.level.argsort()
+        third = max(1, len(order) // 3)
+        easy, hard = (self.refinements[part].mean() for part in (order[:third], order[-third:]))
+        return f"refinements {easy:.1f} where there is little noise, {hard:.1f} where there is much"
+
+
+@dataclass(frozen=True)
+class Hops:
+    """The share of right answers by the number of hops."""
+
+    place: str
+    right: tuple[float, ...]
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Accuracies, by the number of hops."""
+        return {f"right_{number}": share for number, share in enumerate(self.right, 1)}
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        return f"{', '.join(f'{share:.0%}' for share in self.right)} right after 1, 2, ... hops"
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The strengths that were learned, and the edges that there are."""
+
+    place: str
+    edges: Tensor
+    """(n, n) bool"""
+    strengths: Tensor
+    """(n, n)"""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The share of the edges that was found, and pairs whose edge is wrong in any respect."""
+        there = self.strengths >= STRENGTH
+        wrong = (there != self.edges) | (there != self.edges).T
+        return {
+            "edges_found": ((there & self.edges).sum() / self.edges.sum()).item(),
+            "pairs_wrong": float(wrong.triu(1).sum()),
+        }
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        count = len(self.edges) * (len(self.edges) - 1) // 2
+        found, wrong = self.metrics.values()
+        return f"{found:.0%} of the edges found, {wrong:.0f} of {count} pairs wrong"
+
+
+Look: TypeAlias = Depth | Hops | Edges
+
+
+def looks(place: str, seen: Seen) -> Iterator[Look]:
+    """What there is to see of a puzzle, by what its parts hold.
+
+    Args:
+        place: whose it is, `puzzle/contender`.
+        seen: the parts of an evaluation, each with the model's output.
+    """
+    first, output = seen[0]
+    reports = module_outputs(output)
+    if "level" in first and "energy" in reports:
+        made = [module_outputs(out)["energy"]["refinements"].mean(1) for _, out in seen]
+        level = torch.cat([part["level"][:, 0] for part, _ in seen])
+        yield Depth(place, level.cpu(), torch.cat(made).cpu())
+    if "hops" in first:
+        asked = torch.cat([part["hops"] for part, _ in seen])
+        hits = [out.logits.argmax(-1) == part["labels"] for part, out in seen]
+        right = torch.cat(hits)
+        most = int(asked.max())
+        yield Hops(
+            place, tuple(right[asked == n].double().mean().item() for n in range(1, most + 1))
+        )
+    if "edges" in first:
+        strengths = reports["causal"]["adjacency"].detach().abs()
+        yield Edges(place, first["edges"][0].cpu(), strengths.cpu())
+
+
+def _spearman(one: Tensor, other: Tensor) -> float:
+    """Rank correlation; there are no ties to speak of."""
+    ranks = [values.argsort().argsort().double() for values in (one, other)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()

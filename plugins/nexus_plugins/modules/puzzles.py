@@ -1,0 +1,194 @@
+"""Puzzles that each need one module of NEXUS, made from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import Dataset
+
+from nexus_plugins.modules.graphs import Graph
+
+__all__ = ["IGNORED", "Rows", "Rule", "dynamics", "hops", "noisy", "puzzles"]
+
+IGNORED = -100
+Puzzle = dict[str, Tensor]
+
+
+def dynamics(
+    draw: Generator,
+    rows: int,
+    length: int,
+    symbols: int = 12,
+    shortest: int = 6,
+    longest: int = 12,
+    noise: float = 0.0,
+) -> Puzzle:
+    """Rows that move along hidden cycles of their own, and show a symbol at every place.
+
+    Length and symbols of the cycle are drawn for each row. Two places may look alike, so what comes
+    next depends on the place, not on the symbol. Who has found the cycle knows all that follows but
+    the noise.
+
+    Args:
+        draw: where chance comes from.
+        rows: B.
+        length: T.
+        symbols: that there are.
+        shortest: places of a cycle at least.
+        longest: places of a cycle at most.
+        noise: part of the tokens that are any symbol.
+
+    Returns:
+        `input_ids` and `labels`, what is seen next, `(B, T)`.
+    """
+    lengths = torch.randint(shortest, longest + 1, (rows, 1), generator=draw)
+    cycles = torch.randint(symbols, (rows, longest), generator=draw)
+    places = torch.arange(length + 1).expand(rows, -1) % lengths
+    seen = cycles.gather(1, places)
+    is_noise = torch.rand(seen.shape, generator=draw) < noise
+    seen = seen.where(~is_noise, torch.randint(symbols, seen.shape, generator=draw))
+    return {"input_ids": seen[:, :-1], "labels": seen[:, 1:]}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which token follows: `sums[(first[the last one] + second[the one before]) % symbols]`.
+
+    Args:
+        first: a permutation of the symbols.
+        second: another; None: the token before the last one makes no difference.
+        sums: a third.
+    """
+
+    first: Tensor
+    second: Tensor | None
+    sums: Tensor
+
+    @classmethod
+    def drawn(cls, draw: Generator, symbols: int = 8, order: int = 2) -> Rule:
+        """A scrambled addition table."""
+        first, second, sums = (torch.randperm(symbols, generator=draw) for _ in range(3))
+        return cls(first, second if order == 2 else None, sums)
+
+    def sequences(self, draw: Generator, rows: int, length: int) -> Tensor:
+        """Sequences `(rows, length)` that begin with any two tokens."""
+        symbols = len(self.sums)
+        tokens = [torch.randint(symbols, (rows,), generator=draw) for _ in range(2)]
+        for _ in range(length - 2):
+            before = 0 if self.second is None else self.second[tokens[-2]]
+            tokens.append(self.sums[(self.first[tokens[-1]] + before) % symbols])
+        return torch.stack(tokens, 1)
+
+
+def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float = 0.5) -> Puzzle:
+    """Sequences that follow a rule, of which some tokens are replaced; what were they?
+
+    It can be worked out, step by step, from the last two tokens that are trusted.
+
+    Args:
+        draw: where chance comes from.
+        rule: that the sequences follow.
+        level: `(B, 1)` the part of each row's tokens that is replaced.
+        length: T.
+        blanks: part of the replaced tokens that are blank, a token of its own; the others are any.
+
+    Returns:
+        `input_ids` and `labels`, the clean tokens, `(B, T)`, and `level`.
+    """
+    symbols = len(rule.sums)
+    labels = rule.sequences(draw, len(level), length)
+    is_noise = torch.rand(labels.shape, generator=draw) < level
+    noise = torch.randint(symbols, labels.shape, generator=draw)
+    is_blank = torch.rand(labels.shape, generator=draw) < blanks
+    noise = noise.where(~is_blank, symbols)
+    return {"input_ids": torch.where(is_noise, noise, labels), "labels": labels, "level": level}
+
+
+def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3) -> Puzzle:
+    """Rows that each bring a table, which place leads to which, and ask where some hops end.
+
+    The first tokens are the lines of the table, in any order; each token after them is a question,
+    a place and a number of hops, and its label is the place where they end.
+
+    Args:
+        draw: where chance comes from.
+        rows: B.
+        length: T.
+        places: P; ids below P * P are lines of tables, the others are questions.
+        most: hops of a question at most.
+
+    Returns:
+        `input_ids`, `labels` and the number of `hops` asked for, `(B, T)`; no label is that of a
+        line, which asks for 0 hops.
+    """
+    table = torch.randint(places, (rows, places), generator=draw)
+    order = torch.rand(table.shape, generator=draw).argsort(1)
+    lines = order * places + table.gather(1, order)
+    asked = (rows, length - places)
+    place = torch.randint(places, asked, generator=draw)
+    count = torch.randint(1, most + 1, asked, generator=draw)
+    questions = places * (places + count - 1) + place
+    for hop in range(most):
+        place = torch.where(hop < count, table.gather(1, place), place)
+    nothing = torch.zeros_like(lines)
+    return {
+        "input_ids": torch.cat([lines, questions], 1),
+        "labels": torch.cat([nothing + IGNORED, place], 1),
+        "hops": torch.cat([nothing, count], 1),
+    }
+
+
+class Rows(Dataset[dict[str, Puzzle]]):
+    """A row of every puzzle at each place, by the puzzle's name.
+
+    Args:
+        puzzles: by name, each with as many rows.
+        graph: the one that the rows of `graph` are data of.
+        seen: `(rows, T)` the numbers of the values in each of these rows.
+    """
+
+    def __init__(self, puzzles: dict[str, Puzzle], graph: Graph, seen: Tensor) -> None:
+        self._puzzles, self._graph, self._seen = puzzles, graph, seen
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __getitem__(self, row: int) -> dict[str, Puzzle]:
+        made = {
+            name: {key: value[row] for key, value in puzzle.items()}
+            for name, puzzle in self._puzzles.items()
+        }
+        return {**made, "graph": self._graph.rows(self._seen[row])}
+
+
+def puzzles(
+    rows: int = 4000, held_out: int = 64, length: int = 64, noise: float = 0.7, seed: int = 0
+) -> dict[str, Any]:
+    """All four puzzles, as training and evaluation data: `dynamics`, `denoising`, `hops`, `graph`.
+
+    Args:
+        rows: of each to train on.
+        held_out: rows of each to evaluate on.
+        length: tokens of a row, and of the graph values of all its variables.
+        noise: the most that a row of `denoising` has; its level is uniform from 0 to this.
+        seed: of everything: rules, graph and rows.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    rule, graph = Rule.drawn(draw), Graph(draw)
+
+    def made(count: int) -> Rows:
+        level = noise * torch.rand((count, 1), generator=draw)
+        return Rows(
+            {
+                "dynamics": dynamics(draw, count, length),
+                "denoising": noisy(draw, rule, level, length),
+                "hops": hops(draw, count, length),
+            },
+            graph,
+            torch.randint(len(graph.values), (count, length), generator=draw),
+        )
+
+    return {"train": made(rows), "valid": made(held_out)}

@@ -1,0 +1,207 @@
+"""The preset `modules`: puzzles of known answers, a contest of several models, and its picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from nexus_core import ConfigError, Engine
+from nexus_core.cli.run import main
+from nexus_core.plan import load
+from nexus_plugins.modules.contest import ContestPlugin
+from nexus_plugins.modules.graphs import Graph
+from nexus_plugins.modules.looks import Depth, Edges, Hops, looks
+from nexus_plugins.modules.puzzles import IGNORED, Rule, dynamics, hops, noisy
+
+NEXUS = {"d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4}
+BARE = {**NEXUS, **dict.fromkeys(("world", "reason", "energy"), False)}
+
+
+def drawn(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# -- puzzles
+
+
+def test_who_knows_a_cycle_knows_what_comes_next() -> None:
+    """Red if labels are not what is seen next, or a row does not move along a cycle."""
+    part = dynamics(drawn(), 5, 40, shortest=3, longest=6)
+    ids, labels = part["input_ids"], part["labels"]
+    assert torch.equal(ids[:, 1:], labels[:, :-1])
+    for row in ids:
+        assert any(torch.equal(row[n:], row[:-n]) for n in range(3, 7))
+
+
+def test_a_clean_token_follows_from_the_two_before_it() -> None:
+    """Red if the rule is not what the labels follow, or other tokens are replaced than is said."""
+    rule, level = Rule.drawn(drawn(), 5), torch.tensor([[0.0], [1.0]])
+    part = noisy(drawn(1), rule, level, 30, blanks=1.0)
+    labels = part["labels"].tolist()
+    for before, last, token in itertools.chain(
+        *(zip(r, r[1:], r[2:], strict=False) for r in labels)
+    ):
+        assert token == rule.sums[(rule.first[last] + rule.second[before]) % 5]
+    assert torch.equal(part["input_ids"][0], part["labels"][0])
+    assert (part["input_ids"][1] == 5).all()
+
+
+def test_hops_are_those_through_the_table_of_the_row() -> None:
+    """Red if an answer does not follow from its row, or a line of the table is asked for."""
+    part = hops(drawn(), 4, 30, places=5, most=3)
+    for ids, labels, count in zip(
+        *(part[k].tolist() for k in ("input_ids", "labels", "hops")), strict=True
+    ):
+        table = dict(divmod(line, 5) for line in ids[:5])
+        assert labels[:5] == [IGNORED] * 5
+        assert count[:5] == [0] * 5
+        for question, label, steps in zip(ids[5:], labels[5:], count[5:], strict=True):
+            place = question % 5
+            for _ in range(question // 5 - 4):
+                place = table[place]
+            assert (label, steps) == (place, question // 5 - 4)
+
+
+def test_a_graph_has_no_cycle_and_is_set_by_hand_where_it_says() -> None:
+    """Red if the data have a graph that is not the one to be found, or reveal it by variance."""
+    graph = Graph(drawn(), variables=4, edges=5, observed=400, by_hand=100)
+    assert graph.edges.sum() == 5
+    assert torch.matrix_power(graph.edges.float(), 4).sum() == 0
+    torch.testing.assert_close(graph.values[:400].std(0), torch.ones(4))
+    assert not graph.is_set[:400].any()
+    assert graph.is_set[400:500].all(0).tolist() == [True, False, False, False]
+
+
+# -- the contest
+
+
+def small() -> dict[str, Any]:
+    """The preset's contest, with models as small as they can be."""
+    return {
+        "dynamics": {
+            "all": {"model_nexus": {**BARE, "vocab_size": 12}, "loss_lm": {}},
+            "world": {"model_nexus": {"world": True}, "loss_world": {}},
+            "backbone": {},
+        },
+        "denoising": {
+            "energy": {
+                "model_nexus": {**BARE, "vocab_size": 9, "energy": True},
+                "loss_lm": {},
+                "loss_energy": {},
+            }
+        },
+        "hops": {"reason": {"model_nexus": {**BARE, "vocab_size": 54}, "loss_lm": {}}},
+        "graph": {
+            "causal": {
+                "model": {
+                    "call": "nexus_plugins.model_nexus.causal:CausalGraph",
+                    "args": {"variables": 10},
+                },
+                "loss_causal": {"weight": 1.0},
+            }
+        },
+    }
+
+
+def contest(out: Path | None = None, **only: Any) -> Engine:
+    data = {
+        "call": "nexus_plugins.modules.puzzles:puzzles",
+        "args": {"rows": 8, "held_out": 4, "length": 10},
+    }
+    plugins = [
+        load("data")(**data, batch_size=4),
+        ContestPlugin(puzzles=only or small()),
+        load("optim_adamw")(lr=1e-2),
+    ]
+    return Engine(plugins=plugins, seed=3, out=out)
+
+
+def test_each_contender_is_trained_as_it_would_be_alone() -> None:
+    """Red if one reaches another: by its loss, its random numbers, the length of a gradient."""
+    both = small()["dynamics"]
+    first = {name: both[name] for name in ("all", "world")}
+    whole, alone = contest(dynamics=both), contest(dynamics=first)
+    for engine in (whole, alone):
+        engine.fit(until="3 steps", eval_data={})
+    mine, all_of_them = alone.model.state_dict(), whole.model.state_dict()
+    assert mine.keys() < all_of_them.keys()
+    for name, value in mine.items():
+        assert torch.equal(all_of_them[name], value), name
+
+
+def test_a_run_shows_all_there_is_to_see(tmp_path: Path) -> None:
+    """Red if a measure is missing, the picture is not drawn, or curves are lost on resuming."""
+    engine = contest(tmp_path)
+    result = engine.fit(until="2 steps", eval_every="1 steps")
+    found = {key.removeprefix("val/") for key in result.metrics if key.startswith("val/")}
+    assert found >= {
+        "dynamics/world/lm_loss", "dynamics/world/world_loss", "dynamics/backbone/lm_loss",
+        "denoising/energy/refinements", "hops/reason/right_3", "graph/causal/edges_found",
+    }  # fmt: skip
+    assert (tmp_path / "modules.png").read_bytes().startswith(b"\x89PNG")
+    kept = engine.state_dict()["plugins"]["contest"]
+    curves = kept["state"]["curves"]
+    assert [step for step, _ in curves["dynamics/world"]] == [1.0, 2.0]
+    again = contest()
+    again.load_state_dict(engine.state_dict())
+    assert again.state_dict()["plugins"]["contest"] == kept
+
+
+@pytest.mark.parametrize(
+    "plugins",
+    [{}, {"loss_lm": {}}, {"model_nexus": {"vocab_size": 9}}, {"model_nexus": {}, "clip": {}}],
+)
+def test_a_contender_is_a_model_and_losses(plugins: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"puzzles.hops.mine has .*; give one plugin that makes"):
+        ContestPlugin(puzzles={"hops": {"mine": plugins}})
+
+
+def test_looks_say_what_was_found() -> None:
+    """Red if refinements, hops or edges are counted otherwise than by hand."""
+
+    class Output:
+        def __init__(self, answers: Tensor, **reports: Any) -> None:
+            self.logits = torch.nn.functional.one_hot(answers, 4)
+            self.module_outputs = reports
+
+    answers = torch.tensor([[0, 1, 2, 3]])
+    part = {"hops": torch.tensor([[0, 1, 2, 2]]), "labels": torch.tensor([[IGNORED, 1, 2, 0]])}
+    (right,) = looks("hops/reason", [(part, Output(answers))])
+    assert right == Hops("hops/reason", (1.0, 0.5))
+
+    level = torch.tensor([[0.1], [0.6], [0.3]])
+    made = torch.tensor([[1.0, 1.0], [5.0, 3.0], [2.0, 3.0]])
+    (depth,) = looks("d/e", [({"level": level}, Output(answers, energy={"refinements": made}))])
+    assert isinstance(depth, Depth)
+    assert depth.metrics == pytest.approx({"refinements": 2.5, "rank_correlation": 1.0})
+    assert depth.told.startswith("refinements 1.0 where there is little noise, 4.0")
+
+    edges = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    strengths = torch.tensor([[0.0, 0.5, 0.05], [0.0, 0.0, 0.0], [0.0, -0.4, 0.0]])
+    reports = {"causal": {"adjacency": strengths}}
+    (graph,) = looks("g/c", [({"edges": edges[None]}, Output(answers, **reports))])
+    assert isinstance(graph, Edges)
+    assert graph.metrics == pytest.approx({"edges_found": 1 / 3, "pairs_wrong": 2.0})
+
+
+@pytest.mark.slow
+def test_the_preset_draws_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red if `nexus-run modules` breaks, or its config does not repeat the run."""
+    monkeypatch.chdir(tmp_path)
+    few = ["until=2 steps", "data.args.rows=8", "data.args.held_out=4", "data.args.length=12"]
+    words = [word for one in (*few, "data.batch_size=4") for word in ("--set", one)]
+    first_time = ["modules", "-p", "no:tensorboard", *words]
+    for out, given in (("one", first_time), ("two", ["one/config.yaml"])):
+        ran = CliRunner().invoke(main, [*given, "--out", out])
+        assert ran.exit_code == 0, ran.output
+    summaries = [json.loads(Path(out, "summary.json").read_text()) for out in ("one", "two")]
+    first, second = (summary["metrics"] for summary in summaries)
+    assert first["val/loss"] == second["val/loss"]
+    assert Path("two/modules.png").read_bytes().startswith(b"\x89PNG")

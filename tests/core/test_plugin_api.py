@@ -74,6 +74,7 @@ HOOKS_SINCE_1_2 = {
     "optimizer_step": "engine step again",
     "on_step": "engine step",
     "sum_cells": "engine step part",
+    "accumulate_gradient": "engine step",
 }
 HOOKS_OF_1 = {**HOOKS_OF_1_0, **HOOKS_SINCE_1_1, **HOOKS_SINCE_1_2}
 

@@ -19,6 +19,7 @@ from nexus_core.optimizers import members, needs_closure, trained, update
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 from nexus_core.processes import Ranks
 from nexus_core.step import Step, merge
+from nexus_core.update import accumulate_gradient
 
 __all__ = ["Defaults", "FunctionLossPlugin"]
 
@@ -67,6 +68,11 @@ class Defaults:
     @hookimpl(trylast=True)
     def weigh_losses(self, engine: Run, terms: tuple[str, ...], step: Step) -> dict[str, float]:
         return merge(engine.hook.loss_weight(engine=engine))
+
+    @hookimpl(trylast=True)
+    def accumulate_gradient(self, engine: Run, step: Step) -> bool:
+        accumulate_gradient(engine, step)
+        return True
 
     @hookimpl(trylast=True)
     def backward(self, engine: Run, loss: Tensor, terms: Mapping[str, Tensor], step: Step) -> bool:

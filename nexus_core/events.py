@@ -11,10 +11,11 @@ The loop, with the hooks in capitals where they fire:
         for turn in TAKE_TURNS:                      one, unless several optimizers take turns
             units = sum of LOSS_UNITS over micro and over all processes, per term
             weights = WEIGH_LOSSES                   the default asks LOSS_WEIGHT
-            for batch in micro:                      moved to the device one at a time
-                output = FORWARD
-                terms  = LOSS_TERMS                  one sum over units per term
-                BACKWARD(sum of weight * term / units)
+            ACCUMULATE_GRADIENT                      which is, where no plugin does it:
+                for batch in micro:                  moved to the device one at a time
+                    output = FORWARD
+                    terms  = LOSS_TERMS              one sum over units per term
+                    BACKWARD(sum of weight * term / units)
             SUM_CELLS                                in a run in cells, over all processes
             AFTER_BACKWARD                           by stage: reduce > unscale > inspect >
                                                      transform > judge > limit > measure
@@ -243,6 +244,14 @@ class Hooks:
         self, *, engine: Run, terms: tuple[str, ...], step: Step
     ) -> Mapping[str, Tensor | float]:
         """Seam, first answer, once per turn: each term's weight; `step.losses` is for `on_step`."""
+
+    @hookspec(firstresult=True)
+    def accumulate_gradient(self, *, engine: Run, step: Step) -> bool:
+        """Seam, first answer, once a gradient: add up that of all micro-batches; True says done.
+
+        The default takes one micro-batch after the other through `forward`, `loss_terms` and
+        `backward`, and records `step.losses` and their metrics.
+        """
 
     @hookspec(firstresult=True)
     def backward(

@@ -102,13 +102,19 @@ class Meter:
         """The current mark, for `rollback`; nothing may be read in between."""
         return {name: len(entry.pending) for name, entry in self._entries.items()}
 
-    def rollback(self, mark: Mapping[str, int]) -> None:
-        """Drop what was added since the mark."""
+    def rollback(self, mark: Mapping[str, int]) -> list[tuple[str, Number, Number, Finish]]:
+        """Drop what was added since the mark, and return it: the arguments of `add`."""
+        forgotten = [
+            (name, value, units, entry.finish)
+            for name, entry in self._entries.items()
+            for value, units in entry.pending[mark.get(name, 0) :]
+        ]
         for name in list(self._entries):
             if name in mark:
                 del self._entries[name].pending[mark[name] :]
             else:
                 del self._entries[name]
+        return forgotten
 
     def read(self, ranks: Ranks) -> dict[str, float]:
         """The mean of every metric since the last read, over all ranks."""

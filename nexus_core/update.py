@@ -76,7 +76,7 @@ def take_step(
         step.turn, step.applied = step.turns[place], False
         is_last = place == len(step.turns) - 1
         try:
-            _take_turn(engine, step, about_to_update if is_last else None)
+            _take_turn(engine, step, about_to_update if is_last else lambda: None)
         finally:
             step.turns_done += step.applied
             if step.applied and not is_last:
@@ -97,7 +97,7 @@ def count_units(engine: Run, step: Step) -> None:
 
 def compute_gradient(engine: Run, step: Step) -> None:
     """Compute the gradient of the step's turn, and call `after_backward`."""
-    accumulate_gradient(engine, step)
+    engine.hook.accumulate_gradient(engine=engine, step=step)
     engine.hook.after_backward(engine=engine, step=step)
 
 
@@ -148,7 +148,7 @@ def leaving_no_trace(engine: Run) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | None) -> None:
+def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None]) -> None:
     count_units(engine, step)
     compute_gradient(engine, step)
     if scales := engine.hook.lr_scale(engine=engine):
@@ -164,8 +164,7 @@ def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | No
             engine.meter.rollback(mark)
         return step.total
 
-    if about_to_update is not None:
-        about_to_update()
+    about_to_update()
     engine.hook.optimizer_step(engine=engine, step=step, again=again)
     step.applied = True
 
@@ -173,9 +172,7 @@ def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None] | No
 def _backward(engine: Run, step: Step, batch: object) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms."""
     hook, borrowed = engine.hook, step.micro[step.place].borrowed
-    meter, counted = engine.meter, engine.meter.counts
-    meter.counts = not borrowed  # it logs alike on every rank
-    try:
+    with engine.meter.counting(not borrowed):  # it logs alike on every rank
         output = hook.forward(engine=engine, batch=batch, step=step)
         terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
         if borrowed:
@@ -183,12 +180,12 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
         counts = step.counts[step.place]
         shares = step.shares_of(terms)
         for name, term in terms.items():
-            meter.add(metric_name("train", name), term.detach(), counts[name])
+            engine.meter.add(metric_name("train", name), term.detach(), counts[name])
         total = reduce(add, shares.values())
         hook.backward(engine=engine, loss=total, terms=shares, step=step)
-        meter.add("train/total_loss", total.detach(), float(step.is_last and engine.ranks.is_main))
-    finally:
-        meter.counts = counted
+        engine.meter.add(
+            "train/total_loss", total.detach(), float(step.is_last and engine.ranks.is_main)
+        )
 
 
 def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iterator[Micro]:
@@ -230,6 +227,5 @@ def _put_back(
 def _clear_other_turns(engine: Run, turn: str) -> None:
     """Clear gradients on parameters that another turn updates."""
     own = {id(parameter) for parameter in engine.parameters(turn)}
-    for parameter in engine.parameters():
-        if id(parameter) not in own:
-            parameter.grad = None
+    for parameter in (p for p in engine.parameters() if id(p) not in own):
+        parameter.grad = None

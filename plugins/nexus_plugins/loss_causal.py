@@ -86,7 +86,8 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
     """
 
     api_version: ClassVar[str] = "1.2"
-    _growth = 1.0
+    _grown: Tensor | None = None
+    """The weight of the constraint by now, on the device, where it grows over the run."""
 
     def units(self, batch: Batch) -> Tensor | float:
         """Positions, padding left out; one a micro-batch where there is no reconstruction."""
@@ -100,14 +101,22 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
         return self._term(batch, graph, self._constraint(graph["adjacency"]))
 
     @hookimpl
+    def loss_units(self, engine: Engine, batch: Batch) -> dict[str, Tensor | float]:
+        """Count the units, and see how much the constraint weighs by now."""
+        if engine.horizon is not None and self.config.dag_growth != 1:
+            growth = self.config.dag_growth ** engine.horizon.progress(engine.state)
+            dtype = torch.promote_types(engine.parameters()[0].dtype, torch.float32)
+            weight = self.config.dag_weight * growth
+            self._grown = torch.full((), weight, dtype=dtype, device=engine.device)
+        return super().loss_units(engine, batch)
+
+    @hookimpl
     def loss_terms(self, engine: Engine, batch: Batch, output: Any) -> dict[str, Tensor]:
         """The term `causal`; in training also `causal/dag_constraint`."""
         graph: Mapping[str, Tensor] = self.reports(output)["causal"]
         constraint = self._constraint(graph["adjacency"])
         if engine.training:
             engine.log("causal/dag_constraint", constraint.detach())
-        if engine.horizon is not None:
-            self._growth = self.config.dag_growth ** engine.horizon.progress(engine.state)
         return {self.term: self._term(batch, graph, constraint)}
 
     def _constraint(self, adjacency: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
 
     def _term(self, batch: Batch, graph: Mapping[str, Tensor], constraint: Tensor) -> Tensor:
         config, adjacency = self.config, graph["adjacency"]
-        once = config.dag_weight * self._growth * constraint
+        once = (config.dag_weight if self._grown is None else self._grown) * constraint
         once = once + config.sparsity_weight * adjacency.abs().sum()
         if not config.reconstruction_weight:
             return once

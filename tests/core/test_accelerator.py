@@ -348,3 +348,80 @@ def test_metrics_cost_one_wait(accelerator: HostAccelerator) -> None:
     found = meter.read(Ranks(0, 1))
     assert [wait.what for wait in accelerator.waits] == ["a copy to the host"]
     assert found == {"train/loss": 8 / (2**26 + 2), "train/plain": 4.0, "train/norm": 1.0}
+
+
+# -- graphs
+
+
+def captured(accelerator: HostAccelerator) -> tuple[Callable[[], None], Tensor, Tensor]:
+    """A replay, what it reads, and what it adds noise to."""
+    module = torch.get_device_module(accelerator.device)
+    source, target = torch.ones(3, device=accelerator.device), torch.zeros(3).to(accelerator.device)
+    graph = module.CUDAGraph()
+    with module.graph(graph):
+        target.add_(torch.rand_like(source) * source)
+    return graph.replay, source, target
+
+
+def test_capturing_computes_nothing_and_a_replay_reads_what_is_there_then(
+    accelerator: HostAccelerator,
+) -> None:
+    """Breaks if a capture changes memory or draws, or a replay is blind to new inputs."""
+    torch.manual_seed(5)
+    replay, source, target = captured(accelerator)
+    assert target.tolist() == [0.0] * 3
+    source.fill_(2.0)
+    replay()
+    source.fill_(3.0)
+    replay()
+    torch.manual_seed(5)
+    first, second = (torch.rand(3, device=accelerator.device) for _ in range(2))
+    assert torch.equal(target, first * 2.0 + second * 3.0)
+
+
+def test_what_a_capture_made_is_garbage_until_it_is_replayed(accelerator: HostAccelerator) -> None:
+    module = torch.get_device_module(accelerator.device)
+    source = torch.ones(3, device=accelerator.device)
+    graph = module.CUDAGraph()
+    with module.graph(graph):
+        double = source * 2.0
+    assert double.isnan().all()
+    graph.replay()
+    assert double.tolist() == [2.0] * 3
+
+
+PLANTED_IN_A_CAPTURE: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "a wait": (lambda x: x.sum().item(), "value of a tensor .*not permitted when stream is capt"),
+    "a copy": (lambda x: x.copy_(torch.ones(3), non_blocking=True), "not pinned.*not permitted"),
+    "a generator": (
+        lambda x: x.uniform_(generator=torch.Generator(x.device)), "register_generator_state"
+    ),
+    "a capture": (
+        lambda x: torch.get_device_module(x.device).CUDAGraph().capture_begin(), "another graph"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_A_CAPTURE)
+def test_planted_fault_in_a_capture_is_an_error(name: str, accelerator: HostAccelerator) -> None:
+    """Breaks if a step could be captured here that CUDA refuses; the device is usable after it."""
+    module, x = torch.get_device_module(accelerator.device), torch.ones(3).to(accelerator.device)
+    fault, words = PLANTED_IN_A_CAPTURE[name]
+    with pytest.raises(RuntimeError, match=words), module.graph(module.CUDAGraph()):
+        fault(x)
+    assert x.tolist() == [1.0] * 3
+
+
+def test_waits_can_be_warned_of_and_forbidden(accelerator: HostAccelerator) -> None:
+    """Breaks if code that asks CUDA for its waits is not answered in the same way."""
+    module, x = torch.get_device_module(accelerator.device), torch.ones(1).to(accelerator.device)
+    module.set_sync_debug_mode("warn")
+    with pytest.warns(UserWarning, match="synchronizing operation: the value") as said:
+        x.item()
+    assert said[0].filename == __file__
+    module.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchronizing operation"):
+        x.item()
+    assert module.get_sync_debug_mode() == 2
+    module.set_sync_debug_mode(0)
+    assert x.item() == 1.0

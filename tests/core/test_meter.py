@@ -42,3 +42,16 @@ def test_metric_without_units_is_left_out_and_overflow_is_infinite() -> None:
     meter.add("nothing", 0.0, 0.0)
     meter.add("huge", 1e6, 1.0, math.exp)
     assert meter.read(Ranks()) == {"huge": math.inf}
+
+
+def test_what_is_rolled_back_is_given_back() -> None:
+    meter = Meter()
+    meter.add("loss", 2.0)
+    mark = meter.mark()
+    meter.add("loss", 4.0)
+    meter.add("perplexity", 3.0, 2.0, math.exp)
+    forgotten = meter.rollback(mark)
+    assert forgotten == [("loss", 4.0, 1.0, None), ("perplexity", 3.0, 2.0, math.exp)]
+    for added in forgotten[1:]:
+        meter.add(*added)
+    assert meter.read(Ranks()) == {"loss": 2.0, "perplexity": pytest.approx(math.exp(1.5))}

@@ -75,6 +75,7 @@ HOOKS_SINCE_1_2 = {
     "on_step": "engine step",
     "sum_cells": "engine step part",
     "on_image": "engine title image",
+    "accumulate_gradient": "engine step",
 }
 HOOKS_OF_1 = {**HOOKS_OF_1_0, **HOOKS_SINCE_1_1, **HOOKS_SINCE_1_2}
 

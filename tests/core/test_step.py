@@ -6,9 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from nexus_core import Engine, Loss, LossConfig, PluginError, hookimpl
+from nexus_core import (
+    Engine,
+    Loss,
+    LossConfig,
+    Plugin,
+    PluginConfig,
+    PluginError,
+    Step,
+    hookimpl,
+)  # fmt: skip
 from nexus_core.data import Micro
-from nexus_core.update import prepare, take_step
+from nexus_core.events import Run
+from nexus_core.update import accumulate_gradient, prepare, take_step
 from tiny import AbsolutePlugin, Net, Regression, SquaredPlugin, weights
 
 
@@ -96,3 +106,32 @@ def test_terms_must_be_unique_and_have_units() -> None:
         gradients([[0]], SquaredPlugin(), OtherPlugin())
     with pytest.raises(PluginError, match="no units"):
         gradients([[0]], UnlabelledPlugin())
+
+
+class DoublesPlugin(Plugin[PluginConfig]):
+    """From the second step on, computes the gradient itself: twice what the core would."""
+
+    @hookimpl
+    def accumulate_gradient(self, engine: Run, step: Step) -> bool | None:
+        if step.number == 1:
+            return None
+        accumulate_gradient(engine, step)
+        for parameter in engine.parameters():
+            parameter.grad *= 2
+        return True
+
+
+def test_a_plugin_can_compute_the_gradient_in_place_of_the_core() -> None:
+    """Breaks if the core does not ask, or computes it once more."""
+    found: list[list[torch.Tensor]] = []
+    for plugins in ([], [DoublesPlugin()]):
+        torch.manual_seed(1)
+        model = Net(dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        engine = Engine(model, optimizer, plugins=[SquaredPlugin(), *plugins], accumulate=2)
+        data = [default_collate([Regression(dtype=torch.float64)[i]]) for i in range(4)]
+        for _ in engine.steps(data, until="2 steps"):
+            found.append([p.grad.clone() for p in model.parameters()])
+    first, second, same, doubled = found
+    assert all(map(torch.equal, first, same))
+    assert all(torch.equal(2 * one, other) for one, other in zip(second, doubled, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from nexus_core import ConfigError, Engine
+from nexus_core import ConfigError, Engine, Plugin, PluginConfig, Step, hookimpl
+from nexus_core.plan import load
+from nexus_core.testing import HostAccelerator, Parts, host_accelerator, tiny_engine, tiny_model
+from nexus_core.testing.states import differences, of_training
 from nexus_plugins.compile import CompilePlugin
 from nexus_plugins.recompute import RecomputePlugin
 
@@ -190,3 +195,254 @@ def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler on the CPU"):
         engine_of(CompilePlugin()).fit(data(), until="1 step")
+
+
+# -- steps replayed from a graph, on the accelerator of host memory
+
+
+@pytest.fixture
+def accelerator() -> Iterator[HostAccelerator]:
+    """The device; code is not compiled there, as its operations would be, which are of Python."""
+    with host_accelerator() as found, torch.compiler.set_stance("force_eager"):
+        yield found
+
+
+def graphed(
+    device: torch.device | str, *plugins: Plugin[Any], step_graph: bool = True, **settings: Any
+) -> Engine:
+    """The smallest model, with dropout, in steps of two micro-batches."""
+    compiling = CompilePlugin(backend="eager", step_graph=step_graph)
+    parts = Parts(model=lambda: tiny_model(dropout=0.2))
+    return tiny_engine(
+        *plugins, compiling, parts=parts, device=device, log_every=1, accumulate=2, **settings
+    )
+
+
+def run_to(engine: Engine, last: int) -> list[dict[str, float]]:
+    """What each step up to one has logged; the horizon is beyond it."""
+    logged = []
+    for state in engine.steps(until="100 steps"):
+        own = engine.metrics.items()
+        logged.append({k: v for k, v in own if not k.startswith(("compile/", "system/"))})
+        if state.step == last:
+            break
+    return logged
+
+
+class CarriesPlugin(Plugin[PluginConfig]):
+    """Weighs the loss by a mean of its past, in a tensor that each step replaces by a new one."""
+
+    mean: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.mean is None else {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"]
+
+    @hookimpl(wrapper=True)
+    def loss_terms(self, engine: Engine) -> Iterator[Any]:
+        answers = yield
+        if not engine.training:
+            return answers
+        (name, term), *others = answers[0].items()
+        mean = torch.ones_like(term) if self.mean is None else self.mean
+        self.mean = 0.9 * mean + 0.1 * term.detach()
+        engine.log("carried", self.mean)
+        return [{name: term * self.mean / 50.0, **dict(others)}, *answers[1:]]
+
+
+TRAINED_WITH: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
+    "guard, clip and fp16": ({"guard": {}, "clip": {"max_norm": 0.1}, "amp": {"dtype": "fp16"}}, 4),
+    "curriculum": (
+        {"curriculum": {
+            "start_length": 4, "end_length": 8, "warmup": "3 steps", "round_to": 4
+        }}, 1,
+    ),
+    "freeze": ({"freeze": {"rules": [{"match": "embedding.*", "until": "5 steps"}]}}, 1),
+    "weigh_uncertainty and ema": ({"weigh_uncertainty": {}, "ema": {}}, 4),
+}  # fmt: skip
+"""Plugins, and how many of 8 steps are replayed at least."""
+
+
+@pytest.mark.parametrize("name", TRAINED_WITH)
+def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
+    name: str, accelerator: HostAccelerator
+) -> None:
+    """Breaks if a graph draws other numbers, or reads or leaves anything that is not this step's.
+
+    That with `curriculum` and `freeze`, what is replayed changes on the way.
+    """
+    settings, least = TRAINED_WITH[name]
+    found = []
+    for step_graph in (False, True):
+        plugins = [load(plugin)(**given) for plugin, given in settings.items()]
+        engine = graphed(accelerator.device, *plugins, CarriesPlugin(), step_graph=step_graph)
+        found.append((run_to(engine, 8), of_training(engine.state_dict())))
+    assert engine.metrics["compile/replayed_steps"] >= least
+    assert found[0][0] == found[1][0]
+    assert differences(found[0][1], found[1][1]) == []
+
+
+def test_a_replayed_step_waits_for_nothing_but_its_log(accelerator: HostAccelerator) -> None:
+    engine = graphed(accelerator.device)
+    waits = []
+    for state in engine.steps(until="8 steps"):
+        waits.append([wait.file.rpartition("/")[2] for wait in accelerator.waits])
+        accelerator.waits.clear()
+        assert state.step < 8 or waits[-1] == waits[-2] == ["meter.py"]
+    assert engine.metrics["compile/replayed_steps"] == 5
+
+
+def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
+    accelerator: HostAccelerator,
+) -> None:
+    """Breaks if a replayed step differs from the eager ones that come first after a resume.
+
+    A snapshot that is loaded within a run is trained on too, and not what the graph had.
+    """
+
+    def fresh() -> Engine:
+        return graphed(accelerator.device, CarriesPlugin())
+
+    run_to(whole := fresh(), 12)
+    run_to(first := fresh(), 6)
+    taken = copy.deepcopy(first.state_dict())
+    second = fresh()
+    second.load_state_dict(taken)
+    run_to(second, 12)
+    assert second.metrics["compile/replayed_steps"] >= 2
+    ends = [of_training(engine.state_dict()) for engine in (whole, second)]
+    assert differences(*ends) == []
+    steps = first.steps(until="100 steps")
+    for state in steps:
+        if state.step == 10:
+            first.rewind(taken)
+            replayed = first.plugins["compile"]._graphs.replayed  # type: ignore[attr-defined]
+            assert replayed == 0, "it is captured anew"
+        if state.step == 11:
+            break
+    weight = next(iter(taken["model"]))
+    moved = first.model.state_dict()[weight] - taken["model"][weight]
+    assert 0 < moved.abs().max() < 0.1, "one step from there"
+
+
+class DoesPlugin(Plugin[PluginConfig]):
+    """Does something before each forward pass."""
+
+    def __init__(self, does: Callable[[DoesPlugin, Engine, Step, Any], object]) -> None:
+        super().__init__()
+        self.does, self.count, self.numbers = does, 0, [torch.zeros(())]
+
+    @hookimpl(wrapper=True)
+    def forward(self, engine: Engine, batch: Any, step: Step | None) -> Iterator[Any]:
+        output = yield
+        if step is not None:
+            self.does(self, engine, step, batch)
+        return output
+
+
+class HiddenPlugin(Plugin[PluginConfig]):
+    """Takes no part in the gradient."""
+
+    count = 0
+
+
+def waits(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    next(iter(engine.model.parameters())).sum().item()
+
+
+def counts(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    plugin.count += 1
+
+
+def keeps(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    plugin.numbers[0] = batch["input_ids"].sum()
+
+
+def hides(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    engine.plugins["hidden"].count += 1  # type: ignore[attr-defined]
+
+
+def reads(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    assert engine.state.step >= 0
+
+
+def asks(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    assert step.number > 0
+
+
+def draws(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+    random.random()
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        (waits, r"the host waits for the device at test_compile\.py:\d+"),
+        (counts, "'count' of the plugin 'does' changes from step to step"),
+        (keeps, "'numbers' of the plugin 'does' changes from step to step"),
+        (hides, "the host changes 'count' of the plugin 'hidden'"),
+        (reads, r"how far the run is, is read at test_compile\.py"),
+        (asks, r"how far the run is, is read at test_compile\.py"),
+        (draws, "random numbers are drawn on the host"),
+    ],
+)
+def test_what_a_graph_would_not_repeat_is_found_and_the_steps_run_eagerly(
+    does: Callable[..., None], reason: str, accelerator: HostAccelerator
+) -> None:
+    """Breaks if a step is replayed that does more on the host than a graph can hold."""
+    engine = graphed(accelerator.device, DoesPlugin(does), HiddenPlugin())
+    with pytest.warns(RuntimeWarning, match=f"not replayed from a graph, .*, as {reason}") as said:
+        run_to(engine, 5)
+    assert len([each for each in said if "step_graph" in str(each.message)]) == 1
+    assert engine.metrics["compile/replayed_steps"] == 0
+
+
+class NamedPlugin(Plugin[PluginConfig]):
+    """Gives each batch a length of its own, or a name."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.named = named
+
+    @hookimpl
+    def on_batch(self, engine: Engine, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.named:
+            return {**batch, "name": object()}
+        return {k: v[:, : 3 + engine.state.step] if v.ndim > 1 else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        (False, "the shape of the batches changes from step to step"),
+        (True, "a batch holds a object"),
+    ],
+)
+def test_batches_that_no_graph_holds_are_told(
+    named: bool, reason: str, accelerator: HostAccelerator
+) -> None:
+    engine = graphed(accelerator.device, NamedPlugin(named))
+    with pytest.warns(RuntimeWarning, match=reason):
+        run_to(engine, 10 - 8 * named)
+
+
+def test_a_step_that_cannot_be_captured_is_one_error(accelerator: HostAccelerator) -> None:
+    """Breaks if PyTorch's error comes through as it is; a copy is seen in the capture alone."""
+
+    def copies(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
+        torch.zeros(3, device=engine.device).copy_(torch.ones(3), non_blocking=True)
+
+    words = "cannot be captured in a graph: a copy .*not pinned.*; leave out compile.step_graph"
+    with pytest.raises(ConfigError, match=words):
+        run_to(graphed(accelerator.device, DoesPlugin(copies)), 5)
+
+
+def test_a_run_that_can_have_no_graph_is_refused(accelerator: HostAccelerator) -> None:
+    with pytest.raises(ConfigError, match="step_graph: cpu has no graphs; run on cuda"):
+        run_to(graphed("cpu"), 1)
+    with pytest.raises(ConfigError, match="a run in cells seeds the generators within a step"):
+        run_to(graphed(accelerator.device, cells=2), 1)
+    with pytest.raises(ConfigError, match="mode=reduce-overhead makes graphs of its own"):
+        CompilePlugin(step_graph=True, mode="reduce-overhead")

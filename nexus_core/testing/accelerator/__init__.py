@@ -19,6 +19,9 @@ GPU and cannot on a CPU:
 - Memory that nothing has been written to (`torch.empty`) holds garbage.
 - Memory is counted, and an allocation beyond a limit is a `torch.OutOfMemoryError`.
 - A generator of the host draws nothing for the device, and the device's own state is apart.
+- Its work can be captured in a graph and replayed (`torch.fakegpu.CUDAGraph`): capturing computes
+  nothing, waiting meanwhile is an error, and so is a generator that was not registered.
+- `torch.fakegpu.set_sync_debug_mode` warns of waits, or makes them errors.
 - `torch.autocast("fakegpu")`, `GradScaler("fakegpu")` and fused optimizers work.
 
 What it does not show: speed, several streams, several devices, sparse tensors, compiled code, and

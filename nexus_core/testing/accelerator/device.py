@@ -16,6 +16,7 @@ from torch.utils._device import _device_constructors
 from nexus_core.errors import ConfigError
 from nexus_core.testing.accelerator.autocast import register_autocast
 from nexus_core.testing.accelerator.generators import Generators, generator_class
+from nexus_core.testing.accelerator.graphs import Queue
 from nexus_core.testing.accelerator.kernels import Kernels
 from nexus_core.testing.accelerator.memory import Memory
 from nexus_core.testing.accelerator.waits import Waits
@@ -82,7 +83,7 @@ class Event:
         """A stream waits, not the host; and there is one stream."""
 
 
-class Device:
+class Device(Queue):
     """The module of the device, as `torch.cuda` is that of CUDA: `torch.fakegpu`.
 
     There is one for a process, as PyTorch keeps it. It is there for nobody until it is activated.

@@ -103,16 +103,28 @@ class Kernels:
             if "pin_memory" in kwargs:
                 host_kwargs["pin_memory"] = None
             compute = self._drawn if kind.draws else _computed
+            recording = self._device.recording
+            if recording is not None:
+                recording.keep(view for _, view in call.tensors)
+                host_args, host_kwargs = call.kept(host_args), call.kept(host_kwargs)
             out = compute(op, host_args, host_kwargs)
             if kind.makes:
                 fill_with_garbage(out)
+            if recording is not None:
+                recording.note(partial(compute, op, host_args, host_kwargs), out)
             return call.handed_on(out)
 
     def _drawn(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """An operation that draws, from the generator that it was given or the device's own."""
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch._C.Generator)]
+        recording = self._device.recording
         for generator in given:
             self._device.generators.check(generator, op.name())
+            if recording is not None and not recording.allows(generator):
+                raise RuntimeError(
+                    f"{op.name()}: the generator is not registered with the graph that is being "
+                    "captured: call graph.register_generator_state(generator) before"
+                )
         if given:
             return op(*args, **kwargs)
         with self._device.generators.in_place_of_the_hosts():
@@ -159,6 +171,14 @@ class _Call:
         self.tensors.append((value, view))
         self.is_ours = True
         return view
+
+    def kept(self, value: Any) -> Any:
+        """Arguments as a graph keeps them: the numbers of the host among them stay as they are."""
+        if isinstance(value, list | tuple):
+            return [self.kept(part) for part in value]
+        if isinstance(value, dict):
+            return {key: self.kept(part) for key, part in value.items()}
+        return value.clone() if any(value is each for each in self.strangers) else value
 
     def handed_on(self, value: Any) -> Any:
         """What came out, with each tensor on the device: an argument, part of one, or a new one."""

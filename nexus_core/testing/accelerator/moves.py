@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,21 +60,30 @@ class Moves:
     def copy_(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         """A copy within the device, to it, or from it."""
         with OnTheHost():
-            waits, pinned = self._device.waits, self._device.pinned
-            to = self._host(target)
-            value = self._host(source)
-            if source.device == target.device or not source.numel():
-                to.copy_(value)
-            elif target.device.type == "fakegpu":
-                to.copy_(value)
-                self._sent(source, non_blocking)
-            elif non_blocking and target in pinned:
-                waits.arrive_late(target, value.to(target.dtype, copy=True).expand_as(target))
-            else:
-                how = ", as its memory is not pinned" if non_blocking else ""
-                waits.wait(f"a copy to the host{how}")
-                to.copy_(value)
+            recording = self._device.recording
+            if recording is None:
+                self._copy(target, source, non_blocking)
+                return target
+            recording.keep(self._host(tensor) for tensor in (target, source))
+            self._copy(target, source, non_blocking)
+            recording.work.append(partial(self._copy, target, source, non_blocking))
             return target
+
+    def _copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
+        waits, pinned = self._device.waits, self._device.pinned
+        to = self._host(target)
+        value = self._host(source)
+        if source.device == target.device or not source.numel():
+            to.copy_(value)
+        elif target.device.type == "fakegpu":
+            self._sent(source, non_blocking)
+            to.copy_(value)
+        elif non_blocking and target in pinned:
+            waits.arrive_late(target, value.to(target.dtype, copy=True).expand_as(target))
+        else:
+            how = ", as its memory is not pinned" if non_blocking else ""
+            waits.wait(f"a copy to the host{how}")
+            to.copy_(value)
 
     def to_copy(
         self,
@@ -88,18 +98,30 @@ class Moves:
     ) -> Tensor:
         """`Tensor.to` and `Tensor.cpu`; to the host, without waiting, it gives pinned memory."""
         with OnTheHost():
-            waits = self._device.waits
-            value: Tensor = _aten._to_copy(
-                self._host(source), dtype=dtype, device="cpu", memory_format=memory_format
-            )
+            waits, recording = self._device.waits, self._device.recording
+
+            def compute() -> Tensor:
+                host = self._host(source)
+                made: Tensor = _aten._to_copy(
+                    host, dtype=dtype, device="cpu", memory_format=memory_format
+                )
+                return made
+
+            if recording is not None:
+                recording.keep([self._host(source)])
+            value = compute()
             if device is None or torch.device(device).type == "fakegpu":
                 if source.device.type == "cpu" and source.numel():
                     self._sent(source, non_blocking)
+                if recording is not None:
+                    recording.note(compute, value)
                 return self._device.memory.adopt(value)
             if non_blocking:
                 arrived = torch.empty_like(value)
                 self._device.pinned.add(arrived)
                 waits.arrive_late(arrived, value)
+                if recording is not None:
+                    recording.work.append(lambda: waits.arrive_late(arrived, compute()))
                 return arrived
             waits.wait("a copy to the host")
             return value
@@ -115,6 +137,7 @@ class Moves:
         if fits:
             _aten.as_strided_(tensor, size, wanted.stride())
             return tensor
+        self._device.waits.refuse("more memory for a tensor that is there")
         grown = fill_with_garbage(torch.empty(size, dtype=tensor.dtype))
         grown.flatten()[: host.numel()] = host.flatten()
         _aten.set_data(tensor, self._device.memory.adopt(grown))
@@ -142,6 +165,8 @@ class Moves:
             self._device.waits.wait("a copy to the device (non_blocking=False)")
         elif source in self._device.pinned:
             self._device.waits.leave_late(source)
+        else:
+            self._device.waits.refuse("a copy to the device of memory that is not pinned")
 
     def _host(self, tensor: Tensor) -> Tensor:
         ours = tensor.device.type == "fakegpu"

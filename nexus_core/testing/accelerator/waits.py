@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -63,12 +64,16 @@ class Waits:
     Attributes:
         seen: every wait, oldest first.
         listeners: told of each as it happens.
+        mode: what `torch.cuda.set_sync_debug_mode` is told: "default", "warn" or "error".
+        capturing: a graph is being captured: waiting is an error then.
     """
 
     def __init__(self) -> None:
         self.seen: list[Wait] = []
         self._thread = threading.get_ident()
         self.listeners: list[Listener] = []
+        self.mode = "default"
+        self.capturing = False
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self._leaving: list[_Pinned] = []
 
@@ -78,14 +83,32 @@ class Waits:
         What a thread beside the one that trains waits for holds up nobody.
 
         Raises:
-            RuntimeError: pinned memory was written to before it was copied.
+            RuntimeError: pinned memory was written to before it was copied; or nobody may wait.
         """
+        self.refuse(what)
         if threading.get_ident() == self._thread:
             frame = next(callers())
             self.seen.append(_wait(what, frame))
             for listener in self.listeners:
                 listener(what, frame)
+            self._say(_wait(what, frame))
         self.settle()
+
+    def refuse(self, what: str) -> None:
+        """See that no graph is being captured.
+
+        Raises:
+            RuntimeError: one is.
+        """
+        if self.capturing and threading.get_ident() == self._thread:
+            raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
+
+    def _say(self, wait: Wait) -> None:
+        said = f"called a synchronizing operation: {wait.what}"
+        if self.mode == "error":
+            raise RuntimeError(said)
+        if self.mode == "warn":
+            warnings.warn_explicit(said, UserWarning, wait.file, wait.line)
 
     def arrive_late(self, target: Tensor, value: Tensor) -> None:
         """Copy a value to memory of the host when the host waits; until then there is garbage."""

@@ -15,9 +15,10 @@ from torch._functorch import config as functorch_config
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_plugins._shared.parameters import blocks
 from nexus_plugins._shared.process_setting import ProcessSetting
+from nexus_plugins.compile.graphs import StepGraphs
 
 if TYPE_CHECKING:
-    from nexus_core import Engine
+    from nexus_core import Engine, Step
 
 __all__ = ["CompileConfig", "CompilePlugin"]
 
@@ -55,11 +56,18 @@ class CompileConfig(PluginConfig):
         None, description="whether shapes may vary; null: from the second shape on"
     )
     fullgraph: bool = Field(False, description="treat graph breaks as errors")
+    step_graph: bool = Field(
+        False,
+        description="CUDA: replay the gradient of a step (forward, losses, backward) from a CUDA "
+        "graph, if nothing in the step needs the host",
+    )
 
     @model_validator(mode="after")
     def _chooses_once(self) -> Self:
         if self.whole and self.match:
             raise ValueError("match selects modules, and whole compiles all of them; set only one")
+        if self.step_graph and self.mode != "default":
+            raise ValueError(f"mode={self.mode} makes its own graphs; leave out step_graph")
         return self
 
 
@@ -78,6 +86,7 @@ class CompilePlugin(Plugin[CompileConfig]):
     api_version: ClassVar[str] = "1.2"
     _compiled: list[nn.Module]
     _methods_before: dict[str, object]
+    _graphs: StepGraphs | None = None
 
     def __init__(self, config: CompileConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -92,6 +101,7 @@ class CompilePlugin(Plugin[CompileConfig]):
             ConfigError: a pattern matches nothing, or there is no such compiler.
         """
         self._check_backend(engine.device)
+        self._graphs = StepGraphs(engine) if self.config.step_graph else None
         self._compiled = self._chosen(engine.model)
         self._held.callback(DONATED.hold(False))
         options: dict[str, Any] = {
@@ -107,9 +117,23 @@ class CompilePlugin(Plugin[CompileConfig]):
             setattr(engine.model, name, torch.compile(getattr(engine.model, name), **options))
 
     @hookimpl
+    def accumulate_gradient(self, engine: Engine, step: Step) -> bool | None:
+        """Replay the gradient of a step from a graph, where the settings say so."""
+        if self._graphs is None:
+            return None
+        self._graphs.accumulate(engine, step)
+        return True
+
+    @hookimpl
+    def on_load(self, engine: Engine) -> None:
+        """Capture anew what is replayed: weights may be elsewhere."""
+        self._graphs = StepGraphs(engine) if self._graphs is not None else None
+
+    @hookimpl
     def on_close(self, engine: Engine) -> None:
         """Give the model back as it was, and PyTorch's setting."""
         self._held.close()
+        self._graphs = None
         for module in self._compiled:
             module._compiled_call_impl = None
         self._compiled = []
@@ -124,7 +148,10 @@ class CompilePlugin(Plugin[CompileConfig]):
         """How many graphs there are, and how often Python had to step in between."""
         from torch._dynamo.utils import counters  # slow to import, and there by now
 
+        replayed = self._graphs.replayed if self._graphs is not None else 0
+        own = {"compile/replayed_steps": float(replayed)} if self.config.step_graph else {}
         return {
+            **own,
             "compile/graphs": float(counters["stats"]["unique_graphs"]),
             "compile/graph_breaks": float(sum(counters["graph_break"].values())),
         }

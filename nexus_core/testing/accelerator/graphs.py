@@ -1,0 +1,204 @@
+"""Graphs of the accelerator: operations that are recorded once and replayed, as CUDA's are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nexus_core.testing.accelerator.memory import fill_with_garbage
+
+if TYPE_CHECKING:
+    from nexus_core.testing.accelerator.waits import Waits
+
+__all__ = ["CUDAGraph", "Queue", "Recording", "Stream"]
+
+
+class Recording:
+    """What a graph is made of while it is captured: no operation of it has happened afterwards.
+
+    Args:
+        generators: that numbers may be drawn from.
+    """
+
+    def __init__(self, generators: Iterable[Any]) -> None:
+        self.work: list[Callable[[], object]] = []
+        self._made: dict[int, Tensor] = {}
+        self._before: dict[int, tuple[Any, Any]] = {}
+        self._drawn_from = [(each, each.get_state()) for each in generators]
+
+    def allows(self, generator: Any) -> bool:
+        """Whether numbers may be drawn from a generator."""
+        return any(each._cdata == generator._cdata for each, _ in self._drawn_from)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Remember what tensors of before the capture hold, as an operation may write to them."""
+        for tensor in tensors:
+            storage: Any = tensor.untyped_storage()
+            place = storage.data_ptr()
+            if place and place not in self._made and place not in self._before:
+                self._before[place] = storage, storage.clone()
+
+    def note(self, compute: Callable[[], Any], out: Any) -> None:
+        """Have an operation done again in each replay, into the memory that it gave.
+
+        Args:
+            compute: the operation.
+            out: what it has given now.
+        """
+        for tensor in _tensors(out):
+            place = tensor.untyped_storage().data_ptr()
+            if place not in self._before:
+                self._made.setdefault(place, tensor)
+        self.work.append(lambda: _fill(out, compute()))
+
+    def undo(self) -> None:
+        """Return memory and generators to what they were; what was made meanwhile is garbage."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        for tensor in self._made.values():
+            fill_with_garbage(tensor)
+        for generator, state in self._drawn_from:
+            generator.set_state(state)
+
+
+class CUDAGraph:
+    """Work of the device that is captured once and replayed by one call.
+
+    It reads and writes the memory that it read and wrote when it was captured: new values get into
+    it, and out of it, by copies. What the host did meanwhile is not part of it. As on CUDA,
+    capturing runs nothing, the host must not wait meanwhile, and a generator beside the device's
+    own is to be registered before.
+    """
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        self._generators: list[Any] = []
+        self._work: list[Callable[[], object]] = []
+
+    def register_generator_state(self, generator: Any) -> None:
+        """Let numbers be drawn from a generator of the device."""
+        self._generators.append(generator)
+
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
+        """Record what the device is given from now on.
+
+        Raises:
+            RuntimeError: another graph is being captured.
+        """
+        device = _module()
+        if device.recording is not None:
+            raise RuntimeError("another graph is being captured")
+        own = device.generators.default
+        device.recording = Recording([own, *self._generators])
+        device.waits.capturing = True
+
+    def capture_end(self) -> None:
+        """Record no more; nothing of it has happened."""
+        device = _module()
+        recording, device.recording = device.recording, None
+        device.waits.capturing = False
+        recording.undo()
+        self._work = recording.work
+
+    def replay(self) -> None:
+        """Do all of it again."""
+        from nexus_core.testing.accelerator.moves import OnTheHost
+
+        with OnTheHost():
+            for work in self._work:
+                work()
+
+    def reset(self) -> None:
+        """Give its memory back."""
+        self._work = []
+
+    def pool(self) -> tuple[int, int]:
+        """Where its memory is: there is one pool."""
+        return (0, 0)
+
+
+class Stream:
+    """A queue of the device, of which there is one, whatever it is called."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None:
+        """What is queued later runs later."""
+
+    def synchronize(self) -> None:
+        """Wait until all work is done."""
+        _module().synchronize()
+
+
+class _HasWaits(Protocol):
+    waits: Waits
+
+    def synchronize(self) -> None: ...
+
+
+class Queue:
+    """What the device's module offers for the order of its work: streams, graphs, and waiting.
+
+    Attributes:
+        recording: the graph that is being captured.
+    """
+
+    recording: Recording | None = None
+    Stream = Stream
+    CUDAGraph = CUDAGraph
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        """Queue in a stream what comes in the block."""
+        yield
+
+    def current_stream(self, device: object = None) -> Any:
+        """The stream."""
+        return Stream()
+
+    @contextmanager
+    def graph(
+        self: _HasWaits,
+        cuda_graph: Any,
+        pool: object = None,
+        stream: object = None,
+        capture_error_mode: str = "global",
+    ) -> Iterator[None]:
+        """Capture a graph, as `torch.cuda.graph` does; it waits for the device first."""
+        self.synchronize()
+        cuda_graph.capture_begin(pool, capture_error_mode)
+        try:
+            yield
+        finally:
+            cuda_graph.capture_end()
+
+    def set_sync_debug_mode(self: _HasWaits, debug_mode: int | str) -> None:
+        """Let the host wait ("default"), warn of it ("warn"), or have it be an error ("error")."""
+        names = ("default", "warn", "error")
+        self.waits.mode = names[debug_mode] if isinstance(debug_mode, int) else debug_mode
+
+    def get_sync_debug_mode(self: _HasWaits) -> int:
+        """The mode as a number: 0, 1 or 2."""
+        return ("default", "warn", "error").index(self.waits.mode)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _fill(kept: Any, new: Any) -> None:
+    """Write what an operation gave this time to where it was given when it was captured."""
+    for old, tensor in zip(_tensors(kept), _tensors(new), strict=True):
+        if old.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            old.copy_(tensor)
+
+
+def _module() -> Any:
+    return torch.get_device_module("fakegpu")

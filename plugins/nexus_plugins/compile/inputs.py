@@ -1,0 +1,122 @@
+"""What a step's gradient is computed from, in memory of the device that stays where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
+
+import torch
+from torch import Tensor
+
+from nexus_core.batches import Batch, leaves, mapped
+from nexus_plugins.compile.facts import PLAIN
+
+if TYPE_CHECKING:
+    from nexus_core import Step
+
+__all__ = ["Inputs", "signature"]
+
+Number: TypeAlias = Tensor | float
+
+
+def signature(step: Step) -> tuple[object, ...]:
+    """What kind of step it is: its turn, and of each micro-batch the types and shapes."""
+    named = [tuple(numbers) for numbers in (*step.counts, step.units, step.weights)]
+    micro = [
+        (one.share, one.borrowed, *(_kind(leaf) for leaf in leaves(one.batch)))
+        for one in step.micro
+    ]
+    return (step.turn, *named, *micro)
+
+
+def _kind(leaf: object) -> object:
+    return (leaf.shape, leaf.dtype) if _is_dense(leaf) else leaf if _is_plain(leaf) else type(leaf)
+
+
+def _is_dense(leaf: object) -> TypeGuard[Tensor]:
+    return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
+
+
+def _is_plain(leaf: object) -> bool:
+    return type(leaf) in PLAIN
+
+
+class Inputs:
+    """Batches and numbers of one kind of step, on the device.
+
+    Args:
+        step: one of that kind.
+        device: where they are kept.
+
+    Attributes:
+        refusal: what keeps steps of this kind from being replayed; nothing where they can be.
+    """
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._device = device
+        self._batches = [mapped(one.batch, self._room) for one in step.micro]
+        numbers = (*step.counts, step.units, step.weights)
+        self._numbers = [{name: self._number(n) for name, n in each.items()} for each in numbers]
+        self._last: dict[int, float] = {}
+        self._given: dict[int, Number] = {}
+        self.refusal = ""
+        for leaf in (leaf for one in step.micro for leaf in leaves(one.batch)):
+            if not (_is_dense(leaf) or _is_plain(leaf)):
+                self.refusal = f"a batch holds a {type(leaf).__name__} that is no plain tensor"
+        for name, number in ((n, value) for each in numbers for n, value in each.items()):
+            if isinstance(number, Tensor) and number.requires_grad:
+                self.refusal = f"the weight of '{name}' is trained by the loss"
+
+    def load(self, step: Step) -> None:
+        """Copy a step's batches and numbers into them; the host does not wait."""
+        if self.refusal:
+            return
+        for own, one in zip(self._batches, step.micro, strict=True):
+            for room, leaf in zip(leaves(own), leaves(one.batch), strict=True):
+                if isinstance(room, Tensor):
+                    room.copy_(cast(Tensor, leaf), non_blocking=True)
+        self._given.clear()
+        given = (*step.counts, step.units, step.weights)
+        for mine, numbers in zip(self._numbers, given, strict=True):
+            for name, number in numbers.items():
+                self._set(mine[name], number)
+
+    @contextmanager
+    def given_to(self, step: Step) -> Iterator[None]:
+        """Have a step computed from them, and not from its own, where they can hold it."""
+        if self.refusal:
+            yield
+            return
+        before = step.micro, step.counts, step.units, step.weights
+        *counts, units, weights = self._numbers
+        step.micro = tuple(
+            one._replace(batch=own) for one, own in zip(step.micro, self._batches, strict=True)
+        )
+        step.counts, step.units, step.weights = tuple(counts), units, weights
+        try:
+            yield
+        finally:
+            step.micro, step.counts, step.units, step.weights = before
+
+    def original(self, number: Number) -> Number:
+        """The step's own number, where it is one of these."""
+        return self._given.get(id(number), number)
+
+    def _room(self, leaf: Batch) -> Batch:
+        return torch.empty_like(leaf, device=self._device) if _is_dense(leaf) else leaf
+
+    def _number(self, number: Number) -> Tensor:
+        on_device = isinstance(number, Tensor) and number.device == self._device
+        dtype = number.dtype if on_device and isinstance(number, Tensor) else torch.float32
+        return torch.zeros((), dtype=dtype, device=self._device)
+
+    def _set(self, mine: Tensor, number: Number) -> None:
+        self._given[id(mine)] = number
+        if isinstance(number, Tensor) and not number.is_cpu:
+            mine.copy_(number.detach().reshape(()))
+            return
+        value = float(number)
+        if self._last.get(id(mine)) != value:
+            self._last[id(mine)] = value
+            mine.fill_(value)

@@ -29,7 +29,7 @@ The loop, with the hooks in capitals where they fire:
             MEASURE                                  for each set
         ON_EVAL
         ON_STEP_END                                  a checkpoint is taken here: ON_SAVE
-    ON_NOTE, ON_IMAGE                                whenever a plugin writes a note or shows an image
+    ON_NOTE, ON_IMAGE                                whenever a plugin notes or shows something
     ON_FINISH, or ON_ERROR if something raised
     ON_CLOSE                                         always, in reverse order
     SUMMARIZE                                        `nexus-run` prints the answers

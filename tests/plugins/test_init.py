@@ -197,7 +197,7 @@ def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
         ({}, {"skip": ["haed.*"]}, r"init\.skip: the pattern 'haed\.\*' matches no parameter"),
         ({}, {"only": ["haed.*"]}, r"init\.only: the pattern"),
         ({}, {"freeze": ["haed.*"]}, r"init\.freeze: the pattern"),
-        ({}, {"map": {"head": "*"}}, "has more \* than the pattern 'head'"),
+        ({}, {"map": {"head": "*"}}, r"has more \* than the pattern 'head'"),
         ({}, {"ema": True}, "is not a run's checkpoint"),
     ],
 )

@@ -532,13 +532,16 @@ def test_mutated_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks as the short form does, for rarer changes; memory stays bounded."""
+def test_many_mutated_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks as the short form does, for rarer changes; memory stays bounded.
+
+    `python -m benchmarks.mutations` makes ten thousand and more.
+    """
     import resource
 
     monkeypatch.setattr(lock, "installed", cache(lock.installed))  # the slowest part, unchanged
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert check_mutations(tmp_path, 10_000, seed=2) > 5_000
+    assert check_mutations(tmp_path, 2_000, seed=2) > 1_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 

@@ -359,7 +359,7 @@ def test_a_planted_illness_is_named_within_200_steps(illness: str) -> None:
 def test_an_illness_is_named_whatever_the_seed(illness: str) -> None:
     """Breaks if a threshold fits one run alone."""
     rule, run = ILLNESSES[illness]
-    assert [rule in run(seed) for seed in range(1, 6)] == [True] * 5
+    assert [rule in run(seed) for seed in range(1, 4)] == [True] * 3
 
 
 @pytest.mark.parametrize("run", ["mlp", "cnn"])
@@ -372,11 +372,11 @@ def test_a_healthy_run_hears_nothing(run: str) -> None:
 @pytest.mark.parametrize("run", HEALTHY)
 def test_a_healthy_run_hears_nothing_whatever_the_seed(run: str) -> None:
     """Breaks if silence hangs on the seed."""
-    assert [HEALTHY[run](seed) for seed in range(5)] == [{}] * 5
+    assert [HEALTHY[run](seed) for seed in range(3)] == [{}] * 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_healthy_nexus_hears_nothing(seed: int, tmp_path: Path) -> None:
     """Breaks if small auxiliary losses, or a cosine to its floor, count as an illness."""
     assert healthy_nexus(seed, tmp_path) == {}

@@ -1,4 +1,4 @@
-"""What `ddp` costs beside PyTorch's DistributedDataParallel by hand, and what processes bring.
+"""What `ddp` costs beside PyTorch's DistributedDataParallel by hand, and what sums in a tree cost.
 
     python -m benchmarks.distributed [--rounds 5] [--problems nexus small] [--sizes 2 4]
         [--cells 8] [--cases ours tree] [--memory] [--json PATH]
@@ -18,6 +18,8 @@ and cases:
     tree      the same in one cell a process (`cells`), so that its bits do not depend on how many
     cells     the same in as many cells as `--cells` says, so that no number up to it changes a bit
     by hand   a loop of PyTorch's own calls around DistributedDataParallel
+    fsdp      our engine with `fsdp`, on demand
+    fsdp tree the same in one cell a process
 
 All cases but the first run in the same processes and take turns step by step, and the order turns
 around from step to step, so that whatever else the machine does meets both alike. A round counts as
@@ -44,6 +46,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +60,17 @@ from torch.optim import AdamW
 
 from nexus_core import Engine, Plugin
 from nexus_core.cells import Cells, edges
+from nexus_core.processes import whole
 from nexus_plugins._shared.cell_sums import nodes_of
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.ddp import DdpPlugin
+from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.model_nexus import NEXUSCore
+from nexus_plugins.optim_adamw import OptimAdamwPlugin
 
 MAX_NORM, WARMUP = 0.5, 3
 CASES = ("ours", "tree", "cells", "by hand")
+ON_DEMAND = ("fsdp", "fsdp tree")
 MOST_OVER_HAND = 1.03
 Batch = tuple[Tensor, Tensor]
 Times = list[float]
@@ -149,11 +156,16 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
-def by_engine(model: nn.Module, feed: Feed, cells: int | None = None) -> Iterator[object]:
-    """Our engine, with `ddp` where there are peers; continues after each step."""
+def by_engine(
+    model: nn.Module, feed: Feed, cells: int | None = None, *, sharded: bool = False
+) -> Iterator[object]:
+    """Our engine, with `ddp` or `fsdp` where there are peers; continues after each step."""
     plugins: list[Plugin[Any]] = [ClipPlugin(max_norm=MAX_NORM)]
-    plugins += [DdpPlugin()] if dist.is_initialized() else []
-    optimizer = AdamW(model.parameters(), fused=True)
+    optimizer = None if sharded else AdamW(model.parameters(), fused=True)
+    if sharded:
+        plugins += [FsdpPlugin(), OptimAdamwPlugin(lr=1e-3)]
+    elif dist.is_initialized():
+        plugins.append(DdpPlugin())
     engine = Engine(model, optimizer, loss=loss_of, plugins=plugins, cells=cells)
     yield from engine.steps(feed, until=len(feed))
 
@@ -182,8 +194,10 @@ def runs_of(chosen: Sequence[str], size: int, cells: int) -> Runs:
         "tree": (by_engine, size),
         "cells": (by_engine, cells),
         "by hand": (by_hand, 0),
+        "fsdp": (partial(by_engine, sharded=True), 0),
+        "fsdp tree": (partial(by_engine, sharded=True), size),
     }
-    return {name: runs[name] for name in CASES if name in chosen}
+    return {name: run for name, run in runs.items() if name in chosen}
 
 
 def ranks_here() -> tuple[int, int]:
@@ -195,7 +209,7 @@ def peaks(problem: Problem, case: str, cells: int) -> Times:
     """Peak of the resident memory of each process in a few steps of a case, in bytes."""
     rank, size = ranks_here()
     model = problem.model()
-    if case in CASES:
+    if case != "model":
         run, cut = runs_of([case], size, cells)[case]
         steps = run(model, Feed(problem, rank, size, cut), *([cut] if cut else []))
         for _ in range(4):
@@ -231,7 +245,7 @@ def measure(problem: Problem, rounds: int, cells: int, chosen: Sequence[str]) ->
             list(run)  # to its end, where it gives back what it took
             found[name].append(statistics.median(times[name][WARMUP:]))
         if size > 1:
-            one, *others = ([*models[name].parameters()] for name in cases)
+            one, *others = (list(map(whole, models[name].parameters())) for name in cases)
             for other in others:
                 torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
     return found
@@ -279,7 +293,7 @@ def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> flo
     even = len({len(there) for there in parts}) == 1 and size & (size - 1) == 0
     most = max(map(len, parts))
     tree = ring if even and most == 1 else (most + 1) * (size - 1) / size
-    sent = {"cells": tree}  # with a cell in each, a process sends what it sends in a ring
+    sent = {"cells": tree, **dict.fromkeys(ON_DEMAND, 1.5 * ring)}  # weights twice, gradients once
     for name, times in found.items():
         megabytes = 4 * numbers * sent.get(name, ring) / 2**20
         print(
@@ -287,7 +301,12 @@ def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> flo
             f"{megabytes:6.1f} MiB sent by each"
         )
     over = 0.0
-    for name, other in (("ours", "by hand"), ("tree", "ours"), ("cells", "ours")):
+    for name, other in (
+        ("ours", "by hand"),
+        ("tree", "ours"),
+        ("cells", "ours"),
+        ("fsdp tree", "fsdp"),
+    ):
         if name not in found or other not in found:
             continue
         ratios = [a / b for a, b in zip(found[name], found[other], strict=True)]
@@ -317,7 +336,9 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[2])
     parser.add_argument("--cells", type=int, default=8)
-    parser.add_argument("--cases", nargs="+", choices=(*CASES, "model"), default=list(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", choices=(*CASES, *ON_DEMAND, "model"), default=list(CASES)
+    )
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -35,9 +35,10 @@ from typing import Any
 import click
 
 import nexus_core
-from nexus_core import Interval, Plugin, events
-from nexus_core.cli.build import json_schema
+from nexus_core import Plugin, events
+from nexus_core.cli.config import RunConfig
 from nexus_core.cli.groups import GROUPS, group_of
+from nexus_core.cli.schema import block_schema
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, installed, load
 
@@ -87,7 +88,7 @@ def first_party() -> list[str]:
 
 def _plugin_section(name: str) -> str:
     plugin = load(name)
-    schema = plugin.config_class.model_json_schema()
+    schema = block_schema(plugin.config_class)
     facts = {"answers": ", ".join(f"[`{hook}`](../hooks.md#{hook})" for hook in _hooks_of(plugin))}
     facts["fills the slot"] = f"`{plugin.slot}`" if plugin.slot else ""
     for rule, said in _RULES.items():
@@ -162,8 +163,8 @@ def _stages_section(_: str) -> str:
 
 
 def _config_section(_: str) -> str:
-    schema = json_schema()
-    properties = {k: v for k, v in schema["properties"].items() if k not in ("plugins", "preset")}
+    schema = block_schema(RunConfig)
+    properties = {k: v for k, v in schema["properties"].items() if k != "plugins"}
     tables = _settings_tables({**schema, "properties": properties}, "")
     return "\n".join([*tables, "[interval]: #intervals"])
 
@@ -316,10 +317,7 @@ def _settings_tables(schema: Schema, prefix: str) -> Iterator[str]:
 
 
 def _default(field: Schema) -> str:
-    default = field.get("default")
-    if isinstance(default, dict) and default.keys() == {"amount", "unit"}:
-        return f'"{Interval(**default)}"'
-    return json.dumps(default)
+    return json.dumps(field.get("default"))
 
 
 def _type(schema: Schema, definitions: Schema) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, TypeAlias
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 from nexus_core.errors import ConfigError
+from nexus_core.signatures import Lax
 
 __all__ = [
     "Every",
@@ -246,9 +247,15 @@ class Every:
 
 
 IntervalField = Annotated[
-    Interval,
+    Lax[Interval],
     BeforeValidator(Interval.parse),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": ["string", "integer"], "examples": ["500 steps", "15 min", "10%"]}),
+    WithJsonSchema(
+        {
+            "type": ["string", "integer"],
+            "format": "interval",
+            "examples": ["500 steps", "15 min", "10%"],
+        }
+    ),
 ]
 """The type of a config field for an interval: parsed from text, written as text."""

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator
 
 from nexus_core.errors import ConfigError
+from nexus_core.signatures import Lax
 
 __all__ = ["PathField", "PathText", "expanded"]
 
@@ -55,7 +56,7 @@ def _path(value: object) -> object:
     return Path(expanded(value)) if isinstance(value, str | Path) else value
 
 
-PathField = Annotated[Path, BeforeValidator(_path)]
+PathField = Annotated[Lax[Path], BeforeValidator(_path)]
 """The type of a config field for a path."""
 
 PathText = Annotated[str, AfterValidator(expanded)]

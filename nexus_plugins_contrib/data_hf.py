@@ -27,22 +27,23 @@ class DataHfConfig(RowsConfig):
     )
 
     batching: Literal["pack", "pad"] = Field(
-        "pack",
+        default="pack",
         description="pack: documents concatenated and cut into rows of seq_len; pad: one document "
         "per row, truncated to seq_len",
         json_schema_extra={"resume": "locked"},
     )
-    column: str = Field("text", description="column of the text, or of token ids")
+    column: str = Field(default="text", description="column of the text, or of token ids")
     labels_column: str | None = Field(
-        None,
+        default=None,
         description="column of labels, as long as the ids and aligned with them (not shifted), "
         "-100 to ignore; null: train on all",
     )
     special_tokens: bool = Field(
-        True, description="add the special tokens that the tokenizer adds to a text, such as bos"
+        default=True,
+        description="add the special tokens that the tokenizer adds to a text, such as bos",
     )
     on_bad_rows: Literal["error", "skip"] = Field(
-        "error", description="handling of unusable records; skip: leave out and count them"
+        default="error", description="handling of unusable records; skip: leave out and count them"
     )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ class DataHfPlugin(RowsPlugin[DataHfConfig]):
     Streams are read while training, and hold their place.
     """
 
+    config_class = DataHfConfig
     counts_bytes: ClassVar[bool] = True
 
     def encoder(self, tokenizer: HubTokenizer) -> Encoder:

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
 if TYPE_CHECKING:
@@ -19,14 +20,15 @@ __all__ = ["OptimAdamw8BitConfig", "OptimAdamw8BitPlugin"]
 class OptimAdamw8BitConfig(OptimizerConfig):
     """Settings of AdamW with a state of 8 bits."""
 
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay rates of the running means of the gradient and its square"
+    betas: Lax[tuple[float, float]] = Field(
+        default=(0.9, 0.95),
+        description="decay rates of the running means of the gradient and its square",
     )
     eps: float = Field(
-        1e-8, gt=0, description="term added to the denominator for numerical stability"
+        default=1e-8, gt=0, description="term added to the denominator for numerical stability"
     )
     min_8bit_size: int = Field(
-        4096, ge=1, description="parameters with fewer elements keep 32-bit state"
+        default=4096, ge=1, description="parameters with fewer elements keep 32-bit state"
     )
 
 
@@ -39,6 +41,7 @@ class OptimAdamw8BitPlugin(Plugin[OptimAdamw8BitConfig]):
     `bitsandbytes.optim.AdamW8bit`.
     """
 
+    config_class = OptimAdamw8BitConfig
     name: ClassVar[str] = "optim_adamw8bit"
     slot: ClassVar[str | None] = "optimizer"
 

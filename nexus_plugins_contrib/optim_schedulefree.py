@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nexus_core import ConfigError, Plugin, StateDict, hookimpl
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
 if TYPE_CHECKING:
@@ -22,18 +23,22 @@ __all__ = ["OptimSchedulefreeConfig", "OptimSchedulefreePlugin"]
 class OptimSchedulefreeConfig(OptimizerConfig):
     """Settings of Schedule-Free AdamW."""
 
-    lr: float = Field(2.5e-3, gt=0, description="learning rate; higher than with a schedule")
-    betas: tuple[float, float] = Field(
-        (0.9, 0.999),
+    lr: float = Field(
+        default=2.5e-3, gt=0, description="learning rate; higher than with a schedule"
+    )
+    betas: Lax[tuple[float, float]] = Field(
+        default=(0.9, 0.999),
         description="weight of the average in the point where the gradient is taken; decay rate "
         "of the running mean of the squared gradient",
     )
     eps: float = Field(
-        1e-8, gt=0, description="term added to the denominator for numerical stability"
+        default=1e-8, gt=0, description="term added to the denominator for numerical stability"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup")
     r: float = Field(
-        0.0, ge=0, description="weight later steps in the average by this power of their index"
+        default=0.0,
+        ge=0,
+        description="weight later steps in the average by this power of their index",
     )
 
 
@@ -48,6 +53,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
     Source: Defazio et al. 2024, "The Road Less Scheduled"; `schedulefree.AdamWScheduleFree`.
     """
 
+    config_class = OptimSchedulefreeConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "optimizer"
     conflicts: ClassVar[tuple[str, ...]] = (

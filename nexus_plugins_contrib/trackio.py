@@ -33,11 +33,11 @@ NOTE, IMAGE = "/text", "/image"  # behind a title, which may be the name of a me
 class TrackioConfig(BackgroundConfig):
     """Settings of the run with Trackio."""
 
-    project: str = Field("nexus", min_length=1, description="project of the run")
+    project: str = Field(default="nexus", min_length=1, description="project of the run")
     run_name: str | None = Field(
-        None, description="run name; null: name of the run folder plus a few digits"
+        default=None, description="run name; null: name of the run folder plus a few digits"
     )
-    group: str | None = Field(None, description="group of runs in the dashboard")
+    group: str | None = Field(default=None, description="group of runs in the dashboard")
 
 
 class TrackioPlugin(BackgroundLogger[TrackioConfig]):
@@ -48,6 +48,7 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
     are not stored again.
     """
 
+    config_class = TrackioConfig
     _run: Run | None = None
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:

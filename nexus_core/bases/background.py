@@ -57,7 +57,7 @@ class BackgroundConfig(LoggerConfig):
     """Settings that every logger with a service behind it has."""
 
     timeout: float = Field(
-        30.0,
+        default=30.0,
         gt=0,
         le=31_536_000,  # a year; a thread cannot wait for much more
         description="longest time for one call of the service, and for closing, in seconds; then "
@@ -90,8 +90,8 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
     _stored: Mapping[str, int] | None = None  # None: not connected
     _broken: bool = False
 
-    def __init__(self, config: BackgroundConfigT | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._waiting: deque[Line] = deque()  # what has not been sent, in order
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:

@@ -20,7 +20,7 @@ __all__ = ["Loss", "LossConfig"]
 class LossConfig(PluginConfig):
     """Settings that every loss term has."""
 
-    weight: float = Field(1.0, description="factor of this term in the total loss")
+    weight: float = Field(default=1.0, description="factor of this term in the total loss")
 
 
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
@@ -42,8 +42,7 @@ class Loss(Plugin[LossConfigT]):
         if "term" not in cls.__dict__:
             cls.term = cls.name.removeprefix("loss_")
 
-    def __init__(self, config: LossConfigT | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self.weight = self.config.weight
 
     def units(self, batch: Batch) -> Tensor | float:

@@ -34,7 +34,7 @@ class ParallelConfig(PluginConfig):
     """Settings that every such plugin has."""
 
     timeout: float = Field(
-        600.0,
+        default=600.0,
         gt=0,
         le=31_536_000,  # a year; what comes after it overflows the clocks of backends
         description="seconds that a process waits for its peers before the run ends with an error",

@@ -35,14 +35,14 @@ WARMUP = "length of the linear rise from zero at the start; 0 or null: none"
 class ScheduleConfig(PluginConfig):
     """Settings that every schedule has."""
 
-    warmup: Warmup = Field(Interval(1, "%"), description=WARMUP)
+    warmup: Warmup = Field(default=Interval(1, "%"), description=WARMUP)
 
 
 class DecayConfig(ScheduleConfig):
     """Settings of the schedules that come down again."""
 
     min_lr: float = Field(
-        1e-5,
+        default=1e-5,
         ge=0,
         description="learning rate at the end, of the first parameter group; the others keep "
         "their ratio to it",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,12 @@ from nexus_core.cli.enabled import keep_named_of_slot, load_classes
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
 from nexus_core.cli.settings import Settings
 from nexus_core.engine import Engine
-from nexus_core.errors import ConfigError, PluginError
+from nexus_core.errors import ConfigError
 from nexus_core.places import in_run_folder
-from nexus_core.plan import AnyPlugin, Plan, arrange, load, scan
+from nexus_core.plan import AnyPlugin, Plan, arrange
 from nexus_core.plugin import PluginConfig
 
-__all__ = ["Build", "build_plugins", "json_schema", "make_engine"]
+__all__ = ["Build", "build_plugins", "make_engine"]
 
 
 @dataclass(frozen=True)
@@ -103,37 +102,3 @@ def make_engine(build: Build, out: Path) -> Engine:
         out=out,
         config=build.resolved(out),
     )
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a config file with every installed plugin that loads."""
-    schema = RunConfig.model_json_schema()
-    blocks: dict[str, Any] = {}
-    scanned = scan()
-    for name in sorted(scanned.names):
-        try:
-            block = load(name, scanned).config_class.model_json_schema()
-        except PluginError:  # `nexus-plugins list` reports broken plugins
-            continue
-        schema.setdefault("$defs", {}).update(block.pop("$defs", {}))
-        blocks[name] = {"anyOf": [block, {"type": ["boolean", "null"]}]}
-    properties = schema["properties"]
-    places = {"[./:]": {"type": ["object", "boolean", "null"]}}  # `./mine.py: {...}`
-    labelled = {
-        f"^{name}@[A-Za-z0-9_]+$": {"$ref": f"#/properties/plugins/properties/{name}"}
-        for name in blocks
-    }
-    properties["plugins"].update(
-        properties=blocks, patternProperties={**places, **labelled}, additionalProperties=False
-    )
-    properties["preset"] = {"type": "string", "description": "preset that this file changes"}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_finite(schema)}
-
-
-def _finite(value: Any) -> Any:
-    """The same value, with numbers that JSON lacks (inf, nan) as text."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

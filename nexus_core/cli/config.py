@@ -19,34 +19,39 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    seed: int = Field(0, description="seed of the generators, the weights and the data order")
-    out: PathField | None = Field(None, description="run folder; null: runs/<name>-<time>")
+    seed: int = Field(
+        default=0, description="seed of the generators, the weights and the data order"
+    )
+    out: PathField | None = Field(default=None, description="run folder; null: runs/<name>-<time>")
     until: Annotated[IntervalField, BeforeValidator(Interval.horizon)] = Field(
-        Interval.parse("1000 steps"), description="horizon: steps, epochs, samples, tokens or time"
+        default=Interval.parse("1000 steps"),
+        description="horizon: steps, epochs, samples, tokens or time",
     )
     accumulate: Annotated[int, WithJsonSchema(_ACCUMULATE)] = Field(
-        1,
+        default=1,
         ge=1,
         description="micro-batches per optimizer step; auto: each batch is a step, split to fit "
         "memory by an installed plugin that can",
     )
     cells: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="number of cells that a step is computed in, one at a time: results are then "
         "bitwise identical on up to this many processes; null: whole micro-batches",
     )
     step_at_epoch_end: bool = Field(
-        False,
+        default=False,
         description="end the last step of an epoch with what is left of it, instead of filling it "
         "up with micro-batches of the next epoch",
     )
-    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     log_every: IntervalField = Field(
-        Interval.parse("10 steps"),
+        default=Interval.parse("10 steps"),
         description="interval between training metrics; a share is of the run",
     )
-    eval_every: IntervalField | None = Field(None, description="interval; null: only at the end")
+    eval_every: IntervalField | None = Field(
+        default=None, description="interval; null: only at the end"
+    )
     plugins: dict[str, dict[str, Any]] = Field(
-        {}, description="each plugin's settings, by its name"
+        default={}, description="each plugin's settings, by its name"
     )

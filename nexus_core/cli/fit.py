@@ -19,6 +19,7 @@ __all__ = ["check_numbers", "fitted", "from_variables"]
 
 Block = dict[str, Any]
 WANTS_TEXT = ("string_type", "path_type")
+WANTS_VALUES = ("list_type", "tuple_type", "dict_type", "model_type", "model_attributes_type")
 ROUNDS = 20
 
 
@@ -54,16 +55,24 @@ def fitted(model: type[BaseModel], given: Block, written: Mapping[Path, str]) ->
 def _misread(
     error: ValidationError, given: Block, written: Mapping[Path, str]
 ) -> Iterator[tuple[Path, str]]:
-    for fault in error.errors(include_url=False, include_context=True):
-        place = _place(given, fault["loc"])
-        text = written.get(place)
-        if text is None or isinstance(_at(given, place), str):
+    faults = error.errors(include_url=False, include_context=True)
+    kinds = [(_place(given, fault["loc"]), fault["type"]) for fault in faults]
+    for fault, (place, _) in zip(faults, kinds, strict=True):
+        text, value = written.get(place), _at(given, place)
+        if text is None or isinstance(value, str):
             continue
+        if isinstance(value, dict | list) and any(_is_within(place, *kind) for kind in kinds):
+            continue  # settings with a fault are no text
         expected = str(fault.get("ctx", {}).get("expected"))
         if fault["type"] in WANTS_TEXT or (
             fault["type"] in ("literal_error", "enum") and repr(text) in expected
         ):
             yield place, text
+
+
+def _is_within(place: Path, other: Path, kind: str) -> bool:
+    """Whether a fault is of the values that a place holds, or of their being no list or block."""
+    return other[: len(place)] == place and (len(other) > len(place) or kind in WANTS_VALUES)
 
 
 def _place(given: Any, location: tuple[str | int, ...]) -> Path:

@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoints
 from itertools import groupby
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from nexus_core.cli.groups import GROUPS, group_of
 from nexus_core.cli.local import giver, plugin_class
+from nexus_core.cli.schema import block_schema
 from nexus_core.cli.tables import folded
 from nexus_core.errors import ConfigError, PluginError
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, distribution, find, load, scan
 from nexus_core.plugin import Plugin
+from nexus_core.signatures import own_doc, settings_lines
 
 __all__ = [
     "Listed",
@@ -33,7 +31,6 @@ __all__ = [
     "show_plugin_json",
 ]
 
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >="}
 RULES = ("before", "after", "requires", "conflicts")
 _OWN = "nexus-trainer"  # not shown
 _INSTALL = re.compile(r"pip install .*")
@@ -111,7 +108,7 @@ def show_plugin_json(word: str) -> str:
     hooks = [hook for hook in HOOK_NAMES if hasattr(plugin, hook)]
     facts = {
         "name": plugin.name,
-        "what": inspect.cleandoc(plugin.__doc__ or ""),
+        "what": inspect.cleandoc(own_doc(plugin)),
         "from": giver(plugin, word),
         "api_version": plugin.api_version,
         "group": group_of(plugin),
@@ -119,7 +116,7 @@ def show_plugin_json(word: str) -> str:
         **{rule: list(getattr(plugin, rule)) for rule in RULES},
         "has_state": plugin.state_dict is not Plugin.state_dict,
         "hooks": hooks,
-        "settings": plugin.config_class.model_json_schema(),
+        "settings": block_schema(plugin.config_class),
     }
     return json.dumps(facts, indent=2, default=str)
 
@@ -142,10 +139,10 @@ def show_plugin(word: str) -> str:
         **{rule: ", ".join(getattr(plugin, rule)) for rule in RULES},
         "state": _state(plugin),
     }
-    settings = list(_settings(plugin.config_class))
+    settings = list(settings_lines(plugin.config_class))
     return "\n".join(
         [
-            f"{name}: {inspect.cleandoc(plugin.__doc__ or '')}",
+            f"{name}: {inspect.cleandoc(own_doc(plugin))}",
             *("", *(f"{fact:<11}{said}" for fact, said in facts.items() if said)),
             *("", "settings" if settings else "no settings"),
             *settings,
@@ -174,33 +171,8 @@ def _loaded(name: str, scanned: EntryPoints) -> Listed:
         if isinstance(error.__cause__, ConfigError) and command is not None:
             return replace(found, status="missing", what=command[0])
         return replace(found, status="broken", what=error.on_command_line())
-    what = _first_line(plugin.__doc__)
+    what = _first_line(own_doc(plugin))
     return replace(found, what=what, group=group_of(plugin), slot=plugin.slot or "")
-
-
-def _settings(model: type[BaseModel], indent: str = "  ") -> Iterator[str]:
-    """Two lines for each field, followed by those of nested blocks of settings."""
-    for key, field in model.model_fields.items():
-        kind = " ".join([_type(field.annotation), *_bounds(field)])
-        yield f"{indent}{key}: {kind}, {_default(field)}"
-        yield f"{indent}    {field.description or 'no description'}"
-        for block in _blocks(field.annotation):
-            yield f"{indent}    {block.__name__}"
-            yield from _settings(block, indent + "      ")
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    return f"default {json.dumps(value, default=str)}"
-
-
-def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _blocks(argument)
 
 
 def _hooks(plugin: type[AnyPlugin]) -> Iterator[str]:
@@ -221,26 +193,3 @@ def _state(plugin: type[AnyPlugin]) -> str:
 
 def _first_line(doc: str | None) -> str:
     return (doc or "").strip().partition("\n")[0]
-
-
-def _bounds(field: FieldInfo) -> Iterator[str]:
-    for rule in field.metadata:
-        for name, sign in BOUNDS.items():
-            if (value := getattr(rule, name, None)) is not None:
-                yield f"{sign} {value}"
-
-
-def _type(annotation: Any) -> str:
-    """A type as written in code: `float`, `Interval | None`, `'min' | 'max'`, `list[str]`."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0])
-    if origin in (Union, UnionType):
-        return " | ".join(map(_type, arguments))
-    if origin is Literal:
-        return " | ".join(map(repr, arguments))
-    if origin is not None:
-        return f"{_type(origin)}[{', '.join(map(_type, arguments))}]"
-    if annotation in (None, NoneType, ...):
-        return "..." if annotation is ... else "null"
-    return getattr(annotation, "__name__", str(annotation))

@@ -100,7 +100,9 @@ def main(
                       "--dry-run": dry_run, "--plot-lr": plot_lr}  # fmt: skip
             _check_profile(profile, [name for name, given in others.items() if given])
         if schema:
-            click.echo(json.dumps(build.json_schema(), indent=2))
+            from nexus_core.cli.editors import json_schema
+
+            click.echo(json.dumps(json_schema(), indent=2))
             return
         values: dict[str, object] = {"out": out}
         if resume_policy is not None:

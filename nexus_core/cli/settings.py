@@ -261,10 +261,12 @@ def _read_preset(name: object) -> Document:
 
 
 def _plugin_blocks(content: Block, source: str) -> dict[str, Block | bool]:
-    blocks = content.get("plugins") or {}
+    blocks = {} if content.get("plugins") is None else content["plugins"]
     if not isinstance(blocks, dict):
         raise ConfigError(f"{source}: 'plugins' must map names to settings, got {blocks!r:.200}")
-    blocks = {name: {} if block in (None, True) else block for name, block in blocks.items()}
+    blocks = {
+        name: {} if block is None or block is True else block for name, block in blocks.items()
+    }
     for name, block in blocks.items():
         if block is not False and not isinstance(block, dict):
             raise ConfigError(

@@ -20,6 +20,7 @@ from nexus_core.device import seed_everything
 from nexus_core.errors import CheckpointError
 from nexus_core.plan import HOOK_NAMES, Plan, arrange, installed, load
 from nexus_core.relay import Impl, implementations, relay
+from nexus_core.signatures import own_doc
 from nexus_core.snapshot import Snapshot
 from nexus_core.testing.division import Division
 from nexus_core.testing.on_accelerator import AcceleratorChecks
@@ -112,8 +113,7 @@ class PluginContract(Division, AcceleratorChecks):
         """Plugin, config and every field say what they are."""
         plugin_class = self.plugin_class()
         for owner in (plugin_class, plugin_class.config_class):
-            text = vars(owner).get("__doc__") or ""
-            self._expect(bool(text.strip()), f"{owner.__name__} has no docstring")
+            self._expect(bool(own_doc(owner).strip()), f"{owner.__name__} has no docstring")
         missing = [
             f"{model.__name__}.{key}"
             for model in models_of(plugin_class.config_class)

@@ -99,6 +99,8 @@ class _Rows:
 class TinyNextPlugin(Loss[LossConfig]):
     """The cross-entropy of the next id, in nats: the term `tiny_next`."""
 
+    config_class = LossConfig
+
     def units(self, batch: Batch) -> Tensor:
         """The number of labels that count."""
         counted: Tensor = (batch["labels"] != NO_LABEL).sum()
@@ -113,6 +115,8 @@ class TinyNextPlugin(Loss[LossConfig]):
 
 class TinySizePlugin(Loss[LossConfig]):
     """How large the logits are: the term `tiny_size`, so that there is more than one."""
+
+    config_class = LossConfig
 
     def units(self, batch: Batch) -> float:
         """The number of positions."""

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from nexus_core import DataError, PluginConfig
+from nexus_core.signatures import Lax
 from nexus_plugins_contrib._shared.sources import Wish
 
 __all__ = ["RowsConfig", "SourceConfig", "SourceList", "listed"]
@@ -19,16 +20,16 @@ class SourceConfig(PluginConfig):
     """One source of a mixture."""
 
     path: str = Field(description="file, folder, glob, or id of a data set on the hub")
-    split: str = Field("train", description="split, if the data set has several")
-    subset: str | None = Field(None, description="subset of a data set on the hub")
-    revision: str | None = Field(None, description="commit, tag or branch on the hub")
+    split: str = Field(default="train", description="split, if the data set has several")
+    subset: str | None = Field(default=None, description="subset of a data set on the hub")
+    revision: str | None = Field(default=None, description="commit, tag or branch on the hub")
     weight: float | list[tuple[str | int, float]] = Field(
-        1.0,
+        default=1.0,
         description="share of the rows, relative to the other sources; or points [when, weight], "
         'such as [[0, 3], ["10M tokens", 1]], interpolated linearly',
     )
     name: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="its validation loss is logged as val_<name>/loss; null: name of the path",
     )
@@ -44,7 +45,7 @@ class SourceConfig(PluginConfig):
         return Wish(self.path, self.split, self.subset, self.revision)
 
 
-SourceList = str | SourceConfig | list[str] | list[SourceConfig]
+SourceList = str | Lax[SourceConfig] | list[str] | Lax[list[SourceConfig]]
 
 
 class RowsConfig(PluginConfig):
@@ -57,10 +58,10 @@ class RowsConfig(PluginConfig):
         json_schema_extra=_LOCKED,
     )
     valid: SourceList | None = Field(
-        None, description="evaluation data; null: a share of the training data"
+        default=None, description="evaluation data; null: a share of the training data"
     )
     valid_share: float = Field(
-        0.05,
+        default=0.05,
         ge=0,
         lt=1,
         description="share of the training records held out for evaluation if `valid` is null, "
@@ -69,7 +70,7 @@ class RowsConfig(PluginConfig):
         json_schema_extra=_LOCKED,
     )
     valid_limit: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="number of evaluation rows, evenly spread; null: all, or 256 per stream with "
         "held-out records",
@@ -78,44 +79,47 @@ class RowsConfig(PluginConfig):
         min_length=1,
         description="folder of a tokenizer or model, a tokenizer.json, or an id of the hub",
     )
-    tokenizer_revision: str | None = Field(None, description="commit, tag or branch on the hub")
+    tokenizer_revision: str | None = Field(
+        default=None, description="commit, tag or branch on the hub"
+    )
     seq_len: int = Field(
-        1024, ge=2, description="tokens per packed row, and maximum tokens per padded row",
+        default=1024, ge=2, description="tokens per packed row, and maximum tokens per padded row",
         json_schema_extra=_LOCKED,
     )  # fmt: skip
     batch_size: int = Field(
-        8,
+        default=8,
         ge=1,
         description="rows per training batch, over all processes",
         json_schema_extra=_LOCKED,
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, description="rows per evaluation batch; null: batch_size"
+        default=None, ge=1, description="rows per evaluation batch; null: batch_size"
     )
     streaming: bool = Field(
-        False,
+        default=False,
         description="read the training data while training, without storing its tokens; every "
         "process reads all of it",
         json_schema_extra=_LOCKED,
     )
     shuffle: int = Field(
-        1000,
+        default=1000,
         ge=1,
         description="streaming: size of the shuffle buffer in records; 1: no shuffling",
         json_schema_extra=_LOCKED,
     )
-    cache_dir: Path | None = Field(
-        None, description="folder for cached tokens; null: nexus-trainer in the user's cache folder"
+    cache_dir: Lax[Path] | None = Field(
+        default=None,
+        description="folder for cached tokens; null: nexus-trainer in the user's cache folder",
     )
     num_workers: int = Field(
-        0,
+        default=0,
         ge=0,
         le=1024,
         description="worker processes that prefetch; 0: none",
         json_schema_extra={"resume": "ignored"},
     )
     prefetch: int = Field(
-        2,
+        default=2,
         ge=1,
         le=1024,
         description="batches that each worker prefetches",

@@ -34,39 +34,41 @@ class DataChatConfig(RowsConfig):
     )
 
     batching: Literal["pack", "pad"] | None = Field(
-        None,
+        default=None,
         description="pack: whole conversations packed into rows of seq_len; pad: one per row; "
         "null: pack, but pad for pairs",
         json_schema_extra=_LOCKED,
     )
     pairs: bool = Field(
-        False,
+        default=False,
         description="records are preference pairs, with a chosen and a rejected answer",
         json_schema_extra=_LOCKED,
     )
     columns: dict[str, str] = Field(
-        {}, description="column names, if they differ from the defaults, such as {messages: dialog}"
+        default={},
+        description="column names, if they differ from the defaults, such as {messages: dialog}",
     )
     chat_template: PathField | None = Field(
-        None, description="file of a chat template (.jinja) that replaces the tokenizer's own"
+        default=None,
+        description="file of a chat template (.jinja) that replaces the tokenizer's own",
     )
     template_args: dict[str, Any] = Field(
-        {}, description="variables of the chat template, such as {enable_thinking: false}"
+        default={}, description="variables of the chat template, such as {enable_thinking: false}"
     )
     turns: Literal["all", "last", "each"] = Field(
-        "all",
+        default="all",
         description="assistant turns to train on: all; only the last; each, in its own row with "
         "the conversation before it, as the model is prompted",
         json_schema_extra=_LOCKED,
     )
     masks: Masks = Field(
-        "auto",
+        default="auto",
         description="how to find turns: by the template's {% generation %} markers, or by the "
         "prefix before each turn; auto: markers if the template has any",
         json_schema_extra=_LOCKED,
     )
     on_bad_rows: Literal["error", "skip"] = Field(
-        "error", description="handling of unusable conversations; skip: leave out and count"
+        default="error", description="handling of unusable conversations; skip: leave out and count"
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -83,6 +85,8 @@ class DataChatPlugin(RowsPlugin[DataChatConfig]):
     have to generate it: the words of a turn, its calls, and the token that ends it. A conversation
     that cannot be split so exactly is an error with its file, row and turn.
     """
+
+    config_class = DataChatConfig
 
     def encoder(self, tokenizer: HubTokenizer) -> Encoder:
         """What makes examples of conversations."""

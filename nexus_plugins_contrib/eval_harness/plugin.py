@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.paths import PathField
+from nexus_core.signatures import Several
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -23,17 +24,18 @@ class EvalHarnessConfig(PluginConfig):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tasks": ["arc_easy"]}]})
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="names of tasks or task groups")
+    tasks: Several[str] = Field(min_length=1, description="names of tasks or task groups")
     include: PathField | None = Field(
-        None, description="folder of additional tasks, as YAML; null: only those of the package"
+        default=None,
+        description="folder of additional tasks, as YAML; null: only those of the package",
     )
-    limit: int | None = Field(None, ge=1, description="examples per task; null: all")
+    limit: int | None = Field(default=None, ge=1, description="examples per task; null: all")
     shots: int | None = Field(
-        None, ge=0, description="few-shot examples per question; null: the task's default"
+        default=None, ge=0, description="few-shot examples per question; null: the task's default"
     )
-    batch_size: int = Field(8, ge=1, description="rows per model call")
+    batch_size: int = Field(default=8, ge=1, description="rows per model call")
     max_length: int = Field(
-        1024,
+        default=1024,
         ge=2,
         description="context length in tokens; longer contexts are truncated on the left",
     )
@@ -46,6 +48,7 @@ class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
     weights that are evaluated. Tasks that are on this machine need no network.
     """
 
+    config_class = EvalHarnessConfig
     api_version: ClassVar[str] = "1.2"
     _done_at: int = -1
 

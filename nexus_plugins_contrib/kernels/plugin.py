@@ -25,18 +25,19 @@ class KernelsConfig(PluginConfig):
     """Whose kernel to use for what, and how exact it must be."""
 
     scan: Literal["auto", "mamba_ssm", "fla", "none"] = Field(
-        "auto", description="state-space recurrence: mamba-ssm or flash-linear-attention; "
+        default="auto", description="state-space recurrence: mamba-ssm or flash-linear-attention; "
         "auto: the first one that is installed and passes"
     )  # fmt: skip
     convolve: Literal["auto", "causal_conv1d", "none"] = Field(
-        "auto", description="causal convolution of state-space layers: causal-conv1d"
+        default="auto", description="causal convolution of state-space layers: causal-conv1d"
     )
     linear_cross_entropy: Literal["auto", "liger_kernel", "fla", "none"] = Field(
-        "auto", description="language-model loss fused with the output layer: Liger Kernel or "
+        default="auto",
+        description="language-model loss fused with the output layer: Liger Kernel or "
         "flash-linear-attention"
     )  # fmt: skip
     tolerance: float = Field(
-        0.02,
+        default=0.02,
         gt=0,
         description="largest allowed difference from float32, relative to the norm of the "
         "expected result, for the output and every gradient",
@@ -51,10 +52,10 @@ class KernelsPlugin(Plugin[KernelsConfig]):
     was asked for by name ends the run. `kernels/used` is logged.
     """
 
+    config_class = KernelsConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: KernelsConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._swaps: dict[str, _Swap] = {}
         self._swapped: list[tuple[Any, str]] = []
         self._left: dict[str, str] | None = None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
 from nexus_core import ConfigError, PluginConfig, places
@@ -31,11 +31,12 @@ class Metric(Protocol):
 class MetricConfig(PluginConfig):
     """One metric."""
 
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
     metric: places.PlaceField = Field(
         description="class in torchmetrics (Accuracy, F1Score, AUROC), or its path: ./net.py:Worst"
     )
     args: dict[str, Any] = Field(
-        {}, description="its arguments: {task: multiclass, num_classes: 10}"
+        default={}, description="its arguments: {task: multiclass, num_classes: 10}"
     )
 
     @model_validator(mode="before")

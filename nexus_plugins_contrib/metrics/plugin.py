@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from nexus_core import Batch, ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.processes import gather
+from nexus_core.signatures import Lax
 from nexus_plugins_contrib.metrics.measured import (
     Metric,
     MetricConfig,
@@ -36,14 +37,14 @@ class MetricsConfig(PluginConfig):
     """Settings of the metrics of evaluations."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    metrics: dict[str, MetricConfig] = Field({}, description="metrics by name")
+    metrics: Lax[dict[str, MetricConfig]] = Field(default={}, description="metrics by name")
     target: str | int | None = Field(
-        None,
+        default=None,
         description="key or index of the target in a batch; null: labels, label, targets, target "
         "or y, or the last of a tuple",
     )
     output: str | int | None = Field(
-        None,
+        default=None,
         description="key, attribute or index of the prediction in the model's output; null: "
         "logits, output or prediction, or the output itself",
     )
@@ -63,8 +64,14 @@ class MetricsPlugin(Plugin[MetricsConfig]):
             and target, by `output` and `target` of the settings.
     """
 
+    config_class = MetricsConfig
     topology_invariant: ClassVar[bool] = False  # what torchmetrics adds up, it adds by rank
     api_version: ClassVar[str] = "1.2"
+
+    if TYPE_CHECKING:
+
+        def __new__(cls, metrics: Any = None, /, *, pick: Any = None, **settings: Any) -> Self:
+            """What `__init__` takes: more than settings."""
 
     def __init__(
         self,

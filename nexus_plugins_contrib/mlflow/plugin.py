@@ -47,7 +47,7 @@ class MlflowConfig(BackgroundConfig):
     """Settings of the run with MLflow."""
 
     timeout: float = Field(
-        60.0,
+        default=60.0,
         gt=0,
         le=31_536_000,
         description="timeout in seconds for one MLflow call, and for closing; the logger is then "
@@ -55,16 +55,18 @@ class MlflowConfig(BackgroundConfig):
         json_schema_extra={"resume": "ignored"},
     )
     tracking_uri: str | None = Field(
-        None,
+        default=None,
         description="tracking URI, such as http://HOST:5000 or sqlite:////PATH/mlflow.db; null: "
         "MLFLOW_TRACKING_URI, else mlflow.db in the run folder",
     )
-    experiment: str = Field("nexus", min_length=1, description="experiment name")
-    run_name: str | None = Field(None, description="display name; null: name of the run folder")
-    run_id: str | None = Field(None, description="id of a run to resume; null: a new run")
-    tags: dict[str, str] = Field({}, description="run tags, by name")
+    experiment: str = Field(default="nexus", min_length=1, description="experiment name")
+    run_name: str | None = Field(
+        default=None, description="display name; null: name of the run folder"
+    )
+    run_id: str | None = Field(default=None, description="id of a run to resume; null: a new run")
+    tags: dict[str, str] = Field(default={}, description="run tags, by name")
     artifact: bool = Field(
-        False,
+        default=False,
         description="store the checkpoint `final` as an artifact at the end",
         json_schema_extra={"resume": "ignored"},
     )
@@ -77,6 +79,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     are not sent again.
     """
 
+    config_class = MlflowConfig
     writes_files = True
     before = ("checkpoint",)  # and so closes after it, when `final` is whole
     _client: MlflowClient

@@ -33,31 +33,31 @@ class ModelHfConfig(PluginConfig):
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     path: str = Field(min_length=1, description="folder of a model, or its id on the hub")
     revision: str | None = Field(
-        None, description="commit, tag or branch on the hub; null: the current main branch"
+        default=None, description="commit, tag or branch on the hub; null: the current main branch"
     )
     weights: Literal["pretrained", "random"] = Field(
-        "pretrained",
+        default="pretrained",
         description="'pretrained', or 'random': only the architecture, initialized with the run's "
         "seed",
     )
     config: dict[str, Any] = Field(
-        {}, description="overrides of the model's configuration, such as dropouts"
+        default={}, description="overrides of the model's configuration, such as dropouts"
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="dtype of the weights; 'auto': as stored"
+        default="float32", description="dtype of the weights; 'auto': as stored"
     )
     attention: str | None = Field(
-        None,
+        default=None,
         description="attention implementation of transformers: 'sdpa', 'eager', ...; null: its "
         "default",
     )
     logits: Literal["auto", "full"] = Field(
-        "auto",
+        default="auto",
         description="'auto': avoid full logits if the result is the same; 'full': always compute "
         "them",
     )
     quantize: loading.Quantized | None = Field(
-        None, description="load the frozen weights in 4 bits (bitsandbytes); for adapters"
+        default=None, description="load the frozen weights in 4 bits (bitsandbytes); for adapters"
     )
 
 
@@ -69,11 +69,11 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
     first batch, and said in the summary.
     """
 
+    config_class = ModelHfConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "model"
 
-    def __init__(self, config: ModelHfConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._commit: str | None = None
         self._headless: bool | None = None
         self._full_because: str | None = None

@@ -15,6 +15,7 @@ from nexus_core.errors import CheckpointError, ConfigError
 from nexus_core.paths import PathField
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.processes import gather
+from nexus_core.signatures import Several
 from nexus_core.snapshot import Snapshot
 from nexus_plugins._shared.calls import Arguments
 from nexus_plugins._shared.other_models import weights_hash
@@ -36,31 +37,36 @@ class PeftConfig(PluginConfig):
     """Which adapters, and where."""
 
     method: str = Field(
-        "lora", description="peft method, in lower case: lora, loha, lokr, ia3, oft, vera..."
+        default="lora",
+        description="peft method, in lower case: lora, loha, lokr, ia3, oft, vera...",
     )
-    r: int | None = Field(None, ge=1, description="rank; null: the method's default (LoRA: 8)")
+    r: int | None = Field(
+        default=None, ge=1, description="rank; null: the method's default (LoRA: 8)"
+    )
     alpha: float | None = Field(
-        None, gt=0, description="scale, divided by the rank in LoRA; null: the method's default"
+        default=None,
+        gt=0,
+        description="scale, divided by the rank in LoRA; null: the method's default",
     )
     dropout: float | None = Field(
-        None, ge=0, lt=1, description="dropout; null: the method's default (LoRA: 0)"
+        default=None, ge=0, lt=1, description="dropout; null: the method's default (LoRA: 0)"
     )
-    target: tuple[str, ...] = Field(
-        (),
+    target: Several[str] = Field(
+        default=(),
         description="patterns of module names; none: every linear layer except the output layer "
         "and those with fewer inputs or outputs than the rank",
     )
     args: Arguments = Field(
-        {}, description="further arguments of the peft config class, such as use_dora"
+        default={}, description="further arguments of the peft config class, such as use_dora"
     )
     adapter: PathField | None = Field(
-        None,
+        default=None,
         description="folder of saved adapters (from peft or an export) to start from; replaces "
         "method, r, alpha, dropout, target and args",
         json_schema_extra={"resume": "locked"},
     )
     base: PathField | None = Field(
-        None,
+        default=None,
         description="base weights, if the model's plugin loads none: a run, a checkpoint, an "
         "export or safetensors",
     )
@@ -87,12 +93,12 @@ class PeftPlugin(Plugin[PeftConfig]):
     Source: Hu et al. 2022, "LoRA"; the methods are those of the package peft.
     """
 
+    config_class = PeftConfig
     api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = ("init",)  # its weights would be gone on resuming
     before: ClassVar[tuple[str, ...]] = ("fsdp",)  # which divides what is there
 
-    def __init__(self, config: PeftConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self.tuner: BaseTuner | None = None
         self._below: set[str] = set()  # names of weights that no checkpoint needs
         self._hash = ""

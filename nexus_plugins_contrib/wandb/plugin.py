@@ -18,6 +18,7 @@ from pydantic import Field
 from nexus_core import ConfigError, hookimpl
 from nexus_core.bases.background import BackgroundConfig, BackgroundLogger, Ending, RunInfo
 from nexus_core.images import Image
+from nexus_core.signatures import Several
 from nexus_plugins_contrib.wandb.handed import HandedLines, Line, last_steps
 
 try:
@@ -44,19 +45,23 @@ KIND = "._type"  # behind the name of an image or words, in what its reader prin
 class WandbConfig(BackgroundConfig):
     """Settings of the run with Weights & Biases."""
 
-    project: str = Field("nexus", min_length=1, description="project of the run")
-    entity: str | None = Field(None, description="user or team; null: the account's default")
-    run_name: str | None = Field(None, description="display name; null: name of the run folder")
-    run_id: str | None = Field(None, description="id of a run to resume; null: a new run")
-    tags: tuple[str, ...] = Field((), description="run tags")
+    project: str = Field(default="nexus", min_length=1, description="project of the run")
+    entity: str | None = Field(
+        default=None, description="user or team; null: the account's default"
+    )
+    run_name: str | None = Field(
+        default=None, description="display name; null: name of the run folder"
+    )
+    run_id: str | None = Field(default=None, description="id of a run to resume; null: a new run")
+    tags: Several[str] = Field(default=(), description="run tags")
     mode: Literal["auto", "online", "offline"] = Field(
-        "auto",
+        default="auto",
         description="auto: from WANDB_MODE or WANDB_DISABLED, else online if there are "
         "credentials (an environment variable or .netrc), else offline",
         json_schema_extra={"resume": "ignored"},
     )
     artifact: bool = Field(
-        False,
+        default=False,
         description="store the checkpoint `final` as an artifact at the end",
         json_schema_extra={"resume": "ignored"},
     )
@@ -69,6 +74,7 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
     the same run there: it sends what a kill took from wandb, and no line a second time.
     """
 
+    config_class = WandbConfig
     writes_files = True
     before = ("checkpoint",)  # and so closes after it, when `final` is whole
     _run: wandb.Run

@@ -34,14 +34,14 @@ class AmpConfig(PluginConfig):
     """Settings of mixed precision."""
 
     dtype: Literal["bf16", "fp16"] = Field(
-        "bf16", description="fp16 has more mantissa bits, and needs loss scaling"
+        default="bf16", description="fp16 has more mantissa bits, and needs loss scaling"
     )
-    initial_scale: float = Field(65536.0, gt=0, description="fp16: initial loss scale")
+    initial_scale: float = Field(default=65536.0, gt=0, description="fp16: initial loss scale")
     growth_interval: int = Field(
-        2000, ge=1, description="fp16: steps between doublings of the scale"
+        default=2000, ge=1, description="fp16: steps between doublings of the scale"
     )
     tf32: bool = Field(
-        False, description="CUDA: use TF32 (10 mantissa bits) for float32 matrix products"
+        default=False, description="CUDA: use TF32 (10 mantissa bits) for float32 matrix products"
     )
 
 
@@ -56,6 +56,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     Source: Micikevicius et al. 2018, "Mixed Precision Training"; `torch.amp`.
     """
 
+    config_class = AmpConfig
     api_version: ClassVar[str] = "1.2"
     _scaler: GradScaler | None = None
     _skipped: Tensor
@@ -63,8 +64,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     """The optimizers whose gradients this step has divided by the scale."""
     _saved: StateDict | None = None
 
-    def __init__(self, config: AmpConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._held = ExitStack()
 
     @hookimpl

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nexus_core import Plugin, PluginConfig, hookimpl
 from nexus_core.processes import Ranks, local_part, whole
+from nexus_core.signatures import Several
 from nexus_plugins._shared.norms import steady_norm
 from nexus_plugins._shared.parameters import matching
 
@@ -31,23 +32,28 @@ class ClipConfig(PluginConfig):
     """Settings of gradient clipping."""
 
     max_norm: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         allow_inf_nan=True,
         description="by norm: maximum gradient norm (L2 over all parameters); inf: only log it",
     )
     by: Literal["norm", "value", "agc"] = Field(
-        "norm",
+        default="norm",
         description="what is clipped: the global norm, each element, or (adaptive gradient "
         "clipping) the norm of each unit relative to its weights",
     )
-    max_value: float = Field(1.0, gt=0, description="by value: maximum magnitude of an element")
-    ratio: float = Field(
-        0.01, gt=0, description="by agc: maximum gradient norm of a unit, relative to its weights"
+    max_value: float = Field(
+        default=1.0, gt=0, description="by value: maximum magnitude of an element"
     )
-    eps: float = Field(1e-3, gt=0, description="by agc: lower bound on the weight norm")
-    spare: tuple[str, ...] = Field(
-        (), description="by agc: patterns of names of parameters to skip, such as the head's"
+    ratio: float = Field(
+        default=0.01,
+        gt=0,
+        description="by agc: maximum gradient norm of a unit, relative to its weights",
+    )
+    eps: float = Field(default=1e-3, gt=0, description="by agc: lower bound on the weight norm")
+    spare: Several[str] = Field(
+        default=(),
+        description="by agc: patterns of names of parameters to skip, such as the head's",
     )
 
     @model_validator(mode="after")
@@ -77,6 +83,7 @@ class ClipPlugin(Plugin[ClipConfig]):
     equation 3.
     """
 
+    config_class = ClipConfig
     api_version: ClassVar[str] = "1.2"
     _seen: Sequence[Parameter] = ()
     """The parameters that the last step had gradients for."""
@@ -111,8 +118,11 @@ class ClipPlugin(Plugin[ClipConfig]):
     def _spared(self, model: nn.Module) -> set[int]:
         """The parameters that adaptive clipping leaves alone."""
         named = dict(model.named_parameters())
-        key = f"{self.name}.spare"
-        return {id(named[n]) for rule in self.config.spare for n in matching(named, rule, key)}
+        return {
+            id(named[name])
+            for rule in self.config.spare
+            for name in matching(named, rule, f"{self.name}.spare")
+        }
 
 
 def _are_plain(parameters: Sequence[Parameter]) -> bool:

@@ -19,6 +19,7 @@ from nexus_core import (
     TrainState,
     hookimpl,
 )
+from nexus_core.signatures import Several
 
 if TYPE_CHECKING:
     from typing import Self
@@ -31,21 +32,22 @@ __all__ = ["CurriculumConfig", "CurriculumPlugin"]
 class CurriculumConfig(PluginConfig):
     """Settings of the sequence-length curriculum."""
 
-    start_length: int = Field(256, ge=1, description="tokens per row at the start")
-    end_length: int = Field(2048, ge=1, description="tokens per row at the end")
+    start_length: int = Field(default=256, ge=1, description="tokens per row at the start")
+    end_length: int = Field(default=2048, ge=1, description="tokens per row at the end")
     warmup: IntervalField = Field(
-        Interval(10, "%"), description="length of training over which rows grow"
+        default=Interval(10, "%"), description="length of training over which rows grow"
     )
-    round_to: int = Field(64, ge=1, description="round lengths down to a multiple of this")
+    round_to: int = Field(default=64, ge=1, description="round lengths down to a multiple of this")
     shape: Literal["linear", "sqrt", "step"] = Field(
-        "linear",
+        default="linear",
         description="how the length grows: linearly, fast at first (sqrt), or by the table (step)",
     )
-    table: tuple[tuple[float, int], ...] = Field(
-        (), description="for shape step: pairs [share of the warmup done, length from then on]"
+    table: Several[tuple[float, int]] = Field(
+        default=(),
+        description="for shape step: pairs [share of the warmup done, length from then on]",
     )
     mode: Literal["reshape", "truncate"] = Field(
-        "reshape",
+        default="reshape",
         description="reshape: cut rows into shorter rows, keeping every token; truncate: drop the "
         "rest of each row",
     )
@@ -75,6 +77,7 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
     Warmup for Training GPT Models", which truncates; cutting instead of dropping is ours.
     """
 
+    config_class = CurriculumConfig
     _length: int | None = None
 
     @hookimpl

@@ -63,17 +63,17 @@ class DeterministicConfig(PluginConfig):
     """How strict to be, and which roundings to allow."""
 
     missing: Literal["refuse", "warn"] = Field(
-        "refuse",
+        default="refuse",
         description="what to do at an operation without a deterministic implementation on the "
         "device",
     )
     tf32: bool = Field(
-        False,
+        default=False,
         description="CUDA: allow TF32 (10 mantissa bits) in convolutions, and in float32 products "
         "if enabled",
     )
     sums_in_16_bits: bool = Field(
-        False, description="CUDA: allow reduced-precision accumulation in 16-bit products"
+        default=False, description="CUDA: allow reduced-precision accumulation in 16-bit products"
     )
 
 
@@ -89,10 +89,10 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
     Source: PyTorch's notes on reproducibility; cuBLAS, "Results reproducibility".
     """
 
+    config_class = DeterministicConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: DeterministicConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._held = ExitStack()
 
     @hookimpl(stage="claim", tryfirst=True)

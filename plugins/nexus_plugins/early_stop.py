@@ -18,12 +18,16 @@ __all__ = ["EarlyStopConfig", "EarlyStopPlugin"]
 class EarlyStopConfig(PluginConfig):
     """Settings of early stopping."""
 
-    metric: str = Field("val/loss", description="evaluation metric to watch")
-    mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
-    patience: int = Field(
-        5, ge=1, description="consecutive evaluations without improvement before stopping"
+    metric: str = Field(default="val/loss", description="evaluation metric to watch")
+    mode: Literal["min", "max"] = Field(
+        default="min", description="whether lower or higher is better"
     )
-    min_delta: float = Field(0.0, ge=0, description="minimum improvement, in units of the metric")
+    patience: int = Field(
+        default=5, ge=1, description="consecutive evaluations without improvement before stopping"
+    )
+    min_delta: float = Field(
+        default=0.0, ge=0, description="minimum improvement, in units of the metric"
+    )
 
 
 class EarlyStopPlugin(Plugin[EarlyStopConfig]):
@@ -36,6 +40,7 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
     the distance to the best instead of strips.
     """
 
+    config_class = EarlyStopConfig
     api_version: ClassVar[str] = "1.2"
     _best: float | None = None
     _best_step: int = 0

@@ -25,22 +25,24 @@ LIVE = "_live"  # behind the name of a set that is evaluated with the weights th
 class EmaConfig(PluginConfig):
     """Settings of the averaged weights."""
 
-    decay: float = Field(0.999, ge=0, lt=1, description="decay of the average per update")
-    update_every: int = Field(1, ge=1, description="steps between updates of the average")
-    ramp: bool = Field(True, description="ramp up the decay: at most (1+n)/(10+n) after n updates")
+    decay: float = Field(default=0.999, ge=0, lt=1, description="decay of the average per update")
+    update_every: int = Field(default=1, ge=1, description="steps between updates of the average")
+    ramp: bool = Field(
+        default=True, description="ramp up the decay: at most (1+n)/(10+n) after n updates"
+    )
     power: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="alternative ramp: decay is at most 1-n**-power at update n; 2/3 suits long "
         "runs, 3/4 runs of up to about 100,000 steps",
     )
     buffers: bool = Field(
-        False,
+        default=False,
         description="also average floating-point buffers (running statistics), instead of "
         "evaluating with the model's own",
     )
     evaluate: bool | Literal["both"] = Field(
-        True,
+        default=True,
         description="evaluate with the average instead of the weights; both: first the average, "
         "then the weights as val_live/...",
     )
@@ -58,6 +60,7 @@ class EmaPlugin(Plugin[EmaConfig]):
     one by a power that of Katherine Crowson's EMA warm-up.
     """
 
+    config_class = EmaConfig
     api_version: ClassVar[str] = "1.2"
     _average: dict[str, Tensor]
     _updates: int
@@ -66,8 +69,7 @@ class EmaPlugin(Plugin[EmaConfig]):
     _seen: tuple[tuple[int, bool, bool], ...]
     """Which parameters there were, and of each whether it was trained and without a shape yet."""
 
-    def __init__(self, config: EmaConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._average, self._updates, self._live, self._seen = {}, 0, {}, ()
         self._put_by: list[Tensor] = []
 

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 from torch import nn
 
 from nexus_core import ConfigError, IntervalField, Plugin, PluginConfig, hookimpl
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.parameters import matching
 
 if TYPE_CHECKING:
@@ -22,10 +23,12 @@ class FreezeRule(PluginConfig):
     """What is frozen, and when."""
 
     match: str = Field(description="glob pattern of parameter names: 'encoder.*'")
-    start: IntervalField | None = Field(None, description="when to freeze; null: from the start")
-    until: IntervalField | None = Field(None, description="when to unfreeze; null: never")
+    start: IntervalField | None = Field(
+        default=None, description="when to freeze; null: from the start"
+    )
+    until: IntervalField | None = Field(default=None, description="when to unfreeze; null: never")
     statistics: bool = Field(
-        True,
+        default=True,
         description="also freeze running statistics, by keeping batch norms with frozen "
         "parameters in evaluation mode",
     )
@@ -35,7 +38,7 @@ class FreezeConfig(PluginConfig):
     """Settings of freezing by schedule."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    rules: tuple[FreezeRule, ...] = Field(
+    rules: Lax[tuple[FreezeRule, ...]] = Field(
         min_length=1,
         description="rules, each with a pattern; a parameter is frozen if any rule freezes it",
     )
@@ -49,10 +52,10 @@ class FreezePlugin(Plugin[FreezeConfig]):
     so. When a rule acts is a function of how far the run is, so nothing is saved.
     """
 
+    config_class = FreezeConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: FreezeConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._named: dict[str, nn.Parameter] = {}
         self._modules: dict[str, nn.Module] = {}
         self._matched: list[tuple[FreezeRule, list[str]]] = []

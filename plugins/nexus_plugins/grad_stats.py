@@ -27,11 +27,11 @@ class GradStatsConfig(PluginConfig):
     """Settings of the gradient statistics."""
 
     depth: int = Field(
-        2, ge=1, description="depth of the module path: 2 separates blocks.0 from blocks.1"
+        default=2, ge=1, description="depth of the module path: 2 separates blocks.0 from blocks.1"
     )
-    every: int = Field(10, ge=1, description="steps between measurements per module")
+    every: int = Field(default=10, ge=1, description="steps between measurements per module")
     terms_every: int | None = Field(
-        100,
+        default=100,
         ge=1,
         description="steps between measurements per term, which cost one backward pass per term; "
         "null: never",
@@ -48,12 +48,12 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
     this process where there are several. No device is waited for.
     """
 
+    config_class = GradStatsConfig
     topology_invariant: ClassVar[bool] = False
     api_version: ClassVar[str] = "1.2"
     _gradients: dict[str, Gradient]
 
-    def __init__(self, config: GradStatsConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._gradients = {}
 
     @hookimpl(wrapper=True)

@@ -33,7 +33,9 @@ _ENCODER = json.JSONEncoder(allow_nan=False)
 class JsonlConfig(LoggerConfig):
     """Settings of the metrics file."""
 
-    file: PathText = Field("metrics.jsonl", min_length=1, description="file name in the run folder")
+    file: PathText = Field(
+        default="metrics.jsonl", min_length=1, description="file name in the run folder"
+    )
 
 
 class JsonlPlugin(Logger[JsonlConfig]):
@@ -47,6 +49,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
     removed, so that each is there once.
     """
 
+    config_class = JsonlConfig
     writes_files = True
     _stream: IO[str] | None = None
     _resumed_at: int = 0

@@ -30,26 +30,28 @@ _CLASSIC = {
 class LossCausalConfig(PositionLossConfig):
     """Settings of the causal module's loss."""
 
-    weight: float = Field(0.05, description="weight of this term in the total loss")
+    weight: float = Field(default=0.05, description="weight of this term in the total loss")
     classic: bool = Field(
-        False,
+        default=False,
         description="the original formula: unnormalized squares, no noise or interventions, and "
         "other defaults (constraint exp, dag_growth 1, sparsity_weight 0.01, "
         "reconstruction_weight 0)",
     )
     constraint: Literal["logdet", "exp"] = Field(
-        "logdet",
+        default="logdet",
         description="acyclicity constraint: DAGMA's log-determinant, or NOTEARS' exponential",
     )
-    dag_weight: float = Field(1.0, ge=0, description="initial weight of the constraint")
+    dag_weight: float = Field(default=1.0, ge=0, description="initial weight of the constraint")
     dag_growth: float = Field(
-        1000.0, ge=1, description="factor by which that weight grows geometrically until the end"
+        default=1000.0,
+        ge=1,
+        description="factor by which that weight grows geometrically until the end",
     )
     sparsity_weight: float = Field(
-        0.03, ge=0, description="weight of the sum of absolute edge strengths"
+        default=0.03, ge=0, description="weight of the sum of absolute edge strengths"
     )
     reconstruction_weight: float = Field(
-        1.0,
+        default=1.0,
         ge=0,
         description="weight of the variance of a position's variables that the graph does not "
         "explain, averaged over positions without padding",
@@ -85,6 +87,7 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
         Lagrangian or a central path.
     """
 
+    config_class = LossCausalConfig
     api_version: ClassVar[str] = "1.2"
     _grown: Tensor | None = None
     """The weight of the constraint by now, on the device, where it grows over the run."""

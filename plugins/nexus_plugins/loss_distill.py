@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Loss, LossConfig, hookimpl
 from nexus_core.defaults import accepted
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.calls import Call, callee
 from nexus_plugins._shared.other_models import at_rest, forward_of
 from nexus_plugins._shared.outputs import rows_of
@@ -30,15 +31,15 @@ class LossDistillConfig(LossConfig):
     """Settings of distillation."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    teacher: Call = Field(
+    teacher: Lax[Call] = Field(
         description="function or class that builds the teacher with its weights, and its arguments"
     )
     temperature: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         description="divides the logits of both models; the loss is multiplied by its square",
     )
-    ignore_index: int = Field(-100, description="label of ignored positions")
+    ignore_index: int = Field(default=-100, description="label of ignored positions")
 
 
 class LossDistillPlugin(Loss[LossDistillConfig]):
@@ -50,10 +51,11 @@ class LossDistillPlugin(Loss[LossDistillConfig]):
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
 
+    config_class = LossDistillConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: LossDistillConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._make = callee("loss_distill.teacher", self.config.teacher)
         self._teacher: nn.Module | None = None
 

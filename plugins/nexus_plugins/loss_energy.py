@@ -43,14 +43,16 @@ class LossEnergyConfig(PositionLossConfig):
     """Settings of the energy module's loss."""
 
     weight: float = Field(
-        0.1, description="weight of this term in the total loss; classic: default 0.05"
+        default=0.1, description="weight of this term in the total loss; classic: default 0.05"
     )
-    classic: bool = Field(False, description="the loss of the classic energy module")
+    classic: bool = Field(default=False, description="the loss of the classic energy module")
     iteration_weight: float = Field(
-        0.01, ge=0, description="weight of the distance to `target_iterations`; classic"
+        default=0.01, ge=0, description="weight of the distance to `target_iterations`; classic"
     )
     target_iterations: float = Field(
-        5.0, ge=0, description="target for the average number of refinements per token; classic"
+        default=5.0,
+        ge=0,
+        description="target for the average number of refinements per token; classic",
     )
 
     @model_validator(mode="before")
@@ -80,6 +82,8 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     Training also logs `energy/avg_iterations`: of `refinements`, the refinements really made, where
     the model reports them, else of the expected `iterations`.
     """
+
+    config_class = LossEnergyConfig
 
     def units(self, batch: Batch) -> Tensor:
         """The number of positions; padding does not count."""

@@ -26,9 +26,12 @@ class LossLmConfig(LossConfig):
     """Settings of the language-model loss."""
 
     label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="share of the target spread over all tokens; training only"
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the target spread over all tokens; training only",
     )
-    ignore_index: int = Field(-100, description="label of ignored positions")
+    ignore_index: int = Field(default=-100, description="label of ignored positions")
 
 
 class LossLmPlugin(Loss[LossLmConfig]):
@@ -40,6 +43,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
     `label_bytes`, bits per byte.
     """
 
+    config_class = LossLmConfig
     _is_aligned = False
     linear_cross_entropy = staticmethod(linear_cross_entropy)
 

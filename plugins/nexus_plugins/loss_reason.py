@@ -41,24 +41,27 @@ _OF_FORMULA = {True: ("entropy_weight", "eps"), False: ("balance_weight", "rate"
 class LossReasonConfig(PositionLossConfig):
     """Settings of the reasoner's loss."""
 
-    weight: float = Field(0.05, description="weight of this term in the total loss")
+    weight: float = Field(default=0.05, description="weight of this term in the total loss")
     classic: bool = Field(
-        False, description="only the entropy of the rule distributions, weighted by halting"
+        default=False, description="only the entropy of the rule distributions, weighted by halting"
     )
     balance_weight: float = Field(
-        0.01, ge=0, description="weight of the load balance of the rules, summed over rules"
+        default=0.01, ge=0, description="weight of the load balance of the rules, summed over rules"
     )
     rate: float = Field(
-        0.3, gt=0, lt=1, description="target for how often a rule fires on average over tokens"
+        default=0.3,
+        gt=0,
+        lt=1,
+        description="target for how often a rule fires on average over tokens",
     )
     decay: float = Field(
-        0.99, ge=0, lt=1, description="decay of the running average over past steps"
+        default=0.99, ge=0, lt=1, description="decay of the running average over past steps"
     )
     entropy_weight: float = Field(
-        0.1, description="classic: weight of the entropy (nats) of the rule distributions"
+        default=0.1, description="classic: weight of the entropy (nats) of the rule distributions"
     )
     eps: float = Field(
-        1e-10, gt=0, description="classic: added to probabilities inside the logarithm"
+        default=1e-10, gt=0, description="classic: added to probabilities inside the logarithm"
     )
 
     @model_validator(mode="after")
@@ -87,6 +90,7 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
         an average of the past as in Wang et al. 2024.
     """
 
+    config_class = LossReasonConfig
     api_version: ClassVar[str] = "1.2"
     _rates: Tensor | None = None
     _fired: Tensor | None = None

@@ -35,27 +35,39 @@ class LossWorldConfig(PositionLossConfig):
     """Settings of the world-model loss and of its target encoder."""
 
     weight: float = Field(
-        1.0, description="weight of this term in the total loss; classic: default 0.1"
+        default=1.0, description="weight of this term in the total loss; classic: default 0.1"
     )
     latent_weight: float = Field(
-        0.3, ge=0, description="weight of the distance between predicted and later states"
+        default=0.3, ge=0, description="weight of the distance between predicted and later states"
     )
     token_weight: float = Field(
-        1.0, ge=0, description="weight of the cross-entropy of the token after a predicted state"
+        default=1.0,
+        ge=0,
+        description="weight of the cross-entropy of the token after a predicted state",
     )
     head_weight: float = Field(
-        1.0, ge=0, description="weight of the cross-entropy of the heads for tokens further ahead"
+        default=1.0,
+        ge=0,
+        description="weight of the cross-entropy of the heads for tokens further ahead",
     )
-    classic: bool = Field(False, description="the loss of the classic world model")
-    variance_weight: float = Field(0.1, ge=0, description="weight of the variance hinge; classic")
+    classic: bool = Field(default=False, description="the loss of the classic world model")
+    variance_weight: float = Field(
+        default=0.1, ge=0, description="weight of the variance hinge; classic"
+    )
     variance_floor: float = Field(
-        0.1, ge=0, description="variance over dimensions below which the hinge is active; classic"
+        default=0.1,
+        ge=0,
+        description="variance over dimensions below which the hinge is active; classic",
     )
     decay: float = Field(
-        0.996, ge=0, le=1, description="decay of the target encoder per optimizer step; classic"
+        default=0.996,
+        ge=0,
+        le=1,
+        description="decay of the target encoder per optimizer step; classic",
     )
     decay_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: the decay rises to 1 by the end of the run; classic"
+        default="constant",
+        description="cosine: the decay rises to 1 by the end of the run; classic",
     )
 
     @model_validator(mode="before")
@@ -101,6 +113,7 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
         decay is that of BYOL (Grill et al. 2020).
     """
 
+    config_class = LossWorldConfig
     api_version: ClassVar[str] = "1.2"
 
     def units(self, batch: Batch) -> Tensor:

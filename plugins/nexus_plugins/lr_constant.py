@@ -19,6 +19,8 @@ class LrConstantConfig(ScheduleConfig):
 class LrConstantPlugin(Schedule[LrConstantConfig]):
     """Warms the learning rate up and keeps it there."""
 
+    config_class = LrConstantConfig
+
     def scale(self, engine: Engine) -> float:
         """Always the base learning rate."""
         return 1.0

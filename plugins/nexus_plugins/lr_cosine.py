@@ -20,6 +20,8 @@ class LrCosinePlugin(Decay[LrCosineConfig]):
     as in Biderman et al. 2023, "Pythia".
     """
 
+    config_class = LrCosineConfig
+
     def shape(self, done: float) -> float:
         """Half a period of a cosine."""
         return 0.5 * (1 + math.cos(math.pi * done))

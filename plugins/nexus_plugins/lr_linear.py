@@ -13,7 +13,7 @@ __all__ = ["LrLinearConfig", "LrLinearPlugin"]
 class LrLinearConfig(DecayConfig):
     """Settings of the linear schedule."""
 
-    warmup: Warmup = Field(Interval(6, "%"), description=WARMUP)
+    warmup: Warmup = Field(default=Interval(6, "%"), description=WARMUP)
 
 
 class LrLinearPlugin(Decay[LrLinearConfig]):
@@ -21,6 +21,8 @@ class LrLinearPlugin(Decay[LrLinearConfig]):
 
     Source of the warm-up: Liu et al. 2019, "RoBERTa", tables 9 and 10: 6% of the steps.
     """
+
+    config_class = LrLinearConfig
 
     def shape(self, done: float) -> float:
         """A straight line."""

@@ -20,9 +20,9 @@ __all__ = ["LrRsqrtConfig", "LrRsqrtPlugin"]
 class LrRsqrtConfig(ScheduleConfig):
     """Settings of the inverse square root."""
 
-    warmup: Warmup = Field(Interval(4, "%"), description=WARMUP)
+    warmup: Warmup = Field(default=Interval(4, "%"), description=WARMUP)
     timescale: IntervalField | None = Field(
-        None, description="the rate is halved at four times this; null: the warmup length"
+        default=None, description="the rate is halved at four times this; null: the warmup length"
     )
 
 
@@ -35,6 +35,8 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
     Source: Vaswani et al. 2017, "Attention Is All You Need", equation 3, with the peak as base;
     their warm-up is 4,000 of 100,000 steps.
     """
+
+    config_class = LrRsqrtConfig
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:

@@ -23,10 +23,11 @@ class LrWsdConfig(DecayConfig):
     """Settings of warm-up, stable, decay."""
 
     decay: IntervalField | None = Field(
-        LAST_FIFTH, description="length of the decay at the end; null: the last fifth of the run"
+        default=LAST_FIFTH,
+        description="length of the decay at the end; null: the last fifth of the run",
     )
     shape: Literal["sqrt", "linear"] = Field(
-        "sqrt", description="decay shape: 1 - sqrt(share done), or linear"
+        default="sqrt", description="decay shape: 1 - sqrt(share done), or linear"
     )
 
 
@@ -40,6 +41,8 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
     Source: Hu et al. 2024, "MiniCPM", section 4.2; the root: Hägele et al. 2024, "Scaling Laws
     and Compute-Optimal Training Beyond Fixed Training Durations", equation 1.
     """
+
+    config_class = LrWsdConfig
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:

@@ -30,10 +30,10 @@ class MfuConfig(PluginConfig):
     """Settings of the utilization."""
 
     flops_per_token: float | None = Field(
-        None, gt=0, description="FLOPs per token, forward and backward; null: counted"
+        default=None, gt=0, description="FLOPs per token, forward and backward; null: counted"
     )
     peak: float | None = Field(
-        None, gt=0, description="peak FLOP/s that count as 1; null: measured"
+        default=None, gt=0, description="peak FLOP/s that count as 1; null: measured"
     )
 
 
@@ -50,14 +50,14 @@ class MfuPlugin(Plugin[MfuConfig]):
     out by formula, and the rate is measured instead of the vendor's.
     """
 
+    config_class = MfuConfig
     api_version: ClassVar[str] = "1.2"
     requires: ClassVar[tuple[str, ...]] = ("throughput",)
 
     _batch: Batch = None
     _dtype: torch.dtype | None = None
 
-    def __init__(self, config: MfuConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._flops_per_token = self.config.flops_per_token
         self._peak = self.config.peak
 

@@ -29,11 +29,11 @@ class ModelPlugin(Plugin[ModelConfig]):
     the run's seed when it is called, and its weights are moved to the run's device afterwards.
     """
 
+    config_class = ModelConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "model"
 
-    def __init__(self, config: ModelConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._make = callee(self.name, self.config)
 
     @hookimpl

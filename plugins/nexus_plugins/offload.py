@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import hint_add
+from nexus_core.signatures import Several
 from nexus_plugins._shared.parameters import matching
 from nexus_plugins._shared.wrapped import give_back_forward, wrap_forward
 
@@ -30,17 +31,17 @@ class OffloadConfig(PluginConfig):
     """Settings of offloading."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"without_cuda": "copy"}]})
-    match: tuple[str, ...] = Field(
-        ("*",), description="patterns of names of modules whose activations are offloaded"
+    match: Several[str] = Field(
+        default=("*",), description="patterns of names of modules whose activations are offloaded"
     )
     min_kib: float = Field(
-        1024,
+        default=1024,
         ge=0,
         le=1e9,
         description="smaller tensors stay on the device, in KiB, as each transfer has overhead",
     )
     without_cuda: Literal["refuse", "copy"] = Field(
-        "refuse",
+        default="refuse",
         description="on other devices: raise an error, or copy within CPU memory (saves nothing; "
         "for tests)",
     )
@@ -56,6 +57,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
     `save_on_cpu`, which waits for each copy and moves weights too.
     """
 
+    config_class = OffloadConfig
     api_version: ClassVar[str] = "1.2"
     after: ClassVar[tuple[str, ...]] = ("recompute",)  # then only its inputs are left to move
     _wrapped: list[nn.Module]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import (
     ConfigDict,
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
+from nexus_core.signatures import Lax, Several
 from nexus_plugins._shared.calls import Arguments, Call, as_json, callee, check_arguments, takes
 from nexus_plugins._shared.parameters import freeze, matching
 
@@ -32,8 +33,12 @@ class _Flat(PluginConfig):
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
 
-    lr: float | None = Field(None, ge=0, description="base learning rate; null: the shared one")
-    args: Arguments = Field({}, description="further arguments; may also be given next to `lr`")
+    lr: float | None = Field(
+        default=None, ge=0, description="base learning rate; null: the shared one"
+    )
+    args: Arguments = Field(
+        default={}, description="further arguments; may also be given next to `lr`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -74,12 +79,14 @@ class OptimConfig(_Flat, Call):
     )
 
     lr: float | None = Field(
-        None, ge=0, description="base learning rate; null: the default of the class"
+        default=None, ge=0, description="base learning rate; null: the default of the class"
     )
-    groups: tuple[OptimGroupConfig, ...] = Field(
-        (), description="parameter groups with their own settings; the first match applies"
+    groups: Lax[tuple[OptimGroupConfig, ...]] = Field(
+        default=(), description="parameter groups with their own settings; the first match applies"
     )
-    freeze: tuple[str, ...] = Field((), description="patterns of names of parameters to freeze")
+    freeze: Several[str] = Field(
+        default=(), description="patterns of names of parameters to freeze"
+    )
 
 
 class OptimPlugin(Plugin[OptimConfig]):
@@ -91,11 +98,16 @@ class OptimPlugin(Plugin[OptimConfig]):
     parameter is called `model`.
     """
 
+    config_class = OptimConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "optimizer"
 
-    def __init__(self, config: OptimConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    if TYPE_CHECKING:
+
+        def __new__(cls, config: OptimConfig | None = None, /, **settings: Any) -> Self:
+            """What its config takes: whatever the class that is called does."""
+
+    def __post_init__(self) -> None:
         first = ("the parameters",)
         call = Call(call=self.config.call, args=self.config.arguments())
         self._make = callee(self.name, call, first, prefix="")

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import Plugin, hookimpl
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.fused import has_fused
 from nexus_plugins._shared.parameters import OptimizerConfig, groups_of
 
@@ -20,14 +21,15 @@ __all__ = ["OptimAdamwConfig", "OptimAdamwPlugin"]
 class OptimAdamwConfig(OptimizerConfig):
     """Settings of AdamW."""
 
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay rates of the running means of the gradient and its square"
+    betas: Lax[tuple[float, float]] = Field(
+        default=(0.9, 0.95),
+        description="decay rates of the running means of the gradient and its square",
     )
     eps: float = Field(
-        1e-8, gt=0, description="term added to the denominator for numerical stability"
+        default=1e-8, gt=0, description="term added to the denominator for numerical stability"
     )
     fused: bool | None = Field(
-        None, description="use the fused kernel; null: if the device supports it"
+        default=None, description="use the fused kernel; null: if the device supports it"
     )
 
 
@@ -41,6 +43,7 @@ class OptimAdamwPlugin(Plugin[OptimAdamwConfig]):
     `torch.optim.AdamW`, fused on CPU and CUDA.
     """
 
+    config_class = OptimAdamwConfig
     slot: ClassVar[str | None] = "optimizer"
 
     @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
 from nexus_core.errors import hint_add
+from nexus_core.signatures import Lax, Several
 from nexus_plugins._shared.fused import has_fused
 from nexus_plugins._shared.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
 
@@ -24,20 +25,20 @@ __all__ = ["Muon", "MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
 class OptimMuonConfig(OptimizerConfig):
     """Settings of Muon with AdamW."""
 
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon: momentum")
-    nesterov: bool = Field(True, description="Muon: Nesterov momentum")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon: momentum")
+    nesterov: bool = Field(default=True, description="Muon: Nesterov momentum")
     adjust: Literal["match_rms_adamw", "original"] = Field(
-        "match_rms_adamw",
+        default="match_rms_adamw",
         description="Muon: scale updates to AdamW's size, so that both share one learning rate, "
         "or as in the original",
     )
-    exclude: tuple[str, ...] = Field(
-        (), description="patterns of names of matrices to train with AdamW"
+    exclude: Several[str] = Field(
+        default=(), description="patterns of names of matrices to train with AdamW"
     )
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="AdamW: decay rates of the two running means"
+    betas: Lax[tuple[float, float]] = Field(
+        default=(0.9, 0.95), description="AdamW: decay rates of the two running means"
     )
-    eps: float = Field(1e-8, gt=0, description="AdamW: term added to the denominator")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW: term added to the denominator")
 
 
 class OptimMuonPlugin(Plugin[OptimMuonConfig]):
@@ -53,6 +54,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
     `torch.optim.Muon`, whose products are in bfloat16 on every device.
     """
 
+    config_class = OptimMuonConfig
     slot: ClassVar[str | None] = "optimizer"
     _trained: str = ""
 
@@ -173,7 +175,7 @@ class MuonAndAdamw(Optimizer):
         muon.state = adamw.state = self.state
 
 
-def _hidden_matrices(model: nn.Module, exclude: tuple[str, ...]) -> set[int]:
+def _hidden_matrices(model: nn.Module, exclude: Sequence[str]) -> set[int]:
     """The `id` of each two-dimensional parameter of a linear map that is not a head."""
     named = dict(model.named_parameters())
     left = {n for pattern in exclude for n in matching(named, pattern, "optim_muon.exclude")}

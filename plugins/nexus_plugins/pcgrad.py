@@ -40,11 +40,11 @@ class PcgradPlugin(Plugin[PcgradConfig]):
     of inner products. The random order of the projections is a function of seed and step.
     """
 
+    config_class = PcgradConfig
     api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")  # its gradient is of one process
 
-    def __init__(self, config: PcgradConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._gradients: dict[str, Gradient] = {}
 
     @hookimpl

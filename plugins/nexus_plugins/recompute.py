@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import hint_set
+from nexus_core.signatures import Several
 from nexus_plugins._shared.parameters import blocks
 from nexus_plugins._shared.wrapped import give_back_forward, wrap_forward
 
@@ -25,11 +26,11 @@ __all__ = ["RecomputeConfig", "RecomputePlugin"]
 class RecomputeConfig(PluginConfig):
     """Settings of recomputation."""
 
-    match: tuple[str, ...] = Field(
-        (), description="patterns of module names; none: the members of every ModuleList"
+    match: Several[str] = Field(
+        default=(), description="patterns of module names; none: the members of every ModuleList"
     )
     every: int = Field(
-        1, ge=1, description="recompute every n-th of the modules, starting with the first"
+        default=1, ge=1, description="recompute every n-th of the modules, starting with the first"
     )
 
 
@@ -43,6 +44,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
     `torch.utils.checkpoint`, without re-entering autograd.
     """
 
+    config_class = RecomputeConfig
     api_version: ClassVar[str] = "1.2"
     _wrapped: list[nn.Module]
 

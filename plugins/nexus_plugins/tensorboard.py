@@ -29,10 +29,12 @@ class TensorboardConfig(LoggerConfig):
     """Settings of the TensorBoard files."""
 
     folder: PathText = Field(
-        "tensorboard", min_length=1, description="folder name in the run folder"
+        default="tensorboard", min_length=1, description="folder name in the run folder"
     )
     flush_seconds: float = Field(
-        10.0, gt=0, description="maximum delay until logged values are in the file, in seconds"
+        default=10.0,
+        gt=0,
+        description="maximum delay until logged values are in the file, in seconds",
     )
 
 
@@ -43,6 +45,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
     that will be done again. Look at it with `tensorboard --logdir OUT/tensorboard`.
     """
 
+    config_class = TensorboardConfig
     writes_files = True
     _writer: FileWriter | None = None
 

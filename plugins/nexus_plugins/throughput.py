@@ -31,6 +31,7 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
     on CUDA. `system/cpu_memory`: most resident memory of the process so far, in GiB, elsewhere.
     """
 
+    config_class = ThroughputConfig
     api_version: ClassVar[str] = "1.2"
     _started: float
     """When the run began, moved back by the seconds of earlier sessions."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nexus_core import ConfigError, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.cells import CellSum
 from nexus_core.processes import Ranks
+from nexus_core.signatures import Several
 from nexus_plugins._shared.parameters import matching
 from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 
@@ -28,16 +29,17 @@ class WeighGradnormConfig(PluginConfig):
     """Settings of GradNorm."""
 
     alpha: float = Field(
-        1.5, ge=0, description="how much slower-learning terms are favoured; 0: not at all"
+        default=1.5, ge=0, description="how much slower-learning terms are favoured; 0: not at all"
     )
     lr: float = Field(
-        0.1, gt=0, le=1, description="share of the way to balance per update, in log space"
+        default=0.1, gt=0, le=1, description="share of the way to balance per update, in log space"
     )
     every: int = Field(
-        10, ge=1, description="steps between updates; each costs one backward pass per term"
+        default=10, ge=1, description="steps between updates; each costs one backward pass per term"
     )
-    shared: tuple[str, ...] = Field(
-        (), description="patterns of the shared parameters; none: those that the most terms reach"
+    shared: Several[str] = Field(
+        default=(),
+        description="patterns of the shared parameters; none: those that the most terms reach",
     )
 
 
@@ -55,6 +57,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     go a share of the way to the same fixed point, so scales far apart are balanced as quickly.
     """
 
+    config_class = WeighGradnormConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "weighing"
     _weights: dict[str, Tensor]
@@ -62,8 +65,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     _gradients: dict[str, Gradient]
     _cells: CellSum | None = None
 
-    def __init__(self, config: WeighGradnormConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._weights, self._first_losses, self._gradients = {}, {}, {}
 
     @hookimpl
@@ -73,9 +75,12 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
     def _chosen(self, engine: Engine) -> list[nn.Parameter]:
         named = dict(engine.model.named_parameters())
-        key = f"{self.name}.shared"
-        chosen = {n for p in self.config.shared for n in matching(named, p, key)} or set(named)
-        return [p for n, p in named.items() if n in chosen and p.requires_grad]
+        chosen = {
+            name
+            for pattern in self.config.shared
+            for name in matching(named, pattern, f"{self.name}.shared")
+        }
+        return [p for n, p in named.items() if n in (chosen or named) and p.requires_grad]
 
     @hookimpl
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:

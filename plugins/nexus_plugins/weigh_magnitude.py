@@ -24,9 +24,11 @@ TINY = 1e-12
 class WeighMagnitudeConfig(PluginConfig):
     """Settings of weighing by magnitude."""
 
-    momentum: float = Field(0.99, ge=0, lt=1, description="decay of the running mean per step")
+    momentum: float = Field(
+        default=0.99, ge=0, lt=1, description="decay of the running mean per step"
+    )
     total: Literal["terms", "one"] = Field(
-        "terms", description="sum of the weights: the number of terms, or one"
+        default="terms", description="sum of the weights: the number of terms, or one"
     )
 
 
@@ -38,13 +40,13 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
     with its own weight until it has. Weights are logged as `weight/<term>`.
     """
 
+    config_class = WeighMagnitudeConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "weighing"
     _means: dict[str, Tensor]
     _filled: dict[str, Tensor]  # how far a mean has come from its start at zero, 0 to 1
 
-    def __init__(self, config: WeighMagnitudeConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._means, self._filled = {}, {}
 
     @hookimpl

@@ -20,7 +20,9 @@ __all__ = ["WeighUncertaintyConfig", "WeighUncertaintyPlugin"]
 class WeighUncertaintyConfig(PluginConfig):
     """Settings of weighing by uncertainty."""
 
-    lr: float = Field(0.05, gt=0, description="maximum change of a log-variance per step, in nats")
+    lr: float = Field(
+        default=0.05, gt=0, description="maximum change of a log-variance per step, in nats"
+    )
 
 
 class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
@@ -38,12 +40,12 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
     evenly; the paper trains it with the model's optimizer.
     """
 
+    config_class = WeighUncertaintyConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "weighing"
     _log_variances: dict[str, Tensor]
 
-    def __init__(self, config: WeighUncertaintyConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._log_variances = {}
 
     @hookimpl

@@ -21,9 +21,11 @@ __all__ = ["WorthConfig", "WorthPlugin"]
 class WorthConfig(PluginConfig):
     """How often, and on how much of the evaluation data."""
 
-    every: int = Field(1, ge=1, description="evaluations between measurements")
+    every: int = Field(default=1, ge=1, description="evaluations between measurements")
     batches: int | None = Field(
-        16, ge=1, description="batches of the first evaluation set to measure on; null: all of it"
+        default=16,
+        ge=1,
+        description="batches of the first evaluation set to measure on; null: all of it",
     )
 
 
@@ -40,10 +42,10 @@ class WorthPlugin(Plugin[WorthConfig]):
     measurement is one evaluation of those batches and one more for each module.
     """
 
+    config_class = WorthConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: WorthConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._evaluations = 0
         self._measured = False
 

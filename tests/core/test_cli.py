@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -424,18 +423,6 @@ def test_explain_shows_the_plan_without_building_anything() -> None:
     assert result.exit_code == 0, result.output
     assert "lr_scale  (seam, collected and multiplied)\n  1. lr_cosine" in result.output
     assert "clip" not in result.output
-
-
-def test_schema_describes_engine_and_plugins() -> None:
-    schema = json.loads(run("--schema").output)
-    assert "until" in schema["properties"]
-    plugins = schema["properties"]["plugins"]
-    assert plugins["additionalProperties"] is False
-    fits = {sign: bool(re.search(sign, "./mine.py")) for sign in plugins["patternProperties"]}
-    assert sum(fits.values()) == 1
-    block = plugins["properties"]["clip"]["anyOf"][0]
-    assert "max_norm" in block["properties"]
-    assert block["additionalProperties"] is False
 
 
 def test_bug_in_a_plugin_ends_with_1_names_it_and_keeps_the_folder(

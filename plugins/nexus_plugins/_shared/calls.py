@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import torch
 from pydantic import (
+    ConfigDict,
     Field,
     JsonValue,
     TypeAdapter,
@@ -40,10 +41,11 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 class Call(PluginConfig):
     """A function or class by its place, and arguments for it; a place alone has none."""
 
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
     call: places.PlaceField = Field(
         min_length=1, description="function or class: ./file.py:name or package.module:name"
     )
-    args: Arguments = Field({}, description="its arguments, by name")
+    args: Arguments = Field(default={}, description="its arguments, by name")
 
     @model_validator(mode="before")
     @classmethod

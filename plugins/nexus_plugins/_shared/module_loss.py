@@ -26,7 +26,7 @@ __all__ = ["ModuleLoss", "PositionLossConfig", "real_positions", "refuse_idle"]
 class PositionLossConfig(LossConfig):
     """Settings that every loss over positions has."""
 
-    ignore_index: int = Field(-100, description="label of ignored positions")
+    ignore_index: int = Field(default=-100, description="label of ignored positions")
 
 
 def refuse_idle(config: LossConfig, is_classic: bool, idle: Sequence[str]) -> None:

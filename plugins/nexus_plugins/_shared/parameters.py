@@ -12,6 +12,7 @@ from torch import nn
 
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.plugin import PluginConfig
+from nexus_core.signatures import Lax, Several
 
 __all__ = [
     "GroupConfig",
@@ -32,9 +33,11 @@ class GroupConfig(PluginConfig):
     match: str = Field(
         description="glob pattern of parameter names: '*.lm_head*' matches any lm_head"
     )
-    lr: float | None = Field(None, ge=0, description="base learning rate; null: the shared one")
+    lr: float | None = Field(
+        default=None, ge=0, description="base learning rate; null: the shared one"
+    )
     weight_decay: float | None = Field(
-        None,
+        default=None,
         ge=0,
         description="weight decay of all matching parameters; null: the shared one, on matrices "
         "only",
@@ -44,16 +47,20 @@ class GroupConfig(PluginConfig):
 class OptimizerConfig(PluginConfig):
     """Settings that every optimizer has."""
 
-    lr: float = Field(1e-4, gt=0, description="base learning rate")
+    lr: float = Field(default=1e-4, gt=0, description="base learning rate")
     weight_decay: float = Field(
-        0.01, ge=0, description="decoupled weight decay of matrices, per unit of learning rate"
+        default=0.01,
+        ge=0,
+        description="decoupled weight decay of matrices, per unit of learning rate",
     )
-    groups: tuple[GroupConfig, ...] = Field(
-        (), description="parameter groups with their own settings; the first match applies"
+    groups: Lax[tuple[GroupConfig, ...]] = Field(
+        default=(), description="parameter groups with their own settings; the first match applies"
     )
-    freeze: tuple[str, ...] = Field((), description="patterns of names of parameters to freeze")
+    freeze: Several[str] = Field(
+        default=(), description="patterns of names of parameters to freeze"
+    )
     base_width: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="width at which the learning rate was tuned: wider linear layers learn "
         "proportionally more slowly (muP); null: off",

@@ -35,12 +35,15 @@ class AutoAccumulateConfig(PluginConfig):
     """Settings of the search for the largest micro-batch."""
 
     rows: int | None = Field(
-        None, ge=1, description="maximum rows per micro-batch; null: as many as fit"
+        default=None, ge=1, description="maximum rows per micro-batch; null: as many as fit"
     )
     limit: float | None = Field(
-        None, gt=0, le=1e6, description="memory for the search, in GiB; null: all free memory"
+        default=None,
+        gt=0,
+        le=1e6,
+        description="memory for the search, in GiB; null: all free memory",
     )
-    margin: float = Field(0.1, ge=0, lt=1, description="share of this memory to keep free")
+    margin: float = Field(default=0.1, ge=0, lt=1, description="share of this memory to keep free")
 
 
 class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
@@ -54,11 +57,11 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
     when it is resumed. `system/micro_batch_rows` is logged. Batches must be dicts of tensors.
     """
 
+    config_class = AutoAccumulateConfig
     topology_invariant: ClassVar[bool] = False
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: AutoAccumulateConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._rows = self.config.rows or 0
         self._tried_rows = self._tried_width = 0
 

@@ -51,39 +51,45 @@ class CheckpointConfig(PluginConfig):
     """When to save, what to keep, and how strict to be when resuming."""
 
     every: IntervalField = Field(
-        Interval(1000, "steps"),
+        default=Interval(1000, "steps"),
         description="interval between saves: steps, epochs, samples, tokens, time or a share",
         json_schema_extra=_IGNORED,
     )
     keep_last: int = Field(
-        5, ge=1, description="number of newest checkpoints to keep", json_schema_extra=_IGNORED
+        default=5,
+        ge=1,
+        description="number of newest checkpoints to keep",
+        json_schema_extra=_IGNORED,
     )
     keep_every: IntervalField | None = Field(
-        None,
+        default=None,
         description="keep the first checkpoint after each such interval forever",
         json_schema_extra=_IGNORED,
     )
     best: str | None = Field(
-        "val/loss", description="evaluation metric whose best value is saved as 'best'; null: none"
+        default="val/loss",
+        description="evaluation metric whose best value is saved as 'best'; null: none",
     )
-    mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
+    mode: Literal["min", "max"] = Field(
+        default="min", description="whether lower or higher is better"
+    )
     final: bool = Field(
-        True, description="save the end of the run as 'final'", json_schema_extra=_IGNORED
+        default=True, description="save the end of the run as 'final'", json_schema_extra=_IGNORED
     )
     sync: bool = Field(
-        False,
+        default=False,
         description="save synchronously instead of in a background thread: slower, but without "
         "memory for a copy",
         json_schema_extra=_IGNORED,
     )
     failures_allowed: int = Field(
-        2,
+        default=2,
         ge=0,
         description="consecutive saves that may fail with a warning before the run stops",
         json_schema_extra=_IGNORED,
     )
     resume_policy: lock.Policy = Field(
-        "exact",
+        default="exact",
         description="'exact' rejects plugins, versions or data that differ from the checkpoint's; "
         "'compatible' allows other versions and data; 'force' loads whatever can be "
         "loaded",
@@ -108,10 +114,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
     loop is held for a copy to host memory; a thread writes. Nothing is ever pickled or unpickled.
     """
 
+    config_class = CheckpointConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: CheckpointConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._best: _Record | None = None
         self._saved_step = -1
         self._best_saved_step = -1

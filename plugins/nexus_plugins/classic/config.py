@@ -19,49 +19,61 @@ OF_TWO_KINDS = ("world", "reason", "energy", "causal")
 class TrainingConfig(PluginConfig):
     """Everything that decides how a NEXUS model is trained; a weight of 0 leaves its loss out."""
 
-    vocab_size: int = Field(32_000, ge=1, description="vocabulary size")
-    d_model: int = Field(256, ge=1, description="width of the model")
-    ssm_n_layers: int = Field(6, ge=1, description="state-space layers of the model")
-    classic: bool = Field(True, description="use the classic modules and their losses")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer")
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
-    min_learning_rate: float = Field(1e-5, ge=0, description="learning rate at the end")
-    lr_decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay shape")
-    warmup_steps: int = Field(1000, ge=0, description="warmup steps")
-    max_steps: int = Field(100_000, ge=1, description="total optimizer steps")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices")
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="decay rates of AdamW's running means"
+    vocab_size: int = Field(default=32_000, ge=1, description="vocabulary size")
+    d_model: int = Field(default=256, ge=1, description="width of the model")
+    ssm_n_layers: int = Field(default=6, ge=1, description="state-space layers of the model")
+    classic: bool = Field(default=True, description="use the classic modules and their losses")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout after each layer")
+    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    min_learning_rate: float = Field(default=1e-5, ge=0, description="learning rate at the end")
+    lr_decay: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="decay shape"
     )
-    eps: float = Field(1e-8, gt=0, description="AdamW: term added to the denominator")
-    batch_size: int = Field(32, ge=1, description="rows per micro-batch")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches per step")
-    max_seq_length: int = Field(2048, ge=1, description="maximum tokens per row")
+    warmup_steps: int = Field(default=1000, ge=0, description="warmup steps")
+    max_steps: int = Field(default=100_000, ge=1, description="total optimizer steps")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="decoupled weight decay of matrices"
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="decay rates of AdamW's running means"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW: term added to the denominator")
+    batch_size: int = Field(default=32, ge=1, description="rows per micro-batch")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches per step")
+    max_seq_length: int = Field(default=2048, ge=1, description="maximum tokens per row")
     max_grad_norm: float = Field(
-        1.0, ge=0, description="maximum gradient norm (L2); 0: no clipping"
+        default=1.0, ge=0, description="maximum gradient norm (L2); 0: no clipping"
     )
     label_smoothing: float = Field(
-        0.1, ge=0, lt=1, description="label smoothing of the cross-entropy, in training"
+        default=0.1, ge=0, lt=1, description="label smoothing of the cross-entropy, in training"
     )
-    lm_loss_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
-    world_loss_weight: float = Field(0.1, ge=0, description="weight of the world model's loss")
-    reason_loss_weight: float = Field(0.05, ge=0, description="weight of the reasoner's loss")
-    energy_loss_weight: float = Field(0.05, ge=0, description="weight of the energy loss")
-    causal_loss_weight: float = Field(0.05, ge=0, description="weight of the causal loss")
-    save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
-    save_total_limit: int = Field(5, ge=1, description="number of newest checkpoints to keep")
-    output_dir: str = Field("runs/classic", description="folder of checkpoints and metrics")
-    eval_steps: int = Field(1000, ge=1, description="steps between evaluations")
-    eval_batch_size: int = Field(32, ge=1, description="rows per evaluation batch")
-    log_steps: int = Field(10, ge=1, description="steps between logs")
+    lm_loss_weight: float = Field(default=1.0, ge=0, description="weight of the cross-entropy")
+    world_loss_weight: float = Field(
+        default=0.1, ge=0, description="weight of the world model's loss"
+    )
+    reason_loss_weight: float = Field(
+        default=0.05, ge=0, description="weight of the reasoner's loss"
+    )
+    energy_loss_weight: float = Field(default=0.05, ge=0, description="weight of the energy loss")
+    causal_loss_weight: float = Field(default=0.05, ge=0, description="weight of the causal loss")
+    save_steps: int = Field(default=1000, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(
+        default=5, ge=1, description="number of newest checkpoints to keep"
+    )
+    output_dir: str = Field(default="runs/classic", description="folder of checkpoints and metrics")
+    eval_steps: int = Field(default=1000, ge=1, description="steps between evaluations")
+    eval_batch_size: int = Field(default=32, ge=1, description="rows per evaluation batch")
+    log_steps: int = Field(default=10, ge=1, description="steps between logs")
     wandb_project: str | None = Field(
-        None, description="Weights & Biases project; None: no logging"
+        default=None, description="Weights & Biases project; None: no logging"
     )
-    device: str = Field("auto", description='"cpu", "cuda:0", ...; "auto": the best available')
-    fp16: bool = Field(False, description="train in fp16 with loss scaling")
-    compile: bool = Field(False, description="compile the model")
-    num_workers: int = Field(0, ge=0, description="worker processes that prefetch")
-    seed: int = Field(0, description="seed of weights, data order and noise")
+    device: str = Field(
+        default="auto", description='"cpu", "cuda:0", ...; "auto": the best available'
+    )
+    fp16: bool = Field(default=False, description="train in fp16 with loss scaling")
+    compile: bool = Field(default=False, description="compile the model")
+    num_workers: int = Field(default=0, ge=0, description="worker processes that prefetch")
+    seed: int = Field(default=0, description="seed of weights, data order and noise")
 
     def model_settings(self) -> dict[str, Any]:
         """The sizes of the model and the kind of its modules, by their names in `NEXUSConfig`."""

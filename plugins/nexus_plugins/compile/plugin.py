@@ -13,6 +13,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
+from nexus_core.signatures import Several
 from nexus_plugins._shared.parameters import blocks
 from nexus_plugins._shared.process_setting import ProcessSetting
 from nexus_plugins.compile.graphs import StepGraphs
@@ -35,29 +36,32 @@ class CompileConfig(PluginConfig):
     """Settings of compilation."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"backend": "aot_eager"}]})
-    match: tuple[str, ...] = Field(
-        (),
+    match: Several[str] = Field(
+        default=(),
         description="patterns of names of modules to compile separately; none: the members of "
         "every ModuleList, or the whole model if there is none",
     )
     whole: bool = Field(
-        False, description="compile the model as a whole: faster steps, but minutes of startup"
+        default=False,
+        description="compile the model as a whole: faster steps, but minutes of startup",
     )
-    methods: tuple[str, ...] = Field(
-        ("hidden",),
+    methods: Several[str] = Field(
+        default=("hidden",),
         description="with `whole`: methods that run the model, besides forward; missing ones are "
         "skipped",
     )
     mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
-        "default", description="mode of torch.compile"
+        default="default", description="mode of torch.compile"
     )
-    backend: str = Field("inductor", description="backend; see `torch.compiler.list_backends()`")
+    backend: str = Field(
+        default="inductor", description="backend; see `torch.compiler.list_backends()`"
+    )
     dynamic: bool | None = Field(
-        None, description="whether shapes may vary; null: from the second shape on"
+        default=None, description="whether shapes may vary; null: from the second shape on"
     )
-    fullgraph: bool = Field(False, description="treat graph breaks as errors")
+    fullgraph: bool = Field(default=False, description="treat graph breaks as errors")
     step_graph: bool = Field(
-        False,
+        default=False,
         description="CUDA: replay the gradient of a step (forward, losses, backward) from a CUDA "
         "graph, if nothing in the step needs the host",
     )
@@ -83,13 +87,13 @@ class CompilePlugin(Plugin[CompileConfig]):
     Source: Ansel et al. 2024, "PyTorch 2".
     """
 
+    config_class = CompileConfig
     api_version: ClassVar[str] = "1.2"
     _compiled: list[nn.Module]
     _methods_before: dict[str, object]
     _graphs: StepGraphs | None = None
 
-    def __init__(self, config: CompileConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._compiled, self._methods_before = [], {}
         self._held = ExitStack()
 

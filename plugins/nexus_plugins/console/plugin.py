@@ -30,13 +30,15 @@ class ConsoleConfig(LoggerConfig):
     """Settings of the console."""
 
     every: IntervalField | None = Field(
-        Interval(10, "seconds"),
+        default=Interval(10, "seconds"),
         description="minimum interval between plain lines (ignored by the bar); null: every log",
         json_schema_extra={"resume": "ignored"},
     )
-    quiet: bool = Field(False, description="show nothing", json_schema_extra={"resume": "ignored"})
+    quiet: bool = Field(
+        default=False, description="show nothing", json_schema_extra={"resume": "ignored"}
+    )
     verbose: bool = Field(
-        False,
+        default=False,
         description="show every metric of an evaluation, including each loss term",
         json_schema_extra={"resume": "ignored"},
     )
@@ -51,6 +53,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
     Metrics are those that the engine logs, to four digits; loggers store all of them.
     """
 
+    config_class = ConsoleConfig
     _bar: tqdm[Any] | None = None
     _due: Every | None = None
     _held_back: str | None = None

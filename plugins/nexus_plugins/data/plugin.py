@@ -15,6 +15,7 @@ from nexus_core.errors import ConfigError, hint_set
 from nexus_core.holders import access_to
 from nexus_core.loaders import can_seek
 from nexus_core.plugin import Plugin, hookimpl
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.calls import Call, callee
 from nexus_plugins.data.parts import as_batches, check_iterable, parts, sets
 from nexus_plugins.data.streams import Called, StatefulStream, Stream
@@ -38,25 +39,25 @@ class DataConfig(Call):
     )
 
     batch_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="samples per batch, over all processes; null: the callable yields batches",
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, description="samples per evaluation batch; null: batch_size"
+        default=None, ge=1, description="samples per evaluation batch; null: batch_size"
     )
     shuffle: bool | None = Field(
-        None, description="shuffle the samples each epoch; null: if they can be indexed"
+        default=None, description="shuffle the samples each epoch; null: if they can be indexed"
     )
-    drop_last: bool = Field(False, description="drop the last incomplete batch")
+    drop_last: bool = Field(default=False, description="drop the last incomplete batch")
     num_workers: int = Field(
-        0,
+        default=0,
         ge=0,
         description="worker processes that prefetch; 0: none",
         json_schema_extra={"resume": "ignored"},
     )
-    collate: Call | None = Field(
-        None, description="collate function; null: PyTorch's default_collate"
+    collate: Lax[Call] | None = Field(
+        default=None, description="collate function; null: PyTorch's default_collate"
     )
 
 
@@ -70,11 +71,11 @@ class DataPlugin(Plugin[DataConfig]):
     function, which is called anew for each epoch.
     """
 
+    config_class = DataConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "data"
 
-    def __init__(self, config: DataConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._make = callee(self.name, self.config)
         chosen = self.config.collate
         self._collate: Callable[[list[Any]], Batch] = (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from nexus_core.plugin import PluginConfig
+from nexus_core.signatures import Lax
 
 __all__ = ["DataTextConfig", "SourceConfig", "SourceList"]
 
@@ -22,15 +23,17 @@ class SourceConfig(PluginConfig):
 
     path: str = Field(description='file, folder, glob, or "stdlib"')
     weight: float = Field(
-        1.0, gt=0, description="share of the rows of an epoch, relative to the other sources"
+        default=1.0,
+        gt=0,
+        description="share of the rows of an epoch, relative to the other sources",
     )
     name: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="its validation loss is logged as val_<name>/loss; null: name of the file",
     )
     as_: Literal["text"] | None = Field(
-        None, alias="as", description='"text": read every file as text, whatever its suffix'
+        default=None, alias="as", description='"text": read every file as text, whatever its suffix'
     )
 
     @model_serializer(mode="wrap")
@@ -40,7 +43,7 @@ class SourceConfig(PluginConfig):
         return found | ({"as": as_text} if as_text else {})
 
 
-SourceList = str | list[str] | list[SourceConfig]
+SourceList = str | list[str] | Lax[list[SourceConfig]]
 IdsDtype = Literal[
     "uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64", "uint16be", "uint32be"
 ]
@@ -50,83 +53,89 @@ class DataTextConfig(PluginConfig):
     """What to train and evaluate on, and how it becomes batches."""
 
     train: SourceList = Field(
-        "stdlib",
+        default="stdlib",
         description="training text: a file, folder, glob, list of them, or a mixture [{path, "
         'weight, name}]; "stdlib" is the source of this Python\'s standard library',
         json_schema_extra=_LOCKED,
     )
     valid: SourceList | None = Field(
-        None, description="evaluation text; null: a share of the training documents"
+        default=None, description="evaluation text; null: a share of the training documents"
     )
     valid_share: float = Field(
-        0.05,
+        default=0.05,
         ge=0,
         lt=1,
         description="share of the training documents held out for evaluation if `valid` is null, "
         "chosen by a hash of each document; 0: no evaluation",
     )
     valid_limit: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="maximum tokens to evaluate on, in rows spread evenly over the evaluation "
         "text and the same each time; null: all of it",
     )
     batching: Literal["pack", "pad"] = Field(
-        "pack",
+        default="pack",
         description="pack: documents concatenated and cut into rows of seq_len; pad: one document "
         "per row, truncated to max_length",
         json_schema_extra=_LOCKED,
     )
-    seq_len: int = Field(512, ge=2, description="tokens per packed row", json_schema_extra=_LOCKED)
+    seq_len: int = Field(
+        default=512, ge=2, description="tokens per packed row", json_schema_extra=_LOCKED
+    )
     max_length: int | None = Field(
-        None, ge=2, description="maximum tokens per padded row; null: seq_len"
+        default=None, ge=2, description="maximum tokens per padded row; null: seq_len"
     )
     batch_size: int = Field(
-        8,
+        default=8,
         ge=1,
         description="rows per training batch, over all processes",
         json_schema_extra=_LOCKED,
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, description="rows per evaluation batch; null: batch_size"
+        default=None, ge=1, description="rows per evaluation batch; null: batch_size"
     )
     tokenizer: str = Field(
-        "auto",
+        default="auto",
         description='"bytes" (259 ids), "bytes256" (256: byte 0 ends a document), or the path of '
         'a tokenizer.json; "auto": the one saved with prepared data, else bytes',
     )
     eos_token: str | None = Field(
-        None, description="end-of-document token; null: found by its usual names"
+        default=None, description="end-of-document token; null: found by its usual names"
     )
     pad_token: str | None = Field(
-        None, description="padding token; null: found by its usual names, else eos"
+        default=None, description="padding token; null: found by its usual names, else eos"
     )
     vocab_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=2**32,
         description="vocabulary size of ids without a tokenizer; null: highest id + 1",
     )
     ids_dtype: IdsDtype | None = Field(
-        None,
+        default=None,
         description="dtype of id files that do not declare one; null: uint16, after a check",
         json_schema_extra=_LOCKED,
     )
-    text_key: str = Field("text", description="key or column of the text in .jsonl and .parquet")
+    text_key: str = Field(
+        default="text", description="key or column of the text in .jsonl and .parquet"
+    )
     one_file_one_document: bool = Field(
-        False, description="treat each text file as one document instead of one per line"
+        default=False, description="treat each text file as one document instead of one per line"
     )
     invalid_utf8: Literal["error", "replace", "skip"] = Field(
-        "error",
+        default="error",
         description="what to do with bytes that are not UTF-8: stop, replace them with U+FFFD, or "
         "skip the document",
     )
-    cache_dir: Path | None = Field(
-        None,
+    cache_dir: Lax[Path] | None = Field(
+        default=None,
         description="folder for indexes and tokenized copies; null: nexus-trainer in the user's "
         "cache folder",
     )
     num_workers: int = Field(
-        0, ge=0, le=1024, description="worker processes that prefetch; 0: none"
+        default=0, ge=0, le=1024, description="worker processes that prefetch; 0: none"
     )
-    prefetch: int = Field(2, ge=1, le=1024, description="batches that each worker prefetches")
+    prefetch: int = Field(
+        default=2, ge=1, le=1024, description="batches that each worker prefetches"
+    )

@@ -47,6 +47,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
     tokenizer is saved with the run, and a checkpoint of another tokenizer is refused.
     """
 
+    config_class = DataTextConfig
     slot: ClassVar[str | None] = "data"
     _data: TextData | None = None
     _resumed: StateDict | None = None

@@ -41,6 +41,7 @@ class DdpPlugin(Parallel[DdpConfig]):
     with a communication hook that sums where its own takes the mean.
     """
 
+    config_class = DdpConfig
     api_version: ClassVar[str] = "1.2"
     _parallel: DistributedDataParallel | None = None
     _first_step: bool = True
@@ -48,8 +49,8 @@ class DdpPlugin(Parallel[DdpConfig]):
     _cells: CellGradients | None = None
     _names: Mapping[str, Tensor] = MappingProxyType({})
 
-    def __init__(self, config: DdpConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.topology_invariant = self.config.sum != "ring"  # type: ignore[misc]  # of this one
 
     @hookimpl(stage="join")

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.signatures import Several
 from nexus_plugins._shared.term_gradients import Gradient, add_term_gradients, trunk_products
 from nexus_plugins.diagnose.history import (
     History,
@@ -58,14 +59,14 @@ _WORTH = re.compile(r"module/(.+)_worth")
 class DiagnoseConfig(PluginConfig):
     """Settings of the diagnosis."""
 
-    every: int = Field(10, ge=1, description="steps between checks")
+    every: int = Field(default=10, ge=1, description="steps between checks")
     probe_every: int | None = Field(
-        50,
+        default=50,
         ge=1,
         description="steps between probes of module outputs and of gradients by term, which cost "
         "one backward pass per term; null: never, and no module_collapse",
     )
-    ignore: tuple[RuleName, ...] = Field((), description="rules to disable")
+    ignore: Several[RuleName] = Field(default=(), description="rules to disable")
 
 
 class DiagnosePlugin(Plugin[DiagnoseConfig]):
@@ -78,11 +79,11 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
     read is saved; times and memory, which belong to a session, are not.
     """
 
+    config_class = DiagnoseConfig
     topology_invariant: ClassVar[bool] = False
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: DiagnoseConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._history = History()
         self._found: list[Finding] = []
         self._pending: list[dict[str, Tensor]] = []  # the terms of each step since the reading

@@ -60,6 +60,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     `torch.distributed.fsdp.fully_shard`, with a sum where its own takes the mean.
     """
 
+    config_class = FsdpConfig
     api_version: ClassVar[str] = "1.2"
     conflicts: ClassVar[tuple[str, ...]] = (
         "auto_accumulate", "diagnose", "grad_stats", "mfu", "optim_adamw8bit", "weigh_gradnorm",
@@ -70,8 +71,8 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     _reductions: list[CellReduction]
     _marks: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
-    def __init__(self, config: FsdpConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.topology_invariant = self.config.sum != "ring"  # type: ignore[misc]  # of this one
 
     @hookimpl(wrapper=True)

@@ -42,28 +42,28 @@ class GuardConfig(PluginConfig):
     """What to do about a step whose loss or gradient is not finite."""
 
     policy: Literal["skip", "rollback", "stop"] = Field(
-        "skip",
+        default="skip",
         description="after skipping the update: 'skip' continues with the next batch; 'rollback' "
         "first restores the last save, if there is one (checkpoint.every); 'stop' "
         "saves and ends the run",
     )
     max_consecutive: int = Field(
-        20,
+        default=20,
         ge=1,
         description="end the run after this many consecutive skipped steps, or rollbacks to the "
         "same save",
     )
     spike_threshold: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="skip steps whose loss is this many robust standard deviations above the "
         "median of recent ones; null: off",
     )
     spike_window: int = Field(
-        128, ge=8, description="number of recent losses for the median, in steps"
+        default=128, ge=8, description="number of recent losses for the median, in steps"
     )
     records: int = Field(
-        3, ge=0, description="maximum skipped steps per run to dump with weights and batch"
+        default=3, ge=0, description="maximum skipped steps per run to dump with weights and batch"
     )
 
 
@@ -84,10 +84,10 @@ class GuardPlugin(Plugin[GuardConfig]):
     scaler, whose first steps overflow by design, the policy should be 'skip'.
     """
 
+    config_class = GuardConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: GuardConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._spikes = Spikes(self.config.spike_threshold, self.config.spike_window)
         self._skipped: Tensor | float = 0.0
         self._streak: Tensor | float = 0.0

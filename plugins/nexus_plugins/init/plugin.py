@@ -14,6 +14,7 @@ from nexus_core.errors import CheckpointError, hint_set
 from nexus_core.paths import PathField
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.processes import is_sharded
+from nexus_core.signatures import Several
 from nexus_plugins._shared.checkpoints.shards import part_of
 from nexus_plugins._shared.parameters import freeze
 from nexus_plugins.init.match import Match, check_rule, match, renamed
@@ -38,20 +39,24 @@ class InitConfig(PluginConfig):
         description="source: a run or checkpoint, an exported folder, a safetensors file or a "
         "folder of them, as from Hugging Face"
     )
-    ema: bool = Field(False, description="use the checkpoint's averaged weights (plugin ema)")
+    ema: bool = Field(
+        default=False, description="use the checkpoint's averaged weights (plugin ema)"
+    )
     strict: bool = Field(
-        True,
+        default=True,
         description="require every selected tensor in both model and source, with equal shapes; "
         "false: load what fits, and report the rest",
     )
     map: dict[str, str] = Field(
-        {},
+        default={},
         description="renames tensors of the source: a pattern to a name, in which each * stands "
         "for what the pattern's * matched; the first match applies",
     )
-    only: tuple[str, ...] = Field((), description="patterns of names to load; none: all")
-    skip: tuple[str, ...] = Field((), description="patterns of names not to load")
-    freeze: tuple[str, ...] = Field((), description="patterns of names of parameters to freeze")
+    only: Several[str] = Field(default=(), description="patterns of names to load; none: all")
+    skip: Several[str] = Field(default=(), description="patterns of names not to load")
+    freeze: Several[str] = Field(
+        default=(), description="patterns of names of parameters to freeze"
+    )
 
     @field_validator("map")
     @classmethod
@@ -68,10 +73,10 @@ class InitPlugin(Plugin[InitConfig]):
     has its own. Only safetensors are read, through no link, and nothing in them is executed.
     """
 
+    config_class = InitConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: InitConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._taken: int | None = None  # how many tensors were
         self._note: str | None = None  # waits for the loggers
 

@@ -12,6 +12,7 @@ from nexus_core.bases import loss as bases
 from nexus_core.batches import batch_size
 from nexus_core.errors import ConfigError
 from nexus_core.plugin import StateDict, hookimpl
+from nexus_core.signatures import Lax
 from nexus_plugins._shared.calls import Call, callee
 from nexus_plugins.loss.criterion import Criterion, Given
 
@@ -33,17 +34,17 @@ class LossConfig(Call, bases.LossConfig):
     )
 
     target: str | int | None = Field(
-        None,
+        default=None,
         description="key or index of the targets in a batch; null: the second of a pair, or the "
         "entry target, targets, label, labels or y of a dict",
     )
-    units: Call | None = Field(
-        None,
+    units: Lax[Call] | None = Field(
+        default=None,
         description='what the loss sums over: "rows", or a function of the targets that counts '
         "units; null: the loss is a mean",
     )
-    metrics: dict[str, Call] = Field(
-        {},
+    metrics: Lax[dict[str, Call]] = Field(
+        default={},
         description="functions of output and targets to log next to the loss, by name",
         json_schema_extra={"resume": "ignored"},
     )
@@ -65,10 +66,10 @@ class LossPlugin(bases.Loss[LossConfig]):
     `batch` gets the whole batch.
     """
 
+    config_class = LossConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: LossConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         target = self.config.target
         self._criterion = Criterion(self.name, self.config, target, self.config.units)
         self._metrics = {

@@ -37,23 +37,23 @@ class LossDpoConfig(LossConfig):
     """Settings of the preference loss."""
 
     variant: Literal["sigmoid", "robust", "hinge", "ipo"] = Field(
-        "sigmoid", description="loss as a function of a pair's margin"
+        default="sigmoid", description="loss as a function of a pair's margin"
     )
     beta: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="strength of the KL constraint: lower lets the model move further from the "
         "reference",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="assumed share of pairs with flipped preferences"
+        default=0.0, ge=0, lt=0.5, description="assumed share of pairs with flipped preferences"
     )
     reference: Literal["auto", "adapters", "copy", "none"] = Field(
-        "auto",
+        default="auto",
         description="'adapters': the model with its adapters disabled; 'copy': a frozen copy of "
         "the initial model; 'auto': the first that is possible; 'none': no reference",
     )
-    ignore_index: int = Field(-100, description="label of ignored positions")
+    ignore_index: int = Field(default=-100, description="label of ignored positions")
 
 
 class LossDpoPlugin(Loss[LossDpoConfig]):
@@ -68,10 +68,11 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         log-probabilities are means over tokens.
     """
 
+    config_class = LossDpoConfig
     api_version: ClassVar[str] = "1.2"
 
-    def __init__(self, config: LossDpoConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.config.label_smoothing and self.config.variant in ("hinge", "ipo"):
             raise ConfigError(
                 f"loss_dpo.label_smoothing is for the variants sigmoid and robust, but this one is "

@@ -26,18 +26,18 @@ class LrFinderConfig(PluginConfig):
     """Settings of the range test."""
 
     start: float = Field(
-        1e-6,
+        default=1e-6,
         gt=0,
         description="learning rate of the first step, for the first parameter group; the others "
         "keep their ratio to it",
     )
-    end: float = Field(1.0, gt=0, description="learning rate of the last step, likewise")
-    steps: int = Field(100, ge=FEWEST, description="number of steps, unless it stops early")
+    end: float = Field(default=1.0, gt=0, description="learning rate of the last step, likewise")
+    steps: int = Field(default=100, ge=FEWEST, description="number of steps, unless it stops early")
     smoothing: float = Field(
-        0.8, ge=0, lt=1, description="decay of the loss's running mean per step"
+        default=0.8, ge=0, lt=1, description="decay of the loss's running mean per step"
     )
     diverged: float = Field(
-        4.0, gt=1, description="stop when the running mean is this many times its minimum"
+        default=4.0, gt=1, description="stop when the running mean is this many times its minimum"
     )
 
     @model_validator(mode="after")
@@ -57,11 +57,11 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
     the stop at a multiple of the least loss and the tenth of the minimum are those of fastai.
     """
 
+    config_class = LrFinderConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "lr"
 
-    def __init__(self, config: LrFinderConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._begin: int | None = None
         self._losses: list[float] = []
         self._pending: list[Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from pydantic import ConfigDict, Field
@@ -38,11 +38,13 @@ class LrTorchConfig(PluginConfig):
         "scheduler or function itself"
     )
     settings: dict[str, Setting] = Field(
-        {}, description="arguments for building the scheduler, besides the optimizer"
+        default={}, description="arguments for building the scheduler, besides the optimizer"
     )
-    every: Every = Field("step", description="when to step it; a timm scheduler counts both itself")
+    every: Every = Field(
+        default="step", description="when to step it; a timm scheduler counts both itself"
+    )
     metric: str | None = Field(
-        None,
+        default=None,
         description="evaluation metric (val/accuracy) or training metric (train/loss) for a "
         "scheduler that needs one; null: val/loss",
     )
@@ -63,8 +65,14 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
             one of it, or a list of these for several optimizers.
     """
 
+    config_class = LrTorchConfig
     slot: ClassVar[str | None] = "lr"
     state_version: ClassVar[int] = 2
+
+    if TYPE_CHECKING:
+
+        def __new__(cls, scheduler: Any = None, /, **settings: Any) -> Self:
+            """What `__init__` takes: more than settings."""
 
     def __init__(self, scheduler: Any = None, /, **settings: object) -> None:
         config = scheduler if isinstance(scheduler, LrTorchConfig) else None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from nexus_core.plugin import PluginConfig
+from nexus_core.signatures import Several
 from nexus_plugins.model_nexus.block import LayerKind
 
 __all__ = ["NEXUSConfig"]
@@ -17,108 +18,137 @@ CLASSIC = {"n_predicates": 32, "n_rules": 16, "causal": True}
 class NEXUSConfig(PluginConfig):
     """Sizes of the model and its modules; the defaults are those of the full model."""
 
-    vocab_size: int = Field(32_000, ge=1, description="vocabulary size")
-    d_model: int = Field(256, ge=1, description="width of the residual stream")
-    ssm_n_layers: int = Field(6, ge=1, description="layers in the backbone")
-    layers: tuple[LayerKind, ...] = Field(
-        ("ssm",),
+    vocab_size: int = Field(default=32_000, ge=1, description="vocabulary size")
+    d_model: int = Field(default=256, ge=1, description="width of the residual stream")
+    ssm_n_layers: int = Field(default=6, ge=1, description="layers in the backbone")
+    layers: Several[LayerKind] = Field(
+        default=("ssm",),
         min_length=1,
         description="layer types, repeated in this order up to ssm_n_layers: ssm (selective state "
         "space), delta (gated delta rule, which tracks states), window (attention to "
         "the last tokens), mlp",
     )
-    ssm_d_state: int = Field(64, ge=1, description="state size per inner channel")
-    ssm_head_dim: int = Field(64, ge=1, description="inner channels that share one decay rate")
-    ssm_expand: int = Field(2, ge=1, description="inner width of a layer, as a multiple of d_model")
-    ssm_conv_width: int = Field(4, ge=1, description="width of the causal convolution in tokens")
+    ssm_d_state: int = Field(default=64, ge=1, description="state size per inner channel")
+    ssm_head_dim: int = Field(
+        default=64, ge=1, description="inner channels that share one decay rate"
+    )
+    ssm_expand: int = Field(
+        default=2, ge=1, description="inner width of a layer, as a multiple of d_model"
+    )
+    ssm_conv_width: int = Field(
+        default=4, ge=1, description="width of the causal convolution in tokens"
+    )
     ssm_chunk_length: int = Field(
-        64, ge=1, description="tokens per chunk of the scan; only affects speed and rounding"
+        default=64,
+        ge=1,
+        description="tokens per chunk of the scan; only affects speed and rounding",
     )
     delta_products: int = Field(
-        1, ge=1, description="corrections per token of a delta layer; 2 or more can track groups"
+        default=1,
+        ge=1,
+        description="corrections per token of a delta layer; 2 or more can track groups",
     )
-    window: int = Field(128, ge=1, description="tokens that a window layer attends to")
+    window: int = Field(default=128, ge=1, description="tokens that a window layer attends to")
     window_head_dim: int = Field(
-        64,
+        default=64,
         ge=2,
         description="maximum width of its heads: the largest even divisor of d_model up to this",
     )
     mlp_expand: int = Field(
-        4, ge=1, description="inner width of an mlp layer, as a multiple of d_model"
+        default=4, ge=1, description="inner width of an mlp layer, as a multiple of d_model"
     )
-    ngrams: tuple[Annotated[int, Field(ge=2)], ...] = Field(
-        (), description="n-gram lengths whose hashed embeddings are added to each token's"
+    ngrams: Several[Annotated[int, Field(ge=2)]] = Field(
+        default=(), description="n-gram lengths whose hashed embeddings are added to each token's"
     )
-    ngram_buckets: int = Field(16_384, ge=1, description="table entries per n-gram length")
-    recall: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (),
+    ngram_buckets: int = Field(default=16_384, ge=1, description="table entries per n-gram length")
+    recall: Several[Annotated[int, Field(ge=1)]] = Field(
+        default=(),
         description="n-gram lengths for recalling what followed the same n-gram last in the "
         "document",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after each layer")
-    tie_embeddings: bool = Field(True, description="tie the head to the embedding matrix")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout after each layer")
+    tie_embeddings: bool = Field(default=True, description="tie the head to the embedding matrix")
     base_width: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="width at which the learning rate was tuned: logits of wider models are "
         "scaled down accordingly (muP); null: off",
     )
-    norm_eps: float = Field(1e-5, gt=0, description="term added to the mean square in every norm")
+    norm_eps: float = Field(
+        default=1e-5, gt=0, description="term added to the mean square in every norm"
+    )
     world: bool = Field(
-        True, description="enable the world model, which predicts the model's own next states"
+        default=True,
+        description="enable the world model, which predicts the model's own next states",
     )
     d_latent: int = Field(
-        64, ge=1, description="hidden width of the world model; classic: width of its latents"
+        default=64,
+        ge=1,
+        description="hidden width of the world model; classic: width of its latents",
     )
     world_levels: int = Field(
-        3,
+        default=3,
         ge=1,
         description="tokens ahead that the world model rolls out, one after another; classic: "
         "number of distances 1, 2, 4, ... ahead",
     )
     world_heads: int = Field(
-        0, ge=0, description="number of heads that predict tokens 2, 3, ... ahead; not classic"
+        default=0,
+        ge=0,
+        description="number of heads that predict tokens 2, 3, ... ahead; not classic",
     )
-    reason: bool = Field(True, description="enable the reasoner, which chains learned rules")
+    reason: bool = Field(
+        default=True, description="enable the reasoner, which chains learned rules"
+    )
     n_predicates: int = Field(
-        64, ge=1, description="number of facts that the reasoner derives; classic: 32"
+        default=64, ge=1, description="number of facts that the reasoner derives; classic: 32"
     )
     n_rules: int = Field(
-        128, ge=1, description="number of rules that the reasoner applies; classic: 16"
+        default=128, ge=1, description="number of rules that the reasoner applies; classic: 16"
     )
     reasoning_steps: int = Field(
-        3, ge=1, description="maximum steps of the reasoner; may be raised in a trained model"
+        default=3,
+        ge=1,
+        description="maximum steps of the reasoner; may be raised in a trained model",
     )
     energy: bool = Field(
-        True, description="enable the energy module, which refines each token's code as needed"
+        default=True,
+        description="enable the energy module, which refines each token's code as needed",
     )
-    d_code: int = Field(32, ge=1, description="width of the energy module's codes")
+    d_code: int = Field(default=32, ge=1, description="width of the energy module's codes")
     n_memories: int = Field(
-        32,
+        default=32,
         ge=1,
         description="hidden units of a refinement; classic: number of memories in the landscape",
     )
     energy_window: int = Field(
-        8, ge=1, description="number of tokens whose codes a refinement reads; not classic"
+        default=8, ge=1, description="number of tokens whose codes a refinement reads; not classic"
     )
-    max_energy_iters: int = Field(8, ge=1, description="maximum refinements of a token's code")
+    max_energy_iters: int = Field(
+        default=8, ge=1, description="maximum refinements of a token's code"
+    )
     energy_threshold: float = Field(
-        0.01,
+        default=0.01,
         gt=0,
         description="stop refining a token when the predicted gain of further refinements is "
         "below this, in nats; classic: when its code moves less than this",
     )
     causal: bool = Field(
-        False, description="enable the causal module, a probe that learns a graph; classic: true"
+        default=False,
+        description="enable the causal module, a probe that learns a graph; classic: true",
     )
-    n_variables: int = Field(16, ge=2, description="number of variables in the causal graph")
-    variable_names: tuple[str, ...] = Field(
-        (), description="names of these variables; none: numbers"
+    n_variables: int = Field(
+        default=16, ge=2, description="number of variables in the causal graph"
+    )
+    variable_names: Several[str] = Field(
+        default=(), description="names of these variables; none: numbers"
     )
     mechanism_units: int = Field(
-        0, ge=0, description="hidden units of each variable's equation; 0: linear"
+        default=0, ge=0, description="hidden units of each variable's equation; 0: linear"
     )
-    classic: bool = Field(False, description="the original modules, for models trained with them")
+    classic: bool = Field(
+        default=False, description="the original modules, for models trained with them"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -32,13 +32,14 @@ class ModelNexusConfig(NEXUSConfig):
     """The sizes of the model, with the vocabulary left to the data unless it is given."""
 
     vocab_size: int | None = Field(  # type: ignore[assignment]
-        None, ge=1, description="vocabulary size; null: that of the data"
+        default=None, ge=1, description="vocabulary size; null: that of the data"
     )
 
 
 class ModelNexusPlugin(Plugin[ModelNexusConfig]):
     """Trains a `NEXUSCore`, and hands the losses hidden states instead of full logits."""
 
+    config_class = ModelNexusConfig
     slot: ClassVar[str | None] = "model"
     _vocab_size: int | None = None
 

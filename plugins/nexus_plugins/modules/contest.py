@@ -44,7 +44,7 @@ class ContestConfig(PluginConfig):
         "what all contenders on a puzzle have",
     )
     picture: str = Field(
-        "modules.png", description="file in the run's folder that the picture is written to"
+        default="modules.png", description="file in the run's folder that the picture is written to"
     )
 
 
@@ -93,11 +93,11 @@ class ContestPlugin(Plugin[ContestConfig]):
     puzzle is about; it needs matplotlib (`pip install 'nexus-trainer[plot]'`).
     """
 
+    config_class = ContestConfig
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "model"
 
-    def __init__(self, config: ContestConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._contenders = tuple(_contenders(self.config.puzzles))
         self._curves: dict[str, list[list[float]]] = {one.place: [] for one in self._contenders}
         self._looks: tuple[Look, ...] = ()

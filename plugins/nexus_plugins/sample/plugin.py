@@ -11,6 +11,7 @@ from pydantic import Field
 from nexus_core.errors import ConfigError, hint_set
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
 from nexus_core.processes import gather
+from nexus_core.signatures import Several
 from nexus_plugins._shared.sampling import Sampling
 from nexus_plugins.sample.writing import logits_at
 
@@ -26,22 +27,25 @@ NOTE = "sample"  # the title of what loggers get, before the name of the set
 class SampleConfig(PluginConfig):
     """What the model is to continue, and how."""
 
-    prompts: tuple[str, ...] = Field(
-        (), description="prompts to continue; none: starts of rows of the evaluation data"
+    prompts: Several[str] = Field(
+        default=(), description="prompts to continue; none: starts of rows of the evaluation data"
     )
     chat: bool = Field(
-        False, description="send the prompts as user messages, through the data's chat template"
+        default=False,
+        description="send the prompts as user messages, through the data's chat template",
     )
-    rows: int = Field(2, ge=1, description="number of evaluation rows, if there are no prompts")
+    rows: int = Field(
+        default=2, ge=1, description="number of evaluation rows, if there are no prompts"
+    )
     prompt_tokens: int = Field(
-        32, ge=1, description="tokens of each of these rows to use as prompt"
+        default=32, ge=1, description="tokens of each of these rows to use as prompt"
     )
-    tokens: int = Field(64, ge=1, description="maximum tokens to generate per prompt")
+    tokens: int = Field(default=64, ge=1, description="maximum tokens to generate per prompt")
     temperature: float = Field(
-        0.8, ge=0, description="sampling temperature; 0: always the most likely token"
+        default=0.8, ge=0, description="sampling temperature; 0: always the most likely token"
     )
     top_k: int | None = Field(
-        None, ge=1, description="sample among this many most likely tokens; null: all"
+        default=None, ge=1, description="sample among this many most likely tokens; null: all"
     )
 
 
@@ -53,6 +57,7 @@ class SamplePlugin(Plugin[SampleConfig]):
     touched. All positions are computed anew for each token: keep `tokens` small.
     """
 
+    config_class = SampleConfig
     api_version: ClassVar[str] = "1.2"
     _done_at: int = -1
 

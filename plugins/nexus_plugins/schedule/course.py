@@ -21,10 +21,13 @@ class Course(PluginConfig):
 
     start: float = Field(description="value at the start, in the unit of the target")
     end: float = Field(description="value at the end")
-    over: IntervalField = Field(Interval(100, "%"), description="length of the change")
-    begin: IntervalField | None = Field(None, description="delay before the change; null: none")
+    over: IntervalField = Field(default=Interval(100, "%"), description="length of the change")
+    begin: IntervalField | None = Field(
+        default=None, description="delay before the change; null: none"
+    )
     shape: Literal["linear", "cosine", "exponential", "step"] = Field(
-        "linear", description="shape of the change; exponential: by equal factors; step: at its end"
+        default="linear",
+        description="shape of the change; exponential: by equal factors; step: at its end",
     )
 
     @model_validator(mode="after")

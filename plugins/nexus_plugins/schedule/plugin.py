@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 
 from nexus_core import ConfigError, Plugin, PluginConfig, hookimpl
 from nexus_core.errors import suggestion
+from nexus_core.signatures import Lax
 from nexus_plugins.schedule.course import Course
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ScheduleConfig(PluginConfig):
     """Settings of the scheduled numbers."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    rules: tuple[RuleConfig, ...] = Field(min_length=1, description="one schedule per value")
+    rules: Lax[tuple[RuleConfig, ...]] = Field(min_length=1, description="one schedule per value")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
     the schedule of the run as ever.
     """
 
+    config_class = ScheduleConfig
     _settings: list[_Place]
     _attributes: list[_Place]
 

@@ -85,6 +85,7 @@ class Recorded:
 class _HeardPlugin(Logger[LoggerConfig]):
     """Keeps what a run logs and evaluates, as loggers get it."""
 
+    config_class = LoggerConfig
     name: ClassVar[str] = "heard_again"
 
     def __init__(self) -> None:

@@ -30,28 +30,28 @@ class TapeConfig(PluginConfig):
     """How much of a run is written down, and how often."""
 
     every: int = Field(
-        1,
+        default=1,
         ge=1,
         description="steps between digests of gradient, weights, optimizer and plugins; batches, "
         "generators and losses are recorded every step",
     )
     modules: int = Field(
-        2, ge=0, description="depth of the module path: 2 separates blocks.0 from blocks.1"
+        default=2, ge=0, description="depth of the module path: 2 separates blocks.0 from blocks.1"
     )
     witness: IntervalField | None = Field(
-        None,
+        default=None,
         description="interval for logging a hash of all weights, `weights/hash`; in a run in "
         "cells it is the same on any number of processes; null: never",
         json_schema_extra=_IGNORED,
     )
     at_once: bool = Field(
-        False,
+        default=False,
         description="write each line within its step, which syncs with the device; otherwise "
         "lines are read with logs and saves, except on a CPU",
         json_schema_extra=_IGNORED,
     )
     file: PathText = Field(
-        lines.FILE,
+        default=lines.FILE,
         min_length=1,
         description="file name in the run folder",
         json_schema_extra=_IGNORED,
@@ -94,11 +94,11 @@ class TapePlugin(Plugin[TapeConfig]):
     they are those of all, in the order of the cells, and the tape is that of one process.
     """
 
+    config_class = TapeConfig
     api_version: ClassVar[str] = "1.2"
     only_watches: ClassVar[bool] = True  # a branch begins a tape of its own
 
-    def __init__(self, config: TapeConfig | None = None, /, **settings: object) -> None:
-        super().__init__(config, **settings)
+    def __post_init__(self) -> None:
         self._chain = ""
         self._batches: list[str] = []
         self._inputs: list[list[Tensor]] = []  # of each batch, what is on a device already

@@ -19,9 +19,13 @@ __all__ = ["GradientNoiseConfig", "GradientNoisePlugin"]
 class GradientNoiseConfig(PluginConfig):
     """Settings of the noise."""
 
-    eta: float = Field(0.01, ge=0, description="variance of the noise in the first step; 0: none")
-    gamma: float = Field(0.55, ge=0, description="exponent of the variance's fall with the steps")
-    seed: int = Field(0, ge=0, description="of the noise, beside the seed of the run")
+    eta: float = Field(
+        default=0.01, ge=0, description="variance of the noise in the first step; 0: none"
+    )
+    gamma: float = Field(
+        default=0.55, ge=0, description="exponent of the variance's fall with the steps"
+    )
+    seed: int = Field(default=0, ge=0, description="of the noise, beside the seed of the run")
 
 
 class GradientNoisePlugin(Plugin[GradientNoiseConfig]):
@@ -37,6 +41,7 @@ class GradientNoisePlugin(Plugin[GradientNoiseConfig]):
     Networks", with their gamma; they choose eta from 0.01, 0.3 and 1.
     """
 
+    config_class = GradientNoiseConfig
     api_version = "1.2"
     after = ("clip",)  # where both are at the stage that limits gradients
     conflicts = ("fsdp",)  # each process has parts of the gradients there: the noise would repeat

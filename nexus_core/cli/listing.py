@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoints
@@ -145,8 +146,8 @@ def show_plugin(word: str) -> str:
     settings = list(_settings(plugin.config_class))
     return "\n".join(
         [
-            f"{name}: {inspect.cleandoc(plugin.__doc__ or '')}",
-            *("", *(f"{fact:<11}{said}" for fact, said in facts.items() if said)),
+            folded(_paragraphs(f"{name}: {inspect.cleandoc(plugin.__doc__ or '')}")),
+            *("", *(f"{fact:<11}{folded(said, 11)}" for fact, said in facts.items() if said)),
             *("", "settings" if settings else "no settings"),
             *settings,
             *("", "hooks, in the order of a run"),
@@ -182,11 +183,17 @@ def _settings(model: type[BaseModel], indent: str = "  ") -> Iterator[str]:
     """Two lines for each field, and below them those of a block of settings within it."""
     for key, field in model.model_fields.items():
         kind = " ".join([_type(field.annotation), *_bounds(field)])
-        yield f"{indent}{key}: {kind}, {_default(field)}"
-        yield f"{indent}    {field.description or 'no description'}"
+        said = folded(field.description or "no description", len(indent) + 4)
+        yield indent + folded(f"{key}: {kind}, {_default(field)}", len(indent))
+        yield f"{indent}    {said}"
         for block in _blocks(field.annotation):
             yield f"{indent}    {block.__name__}"
             yield from _settings(block, indent + "      ")
+
+
+def _paragraphs(doc: str) -> str:
+    """The text with each of its paragraphs on one line; lists and code stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=[^\s*+|-])", " ", doc) if sys.stdout.isatty() else doc
 
 
 def _default(field: FieldInfo) -> str:
@@ -209,7 +216,8 @@ def _hooks(plugin: type[AnyPlugin]) -> Iterator[str]:
         if method is not None:
             roles = [said for role, said in ROLES.items() if method.nexus_impl[role]]
             doc = _first_line(method.__doc__ or getattr(Hooks, hook).__doc__)
-            yield f"  {hook:<16} {doc}" + "".join(f" [{role}]" for role in roles)
+            said = doc + "".join(f" [{role}]" for role in roles)
+            yield f"  {hook:<16} {folded(said, 19)}"
 
 
 def _state(plugin: type[AnyPlugin]) -> str:

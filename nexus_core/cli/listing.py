@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoints
@@ -139,11 +140,11 @@ def show_plugin(word: str) -> str:
         **{rule: ", ".join(getattr(plugin, rule)) for rule in RULES},
         "state": _state(plugin),
     }
-    settings = list(settings_lines(plugin.config_class))
+    settings = [_indented(line) for line in settings_lines(plugin.config_class)]
     return "\n".join(
         [
-            f"{name}: {inspect.cleandoc(own_doc(plugin))}",
-            *("", *(f"{fact:<11}{said}" for fact, said in facts.items() if said)),
+            folded(_paragraphs(f"{name}: {inspect.cleandoc(own_doc(plugin))}")),
+            *("", *(f"{fact:<11}{folded(said, 11)}" for fact, said in facts.items() if said)),
             *("", "settings" if settings else "no settings"),
             *settings,
             *("", "hooks, in call order"),
@@ -175,13 +176,25 @@ def _loaded(name: str, scanned: EntryPoints) -> Listed:
     return replace(found, what=what, group=group_of(plugin), slot=plugin.slot or "")
 
 
+def _indented(line: str) -> str:
+    """The line, folded to its own indent."""
+    indent = len(line) - len(line.lstrip())
+    return line[:indent] + folded(line.lstrip(), indent)
+
+
+def _paragraphs(doc: str) -> str:
+    """The text with each of its paragraphs on one line; lists and code stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=[^\s*+|-])", " ", doc) if sys.stdout.isatty() else doc
+
+
 def _hooks(plugin: type[AnyPlugin]) -> Iterator[str]:
     for hook in HOOK_NAMES:
         method = getattr(plugin, hook, None)
         if method is not None:
             roles = [said for role, said in ROLES.items() if method.nexus_impl[role]]
             doc = _first_line(method.__doc__ or getattr(Hooks, hook).__doc__)
-            yield f"  {hook:<16} {doc}" + "".join(f" [{role}]" for role in roles)
+            said = doc + "".join(f" [{role}]" for role in roles)
+            yield f"  {hook:<16} {folded(said, 19)}"
 
 
 def _state(plugin: type[AnyPlugin]) -> str:

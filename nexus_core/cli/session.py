@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 import time
 import unicodedata
 import warnings
@@ -136,7 +137,8 @@ def _say_at_once(engine: Engine, text: str) -> None:
     """Print a line to stderr, even if a print was interrupted."""
     if engine.ranks.is_main:
         with suppress(OSError):
-            os.write(2, f"\n{text}\n".encode(errors="backslashreplace"))
+            lines = folded(text, stream=sys.stderr)
+            os.write(2, f"\n{lines}\n".encode(errors="backslashreplace"))
 
 
 def _kept(engine: Engine) -> str:

@@ -81,7 +81,9 @@ def as_number(value: float | None) -> str:
     """A metric with its significant digits; empty for None."""
     if value is None:
         return ""
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
 
 
 def _visible(text: str) -> str:

@@ -25,6 +25,17 @@ __all__ = ["TensorboardConfig", "TensorboardPlugin"]
 _MARKUP = re.compile(r"[\\`*_#\[\]]")  # what the Text tab, which reads Markdown, would not show
 
 
+CHARTS = {
+    "training loss": r"train/total_loss$",
+    "evaluation loss": r"(?!train/|system/)[^/]+/loss$",
+    "bits per byte": r"[^/]+/bits_per_byte$",
+    "learning rate": r"train/learning_rate",
+    "tokens per second": r"system/throughput_tokens_per_sec$",
+    "gradient norm": r"train/grad_norm$",
+}
+"""The charts of the Custom Scalars tab, in order, by what their metrics are called."""
+
+
 class TensorboardConfig(LoggerConfig):
     """Settings of the TensorBoard files."""
 
@@ -39,15 +50,17 @@ class TensorboardConfig(LoggerConfig):
 
 
 class TensorboardPlugin(Logger[TensorboardConfig]):
-    """Writes logs and evaluations as scalars, notes as text, the config as text and as HParams.
+    """Writes logs and evaluations as scalars, notes as text and images, the config as HParams.
 
-    Changes nothing in training. On resuming, TensorBoard is told to forget the points of steps
-    that will be done again. Look at it with `tensorboard --logdir OUT/tensorboard`.
+    Changes nothing in training. The Custom Scalars tab begins with the loss. On resuming,
+    TensorBoard is told to forget the points of steps that will be done again. Look at it with
+    `tensorboard --logdir OUT/tensorboard`.
     """
 
     config_class = TensorboardConfig
     writes_files = True
     _writer: FileWriter | None = None
+    _tags: frozenset[str] = frozenset()
 
     def open(self, engine: Engine) -> None:
         """Begin an event file, with the point that it takes up, and the config."""
@@ -67,17 +80,28 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
             shown = yaml12.dump(engine.config).replace("\n", "\n    ")
             writer.add_summary(text("config", f"    {shown}"), step)  # type: ignore[no-untyped-call]
             settings = dict(_flat(engine.config))
-            table = hparams(settings, {"val/loss": 0.0})  # type: ignore[no-untyped-call]
-            for summary in table:
-                writer.add_summary(summary, step)
-        self._writer = writer
+            settings.pop("out", None)  # each run has its own
+            # Without a summary of the experiment TensorBoard looks for what differs between runs.
+            _, begun, _ = hparams(settings, {})  # type: ignore[no-untyped-call]
+            writer.add_summary(begun, step)
+        self._writer, self._tags = writer, frozenset()
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Write all metrics as one event."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from torch.utils.tensorboard.summary import custom_scalars
 
         if self._writer is None:
             return
+        if metrics.keys() - self._tags:
+            self._tags = self._tags.union(metrics)
+            charts = {
+                title: ["Multiline", [pattern]]
+                for title, pattern in CHARTS.items()
+                if any(re.match(pattern, tag) for tag in self._tags)
+            }
+            layout = custom_scalars({"run": charts})  # type: ignore[no-untyped-call]
+            self._writer.add_summary(layout, engine.state.step)
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         self._writer.add_summary(Summary(value=values), engine.state.step)
 
@@ -120,10 +144,10 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float]]:
-    """The leaves of a config under dotted keys."""
+    """The leaves of a config under dotted keys, as `--set` takes them."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat(value, "" if (prefix, key) == ("", "plugins") else f"{prefix}{key}.")
         elif isinstance(value, str | bool | int | float):
             yield f"{prefix}{key}", value
         else:

@@ -14,6 +14,8 @@ import PIL.Image
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 from torch import nn
 
@@ -86,13 +88,38 @@ def test_a_new_run_in_an_old_folder_replaces_the_old_curve(tmp_path: Path) -> No
 
 def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
     """Breaks if curves cannot be told apart by their settings in TensorBoard."""
-    config = {"seed": 0, "plugins": {"optim_adamw": {"lr": 0.25, "groups": []}}}
+    config = {"seed": 0, "out": "x", "plugins": {"optim_adamw": {"lr": 0.25, "groups": []}}}
     engine_of(tmp_path, config=config).fit(DATA, until="2 steps")
     events = read(tmp_path)
     (text,) = events.Tensors("config/text_summary")
     assert "lr: 0.25" in text.tensor_proto.string_val[0].decode()
     hparams = events.summary_metadata["_hparams_/session_start_info"]
-    assert b"plugins.optim_adamw.lr" in hparams.plugin_data.content
+    content = HParamsPluginData.FromString(hparams.plugin_data.content)
+    assert content.session_start_info.hparams["optim_adamw.lr"].number_value == 0.25
+    assert set(content.session_start_info.hparams) == {
+        "seed",
+        "optim_adamw.lr",
+        "optim_adamw.groups",
+    }
+    assert "_hparams_/experiment" not in events.summary_metadata, "which would hide what differs"
+
+
+def test_the_custom_scalars_begin_with_the_loss_and_show_no_empty_chart(tmp_path: Path) -> None:
+    """Breaks if what is looked at first has to be searched for; read as TensorBoard reads it."""
+    result = engine_of(tmp_path).fit(DATA, until="4 steps", eval_data={"val": DATA, "test": DATA})
+    last = read(tmp_path).Tensors("custom_scalars__config__")[-1]
+    (category,) = Layout.FromString(last.tensor_proto.string_val[0]).category
+    shown = {
+        chart.title: [
+            name for name in result.metrics for tag in chart.multiline.tag if re.match(tag, name)
+        ]
+        for chart in category.chart
+    }
+    assert list(shown.items()) == [
+        ("training loss", ["train/total_loss"]),
+        ("evaluation loss", ["val/loss", "test/loss"]),
+        ("learning rate", ["train/learning_rate"]),
+    ]
 
 
 def test_without_a_folder_the_run_does_not_start() -> None:

@@ -105,7 +105,9 @@ def _plugins_section(_: str) -> str:
         rows = [(_linked(plugin.name, "plugins/"), _purpose(plugin)) for plugin in members]
         pages = [f"{plugin.name} <plugins/{plugin.name}>" for plugin in members]
         table = _table(("plugin", "what it does"), rows)
-        said += [f"## {group.capitalize()}", "\n".join(table), _toctree(pages)]
+        slots = {plugin.slot for plugin in members}
+        slot = [f"A run has at most one of them: they fill the slot `{slots.pop()}`."] if slots - {None} else []
+        said += [f"## {group.capitalize()}", *slot, "\n".join(table), _toctree(pages)]
     return "\n\n".join(said)
 
 

@@ -18,6 +18,8 @@ import sys
 import termios
 from collections.abc import Callable
 from io import BytesIO, StringIO
+from itertools import groupby
+from math import log
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +38,7 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs/images"
 GRAY, BLUE, GREEN, ORANGE = "#8a8f98", "#5c6bc0", "#26a69a", "#ef8a3c"  # seen on white and black
-COLUMNS, LINES = 96, 400
+COLUMNS, LINES = 104, 400
 
 
 # -- the terminal
@@ -80,13 +82,17 @@ def _recorded(command: list[str], folder: Path) -> pyte.Screen:
 
 
 def _line(cells: dict[int, Char]) -> Text:
+    """A row of the screen, as few pieces as it has styles."""
     text = Text()
-    for column in range(COLUMNS):
-        cell = cells[column]
-        color = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")
-        text.append(cell.data, Style(color=color, bold=cell.bold))
+    for style, piece in groupby((cells[column] for column in range(COLUMNS)), key=_style):
+        text.append("".join(cell.data for cell in piece), style)
     text.rstrip()
     return text
+
+
+def _style(cell: Char) -> Style:
+    color = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")
+    return Style(color=color, bold=cell.bold)
 
 
 # -- curves
@@ -96,13 +102,12 @@ def quickstart() -> None:
     """Bits per byte over the run that `terminal` recorded."""
     lines = [json.loads(line) for line in (IMAGES / "quickstart.jsonl").read_text().splitlines()]
     figure, axes = _figure(6.4, 3.0)
-    for key, color, name in (
-        ("train/bits_per_byte", BLUE, "training"),
-        ("val/bits_per_byte", ORANGE, "held out"),
-    ):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        style = "-" if key.startswith("train") else "o-"
-        axes.plot(*zip(*points, strict=True), style, color=color, label=name, lw=1.6, ms=4)
+    training = [(n["step"], n["train/lm_loss"] / log(2)) for n in lines if "train/lm_loss" in n]
+    held_out = [(n["step"], n["val/bits_per_byte"]) for n in lines if "val/bits_per_byte" in n]
+    axes.plot(*zip(*training, strict=True), color=BLUE, label="training", lw=1.6)
+    axes.plot(*zip(*held_out, strict=True), "o", color=ORANGE, label="held out", ms=5)
+    for step, bits in held_out:
+        axes.annotate(f"{bits:.2f}", (step, bits), (0, 8), textcoords="offset points", color=ORANGE)
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
     axes.legend(frameon=False, labelcolor=GRAY)
     _save(figure, IMAGES / "quickstart.svg")

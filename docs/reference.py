@@ -106,7 +106,9 @@ def _plugins_section(_: str) -> str:
         rows = [(_linked(plugin.name, "plugins/"), _purpose(plugin)) for plugin in members]
         pages = [f"{plugin.name} <plugins/{plugin.name}>" for plugin in members]
         table = _table(("plugin", "what it does"), rows)
-        said += [f"## {group.capitalize()}", "\n".join(table), _toctree(pages)]
+        slots = {plugin.slot for plugin in members}
+        slot = [f"A run has at most one of them: they fill the slot `{slots.pop()}`."] if slots - {None} else []
+        said += [f"## {group.capitalize()}", *slot, "\n".join(table), _toctree(pages)]
     return "\n\n".join(said)
 
 
@@ -218,7 +220,8 @@ def _example(path: Path) -> str:
 def _api_section(place: str) -> str:
     """Every public name of a module with its docstring, or one name of a module."""
     try:
-        names = [f"{place}.{name}" for name in import_module(place).__all__]
+        exported = nexus_core._HOME if place != "nexus_core" else {}
+        names = [f"{place}.{n}" for n in import_module(place).__all__ if n not in exported]
     except ModuleNotFoundError:
         names = [place]
     groups: dict[str, list[str]] = {}
@@ -246,7 +249,7 @@ def _part(name: str) -> str:
 def _documented(name: str) -> str:
     module, _, last = name.rpartition(".")
     thing = getattr(import_module(module), last)
-    if inspect.isclass(thing):
+    if inspect.isclass(thing) and thing.__module__.startswith("nexus"):  # `Batch` is typing's Any
         said = f".. autoclass:: {name}\n   :members:\n   :exclude-members: model_config"
     elif inspect.isroutine(thing):
         said = f".. autofunction:: {name}"

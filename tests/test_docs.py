@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -30,8 +31,9 @@ from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
+import nexus_core
 from docs.reference import first_party, with_reference
-from nexus_core import Engine, NexusError, PluginError
+from nexus_core import Engine, NexusError, PluginError, testing
 from nexus_core.cli.build import build_plugins
 from nexus_core.cli.config import RunConfig
 from nexus_core.cli.local import plugin_class
@@ -355,6 +357,27 @@ def test_reference_shows_the_engine_and_every_hook() -> None:
     assert re.findall(r"^### `(\w+)`", hooks, flags=re.M) == list(HOOK_NAMES)
     assert [hook for hook in HOOK_NAMES if hook.upper() not in loop] == []
     assert '"1000 steps"' in config, "intervals are shown as they are written"
+
+
+def test_every_public_name_and_command_is_in_the_reference() -> None:
+    """Red when a page of the API or of the commands lost its marker, or a name has no words."""
+    pages = {page.stem: with_reference(page.read_text()) for page in (DOCS / "api").glob("*.md")}
+    for module, page in {nexus_core: "index", testing: "testing"}.items():
+        assert [n for n in module.__all__ if not re.search(rf"\.{n}\b", pages[page])] == []
+    below = re.findall(r"py:data:: nexus_core\.(\w+)\n\n   (\w)", pages["index"])
+    assert dict(below).keys() == {"Batch", "IntervalField", "StateDict"}
+    commands = with_reference((DOCS / "commands.md").read_text())
+    extra = {f"nexus-run {entry.name}" for entry in entry_points(group="nexus.commands")}
+    found = set(re.findall(r"^## `(.+)`$", commands, flags=re.M))
+    assert found >= {*extra, "nexus-run", "nexus-plugins check", "nexus-data prepare"}
+
+
+def test_the_readme_of_a_release_leads_into_the_repository() -> None:
+    absolute = runpy.run_path(str(ROOT / ".ci/absolute_links.py"))["absolute"]
+    text = absolute((ROOT / "README.md").read_text(), "https://example.org/it", "v1")
+    assert "![A terminal" in text
+    assert re.findall(r"\]\((?!https://)", text) == []
+    assert "(https://example.org/it/raw/v1/docs/images/terminal.svg)" in text
 
 
 def test_a_page_without_a_marker_stays_as_it_is() -> None:

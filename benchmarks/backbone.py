@@ -28,15 +28,15 @@ import argparse
 import gc
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from nexus_core.cli.memory import peak_resident
 
 VOCABULARY = 32_000
 WIDTH = 256
@@ -207,7 +207,7 @@ def serve(connection: Connection, case: Case) -> None:
 
     torch.manual_seed(0)
     step = (loss_step if case.name in LOSSES else model_step)(case)
-    built = _peak_memory_mb()
+    built = peak_resident() / 2**20
     step()
     connection.send(0.0)
     while connection.recv():
@@ -215,13 +215,7 @@ def serve(connection: Connection, case: Case) -> None:
         begin = time.perf_counter()
         step()
         connection.send(time.perf_counter() - begin)
-    connection.send(_peak_memory_mb() - built)
-
-
-def _peak_memory_mb() -> float:
-    in_kilobytes = sys.platform != "darwin"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if in_kilobytes else peak / 1024**2
+    connection.send(peak_resident() / 2**20 - built)
 
 
 def measure(cases: list[Case], rounds: int) -> list[Measurement]:

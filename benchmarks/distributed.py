@@ -38,7 +38,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -60,6 +59,7 @@ from torch.optim import AdamW
 
 from nexus_core import Engine, Plugin
 from nexus_core.cells import Cells, edges
+from nexus_core.cli.memory import peak_resident
 from nexus_core.processes import whole
 from nexus_plugins._shared.cell_sums import nodes_of
 from nexus_plugins.clip import ClipPlugin
@@ -215,7 +215,7 @@ def peaks(problem: Problem, case: str, cells: int) -> Times:
         for _ in range(4):
             next(steps)
     found = torch.zeros(size, dtype=torch.float64)
-    found[rank] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found[rank] = float(peak_resident())
     if size > 1:
         dist.all_reduce(found)
     return found.tolist()

@@ -13,8 +13,10 @@ of 2,048 tokens:
     mamba2         of transformers, with its Triton kernels where they are installed
 
 Trainers, each of them training that gpt2: a loop by hand ("bare"), our engine with clip, jsonl and
-amp, Lightning, and the Trainer of Hugging Face. Nobody loads data: all pull ready batches from one
-iterable, page-locked on CUDA, which waits for the device and notes the time at every tenth pull.
+amp, the same with the gradient of each step replayed from a CUDA graph ("engine+graph"), Lightning,
+and the Trainer of Hugging Face. The engine trains nexus too, with and without the graph. Nobody
+loads data: all pull ready batches from one iterable, page-locked on CUDA, which waits for the
+device and notes the time at every tenth pull.
 
 Each case has a process of its own, and they take turns from round to round. A figure is the median
 over the rounds, with the least and the most. MFU is the arithmetic of a step's matrix products and
@@ -220,16 +222,24 @@ def bare(run: Run) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def engine(run: Run) -> None:
+def engine(run: Run, step_graph: bool = False) -> None:
     """Our engine, embedded."""
     from nexus_core.plan import load
 
     plugins = [load("amp")(), load("clip")(max_norm=MAX_NORM), load("jsonl")()]
+    if step_graph:
+        plugins.append(load("compile")(step_graph=True, backend="eager"))  # makes no code
     made = Engine(
         run.model, run.optimizer(), loss=run.loss_of, plugins=plugins, log_every=10**6,
         out=run.folder, device=run.device,
     )  # fmt: skip
     made.fit(run.feed, until=run.feed.length)
+
+
+def engine_with_graph(run: Run) -> None:
+    """Our engine, the gradient of each step replayed from a CUDA graph."""
+    with torch.compiler.set_stance("force_eager"):
+        engine(run, step_graph=True)
 
 
 def lightning(run: Run) -> None:
@@ -290,6 +300,7 @@ def transformers(run: Run) -> None:
 TRAINERS: dict[str, Callable[[Run], None]] = {
     "bare": bare,
     "engine": engine,
+    "engine+graph": engine_with_graph,
     "lightning": lightning,
     "transformers": transformers,
 }
@@ -316,7 +327,18 @@ class Case:
         return f"pip install {' '.join(absent)}" if absent else ""
 
 
-CASES = [*(Case(model, "bare") for model in MODELS), *(Case("gpt2", name) for name in TRAINERS)]
+CASES = [
+    *(Case(model, "bare") for model in MODELS),
+    *(Case("nexus", name) for name in ("engine", "engine+graph")),
+    *(Case("gpt2", name) for name in TRAINERS),
+]
+
+
+def missing(case: Case, device: str) -> str:
+    """Why a case does not run on a device; nothing where it does."""
+    has_graphs = hasattr(torch.get_device_module(device), "CUDAGraph")
+    no_graphs = "" if has_graphs else f"{device} has no graphs"
+    return case.missing or (no_graphs if case.trainer == "engine+graph" else "")
 
 
 @dataclass(frozen=True)
@@ -386,8 +408,8 @@ def serve(connection: Connection, case: Case, size: str, device: str) -> None:
 def measure(size: str, device: str, rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """The figures of every case by round, and why the others did not run."""
     context = multiprocessing.get_context("spawn")
-    left = {f"{c.model} by {c.trainer}": c.missing for c in CASES if c.missing}
-    cases = [c for c in dict.fromkeys(CASES) if not c.missing]
+    left = {f"{c.model} by {c.trainer}": why for c in CASES if (why := missing(c, device))}
+    cases = [c for c in dict.fromkeys(CASES) if not missing(c, device)]
     found: dict[str, list[Any]] = {}
     for number in range(rounds):
         for case in cases if number % 2 == 0 else reversed(cases):

@@ -20,14 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from nexus_core.cli.memory import peak_resident
 
 VOCABULARY = 32_000
 WIDTH = 256
@@ -133,9 +133,9 @@ def serve(connection: Connection, name: str, threads: int | None) -> None:
         step = nexus_step(CASES[name])
     else:
         step = peer_step() if name == PEER else product_step()
-    built = _peak_memory_mb()
+    built = peak_resident() / 2**20
     step()
-    peak = _peak_memory_mb() - built
+    peak = peak_resident() / 2**20 - built
     counter = FlopCounterMode(display=False)
     with counter:
         step()
@@ -145,12 +145,6 @@ def serve(connection: Connection, name: str, threads: int | None) -> None:
         begin = now()
         step()
         connection.send(now() - begin)
-
-
-def _peak_memory_mb() -> float:
-    in_kilobytes = sys.platform != "darwin"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if in_kilobytes else peak / 1024**2
 
 
 def measure(rounds: int, threads: int | None) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import struct
 import tempfile
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
 from nexus_core import CheckpointError, Engine
+from nexus_core.cli.memory import peak_resident
 from nexus_plugins.checkpoint import CheckpointPlugin, lock
 from nexus_plugins.clip import ClipPlugin
 from nexus_plugins.early_stop import EarlyStopPlugin
@@ -143,13 +143,17 @@ def _work(begin: int, end: int, folder: Path, seed: int, say: Callable[[str], ob
     told = cast(property, Distribution.metadata).fget  # nor does what is said of it
     Distribution.metadata = property(cache(told))  # type: ignore[method-assign,assignment,arg-type]
     torch.set_num_threads(1)
-    before = _peak_kb()
+    before = peak_resident()
     with tempfile.TemporaryDirectory(dir=folder) as room:
         for number in range(begin, end):
             report = {"number": number, "verdict": "begun", "what": "", "memory_kb": 0}
             say(json.dumps(report) + "\n")
             verdict, what = _one(number, folder, Path(room), seed)
-            report |= {"verdict": verdict, "what": what, "memory_kb": _peak_kb() - before}
+            report |= {
+                "verdict": verdict,
+                "what": what,
+                "memory_kb": (peak_resident() - before) // 1024,
+            }
             say(json.dumps(report) + "\n")
 
 
@@ -204,10 +208,6 @@ def _loss(model: nn.Module, batch: Tensor) -> Tensor:
 def _batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     return [torch.randn(4, 2, 6, generator=generator) for _ in range(4)]
-
-
-def _peak_kb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # -- one change

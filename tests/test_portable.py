@@ -54,12 +54,13 @@ from types import SimpleNamespace
 sys.modules["msvcrt"] = SimpleNamespace(LK_NBLCK=2, locking=lambda *_: None)
 """
 IMPORTED = """
-import nexus_core, nexus_plugins, nexus_plugins_contrib
+import benchmarks, nexus_core, nexus_plugins, nexus_plugins_contrib
 seen = 0
-for package in (nexus_core, nexus_plugins, nexus_plugins_contrib):
+for package in (nexus_core, nexus_plugins, nexus_plugins_contrib, benchmarks):
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if found.name.endswith("__main__"):
             continue
+        print("importing", found.name)
         try:
             importlib.import_module(found.name)
         except nexus_core.ConfigError as error:  # its vendor's package is not installed
@@ -103,6 +104,7 @@ def test_every_file_imports_and_a_run_is_resumed_without_posix(tmp_path: Path) -
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "importing benchmarks.mutations" in done.stdout
     assert int(done.stdout.partition("imported ")[2].split()[0]) > 150
     assert "verified 2" in done.stdout, done.stdout[-500:]
     assert "forking, which this system lacks" in done.stderr

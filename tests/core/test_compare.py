@@ -236,6 +236,14 @@ def test_a_variant_is_the_base_with_changes() -> None:
     assert (named.recipe.plugins, named.recipe.sets[-1]) == ("mfu,ema", "until=9 steps")
 
 
+def test_names_that_differ_late_are_two_variants() -> None:
+    """Red when paths of folders that share 80 characters, as in a deep home, are taken for one."""
+    words = [f"lr=1e-3 {'a' * 90}.x={number}" for number in range(2)]
+    folders = {arm.folder for arm in read_arms("quickstart", words)}
+    assert len(folders) == 3
+    assert max(map(len, folders)) == 80
+
+
 TINY = """
 until: 8 steps
 log_every: 4 steps

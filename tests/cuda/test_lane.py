@@ -329,6 +329,54 @@ def test_compiled_code_gives_the_losses_of_eager_code(mode: str, device: torch.d
     assert engine.metrics["compile/graphs"] > 0
 
 
+def replayed(device: torch.device, *plugins: Plugin[Any], step_graph: bool = True) -> Engine:
+    """All five losses, with dropout, in steps of two micro-batches; code is not made."""
+    compiling = CompilePlugin(backend="eager", step_graph=step_graph)
+    settings: dict[str, Any] = {"dropout": 0.1, "accumulate": 2, "rows": 4}
+    pinned = device.type == "cuda"
+    return engine_on(device, *plugins, compiling, pinned=pinned, **settings)
+
+
+def steps_to(engine: Engine, last: int) -> Engine:
+    with torch.compiler.set_stance("force_eager"):
+        for state in engine.steps(until="100 steps"):
+            if state.step == last:
+                break
+    return engine
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "fp16"])
+def test_steps_replayed_from_a_graph_have_the_losses_of_eager_ones(
+    cuda: torch.device, dtype: str | None
+) -> None:
+    """The gradient of a step is one launch, and nothing of it waits."""
+    ends = []
+    for step_graph in (False, True):
+        quiet = QuietPlugin(since=5)
+        amp = [] if dtype is None else [AmpPlugin(dtype=dtype)]
+        plugins = [*amp, ClipPlugin(), GuardPlugin(), EmaPlugin(), DeterministicPlugin(), quiet]
+        engine = steps_to(replayed(cuda, *plugins, step_graph=step_graph), 10)
+        assert quiet.quiet == 5
+        names = [name for name in engine.metrics if name.startswith("train/")]
+        ends.append(({name: engine.metrics[name] for name in names}, weights(engine)))
+    assert engine.metrics["compile/replayed_steps"] >= 6
+    (metrics, eager), (others, graph) = ends
+    assert others == pytest.approx(metrics, rel=1e-2)
+    for name, value in eager.items():
+        torch.testing.assert_close(graph[name], value, rtol=0.05, atol=5e-3, msg=name)
+
+
+def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(cuda: torch.device) -> None:
+    """Its first steps are eager again: a replayed step has the bits of an eager one."""
+    whole = steps_to(replayed(cuda, DeterministicPlugin()), 10)
+    snapshot = steps_to(replayed(cuda, DeterministicPlugin()), 6).state_dict()
+    resumed = replayed(cuda, DeterministicPlugin())
+    resumed.load_state_dict(snapshot)
+    steps_to(resumed, 10)
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[key]), key
+
+
 # -- resumed
 
 

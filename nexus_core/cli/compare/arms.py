@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ __all__ = ["Arm", "read_arms", "seeds_of"]
 
 _LABEL = re.compile(r"(?P<name>[^=:/]+):\s+(?P<rest>\S.*)", re.DOTALL)
 _UNSAFE = re.compile(r"[^\w.=+-]+")
+_LONGEST = 80
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """A folder name for its runs."""
-        return _UNSAFE.sub("_", self.name).strip("._")[:80] or "variant"
+        """A folder name for its runs; names that are alike for long have others still."""
+        name = _UNSAFE.sub("_", self.name).strip("._") or "variant"
+        if len(name) <= _LONGEST:
+            return name
+        return f"{name[: _LONGEST - 9]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def read_arms(

@@ -106,9 +106,10 @@ def _plugins_section(_: str) -> str:
         rows = [(_linked(plugin.name, "plugins/"), _purpose(plugin)) for plugin in members]
         pages = [f"{plugin.name} <plugins/{plugin.name}>" for plugin in members]
         table = _table(("plugin", "what it does"), rows)
-        slots = {plugin.slot for plugin in members}
-        slot = [f"A run has at most one of them: they fill the slot `{slots.pop()}`."] if slots - {None} else []
-        said += [f"## {group.capitalize()}", *slot, "\n".join(table), _toctree(pages)]
+        slots = {plugin.slot for plugin in members if plugin.slot}
+        said += [f"## {group.capitalize()}"]
+        said += [f"A run uses at most one plugin for the slot `{slot}`." for slot in sorted(slots)]
+        said += ["\n".join(table), _toctree(pages)]
     return "\n\n".join(said)
 
 

@@ -133,7 +133,11 @@ class _Configured(Generic[ConfigT]):
             self.config = self.config_class.model_validate(settings) if config is None else config
         except ValidationError as error:
             raise config_error(error, self.name, self.config_class) from None
+        self._set_up()
         self.__post_init__()
+
+    def _set_up(self) -> None:
+        """Set up what a base class needs, even if a subclass has its own `__post_init__`."""
 
     def __post_init__(self) -> None:
         """Set up what the object needs besides `config`, which is set and validated by then."""

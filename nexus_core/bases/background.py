@@ -90,8 +90,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
     _stored: Mapping[str, int] | None = None  # None: not connected
     _broken: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         self._waiting: deque[Line] = deque()  # what has not been sent, in order
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:

@@ -42,7 +42,7 @@ class Loss(Plugin[LossConfigT]):
         if "term" not in cls.__dict__:
             cls.term = cls.name.removeprefix("loss_")
 
-    def __post_init__(self) -> None:
+    def _set_up(self) -> None:
         self.weight = self.config.weight
 
     def units(self, batch: Batch) -> Tensor | float:

@@ -50,7 +50,6 @@ class DdpPlugin(Parallel[DdpConfig]):
     _names: Mapping[str, Tensor] = MappingProxyType({})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.topology_invariant = self.config.sum != "ring"  # type: ignore[misc]  # of this one
 
     @hookimpl(stage="join")

@@ -72,7 +72,6 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     _marks: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.topology_invariant = self.config.sum != "ring"  # type: ignore[misc]  # of this one
 
     @hookimpl(wrapper=True)

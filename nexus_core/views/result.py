@@ -1,0 +1,76 @@
+"""How a run ended, and what was measured in it."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nexus_core.intervals import Interval, TrainState
+from nexus_core.views.history import History, Metrics
+from nexus_core.views.keyboard import INTERRUPTED
+from nexus_core.views.tables import counted, headlines, metric_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Result"]
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """How a run ended: "finished", "interrupted" by Ctrl-C or the stop button of a notebook, or
+    "stopped" early for a reason; the last of every metric, and their history.
+
+    A run whose last evaluation was given up is "stopped" or "interrupted": resumed, it makes it.
+    """
+
+    status: str
+    reason: str
+    step: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+    history: History = field(default_factory=History, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        state: TrainState,
+        horizon: Interval | None,
+        reason: str | None,
+        metrics: Metrics,
+        owed: bool,
+    ) -> Result:
+        """How a run ended whose counters, horizon, reason to stop and metrics these are.
+
+        Args:
+            owed: an evaluation was given up.
+        """
+        done = horizon is not None and horizon.reached(state) and not owed
+        early = "interrupted" if reason in INTERRUPTED else "stopped"
+        return cls(
+            "finished" if done else early,
+            reason or "",
+            state.step,
+            state.tokens,
+            state.seconds,
+            dict(metrics),
+            metrics.history(),
+        )
+
+    def plot(self, *names: str) -> Figure:
+        """Draw the history as `History.plot` does: `result.plot("loss", "accuracy")`."""
+        return self.history.plot(*names)
+
+    def __repr__(self) -> str:
+        return f"<Result {self._how()}: {headlines(self.metrics) or 'no metric'}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{html.escape(self._how())}</b></p>{metric_table(self.metrics)}"
+
+    def _how(self) -> str:
+        """How it ended, in words."""
+        because = f" ({self.reason})" if self.reason else ""
+        much = f"{counted(self.tokens, 'token')}, {self.seconds:,.1f} s"
+        return f"{self.status}{because} at step {self.step:,}, {much}"

@@ -71,6 +71,7 @@ class Result:
 
     def _how(self) -> str:
         """How it ended, in words."""
-        because = f" ({self.reason})" if self.reason else ""
+        said = self.reason.startswith(self.status)
+        how = self.reason if said else self.status + (f" ({self.reason})" if self.reason else "")
         much = f"{counted(self.tokens, 'token')}, {self.seconds:,.1f} s"
-        return f"{self.status}{because} at step {self.step:,}, {much}"
+        return f"{how} at step {self.step:,}, {much}"

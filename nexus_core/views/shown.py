@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from nexus_core import events
 from nexus_core.defaults import Defaults
 from nexus_core.errors import hint_add
 from nexus_core.events import Hooks
@@ -66,7 +67,7 @@ class ShownPlan(Plan):
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Each event that a plugin answers, each of its stages, and who is called there."""
-        for hook in HOOK_NAMES:
+        for hook in sorted(HOOK_NAMES, key=_place_in_loop):
             calls: dict[str, list[str]] = {}
             for impl in implementations(self, hook, Defaults()):
                 if impl.plugin != CORE:
@@ -149,6 +150,10 @@ class ShownEngine:
                 said += f"; write {ELSEWHERE[name]}"
                 said += f" {hint_add(answering(READS).name)}" if ELSEWHERE[name] is _SAVE else ""
             raise AttributeError(said, name=name, obj=self)
+
+
+def _place_in_loop(hook: str) -> int:
+    return (events.__doc__ or "").find(hook.upper())
 
 
 def _size(model: nn.Module) -> str:

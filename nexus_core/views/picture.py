@@ -20,7 +20,7 @@ __all__ = ["draw"]
 MOST_PANELS = 6
 ACROSS = 3
 PANEL = (4.2, 3.0)  # inches
-SPARSE = 40  # points; of fewer, each is marked
+SPARSE = 30  # points; of fewer, each is marked
 Points = tuple[Sequence[float], Sequence[float]]
 
 

@@ -32,6 +32,7 @@ class Result:
     seconds: float
     metrics: dict[str, float]
     history: History = field(default_factory=History, compare=False)
+    samples: int = 0
 
     @classmethod
     def of(
@@ -57,6 +58,7 @@ class Result:
             state.seconds,
             dict(metrics),
             metrics.history(),
+            state.samples,
         )
 
     def plot(self, *names: str) -> Figure:
@@ -73,5 +75,6 @@ class Result:
         """How it ended, in words."""
         said = self.reason.startswith(self.status)
         how = self.reason if said else self.status + (f" ({self.reason})" if self.reason else "")
-        much = f"{counted(self.tokens, 'token')}, {self.seconds:,.1f} s"
+        unit = "sample" if self.tokens == self.samples else "token"
+        much = f"{counted(self.tokens, unit)}, {self.seconds:,.1f} s"
         return f"{how} at step {self.step:,}, {much}"

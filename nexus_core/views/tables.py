@@ -30,7 +30,7 @@ def by_metric(values: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
     of a single loss term does.
     """
     found: dict[str, dict[str, Value]] = {}
-    for name in sorted(values, key=_training_first):
+    for name in sorted(values, key=lambda name: ("loss" not in name, _training_first(name))):
         split, _, metric = name.rpartition("/")
         found.setdefault(metric, {})[split] = values[name]
     for one, other in (("total_loss", "loss"), ("loss", "total_loss")):

@@ -236,7 +236,7 @@ def test_a_plan_is_a_table_of_events_stages_and_plugins() -> None:
 def test_a_result_says_how_it_went_in_a_line_and_as_a_table() -> None:
     result = trained(until="3 steps").result()
     value = result.metrics["val/loss"]
-    assert repr(result).startswith("<Result finished at step 3, 12 tokens, ")
+    assert repr(result).startswith("<Result finished at step 3, 12 samples, ")
     assert f"val/loss {value:.4f}" in repr(result)
     table = result._repr_html_()
     assert [f">{split}</th>" in table for split in SETS] == [True, True]

@@ -75,7 +75,7 @@ OWN_CODE = {"places.py": 133, "sources.py": 115, "images.py": 105, "signatures.p
 settings, counted apart: no step of the loop uses it."""
 BASES = 705
 """All that authors derive from."""
-VIEWS = 350
+VIEWS = 360
 """All between a run and who watches it: nothing of what a run does is in there."""
 LARGER = {
     "nexus_core/bases/background.py": 200,

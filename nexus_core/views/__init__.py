@@ -1,6 +1,6 @@
-"""A run and the person who watches it: history, result, tables and pictures, and Ctrl-C.
+"""What a user sees of a run: history, result, tables and plots; and Ctrl-C.
 
-Beside the loop: what a run does can be known without it.
+Training does not depend on it.
 """
 
 from nexus_core.views.history import History, Metrics

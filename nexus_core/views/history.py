@@ -1,4 +1,4 @@
-"""What was measured in the course of a run, in columns."""
+"""The metrics of a run over time, in columns."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "History", "Metrics"]
 
 METRICS = "metrics.jsonl"
-"""The file of a run's folder that holds a line for each log and each evaluation."""
+"""The file in a run folder with one line per log and evaluation."""
 MOST = 5_000
-"""Logs, and evaluations, that are held in memory; of more, an even spread and the newest."""
+"""Logs, and evaluations, kept in memory; beyond that they are thinned evenly."""
 NAN = math.nan
 Row = dict[str, float]
 
 
 class History(dict[str, list[float]]):
-    """The metrics of a run in columns of equal length, one row a step; NaN where there is no value.
+    """The metrics of a run in columns of equal length, one row per step; NaN for missing values.
 
-    The columns are `step`, `tokens` and the metrics, of training and of evaluations, by name. It is
-    a dict of lists: `pandas.DataFrame(history)` and `plt.plot(history["step"], ...)` take it as it
-    is. Of a metric that is measured now and then, `points` leaves out the gaps.
+    The columns are `step`, `tokens` and all training and evaluation metrics. It is a dict of lists:
+    pass it to `pandas.DataFrame(history)` or `plt.plot(history["step"], ...)`. `points` drops the
+    missing values of a metric.
     """
 
     @classmethod
     def of(cls, rows: Iterator[Row]) -> History:
-        """Rows as columns; those of one step are one."""
+        """Turn rows into columns; rows of the same step are merged."""
         steps = dict[float, Row]()
         for row in sorted(rows, key=itemgetter("step")):
             steps.setdefault(row["step"], {}).update(row)
@@ -44,7 +44,7 @@ class History(dict[str, list[float]]):
 
     @classmethod
     def read(cls, folder: str | Path) -> History:
-        """All that `metrics.jsonl` in a run's folder holds; a value that was not finite is NaN.
+        """Read `metrics.jsonl` in a run folder; values that were not finite are NaN.
 
         Raises:
             ConfigError: there is no such file.
@@ -52,12 +52,12 @@ class History(dict[str, list[float]]):
         file = Path(folder) / METRICS
         if not file.is_file():
             raise ConfigError(
-                f"'{folder}' holds no {METRICS}; give the folder of a run that wrote it"
+                f"'{folder}' has no {METRICS}; pass the folder of a run that wrote one"
             )
         return cls.of(_rows(file))
 
     def points(self, name: str) -> tuple[list[float], list[float]]:
-        """The steps at which a metric has a value, and the values.
+        """Return the steps at which a metric has a value, and the values.
 
         Raises:
             ConfigError: there is no metric of that name.
@@ -74,17 +74,17 @@ class History(dict[str, list[float]]):
         return [name for name in self if name not in ("step", "tokens")]
 
     def plot(self, *names: str) -> Figure:
-        """Draw metrics over the steps: a panel each, training and evaluations together.
+        """Plot metrics over steps: one panel per metric, training and evaluation together.
 
         Args:
-            names: of metrics, `val/loss`, or without the split, `loss`; none: losses first, and no
-                more than six panels.
+            names: metrics to plot, such as "loss", or "val/loss" for one split; by default up to
+                six, losses first.
 
         Returns:
-            The figure, which a notebook shows; `figure.savefig("run.png")` writes it.
+            The figure, which a notebook displays; `figure.savefig("run.png")` saves it.
 
         Raises:
-            ConfigError: matplotlib is not installed, or a metric is not there.
+            ConfigError: matplotlib is not installed, or a metric does not exist.
         """
         from nexus_core.views.picture import draw
 
@@ -99,7 +99,7 @@ class History(dict[str, list[float]]):
 
 
 class Metrics(dict[str, float]):
-    """The last value of every metric, and the rows that a history is made of.
+    """The last value of every metric, and the rows of their history.
 
     Args:
         state: the counters of the run.
@@ -111,12 +111,12 @@ class Metrics(dict[str, float]):
         self._logs, self._evaluations = _Spread(), _Spread()
 
     def keep(self, metrics: Mapping[str, float]) -> None:
-        """Take what was measured at the present step."""
+        """Record the metrics of the current step."""
         self.update(metrics)
         self._add({"step": self._state.step, "tokens": self._state.tokens, **metrics})
 
     def recall(self, folder: Path | None) -> None:
-        """Take what the run's folder holds of the steps before, where there is nothing else."""
+        """Read the rows up to the current step from the run folder, if none are in memory."""
         file = folder / METRICS if folder is not None else None
         if file is not None and file.is_file() and not (self._logs or self._evaluations):
             for row in _rows(file):
@@ -124,7 +124,7 @@ class Metrics(dict[str, float]):
                     self._add(row)
 
     def history(self) -> History:
-        """The rows up to the present step, as columns."""
+        """The rows up to the current step, as columns."""
         rows = [*self._logs.rows(), *self._evaluations.rows()]
         return History.of(row for row in rows if row["step"] <= self._state.step)
 
@@ -133,14 +133,14 @@ class Metrics(dict[str, float]):
 
 
 class _Spread:
-    """Rows in their order: all of them, or every second, fourth, ... and the newest."""
+    """Rows in order: all of them, or every second, fourth, ... and the latest."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, Row]] = []  # each with its number
         self._every = 1
 
     def add(self, row: Row) -> None:
-        """Take a row; those of later steps are of a past that has been left."""
+        """Add a row; rows of later steps, from before going back to a snapshot, are dropped."""
         rows, number = self._rows, len(self._rows) and self._rows[-1][0] + 1
         while rows and rows[-1][1]["step"] > row["step"]:
             number = rows.pop()[0]
@@ -163,7 +163,7 @@ def _is_evaluation(row: Row) -> bool:
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    """The lines of numbers in a metrics file; a torn one is passed over, and so are notes."""
+    """The metric lines of the file; torn lines and notes are skipped."""
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:

@@ -12,16 +12,16 @@ from types import FrameType
 __all__ = ["INTERRUPTED", "stopping_on_interrupt"]
 
 INTERRUPTED = ("interrupted (Ctrl-C)", "SIGINT")
-"""Reasons to stop that are somebody at the keyboard: in a program, and by command."""
+"""The reasons recorded for Ctrl-C: in a program, and on the command line."""
 
 
 @contextmanager
 def stopping_on_interrupt(stop: Callable[[str], None], step: Callable[[], int]) -> Iterator[None]:
-    """Let the first Ctrl-C call `stop`, and the second interrupt, where nobody else listens.
+    """Let the first Ctrl-C call `stop` and the second interrupt, unless SIGINT is handled.
 
     Args:
-        stop: ends the loop after its present step.
-        step: how many are done; what interrupts says so.
+        stop: ends the loop after the current step.
+        step: the number of completed steps, for the message of the interrupt.
     """
     listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     if listens or threading.current_thread() is not threading.main_thread():
@@ -38,8 +38,8 @@ def stopping_on_interrupt(stop: Callable[[str], None], step: Callable[[], int]) 
     try:
         yield
     except KeyboardInterrupt as error:
-        done = f"at once; kept are the {step():,} steps that are done, and fit continues from there"
-        error.args = error.args or (done,)
+        kept = f"within a step: {step():,} completed steps are kept, and fit continues from there"
+        error.args = error.args or (kept,)
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)

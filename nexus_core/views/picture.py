@@ -1,4 +1,4 @@
-"""A history drawn: a panel for each metric, training and evaluations together."""
+"""Plot a history: one panel per metric, training and evaluation together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Points = tuple[Sequence[float], Sequence[float]]
 def draw(history: History, names: Sequence[str]) -> Figure:
     """The figure of `History.plot`.
 
-    It is not one of pyplot's, which a notebook would show a second time.
+    It is not created by pyplot, which would make a notebook display it twice.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("plot needs matplotlib: pip install 'nexus-trainer[plot]'")
@@ -47,10 +47,10 @@ def draw(history: History, names: Sequence[str]) -> Figure:
 
 
 def _panels(history: History, names: Sequence[str]) -> dict[str, dict[str, Points]]:
-    """What is drawn in each panel, by its title: lines by the name of their split.
+    """The lines of each panel, by title and split.
 
     Raises:
-        ConfigError: there is nothing to draw, or no metric of a name.
+        ConfigError: there is nothing to plot, or no such metric.
     """
     points: dict[str, Points] = {name: history.points(name) for name in history.names}
     found = by_metric({name: line for name, line in points.items() if line[0]})
@@ -70,7 +70,7 @@ def _panels(history: History, names: Sequence[str]) -> dict[str, dict[str, Point
 
 
 def _importance(metric: str, lines: Mapping[str, Points]) -> tuple[bool, bool, bool]:
-    """What is evaluated comes first, then losses, then what belongs to training alone."""
+    """Sort key: metrics that are evaluated first, then losses, then the rest of training."""
     return not lines.keys() - {"train", "system"}, "loss" not in metric, "system" in lines
 
 

@@ -19,10 +19,11 @@ __all__ = ["Result"]
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """How a run ended: "finished", "interrupted" by Ctrl-C or the stop button of a notebook, or
-    "stopped" early for a reason; the last of every metric, and their history.
+    """How a run ended, the last value of every metric, and their history.
 
-    A run whose last evaluation was given up is "stopped" or "interrupted": resumed, it makes it.
+    The status is "finished"; "interrupted" by Ctrl-C or the stop button of a notebook; or "stopped"
+    early with a reason. A run whose last evaluation was abandoned is not "finished": resuming makes
+    up for it.
     """
 
     status: str
@@ -43,10 +44,10 @@ class Result:
         metrics: Metrics,
         owed: bool,
     ) -> Result:
-        """How a run ended whose counters, horizon, reason to stop and metrics these are.
+        """The result from a run's counters, horizon, stop reason and metrics.
 
         Args:
-            owed: an evaluation was given up.
+            owed: an evaluation was abandoned.
         """
         done = horizon is not None and horizon.reached(state) and not owed
         early = "interrupted" if reason in INTERRUPTED else "stopped"
@@ -72,7 +73,7 @@ class Result:
         return f"<p><b>{html.escape(self._how())}</b></p>{metric_table(self.metrics)}"
 
     def _how(self) -> str:
-        """How it ended, in words."""
+        """How the run ended, in words."""
         said = self.reason.startswith(self.status)
         how = self.reason if said else self.status + (f" ({self.reason})" if self.reason else "")
         unit = "sample" if self.tokens == self.samples else "token"

@@ -1,4 +1,4 @@
-"""How an engine and its plan show themselves, and what they say to names of other trainers."""
+"""How an engine and its plan are displayed, and what to call instead of other trainers' methods."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from nexus_core.views.tables import counted, headlines, metric_table, table
 __all__ = ["ShownEngine", "ShownPlan"]
 
 _SAVE = (
-    "the weights: torch.save(engine.model.state_dict(), path); all of the run, to continue it: "
-    'engine.state_dict(), or in files Engine(..., out="runs/mine") with'
+    "for the weights, call torch.save(engine.model.state_dict(), path); for the whole run, take "
+    'engine.state_dict(), or have it saved to disk: Engine(..., out="runs/mine") with'
 )
 _LOAD = (
-    "the weights: engine.model.load_state_dict(torch.load(path)); all of a run: "
-    "engine.load_state_dict(snapshot), or from files engine.resume('auto')"
+    "for the weights, call engine.model.load_state_dict(torch.load(path)); for a whole run, "
+    "engine.load_state_dict(snapshot), or engine.resume('auto') from disk"
 )
-_EVALUATE = "engine.evaluate(batches), or engine.evaluate({'test': batches}) under a name"
+_EVALUATE = "call engine.evaluate(batches), or engine.evaluate({'test': batches}) by name"
 ELSEWHERE = {
     **dict.fromkeys(("save", "save_checkpoint", "save_model", "save_pretrained"), _SAVE),
     **dict.fromkeys(("load", "load_checkpoint", "load_model"), _LOAD),
     **dict.fromkeys(("test", "validate"), _EVALUATE),
-    "train": "engine.fit(batches, until='1000 steps')",
+    "train": "call engine.fit(batches, until='1000 steps')",
 }
-"""What to write in place of methods that other trainers have."""
-READS = "load_snapshot"  # what reads a run from files is what writes it
+"""What to call instead of methods of other trainers."""
+READS = "load_snapshot"  # the plugin that reads a saved run also writes it
 
 
 class ShownPlan(Plan):
-    """The plan of an engine, which shows itself: who is called at which event, in which order."""
+    """An engine's plan with a readable repr: the plugins called at each event, in order."""
 
     @classmethod
     def of(cls, plan: Plan) -> ShownPlan:
@@ -66,7 +66,7 @@ class ShownPlan(Plan):
         return counted(len(self.plugins), "plugin")
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
-        """Each event that a plugin answers, each of its stages, and who is called there."""
+        """Event, stage and plugins, for every event that a plugin answers."""
         for hook in sorted(HOOK_NAMES, key=_place_in_loop):
             calls: dict[str, list[str]] = {}
             for impl in implementations(self, hook, Defaults()):
@@ -77,7 +77,7 @@ class ShownPlan(Plan):
 
 
 class ShownEngine:
-    """What an engine shows of itself, and has shown."""
+    """The display side of an engine: repr, tables, history and notes."""
 
     state: TrainState
     horizon: Interval | None
@@ -91,7 +91,7 @@ class ShownEngine:
 
     @property
     def history(self) -> History:
-        """What was measured so far, in columns; of more than 5,000 logs an even spread."""
+        """The metrics so far, in columns; thinned evenly beyond 5,000 logs or evaluations."""
         return self.metrics.history()
 
     def note(
@@ -123,7 +123,7 @@ class ShownEngine:
         return f"<p><b>Engine</b></p>{table(self._facts().items())}{metric_table(self.metrics)}"
 
     def _facts(self) -> dict[str, str]:
-        """What is to know of a run; nothing of what an engine in the making has not yet."""
+        """The state of the run; works on an engine that is still being built."""
         made = vars(self)
         done = self.horizon.progress(self.state) if self.horizon else 0.0
         facts = {
@@ -144,10 +144,10 @@ class ShownEngine:
     if not TYPE_CHECKING:  # a type checker is to find what there is not
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Say what to write for a method of another trainer."""
+            """Say what to call instead of a method of another trainer."""
             said = f"'Engine' object has no attribute '{name}'"
             if name in ELSEWHERE:
-                said += f"; write {ELSEWHERE[name]}"
+                said += f"; {ELSEWHERE[name]}"
                 said += f" {hint_add(answering(READS).name)}" if ELSEWHERE[name] is _SAVE else ""
             raise AttributeError(said, name=name, obj=self)
 

@@ -1,4 +1,4 @@
-"""Tables in HTML, as notebooks show them, and numbers as people read them."""
+"""HTML tables for notebooks, and readable numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _LEFT = "text-align:left;vertical-align:top"
 
 
 class Html(str):
-    """Text that is HTML already, and is not escaped in a table."""
+    """Text that is HTML already, so tables do not escape it."""
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:
-    """A table; the first column names its row."""
+    """An HTML table; the first column holds the row headers."""
     lines = ["".join(f"<th style='{_LEFT}'>{_cell(name)}</th>" for name in head)] if head else []
     for name, *values in rows:
         cells = "".join(f"<td style='{_LEFT}'>{_cell(value)}</td>" for value in values)
@@ -26,9 +26,7 @@ def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:
 
 
 def by_metric(values: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
-    """What there is of each metric, by split; without what says the same as another, as the total
-    of a single loss term does.
-    """
+    """Group values by metric and split, losses first; drop a total loss equal to its only term."""
     found: dict[str, dict[str, Value]] = {}
     for name in sorted(values, key=lambda name: ("loss" not in name, _training_first(name))):
         split, _, metric = name.rpartition("/")
@@ -40,7 +38,7 @@ def by_metric(values: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
 
 
 def metric_table(metrics: Mapping[str, float]) -> Html:
-    """Metrics by name, a column for each split: training, then the evaluations."""
+    """A table of metrics with one column per split, training first."""
     splits = sorted({name.rpartition("/")[0] for name in metrics}, key=_training_first)
     rows = [
         [name, *(number(values[split]) if split in values else "" for split in splits)]
@@ -50,7 +48,7 @@ def metric_table(metrics: Mapping[str, float]) -> Html:
 
 
 def headlines(metrics: Mapping[str, float], most: int = 4) -> str:
-    """The first few metrics in a line, losses first."""
+    """The first few metrics on one line, losses first."""
     shown = [
         f"{split}/{name} {number(value)}"
         for name, values in by_metric(metrics).items()
@@ -60,14 +58,14 @@ def headlines(metrics: Mapping[str, float], most: int = 4) -> str:
 
 
 def number(value: float) -> str:
-    """A metric with about four digits: 0.0123, 3.1416, 1.2e-05, 12,345."""
+    """Format a metric to about four digits: 0.0123, 3.1416, 1.20e-05, 12,345."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.4f}"
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.2e}"
 
 
 def counted(amount: float, unit: str) -> str:
-    """An amount with its unit: "1 step", "1,000 steps"."""
+    """Format an amount with its unit: "1 step", "1,000 steps"."""
     return f"{amount:,.0f} {unit}" + ("" if amount == 1 else "s")
 
 

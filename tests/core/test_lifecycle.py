@@ -124,7 +124,9 @@ def test_an_embedded_fit_that_is_interrupted_ends_after_its_step_and_is_saved(
         assert result.reason == "interrupted (Ctrl-C)"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert "stopping after this step" in capsys.readouterr().err
-        with pytest.raises(KeyboardInterrupt, match="kept are the 5 steps that are done, and fit"):
+        with pytest.raises(
+            KeyboardInterrupt, match="5 completed steps are kept, and fit continues"
+        ):
             engine.fit(BATCHES, until=9)
         assert engine.state.step == 5
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

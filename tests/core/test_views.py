@@ -118,7 +118,7 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_stopped(tmp_path: Pat
         second.fit(BATCHES, "14 steps", eval_data=SETS, eval_every="5 steps")
     assert same(second.history, whole.history)
     assert same(History.read(tmp_path / "parts"), whole.history)
-    with pytest.raises(ConfigError, match=r"holds no metrics\.jsonl; give the folder of a run"):
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl; pass the folder of a run"):
         History.read(tmp_path)
 
 
@@ -270,11 +270,11 @@ def test_every_name_is_there_to_complete() -> None:
     [
         (
             "save",
-            r"write the weights: torch\.save.*, out=.*plugins=\[\.\.\., CheckpointPlugin\(\)\]$",
+            r"for the weights, call torch\.save.*, out=.*plugins=\[\.\.\., CheckpointPlugin\(\)\]$",
         ),
         ("load_checkpoint", r"load_state_dict\(torch\.load\(path\)\).*engine\.resume\('auto'\)"),
-        ("validate", r"write engine\.evaluate\(batches\)"),
-        ("train", r"write engine\.fit\(batches, until='1000 steps'\)"),
+        ("validate", r"; call engine\.evaluate\(batches\)"),
+        ("train", r"; call engine\.fit\(batches, until='1000 steps'\)"),
         ("sparkle", r"'Engine' object has no attribute 'sparkle'$"),
     ],
 )

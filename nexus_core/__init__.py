@@ -14,6 +14,7 @@ _NAMES = {
     "nexus_core.data": "RunData",
     "nexus_core.plugin": "Plugin PluginConfig StateDict hookimpl",
     "nexus_core.snapshot": "Snapshot",
+    "nexus_core.views.history": "History",
     "nexus_core.step": "Step",
     "nexus_core.bases.loader": "ResumableLoader",
     "nexus_core.bases.logger": "Logger LoggerConfig",
@@ -30,3 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'nexus_core' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -27,5 +27,6 @@ from nexus_core.plugin import StateDict as StateDict
 from nexus_core.plugin import hookimpl as hookimpl
 from nexus_core.snapshot import Snapshot as Snapshot
 from nexus_core.step import Step as Step
+from nexus_core.views.history import History as History
 
 __all__: list[str]

@@ -23,6 +23,7 @@ from nexus_core.update import accumulate_gradient
 
 __all__ = ["Defaults", "FunctionLossPlugin"]
 
+_TARGETS = ("target", "targets", "label", "labels", "y", "y_true")
 _MISSING = "no {what}: pass it to {where}, or add a plugin for it (nexus-plugins list)"
 
 
@@ -131,7 +132,8 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
     not depend on batch size or number of ranks.
 
     A function of `(input, target)`, such as `torch.nn.CrossEntropyLoss()`, compares the model's
-    output for the first element of a pair with the second.
+    output for the first element of a pair with the second. It is recognized by the name of its
+    second argument: `target`, `label` or `y`.
     """
 
     name = "loss"
@@ -160,18 +162,30 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
 
 
 def _compares(function: Callable[..., Tensor]) -> bool:
-    """Whether a loss takes (output, target) rather than (model, batch)."""
-    if isinstance(function, type) or getattr(function, "reduction", "mean") != "mean":
+    """Whether a loss takes (output, target) rather than (model, batch).
+
+    Raises:
+        ConfigError: it takes neither, or does not average.
+    """
+    reduction = getattr(function, "reduction", "mean")
+    if isinstance(function, type) or not callable(function) or "mean" not in reduction:
         raise ConfigError(
             f"loss must return a mean, got {function!r:.99}; give an object that averages, such as "
             "torch.nn.CrossEntropyLoss()"
         )
     called = function.forward if isinstance(function, nn.Module) else function
     try:
-        names = list(inspect.signature(called).parameters)[:2]
-    except (TypeError, ValueError):  # implemented in C
+        names = [*inspect.signature(called).bind("model", "batch").arguments]
+    except ValueError:  # implemented in C
         return False
-    return names[1:] in (["target"], ["targets"]) and names[0] != "model"
+    except TypeError:
+        takes = ", ".join(inspect.signature(called).parameters)
+        raise ConfigError(
+            f"loss={function!r:.99} takes ({takes}), and is called with (model, batch), or with "
+            "(input, target) on batches that are pairs; write a function of model and batch that "
+            "calls it: def loss(model, batch): ..."
+        ) from None
+    return names[-1] in _TARGETS and names[0] != "model"
 
 
 def _on_pairs(compare: Callable[[Any, Any], Tensor]) -> Callable[[nn.Module, Batch], Tensor]:

@@ -32,16 +32,16 @@ from nexus_core.evaluation import (
     train_mode,
 )
 from nexus_core.events import Hooks
-from nexus_core.images import tell
-from nexus_core.intervals import Interval, Length, Result, TrainState
+from nexus_core.intervals import Interval, Length, TrainState
 from nexus_core.meter import Finish, Measured, Meter, Number
 from nexus_core.optimizers import Untrained, check_optimizer, trained
 from nexus_core.plan import arrange, claim
 from nexus_core.plugin import Plugin
-from nexus_core.processes import Agreement, Ranks, stopping_on_interrupt
+from nexus_core.processes import Agreement, Ranks
 from nexus_core.progress import Course, Progress
 from nexus_core.step import Step
 from nexus_core.update import compute_gradient, count_units, prepare
+from nexus_core.views import Metrics, Result, ShownEngine, ShownPlan, stopping_on_interrupt
 
 __all__ = ["Engine", "Result"]
 
@@ -49,7 +49,7 @@ Data = Iterable[Batch]
 GivenOptimizer = Optimizer | list[Optimizer] | Mapping[str, Optimizer]
 
 
-class Engine(EarlierNames):
+class Engine(ShownEngine, EarlierNames):
     """Trains a model: a loop of events whose every part a plugin can listen to or replace.
 
     Args:
@@ -103,14 +103,14 @@ class Engine(EarlierNames):
         self.state = TrainState()
         self.horizon: Interval | None = None
         self.training, self.split = True, "train"
-        self.metrics: dict[str, float] = {}
+        self.metrics = Metrics(self.state)
         self.meter = Meter(counts=not self.cells or self.ranks.is_main)
         self._agreement = Agreement(self.ranks)
         self._progress = Progress()
         self._running = False
         self._untrained = Untrained()
 
-        self.plan = arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])])
+        self.plan = ShownPlan.of(arrange([*plugins, *([FunctionLossPlugin(loss)] if loss else [])]))
         self.plugins = {plugin.name: plugin for plugin in self.plan.plugins}
         self.hook: Hooks = calling.relay(self.plan, Defaults())
         if not self._answers("loss_terms"):
@@ -138,10 +138,10 @@ class Engine(EarlierNames):
     ) -> Result:
         """Train until the horizon, or until `stop`; see `steps` for the arguments.
 
-        Ctrl-C ends the run after the current step, saving as at the end; a second one
-        interrupts at once.
+        Ctrl-C, or the stop button of a notebook, ends the run after the current step, saving as at
+        the end; a second one interrupts at once, and that step has not happened.
         """
-        with stopping_on_interrupt(self.stop):
+        with stopping_on_interrupt(self.stop, lambda: self.state.step):
             for _ in self.steps(data, until=until, eval_data=eval_data, eval_every=eval_every):
                 pass
         return self.result()
@@ -240,7 +240,7 @@ class Engine(EarlierNames):
     def _announced(self, metrics: dict[str, float]) -> dict[str, float]:
         self.metrics |= metrics
         self.hook.on_eval(engine=self, metrics=metrics)
-        self.metrics |= {name: float(value) for name, value in metrics.items()}
+        self.metrics.keep({name: float(value) for name, value in metrics.items()})
         return metrics
 
     @property
@@ -285,27 +285,6 @@ class Engine(EarlierNames):
         """
         self.meter.add(name if "/" in name else f"{self.split}/{name}", value, units, finish)
 
-    def note(
-        self, title: str, text: str = "", *, image: object = None, figure: object = None
-    ) -> None:
-        """Say or show something about the run as it is now, for every logger that keeps notes.
-
-        It changes nothing in training; an image on a device is waited for. With several processes
-        the loggers of the first alone write.
-
-        Args:
-            title: what it is about, named as metrics are: "samples", "attention/layer_0".
-            text: words, without Markdown; beside an image its caption.
-            image: a tensor or array (height, width), (channels, height, width) or (height, width,
-                channels) of bytes, booleans, or floats from 0 to 1; an image of Pillow; or the path
-                of a PNG file.
-            figure: of matplotlib; it stays open.
-
-        Raises:
-            ConfigError: there is nothing to say, or it is something else.
-        """
-        tell(self.hook, self, title, text, image, figure)
-
     def parameters(self, turn: str | None = None) -> list[nn.Parameter]:
         """The parameters the optimizer updates now, or in one turn; may change, so do not cache."""
         return trained(self.optimizer, turn)
@@ -315,7 +294,7 @@ class Engine(EarlierNames):
         return self._untrained.of(self.optimizer, self.model)
 
     def result(self) -> Result:
-        """The progress of the run, and the last value of every metric."""
+        """The progress of the run, the last value of every metric, and their history."""
         return Result.of(
             self.state, self.horizon, self.stop_reason, self.metrics, self._progress.owed
         )
@@ -386,6 +365,7 @@ class Engine(EarlierNames):
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
+        self.metrics.recall(self.out)
         self._progress = Progress(snapshot.get("data"), "evaluate" in snapshot.get("due", []))
 
     def _loop(
@@ -471,7 +451,7 @@ class Engine(EarlierNames):
 
     def _log(self) -> None:
         if metrics := collect(self):
-            self.metrics |= metrics
+            self.metrics.keep(metrics)
             self.hook.on_log(engine=self, metrics=metrics)
 
     def _answers(self, hook: str) -> list[calling.Impl]:

@@ -133,8 +133,10 @@ def predict(engine: Run, forward: Callable[..., Any], data: Iterable[Batch]) -> 
         data: batches.
 
     Raises:
+        ConfigError: it yields rows, or no batches.
         DataError: each rank reads its own rows, in an order unknown to the others.
     """
+    check_batches(data)
     seed_everything(engine.seed)
     outputs: list[Any] = []
     divided = getattr(data, "ranks", None)

@@ -113,7 +113,6 @@ class Run(Protocol):
     horizon: Interval | None
     training: bool
     split: str
-    metrics: dict[str, float]
     meter: Meter
     model: nn.Module
     optimizer: Optimizer
@@ -121,6 +120,8 @@ class Run(Protocol):
     plugins: dict[str, Plugin[Any]]
     hook: Hooks
 
+    @property
+    def metrics(self) -> dict[str, float]: ...
     @property
     def stop_reason(self) -> str | None: ...
     @property

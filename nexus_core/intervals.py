@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -15,16 +14,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from nexus_core.errors import ConfigError
 from nexus_core.signatures import Lax
 
-__all__ = [
-    "Every",
-    "Exact",
-    "Interval",
-    "IntervalField",
-    "Length",
-    "Result",
-    "TrainState",
-    "within",
-]
+__all__ = ["Every", "Exact", "Interval", "IntervalField", "Length", "TrainState", "within"]
 
 _ABSOLUTE = '"500 steps", "2 epochs", "10M tokens", "15 min"'
 _EXAMPLES = f'{_ABSOLUTE}, or a share of the run, "10%"'
@@ -87,39 +77,6 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a run ended: "finished", or "stopped" early with a reason; and the last of every metric.
-
-    A run whose last evaluation was abandoned is "stopped": resuming makes up for it.
-    """
-
-    status: str
-    reason: str
-    step: int
-    tokens: int
-    seconds: float
-    metrics: dict[str, float]
-
-    @classmethod
-    def of(
-        cls,
-        state: TrainState,
-        horizon: Interval | None,
-        reason: str | None,
-        metrics: Mapping[str, float],
-        owed: bool,
-    ) -> Result:
-        """The result from a run's counters, horizon, stop reason and metrics.
-
-        Args:
-            owed: an evaluation was abandoned.
-        """
-        done = horizon is not None and horizon.reached(state) and not owed
-        status = "finished" if done else "stopped"
-        return cls(status, reason or "", state.step, state.tokens, state.seconds, dict(metrics))
-
-
-@dataclass(frozen=True)
 class Interval:
     """A length of training: an amount of steps, epochs, samples, tokens or seconds, or a share.
 
@@ -173,8 +130,11 @@ class Interval:
         Raises:
             ConfigError: it is not an interval, or a share of one.
         """
-        if value is None:
-            raise ConfigError(f"until (how long to train) is not set; expected {_ABSOLUTE}")
+        if not isinstance(value, Interval | timedelta | str | int | float):
+            raise ConfigError(
+                f"until (how long to train) is {value!r:.60}; expected {_ABSOLUTE}, as in "
+                "fit(batches, '500 steps', eval_data=others)"
+            )
         horizon = cls.parse(value)
         if horizon.unit == "%":
             raise ConfigError(f"until is '{horizon}', a share of itself; expected {_ABSOLUTE}")

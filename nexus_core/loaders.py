@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any, Protocol, TypeGuard, cast
 
@@ -48,16 +48,18 @@ class AstrayError(Exception):
 
 
 def check_batches(data: object) -> None:
-    """Reject data whose items are rows.
+    """Reject data whose items are rows, and data that cannot be read batch by batch.
 
     Raises:
-        ConfigError: it is such a data set.
+        ConfigError: it is such a data set, or no data.
     """
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+    rows = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    reads = any(hasattr(data, name) for name in ("__iter__", "__getitem__", "batches"))
+    if rows or not reads or isinstance(data, Mapping | torch.nn.Module):
         raise ConfigError(
-            f"the data is a {type(data).__name__}, whose items are rows; pass batches: "
-            "ResumableLoader(data, batch_size=32), or a DataLoader (batch_size=None where the "
-            "items are batches)"
+            f"the data is a {type(data).__name__}, which yields {'rows' if rows else 'no batches'}"
+            "; pass batches: ResumableLoader(data, batch_size=32), a DataLoader (batch_size=None "
+            "if the items are batches), or a list of them"
         )
 
 

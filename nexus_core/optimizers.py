@@ -197,7 +197,8 @@ def _one(optimizer: object) -> Optimizer:
         optimizer = {str(place): each for place, each in enumerate(optimizer)}
     if isinstance(optimizer, Mapping):
         if not optimizer or not all(map(_steps, optimizer.values())):
-            raise ConfigError(f"expected optimizers by name, got {optimizer!r:.200}")
+            kinds = ", ".join(type(each).__name__ for each in optimizer.values())
+            raise ConfigError(f"expected optimizers, got {kinds or 'none'}; schedules are plugins")
         return Optimizers(optimizer)
     if _steps(optimizer):
         return cast(Optimizer, optimizer)

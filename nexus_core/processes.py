@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import pickle
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = [
-    "Agreement",
-    "Ranks",
-    "gather",
-    "is_sharded",
-    "local_part",
-    "stopping_on_interrupt",
-    "whole",
-]
+__all__ = ["Agreement", "Ranks", "gather", "is_sharded", "local_part", "whole"]
 
 Value = TypeVar("Value")
 SHORT = 2048
@@ -142,25 +129,6 @@ class Agreement:
     def clock(self) -> float:
         """Seconds; with several ranks those of rank 0 at the last exchange."""
         return time.perf_counter() if self._ranks.size == 1 else self._now
-
-
-@contextmanager
-def stopping_on_interrupt(stop: Callable[[str], None]) -> Iterator[None]:
-    """Let the first Ctrl-C call `stop` and the second interrupt, unless SIGINT is handled."""
-    listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    if listens or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler)
-        stop("interrupted (Ctrl-C)")
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def gather(ranks: Ranks, value: Value) -> list[Value]:

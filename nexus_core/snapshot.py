@@ -53,8 +53,10 @@ class Parts(Protocol):
     optimizer: Optimizer
     state: TrainState
     meter: Meter
-    metrics: dict[str, float]
     plugins: dict[str, Plugin[Any]]
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
 
 
 Load: TypeAlias = tuple[Plugin[Any], StateDict]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,45 @@ def test_a_port_is_equal_to_its_loop_by_hand(name: str, tmp_path: Path) -> None:
     if name != "12_word_language_model":
         pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits")
     number(PORTS[name], run(name, tmp_path))
+
+
+NOTEBOOK = json.loads((EXAMPLES / "15_notebook.ipynb").read_text())
+CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_saved_as_it_ran() -> None:
+    """Red when a cell was changed without running all of them, or the file has grown."""
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
+    assert (EXAMPLES / "15_notebook.ipynb").stat().st_size < 300_000
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_its_last_lines_show_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cells one after another, as a script."""
+    for package in ("sklearn", "pandas", "matplotlib"):
+        pytest.importorskip(package, reason=f"the notebook uses {package}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, Any] = {"__name__": "notebook"}
+    shown = []
+    for cell in CODE:
+        *lines, last = ast.parse("".join(cell["source"])).body
+        if not isinstance(last, ast.Expr):
+            lines.append(last)
+        exec(compile(ast.Module(lines, []), "notebook", "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), names))
+    assert all(hasattr(each, "_repr_html_") or hasattr(each, "_repr_png_") for each in shown[:-1])
+    assert names["result"].metrics["val/accuracy"] > 0.9
+    assert names["result"].history["step"][-1] == names["engine"].state.step == 450
+    assert Path("digits.pt").exists()
 
 
 @pytest.mark.slow

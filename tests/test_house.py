@@ -65,7 +65,7 @@ def beyond(paths: Iterator[Path], budget: int) -> dict[str, int]:
 ENGINE = 230
 """The loop is to be read in one sitting; what is not the loop has a room of its own."""
 CORE = 2710
-"""All of the core but commands, kit and bases: what must be known to know what a run does."""
+"""All but commands, kit, bases and views: what must be known to know what a run does."""
 FILE = 170
 """Of one file: more does not stay in a reader's head. A budget that hurts asks for parts."""
 FLAT = 115
@@ -75,6 +75,8 @@ OWN_CODE = {"places.py": 133, "sources.py": 115, "images.py": 105, "signatures.p
 settings, counted apart: no step of the loop uses it."""
 BASES = 705
 """All that authors derive from."""
+VIEWS = 360
+"""All between a run and who watches it: nothing of what a run does is in there."""
 LARGER = {
     "nexus_core/bases/background.py": 200,
     "nexus_core/bases/loader.py": 172,
@@ -99,11 +101,13 @@ LARGER = {
 
 def test_the_core_stays_small() -> None:
     core = ROOT / "nexus_core"
-    own = [p for p in core.rglob("*.py") if not {"cli", "testing", "bases"} & set(p.parts)]
+    beside = {"cli", "testing", "bases", "views"}
+    own = [p for p in core.rglob("*.py") if not beside & set(p.parts)]
     assert statements(core / "engine.py") <= ENGINE
     assert sum(statements(p) for p in own if p.name not in OWN_CODE) <= CORE
     assert all(statements(core / name) <= most for name, most in OWN_CODE.items())
     assert sum(map(statements, (core / "bases").glob("*.py"))) <= BASES
+    assert sum(map(statements, (core / "views").glob("*.py"))) <= VIEWS
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)

@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def status(self) -> str:
-        """running, finished, stopped or failed; unfinished if how it ended is unknown."""
+        """How it ended: finished, stopped, interrupted or failed; or running, or unfinished."""
         if any(map(_is_held, self.path.glob("run*.lock"))):
             return "running"
         beyond = _count(self._last, "step") > _count(self.summary, "steps")
@@ -185,7 +185,7 @@ class Run:
         return found
 
 
-_ENDS = ("finished", "stopped", "failed")
+_ENDS = ("finished", "stopped", "interrupted", "failed")
 
 
 def find_runs(folder: Path) -> list[Run]:

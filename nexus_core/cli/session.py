@@ -156,7 +156,7 @@ def _kept(engine: Engine) -> str:
 
 def _exit_code(result: Result) -> int:
     """128 + the signal that stopped the run, whichever rank got it; else 0."""
-    stopped = result.status == "stopped" and result.reason in signal.Signals.__members__
+    stopped = result.status != "finished" and result.reason in signal.Signals.__members__
     return 128 + signal.Signals[result.reason] if stopped else 0
 
 
@@ -223,7 +223,7 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
         rows.update(answer)
     config = shlex.quote(str(out / "config.yaml"))
     rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
-    if result.status == "stopped":
+    if result.status != "finished":
         own = code_of(engine)  # only runs if the user names the config
         rows["resume it"] = (
             f"nexus-run {config} --resume auto"

@@ -488,7 +488,10 @@ def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits() -> None:
     options = ["tiny.yaml", "-p", "console", "-s", "until=150 steps", "-s", "log_every=1",
                "-s", "checkpoint.every=1000 steps"]  # fmt: skip
     assert run(*options, "--out", "whole").exit_code == 0
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, code, status in (
+        (signal.SIGTERM, 143, "stopped"),
+        (signal.SIGINT, 130, "interrupted"),
+    ):
         parts = number.name
         command = [sys.executable, "-u", "-m", "nexus_core.cli.run", *options, "--out", parts]
         with subprocess.Popen(
@@ -501,7 +504,7 @@ def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits() -> None:
                     break
             process.stdout.read()
         assert process.returncode == code
-        assert json.loads(Path(parts, "summary.json").read_text())["status"] == "stopped"
+        assert json.loads(Path(parts, "summary.json").read_text())["status"] == status
         resumed = run(*options, "--out", parts, "--resume", "auto")
         assert resumed.exit_code == 0, resumed.output
         assert weights("whole", "step-00000150") == weights(parts, "step-00000150"), parts

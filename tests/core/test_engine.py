@@ -480,7 +480,13 @@ PAIRS = [(torch.full((2, 3), float(i)), torch.tensor([0, 1])) for i in range(4)]
 
 
 @pytest.mark.parametrize(
-    "compare", [nn.CrossEntropyLoss(), nn.functional.cross_entropy], ids=["module", "function"]
+    "compare",
+    [
+        nn.CrossEntropyLoss(),
+        nn.functional.cross_entropy,
+        lambda out, y: nn.CrossEntropyLoss()(out, y),
+    ],
+    ids=["module", "function", "by the name of the second argument"],
 )
 def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
     def weights(loss: Any) -> Tensor:
@@ -499,12 +505,26 @@ def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
     [
         ({"loss": nn.MSELoss()}, [torch.ones(2, 3)], "a batch is Tensor; expected a pair"),
         ({"optimizer": torch.optim.SGD}, PAIRS, r"SGD\(model.parameters\(\), lr=...\)"),
-        ({"until": None}, PAIRS, 'until .how long to train. is not set.*"500 steps"'),
+        ({"until": None}, PAIRS, 'until .how long to train. is None; expected "500 steps"'),
         ({"eval_data": [DataLoader([0]), DataLoader([1])]}, PAIRS, "{'val': one, 'test': other}"),
-        ({}, TensorDataset(torch.ones(4, 3), torch.zeros(4)), "items are rows; pass batches"),
-        ({"eval_data": TensorDataset(torch.ones(4, 3))}, PAIRS, "items are rows; pass batches"),
+        ({}, TensorDataset(torch.ones(4, 3), torch.zeros(4)), "which yields rows; pass batches"),
+        ({"eval_data": TensorDataset(torch.ones(4, 3))}, PAIRS, "which yields rows; pass batches"),
         ({"loss": nn.CrossEntropyLoss}, PAIRS, "give an object that averages"),
         ({"loss": nn.MSELoss(reduction="sum")}, PAIRS, "loss must return a mean"),
+        ({"loss": "mse"}, PAIRS, "loss must return a mean, got 'mse'"),
+        (
+            {"loss": nn.GaussianNLLLoss()},
+            PAIRS,
+            r"\(input, target, var\).*def loss\(model, batch\)",
+        ),
+        ({"loss": lambda model, x, y: 0}, PAIRS, r"takes \(model, x, y\), and is called with"),
+        (
+            {"until": DataLoader(PAIRS)},
+            PAIRS,
+            r"until .*DataLoader.*fit\(batches, '500 steps', eval_data=",
+        ),
+        ({}, nn.Linear(1, 1), "the data is a Linear, which yields no batches; pass batches"),
+        ({"optimizer": [torch.optim.SGD, 3]}, PAIRS, "expected optimizers, got type, int"),
     ],
     ids=[
         "no pairs",
@@ -515,6 +535,12 @@ def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
         "eval rows",
         "loss class",
         "sum",
+        "text",
+        "three inputs",
+        "three of one's own",
+        "evaluation data second",
+        "no data",
+        "no optimizers",
     ],
 )
 def test_a_first_try_that_cannot_be_says_what_to_write(
@@ -529,3 +555,11 @@ def test_a_first_try_that_cannot_be_says_what_to_write(
     run = {"until": "2 steps"} | {k: v for k, v in options.items() if k not in parts}
     with pytest.raises(ConfigError, match=said):
         Engine(model, **made).fit(data, **run)
+
+
+@pytest.mark.parametrize("wrong", [TensorDataset(torch.ones(4, 3)), {"val": PAIRS}])
+def test_what_cannot_be_predicted_says_what_to_write(wrong: Any) -> None:
+    model = nn.Linear(3, 2)
+    engine = Engine(model, torch.optim.SGD(model.parameters()), loss=nn.CrossEntropyLoss())
+    with pytest.raises(ConfigError, match="pass batches: ResumableLoader"):
+        engine.predict(wrong)

@@ -106,7 +106,7 @@ def test_what_is_logged_is_one_number_without_a_graph() -> None:
 
 
 def test_an_embedded_fit_that_is_interrupted_ends_after_its_step_and_is_saved(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real SIGINTs, with Python's own handler; the second one in a step interrupts at once."""
 
@@ -120,9 +120,13 @@ def test_an_embedded_fit_that_is_interrupted_ends_after_its_step_and_is_saved(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     try:
         result = engine.fit(BATCHES, until=9)
-        assert (result.status, result.step, result.reason) == ("stopped", 4, "interrupted (Ctrl-C)")
+        assert (result.status, result.step) == ("interrupted", 4)
+        assert result.reason == "interrupted (Ctrl-C)"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        with pytest.raises(KeyboardInterrupt):
+        assert "stopping after this step" in capsys.readouterr().err
+        with pytest.raises(
+            KeyboardInterrupt, match="5 completed steps are kept, and fit continues"
+        ):
             engine.fit(BATCHES, until=9)
         assert engine.state.step == 5
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -170,6 +170,46 @@ def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) 
     assert places[-1] == "40"
 
 
+class Shell:
+    """What IPython gives to a program that runs in a kernel, and what is shown in its notebook."""
+
+    kernel = "a kernel"
+
+    def __init__(self) -> None:
+        self.outputs: list[str] = []
+        self.updates = 0
+
+    def get_ipython(self) -> Shell:
+        return self
+
+    def display(self, shown: Any, display_id: bool) -> Shell:
+        self.outputs.append(shown._repr_html_())
+        return self
+
+    def update(self, shown: Any) -> None:
+        self.outputs[-1] = shown._repr_html_()
+        self.updates += 1
+
+
+def test_in_a_notebook_one_output_is_the_bar_and_evaluations_are_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks if there is a bar and lines of the same, or what is saved is not how it ended."""
+    shell = Shell()
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "IPython.display", shell)
+    engine_of().fit(DATA, until="80 steps", eval_data=DATA, eval_every="40 steps")
+    (bar,) = shell.outputs
+    assert "<progress value='80' max='80'" in bar
+    assert re.search(r"100%  80/80 steps \[.*loss \d\.\d+  .*lr 1\.00e-01", bar)
+    assert 1 <= shell.updates < 20, "not each of 40 logs within a few milliseconds"
+    captured = capsys.readouterr()
+    assert [line[:10] for line in captured.out.splitlines()] == ["step 40/80", "step 80/80"]
+    assert captured.err == ""
+    engine_of(quiet=True).fit(DATA, until="2 steps")
+    assert len(shell.outputs) == 1
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_an_evaluation_is_its_headline_and_each_loss_term_on_request(
     verbose: bool, capsys: pytest.CaptureFixture[str]

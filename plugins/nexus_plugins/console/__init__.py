@@ -1,4 +1,4 @@
-"""Shows how a run goes: `plugin` is the bar and the lines, `words` what they say."""
+"""Shows how a run goes: `plugin` the bar and the lines, `words` their text, `notebook` its bar."""
 
 from nexus_plugins.console.plugin import ConsoleConfig, ConsolePlugin
 

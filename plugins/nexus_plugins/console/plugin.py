@@ -1,4 +1,4 @@
-"""Shows on the terminal, or in a log of plain lines, how the run goes."""
+"""Shows on the terminal, in a notebook, or in a log of plain lines, how the run goes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from nexus_core import Every, Interval, IntervalField, Logger, LoggerConfig, hookimpl
+from nexus_plugins.console.notebook import NotebookBar, in_notebook
 from nexus_plugins.console.words import done, evaluated, parts, place, share, short
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ class ConsolePlugin(Logger[ConsoleConfig]):
     """Shows loss, learning rate, speed and the time that is left; changes nothing in training.
 
     On a terminal: a bar on the error stream that moves with each step, in the unit of the horizon,
-    with a line above it for each evaluation. Elsewhere: plain lines on the output stream, where
-    `every` holds lines back, but never the first, the last, and the one before an evaluation.
-    Metrics are those that the engine logs, to four digits; loggers store all of them.
+    with a line above it for each evaluation. In a notebook: a bar, with these lines below it.
+    Elsewhere: plain lines on the output stream, where `every` holds lines back, but never the
+    first, the last, and the one before an evaluation. Metrics are those that the engine logs, to
+    four digits; loggers store all of them.
     """
 
     config_class = ConsoleConfig
@@ -63,20 +65,8 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         """Show how far the run is."""
         self._began, self._began_at = time.monotonic(), share(engine)
         self._due = self._held_back = None
-        if engine.horizon and sys.stderr and sys.stderr.isatty() and not self.config.quiet:
-            total = engine.horizon.amount
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            self._bar = tqdm(
-                total=short(total),
-                initial=done(engine),
-                unit=engine.horizon.unit,
-                unit_scale=total >= 100_000,
-                bar_format=BAR,
-                smoothing=0,  # an evaluation is no reason to expect a slower run
-                ncols=None if columns else COLUMNS_WHERE_UNKNOWN,
-                dynamic_ncols=columns > 0,
-                file=sys.stderr,
-            )
+        if engine.horizon and not self.config.quiet:
+            self._bar = _bar(engine.horizon, done(engine))
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -114,7 +104,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         self._print_held_back()
         for values in evaluated(metrics, verbose=self.config.verbose):
             line = f"{place(engine)}  {values}"
-            if self._bar is not None:
+            if self._bar is not None and not isinstance(self._bar, NotebookBar):
                 folded = textwrap.fill(line, _columns(self._bar), subsequent_indent="  ")
                 tqdm.write(folded, file=sys.stderr)
             else:
@@ -139,6 +129,29 @@ class ConsolePlugin(Logger[ConsoleConfig]):
             spent = time.monotonic() - self._began
             left = spent * (1 - now) / (now - self._began_at)
             yield f"{tqdm.format_interval(left)} left"
+
+
+def _bar(horizon: Interval, begun: float) -> tqdm[Any] | None:
+    """What moves while the run goes; None where nothing can."""
+    options: dict[str, Any] = {
+        "total": short(horizon.amount),
+        "initial": begun,
+        "unit": horizon.unit,
+        "unit_scale": horizon.amount >= 100_000,
+        "smoothing": 0,  # an evaluation is no reason to expect a slower run
+    }
+    if in_notebook():
+        return NotebookBar(**options)
+    if not (sys.stderr and sys.stderr.isatty()):
+        return None
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    return tqdm(
+        **options,
+        bar_format=BAR,
+        ncols=None if columns else COLUMNS_WHERE_UNKNOWN,
+        dynamic_ncols=columns > 0,
+        file=sys.stderr,
+    )
 
 
 def _print(line: str) -> None:

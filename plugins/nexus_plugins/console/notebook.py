@@ -1,0 +1,58 @@
+"""The bar in a notebook."""
+
+from __future__ import annotations
+
+import html
+import io
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["NotebookBar", "in_notebook"]
+
+TEXT = "{percentage:3.0f}%  {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]{postfix}"
+SHORTEST = 0.1  # seconds between two updates of what is shown
+
+
+def in_notebook() -> bool:
+    """Whether the program runs in the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class NotebookBar(tqdm):  # type: ignore[type-arg]
+    """A bar of tqdm that is shown as HTML, in one output that is updated.
+
+    It needs no widgets, and a saved notebook holds it as it ended. That of `tqdm.auto` is text
+    where ipywidgets is not installed, and is saved as it began.
+
+    Args:
+        options: of a tqdm, all but its file, format and width.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        from IPython.display import display
+
+        self._handle, self._shown_at = None, 0.0
+        super().__init__(**options, file=io.StringIO(), bar_format=TEXT)
+        self._handle = display(self, display_id=True)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Update what is shown, but not more often than people see."""
+        if self._handle is not None and time.monotonic() - self._shown_at > SHORTEST:
+            self._shown_at = time.monotonic()
+            self._handle.update(self)
+
+    def close(self) -> None:
+        """Show how it ended."""
+        self._shown_at = 0.0
+        super().close()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        bar = f"<progress value='{self.n}' max='{self.total}' style='width:16em'></progress>"
+        return f"<div>{bar} {html.escape(str(self))}</div>"

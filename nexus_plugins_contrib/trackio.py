@@ -73,7 +73,8 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
     def send_note(self, step: int, title: str, text: str) -> None:
         """Hand the words to Trackio as Markdown, which its dashboard shows among the reports."""
         assert self._run is not None
-        self._run.log({title + NOTE: Markdown(text)}, step=step)
+        paragraphs = text.replace("\n", "\n\n")  # the dashboard joins the lines of one
+        self._run.log({title + NOTE: Markdown(paragraphs)}, step=step)
 
     def send_image(self, step: int, title: str, image: Image) -> None:
         """Hand the image to Trackio, with its caption."""

@@ -159,6 +159,22 @@ def test_the_bar_moves_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(dict.fromkeys(places)) == list("0123456789")
 
 
+def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a lost connection ends a run of weeks, or is warned of at each of its steps."""
+    for name in ("update", "set_postfix_str"):
+        monkeypatch.setattr(f"tqdm.std.tqdm.{name}", raise_gone)
+    with terminal(monkeypatch, 80), pytest.warns(RuntimeWarning) as seen:
+        assert engine_of().fit(DATA, until="9 steps").status == "finished"
+    said = [str(warning.message) for warning in seen]
+    assert len(said) <= 4
+    assert any("failed to move its bar at step" in one for one in said)
+    assert any("it is switched off" in one for one in said)
+
+
+def raise_gone(*_: object, **__: object) -> None:
+    raise OSError("gone")
+
+
 def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks if a resumed run is shown from zero, with too much time left."""
     with terminal(monkeypatch, 120) as screen:

@@ -114,7 +114,7 @@ def test_words_and_images_are_kept_with_their_step_and_once(store: Path) -> None
     first, second = engine_of(TrackioPlugin()), engine_of(TrackioPlugin())
     for engine, end in ((first, 3), (second, 4)):
         for state in engine.steps(data(), until="6 steps"):
-            engine.note("talk", f"step {state.step}")
+            engine.note("talk", f"step {state.step}\nis done")
             engine.note("shown", "an image", image=torch.eye(3))
             if state.step == 2:
                 second.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -122,7 +122,8 @@ def test_words_and_images_are_kept_with_their_step_and_once(store: Path) -> None
                 break
     notes = [(step, value) for step, name, value in points() if name == "talk/text"]
     assert notes == [
-        (step, {"_type": "trackio.markdown", "_value": f"step {step}"}) for step in (1, 2, 3, 4)
+        (step, {"_type": "trackio.markdown", "_value": f"step {step}\n\nis done"})
+        for step in (1, 2, 3, 4)
     ]
     images = [(step, value) for step, name, value in points() if name == "shown/image"]
     assert [(step, value["caption"]) for step, value in images] == [

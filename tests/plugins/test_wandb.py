@@ -161,6 +161,11 @@ class KillPlugin(Plugin[PluginConfig]):
     after = ("checkpoint",)
 
     @hookimpl
+    def on_log(self, engine):
+        engine.note("talk", "so")
+        engine.note("shown", image=torch.eye(3))
+
+    @hookimpl
     def on_step_end(self, engine):
         if engine.state.step == int(sys.argv[1]):
             while wandb_plugin.state_dict()["waiting"]:
@@ -187,7 +192,8 @@ def test_a_killed_run_misses_no_line_and_has_none_twice(tmp_path: Path) -> None:
         done = run_script(tmp_path, KILLED, killed_at)
         assert done.returncode == (0 if killed_at == "0" else -signal.SIGKILL), done.stderr
     found = points(read(tmp_path / "run"))
-    assert [step for step, name, _ in found if name == "train/total_loss"] == [1, 2, 3, 4, 5, 6, 7]
+    for kind in ("train/total_loss", "talk/text", "shown/image"):
+        assert [step for step, name, _ in found if name == kind] == [1, 2, 3, 4, 5, 6, 7], kind
     assert [step for step, name, _ in found if name == "val/total_loss"] == [3, 6, 7]
 
 

@@ -70,14 +70,13 @@ class ConsolePlugin(Logger[ConsoleConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._attempt("move", engine)
-
-    def move(self, engine: Engine) -> None:
-        """Show how far the run is, ten times a second at most."""
-        if self._bar is not None:
+        """Move the bar, which is drawn ten times a second at most."""
+        if self._bar is None or self.switched_off:
+            return
+        try:
             self._bar.update(done(engine) - self._bar.n)
+        except Exception as error:  # a terminal that is gone must not end a run
+            self._attempted("move its bar", engine.state.step, error)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Show the metrics beside the bar, or print a line where one is due."""

@@ -98,7 +98,8 @@ def _label(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _:
         rows = [row.find_all("td") for row in table.select("tbody tr")]
         told = max((len(cell.get_text()) for row in rows for cell in row), default=0)
         if len(head) > 2 and told > PHONE:
-            table["class"] = [*table.get("class", []), "stacked"]
+            wide = ["wide"] if len(head) > 4 else []
+            table["class"] = [*table.get("class", []), "stacked", *wide]
             for row in rows:
                 for cell, name in zip(row, head, strict=False):
                     cell["data-label"] = name

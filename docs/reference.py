@@ -286,8 +286,15 @@ def _is_ours(entry: EntryPoint) -> bool:
 
 
 def _help(name: str, command: click.Command) -> Iterator[str]:
-    context = click.Context(command, info_name=name, terminal_width=76, max_content_width=76)
-    yield f"## `{name}`\n\n```text\n{command.get_help(context)}\n```"
+    context = click.Context(command, info_name=name)
+    usage = " ".join([name, *command.collect_usage_pieces(context)])
+    yield f"## `{name}`\n\n```text\n{usage}\n```"
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        as_it_is = paragraph.startswith("\b\n")  # how click marks lines that are not filled
+        yield f"```text\n{paragraph[2:]}\n```" if as_it_is else paragraph
+    said = filter(None, (p.get_help_record(context) for p in command.get_params(context)))
+    rows = [(f"`{option}`", meaning) for option, meaning in said if meaning]
+    yield "\n".join(_table(("option", "meaning"), rows))
     if isinstance(command, click.Group):
         for sub, called in sorted(command.commands.items()):
             yield from _help(f"{name} {sub}", called)
@@ -356,9 +363,11 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell; what stands in backticks is safe there as it is."""
+    """Text that stays in its cell; what stands in backticks is safe there, but for `|`."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
-    return "".join(p if p.startswith("`") else p.translate(_IN_A_CELL) for p in parts)
+    return "".join(
+        p.replace("|", "\\|") if p.startswith("`") else p.translate(_IN_A_CELL) for p in parts
+    )
 
 
 # -- what a plugin says of itself

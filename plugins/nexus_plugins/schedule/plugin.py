@@ -1,4 +1,4 @@
-"""Moves any number of a plugin, of an optimizer's group or of the engine over the run."""
+"""Changes any number of a plugin, optimizer group or the engine over the run."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class KernelsConfig(PluginConfig):
 class KernelsPlugin(Plugin[KernelsConfig]):
     """Runs operations with kernels of public packages if they are installed.
 
-    On the first batch each kernel is held against the operation that it replaces, computed in
+    On the first batch each kernel is compared with the operation that it replaces, computed in
     float32: result and gradients. One that fails is not used, and the difference is said; one that
     was asked for by name ends the run. `kernels/used` is logged.
     """

@@ -183,7 +183,7 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Weights that were thawed are trained, and kept from then on."""
+        """Weights that were unfrozen are trained, and kept from then on."""
         if len(self._below) > len(now := adapters.frozen_names(engine.model) & self._below):
             self._below = now
 

@@ -85,7 +85,7 @@ class FreezePlugin(Plugin[FreezeConfig]):
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
-        """Freeze and thaw what is due in the next step."""
+        """Freeze and unfreeze what is due in the next step."""
         self._apply(engine)
 
     @hookimpl

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tape [--steps 12]
 
-The processor time within its hooks is held against that of the whole steps of the same run.
+The processor time within its hooks is compared with that of the whole steps of the same run.
 Reading and writing the lines is within it, as on a CPU each step does so.
 """
 

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face as the data of a run."""
+"""Hugging Face data sets as training data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class DataHfConfig(RowsConfig):
 
 
 class DataHfPlugin(RowsPlugin[DataHfConfig]):
-    """Trains on data sets in the formats of Hugging Face, from a folder or the hub.
+    """Trains on data sets in Hugging Face formats, from a folder or the hub.
 
     Which row comes when is a function of the seed and the row's number, for mixtures whose weights
     change too; it is the same in any number of processes, and a run resumes at the right row.

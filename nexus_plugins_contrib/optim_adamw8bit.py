@@ -1,4 +1,4 @@
-"""AdamW whose state takes a quarter of the memory."""
+"""AdamW with a quarter of the state memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OptimAdamw8BitConfig(OptimizerConfig):
 
 
 class OptimAdamw8BitPlugin(Plugin[OptimAdamw8BitConfig]):
-    """Trains with AdamW that keeps both running means in 8 bits, scaled by blocks of 256.
+    """Trains with AdamW with both running means in 8 bits, scaled in blocks of 256.
 
     Two bytes of state for each weight instead of eight. Groups and decay as in `optim_adamw`.
 

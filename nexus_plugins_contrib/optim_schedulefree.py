@@ -43,7 +43,7 @@ class OptimSchedulefreeConfig(OptimizerConfig):
 
 
 class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
-    """Trains with Schedule-Free AdamW: no decay of the learning rate, no horizon to know.
+    """Trains with Schedule-Free AdamW: no learning rate decay, no known horizon needed.
 
     Gradients are taken at one set of weights (`y`), and another (`x`), their average, is the
     model. Evaluation runs with `x`, and a checkpoint's model is `x`; the weights `y` come back

@@ -41,7 +41,7 @@ class TrackioConfig(BackgroundConfig):
 
 
 class TrackioPlugin(BackgroundLogger[TrackioConfig]):
-    """Stores each log and each evaluation with Trackio; changes nothing in training.
+    """Stores each log and each evaluation with Trackio; does not affect training.
 
     The store is Trackio's own, `TRACKIO_DIR` or its default, so that the dashboard shows the runs
     of a project together. A resumed run continues under the same name; steps that are done again

@@ -275,6 +275,8 @@ PROSE = (*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("example
 BANNED = re.compile(
     r"\bh[au]ngs? on\b|\bis none\b|\bat hand\b|\bof yours\b|\b[Mm]end(s|ed|ing)?\b|\bin vain\b"
     r"|\b[Ww]ithout a word\b|\bthe way;|\b(go|goes|went) on\b(?! the command line)"
+    r"|\bheld against\b|\bcomes? apart\b|\b(has|have) a hand in\b|\bin other bits\b|\bas ever\b"
+    r"|\bis got\b|\bthaw(s|ed)?\b|\bwould do nothing\b|\bin one run with\b"
 )
 """Turns of phrase that readers stumble over; say it as the field does."""
 

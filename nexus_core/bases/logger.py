@@ -81,8 +81,8 @@ class Logger(Plugin[LoggerConfigT]):
         """
         if self.writes_files and engine.out is None:
             raise ConfigError(
-                f"{self.name} writes into the run's folder, and this run has none; give one, as in "
-                'Engine(..., out="runs/mine"), or leave the plugin out'
+                f"{self.name} writes to the output folder, and this run has none; set one, as in "
+                'Engine(..., out="runs/mine"), or remove the plugin'
             )
         self._attempt("open", engine)
 

@@ -70,7 +70,7 @@ def note_branch(folder: Path, parent: Relation) -> None:
 
 
 def read_lineage(folder: Path) -> Lineage:
-    """The relations of the run in a folder; lines that are not whole are passed over."""
+    """The relations of the run in a folder; incomplete lines are skipped."""
     parent, branches = None, list[Relation]()
     try:
         lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()

@@ -262,7 +262,7 @@ class Trial:
         for plugin in own:
             enemies = {plugin.name, found.name} & {*plugin.conflicts, *found.conflicts}
             if enemies or (found.slot is not None and found.slot == plugin.slot):
-                raise SkipTest(f"'{plugin.name}' cannot be in one run with '{found.name}'")
+                raise SkipTest(f"'{plugin.name}' cannot be used together with '{found.name}'")
         return [make(found)]
 
     def _say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Conversations as the data of a run: the assistant's turns alone are learned."""
+"""Chat data: trains only on the assistant's turns."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class DataChatConfig(RowsConfig):
 
 
 class DataChatPlugin(RowsPlugin[DataChatConfig]):
-    """Trains on what the assistant says in conversations, and on nothing else.
+    """Trains on the assistant's turns in conversations, and on nothing else.
 
     They go through the tokenizer's own chat template. A token is learned where the model would
     have to generate it: the words of a turn, its calls, and the token that ends it. A conversation

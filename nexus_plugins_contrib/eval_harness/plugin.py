@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on the model of a run."""
+"""Evaluates tasks of lm-evaluation-harness on the run's model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EvalHarnessConfig(PluginConfig):
 
 
 class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
-    """Measures tasks of lm-evaluation-harness at each evaluation.
+    """Evaluates tasks of lm-evaluation-harness at each evaluation.
 
     The model is asked through the run's own forward pass, so any model of tokens will do, with the
     weights that are evaluated. Tasks that are on this machine need no network.

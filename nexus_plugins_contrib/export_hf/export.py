@@ -1,4 +1,4 @@
-"""A checkpoint as a folder of Hugging Face, held against what was trained before it is there."""
+"""Exports a checkpoint as a Hugging Face folder, checked against the trained model first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swaps in kernels of public packages, each checked before it is used."""
+"""Uses kernels of public packages, each checked before use."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class KernelsConfig(PluginConfig):
 
 
 class KernelsPlugin(Plugin[KernelsConfig]):
-    """Runs operations by the kernels of public packages where these are installed.
+    """Runs operations with kernels of public packages if they are installed.
 
-    On the first batch each kernel is held against the operation that it replaces, computed in
+    On the first batch each kernel is compared with the operation that it replaces, computed in
     float32: result and gradients. One that fails is not used, and the difference is said; one that
     was asked for by name ends the run. `kernels/used` is logged.
     """

@@ -1,4 +1,4 @@
-"""Metrics of evaluations that are no means of batches: accuracy, F1, AUROC, any of torchmetrics."""
+"""Evaluation metrics over whole sets: accuracy, F1, AUROC, any of torchmetrics."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MetricsConfig(PluginConfig):
 
 
 class MetricsPlugin(Plugin[MetricsConfig]):
-    """Measures each evaluation set by metrics over all of its rows, such as F1 or AUROC.
+    """Measures metrics over all rows of each evaluation set, such as F1 or AUROC.
 
     Each is computed over the whole set and all processes, not as a mean of batches, and is called
     `val/f1`; so it reaches results, loggers, early stopping and the choice of the best checkpoint.

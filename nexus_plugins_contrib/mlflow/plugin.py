@@ -1,4 +1,4 @@
-"""Stores every metric with MLflow, in a database of the run's folder or on a tracking server."""
+"""Stores every metric with MLflow, in a database in the run folder or on a tracking server."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class MlflowConfig(BackgroundConfig):
 class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     """Sends each log and each evaluation to MLflow, and the config as parameters.
 
-    Changes nothing in training. A resumed run continues in the same run; steps that are done again
+    Does not affect training. A resumed run continues in the same run; steps that are done again
     are not sent again.
     """
 

@@ -93,8 +93,8 @@ def positions_of(segments: Tensor) -> Tensor:
 def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
     """Why a model's loss needs its logits whole; None: hidden states and head are all they are.
 
-    The states are made loud on their way to the head, and what the model makes of them is held
-    against their product with the head's weight.
+    The states are scaled up on their way to the head, and the model's logits are compared with the
+    product of states and head weight.
 
     Args:
         model: in any mode, which it is left in.
@@ -135,8 +135,8 @@ def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
 def find_rows(model: PreTrainedModel, ids: Tensor) -> Rows:
     """How documents of a packed row are to be kept apart in this model.
 
-    Two documents in one row, with positions that begin anew, are held against the second one by
-    itself; how far they differ is measured by what the first changes where nothing parts them.
+    Two documents in one row, with positions that restart at zero, are compared with the second one
+    by itself; how far they differ is measured by what the first changes where nothing parts them.
 
     Args:
         model: in any mode, which it is left in.

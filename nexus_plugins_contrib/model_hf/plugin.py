@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face as the model of a run."""
+"""A Hugging Face causal language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train adapters beside frozen weights, and save them alone."""
+"""Trains adapters on frozen weights, and saves only the adapters."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class PeftConfig(PluginConfig):
 
 
 class PeftPlugin(Plugin[PeftConfig]):
-    """Freezes the model and trains adapters in it: LoRA and its kin, on models of any origin.
+    """Freezes the model and trains adapters in it: LoRA and similar methods, on any model.
 
     A checkpoint holds the adapters alone, with a hash of the weights below them, which must be
     there again on resuming.
@@ -183,7 +183,7 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Weights that were thawed are trained, and kept from then on."""
+        """Weights that were unfrozen are trained, and kept from then on."""
         if len(self._below) > len(now := adapters.frozen_names(engine.model) & self._below):
             self._below = now
 

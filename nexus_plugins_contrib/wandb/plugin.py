@@ -1,4 +1,4 @@
-"""Stores every metric with Weights & Biases, offline where there is no account."""
+"""Stores every metric with Weights & Biases, offline without an account."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class WandbConfig(BackgroundConfig):
 
 
 class WandbPlugin(BackgroundLogger[WandbConfig]):
-    """Sends each log and each evaluation to Weights & Biases; changes nothing in training.
+    """Sends each log and each evaluation to Weights & Biases; does not affect training.
 
     Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run is
     the same run there: it sends what a kill took from wandb, and no line a second time.

@@ -1,4 +1,4 @@
-"""Computes in 16 bits where that is safe, and keeps weights and sums in 32."""
+"""Mixed precision: computes in 16 bits where that is safe, and keeps weights and sums in 32."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class AmpConfig(PluginConfig):
 class AmpPlugin(Plugin[AmpConfig]):
     """Runs the model and the losses under autocast; weights, gradients and updates stay float32.
 
-    With fp16 the gradient is scaled up so that small values survive, and scaled back before
-    anybody looks at it. A step whose gradient overflows is skipped and the scale halved:
+    With fp16 the gradient is scaled up so that small values survive, and unscaled before
+    anything uses it. A step whose gradient overflows is skipped and the scale halved:
     `amp/scale` and `amp/skipped_steps` are logged. The scaling is a hook on each loss term, so
-    it holds for every way in which a plugin runs the backward pass.
+    it works however a plugin runs the backward pass.
 
     Source: Micikevicius et al. 2018, "Mixed Precision Training"; `torch.amp`.
     """

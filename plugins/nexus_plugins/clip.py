@@ -1,4 +1,4 @@
-"""Limits the length of the gradient."""
+"""Clips the gradient."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ class ClipConfig(PluginConfig):
 
 
 class ClipPlugin(Plugin[ClipConfig]):
-    """Scales the whole gradient down to `max_norm` where it is longer, and logs its length.
+    """Scales the gradient down to `max_norm` if its global norm is larger, and logs the norm.
 
-    `train/grad_norm` is the length before clipping (`train/grad_norm_late` of `clip@late`). A
-    length that is not finite is left to show in the log; refusing such steps is the work of
-    `guard`. By value, each number is limited by itself; by agc, the gradient of each unit (a row of
-    a matrix, a whole vector) to `ratio` times the length of its weights.
+    `train/grad_norm` is the norm before clipping (`train/grad_norm_late` for `clip@late`). A
+    non-finite norm shows in the log; to skip such steps use
+    `guard`. By value, each element is clipped; by agc, the gradient of each unit (a row of
+    a matrix, a whole vector) to `ratio` times the norm of its weights.
 
     Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks",
-    algorithm 1; over what the optimizer trains, to the numbers of `torch.nn.utils.clip_grad_norm_`.
+    algorithm 1; over trained parameters, with the results of `torch.nn.utils.clip_grad_norm_`.
     Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization",
     equation 3.
     """

@@ -64,7 +64,7 @@ class CurriculumConfig(PluginConfig):
 
 
 class CurriculumPlugin(Plugin[CurriculumConfig]):
-    """Shortens the rows of training batches, less and less, until they are as the data has them.
+    """Shortens the rows of training batches, less and less, up to their full length.
 
     Every tensor of the batch that has a column for each of the `input_ids` `(batch, time)` is
     shortened with them: labels, masks, segments, positions. In the mode `reshape` a row becomes

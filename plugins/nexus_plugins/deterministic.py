@@ -1,4 +1,4 @@
-"""Computes every step in the same order: the same run on the same machine gives the same bits."""
+"""Makes runs deterministic: the same run on the same machine gives the same bits."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ class DeterministicConfig(PluginConfig):
 
 
 class DeterministicPlugin(Plugin[DeterministicConfig]):
-    """Has PyTorch, cuBLAS and cuDNN use deterministic algorithms, and round in one way.
+    """Makes PyTorch, cuBLAS and cuDNN use deterministic algorithms and fixed rounding.
 
-    On CUDA many kernels add up in whichever order their threads finish. With it, the same run on
+    On CUDA, many kernels sum in the order in which threads finish. With this, the same run on
     the same kind of device with the same versions gives the same bits, more slowly. Operations of
-    this package that have no deterministic form on CUDA are replaced; any other one is an error
-    that names it. The settings are those of the whole process: they are given back when the last
-    run that holds them ends.
+    this package without a deterministic implementation on CUDA are replaced; any other is an error
+    that names it. The settings apply to the whole process and are restored when the last
+    run that uses them ends.
 
     Source: PyTorch's notes on reproducibility; cuBLAS, "Results reproducibility".
     """

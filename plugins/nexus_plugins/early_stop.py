@@ -1,4 +1,4 @@
-"""Ends a run that no longer gets better."""
+"""Ends a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class EarlyStopConfig(PluginConfig):
 
 
 class EarlyStopPlugin(Plugin[EarlyStopConfig]):
-    """Stops training when a metric of the evaluation has not improved for `patience` of them.
+    """Stops training when an evaluation metric has not improved for `patience` evaluations.
 
-    A metric that is not a number counts as no improvement. The last step is complete and saved
-    as at the end of any run; the best weights are those that the checkpoint plugin calls best.
+    A NaN counts as no improvement. The last step is complete and saved
+    as at the end of any run; the best weights are the checkpoint plugin's `best`.
 
     Source: Prechelt 1998, "Early Stopping - But When?", the third class of criteria (UP), with
     the distance to the best instead of strips.

@@ -49,15 +49,15 @@ class EmaConfig(PluginConfig):
 
 
 class EmaPlugin(Plugin[EmaConfig]):
-    """Keeps an exponential moving average of the trained weights beside them.
+    """Keeps an exponential moving average of the trained weights.
 
-    Training is not changed. Evaluation runs with the average in the model's place, and the
-    weights come back bit for bit. The average is kept in float32 at least, is saved with the
-    plugin's state, and `weights()` gives it in the names of the model's `state_dict`. Buffers
+    Training is not affected. Evaluation runs with the average instead of the weights, and the
+    weights are restored bitwise. The average is kept in float32 at least, is saved with the
+    plugin's state, and `weights()` returns it under the names of the model's `state_dict`. Buffers
     (running statistics) are the model's own, unless they are averaged too.
 
     Source: Polyak and Juditsky 1992; the ramp is that of `tf.train.ExponentialMovingAverage`, the
-    one by a power that of Katherine Crowson's EMA warm-up.
+    power ramp that of Katherine Crowson's EMA warmup.
     """
 
     config_class = EmaConfig

@@ -1,4 +1,4 @@
-"""Freezes parameters for a part of the run, and thaws them."""
+"""Freezes parameters for part of the run, then unfreezes them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class FreezeConfig(PluginConfig):
 
 
 class FreezePlugin(Plugin[FreezeConfig]):
-    """Leaves parameters as they are for a part of the run, and trains them afterwards.
+    """Freezes parameters for part of the run, and trains them afterwards.
 
-    They keep their place in the optimizer, get no gradient, no update and no weight decay, and cost
-    no backward pass below the lowest layer that is trained. What was frozen before the run stays
-    so. When a rule acts is a function of how far the run is, so nothing is saved.
+    They stay in the optimizer, get no gradient, no update and no weight decay, and cost
+    no backward pass below the lowest trained layer. What was frozen before the run stays
+    frozen. When a rule applies is a function of the run's progress, so nothing is saved.
     """
 
     config_class = FreezeConfig
@@ -85,7 +85,7 @@ class FreezePlugin(Plugin[FreezeConfig]):
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
-        """Freeze and thaw what is due in the next step."""
+        """Freeze and unfreeze what is due in the next step."""
         self._apply(engine)
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""Logs the length of the gradient by module and by loss term, and where terms disagree."""
+"""Logs gradient norms by module and by loss term, and where terms disagree."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class GradStatsConfig(PluginConfig):
 
 
 class GradStatsPlugin(Plugin[GradStatsConfig]):
-    """Measures gradients before they are clipped, and changes nothing in the training.
+    """Measures gradients before they are clipped; does not affect training.
 
     `grad_norm/<module>`: L2 norm over the module's parameters. `grad_norm/term/<name>` and
     `grad_cosine/<a>_<b>`: the weighted gradient of each term over the trunk, which are the
     parameters that the most terms reach, its L2 norm and the cosine between two of them (-1: they
     undo one another). All are of the whole step, whatever its split into micro-batches, and of
-    this process where there are several. No device is waited for.
+    this rank if there are several. It does not sync with the device.
     """
 
     config_class = GradStatsConfig

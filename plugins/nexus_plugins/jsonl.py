@@ -39,7 +39,7 @@ class JsonlConfig(LoggerConfig):
 
 
 class JsonlPlugin(Logger[JsonlConfig]):
-    """Appends logs, evaluations and notes to `metrics.jsonl`, and changes nothing in training.
+    """Appends logs, evaluations and notes to `metrics.jsonl`; does not affect training.
 
     A line is an object: `step`, `time` (seconds since 1970), `tokens`, and the metrics by name, or
     a note's `note`, which is its title, and `text`. An image is a PNG file in the folder `images`

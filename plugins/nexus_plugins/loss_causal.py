@@ -1,4 +1,4 @@
-"""The causal module's loss: a sparse graph without cycles, that explains the variables."""
+"""The causal module's loss: a sparse acyclic graph that explains the variables."""
 
 from __future__ import annotations
 

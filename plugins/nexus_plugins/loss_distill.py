@@ -1,4 +1,4 @@
-"""Distillation: the model is to predict as a teacher does."""
+"""Distillation: the model learns to predict like a teacher."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class LossDistillConfig(LossConfig):
 class LossDistillPlugin(Loss[LossDistillConfig]):
     """Trains on the divergence of the model's next-token distribution from a teacher's.
 
-    `KL(teacher || model)` in nats at each position whose label counts; the teacher is frozen and in
-    evaluation mode. Beside `loss_lm`, the weights of both are the mixture.
+    `KL(teacher || model)` in nats at positions with a counted label; the teacher is frozen and in
+    evaluation mode. With `loss_lm`, the weights of both set the mixture.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """

@@ -1,4 +1,4 @@
-"""The energy module's loss: what refinements cost, and what they foresee."""
+"""The energy module's loss: the cost of refinements, and their predicted gain."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class LossEnergyConfig(PositionLossConfig):
 
 
 class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
-    """Trains every refinement to be the last one, and to foresee what it would cost if it were.
+    """Trains every refinement to be good enough to be the last, and to predict what stopping costs.
 
     The model reports `energy`, a dict of `early` `(B, T, D)`, final states had tokens settled after
     fewer refinements, and `foreseen` `(B, T)`, what that is expected to cost in nats. The loss is

@@ -1,4 +1,4 @@
-"""The reasoner's loss: every rule of use, on some tokens and not on others."""
+"""The reasoner's loss: every rule in use, on some tokens and not on others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate stays where it is."""
+"""A constant learning rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LrConstantConfig(ScheduleConfig):
 
 
 class LrConstantPlugin(Schedule[LrConstantConfig]):
-    """Warms the learning rate up and keeps it there."""
+    """Warms up the learning rate and keeps it constant."""
 
     config_class = LrConstantConfig
 

@@ -1,4 +1,4 @@
-"""The learning rate falls along half a cosine."""
+"""Cosine decay of the learning rate."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class LrCosineConfig(DecayConfig):
 
 
 class LrCosinePlugin(Decay[LrCosineConfig]):
-    """Warms the learning rate up, then lets it fall to `min_lr` along half a cosine.
+    """Warms up the learning rate, then decays it to `min_lr` along half a cosine.
 
-    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts; the warm-up of 1%
+    Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts; the warmup of 1%
     as in Biderman et al. 2023, "Pythia".
     """
 

@@ -1,4 +1,4 @@
-"""The learning rate falls along a line."""
+"""Linear decay of the learning rate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class LrLinearConfig(DecayConfig):
 
 
 class LrLinearPlugin(Decay[LrLinearConfig]):
-    """Warms the learning rate up, then lets it fall to `min_lr` along a straight line.
+    """Warms up the learning rate, then decays it linearly to `min_lr`.
 
-    Source of the warm-up: Liu et al. 2019, "RoBERTa", tables 9 and 10: 6% of the steps.
+    Source of the warmup: Liu et al. 2019, "RoBERTa", tables 9 and 10: 6% of the steps.
     """
 
     config_class = LrLinearConfig

@@ -1,4 +1,4 @@
-"""The learning rate falls with the root of the time."""
+"""Inverse square root decay of the learning rate."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class LrRsqrtConfig(ScheduleConfig):
 
 
 class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
-    """Warms the learning rate up, then lets it fall as `sqrt(timescale / time)`.
+    """Warms up the learning rate, then decays it as `sqrt(timescale / time)`.
 
-    The rate is at its base until the timescale has passed. With a warm-up in steps it does not
+    The rate is at its base until the timescale has passed. With a warmup in steps it does not
     depend on the horizon: a run can be stopped or extended at any time.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", equation 3, with the peak as base;
-    their warm-up is 4,000 of 100,000 steps.
+    their warmup is 4,000 of 100,000 steps.
     """
 
     config_class = LrRsqrtConfig

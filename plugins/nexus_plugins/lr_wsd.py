@@ -1,4 +1,4 @@
-"""The learning rate rises, stays, and falls only at the end."""
+"""Warmup, stable, decay: the learning rate only decays at the end."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class LrWsdConfig(DecayConfig):
 
 
 class LrWsdPlugin(Decay[LrWsdConfig]):
-    """Warms the learning rate up, keeps it, and lets it fall to `min_lr` at the very end.
+    """Warms up the learning rate, keeps it, and decays it to `min_lr` at the very end.
 
-    Until the fall begins, the rate does not depend on where the run will end. So a checkpoint of
-    the stable part can be resumed with a later horizon as if it had been planned, and one such run
+    Until the decay starts, the rate does not depend on the end of the run. So a checkpoint of
+    the stable part can be resumed with a later horizon as if planned, and one such run
     gives models of many lengths.
 
     Source: Hu et al. 2024, "MiniCPM", section 4.2; the root: Hägele et al. 2024, "Scaling Laws

@@ -1,4 +1,4 @@
-"""Measures which part of the machine's arithmetic the training uses."""
+"""Measures the share of the machine's peak FLOP/s that training uses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MfuConfig(PluginConfig):
 
 
 class MfuPlugin(Plugin[MfuConfig]):
-    """Logs `system/mfu`, model FLOPs utilization, and changes nothing in the training.
+    """Logs `system/mfu`, model FLOPs utilization; does not affect training.
 
     It is tokens per second, times operations per token, by the rate of the devices, one a process.
     Operations are those of matrix products, convolutions and attention, forward and backward, a

@@ -1,4 +1,4 @@
-"""A model that the user's own function or class makes."""
+"""A model from the user's own function or class."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ModelConfig(Call):
 
 
 class ModelPlugin(Plugin[ModelConfig]):
-    """Trains the model that a function or class makes, with arguments from the settings.
+    """Trains a model built by a function or class, with arguments from the settings.
 
-    The arguments are checked against its signature before anything is built. The generators have
-    the run's seed when it is called, and its weights are moved to the run's device afterwards.
+    The arguments are checked against its signature before anything is built. The generators are
+    seeded with the run's seed when it is called; the model is then moved to the run's device.
     """
 
     config_class = ModelConfig

@@ -1,4 +1,4 @@
-"""Trades transfers for memory: activations wait in host memory for the backward pass."""
+"""Trades transfers for memory: activations are kept in CPU memory until the backward pass."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class OffloadConfig(PluginConfig):
 
 
 class OffloadPlugin(Plugin[OffloadConfig]):
-    """Moves what the chosen modules keep for the backward pass to pinned host memory, and back.
+    """Moves tensors saved for backward by the selected modules to pinned CPU memory, and back.
 
-    The copies run beside the computation, on a stream of their own. Gradients are the same bits.
-    Weights are never moved, nor what autograd keeps outside of these modules (the losses).
+    The copies overlap with computation, on a separate stream. Gradients are bitwise the same.
+    Weights are never moved, nor tensors saved outside these modules (by the losses).
 
     Source: Rhu et al. 2016, "vDNN"; the hooks are those of `torch.autograd.graph`, as in
     `save_on_cpu`, which waits for each copy and moves weights too.

@@ -1,4 +1,4 @@
-"""Any optimizer class, with its own arguments and groups of parameters by the pattern of names."""
+"""Any optimizer class, with its own arguments and parameter groups by name patterns."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ class OptimConfig(_Flat, Call):
 class OptimPlugin(Plugin[OptimConfig]):
     """Trains with any optimizer class: one of `torch.optim`, of a package, or your own.
 
-    All settings are the class's own, and what is left out has its default. So, unlike with
-    `optim_adamw`, weight decay shrinks every parameter that no group spares. A function works too;
-    it gets what a class gets, the parameters or groups of them, or the model, where its first
+    All settings are the class's own, with its defaults. So, unlike with
+    `optim_adamw`, weight decay applies to all parameters not excluded by a group. A function works;
+    it receives the parameters or groups of them, or the model if its first
     parameter is called `model`.
     """
 

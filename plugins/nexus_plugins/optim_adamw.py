@@ -34,7 +34,7 @@ class OptimAdamwConfig(OptimizerConfig):
 
 
 class OptimAdamwPlugin(Plugin[OptimAdamwConfig]):
-    """Trains with AdamW, whose decay shrinks matrices and leaves all other parameters alone.
+    """Trains with AdamW; weight decay applies to matrices only.
 
     Biases, norms, embeddings (and a head tied to one), vectors and parameters with an attribute
     `_no_weight_decay = True` do not decay.

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the model, AdamW for the rest."""
+"""Muon for the hidden matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class OptimMuonConfig(OptimizerConfig):
 
 
 class OptimMuonPlugin(Plugin[OptimMuonConfig]):
-    """Trains matrices with Muon, whose updates are orthogonal, and all else with AdamW.
+    """Trains hidden matrices with Muon, whose updates are orthogonalized, and the rest with AdamW.
 
     All else: vectors, norms, biases, embeddings, heads, convolutions, and what `exclude` names. A
     head is a linear map to as many outputs as an embedding has entries, where no linear map takes

@@ -1,4 +1,4 @@
-"""Takes out of each term's gradient what works against another term."""
+"""Removes conflicting components between the gradients of loss terms."""
 
 from __future__ import annotations
 

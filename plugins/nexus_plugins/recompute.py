@@ -1,4 +1,4 @@
-"""Trades time for memory: activations are computed again instead of kept."""
+"""Activation checkpointing: recomputes activations instead of keeping them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class RecomputeConfig(PluginConfig):
 
 
 class RecomputePlugin(Plugin[RecomputeConfig]):
-    """Keeps only the inputs of the chosen modules, and runs them again in the backward pass.
+    """Keeps only the inputs of the selected modules, and reruns them in the backward pass.
 
-    Gradients are the same bits, dropout included, since the random generators are put back for
-    the second run. The model's names and its `state_dict` stay as they are.
+    Gradients are bitwise the same, including dropout, since random generators are restored for
+    the second run. The model's names and `state_dict` do not change.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost";
     `torch.utils.checkpoint`, without re-entering autograd.

@@ -52,8 +52,8 @@ class TensorboardConfig(LoggerConfig):
 class TensorboardPlugin(Logger[TensorboardConfig]):
     """Writes logs and evaluations as scalars, notes as text and images, the config as HParams.
 
-    Changes nothing in training. The Custom Scalars tab begins with the loss. On resuming,
-    TensorBoard is told to forget the points of steps that will be done again. Look at it with
+    Does not affect training. The Custom Scalars tab begins with the loss. On resume, TensorBoard
+    is told to drop the points of steps that will be repeated. View it with
     `tensorboard --logdir OUT/tensorboard`.
     """
 

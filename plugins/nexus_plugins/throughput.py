@@ -1,4 +1,4 @@
-"""Measures how fast the run is and how much memory it takes."""
+"""Measures speed and memory of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ThroughputConfig(PluginConfig):
 
 
 class ThroughputPlugin(Plugin[ThroughputConfig]):
-    """Logs speed and memory, and changes nothing in the training.
+    """Logs speed and memory; does not affect training.
 
     `system/throughput_tokens_per_sec`: tokens of all processes (rows, where batches hold no
     `input_ids`) by the seconds of training since the last log; what logging, evaluating and saving

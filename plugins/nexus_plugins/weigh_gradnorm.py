@@ -1,4 +1,4 @@
-"""Weighs the loss terms so that all of them pull at the shared weights, and learn, evenly."""
+"""Balances loss terms by their gradient norms on shared weights and their learning speed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WeighGradnormConfig(PluginConfig):
 
 
 class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
-    """Balances the gradients that the terms send into the weights they share.
+    """Balances the terms' gradient norms on the weights they share.
 
     A term's gradient norm is moved towards the mean of all, times its relative inverse training
     rate to the power `alpha` (1 for a term that began at zero or below), times its own `weight`.

@@ -1,4 +1,4 @@
-"""Weighs the loss terms so that each counts the same, whatever its scale."""
+"""Weights the loss terms so that all count equally, whatever their scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighs the loss terms by a noise level that is learned for each."""
+"""Weights the loss terms by a learned noise level for each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WeighUncertaintyConfig(PluginConfig):
 
 
 class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
-    """Weighs each term by `exp(-s)`, where `s` is a log-variance learned along with the model.
+    """Weights each term by `exp(-s)`, with a log-variance `s` learned along with the model.
 
     What is minimised is the sum over terms of `exp(-s) * loss + s`; its gradient in `s` is known,
     `1 - exp(-s) * loss`, so `s` moves towards the logarithm of its loss without a graph. The

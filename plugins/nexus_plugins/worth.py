@@ -1,4 +1,4 @@
-"""Logs what each module is worth: the validation loss without it, less that with it."""
+"""Logs the worth of each module: the validation loss without it minus the loss with it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class WorthConfig(PluginConfig):
 
 
 class WorthPlugin(Plugin[WorthConfig]):
-    """Evaluates with each module left out in turn, and changes nothing in training.
+    """Evaluates with each module ablated in turn; does not affect training.
 
-    `module/<name>_worth` is the rise of the loss (`val/loss`, in its own unit) when what the module
-    writes is zero, on the same batches and with the same weights: above 0, the module helps. It
-    does not see what the module's loss taught the rest of the model, which only a run without the
-    module can tell.
+    `module/<name>_worth` is the rise of the loss (`val/loss`, in its own unit) when the module's
+    output is zero, on the same batches and with the same weights: above 0, the module helps. It
+    does not show what the module's loss taught the rest of the model; that takes a run without the
+    module.
 
     The model has `active_modules`, a tuple of names, and `without(name)`, a context manager; it may
     have `writing_modules`, those of them that have something to leave out. A

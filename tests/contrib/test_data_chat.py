@@ -432,7 +432,7 @@ def test_a_bad_conversation_is_an_error_with_file_row_and_turn(tmp_path: Path) -
     records = [*chats(2), {"messages": [{"role": "user", "content": "a"}, {"role": "judge"}]}]
     with pytest.raises(DataError, match=r"chats.jsonl, row 3: turn 2 has the role 'judge'"):
         opened(tmp_path, records, published.QWEN25)
-    with pytest.warns(RuntimeWarning, match=r"1 records of 'chats' left out: an unknown role"):
+    with pytest.warns(RuntimeWarning, match=r"1 records of 'chats' skipped: an unknown role"):
         data = opened(tmp_path, records, published.QWEN25, on_bad_rows="skip", batching="pad")
     assert sum(len(batch["input_ids"]) for batch in data.train) == 2
 

@@ -256,7 +256,7 @@ def test_bad_records_are_skipped_and_counted_on_request(tmp_path: Path, tokenize
     with pytest.warns(RuntimeWarning) as said:
         data = opened(tmp_path, tokenizer, **wish)
     assert len(lines(data.train)) == 2
-    assert any("1 records of 'a' left out: empty text" in str(one.message) for one in said)
+    assert any("1 records of 'a' skipped: empty text" in str(one.message) for one in said)
 
 
 # -- mixtures

@@ -209,11 +209,13 @@ def test_a_kernel_that_is_wrong_is_refused_with_the_difference(shelf: Shelf) -> 
     with pytest.warns(RuntimeWarning) as said:
         found = losses(engine_with(plugin))
     (text,) = {str(w.message) for w in said}
-    assert "scan by mamba_ssm differs from float32 by 0.05" in text
+    assert "scan by mamba_ssm differs from float32 by a relative 0.05" in text
     assert "the limit is 0.02; it is not used" in text
     assert plugin.used == {"scan": "fla", "linear_cross_entropy": "liger_kernel"}
     assert found == pytest.approx(plain, rel=1e-4)
-    with pytest.raises(ConfigError, match=r"differs from float32 by 0\.05.*kernels.scan=auto"):
+    with pytest.raises(
+        ConfigError, match=r"differs from float32 by a relative 0\.05.*kernels.scan=auto"
+    ):
         losses(engine_with(KernelsPlugin(scan="mamba_ssm")))
     assert losses(engine_with(KernelsPlugin(scan="mamba_ssm", tolerance=0.1))) > 0
 

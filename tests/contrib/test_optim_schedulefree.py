@@ -164,7 +164,7 @@ def test_after_the_run_the_model_is_the_average_and_the_run_can_go_on() -> None:
 @pytest.mark.parametrize("name", ["lr_cosine", "lr_linear", "lr_rsqrt", "lr_wsd", "ema"])
 def test_what_decays_or_averages_too_is_refused(name: str) -> None:
     """Breaks if a schedule shrinks the steps that the average is to be made of."""
-    with pytest.raises(PluginError, match=f"{name}.*cannot be in one run"):
+    with pytest.raises(PluginError, match=f"{name}.*cannot be used together"):
         engine_of(load(name)())
 
 

@@ -69,7 +69,7 @@ def test_choices_are_texts_as_settings_are_written() -> None:
         ("lr=uniform(a,b)", "takes numbers"),
         ("n=int(1,2.5)", "whole numbers"),
         ("n=int(1,8,9)", "a step"),
-        ("n=choice(a)", "between two"),
+        ("n=choice(a)", "at least two"),
     ],
 )
 def test_a_space_that_cannot_be_is_one_clear_error(text: str, said: str) -> None:

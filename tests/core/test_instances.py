@@ -41,7 +41,7 @@ def test_what_is_declared_of_a_plugin_holds_for_all_its_instances() -> None:
     own = relation("own", after=("ema@late",))
     order = arrange([own, EmaPlugin(), late, first, relation("needs", requires=("ema",))]).plugins
     assert [plugin.name for plugin in order] == ["first", "ema", "ema@late", "own", "needs"]
-    with pytest.raises(PluginError, match="'foe' and 'ema@late' cannot be in one run"):
+    with pytest.raises(PluginError, match="'foe' and 'ema@late' cannot be used together"):
         arrange([late, relation("foe", conflicts=("ema",))])
     with pytest.raises(PluginError, match=r"listed twice; .*EmaPlugin\.labelled\('late'\)\(\)"):
         arrange([EmaPlugin(), EmaPlugin()])

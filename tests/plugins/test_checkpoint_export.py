@@ -118,7 +118,7 @@ BOMB = "plugins:\n  model_tied: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("config.yaml", lambda text: BOMB, "more than 40,000 values"),
         ("config.yaml", lambda text: "[" * 10_000, "nested deeper"),
-        ("config.yaml", lambda text: "a: " + "x" * (2 << 20), "settings have 1,048,576 at most"),
+        ("config.yaml", lambda text: "a: " + "x" * (2 << 20), "at most 1,048,576 are allowed"),
         ("config.yaml", lambda text: "\x00", "special characters"),
         ("config.yaml", lambda text: "plugins: {model_tied: [1, 2]}", None),
         ("config.yaml", lambda text: "plugins: {model_tied: {day: 2024-01-01}}", None),

@@ -435,7 +435,7 @@ def test_only_gradients_that_stay_infinite_are_an_explosion() -> None:
     bad = [replace(reading, gradient_finite=False) for reading in history.readings]
     assert found(replace(history, readings=(*history.readings[:2], bad[2]))) == []
     (finding,) = examine(replace(history, readings=tuple(bad)))
-    assert "the gradient was not finite in each of the last 3 readings" in finding.text
+    assert "the gradient was not finite in each of the last 3 checks" in finding.text
 
 
 def test_a_plateau_counts_early_and_high_up_alone() -> None:

@@ -157,9 +157,7 @@ def test_an_average_of_another_model_is_refused() -> None:
     """Breaks if a resumed run averages parameters that do not belong together."""
     ema = EmaPlugin()
     ema.load_state_dict({"average": {"strange": torch.ones(1)}, "updates": 1})
-    with pytest.raises(
-        CheckpointError, match="saved average has 'strange', which the model does not"
-    ):
+    with pytest.raises(CheckpointError, match="saved average has 'strange', which the model lacks"):
         engine_of(ema).fit(data(), until="1 step")
 
 

@@ -144,7 +144,7 @@ def test_going_on_in_the_same_process_appends(tmp_path: Path) -> None:
 def test_without_a_folder_the_run_does_not_start() -> None:
     """Breaks if metrics are lost without a word because `out` was forgotten."""
     engine = engine_of(None)
-    with pytest.raises(ConfigError, match=r"jsonl writes into the run's folder.*out="):
+    with pytest.raises(ConfigError, match=r"jsonl writes to the output folder.*out="):
         engine.fit(DATA, until="1 step")
     assert engine.state.step == 0
 

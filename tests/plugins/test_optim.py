@@ -87,7 +87,7 @@ def test_a_function_of_the_model_gets_it(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ({"momentun": 0.9}, r"unknown key 'optim\.momentun': torch\.optim:SGD .*mean 'momentum'"),
         ({"momentum": "much"}, r"optim\.momentum: got 'much'; 'momentum' of .*SGD is float"),
-        ({"params": [1]}, "the trainer passes 'params' to torch.optim:SGD itself"),
+        ({"params": [1]}, "the trainer passes 'params' to torch.optim:SGD; remove it"),
         ({"groups": [{"match": "*.bias", "learning": 1}]}, r"unknown key 'optim\.groups\.0\.learn"),
         ({"groups": [{"lr": 1}]}, r"optim\.groups\.0\.match: field required"),
         ({"lr": -1}, r"optim\.lr: got -1"),

@@ -124,7 +124,7 @@ def test_the_custom_scalars_begin_with_the_loss_and_show_no_empty_chart(tmp_path
 
 def test_without_a_folder_the_run_does_not_start() -> None:
     """Breaks if metrics are lost without a word because `out` was forgotten."""
-    with pytest.raises(ConfigError, match=r"tensorboard writes into the run's folder.*out="):
+    with pytest.raises(ConfigError, match=r"tensorboard writes to the output folder.*out="):
         engine_of(None).fit(DATA, until="1 step")
 
 

@@ -190,7 +190,7 @@ class HingePlugin(HeadPlugin):
         return self.level * output["one"].square().sum()
 
 
-@pytest.mark.filterwarnings("ignore:the update of step")
+@pytest.mark.filterwarnings("ignore:skipped the update of step")
 @pytest.mark.parametrize("level", [0.0, float("nan")])
 def test_a_term_without_a_usable_gradient_does_not_stop_the_balancing(level: float) -> None:
     """Breaks if one satisfied hinge, or one overflow, freezes the weights of all terms."""

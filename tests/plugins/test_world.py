@@ -99,5 +99,5 @@ def test_a_world_that_moves_by_a_law_is_learned():
 )
 def test_a_setting_of_the_other_formula_is_refused(settings):
     """If it fails, a user tunes what does nothing."""
-    with pytest.raises(ConfigError, match="would do nothing with classic"):
+    with pytest.raises(ConfigError, match="has no effect with classic"):
         LossWorldPlugin(**settings)

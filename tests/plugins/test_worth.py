@@ -148,5 +148,5 @@ def test_a_model_without_modules_is_refused(model: Any) -> None:
     engine = Engine(
         model, torch.optim.SGD(model.parameters()), loss=squared, plugins=[WorthPlugin()]
     )
-    with pytest.raises(ConfigError, match=f"got {type(model).__name__}.*leave the plugin out"):
+    with pytest.raises(ConfigError, match=f"got {type(model).__name__}.*remove the plugin"):
         engine.fit(batches(1), until="1 steps")

@@ -1,4 +1,4 @@
-"""Trains on batches that are larger than memory allows at once."""
+"""Trains on batches that do not fit into memory at once."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class AutoAccumulateConfig(PluginConfig):
 class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
     """Splits each batch into the largest micro-batches that fit into memory.
 
-    The rows of a step stay as configured, and so does the update, up to the rounding of sums (and
-    up to dropout, which is drawn by micro-batch). The search is made at the first step, and again
-    when rows get longer: on CUDA by trying, from the whole batch down; on Linux without CUDA by
-    measuring, from one row up; elsewhere the whole batch is tried. It leaves weights, gradients,
-    buffers and random generators as they were. What was found is saved with the run, and holds
-    when it is resumed. `system/micro_batch_rows` is logged. Batches must be dicts of tensors.
+    The rows of a step stay as configured, and so does the update, up to rounding (and up to
+    dropout, which is drawn per micro-batch). The search runs at the first step, and again when
+    rows get longer: on CUDA by trying, from the whole batch down; on Linux without CUDA by
+    measuring, from one row up; elsewhere the whole batch is tried. Weights, gradients, buffers and
+    random generators are restored. The result is saved with the run and kept on resume.
+    `system/micro_batch_rows` is logged. Batches must be dicts of tensors.
     """
 
     config_class = AutoAccumulateConfig

@@ -1,4 +1,4 @@
-"""The kinds of values in a plugin's state, held against those that the plugin starts with."""
+"""The kinds of values in a plugin's state, compared with those that the plugin starts with."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ An optimizer believes what it is given. It takes the moments of another paramete
 settings of the run that wrote them, and its fused kernels read as many numbers as the parameter
 has, wherever that leads. So class and parameters are compared by name, settings that this run was
 built with act where they differ from those of the run that wrote the checkpoint, and each state is
-held against that which an optimizer of torch keeps for a small parameter of the same kind.
+compared with what a torch optimizer keeps for a small parameter of the same kind.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def _copied(state: Mapping[str, Any]) -> Settings:
     return {"state": dict(state["state"]), "param_groups": [dict(g) for g in state["param_groups"]]}
 
 
-# -- the states, held against those of a small parameter
+# -- the states, compared with those of a small parameter
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Save the run so that it can be killed at any moment and resumed to the same bits."""
+"""Saves the run so that it can be killed at any moment and resumed bitwise."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _Record:
 
 
 class CheckpointPlugin(Plugin[CheckpointConfig]):
-    """Saves the whole state of a run, and finds the newest good one to resume from.
+    """Saves the whole state of a run, and finds the newest valid checkpoint to resume from.
 
     A checkpoint is a folder `OUT/checkpoints/step-00000100` that is written beside, synced and
     renamed, so that it is whole or not there; `best` and `final` are links to such folders. Those

@@ -38,7 +38,7 @@ def read(path: Path, ranks: Ranks) -> Content:
 
 
 def read_newest(stores: list[Store], ranks: Ranks) -> Content | None:
-    """The newest checkpoint that is whole; those passed over are said. None: nothing is saved.
+    """The newest complete checkpoint; those skipped are reported. None: nothing is saved.
 
     Raises:
         CheckpointError: none of several is.

@@ -76,13 +76,13 @@ class CompileConfig(PluginConfig):
 
 
 class CompilePlugin(Plugin[CompileConfig]):
-    """Runs the model as compiled code, for training and for evaluation.
+    """Runs the model compiled, in training and evaluation.
 
     Repeated blocks are compiled once for all of them, so starting takes seconds instead of
-    minutes; `whole` takes the minutes, for what can be saved between the blocks. Names and
-    `state_dict` stay as they are, and the model is given back at the end. Rounding may differ from
-    eager code; a resumed run is equal to one that was not. What is compiled is cached on disk by
-    PyTorch and found again by the next run. `compile/graphs` and `compile/graph_breaks` are logged.
+    minutes; `whole` takes minutes, and also optimizes across blocks. Names and
+    `state_dict` do not change, and the model is restored at the end. Rounding may differ from
+    eager code; a resumed run equals an uninterrupted one. Compiled code is cached on disk by
+    PyTorch for the next run. `compile/graphs` and `compile/graph_breaks` are logged.
 
     Source: Ansel et al. 2024, "PyTorch 2".
     """

@@ -1,4 +1,4 @@
-"""Shows on the terminal, in a notebook, or in a log of plain lines, how the run goes."""
+"""Shows the progress of the run on the terminal, in a notebook, or as plain lines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ConsoleConfig(LoggerConfig):
 
 
 class ConsolePlugin(Logger[ConsoleConfig]):
-    """Shows loss, learning rate, speed and the time that is left; changes nothing in training.
+    """Shows loss, learning rate, speed and remaining time; does not affect training.
 
     On a terminal: a bar on the error stream that moves with each step, in the unit of the horizon,
     with a line above it for each evaluation. In a notebook: a bar, with these lines below it.

@@ -1,4 +1,4 @@
-"""Data that the user's own function or class makes."""
+"""Data from the user's own function or class."""
 
 from nexus_plugins.data.plugin import DataConfig, DataPlugin
 

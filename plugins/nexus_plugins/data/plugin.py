@@ -1,4 +1,4 @@
-"""Data that the user's own function or class makes."""
+"""Data from the user's own function or class."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DataConfig(Call):
 
 
 class DataPlugin(Plugin[DataConfig]):
-    """Trains on what a function or class that you name gives.
+    """Trains on the data returned by a function or class that you name.
 
     It gives training data, a pair of training and evaluation data, or a dict of `train`, `valid`
     (one set or several by name) and `codec`. With `batch_size` these are data sets, whose samples

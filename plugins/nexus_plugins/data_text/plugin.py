@@ -43,8 +43,8 @@ _SAMPLE = 4 << 20  # bytes of training text that the bigram model counts
 class DataTextPlugin(Plugin[DataTextConfig]):
     """Trains on text: files become documents, documents tokens, tokens rows of batches.
 
-    Rows come in an order that is a function of the engine's seed and the epoch alone. The
-    tokenizer is saved with the run, and a checkpoint of another tokenizer is refused.
+    The order of the rows is a function of the engine's seed and the epoch. The
+    tokenizer is saved with the run; a checkpoint with a different tokenizer is an error.
     """
 
     config_class = DataTextConfig

@@ -1,4 +1,4 @@
-"""Trains one model in several processes that each hold all of it."""
+"""Trains one model on several processes that each hold all of it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = ["DdpPlugin"]
 
 
 class DdpPlugin(Parallel[DdpConfig]):
-    """Gives every process its slice of each batch, and sums their gradients.
+    """Gives each rank its slice of every batch, and sums the gradients.
 
-    The batch size in the config is that of all processes together. Losses and gradients are those
-    of one process with the same batch, since the engine divides by the units of all of them.
-    Gradients travel during the backward pass of a step's last micro-batch alone. Without a
-    launcher (`torchrun`) the plugin changes nothing.
+    The batch size in the config is the global one. Losses and gradients are those
+    of one process with the same batch, since the engine divides by the units of all ranks.
+    Gradients are reduced during the backward pass of a step's last micro-batch only. Without a
+    launcher (`torchrun`) the plugin has no effect.
 
     Source: Li et al. 2020, "PyTorch Distributed"; `torch.nn.parallel.DistributedDataParallel`,
     with a communication hook that sums where its own takes the mean.

@@ -1,4 +1,4 @@
-"""Reads the run at a period, has the rules judge it, and says what they find."""
+"""Checks the run periodically with rules, and reports findings."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class DiagnoseConfig(PluginConfig):
 
 
 class DiagnosePlugin(Plugin[DiagnoseConfig]):
-    """Watches loss, gradients, outputs, memory and the loader, and changes nothing in training.
+    """Watches loss, gradients, outputs, memory and the loader; does not affect training.
 
     Each finding is said once: as a warning when it is found, in the summary of the run, and to
     every logger as `diagnose/<rule>`: in words, as a note, where the logger holds text, and as the

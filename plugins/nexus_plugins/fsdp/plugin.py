@@ -1,4 +1,4 @@
-"""Trains one model in several processes that each hold a part of it."""
+"""Trains one model on several processes that each hold a shard of it."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ Metrics = list[Mapping[str, float]]
 
 
 class FsdpPlugin(Parallel[FsdpConfig]):
-    """Gives every process its slice of each batch, and a part of every weight.
+    """Gives each rank its slice of every batch, and a shard of every weight.
 
-    Weights, gradients and optimizer states are divided among the processes; those of a module are
+    Weights, gradients and optimizer states are sharded over the ranks; a module's weights are
     gathered while it runs. Losses and gradients are those of one process with the same batch.
-    Without a launcher (`torchrun`) the plugin changes nothing.
+    Without a launcher (`torchrun`) the plugin has no effect.
 
     It conflicts with plugins that read whole weights or gradients (`weigh_gradnorm`,
-    `grad_stats`, `diagnose`, `mfu`), with `optim_adamw8bit`, whose kernels take no parts, and with
-    `auto_accumulate`, which would let processes gather weights a different number of times and so
-    wait for one another for ever.
+    `grad_stats`, `diagnose`, `mfu`), with `optim_adamw8bit`, whose kernels take no shards, and with
+    `auto_accumulate`, with which ranks would gather weights a different number of times and
+    deadlock.
 
     Source: Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP";
     `torch.distributed.fsdp.fully_shard`, with a sum where its own takes the mean.

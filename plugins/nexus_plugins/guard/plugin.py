@@ -1,4 +1,4 @@
-"""Refuses updates that would spoil the weights."""
+"""Skips updates that would corrupt the weights."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ class GuardConfig(PluginConfig):
 
 
 class GuardPlugin(Plugin[GuardConfig]):
-    """Keeps updates from non-finite losses or gradients, and on request from loss spikes, away.
+    """Skips updates with non-finite losses or gradients, and optionally loss spikes.
 
-    A refused step counts as a step and leaves weights, optimizer state and whatever follows the
-    weights as they were: `step.refused` says so (1.0, on the device). Where
-    the optimizer takes a `found_inf` flag (the fused ones of torch), a device is never waited for:
-    the update itself looks at the flag, and the counts are read when the log is. Elsewhere the
-    verdict is read each step, and the gradients of a refused one are dropped.
+    A skipped step counts as a step and leaves weights, optimizer state and everything that follows
+    the weights unchanged: `step.refused` is 1.0, on the device. If the optimizer supports
+    `found_inf` (torch's fused ones), there is no device sync: the update itself checks the flag,
+    and the counts are read with the log. Otherwise the result is read at each step, and the
+    gradients of a skipped one are dropped.
 
-    A rollback needs a save of this run, or the one that it was resumed from; before the first,
-    a step is refused and no more, since going back to the beginning would undo all progress.
+    A rollback needs a save of this run, or the one it was resumed from; before the first,
+    a step is only skipped, since restoring the start would undo all progress.
 
-    `guard/skipped_steps` and `guard/rollbacks` are logged, and each refusal is a note. The first
-    refused steps are written to `OUT/guard/step-00000123`, for `nexus-run replay`. With a gradient
+    `guard/skipped_steps` and `guard/rollbacks` are logged, with a note per skipped step. The first
+    skipped steps are dumped to `OUT/guard/step-00000123`, for `nexus-run replay`. With a gradient
     scaler, whose first steps overflow by design, the policy should be 'skip'.
     """
 

@@ -1,4 +1,4 @@
-"""Start from weights alone: fine-tuning, transfer, a new run from an old one's model."""
+"""Starts from existing weights: fine-tuning, transfer, a new run from an old model."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class InitConfig(PluginConfig):
 
 
 class InitPlugin(Plugin[InitConfig]):
-    """Begins a run with the weights of another, of an export or of a Hugging Face folder.
+    """Starts a run with the weights of another run, an export or a Hugging Face folder.
 
-    The weights are taken when the run begins, before anything copies them; a run that is resumed
-    has its own. Only safetensors are read, through no link, and nothing in them is executed.
+    The weights are loaded when the run starts, before anything copies them; a resumed run
+    has its own. Only safetensors are read, links are not followed, and nothing is executed.
     """
 
     config_class = InitConfig

@@ -1,4 +1,4 @@
-"""A loss that the user names, applied to the model's output and the targets of a batch."""
+"""A user-defined loss of the model's output and a batch's targets."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class LossConfig(Call, bases.LossConfig):
 
 
 class LossPlugin(bases.Loss[LossConfig]):
-    """Trains on a loss that you name: a function of `(output, target)`, or a class of such.
+    """Trains on a loss that you name: a function of `(output, target)`, or a callable class.
 
-    A mean counts by the rows of its batch, or by the labels that count where the function has an
+    A mean is weighted by the rows of its batch, or by the counted labels if the function has an
     `ignore_index`, so that the gradient of a step does not depend on how its rows are split. Any
-    other loss is a sum, with `units` to say over what. A function whose second parameter is called
+    other loss is a sum, with `units` it sums over. A function whose second parameter is called
     `batch` gets the whole batch.
     """
 

@@ -1,4 +1,4 @@
-"""Preferences: of two answers, the chosen one is to become the likelier."""
+"""Preference training: of two answers, the chosen one becomes more likely."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LossDpoConfig(LossConfig):
 
 
 class LossDpoPlugin(Loss[LossDpoConfig]):
-    """Trains on pairs of answers: the margin of the chosen one over what a reference gives it.
+    """Trains on pairs of answers: the chosen one's margin relative to a reference model.
 
     A batch holds `chosen_input_ids` and `chosen_labels` `(B, T)`, with `chosen_attention_mask`
     where rows are padded, and the same of `rejected`; labels are what follows each position. A

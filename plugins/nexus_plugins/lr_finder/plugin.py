@@ -1,4 +1,4 @@
-"""The range test as the learning rate of a run."""
+"""The learning rate range test."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class LrFinderConfig(PluginConfig):
 class LrFinderPlugin(Plugin[LrFinderConfig]):
     """Raises the learning rate geometrically, stops when the loss diverges, and suggests one.
 
-    It takes the place of a schedule. Weights and optimizer are put by at the start and given back
-    at the end; `sweep()` has the curve, and the run's folder gets `lr_finder.csv` and a picture.
+    It replaces a schedule. Weights and optimizer are saved at the start and restored
+    at the end; `sweep()` has the curve, and the run folder gets `lr_finder.csv` and a plot.
 
     Source: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3;
-    the stop at a multiple of the least loss and the tenth of the minimum are those of fastai.
+    the stop at a multiple of the lowest loss and the tenth of the minimum are from fastai.
     """
 
     config_class = LrFinderConfig

@@ -51,7 +51,7 @@ class LrTorchConfig(PluginConfig):
 
 
 class LrTorchPlugin(Plugin[LrTorchConfig]):
-    """Sets the learning rate by a scheduler as PyTorch, transformers and timm have them.
+    """Sets the learning rate with a scheduler from PyTorch, transformers or timm.
 
     A scheduler that is given in Python, or made by a function that is, drives the optimizer of the
     run itself, each of its groups and its momentum, as in a loop by hand. One that settings name

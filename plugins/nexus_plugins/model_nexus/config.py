@@ -172,17 +172,17 @@ class NEXUSConfig(PluginConfig):
             )
         if not self.causal and (self.variable_names or self.mechanism_units):
             raise ValueError(
-                "variable_names and mechanism_units would do nothing without the causal module; "
-                "set causal to true, or leave them out"
+                "variable_names and mechanism_units have no effect without the causal module; "
+                "set causal to true, or remove them"
             )
         if self.classic and (self.variable_names or self.mechanism_units):
             raise ValueError(
-                "variable_names and mechanism_units would do nothing with classic=true; leave them "
-                "out, or classic"
+                "variable_names and mechanism_units have no effect with classic=true; remove them "
+                "or classic"
             )
         if self.classic and self.world_heads:
             raise ValueError(
-                f"world_heads={self.world_heads} would do nothing with classic=true; leave out one "
+                f"world_heads={self.world_heads} has no effect with classic=true; remove one "
                 "of the two"
             )
         return self

@@ -37,7 +37,7 @@ class ModelNexusConfig(NEXUSConfig):
 
 
 class ModelNexusPlugin(Plugin[ModelNexusConfig]):
-    """Trains a `NEXUSCore`, and hands the losses hidden states instead of full logits."""
+    """Trains a `NEXUSCore`, and passes hidden states instead of full logits to the losses."""
 
     config_class = ModelNexusConfig
     slot: ClassVar[str | None] = "model"

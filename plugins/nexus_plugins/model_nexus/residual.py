@@ -48,7 +48,7 @@ class Part(nn.Module):
 
     @contextmanager
     def silence(self) -> Iterator[None]:
-        """Leave out what the module writes, while it reports as ever."""
+        """Leave out what the module writes, while it still reports."""
         before, self.muted = self.muted, True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Text that the model writes, at each evaluation."""
+"""Generates text samples at each evaluation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SampleConfig(PluginConfig):
 
 
 class SamplePlugin(Plugin[SampleConfig]):
-    """Has the model continue a few texts at each evaluation, for every logger that holds text.
+    """Lets the model continue a few texts at each evaluation, for every logger with text support.
 
     It asks the run's own forward pass, so any causal model of tokens will do, with the weights that
     are evaluated. The same seed each time makes samples of a run comparable. Training is not

@@ -1,4 +1,4 @@
-"""Moves any number of a plugin, of an optimizer's group or of the engine over the run."""
+"""Changes any number of a plugin, optimizer group or the engine over the run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
     makes the batch grow; a group is named as in the optimizer's `groups`. Whole numbers stay
     whole, but for the optimizer's, whose 0 is often meant as 0.0. Nothing is saved: values are
     pure functions of how far the run is. A base learning rate (`optimizer.lr`) is multiplied by
-    the schedule of the run as ever.
+    the run's schedule as before.
     """
 
     config_class = ScheduleConfig

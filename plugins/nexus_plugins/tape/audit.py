@@ -1,4 +1,4 @@
-"""Random parts of a run executed again, and held against what the run has left."""
+"""Repeats random parts of a run and compares them with what the run recorded."""
 
 from __future__ import annotations
 

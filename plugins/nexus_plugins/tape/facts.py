@@ -34,7 +34,7 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     "update": ("optimizer_step", "on_step", "make_optimizer"),
     "end": ("on_step", "on_step_end", "on_log", "on_eval"),
 }
-"""What a plugin answers that has a hand in a phase of a step."""
+"""The hooks of a plugin that takes part in a phase of a step."""
 
 ROUNDING = ("forward", "loss", "backward", "gradient", "update")
 """Phases in which another machine, or another number of threads, rounds differently."""
@@ -98,7 +98,7 @@ def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
     Args:
         found: all.
         phase: of the step.
-        plugin: that is known to have a hand in it.
+        plugin: that is known to take part in it.
     """
     kinds = {"code", "order"} | ({"environment", "version"} if phase in ROUNDING else set())
     kinds |= {"data"} if phase == "batch" else set()
@@ -109,7 +109,7 @@ def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
 
 
 def _acts(key: str, phase: str) -> bool:
-    """Whether a setting is of a plugin that has a hand in a phase; where that is not known, too."""
+    """Whether a setting is of a plugin that takes part in a phase; also where that is not known."""
     plugin, dot, _ = key.partition(".")
     if not dot or ".py" in key:  # the engine's own, or of a file of the user's
         return True

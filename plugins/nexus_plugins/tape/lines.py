@@ -93,7 +93,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, lis
 
 
 def read_tape(run: Path, file: str = FILE) -> Tape:
-    """The tape of the run in a folder; empty where it has none. A torn last line is passed over."""
+    """The tape of the run in a folder; empty where it has none. A torn last line is skipped."""
     lines, sessions = dict[int, Line](), list[Line]()
     for record in _records(run / file):
         if isinstance(session := record.get("session"), dict):

@@ -27,7 +27,7 @@ class LookingProbe(Probe):
 
 
 class ProbeFirstPlugin(Plugin[PluginConfig]):
-    """Notes what a step begins with, before any other plugin has a hand in it."""
+    """Notes what a step begins with, before any other plugin touches it."""
 
     only_watches: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Writes down, step by step, digests of what a run is made of."""
+"""Records digests of a run's whole state, step by step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class _Taken:
 
 
 class TapePlugin(Plugin[TapeConfig]):
-    """Keeps a tape: for each step a line of digests, chained to the line before.
+    """Writes a tape: for each step a line of digests, chained to the previous line.
 
     A line has the batches, the random generators before the forward pass, each loss term, the
     gradient that is applied by module, the optimizer's settings, then weights and optimizer states

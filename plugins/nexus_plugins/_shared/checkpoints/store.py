@@ -186,7 +186,7 @@ class Store:
         self._tidy(self.root / name, f"made the name of {folder.name}", give, but=_DISK)
 
     def _retain(self, keep_last: int, newest: Path) -> None:
-        """Keep the newest whole ones, those to be kept for good, and those with a name."""
+        """Keep the newest complete ones, those to keep forever, and those with a name."""
         linked = {self._target(name) for name in NAMES}
         whole = 0
         for folder in reversed(self.folders()):

@@ -30,7 +30,7 @@ def config_of(steps: int, train: str, valid: str, workers: int = 0) -> dict[str,
     text: dict[str, object] = {"train": train, "valid": valid, "seq_len": 32, "batch_size": 2}
     plugins: dict[str, dict[str, object]] = {
         "data_text": {**text, "num_workers": workers},
-        "model_nexus": {"d_model": 32, "ssm_n_layers": 1, "causal": True},
+        "model_nexus": {"d_model": 32, "ssm_n_layers": 1, "reason": True, "causal": True},
         "loss_lm": {},
         "loss_world": {},
         "loss_reason": {},

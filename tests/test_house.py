@@ -412,7 +412,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OF_NEXUS = {"loss_causal", "loss_energy", "loss_reason", "loss_world", "model_nexus", "worth"}
 """What is nothing without the modules of a NEXUS; beside the others, a smaller model will do."""
 SMALL_NEXUS = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.1,
-               "causal": True}  # fmt: skip
+               "reason": True, "causal": True}  # fmt: skip
 
 
 def engine_with(name: str, corpus: Path, out: Path) -> Engine:

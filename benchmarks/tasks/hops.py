@@ -7,15 +7,18 @@ from typing import ClassVar
 
 import torch
 
-from benchmarks.tasks.task import Batch, Seen, Task, Variant, generator
-from nexus_plugins.modules.puzzles import hops
+from benchmarks.tasks.task import IGNORED, Batch, Seen, Task, Variant, generator
 
 __all__ = ["TASK", "Hops"]
 
 
 @dataclass(frozen=True)
 class Hops(Task):
-    """Each row brings a table, and asks where 1 to `most` hops end; see `puzzles.hops`."""
+    """Each row brings a table, which place leads to which, and asks where 1 to `most` hops end.
+
+    The first tokens are the lines of the table, in any order; each token after them is a question,
+    a place and a number of hops, and its label is the place where they end.
+    """
 
     name: ClassVar[str] = "hops"
     module: ClassVar[str] = "reason"
@@ -32,7 +35,22 @@ class Hops(Task):
 
     def batch(self, seed: int, step: int) -> Batch:
         """Tables and questions, with the answers as labels."""
-        return hops(generator(seed, step), self.rows, self.length, self.places, self.most)
+        draw = generator(seed, step)
+        table = torch.randint(self.places, (self.rows, self.places), generator=draw)
+        order = torch.rand(table.shape, generator=draw).argsort(1)
+        lines = order * self.places + table.gather(1, order)
+        asked = (self.rows, self.length - self.places)
+        place = torch.randint(self.places, asked, generator=draw)
+        count = torch.randint(1, self.most + 1, asked, generator=draw)
+        questions = self.places * (self.places + count - 1) + place
+        for hop in range(self.most):
+            place = torch.where(hop < count, table.gather(1, place), place)
+        nothing = torch.zeros_like(lines)
+        return {
+            "input_ids": torch.cat([lines, questions], 1),
+            "labels": torch.cat([nothing + IGNORED, place], 1),
+            "hops": torch.cat([nothing, count], 1),
+        }
 
     def variants(self) -> list[Variant]:
         """The reasoner, the backbone, an MLP."""

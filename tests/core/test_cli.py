@@ -393,7 +393,7 @@ def test_run_that_is_extended_ends_like_one_that_was_not_stopped() -> None:
     assert weights("whole") == weights("parts")
 
 
-@pytest.mark.parametrize("more", ["", "pcgrad,loss_reason", "weigh_gradnorm,loss_reason"])
+@pytest.mark.parametrize("more", ["", "pcgrad,loss_energy", "weigh_gradnorm,loss_energy"])
 def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
     before = sorted(folder.rglob("*"))
     result = run("tiny.yaml", "--dry-run", "-p", more)

@@ -103,7 +103,7 @@ def engine_on(
     draws = dropout > 0
     model = ModelNexusPlugin(
         vocab_size=VOCABULARY, d_model=width, ssm_n_layers=2, ssm_head_dim=32, dropout=dropout,
-        causal=draws,
+        reason=True, causal=draws,
     )  # fmt: skip
     losses = [load(name)() for name in LOSSES if draws or name != "loss_causal"]
     parts = [RowsPlugin(rows, pinned), model, *losses, OptimAdamwPlugin(lr=3e-3)]

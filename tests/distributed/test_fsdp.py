@@ -249,7 +249,8 @@ def test_weights_on_the_host_are_not_moved_to_the_host() -> None:
 
 
 TINY_NEXUS = {
-    "d_model": 16, "ssm_n_layers": 2, "ssm_head_dim": 16, "ssm_d_state": 8, "causal": True,
+    "d_model": 16, "ssm_n_layers": 2, "ssm_head_dim": 16, "ssm_d_state": 8,
+    "reason": True, "causal": True,
     "energy_threshold": 1e-30,  # which decides how often a code is refined, and jumps by rounding
 }  # fmt: skip
 

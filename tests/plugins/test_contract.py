@@ -66,7 +66,7 @@ class OnNexus(FirstPartyContract):
 
     def beside(self) -> Iterable[Plugin[Any]]:
         sizes = {"vocab_size": 13, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16}
-        return [load("model_nexus")(**sizes, causal=True)]
+        return [load("model_nexus")(**sizes, reason=True, causal=True)]
 
 
 class ChosenPlugin(Loss[LossConfig]):

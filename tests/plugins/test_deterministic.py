@@ -270,6 +270,7 @@ BASIS: dict[str, dict[str, Any]] = {
     "model_nexus": {
         **{"d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4},
         "dropout": 0.1,
+        "reason": True,
         "causal": True,
     },
     **{f"loss_{name}": {} for name in ("lm", "world", "reason", "energy", "causal")},

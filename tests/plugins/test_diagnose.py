@@ -241,7 +241,7 @@ def healthy_nexus(seed: int, folder: Path) -> dict[str, str]:
     """A small model with the losses of text and modules, schedule, guard and clipping."""
     chosen: dict[str, dict[str, Any]] = {
         "data_text": {"train": "stdlib", "seq_len": 64, "batch_size": 8},
-        "model_nexus": {"d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 32, "causal": False},
+        "model_nexus": {"d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 32, "reason": True},
         "loss_lm": {"label_smoothing": 0.0},
         "loss_world": {},
         "loss_reason": {},

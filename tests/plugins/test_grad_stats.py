@@ -165,6 +165,7 @@ def test_a_nexus_is_trained_to_the_same_bits(names: tuple[str, ...], tmp_path: P
             "ssm_n_layers": 1,
             "ssm_head_dim": 16,
             "dropout": 0.1,
+            "reason": True,
             "causal": True,
         },
         **{f"loss_{term}": {} for term in ("lm", "world", "reason", "energy", "causal")},

@@ -36,6 +36,7 @@ def small_model(seed: int = 0, **changes: object) -> NEXUSCore:
         "ssm_head_dim": 8,
         "ssm_d_state": 4,
         "ssm_chunk_length": 4,
+        "reason": True,
         "causal": True,
     }
     model = NEXUSCore(**{**sizes, **changes}).eval()
@@ -384,10 +385,11 @@ def test_config_refuses_heads_that_do_not_fit() -> None:
         NEXUSConfig(d_model=100, ssm_head_dim=64)
 
 
-def test_the_causal_module_is_on_where_it_is_asked_for() -> None:
+def test_what_does_not_pay_is_on_where_it_is_asked_for() -> None:
     """Red: a probe costs every model, a classic one loses it, or its settings do nothing."""
     assert NEXUSConfig().causal is NEXUSConfig(classic=True, causal=False).causal is False
-    assert NEXUSConfig(classic=True).causal
+    assert NEXUSConfig().reason is False
+    assert NEXUSConfig(classic=True).causal is NEXUSConfig(classic=True).reason is True
     with pytest.raises(ValidationError, match="without the causal module; set causal to true"):
         NEXUSConfig(variable_names=("rain", "wet"), n_variables=2)
 

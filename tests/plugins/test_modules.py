@@ -18,7 +18,7 @@ from nexus_core.plan import load
 from nexus_plugins.modules.contest import ContestPlugin
 from nexus_plugins.modules.graphs import Graph
 from nexus_plugins.modules.looks import Depth, Edges, Hops, looks
-from nexus_plugins.modules.puzzles import IGNORED, Rule, dynamics, hops, noisy
+from nexus_plugins.modules.puzzles import Rule, dynamics, hops, noisy
 
 NEXUS = {"d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4}
 BARE = {**NEXUS, **dict.fromkeys(("world", "reason", "energy"), False)}
@@ -53,20 +53,16 @@ def test_a_clean_token_follows_from_the_two_before_it() -> None:
     assert (part["input_ids"][1] == 5).all()
 
 
-def test_hops_are_those_through_the_table_of_the_row() -> None:
-    """Red if an answer does not follow from its row, or a line of the table is asked for."""
-    part = hops(drawn(), 4, 30, places=5, most=3)
-    for ids, labels, count in zip(
-        *(part[k].tolist() for k in ("input_ids", "labels", "hops")), strict=True
-    ):
-        table = dict(divmod(line, 5) for line in ids[:5])
-        assert labels[:5] == [IGNORED] * 5
-        assert count[:5] == [0] * 5
-        for question, label, steps in zip(ids[5:], labels[5:], count[5:], strict=True):
-            place = question % 5
-            for _ in range(question // 5 - 4):
-                place = table[place]
-            assert (label, steps) == (place, question // 5 - 4)
+def test_hops_are_those_through_the_table_of_the_question() -> None:
+    """Red if an answer does not follow from what is told."""
+    part = hops(drawn(), 3, 8, places=5, most=3)
+    told, labels, count = (part[key].flatten(0, 1) for key in ("told", "labels", "hops"))
+    for question, label, steps in zip(told, labels.tolist(), count.tolist(), strict=True):
+        table = question[:25].view(5, 5).argmax(1).tolist()
+        place = int(question[25:30].argmax())
+        for _ in range(steps):
+            place = table[place]
+        assert (label, steps / 2) == (place, question[30])
 
 
 def test_a_graph_has_no_cycle_and_is_set_by_hand_where_it_says() -> None:
@@ -97,7 +93,15 @@ def small() -> dict[str, Any]:
                 "loss_energy": {},
             }
         },
-        "hops": {"reason": {"model_nexus": {**BARE, "vocab_size": 54}, "loss_lm": {}}},
+        "hops": {
+            "reason": {
+                "model": {
+                    "call": "nexus_plugins.modules.answerer:Answerer",
+                    "args": {"thinker": "reason", "told": 43, "answers": 6, "width": 8},
+                },
+                "loss_lm": {},
+            }
+        },
         "graph": {
             "causal": {
                 "model": {
@@ -172,7 +176,7 @@ def test_looks_say_what_was_found() -> None:
             self.module_outputs = reports
 
     answers = torch.tensor([[0, 1, 2, 3]])
-    part = {"hops": torch.tensor([[0, 1, 2, 2]]), "labels": torch.tensor([[IGNORED, 1, 2, 0]])}
+    part = {"hops": torch.tensor([[0, 1, 2, 2]]), "labels": torch.tensor([[-100, 1, 2, 0]])}
     (right,) = looks("hops/reason", [(part, Output(answers))])
     assert right == Hops("hops/reason", (1.0, 0.5))
 

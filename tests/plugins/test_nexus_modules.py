@@ -29,7 +29,14 @@ def small_model(**settings) -> NEXUSCore:
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
     model = NEXUSCore(
-        **{**sizes, "ssm_d_state": 8, "ssm_chunk_length": 8, "causal": True, **settings}
+        **{
+            **sizes,
+            "ssm_d_state": 8,
+            "ssm_chunk_length": 8,
+            "reason": True,
+            "causal": True,
+            **settings,
+        }
     )
     with torch.no_grad():
         for part in model.parts.values():
@@ -150,7 +157,7 @@ def test_every_parameter_gets_a_gradient_from_the_total_loss_at_the_start():
     """If it fails, part of the model is never trained, or starts with NaN."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16, "world_heads": 2}
-    model = NEXUSCore(vocab_size=VOCAB, **sizes, causal=True)
+    model = NEXUSCore(vocab_size=VOCAB, **sizes, reason=True, causal=True)
     engine = engine_for(model)
     engine.optimizer.param_groups[0]["lr"] = 0.0
     engine.fit(batches(1), until="1 steps")
@@ -164,7 +171,7 @@ def test_modules_start_near_zero():
     """If it fails, a fresh module disturbs the backbone that it should not be able to hurt."""
     sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
     torch.manual_seed(0)
-    whole = NEXUSCore(**sizes, causal=True).eval()
+    whole = NEXUSCore(**sizes, reason=True, causal=True).eval()
     torch.manual_seed(0)
     bare = NEXUSCore(**sizes, **dict.fromkeys(MODULES, False)).eval()
     ids = tokens(2, 20)
@@ -228,7 +235,9 @@ def test_one_seed_gives_one_run_and_a_resumed_run_the_same_bits(classic):
 def test_all_five_terms_move_in_the_sensible_direction():
     """If it fails, the losses fight one another, or one of them is not trained at all."""
     torch.manual_seed(0)
-    model = NEXUSCore(vocab_size=VOCAB, d_model=32, ssm_n_layers=2, ssm_head_dim=16, causal=True)
+    model = NEXUSCore(
+        vocab_size=VOCAB, d_model=32, ssm_n_layers=2, ssm_head_dim=16, reason=True, causal=True
+    )
     engine = engine_for(model, log_every=1)
     seen = []
     steps = engine.steps(batches(2) * 30, until="60 steps")

@@ -72,7 +72,12 @@ def whole_nexus(
     text = {"train": str(corpus), "cache_dir": str(corpus.parent / "cache")}
     wanted: dict[str, dict[str, Any] | None] = {
         "data_text": {**text, "seq_len": 16, "batch_size": 2, "valid_limit": 32},
-        "model_nexus": {**SMALL, "dropout": dropout, "causal": "loss_causal" not in replaced},
+        "model_nexus": {
+            **SMALL,
+            "dropout": dropout,
+            "reason": True,
+            "causal": "loss_causal" not in replaced,
+        },
         **{name: {} for name in LOSSES},
         **COMPANY,
         **replaced,
@@ -106,7 +111,7 @@ def test_the_whole_nexus_waits_for_nothing_in_a_step(
 
     In a step that is saved, the counts that go into the checkpoint are read, and nothing else.
     """
-    sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1, "causal": True}
+    sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1, "reason": True, "causal": True}
     engine = whole_nexus(corpus, tmp_path, accelerator.device, model_nexus=sizes)
     waits: dict[int, list[str]] = {}
     for step in run(engine, 4, eval_data={}):

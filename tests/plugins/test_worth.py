@@ -99,6 +99,7 @@ def test_it_is_measured_every_so_many_evaluations_and_on_request() -> None:
 def test_modules_of_nexus_are_left_out_one_by_one_and_report_as_ever() -> None:
     """Red: the worth of NEXUS' modules is that of another module, or their losses break."""
     sizes = {"vocab_size": 11, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16}
+    sizes["reason"] = True
     nexus = ModelNexusPlugin(**sizes)
     model = NEXUSCore(**sizes)
     optimizer = torch.optim.SGD(model.parameters())

@@ -12,7 +12,7 @@ from nexus_plugins.model_nexus.block import LayerKind
 
 __all__ = ["NEXUSConfig"]
 
-CLASSIC = {"n_predicates": 32, "n_rules": 16, "causal": True}
+CLASSIC = {"n_predicates": 32, "n_rules": 16, "reason": True, "causal": True}
 
 
 class NEXUSConfig(PluginConfig):
@@ -98,7 +98,7 @@ class NEXUSConfig(PluginConfig):
         description="number of heads that predict tokens 2, 3, ... ahead; not classic",
     )
     reason: bool = Field(
-        default=True, description="enable the reasoner, which chains learned rules"
+        default=False, description="enable the reasoner, which chains learned rules; classic: true"
     )
     n_predicates: int = Field(
         default=64, ge=1, description="number of facts that the reasoner derives; classic: 32"

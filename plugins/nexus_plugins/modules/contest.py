@@ -23,6 +23,7 @@ from nexus_plugins.modules.picture import draw, is_drawable
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
+    from nexus_core.engine import Engine
     from nexus_core.events import Run
     from nexus_core.step import Step
 
@@ -177,11 +178,12 @@ class ContestPlugin(Plugin[ContestConfig]):
                 curve.append([float(engine.state.step), nats])
 
     @hookimpl
-    def on_finish(self, engine: Run) -> None:
+    def on_finish(self, engine: Engine) -> None:
         """Draw the picture, where there is something to draw with and a folder for it."""
         if engine.out is not None and engine.ranks.is_main and is_drawable():
             self._picture = engine.out / self.config.picture
             draw(self._curves, self._looks, self._picture)
+            engine.note("modules", image=self._picture)
 
     @hookimpl
     def summarize(self) -> dict[str, str]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_core.batches import Batch
-from nexus_plugins._shared.outputs import module_outputs
+from nexus_plugins._shared.outputs import module_outputs, rows_of
 
 __all__ = ["Depth", "Edges", "Hops", "Look", "Seen", "looks"]
 
@@ -111,7 +112,7 @@ def looks(place: str, seen: Seen) -> Iterator[Look]:
         yield Depth(place, level.cpu(), torch.cat(made).cpu())
     if "hops" in first:
         asked = torch.cat([part["hops"] for part, _ in seen])
-        hits = [out.logits.argmax(-1) == part["labels"] for part, out in seen]
+        hits = [_logits(out).argmax(-1) == part["labels"] for part, out in seen]
         right = torch.cat(hits)
         most = int(asked.max())
         yield Hops(
@@ -120,6 +121,11 @@ def looks(place: str, seen: Seen) -> Iterator[Look]:
     if "edges" in first:
         strengths = reports["causal"]["adjacency"].detach().abs()
         yield Edges(place, first["edges"][0].cpu(), strengths.cpu())
+
+
+def _logits(output: Any) -> Tensor:
+    rows, head = rows_of(output)
+    return rows if head is None else F.linear(rows, head)
 
 
 def _spearman(one: Tensor, other: Tensor) -> float:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from nexus_plugins.modules.graphs import Graph
 
-__all__ = ["IGNORED", "Rows", "Rule", "dynamics", "hops", "noisy", "puzzles"]
+__all__ = ["Rows", "Rule", "dynamics", "hops", "noisy", "puzzles"]
 
-IGNORED = -100
 Puzzle = dict[str, Tensor]
 
 
@@ -108,36 +108,32 @@ def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float
 
 
 def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3) -> Puzzle:
-    """Rows that each bring a table, which place leads to which, and ask where some hops end.
+    """Questions that each bring a table, which place leads to which, and ask where some hops end.
 
-    The first tokens are the lines of the table, in any order; each token after them is a question,
-    a place and a number of hops, and its label is the place where they end.
+    Each has a table of its own, so none can be known by heart.
 
     Args:
         draw: where chance comes from.
         rows: B.
-        length: T.
-        places: P; ids below P * P are lines of tables, the others are questions.
+        length: T questions a row.
+        places: P.
         most: hops of a question at most.
 
     Returns:
-        `input_ids`, `labels` and the number of `hops` asked for, `(B, T)`; no label is that of a
-        line, which asks for 0 hops.
+        `told` `(B, T, P * P + P + 1)`, the table and the start as ones among zeros, and half the
+        number of hops; `labels` `(B, T)`, the place where they end; and the number of `hops`.
     """
-    table = torch.randint(places, (rows, places), generator=draw)
-    order = torch.rand(table.shape, generator=draw).argsort(1)
-    lines = order * places + table.gather(1, order)
-    asked = (rows, length - places)
-    place = torch.randint(places, asked, generator=draw)
-    count = torch.randint(1, most + 1, asked, generator=draw)
-    questions = places * (places + count - 1) + place
+    size = (rows, length)
+    table = torch.randint(places, (*size, places), generator=draw)
+    place = torch.randint(places, (*size, 1), generator=draw)
+    count = torch.randint(1, most + 1, (*size, 1), generator=draw)
+    told = [F.one_hot(one, places).flatten(2) for one in (table, place)]
     for hop in range(most):
-        place = torch.where(hop < count, table.gather(1, place), place)
-    nothing = torch.zeros_like(lines)
+        place = torch.where(hop < count, table.gather(2, place), place)
     return {
-        "input_ids": torch.cat([lines, questions], 1),
-        "labels": torch.cat([nothing + IGNORED, place], 1),
-        "hops": torch.cat([nothing, count], 1),
+        "told": torch.cat([*told, count / 2], 2),
+        "labels": place[..., 0],
+        "hops": count[..., 0],
     }
 
 
@@ -172,7 +168,7 @@ def puzzles(
     Args:
         rows: of each to train on.
         held_out: rows of each to evaluate on.
-        length: tokens of a row, and of the graph values of all its variables.
+        length: tokens of a row; of `hops` questions, of `graph` values of all its variables.
         noise: the most that a row of `denoising` has; its level is uniform from 0 to this.
         seed: of everything: rules, graph and rows.
     """

@@ -107,7 +107,11 @@ def _plugins_section(_: str) -> str:
         pages = [f"{plugin.name} <plugins/{plugin.name}>" for plugin in members]
         table = _table(("plugin", "what it does"), rows)
         slots = {plugin.slot for plugin in members}
-        slot = [f"A run has at most one of them: they fill the slot `{slots.pop()}`."] if slots - {None} else []
+        slot = (
+            [f"A run has at most one of them: they fill the slot `{slots.pop()}`."]
+            if slots - {None}
+            else []
+        )
         said += [f"## {group.capitalize()}", *slot, "\n".join(table), _toctree(pages)]
     return "\n\n".join(said)
 

@@ -193,7 +193,11 @@ def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
         ({}, {"map": {"*": "model.*"}}, r'rename: init\.map: \{"model\.\*": "\*"\}'),
         ({}, {"map": {"*": "other*"}, "strict": False}, "do not fit the model"),
         ({}, {"map": {"haed.*": "*"}}, r"init\.map: the pattern 'haed\.\*' matches no tensor"),
-        ({}, {"map": {"*.bias": "bias"}}, "gives 'body.0.bias' and 'head.bias' one name, 'bias'"),
+        (
+            {},
+            {"map": {"*.bias": "bias"}},
+            "gives 'body.0.bias' and 'head.bias' the same name, 'bias'",
+        ),
         ({}, {"skip": ["haed.*"]}, r"init\.skip: the pattern 'haed\.\*' matches no parameter"),
         ({}, {"only": ["haed.*"]}, r"init\.only: the pattern"),
         ({}, {"freeze": ["haed.*"]}, r"init\.freeze: the pattern"),
@@ -364,7 +368,7 @@ def test_nothing_is_unpickled(name: str, said: str, folder: Path) -> None:
 def test_what_is_not_there_is_told(folder: Path) -> None:
     in_file(folder)
     for source, said in (
-        ("wieghts.safetensors", "there is no 'wieghts.safetensors'. Did you mean 'weights.saf"),
+        ("wieghts.safetensors", "no 'wieghts.safetensors'. Did you mean 'weights.saf"),
         ("gpt/small", "`hf download gpt/small"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -150,7 +150,7 @@ def test_missing_targets_are_told(batch: Batch, settings: dict[str, Any], said: 
     ("settings", "said"),
     [
         ({"call": "called:points"}, r"called with \(output, target\), but takes \(count\)"),
-        ({"call": "called:pair", "args": {"target": 1}}, "passes 'target' to called:pair itself"),
+        ({"call": "called:pair", "args": {"target": 1}}, "trainer passes 'target' to called:pair"),
         ({"call": "called:pair", "args": {"scael": 1}}, "'loss.args.scael'.*mean 'scale'"),
         ({"call": "torch.nn:CrossEntropyLoss", "args": {"reduction": "sum"}},
          "reduction of .* is 'sum'.*'mean'.*loss.args.reduction=mean.*loss.units"),

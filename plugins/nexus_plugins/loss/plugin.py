@@ -70,6 +70,7 @@ class LossPlugin(bases.Loss[LossConfig]):
     api_version: ClassVar[str] = "1.2"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         target = self.config.target
         self._criterion = Criterion(self.name, self.config, target, self.config.units)
         self._metrics = {

@@ -238,7 +238,7 @@ def test_resumed_on_a_fresh_engine_it_ends_in_the_same_bits(case: Any, precise: 
 @pytest.mark.parametrize("name", ["lbfgs", "sam"])
 def test_fp16_refuses_a_second_look_at_the_gradient_by_name(name: str) -> None:
     engine = CASES[name].engine(AmpPlugin(dtype="fp16"))
-    with pytest.raises(ConfigError, match=r"amp: .*fp16 .* set amp.dtype to bf16"):
+    with pytest.raises(ConfigError, match=r"amp: .*fp16 .*set amp.dtype to bf16"):
         engine.fit(BATCHES, until=STEPS)
     assert engine.state.step == 0
 

@@ -260,7 +260,6 @@ TRAINED_WITH: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
         }}, 1,
     ),
     "freeze": ({"freeze": {"rules": [{"match": "embedding.*", "until": "5 steps"}]}}, 1),
-    "weigh_uncertainty and ema": ({"weigh_uncertainty": {}, "ema": {}}, 4),
 }  # fmt: skip
 """Plugins, and how many of 8 steps are replayed at least."""
 
@@ -305,22 +304,23 @@ def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     def fresh() -> Engine:
         return graphed(accelerator.device, CarriesPlugin())
 
-    run_to(whole := fresh(), 12)
-    run_to(first := fresh(), 6)
+    run_to(whole := fresh(), 9)
+    run_to(first := fresh(), 5)
     taken = copy.deepcopy(first.state_dict())
     second = fresh()
     second.load_state_dict(taken)
-    run_to(second, 12)
-    assert second.metrics["compile/replayed_steps"] >= 2
+    run_to(second, 9)
+    for engine in (first, second):  # the first step has no mean yet: it is of a kind of its own
+        assert engine.metrics["compile/replayed_steps"] == 1
     ends = [of_training(engine.state_dict()) for engine in (whole, second)]
     assert differences(*ends) == []
     steps = first.steps(until="100 steps")
     for state in steps:
-        if state.step == 10:
+        if state.step == 9:
             first.rewind(taken)
             replayed = first.plugins["compile"]._graphs.replayed  # type: ignore[attr-defined]
             assert replayed == 0, "it is captured anew"
-        if state.step == 11:
+        if state.step == 10:
             break
     weight = next(iter(taken["model"]))
     moved = first.model.state_dict()[weight] - taken["model"][weight]
@@ -444,5 +444,5 @@ def test_a_run_that_can_have_no_graph_is_refused(accelerator: HostAccelerator) -
         run_to(graphed("cpu"), 1)
     with pytest.raises(ConfigError, match="a run in cells seeds the generators within a step"):
         run_to(graphed(accelerator.device, cells=2), 1)
-    with pytest.raises(ConfigError, match="mode=reduce-overhead makes graphs of its own"):
+    with pytest.raises(ConfigError, match="mode=reduce-overhead makes its own graphs"):
         CompilePlugin(step_graph=True, mode="reduce-overhead")

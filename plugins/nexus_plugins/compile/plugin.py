@@ -39,7 +39,7 @@ class CompileConfig(PluginConfig):
     match: Several[str] = Field(
         default=(),
         description="patterns of names of modules to compile separately; none: the members of "
-        "every ModuleList, or the whole model if it has none",
+        "every ModuleList, otherwise the whole model",
     )
     whole: bool = Field(
         default=False,

@@ -139,7 +139,8 @@ class Engine(ShownEngine, EarlierNames):
         """Train until the horizon, or until `stop`; see `steps` for the arguments.
 
         Ctrl-C, or the stop button of a notebook, ends the run after the current step, saving as at
-        the end; a second one interrupts at once, and that step has not happened.
+        the end; a running evaluation is abandoned, and made by the next call. A second one
+        interrupts at once, and that step has not happened.
         """
         with stopping_on_interrupt(self.stop, lambda: self.state.step):
             for _ in self.steps(data, until=until, eval_data=eval_data, eval_every=eval_every):

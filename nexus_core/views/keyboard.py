@@ -16,11 +16,11 @@ INTERRUPTED = ("interrupted (Ctrl-C)", "SIGINT")
 
 
 @contextmanager
-def stopping_on_interrupt(stop: Callable[[str], None], step: Callable[[], int]) -> Iterator[None]:
+def stopping_on_interrupt(stop: Callable[..., None], step: Callable[[], int]) -> Iterator[None]:
     """Let the first Ctrl-C call `stop` and the second interrupt, unless SIGINT is handled.
 
     Args:
-        stop: ends the loop after the current step.
+        stop: of the engine; ends the loop after the current step, and a running evaluation.
         step: the number of completed steps, for the message of the interrupt.
     """
     listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -30,7 +30,7 @@ def stopping_on_interrupt(stop: Callable[[str], None], step: Callable[[], int]) 
 
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.default_int_handler)
-        stop(INTERRUPTED[0])
+        stop(INTERRUPTED[0], at_once=True)
         with suppress(OSError, RuntimeError):  # the program was within a print
             print("stopping after this step; interrupt again to stop at once", file=sys.stderr)
 

@@ -135,6 +135,30 @@ def test_an_embedded_fit_that_is_interrupted_ends_after_its_step_and_is_saved(
     assert any("00000004" in path.name for path in (tmp_path / "checkpoints").iterdir())
 
 
+def test_an_evaluation_that_is_interrupted_is_made_by_the_next_fit() -> None:
+    """Breaks if the stop button waits for an hour of evaluation, or costs the run its last one."""
+    evaluated: list[int] = []
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if not engine.training:
+            evaluated.append(engine.state.step)
+            if len(evaluated) == 2:
+                signal.raise_signal(signal.SIGINT)
+        return model(batch).square().mean()
+
+    engine = new(loss=loss)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = engine.fit(BATCHES, until=3, eval_data=BATCHES)
+        assert (result.status, result.step, len(evaluated)) == ("interrupted", 3, 2)
+        assert "val/loss" not in result.metrics
+        result = engine.fit(BATCHES, until=3, eval_data=BATCHES)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.status, result.step, len(evaluated)) == ("finished", 3, 2 + len(BATCHES))
+    assert result.history.points("val/loss")[0] == [3]
+
+
 def test_a_handler_of_the_program_is_left_alone() -> None:
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))

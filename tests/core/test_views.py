@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -134,6 +134,7 @@ def test_a_snapshot_of_before_takes_the_history_back_with_it() -> None:
     assert len(engine.history["step"]) == len(whole["step"])
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_a_long_history_is_an_even_spread_and_the_newest(logs: int, evaluate: int) -> None:
     """Law: bounded, evenly spaced, newest there, and evaluations do not give way to logs."""

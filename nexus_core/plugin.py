@@ -110,7 +110,6 @@ class PluginConfig(BaseModel):
         return _storable(dump(self)) if info.mode == "json" else dump(self)
 
 
-MOST_FAULTS = 10  # reported per block of settings
 _SECRET = str(SecretStr("any"))
 ConfigT = TypeVar("ConfigT", bound=PluginConfig)
 
@@ -122,7 +121,21 @@ class _Configured(Generic[ConfigT]):
     config_class: type[ConfigT] | Any = PluginConfig  # of the class, not of an object
     config: ConfigT
 
-    def __init__(self, config: Any = None, /, **settings: object) -> None:
+    @overload
+    def __init__(
+        self: Configured[P, Made_co],
+        config: ConfigT | None = None,
+        /,
+        *args: P.args,
+        **settings: P.kwargs,
+    ) -> None:
+        """Takes its settings by name; `help()` of the class describes them."""
+
+    @overload
+    def __init__(self, config: ConfigT | None = None, /, **settings: Any) -> None:
+        """Takes what an `__init__` of a subclass passes on."""
+
+    def __init__(self, config: Any = None, /, **settings: Any) -> None:  # type: ignore[misc]  # *args
         if config is not None and not isinstance(config, self.config_class):
             raise ConfigError(
                 f"{type(self).__name__} takes its settings by name, such as "
@@ -212,7 +225,7 @@ class Plugin(_Configured[ConfigT]):
             *args: P.args,
             **settings: P.kwargs,
         ) -> Made_co:
-            """For type checkers and editors: takes what the config class takes."""
+            """Takes its settings by name; `help()` of the class describes them."""
 
     def state_dict(self) -> StateDict:
         """What this plugin needs for a resumed run to continue bitwise."""
@@ -246,7 +259,7 @@ def _storable(value: Any) -> Any:
 def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> ConfigError:
     """One line per error: which key is wrong, what it got and what it expects."""
     lines, faults = [], error.errors(include_url=False)
-    for fault in faults[:MOST_FAULTS]:
+    for fault in faults[:10]:  # more are counted
         path = [str(part) for part in fault["loc"]]
         key = ".".join([prefix, *path] if prefix else path)
         if fault["type"] == "extra_forbidden":
@@ -266,7 +279,6 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
 def _got(fault: ErrorDetails, model: type[BaseModel]) -> str:
     """The wrong value, unless it is secret or a whole block."""
     secret = {name for name, f in model.model_fields.items() if "Secret" in str(f.annotation)}
-    place, given = fault["loc"], fault["input"]
-    if fault["type"] == "missing" or (isinstance(given, dict) and not place):
+    if fault["type"] == "missing" or (isinstance(fault["input"], dict) and not fault["loc"]):
         return ""
-    return "got a secret; " if place and place[0] in secret else f"got {given!r:.200}; "
+    return "got a secret; " if secret & {*fault["loc"][:1]} else f"got {fault['input']!r:.200}; "

@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -373,6 +374,7 @@ def _cell(text: str) -> str:
 # -- what a plugin says of itself
 
 
+@cache
 def _first_party_classes() -> list[tuple[str, type[AnyPlugin]]]:
     return [(name, load(name)) for name in first_party()]
 

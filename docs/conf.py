@@ -60,6 +60,7 @@ copybutton_prompt_text = "$ "
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
+smartquotes = False  # settings are to be copied
 default_role = "py:obj"
 toc_object_entries_show_parents = "hide"
 add_module_names = False

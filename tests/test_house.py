@@ -176,6 +176,26 @@ def test_the_engine_alone_assigns_its_attributes() -> None:
     assert {path: names for path, names in found.items() if names} == {}
 
 
+def untyped(tree: ast.Module) -> Iterator[str]:
+    """Plugins whose settings mypy does not see, and defaults that type checkers overlook."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Plugin"):
+            bases = [ast.unparse(base) for base in node.bases]
+            own = any(re.search(r"\[(?!Plugin)\w*Config\]", base) for base in bases)
+            if own and "config_class = " not in "\n".join(map(ast.unparse, node.body)):
+                yield node.name
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Field" and node.args:
+            yield ast.unparse(node)
+
+
+def test_settings_are_seen_by_type_checkers() -> None:
+    """Red where `config_class = ...` is missing, or a default has no `default=`."""
+    found = {path: list(untyped(tree)) for path, tree in trees()}
+    assert {path: names for path, names in found.items() if names} == {}
+    wrong = "class APlugin(Plugin[AConfig]): a: int = Field(1)"
+    assert len(list(untyped(ast.parse(wrong)))) == 2
+
+
 def test_assignments_to_an_engine_are_seen() -> None:
     wrong = (
         "engine.a = 1; engine.b += 1; self._engine.c, x = 1, 2; setattr(engine, 'd', 1)\n"

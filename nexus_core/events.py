@@ -248,7 +248,7 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def accumulate_gradient(self, *, engine: Run, step: Step) -> bool:
-        """Seam, first answer, once a gradient: add up that of all micro-batches; True says done.
+        """Seam, first answer, once per gradient: add up that of all micro-batches; True says done.
 
         The default takes one micro-batch after the other through `forward`, `loss_terms` and
         `backward`, and records `step.losses` and their metrics.

@@ -51,7 +51,8 @@ def test_events_fire_in_the_order_that_is_documented() -> None:
     engine = tiny_engine(listener(log), accumulate=2, log_every=2)
     engine.fit(loader(), until="2 steps", eval_data=loader(8, shuffle=False), eval_every="2 steps")
     micro = ["forward", "backward"]
-    step = [*["on_batch", "cut_batch"] * 2, "take_turns", "weigh_losses", *micro, *micro]
+    step = [*["on_batch", "cut_batch"] * 2, "take_turns", "weigh_losses"]
+    step += ["accumulate_gradient", *micro, *micro]
     step += ["after_backward", "optimizer_step", "on_step"]
     evaluation = ["evaluating", "forward", "forward", "forward", "measure", "on_eval"]
     assert log == [

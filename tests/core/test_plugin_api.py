@@ -115,14 +115,14 @@ def test_page_lists_what_is_exported() -> None:
     assert names_in("what `nexus_core` exports") == sorted(nexus_core.__all__)
 
 
-@pytest.mark.parametrize("row", ["what a hook finds on", "what a hook may call on"])
+@pytest.mark.parametrize("row", ["engine attributes for hooks", "engine methods for hooks"])
 def test_what_the_page_promises_of_the_engine_is_there(row: str) -> None:
     engine, names = tiny_engine(), names_in(row)
     assert len(names) > 5
     assert [name for name in names if not hasattr(engine, name)] == []
 
 
-@pytest.mark.parametrize("row", ["what a plugin's class may say", "what a plugin's class may ans"])
+@pytest.mark.parametrize("row", ["class attributes of a plugin", "methods of a plugin besides hooks"])
 def test_what_the_page_promises_of_plugins_is_there(row: str) -> None:
     names = names_in(row)
     assert len(names) > 2

@@ -131,7 +131,7 @@ def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
         "pass  config is strict (config 1)",
         "skip  off is absent",
         "      no settings are declared (off) that leave training as it is",
-        "4 passed, 0 failed, 1 left out",
+        "4 passed, 0 failed, 1 skipped",
     ]
 
 
@@ -143,7 +143,7 @@ def test_check_says_why_a_check_fails() -> None:
     assert "FAIL  trains (accumulate 1)" in result.output
     assert "OSError: planted [plugin 'sparkle', on_step, step 1]" in result.output
     assert "Traceback" not in result.output
-    assert "0 passed, 2 failed, 0 left out" in result.output
+    assert "0 passed, 2 failed, 0 skipped" in result.output
 
 
 def test_check_puts_a_plugin_beside_what_it_needs() -> None:

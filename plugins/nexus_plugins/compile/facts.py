@@ -60,6 +60,7 @@ class Knowledge:
         self.known: dict[Place, object] = {}
         self.held: dict[Owned, Tensor] = {}
         self.generators: list[torch.Generator] = []
+        self._alive: list[Tensor] = []  # so that no other tensor gets the memory of one seen here
         self._device = engine.device
         self._passed = {id(each) for each in (engine, engine.model, engine.optimizer, engine.data)}
         self._passed |= {id(plugin) for plugin in engine.plugins.values()}
@@ -87,6 +88,7 @@ class Knowledge:
             self.known[place] = value
         elif isinstance(value, Tensor):
             self.known[place] = _of_tensor(value)
+            self._alive.append(value)
         elif isinstance(value, torch.Generator):
             if value.device.type == self._device.type:
                 self.generators.append(value)

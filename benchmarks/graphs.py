@@ -36,7 +36,7 @@ from nexus_plugins.modules.graphs import Graph
 VARIABLES, OBSERVED, BY_HAND = 10, 1000, 200
 STEPS, ROWS, LR, UNITS = 1500, 512, 0.02, 8
 Kind = Literal["linear", "network"]
-LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.05}
+LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.03}
 """Strength from which on an edge is taken to be there."""
 
 

@@ -22,7 +22,7 @@ from nexus_plugins.sample.writing import pieces
 MODEL = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16}
 CONFIG = f"""
 until: 6 steps
-seed: 1
+seed: 5
 plugins:
   data_text: {{train: corpus.txt, seq_len: 32, batch_size: 4}}
   model_nexus: {json.dumps(MODEL)}

@@ -87,7 +87,8 @@ def _found(looks: Sequence[Look]) -> list[Panel]:
         if isinstance(look, Depth):
             panels.append(("deeper where it is harder", partial(_depth, look)))
         elif isinstance(look, Edges):
-            panels.append((f"graph: {look.told}", partial(_graph, look)))
+            share = look.metrics["edges_found"]
+            panels.append((f"graph: {share:.0%} of the edges", partial(_graph, look)))
     if hops:
         panels.insert(1, ("right answers by hops", partial(_hops, hops)))
     return panels
@@ -116,10 +117,11 @@ def _hops(looks: Sequence[Hops], axes: Axes) -> None:
         name = look.place.rpartition("/")[2]
         axes.bar(places, look.right, width * 0.92, color=_colour(number), label=name)
     axes.set_xticks(range(1, len(looks[0].right) + 1))
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.2)  # room for the legend
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel("hops")
     axes.set_ylabel("right answers")
-    axes.legend(frameon=False, fontsize=9, loc="lower left", ncols=len(looks))
+    axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=len(looks))
 
 
 def _graph(look: Edges, axes: Axes) -> None:

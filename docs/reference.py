@@ -62,7 +62,7 @@ Extend: howto/one_file howto/plugin howto/loss howto/log testing
 Plugins: plugins
 Reference: hooks config commands checkpoints nexus architecture plugin_api
 Python: api/index api/run api/bases api/testing
-Beside others: comparison migration benchmarks
+Other trainers: comparison migration benchmarks
 """
 """Every page of the site but the plugins', by caption."""
 PARTS = {

@@ -1,4 +1,4 @@
-"""Images as loggers store them, whatever they were made of, and the notes that show them."""
+"""Images from tensors, arrays, figures and files, and the notes that contain them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Image:
-    """An image, as loggers store it.
+    """An image as loggers receive it.
 
     Args:
-        png: the content of a PNG file.
-        width: in pixels.
-        height: in pixels.
-        caption: a few words about it; may be empty.
+        png: content of a PNG file.
+        width: width in pixels.
+        height: height in pixels.
+        caption: a short caption; may be empty.
     """
 
     png: bytes
@@ -46,17 +46,17 @@ class Image:
 
     @classmethod
     def of(cls, given: object, caption: str = "") -> Image:
-        """Make one of whatever holds an image.
+        """Convert an object to an image.
 
         Args:
-            given: a figure of matplotlib, or what has the method `savefig`; an image of Pillow; the
-                path of a PNG file; a tensor or array. Of three dimensions those of colour are the
-                first or the last, of size 1, 3 or 4: where both could be, the first of a tensor and
-                the last of an array. Numbers are bytes, booleans, or floats from 0 to 1.
-            caption: a few words about it.
+            given: a matplotlib figure, or any object with a method `savefig`; a Pillow image; the
+                path of a PNG file; a tensor or array of bytes, booleans, or floats from 0 to 1.
+                With three dimensions, the channels are first or last, of size 1, 3 or 4; if both
+                fit, they are first in a tensor and last in an array.
+            caption: a short caption.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: the object is not an image.
         """
         if hasattr(given, "savefig"):
             buffer = io.BytesIO()
@@ -78,7 +78,7 @@ class Image:
         return cls(buffer.getvalue(), kept.width, kept.height, caption)
 
     def opened(self) -> PIL.Image.Image:
-        """The image as an object of Pillow."""
+        """The image as a Pillow image."""
         return _opened(io.BytesIO(self.png), "the image")
 
 
@@ -92,9 +92,7 @@ def _opened(file: Path | io.BytesIO, name: str) -> PIL.Image.Image:
     except FileNotFoundError:
         raise ConfigError(f"no image: there is no file '{name}'") from None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ConfigError(
-            f"no image: '{name}' is no PNG file that can be read ({error})"
-        ) from error
+        raise ConfigError(f"no image: '{name}' is not a readable PNG file ({error})") from error
 
 
 def _drawn(given: Tensor | NDArray[Any]) -> PIL.Image.Image:
@@ -125,10 +123,10 @@ def _bytes_of(values: NDArray[Any], what: str) -> NDArray[np.uint8]:
             f"no image: {what}; expected bytes (0 to 255, .to(torch.uint8)) or floats from 0 to 1"
         )
     low, high = values.min(), values.max()
-    if not (low >= -0.01 and high <= 1.01):  # what interpolation overshoots by is not worth words
+    if not (low >= -0.01 and high <= 1.01):  # tolerates overshoot of interpolation
         warnings.warn(
-            f"floats of an image go from 0 to 1, and these from {low:.4g} to {high:.4g}: what is "
-            "beyond is clipped, what is no number is 0; scale them first",
+            f"floats of an image must be from 0 to 1, and these are from {low:.4g} to {high:.4g}: "
+            "they are clipped, and NaN becomes 0; scale them first",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -137,7 +135,7 @@ def _bytes_of(values: NDArray[Any], what: str) -> NDArray[np.uint8]:
 
 
 class Listeners(Protocol):
-    """The hooks that a note goes to."""
+    """The hooks that receive notes."""
 
     def on_note(self, *, engine: Any, title: str, text: str) -> object: ...
     def on_image(self, *, engine: Any, title: str, image: Image) -> object: ...
@@ -146,10 +144,10 @@ class Listeners(Protocol):
 def tell(
     hook: Listeners, engine: object, title: str, text: str, image: object, figure: object
 ) -> None:
-    """Have plugins hear a note: words alone, or an image or figure with words as its caption.
+    """Send a note to the plugins: text, or an image or figure with the text as its caption.
 
     Raises:
-        ConfigError: there is nothing to tell, or something that is no note.
+        ConfigError: the note is empty or invalid.
     """
     if not isinstance(title, str) or not title.strip() or "\n" in title:
         raise ConfigError(f"the title of a note is {title!r:.80}; expected a name, as metrics have")
@@ -170,12 +168,12 @@ def tell(
 
 
 def packed(line: Mapping[str, float | str | Image]) -> dict[str, Any]:
-    """What a state may hold of metrics, words and images, each by its name."""
+    """Metrics, text and images by name, in a form that a state dict can hold."""
     return {name: _of_image(one) if isinstance(one, Image) else one for name, one in line.items()}
 
 
 def unpacked(line: Mapping[str, Any]) -> dict[str, float | str | Image]:
-    """The same line again."""
+    """The inverse of `packed`."""
     return {name: _image_of(one) if isinstance(one, list) else one for name, one in line.items()}
 
 

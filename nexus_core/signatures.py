@@ -1,4 +1,4 @@
-"""A plugin's settings as type checkers, editors, `help()` and notebooks see them."""
+"""A plugin's settings as shown by type checkers, editors, `help()` and notebooks."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ PLAIN = (bool, int, float, str, tuple, list, dict, NoneType)
 
 
 class Configured(Protocol[P, Made_co]):
-    """A plugin's class as its constructor is typed by: it takes what its config class takes."""
+    """The type of a plugin class: its constructor takes what its config class takes."""
 
     @property
     def config_class(self) -> Callable[P, BaseModel]:
-        """What makes its settings."""
+        """The class of its settings."""
 
     def labelled(self, label: str) -> type[Made_co]:
-        """The class of a further instance, which tells what is made."""
+        """The class of a further instance; its return type is that of the constructor."""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a language writes a value that is not there, and the others."""
+    """How a language spells None and other values."""
 
     none: str
     value: Callable[[Any], str]
@@ -69,13 +69,13 @@ YAML = Spelling("null", lambda value: json.dumps(value, default=str))
 
 
 class Shown(str):
-    """A type in words; in a signature it stands without quotes."""
+    """A type as text, shown without quotes in signatures."""
 
     __repr__ = str.__str__
 
 
 class SettingsSignature:
-    """The signature of a plugin's class: its settings, by name."""
+    """The signature of a plugin class: its settings as keyword arguments."""
 
     def __get__(self, plugin: object, cls: Any) -> inspect.Signature:
         return inspect.Signature(
@@ -93,10 +93,10 @@ class SettingsSignature:
 
 @dataclass(frozen=True)
 class Described:
-    """The docstring of a plugin's class, with its settings below.
+    """The docstring of a plugin class, followed by its settings.
 
     Args:
-        text: as the author wrote it.
+        text: the author's docstring.
     """
 
     text: str
@@ -109,10 +109,10 @@ class Described:
 
 
 def describe(cls: Any, base: Any) -> None:
-    """Have a plugin's class tell its settings: as its `config_class`, signature and docstring.
+    """Give a plugin class its `config_class`, and a signature and docstring with its settings.
 
     Args:
-        base: the class that makes plugins of settings; signatures of others are left as they are.
+        base: the class whose constructor takes settings; other constructors keep their signature.
     """
     for argument in (one for of in vars(cls).get("__orig_bases__", ()) for one in get_args(of)):
         if isinstance(argument, type) and issubclass(argument, base.config_class):
@@ -123,7 +123,7 @@ def describe(cls: Any, base: Any) -> None:
 
 
 def own_doc(cls: type) -> str:
-    """The docstring of a class as its author wrote it, or nothing."""
+    """The author's docstring of a class, or an empty string."""
     doc = vars(cls).get("__doc__")
     return doc.text if isinstance(doc, Described) else doc or ""
 
@@ -131,7 +131,7 @@ def own_doc(cls: type) -> str:
 def settings_lines(
     model: type[BaseModel], indent: str = "  ", spelling: Spelling = YAML
 ) -> Iterator[str]:
-    """Two lines for each field, and below them those of a block of settings within it."""
+    """Two lines per field, followed by the lines of nested settings."""
     for key, field in model.model_fields.items():
         kind = " ".join([_type(field.annotation, spelling), *_bounds(field)])
         default = (
@@ -149,7 +149,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as one gives it: an interval as its text."""
+    """A value as a user writes it: an interval as text."""
     return value if isinstance(value, PLAIN) else str(value)
 
 
@@ -168,7 +168,7 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
 
 
 def _type(annotation: Any, spelling: Spelling) -> str:
-    """A type as one writes it: `float`, `Interval | None`, `'min' | 'max'`, `list[str]`."""
+    """A type as a user writes it: `float`, `Interval | None`, `'min' | 'max'`, `list[str]`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(arguments[0], spelling)

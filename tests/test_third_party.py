@@ -121,7 +121,7 @@ def test_it_is_shown_comes_after_clipping_and_says_what_it_waits_for(
     only = "runs_on_an_accelerator,device_is_not_waited_for"
     checked = fresh.run("nexus-plugins", "check", "gradient_noise", "--only", only, cwd=folder)
     assert "2 passed, 0 failed" in checked.stdout
-    said = "runs on an accelerator: yes; waits for it: never"
+    said = "runs on an accelerator: yes; device syncs: never"
     assert said in checked.stdout
     assert said in (PACKAGE / "README.md").read_text()
 

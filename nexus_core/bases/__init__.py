@@ -1,1 +1,1 @@
-"""What plugin authors derive from: `Loss`, `Schedule`, `Logger`, `Parallel`, `ResumableLoader`."""
+"""Base classes for plugins: `Loss`, `Schedule`, `Logger`, `Parallel`, and `ResumableLoader`."""

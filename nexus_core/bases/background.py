@@ -1,4 +1,4 @@
-"""Loggers whose service may hang: a thread makes the calls, and what takes too long is given up."""
+"""Loggers for services that may hang: calls run on a background thread, with a timeout."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["BackgroundConfig", "BackgroundLogger", "Ending", "Job", "Outcome", "RunInfo", "Worker"]
 
 Line: TypeAlias = tuple[int, Mapping[str, float | str | Image]]
-"""A step, and metrics by name, or words or images by title."""
+"""A step, and metrics by name, or text or images by title."""
 Ending: TypeAlias = Literal["finished", "stopped", "failed"]
-"""How a run went: to its horizon, ended before it on purpose, or ended by an error."""
+"""How a run ended: at its horizon, stopped early, or with an error."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a service is told about a run.
+    """What a service needs to know about a run.
 
     Args:
-        name: of the run's folder; "run" without one.
-        folder: the run's folder, as an absolute path.
-        step: optimizer steps done so far: above 0 where the run continues.
+        name: name of the run folder; "run" without one.
+        folder: absolute path of the run folder.
+        step: optimizer steps done so far; above 0 if the run is resumed.
         config: the resolved settings.
-        key: no other run has it; a resumed run has that of its checkpoint.
+        key: unique id of the run; a resumed run keeps that of its checkpoint.
     """
 
     name: str
@@ -54,14 +54,14 @@ class RunInfo:
 
 
 class BackgroundConfig(LoggerConfig):
-    """Settings that every logger with a service behind it has."""
+    """Settings shared by all background loggers."""
 
     timeout: float = Field(
         default=30.0,
         gt=0,
         le=31_536_000,  # a year; a thread cannot wait for much more
-        description="longest time for one call of the service, and for closing, in seconds; then "
-        "the logger is switched off",
+        description="timeout of a call to the service, and of closing, in seconds; then the logger "
+        "is switched off",
         json_schema_extra={"resume": "ignored"},
     )
 
@@ -70,18 +70,17 @@ BackgroundConfigT = TypeVar("BackgroundConfigT", bound=BackgroundConfig)
 
 
 class BackgroundLogger(Logger[BackgroundConfigT]):
-    """A logger that the training never waits for, whatever its service does.
+    """A logger that never blocks training, whatever its service does.
 
-    Answer `connect`, `send` and `disconnect`, and `send_note` and `send_image` where there is a
-    place for text and images: they are called one after another on a thread of this logger, beside
-    the training. A call that raises is a warning, and three in a row switch the logger off, as does
-    a first call that raises. A call that takes longer than `config.timeout` is given up: the logger
-    is switched off, and what waits is dropped. What waits is bounded by `CAPACITY` calls; a call
-    for which there is no room is a failure. Closing waits until all is stored, but never longer
-    than `config.timeout`.
+    Implement `connect`, `send` and `disconnect`, and `send_note` and `send_image` if the service
+    stores text and images. They are called one at a time on the logger's own thread. A call that
+    raises gives a warning; three failures in a row, or a failure of `connect`, switch the logger
+    off. If a call exceeds `config.timeout`, the logger is switched off, and pending calls are
+    dropped. At most `CAPACITY` calls may be pending; further ones count as failures. Closing waits
+    for pending calls, but not longer than `config.timeout`.
 
-    `RunInfo.key` names the run. It is in the checkpoints, so that a resumed run finds its own; so
-    is what waits still, so that a run that is killed and resumed misses no line.
+    `RunInfo.key` identifies the run. Checkpoints contain the key, so a resumed run continues its
+    record at the service, and the pending calls, so none are lost if the run is killed.
     """
 
     CAPACITY: ClassVar[int] = 1000
@@ -94,42 +93,42 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         self._waiting: deque[Line] = deque()  # what has not been sent, in order
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run with the service, or resume it.
+        """Start the run at the service, or resume it.
 
         Returns:
-            The last step of each metric, and of each note or image by its title, that the service
-            has already; what comes up to there is not sent again.
+            The last stored step of each metric by name, and of each note or image by title; nothing
+            up to that step is sent again.
         """
         raise NotImplementedError(f"{type(self).__name__}.connect")
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Store the metrics, by name, as they were at an optimizer step."""
+        """Store metrics, by name, of an optimizer step."""
         raise NotImplementedError(f"{type(self).__name__}.send")
 
     def send_note(self, step: int, title: str, text: str) -> None:
-        """Store a few words about the run as it was at an optimizer step; nothing unless answered.
+        """Store a note of an optimizer step; does nothing by default.
 
-        They may come a second time in a resumed run, unless `connect` answers their title.
+        A resumed run may send it again, unless `connect` returns its title.
         """
 
     def send_image(self, step: int, title: str, image: Image) -> None:
-        """Store an image of the run as it was at an optimizer step; nothing unless answered.
+        """Store an image of an optimizer step; does nothing by default.
 
-        It may come a second time, as notes may.
+        A resumed run may send it again, as with notes.
         """
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
-        """Store what is left, and say how the run ended."""
+        """Flush, and report how the run ended."""
 
     def state_dict(self) -> StateDict:
-        """The key of the run, and the lines that wait."""
+        """The key of the run, and the pending lines."""
         if self._key is None:
             return {}
         waiting = [] if self.switched_off else list(self._waiting)
         return {"run": self._key, "waiting": [[step, packed(line)] for step, line in waiting]}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on with the run that has this key, and send what waited."""
+        """Continue the run with this key, and send the pending lines."""
         key, waiting = state.get("run"), state.get("waiting")
         if not isinstance(key, str) or not isinstance(waiting, list):
             raise CheckpointError(f"the checkpoint's state of plugin '{self.name}' is {state}")
@@ -137,7 +136,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         self._waiting = deque((step, unpacked(line)) for step, line in cast(list[Line], waiting))
 
     def open(self, engine: Engine) -> None:
-        """Start the thread, have it connect, and have it send what waited in the checkpoint."""
+        """Start the thread, connect, and send the lines that were pending in the checkpoint."""
         if self._key is None or engine.state.step == 0:
             self._key = secrets.token_hex(4)
             self._waiting.clear()
@@ -150,15 +149,15 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
             self._hand_over(step, content)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics to the thread."""
+        """Queue the metrics for the thread."""
         self._hand_over(engine.state.step, dict(metrics))
 
     def write_note(self, engine: Engine, title: str, text: str) -> None:
-        """Hand the words to the thread."""
+        """Queue the note for the thread."""
         self._hand_over(engine.state.step, {title: text})
 
     def write_image(self, engine: Engine, title: str, image: Image) -> None:
-        """Hand the image to the thread."""
+        """Queue the image for the thread."""
         self._hand_over(engine.state.step, {title: image})
 
     @hookimpl
@@ -166,7 +165,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
         self._broken = True
 
     def close(self, engine: Engine) -> None:
-        """Wait until all is stored, but not longer than `config.timeout`."""
+        """Wait for pending calls, but not longer than `config.timeout`."""
         if self._worker is None or self.switched_off:
             return
         reached = engine.result().status == "finished"
@@ -220,7 +219,7 @@ class BackgroundLogger(Logger[BackgroundConfigT]):
     def _attempted(
         self, action: str, step: int, error: BaseException | None, fatal: bool = False
     ) -> None:
-        """Take note of how the calls went that the thread has made since the last time."""
+        """Process the outcomes of the calls that the thread has made since last time."""
         worker = self._worker
         if worker is None:
             super()._attempted(action, step, error, fatal)
@@ -250,9 +249,9 @@ class Job:
 
     Args:
         action: what it does, for messages.
-        step: the optimizer step that it belongs to.
-        call: makes it.
-        vital: nothing that comes after can work where it fails.
+        step: the optimizer step it belongs to.
+        call: the function to call.
+        vital: whether its failure makes all later calls fail.
     """
 
     action: str
@@ -263,7 +262,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call went: its error, if there was one, and whether that ends everything."""
+    """The outcome of a call: its error, if any, and whether it is fatal for the logger."""
 
     action: str
     step: int
@@ -272,11 +271,11 @@ class Outcome:
 
 
 class Worker:
-    """A daemon thread that makes calls one after another; whoever submits them never waits.
+    """A daemon thread that makes calls one at a time; submitting never blocks.
 
     Args:
-        name: of the thread.
-        capacity: calls that may wait.
+        name: name of the thread.
+        capacity: maximum number of pending calls.
     """
 
     def __init__(self, name: str, capacity: int) -> None:
@@ -285,36 +284,36 @@ class Worker:
         self._present: tuple[Job, float] | None = None
         self._abandoned = False
         self._thread = Thread(target=self._run, name=f"nexus-{name}", daemon=True)
-        atexit.register(self._part)  # before the service registers its own, so called after that
+        atexit.register(self._part)  # registered before the service's handlers, so called later
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Have a call made when those before it are done.
+        """Queue a call.
 
         Raises:
-            BufferError: `capacity` calls wait already; this one is not made.
+            BufferError: `capacity` calls are pending; this one is dropped.
         """
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
             raise BufferError(
-                f"{self._jobs.maxsize:,} calls wait for the service; this one is not made"
+                f"{self._jobs.maxsize:,} calls to the service are pending; this one is dropped"
             ) from None
 
     def outcomes(self) -> list[Outcome]:
-        """The calls that have ended since this was asked last."""
+        """The calls completed since the last request."""
         return [self._outcomes.popleft() for _ in range(len(self._outcomes))]
 
     def hanging(self, timeout: float) -> Job | None:
-        """The present call, if it has taken longer than `timeout` seconds."""
+        """The running call, if it has taken longer than `timeout` seconds."""
         present = self._present
         return present[0] if present and time.monotonic() - present[1] > timeout else None
 
     def finish(self, last: Job, timeout: float) -> bool:
-        """Make a last call after those that wait, and end the thread.
+        """Make a last call after the pending ones, and end the thread.
 
         Returns:
-            Whether that was done within `timeout` seconds.
+            Whether this was done within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         try:
@@ -326,9 +325,9 @@ class Worker:
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
-        """Drop what waits; the thread ends with its present call, whenever that is."""
+        """Drop pending calls; the thread ends after the running call, whenever that returns."""
         self._abandoned = True
-        with suppress(queue.Full):  # then there is something that wakes the thread
+        with suppress(queue.Full):  # a full queue wakes the thread anyway
             self._jobs.put_nowait(None)
 
     def _run(self) -> None:
@@ -337,16 +336,16 @@ class Worker:
             error: BaseException | None = None
             try:
                 job.call()
-            except BaseException as raised:  # nobody above this thread would hear of it
+            except BaseException as raised:  # no caller above this thread would see it
                 error = raised
             self._outcomes.append(Outcome(job.action, job.step, error, fatal=job.vital))
             self._present = None
         atexit.unregister(self._part)
 
     def _part(self) -> None:
-        """Let a call that was given up come to its end, for five seconds at most.
+        """Give an abandoned call at most five seconds to return.
 
-        What a service does at exit may wake that call, and a daemon thread that wakes within
-        native code while Python 3.13 or earlier shuts down ends the process by a signal.
+        A service's exit handler may wake that call, and a daemon thread that wakes inside native
+        code while Python 3.13 or earlier shuts down kills the process with a signal.
         """
         self._thread.join(5.0 if self._present else 0.0)

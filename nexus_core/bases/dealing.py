@@ -1,4 +1,4 @@
-"""Which samples of a batch a process reads, and in which cells."""
+"""How the samples of a batch are assigned to processes and cells."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Dealing(NamedTuple):
     """The samples of a batch that a process reads, cell by cell.
 
     Args:
-        place: of the batch: the seed, the epoch and its first row.
-        ids: of each cell; none where a process takes part without a cell of its own.
-        first: the number of the first cell.
-        of: how many cells the whole batch has.
+        place: seed, epoch and first row of the batch.
+        ids: sample ids of each cell; empty if the process has no cell in this batch.
+        first: index of the first cell.
+        of: number of cells in the whole batch.
     """
 
     place: tuple[int, int, int]
@@ -29,12 +29,12 @@ class Dealing(NamedTuple):
 
 
 def share(rows: int, cells: int, ranks: Ranks) -> list[int]:
-    """Where the share of a process in so many rows begins and ends, and its cells between.
+    """The row boundaries of this process's cells in a batch, first and last included.
 
     Args:
-        rows: of the batch.
-        cells: that it is cut into; 0: as many as there are processes.
-        ranks: this process among its peers.
+        rows: rows in the batch.
+        cells: number of cells; 0: one per process.
+        ranks: this process's rank.
     """
     count = cells or ranks.size
     low, high = edges(count, ranks.size)[ranks.rank : ranks.rank + 2]
@@ -44,14 +44,14 @@ def share(rows: int, cells: int, ranks: Ranks) -> list[int]:
 def deal(
     place: tuple[int, int, int], ids: Sequence[int], rows: int, cells: int, ranks: Ranks
 ) -> Dealing:
-    """The share of a process in its cells, as many in each process.
+    """Split a process's share into cells, the same number in each process.
 
     Args:
         place: as in `Dealing`.
-        ids: of the samples of the share.
-        rows: of the batch, `cells` and `ranks`: as for `share`.
-        cells: that it is cut into.
-        ranks: this process among its peers.
+        ids: sample ids of the share.
+        rows: rows in the batch.
+        cells: number of cells.
+        ranks: this process's rank.
     """
     bounds = share(rows, cells, ranks)
     parts = [list(ids[low - bounds[0] : high - bounds[0]]) for low, high in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Batches in an order that is a pure function of (seed, epoch, index)."""
+"""A data loader whose order is a pure function of seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ __all__ = ["ResumableLoader", "permute"]
 
 _ROUNDS = 8  # of the Feistel network
 _WORD = (1 << 64) - 1
-_READINGS = 4  # of a sample, to see whether it is the same each time
-_TOGETHER = 64  # batches whose samples are permuted at once
+_READINGS = 4  # of a sample, to detect augmentation
+_TOGETHER = 64  # batches permuted at once
 
 
 class ResumableLoader:
-    """Batches of a map-style data set, in an order that needs no replay.
+    """Batches of a map-style data set, in an order that resumes without replay.
 
-    The order is a permutation computed from (seed, epoch), so any step is sought in constant time,
-    and it is the same for any number of workers and processes. Batches that are dicts get
-    `sample_ids`, the indices of their rows. Where a batch has fewer rows than there are processes,
-    some get a row without an index (`is_borrowed`), which the engine leaves out of all sums.
+    The order is a permutation computed from seed and epoch, so seeking any step takes constant
+    time, and the order is the same for any number of workers and processes. Batches that are dicts
+    get `sample_ids`, the indices of their rows. If a batch has fewer rows than there are processes,
+    some get a row without an index (`is_borrowed`), which the engine excludes from all sums.
 
     Args:
         dataset: has `__len__` and `__getitem__` (or `__getitems__`, for a list of indices);
-            `dataset[i]` must depend on `i` alone.
-        batch_size: rows of a batch, over all processes together.
-        seed: of the order.
+            `dataset[i]` must depend on `i` only.
+        batch_size: rows per batch, summed over all processes.
+        seed: seed of the order.
         shuffle: False keeps the order of the data set (evaluation).
-        order: which sample stands at each of some places: (places, samples, seed, epoch). It must
-            be a pure function of these; None: each sample once an epoch.
-        drop_last: leave out a last batch that is not full.
-        collate: makes a batch of a list of samples.
-        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one. They
-            leave SIGINT and SIGTERM to this process, and end when it does, however it ends.
+        order: maps positions to samples: (positions, samples, seed, epoch). It must be a pure
+            function of these; None: each sample once per epoch.
+        drop_last: drop the last batch if it is not full.
+        collate: makes a batch from a list of samples.
+        num_workers: worker processes, which prefetch `prefetch` batches each; 0 loads in the main
+            process. Workers ignore SIGINT and SIGTERM, and exit with the main process.
         pin_memory: collate into page-locked memory, for fast copies to a CUDA device.
-        ranks: this process among its peers; each takes its slice of every batch.
+        ranks: this process's rank; each process gets its slice of every batch.
 
     Raises:
-        DataError: there is not a single batch.
+        DataError: there are too few samples for one batch.
     """
 
     def __init__(
@@ -101,51 +101,51 @@ class ResumableLoader:
         return self.batches(epoch=0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from batch number `start` on, at once.
+        """The batches of an epoch, starting at batch `start`, without reading earlier ones.
 
-        Several epochs may be read side by side, such as one for training and one for evaluation.
+        Several iterators may be open at the same time, such as for training and for evaluation.
         """
         return self.batches_from_row(epoch, start * self.batch_size)
 
     def batches_from_row(self, epoch: int, row: int) -> Iterator[Batch]:
-        """The batches of an epoch from a row on, wherever a batch of another size ended."""
+        """The batches of an epoch starting at a row, for resuming with another batch size."""
         order, loader = self._idle.pop() if self._idle else self._new_reader()
         order.lists, order.epoch, order.row = WeakMethod(self._sample_lists), epoch, row
-        with signals_held():  # until the workers that it starts know what to do about them
+        with signals_held():  # until the new workers have set up their signal handling
             batches = iter(loader)
         return self._read((order, loader), batches)
 
     def in_cells(self, count: int) -> ResumableLoader:
-        """The same batches, of which each process gets whole cells, each collated by itself.
+        """The same batches split into cells; each process gets whole cells, collated separately.
 
         Args:
-            count: cells that each batch is cut into, or as many as it has rows; what reading a
-                cell draws is the same wherever it is read.
+            count: cells per batch, at most one per row. Random numbers drawn while reading a cell
+                are the same in every process.
         """
         dealt = copy.copy(self)
         dealt.cells = count
         return dealt
 
     def is_borrowed(self, row: int) -> bool:
-        """Whether this process has no row of the batch from a row on, and gets one of another's."""
+        """Whether this process has no row in the batch starting at `row`, and borrows one."""
         return self.ranks.rank >= min(self.batch_size, len(self.dataset) - row)
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this data, in this order, from other data; any batch size has the same.
+        """Identifies this data in this order, independent of the batch size.
 
-        It is the data set's own `fingerprint` where it has one, else a digest of its first and last
-        samples, if these are the same when they are read again: augmented ones are not.
+        Uses the data set's own `fingerprint` if it has one, else a digest of the first and last
+        samples, unless these differ when read again, as with augmentation.
         """
         own = own_fingerprint(self.dataset)
         known = f"{own} {len(self.dataset)} {self.seed} {self.shuffle} {self._ends(own)}"
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def _ends(self, own: object) -> str:
-        """A digest of the first and last samples; that of nothing where it says nothing.
+        """A digest of the first and last samples; an empty digest if they vary.
 
-        Read with generators as they happen to be, samples that are flipped half of the time would
-        be taken for plain ones in one process, and not in the next.
+        Each reading has its own seed: with the generators in their current state, a sample flipped
+        half of the time would look constant in one process and not in the next.
         """
         if own is not None:
             return digest([])
@@ -160,7 +160,7 @@ class ResumableLoader:
         try:
             yield from map(_batch_or_raise, batches)
         finally:
-            self._idle.append(reader)  # its workers live on for the next epoch
+            self._idle.append(reader)  # keeps its workers for the next epoch
 
     def _new_reader(self) -> _Reader:
         order = _Order(WeakMethod(self._sample_lists), self.batch_size)
@@ -180,11 +180,11 @@ class ResumableLoader:
         return order, loader
 
     def sample_ids(self, epoch: int, batch: int) -> NDArray[np.int64]:
-        """The indices into the data set that this process reads for a batch, in order."""
+        """The data set indices that this process reads for a batch, in order."""
         return self._ids_of(epoch, range(batch, batch + 1))[0]
 
     def _sample_lists(self, epoch: int, row: int) -> Sequence[list[int] | Dealing]:
-        """The samples of some batches from a row on; none behind the last one."""
+        """The samples of several batches starting at a row; empty after the last."""
         rest = len(self.dataset) - row
         count = rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
         batches = range(min(count, _TOGETHER))
@@ -199,11 +199,11 @@ class ResumableLoader:
         ]
 
     def _rows(self, start: int) -> int:
-        """Of the batch that begins at a row."""
+        """The number of rows in the batch that starts at a row."""
         return max(0, min(self.batch_size, len(self.dataset) - start))
 
     def _ids_of(self, epoch: int, batches: range, row: int = 0) -> list[NDArray[np.int64]]:
-        """`sample_ids` of some batches from a row on: many together take hardly longer than one."""
+        """`sample_ids` of several batches starting at a row; together they cost little more."""
         starts = [row + batch * self.batch_size for batch in batches]
         bounds = [share(self._rows(start), self.cells, self.ranks) for start in starts]
         shares = [
@@ -218,11 +218,11 @@ class ResumableLoader:
 
 @dataclass
 class _Order:
-    """A batch sampler that asks for the lists of samples from where it is told to start.
+    """A batch sampler with a settable start.
 
-    It does not keep its loader alive: workers in a circle of references are ended by force, late.
-    The reference is renewed for each reading: the garbage collector clears one that it has met in a
-    circle, though a reader came out of it again.
+    It holds its loader weakly: workers in a reference cycle are terminated late, by force. The
+    reference is renewed for each iteration, since the garbage collector clears weak references to
+    objects it finds in a cycle, even if a reader is reused afterwards.
     """
 
     lists: WeakMethod[Callable[[int, int], Sequence[list[int] | Dealing]]]
@@ -245,8 +245,8 @@ class _Order:
 class _Fetch(Dataset[Batch]):
     """Reads the rows of a batch and collates them, in the worker.
 
-    An error in the data is handed over as a value: raised there, it would arrive with the
-    worker's traceback as its text.
+    A data error is returned as a value: if raised, its message would become the worker's
+    traceback.
     """
 
     dataset: Any
@@ -266,7 +266,7 @@ class _Fetch(Dataset[Batch]):
         return Cells(tuple(batches), tuple(map(len, wanted.ids)), wanted.first, wanted.of)
 
     def _batch(self, indices: list[int]) -> Batch:
-        wanted = indices or [0]  # a share without rows borrows one, which does not count
+        wanted = indices or [0]  # an empty share borrows a row, which is excluded from all sums
         if hasattr(self.dataset, "__getitems__"):
             rows = self.dataset.__getitems__(wanted)
         else:
@@ -278,10 +278,10 @@ class _Fetch(Dataset[Batch]):
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which sample stands at each place, in 0..size-1, of an epoch's order; in constant memory.
+    """The sample, in 0..size-1, at each position of an epoch's order; uses constant memory.
 
     A Feistel network over the next power of two with cycle walking (Black and Rogaway 2002): a
-    bijection for any size, and integer arithmetic alone, the same on every machine.
+    bijection for any size in integer arithmetic, so the same on every machine.
     """
     keys, bits = _round_keys(seed, epoch), max(2, (size - 1).bit_length())
     values = _feistel(places.astype(np.uint64), bits, keys)

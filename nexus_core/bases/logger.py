@@ -1,4 +1,4 @@
-"""Plugins that show or store metrics, and may fail without stopping a run."""
+"""Plugins that show or store metrics, and whose failures do not stop a run."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["Logger", "LoggerConfig"]
 
 
 class LoggerConfig(PluginConfig):
-    """Settings that every logger has."""
+    """Settings shared by all loggers."""
 
 
 LoggerConfigT = TypeVar("LoggerConfigT", bound=LoggerConfig)
 
 
 class Logger(Plugin[LoggerConfigT]):
-    """A plugin that shows or stores metrics, and that may fail without stopping the run.
+    """A plugin that shows or stores metrics, and whose failures do not stop the run.
 
-    Answer `open`, `write` and `close` instead of hooks, and `write_note` and `write_image` where
-    there is a place for text and for images. Only the main process calls them. A failure is a
-    warning; after three in a row the logger is switched off for the rest of the run, and closed at
-    its end. What failed is said once more at the end: a logger that answers `summarize` itself adds
-    its lines to those of `super().summarize(engine)`. For a service that may be slow or hang, see
+    Implement `open`, `write` and `close` instead of hooks, and `write_note` and `write_image` to
+    store text and images. They are called in the main process only. A failure gives a warning;
+    after three in a row the logger is switched off for the rest of the run, and closed at its end.
+    The run's summary repeats failures: if you override `summarize`, add your lines to those of
+    `super().summarize(engine)`. For a service that may be slow or hang, see
     `nexus_core.bases.background`.
     """
 
-    writes_files: ClassVar[bool] = False  # into the run's folder, which must then be there
-    only_watches: ClassVar[bool] = True  # its state need not be the same in two equal runs
+    writes_files: ClassVar[bool] = False  # needs a run folder
+    only_watches: ClassVar[bool] = True  # its state may differ between equal runs
     FAILURES_ALLOWED: ClassVar[int] = 3
     failures: int = 0  # in a row, so far
     failures_in_all: int = 0
@@ -43,10 +43,10 @@ class Logger(Plugin[LoggerConfigT]):
     _last_failure: str = ""
 
     def open(self, engine: Engine) -> None:
-        """Prepare to write; the run starts, or resumes, at `engine.state.step`."""
+        """Prepare to write; the run starts or resumes at `engine.state.step`."""
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """Store the metrics, by name, as they are at `engine.state.step`."""
+        """Store the metrics, by name, of step `engine.state.step`."""
         raise NotImplementedError(f"{type(self).__name__}.write")
 
     def write_evaluation(self, engine: Engine, metrics: Mapping[str, float]) -> None:
@@ -54,30 +54,30 @@ class Logger(Plugin[LoggerConfigT]):
         self.write(engine, metrics)
 
     def write_note(self, engine: Engine, title: str, text: str) -> None:
-        """Store a few words about the run as it is at `engine.state.step`; nothing unless answered.
+        """Store a note of step `engine.state.step`; does nothing by default.
 
         Args:
-            title: what they are about, named as metrics are: `sensors/loss_explosion`.
-            text: sentences, without Markdown, in one or more lines.
+            title: the topic, in the style of a metric name: `sensors/loss_explosion`.
+            text: plain text, without Markdown, in one or more lines.
         """
 
     def write_image(self, engine: Engine, title: str, image: Image) -> None:
-        """Store an image of the run as it is at `engine.state.step`; nothing unless answered.
+        """Store an image of step `engine.state.step`; does nothing by default.
 
         Args:
-            title: what it shows, named as metrics are, and perhaps as one of them.
-            image: as PNG, with its size and its caption, which may be empty.
+            title: what it shows, in the style of a metric name; may equal one.
+            image: a PNG with its size and caption, which may be empty.
         """
 
     def close(self, engine: Engine) -> None:
-        """Finish writing; the run is over, well or not."""
+        """Finish writing; called at the end of a run, also after an error."""
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Open it.
+        """Open the logger.
 
         Raises:
-            ConfigError: it writes files, and the engine has no `out`.
+            ConfigError: the logger writes files, and the engine has no `out`.
         """
         if self.writes_files and engine.out is None:
             raise ConfigError(
@@ -108,7 +108,7 @@ class Logger(Plugin[LoggerConfigT]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """What failed; nothing where all went well."""
+        """The failures; empty if there were none."""
         if not self.failures_in_all:
             return {}
         end = "; it was switched off" if self.switched_off else ""
@@ -123,14 +123,14 @@ class Logger(Plugin[LoggerConfigT]):
         raised: Exception | None = None
         try:
             getattr(self, action)(engine, *arguments)
-        except Exception as error:  # a logger must never end a run of weeks
+        except Exception as error:  # a logger must never end a run
             raised = error
         self._attempted(action, engine.state.step, raised)
 
     def _attempted(
         self, action: str, step: int, error: BaseException | None, fatal: bool = False
     ) -> None:
-        """Take note of how a call went: warn of a failure, and switch the logger off if `fatal`."""
+        """Process a call's outcome: warn of a failure, and switch the logger off if `fatal`."""
         if error is None:
             self.failures = 0
             return

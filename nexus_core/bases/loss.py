@@ -1,4 +1,4 @@
-"""One term of the loss: how many units a batch holds, and the sum over them."""
+"""The base class of loss terms: a number of units, and a sum over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Loss", "LossConfig"]
 
 
 class LossConfig(PluginConfig):
-    """Settings that every loss term has."""
+    """Settings shared by all loss terms."""
 
     weight: float = Field(default=1.0, description="factor of this term in the total loss")
 
@@ -27,7 +27,7 @@ LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
 class Loss(Plugin[LossConfigT]):
-    """One term of the loss: how many units a batch holds, and the sum over them.
+    """One term of the loss, given by the number of units in a batch and the sum over them.
 
     The engine divides by the units of the whole step (all micro-batches, all processes), so the
     gradient does not depend on how a step is split. `LossSizePlugin` is the term `size`, logged as
@@ -35,7 +35,7 @@ class Loss(Plugin[LossConfigT]):
     """
 
     term: ClassVar[str] = "loss"
-    weight: float  # the factor of this term now; starts at the config's and may be scheduled
+    weight: float  # the current factor; starts at the config's and may be scheduled
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -46,15 +46,15 @@ class Loss(Plugin[LossConfigT]):
         self.weight = self.config.weight
 
     def units(self, batch: Batch) -> Tensor | float:
-        """How many units (labels, positions, ...) the batch holds: a number, or a 0-d tensor."""
+        """The number of units (labels, positions, ...) in the batch: a number, or a 0-d tensor."""
         raise NotImplementedError(f"{type(self).__name__}.units")
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """The sum of this term over the batch's units, 0-d; `output` is the `forward` hook's."""
+        """The 0-d sum of this term over the batch's units, given the `output` of `forward`."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def validation_loss(self, batch: Batch, output: Any) -> Tensor:
-        """The sum that evaluation reports, where it differs from the one trained on."""
+        """The sum that evaluation reports; override it if it differs from the training loss."""
         return self.loss(batch, output)
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""What plugins share that let several processes train one model: how these find each other."""
+"""The base class of plugins that train one model in several processes: joining and checks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _ENDED = "nexus: who has ended first, and why"
 
 
 class ParallelConfig(PluginConfig):
-    """Settings that every such plugin has."""
+    """Settings shared by all such plugins."""
 
     timeout: float = Field(
         default=600.0,
         gt=0,
-        le=31_536_000,  # a year; what comes after it overflows the clocks of backends
-        description="seconds that a process waits for its peers before the run ends with an error",
+        le=31_536_000,  # a year; larger values overflow the clocks of backends
+        description="seconds a process waits for its peers before the run ends with an error",
         json_schema_extra=_IGNORED,
     )
 
@@ -46,65 +46,65 @@ ConfigT = TypeVar("ConfigT", bound=ParallelConfig)
 
 
 class Parallel(Plugin[ConfigT]):
-    """Makes several processes one run; the engine has them agree on counters, clock and stops.
+    """Combines several processes into one run; the engine synchronizes counters, clock and stops.
 
-    Subclasses answer how gradients and weights are shared. In a process without a launcher they
-    must change nothing.
+    Subclasses implement how gradients and weights are shared. Without a launcher they must change
+    nothing.
     """
 
     slot: ClassVar[str | None] = "processes"
 
     def join(self) -> Ranks:
-        """Join the peers that the launcher started, once; without a launcher do nothing.
+        """Join the process group that the launcher started, once; does nothing without a launcher.
 
-        `nexus-run` does it. A program of your own calls it before it builds the Engine.
+        `nexus-run` calls it. In your own program, call it before you create the Engine.
 
         Returns:
-            The place of this process among them.
+            The rank of this process.
 
         Raises:
-            ConfigError: the launcher's environment is not whole, or asks for a missing device.
-            RunError: the peers do not come within `timeout`.
+            ConfigError: the launcher's environment is incomplete, or asks for a missing device.
+            RunError: the peers do not join within `timeout`.
         """
         if launched() and not dist.is_initialized():
             _pick_own_device()
             try:
                 _start_group(timedelta(seconds=self.config.timeout))
             except ValueError as error:
-                raise ConfigError(f"the launcher's environment is not whole: {error}") from error
+                raise ConfigError(f"the launcher's environment is incomplete: {error}") from error
             except RuntimeError as error:
                 raise RunError(f"{_self()} cannot join its peers: {_first_line(error)}") from error
         return Ranks.current()
 
     def check_joined(self) -> None:
-        """See that `join` was called where there are peers.
+        """Check that `join` was called if a launcher started several processes.
 
         Raises:
             ConfigError: it was not.
         """
         if launched() and not dist.is_initialized():
             raise ConfigError(
-                f"{self.name}: a launcher started {os.environ['WORLD_SIZE']} processes that do "
-                f"not know one another; call join() of the plugin before Engine(...)"
+                f"{self.name}: a launcher started {os.environ['WORLD_SIZE']} processes that have "
+                f"not joined; call join() of the plugin before Engine(...)"
             )
 
     @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
-        """Let each process draw random numbers of its own, for a dropout of its own.
+        """Seed each process differently, so that dropout differs between ranks.
 
-        In a run in cells all draw the same, and the cells see to it that they differ.
+        In a run with cells all processes keep the same seed, and the cells seed themselves.
 
         Raises:
-            ConfigError: a launcher started several processes, and they have not been joined; or
-                an epoch does not have as many batches in each of them.
+            ConfigError: a launcher started several processes, and they have not joined; or the
+                number of batches per epoch differs between them.
         """
         self.check_joined()
         lengths = gather(engine.ranks, engine.state.epoch_length)
         if len(set(lengths)) > 1:
             raise ConfigError(
                 f"{self.name}: an epoch has {', '.join(map(str, lengths))} batches in ranks 0 to "
-                f"{engine.ranks.size - 1}; give each as many, by ResumableLoader(..., ranks=ranks) "
-                "or a DistributedSampler"
+                f"{engine.ranks.size - 1}; give each the same number, with "
+                "ResumableLoader(..., ranks=ranks) or a DistributedSampler"
             )
         _check_cells(engine)
         own = engine.state.step == 0 and not engine.ranks.is_main and not engine.cells
@@ -113,11 +113,11 @@ class Parallel(Plugin[ConfigT]):
 
     @hookimpl
     def on_error(self, engine: Engine, error: BaseException) -> None:
-        """Say where this process was, and which peer ended before it, for which reason."""
+        """Add to the error where this process was, and which peer failed first, and why."""
         if engine.ranks.size > 1:
             error.add_note(f"{_self()}, in {_event(error)}, step {engine.state.step}")
             what = f"{type(error).__name__}: {_first_line(error).partition('; ')[0]}"
-            with suppress(RuntimeError):  # the one that keeps the store may be gone
+            with suppress(RuntimeError):  # the process with the store may be gone
                 ended = f"{_self()} has ended with {what}"
                 first = _get_default_store().compare_set(_ENDED, "", ended).decode()
                 if not first.endswith(what):
@@ -125,25 +125,25 @@ class Parallel(Plugin[ConfigT]):
 
 
 def _check_cells(engine: Engine) -> None:
-    """Refuse what would make the bits of a run in cells depend on who computes them.
+    """Reject what would make the bits of a run with cells depend on the number of processes.
 
     Raises:
-        ConfigError: there are fewer cells than processes, or statistics follow the batches.
+        ConfigError: there are fewer cells than processes, or a norm has running statistics.
     """
     if not engine.cells:
         return
     if engine.batch_cells < engine.ranks.size:
         raise ConfigError(
-            f"{engine.batch_cells} cells a batch are too few for {engine.ranks.size} processes, "
-            f"each of which computes one at least; set cells={engine.ranks.size} or more"
+            f"{engine.batch_cells} cells per batch are too few for {engine.ranks.size} processes, "
+            f"each of which needs at least one; set cells={engine.ranks.size} or more"
         )
     for name, module in engine.model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats and module.training:
             raise ConfigError(
-                f"the running statistics of '{name}' ({type(module).__name__}) follow the batches "
-                "that one process sees, so a run in cells cannot have the same bits everywhere; "
-                "use a norm over each row (GroupNorm, LayerNorm), freeze it with eval(), or leave "
-                "cells out"
+                f"the running statistics of '{name}' ({type(module).__name__}) depend on the "
+                "batches of each process, so a run with cells would not have the same bits on any "
+                "number of them; use a norm over each row (GroupNorm, LayerNorm), freeze it with "
+                "eval(), or remove cells"
             )
 
 
@@ -153,17 +153,17 @@ def launched() -> bool:
 
 
 def own_seed(seed: int, ranks: Ranks) -> int:
-    """A seed for the generators of this process; the main one has the seed of the run."""
+    """The seed of this process; the main process has the seed of the run."""
     return seed + 1_000_003 * ranks.rank
 
 
 def _start_group(timeout: timedelta) -> None:
     """Start the process group that the launcher's environment describes."""
-    # its functions keep the group of the time of import as a default, past the end of the group
+    # its functions store the group at import as a default argument, beyond the group's lifetime
     import torch.distributed.nn.functional
 
     store, rank, size = next(rendezvous("env://", timeout=timeout))
-    # a launcher that starts everybody again keeps the store, with the addresses of the dead
+    # a launcher that restarts all processes keeps the store, with the addresses of dead ones
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -181,14 +181,14 @@ def _pick_own_device() -> None:
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
         raise ConfigError(
-            f"process {local} of this machine has no device of its own: there are {count}; start "
+            f"there is no device for process {local} of this machine, which has {count}; start "
             f"fewer (torchrun --nproc-per-node {count}), or hide them all: CUDA_VISIBLE_DEVICES="
         )
     torch.cuda.set_device(local)
 
 
 def _event(error: BaseException) -> str:
-    """The innermost function of ours that the error passed through: where the process was."""
+    """The innermost function of this package in the error's traceback."""
     found, step = "the run", error.__traceback__
     while step is not None:
         code = step.tb_frame.f_code

@@ -1,4 +1,4 @@
-"""What every learning-rate schedule shares: the warm-up, the floor, and what cannot be."""
+"""The base classes of learning-rate schedules: warm-up, floor and checks."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def _none_for_zero(value: Any) -> Any:
 
 
 Warmup: TypeAlias = Annotated[IntervalField | None, BeforeValidator(_none_for_zero)]
-"""The type of a warm-up's length; 0 leaves it out."""
-WARMUP = "length of the linear rise from zero at the start; 0 or null: none"
+"""The type of a warm-up's length; 0 disables it."""
+WARMUP = "length of the linear warm-up from zero; 0 or null: none"
 
 
 class ScheduleConfig(PluginConfig):
-    """Settings that every schedule has."""
+    """Settings shared by all schedules."""
 
     warmup: Warmup = Field(default=Interval(1, "%"), description=WARMUP)
 
 
 class DecayConfig(ScheduleConfig):
-    """Settings of the schedules that come down again."""
+    """Settings shared by schedules that decay."""
 
     min_lr: float = Field(
         default=1e-5,
         ge=0,
-        description="learning rate at the end, of the first parameter group; the others keep "
-        "their ratio to it",
+        description="final learning rate of the first parameter group; the others keep their "
+        "ratio to it",
     )
 
 
@@ -54,25 +54,25 @@ DecayConfigT = TypeVar("DecayConfigT", bound=DecayConfig)
 
 
 class Schedule(Plugin[ScheduleConfigT]):
-    """A learning rate that is a pure function of how far the run is: warm-up times `scale`.
+    """A learning rate that is a pure function of the run's progress: warm-up times `scale`.
 
-    A warm-up of n steps is at `1 / n` in the first of them, so that no step is without effect, in
-    whatever unit it is given; in seconds the first is at zero, as none have passed.
+    A warm-up of n steps starts at `1 / n`, so that the first step has an effect, in whatever unit
+    its length is given; in seconds it starts at zero, since none have passed.
     """
 
     slot: ClassVar[str | None] = "lr"
-    _first: Mapping[str, float] = MappingProxyType({})  # what the first step of the run holds
+    _first: Mapping[str, float] = MappingProxyType({})  # size of the run's first step
 
     def scale(self, engine: Engine) -> float:
-        """The factor of the base learning rate now, apart from the warm-up."""
+        """The current factor of the base learning rate, without the warm-up."""
         raise NotImplementedError(f"{type(self).__name__}.scale")
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse a warm-up that the run would end in.
+        """Reject a warm-up longer than the run.
 
         Raises:
-            ConfigError: it is longer than the horizon.
+            ConfigError: the warm-up is longer than the horizon.
         """
         warmup, horizon = self.config.warmup, engine.horizon
         if warmup is None or horizon is None:
@@ -81,7 +81,7 @@ class Schedule(Plugin[ScheduleConfigT]):
         if amount is not None and amount > horizon.exact:
             raise ConfigError(
                 f"{self.name}.warmup is {warmup}, longer than the whole run of {horizon}, so the "
-                "learning rate would never get to its base; give it as a share, for instance ",
+                "learning rate would never reach its base; give it as a share, for instance ",
                 hint_set(f"{self.name}.warmup", "10%"),
                 ", shorten it, or train longer",
             )
@@ -95,7 +95,7 @@ class Schedule(Plugin[ScheduleConfigT]):
 
     @hookimpl
     def lr_scale(self, engine: Engine) -> float:
-        """The factor of the base learning rate now."""
+        """The current factor of the base learning rate."""
         if self.config.warmup is None:
             return self.scale(engine)
         warmup = self.config.warmup.of(engine.horizon)
@@ -103,10 +103,10 @@ class Schedule(Plugin[ScheduleConfigT]):
         return within(done / warmup.exact) * self.scale(engine)
 
     def after_warmup(self, engine: Engine, end: Interval) -> float:
-        """The share done, from 0 to 1, of what lies between the end of the warm-up and `end`.
+        """The progress, from 0 to 1, between the end of the warm-up and `end`.
 
-        Where the warm-up cannot be told in the unit of `end` (1000 steps of 10M tokens), the
-        whole way to `end` counts, and the warm-up multiplies the beginning of it.
+        If the warm-up cannot be converted to the unit of `end` (1000 steps of 10M tokens), progress
+        is measured from the start of the run, and the warm-up multiplies its beginning.
         """
         warmup = self.config.warmup
         start = (amount_in(end.unit, warmup, engine) if warmup else None) or 0
@@ -116,7 +116,7 @@ class Schedule(Plugin[ScheduleConfigT]):
         return within((done - start) / (end.exact - start))
 
     def _a_step(self, unit: str, engine: Engine) -> Exact:
-        """What a step holds of a unit: the mean of those taken, in the first what it holds."""
+        """The size of a step in a unit: the mean of past steps, or the size of the first one."""
         known = 1 if unit == "steps" else amount_in(unit, Interval(1, "steps"), engine)
         if known is not None:
             return known
@@ -125,25 +125,25 @@ class Schedule(Plugin[ScheduleConfigT]):
 
 
 class Decay(Schedule[DecayConfigT]):
-    """A schedule that falls from the base learning rate to `min_lr` at the horizon."""
+    """A schedule that decays from the base learning rate to `min_lr` at the horizon."""
 
     def shape(self, done: float) -> float:
-        """The height, from 1 to 0, where a share `done` of the decay is over."""
+        """The factor, from 1 to 0, after a share `done` of the decay."""
         raise NotImplementedError(f"{type(self).__name__}.shape")
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse a warm-up that the run would end in, and a floor above the base.
+        """Reject a warm-up longer than the run, and a floor above the base learning rate.
 
         Raises:
-            ConfigError: one or the other.
+            ConfigError: either is the case.
         """
         super().on_start(engine)
         if self.floor(engine) > 1:
             lower = float(f"{_base(engine) / 10:g}")
             raise ConfigError(
                 f"{self.name}.min_lr is {self.config.min_lr:g}, above the optimizer's learning "
-                f"rate of {_base(engine):g} that it should fall from; lower it, for instance ",
+                f"rate of {_base(engine):g} that it decays from; lower it, for instance ",
                 hint_set(f"{self.name}.min_lr", lower),
                 ", or raise the learning rate",
             )
@@ -153,7 +153,7 @@ class Decay(Schedule[DecayConfigT]):
         return self.config.min_lr / base if (base := _base(engine)) else 0.0
 
     def scale(self, engine: Engine) -> float:
-        """The factor of the base learning rate now, apart from the warm-up."""
+        """The current factor of the base learning rate, without the warm-up."""
         if engine.horizon is None:
             return 1.0
         floor = self.floor(engine)
@@ -161,10 +161,10 @@ class Decay(Schedule[DecayConfigT]):
 
 
 def amount_in(unit: str, interval: Interval, engine: Engine) -> Exact | None:
-    """An interval's exact amount in another unit, or None where that cannot be known.
+    """An interval's exact amount in another unit, or None if it cannot be converted.
 
-    Steps and epochs turn into one another where the data says how long an epoch is, and a share of
-    the run is one of its horizon.
+    Steps and epochs are converted if the length of an epoch is known; a share of the run is
+    resolved with its horizon.
     """
     interval = interval.of(engine.horizon)
     if interval.unit == unit:

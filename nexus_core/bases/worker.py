@@ -1,8 +1,8 @@
-"""What a process that reads ahead owes to the one that trains: not to die before it, nor after it.
+"""The lifetime of loader workers: neither shorter nor longer than that of the training process.
 
-A signal to stop goes to a whole group of processes: from a terminal, a scheduler, or torchrun. The
-run finishes its step and saves, for which its workers must live on. And a run that is killed has no
-time to end its workers, which under the start methods of Python are not always its children.
+A terminal, a scheduler or torchrun signals the whole process group. The run finishes its step and
+saves, so its workers must keep running. A killed run cannot stop its workers, and under some of
+Python's start methods these are not its children.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ __all__ = ["attend", "leaving", "signals_held"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PERIOD_S = 1.0
-"""How often a worker looks whether its parent is another process than before."""
+"""How often a worker checks whether its parent process has changed."""
 
 
 def leaving(owner: object, event: Event) -> None:
-    """Set the event when the owner of workers goes, or this process ends.
+    """Set the event when the owner of workers is collected, or this process exits.
 
-    From then on, its workers obey a SIGTERM, which is that of their own process.
+    From then on its workers obey SIGTERM, which now comes from their own process.
     """
-    Finalize(owner, event.set, exitpriority=100)  # before multiprocessing ends what is left
+    Finalize(owner, event.set, exitpriority=100)  # before multiprocessing terminates its children
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back signals to stop, here and in processes started meanwhile until they `attend`.
+    """Block stop signals, here and in processes started in the block until they call `attend`.
 
-    What a fork server starts holds them back only where the server itself was started within.
+    Children of a fork server block them only if the server itself was started in the block.
     """
     if sys.platform == "win32":
         yield
@@ -50,17 +50,18 @@ def signals_held() -> Iterator[None]:
 
 
 def attend(leaving: Event, _worker: int) -> None:
-    """In a worker: live exactly as long as the process that trains. A `worker_init_fn`.
+    """In a worker: live exactly as long as the training process. Used as a `worker_init_fn`.
 
-    Handlers of Python are not inherited by programs that a data set starts; a mask would be.
+    It installs Python handlers, which programs started by a data set do not inherit, unlike a
+    signal mask.
 
     Args:
-        leaving: see there.
+        leaving: the event of `leaving`.
     """
 
     def obey(*_: object) -> None:
         if leaving.is_set():
-            os._exit(0)  # else PyTorch takes it for a failure
+            os._exit(0)  # otherwise PyTorch reports a failure
 
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, obey)
@@ -70,10 +71,10 @@ def attend(leaving: Event, _worker: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process when the one that trains is gone.
+    """Exit when the training process is gone.
 
-    Its end closes a pipe, but not where a process forked after this one holds a copy of it; then
-    this one has another parent. A process that a server forks has the server for its parent.
+    Its exit closes a pipe, unless a process forked after this one holds a copy; in that case the
+    parent of this process changes. The parent of a process forked by a server is the server.
     """
     trains = multiprocessing.parent_process()
     sentinels = [] if trains is None else [trains.sentinel]

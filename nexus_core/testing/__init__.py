@@ -1,10 +1,10 @@
-"""A kit for the authors of plugins: a contract to test them by, and tiny things to try them in.
+"""A test kit for plugin authors: a contract of checks, and a tiny model and data to run them on.
 
     class TestSparkle(PluginContract):
         plugin = "sparkle"
         configs = ({}, {"strength": 2.0})
 
-See docs/testing.md. Nothing here needs pytest, which finds the checks of such a class by itself.
+See docs/testing.md. pytest collects the checks of such a class; the kit works without pytest too.
 """
 
 from nexus_core.testing.accelerator import HostAccelerator, Wait, host_accelerator

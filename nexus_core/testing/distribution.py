@@ -1,4 +1,4 @@
-"""A distribution that is not installed, but looks so: for tests of what is found by metadata."""
+"""A fake installed distribution, for tests of what is found through package metadata."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def fake_distribution(
     version: str = "1.0",
     entry_points: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Iterator[Path]:
-    """Install a distribution for the length of a `with` block, as pip would leave it.
+    """Make a distribution look installed within a `with` block.
 
-    A temporary folder on `sys.path` holds the modules and a real `.dist-info`, so
-    `importlib.metadata` finds it, and `nexus-plugins list` in this process too.
+    A temporary folder on `sys.path` contains the modules and a real `.dist-info`, so
+    `importlib.metadata` finds it, and so does `nexus-plugins list` in this process.
 
     Args:
-        name: of the distribution.
+        name: name of the distribution.
         plugins: plugin name to `module:Class`, the group `nexus.plugins`.
         modules: module name to source text.
-        version: of the distribution.
+        version: version of the distribution.
         entry_points: further groups, each entry-point name to `module:attribute`.
 
     Yields:
-        The folder. After the block it is gone, and so are its modules.
+        The folder. It and its modules are removed after the block.
     """
     groups = {"nexus.plugins": plugins or {}, **(entry_points or {})}
     sources = modules or {}

@@ -1,4 +1,4 @@
-"""The check that it does not matter how a step in cells is divided among who computes it."""
+"""The check that the bits of a step in cells do not depend on its division into batches."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ CELLS = 3
 
 
 class Division(Trial):
-    """A part of `PluginContract`."""
+    """Part of `PluginContract`."""
 
     def test_division_of_a_step_changes_no_bit(self, settings: Settings, tmp_path: Path) -> None:
-        """In cells, a step has the same gradient in one batch and in three."""
+        """With cells, a step has the same gradient in one batch as in three."""
         if not self.plugin_class().topology_invariant:
-            raise SkipTest("bits depend on the division, as the plugin says (topology_invariant)")
+            raise SkipTest("bits depend on the division, as it declares (topology_invariant)")
         first = [StillPlugin()]
         split = self._engine(settings, tmp_path / "split", CELLS, cells=CELLS, first=first)
         assert split.data is not None
         batches = list(islice(iter(split.data.train), split.accumulate))
         if len({batch_size(batch) for batch in batches}) > 1:
-            raise SkipTest("its batches have other numbers of rows, so cells of the whole have too")
+            raise SkipTest("its batches differ in their number of rows, so the cells would too")
         found = gradients_of_a_step(split, batches, self.horizon)
         whole = self._engine(settings, tmp_path / "whole", cells=CELLS, first=[StillPlugin()])
         self._same(
             gradients_of_a_step(whole, [joined(batches)], self.horizon),
             found,
-            "a step in three cells has other bits in one batch than in three: keep what is drawn "
-            "or summed by cell (engine.hook.sum_cells), or say topology_invariant = False",
+            "a step in three cells has other bits in one batch than in three: draw and sum per "
+            "cell (engine.hook.sum_cells), or set topology_invariant = False",
         )

@@ -1,4 +1,4 @@
-"""The checks of the contract that are made on an accelerator, of host memory."""
+"""The checks of the contract that run on the simulated accelerator."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nexus_core.testing.trial import RESUMED_AT, STEPS, Settings, Trial
 
 __all__ = ["AcceleratorChecks"]
 
-WAITS_ALLOWED = 1  # of the watched steps may wait: a period of its own, as the log has
+WAITS_ALLOWED = 1  # watched steps that may wait, for a plugin with its own period
 
 
 class AcceleratorChecks(Trial):
-    """Whether a plugin runs on an accelerator, and where it waits for it."""
+    """Whether a plugin runs on an accelerator, and where it synchronizes with it."""
 
     def test_runs_on_an_accelerator(self, settings: Settings, tmp_path: Path) -> None:
-        """On a device with memory and random numbers of its own it trains, saves and resumes.
+        """It trains, saves and resumes on a device with its own memory and generator.
 
-        The device is made of host memory, so that it is there on every machine.
+        The device is simulated in host memory, so the check runs on every machine.
         """
         at = RESUMED_AT[-1]
         with self._accelerator() as accelerator:
@@ -34,11 +34,11 @@ class AcceleratorChecks(Trial):
             again = self._engine(settings, tmp_path / "resumed", device=accelerator.device)
             seed_everything(1234)  # generators are elsewhere, as in a new process
             again.load_state_dict(taken[at])
-            what = f"resumed on an accelerator at step {at}, step {STEPS} is not that of the run "
-            self._same(of_training(whole), of_training(self._run(again)), f"{what} that continued")
+            what = f"resumed on an accelerator at step {at}, step {STEPS} differs from the "
+            self._same(of_training(whole), of_training(self._run(again)), f"{what}whole run")
 
     def test_device_is_not_waited_for(self, settings: Settings, tmp_path: Path) -> None:
-        """The host does not wait for an accelerator in an ordinary step; logs and saves may."""
+        """An ordinary step does not synchronize with the accelerator; logs and saves may."""
         with self._accelerator() as accelerator:
             device = accelerator.device
             engine = self._engine(settings, tmp_path, log_every=self.horizon, device=device)
@@ -52,10 +52,10 @@ class AcceleratorChecks(Trial):
                         next(steps)
                     waiting += len(watch.waits) > before
         places = "; ".join(dict.fromkeys(f"at {wait.where}" for wait in watch.waits))
-        self._say(f"runs on an accelerator: yes; waits for it: {places or 'never'}")
+        self._say(f"runs on an accelerator: yes; device syncs: {places or 'never'}")
         waits = "; ".join(f"{wait.what} at {wait.where}" for wait in dict.fromkeys(watch.waits))
         self._expect(
             waiting <= WAITS_ALLOWED,
-            f"the device is waited for in {waiting} of {STEPS - 1} steps: {waits}. Keep the "
-            "number on the device (engine.log takes tensors), or read it in collect_metrics",
+            f"it synchronizes with the device in {waiting} of {STEPS - 1} steps: {waits}. Keep the "
+            "value on the device (engine.log accepts tensors), or read it in collect_metrics",
         )

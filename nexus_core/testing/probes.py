@@ -1,4 +1,4 @@
-"""What the checks look with: plugins that fail or listen, and looks at classes and batches."""
+"""Helpers of the checks: plugins that fail or record, and inspection of classes and batches."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ OURS = ("nexus_core.",)
 
 
 class PlannedError(Exception):
-    """The failure that a check plans."""
+    """A failure caused on purpose by a check."""
 
 
 class FailingPlugin(Plugin[PluginConfig]):
     """Fails on purpose.
 
     Args:
-        at: in this step; 0 before the first, as the run starts.
+        at: step to fail in; 0: at the start of the run.
     """
 
     def __init__(self, at: int) -> None:
@@ -57,18 +57,18 @@ class FailingPlugin(Plugin[PluginConfig]):
 
     @property
     def moment(self) -> str:
-        """When it fails, in words."""
+        """When it fails, as text."""
         return f"step {self.at}" if self.at else "on_start"
 
     @hookimpl
     def on_start(self) -> None:
-        """Fail where it is to fail at once."""
+        """Fail if `at` is 0."""
         if self.at == 0:
             raise PlannedError
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Fail in the step in which it is to fail."""
+        """Fail in step `at`."""
         if engine.state.step == self.at:
             raise PlannedError
 
@@ -80,35 +80,35 @@ class GradientProbePlugin(Plugin[PluginConfig]):
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine) -> Generator[None, bool, bool]:
-        """Look when everything about the update is done."""
+        """Copy after the update is complete."""
         done = yield
         self.seen = gradients(engine.model)
         return done
 
 
 class SnapshotProbePlugin(Plugin[PluginConfig]):
-    """Copies the snapshot that is saved, when it is complete, and the one that is loaded."""
+    """Copies the complete saved snapshot, and the loaded one."""
 
     saved: Snapshot
     loaded: Snapshot
 
     @hookimpl(trylast=True)
     def on_save(self, snapshot: Snapshot) -> None:
-        """Copy it after all others have added to it."""
+        """Copy it after all other plugins have added to it."""
         self.saved = copy.deepcopy(snapshot)
 
     @hookimpl
     def on_load(self, snapshot: Snapshot) -> None:
-        """Copy it before others have read it."""
+        """Copy it before other plugins read it."""
         self.loaded = copy.deepcopy(snapshot)
 
 
 class StillPlugin(Plugin[PluginConfig]):
-    """Computes the steps in evaluation mode, without dropout."""
+    """Runs training steps in evaluation mode, without dropout."""
 
     @hookimpl
     def on_batch(self, engine: Engine) -> None:
-        """Set the mode when the run has begun."""
+        """Set the mode once the run has started."""
         engine.model.eval()
 
 
@@ -121,7 +121,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def gradients_of_a_step(engine: Engine, data: Iterable[Batch], until: str) -> dict[str, Tensor]:
-    """The gradients of one step over the batches; without dropout where `StillPlugin` is there."""
+    """The gradients of one step over the batches; add `StillPlugin` to disable dropout."""
     for _ in engine.steps(data, until=until):
         break
     found = gradients(engine.model)
@@ -129,13 +129,13 @@ def gradients_of_a_step(engine: Engine, data: Iterable[Batch], until: str) -> di
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """One batch with the rows of all, which are of one make.
+    """One batch with the rows of all batches, which must have the same structure.
 
-    A list may be what a batch is made of (`[x, y]`) or hold its rows: it is the former where all
-    that it holds has as many rows as the batch.
+    A list is either a structure (`[x, y]`) or a list of rows: a structure if each of its entries
+    has as many rows as the batch.
 
     Raises:
-        SkipTest: it is unknown how to join such batches.
+        SkipTest: the kit cannot join such batches.
     """
     return _joined(batches, batch_size(batches[0])[0])
 
@@ -181,7 +181,7 @@ def _has_rows(part: Batch, rows: int) -> bool:
 
 
 def example_config(plugin_class: type[Plugin[Any]]) -> dict[str, Any]:
-    """The first example in the JSON schema of a plugin's config, else no settings."""
+    """The first example in the JSON schema of a plugin's config, or empty settings."""
     examples = plugin_class.config_class.model_json_schema().get("examples", [{}])
     return dict(examples[0])
 
@@ -192,13 +192,13 @@ def make(plugin_class: type[Plugin[Any]]) -> Plugin[Any]:
 
 
 def answered(plugin: Plugin[Any]) -> set[str]:
-    """The hooks that a plugin answers, those aside that it only wraps."""
+    """The hooks that a plugin implements, not counting wrappers."""
     marks = {name: getattr(getattr(plugin, name, None), "nexus_impl", None) for name in HOOK_NAMES}
     return {name for name, mark in marks.items() if mark and not mark["wrapper"]}
 
 
 def models_of(config_class: type[BaseModel]) -> set[type[BaseModel]]:
-    """A config class and those of the blocks within it."""
+    """A config class and the classes of its nested blocks."""
     found = {config_class}
     for field in config_class.model_fields.values():
         for part in _parts(field.annotation):
@@ -208,7 +208,7 @@ def models_of(config_class: type[BaseModel]) -> set[type[BaseModel]]:
 
 
 def unmarked_methods(plugin_class: type[Plugin[Any]]) -> list[str]:
-    """Public methods of a plugin that are no hooks and not of the core's classes."""
+    """Public methods of a plugin that are neither hooks nor inherited from the core."""
     return [
         name
         for base in _own_classes(plugin_class)
@@ -218,7 +218,7 @@ def unmarked_methods(plugin_class: type[Plugin[Any]]) -> list[str]:
 
 
 def shared_containers(plugin_class: type[Plugin[Any]]) -> dict[str, str]:
-    """What lists, dicts and sets hold that belong to a plugin's classes or their modules."""
+    """The contents of lists, dicts and sets on a plugin's classes and in their modules."""
     found = {}
     for base in _own_classes(plugin_class):
         module = vars(sys.modules.get(base.__module__, object))

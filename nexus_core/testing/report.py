@@ -1,4 +1,4 @@
-"""The contract without pytest: each check of a class, one after another, with how it went."""
+"""Run the contract without pytest, and report the outcome of each check."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Outcome", "run_contract"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one check went.
+    """The outcome of one check.
 
     Args:
-        check: its name, as of the method, without `test_`.
-        case: which settings and which accumulation.
+        check: name of the method, without `test_`.
+        case: the settings and accumulation.
         status: "pass", "FAIL" or "skip".
-        reason: why it failed or was left out.
-        said: what it tells besides, such as where the plugin waits for an accelerator.
+        reason: why it failed or was skipped.
+        said: further information, such as where the plugin synchronizes with an accelerator.
     """
 
     check: str
@@ -38,13 +38,13 @@ class Outcome:
 
 
 def run_contract(contract: type[PluginContract], *names: str) -> Iterator[Outcome]:
-    """Make the checks of a contract, in their order, each in a temporary folder of its own.
+    """Run the checks of a contract in order, each in its own temporary folder.
 
-    What the plugin prints or warns of meanwhile is not shown.
+    Output and warnings of the plugin are hidden.
 
     Args:
         contract: a subclass that names its plugin.
-        names: of the checks to make, without `test_`; none: all.
+        names: checks to run, without `test_`; default: all.
     """
     for name, case in contract.checks():
         check = name.removeprefix("test_")
@@ -65,7 +65,7 @@ def _outcome(contract: type[PluginContract], name: str, case: dict[str, Any]) ->
         return Outcome(check, shown, "skip", str(reason))
     except AssertionError as fault:
         return Outcome(check, shown, "FAIL", str(fault), trial.said)
-    except Exception as error:  # a plugin may raise anything; that is what is told
+    except Exception as error:  # a plugin may raise anything, which is reported
         notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", []))
         return Outcome(check, shown, "FAIL", f"{type(error).__name__}: {error}{notes}")
     return Outcome(check, shown, "pass", said=trial.said)
@@ -82,7 +82,7 @@ def _silent() -> Iterator[None]:
 
 
 def _shown(contract: type[PluginContract], case: dict[str, Any]) -> str:
-    """A case in words; settings by their place where there are several."""
+    """A readable case; the index of its settings if there are several."""
     words = [f"accumulate {case['accumulate']}"] if "accumulate" in case else []
     cases = contract.cases()
     if "settings" in case and len(cases) > 1:

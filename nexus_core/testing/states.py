@@ -1,4 +1,4 @@
-"""Comparing states leaf by leaf, and passing them through what a checkpoint can hold."""
+"""Compare states leaf by leaf, and convert them as a checkpoint does."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["differences", "foreign_leaves", "of_training", "stored"]
 
 PLAIN = (bool, int, float, str)
 DICTS = (dict, OrderedDict)
-_CLOCKS = ("seconds",)  # counters that no two runs share
+_CLOCKS = ("seconds",)  # counters that differ between any two runs
 
 
 def differences(one: Any, other: Any, path: str = "", *, types: bool = False) -> list[str]:
-    """Where two trees of dicts, lists, tensors and numbers differ, in any bit; path first.
+    """The bitwise differences of two trees of dicts, lists, tensors and numbers, one line each.
 
     Args:
-        one: of the trees.
-        other: of the trees.
-        path: where they are, for the lines.
-        types: containers of different classes differ too: a list and a tuple, a dict and a Counter.
+        one: a tree.
+        other: another tree.
+        path: prefix of the paths in the lines.
+        types: compare container types too: list and tuple, dict and Counter.
     """
     if types and (kinds := _kind(one)) != (others := _kind(other)):
         return [f"{path}: {kinds} {one!r:.60}, and {others} {other!r:.60}"]
@@ -44,7 +44,7 @@ def differences(one: Any, other: Any, path: str = "", *, types: bool = False) ->
 
 
 def foreign_leaves(tree: Any, path: str) -> list[str]:
-    """What a state holds that a checkpoint cannot: all but tensors, JSON, tuples, number keys."""
+    """The leaves a checkpoint cannot hold: all but tensors, JSON values, tuples and number keys."""
     if type(tree) in DICTS:
         keys = [f"{path}: the key {key!r}" for key in tree if type(key) not in PLAIN]
         below = [foreign_leaves(value, f"{path}.{key}") for key, value in tree.items()]
@@ -57,7 +57,7 @@ def foreign_leaves(tree: Any, path: str) -> list[str]:
 
 
 def stored(tree: Any) -> Any:
-    """The tree as a checkpoint gives it back: new tensors, and all else through text."""
+    """The tree as restored from a checkpoint: tensors are copied, the rest goes through JSON."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     if isinstance(tree, dict):
@@ -68,14 +68,14 @@ def stored(tree: Any) -> Any:
 
 
 def of_training(snapshot: Snapshot) -> dict[str, Any]:
-    """The parts of a snapshot that two equal runs share: all but clocks and measured speeds."""
+    """The parts of a snapshot that are equal in equal runs: all but times and measured speeds."""
     losses = {k: v for k, v in snapshot["metrics"].items() if k.endswith("loss")}
     counters = {k: v for k, v in snapshot["train"].items() if k not in _CLOCKS}
     return {**snapshot, "metrics": losses, "train": counters, "pending": {}}
 
 
 def _kind(value: object) -> str:
-    """The class of a value as far as it matters: which tensor or which dict it is does not."""
+    """The type of a value, not distinguishing subclasses of tensors and kinds of dicts."""
     if isinstance(value, Tensor):
         return "Tensor"
     return "dict" if type(value) in DICTS else type(value).__name__
@@ -88,7 +88,7 @@ def _entry(
     if key in one and key in other:
         yield from differences(one[key], other[key], below, types=types)
     else:
-        yield f"{below}: is in {'the first' if key in one else 'the second'} alone"
+        yield f"{below}: is only in {'the first' if key in one else 'the second'}"
 
 
 def _of_tensors(one: Tensor, other: Tensor, path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Seeing where a plugin waits for the device, and how much it computes."""
+"""Detect where a plugin synchronizes with the device, and count its operations."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _FLAT = ("", "nexus_plugins", "nexus_plugins_contrib")  # one module, one plugin
 
 @dataclass(frozen=True)
 class OwnWait:
-    """A line of a plugin at which the host waits for the device."""
+    """A line of a plugin that makes the host wait for the device."""
 
     what: str
     where: str
 
 
 class WaitWatch:
-    """Notes every wait for the accelerator that the code of one plugin causes.
+    """Records every wait for the accelerator caused by one plugin.
 
-    A wait is the plugin's when one of its frames is on the stack below the engine that called it: a
-    method of its, or a function of its module or package; and none of another plugin.
+    A wait belongs to the plugin if one of its methods, or a function of its module or package, is
+    on the stack below the engine, and no method of another plugin is.
 
     Args:
-        engine: of the run.
-        name: of the plugin.
+        engine: engine of the run.
+        name: name of the plugin.
     """
 
     def __init__(self, engine: Engine, name: str) -> None:
@@ -47,7 +47,7 @@ class WaitWatch:
         self._modules = _home(self._plugin)
 
     def __call__(self, what: str, frame: FrameType) -> None:
-        """Note a wait where it is the plugin's."""
+        """Record a wait if it belongs to the plugin."""
         frames = list(_below_the_engine(frame))
         own = [f for f in frames if self._owns(f)]
         foreign = any(id(f.f_locals.get("self")) in self._others for f in frames)
@@ -60,7 +60,7 @@ class WaitWatch:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, counts the tensor operations that run, by name."""
+    """Counts tensor operations by name while active."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -73,20 +73,20 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Count the operation, and run it."""
+        """Count an operation, and run it."""
         self.counts[str(func)] = self.counts.get(str(func), 0) + 1
         return func(*args, **(kwargs or {}))
 
 
 def _home(plugin: Plugin[Any]) -> tuple[str, ...]:
-    """The plugin's module, and all within it where it is a package."""
+    """The plugin's module, and the modules in it if it is a package."""
     module = type(plugin).__module__
     package = sys.modules[module].__package__ or ""
     return (module,) if package in _FLAT else (module, f"{package}.")
 
 
 def _below_the_engine(frame: FrameType) -> Iterator[FrameType]:
-    """The frames from here up to the one in which the engine called a plugin."""
+    """The frames up to the one where the engine called a plugin."""
     here: FrameType | None = frame
     while here is not None and not str(here.f_globals.get("__name__")).startswith(_FIRING):
         yield here
@@ -94,7 +94,7 @@ def _below_the_engine(frame: FrameType) -> Iterator[FrameType]:
 
 
 def _place(frame: FrameType) -> str:
-    """File, line and text of the line that a frame is at."""
+    """File, line number and text of a frame's current line."""
     file, line = frame.f_code.co_filename, frame.f_lineno
     text = linecache.getline(file, line).strip()
     return f"{Path(file).name}:{line} in {frame.f_code.co_name}: {text}"

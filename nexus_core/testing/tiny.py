@@ -1,4 +1,4 @@
-"""A tiny run to try plugins in: a model of 600 numbers, 24 rows of text, two loss terms."""
+"""A tiny run for trying plugins: a model of 600 parameters, 24 rows of ids, two loss terms."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class _Block(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """An embedding, two residual blocks in a `ModuleList`, a head: `input_ids` to logits.
+    """An embedding, two residual blocks in a `ModuleList` and a head: `input_ids` to logits.
 
     Args:
-        vocabulary: V, how many ids there are.
-        dropout: in the blocks, so that random numbers matter.
+        vocabulary: V, vocabulary size.
+        dropout: dropout of the blocks, so that random numbers matter.
     """
 
     def __init__(self, vocabulary: int = VOCABULARY, dropout: float = 0.1) -> None:
@@ -102,19 +102,19 @@ class TinyNextPlugin(Loss[LossConfig]):
     config_class = LossConfig
 
     def units(self, batch: Batch) -> Tensor:
-        """The number of labels that count."""
+        """The number of labels that are not ignored."""
         counted: Tensor = (batch["labels"] != NO_LABEL).sum()
         return counted
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """The cross-entropy summed over them."""
+        """The cross-entropy summed over these labels."""
         labels = batch["labels"].flatten()
         logits = _logits(output).flatten(0, -2).float()
         return F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
 
 
 class TinySizePlugin(Loss[LossConfig]):
-    """How large the logits are: the term `tiny_size`, so that there is more than one."""
+    """The size of the logits: a second term, `tiny_size`."""
 
     config_class = LossConfig
 
@@ -128,38 +128,38 @@ class TinySizePlugin(Loss[LossConfig]):
 
 
 def tiny_model(vocabulary: int = VOCABULARY, dropout: float = 0.1) -> TinyModel:
-    """A model that trains in microseconds; its weights come from torch's generator."""
+    """A tiny model; its weights are drawn from torch's generator."""
     return TinyModel(vocabulary, dropout)
 
 
 def tiny_data(
     rows: int = 24, batch_size: int = 4, vocabulary: int = VOCABULARY, length: int = LENGTH
 ) -> ResumableLoader:
-    """Batches of `input_ids` and `labels` `(B, T)`, shuffled; labels of -100 do not count.
+    """Shuffled batches of `input_ids` and `labels`, `(B, T)`; labels of -100 are ignored.
 
     Args:
-        rows: of an epoch.
-        batch_size: B.
-        vocabulary: V, how many ids there are.
-        length: T.
+        rows: rows per epoch.
+        batch_size: B, rows per batch.
+        vocabulary: V, vocabulary size.
+        length: T, ids per row.
     """
     return ResumableLoader(_Rows(rows, vocabulary, length), batch_size)
 
 
 def tiny_optimizer(model: nn.Module) -> Optimizer:
-    """AdamW over all that is trained, fused where the device has that."""
+    """AdamW over the trainable parameters, fused if the device supports it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return AdamW(trained, lr=1e-2, fused=trained[0].device.type in FUSED_ON)
 
 
 def tiny_losses() -> list[Plugin[Any]]:
-    """Two loss terms over logits, so that what weighs or combines terms has something to do."""
+    """Two loss terms over logits, so that plugins that weight or combine terms have an effect."""
     return [TinyNextPlugin(), TinySizePlugin(weight=0.1)]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of where no plugin brings it; each is called once per engine."""
+    """The default parts of a run, used if no plugin makes them; each is called once per engine."""
 
     model: Callable[[], nn.Module] = tiny_model
     data: Callable[[], Iterable[Batch]] = tiny_data
@@ -168,7 +168,7 @@ class Parts:
 
 
 class PartsPlugin(Plugin[PluginConfig]):
-    """Brings model, data and optimizer into a run, where no plugin before it does."""
+    """Provides model, data and optimizer, unless an earlier plugin does."""
 
     name = "parts_of_the_kit"
 
@@ -183,7 +183,7 @@ class PartsPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def make_data(self) -> RunData:
-        """The data of the parts to train on, and its first batches to evaluate on."""
+        """The data of the parts for training, and its first batches for evaluation."""
         data = self._parts.data()
         return RunData(data, {"val": list(islice(iter(data), EVALUATED))})
 
@@ -204,21 +204,21 @@ def tiny_engine(
     device: str | torch.device | None = None,
     out: str | Path | None = None,
 ) -> Engine:
-    """An engine that can train at once: `tiny_engine(MyPlugin()).fit(until="6 steps")`.
+    """An engine that is ready to train: `tiny_engine(MyPlugin()).fit(until="6 steps")`.
 
-    What a plugin makes (`make_model`, `make_data`, `make_optimizer`) is used instead of the
-    kit's; the kit's loss terms are there beside those of the plugins.
+    What a plugin makes (`make_model`, `make_data`, `make_optimizer`) replaces the kit's default;
+    the kit's loss terms are added to those of the plugins.
 
     Args:
-        plugins: those to try, in their order.
-        parts: other ones than the kit's own.
-        model: trains this one; None: what plugins or parts make.
-        seed: the same one gives the same weights.
-        accumulate: micro-batches in a step.
-        cells: that a step is computed in; None: its micro-batches are whole.
-        log_every: period of `on_log`.
-        device: to train on; None: the model's own.
-        out: the run's folder, for plugins that write files.
+        plugins: plugins to try, in order.
+        parts: replacements of the kit's parts.
+        model: model to train; None: the one made by plugins or parts.
+        seed: seed of the run; equal seeds give equal weights.
+        accumulate: micro-batches per step.
+        cells: cells per step; None: no cells.
+        log_every: interval of `on_log`.
+        device: device to train on; None: the model's.
+        out: run folder, for plugins that write files.
     """
     parts = parts or Parts()
     company = [*plugins, *parts.losses(), PartsPlugin(parts)]
@@ -235,7 +235,7 @@ def tiny_engine(
 
 
 def _logits(output: Any) -> Tensor:
-    """The logits of a model's output: itself, its `logits`, or the first of a tuple."""
+    """The logits of a model output: the output itself, its `logits`, or the first of a tuple."""
     output = output[0] if isinstance(output, tuple) else output
     logits: Tensor = getattr(output, "logits", output)
     return logits

@@ -1,4 +1,4 @@
-"""What a run may leave behind: in the process, in torch, on the model and on the optimizer."""
+"""Detect what a run leaves behind: in the process, in torch, on the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from nexus_core.engine import Engine
 __all__ = ["Traces", "changed", "of_engine", "of_process", "of_torch"]
 
 Traces: TypeAlias = dict[str, Any]
-"""What there is, by its name in a sentence."""
+"""Observed state, by a readable name."""
 
 _FDS = Path("/proc/self/fd")
 _HOOKS = tuple(key for key in vars(nn.Module()) if key.endswith(("_hooks", "_hooks_with_kwargs")))
-_PATIENCE = 1.0  # seconds that a thread has to end after it was told to
+_PATIENCE = 1.0  # seconds for a thread to end
 _PATCHABLE = (torch, torch.nn.functional, torch.autograd, torch.utils.data)
 _CLASSES = (torch.Tensor, nn.Module, Optimizer, torch.utils.data.DataLoader)
 
 
 def changed(before: Traces, after: Traces) -> list[str]:
-    """What is there now and was not, and what is otherwise than it was."""
+    """What is new or has changed."""
     new = [f"{what} is new: {_shown(after[what])}" for what in after.keys() - before.keys()]
     other = [
         f"{what} was {_shown(before[what])} and is {_shown(after[what])}"
@@ -46,10 +46,10 @@ def changed(before: Traces, after: Traces) -> list[str]:
 
 
 def of_process(before: Traces | None = None) -> Traces:
-    """Threads, child processes, open files, signal handlers and other things of the process.
+    """Threads, child processes, open files, signal handlers and other state of the process.
 
     Args:
-        before: what there was; threads that were not there have a moment to end.
+        before: earlier traces; threads that are not in them get a moment to end.
     """
     for name, thread in _threads().items():
         if before is not None and name not in before:
@@ -77,7 +77,7 @@ def of_process(before: Traces | None = None) -> Traces:
 
 
 def of_torch() -> Traces:
-    """The settings of torch that hold for the whole process, its global hooks and functions."""
+    """The process-wide settings of torch, its global hooks and its functions."""
     switches: dict[str, Callable[[], Any]] = {
         "default dtype": torch.get_default_dtype,
         "default device": torch.get_default_device,
@@ -121,7 +121,7 @@ def of_engine(engine: Engine) -> Traces:
 
 
 def _methods(owner: object, where: str) -> Traces:
-    """Methods that were put on an object over those of its class."""
+    """Methods set on an object that shadow those of its class."""
     own = {
         k: v for k, v in vars(owner).items() if callable(v) and callable(getattr(type(owner), k, 0))
     }
@@ -136,12 +136,12 @@ def _threads() -> dict[str, threading.Thread]:
 
 
 def _open_files() -> Traces:
-    """What each file descriptor is open on, where the system tells."""
+    """The target of each open file descriptor, where the system provides it."""
     found: Traces = {}
     for entry in _FDS.iterdir() if _FDS.is_dir() else ():
         try:
             found[f"open file {entry.name}"] = str(entry.readlink())
-        except FileNotFoundError:  # the descriptor with which this folder was listed
+        except FileNotFoundError:  # the descriptor used to list this folder
             continue
     return found
 
@@ -161,7 +161,7 @@ def _global_hooks() -> Mapping[str, Any]:
 
 
 def _functions() -> Traces:
-    """The functions of torch that are sometimes replaced, to see that they are not."""
+    """The functions of torch that plugins might replace."""
     kinds = (FunctionType, BuiltinFunctionType)
     modules = {
         f"{owner.__name__}.{name}": value

@@ -1,4 +1,4 @@
-"""The runs that a plugin is tried in: what they are made of, and how they go."""
+"""The test runs of a plugin: their parts, and how they are run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ENOUGH = "the check has seen enough"
 
 
 class Trial:
-    """What a plugin is tried in; `PluginContract` says what the attributes mean."""
+    """The test runs of a plugin; `PluginContract` documents the attributes."""
 
     plugin: ClassVar[str | type[Plugin[Any]]]
     configs: ClassVar[Sequence[Settings]] = ()
@@ -56,30 +56,30 @@ class Trial:
     horizon: ClassVar[str] = "100000 steps"
     said: tuple[str, ...] = ()
 
-    # -- what the plugin needs; override at will
+    # -- what the plugin needs; override as required
 
     def model(self) -> nn.Module:
-        """A new model, from torch's generator; not asked where a plugin makes the model."""
+        """A new model, drawn from torch's generator; not called if a plugin makes the model."""
         return tiny_model()
 
     def data(self) -> Iterable[Batch]:
-        """Batches to train and evaluate on; not asked where a plugin makes the data."""
+        """Batches to train and evaluate on; not called if a plugin makes the data."""
         return tiny_data()
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """An optimizer; not asked where a plugin makes it."""
+        """An optimizer; not called if a plugin makes it."""
         return tiny_optimizer(model)
 
     def losses(self) -> Iterable[Plugin[Any]]:
-        """New plugins with loss terms, beside those of the plugin itself."""
+        """New plugins with loss terms, in addition to the plugin's own."""
         return tiny_losses()
 
     def beside(self) -> Iterable[Plugin[Any]]:
-        """New plugins that the plugin cannot do without."""
+        """New instances of the plugins that the plugin needs."""
         return [make(load(name)) for name in self.plugin_class().requires]
 
     def settings_in(self, folder: Path, settings: Settings) -> Settings:
-        """The settings for a run in a folder: write there what the plugin reads, and name it."""
+        """The settings of a run in a folder: write files the plugin reads there, and name them."""
         return settings
 
     @classmethod
@@ -95,7 +95,7 @@ class Trial:
 
     @classmethod
     def cases(cls) -> list[Settings]:
-        """The settings that every check is made with."""
+        """The settings that every check runs with."""
         return list(cls.configs) or [example_config(cls.plugin_class())]
 
     def _made(self, settings: Settings) -> Plugin[Any]:
@@ -117,7 +117,7 @@ class Trial:
         first: Sequence[Plugin[Any]] = (),
         last: Sequence[Plugin[Any]] = (),
     ) -> Engine:
-        """An engine with the plugin, those that it needs, and the parts."""
+        """An engine with the plugin, the plugins it needs, and the parts."""
         out.mkdir(parents=True, exist_ok=True)
         return tiny_engine(
             *first,
@@ -135,7 +135,7 @@ class Trial:
 
     @contextmanager
     def _accelerator(self) -> Iterator[HostAccelerator]:
-        """The accelerator of host memory; the check is left out where there cannot be one."""
+        """The simulated accelerator; skips the check if there cannot be one."""
         with ExitStack() as stack:
             try:
                 found = stack.enter_context(host_accelerator())
@@ -161,7 +161,7 @@ class Trial:
         return Parts(self.model, self.data, self.optimizer, self.losses)
 
     def _steps(self, engine: Engine, evaluate: bool = True, end: int = STEPS) -> Generator[int]:
-        """Run it up to a step, and to a proper end."""
+        """Run the engine up to a step, and end it properly."""
         data: dict[str, Iterable[Batch]] | None = None if evaluate else {}
         steps = engine.steps(until=self.horizon, eval_every="3 steps", eval_data=data)
         for state in steps:
@@ -171,7 +171,7 @@ class Trial:
         self._expect(
             engine.state.step >= end,
             f"the run ended at step {engine.state.step} ({engine.stop_reason}); the checks need "
-            f"{STEPS} steps: give settings with which it lasts that long",
+            f"{STEPS} steps: use settings with which the run lasts that long",
         )
 
     def _run(
@@ -182,7 +182,7 @@ class Trial:
         *,
         end: int = STEPS,
     ) -> Snapshot:
-        """What the state is after the last step; and what it saves at the steps `at`."""
+        """The state after the last step; fills `taken` with snapshots of the steps `at`."""
         for step in self._steps(engine, end=end):
             if taken is not None and step in at:
                 taken[step] = copy.deepcopy(engine.state_dict())
@@ -191,9 +191,9 @@ class Trial:
         return last
 
     def _side_by_side(self, settings: Settings, seeds: Sequence[int], out: Path) -> list[Snapshot]:
-        """Run an engine for each seed, a step of one after a step of the other.
+        """Run one engine per seed, interleaving their steps.
 
-        Each has the random generators for itself, which a process has but once.
+        The process's random generators are swapped, so each engine sees its own.
         """
         ends: list[Snapshot] = []
         running = []
@@ -211,7 +211,7 @@ class Trial:
         return ends
 
     def _counted(self, engine: Engine) -> list[Counter[str]]:
-        """The tensor operations of the second, the fourth and the last step."""
+        """The tensor operations of the second, fourth and last step."""
         counts = []
         with closing(self._steps(engine, evaluate=False)) as steps:
             for _ in range(STEPS):
@@ -230,7 +230,7 @@ class Trial:
         return min(seconds)
 
     def _ended(self, engine: Engine, failing: FailingPlugin | None) -> None:
-        """Run it to its end, or to the failure."""
+        """Run the engine to its end, or to the planned failure."""
         if failing is None:
             self._run(engine)
             return
@@ -240,7 +240,7 @@ class Trial:
             _, *later = error.__notes__  # the first says where it was raised
             self._expect(
                 not later,
-                f"where another plugin fails in {failing.moment}, it fails too: {some(later)}; "
+                f"if another plugin fails in {failing.moment}, it fails too: {some(later)}; "
                 "on_close must work after any failure",
             )
             return
@@ -248,10 +248,10 @@ class Trial:
 
     def _skip_makers(self, *hooks: str) -> None:
         if found := {*hooks} & answered(self._made(self.cases()[0])):
-            raise SkipTest(f"it answers {min(found)}: no step without it compares with its own")
+            raise SkipTest(f"it implements {min(found)}, so there is no step without it to compare")
 
     def _keeper(self) -> list[Plugin[Any]]:
-        """A plugin that keeps checkpoints, where none of the run does so itself."""
+        """A plugin that writes checkpoints, if none of the run does."""
         own = [self._made(self.cases()[0]), *self.beside()]
         if any("load_snapshot" in answered(plugin) for plugin in own):
             return []
@@ -266,7 +266,7 @@ class Trial:
         return [make(found)]
 
     def _say(self, text: str) -> None:
-        """Tell the author something that is neither right nor wrong."""
+        """Report information that is neither a pass nor a failure."""
         self.said += (text,)
         print(f"{self._name()}: {text}")
 
@@ -283,6 +283,6 @@ class Trial:
 
 
 def some(lines: Sequence[str], most: int = 3) -> str:
-    """The first lines, not too long, and how many there are besides."""
+    """The first lines, shortened, and the number of further ones."""
     rest = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(f"{line:.300}" for line in lines[:most]) + rest

@@ -31,7 +31,7 @@ def stopping_on_interrupt(stop: Callable[..., None], step: Callable[[], int]) ->
     def handle(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.default_int_handler)
         stop(INTERRUPTED[0], at_once=True)
-        with suppress(OSError, RuntimeError):  # the program was within a print
+        with suppress(OSError, RuntimeError):  # the interrupt came during a print
             print("stopping after this step; interrupt again to stop at once", file=sys.stderr)
 
     signal.signal(signal.SIGINT, handle)

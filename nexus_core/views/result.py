@@ -1,4 +1,4 @@
-"""How a run ended, and what was measured in it."""
+"""The result of a run: how it ended, and its metrics."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Result:
     """How a run ended, the last value of every metric, and their history.
 
     The status is "finished"; "interrupted" by Ctrl-C or the stop button of a notebook; or "stopped"
-    early with a reason. A run whose last evaluation was abandoned is not "finished": resuming makes
-    up for it.
+    early with a reason. A run whose last evaluation was abandoned is not "finished": resuming it
+    repeats the evaluation.
     """
 
     status: str

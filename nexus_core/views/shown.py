@@ -26,8 +26,8 @@ from nexus_core.views.tables import counted, headlines, metric_table, table
 __all__ = ["ShownEngine", "ShownPlan"]
 
 _SAVE = (
-    "for the weights, call torch.save(engine.model.state_dict(), path); for the whole run, take "
-    'engine.state_dict(), or have it saved to disk: Engine(..., out="runs/mine") with'
+    "for the weights, call torch.save(engine.model.state_dict(), path); for the whole run, call "
+    'engine.state_dict(), or save it to disk: Engine(..., out="runs/mine") with'
 )
 _LOAD = (
     "for the weights, call engine.model.load_state_dict(torch.load(path)); for a whole run, "
@@ -97,21 +97,21 @@ class ShownEngine:
     def note(
         self, title: str, text: str = "", *, image: object = None, figure: object = None
     ) -> None:
-        """Say or show something about the run as it is now, for every logger that keeps notes.
+        """Log text, an image or a figure at the current step, in every logger that stores notes.
 
-        It changes nothing in training; an image on a device is waited for. With several processes
-        the loggers of the first alone write.
+        Training is unchanged; an image on a device is copied to the host, which synchronizes. With
+        several processes, only the loggers of rank 0 write.
 
         Args:
-            title: what it is about, named as metrics are: "samples", "attention/layer_0".
-            text: words, without Markdown; beside an image its caption.
+            title: the topic, in the style of a metric name: "samples", "attention/layer_0".
+            text: plain text, without Markdown; the caption if there is an image or figure.
             image: a tensor or array (height, width), (channels, height, width) or (height, width,
-                channels) of bytes, booleans, or floats from 0 to 1; an image of Pillow; or the path
-                of a PNG file.
-            figure: of matplotlib; it stays open.
+                channels) of bytes, booleans, or floats from 0 to 1; a Pillow image; or the path of
+                a PNG file.
+            figure: a matplotlib figure; it stays open.
 
         Raises:
-            ConfigError: there is nothing to say, or it is something else.
+            ConfigError: the note is empty or invalid.
         """
         tell(self.hook, self, title, text, image, figure)
 
@@ -141,7 +141,7 @@ class ShownEngine:
             facts["optimizer"] = ", ".join(_optimizer(each) for each in own)
         return facts | {"plugins": ", ".join(made.get("plugins", ())) or "none"}
 
-    if not TYPE_CHECKING:  # a type checker is to find what there is not
+    if not TYPE_CHECKING:  # type checkers must still report unknown attributes
 
         def __getattr__(self, name: str) -> NoReturn:
             """Say what to call instead of a method of another trainer."""
@@ -157,7 +157,7 @@ def _place_in_loop(hook: str) -> int:
 
 
 def _size(model: nn.Module) -> str:
-    """How many parameters a model has, and how many of them are trained where not all are."""
+    """The number of parameters, and of trainable ones if they differ."""
     sizes = [
         (p.numel(), p.requires_grad) for p in model.parameters() if not nn.parameter.is_lazy(p)
     ]

@@ -297,7 +297,7 @@ def test_what_waits_is_bounded() -> None:
             assert service.sent.acquire(timeout=10)
 
     run = trained(service, each_step=each_step)
-    assert "BufferError: 2 calls wait for the service" in run.warnings[0]
+    assert "BufferError: 2 calls to the service are pending" in run.warnings[0]
     assert said(run).startswith("logger small: failed")
     assert [step for step, _ in service.lines][:2] == [1, 2]
 

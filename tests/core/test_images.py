@@ -126,7 +126,7 @@ def other_file(tmp_path: Path) -> Path:
         (lambda path: {"image": torch.ones(0, 3)}, "no image: 0x3 numbers"),
         (lambda path: {"image": torch.ones(2, 2).long()}, r"2x2 numbers of torch.int64; .*uint8"),
         (lambda path: {"image": "gone.png"}, "there is no file 'gone.png'"),
-        (lambda path: {"image": other_file(path)}, "a.txt' is no PNG file that can be read"),
+        (lambda path: {"image": other_file(path)}, "a.txt' is not a readable PNG file"),
         (lambda path: {"title": "", "text": "so"}, "the title of a note is ''; expected a name"),
     ],
 )

@@ -122,7 +122,9 @@ def test_what_the_page_promises_of_the_engine_is_there(row: str) -> None:
     assert [name for name in names if not hasattr(engine, name)] == []
 
 
-@pytest.mark.parametrize("row", ["class attributes of a plugin", "methods of a plugin besides hooks"])
+@pytest.mark.parametrize(
+    "row", ["class attributes of a plugin", "methods of a plugin besides hooks"]
+)
 def test_what_the_page_promises_of_plugins_is_there(row: str) -> None:
     names = names_in(row)
     assert len(names) > 2

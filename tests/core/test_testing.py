@@ -513,7 +513,7 @@ FAULTS = [
     (HalfLoadedPlugin, "state_round_trips", r"level: 0.015625, and 1.0"),
     (ObjectStatePlugin, "state_round_trips", r"object_state.state_dict\(\).since: PosixPath"),
     (SavingCountsPlugin, "saving_changes_nothing", r"reading the state .* changes the run"),
-    (SharedPlugin, "engines_share_no_state", r"beside another engine"),
+    (SharedPlugin, "engines_share_no_state", r"interleaved with another engine"),
     (ThreadPlugin, "leaks_nothing", r"thread 'left-behind'"),
     (FilePlugin, "leaks_nothing", r"left-open.log"),
     (ClosesOnFinishPlugin, "leaks_nothing_after_a_failure", r"left-open.log"),
@@ -541,14 +541,14 @@ FAULTS = [
     (ForgetfulPlugin, "checkpoint_is_bit_equal", r"resumed from files.*model\..*numbers differ"),
     (OtherWeightsPlugin, "checkpoint_is_bit_equal", r"model\..*numbers differ"),
     (LatePlugin, "order_holds", r"'clip' is called before 'late' in after_backward"),
-    (StrangerPlugin, "order_holds", r"'checkpiont', which is not installed; is it.*checkpoint"),
+    (StrangerPlugin, "order_holds", r"'checkpiont', which is not installed; did you.*checkpoint"),
     (TooLatePlugin, "gradient_is_left_alone_after_the_update", r"in step 1, gradients were chan"),
     (EachMicroBatchPlugin, "split_of_a_step_is_free", r"in three micro-batches"),
     (MeanPlugin, "split_of_a_step_is_free", r"in three micro-batches"),
-    (NotOffPlugin, "off_is_absent", r"training is not as without"),
-    (GrowingPlugin, "operations_are_within_budget", r"more operations than the one before.*mul"),
+    (NotOffPlugin, "off_is_absent", r"training differs from training without"),
+    (GrowingPlugin, "operations_are_within_budget", r"operations grows with every step.*mul"),
     (ManyOperationsPlugin, "operations_are_within_budget", r"aten.add.Tensor 1000x"),
-    (SlowPlugin, "time_is_within_budget", r"quickest step takes \d+"),
+    (SlowPlugin, "time_is_within_budget", r"fastest step takes \d+"),
     (ExplodingPlugin, "trains", r"parameters are not finite"),
 ]
 
@@ -685,11 +685,11 @@ def test_a_plugin_hears_where_it_waits_for_an_accelerator() -> None:
     (found,) = outcomes(HostOnlyPlugin, check)
     assert (found.status, found.said) == (
         "pass",
-        ("runs on an accelerator: yes; waits for it: never",),
+        ("runs on an accelerator: yes; device syncs: never",),
     )
     (found,) = outcomes(ReadsPlugin, check)
     (said,) = found.said
-    assert re.search(r"yes; waits for it: at test_testing.py:\d+ in on_step: self.size = ", said)
+    assert re.search(r"yes; device syncs: at test_testing.py:\d+ in on_step: self.size = ", said)
 
 
 def test_a_run_that_ends_too_soon_is_told() -> None:

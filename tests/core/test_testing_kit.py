@@ -124,13 +124,13 @@ def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
     assert result.output.splitlines() == [
         "sparkle (nexus-sparkle 1.2, sparkle_of_the_test:SparklePlugin)",
         "pass  device is not waited for (config 0)",
-        "      runs on an accelerator: yes; waits for it: never",
+        "      runs on an accelerator: yes; device syncs: never",
         "pass  device is not waited for (config 1)",
-        "      runs on an accelerator: yes; waits for it: never",
+        "      runs on an accelerator: yes; device syncs: never",
         "pass  config is strict (config 0)",
         "pass  config is strict (config 1)",
         "skip  off is absent",
-        "      no settings are declared (off) that leave training as it is",
+        "      it declares no settings (off) that leave training unchanged",
         "4 passed, 0 failed, 1 skipped",
     ]
 

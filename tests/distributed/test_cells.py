@@ -291,7 +291,7 @@ def test_what_cannot_be_the_same_everywhere_is_refused() -> None:
     """Red if a run promises what it cannot keep."""
     with pytest.raises(ConfigError, match="sum=tree needs cells; set cells"):
         _train_on_ones(nn.Linear(5, 4), None, sum="tree")
-    with pytest.raises(ConfigError, match=r"statistics of '0' \(BatchNorm1d\) follow the batches"):
+    with pytest.raises(ConfigError, match=r"statistics of '0' \(BatchNorm1d\) depend on the"):
         _train_on_ones(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4)), 2)
 
 

@@ -1,31 +1,31 @@
-"""An accelerator made of host memory, to try plugins and models on where there is no other.
+"""An accelerator simulated in host memory, for testing plugins and models without a GPU.
 
     with host_accelerator() as accelerator:
         model = MyModel().to(accelerator.device)
         ...
     print(*accelerator.waits, sep="\\n")
 
-PyTorch has a device `fakegpu` within the block, with memory, random generators and a module
-`torch.fakegpu` of its own. It computes as the host does, and is faithful in what goes wrong on a
-GPU and cannot on a CPU:
+Within the block PyTorch has a device `fakegpu`, with its own memory and random generators, and a
+module `torch.fakegpu`. It computes on the CPU, and reproduces what goes wrong on a GPU only:
 
-- Tensors of the host and of the device cannot be mixed, but for numbers (tensors without a
+- Tensors of the host and of the device cannot be mixed, except numbers (tensors without a
   dimension), indices, and `copy_`.
-- Every time that the host waits for the device is noted, with the line that made it wait: `item`,
-  `bool` and the like, a copy that is not `non_blocking`, `nonzero`, indexing by a mask, and others
-  whose result has a shape that the values decide.
-- A `non_blocking` copy to the host arrives when the host waits next; until then its target holds
-  garbage. Pinned memory is read late too, and an error says where it was written to meanwhile.
-- Memory that nothing has been written to (`torch.empty`) holds garbage.
-- Memory is counted, and an allocation beyond a limit is a `torch.OutOfMemoryError`.
-- A generator of the host draws nothing for the device, and the device's own state is apart.
-- Its work can be captured in a graph and replayed (`torch.fakegpu.CUDAGraph`): capturing computes
-  nothing, waiting meanwhile is an error, and so is a generator that was not registered.
-- `torch.fakegpu.set_sync_debug_mode` warns of waits, or makes them errors.
+- Every synchronization is recorded, with the line that caused it: `item`, `bool` and the like, a
+  copy that is not `non_blocking`, `nonzero`, indexing by a mask, and other operations whose output
+  shape depends on values.
+- A `non_blocking` copy to the host completes at the next synchronization; until then its target
+  holds garbage. Pinned memory is read late too, and writing to it in the meantime is an error that
+  names the line.
+- Uninitialized memory (`torch.empty`) holds garbage.
+- Memory is counted, and an allocation beyond the limit raises `torch.OutOfMemoryError`.
+- Host generators cannot be used for the device, whose generator has its own state.
+- Work can be captured in a graph and replayed (`torch.fakegpu.CUDAGraph`): capturing computes
+  nothing, and synchronizing or using an unregistered generator meanwhile is an error.
+- `torch.fakegpu.set_sync_debug_mode` warns of synchronizations, or makes them errors.
 - `torch.autocast("fakegpu")`, `GradScaler("fakegpu")` and fused optimizers work.
 
-What it does not show: speed, several streams, several devices, sparse tensors, compiled code, and
-numbers that other kernels compute.
+It does not reproduce speed, several streams or devices, sparse tensors, compiled code, and the
+numerics of other kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["HostAccelerator", "Wait", "host_accelerator"]
 
 
 class HostAccelerator:
-    """The accelerator, while it is there and after.
+    """The simulated accelerator; it can be inspected after the block too.
 
     Attributes:
         device: `fakegpu:0`.
@@ -55,12 +55,12 @@ class HostAccelerator:
 
     @property
     def waits(self) -> list[Wait]:
-        """Every wait of the host for the device, oldest first; `clear()` forgets them."""
+        """Every wait of the host for the device, oldest first; call `clear()` to reset."""
         return self._waits.seen
 
     @property
     def limit(self) -> int | None:
-        """Bytes beyond which nothing is allocated; None: no limit."""
+        """Memory limit in bytes; None: no limit."""
         return self._memory.limit
 
     @limit.setter
@@ -69,12 +69,12 @@ class HostAccelerator:
 
     @property
     def allocated(self) -> int:
-        """Bytes of all tensors that are on the device."""
+        """Bytes of all tensors on the device."""
         return self._memory.allocated
 
     @contextmanager
     def told(self, listener: Listener) -> Iterator[None]:
-        """Call a function with each wait within the block: what for, and the frame that asks."""
+        """Call a function with each wait in the block: its cause, and the frame that causes it."""
         self._waits.listeners.append(listener)
         try:
             yield
@@ -84,15 +84,15 @@ class HostAccelerator:
 
 @contextmanager
 def host_accelerator(limit: int | None = None) -> Iterator[HostAccelerator]:
-    """Give PyTorch an accelerator made of host memory for the length of a `with` block.
+    """Give PyTorch an accelerator simulated in host memory for a `with` block.
 
-    Tensors that are left on it afterwards can be read no more.
+    Tensors left on it cannot be read after the block.
 
     Args:
-        limit: bytes beyond which nothing is allocated; None: no limit.
+        limit: memory limit in bytes; None: no limit.
 
     Raises:
-        ConfigError: this PyTorch cannot have it, or there is one already.
+        ConfigError: this PyTorch version does not support it, or one is active already.
     """
     device = registered()
     with device.activated():

@@ -143,7 +143,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         return {"value": self._best.value, "step": self._best.step} if self._best else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         value, step = state.get("value"), state.get("step")
         if type(value) not in (int, float) or type(step) is not int:
             raise CheckpointError(f"the checkpoint's record of the best is {str(state)[:200]}")

@@ -207,7 +207,7 @@ class History:
 
     @classmethod
     def from_state(cls, state: StateDict) -> History:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         saved = cast(dict[str, Any], state)
         return cls(
             tuple(Reading(**{**r, "silent": tuple(r["silent"])}) for r in saved["readings"]),

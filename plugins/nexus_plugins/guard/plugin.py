@@ -114,7 +114,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         }
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         if self._going_back:
             return  # what is counted is counted
         self._skipped = self._noted = cast(float, state["skipped"])

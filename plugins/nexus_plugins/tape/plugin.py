@@ -116,7 +116,7 @@ class TapePlugin(Plugin[TapeConfig]):
         return {"chain": self._chain}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._waiting.clear()
         self._chain = cast(str, state["chain"])
 

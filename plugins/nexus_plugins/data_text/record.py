@@ -36,7 +36,7 @@ class Record:
 
     @classmethod
     def beside(cls, folder: Path) -> Record | None:
-        """The record in a folder, or None if there is none there.
+        """The record in a folder, or None if it has no record.
 
         Raises:
             DataError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Mixed precision: computes in 16 bits where that is safe, and keeps weights and sums in 32."""
+"""Mixed precision: compute in 16 bits where safe, keep weights and sums in 32."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse what the device cannot do (a ConfigError), and set up the scaler."""
+        """Reject what the device does not support (ConfigError) and set up the scaler."""
         trained = engine.parameters()
         _check_device(engine.device, {p.device.type for p in trained}, self.config)
         if narrow := {p.dtype for p in trained} & {torch.float16, torch.bfloat16}:
@@ -97,7 +97,7 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     @hookimpl
     def on_close(self) -> None:
-        """Give back the precision of float32 products."""
+        """Restore the precision of float32 matmuls."""
         self._held.close()
 
     @hookimpl(wrapper=True, stage="context")
@@ -108,7 +108,7 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     @hookimpl(wrapper=True, stage="context")
     def loss_terms(self, engine: Engine) -> Generator[None, Answers, Answers]:
-        """Compute the losses under autocast, and give them on in float32 at least."""
+        """Compute the losses under autocast and return them in float32 or wider."""
         with torch.autocast(engine.device.type, DTYPES[self.config.dtype]):
             answers = yield
         single = torch.float32
@@ -116,7 +116,7 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     @hookimpl(wrapper=True, stage="scale")
     def backward(self, terms: Mapping[str, Tensor]) -> Generator[None, bool, bool]:
-        """Multiply the gradient by the scale where it enters the terms."""
+        """Scale the gradient where it enters each loss term."""
         if self._scaler is not None:
             for term in terms.values():
                 if term.requires_grad:
@@ -125,10 +125,10 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     @hookimpl(stage="unscale")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Divide by the scale, before anybody looks at the gradient.
+        """Unscale the gradient before anything reads it.
 
         Raises:
-            ConfigError: the gradient is computed again within the step.
+            ConfigError: the optimizer recomputes the gradient within a step.
         """
         if self._scaler is None:
             return
@@ -143,7 +143,7 @@ class AmpPlugin(Plugin[AmpConfig]):
 
     @hookimpl
     def optimizer_step(self, engine: Engine, step: Step) -> bool | None:
-        """Step unless the gradient overflowed, adapt the scale, count; without waiting."""
+        """Step unless the gradient overflowed, then update scale and count; no device sync."""
         if self._scaler is None or not self._unscaled:
             return None
         before = self._scaler.scale(one := torch.ones((), device=engine.device))
@@ -164,13 +164,13 @@ class AmpPlugin(Plugin[AmpConfig]):
         return {"amp/scale": self._scaler.get_scale(), "amp/skipped_steps": self._skipped.item()}
 
     def state_dict(self) -> StateDict:
-        """Scale, its growth, and the count of skipped steps."""
+        """The scale, its growth tracker, and the count of skipped steps."""
         if self._scaler is None:
             return self._saved or {}
         return {"scaler": self._scaler.state_dict(), "skipped": self._skipped.item()}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take it over; before the start, when the device is not known, keep it until then."""
+        """Restore the scaler; before the run starts, hold the state until the device is known."""
         self._saved = state
         if self._scaler is not None:
             self._scaler.load_state_dict(cast(dict[str, Any], state["scaler"]))

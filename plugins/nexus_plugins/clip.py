@@ -73,12 +73,12 @@ class ClipPlugin(Plugin[ClipConfig]):
     """Scales the gradient down to `max_norm` if its global norm is larger, and logs the norm.
 
     `train/grad_norm` is the norm before clipping (`train/grad_norm_late` for `clip@late`). A
-    non-finite norm shows in the log; to skip such steps use
-    `guard`. By value, each element is clipped; by agc, the gradient of each unit (a row of
-    a matrix, a whole vector) to `ratio` times the norm of its weights.
+    non-finite norm is logged as such; use `guard` to skip those steps. By value, each element is
+    clipped; by agc, the gradient of each unit (a row of a matrix, a whole vector) to `ratio` times
+    the norm of its weights.
 
     Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks",
-    algorithm 1; over trained parameters, with the results of `torch.nn.utils.clip_grad_norm_`.
+    algorithm 1; matches `torch.nn.utils.clip_grad_norm_` over the trained parameters.
     Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization",
     equation 3.
     """
@@ -92,7 +92,7 @@ class ClipPlugin(Plugin[ClipConfig]):
 
     @hookimpl(stage="limit")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Clip, and log the norm without waiting for the device; that of a refused step is not."""
+        """Clip, and log the norm unless the step is refused; no device sync."""
         parameters = [p for p in engine.parameters(step.turn) if p.grad is not None]
         if len(parameters) != len(self._seen) or not all(map(is_, parameters, self._seen)):
             self._seen, self._plain = parameters, _are_plain(parameters)
@@ -139,10 +139,10 @@ def _are_plain(parameters: Sequence[Parameter]) -> bool:
 
 @torch.no_grad()
 def _clip_plain(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
-    """`clip_grad_norm_` for plain tensors of one device and type, in half its time.
+    """`clip_grad_norm_` for plain tensors of one device and dtype, in half the time.
 
-    It leaves out the sorting of tensors by device and type, which costs a small model more than
-    the arithmetic: 30 of 60 microseconds with six parameters.
+    It skips grouping the tensors by device and dtype, which costs a small model more than the
+    arithmetic: 30 of 60 microseconds with six parameters.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -156,7 +156,7 @@ def _clip_plain(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def _clip_steadily(parameters: Sequence[Parameter], max_norm: float, ranks: Ranks) -> Tensor:
-    """The same for a run in cells: to the same bits however the gradient is divided."""
+    """The same for a run in cells: bitwise identical however the gradient is sharded."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = steady_norm([g.coalesce().values() if g.is_sparse else g for g in gradients], ranks)
     if norm.is_cpu and norm.item() + EPS <= max_norm:
@@ -178,14 +178,14 @@ def _in_order(model: nn.Module, parameters: Sequence[Parameter]) -> list[Paramet
 
 @torch.no_grad()
 def _clip_values(parameters: Sequence[Parameter], limit: float) -> None:
-    """Bring each number of the gradients within the limit, as `clip_grad_value_` does."""
+    """Clamp each gradient element to the limit, as `clip_grad_value_` does."""
     for gradient in (local_part(p.grad) for p in parameters if p.grad is not None):
         gradient.clamp_(-limit, limit)
 
 
 @torch.no_grad()
 def _clip_units(parameter: Parameter, ratio: float, eps: float) -> None:
-    """Bring the gradient of each unit within a ratio of the length of its weights."""
+    """Limit each unit's gradient norm to a ratio of its weight norm."""
     gradient = cast(Tensor, parameter.grad)
     if parameter.ndim > 1:  # a unit is a row, which one process holds whole
         own, change = local_part(parameter), local_part(gradient)
@@ -202,7 +202,7 @@ def _clip_units(parameter: Parameter, ratio: float, eps: float) -> None:
 
 @torch.no_grad()
 def _clip_any(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
-    """`clip_grad_norm_` for any mixture; PyTorch's own takes no `DTensor` beside other tensors."""
+    """`clip_grad_norm_` for any mix of tensors; PyTorch's cannot mix `DTensor` with plain ones."""
     kinds: dict[type, list[Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

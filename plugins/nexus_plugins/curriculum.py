@@ -64,14 +64,14 @@ class CurriculumConfig(PluginConfig):
 
 
 class CurriculumPlugin(Plugin[CurriculumConfig]):
-    """Shortens the rows of training batches, less and less, up to their full length.
+    """Trains on short rows first and lengthens them on a schedule, up to their full length.
 
     Every tensor of the batch that has a column for each of the `input_ids` `(batch, time)` is
     shortened with them: labels, masks, segments, positions. In the mode `reshape` a row becomes
-    several, and entries that are one per row are repeated for them; rows are cut evenly, so the
-    length is the greatest divisor of the data's that is not above the scheduled one. Tokens per
-    step, and what an interval in tokens means, stay the same (rows per step, samples, do not).
-    Evaluation is not touched. `curriculum/seq_len` is logged.
+    several, and per-row entries are repeated; rows are split evenly, so the length is the largest
+    divisor of the data's row length that does not exceed the scheduled one. Tokens per step, and
+    what an interval in tokens means, stay the same (rows per step, samples, do not). Evaluation is
+    not touched. `curriculum/seq_len` is logged.
 
     Source: Li et al. 2022, "The Stability-Efficiency Dilemma: Investigating Sequence Length
     Warmup for Training GPT Models", which truncates; cutting instead of dropping is ours.
@@ -119,11 +119,11 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
-        """The present length."""
+        """The current length."""
         return {} if self._length is None else {"curriculum/seq_len": float(self._length)}
 
     def length(self, state: TrainState, horizon: Interval | None = None) -> int:
-        """The length that the plan asks for now, in tokens: a pure function of progress."""
+        """The scheduled length in tokens, a pure function of progress."""
         config = self.config
         done = config.warmup.of(horizon).progress(state)
         if config.shape == "step":

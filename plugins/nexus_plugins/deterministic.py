@@ -1,4 +1,4 @@
-"""Makes runs deterministic: the same run on the same machine gives the same bits."""
+"""Makes runs deterministic: repeating a run on the same machine is bitwise identical."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class EarlyStopConfig(PluginConfig):
 class EarlyStopPlugin(Plugin[EarlyStopConfig]):
     """Stops training when an evaluation metric has not improved for `patience` evaluations.
 
-    A NaN counts as no improvement. The last step is complete and saved
-    as at the end of any run; the best weights are the checkpoint plugin's `best`.
+    A NaN counts as no improvement. The last step is completed and saved as at the end of any run;
+    the best weights are the checkpoint plugin's `best`.
 
     Source: Prechelt 1998, "Early Stopping - But When?", the third class of criteria (UP), with
     the distance to the best instead of strips.
@@ -48,10 +48,10 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
 
     @hookimpl(stage="decide")
     def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
-        """Compare with the best evaluation so far.
+        """Compare the metric with the best so far.
 
         Raises:
-            ConfigError: the evaluation has no such metric.
+            ConfigError: the evaluation does not report this metric.
         """
         name = self.config.metric
         if name not in metrics:
@@ -67,11 +67,11 @@ class EarlyStopPlugin(Plugin[EarlyStopConfig]):
             engine.stop(self._reason())
 
     def state_dict(self) -> StateDict:
-        """The best value, its step, and the evaluations since."""
+        """The best value, its step, and the number of evaluations since."""
         return {"best": self._best, "best_step": self._best_step, "waited": self._waited}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on counting."""
+        """Restore the count."""
         best = cast("float | None", state["best"])
         self._best = None if best is None else float(best)
         self._best_step = cast(int, state["best_step"])

@@ -53,7 +53,7 @@ class EmaPlugin(Plugin[EmaConfig]):
 
     Training is not affected. Evaluation runs with the average instead of the weights, and the
     weights are restored bitwise. The average is kept in float32 at least, is saved with the
-    plugin's state, and `weights()` returns it under the names of the model's `state_dict`. Buffers
+    plugin's state, and `weights()` returns it keyed like the model's `state_dict`. Buffers
     (running statistics) are the model's own, unless they are averaged too.
 
     Source: Polyak and Juditsky 1992; the ramp is that of `tf.train.ExponentialMovingAverage`, the
@@ -74,15 +74,15 @@ class EmaPlugin(Plugin[EmaConfig]):
         self._put_by: list[Tensor] = []
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters and buffers, by their names in the model."""
+        """The averaged parameters and buffers, keyed like the model's `state_dict`."""
         return dict(self._average)
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Begin with the weights as they are, unless there is an average from before.
+        """Start from the current weights, unless an average was restored.
 
         Raises:
-            CheckpointError: the saved average is of another model.
+            CheckpointError: the saved average belongs to a different model.
         """
         named = engine.model.state_dict().keys() | dict(engine.model.named_parameters()).keys()
         if odd := self._average.keys() - named:
@@ -95,14 +95,14 @@ class EmaPlugin(Plugin[EmaConfig]):
 
     @hookimpl(stage="measure")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Take in what has begun to be trained, before it moves."""
+        """Add parameters that are newly trained, before their first update."""
         if not step.again:
             self._collect(engine)
 
     @hookimpl
     @torch.no_grad()
     def on_step(self, step: Step) -> None:
-        """Move the average towards the weights; a refused step leaves it where it is."""
+        """Update the average; a refused step leaves it unchanged."""
         if step.number % self.config.update_every:
             return
         self._updates += 1
@@ -120,14 +120,14 @@ class EmaPlugin(Plugin[EmaConfig]):
 
     @hookimpl
     def evaluating(self, engine: Engine) -> AbstractContextManager[object] | None:
-        """Evaluate with the average in the weights' place, and bring them back bit for bit."""
+        """Evaluate with the averaged weights, then restore the originals bitwise."""
         if self._average and not self._live:  # loaded, and not trained since
             self._collect(engine)
         return self._shown() if self.config.evaluate else None
 
     @hookimpl(trylast=True)  # so that who measures once does so with the average
     def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float] | None:
-        """Measure the weights as well, where both are wanted."""
+        """Evaluate the raw weights as well, if both are requested."""
         if self.config.evaluate != "both" or split.endswith(LIVE):
             return None
         _fill(self._live.values(), self._put_by)
@@ -162,11 +162,11 @@ class EmaPlugin(Plugin[EmaConfig]):
         self._seen = seen
 
     def state_dict(self) -> StateDict:
-        """The average and how many steps are in it."""
+        """The average and the number of steps it covers."""
         return {"average": dict(self._average), "updates": self._updates} if self._average else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take over the average."""
+        """Restore the average."""
         average = cast(dict[str, Tensor], state["average"])
         self._average = {name: tensor.clone() for name, tensor in average.items()}
         self._updates = int(cast(int, state["updates"]))

@@ -64,11 +64,11 @@ class FreezePlugin(Plugin[FreezeConfig]):
 
     @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:
-        """Find what the rules match, and freeze what is to be frozen now.
+        """Match the rules against the parameters and freeze what is due.
 
         Raises:
-            ConfigError: a rule matches nothing, freezes all there is, or
-                acts for a part of a run of several processes.
+            ConfigError: a rule matches nothing, freezes every parameter, or covers only part of a
+                run with several processes.
         """
         self._named = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
         self._modules = dict(engine.model.named_modules())
@@ -85,12 +85,12 @@ class FreezePlugin(Plugin[FreezeConfig]):
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
-        """Freeze and unfreeze what is due in the next step."""
+        """Freeze and unfreeze what is due at the next step."""
         self._apply(engine)
 
     @hookimpl
     def on_close(self) -> None:
-        """Give the model back as it was."""
+        """Unfreeze everything that the plugin froze."""
         self._set(set(), set())
 
     def _apply(self, engine: Engine) -> None:

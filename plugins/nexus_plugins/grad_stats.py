@@ -43,9 +43,9 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
 
     `grad_norm/<module>`: L2 norm over the module's parameters. `grad_norm/term/<name>` and
     `grad_cosine/<a>_<b>`: the weighted gradient of each term over the trunk, which are the
-    parameters that the most terms reach, its L2 norm and the cosine between two of them (-1: they
-    undo one another). All are of the whole step, whatever its split into micro-batches, and of
-    this rank if there are several. It does not sync with the device.
+    parameters reached by the most terms: its L2 norm, and the cosine between two of them (-1: they
+    cancel out). All cover the whole step, however it is split into micro-batches, and only this
+    rank if there are several. Nothing syncs with the device.
     """
 
     config_class = GradStatsConfig
@@ -60,7 +60,7 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
     def backward(
         self, engine: Engine, terms: Mapping[str, Tensor], step: Step
     ) -> Generator[None, bool, bool]:
-        """Where it is due, take each term's gradient by itself before the common one."""
+        """If due, take each term's gradient separately before the combined backward pass."""
         period = self.config.terms_every
         if period and (step.number - 1) % period == 0 and len(terms) > 1 and not step.again:
             before = self._gradients if step.place else {}
@@ -73,7 +73,7 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
 
     @hookimpl(stage="inspect")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Log the length of each module's part of the gradient, in steps 1, 1 + every, ..."""
+        """Log each module's gradient norm at steps 1, 1 + every, ..."""
         if (step.number - 1) % self.config.every or step.again:
             return
         for path, members in by_module(engine.model, self.config.depth).items():
@@ -92,9 +92,9 @@ class GradStatsPlugin(Plugin[GradStatsConfig]):
 
 
 def by_module(model: nn.Module, depth: int) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters by the first `depth` names of their module's path.
+    """The trained parameters, grouped by the first `depth` parts of their module's path.
 
-    The model's own parameters, outside of any module in it, go by "model".
+    Parameters that belong to the model itself are grouped under "model".
     """
     modules: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():

@@ -41,12 +41,12 @@ class JsonlConfig(LoggerConfig):
 class JsonlPlugin(Logger[JsonlConfig]):
     """Appends logs, evaluations and notes to `metrics.jsonl`; does not affect training.
 
-    A line is an object: `step`, `time` (seconds since 1970), `tokens`, and the metrics by name, or
-    a note's `note`, which is its title, and `text`. An image is a PNG file in the folder `images`
-    beside it, and a note with `image`, the file's relative path, whose `text` is the caption. A
-    number that is not finite is written as null, since JSON has no name for it. Each line is handed
-    to the system at once. On resuming, lines and images of steps that will be done again are
-    removed, so that each is there once.
+    Each line is an object: `step`, `time` (seconds since 1970), `tokens`, and either
+    the metrics by name or a note: `note`, its title, and `text`. An image is a PNG file in the
+    folder `images` next to it, and a note with `image`, the file's relative path, whose `text` is
+    the caption. Non-finite numbers are written as null, since JSON cannot represent them. Each line
+    is flushed immediately. On resume, lines and images of steps that will be repeated are removed,
+    so that no step appears twice.
     """
 
     config_class = JsonlConfig
@@ -56,7 +56,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
     _repeated: frozenset[frozenset[str | None]] = frozenset()
 
     def open(self, engine: Engine) -> None:
-        """Cut the file back to the step that the run resumes from, and open it."""
+        """Truncate the file to the step the run resumes from, and open it."""
         assert engine.out is not None
         path = engine.out / self.config.file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,16 +69,16 @@ class JsonlPlugin(Logger[JsonlConfig]):
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """Append a line of numbers."""
+        """Append the metrics as a line."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._append(engine.state, finite)
 
     def write_note(self, engine: Engine, title: str, text: str) -> None:
-        """Append a line of words."""
+        """Append the note as a line."""
         self._append(engine.state, {"note": title, "text": text})
 
     def write_image(self, engine: Engine, title: str, image: Image) -> None:
-        """Write the file, and append a line that names it."""
+        """Write the PNG file and append a line with its path."""
         assert engine.out is not None
         path = (engine.out / self.config.file).parent / _image_file(engine.state.step, title, image)
         path.parent.mkdir(exist_ok=True)
@@ -97,7 +97,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """Where every metric is."""
+        """Say where the metrics are."""
         return {
             "metrics": str(Path(engine.out or "", self.config.file)),
             **super().summarize(engine),

@@ -64,21 +64,21 @@ class LossCausalConfig(PositionLossConfig):
 
 
 class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
-    """Trains a graph that explains each variable by others, without cycles and with few edges.
+    """Trains a sparse acyclic graph in which each variable is explained by others.
 
     The model reports `causal`, a dict of `adjacency` A `(n, n)`, `variables` v `(..., n)`, what the
-    graph makes of them, `explained` `(..., n)`, and the `log_std` s `(n,)` of their noise. A
-    position costs the negative log-likelihood, the sum over variables of
-    `(v - explained)^2 / (2 exp(2 s)) + s`; a variable that `do` `(..., n)` in the batch marks was
-    set by hand, and its own equation does not count there. Once a step,
-    `dag_weight * growth * h(A) + sparsity_weight * sum|A|` is added. Where the batch has the
+    graph predicts for them, `explained` `(..., n)`, and the `log_std` s `(n,)` of their noise. The
+    loss of a position is the negative log-likelihood, the sum over variables of
+    `(v - explained)^2 / (2 exp(2 s)) + s`; a variable marked by `do` `(..., n)` in the batch was
+    intervened on, so its own equation does not count there. Once a step,
+    `dag_weight * growth * h(A) + sparsity_weight * sum|A|` is added. If the batch has the
     variables, and the module reports what it `read` of the model's states, half the squared
-    distance between them is added for each position: the model learns to hold them.
+    distance between them is added for each position: the model learns to represent them.
 
-    No graph explains itself away: without edges, the variables' whole variance is unexplained. What
-    can be found is what the data tell: from observations alone, of linear models with normal noise,
-    only the graphs with the same independences; with interventions on every variable, the graph.
-    Training also logs `causal/dag_constraint`, h(A).
+    An empty graph does not win by default: without edges, the variables' whole variance is
+    unexplained. What can be recovered depends on the data: from observations of a linear Gaussian
+    model, the graph up to its Markov equivalence class; with interventions on every variable, the
+    graph itself. Training also logs `causal/dag_constraint`, h(A).
 
     Source: h is `-log det(s I - A * A) + n log s` of DAGMA (Bello et al. 2022, theorem 1), with s
         above any eigenvalue, or `tr(exp(A * A)) - n` of NOTEARS (Zheng et al. 2018). The likelihood
@@ -93,19 +93,19 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
     """The weight of the constraint by now, on the device, where it grows over the run."""
 
     def units(self, batch: Batch) -> Tensor | float:
-        """Positions, padding left out; one a micro-batch where there is no reconstruction."""
+        """The number of non-padding positions; one per micro-batch without reconstruction."""
         if not self.config.reconstruction_weight:
             return 1.0
         return self._real(batch).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """What the graph alone costs, once a unit, and the sum of what it does not explain."""
+        """The graph penalty, once per unit, plus the summed negative log-likelihood."""
         graph: Mapping[str, Tensor] = self.reports(output)["causal"]
         return self._term(batch, graph, self._constraint(graph["adjacency"]))
 
     @hookimpl
     def loss_units(self, engine: Engine, batch: Batch) -> dict[str, Tensor | float]:
-        """Count the units, and see how much the constraint weighs by now."""
+        """Count the units, and update the weight of the constraint."""
         if engine.horizon is not None and self.config.dag_growth != 1:
             growth = self.config.dag_growth ** engine.horizon.progress(engine.state)
             dtype = torch.promote_types(engine.parameters()[0].dtype, torch.float32)
@@ -163,7 +163,7 @@ def _surprise(batch: Batch, graph: Mapping[str, Tensor]) -> Tensor:
 
 
 def dag_constraint(adjacency: Tensor) -> Tensor:
-    """`tr(exp(A * A)) - n`: 0 if the graph of A has no cycle, else positive.
+    """`tr(exp(A * A)) - n`: 0 if the graph of A is acyclic, else positive.
 
     Args:
         adjacency: A `(n, n)`; in types narrower than float32 it is computed in float32.
@@ -180,9 +180,9 @@ def dag_constraint(adjacency: Tensor) -> Tensor:
 
 
 def dag_log_det(adjacency: Tensor) -> Tensor:
-    """`-log det(s I - A * A) + n log s`: 0 if the graph of A has no cycle, else positive.
+    """`-log det(s I - A * A) + n log s`: 0 if the graph of A is acyclic, else positive.
 
-    s is 1, or more where an eigenvalue of A * A could come near it, so that it exists for any A.
+    s is 1, or larger if an eigenvalue of A * A could come close to it, so that it exists for any A.
 
     Args:
         adjacency: A `(n, n)`; in types narrower than float32 it is computed in float32.

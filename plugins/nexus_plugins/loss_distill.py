@@ -61,10 +61,10 @@ class LossDistillPlugin(Loss[LossDistillConfig]):
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
-        """Make the teacher, on the run's device.
+        """Build the teacher on the run's device.
 
         Raises:
-            ConfigError: what was called made something else.
+            ConfigError: the call did not return a module.
         """
         with torch.random.fork_rng(devices=[]):
             teacher = self._make()
@@ -105,16 +105,16 @@ class LossDistillPlugin(Loss[LossDistillConfig]):
 
 
 def divergence(output: Any, taught: Any, counted: Tensor, temperature: float) -> Tensor:
-    """The sum of `KL(teacher || model)` over positions, times the squared temperature.
+    """`KL(teacher || model)` summed over positions, times the squared temperature.
 
     Args:
-        output: of the model: with `hidden` and `head_weight`, with `logits`, or logits `(B, T, V)`.
+        output: the model's: with `hidden` and `head_weight`, with `logits`, or logits `(B, T, V)`.
         taught: the teacher's, likewise.
         counted: `(B, T)` the positions that count.
         temperature: divides both logits.
 
     Raises:
-        ConfigError: they have vocabularies of other sizes.
+        ConfigError: the vocabulary sizes differ.
     """
     (rows, head), (theirs, their_head) = rows_of(output), rows_of(taught)
     own, other = (len(h) if h is not None else r.shape[-1]

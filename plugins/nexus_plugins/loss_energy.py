@@ -67,14 +67,14 @@ class LossEnergyConfig(PositionLossConfig):
 
 
 class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
-    """Trains every refinement to be good enough to be the last, and to predict what stopping costs.
+    """Trains every refinement to be usable as the last, and to predict the cost of stopping there.
 
-    The model reports `energy`, a dict of `early` `(B, T, D)`, final states had tokens settled after
-    fewer refinements, and `foreseen` `(B, T)`, what that is expected to cost in nats. The loss is
-    the cross-entropy of `early` with the labels, and the squared distance between `foreseen` and
-    the difference of that cross-entropy to the model's own, which has no gradient. Positions
-    without a label add 0. Where a refinement gains nothing, nothing is what it learns to foresee,
-    and all of it is measured on the labels: there is no reward for codes that say nothing.
+    The model reports `energy`, a dict of `early` `(B, T, D)`, the final states if tokens had
+    stopped after fewer refinements, and `foreseen` `(B, T)`, the predicted cost of that in nats.
+    The loss is the cross-entropy of `early` with the labels, and the squared distance between
+    `foreseen` and the difference of that cross-entropy to the model's own, which has no gradient.
+    Positions without a label add 0. Where a refinement gains nothing, it learns to predict zero.
+    Everything is measured on the labels, so uninformative codes earn no reward.
 
     With `classic` the dict is of `iterations` and `final_energy`, both `(B, T)`, and the loss is
     `final_energy + iteration_weight * |iterations - target_iterations|`.

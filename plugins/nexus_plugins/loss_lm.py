@@ -51,7 +51,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
         """The number of labels that count.
 
         Raises:
-            DataError: the labels of the first batch are its ids, each at its own position.
+            DataError: the labels of the first batch equal its ids, unshifted.
         """
         if not self._is_aligned:
             check_alignment(batch, self.config.ignore_index)

@@ -1,4 +1,4 @@
-"""The reasoner's loss: every rule in use, on some tokens and not on others."""
+"""The reasoner's loss: keeps every rule in use, on some tokens and not on others."""
 
 from __future__ import annotations
 
@@ -73,21 +73,20 @@ class LossReasonConfig(PositionLossConfig):
 class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
     """Trains the reasoner to use all of its rules, each on some tokens and not on others.
 
-    The model reports `reason` `(B, T, R)`, how far each rule fired. A position costs, summed over
-    rules, `balance_weight` times `H(f) / 4 + KL(m, rate)`: H is the entropy, in nats, of firing f,
-    which is low where a rule is sure, and KL the divergence of m, how far the rule fired over the
-    tokens of past steps, from `rate`; its gradient is passed to f, so that the loss stays a sum
-    over tokens. A rule that always or never fires is paid to change.
-    Training also logs `reasoning/idle_rules`, how many rules fire on average less than a tenth of
-    `rate`.
+    The model reports `reason` `(B, T, R)`, how strongly each rule fired. The loss of a position is,
+    summed over rules, `balance_weight` times `H(f) / 4 + KL(m, rate)`: H is the entropy, in nats,
+    of firing f, which is low where a rule is sure, and KL the divergence of m, how strongly the
+    rule fired over the tokens of past steps, from `rate`; its gradient is passed to f, so that the
+    loss stays a sum over tokens. A rule that always or never fires is pushed to change. Training
+    also logs `reasoning/idle_rules`, how many rules fire on average less than a tenth of `rate`.
 
     Classic: the model reports `reason` `(B, T, K, R)`, a distribution over rules at each of K
     steps, and `reason_halting` `(B, T, K)`; a position costs `entropy_weight` times the entropy
     weighted by halting, on average over steps. It is least where one rule wins for all tokens.
     Training also logs `reasoning/proof_length`, the expected number of steps.
 
-    Source: the balance is that of losses that spread the load of experts (Shazeer et al. 2017), on
-        an average of the past as in Wang et al. 2024.
+    Source: the balance follows the load-balancing losses of mixtures of experts (Shazeer et al.
+    2017), on a running average as in Wang et al. 2024.
     """
 
     config_class = LossReasonConfig
@@ -110,7 +109,7 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
     def loss_terms(  # type: ignore[override]  # hooks name what they use
         self, engine: Engine, batch: Batch, output: Any, step: Step | None
     ) -> dict[str, Tensor]:
-        """The term `reason`; in training, note how far each rule fires."""
+        """The term `reason`; in training, record how strongly each rule fires."""
         if step is not None:
             reports, real = self.reports(output), real_positions(batch, self.config.ignore_index)
             if self.config.classic:
@@ -125,7 +124,7 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
-        """Take in how far each rule has fired."""
+        """Update the running averages of rule firing."""
         if self._fired is None:
             return
         fired = engine.ranks.sum(self._fired).to(torch.float32) / (GRAIN * step.units[self.term])
@@ -135,11 +134,11 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
         engine.log("reasoning/idle_rules", (self._rates < self.config.rate / 10).sum())
 
     def state_dict(self) -> StateDict:
-        """How far each rule fires on average."""
+        """The running average of each rule's firing."""
         return {} if self._rates is None else {"rates": self._rates}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Continue from these averages."""
+        """Restore the averages."""
         self._rates, self._fired = cast("Tensor | None", state.get("rates")), None
 
     def _each(self, reports: Mapping[str, Tensor]) -> Tensor:

@@ -86,29 +86,29 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
 
     The model reports `world` and `world_targets` `(B, T, K, D)` and `world_mask` `(B, T, K)`, true
     where a target exists. A position counts if the token after it is there and of the same
-    document; its loss is the mean over K, what does not exist counting 0, of
+    document; its loss is the mean over K, with missing targets counting 0, of
     `latent_weight * smooth_l1(world, world_targets)`, a mean over D. If it also reports
     `world_heads` `(B, T, M, D)`, `world` are states that `head_weight` turns into logits, and there
     are two more parts: `token_weight` times the cross-entropy of the token after each state of
     `world`, with the head taken as given, mean over K; and `head_weight` times that of the tokens
     2, 3, ... ahead, mean over M. Tokens whose `labels` are -100 do not count.
 
-    States that are equal for all tokens would cost nothing here, and everything in the
-    cross-entropy of the same states: they cannot collapse while the language model is trained.
+    States equal for all tokens would have zero loss here, but a high cross-entropy: they cannot
+    collapse while the language model is trained.
 
     With `classic`, the mean is over the targets that exist of
     `mean((world - world_targets)^2) + variance_weight * relu(variance_floor - variance)`, the
     variance (population) being that of the prediction over D; without `world_targets` there is
     only the second part. The model may have `update_world_target(decay)`.
 
-    The hinge keeps one prediction from being the same number in every dimension. It is no defence
-    against collapse: latents that are equal for all tokens cost nothing. What works against that
-    is that the targets have no gradient and follow slowly, and have mean 0 and variance 1.
+    The hinge keeps one prediction from being the same number in every dimension. It does not
+    prevent collapse: latents equal for all tokens have zero loss. What does is that the targets
+    have no gradient, lag behind, and are normalized to mean 0 and variance 1.
 
     Source: Teoh et al. 2025, "Next-Latent Prediction Transformers Learn Compact World Models", the
         smooth L1 distance and the divergence; Gloeckle et al. 2024 for the heads. Classic: VICReg
         (Bardes et al. 2022) has a hinge on the standard deviation over the batch, for each
-        dimension. That is no sum over positions, so the gradient of a step would depend on its
+        dimension. That is not a sum over positions, so the gradient of a step would depend on its
         split into micro-batches; here it is on the variance over the latent dimension. The cosine
         decay is that of BYOL (Grill et al. 2020).
     """
@@ -167,14 +167,14 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
-        """Let the target encoder follow the encoder."""
+        """Update the target encoder towards the encoder."""
         follow = getattr(engine.model, "update_world_target", None)
         if follow is not None:
             keep, refused = self.decay(engine), step.refused
             follow(keep if refused is None else keep + (1 - keep) * refused)
 
     def decay(self, engine: Engine) -> float:
-        """The part of the target encoder that this step keeps."""
+        """The decay of the target encoder's average at this step."""
         keep = self.config.decay
         if self.config.decay_schedule == "constant" or engine.horizon is None:
             return keep
@@ -195,11 +195,11 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
 
 
 def later(values: Tensor, ahead: int, missing: int) -> Tensor:
-    """What stands `ahead` places later along time, `missing` past the end; `(B, T)`."""
+    """Values `ahead` positions later, `missing` past the end; `(B, T)`."""
     ahead = min(ahead, values.shape[1])
     return F.pad(values[:, ahead:], (0, ahead), value=missing)
 
 
 def wide(values: Tensor) -> Tensor:
-    """The values in float32, or in their own type where that is wider."""
+    """The values in float32, or in their own dtype if that is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

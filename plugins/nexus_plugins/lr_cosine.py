@@ -14,7 +14,7 @@ class LrCosineConfig(DecayConfig):
 
 
 class LrCosinePlugin(Decay[LrCosineConfig]):
-    """Warms up the learning rate, then decays it to `min_lr` along half a cosine.
+    """Warms up the learning rate, then decays it to `min_lr` along a half cosine.
 
     Source: Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts; the warmup of 1%
     as in Biderman et al. 2023, "Pythia".

@@ -29,8 +29,8 @@ class LrRsqrtConfig(ScheduleConfig):
 class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
     """Warms up the learning rate, then decays it as `sqrt(timescale / time)`.
 
-    The rate is at its base until the timescale has passed. With a warmup in steps it does not
-    depend on the horizon: a run can be stopped or extended at any time.
+    The rate stays at its base until the timescale has passed. With a warmup in steps it does not
+    depend on the horizon, so a run can be stopped or extended at any time.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", equation 3, with the peak as base;
     their warmup is 4,000 of 100,000 steps.
@@ -40,10 +40,10 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse to run without any timescale.
+        """Reject a run without a timescale.
 
         Raises:
-            ConfigError: there is neither a timescale nor a warm-up.
+            ConfigError: neither a timescale nor a warmup is set.
         """
         super().on_start(engine)
         if self.config.timescale is None and self.config.warmup is None:
@@ -53,7 +53,7 @@ class LrRsqrtPlugin(Schedule[LrRsqrtConfig]):
             )
 
     def scale(self, engine: Engine) -> float:
-        """The root of timescale by time, at most 1."""
+        """`sqrt(timescale / time)`, at most 1."""
         given = self.config.timescale or self.config.warmup
         if given is None:
             return 1.0

@@ -32,11 +32,11 @@ class LrWsdConfig(DecayConfig):
 
 
 class LrWsdPlugin(Decay[LrWsdConfig]):
-    """Warms up the learning rate, keeps it, and decays it to `min_lr` at the very end.
+    """Warms up the learning rate, holds it, and decays it to `min_lr` at the very end.
 
-    Until the decay starts, the rate does not depend on the end of the run. So a checkpoint of
-    the stable part can be resumed with a later horizon as if planned, and one such run
-    gives models of many lengths.
+    Until the decay starts, the rate does not depend on the end of the run. So a checkpoint of the
+    stable phase can be resumed with a later horizon as if planned, and one such run yields models
+    of many lengths.
 
     Source: Hu et al. 2024, "MiniCPM", section 4.2; the root: Hägele et al. 2024, "Scaling Laws
     and Compute-Optimal Training Beyond Fixed Training Durations", equation 1.
@@ -46,10 +46,10 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse a fall that does not fit between the warm-up and the horizon.
+        """Reject a decay that does not fit between the warmup and the horizon.
 
         Raises:
-            ConfigError: it does not fit, or its unit cannot be told in the horizon's.
+            ConfigError: it does not fit, or its unit cannot be converted to the horizon's.
         """
         super().on_start(engine)
         horizon, warmup = engine.horizon, self.config.warmup
@@ -64,7 +64,7 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
             )
 
     def scale(self, engine: Engine) -> float:
-        """The base learning rate until the fall, then down to the floor."""
+        """The base learning rate until the decay, then down to the minimum."""
         horizon = engine.horizon
         if horizon is None:
             return 1.0
@@ -74,7 +74,7 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         return floor + (1 - floor) * self.shape(within(done / fall))
 
     def shape(self, done: float) -> float:
-        """The height of the fall, from 1 to 0."""
+        """The decay curve, from 1 to 0."""
         return 1 - (math.sqrt(done) if self.config.shape == "sqrt" else done)
 
     def _fall(self, engine: Engine, horizon: Interval) -> Exact:

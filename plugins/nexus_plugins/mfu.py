@@ -40,11 +40,11 @@ class MfuConfig(PluginConfig):
 class MfuPlugin(Plugin[MfuConfig]):
     """Logs `system/mfu`, model FLOPs utilization; does not affect training.
 
-    It is tokens per second, times operations per token, by the rate of the devices, one a process.
-    Operations are those of matrix products, convolutions and attention, forward and backward, a
-    multiply-add being two: counted once, with the last micro-batch of the session's first step.
-    What goes beyond three forward passes without gradients is recomputation, and is left out. The
-    rate is that of the fastest product of large matrices, in the type that the model computes in.
+    Tokens per second, times FLOPs per token, divided by the peak FLOP/s of the devices, one per
+    process. FLOPs are those of matmuls, convolutions and attention, forward and backward, a
+    multiply-add counting as two; they are counted once, on the last micro-batch of the session's
+    first step. Anything beyond three forward passes is recomputation and is left out. The peak is
+    measured: the fastest large matmul in the dtype that the model computes in.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B; here operations are counted instead of worked
     out by formula, and the rate is measured instead of the vendor's.
@@ -63,19 +63,19 @@ class MfuPlugin(Plugin[MfuConfig]):
 
     @hookimpl
     def on_step(self, step: Step) -> None:
-        """Keep a micro-batch until it has been counted."""
+        """Keep a micro-batch until its FLOPs are counted."""
         if self._flops_per_token is None:
             self._batch = step.micro[-1].batch
 
     @hookimpl(wrapper=True)
     def forward(self, engine: Engine) -> Generator[None, Any, Any]:
-        """Note the type that the model computes in."""
+        """Record the dtype that the model computes in."""
         self._dtype = self._dtype or _compute_dtype(engine)
         return (yield)
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
-        """After the first step, outside of the time that counts, count and measure."""
+        """After the first step, count FLOPs and measure the peak, outside the timed part."""
         if self._flops_per_token is None:
             tokens = max(1, batch_size(self._batch)[1])
             self._flops_per_token = count_flops(engine, self._batch) / tokens
@@ -84,7 +84,7 @@ class MfuPlugin(Plugin[MfuConfig]):
 
     @hookimpl(wrapper=True)
     def collect_metrics(self, engine: Engine) -> Generator[None, Answers, Answers]:
-        """Add the utilization to the speed, once the rate is known."""
+        """Report the utilization, once the peak is known."""
         answers = yield
         speeds = [answer[SPEED] for answer in answers if SPEED in answer]
         if self._peak is None or self._flops_per_token is None or not speeds:
@@ -94,7 +94,7 @@ class MfuPlugin(Plugin[MfuConfig]):
 
 
 def count_flops(engine: Engine, batch: Batch) -> int:
-    """The operations of a training pass over a batch, done once more without a trace."""
+    """The FLOPs of a training pass over a batch, counted in an extra pass without side effects."""
     # counting within a step would change its rounding: PyTorch folds products otherwise meanwhile
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     batch = to_device(batch, engine.device)
@@ -113,7 +113,7 @@ def _total_loss(engine: Engine, batch: Batch) -> torch.Tensor:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest product of two large square matrices, in FLOP/s; waits for the device."""
+    """The fastest matmul of two large square matrices, in FLOP/s; syncs with the device."""
     side = SIDES.get(device.type, 1024)
     one = torch.ones(side, side, device=device, dtype=dtype)
     _seconds_of_product(one)

@@ -1,4 +1,4 @@
-"""A model from the user's own function or class."""
+"""A model built by your own function or class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ModelConfig", "ModelPlugin"]
 
 
 class ModelConfig(Call):
-    """Which function or class makes the model, and with which arguments."""
+    """The function or class that builds the model, and its arguments."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"call": "./net.py:build", "args": {"width": 64}}]}
@@ -38,10 +38,10 @@ class ModelPlugin(Plugin[ModelConfig]):
 
     @hookimpl
     def make_model(self) -> nn.Module:
-        """Call what makes the model.
+        """Call the function or class.
 
         Raises:
-            ConfigError: it makes something else.
+            ConfigError: it does not return a module.
         """
         model = self._make()
         if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""Trades transfers for memory: activations are kept in CPU memory until the backward pass."""
+"""Keeps activations in CPU memory until the backward pass."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class OffloadConfig(PluginConfig):
 
 
 class OffloadPlugin(Plugin[OffloadConfig]):
-    """Moves tensors saved for backward by the selected modules to pinned CPU memory, and back.
+    """Offloads tensors that the selected modules save for backward to pinned CPU memory.
 
-    The copies overlap with computation, on a separate stream. Gradients are bitwise the same.
-    Weights are never moved, nor tensors saved outside these modules (by the losses).
+    The copies overlap with computation, on a separate stream. Gradients are bitwise identical.
+    Weights, and tensors saved outside these modules (by the losses), are never moved.
 
     Source: Rhu et al. 2016, "vDNN"; the hooks are those of `torch.autograd.graph`, as in
     `save_on_cpu`, which waits for each copy and moves weights too.
@@ -67,7 +67,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         """Wrap the modules.
 
         Raises:
-            ConfigError: the device has no memory of its own, or a pattern matches no module.
+            ConfigError: the device shares the host's memory, or a pattern matches no module.
         """
         if engine.device.type != "cuda" and self.config.without_cuda == "refuse":
             raise ConfigError(
@@ -82,7 +82,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
 
     @hookimpl
     def on_close(self) -> None:
-        """Give the modules their own `forward` back."""
+        """Restore the modules' own `forward`."""
         for module in getattr(self, "_wrapped", []):
             give_back_forward(module)
         self._wrapped = []
@@ -97,7 +97,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
 
 
 class _Mover:
-    """Takes tensors to host memory when autograd keeps them, and back when it asks for them."""
+    """Copies saved tensors to host memory, and back when autograd unpacks them."""
 
     def __init__(self, model: nn.Module, device: torch.device, least: int) -> None:
         self._model, self._least = model, least
@@ -106,7 +106,7 @@ class _Mover:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def hooks(self) -> AbstractContextManager[None]:
-        """What is kept for the backward pass within this context is moved."""
+        """Within this context, tensors saved for backward are offloaded."""
         weights = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
 
         def keep(tensor: Tensor) -> tuple[torch.device, Tensor]:

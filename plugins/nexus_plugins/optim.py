@@ -1,4 +1,4 @@
-"""Any optimizer class, with its own arguments and parameter groups by name patterns."""
+"""Any optimizer class, with its own arguments, and parameter groups by name pattern."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Flat(PluginConfig):
     @model_validator(mode="before")
     @classmethod
     def _gathered(cls, given: Any) -> Any:
-        """Put what is no setting of its own among the arguments."""
+        """Collect unknown keys as arguments of the optimizer."""
         if not isinstance(given, Mapping) or not isinstance(given.get("args", {}), Mapping):
             return given
         own = {key: value for key, value in given.items() if key in cls.model_fields}
@@ -52,24 +52,24 @@ class _Flat(PluginConfig):
 
     @model_serializer(mode="wrap")
     def _stored(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
-        """The arguments stand beside the others again, where `--set` and a reader expect them."""
+        """Store the arguments next to the other settings, where `--set` looks for them."""
         content = dict(dump(self))
         return {**{k: v for k, v in content.items() if k != "args"}, **content["args"]}
 
     def arguments(self) -> Arguments:
-        """All arguments by name, the learning rate where it is set."""
+        """All arguments by name, including the learning rate if set."""
         rate: Arguments = {} if self.lr is None else {"lr": self.lr}
         return {**rate, **self.args}
 
 
 class OptimGroupConfig(_Flat):
-    """Other settings for the parameters whose names match a pattern."""
+    """Settings for the parameters whose names match a pattern."""
 
     match: str = Field(description="glob pattern of parameter names: '*.bias' matches every bias")
 
 
 class OptimConfig(_Flat, Call):
-    """An optimizer class and its arguments; what is no key of this table is one of them."""
+    """An optimizer class and its arguments; every other key is passed to the class."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -92,10 +92,9 @@ class OptimConfig(_Flat, Call):
 class OptimPlugin(Plugin[OptimConfig]):
     """Trains with any optimizer class: one of `torch.optim`, of a package, or your own.
 
-    All settings are the class's own, with its defaults. So, unlike with
-    `optim_adamw`, weight decay applies to all parameters not excluded by a group. A function works;
-    it receives the parameters or groups of them, or the model if its first
-    parameter is called `model`.
+    All settings and defaults are those of the class. So, unlike with `optim_adamw`, weight decay
+    applies to all parameters that no group excludes. A function works too; it receives the
+    parameters or parameter groups, or the model if its first parameter is called `model`.
     """
 
     config_class = OptimConfig
@@ -134,10 +133,10 @@ class OptimPlugin(Plugin[OptimConfig]):
 
     @hookimpl
     def make_optimizer(self, engine: Engine) -> Optimizer:
-        """Build the optimizer over the model's parameters that are trained.
+        """Build the optimizer over the model's trained parameters.
 
         Raises:
-            ConfigError: a pattern matches no parameter, all are frozen, or the class refuses its
+            ConfigError: a pattern matches no parameter, all are frozen, or the class rejects its
                 arguments.
         """
         freeze(engine.model, self.config.freeze, "optim.freeze")

@@ -36,8 +36,8 @@ class OptimAdamwConfig(OptimizerConfig):
 class OptimAdamwPlugin(Plugin[OptimAdamwConfig]):
     """Trains with AdamW; weight decay applies to matrices only.
 
-    Biases, norms, embeddings (and a head tied to one), vectors and parameters with an attribute
-    `_no_weight_decay = True` do not decay.
+    Biases, norms, embeddings (and a head tied to one), vectors, and parameters with the attribute
+    `_no_weight_decay = True` are not decayed.
 
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; the update is
     `torch.optim.AdamW`, fused on CPU and CUDA.
@@ -48,7 +48,7 @@ class OptimAdamwPlugin(Plugin[OptimAdamwConfig]):
 
     @hookimpl
     def make_optimizer(self, engine: Engine) -> Optimizer:
-        """Build AdamW over the model's parameters, grouped by pattern and by what decays.
+        """Build AdamW over the model's parameters, grouped by pattern and weight decay.
 
         Raises:
             ConfigError: a pattern matches no parameter, or all are frozen.

@@ -44,13 +44,13 @@ class OptimMuonConfig(OptimizerConfig):
 class OptimMuonPlugin(Plugin[OptimMuonConfig]):
     """Trains hidden matrices with Muon, whose updates are orthogonalized, and the rest with AdamW.
 
-    All else: vectors, norms, biases, embeddings, heads, convolutions, and what `exclude` names. A
-    head is a linear map to as many outputs as an embedding has entries, where no linear map takes
-    that many, or it stands outside every ModuleList and mirrors the embedding's shape. The summary
-    of the run says what Muon got. Decay as in `optim_adamw`.
+    The rest: vectors, norms, biases, embeddings, heads, convolutions, and what `exclude` names. A
+    linear layer counts as a head if it has as many outputs as an embedding has entries and no
+    linear layer takes that many inputs, or if it is outside every ModuleList and mirrors the
+    embedding's shape. The run summary says what Muon trains. Weight decay as in `optim_adamw`.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the
-    matched length: Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4;
+    matched update norm: Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4;
     `torch.optim.Muon`, whose products are in bfloat16 on every device.
     """
 
@@ -60,7 +60,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """How many matrices Muon trained."""
+        """Say how many matrices Muon trained."""
         return {"muon": self._trained}
 
     @hookimpl
@@ -68,7 +68,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         """Build both over the model's parameters.
 
         Raises:
-            ConfigError: a pattern matches nothing, or there is no matrix.
+            ConfigError: a pattern matches nothing, or the model has no hidden matrix.
         """
         config = self.config
         hidden = _hidden_matrices(engine.model, config.exclude)
@@ -102,7 +102,7 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, with products in float32 on a CPU, where bfloat16 is slow."""
+    """PyTorch's Muon, with matmuls in float32 on CPU, where bfloat16 is slow."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -127,9 +127,10 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with singular values near one, by five Newton-Schulz iterations.
+    """The matrix with its singular values brought near one, by five Newton-Schulz iterations.
 
-    Source: Jordan et al. 2024, with their coefficients; values end between 0.7 and 1.2.
+    Source: Jordan et al. 2024, with their coefficients; the singular values end up between 0.7 and
+    1.2.
     """
     is_tall = len(matrix) > matrix.shape[1]
     x = matrix.mT if is_tall else matrix
@@ -143,11 +144,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class MuonAndAdamw(Optimizer):
-    """Two optimizers that look like one: common groups, common state, one step.
+    """Two optimizers behind one interface: shared groups, shared state, one step.
 
     Args:
         muon: over the matrices.
-        adamw: over other parameters.
+        adamw: over the other parameters.
     """
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
@@ -163,7 +164,7 @@ class MuonAndAdamw(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and state for both."""
+        """Load groups and state into both."""
         super().load_state_dict(state_dict)
         self._link()
 

@@ -30,14 +30,14 @@ class PcgradConfig(PluginConfig):
 class PcgradPlugin(Plugin[PcgradConfig]):
     """Projects conflicting gradients of the loss terms away from one another.
 
-    Where the gradients of two terms point against each other over the parameters that several
-    terms reach, each loses its part along the other. A parameter that one term reaches keeps its
-    gradient. It acts on the gradient of the whole step, whatever its split into micro-batches,
-    and costs a backward pass and a copy of the gradient per term.
+    Where the gradients of two terms conflict (negative inner product over the parameters that
+    several terms reach), each loses its component along the other. A parameter reached by only one
+    term keeps its gradient. It acts on the gradient of the whole step, however it is split into
+    micro-batches, and costs a backward pass and a copy of the gradient per term.
 
     Source: Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1. All
-    projections are linear combinations of the gradients, so they are worked out on the matrix
-    of inner products. The random order of the projections is a function of seed and step.
+    projections are linear combinations of the gradients, so they are computed on the matrix of
+    inner products. The random order of the projections is a function of seed and step.
     """
 
     config_class = PcgradConfig
@@ -49,7 +49,7 @@ class PcgradPlugin(Plugin[PcgradConfig]):
 
     @hookimpl
     def backward(self, engine: Engine, terms: Mapping[str, Tensor], step: Step) -> bool:
-        """Take each term's gradient by itself; with the last micro-batch, combine them."""
+        """Compute each term's gradient separately; with the last micro-batch, combine them."""
         parameters = [p for p in engine.parameters(step.turn) if p.requires_grad]
         if step.place == 0:
             self._gradients = {}
@@ -83,11 +83,11 @@ def _combined(gradients: Sequence[Gradient], order: random.Random) -> Gradient:
 
 
 def _projected(products: Tensor, order: random.Random) -> Tensor:
-    """How much of each gradient is in the sum of the projected ones.
+    """The coefficient of each gradient in the sum of the projected ones.
 
     Args:
         products: inner products `(terms, terms)` of the gradients.
-        order: draws in which order each is projected onto the others.
+        order: generator of the order in which each is projected against the others.
     """
     terms = len(products)
     shares = torch.eye(terms, device=products.device)

@@ -37,8 +37,8 @@ class RecomputeConfig(PluginConfig):
 class RecomputePlugin(Plugin[RecomputeConfig]):
     """Keeps only the inputs of the selected modules, and reruns them in the backward pass.
 
-    Gradients are bitwise the same, including dropout, since random generators are restored for
-    the second run. The model's names and `state_dict` do not change.
+    Gradients are bitwise identical, including dropout, since random generators are restored for the
+    second run. Parameter names and `state_dict` do not change.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost";
     `torch.utils.checkpoint`, without re-entering autograd.
@@ -53,7 +53,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
         """Wrap the modules.
 
         Raises:
-            ConfigError: a pattern matches no module, or the model has none to choose.
+            ConfigError: a pattern matches no module, or the model has none to select.
         """
         self._wrapped = self._chosen(engine.model)[:: self.config.every]
         for module in self._wrapped:
@@ -61,7 +61,7 @@ class RecomputePlugin(Plugin[RecomputeConfig]):
 
     @hookimpl
     def on_close(self) -> None:
-        """Give the modules their own `forward` back."""
+        """Restore the modules' own `forward`."""
         for module in getattr(self, "_wrapped", []):
             give_back_forward(module)
         self._wrapped = []

@@ -63,7 +63,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
     _tags: frozenset[str] = frozenset()
 
     def open(self, engine: Engine) -> None:
-        """Begin an event file, with the point that it takes up, and the config."""
+        """Open an event file, marking the step it resumes from, and write the config."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
         from torch.utils.tensorboard import FileWriter
         from torch.utils.tensorboard.summary import hparams, text
@@ -115,7 +115,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
         self._writer.add_summary(summary(title, shown), engine.state.step)  # type: ignore[no-untyped-call]
 
     def write_image(self, engine: Engine, title: str, image: Image) -> None:
-        """Write the image for the Images tab, under its title and `/image`, and the caption."""
+        """Write the image for the Images tab, as the title plus `/image`, and its caption."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if self._writer is None:
@@ -128,7 +128,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """How to look at the curves."""
+        """Say how to view the curves."""
         folder = Path(engine.out or "", self.config.folder)
         logs = engine.out if engine.out in folder.parents else folder
         return {
@@ -137,7 +137,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
         }
 
     def close(self, engine: Engine) -> None:
-        """Write what is left, and close the file."""
+        """Flush and close the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

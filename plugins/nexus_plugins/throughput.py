@@ -25,10 +25,10 @@ class ThroughputConfig(PluginConfig):
 class ThroughputPlugin(Plugin[ThroughputConfig]):
     """Logs speed and memory; does not affect training.
 
-    `system/throughput_tokens_per_sec`: tokens of all processes (rows, where batches hold no
-    `input_ids`) by the seconds of training since the last log; what logging, evaluating and saving
-    took is not counted. `system/gpu_memory`: most memory of tensors since the last log, in GiB,
-    on CUDA. `system/cpu_memory`: most resident memory of the process so far, in GiB, elsewhere.
+    `system/throughput_tokens_per_sec`: tokens of all ranks (rows, if batches hold no `input_ids`)
+    per second of training since the last log, not counting logging, evaluation and saving.
+    `system/gpu_memory`: peak allocated memory since the last log, in GiB, on CUDA.
+    `system/cpu_memory`: peak resident memory of the process so far, in GiB, elsewhere.
     """
 
     config_class = ThroughputConfig
@@ -49,7 +49,7 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
 
     @hookimpl
     def collect_metrics(self, engine: Engine) -> dict[str, float]:
-        """Speed since the last log (the device has just been waited for), and memory."""
+        """Speed since the last log (the device has just been synced), and memory."""
         now, tokens = time.perf_counter(), engine.state.tokens
         seconds = max(now - self._since - self._paused, 1e-9)
         rate = (tokens - self._tokens) / seconds
@@ -58,7 +58,7 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
 
     @hookimpl(stage="clock")
     def on_step_end(self, engine: Engine) -> None:
-        """Take what came after the update (log, evaluation, checkpoint) out of the time."""
+        """Exclude what followed the update (log, evaluation, checkpoint) from the time."""
         trained_until = max(self._started + engine.state.seconds, self._since)
         self._paused += time.perf_counter() - trained_until
 

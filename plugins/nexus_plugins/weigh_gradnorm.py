@@ -44,17 +44,17 @@ class WeighGradnormConfig(PluginConfig):
 
 
 class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
-    """Balances the terms' gradient norms on the weights they share.
+    """Balances the terms' gradient norms on the weights that they share.
 
-    A term's gradient norm is moved towards the mean of all, times its relative inverse training
-    rate to the power `alpha` (1 for a term that began at zero or below), times its own `weight`.
+    Each term's gradient norm is moved towards the mean norm, times its relative inverse training
+    rate to the power `alpha` (1 for a term that started at zero or below), times its own `weight`.
     The weights sum to the number of terms and are logged as `weight/<term>`. A term whose gradient
     is zero or not finite keeps its weight, and the others are balanced among themselves. One that
     does not reach the shared weights, or has no weight above zero, keeps its own.
 
     Source: Chen et al. 2018, "GradNorm", algorithm 1. Deviation: the paper descends on the
     distance to the target in the weights, which may turn them negative; here their logarithms
-    go a share of the way to the same fixed point, so scales far apart are balanced as quickly.
+    move part of the way to the same fixed point, so widely different scales balance as quickly.
     """
 
     config_class = WeighGradnormConfig
@@ -70,7 +70,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Find the parameters that may be shared; a pattern without match is an error."""
+        """Find the parameters that may be shared; a pattern that matches nothing is an error."""
         self._chosen(engine)
 
     def _chosen(self, engine: Engine) -> list[nn.Parameter]:
@@ -84,7 +84,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
     @hookimpl
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:
-        """The weights of the terms of this step: their own until there has been an update."""
+        """The terms' weights in this step: the configured ones until the first update."""
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         weights: dict[str, Tensor | float] = {name: own.get(name, 1.0) for name in terms}
         known = [name for name in terms if name in self._weights and own.get(name, 1.0) > 0]
@@ -97,7 +97,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     def backward(
         self, engine: Engine, terms: Mapping[str, Tensor], step: Step
     ) -> Generator[None, bool, bool]:
-        """Where an update is due, take each term's gradient by itself before the common one."""
+        """If an update is due, compute each term's gradient before the combined backward pass."""
         if (step.number - 1) % self.config.every == 0 and not step.again:
             own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
             on = {name: term for name, term in terms.items() if own.get(name, 1.0) > 0}
@@ -172,7 +172,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         return {"weights": dict(self._weights), "first_losses": dict(self._first_losses)}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take over weights and first losses."""
+        """Restore weights and first losses."""
         self._weights = dict(cast(dict[str, Tensor], state["weights"]))
         self._first_losses = dict(cast(dict[str, Tensor], state["first_losses"]))
 

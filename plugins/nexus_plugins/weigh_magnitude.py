@@ -35,9 +35,9 @@ class WeighMagnitudeConfig(PluginConfig):
 class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
     """Divides each loss term by the running mean of its magnitude.
 
-    The mean is corrected for its start at zero, as Adam's are. A term's own `weight` is its share:
-    twice the weight, twice the part in the total. A term that has not had a finite loss yet counts
-    with its own weight until it has. Weights are logged as `weight/<term>`.
+    The mean is bias-corrected, as in Adam. A term's own `weight` is its share: twice the weight,
+    twice the contribution to the total. A term without a finite loss so far uses its own weight.
+    Weights are logged as `weight/<term>`.
     """
 
     config_class = WeighMagnitudeConfig
@@ -51,7 +51,7 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
 
     @hookimpl
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor | float]:
-        """The weights of the terms of this step, from the steps before it."""
+        """The terms' weights in this step, from the losses of earlier steps."""
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         weights: dict[str, Tensor | float] = {name: own.get(name, 1.0) for name in terms}
         seen = {n: self._filled[n].to(engine.device) > 0 for n in terms if n in self._filled}
@@ -68,7 +68,7 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
-        """Move the means towards this step's losses; a loss that is not finite is left out."""
+        """Update the means with this step's losses; non-finite losses are skipped."""
         keep = self.config.momentum
         for name, loss in step.losses.items():
             size = engine.ranks.sum(loss).detach().abs().float()
@@ -79,11 +79,11 @@ class WeighMagnitudePlugin(Plugin[WeighMagnitudeConfig]):
             self._filled[name] = torch.where(finite, keep * filled + (1 - keep), filled)
 
     def state_dict(self) -> StateDict:
-        """The running means, and how far each has come from its start at zero."""
+        """The running means, and the bias correction of each."""
         return {"means": dict(self._means), "filled": dict(self._filled)}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take over the running means."""
+        """Restore the running means."""
         self._means = dict(cast(dict[str, Tensor], state["means"]))
         self._filled = dict(cast(dict[str, Tensor], state["filled"]))
 

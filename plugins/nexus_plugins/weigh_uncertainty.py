@@ -28,15 +28,15 @@ class WeighUncertaintyConfig(PluginConfig):
 class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
     """Weights each term by `exp(-s)`, with a log-variance `s` learned along with the model.
 
-    What is minimised is the sum over terms of `exp(-s) * loss + s`; its gradient in `s` is known,
-    `1 - exp(-s) * loss`, so `s` moves towards the logarithm of its loss without a graph. The
-    `s` does not show in `train/total_loss`. Weights, times the term's own `weight`, are logged
-    as `weight/<term>`. Only a positive loss tells a noise level: while a term is zero or below,
-    its `s` stays where it is, for the sum above would have no minimum.
+    The objective is the sum over terms of `exp(-s) * loss + s`; its gradient in `s` is known in
+    closed form, `1 - exp(-s) * loss`, so `s` moves towards the logarithm of its loss without
+    autograd. The added `s` is not part of `train/total_loss`. Weights, times the term's own
+    `weight`, are logged as `weight/<term>`. Only a positive loss implies a noise level: while a
+    term is zero or below, its `s` is left unchanged, since the sum above would have no minimum.
 
     Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh
-    Losses", equation 10 with the common factor 1/2 left out. Deviation: `s` has plain gradient
-    descent of its own with the gradient limited to -1..1, so that a loss of any scale moves it
+    Losses", equation 10 with the common factor 1/2 left out. Deviation: `s` is updated by plain
+    gradient descent with the gradient clipped to -1..1, so that a loss of any scale moves it
     evenly; the paper trains it with the model's optimizer.
     """
 
@@ -50,7 +50,7 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
 
     @hookimpl
     def weigh_losses(self, engine: Engine, terms: tuple[str, ...]) -> dict[str, Tensor]:
-        """The weights of the terms of this step."""
+        """The terms' weights in this step."""
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
         weights = {}
         for name in terms:
@@ -62,7 +62,7 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
-        """Descend in each log-variance; one whose loss is not positive and finite stays."""
+        """Update each log-variance whose loss is positive and finite."""
         for name, loss in step.losses.items():
             variance = self._log_variances[name]
             value = engine.ranks.sum(loss).detach().float()
@@ -75,5 +75,5 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
         return {"log_variances": dict(self._log_variances)}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take over the log-variances."""
+        """Restore the log-variances."""
         self._log_variances = dict(cast(dict[str, Tensor], state["log_variances"]))

@@ -37,9 +37,9 @@ class WorthPlugin(Plugin[WorthConfig]):
     does not show what the module's loss taught the rest of the model; that takes a run without the
     module.
 
-    The model has `active_modules`, a tuple of names, and `without(name)`, a context manager; it may
-    have `writing_modules`, those of them that have something to leave out. A
-    measurement is one evaluation of those batches and one more for each module.
+    The model must have `active_modules`, a tuple of names, and `without(name)`, a context manager;
+    it may have `writing_modules`, the ones among them that can be ablated. A measurement costs one
+    evaluation of these batches, plus one for each module.
     """
 
     config_class = WorthConfig
@@ -51,7 +51,7 @@ class WorthPlugin(Plugin[WorthConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse a model without modules that can be left out (a ConfigError)."""
+        """Reject a model without modules that can be ablated (ConfigError)."""
         model = engine.model
         if not getattr(model, "active_modules", ()) or not hasattr(model, "without"):
             raise ConfigError(
@@ -63,12 +63,12 @@ class WorthPlugin(Plugin[WorthConfig]):
 
     @hookimpl
     def evaluating(self) -> None:
-        """An evaluation begins; its first set is still to be measured."""
+        """Start an evaluation; its first set is to be measured."""
         self._measured = self._evaluations % self.config.every > 0
 
     @hookimpl
     def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
-        """The worth of each module on the first set, as `module/<name>_worth`."""
+        """Measure the worth of each module on the first set, as `module/<name>_worth`."""
         if self._measured:
             return {}
         self._measured = True  # for the evaluations below too, which ask this again
@@ -86,20 +86,20 @@ class WorthPlugin(Plugin[WorthConfig]):
 
     @hookimpl
     def on_eval(self) -> None:
-        """An evaluation is complete."""
+        """Count a finished evaluation."""
         self._evaluations += 1
 
     def state_dict(self) -> StateDict:
-        """How many evaluations there were."""
+        """The number of evaluations so far."""
         return {"evaluations": self._evaluations}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Count on from there."""
+        """Restore the count."""
         self._evaluations = cast(int, state["evaluations"])
 
 
 class _First:
-    """The first batches of some data, which keeps all that it says about itself.
+    """The first batches of a loader, with the loader's other attributes kept.
 
     Args:
         data: batches that can be read again.

@@ -440,9 +440,9 @@ def test_show_tells_settings_hooks_order_and_state() -> None:
     for said in (
         r"^from +nexus-trainer [\d.]+, nexus_plugins.ema:EmaPlugin$",
         r"^built for +plugin API 1.2$",
-        r"^state +version 1: The average and how many steps are in it\.$",
+        r"^state +version 1: The average and the number of steps it covers\.$",
         r"^  decay: float >= 0 < 1, default 0.999\n      decay of the average",
-        r"^  evaluating +Evaluate with the average .*$",
+        r"^  evaluating +Evaluate with the averaged weights.*$",
     ):
         assert re.search(said, shown, re.MULTILINE), said
     amp = CliRunner().invoke(nexus_plugins, ["show", "amp"]).output

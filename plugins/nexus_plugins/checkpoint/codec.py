@@ -1,17 +1,17 @@
-"""Trees of Python values as JSON and a flat dict of tensors, and back to the same values.
+"""Encode trees of Python values as JSON and a flat dict of tensors, and decode them.
 
-JSON cannot say everything that a state holds. What it cannot is an object with one key:
+JSON cannot represent everything in a state. The rest is an object with one key:
 
     {"$tensor": "state.0.exp_avg"}     a tensor, under its key in the safetensors file
-    {"$float": "nan"}                  a float that is not finite ("inf", "-inf")
+    {"$float": "nan"}                  a non-finite float ("inf", "-inf")
     {"$int": "0x10000000000000000"}    an int beyond 64 bits
     {"$tuple": [0.9, 0.95]}            a tuple
     {"$bytes": "7b7d"}                 bytes, in hexadecimal
     {"$dict": [[0, ...], [1, ...]]}    a dict whose keys are not plain strings
     {"$ordered": [["a", ...], ...]}    an OrderedDict, such as a module's state_dict
 
-Tensors that are one and the same memory (tied weights) are stored once, under their first name,
-and come back as one tensor.
+Tensors that share memory (tied weights) are stored once, under their first name, and are restored
+as one tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RESERVED = "__metadata__"  # a safetensors header's own key
 
 
 class TensorBag:
-    """Collects the tensors of a tree under unique names, each piece of memory once."""
+    """Collects the tensors of a tree under unique names, each storage once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -66,17 +66,17 @@ class TensorBag:
 
 
 def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Json:
-    """Turn a tree into JSON; its tensors go into the bag.
+    """Encode a tree as JSON; its tensors go into the bag.
 
     Args:
         value: dicts, lists, tuples, tensors, strings, bytes, numbers, booleans and None, and
-            nothing that is derived from them: it would come back as what it is derived from.
+            no subclasses of them: those would be restored as the base type.
         bag: takes the tensors.
-        path: the tree's own place, for the names of the tensors and for errors.
-        depth: of that place.
+        path: the path of the tree, for tensor names and error messages.
+        depth: of that path.
 
     Raises:
-        CheckpointError: something in the tree is of another type, or it does not end.
+        CheckpointError: the tree holds an unsupported type, or is recursive.
     """
     if depth > _DEPTH:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _advice(value: object) -> str:
 
 
 def decode(value: Json, tensors: Mapping[str, Tensor]) -> object:
-    """Turn what `encode` wrote back into the tree.
+    """Decode what `encode` wrote.
 
     Raises:
         CheckpointError: it was not written by `encode`, or a tensor is missing.

@@ -1,4 +1,4 @@
-"""`nexus-run export`: the model of a checkpoint, by itself."""
+"""`nexus-run export`: export the model of a checkpoint."""
 
 from __future__ import annotations
 

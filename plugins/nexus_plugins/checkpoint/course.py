@@ -1,9 +1,9 @@
-"""What a run was resumed from, written down until its first save and used to find back to it.
+"""Record which checkpoint a run was resumed from, until its first own save.
 
 A run may be resumed from another run's checkpoint, or from an earlier one of its own. If it is
-killed before it has saved, the newest checkpoint in its folder is one of the course that it has
-left. So `course.json` names the checkpoint before any other is set aside, and `--resume auto`
-looks there.
+killed before it saves, the newest checkpoint in its folder belongs to the abandoned history. So
+`course.json` records the resumed checkpoint before any other is set aside, and `--resume auto`
+reads it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _LIMIT = 1 << 16
 
 @dataclass(frozen=True)
 class Course:
-    """A start from a checkpoint that somebody named.
+    """A start from an explicitly named checkpoint.
 
     Args:
-        asked: what was named: "best", "final", or a path, made absolute.
+        asked: what was given: "best", "final", or an absolute path.
         source: the folder of the checkpoint.
-        ready: whether checkpoints of other courses have been set aside.
-        launch: host and process of the launcher that started the run.
+        ready: whether later checkpoints of the old history have been set aside.
+        launch: host and process id of the launcher that started the run.
     """
 
     asked: str
@@ -42,17 +42,17 @@ class Course:
     launch: Sequence[str]
 
     def is_foreign(self, root: Path) -> bool:
-        """Whether the checkpoint is not one of the run's own folder of checkpoints."""
+        """Whether the checkpoint is outside the run's own checkpoint folder."""
         return Path(self.source).parent != root.resolve()
 
 
 def begun(asked: str, source: Path) -> Course:
-    """The course that begins now."""
+    """The course that starts now."""
     return Course(_absolute(asked), str(source.resolve()), False, _launch())
 
 
 def note(course: Course, root: Path, *, ready: bool) -> None:
-    """Write it down, all of it or nothing.
+    """Write it atomically.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -73,25 +73,25 @@ def note(course: Course, root: Path, *, ready: bool) -> None:
 
 
 def forget(root: Path) -> None:
-    """A run that begins at the start has not been resumed from anywhere."""
+    """Delete the record: a run from scratch has not been resumed."""
     with suppress(FileNotFoundError, NotADirectoryError):
         (root / FILE).unlink()
 
 
 def source_for(asked: str, root: Path, *, saved: bool) -> str:
-    """What to read where `asked` is to be resumed from.
+    """The checkpoint to read if `asked` is to be resumed from.
 
     Args:
         asked: "auto", a name or a path.
         root: the run's own folder of checkpoints.
-        saved: whether there is a checkpoint in it.
+        saved: whether it holds a checkpoint.
 
     Returns:
-        The same; or "auto" where the launcher has started this run again since; or the checkpoint
-        that the run was resumed from, where it has not saved since.
+        `asked`; or "auto" if the launcher has since restarted this run; or the checkpoint that the
+        run was resumed from, if it has not saved since.
 
     Raises:
-        CheckpointError: what was written down cannot be read.
+        CheckpointError: the record cannot be read.
     """
     course = _read(root)
     if course is None:

@@ -1,4 +1,4 @@
-"""A checkpoint's model alone, for programs that know nothing of runs."""
+"""Export only the model of a checkpoint, for programs that do not know runs."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ The weights of a model of `{plugin}`, trained for {steps} steps, as `nexus-run e
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is to be exported.
+    """How to export a model.
 
     Args:
-        ema: the averaged weights that the plugin `ema` keeps, where there are any.
-        adapters: put into the weights below, or by themselves.
-        shard: the largest size of a file of weights, such as "5GB".
+        ema: export the averaged weights of the plugin `ema`, if there are any.
+        adapters: merged into the base weights, or exported separately.
+        shard: the maximum size of a weight file, such as "5GB".
     """
 
     ema: bool = False
@@ -58,10 +58,10 @@ Exporter: TypeAlias = Callable[[Path, Path, Options], list[Path]]
 
 
 def exporter(name: str) -> Exporter:
-    """The format that a package offers under a name, by the entry-point group `nexus.exporters`.
+    """Load an export format by name, from the entry-point group `nexus.exporters`.
 
     Raises:
-        ConfigError: there is no such format, or a package that it needs is missing.
+        ConfigError: the format does not exist, or a package that it needs is missing.
     """
     found = {entry.name: entry for entry in entry_points(group="nexus.exporters")}
     if name not in found:
@@ -81,23 +81,22 @@ def exporter(name: str) -> Exporter:
 def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
     """Write a model's weights, its settings and its tokenizer into a folder.
 
-    Every byte of the checkpoint is checked on the way. Tied weights are written under each of
-    their names.
+    Every byte of the checkpoint is verified. Tied weights are written under each of their names.
 
     Args:
-        source: the folder of a checkpoint, a name of one (`best`, `final`), or the folder of a
-            run, which means its newest checkpoint.
+        source: a checkpoint folder, a name (`best`, `final`), or a run folder, which means its
+            newest checkpoint.
         out: a new folder.
-        ema: take the averaged weights that the plugin `ema` keeps, where there are any.
+        ema: export the averaged weights of the plugin `ema`, if there are any.
 
     Returns:
         What was written: `model.safetensors`, `config.json` (the settings of the model's plugin
-        and its tensors' sizes), `README.md`, which says what it is, and `tokenizer.json` where the
-        run has one.
+        and its tensor shapes), `README.md`, which describes it, and `tokenizer.json` if the run has
+        one.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it holds no average, or what somebody
-            has written into it.
+        CheckpointError: there is no valid checkpoint, it has no average, or it has been tampered
+            with.
         ConfigError: the folder exists.
     """
     if out.exists():
@@ -163,10 +162,10 @@ def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any
 
 
 def blocks_of(raw: bytes | None) -> dict[str, dict[str, Any]]:
-    """The settings of the plugins by name, from a config that somebody may have written.
+    """The plugins' settings by name, from an untrusted config.
 
     Args:
-        raw: the checkpoint's `config.yaml`; None: it has none.
+        raw: the checkpoint's `config.yaml`; None if it has none.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -1,8 +1,8 @@
-"""The copy of a state in host memory, made quickly because the loop waits for it.
+"""Copy a state to host memory, quickly, because training waits for it.
 
-All tensors go side by side into one block of memory that is kept for the next save: memory that
-has been touched before takes a copy several times as fast as new memory does. On an accelerator the
-block is page-locked and the copies are queued behind the step; the host waits for nothing.
+All tensors go into one block of memory that is reused by the next save: copying into memory that
+has been touched before is several times faster. On an accelerator the block is page-locked and the
+copies are queued behind the step, so the host does not wait.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _ALIGNMENT = 64
 
 
 class HostCopy:
-    """Copies tensors into memory of its own, the same memory each time."""
+    """Copies tensors into its own memory, the same each time."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._queued: list[torch.Event] = []
 
     def reserve(self, tensors: Iterable[Tensor], spare: int = 0) -> None:
-        """Get the memory for such tensors ready, which takes longer than copying them.
+        """Allocate memory for such tensors, which takes longer than copying them.
 
         Args:
-            tensors: as many and as large as those to come.
-            spare: bytes beyond that.
+            tensors: as many and as large as those to be copied.
+            spare: additional bytes.
         """
         listed = list(tensors)
         size = spare + sum(_space(tensor) for tensor in listed)
@@ -41,7 +41,7 @@ class HostCopy:
             self._block.numpy().fill(0)
 
     def copy(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies of all tensors, good until the next call; see `wait` before reading them."""
+        """Copies of all tensors, valid until the next call; call `wait` before reading them."""
         self.reserve(tensor for group in groups.values() for tensor in group.values())
         copies: dict[str, dict[str, Tensor]] = {name: {} for name in groups}
         place = 0
@@ -57,7 +57,7 @@ class HostCopy:
         return copies
 
     def wait(self) -> None:
-        """Return when the copies hold what the tensors held at the time of `copy`."""
+        """Wait until the copies hold the tensors' values at the time of `copy`."""
         while self._queued:
             self._queued.pop().synchronize()
 

@@ -1,4 +1,4 @@
-"""The kinds of values in a plugin's state, compared with those that the plugin starts with."""
+"""Compare the value types in a saved plugin state with those of a fresh plugin."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ _KINDS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
 
 
 def kinds_of(engine: Engine) -> dict[str, Kinds]:
-    """The kinds in each plugin's state; call it before anything is trained or restored.
+    """The value types in each plugin's state; call it before anything is trained or restored.
 
-    What is None or is not there then may become anything.
+    What is None or missing then may become anything.
     """
     return {name: _kinds(plugin.state_dict()) for name, plugin in engine.plugins.items()}
 
 
 def check_kinds(saved: object, expected: Kinds, where: str) -> None:
-    """See that what a plugin would take back is of the kind that it keeps.
+    """Check that a saved plugin state has the types that the plugin expects.
 
-    A plugin reads its state with trust: text in the place of a number would end as an error in the
-    first step, far from its cause.
+    Plugins trust their state: text instead of a number would only fail in the first step, far from
+    the cause.
 
     Args:
         saved: of the checkpoint.
         expected: of the plugin.
-        where: the place, for the error.
+        where: the path, for the error message.
 
     Raises:
-        CheckpointError: a value is of another kind, or a number that no float can hold.
+        CheckpointError: a value has another type, or is a number that no float can hold.
     """
     if expected == "":
         return

@@ -1,8 +1,8 @@
-"""Who wrote a checkpoint, and how the run that is to resume from it differs.
+"""What wrote a checkpoint, and how the run that resumes from it differs.
 
 Each setting has a policy for a difference. `Field(..., json_schema_extra={"resume": "locked"})`
-makes it an error (the batch size, whose change would move the data cursor), `"ignored"` lets it
-pass in silence (where to log), and a setting that says nothing is applied, and said.
+makes it an error (the batch size, which would move the data cursor), `"ignored"` accepts it
+silently (where to log), and any other difference is applied and reported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ENGINE_POLICIES = {"seed": "locked", "out": "ignored", "plugins": "ignored"}
 
 @dataclass(frozen=True)
 class Difference:
-    """One way in which a run is not the one that wrote the checkpoint.
+    """One difference between this run and the one that wrote the checkpoint.
 
     Args:
         what: the key, or the plugin, and both values, in words.
@@ -56,7 +56,7 @@ class Difference:
 
 
 def describe(engine: Engine) -> dict[str, Json]:
-    """What `lock.json` holds: versions, and the settings of the engine and of each plugin."""
+    """The content of `lock.json`: versions, and the settings of the engine and each plugin."""
     entries = {
         name: (entry.value.split(".")[0].split(":")[0], entry.dist)
         for name, entry in installed().items()
@@ -92,21 +92,21 @@ def describe(engine: Engine) -> dict[str, Json]:
 
 
 def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str]:
-    """Hold a checkpoint's lock against the run that is to resume from it.
+    """Compare a checkpoint's lock with the run that resumes from it.
 
     Args:
         saved: the content of its `lock.json`.
         engine: of the run.
-        policy: "exact" refuses other plugins and other versions of them; "compatible" lets
-            versions differ, plugins come, and plugins go that kept no state; "force" refuses
-            nothing that can be loaded.
-        whose: the plugin whose setting the policy is.
+        policy: "exact" rejects other plugins or plugin versions; "compatible" accepts other
+            versions, added plugins, and removed plugins without state; "force" accepts anything
+            that can be loaded.
+        whose: the plugin that the policy is a setting of.
 
     Returns:
-        What differs and is accepted, in words.
+        The accepted differences, in words.
 
     Raises:
-        CheckpointError: something differs that the policy refuses; each thing is named.
+        CheckpointError: the policy rejects a difference; all of them are listed.
     """
     now = describe(engine)
     theirs, ours = _table(saved, "plugins"), _table(now, "plugins")
@@ -135,19 +135,19 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
 
 
 def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose: str) -> str:
-    """Hold the data that a checkpoint was in against the data that the run is to continue with.
+    """Compare the data of a checkpoint with the data that the run continues with.
 
     Args:
         saved: of the snapshot.
-        now: the fingerprint of the data, where it has one.
-        policy: "exact" refuses other data.
-        whose: the plugin whose setting the policy is.
+        now: the fingerprint of the data, if it has one.
+        policy: "exact" rejects different data.
+        whose: the plugin that the policy is a setting of.
 
     Returns:
-        How it differs, in words; nothing where it does not, or that cannot be told.
+        The difference, in words; empty if there is no difference or it is unknown.
 
     Raises:
-        CheckpointError: it differs, and the policy refuses that.
+        CheckpointError: it differs, and the policy rejects that.
     """
     before = saved["fingerprint"] if saved is not None else None
     if before is None or now is None or before == now:
@@ -163,19 +163,19 @@ def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose
 
 
 def compare_numerics(saved: Json, device: torch.device, policy: Policy, whose: str) -> list[str]:
-    """Hold how a checkpoint was computed against how this run computes.
+    """Compare how a checkpoint was computed with how this run computes.
 
     Args:
-        saved: of its `lock.json`; None where that is of an earlier release.
+        saved: of its `lock.json`; None if an earlier release wrote it.
         device: of this run.
-        policy: "exact" refuses a difference where the checkpoint's run was deterministic.
-        whose: the plugin whose setting the policy is.
+        policy: "exact" rejects a difference if the checkpoint's run was deterministic.
+        whose: the plugin that the policy is a setting of.
 
     Returns:
-        What differs and is accepted, in words.
+        The accepted differences, in words.
 
     Raises:
-        CheckpointError: something differs that the policy refuses; each thing is named.
+        CheckpointError: the policy rejects a difference; all of them are listed.
     """
     theirs = saved if isinstance(saved, dict) else {}
     found = list(differences(theirs, numerics(device)))
@@ -200,7 +200,7 @@ def _order(saved: list[str], now: list[str], engine: Engine) -> Iterator[Differe
 def drop_foreign_states(
     states: dict[str, Any], engine: Engine, policy: Policy, whose: str
 ) -> list[str]:
-    """Leave out the states of plugins that are not in this run, where the policy allows it.
+    """Drop the states of plugins that are not in this run, if the policy allows it.
 
     Returns:
         The names of the plugins whose state is lost.

@@ -1,10 +1,10 @@
-"""What an optimizer takes over from a checkpoint: whose state it is, and which settings are new.
+"""Restore an optimizer: check whose state it is, and which settings have changed.
 
-An optimizer believes what it is given. It takes the moments of another parameter, keeps the
-settings of the run that wrote them, and its fused kernels read as many numbers as the parameter
-has, wherever that leads. So class and parameters are compared by name, settings that this run was
-built with act where they differ from those of the run that wrote the checkpoint, and each state is
-compared with what a torch optimizer keeps for a small parameter of the same kind.
+An optimizer loads whatever it is given: the moments of another parameter, the settings of the run
+that wrote them, and a state of the wrong size, which its fused kernels then read out of bounds. So
+class and parameters are compared by name, this run's settings apply where they differ from those of
+the run that wrote the checkpoint, and each state is compared with what a torch optimizer keeps for
+a small parameter of the same kind.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Settings = dict[str, Any]
 
 
 def describe_optimizer(engine: Engine) -> dict[str, Json]:
-    """What `lock.json` says of the optimizer: its class, and by group the parameters and settings.
+    """The optimizer's entry in `lock.json`: its class, and each group's parameters and settings.
 
-    Call it before anything is restored, when the settings are those that it was built with.
+    Call it before anything is restored, while the settings are those it was built with.
     """
     named = {id(parameter): name for name, parameter in engine.model.named_parameters()}
     groups: list[Json] = []
@@ -65,22 +65,22 @@ def take_over(
     force: bool,
     whose: str,
 ) -> list[str]:
-    """Make the saved state of an optimizer fit to be loaded into this run's.
+    """Prepare a saved optimizer state for loading into this run's optimizer.
 
     Args:
-        snapshot: its optimizer's groups get this run's settings where those differ from what the
-            other run was built with, its tensors the layout of the parameters.
-        theirs: what `describe_optimizer` said when the checkpoint was written.
-        ours: what it says of this run.
+        snapshot: its groups get this run's settings where those differ from what the other run was
+            built with, its tensors the layout of the parameters.
+        theirs: what `describe_optimizer` returned when the checkpoint was written.
+        ours: what it returns for this run.
         engine: of this run.
-        force: begin with a fresh state where the optimizer is another one.
-        whose: the plugin whose setting that is.
+        force: start with a fresh state if the optimizer differs.
+        whose: the plugin that this is a setting of.
 
     Returns:
         What differs, in words.
 
     Raises:
-        CheckpointError: the state is another optimizer's, or is not one.
+        CheckpointError: the state belongs to another optimizer, or is invalid.
     """
     saved: Settings = snapshot["optimizer"]
     if fault := _other_kind(theirs, ours) or _other_sizes(saved, engine.optimizer):
@@ -266,13 +266,13 @@ class _Kept:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is one number, whatever the parameter's shape."""
+        """Whether it is a scalar, whatever the parameter's shape."""
         return isinstance(self.value, int | float) or (
             isinstance(self.value, Tensor) and self.value.ndim == 0
         )
 
     def shape_for(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The shape that it must have for a parameter; None where it follows another rule."""
+        """The shape that it must have for a parameter; None if unknown."""
         if not isinstance(self.value, Tensor):
             return None
         shape = tuple(self.value.shape)
@@ -356,17 +356,17 @@ def _optimizers(value: object) -> list[Optimizer]:
 def _trial(
     kind: type[Optimizer], group: Settings, like: Tensor, scalars: Settings, number: int
 ) -> dict[str, _Kept]:
-    """What such an optimizer keeps for a small parameter after a step with a gradient of zero.
+    """What such an optimizer keeps for a small parameter after a step with zero gradient.
 
     Args:
         kind: the optimizer's class.
         group: the settings.
         like: a parameter of the same kind.
-        scalars: numbers of its state, to be taken over into the trial.
+        scalars: numbers of its state, to be loaded into the trial.
         number: of the parameter, for errors.
 
     Raises:
-        CheckpointError: it does not work with these settings and numbers.
+        CheckpointError: it fails with these settings and numbers.
     """
     sizes = _SIZES[: like.ndim]
     small = torch.zeros(sizes, dtype=like.dtype, device=like.device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A run's snapshot as the files of a checkpoint, and back."""
+"""Convert a run's snapshot to the files of a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["fresh", "pack", "parts", "unpack"]
 
 
 def parts(engine: Engine) -> dict[str, Any]:
-    """What makes up most of a snapshot, without telling the plugins of a save."""
+    """The bulk of a snapshot, without notifying the plugins of a save."""
     states = {name: plugin.state_dict() for name, plugin in engine.plugins.items()}
     model, optimizer = engine.model.state_dict(), engine.optimizer.state_dict()
     return {"model": dict(model), "optimizer": plain(optimizer), "plugins": states}
 
 
 def pack(snapshot: Snapshot) -> folder.Content:
-    """A snapshot as files: tensors still in place, everything else as JSON."""
+    """Convert a snapshot to files: tensors still in place, everything else as JSON."""
     state: dict[str, Json] = {"format": folder.FORMAT}
     content = folder.Content(cast(int, snapshot["train"]["step"]), {}, {"state.json": state})
     rest = TensorBag()
@@ -51,7 +51,7 @@ def pack(snapshot: Snapshot) -> folder.Content:
 def unpack(
     content: folder.Content, engine: Engine, kinds: Mapping[str, Kinds] = MappingProxyType({})
 ) -> Snapshot:
-    """The snapshot that `pack` made these files of."""
+    """The snapshot that `pack` made these files from."""
     document = content.documents["state.json"]
     if not isinstance(document, dict) or document.pop("format", None) != folder.FORMAT:
         raise CheckpointError(f"state.json is not of format {folder.FORMAT}")
@@ -74,7 +74,7 @@ def unpack(
 
 
 def fresh(engine: Engine) -> Snapshot:
-    """The state of a run that has not begun, with tensors of its own."""
+    """The state of a run that has not started, with its own tensors."""
     content = pack(engine.state_dict())
     content.tensors = {
         file: {name: tensor.clone() for name, tensor in tensors.items()}

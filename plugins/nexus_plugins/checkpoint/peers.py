@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run of several processes, and what each of them takes from it."""
+"""What each rank contributes to a checkpoint, and restores from it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["check_same_step", "own_share", "with_peers"]
 
 
 def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
-    """Add what the others have of their own: generators, places in the data, sums not yet logged.
+    """Add the state of the other ranks: generators, data positions, sums not yet logged.
 
     Args:
-        snapshot: of this process; every process must call, at the same step.
+        snapshot: of this rank; every rank must call, at the same step.
         ranks: this process among its peers.
 
     Returns:
-        The same snapshot; in the main process it stands for all of them.
+        The same snapshot; on rank 0 it covers all ranks.
     """
     if ranks.size == 1:
         return snapshot
@@ -39,10 +39,10 @@ def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
 
 
 def own_share(snapshot: Snapshot, ranks: Ranks, seed: int) -> Snapshot:
-    """What this process takes from a checkpoint, however many processes wrote it.
+    """What this rank restores from a checkpoint, however many ranks wrote it.
 
-    The sums not yet logged go to the main process. A process that had no counterpart gets
-    generators that follow from seed, rank and step.
+    The sums not yet logged go to rank 0. A rank without a counterpart gets generators derived from
+    seed, rank and step.
     """
     random = dict(cast(dict[str, Any], snapshot["random"]))
     peers: list[RandomState] = random.pop("peers", [])
@@ -58,10 +58,10 @@ def own_share(snapshot: Snapshot, ranks: Ranks, seed: int) -> Snapshot:
 
 
 def check_same_step(step: int, ranks: Ranks) -> None:
-    """Refuse to continue where the processes found different checkpoints.
+    """Raise an error if the ranks found different checkpoints.
 
     Raises:
-        CheckpointError: they did; the message says who found what.
+        CheckpointError: they did; the message lists what each found.
     """
     steps = gather(ranks, step)
     if len(set(steps)) > 1:

@@ -1,4 +1,4 @@
-"""Saves the run so that it can be killed at any moment and resumed bitwise."""
+"""Saves the run so that it can be killed at any moment and resumed bitwise identically."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _IGNORED: dict[str, Any] = {"resume": "ignored"}
 
 
 class CheckpointConfig(PluginConfig):
-    """When to save, what to keep, and how strict to be when resuming."""
+    """When to save, what to keep, and how strict to be on resume."""
 
     every: IntervalField = Field(
         default=Interval(1000, "steps"),
@@ -106,12 +106,12 @@ class _Record:
 
 
 class CheckpointPlugin(Plugin[CheckpointConfig]):
-    """Saves the whole state of a run, and finds the newest valid checkpoint to resume from.
+    """Saves the full state of a run, and finds the newest valid checkpoint to resume from.
 
-    A checkpoint is a folder `OUT/checkpoints/step-00000100` that is written beside, synced and
-    renamed, so that it is whole or not there; `best` and `final` are links to such folders. Those
-    of a further instance, `checkpoint@f1`, are in `OUT/checkpoints@f1`. The
-    loop is held for a copy to host memory; a thread writes. Nothing is ever pickled or unpickled.
+    A checkpoint is a folder `OUT/checkpoints/step-00000100`, written under a temporary name, synced
+    and renamed, so it is either complete or absent; `best` and `final` are links to such folders.
+    Another instance, `checkpoint@f1`, saves to `OUT/checkpoints@f1`. Training only pauses for a
+    copy to host memory; a thread does the writing. Nothing is ever pickled or unpickled.
     """
 
     config_class = CheckpointConfig
@@ -139,11 +139,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._speaks = True  # the main process does for all
 
     def state_dict(self) -> StateDict:
-        """The best value so far, so that a resumed run does not call a worse one best."""
+        """The best value so far, so that a resumed run does not mark a worse one as best."""
         return {"value": self._best.value, "step": self._best.step} if self._best else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         value, step = state.get("value"), state.get("step")
         if type(value) not in (int, float) or type(step) is not int:
             raise CheckpointError(f"the checkpoint's record of the best is {str(state)[:200]}")
@@ -154,12 +154,12 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """Read the snapshot to resume from.
 
         Args:
-            engine: of the run that is to continue.
-            source: "auto" (the newest good checkpoint of this run; from the beginning where
-                nothing is saved yet), "best", "final", the folder of a checkpoint or of a run.
+            engine: of the run to resume.
+            source: "auto" (the newest valid checkpoint of this run, or from scratch if nothing is
+                saved yet), "best", "final", or a checkpoint or run folder.
 
         Raises:
-            CheckpointError: there is no good one, or it does not belong to such a run.
+            CheckpointError: there is no valid one, or it does not fit this run.
         """
         self._resumed = True
         self._best = self._best_written = None
@@ -238,7 +238,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """Where the checkpoints are."""
+        """Say where the checkpoints are."""
         return {self._folder: str(engine.out / self._folder)} if engine.out else {}
 
     @hookimpl
@@ -356,7 +356,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     @property
     def _folder(self) -> str:
-        """The name of the folder that this instance saves to."""
+        """The name of this instance's checkpoint folder."""
         return f"checkpoints@{self.label}" if self.label else "checkpoints"
 
     def _stores(self, engine: Engine) -> list[Store]:

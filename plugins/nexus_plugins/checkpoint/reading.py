@@ -1,4 +1,4 @@
-"""Find and read a checkpoint in all processes of a run, with one answer for all of them."""
+"""Find and read a checkpoint on all ranks, with the same outcome on each."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["read", "read_newest", "read_path"]
 
 
 def read(path: Path, ranks: Ranks) -> Content:
-    """Read a checkpoint in every process; where one finds a fault, all do.
+    """Read a checkpoint on every rank; if one rank fails, all fail.
 
     Raises:
-        CheckpointError: it is not whole.
+        CheckpointError: it is incomplete or damaged.
     """
     content, fault = None, ""
     try:
@@ -38,10 +38,10 @@ def read(path: Path, ranks: Ranks) -> Content:
 
 
 def read_newest(stores: list[Store], ranks: Ranks) -> Content | None:
-    """The newest complete checkpoint; those skipped are reported. None: nothing is saved.
+    """The newest valid checkpoint; skipped ones are reported. None if nothing is saved.
 
     Raises:
-        CheckpointError: none of several is.
+        CheckpointError: checkpoints exist, but none is valid.
     """
     faults = []
     for path in newest_first(stores):
@@ -65,7 +65,7 @@ def read_newest(stores: list[Store], ranks: Ranks) -> Content | None:
 
 
 def read_path(path: Path, ranks: Ranks) -> Content:
-    """The checkpoint at a path, or the newest good one of the run at a path."""
+    """The checkpoint at a path, or the newest valid one of the run at a path."""
     if (found := checkpoint_at(path)) is not None:
         return read(found, ranks)
     if (found_newest := read_newest(stores_at(path), ranks)) is not None:

@@ -1,4 +1,4 @@
-"""One run, one folder: a second run in the same folder is kept out while the first one lives."""
+"""One run per folder: a second run cannot use the folder while the first is alive."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 class RunLock:
     """Holds `run.lock` in a run's folder until it is released or the process ends.
 
-    The operating system gives the lock back when the process ends, however it ends, so a lock
-    left by a crash keeps nobody out. Where the file system has no locks, what the file says
-    decides: the holder's process id, when that process started, and its host.
+    The operating system releases the lock when the process ends, however it ends, so a crash leaves
+    no stale lock. If the file system has no locks, the file's content decides: the holder's process
+    id, its start time, and its host.
 
     Args:
-        folder: of the run; made if it is not there.
-        label: of the instance that saves, where a run has several.
+        folder: of the run; created if missing.
+        label: of the checkpoint instance, if a run has several.
 
     Raises:
-        CheckpointError: another run holds it (its process id and since when are named), or the
-            folder cannot be written.
+        CheckpointError: another run holds it (the message gives its process id and start time), or
+            the folder cannot be written.
     """
 
     def __init__(self, folder: Path, label: str = "") -> None:
@@ -62,13 +62,13 @@ class RunLock:
             os.register_at_fork(after_in_child=lambda: _close_in_child(itself))
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         self._file.seek(0)
         self._file.truncate()
         self._file.close()
 
     def close(self) -> None:
-        """Close the file, and write nothing into it."""
+        """Close the file without writing to it."""
         os.close(self._file.fileno())
 
     def _take(self) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint cannot hold, found at the first step and named, with what to do about it."""
+"""Find what a checkpoint cannot hold, at the first step, with advice."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["check_storable", "plain"]
 
 
 def check_storable(parts: Mapping[str, Any]) -> None:
-    """See that a state can be written, without writing it.
+    """Check that a state can be written, without writing it.
 
     Args:
         parts: "model", "optimizer", and "plugins" with the state of each by name.
 
     Raises:
-        CheckpointError: something in it cannot; the message names it and says what to do.
+        CheckpointError: something in it cannot be stored; the message names it and says what to do.
     """
     for name, tensor in parts["model"].items():
         if isinstance(tensor, Tensor) and (fault := fault_of(tensor)):
@@ -42,7 +42,7 @@ def _check(tree: object, path: str, whose: str) -> None:
 
 
 def plain(tree: Any) -> Any:
-    """A tree with numbers of numpy as Python's: learning rates and metrics that were computed."""
+    """Convert NumPy scalars in a tree, such as computed rates and metrics, to Python's."""
     if isinstance(tree, Mapping):
         return {key: plain(value) for key, value in tree.items()}
     if type(tree) in (list, tuple):

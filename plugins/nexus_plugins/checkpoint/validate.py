@@ -1,7 +1,7 @@
-"""The shape that a snapshot must have before anything is restored from it.
+"""Validate a snapshot before anything is restored from it.
 
-Hashes say that a checkpoint is as it was written, not who wrote it. What is checked here is what
-would otherwise end as an obscure error deep in a library, or read memory that is not its own.
+Hashes prove that a checkpoint is unchanged, not who wrote it. This checks what would otherwise fail
+obscurely deep in a library, or read out of bounds.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _REQUIRED = {"fingerprint", "batch_size", "row", "loader"}
 
 
 def checked(tree: Mapping[str, object], engine: Engine, kinds: Mapping[str, Kinds]) -> Snapshot:
-    """Return the tree as the snapshot that it is.
+    """Validate the tree and return it as a snapshot.
 
     Raises:
-        CheckpointError: it is no snapshot, or does not fit model and optimizer.
+        CheckpointError: it is not a snapshot, or does not fit model and optimizer.
     """
     known = Snapshot.__annotations__.keys()
     _require(known - OPTIONAL <= tree.keys() <= known, f"has the parts {', '.join(tree)}")

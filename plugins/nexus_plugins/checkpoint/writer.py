@@ -1,4 +1,4 @@
-"""The thread that writes while the loop continues."""
+"""The background thread that writes checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Writer"]
 
 
 class Writer:
-    """Runs one job at a time beside the loop; its error waits until somebody asks for it."""
+    """Runs one job at a time in the background; its error is kept until asked for."""
 
     def __init__(self) -> None:
         initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -23,22 +23,22 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is being done."""
+        """Whether a job is running."""
         return self._job is not None and not self._job.done()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Begin a job; call `finish` before, so that no error is lost."""
+        """Start a job; call `finish` first, so that no error is lost."""
         if self._job is not None:
             raise RuntimeError("the result of the previous job was not collected")
         self._job = self._pool.submit(job)
 
     @property
     def pending(self) -> bool:
-        """Whether there is a job whose outcome has not been taken."""
+        """Whether the outcome of a job has not been collected yet."""
         return self._job is not None
 
     def finish(self) -> Exception | None:
-        """Wait for the job, if there is one; returns the error it ended with."""
+        """Wait for the job, if any, and return its error."""
         job, self._job = self._job, None
         error = job.exception() if job is not None else None
         if error is not None and not isinstance(error, Exception):
@@ -46,5 +46,5 @@ class Writer:
         return error
 
     def close(self) -> None:
-        """End the thread; call `finish` before."""
+        """Stop the thread; call `finish` first."""
         self._pool.shutdown()

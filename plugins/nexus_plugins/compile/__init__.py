@@ -1,7 +1,7 @@
-"""Steps of fewer and larger pieces of work.
+"""Compiled models and graph-replayed steps.
 
-`plugin` compiles the model, `graphs` replays the gradient of whole steps, `inputs` is what goes
-into them, `facts` what must stay as it is for that.
+`plugin` compiles the model, `graphs` captures and replays the gradient of whole steps, `inputs`
+holds their static inputs, `facts` checks that a replay is still valid.
 """
 
 from __future__ import annotations

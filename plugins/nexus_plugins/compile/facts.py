@@ -1,4 +1,4 @@
-"""What the host knows and does in a step: a graph keeps the one, and does not repeat the other."""
+"""Host state and host side effects in a step: a graph freezes the former and drops the latter."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ OURS = ("nexus_core.", "nexus_plugins.compile", "torch.")
 
 
 class Knowledge:
-    """What the host knows that the gradient of a step may depend on, by where it is.
+    """The host state that the gradient of a step may depend on, by location.
 
-    That are the numbers, texts and settings of the plugins that take part in it and of the model's
-    modules, and which tensors are where. What tensors hold is the device's to know; those that are
-    attributes of plugins may be replaced from step to step.
+    It covers the numbers, strings and settings of the participating plugins and the model's
+    modules, and the identity of tensors. Tensor contents live on the device and do not count;
+    tensors that are plugin attributes may be replaced between steps.
 
     Args:
         engine: of the run.
-        everyone: look at the other plugins too, but not into what they hold, as threads of their
-            own may work there.
+        everyone: include the other plugins too, but not the objects they hold, which their own
+            threads may be changing.
 
     Attributes:
-        known: what is where.
-        held: the tensors of the device that are attributes of plugins.
+        known: the values by location.
+        held: the device tensors that are plugin attributes.
         generators: those of the device.
     """
 
@@ -79,7 +79,7 @@ class Knowledge:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """All of it, to be compared."""
+        """Everything, as a comparable key."""
         return (*self.known, *self.known.values())
 
     def _look(self, place: Place, value: Any, depth: int) -> None:
@@ -114,17 +114,17 @@ class Knowledge:
 
 
 def takes_part(engine: Engine) -> Iterator[Plugin[Any]]:
-    """The plugins that answer a hook of the gradient."""
+    """The plugins that implement a hook of the gradient computation."""
     for plugin in engine.plugins.values():
         if any(hasattr(getattr(plugin, hook, None), "nexus_impl") for hook in HOOKS):
             yield plugin
 
 
 def changed(before: Knowledge, after: Knowledge) -> str:
-    """The first thing that is not as it was, in words; tensors of plugins may come or be replaced.
+    """The first change, in words; plugin tensors may be added or replaced.
 
     Returns:
-        Nothing where all is as it was.
+        Empty if nothing changed.
     """
     arrived = {(plugin.name, name) for plugin, name in after.held}
     for place in {**before.known, **after.known}:
@@ -163,15 +163,15 @@ def _parts(value: Any) -> Iterator[tuple[object, object]]:
 
 @contextmanager
 def watching(engine: Engine, step: Step, module: Any) -> Iterator[list[str]]:
-    """See what the host does in a block that a graph of the block would not repeat.
+    """Detect host side effects in a block, which a graph of the block would not repeat.
 
     Args:
         engine: of the run.
-        step: that the block is of.
-        module: of the device, as `torch.cuda`.
+        step: that the block belongs to.
+        module: of the device, such as `torch.cuda`.
 
     Yields:
-        What it did, in words; complete when the block has been left.
+        The side effects, in words; complete when the block exits.
     """
     found: list[str] = []
     before, drawn = Knowledge(engine, everyone=True), _drawn()
@@ -194,7 +194,7 @@ def _drawn() -> tuple[object, ...]:
 
 @contextmanager
 def _waits(module: Any, found: list[str]) -> Iterator[None]:
-    """Note where the host waits for the device, where the device's module can tell."""
+    """Record where the host syncs with the device, if the device's module can report it."""
     if not hasattr(module, "set_sync_debug_mode"):
         yield
         return
@@ -215,7 +215,7 @@ def _waits(module: Any, found: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _reads(owner: Any, found: list[str], *names: str) -> Iterator[None]:
-    """Note where fields of an object are read: a graph would keep what was read once."""
+    """Record which fields of an object are read: a graph would freeze their values."""
     kind, fields = type(owner), [field.name for field in dataclasses.fields(owner)]
 
     def reader(name: str) -> property:

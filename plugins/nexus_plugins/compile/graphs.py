@@ -1,4 +1,4 @@
-"""The gradient of a step as one piece of work: captured in a graph, and replayed."""
+"""Capture the gradient of a step in a graph, and replay it."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ UNLIKE = 5  # steps in a row of which each is of a new kind
 
 
 class StepGraphs:
-    """Replays the gradient of a step from a graph of its kind, where nothing speaks against it.
+    """Replays the gradient of a step from a captured graph if that is safe.
 
-    Steps are of one kind where their batches have the same shapes and the host knows the same. The
-    first of each kind run one operation at a time, from the same memory of the device, and the last
-    of these is watched: a graph does not repeat what the host does in a step.
+    Steps are of the same kind if their batches have the same shapes and the host state is the same.
+    The first steps of each kind run eagerly, from static device memory, and the last of these is
+    watched for host side effects, which a graph would not repeat.
 
     Args:
         engine: of the run, with its model on the device.
 
     Attributes:
-        refusal: why no step is replayed; nothing where steps are, or may be.
-        replayed: steps so far.
+        refusal: why no step is replayed; empty if steps are, or may be.
+        replayed: replayed steps so far.
 
     Raises:
-        ConfigError: the run cannot have graphs at all.
+        ConfigError: graphs are not supported in this run.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -64,7 +64,7 @@ class StepGraphs:
         return len(self._graphs)
 
     def accumulate(self, engine: Engine, step: Step) -> None:
-        """Compute the gradient of a step's turn, and record its losses and metrics."""
+        """Compute the gradient for a step's turn, and record its losses and metrics."""
         kind = signature(step)
         if kind not in self._inputs:
             self._inputs[kind] = Inputs(step, engine.device)
@@ -120,7 +120,7 @@ class StepGraphs:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """Queue work in the stream that graphs are captured in."""
+        """Queue work on the stream that graphs are captured on."""
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
             yield
@@ -152,8 +152,8 @@ class _Graph:
     """The gradient of steps of one kind.
 
     Args:
-        work: to be captured.
-        knows: what the host knows before such a step.
+        work: the work to capture.
+        knows: the host state before such a step.
     """
 
     def __init__(self, work: Any, knows: Knowledge) -> None:
@@ -166,14 +166,14 @@ class _Graph:
         self._counted: list[Tensor] = []
 
     def capture(self, engine: Engine, step: Step, inputs: Inputs) -> None:
-        """Run what is to be in the graph."""
+        """Run the work to capture."""
         self._added = _computed(engine, step, inputs)
         self._losses = {n: step.losses[n] for n in step.units if n in step.losses}
         numbers = [*self._losses.values(), *(value for _, value, _, _ in self._added)]
         self._shown = _Numbers([n for n in numbers if isinstance(n, Tensor)])
 
     def note(self, engine: Engine, knows: Knowledge) -> None:
-        """Remember what it has left where, after it was captured."""
+        """Record where the captured work left its outputs."""
         everything = {*engine.model.parameters(), *engine.parameters()}
         self._gradients = [(p, p.grad) for p in everything if p.grad is not None]
         self._given = {
@@ -187,7 +187,7 @@ class _Graph:
         self._counted = [buffer for buffer in buffers if not buffer.is_floating_point()]
 
     def replay(self, engine: Engine, step: Step, inputs: Inputs) -> None:
-        """Do it for a step whose inputs are in place."""
+        """Replay the graph for a step whose inputs are in place."""
         for (plugin, name), taken in self._taken.items():
             if (now := getattr(plugin, name)) is not taken:
                 taken.detach().copy_(now)
@@ -210,7 +210,7 @@ class _Graph:
 
 
 class _Numbers:
-    """Numbers that a graph leaves behind, to be copied all at once before the next replay."""
+    """Scalar outputs of a graph, copied together before the next replay."""
 
     def __init__(self, numbers: Sequence[Tensor]) -> None:
         self._numbers = [number.detach() for number in numbers]

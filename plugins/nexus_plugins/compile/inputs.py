@@ -1,4 +1,4 @@
-"""What a step's gradient is computed from, in memory of the device that stays where it is."""
+"""The inputs of a step's gradient, in static device memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Number: TypeAlias = Tensor | float
 
 
 def signature(step: Step) -> tuple[object, ...]:
-    """What kind of step it is: its turn, and of each micro-batch the types and shapes."""
+    """The kind of a step: its turn, and the dtypes and shapes of each micro-batch."""
     named = [tuple(numbers) for numbers in (*step.counts, step.units, step.weights)]
     micro = [
         (one.share, one.borrowed, *(_kind(leaf) for leaf in leaves(one.batch)))
@@ -43,14 +43,14 @@ def _is_plain(leaf: object) -> bool:
 
 
 class Inputs:
-    """Batches and numbers of one kind of step, on the device.
+    """Static batches and scalars of one kind of step, on the device.
 
     Args:
         step: one of that kind.
-        device: where they are kept.
+        device: where they are stored.
 
     Attributes:
-        refusal: what keeps steps of this kind from being replayed; nothing where they can be.
+        refusal: why steps of this kind cannot be replayed; empty if they can.
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class Inputs:
                 self.refusal = f"the weight of '{name}' is trained by the loss"
 
     def load(self, step: Step) -> None:
-        """Copy a step's batches and numbers into them; the host does not wait."""
+        """Copy a step's batches and scalars into static memory, without a sync."""
         if self.refusal:
             return
         for own, one in zip(self._batches, step.micro, strict=True):
@@ -84,7 +84,7 @@ class Inputs:
 
     @contextmanager
     def given_to(self, step: Step) -> Iterator[None]:
-        """Have a step computed from them, and not from its own, where they can hold it."""
+        """Let a step use the static inputs instead of its own, if they fit."""
         if self.refusal:
             yield
             return
@@ -100,7 +100,7 @@ class Inputs:
             step.micro, step.counts, step.units, step.weights = before
 
     def original(self, number: Number) -> Number:
-        """The step's own number, where it is one of these."""
+        """The step's own value, if this is one of the static scalars."""
         return self._given.get(id(number), number)
 
     def _room(self, leaf: Batch) -> Batch:

@@ -78,11 +78,11 @@ class CompileConfig(PluginConfig):
 class CompilePlugin(Plugin[CompileConfig]):
     """Runs the model compiled, in training and evaluation.
 
-    Repeated blocks are compiled once for all of them, so starting takes seconds instead of
-    minutes; `whole` takes minutes, and also optimizes across blocks. Names and
-    `state_dict` do not change, and the model is restored at the end. Rounding may differ from
-    eager code; a resumed run equals an uninterrupted one. Compiled code is cached on disk by
-    PyTorch for the next run. `compile/graphs` and `compile/graph_breaks` are logged.
+    Repeated blocks are compiled once and reused, so startup takes seconds instead of minutes;
+    `whole` takes minutes, and also optimizes across blocks. Parameter names and `state_dict` do not
+    change, and the model is restored at the end. Rounding may differ from eager code; a resumed run
+    is bitwise identical to an uninterrupted one. Compiled code is cached on disk by PyTorch for the
+    next run. `compile/graphs` and `compile/graph_breaks` are logged.
 
     Source: Ansel et al. 2024, "PyTorch 2".
     """
@@ -99,10 +99,10 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     @hookimpl(stage="compile")
     def on_start(self, engine: Engine) -> None:
-        """Have the modules compiled when they are first called.
+        """Set up the modules to be compiled on their first call.
 
         Raises:
-            ConfigError: a pattern matches nothing, or there is no such compiler.
+            ConfigError: a pattern matches nothing, or the backend does not exist.
         """
         self._check_backend(engine.device)
         self._graphs = StepGraphs(engine) if self.config.step_graph else None
@@ -122,7 +122,7 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     @hookimpl
     def accumulate_gradient(self, engine: Engine, step: Step) -> bool | None:
-        """Replay the gradient of a step from a graph, where the settings say so."""
+        """Replay the gradient of a step from a graph, if configured."""
         if self._graphs is None:
             return None
         self._graphs.accumulate(engine, step)
@@ -130,12 +130,12 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     @hookimpl
     def on_load(self, engine: Engine) -> None:
-        """Capture anew what is replayed: weights may be elsewhere."""
+        """Discard captured graphs: weights may have moved."""
         self._graphs = StepGraphs(engine) if self._graphs is not None else None
 
     @hookimpl
     def on_close(self, engine: Engine) -> None:
-        """Give the model back as it was, and PyTorch's setting."""
+        """Restore the model and PyTorch's setting."""
         self._held.close()
         self._graphs = None
         for module in self._compiled:
@@ -149,7 +149,7 @@ class CompilePlugin(Plugin[CompileConfig]):
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
-        """How many graphs there are, and how often Python had to step in between."""
+        """The number of graphs and graph breaks."""
         from torch._dynamo.utils import counters  # slow to import, and there by now
 
         replayed = self._graphs.replayed if self._graphs is not None else 0

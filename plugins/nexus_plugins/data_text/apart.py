@@ -1,4 +1,4 @@
-"""Which files are meant for evaluation, and which are on both sides or named twice."""
+"""Decide which files are for evaluation, and find files used twice or on both sides."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Split:
-    """The files of a folder by what their names say.
+    """The files of a folder, split by name.
 
     Args:
         train: to train on.
-        valid: named as held out (`*_val_*`, `valid.txt`, `validation/`).
-        test: named as test data, beside files of the same name with "train" in its place.
+        valid: named as held-out data (`*_val_*`, `valid.txt`, `validation/`).
+        test: named as test data, next to files of the same name with "train" in its place.
     """
 
     train: tuple[Path, ...]
@@ -33,7 +33,7 @@ class Split:
 
 
 def split_by_name(files: Sequence[Path], root: Path) -> Split:
-    """Sort files that a folder or a glob brought along; where none is to train on, all are."""
+    """Split the files of a folder or glob by name; if none is left to train on, all are used."""
     words = {path: _words(path, root) for path in files}
     kinds = {frozenset(words[path]) for path in files}
     valid = [path for path in files if words[path] & _EVALUATION]
@@ -54,7 +54,7 @@ def _words(path: Path, root: Path) -> frozenset[str]:
 
 
 def copies(files: Iterable[Path], among: Iterable[Path]) -> list[Path]:
-    """The files that are among others too: the same ones, links to them, or copies."""
+    """The files that are also among the others: the same files, links to them, or copies."""
     others = list(dict.fromkeys(among))
     sizes = {path.stat().st_size for path in others}
     alike = [path for path in files if path.stat().st_size in sizes]
@@ -66,7 +66,7 @@ def copies(files: Iterable[Path], among: Iterable[Path]) -> list[Path]:
 
 
 def repeated(files: Sequence[Path]) -> list[Path]:
-    """The files that have come before, by the same name or as copies."""
+    """The files that appeared earlier, under the same name or as copies."""
     sizes = Counter(path.stat().st_size for path in files)
     seen: set[tuple[object, ...]] = set()
     found = []
@@ -86,7 +86,7 @@ def _look(path: Path) -> tuple[object, ...]:
 
 
 def in_words(files: Sequence[Path]) -> str:
-    """Such as: 2 files (a.txt, b.txt; 1,234 bytes) are."""
+    """Phrase like "2 files (a.txt, b.txt; 1,234 bytes) are"."""
     names = ", ".join(printable(str(path)) for path in files[:_NAMED])
     more = ", ..." if len(files) > _NAMED else ""
     size = sum(path.stat().st_size for path in files)

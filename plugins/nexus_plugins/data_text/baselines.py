@@ -1,4 +1,4 @@
-"""What simple compressors make of a text: the numbers that a trained model has to beat."""
+"""Bits per byte of simple compressors: the baselines that a trained model has to beat."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _STRENGTHS = 2.0 ** np.arange(-2, 11)
 
 
 def gzip_bits_per_byte(text: bytes) -> float:
-    """Bits per byte that `gzip -9` (DEFLATE, RFC 1951) makes of a text, without its header."""
+    """Bits per byte of `gzip -9` (DEFLATE, RFC 1951) on a text, without the header."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     return 8 * len(packer.compress(text) + packer.flush()) / len(text)
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """Bits per byte that `xz -9e` (LZMA2) makes of a text, without the container's header."""
+    """Bits per byte of `xz -9e` (LZMA2) on a text, without the container's header."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     return 8 * len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) / len(text)
 
 
 def bigram_bits_per_byte(train: bytes, text: bytes) -> float:
-    """Bits per byte of a text under byte pairs counted in the training text.
+    """Bits per byte of a text under a byte bigram model of the training text.
 
     P(b | a) = (c(ab) + k P(b)) / (c(a) + k) with P(b) = (c(b) + 1) / (n + 256); k is the best of a
-    few on the last tenth of the training text, so nothing is fitted to the text that is measured.
+    few on the last tenth of the training text, so nothing is fitted to the evaluated text.
 
     Source: interpolation with a Dirichlet prior, MacKay and Peto 1995, with one strength for all.
     """
@@ -44,10 +44,10 @@ def bigram_bits_per_byte(train: bytes, text: bytes) -> float:
 
 
 def compared(reached: float, others: Mapping[str, float]) -> str:
-    """What a model reaches, and which of the others it beats; lower is better.
+    """Compare a model's bits per byte with the baselines; lower is better.
 
     Args:
-        reached: bits per byte of the model; nan where that is not known.
+        reached: bits per byte of the model; NaN if unknown.
         others: bits per byte on the same text, by name.
     """
     said = {name: f"{name} {bits:.2f}" for name, bits in sorted(others.items(), key=itemgetter(1))}

@@ -57,7 +57,7 @@ def id_type(vocabulary: int) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What a .idx file says about its .bin."""
+    """The header of a .idx file."""
 
     documents: int
     tokens: int
@@ -86,10 +86,10 @@ class Header:
 
     @classmethod
     def unpack(cls, raw: bytes, path: Path) -> Header:
-        """Read the first 96 bytes.
+        """Parse the first 96 bytes.
 
         Raises:
-            DataError: they are not what `pack` writes.
+            DataError: they are not a header that `pack` wrote.
         """
         if len(raw) < _HEADER or raw[:8] != _MAGIC:
             raise DataError(f"{path} is not a .idx file of this trainer; {_AGAIN}")
@@ -107,13 +107,13 @@ _AGAIN = "rebuild it with: nexus-data prepare"
 
 
 class TokenFile:
-    """A .bin with its .idx, checked and mapped.
+    """A .bin with its .idx, validated and memory-mapped.
 
     Args:
-        path: NAME.bin; NAME.idx must lie beside it.
+        path: NAME.bin; NAME.idx must be next to it.
 
     Raises:
-        DataError: one of the files is missing, cut short, or does not fit the other.
+        DataError: one of the files is missing or truncated, or they do not match.
     """
 
     def __init__(self, path: Path) -> None:
@@ -179,10 +179,10 @@ class TokenWriter:
     """Writes NAME.bin and NAME.idx under temporary names, and renames them when complete.
 
     Args:
-        stem: the path without suffix.
-        vocabulary: its size, which decides the width of ids.
+        stem: the path without its suffix.
+        vocabulary: its size, which determines the width of ids.
         tokenizer: the hash of the tokenizer.
-        with_lengths: whether `append` brings the bytes behind each token.
+        with_lengths: whether `append` is given the bytes of each token.
     """
 
     def __init__(self, stem: Path, vocabulary: int, tokenizer: str, with_lengths: bool) -> None:
@@ -209,7 +209,7 @@ class TokenWriter:
         metadata: Sequence[str] | None = None,
         token_bytes: NDArray[Any] | None = None,
     ) -> None:
-        """Add documents: their ids one behind the other, and how many each has."""
+        """Append documents: their concatenated ids, and the length of each."""
         if not len(lengths):
             return
         ends = lengths.cumsum()
@@ -237,7 +237,7 @@ class TokenWriter:
             file.write("".join(f"{line}\n" for line in lines).encode())
 
     def finish(self) -> Header:
-        """Complete the files, bring them to disk and give them their names."""
+        """Finish the files: sync them to disk and rename them."""
         flags = _ORIGINS | (_LENGTHS if "len" in self._files else 0)
         header = Header(
             self.documents,
@@ -268,7 +268,7 @@ class TokenWriter:
         return header
 
     def abandon(self) -> None:
-        """Close and remove what is not finished; what `finish` has named stays."""
+        """Close and delete unfinished files; files that `finish` has renamed stay."""
         for kind, file in self._files.items():
             file.close()
             self._name(kind).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`nexus-data`: prepare text, train a tokenizer, look at data, ask what a step trained on."""
+"""`nexus-data`: prepare text, train a tokenizer, inspect data, trace a step's documents."""
 
 from __future__ import annotations
 

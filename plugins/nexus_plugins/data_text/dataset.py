@@ -1,4 +1,4 @@
-"""From the settings to rows: the sources, their tokenizer, and what is held out."""
+"""From settings to rows: the sources, their tokenizer, and the held-out split."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TextData:
         train: the rows of an epoch.
         valid: the rows of each evaluation, by the prefix of its metrics.
         tokenizer: of all of them.
-        remarks: what was left out, what is on both sides, what the tokenizer loses.
+        remarks: what was left out, what is in both splits, what the tokenizer loses.
     """
 
     train: Rows
@@ -50,11 +50,11 @@ class TextData:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that is trained on: see `Rows.fingerprint`."""
+        """A hash of all training data: see `Rows.fingerprint`."""
         return self.train.fingerprint
 
     def notes(self) -> list[str]:
-        """What a user should know: which tokens are left out, and what is evaluated."""
+        """What the user should know: which tokens are left out, and what is evaluated."""
         found = list(self.remarks)
         if self.train.lost:
             found.append(f"{self.train.lost:,} tokens of the training text {self.train.LOST}")
@@ -69,9 +69,9 @@ class TextData:
 
 @dataclass(frozen=True)
 class Streams:
-    """The sources by name: what to train on, what to evaluate on, and the tokenizer of all.
+    """The training and evaluation sources by name, and the tokenizer they share.
 
-    `remarks` are what a user should know, `readings` how the files were read.
+    `remarks` is what the user should know, `readings` how the files were read.
     """
 
     train: dict[str, Stream]
@@ -83,7 +83,7 @@ class Streams:
 
 
 def open_data(config: DataTextConfig) -> TextData:
-    """Find, check and open everything that the settings name, cut into rows.
+    """Find, check and open everything in the settings, cut into rows.
 
     Raises:
         DataError: something is missing, damaged or does not fit together.
@@ -94,7 +94,7 @@ def open_data(config: DataTextConfig) -> TextData:
 
 
 def open_streams(config: DataTextConfig) -> Streams:
-    """Find, check and open everything that the settings name.
+    """Find, check and open everything in the settings.
 
     Raises:
         DataError: something is missing, damaged or does not fit together.
@@ -203,7 +203,7 @@ def _highest(files: Sequence[IdFile], paths: Sequence[Path], config: DataTextCon
 
 
 class _Opener:
-    """Opens sources, one like the other."""
+    """Opens all sources in the same way."""
 
     def __init__(self, config: DataTextConfig, tokenizer: Tokenizer, name: str) -> None:
         self.tokenizer = tokenizer
@@ -215,7 +215,7 @@ class _Opener:
         self._reading = Reading(config.text_key, config.one_file_one_document, config.invalid_utf8)
 
     def open(self, source: Source, share: float) -> tuple[Stream, Stream]:
-        """The documents to train on and those to evaluate on (none of them if share is 0)."""
+        """The training documents and the evaluation documents (none if the share is 0)."""
         if not source.files:
             return self._embedded(share)
         apart = replace(source, files=source.apart, apart=(), held_out={})
@@ -359,7 +359,7 @@ class _Opener:
 
 
 def loss_in_words(compared: int, altered: int, lost_bytes: int) -> str:
-    """What a tokenizer does not keep of the text; "" where it keeps all."""
+    """What a tokenizer loses of the text; "" if it is lossless."""
     said = []
     if lost_bytes:
         said.append(f"{lost_bytes:,} bytes of text have no id and are not counted")

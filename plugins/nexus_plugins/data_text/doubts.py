@@ -1,8 +1,8 @@
-"""Whether a file that does not say what it holds can be uint16 ids.
+"""Check whether a file without a format marker plausibly holds uint16 ids.
 
-Read as uint16, wider ids, ids of the other byte order, floats and archives give numbers below
-65,536 too, and a model trains on them without complaint. Each test below holds for what it looks
-for, and for ids of text with a chance below one in a million.
+Read as uint16, wider ids, ids of the other byte order, floats and archives also give numbers below
+65,536, and a model would train on them without complaint. Each test below detects its target, and
+misfires on real text ids with a probability below one in a million.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Bytes = NDArray[np.uint8]
 
 
 def doubts(path: Path) -> str | None:
-    """Why the content of a file is not taken as uint16 ids, with advice; None where it is."""
+    """Why a file's content is not accepted as uint16 ids, with advice; None if it is."""
     sample = _sample(MappedFile(path).array)
     head = sample[:16].tobytes()
     archive = next((what for magic, what in _ARCHIVES.items() if head.startswith(magic)), None)

@@ -1,4 +1,4 @@
-"""The text that every machine has: the source of the running Python's own standard library."""
+"""A text present on every machine: the source of Python's own standard library."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 
 
 def standard_library(valid_share: float) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
-    """The documents to train and to evaluate on, `(relative path, UTF-8)`, sorted by path.
+    """The training and the evaluation documents, `(relative path, UTF-8)`, sorted by path.
 
-    One file is one document. Tests and installed packages are left out, and files that are not
-    UTF-8. A file belongs to the evaluation by a hash of its relative path alone.
+    Each file is one document. Tests, installed packages and files that are not UTF-8 are left out.
+    A hash of a file's relative path decides which split it belongs to.
 
     Args:
         valid_share: of the files, for the evaluation.

@@ -1,4 +1,4 @@
-"""The files that a path, a folder or a glob stands for; what is left out is counted and named."""
+"""Resolve a path, a folder or a glob to files; what is left out is counted and named."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _NAMED = 3  # files that a note names
 
 @dataclass(frozen=True)
 class Found:
-    """What a path stands for.
+    """The files that a path resolves to.
 
     Args:
         files: sorted by name.
-        named: whether it is one file, named by itself, not brought along by a folder or a glob.
-        left_out: in words, with numbers: what lies there and is not read.
+        named: whether it is a single file given explicitly, not found through a folder or a glob.
+        left_out: in words, with counts: what is there but not read.
     """
 
     files: tuple[Path, ...]
@@ -40,15 +40,15 @@ class Found:
 
 
 def find(wish: str, as_text: bool = False) -> Found:
-    """The files that a path, a folder or a glob stands for.
+    """The files that a path, a folder or a glob resolves to.
 
-    Of a folder, all files of known formats in it and below, through links too; files and folders
-    that begin with a dot are left out. A folder with train.bin is prepared data, and stands for
-    train.bin and val.bin alone. Metadata beside ids is no text.
+    A folder gives all files of known formats in it and below, following links; names that begin
+    with a dot are left out. A folder with train.bin is prepared data, and gives only train.bin and
+    val.bin. Metadata next to ids is not text.
 
     Args:
-        wish: the path; `~` and variables of the environment are replaced.
-        as_text: take every file of text, whatever its suffix.
+        wish: the path; `~` and environment variables are expanded.
+        as_text: read every text file, whatever its suffix.
 
     Raises:
         DataError: no file is found, one is of an unknown format, or something cannot be read.
@@ -67,7 +67,7 @@ def find(wish: str, as_text: bool = False) -> Found:
 
 
 def root_of(path: Path) -> Path:
-    """The folder below which a folder or a glob finds files."""
+    """The folder that a folder or a glob is rooted at."""
     marked = [place for place in (path, *path.parents) if any(mark in place.name for mark in "*?[")]
     return path if path.exists() or not marked else marked[-1].parent
 
@@ -117,11 +117,11 @@ def _matching(pattern: str) -> Iterator[Path]:
 
 
 class _Choice:
-    """Chooses what to read of the files that a folder or a glob brings along.
+    """Selects which files of a folder or a glob to read.
 
     Args:
-        what: they come from, for errors.
-        as_text: take every file of text.
+        what: where the files come from, for errors.
+        as_text: read every text file.
     """
 
     def __init__(self, what: str, as_text: bool) -> None:
@@ -130,7 +130,7 @@ class _Choice:
         self._left_out: dict[str, list[Path]] = {}
 
     def of(self, files: Iterator[Path]) -> Found:
-        """What to read, sorted."""
+        """The files to read, sorted."""
         there = self._once([path for path in files if self._is_whole(path)])
         known = [path for path in there if self._is_known(path)]
         kept = [path for path in self._of_prepared(known) if not self._is_empty(path)]

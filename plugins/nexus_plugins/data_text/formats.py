@@ -68,11 +68,11 @@ class Format:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are taken out of files.
+    """How documents are read from files.
 
     Args:
         text_key: key or column of the text in JSON lines and .parquet.
-        one_file_one_document: take a file of text as one document instead of one a line.
+        one_file_one_document: treat a text file as one document instead of one per line.
         invalid_utf8: "error", "replace" (by U+FFFD) or "skip" (the document).
         as_text: read every file as text, whatever its suffix.
     """
@@ -85,13 +85,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of a file that can be read without the rest.
+    """A part of a file that can be read on its own.
 
     Args:
         path: the file.
         first, last: bytes of a file of lines (the lines that begin there), row groups of
             .parquet; a compressed file has one slice.
-        size: bytes of the file, about.
+        size: approximate bytes of the file.
     """
 
     path: str
@@ -106,11 +106,11 @@ class Portion:
 
     Args:
         texts: valid UTF-8, none empty.
-        numbers: of each document among all of the slice, those left out included.
-        metadata: JSON of each document's `metadata`, where any has one.
+        numbers: the index of each document in the slice, counting those left out.
+        metadata: JSON of each document's `metadata`, if any has one.
         skipped: documents left out because they are not UTF-8.
         replaced: documents in which bytes were replaced.
-        empty: documents left out because there is no text in them (blank lines do not count).
+        empty: documents left out because they have no text (blank lines do not count).
     """
 
     texts: list[bytes] = field(default_factory=list)
@@ -123,7 +123,7 @@ class Portion:
     def add(
         self, number: int, raw: bytes, policy: str, where: Callable[[], str], metadata: Any = None
     ) -> None:
-        """Take in a document, by the policy for bytes that are not UTF-8."""
+        """Add a document, following the policy for invalid UTF-8."""
         try:
             if not is_utf8(raw):
                 raw.decode()
@@ -147,7 +147,7 @@ class Portion:
 
 
 def suffix_of(path: Path, as_text: bool = False) -> str:
-    """The suffix that decides the format, `.jsonl.gz` as a whole; "" for an unknown one."""
+    """The suffix that determines the format, such as `.jsonl.gz`; "" if unknown."""
     name = path.name.lower()
     if as_text:
         return next(
@@ -157,7 +157,7 @@ def suffix_of(path: Path, as_text: bool = False) -> str:
 
 
 def format_of(path: Path, as_text: bool = False) -> Format | None:
-    """How a file is read; None where its suffix is unknown."""
+    """How a file is read; None if its suffix is unknown."""
     suffix = suffix_of(path, as_text)
     if suffix == ".parquet":
         return Format("parquet")
@@ -170,12 +170,12 @@ def format_of(path: Path, as_text: bool = False) -> Format | None:
 
 
 def is_text(path: Path, as_text: bool = False) -> bool:
-    """Whether the file holds text, not ids."""
+    """Whether the file holds text rather than ids."""
     return as_text or suffix_of(path) not in _IDS
 
 
 def slices_of(path: Path, reading: Reading | None = None) -> list[Slice]:
-    """Cut a file into slices; where, depends on the file alone."""
+    """Split a file into slices; the boundaries depend only on the file."""
     reading = reading or Reading()
     form = format_of(path, reading.as_text)
     try:
@@ -196,7 +196,7 @@ def slices_of(path: Path, reading: Reading | None = None) -> list[Slice]:
 
 
 def whole(path: Path) -> Slice:
-    """The slice that is all of a file of bytes."""
+    """One slice that spans the whole file."""
     size = path.stat().st_size
     return Slice(str(path), 0, size, size)
 
@@ -390,7 +390,7 @@ def _kind(value: Any) -> str:
 
 
 def is_utf8(raw: bytes) -> bool:
-    """Whether bytes are UTF-8; in small pieces, because most of them are ASCII alone."""
+    """Whether bytes are UTF-8; in small pieces, because most are pure ASCII."""
     begin = 0
     while begin < len(raw):
         end = begin + _PIECE
@@ -510,7 +510,7 @@ def _unzstd(file: IO[bytes], name: str) -> Iterator[bytes]:
 
 
 def package(module: str, path: str, extra: str) -> Any:
-    """An optional package, or an error that says how to install it."""
+    """Import an optional package, or raise an error that says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -28,17 +28,17 @@ _BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|bos|>", "[BOS]", "[CLS]", "<|sta
 
 
 class HfTokenizer(Tokenizer):
-    """A tokenizer.json; truncation and padding in it are switched off, and text stays text.
+    """A tokenizer.json with truncation and padding disabled, and text kept as text.
 
-    The names of special tokens that occur in a text are encoded like any other text.
+    Special-token names that occur in a text are encoded like any other text.
 
     Args:
-        text: of the file.
+        text: content of the file.
         path: for errors.
         eos_token, pad_token: None: found by their usual names; eos also stands in for pad.
 
     Raises:
-        DataError: the file cannot be used, or has no such tokens.
+        DataError: the file is unusable, or lacks these tokens.
     """
 
     kind = "tokenizer.json"
@@ -120,7 +120,7 @@ class HfTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> Ids | None:
-        """Known where every id stands for the same bytes everywhere: byte-level vocabularies."""
+        """Known if every id always stands for the same bytes, as in byte-level vocabularies."""
         layout = json.loads(self._tokenizer.to_str())
         added = self._tokenizer.get_added_tokens_decoder()
         if not _is_lossless(layout) or any(one.lstrip or one.rstrip for one in added.values()):

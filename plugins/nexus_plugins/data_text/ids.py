@@ -1,4 +1,4 @@
-"""Files of ids: how a .bin or .npy was written, by what it says, or after a look at its numbers.
+"""Token id files: detect how a .bin or .npy was written, from metadata or its content.
 
 In this order: the .idx beside it (ours, or Megatron's), the prepare.json beside it, the header of
 llm.c or NumPy, the wish of the user; and what says nothing is taken as uint16 where it looks so.
@@ -34,18 +34,18 @@ _NUMPY_HEADER = 10_000
 
 @dataclass(frozen=True)
 class IdFile:
-    """A file of ids, opened.
+    """An open file of token ids.
 
     Args:
         ids, starts: its numbers, and where documents begin.
-        highest: id in it.
+        highest: id in the file.
         how: it was read, in words.
         lengths: bytes of text behind each id, where they are known.
-        origin: names the document of each place.
-        tokenizer: its hash and its number of ids, where the file says so.
+        origin: names the document at each position.
+        tokenizer: its hash and number of ids, if the file records them.
         checksum: of all ids, where one is known.
-        guessed: whether nothing says how ids are stored.
-        loss: what the tokenizer did not keep of the text, where that was recorded.
+        guessed: whether the id format had to be guessed.
+        loss: what the tokenizer lost of the text, if recorded.
     """
 
     ids: MappedFile
@@ -68,7 +68,7 @@ class IdFile:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the numbers of a file lie, and what they are."""
+    """Where the ids of a file are stored, and in which dtype."""
 
     dtype: str
     offset: int
@@ -82,12 +82,12 @@ def open_ids(path: Path, wish: str | None, eos: int | None, cache: Path) -> IdFi
 
     Args:
         path: NAME.bin or NAME.npy.
-        wish: how a file that does not say it stores ids, such as "uint32"; None: uint16.
-        eos: ends a document where nothing else says where documents begin.
+        wish: dtype of ids in a file that does not record it, such as "uint32"; None: uint16.
+        eos: ends a document if nothing else marks where documents begin.
         cache: the cache folder.
 
     Raises:
-        DataError: it cannot be read, is damaged, or does not hold such ids.
+        DataError: it cannot be read, is damaged, or does not hold ids of this kind.
     """
     index = path.with_suffix(".idx")
     indexed = path.suffix.lower() == ".bin" and index.exists()
@@ -267,11 +267,11 @@ def _recorded(path: Path, size: int) -> _Layout | None:
 
 @dataclass(frozen=True)
 class PreparedOrigin:
-    """Documents of a file of ids, by the files that it was made from.
+    """Maps documents of an id file to the files that it was prepared from.
 
     Args:
-        files: path and number of documents of each.
-        starts: where the documents begin in it.
+        files: path and document count of each.
+        starts: where the documents begin in the id file.
         origins: the number of each document among all that went in; None: its own.
     """
 
@@ -281,7 +281,7 @@ class PreparedOrigin:
 
     @classmethod
     def of(cls, file: TokenFile) -> PreparedOrigin:
-        """Read what `prepare` recorded beside the file."""
+        """Read what `prepare` recorded next to the file."""
         record = None if file.origins is None else Record.beside(file.path.parent)
         if record is None:
             return cls.of_itself(file.path, file.starts)
@@ -289,7 +289,7 @@ class PreparedOrigin:
 
     @classmethod
     def of_itself(cls, path: Path, starts: MappedFile) -> PreparedOrigin:
-        """Documents that are known by their number in the file alone."""
+        """Documents identified only by their index in the file."""
         return cls(((str(path), 1 << 62),), starts, None)
 
     def name(self, document: int, source: int) -> tuple[str, int]:

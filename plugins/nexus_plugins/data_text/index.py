@@ -1,4 +1,4 @@
-"""Where the documents of a large file begin, found once, kept in the cache, mapped ever after."""
+"""The document index of a large file: built once, cached, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _PARTS = ("train", "valid")
 
 
 class NoDocumentError(DataError):
-    """A file can be read, but there is no text in it."""
+    """A file is readable but contains no text."""
 
 
 def held_out(checksums: Ids, share: float) -> NDArray[np.bool_]:
-    """Which documents belong to the evaluation: a function of each one's CRC-32 alone.
+    """Which documents are held out: a function of each document's CRC-32 only.
 
-    Copies of a document thus fall on the same side.
+    So copies of a document end up in the same split.
     """
     mixed = checksums.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
     mixed ^= mixed >> np.uint64(32)
@@ -52,7 +52,7 @@ def held_out(checksums: Ids, share: float) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class LineOrigin:
-    """Counts the documents before a byte of a text file; slow, for people who ask."""
+    """Counts the documents before a byte of a text file; slow, for interactive queries."""
 
     path: Path
     reading: Reading
@@ -72,9 +72,9 @@ class LineOrigin:
 def open_text(
     path: Path, reading: Reading, share: float, eos: int, cache: Path
 ) -> list[TokenStream]:
-    """Streams over the bytes of a .txt file: to train, and to evaluate if `share` is not 0.
+    """Streams over the bytes of a .txt file: training, plus evaluation if `share` is not 0.
 
-    The first time, the file is read once in small pieces, checked for UTF-8 and indexed; memory
+    On first use, the file is read once in small pieces, checked for UTF-8 and indexed; memory use
     does not grow with its size.
 
     Raises:
@@ -188,7 +188,7 @@ def _complain(path: Path, reading: Reading) -> None:
 
 
 class _IndexWriter:
-    """Writes `NAME.starts` and `NAME.sources`; complete when it is left."""
+    """Writes `NAME.starts` and `NAME.sources`; complete when the context exits."""
 
     def __init__(self, folder: Path, name: str, eos: int = 0) -> None:
         self._starts = (folder / f"{name}.starts").open("wb")
@@ -198,7 +198,7 @@ class _IndexWriter:
         self.documents = 0
 
     def append(self, sources: Ids, lengths: Ids) -> None:
-        """Add documents: where each is in the data, and how long."""
+        """Add documents: the position and length of each."""
         ends = (lengths + self._eos).cumsum() + self._tokens
         self._starts.write((ends - lengths - self._eos).astype("<i8").tobytes())
         self._sources.write(sources.astype("<i8").tobytes())
@@ -216,7 +216,7 @@ class _IndexWriter:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file of bare ids holds.
+    """What a scan of a raw id file found.
 
     Args:
         lowest, highest: id.
@@ -233,13 +233,13 @@ class Scan:
 def scan_ids(
     file: MappedFile, eos: int | None, cache: Path, check: Callable[[Path], None] | None = None
 ) -> Scan:
-    """Read bare ids once, for the highest id and for documents that end in eos.
+    """Scan raw ids once for the highest id and for documents that end in eos.
 
     Args:
         file: the ids.
-        eos: the id that ends a document; None: all are one.
+        eos: the id that ends a document; None: the file is one document.
         cache: the cache folder.
-        check: called before the first read; raises where the file is not what it is taken for.
+        check: called before the first read; raises if the file is not what it is assumed to be.
 
     Raises:
         DataError: no document is found.
@@ -276,14 +276,14 @@ def scan_ids(
 def split_documents(
     path: Path, ids: MappedFile, starts: MappedFile, share: float, cache: Path, **settings: Any
 ) -> list[TokenStream]:
-    """The documents of a .bin file to train on, and those to evaluate on.
+    """Split the documents of a .bin file into training and evaluation.
 
     Args:
         path: the file, for the cache's key.
         ids, starts: its contents.
         share: of the documents, for the evaluation.
         cache: the cache folder.
-        settings: further ones of the streams.
+        settings: further settings of the streams.
     """
 
     def build(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What data holds: counts, lengths, samples, and checks that reading alone does not make."""
+"""Inspect data: counts, lengths, samples, and checks beyond those made on reading."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NOTHING = 1e-300  # a share that no document falls into: only what is held out 
 
 @dataclass(frozen=True)
 class Report:
-    """What one stream of documents holds.
+    """The inspection of one stream of documents.
 
     Args:
         name: "train" or "valid".
-        documents, tokens: their numbers.
+        documents, tokens: their counts.
         histogram: `(shortest, longest, documents)` by powers of two of the tokens.
         samples: the beginnings of some documents.
         faults: what is wrong; empty if nothing is.
@@ -42,7 +42,7 @@ class Report:
 
 
 def inspect(config: DataTextConfig, samples: int) -> tuple[Streams, list[Report]]:
-    """Open what `config.train` names, a held-out part too, and read all of it.
+    """Open the data of `config.train`, including any held-out part, and read all of it.
 
     Raises:
         DataError: it cannot be opened.

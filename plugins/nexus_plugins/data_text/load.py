@@ -1,4 +1,4 @@
-"""Find the tokenizer that a setting, a folder of prepared data or a file of ids asks for."""
+"""Find the tokenizer of a setting, a folder of prepared data, or an id file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_tokenizer(
         eos_token, pad_token: names of special tokens; None: the usual ones.
 
     Raises:
-        DataError: there is no such file, or it is not a tokenizer.
+        DataError: the file does not exist, or is not a tokenizer.
     """
     if wish in _OF_BYTES:
         return _OF_BYTES[wish]()
@@ -92,7 +92,7 @@ def _letters(found: list[Any], path: Path) -> list[str]:
 
 
 def tokenizer_beside(path: Path) -> Path | None:
-    """The file of the tokenizer that lies in the folder of a .bin file, if one does."""
+    """The tokenizer file next to a .bin file, if there is one."""
     beside = (path.parent / name for name in ("tokenizer.json", "meta.pkl"))
     return next((file for file in beside if file.exists()), None)
 
@@ -101,7 +101,7 @@ _MOST_IDS = 1 << 32
 
 
 class _Plain(pickle.Unpickler):
-    """Reads numbers, texts and containers; anything that could run code is refused."""
+    """Unpickles numbers, strings and containers; rejects anything that could run code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it loads {module}.{name}")

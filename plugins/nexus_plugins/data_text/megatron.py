@@ -29,7 +29,7 @@ def open_megatron(path: Path, index: Path, cache: Path) -> tuple[MappedFile, Map
     """The ids, where documents begin, and the highest id.
 
     Raises:
-        DataError: the files are damaged, or do not fit one another.
+        DataError: the files are damaged or do not match.
     """
     raw = MappedFile(index).array
     if len(raw) < _HEADER.size:

@@ -1,4 +1,4 @@
-"""Documents in Parquet files: one a row."""
+"""Documents in Parquet files: one per row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_parquet(part: Slice, reading: Reading) -> Iterator[Portion]:
     """The documents of some row groups.
 
     Raises:
-        DataError: the file is damaged, or has no such column of text.
+        DataError: the file is damaged, or does not have the text column.
     """
     with _opened(part.path) as file:
         columns = _columns(file.schema_arrow, part.path, reading.text_key)
@@ -50,7 +50,7 @@ def _rows_at_once(file: Any, groups: list[int]) -> int:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """The file; whatever the package raises over its content is a damaged file."""
+    """Open the file; any error of the package about its content means a damaged file."""
     arrow = package("pyarrow", path, "parquet")
     parquet = package("pyarrow.parquet", path, "parquet")
     try:

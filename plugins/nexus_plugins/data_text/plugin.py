@@ -1,4 +1,4 @@
-"""Text as the data of a run."""
+"""Text as training data."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _SAMPLE = 4 << 20  # bytes of training text that the bigram model counts
 
 
 class DataTextPlugin(Plugin[DataTextConfig]):
-    """Trains on text: files become documents, documents tokens, tokens rows of batches.
+    """Trains on text: files are split into documents, tokenized, and packed into rows.
 
-    The order of the rows is a function of the engine's seed and the epoch. The
-    tokenizer is saved with the run; a checkpoint with a different tokenizer is an error.
+    The order of rows is a function of the engine's seed and the epoch. The tokenizer is saved with
+    the run; resuming with a different tokenizer is an error.
     """
 
     config_class = DataTextConfig
@@ -54,7 +54,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
 
     @hookimpl
     def make_data(self, engine: Engine) -> RunData:
-        """Open, check and, where needed, tokenise the sources.
+        """Open and check the sources, and tokenize them if needed.
 
         Raises:
             DataError: a source cannot be read or used.
@@ -90,11 +90,11 @@ class DataTextPlugin(Plugin[DataTextConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Save the tokenizer with the run, or make sure that it is the one saved there.
+        """Save the tokenizer with the run, or check that it matches the one saved there.
 
         Raises:
-            CheckpointError: the run's folder holds another tokenizer.
-            ConfigError: the model has fewer ids than the data.
+            CheckpointError: the run folder holds a different tokenizer.
+            ConfigError: the model's vocabulary is smaller than the data's.
         """
         if self._data is not None:
             _check_model(engine.model, self._data.tokenizer)
@@ -172,23 +172,23 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             )
 
     def codec_in(self, run: Path) -> Tokenizer:
-        """The tokenizer that a run has kept in its folder."""
+        """The tokenizer saved in a run folder."""
         names = self.config.eos_token, self.config.pad_token
         return load_tokenizer(str(run / TOKENIZER), *names)
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """What simpler models reach on the evaluation text, and what to know about the data."""
+        """Report the baselines on the evaluation text, and notes about the data."""
         reached = engine.metrics.get("val/bits_per_byte", math.nan)
         rows = {"compared": compared(reached, self.baselines()), "data": "\n".join(self.notes())}
         return {label: text for label, text in rows.items() if text}
 
     def notes(self) -> list[str]:
-        """What a user should know about the data: tokens left out, a limited evaluation."""
+        """Notes about the data: tokens left out, a limited evaluation."""
         return self._data.notes() if self._data is not None else []
 
     def baselines(self) -> dict[str, float]:
-        """Bits per byte of gzip, xz and a bigram model on the text that is evaluated as "val".
+        """Bits per byte of gzip, xz and a bigram model on the evaluation text "val".
 
         The bigram model counts rows spread evenly over the training text, 4 MB at most.
         """

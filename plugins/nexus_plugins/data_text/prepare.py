@@ -1,4 +1,4 @@
-"""Text once and for all into ids: in parallel, resumable, to the same bytes however it was done."""
+"""Tokenize text once: in parallel, resumable, with bitwise identical output."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _UNIT = 4 << 20  # bytes of input that make one piece of work
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare, but for the files and the place.
+    """The settings of a preparation, apart from its input and output.
 
     Args:
         tokenizer: "bytes" or the path of a tokenizer.json.
         eos_token, pad_token: None: the usual ones.
         text_key, one_file_one_document, invalid_utf8, as_text: see `Reading`.
-        share: of the documents, for the evaluation.
-        deduplicate: keep only the first of documents that are the same to the byte.
+        share: share of documents held out for evaluation.
+        deduplicate: keep only the first of identical documents.
     """
 
     tokenizer: str = "bytes"
@@ -64,11 +64,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came out: counts of documents, tokens and bytes of text, and of what was left out.
+    """The outcome: counts of documents, tokens and bytes of text, and of what was left out.
 
-    Args of the last: documents whose text was compared with what their ids give back, those in
-    which something is missing or changed, bytes of text without an id of their own, and files
-    without a document.
+    The last fields: documents whose text was compared with its decoded ids, those in which
+    something is missing or changed, bytes of text without an id of their own, and files without a
+    document.
     """
 
     train_documents: int
@@ -87,7 +87,7 @@ class Summary:
 
 
 def units_of(paths: Sequence[Path], reading: Reading) -> list[list[Slice]]:
-    """Cut the files into pieces of work of about one size; depends on the files alone."""
+    """Split the files into work units of similar size; depends only on the files."""
     units: list[list[Slice]] = [[]]
     filled = 0
     for path in paths:
@@ -109,18 +109,18 @@ def prepare(
 ) -> Summary:
     """Write train.bin, val.bin, their indexes and the tokenizer into a folder.
 
-    A run that was killed is finished by the next one; what comes out does not depend on that, nor
-    on the number of workers.
+    A killed preparation is completed by the next one; the output depends neither on that nor on the
+    number of workers.
 
     Args:
-        paths: files of text, in the order in which their documents will come.
+        paths: text files, in the order in which their documents are written.
         out: the folder.
         job: what to do.
         workers: processes.
-        progress: called with the bytes of input done.
+        progress: called with the bytes of input processed.
 
     Raises:
-        DataError: a file cannot be used, the disk is full, or the folder holds other data.
+        DataError: a file cannot be used, the disk is full, or the folder holds different data.
     """
     ids = [path for path in paths if not is_text(path, job.as_text)]
     if ids:
@@ -155,7 +155,7 @@ def prepare(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Let only one process at a time prepare into a folder; another waits, and finds it done."""
+    """Let only one process at a time prepare into a folder; others wait for its result."""
     with (out / ".lock").open("w") as file:
         lock(file, wait=True)
         yield
@@ -215,7 +215,7 @@ def _whole_parts(parts: Path) -> dict[int, Path]:
 
 
 def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Path:
-    """Read and encode one piece of work into a file of its own; runs in a worker."""
+    """Read and encode one work unit into a separate file; runs in a worker."""
     tokenizer = load_tokenizer(job.tokenizer, job.eos_token, job.pad_token)
     pieces: list[dict[str, NDArray[Any]]] = []
     metadata: list[str | None] = []
@@ -276,7 +276,7 @@ def _save_part(
 
 @dataclass
 class _Part:
-    """A finished piece of work: see `_columns`; `totals` counts all documents of each slice."""
+    """A finished work unit: see `_columns`; `totals` counts all documents of each slice."""
 
     arrays: dict[str, NDArray[Any]]
     metadata: list[str] | None
@@ -295,7 +295,7 @@ class _Part:
 
 
 class _Merge:
-    """Puts the pieces of work together in order: origins, duplicates, the split."""
+    """Merges the work units in order: origins, duplicates, the split."""
 
     def __init__(
         self, out: Path, job: Job, paths: Sequence[Path], units: Sequence[Sequence[Slice]]
@@ -316,7 +316,7 @@ class _Merge:
         ]
 
     def run(self, parts: Iterator[Path]) -> dict[str, Any]:
-        """Write everything; returns what the record says of it."""
+        """Write everything, and return the summary for the record."""
         try:
             for unit, path in zip(self._units, parts, strict=True):
                 self._take(unit, _Part.load(path))

@@ -1,4 +1,4 @@
-"""prepare.json: what `nexus-data prepare` noted of its work."""
+"""prepare.json: the record that `nexus-data prepare` writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOSS = ("compared", "altered", "lost_bytes")
 
 @dataclass(frozen=True)
 class Record:
-    """What a folder of prepared data was made from, and what came out.
+    """What a folder of prepared data was made from, and the outcome.
 
     Args:
         fingerprint: of the input and the settings.
@@ -36,7 +36,7 @@ class Record:
 
     @classmethod
     def beside(cls, folder: Path) -> Record | None:
-        """The record of a folder, or None where there is no such file.
+        """The record in a folder, or None if it has no record.
 
         Raises:
             DataError: it cannot be read.
@@ -66,11 +66,11 @@ class Record:
 
     @property
     def loss(self) -> dict[str, int]:
-        """What the tokenizer did not keep of the text: see `Summary`."""
+        """What the tokenizer lost of the text: see `Summary`."""
         counts = ((name, self.summary.get(name, 0)) for name in _LOSS)
         return {name: count if isinstance(count, int) else 0 for name, count in counts}
 
     def tokens(self, name: str) -> int | None:
-        """How many tokens a file beside it has; None where it does not say so."""
+        """The token count of a file next to it; None if not recorded."""
         count = self.summary.get(_COUNTS.get(name, ""))
         return count if isinstance(count, int) and count > 0 else None

@@ -1,4 +1,4 @@
-"""Rows of batches, cut out of streams of tokens: each row is a function of its number alone."""
+"""Rows cut out of token streams: each row is a pure function of its index."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _IGNORE = -100  # the label that torch's losses leave out
 
 
 class Layout:
-    """Which row of which source each sample of an epoch is.
+    """Maps each sample of an epoch to a source and a row in it.
 
-    A source that gives more samples than it has rows repeats them in turn; one that gives fewer
-    gives rows at even distances. It takes no memory and does not depend on the epoch.
+    A source with more samples than rows repeats its rows in turn; one with fewer gives evenly
+    spaced rows. The layout takes no memory and does not depend on the epoch.
 
     Args:
         rows: how many each source has.
-        samples: how many each gives in an epoch.
+        samples: how many samples each gives in an epoch.
     """
 
     def __init__(self, rows: Sequence[int], samples: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class Layout:
 
     @classmethod
     def limited(cls, rows: Sequence[int], limit: int | None) -> Layout:
-        """Every row once, or about `limit` of them, from each source by its size."""
+        """Every row once, or about `limit` rows, in proportion to each source's size."""
         total = sum(rows)
         if limit is None or limit >= total:
             return cls(rows, rows)
@@ -52,7 +52,7 @@ class Layout:
 
     @classmethod
     def mixture(cls, rows: Sequence[int], weights: Sequence[float]) -> Layout:
-        """The shortest epoch with these shares in which every row comes at least once."""
+        """The shortest epoch with these shares that covers every row at least once."""
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         length = max(count / share for count, share in zip(rows, shares, strict=True))
         samples = np.maximum(np.rint(length * shares).astype(np.int64), rows)
@@ -60,14 +60,14 @@ class Layout:
 
     @property
     def key(self) -> tuple[list[int], list[int]]:
-        """What tells a layout from others: the rows of each source, and its samples."""
+        """The identity of a layout: the rows and samples of each source."""
         return self._rows.tolist(), self._samples.tolist()
 
     def __len__(self) -> int:
         return int(self._samples.sum())
 
     def locate(self, samples: Ids) -> tuple[Ids, Ids]:
-        """The source and the row in it of each sample."""
+        """The source of each sample, and its row there."""
         source = self._ends.searchsorted(samples, "right")
         rows, given = self._rows[source], self._samples[source]
         within = samples - (self._ends[source] - given)
@@ -76,15 +76,15 @@ class Layout:
 
 
 class Rows(ABC):
-    """A map-style data set whose samples are rows of tokens.
+    """A map-style dataset whose samples are rows of tokens.
 
     Args:
         streams: the sources.
-        tokenizer: its pad fills rows, its table says how many bytes a label stands for.
+        tokenizer: its pad id fills rows, its table gives the bytes that a label stands for.
         length: most tokens in a row.
-        complete: keep the last row of a source where it is not full.
+        complete: keep the last row of a source even if it is not full.
         weights: shares of the sources in an epoch; None: every row once.
-        limit: about so many rows instead of all.
+        limit: about this many rows instead of all.
     """
 
     LOST: ClassVar[str]
@@ -119,11 +119,11 @@ class Rows(ABC):
 
     @abstractmethod
     def rows_of(self, stream: Stream) -> int:
-        """How many rows a stream makes."""
+        """How many rows a stream gives."""
 
     @abstractmethod
     def spans(self, sources: Ids, rows: Ids) -> list[tuple[int, int]]:
-        """The positions of the tokens in each row: the first, and the one behind the last."""
+        """The token positions of each row: the first, and one past the last."""
 
     @abstractmethod
     def __getitems__(self, samples: Sequence[int]) -> RowBatch:
@@ -132,17 +132,17 @@ class Rows(ABC):
     @property
     @abstractmethod
     def lost(self) -> int:
-        """Tokens that no row holds."""
+        """The number of tokens that no row holds."""
 
     def __len__(self) -> int:
         return len(self.layout)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what every row holds: of the text, its order, the tokenizer and the cut.
+        """A hash of what every row holds: the text, its order, the tokenizer and the row cuts.
 
-        Renamed and moved files keep it, other content changes it; it looks at samples of each
-        file, so that it takes no longer for large ones.
+        Renaming or moving files keeps it, other content changes it; it hashes samples of each file,
+        so that large files take no longer.
         """
         cut = (type(self).__name__, self.length, self._complete, self._pad, self._tokenizer)
         return fingerprint(*cut, self.layout.key, [one.fingerprint() for one in self.streams])[:16]
@@ -151,7 +151,7 @@ class Rows(ABC):
         return {name: rows[0] for name, rows in self.__getitems__([sample]).items()}
 
     def tokens(self, samples: Sequence[int]) -> list[Ids]:
-        """The tokens that each sample shows, without padding."""
+        """The number of tokens in each sample, without padding."""
         shown = []
         for stream, first, last in self.locate(samples):
             shown.append(np.empty(last - first, np.int64))
@@ -159,7 +159,7 @@ class Rows(ABC):
         return shown
 
     def locate(self, samples: Sequence[int]) -> list[tuple[Stream, int, int]]:
-        """The stream of each sample, and the positions of the tokens that it shows."""
+        """The stream of each sample, and the positions of its tokens."""
         sources, rows = self.layout.locate(np.asarray(samples, dtype=np.int64))
         pairs = zip(sources.tolist(), self.spans(sources, rows), strict=True)
         return [(self.streams[source], *span) for source, span in pairs]
@@ -202,10 +202,10 @@ class Rows(ABC):
 
 
 class PackedRows(Rows):
-    """Documents one behind the other, cut into rows of one length: no padding, nothing cut off.
+    """Concatenated documents, cut into rows of equal length: no padding, nothing dropped.
 
     Row i shows tokens `i * length` to `(i + 1) * length - 1` of its stream; the label of a row's
-    last token is the first of the next row, where that belongs to the same document.
+    last token is the first token of the next row, if that belongs to the same document.
 
     A batch holds `input_ids` and `labels` `(B, T)` int64 (`labels[t]` follows position t; -100 at
     the end of a document), `segment_ids` `(B, T)` int32 (0 at the start of a row, one more at each
@@ -277,7 +277,7 @@ class PackedRows(Rows):
 
 
 class PaddedRows(Rows):
-    """One document a row: cut off at `length`, filled up to the longest of the batch.
+    """One document per row: truncated at `length`, padded to the longest of the batch.
 
     A batch holds `input_ids`, `labels` (-100 on padding) and `attention_mask` (1 on tokens, 0 on
     padding), all `(B, T)` int64, and `label_bytes` `(B,)` int64.
@@ -297,7 +297,7 @@ class PaddedRows(Rows):
 
     @property
     def lost(self) -> int:
-        """Tokens that were cut off long documents."""
+        """The number of tokens truncated from long documents."""
         return sum(
             int((lengths - self.length).clip(min=0).sum())
             for stream in self.streams
@@ -330,5 +330,5 @@ def _label_table(tokenizer: Tokenizer) -> NDArray[Any] | None:
 
 
 def as_it_is(batch: Any) -> Any:
-    """What `ResumableLoader` collates with: `Rows` make whole batches by themselves."""
+    """The collate function for `ResumableLoader`: `Rows` already makes whole batches."""
     return batch

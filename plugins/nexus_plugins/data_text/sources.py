@@ -1,4 +1,4 @@
-"""From the settings to files: the sources of a run, and what of them is evaluated on."""
+"""From settings to files: the sources of a run, and their evaluation data."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _EMBEDDED = "stdlib"
 
 @dataclass(frozen=True)
 class Source:
-    """A source whose files have been found; the embedded text has none.
+    """A source with its resolved files; the embedded text has none.
 
     Args:
         name: its own.
-        weight: its share of the rows.
+        weight: its share of rows.
         files: to train on.
-        held_out: of those that are prepared data, what was held out for evaluation.
-        apart: files whose names say that they were held out.
-        named: those of the files that were named by themselves.
-        as_text: read all of them as text.
+        held_out: what was held out for evaluation in prepared data.
+        apart: files whose names mark them as held out.
+        named: the files that were given explicitly.
+        as_text: read all files as text.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Source:
 
     @property
     def texts(self) -> list[Path]:
-        """Those of the files that hold text."""
+        """The files that hold text."""
         return [path for path in self.files if is_text(path, self.as_text)]
 
     @property
     def ids(self) -> list[Path]:
-        """Those of the files that hold ids."""
+        """The files that hold ids."""
         return [path for path in self.files if not is_text(path, self.as_text)]
 
     def for_evaluation(self) -> Source:
-        """Of prepared data, and of folders with a part for training, what was held out."""
+        """The held-out part of prepared data and of folders with a training part."""
         files = tuple(self.held_out.get(path, path) for path in self.files)
         by_name = any("train" in path.name.lower() for path in self.files) and self.apart
         return replace(self, files=self.apart if by_name else (*files, *self.apart), apart=())
@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """What to train and to evaluate on, and in words what a user should know of the choice."""
+    """The training and evaluation data, and notes for the user about the choice."""
 
     train: list[Source]
     valid: list[Source]
@@ -68,7 +68,7 @@ class Sources:
 
 
 def find_sources(config: DataTextConfig) -> Sources:
-    """Find the files of the settings; nothing that is evaluated on is brought along for training.
+    """Find the files of the settings, and keep evaluation data out of training.
 
     Raises:
         DataError: no file is found, or one cannot be read.
@@ -88,12 +88,12 @@ def find_sources(config: DataTextConfig) -> Sources:
 
 
 def has_held_out(wish: SourceList) -> bool:
-    """Whether the files of a setting hold a part for evaluation."""
+    """Whether the files of a setting include a held-out part."""
     return any(one.held_out or one.apart for one in _Finder().find(wish))
 
 
 class _Finder:
-    """Finds sources, and notes what a user should know."""
+    """Finds sources, and collects notes for the user."""
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
@@ -168,7 +168,7 @@ class _Finder:
         return split
 
     def say_apart(self, sources: Sequence[Source], evaluated: bool) -> None:
-        """Note what is kept out of training because of its name."""
+        """Note what is excluded from training because of its name."""
         files = [path for one in sources for path in one.apart]
         if files:
             what = "evaluated on, instead of a share, and " if evaluated else ""
@@ -178,7 +178,7 @@ class _Finder:
             )
 
     def without_evaluated(self, train: list[Source], valid: list[Source]) -> list[Source]:
-        """Leave out of training what is evaluated on, but for files named by themselves."""
+        """Exclude evaluation data from training, except for files given explicitly."""
         evaluated = [path for one in valid for path in one.files]
         kept, brought, meant = [], [], []
         for source in train:
@@ -205,7 +205,7 @@ class _Finder:
         return kept
 
     def say_twice(self, train: Sequence[Source]) -> None:
-        """Note what is trained on twice, within a list or in several."""
+        """Note what is trained on twice, within one list or across lists."""
         twice = repeated([path for one in train for path in one.files])
         if twice:
             self.remarks.append(

@@ -1,4 +1,4 @@
-"""Tokens of documents one after another, wherever they lie: in memory, in a file, in many files."""
+"""Token streams over documents in memory, in a file, or in many files."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PORTION = 1 << 20  # documents
 
 @dataclass(frozen=True)
 class Place:
-    """Where a token comes from.
+    """The origin of a token.
 
     Args:
         file: the file, or the name of a corpus.
-        document: its number in the file, from 0.
-        offset: tokens of the document before it.
+        document: its index in the file, from 0.
+        offset: its offset in the document, in tokens.
     """
 
     file: str
@@ -40,13 +40,13 @@ class Place:
 
 
 class Origin(Protocol):
-    """Knows where the documents of a stream come from."""
+    """Maps the documents of a stream to where they come from."""
 
     def name(self, document: int, source: int) -> tuple[str, int]:
-        """The file of a document and its number in it, from 0.
+        """The file of a document and its index there, from 0.
 
         Args:
-            document: its number in the stream.
+            document: its index in the stream.
             source: where it starts in the stream's data.
         """
 
@@ -75,53 +75,53 @@ class Stream(Protocol):
 
     @property
     def documents(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
 
     def read(self, first: int, last: int, out: Ids) -> None:
         """Write the tokens of positions `first` to `last - 1` into `out`."""
 
     def block(self, firsts: Ids, count: int) -> Raw | None:
-        """`(B, count)`: `count` tokens from each position on, where they can be had at once."""
+        """`(B, count)`: `count` tokens from each position, if one gather can read them."""
 
     def read_bytes(self, first: int, last: int) -> Ids | None:
-        """Bytes of text that each of the tokens stands for; None: the tokenizer's table says."""
+        """Bytes of text that each token stands for; None: see the tokenizer's table."""
 
     def starts(self, firsts: Ids, lasts: Ids) -> tuple[Ids, Ids]:
         """The positions at which a document starts, from `first` to `last - 1` of each pair.
 
         Returns:
-            Those of all pairs one behind the other, and how many each pair has.
+            The starts of all pairs, concatenated, and how many each pair has.
         """
 
     def place(self, position: int) -> Place:
         """The document that a token belongs to."""
 
     def span(self, document: int) -> tuple[int, int]:
-        """The positions of a document: its first token, and the one behind its last."""
+        """The positions of a document: its first token, and one past its last."""
 
     def document_lengths(self) -> Iterator[Ids]:
-        """The tokens of each document, in portions that fit in memory."""
+        """The length of each document in tokens, in portions that fit in memory."""
 
     def fingerprint(self) -> str:
-        """A hash of what the stream holds, wherever it lies; of much, of samples of it."""
+        """A hash of the stream's content, wherever it is stored; large streams are sampled."""
 
     def check(self) -> None:
-        """Make sure that no file has changed; call it before each batch is read.
+        """Check that no file has changed; call it before reading each batch.
 
         Raises:
-            DataError: one has; reading a file that was cut short would kill the process.
+            DataError: one has changed; reading a truncated mapping would kill the process.
         """
 
 
 class MappedFile:
-    """A file of fixed-size numbers in memory-mapped form, watched for changes.
+    """A memory-mapped file of fixed-size numbers, watched for changes.
 
-    Only the path travels to worker processes, which map it anew.
+    Only the path is sent to worker processes, which map it themselves.
 
     Args:
         path: the file.
-        dtype: of its numbers, which `array` holds.
-        offset: bytes to leave out at the start.
+        dtype: of the numbers in `array`.
+        offset: bytes to skip at the start.
         count: how many numbers to map; None: up to the end.
 
     Raises:
@@ -159,7 +159,7 @@ class MappedFile:
         return status.st_size, status.st_mtime_ns
 
     def check(self) -> None:
-        """Make sure that the file is still what it was.
+        """Check that the file is unchanged.
 
         Raises:
             DataError: it has changed.
@@ -184,13 +184,13 @@ class TokenStream:
     """Documents in one array of ids or of bytes.
 
     Args:
-        data: the numbers, in memory or mapped: ids, or bytes of text taken as ids.
+        data: the numbers, in memory or mapped: ids, or bytes of text used as ids.
         starts: `(documents + 1,)`, where each document starts in the stream, and its length.
-        sources: `(documents,)`, where each starts in `data`; None: at the same place.
+        sources: `(documents,)`, where each starts in `data`; None: at the same position.
         eos: follows each document though `data` does not hold it; None: `data` holds it.
-        lengths: bytes of text that each number of `data` stands for, where no table says it.
-        origin: names the file and the number in it of each document.
-        checksum: of all of `data`, where it has been read once.
+        lengths: bytes of text that each number of `data` stands for, if no table gives it.
+        origin: gives the file of each document and its index there.
+        checksum: of all of `data`, if it has been read once.
     """
 
     def __init__(
@@ -317,12 +317,12 @@ def _sampled(numbers: Raw) -> str:
 
 
 def chained(streams: Sequence[Stream]) -> Stream:
-    """Several streams, one behind the other, as one."""
+    """Concatenate several streams into one."""
     return streams[0] if len(streams) == 1 else Chain(streams)
 
 
 class Chain:
-    """Several streams, one behind the other."""
+    """Several concatenated streams."""
 
     def __init__(self, streams: Sequence[Stream]) -> None:
         self._streams = tuple(streams)

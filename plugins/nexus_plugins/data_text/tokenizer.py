@@ -1,4 +1,4 @@
-"""Tokenizers: from text to ids and back, and how many bytes of text each id stands for."""
+"""Tokenizers: text to ids and back, and the bytes of text that each id stands for."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Encoded:
     """Documents as ids.
 
     Args:
-        ids: of all documents one behind the other, each with its eos.
+        ids: of all documents concatenated, each with its eos.
         lengths: `(documents,)`, ids of each.
-        token_bytes: bytes of text that each id stands for, where no table says it.
-        lost_bytes: of text that no id stands for, or only the one of unknown text.
+        token_bytes: bytes of text that each id stands for, if no table gives it.
+        lost_bytes: of text that no id stands for, or only the unknown token.
     """
 
     ids: NDArray[Any]
@@ -48,10 +48,10 @@ class Encoded:
 
 
 class Tokenizer(ABC):
-    """What decides the vocabulary of a run; two with one hash give the same ids.
+    """Determines the vocabulary of a run; equal hashes mean equal ids.
 
     Args of every kind: `size` (ids are below it), `eos` (ends a document; None where the ids
-    already hold what ends one), `pad` (fills rows; its labels never count), `bos`.
+    already mark it), `pad` (fills rows; its labels never count), `bos`.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> str:
-        """The whole tokenizer as text; `load_tokenizer` reads it from a file."""
+        """Serialize the tokenizer as text; `load_tokenizer` reads it from a file."""
 
     def encode_documents(self, texts: Sequence[bytes]) -> Encoded:
         """The ids of many documents of valid UTF-8, each followed by eos."""
@@ -79,17 +79,17 @@ class Tokenizer(ABC):
         )
 
     def text_bytes(self, ids: Ids) -> bytes:
-        """The text of some ids in UTF-8; parts of characters stay parts."""
+        """The UTF-8 bytes of some ids; partial characters stay partial."""
         return self.decode(ids.tolist()).encode()
 
     @property
     def token_bytes(self) -> Ids | None:
-        """Bytes of text that each id stands for, `(V,)`; None where it depends on the context."""
+        """Bytes of text that each id stands for, `(V,)`; None if that depends on context."""
         return None
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of `to_json`, however it is laid out."""
+        """SHA-256 of `to_json`, independent of its formatting."""
         canonical = json.dumps(json.loads(self.to_json()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -98,7 +98,7 @@ class Tokenizer(ABC):
 
 
 def loss_of(tokenizer: Tokenizer, texts: Sequence[bytes], encoded: Encoded) -> dict[str, int]:
-    """How much of some documents their ids do not give back; a few of them are compared.
+    """Measure how lossy the tokenizer is, by decoding a few documents.
 
     Returns:
         `compared` documents, those `altered` (spaces aside), and the bytes that were lost.
@@ -116,7 +116,7 @@ def loss_of(tokenizer: Tokenizer, texts: Sequence[bytes], encoded: Encoded) -> d
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of UTF-8, then eos 256, pad 257, bos 258."""
+    """One id per UTF-8 byte, then eos 256, pad 257, bos 258."""
 
     kind = "bytes"
     size = 259
@@ -165,7 +165,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class Byte256Tokenizer(ByteTokenizer):
-    """One id a byte of UTF-8 and no others: byte 0, which text has no use for, is eos and pad."""
+    """One id per UTF-8 byte and no others: byte 0, which text does not use, is eos and pad."""
 
     kind = "bytes256"
     size = 256
@@ -188,7 +188,7 @@ class Byte256Tokenizer(ByteTokenizer):
 
 
 class IdTokenizer(Tokenizer):
-    """Stands in for an unknown tokenizer: ids come ready-made, and decode to their numbers."""
+    """A stand-in for an unknown tokenizer: ids are given, and decode to their numbers."""
 
     kind = "unknown"
     eos = None
@@ -208,7 +208,7 @@ class IdTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character, as in the character corpora of nanoGPT; documents are not marked.
+    """One id per character, as in nanoGPT's character corpora; documents are not marked.
 
     Args:
         letters: the character of each id.

@@ -1,4 +1,4 @@
-"""Which documents a step trained on: the order of the data is a function, so it can be asked."""
+"""Trace which documents a step trained on; possible because data order is a function."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOST_ROWS = 50_000
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A stretch of one document in a row: where it begins, how many tokens it has, its text."""
+    """A piece of one document in a row: its start, its number of tokens, its text."""
 
     place: Place
     tokens: int
@@ -41,8 +41,8 @@ class Row:
 
     Args:
         epoch, batch: the micro-batch, counted from 0.
-        sample: its number in `sample_ids`.
-        excerpts: what it shows, in order.
+        sample: its id in `sample_ids`.
+        excerpts: its content, in order.
     """
 
     epoch: int
@@ -59,8 +59,8 @@ def trained_on(run: Path, step: int) -> list[Row]:
         step: counted from 1, as the logs count it.
 
     Raises:
-        ConfigError: the folder holds no config of a run on text.
-        DataError: the data is not there any more.
+        ConfigError: the folder holds no config of a text run.
+        DataError: the data is gone.
     """
     if step < 1:
         raise ConfigError(f"steps count from 1, got {step}")

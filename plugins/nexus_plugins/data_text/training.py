@@ -1,4 +1,4 @@
-"""Learning a vocabulary from text."""
+"""Train a tokenizer on text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EOS, _PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(paths: Sequence[Path], out: Path, size: int, reading: Reading) -> Tokenizer:
-    """Learn byte-level BPE, without loss for any text, and write it as a tokenizer.json.
+    """Train byte-level BPE, lossless for any text, and write it as a tokenizer.json.
 
     Args:
         paths: files of text.

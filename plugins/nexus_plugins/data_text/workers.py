@@ -1,7 +1,7 @@
-"""Processes that encode pieces of work, each fed one line of JSON at a time.
+"""Worker processes that encode work units, each fed one line of JSON at a time.
 
-They are plain children that run this module, not forks: they share no locks and threads with a
-process that trains, never run its main module again, and end when it does, however it ends.
+They are child processes that run this module, not forks: they share no locks or threads with a
+training process, never re-run its main module, and exit when it does, however it ends.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Task = tuple[int, Sequence[Slice]]
 
 
 class Workers:
-    """A pool of such processes; with one worker, the work is done in this process.
+    """A pool of worker processes; with one worker, the work is done in this process.
 
     Args:
         count: processes.
-        job: what to do with each piece.
-        parts: the folder for the results.
+        job: what to do with each unit.
+        parts: the folder for results.
     """
 
     def __init__(self, count: int, job: Job, parts: Path) -> None:
@@ -72,7 +72,7 @@ class Workers:
         """The results in the order of the tasks.
 
         Raises:
-            DataError: a piece cannot be used, or a worker has died.
+            DataError: a unit cannot be encoded, or a worker has died.
         """
         if self._processes:
             yield from self._threads.map(self._ask, tasks)

@@ -1,4 +1,4 @@
-"""Says in words what is wrong with a run: `sensors` read, `rules` judge, `plugin` speaks."""
+"""Diagnose a run: `sensors` measure, `rules` judge, `plugin` reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has been read of a run so far: the numbers that the rules judge."""
+"""The readings of a run so far, which the rules judge."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RISE = 1.001  # a learning rate this much higher than the highest so far is a ne
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in use and how much there is, in bytes, and what it is the memory of."""
+    """Memory in use and in total, in bytes, and what kind of memory it is."""
 
     used: float
     limit: float
@@ -44,7 +44,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Wait:
-    """The share of the time that the loop waited for batches, and milliseconds of it a step."""
+    """The share of time spent waiting for batches, and milliseconds per step."""
 
     share: float
     milliseconds: float
@@ -52,19 +52,19 @@ class Wait:
 
 @dataclass(frozen=True)
 class Reading:
-    """A period of training in numbers.
+    """Measurements of a period of training.
 
     Args:
         step: the last step of the period.
         steps: how many steps it has.
-        loss: mean of the finite losses of its steps; each the sum of the terms' means, in their
-            static weights.
+        loss: mean of the finite losses of its steps; each is the sum of the terms' means, with
+            their static weights.
         deviation: standard deviation of them.
-        floor: what nearly every one lies above: some standard deviations below the mean, of the
+        floor: a bound below nearly all losses: some standard deviations below the mean, of the
             losses or of their logarithms, whichever is higher.
         bad_step: the first step whose loss was not finite.
         lr: learning rate of the first parameter group in the last step.
-        gradient_finite: whether the gradient of the last step was.
+        gradient_finite: whether the gradient of the last step was finite.
         silent: matrices without a gradient in the last step.
         memory: at the end of the period.
         wait: for batches.
@@ -100,12 +100,12 @@ class TermProbe:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is too costly for every reading, measured in one step.
+    """Measurements of one step that are too costly for every reading.
 
     Args:
         step: the step.
-        terms: the terms that reach the trunk, by name; none where there are not two.
-        outputs: standard deviation over the rows of the batch of what each module put out.
+        terms: the terms that reach the trunk, by name; empty with fewer than two.
+        outputs: standard deviation of each module's output over the rows of the batch.
     """
 
     step: int
@@ -115,11 +115,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Worth:
-    """What an evaluation found each module to be worth.
+    """The worth of each module in an evaluation.
 
     Args:
         loss: of the evaluation.
-        worths: by how much leaving a module out raises it, by name.
+        worths: the rise of the loss without the module, by name.
     """
 
     loss: float
@@ -132,7 +132,7 @@ class Baseline:
 
     Args:
         start: loss of the first finite step.
-        first: mean loss of the first reading with one.
+        first: mean loss of the first reading that has one.
         lowest: lowest mean loss of a reading.
         ceiling: lowest upper end of a mean loss: three standard errors above it.
         peak_lr: highest learning rate of a reading.
@@ -161,7 +161,7 @@ class History:
     baseline: Baseline = Baseline()
 
     def with_reading(self, reading: Reading, first_loss: float) -> History:
-        """One reading more; `first_loss` is that of its first finite step, nan if it has none."""
+        """Add a reading; `first_loss` is that of its first finite step, NaN if it has none."""
         before = self.baseline
         found, fresh = math.isfinite(first_loss), math.isinf(before.start)
         higher = reading.lr > RISE * before.peak_lr
@@ -180,7 +180,7 @@ class History:
         return replace(self, readings=readings, baseline=baseline)
 
     def with_probe(self, probe: Probe) -> History:
-        """One probe more."""
+        """Add a probe."""
         before = self.baseline
         losses = {name: term.loss for name, term in probe.terms.items()}
         widest = {
@@ -194,11 +194,11 @@ class History:
         return replace(self, probes=(*self.probes, probe)[-PROBES_KEPT:], baseline=baseline)
 
     def with_worth(self, worth: Worth) -> History:
-        """One measurement of the modules' worth more."""
+        """Add a measurement of the modules' worth."""
         return replace(self, worths=(*self.worths, worth)[-WORTHS_KEPT:])
 
     def state_dict(self) -> StateDict:
-        """What JSON holds; memory and waiting are this session's own, and left out."""
+        """The history as JSON; memory and waiting belong to the session and are left out."""
         lasting = tuple(replace(reading, memory=None, wait=None) for reading in self.readings)
         state = asdict(replace(self, readings=lasting))
         state["readings"] = [{**r, "silent": list(r["silent"])} for r in state["readings"]]
@@ -207,7 +207,7 @@ class History:
 
     @classmethod
     def from_state(cls, state: StateDict) -> History:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         saved = cast(dict[str, Any], state)
         return cls(
             tuple(Reading(**{**r, "silent": tuple(r["silent"])}) for r in saved["readings"]),
@@ -218,7 +218,7 @@ class History:
 
 
 def reading_of(losses: Sequence[float], step: int, lr: float) -> Reading:
-    """Sum up the losses of the steps up to `step`; where none is finite, 0 stands for the mean."""
+    """Summarize the losses of the steps up to `step`; the mean is 0 if none is finite."""
     first = step - len(losses) + 1
     bad_step = next((first + i for i, v in enumerate(losses) if not math.isfinite(v)), None)
     finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]

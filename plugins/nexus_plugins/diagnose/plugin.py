@@ -72,11 +72,11 @@ class DiagnoseConfig(PluginConfig):
 class DiagnosePlugin(Plugin[DiagnoseConfig]):
     """Watches loss, gradients, outputs, memory and the loader; does not affect training.
 
-    Each finding is said once: as a warning when it is found, in the summary of the run, and to
-    every logger as `diagnose/<rule>`: in words, as a note, where the logger holds text, and as the
-    step in which it was found, beside the number of `diagnose/findings`. The rules are in
-    `nexus_plugins.diagnose.rules`. The device is waited for at a reading only. What was found and
-    read is saved; times and memory, which belong to a session, are not.
+    Each finding is reported once: as a warning when it occurs, in the run summary, and to every
+    logger as `diagnose/<rule>`: as a text note if the logger supports it, and as the step at which
+    it was found, next to the number of `diagnose/findings`. The rules are in
+    `nexus_plugins.diagnose.rules`. The device syncs only at readings. Findings and readings are
+    saved; times and memory, which belong to a session, are not.
     """
 
     config_class = DiagnoseConfig
@@ -96,25 +96,25 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What has been found so far, in order."""
+        """The findings so far, in order."""
         return tuple(self._found)
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._gradients, self._sizes = {}, {}
         self._clock = WaitClock(engine.device)
         self._memory = memory_gauge(engine.device)
 
     @hookimpl
     def on_batch(self) -> None:
-        """The loop has its batch."""
+        """Record that a batch has arrived."""
         if self._clock is not None:
             self._clock.batch_came()
 
     @hookimpl(wrapper=True)
     def forward(self, engine: Engine, step: Step | None) -> Generator[None, Any, Any]:
-        """In a probe, look at what the modules put out for the last micro-batch."""
+        """In a probe, measure the modules' outputs for the last micro-batch."""
         if step is None or not (step.is_last and self._probes(step)):
             return (yield)
         with watch_outputs(engine.model, self._outputs):
@@ -124,7 +124,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
     def backward(
         self, engine: Engine, terms: Mapping[str, Tensor], step: Step
     ) -> Generator[None, bool, bool]:
-        """In a probe, take each term's gradient by itself before the common one."""
+        """In a probe, compute each term's gradient before the combined backward pass."""
         if self._probes(step) and len(terms) > 1:
             before = self._gradients if step.place else {}
             parameters = list(_trained(engine.model).values())
@@ -137,13 +137,13 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
     @hookimpl(stage="inspect")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Where a reading is due after this step, measure its gradient."""
+        """If a reading is due after this step, measure its gradient."""
         if step.number % self.config.every == 0:
             self._sizes = gradient_sizes(_trained(engine.model))
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
-        """Keep the step's losses on the device, and read where it is due."""
+        """Keep the step's losses on the device, and take a reading if due."""
         if self._clock is not None:
             self._clock.step_trained()
         self._pending.append(dict(step.losses))
@@ -152,7 +152,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
     @hookimpl
     def on_eval(self, metrics: dict[str, float]) -> None:
-        """Keep what each module was found to be worth, where it was measured."""
+        """Record the worth of each module, if it was measured."""
         worths = {found[1]: v for n, v in metrics.items() if (found := _WORTH.fullmatch(n))}
         if worths:
             loss = next(value for name, value in metrics.items() if name.endswith("/loss"))
@@ -160,24 +160,24 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
     @hookimpl(stage="clock")
     def on_step_end(self) -> None:
-        """From now on the loop waits for its batch."""
+        """Record that the loop now waits for a batch."""
         if self._clock is not None:
             self._clock.step_ended()
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
-        """How many findings there are, and the step of each."""
+        """The number of findings, and the step of each."""
         steps = {f"diagnose/{finding.rule}": float(finding.step) for finding in self._found}
         return {"diagnose/findings": float(len(self._found)), **steps}
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """Every finding, or that nothing was found."""
+        """List the findings, or say that there are none."""
         lines = [f"step {finding.step:,}: {finding.text}" for finding in self._found]
         return {"diagnose": "\n".join(lines) or "nothing found"}
 
     def state_dict(self) -> StateDict:
-        """What was read and found, and what is still to be read."""
+        """The readings and findings, and losses not yet read."""
         state: dict[str, Any] = {
             "history": self._history.state_dict(),
             "found": [asdict(finding) for finding in self._found],
@@ -188,7 +188,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
         return state
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on watching."""
+        """Restore the readings and findings."""
         saved = cast(dict[str, Any], state)
         self._history = History.from_state(saved["history"])
         self._found = [Finding(**finding) for finding in saved["found"]]

@@ -1,4 +1,4 @@
-"""The rules: what counts as an illness, from which numbers, and what helps against it."""
+"""The rules: which numbers indicate a problem, and how to fix it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """An illness that was found: the rule, the step, and the sentence for the user."""
+    """A detected problem: the rule, the step, and the message for the user."""
 
     rule: str
     step: int
@@ -67,11 +67,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """An illness: its name, how the history shows it, and what to change.
+    """A kind of problem: its name, how the history shows it, and how to fix it.
 
     Args:
         name: as in the metric `diagnose/<name>`.
-        judge: the numbers that show it, in words; None where it is not there.
+        judge: the evidence, in words; None if the problem is absent.
         remedy: what to change.
     """
 
@@ -81,12 +81,12 @@ class Rule:
 
     @property
     def title(self) -> str:
-        """The name as words."""
+        """The name in words."""
         return self.name.replace("_", " ")
 
 
 def examine(history: History, known: Sequence[str] = ()) -> list[Finding]:
-    """What every rule finds in a history with at least one reading, but for those known."""
+    """Apply every rule to a history with at least one reading, except those already reported."""
     step = history.readings[-1].step
     judged = [(rule, rule.judge(history)) for rule in RULES if rule.name not in known]
     return [
@@ -97,7 +97,7 @@ def examine(history: History, known: Sequence[str] = ()) -> list[Finding]:
 
 
 def loss_explosion(history: History) -> str | None:
-    """A loss that is not finite, gradients that stay so, or a loss far over its level."""
+    """A non-finite loss, persistent non-finite gradients, or a loss far above its level."""
     now, baseline = history.readings[-1], history.baseline
     if now.bad_step is not None:
         return f"the loss of step {now.bad_step} is not finite (learning rate {now.lr:.3g})"
@@ -120,7 +120,7 @@ def loss_explosion(history: History) -> str | None:
 
 
 def slow_convergence(history: History) -> str | None:
-    """A plateau near the start, while the learning rate is in its warm-up or just past it."""
+    """A plateau near the start, during warmup or just after it."""
     window, baseline = history.readings[-WINDOW:], history.baseline
     now, trend = window[-1], _trend(window)
     late = now.step - baseline.peak_step > max(baseline.peak_step, JUST_PAST * now.steps)
@@ -140,7 +140,7 @@ def slow_convergence(history: History) -> str | None:
 
 
 def memory_near_limit(history: History) -> str | None:
-    """More than nine tenths of the memory in use."""
+    """More than 90% of memory in use."""
     memory = history.readings[-1].memory
     if memory is None or memory.used < FULL * memory.limit:
         return None
@@ -152,7 +152,7 @@ def memory_near_limit(history: History) -> str | None:
 
 
 def module_collapse(history: History) -> str | None:
-    """A term that drowns another in the trunk, or modules that put out the same for any input."""
+    """A term that drowns out another in the trunk, or modules with constant output."""
     return _dominance(history.probes[-ROW:], history.baseline) or _dead_outputs(
         history.probes[-DEAD_PROBES:], history.baseline
     )
@@ -173,7 +173,7 @@ def dead_layers(history: History) -> str | None:
 
 
 def lr_at_floor(history: History) -> str | None:
-    """A learning rate that has come to rest low down, with a loss that still falls."""
+    """A learning rate stuck at its floor while the loss is still falling."""
     window = history.readings[-FLOOR_READINGS:]
     rates, peak = [reading.lr for reading in window], history.baseline.peak_lr
     low = max(rates) <= FLOOR * peak * (1 + SAME_LR)
@@ -192,7 +192,7 @@ def lr_at_floor(history: History) -> str | None:
 
 
 def data_starvation(history: History) -> str | None:
-    """A loop that waits for its batches."""
+    """A training loop that waits for batches."""
     waits = [reading.wait for reading in history.readings[-ROW:] if reading.wait is not None]
     if len(waits) < ROW:
         return None
@@ -205,7 +205,7 @@ def data_starvation(history: History) -> str | None:
 
 
 def worthless_module(history: History) -> str | None:
-    """Modules that the evaluation's loss does not miss, in three measurements in a row."""
+    """Modules whose ablation does not raise the evaluation loss, three times in a row."""
     last = history.worths[-ROW:]
     if len(last) < ROW:
         return None

@@ -1,4 +1,4 @@
-"""What is measured on the device or on the clock, without waiting for either."""
+"""Measurements of the device and the clock that do not sync."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 class WaitClock:
     """Measures how long steps wait for their batch, on the host's or on the device's own clock.
 
-    On CUDA the gap between two steps is measured by events on the device: time in which it had
-    nothing to do but the copy of the batch. What a host's own loop does between two steps counts
-    as waiting; logs, evaluations and saves do not.
+    On CUDA the gap between two steps is measured by device events: time in which the device had
+    nothing to do but copy the batch. What your own loop does between two steps counts as waiting;
+    logs, evaluations and saves do not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,24 +47,24 @@ class WaitClock:
         self._steps: list[tuple[Mark, Mark]] = []
 
     def step_ended(self) -> None:
-        """The step and all that follows it are done; from now on it is waiting."""
+        """Mark the end of a step and all that follows it; waiting starts."""
         self._ended = self._mark()
 
     def batch_came(self) -> None:
-        """A micro-batch is there; the first one of a step ends the waiting."""
+        """Mark the arrival of a micro-batch; the first one of a step ends the waiting."""
         if self._began is None:
             self._began = self._mark()
             if self._ended is not None:
                 self._waits.append((self._ended, self._began))
 
     def step_trained(self) -> None:
-        """The update is done."""
+        """Mark the end of the update."""
         if self._began is not None:
             self._steps.append((self._began, self._mark()))
             self._began = None
 
     def read(self) -> Wait | None:
-        """The waiting since the last reading; call it when the device has been waited for."""
+        """The waiting since the last reading; call it after a device sync."""
         waits, steps = self._waits, self._steps
         self._waits, self._steps = [], []
         if not waits or not steps:
@@ -102,9 +102,9 @@ def gradient_sizes(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def silent(sizes: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ...]:
-    """The matrices whose gradient is lost beside the largest of all parameters.
+    """The matrices whose gradient is negligible relative to the largest one.
 
-    Vectors are not asked: the gradient of a bias before a norm is nothing but rounding, always.
+    Vectors are excluded: the gradient of a bias before a norm is always pure rounding error.
     """
     largest = max(sizes.values(), default=0.0)
     if largest == 0:
@@ -114,9 +114,10 @@ def silent(sizes: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ..
 
 @contextmanager
 def watch_outputs(model: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
-    """While open, note the deviation over rows of what each trained module puts out.
+    """While open, record the deviation over rows of each trained module's output.
 
-    Embeddings are left out, as what they put out is looked up; so are outputs without two rows.
+    Embeddings are excluded, since their outputs are looked up; so are outputs with fewer than two
+    rows.
     """
     handles = [
         module.register_forward_hook(_noting(name, found))
@@ -140,9 +141,9 @@ def memory_gauge(device: torch.device) -> Callable[[], Memory | None]:
 
 
 def host_limit(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes that this process may use: of the machine, or of its container; 0: not known.
+    """The memory limit of this process, from the machine or its container; 0 if unknown.
 
-    Source: cgroup v2, `memory.max` of the group and of every group above; v1,
+    Source: cgroup v2, `memory.max` of the group and its ancestors; v1,
     `memory.limit_in_bytes`.
     """
     machine = machine_memory()

@@ -1,6 +1,6 @@
-"""Bad numbers never reach the weights.
+"""Keep non-finite numbers out of the weights.
 
-`plugin` refuses, `held` holds the optimizer back, `record` notes down, `replay` explains.
+`plugin` rejects steps, `held` keeps the optimizer unchanged, `record` dumps, `replay` explains.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nexus-run replay`: a recorded bad step, done again."""
+"""`nexus-run replay`: repeat a recorded bad step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PLACE = re.compile(r"(^|_)(file|dir|folder)$")
               help="Use code and folders outside the run that its config names.")  # fmt: skip
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(record: Path, trust: bool, debug: bool) -> None:
-    """Do a recorded step again and name the first module and loss term with a bad number.
+    """Repeat a recorded step and name the first module and loss term with a non-finite number.
 
-    RECORD is a folder that the guard wrote: OUT/guard/step-00000123. Nothing is changed, and where
-    the config names a folder outside the run, such as a cache, an empty one is used in its place.
-    A run with code of your own, which its config names, is replayed with --trust alone.
+    RECORD is a folder that the guard wrote: OUT/guard/step-00000123. Nothing is modified; if the
+    config names a folder outside the run, such as a cache, an empty one is used instead. A run with
+    code of your own, which its config names, is replayed with --trust alone.
     """
     from nexus_core.places import only_named
 

@@ -1,4 +1,4 @@
-"""An optimizer that is held back for a refused step."""
+"""Keep an optimizer unchanged for a skipped step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["flagged", "unmoved"]
 
 @contextmanager
 def unmoved(optimizer: Optimizer) -> Iterator[None]:
-    """Undo what an optimizer counts in its groups though a refused step left it no gradient."""
+    """Undo what an optimizer counts in its groups even though a skipped step has no gradient."""
     groups = [dict(group) for group in optimizer.param_groups]
     yield
     for group, before in zip(optimizer.param_groups, groups, strict=True):
@@ -28,7 +28,7 @@ def unmoved(optimizer: Optimizer) -> Iterator[None]:
 
 @contextmanager
 def flagged(optimizer: Any, step: Step) -> Iterator[None]:
-    """Have an optimizer's `found_inf` be raised as it steps, besides what a scaler has found."""
+    """Set an optimizer's `found_inf` as it steps, in addition to what a scaler found."""
 
     def flag(optimizer: Any, *_: object) -> None:
         refused = cast(Tensor, step.refused)

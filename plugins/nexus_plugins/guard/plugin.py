@@ -39,7 +39,7 @@ Tree = TypeVar("Tree")
 
 
 class GuardConfig(PluginConfig):
-    """What to do about a step whose loss or gradient is not finite."""
+    """What to do about a step with a non-finite loss or gradient."""
 
     policy: Literal["skip", "rollback", "stop"] = Field(
         default="skip",
@@ -73,8 +73,8 @@ class GuardPlugin(Plugin[GuardConfig]):
     A skipped step counts as a step and leaves weights, optimizer state and everything that follows
     the weights unchanged: `step.refused` is 1.0, on the device. If the optimizer supports
     `found_inf` (torch's fused ones), there is no device sync: the update itself checks the flag,
-    and the counts are read with the log. Otherwise the result is read at each step, and the
-    gradients of a skipped one are dropped.
+    and the counts are read when logging. Otherwise the flag is read at each step, and the gradients
+    of a skipped step are dropped.
 
     A rollback needs a save of this run, or the one it was resumed from; before the first,
     a step is only skipped, since restoring the start would undo all progress.
@@ -105,7 +105,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._generators: tuple[int, RandomState] | None = None  # before the forward pass of a step
 
     def state_dict(self) -> StateDict:
-        """Counts, and the losses that a spike is measured by."""
+        """Counts, and the recent losses used to detect spikes."""
         return {
             "skipped": float(self._skipped),
             "streak": float(self._streak),
@@ -114,7 +114,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         }
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         if self._going_back:
             return  # what is counted is counted
         self._skipped = self._noted = cast(float, state["skipped"])
@@ -146,7 +146,7 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl(stage="judge")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Judge the gradient, and one that a plugin computes anew, as that is applied then."""
+        """Check the gradient, also if a plugin recomputes it, since the last one is applied."""
         optimizers = members(engine.optimizer, step.turn).values()
         if not step.again:
             self._judge_first(engine, step)
@@ -200,7 +200,7 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
-        """Hand the flag to an optimizer that takes it; others get no gradient, and are put back."""
+        """Pass the flag to an optimizer that supports it; others get no gradient and are reset."""
         with ExitStack() as guarded:
             for optimizer in members(engine.optimizer, step.turn).values():
                 if not self._waits:
@@ -219,7 +219,7 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl
     def collect_metrics(self, engine: Engine) -> dict[str, float]:
-        """Read what a device has counted; the log has waited for it already."""
+        """Read the device's counts; logging has already synced."""
         skipped = float(self._skipped)
         if not self._waits and skipped > self._noted:
             refused = [attempt for attempt in self._attempts if float(attempt.refused)]
@@ -245,18 +245,18 @@ class GuardPlugin(Plugin[GuardConfig]):
 
     @hookimpl
     def on_close(self) -> None:
-        """End with an error what was stopped for one; by now it has been saved."""
+        """Raise the error that stopped the run, now that the run is saved."""
         self._attempts.clear()
         if self._error is not None:
             raise self._error
 
     def replay(self, engine: Engine, record: Path) -> str:
-        """Do a recorded step again, and say what first went wrong in it (see `replay`)."""
+        """Repeat a recorded step, and say what first went wrong in it (see `replay`)."""
         return replay(engine, record)
 
     @torch.no_grad()
     def _judge(self, engine: Engine, step: Step) -> Tensor:
-        """1.0 where something is not finite, else 0.0, on the device; nothing waits for it."""
+        """1.0 if anything is non-finite, else 0.0, on the device, without a sync."""
         parameters = engine.parameters(step.turn)
         gradients = [_values(p.grad) for p in parameters if p.grad is not None]
         gradients = [values for values in gradients if values.numel()]

@@ -1,4 +1,4 @@
-"""The flight record of a refused step: what is needed to do it again and see what went wrong."""
+"""The dump of a skipped step: everything needed to repeat it and see what went wrong."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = ["Attempt", "write_record"]
 
 @dataclass
 class Attempt:
-    """A step as it was tried.
+    """A step as attempted.
 
     Args:
         step: its number, from 1.
         generators: the random generators before the forward pass.
         batches: its micro-batches, as the plugins left them.
         losses: the mean of each term.
-        refused: the verdict, 0.0 or 1.0, on the device.
-        turn: of several optimizers, the one whose turn it was.
+        refused: whether it was skipped, 0.0 or 1.0, on the device.
+        turn: with several optimizers, the one whose turn it was.
     """
 
     step: int
@@ -45,7 +45,7 @@ class Attempt:
     turn: str | None = None
 
     def verdict(self) -> str:
-        """Why it was refused, in words."""
+        """Why the step was skipped, in words."""
         bad = [name for name, loss in self.losses.items() if not math.isfinite(float(loss))]
         if bad:
             terms = "" if bad == ["loss"] else f" {' and '.join(bad)}"
@@ -55,16 +55,16 @@ class Attempt:
 
 
 def write_record(engine: Engine, attempt: Attempt, root: Path, limit: int) -> Path | None:
-    """Write a refused step into a folder of its own.
+    """Write a skipped step into its own folder.
 
     Args:
-        engine: the run, its gradients still there.
+        engine: the run, with its gradients still present.
         attempt: the step.
-        root: gets the folder `step-00000123`.
-        limit: how many there may be.
+        root: where the folder `step-00000123` is created.
+        limit: the maximum number of dumps.
 
     Returns:
-        The folder, or None where there are enough of them.
+        The folder, or None if the limit is reached.
     """
     folder = root / f"step-{attempt.step:08d}"
     there = len(list(root.glob("step-*"))) if root.is_dir() else 0
@@ -105,7 +105,7 @@ def _write(engine: Engine, attempt: Attempt, folder: Path) -> None:
 
 
 def gradient_norms(engine: Engine) -> dict[str, str]:
-    """The length of the gradient of each module that has parameters of its own, as text."""
+    """The gradient norm of each module that has its own parameters, as text."""
     squares: dict[str, float] = defaultdict(float)
     for name, parameter in engine.model.named_parameters():
         if parameter.grad is not None:

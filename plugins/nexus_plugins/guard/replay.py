@@ -1,4 +1,4 @@
-"""Do a recorded step again, watching every module, and say where the bad number came from."""
+"""Repeat a recorded step, watching every module, and say where the bad number came from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FACTS_LIMIT = 64 << 20
 
 
 def replay(engine: Engine, record: Path) -> str:
-    """Do a recorded step again, without an update.
+    """Repeat a recorded step, without an update.
 
     Args:
         engine: built from the config of the run that wrote the record, not trained.
@@ -42,7 +42,7 @@ def replay(engine: Engine, record: Path) -> str:
         terms that were not, and the first module that a bad gradient came out of.
 
     Raises:
-        CheckpointError: the record cannot be read, or is of another model.
+        CheckpointError: the record cannot be read, or belongs to another model.
     """
     facts, batches = _read(engine, record)
     findings: list[str] = []
@@ -73,7 +73,7 @@ def _report(losses: Mapping[str, float], findings: list[str]) -> Iterator[str]:
 
 @contextmanager
 def _blamed(record: Path) -> Iterator[None]:
-    """A step that was done once can be done again, if record and config are those of then."""
+    """Turn a failure to repeat the step into an error that blames record or config."""
     try:
         yield
     except NexusError:
@@ -88,7 +88,7 @@ def _blamed(record: Path) -> Iterator[None]:
 
 @contextmanager
 def _watched(model: nn.Module, findings: list[str]) -> Iterator[None]:
-    """Note down bad outputs and gradients of the modules in the order in which they appear."""
+    """Record non-finite outputs and gradients of modules in the order in which they appear."""
 
     def watch(name: str) -> Callable[..., None]:
         def after_forward(module: nn.Module, _: object, output: object) -> None:

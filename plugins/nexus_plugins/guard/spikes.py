@@ -1,4 +1,4 @@
-"""Whether a loss stands out from the ones before it."""
+"""Detect losses that stand out from the recent ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SIGMA = 1.4826  # standard deviations in a median absolute deviation, for a nor
 
 
 class Spikes:
-    """Compares a loss with the median of the last ones, in units of their robust deviation.
+    """Compares a loss with the median of recent losses, in units of their robust deviation.
 
-    Everything stays on the device. A loss that stands out is not remembered, so that a row of bad
-    ones does not become the rule.
+    Everything stays on the device. Outliers are not added to the window, so that a series of bad
+    losses does not become the norm.
 
     Args:
-        threshold: deviations above the median that are too many; None switches it off.
-        window: how many losses are remembered; nothing is judged before there are so many.
+        threshold: deviations above the median that count as a spike; None disables it.
+        window: how many losses are kept; nothing is judged until the window is full.
     """
 
     def __init__(self, threshold: float | None, window: int) -> None:
@@ -32,14 +32,14 @@ class Spikes:
         self._seen = torch.zeros((), dtype=torch.int64)
 
     def to(self, device: torch.device) -> None:
-        """Keep the losses on a device."""
+        """Move the losses to a device."""
         self._recent, self._seen = self._recent.to(device), self._seen.to(device)
 
     def judge(self, loss: Tensor) -> Tensor:
-        """True where the loss stands out, without waiting for the device.
+        """True if the loss stands out; no device sync.
 
         Args:
-            loss: without dimensions.
+            loss: 0-d.
         """
         window = self._recent.numel()
         median = self._recent.median()
@@ -53,14 +53,14 @@ class Spikes:
         return spike
 
     def state_dict(self) -> StateDict:
-        """The losses remembered."""
+        """The losses in the window."""
         return {"recent": self._recent, "seen": self._seen} if self.enabled else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave; another window begins anew.
+        """Take back what `state_dict` gave; a different window size starts empty.
 
         Raises:
-            ValueError: it is not such a state.
+            ValueError: the state is invalid.
         """
         if not (self.enabled and state):
             return

@@ -1,9 +1,9 @@
-"""What a run was made of, step by step: a chain of digests, and what can be told by it.
+"""Record a run step by step as a chain of digests, and compare runs by it.
 
-`plugin` takes the digests, `parts` says of what, `lines` is their file. `again` executes a part of
-a recorded run again; `probe` takes one of its steps apart, `sides` does so for two runs at once.
-`facts` compares what lies there, `diff` finds the first difference of two runs, `itself` that of a
-run and its re-execution, `audit` looks for false ones; `cells` is for runs in cells.
+`plugin` computes the digests, `parts` defines what they cover, `lines` is the file format. `again`
+re-executes part of a recorded run; `probe` dissects one of its steps, `sides` does so for two runs
+at once. `facts` compares run folders, `diff` finds the first difference of two runs, `itself` that
+of a run and its re-execution, `audit` checks a run's records; `cells` is for runs in cells.
 """
 
 from __future__ import annotations

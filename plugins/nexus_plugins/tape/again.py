@@ -1,4 +1,4 @@
-"""A recorded run executed again, from its config and a checkpoint, in a folder that is aside."""
+"""Re-execute a recorded run from its config and a checkpoint, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _TAPE = "again.jsonl"
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run in a folder.
+    """A recorded run.
 
     Args:
         folder: of the run.
-        trust: whether local code that its config names may be used.
-        tape: what was written down of it.
-        saved: its checkpoints by their step.
+        trust: whether local code named in its config may be run.
+        tape: its tape.
+        saved: its checkpoints by step.
     """
 
     folder: Path
@@ -51,25 +51,25 @@ class Recorded:
 
     @classmethod
     def at(cls, folder: Path, *, trust: bool) -> Recorded:
-        """The run in a folder.
+        """Open the run in a folder.
 
         Raises:
-            ConfigError: it is not the folder of a run.
+            ConfigError: it is not a run folder.
         """
         config_of(folder)
         folder = folder.absolute()
         return cls(folder, trust, read_tape(folder), checkpoints(folder))
 
     def before(self, step: int) -> int:
-        """The step of the newest checkpoint that is not of a later one; 0: from the beginning."""
+        """The step of the newest checkpoint at or before a step; 0: from the beginning."""
         return max((at for at in self.saved if at <= step), default=0)
 
     def lock(self) -> dict[str, Any]:
-        """Who wrote its newest checkpoint; empty where it has none."""
+        """The lock of its newest checkpoint; empty if it has none."""
         return self._document("lock.json")
 
     def data(self) -> str | None:
-        """The fingerprint of its data, where it has one."""
+        """The fingerprint of its data, if it has one."""
         data = self._document("state.json").get("data")
         return data.get("fingerprint") if isinstance(data, dict) else None
 
@@ -83,7 +83,7 @@ class Recorded:
 
 
 class _HeardPlugin(Logger[LoggerConfig]):
-    """Keeps what a run logs and evaluates, as loggers get it."""
+    """Collects what a run logs and evaluates, as loggers receive it."""
 
     config_class = LoggerConfig
     name: ClassVar[str] = "heard_again"
@@ -93,19 +93,19 @@ class _HeardPlugin(Logger[LoggerConfig]):
         self.metrics: list[tuple[int, dict[str, float]]] = []
 
     def write(self, engine: Engine, metrics: Any) -> None:
-        """Keep a log or an evaluation."""
+        """Record a log or an evaluation."""
         self.metrics.append((engine.state.step, dict(metrics)))
 
 
 @dataclass
 class Again:
-    """What came of a part of a run that was executed again.
+    """The result of re-executing part of a run.
 
     Args:
         engine: after the last step.
-        lines: of a tape, by step.
+        lines: tape lines, by step.
         metrics: the logs and evaluations, with their steps.
-        notes: in which the run could not be built again as it was, in words.
+        notes: how the rebuilt run differs from the original, in words.
     """
 
     engine: Engine
@@ -115,36 +115,36 @@ class Again:
 
 
 class Watch:
-    """What looks on while a run is executed again; a subclass says at what."""
+    """Observes a re-execution; subclasses define what is observed."""
 
     def plugins(self) -> tuple[list[Plugin[Any]], list[Plugin[Any]]]:
-        """Plugins that come before those of the run, and plugins that come after them."""
+        """Plugins to run before and after those of the run."""
         return [], []
 
     def watch(self, plan: Plan) -> None:
-        """The plugins are there, and no engine yet."""
+        """Called when the plugins exist, before the engine is built."""
 
     def attach(self, engine: Engine) -> None:
-        """The engine is there, and its state is that of the checkpoint."""
+        """Called when the engine is built and the checkpoint restored."""
 
     def before(self, engine: Engine, step: int) -> None:
-        """A step is about to be taken."""
+        """Called before each step."""
 
 
 def executed(
     recorded: Recorded, begin: int, end: int, *, modules: int = 2, watch: Watch | None = None
 ) -> Again:
-    """Execute steps of a run again, in a folder that is thrown away.
+    """Re-execute steps of a run, in a temporary folder.
 
     Args:
         recorded: the run.
-        begin: the step of the checkpoint to begin at; 0: the beginning.
+        begin: the step of the checkpoint to start from; 0: the beginning.
         end: the last step to take.
-        modules: of the tape that is made.
-        watch: looks on.
+        modules: setting of the new tape.
+        watch: the observer.
 
     Raises:
-        RunError: the run ends before that.
+        RunError: the run ends before that step.
     """
     watch = watch or Watch()
     with (
@@ -223,7 +223,7 @@ def _walk(engine: Engine, made: Build, end: int, before: Callable[[Engine, int],
 
 @contextmanager
 def _threads_of(recorded: Recorded, step: int) -> Iterator[None]:
-    """The number of threads that the run had, for as long as the context lasts."""
+    """Use the thread count of the recorded run within this context."""
     before, wanted = torch.get_num_threads(), recorded.tape.environment(step).get("threads")
     if isinstance(wanted, int) and wanted > 0:
         torch.set_num_threads(wanted)
@@ -239,6 +239,6 @@ def _of(note: str, plugins: list[str]) -> bool:
 
 
 def intervals(recorded: Recorded) -> Iterator[tuple[int, int]]:
-    """The parts of a run between its checkpoints, the beginning included."""
+    """The intervals between a run's checkpoints, including the start."""
     edges = [0, *recorded.saved]
     yield from pairwise(edges)

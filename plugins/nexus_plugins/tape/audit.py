@@ -1,4 +1,4 @@
-"""Repeats random parts of a run and compares them with what the run recorded."""
+"""Re-executes random parts of a run and compares them with what the run recorded."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _STATE = ("model", "optimizer", "random", "data", "plugins")
 
 @dataclass(frozen=True)
 class OddMetric:
-    """Something in `metrics.jsonl` that is not as the run logs it.
+    """An entry of `metrics.jsonl` that re-execution does not reproduce.
 
     Args:
         step: of the line.
-        name: of the metric; empty where it is the whole line.
+        name: of the metric; empty for the whole line.
         said: what is wrong with it.
-        values: in the file, and when it is executed again; None: it is not there.
+        values: in the file, and on re-execution; None if missing.
     """
 
     step: int
@@ -56,13 +56,13 @@ class OddMetric:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a run that was executed again.
+    """A part of a run that was re-executed.
 
     Args:
-        begin: the step of the checkpoint that it begins at; 0: the beginning.
-        end: of the checkpoint that it ends with.
-        faults: what is not as it was left, in words.
-        notes: in which the run could not be built as it was.
+        begin: the step of the checkpoint that it starts from; 0: the beginning.
+        end: the step of the checkpoint that it ends with.
+        faults: what was not reproduced, in words.
+        notes: how the rebuilt run differs from the original.
     """
 
     begin: int
@@ -73,12 +73,12 @@ class Segment:
 
 @dataclass
 class Audit:
-    """How an audit went.
+    """The result of an audit.
 
     Args:
-        of: how many intervals the run has.
-        intervals: those that were executed again.
-        faults: of the run as it lies there: its tape, and its checkpoints.
+        of: the number of intervals in the run.
+        intervals: those that were re-executed.
+        faults: of the recorded files: tape and checkpoints.
     """
 
     of: int
@@ -87,22 +87,22 @@ class Audit:
 
     @property
     def holds(self) -> bool:
-        """Whether all was as the run has left it."""
+        """Whether everything was reproduced."""
         return not self.faults and not any(part.faults for part in self.intervals)
 
 
 def unseen(share: float, segments: int) -> float:
-    """The chance that a share of false intervals is missed by so many that are drawn by chance."""
+    """The probability that a random sample of intervals misses a given share of false ones."""
     return math.pow(1 - share, segments)
 
 
 def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
-    """Execute intervals between checkpoints again, drawn by chance.
+    """Re-execute randomly chosen intervals between checkpoints.
 
     Args:
         recorded: the run.
-        segments: how many; all of them where there are fewer.
-        seed: of the drawing; None: nobody can know it before.
+        segments: how many; all of them if there are fewer.
+        seed: of the random choice; None: unpredictable.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -135,7 +135,7 @@ def _again(recorded: Recorded, begin: int, end: int) -> Segment:
 
 
 def depth_of(recorded: Recorded, step: int) -> int:
-    """How deep the tape of a step tells modules apart."""
+    """The module depth at which a tape line records digests."""
     sessions = [s for s in recorded.tape.sessions if s["step"] < step]
     return int(sessions[-1]["modules"]) if sessions else 2
 
@@ -154,7 +154,7 @@ def _lines(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[s
 
 
 def odd_metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[OddMetric]:
-    """What the run has logged otherwise than when it is executed again, first step first."""
+    """The logged metrics that re-execution does not reproduce, in order of steps."""
     logged = _logged(recorded.folder / "metrics.jsonl", begin, end)
     if logged is None or _logs_by_the_clock(recorded):
         return

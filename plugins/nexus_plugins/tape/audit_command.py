@@ -1,4 +1,4 @@
-"""`nexus-run audit`: is a run what it says? Parts of it are executed again."""
+"""`nexus-run audit`: verify a run by re-executing parts of it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SHARES = (0.01, 0.05, 0.1, 0.25)
 def main(
     run: Path, segments: int, seed: int | None, trust: bool, as_json: bool, debug: bool
 ) -> None:
-    """Execute random intervals of a run again, and compare what it has left.
+    """Re-execute random intervals of a run and compare them with its records.
 
-    Checkpoints, tape and metrics of each interval must come out to the bit, on a machine like the
-    one that the run was made on. Nothing of the run is changed. The exit code is 0 where all is as
-    it was left, 1 where something is not, 2 after an error.
+    Checkpoints, tape and metrics of each interval must be bitwise identical, on a machine like the
+    one that the run was made on. The run is not modified. The exit code is 0 if everything was
+    reproduced, 1 if something was not, 2 after an error.
     """
     with reported(debug, failure=2):
         from nexus_plugins.tape.again import Recorded

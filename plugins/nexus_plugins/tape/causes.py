@@ -1,4 +1,4 @@
-"""What a difference likely comes from, in words."""
+"""The likely cause of a difference, in words."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["cause", "surroundings", "words"]
 def cause(
     pair: tuple[Moment, Moment], values: tuple[Tensor | None, Tensor | None], found: list[Fact]
 ) -> str:
-    """What the first difference of two steps likely comes from.
+    """The likely cause of the first difference between two steps.
 
     Args:
-        pair: the first moment that differs, of both.
-        values: its tensors, where it has some.
+        pair: the first differing moment of each run.
+        values: its tensors, if it has any.
         found: what is known to differ between the runs.
     """
     one, other = pair
@@ -30,7 +30,7 @@ def cause(
 
 
 def words(phase: str, plugin: str, found: list[Fact]) -> str:
-    """What a difference in a phase usually comes from, and which known differences may be it."""
+    """The usual cause of a difference in a phase, and known differences that may explain it."""
     what = {
         "batch": "different rows, or a different order",
         "generators": "a generator's state differs: something drew random numbers, or seeded it",
@@ -54,7 +54,7 @@ def _facts(found: list[Fact], phase: str, plugin: str = "") -> str:
 
 
 def surroundings(found: list[Fact]) -> str:
-    """Why neither run may come out as it was."""
+    """Why neither run may be reproducible."""
     close = [fact for fact in found if fact.kind in ("environment", "version")]
     said = f"; differs: {'; '.join(map(str, close))}" if close else ""
     return f": this machine or its packages differ from theirs{said}"

@@ -1,4 +1,4 @@
-"""What the cells of a step are digested to: the same, whichever process computes them."""
+"""Digests of the cells of a step: the same, whichever rank computes them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["gathered", "inputs_of", "of_run", "read"]
 
 
 def of_run(engine: Engine, generators: Mapping[str, str]) -> dict[str, str]:
-    """The generators that a cell draws from, by names that do not tell the process.
+    """The generators that a cell draws from, under rank-independent names.
 
     Args:
         engine: of this process, with its device.
-        generators: the digests of all that this process has, by name.
+        generators: the digests of all generators of this rank, by name.
     """
     device = engine.device
     own = f"{device.type}:{device.index or 0}"
@@ -32,10 +32,10 @@ def of_run(engine: Engine, generators: Mapping[str, str]) -> dict[str, str]:
 
 
 def gathered(engine: Engine, step: Step, own: Sequence[Sequence[str]]) -> Tensor:
-    """Digests of all cells of a step, on the device, without waiting for it: `(cells, digests)`.
+    """Digests of all cells of a step, on the device, without a sync: `(cells, digests)`.
 
     Args:
-        engine: of this process; all of them must call.
+        engine: of this rank; all ranks must call.
         step: in cells.
         own: the digests of each of its micro-batches, of 16 digits each.
     """
@@ -49,7 +49,7 @@ def gathered(engine: Engine, step: Step, own: Sequence[Sequence[str]]) -> Tensor
 def inputs_of(
     engine: Engine, step: Step, own: Sequence[list[Tensor]], digester: Digester
 ) -> dict[str, Tensor]:
-    """The digest of what each cell of a step has on a device already; all processes must call."""
+    """The digest of each cell's inputs that are already on a device; all ranks must call."""
     groups: list[list[Tensor]] = [[] for _ in range(sum(step.cells))]
     for micro, tensors in zip(step.micro, own, strict=True):
         if micro.cell is not None and not micro.borrowed:
@@ -62,7 +62,7 @@ def read(found: Tensor, generators: Sequence[str]) -> tuple[list[str], dict[str,
     """The digest of the batch of each cell, and one of each generator over all of them.
 
     Args:
-        found: as `gathered` gave it: of each cell that of its batch and those of its generators.
+        found: as returned by `gathered`: per cell, the digest of its batch and of its generators.
         generators: their names.
     """
     batches, *rest = zip(*([hexadecimal(n) for n in cell] for cell in found.tolist()), strict=True)

@@ -1,4 +1,4 @@
-"""Where two runs first differ, in what, and why: by their tapes, and by doing the step again."""
+"""Find where, in what and why two runs first differ, by tape and by repeating the step."""
 
 from __future__ import annotations
 
@@ -49,22 +49,21 @@ _WEIGHTS = ("model.safetensors", "optimizer.safetensors")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of two runs.
+    """The comparison of two runs.
 
     Args:
-        compared: the last step that both have.
-        facts: what differs in settings, code, versions, data and environment.
-        step: the first that differs; None: none does.
+        compared: the last step that both runs have.
+        facts: differences in settings, code, versions, data and environment.
+        step: the first that differs; None if none does.
         phase: of the step: batch, generators, forward, loss, backward, gradient, settings, update
             or end.
-        module: the module, or what else the first difference is in.
+        module: the module, or whatever else the first difference is in.
         tensor: the first that differs.
         about: its type and shape in both runs.
-        largest: its largest difference; None where it is not of numbers, or of another shape.
-        cause: what is likely, in words.
-        repeated: whether each run's step came out as its tape says when it was done again; None
-            where that is not known.
-        notes: what else there is to say.
+        largest: its largest difference; None if it is not numeric, or the shapes differ.
+        cause: the likely cause, in words.
+        repeated: whether each run's step reproduced its tape when repeated; None if unknown.
+        notes: further remarks.
     """
 
     compared: int
@@ -89,7 +88,7 @@ def diff(one: Recorded, other: Recorded) -> Finding:
     """Compare two runs.
 
     Raises:
-        RunError: they have nothing in common that could be compared.
+        RunError: they have nothing in common to compare.
     """
     found = facts(one, other)
     common = sorted(one.tape.lines.keys() & other.tape.lines.keys())
@@ -118,10 +117,10 @@ UNTOLD = (
 def first_step(
     one: Mapping[int, Line], other: Mapping[int, Line], common: Sequence[int]
 ) -> int | None:
-    """The first of the steps that both tapes have at which they differ; by bisection.
+    """The first step in both tapes at which they differ; by bisection.
 
-    Two lines with the same chain have the same lines before them. Where the tapes were begun at
-    other steps, or take in other levels, each line is compared.
+    Two lines with the same chain digest have the same history. If the tapes start at different
+    steps, or record different levels, every line is compared.
     """
     if one[common[0]]["chain"] == other[common[0]]["chain"]:
         place = bisect_left(common, True, key=lambda s: one[s]["chain"] != other[s]["chain"])
@@ -152,14 +151,14 @@ def between(
     compared: int,
     found: list[Fact],
 ) -> Finding:
-    """Do a step again on both sides, and find the first value that differs.
+    """Repeat a step on both sides, and find the first value that differs.
 
     Args:
-        mine: a side.
-        theirs: the other one.
-        lines: of both tapes, where there are some.
+        mine: one side.
+        theirs: the other side.
+        lines: of both tapes, if any.
         step: its number.
-        compared: the last step that both have.
+        compared: the last step that both runs have.
         found: what is known to differ.
     """
     taken = _both(mine, theirs, step)
@@ -240,7 +239,7 @@ def by_tape(
     repeated: tuple[bool | None, bool | None] = (None, None),
     notes: Sequence[str] = (),
 ) -> Finding:
-    """What the tapes alone say of a step."""
+    """What the tapes alone say about a step."""
     assert lines[0] is not None
     assert lines[1] is not None
     parts = differing(lines[0], lines[1])
@@ -275,7 +274,7 @@ def by_tape(
 
 
 def largest_of(one: Tensor | None, other: Tensor | None) -> float | None:
-    """The largest difference of two tensors; None where they have no numbers in common."""
+    """The largest difference of two tensors; None if they cannot be compared."""
     if one is None or other is None or one.shape != other.shape or not one.numel():
         return None
     kind = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
@@ -316,7 +315,7 @@ def _first_again(one: Recorded, other: Recorded, begin: int, end: int) -> int | 
 
 
 def steps_of(run: Recorded) -> int:
-    """How many steps a run has, by its summary or its checkpoints."""
+    """The number of steps of a run, from its summary or its checkpoints."""
     try:
         found: Any = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
         return int(found["steps"])

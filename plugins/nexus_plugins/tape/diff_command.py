@@ -27,15 +27,15 @@ __all__ = ["main"]
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(one: Path, other: Path | None, trust: bool, as_json: bool, debug: bool) -> None:
-    """Name the first step at which two runs differ, the first tensor in it, and the likely cause.
+    """Find the first step at which two runs differ, the first tensor in it, and the likely cause.
 
-    With one run, that at which it differs from what comes out when it is executed again.
+    With one run, compare it with its own re-execution.
 
     Settings, code, versions, data and environment are compared first, then the tapes of both runs.
-    The first step that differs is done again from the nearest checkpoints, in folders that are
-    thrown away; where a run has no tape, the steps between checkpoints are. Of a single run, all is
-    executed again, and its tape, metrics and checkpoints are compared. Nothing of the runs is
-    changed. The exit code is 0 where no step differs, 1 where one does, 2 after an error.
+    The first step that differs is repeated from the nearest checkpoints, in temporary folders; if a
+    run has no tape, the steps between checkpoints are. A single run is re-executed completely, and
+    its tape, metrics and checkpoints are compared. The runs are not modified. The exit code is 0 if
+    no step differs, 1 if one does, 2 after an error.
     """
     with reported(debug, failure=2):
         from nexus_plugins.tape.again import Recorded

@@ -1,4 +1,4 @@
-"""In what two runs differ as they lie there: settings, code, versions, data, surroundings."""
+"""Recorded differences of two runs: settings, code, versions, data, environment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROUNDING = ("forward", "loss", "backward", "gradient", "update")
 
 @dataclass(frozen=True)
 class Fact:
-    """A difference between two runs that can be read.
+    """A recorded difference between two runs.
 
     Args:
         kind: "setting", "order", "code", "version", "data" or "environment".
@@ -60,7 +60,7 @@ class Fact:
 
 
 def facts(one: Recorded, other: Recorded) -> list[Fact]:
-    """All that differs in config, code, versions, data and environment."""
+    """All differences in config, code, versions, data and environment."""
     configs = [settings_in(config_of(run.folder)) for run in (one, other)]
     found = [Fact("setting", key, pair) for key, pair in changes(*configs).items()]
     found += _order(*(list(config.get("plugins") or {}) for config in configs))
@@ -72,11 +72,11 @@ def facts(one: Recorded, other: Recorded) -> list[Fact]:
 
 
 def since(run: Recorded, engine: Engine) -> list[Fact]:
-    """What is another now than when a run was made: code, versions and environment.
+    """What has changed since a run was made: code, versions and environment.
 
     Args:
-        run: as it was.
-        engine: the run as it is executed again, after its last step.
+        run: as recorded.
+        engine: of the re-execution, after its last step.
     """
     then = run.lock()
     known = {name: of for name, of in (then.get("plugins") or {}).items() if name in engine.plugins}
@@ -93,12 +93,12 @@ def since(run: Recorded, engine: Engine) -> list[Fact]:
 
 
 def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
-    """Those that may be the cause of a difference in a phase of a step, likeliest first.
+    """The differences that may explain one in a phase of a step, likeliest first.
 
     Args:
         found: all.
         phase: of the step.
-        plugin: that is known to take part in it.
+        plugin: known to take part in it.
     """
     kinds = {"code", "order"} | ({"environment", "version"} if phase in ROUNDING else set())
     kinds |= {"data"} if phase == "batch" else set()

@@ -1,4 +1,4 @@
-"""Where a run first differs from its own re-execution, in what, and why."""
+"""Find where, in what and why a run first differs from its own re-execution."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _STATE = ("model", "optimizer", "random", "data", "plugins")
 
 
 def diff_itself(recorded: Recorded) -> Finding:
-    """Execute a run again, from its beginning and from each checkpoint, up to the first difference.
+    """Re-execute a run from its start and from each checkpoint, up to the first difference.
 
     Raises:
-        RunError: it has left nothing to compare, or ends before it did.
-        ConfigError: it cannot be executed again.
+        RunError: it left nothing to compare, or ends earlier than recorded.
+        ConfigError: it cannot be re-executed.
     """
     found, notes, end = list[Fact](), dict[str, None](), 0
     for begin, end in _parts(recorded):

@@ -1,4 +1,4 @@
-"""The file of a tape: an object a line, each step's chained to the one before."""
+"""The tape file: one JSON object per line, each chained to the previous one."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tape:
-    """A tape as it was read.
+    """The content of a tape.
 
     Args:
-        lines: of the steps, by their number, in order.
-        sessions: where and how the run was begun and resumed, in order: `step`, `every`, `modules`
-            and `environment`.
+        lines: of the steps, by number, in order.
+        sessions: where and how the run was started and resumed, in order: `step`, `every`,
+            `modules` and `environment`.
     """
 
     lines: Mapping[int, Line]
     sessions: tuple[Line, ...] = ()
 
     def environment(self, step: int) -> Mapping[str, Any]:
-        """That of the process which took a step."""
+        """The environment of the process that took a step."""
         before = [session for session in self.sessions if session["step"] < step]
         found: Mapping[str, Any] = before[-1]["environment"] if before else {}
         return found
 
     def broken(self) -> int | None:
-        """The first step whose line is not what was written then; None: the chain is whole."""
+        """The first step whose line has been altered; None: the chain is intact."""
         previous = None
         for step, line in self.lines.items():
             before = line["chain"] if previous is None else chained(previous, line)
@@ -62,23 +62,23 @@ class Tape:
 
 
 def chained(previous: str, line: Mapping[str, Any]) -> str:
-    """The digest of all lines up to this one: it hashes the line and the digest before."""
+    """The chain digest up to this line: a hash of the line and the previous digest."""
     content = {key: value for key, value in line.items() if key != "chain"}
     text = previous + json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def encoded(line: Mapping[str, Any]) -> str:
-    """A line of the file."""
+    """Encode a line of the file."""
     return json.dumps(line, allow_nan=False) + "\n"
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The parts that both lines have and that differ, first the one that a step makes first.
+    """The parts of both lines that differ, in the order in which a step produces them.
 
     Returns:
         The names within each part that differ: modules, generators, terms, plugins; an empty list
-        where a part has no names. Of names that one line alone has, nothing is said.
+        if a part has no names. Names that only one line has are ignored.
     """
     found = dict[str, list[str]]()
     for part in PARTS:
@@ -93,7 +93,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, lis
 
 
 def read_tape(run: Path, file: str = FILE) -> Tape:
-    """The tape of the run in a folder; empty where it has none. A torn last line is skipped."""
+    """The tape in a run folder; empty if it has none. A truncated last line is skipped."""
     lines, sessions = dict[int, Line](), list[Line]()
     for record in _records(run / file):
         if isinstance(session := record.get("session"), dict):

@@ -1,4 +1,4 @@
-"""The plugins that look on for a probe: before all others, after them, and at each operation."""
+"""The observing plugins of a probe: before all others, after them, and per operation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class LookingProbe(Probe):
     """A probe with the plugins that it needs."""
 
     def plugins(self) -> tuple[list[Plugin[Any]], list[Plugin[Any]]]:
-        """One that comes before all others, and one that comes after them."""
+        """One plugin that runs before all others, and one that runs after them."""
         return [ProbeFirstPlugin(self)], [ProbeLastPlugin(self)]
 
 
 class ProbeFirstPlugin(Plugin[PluginConfig]):
-    """Notes what a step begins with, before any other plugin touches it."""
+    """Records the inputs of a step, before any other plugin changes them."""
 
     only_watches: ClassVar[bool] = True
 
@@ -69,7 +69,7 @@ class ProbeFirstPlugin(Plugin[PluginConfig]):
 
 
 class ProbeLastPlugin(Plugin[PluginConfig]):
-    """Notes what the other plugins have left."""
+    """Records the result of the other plugins."""
 
     only_watches: ClassVar[bool] = True
 
@@ -99,7 +99,7 @@ def _observed(probe: Probe) -> Generator[None, Any, Any]:
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each tensor operation that computes something."""
+    """Records each tensor operation that computes something."""
 
     def __init__(self, probe: Probe) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What the digests of a tape are of, from batches to the states of plugins."""
+"""What the digests of a tape cover, from batches to plugin states."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ SEEN = 1 << 20  # bytes of each tensor of a batch; of a larger one, evenly sprea
 
 
 def of_batch(batch: Batch) -> tuple[str, list[Tensor]]:
-    """A digest of what a batch has on the host: types, shapes and contents of what it is made of.
+    """A digest of a batch's host data: the types, shapes and contents of its leaves.
 
     Returns:
-        The digest, and the tensors that are elsewhere, which are not in it but for their shapes.
+        The digest, and the tensors on other devices, of which it covers only the shapes.
     """
     digest, elsewhere = hashlib.blake2b(digest_size=8), list[Tensor]()
     for leaf in leaves(batch):
@@ -74,7 +74,7 @@ def of_batch(batch: Batch) -> tuple[str, list[Tensor]]:
 
 
 def generators() -> dict[str, str]:
-    """A digest of each random generator of this process, by its name."""
+    """A digest of each random generator of this process, by name."""
     numpy_state: Any = np.random.get_state(legacy=False)
     key = numpy_state["state"].get("key", numpy_state["state"])
     rest = {k: v for k, v in numpy_state.items() if k != "state"}, numpy_state["state"].get("pos")
@@ -101,12 +101,12 @@ def gradients(engine: Engine, depth: int) -> Groups:
 
 
 def weights(engine: Engine, depth: int) -> Groups:
-    """The model's parameters and buffers, as they are saved, by module."""
+    """The model's saved parameters and buffers, by module."""
     return by_module(engine.model.state_dict(), depth)
 
 
 def by_module(values: Mapping[str, Any], depth: int) -> Groups:
-    """The tensors among values that go by the names of a model, by module."""
+    """The tensors among values keyed by the model's names, grouped by module."""
     groups: Groups = defaultdict(list)
     for name, value in values.items():
         if isinstance(value, Tensor):
@@ -115,9 +115,9 @@ def by_module(values: Mapping[str, Any], depth: int) -> Groups:
 
 
 def optimizer_states(engine: Engine, depth: int) -> Groups:
-    """What the optimizers keep of each parameter, by its module.
+    """The optimizers' state of each parameter, by module.
 
-    It is in the order of the model: divided weights may be in other groups of the optimizer.
+    It is in the model's order: sharded weights may be in other optimizer groups.
     """
     places = {id(p): (at, name) for at, (name, p) in enumerate(engine.model.named_parameters())}
     states = [
@@ -133,9 +133,9 @@ def optimizer_states(engine: Engine, depth: int) -> Groups:
 
 
 def settings(engine: Engine) -> str:
-    """A digest of the settings of the optimizers' groups, such as their rates, but for tensors.
+    """A digest of the optimizers' group settings, such as learning rates, except tensors.
 
-    Groups with the same settings count as one: divided weights are in some of their own.
+    Groups with the same settings count as one: sharded weights have separate groups.
     """
     groups = Counter[str]()
     for group in engine.optimizer.param_groups:
@@ -146,9 +146,9 @@ def settings(engine: Engine) -> str:
 
 
 def of_tree(value: object) -> str:
-    """A hash of a tree of values, to the bits of its tensors; it waits for the device.
+    """A hash of a tree of values, including tensor bits; it syncs with the device.
 
-    Where a tensor is divided among processes, all of them must ask.
+    If a tensor is sharded, all ranks must call.
     """
     digest = hashlib.sha256()
     for path, leaf in _leaves(value):
@@ -162,12 +162,12 @@ def of_tree(value: object) -> str:
 
 
 def number(value: float) -> float | str:
-    """A number as JSON can say it, to the bit."""
+    """A number in JSON form, bit-exact."""
     return value if math.isfinite(value) else str(value)
 
 
 def environment(engine: Engine) -> dict[str, Any]:
-    """What may change the bits of a run, and is no setting of it."""
+    """What may change the bits of a run without being one of its settings."""
     devices = [str(engine.device)]
     if engine.device.type == "cuda":
         devices.append(torch.cuda.get_device_name(engine.device))
@@ -195,7 +195,7 @@ def environment(engine: Engine) -> dict[str, Any]:
 
 
 def leaves_of(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """What a batch or an output is made of, with the place of each."""
+    """The leaves of a batch or an output, with the path of each."""
     if isinstance(value, Mapping):
         items: Iterator[tuple[object, object]] = iter(value.items())
     elif isinstance(value, list | tuple):

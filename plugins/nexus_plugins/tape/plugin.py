@@ -1,4 +1,4 @@
-"""Records digests of a run's whole state, step by step."""
+"""Records digests of a run's full state, step by step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _IGNORED: dict[str, Any] = {"resume": "ignored"}
 
 
 class TapeConfig(PluginConfig):
-    """How much of a run is written down, and how often."""
+    """How much of a run is recorded, and how often."""
 
     every: int = Field(
         default=1,
@@ -60,16 +60,16 @@ class TapeConfig(PluginConfig):
 
 @dataclass
 class _Taken:
-    """A step whose digests are on the device still.
+    """A step whose digests are still on the device.
 
     Args:
-        line: what is known of it on the host.
-        names: of the numbers of each part, by part.
+        line: what is known on the host.
+        names: of the digests of each part.
         losses: the mean of each term `(terms)`.
-        digests: the others, in the order of the names, int64.
-        cells: digests of all cells of the step, `(cells, 1 + generators)`, int64; None: the run is
-            not in cells.
-        generators: the names of those of the cells.
+        digests: the other digests, in the order of the names, int64.
+        cells: digests of all cells of the step, `(cells, 1 + generators)`, int64; None if the run
+            is not in cells.
+        generators: the names of the cells' generators.
     """
 
     line: dict[str, Any]
@@ -83,15 +83,15 @@ class _Taken:
 class TapePlugin(Plugin[TapeConfig]):
     """Writes a tape: for each step a line of digests, chained to the previous line.
 
-    A line has the batches, the random generators before the forward pass, each loss term, the
-    gradient that is applied by module, the optimizer's settings, then weights and optimizer states
-    by module after the update, and the state of each plugin where no device is waited for. It
-    changes nothing in training. Two runs with the same chain at a step are the same up to it:
+    A line covers the batches, the random generators before the forward pass, each loss term, the
+    applied gradient by module, the optimizer's settings, then weights and optimizer states by
+    module after the update, and the state of each plugin if that needs no device sync. Training is
+    not affected. Two runs with the same chain digest at a step are identical up to it:
     `nexus-run diff` finds the first step at which they are not, and says why.
 
-    A resumed run continues with the tape of its checkpoint: it ends as that of a run that was not
-    interrupted. With several processes, batches and generators are those of the main one; in cells
-    they are those of all, in the order of the cells, and the tape is that of one process.
+    A resumed run continues the tape of its checkpoint, which ends up identical to that of an
+    uninterrupted run. With several ranks, batches and generators are those of rank 0; in cells they
+    are those of all ranks, in the order of the cells, and the tape equals that of one process.
     """
 
     config_class = TapeConfig
@@ -116,13 +116,13 @@ class TapePlugin(Plugin[TapeConfig]):
         return {"chain": self._chain}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._waiting.clear()
         self._chain = cast(str, state["chain"])
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Cut the tape back to the step that the run resumes from."""
+        """Truncate the tape to the step that the run resumes from."""
         self._begun = 0
         if every := self.config.witness:
             self._witness = Every(every.of(engine.horizon), engine.state)
@@ -189,7 +189,7 @@ class TapePlugin(Plugin[TapeConfig]):
 
     @hookimpl
     def collect_metrics(self, engine: Engine) -> dict[str, float]:
-        """A hash of all weights, of as many bits as a metric holds exactly, where one is due."""
+        """A hash of all weights, truncated to what a float metric holds exactly, if due."""
         if self._witness is None or not self._witness.due(engine.state):
             return {}
         weights = [value for values in parts.weights(engine, 0).values() for value in values]

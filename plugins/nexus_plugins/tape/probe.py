@@ -1,4 +1,4 @@
-"""A step taken apart: what was there and what was computed in it, in order, phase by phase."""
+"""Dissect a step: its inputs and everything computed in it, in order, phase by phase."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _ACTING = ("on_batch", "loss_terms", "after_backward", "on_step")
 
 @dataclass(frozen=True)
 class Moment:
-    """Something that was there, or was computed, in a step.
+    """A value that was present or computed in a step.
 
     Args:
         phase: of the step: start, batch, generators, forward, loss, backward, gradient, settings,
             update or end.
-        module: the module, plugin, term or generator that it belongs to.
+        module: the module, plugin, term or generator it belongs to.
         name: of the value, within it.
         digest: of its type, shape and bits.
         about: its type and shape, in words.
-        value: a copy on the host, where there is one.
+        value: a copy on the host, if there is one.
     """
 
     phase: str
@@ -54,21 +54,21 @@ class Moment:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What is the same of two runs."""
+        """What identifies the same moment in two runs."""
         return self.phase, self.module, self.name
 
     def bare(self) -> Moment:
-        """The same without its copy."""
+        """The same moment without its copy."""
         return replace(self, value=None)
 
 
 class Probe(Watch):
-    """Notes down all moments of one step.
+    """Records all moments of one step.
 
     Args:
         step: its number.
-        operations: whether each tensor operation of the forward and the backward pass is noted
-            too; compiled code is then run as it is written.
+        operations: whether to record each tensor operation of the forward and backward pass too;
+            compiled code then runs eagerly.
     """
 
     def __init__(self, step: int, *, operations: bool = False) -> None:
@@ -82,11 +82,11 @@ class Probe(Watch):
         self._digester = Digester()
 
     def built(self, engine: Engine) -> None:
-        """The engine that the plugins belong to."""
+        """The engine of the plugins."""
         self._engine = engine
 
     def watch(self, plan: Plan) -> None:
-        """Look at what each plugin has done."""
+        """Observe what each plugin has done."""
         for plugin in plan.plugins:
             for hook in _ACTING if not getattr(plugin, "only_watches", False) else ():
                 method = getattr(plugin, hook, None)
@@ -94,61 +94,61 @@ class Probe(Watch):
                     setattr(plugin, hook, self._after(method, plugin.name, hook))
 
     def attach(self, engine: Engine) -> None:
-        """Look at what each module has computed."""
+        """Observe what each module computes."""
         for name, module in engine.model.named_modules():
             module.register_forward_pre_hook(self._entering(name or MODEL))
             module.register_forward_hook(self._leaving(name or MODEL))
 
     def before(self, engine: Engine, step: int) -> None:
-        """Begin where the step begins."""
+        """Start recording when the step starts."""
         self._active = step == self._step
         if self._active:
             self._state("start", engine)
 
     def batch(self, who: str, batch: object) -> None:
-        """A batch as the data gave it, or as a plugin has left it."""
+        """Record a batch as loaded, or as left by a plugin."""
         for path, leaf in parts.leaves_of(batch):
             self._note("batch", path or "batch", who, leaf)
 
     def generators(self) -> None:
-        """The generators as they are when the forward pass is about to begin."""
+        """Record the generators right before the forward pass."""
         if self._active:
             for name, digest in parts.generators().items():
                 self._note("generators", name, "state", digest)
 
     def losses(self, step: Step) -> None:
-        """The units, weights and means of the terms."""
+        """Record the units, weights and means of the terms."""
         for name in step.losses:
             self._note("loss", name, "units", step.units.get(name))
             self._note("loss", name, "mean", step.losses[name])
             self._note("loss", name, "weight", step.weights.get(name, 1.0))
 
     def gradient(self, engine: Engine, phase: str, who: str) -> None:
-        """Each gradient, those of the last layer first, as they are computed in that order."""
+        """Record each gradient in backward order, last layer first."""
         for name, parameter in reversed(list(engine.model.named_parameters())):
             if self._active and parameter.grad is not None:
                 module, _, own = name.rpartition(".")
                 self._note(phase, module or MODEL, f"gradient of {own}{who}", parameter.grad)
 
     def settings(self, engine: Engine) -> None:
-        """The settings of the optimizer's groups."""
+        """Record the settings of the optimizer's groups."""
         for place, group in enumerate(engine.optimizer.param_groups):
             for key, value in group.items():
                 if key != "params":
                     self._note("settings", f"group {place}", key, value)
 
     def updated(self, engine: Engine, phase: str) -> None:
-        """The weights and the optimizer after the update, or after all that follows it."""
+        """Record weights and optimizer after the update, or at the end of the step."""
         self._state(phase, engine)
         self._active = self._active and phase != "end"
 
     @property
     def notes_operations(self) -> bool:
-        """Whether operations are noted now."""
+        """Whether operations are currently recorded."""
         return self._active and self._operations
 
     def operation(self, name: str, output: object) -> None:
-        """A tensor operation within the module that is being computed."""
+        """Record a tensor operation within the current module."""
         for path, leaf in parts.leaves_of(output):
             if isinstance(leaf, Tensor):
                 where = self._within[-1] if self._within else OUTSIDE

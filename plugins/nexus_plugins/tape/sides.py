@@ -1,4 +1,4 @@
-"""Two runs executed again, each in a process of its own: they may have other code of one name."""
+"""Re-execute two runs in separate processes: they may have different code under one name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Side", "Taken"]
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was executed again, and those before it, from a checkpoint on.
+    """A re-executed step, and the steps since the checkpoint before it.
 
     Args:
         begin: the step of the checkpoint.
@@ -41,7 +41,7 @@ class Taken:
 
 
 class Side:
-    """A process that executes steps of one run again, as often as it is asked to.
+    """A process that re-executes steps of one run on request.
 
     Args:
         recorded: the run.
@@ -65,20 +65,20 @@ class Side:
             self._process.kill()
 
     def begin(self, step: int, *, begin: int | None = None, operations: bool = False) -> None:
-        """Have a step be taken; `taken` waits for it."""
+        """Request a step; `taken` waits for it."""
         begin = self._recorded.before(step - 1) if begin is None else begin
         self._connection.send(("take", begin, step, operations))
 
     def taken(self) -> Taken:
-        """The step that was asked for.
+        """The requested step.
 
         Raises:
-            NexusError: it cannot be executed.
+            NexusError: it cannot be re-executed.
         """
         return cast(Taken, self._answer())
 
     def value(self, place: int) -> Tensor | None:
-        """The tensor of a moment of the step that was taken last."""
+        """The tensor of a moment of the last step taken."""
         self._connection.send(("value", place))
         found = self._answer()
         if not isinstance(found, bytes):

@@ -101,7 +101,7 @@ def test_a_file_and_a_figure_are_images_too(tmp_path: Path) -> None:
 def test_floats_beyond_the_range_are_clipped_and_said() -> None:
     """Red if a note ends a run of weeks at its first activation above one, or hides the fact."""
     given = torch.tensor([[-1.0, 0.0], [2.0, torch.nan]])
-    with pytest.warns(RuntimeWarning, match="from nan to nan: what is beyond is clipped"):
+    with pytest.warns(RuntimeWarning, match="from nan to nan: they are clipped"):
         assert pixels(Image.of(given)).tolist() == [[0, 0], [255, 0]]
     assert pixels(Image.of(torch.tensor([[1.002, -0.004]]))).tolist() == [[255, 0]]
 

@@ -1,4 +1,4 @@
-"""The least there is: a module, an optimizer, a loss, and one call that trains.
+"""The minimum: a module, an optimizer, a loss, and one call that trains.
 
 python examples/01_minimal.py
 """

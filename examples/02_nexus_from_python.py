@@ -1,8 +1,8 @@
-"""Train NEXUS from Python: every part of a `nexus-run` is an object that you can make by hand.
+"""Train NEXUS from Python: every part of a `nexus-run` is an object that you can create yourself.
 
     python examples/02_nexus_from_python.py --steps 60 --out runs/from-python
 
-The text is the source of Python's own standard library, so nothing is downloaded.
+The text is the source code of Python's standard library, so nothing is downloaded.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Keep the loop: `engine.steps` is a generator, and each turn of your `for` is one step.
+"""Keep your own loop: `engine.steps` is a generator, and each iteration of your `for` is one step.
 
     python examples/03_own_loop.py
 
-Here the program around the loop stops it as soon as the loss is low enough, leaves the training
-for something else, continues where it was, and at last steps back to a moment that it kept.
+The program leaves the loop once the loss is low enough, does something else, resumes training, and
+finally returns to a snapshot it has kept.
 """
 
 import copy
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"step {engine.state.step}: the loss is below 0.2, and {accuracy(model):.0%} are right")
 
     kept = copy.deepcopy(engine.state_dict())
-    engine.fit(batches, until="300 steps")  # counted from the very first step
+    engine.fit(batches, until="300 steps")  # counted from the first step of the run
     print(f"step {engine.state.step}: {accuracy(model):.0%} are right")
 
     first = engine.metrics["train/loss"]
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def spirals(count: int) -> dict[str, Tensor]:
-    """Points on two arms that wind around one another."""
+    """Points on two intertwined spirals."""
     arm = torch.randint(2, (count,))
     radius = torch.rand(count)
     angle = 7 * radius + torch.pi * arm
@@ -56,7 +56,7 @@ def spirals(count: int) -> dict[str, Tensor]:
 
 
 def accuracy(model: nn.Module) -> float:
-    """The share of fresh points whose arm the model knows."""
+    """The share of new points that the model classifies correctly."""
     generator_state = torch.get_rng_state()
     batch = spirals(1000)
     torch.set_rng_state(generator_state)

@@ -1,10 +1,10 @@
-"""Train a model of `transformers`, and see that it trains as in a loop written by hand.
+"""Train a model of `transformers`, with the same losses as a plain PyTorch loop.
 
     pip install transformers
     python examples/04_huggingface_model.py
 
-The GPT-2 is made from a config, so nothing is downloaded. It has dropout, and both runs start
-from one seed: the losses must be equal step by step, to the last bit.
+The GPT-2 is created from a config, so nothing is downloaded. It has dropout, and both runs start
+from the same seed: the losses must be bitwise equal at every step.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""A small convolutional network reads digits, and shows in TensorBoard which it cannot read.
+"""A small convolutional network classifies digits, and shows its mistakes in TensorBoard.
 
     pip install scikit-learn
     python examples/05_vision.py
     tensorboard --logdir runs/digits
 
-Two plugins of its own: a loss that also measures the accuracy, and one that draws.
+It defines two plugins: a loss that also measures accuracy, and one that draws.
 """
 
 import torch
@@ -35,7 +35,7 @@ class LossDigitPlugin(Loss[LossConfig]):
 
 
 class MisreadPlugin(Plugin[PluginConfig]):
-    """Draws the digits of the last evaluation that were taken for others."""
+    """Draws the misclassified digits of the last evaluation."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (row, 1, 8, 8)
     torch.manual_seed(0)
-    rows = [  # shuffled; `input` is what the model's forward calls it
+    rows = [  # shuffled; `input` is the name of the argument of the model's forward
         {"input": images[place], "digit": int(digits.target[place])}
         for place in torch.randperm(len(images))
     ]

@@ -1,8 +1,8 @@
-"""Train NEXUS the classical way: a config object, two loaders, a trainer.
+"""Train NEXUS with the classic API: a config object, two loaders, a trainer.
 
     python examples/07_classic.py --steps 200 --out runs/classic
 
-Run it again with --resume, and it continues from its last checkpoint.
+Run it again with --resume to continue from the last checkpoint.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
         save_steps=max(1, arguments.steps // 4),
         output_dir=arguments.out,
     )
-    # Text that every machine has: two packages of the standard library, a file a document.
+    # Text available on every machine: two packages of the standard library, one document per file.
     train_loader = create_dataloader(sources_of(logging), config)
     val_loader = create_dataloader(sources_of(json), config, train=False)
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def sources_of(package) -> list[bytes]:
-    """The modules of a package as documents of byte values."""
+    """The modules of a package, as documents of bytes."""
     files = sorted(Path(package.__file__).parent.glob("*.py"))
     return [file.read_bytes() for file in files]
 

@@ -1,4 +1,4 @@
-"""A GAN: two optimizers that take turns, each on its own term of the loss."""
+"""A GAN: two alternating optimizers, each with its own loss term."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""LBFGS: an optimizer that looks at loss and gradient many times in a step, given as it is."""
+"""LBFGS: an optimizer that evaluates loss and gradient several times per step, passed directly."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ engine = Engine(
     optimizer,
     loss=lambda model, batch: mse_loss(model(batch["x"]), batch["y"]),
     plugins=[LrCosinePlugin(warmup=None, min_lr=0.1)],
-    accumulate=4,  # a step sees all the data, in four parts, each time that LBFGS asks
+    accumulate=4,  # each evaluation by LBFGS uses all the data, in four micro-batches
 )
 result = engine.fit(parts, until="10 epochs")
 loss = engine.evaluate(parts)["val/loss"]

@@ -1,4 +1,4 @@
-"""SAM (Foret et al. 2021, algorithm 1): the gradient is taken at the worst place nearby."""
+"""SAM (Foret et al. 2021, algorithm 1): the gradient at the worst point in a neighbourhood."""
 
 import torch
 from torch import nn
@@ -22,10 +22,10 @@ class SamPlugin(Plugin[PluginConfig]):
             for p in moved:
                 p.add_(p.grad * (self.radius / (length + 1e-12)))
             try:
-                again()  # through every hook from `forward` to `after_backward`: it is clipped too
+                again()  # runs every hook from `forward` to `after_backward`, so it is clipped too
             finally:
                 for p, value in zip(moved, before, strict=True):
-                    p.copy_(value)  # and the optimizer steps with the gradient from up there
+                    p.copy_(value)  # the optimizer then uses the gradient of the perturbed weights
 
 
 if __name__ == "__main__":

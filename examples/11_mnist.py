@@ -1,9 +1,9 @@
-"""A loop as in pytorch/examples' mnist, by hand and by the engine: the same bits.
+"""pytorch/examples' mnist as a plain PyTorch loop and with the engine: bitwise equal results.
 
     pip install scikit-learn
     python examples/11_mnist.py
 
-A convolutional network with dropout, Adadelta and StepLR; after each epoch it is tested.
+A convolutional network with dropout, Adadelta and StepLR, tested after each epoch.
 """
 
 import torch
@@ -32,7 +32,7 @@ def new_model():
 
 
 def new_loaders():
-    """Each has a generator of its own, so that no order depends on the dropout."""
+    """Each loader has its own generator, so its order does not depend on dropout."""
     train, test = (
         TensorDataset(images[:1500], labels[:1500]),
         TensorDataset(images[1500:], labels[1500:]),

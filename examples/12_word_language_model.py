@@ -1,9 +1,9 @@
-"""A loop as in pytorch/examples' word_language_model, by hand and by the engine: the same bits.
+"""pytorch/examples' word_language_model as a plain PyTorch loop and with the engine: bitwise equal.
 
     python examples/12_word_language_model.py
 
-An LSTM whose hidden state continues from batch to batch through the text; the gradient is clipped,
-and the learning rate is divided by four when the validation loss does not get better.
+An LSTM that carries its hidden state from batch to batch, with gradient clipping; the learning rate
+is divided by four when the validation loss does not improve.
 """
 
 import math
@@ -24,7 +24,7 @@ EPOCHS, BPTT, WORDS = 6, 12, 40
 
 
 def columns(words, rows):
-    """Batches of a text that is laid out in columns: (first of the text, words, those after)."""
+    """Batches of a text laid out in columns: (start of the text, words, next words)."""
     text = torch.tensor(words[: len(words) // rows * rows]).view(rows, -1).t().contiguous()
     ends = [(start, min(start + BPTT, len(text) - 1)) for start in range(0, len(text) - 1, BPTT)]
     return [(start == 0, text[start:end], text[start + 1 : end + 1]) for start, end in ends]

@@ -1,10 +1,10 @@
-"""A loop as in pytorch/examples' vae, by hand and by the engine: the same weights to the last bit.
+"""pytorch/examples' vae as a plain PyTorch loop and with the engine: bitwise equal weights.
 
     pip install scikit-learn
     python examples/13_vae.py
 
-A variational autoencoder of digits, whose loss is a sum over the batch; after each epoch it is
-tested, and draws new digits from noise.
+A variational autoencoder of digits, whose loss is a sum over the batch. After each epoch it is
+tested, and generates new digits from noise.
 """
 
 import torch
@@ -71,7 +71,7 @@ def by_hand():
         print(f"epoch {epoch} mean loss {total / len(loader.dataset):.4f}")
         model.eval()
         total = 0.0
-        with torch.no_grad(), torch.random.fork_rng():  # testing leaves training's noise alone
+        with torch.no_grad(), torch.random.fork_rng():  # keeps the noise of training unchanged
             torch.manual_seed(0)
             for x in tests:
                 total += elbo(x, *model(x)).item()
@@ -81,7 +81,7 @@ def by_hand():
 
 
 class DrawPlugin(Plugin[PluginConfig]):
-    """Draws new digits after each evaluation."""
+    """Generates new digits after each evaluation."""
 
     @hookimpl
     def measure(self, engine):

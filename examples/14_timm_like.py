@@ -1,10 +1,11 @@
-"""A loop as timm's train.py has it, by hand and by the engine: the same weights to the last bit.
+"""A loop like timm's train.py in plain PyTorch and with the engine: bitwise equal weights.
 
     pip install scikit-learn
     python examples/14_timm_like.py
 
-Mixup with soft targets, an average of weights and running statistics that is validated beside
-them, clipping by value, no decay of biases, and a plateau schedule on the average's accuracy.
+Mixup with soft targets, an average of weights and running statistics that is evaluated as well as
+the model, clipping by value, no weight decay of biases, and a plateau schedule on the accuracy of
+the average.
 """
 
 from copy import deepcopy
@@ -94,7 +95,7 @@ def by_hand():
 
 
 class MixupPlugin(Plugin[PluginConfig]):
-    """Mixes each row of a batch with another, and their targets alike."""
+    """Mixes each row of a batch, and its target, with those of another row."""
 
     @hookimpl
     def on_batch(self, batch):

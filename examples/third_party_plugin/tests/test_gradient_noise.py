@@ -1,4 +1,4 @@
-"""The plugin holds to the contract, and its noise has the variance that it says."""
+"""The plugin fulfils the contract, and its noise has the documented variance."""
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""Adds Gaussian noise to the gradients, less and less of it."""
+"""Adds Gaussian noise with decaying variance to gradients."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ class GradientNoiseConfig(PluginConfig):
         default=0.01, ge=0, description="variance of the noise in the first step; 0: none"
     )
     gamma: float = Field(
-        default=0.55, ge=0, description="exponent of the variance's fall with the steps"
+        default=0.55, ge=0, description="exponent of the decay of the variance with the step"
     )
-    seed: int = Field(default=0, ge=0, description="of the noise, beside the seed of the run")
+    seed: int = Field(
+        default=0, ge=0, description="seed of the noise, combined with the run's seed"
+    )
 
 
 class GradientNoisePlugin(Plugin[GradientNoiseConfig]):
     """Adds noise of variance `eta / (1 + t) ** gamma` to every gradient of step t = 0, 1, ...
 
-    The noise is a function of the seeds and the step, and comes from a generator of its own. So
-    there is no state to save, a resumed run draws what one that was not stopped would draw, all
-    processes of a run draw the same, and no other random number of the run changes. It comes
-    after clipping, which would take part of it back. `train/gradient_noise` is its standard
-    deviation. Sparse gradients are left as they are.
+    The noise is a function of the seeds and the step, drawn from its own generator. So there is no
+    state to save, resuming is exact, all processes draw the same noise, and no other random number
+    of the run changes. It is added after clipping, which would otherwise shrink it. Its standard
+    deviation is logged as `train/gradient_noise`. Sparse gradients are unchanged.
 
     Source: Neelakantan et al. 2015, "Adding Gradient Noise Improves Learning for Very Deep
     Networks", with their gamma; they choose eta from 0.01, 0.3 and 1.
@@ -43,19 +44,19 @@ class GradientNoisePlugin(Plugin[GradientNoiseConfig]):
 
     config_class = GradientNoiseConfig
     api_version = "1.2"
-    after = ("clip",)  # where both are at the stage that limits gradients
-    conflicts = ("fsdp",)  # each process has parts of the gradients there: the noise would repeat
+    after = ("clip",)  # within the stage `limit`, where both run
+    conflicts = ("fsdp",)  # gradients are sharded there: every process would draw the same noise
     _generators: dict[torch.device, torch.Generator]
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Make a generator for each device with parameters."""
+        """Create a generator for each device with parameters."""
         devices = {parameter.device for parameter in engine.parameters()}
         self._generators = {device: torch.Generator(device) for device in devices}
 
     @hookimpl(stage="limit")
     def after_backward(self, engine: Engine, step: Step) -> None:
-        """Add the noise of this step; nothing here waits for the device."""
+        """Add the noise of this step, without synchronizing with the device."""
         deviation = (self.config.eta / step.number**self.config.gamma) ** 0.5
         engine.log("gradient_noise", deviation)
         if deviation == 0:
@@ -75,5 +76,5 @@ def _normal_like(tensor: Tensor, generators: dict[torch.device, torch.Generator]
 
 
 def _mixed(*seeds: int) -> int:
-    """One seed of several, such that neighbouring steps and seeds have nothing in common."""
+    """Mix several seeds into one, so that neighbouring steps and seeds are uncorrelated."""
     return int(np.random.SeedSequence(seeds).generate_state(1)[0])

@@ -1,1 +1,1 @@
-"""Measurements beside peers; `python -m benchmarks.NAME`."""
+"""Benchmarks and comparisons with other trainers; run `python -m benchmarks.NAME`."""

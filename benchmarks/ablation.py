@@ -1,17 +1,17 @@
-"""What each module does for the language model: the backbone alone against each module added.
+"""What each module adds to the language model: the backbone without and with each module.
 
     python -m benchmarks.ablation [--steps 200] [--seeds 3] [--json PATH]
 
 Text and model are those of the preset quickstart_classic (the standard library's source as bytes,
-width 128, 4 layers), 2,048 tokens a step, with a constant learning rate after the warm-up, so that
-a run may be read at any step. The variants of a seed share backbone weights and data order, and
-take turns step by step. Each seed has a process with one thread, and time is that of the
-processor, so that what else the machine does hardly counts.
+width 128, 4 layers), with 2,048 tokens per step and a constant learning rate after the warm-up, so
+a run can be evaluated at any step. The variants of a seed share backbone weights and data order,
+and their steps are interleaved. Each seed runs in its own single-threaded process. Times are CPU
+times, so other load on the machine hardly matters.
 
-Equal steps: validation bits per byte after the given number of steps. Equal time: the variants
-that were faster continue until their own steps have taken as long as the slowest variant's; the
-second number is taken then. Differences to the backbone are within a seed; the spread is the
-standard deviation over seeds.
+Equal steps: validation bits per byte after the given number of steps. Equal time: faster variants
+continue until they have used as much time as the slowest; the second number is measured then.
+Differences to the backbone are taken within a seed; the spread is the standard deviation over
+seeds.
 """
 
 from __future__ import annotations

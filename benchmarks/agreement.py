@@ -1,16 +1,17 @@
-"""Losses and weights of a few steps beside a loop by hand: ours, the Trainer, TRL's SFTTrainer.
+"""Losses and weights of a few steps compared with a plain PyTorch loop: ours, Trainer, SFTTrainer.
 
     pip install -e '.[bench]'
     python -m benchmarks.agreement
     python -m benchmarks.agreement --steps 5 --json out.json
 
-All train the same tiny random Llama and GPT-2 on the same documents in the same order with SGD and
-momentum in float32; only the end of each document is learned. The loop runs each document alone, in
-float64, and takes the mean over all labels of the step. A side's figures are its largest difference
-from that loop: of a step's loss as the side logs it, and of a weight after the last step.
+All train the same tiny random Llama and GPT-2 on the same documents in the same order, with SGD and
+momentum in float32; the loss covers only the end of each document. The reference loop processes
+each document separately, in float64, and takes the mean over all labels of the step. Reported are
+the largest differences from that loop: of a step's logged loss, and of a weight after the last
+step.
 
-The optimizer is SGD because AdamW takes steps of about the same size whatever the scale of the
-gradient, and so would hide a wrong factor.
+The optimizer is SGD because the step size of AdamW hardly depends on the scale of the gradient, so
+AdamW would hide a wrong factor.
 """
 
 from __future__ import annotations

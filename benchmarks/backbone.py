@@ -1,25 +1,25 @@
-"""Backbone with loss, forward and backward, beside transformers' Mamba-2 and GPT-2.
+"""Forward and backward of the backbone with its loss, next to transformers' Mamba-2 and GPT-2.
 
     python -m benchmarks.backbone [--rounds 5] [--quick] [--lengths 512 ...]
                                   [--precisions bfloat16 ...] [--json PATH]
 
 All models have vocabulary 32,000, width 256, 6 layers and tied embeddings; the two state-space
-models also share inner width 512, heads of 64 and a state of 64. All read the same 8,192 random
-tokens a step, as rows of the length in question. The peers run as their users get them without
-extra kernels: Mamba-2 in its own PyTorch path, GPT-2 with PyTorch's fused attention and room for
-the length, both with their own loss. Nothing is compiled.
+models also have the same inner width 512, heads of 64 and state of 64. All process the same 8,192
+random tokens per step, in rows of the given length. The others run as installed, without extra
+kernels: Mamba-2 with its PyTorch implementation, GPT-2 with PyTorch's fused attention and enough
+positions, both with their own loss. Nothing is compiled.
 
-Dropout decides what GPT-2 costs, because PyTorch's fused attention on a CPU cannot do it. So up to
-length 2,048 there are two pairs: `nexus` and `gpt2` without dropout, and `nexus_dropout` and
-`gpt2_dropout` with the 0.1 that GPT2Config has where nobody sets it.
+The cost of GPT-2 depends on dropout, which PyTorch's fused attention does not support on a CPU. So
+up to length 2,048 there are two pairs: `nexus` and `gpt2` without dropout, and `nexus_dropout` and
+`gpt2_dropout` with 0.1, the default of GPT2Config.
 
-Each model has a process of its own, which does one step to warm up. Then the models take turns,
-so that a slower moment of the machine meets all of them; the median over the rounds counts.
-Peak memory is the process's highest resident set over what it had when the model was built, so
-it holds activations, gradients and what the allocator keeps.
+Each model has its own process, which does one warm-up step. Then the models take turns, so that
+slow phases of the machine affect all of them; the median over the rounds is reported. Peak memory
+is the process's highest resident set minus its size when the model was built: activations,
+gradients and what the allocator keeps.
 
-The second table is the loss alone, on the same number of tokens: hidden states and head to
-gradients, through full logits, through PyTorch's `F.linear_cross_entropy` and through ours.
+The second table is the loss only, on the same number of tokens, from hidden states and head to
+gradients: with full logits, with PyTorch's `F.linear_cross_entropy` and with ours.
 """
 
 from __future__ import annotations

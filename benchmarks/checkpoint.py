@@ -1,17 +1,17 @@
-"""What saving, resuming and guarding cost: how long the loop is held, how soon a run continues.
+"""The cost of saving, resuming and guarding: how long training is blocked, how fast it resumes.
 
     python -m benchmarks.checkpoint [--megabytes 100] [--rounds 7] [--json PATH]
 
-*Saving* trains a stack of matrices with AdamW and a checkpoint at every other step. After it, in
-turns: how long the loop was held by the save that a thread then writes, syncs and hashes, and how
-long a plain `torch.save` of the same model and optimizer takes, which holds the loop for all of
-it and syncs nothing. The thread is waited for before `torch.save` is timed.
+*Saving* trains a stack of matrices with AdamW and a checkpoint at every other step. Measured in
+turns: how long the loop is blocked by a save that a thread then writes, syncs and hashes, and how
+long a plain `torch.save` of the same model and optimizer takes, which blocks the loop throughout
+and syncs nothing. The thread has finished before `torch.save` is timed.
 
-*Resuming* reads the last of these checkpoints, with the files dropped from the page cache and
-with the files in it: from the call of `Engine.resume` to the start of the first step (finding,
-reading, verifying every hash, restoring), beside reading the same files with `read()`.
+*Resuming* loads the last of these checkpoints, with a cold and with a warm page cache: from the
+call of `Engine.resume` to the start of the first step (finding, reading, verifying every hash,
+restoring), compared with reading the same files with `read()`.
 
-*Guarding* trains quickstart_classic and adds up the time spent in the guard's hooks.
+*Guarding* trains quickstart_classic and sums the time spent in the guard's hooks.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
     python -m benchmarks.comparing [--pairs 200] [--jobs 2] [--json PATH]
 
-A small net with dropout learns handwritten digits for 60 steps through the engine; its result is
-the cross-entropy on 597 held-out digits. The seed decides weights, order of the rows and dropout.
+A small network with dropout learns handwritten digits for 60 steps with the engine; its result is
+the cross-entropy on 597 held-out digits. The seed determines weights, order of rows and dropout.
 
-A/A: 200 comparisons in which nothing was changed, of 8 pairs each, looked at after every pair: how
-often is the interval without zero at some look? Once with runs of different seeds, and once with
-pairs in which the variant alone draws one random number more before it trains, so that its dropout
-is another one. Twenty pairs of equal settings must be equal to the bit.
+A/A: 200 comparisons without a change, of 8 pairs each, checked after every pair: how often does the
+interval exclude zero at some point? Once with runs of different seeds, and once with pairs in which
+only the variant draws one extra random number before training, which changes its dropout. Twenty
+pairs of equal settings must be bitwise equal.
 
-Ten changes: their effect is known from all pairs (200). The pairs are then taken in 200 random
-orders, one after the other until the interval is without zero, by seed and with the seeds
-shuffled: runs as people compare them. A row gives the median number of pairs for each.
+Ten changes: their effect is estimated from all pairs (200). The pairs are then taken in 200 random
+orders, one at a time until the interval excludes zero: paired by seed, and with shuffled seeds,
+which is how runs are usually compared. Each row has the median number of pairs for both.
 """
 
 from __future__ import annotations

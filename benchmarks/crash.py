@@ -1,11 +1,11 @@
-"""Kill a small run with every first-party plugin again and again, and compare it bit by bit.
+"""Kill a small run with every first-party plugin repeatedly, and compare its result bit by bit.
 
     python -m benchmarks.crash [--kills 200] [--terms 0.33] [--workers 2] [--seed 0] [--out DIR]
 
-The same as `nexus-run verify-resume`, with a config of its own: the NEXUS model and all its
-losses on a few kilobytes of text, accumulation, AMP, curriculum, EMA, guard, loggers, evaluation,
-two loader workers, and a checkpoint every other step. One kill in three comes while a checkpoint is
-being written, and one in three is a SIGTERM to the run and its workers, after which it has saved.
+The same as `nexus-run verify-resume`, with its own config: the NEXUS model and all its losses on a
+few kilobytes of text, accumulation, AMP, curriculum, EMA, guard, loggers, evaluation, two loader
+workers, and a checkpoint every other step. One kill in three occurs while a checkpoint is written,
+and one in three is a SIGTERM to the run and its workers, after which it has saved.
 """
 
 from __future__ import annotations

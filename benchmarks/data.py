@@ -1,20 +1,20 @@
-"""How fast text becomes batches, beside what others do: `python -m benchmarks.data`.
+"""Speed of turning text into batches, compared with others: `python -m benchmarks.data`.
 
-Prints a table and writes JSON. Competitors are measured in interleaved rounds on the same files;
-each figure is the median, ratios are taken round by round, and every reading starts with the file
-in the page cache.
+Prints a table and writes JSON. All sides are measured in interleaved rounds on the same files; each
+figure is the median, ratios are taken within a round, and every measurement starts with the file in
+the page cache.
 
-- prepare: `nexus-data prepare`, `tokenizers.encode_batch_fast` with nothing around it (the upper
-  limit), and `datasets.map` as the guides of transformers show it and with `encode_batch_fast` put
-  in by hand, on the same text with the same tokenizer and cores. Ours reads the text file, starts
-  its workers and writes a file of ids within its time; the others have the text in memory or in
-  Arrow's cache already, and `datasets.map` writes Arrow lists;
+- prepare: `nexus-data prepare`, bare `tokenizers.encode_batch_fast` (the upper limit), and
+  `datasets.map` as in the guides of transformers and with `encode_batch_fast` substituted, on the
+  same text with the same tokenizer and cores. Our time includes reading the text file, starting
+  workers and writing a file of ids; the others have the text in memory or in Arrow's cache already,
+  and `datasets.map` writes Arrow lists;
 - bytes: `nexus-data prepare` with the bytes tokenizer;
-- batches: 32 x 2,048 tokens out of a .bin: ours (inputs, labels, segments, checks), nanoGPT's
-  `get_batch` written from its description (random offsets, inputs and labels, one memory map a
-  call), and a plain `DataLoader` over a map-style data set;
+- batches: 32 x 2,048 tokens from a .bin: ours (inputs, labels, segments, checks), nanoGPT's
+  `get_batch` reimplemented from its description (random offsets, inputs and labels, one memory map
+  per call), and a plain `DataLoader` over a map-style data set;
 - open: peak memory and time of opening a large .txt, the first and the second time, in a process
-  without torch (which alone takes more memory than this).
+  without torch (which takes more memory than this by itself).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Twenty planted differences, found by `nexus-run diff`; equal runs; and honest ones, audited.
+"""Twenty planted differences, found by `nexus-run diff`; equal runs; and honest runs, audited.
 
     python -m benchmarks.differences [--tries 100] [--honest 100] [--only KIND]
 
-Each run is of sixteen steps of a small model. A difference is planted at step 11: by a plugin of
-the run itself (as a mistake in somebody's code would be), by its settings, or from outside, where
-no config tells of it (as a fault of the machine would be).
+Each run has sixteen steps of a small model. A difference is planted at step 11: by a plugin of the
+run (like a bug in somebody's code), by its settings, or from outside, where no config shows it
+(like a hardware fault).
 """
 
 from __future__ import annotations

@@ -1,36 +1,34 @@
-"""What `ddp` costs beside PyTorch's DistributedDataParallel by hand, and what sums in a tree cost.
+"""The cost of `ddp` compared with plain DistributedDataParallel, and the cost of tree sums.
 
     python -m benchmarks.distributed [--rounds 5] [--problems nexus small] [--sizes 2 4]
         [--cells 8] [--cases ours tree] [--memory] [--json PATH]
 
-Everybody trains the same network (AdamW, cross-entropy, gradients clipped) on the same global
-batch, with one thread a process. Problems:
+All cases train the same network (AdamW, cross-entropy, gradients clipped) on the same global batch,
+with one thread per process. Problems:
 
-    nexus     the backbone of the quickstart on 4,096 bytes a step, whose ratio is judged
-    small     four linear layers and 64 rows: a step takes milliseconds, and every message counts
-    large     50 million parameters, 12 linear layers wide, and 64 rows: little computing, much to
-              send
+    nexus     the backbone of the quickstart on 4,096 bytes per step; its ratio is the result
+    small     four linear layers and 64 rows: a step takes milliseconds, so every message counts
+    large     50 million parameters in 12 linear layers, and 64 rows: little compute, much traffic
 
 and cases:
 
     alone     our engine in one process
-    ours      our engine with `ddp`, the batch shared by the processes
-    tree      the same in one cell a process (`cells`), so that its bits do not depend on how many
-    cells     the same in as many cells as `--cells` says, so that no number up to it changes a bit
-    by hand   a loop of PyTorch's own calls around DistributedDataParallel
-    fsdp      our engine with `fsdp`, on demand
-    fsdp tree the same in one cell a process
+    ours      our engine with `ddp`, the batch divided among the processes
+    tree      the same with one cell per process (`cells`), bitwise independent of their number
+    cells     the same with `--cells` cells, bitwise equal on any number of processes up to it
+    by hand   a plain PyTorch loop around DistributedDataParallel
+    fsdp      our engine with `fsdp`, on request
+    fsdp tree the same with one cell per process
 
-All cases but the first run in the same processes and take turns step by step, and the order turns
-around from step to step, so that whatever else the machine does meets both alike. A round counts as
-the median time of a step on the wall, on rank 0; the table shows the median over the rounds, and of
-the ratio taken within a round the median, the least and the most. The trained weights of the two
-cases are compared at the end: they must have done the same work.
+All cases but the first run in the same processes, with interleaved steps in alternating order, so
+that other load affects all alike. A round is the median wall time of a step on rank 0; the table
+has the median over the rounds, and the median, minimum and maximum of the ratio within a round. The
+trained weights of the cases are compared at the end: they must have done the same work.
 
-With `--memory` each case then takes four steps in processes of its own, and the table has the peak
-of resident memory of each process, beside that of a process which has the model and no more.
+With `--memory` each case then takes four steps in its own processes, and the table has the peak
+resident memory of each process, next to that of a process that only has the model.
 
-On a machine whose cores the case `alone` already fills, two processes cannot be twice as fast.
+On a machine whose cores the case `alone` already uses, two processes cannot be twice as fast.
 """
 
 from __future__ import annotations

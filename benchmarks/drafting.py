@@ -1,11 +1,11 @@
-"""How much faster `generate` is when the world model drafts.
+"""The speed-up of `generate` when the world model drafts.
 
     python -m benchmarks.drafting [--steps 300] [--drafts 1 2 4 8] [--json PATH]
 
-Trains a byte model with the world module alone on the standard library's source, then continues
-prompts from the validation text, one at a time, with and without drafts in turns. Time is that of
-the processor, on one thread; a ratio is the median over the prompts. `tokens a pass` is what one
-pass of the model over a draft brings.
+Trains a byte model with only the world module on the standard library's source, then continues
+prompts from the validation text one at a time, alternately with and without drafts. Times are CPU
+times on one thread; a ratio is the median over the prompts. `tokens a pass` is the number of tokens
+gained per pass of the model over a draft.
 """
 
 from __future__ import annotations

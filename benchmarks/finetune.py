@@ -1,14 +1,14 @@
-"""Fine-tuning a small Llama: ours, the Hugging Face Trainer and TRL's SFTTrainer, side by side.
+"""Fine-tuning a small Llama: this trainer, the Hugging Face Trainer and TRL's SFTTrainer.
 
     pip install -e '.[bench]'
     python -m benchmarks.finetune                     # rounds of full and LoRA training
     python -m benchmarks.finetune --json out.json --rounds 5 --steps 6
 
 All train the same random Llama (vocabulary 32,000, width 256, 6 layers) on the same rows of 2,048
-ids in the same order with AdamW in float32, whole or by LoRA of rank 8 on every linear layer of its
-blocks. Each measurement is a process of its own, and the sides take turns, so that a busy machine
-slows all alike. The time is that of the steps behind the first; the memory is the largest that the
-process held while training, above what it held with its model before, all weights read.
+ids in the same order with AdamW in float32, in full or with LoRA of rank 8 on every linear layer of
+its blocks. Each measurement is a separate process, and the sides alternate, so that a busy machine
+slows all alike. The time excludes the first step; the memory is the peak during training minus what
+the process had with its model loaded and all weights read.
 """
 
 from __future__ import annotations

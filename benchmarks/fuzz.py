@@ -1,10 +1,10 @@
-"""Whether damaged input ever ends in something else than an error that is meant for the user.
+"""Check that damaged input always ends in an error meant for the user.
 
-Each target of the table reads inputs that were sound, and of which one file has been changed, cut
-short, spliced or replaced, each by a seed of its own. A target may return, or raise a `NexusError`;
-any other exception is a fault, and so are a signal, a read of more than 20 seconds, and a peak of
-memory above twice the bytes of the input plus 64 MiB (measured from before to after, where the
-system lets a process reset its peak). Faulty inputs are kept.
+Each target reads inputs that were valid, of which one file has been modified, truncated, spliced or
+replaced, each with its own seed. A target may return or raise a `NexusError`. Any other exception
+is a failure, and so are a signal, a read of more than 20 seconds, and peak memory above twice the
+bytes of the input plus 64 MiB (where the system lets a process reset its peak). Failing inputs are
+kept.
 
     python -m benchmarks.fuzz --inputs 10000
     python -m benchmarks.fuzz --only parquet --inputs 500

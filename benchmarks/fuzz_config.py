@@ -1,13 +1,12 @@
-"""Configs as nobody would write them: each is a run's plan, or one clear error.
+"""Check that any config gives either a plan or one clear error.
 
     python -m benchmarks.fuzz_config                    10,000 configs, about ten minutes
     python -m benchmarks.fuzz_config --examples 500
 
-Hypothesis makes files (YAML, TOML, JSON, and bytes that are none of them), names of plugins,
-`--set` options and environment variables, of keys that there are and of others. Each must give a
-plan whose config, written and read again, is the same, or a `NexusError`; and none may take more
-memory than twice its bytes and 64 MiB. Prints what came out, and ends with 1 where something else
-happened.
+Hypothesis generates files (YAML, TOML, JSON, and bytes that are none of these), plugin names,
+`--set` options and environment variables, with valid and unknown keys. Each must give a plan whose
+config, written and read again, is the same, or a `NexusError`; and none may take more memory than
+twice its bytes plus 64 MiB. Prints the outcomes, and exits with 1 if there was any other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The readers of `data_text` as targets of `benchmarks.fuzz`."""
+"""The readers of `data_text`, as targets of `benchmarks.fuzz`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.fuzz` and the tests share: targets, and how a sound input is damaged."""
+"""Shared by `benchmarks.fuzz` and the tests: targets, and ways to damage valid input."""
 
 from __future__ import annotations
 

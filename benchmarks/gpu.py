@@ -1,27 +1,27 @@
-"""Models and trainers on an accelerator: speed, utilization, memory, overhead, waits.
+"""Models and trainers on an accelerator: speed, utilization, memory, overhead, synchronization.
 
     python -m benchmarks.gpu [--rounds 3] [--json PATH]      # on CUDA, 124 M parameters
-    python -m benchmarks.gpu --size tiny --device cpu        # shows that it works, and no speed
+    python -m benchmarks.gpu --size tiny --device cpu        # a smoke test, not a measurement
 
-Models, each trained by one loop by hand (bfloat16 autocast, fused AdamW, gradients clipped), rows
-of 2,048 tokens:
+Models, each trained by the same plain PyTorch loop (bfloat16 autocast, fused AdamW, gradients
+clipped), in rows of 2,048 tokens:
 
-    nexus          the whole model with its five losses      backbone   with its first loss alone
+    nexus          the whole model with its five losses      backbone   with its first loss only
     nexus+kernels  whole, its layers by the kernels of mamba-ssm, flash-linear-attention and
                    causal-conv1d, where these are installed
     gpt2           of transformers, with PyTorch's flash attention
     mamba2         of transformers, with its Triton kernels where they are installed
 
-Trainers, each of them training that gpt2: a loop by hand ("bare"), our engine with clip, jsonl and
-amp, the same with the gradient of each step replayed from a CUDA graph ("engine+graph"), Lightning,
-and the Trainer of Hugging Face. The engine trains nexus too, with and without the graph. Nobody
-loads data: all pull ready batches from one iterable, page-locked on CUDA, which waits for the
-device and notes the time at every tenth pull.
+Trainers, each training that gpt2: a plain loop ("bare"), our engine with clip, jsonl and amp, the
+same with the gradient of each step replayed from a CUDA graph ("engine+graph"), Lightning, and the
+Trainer of Hugging Face. The engine also trains nexus, with and without the graph. No case loads
+data: all take ready batches from one iterable, in pinned memory on CUDA, which synchronizes and
+records the time at every tenth batch.
 
-Each case has a process of its own, and they take turns from round to round. A figure is the median
-over the rounds, with the least and the most. MFU is the arithmetic of a step's matrix products and
-attention, counted by PyTorch, over that of the fastest product found on this device. "Waits" is how
-often a step makes the host wait for the device, by `torch.cuda.set_sync_debug_mode`.
+Each case has its own process, and they take turns from round to round. A figure is the median over
+the rounds, with minimum and maximum. MFU is the FLOPs of a step's matrix products and attention, as
+counted by PyTorch, over the rate of the fastest product found on this device. "Waits" is the number
+of synchronizations per step, by `torch.cuda.set_sync_debug_mode`.
 """
 
 from __future__ import annotations

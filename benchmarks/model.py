@@ -1,18 +1,18 @@
-"""The whole NEXUS model with its five losses, beside its backbone and transformers' Mamba-2.
+"""The whole NEXUS model with its five losses, compared with its backbone and transformers' Mamba-2.
 
     python -m benchmarks.model [--rounds 9] [--threads 1] [--json PATH]
 
-Forward and backward, no optimizer: vocabulary 32,000, width 256, 6 layers, batch 2 x 512, in
-bfloat16 autocast. "backbone" has the language-model loss alone; "+world" adds that module and its
-loss, and so on; "whole" has all of them; "mamba2" is the Mamba-2 of transformers in its own
-PyTorch path, with the same inner width, heads and state, and its one loss. Nothing is compiled.
+Forward and backward without optimizer: vocabulary 32,000, width 256, 6 layers, batch 2 x 512, in
+bfloat16 autocast. "backbone" has only the language-model loss; "+world" adds that module and its
+loss, and so on; "whole" has all of them; "mamba2" is the Mamba-2 of transformers in its PyTorch
+implementation, with the same inner width, heads and state, and its one loss. Nothing is compiled.
 
-Each has a process of its own and they take turns, so that a slower moment of the machine meets
-all of them. A ratio is the median over the rounds of the ratio within a round. Peak memory is the
-highest resident set over what the process had when the model was built. The machine's rate is
-that of a bfloat16 matrix product of 2048 x 2048 x 2048, taken in the same turns; a step's share of
-counts the arithmetic of its matrix products alone. With --threads 1 the time is that of the
-processor, which other work on a busy machine hardly touches; else it is that of the clock.
+Each has its own process and they take turns, so that slow phases of the machine affect all of them.
+A ratio is the median over the rounds of the ratio within a round. Peak memory is the highest
+resident set minus the size of the process when the model was built. The machine's rate is that of a
+bfloat16 matrix product of 2048 x 2048 x 2048, measured in the same rounds; a step's share of it
+counts the FLOPs of its matrix products only. With --threads 1 times are CPU times, which other load
+hardly affects; otherwise they are wall times.
 """
 
 from __future__ import annotations

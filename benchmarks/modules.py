@@ -1,17 +1,17 @@
-"""What each module brings on a task that needs it, beside what else could stand in its place.
+"""What each module achieves on a task that needs it, compared with alternatives.
 
     python -m benchmarks.modules [TASK ...] [--seeds 3] [--set length=256] [--json PATH]
 
-The variants of a task: the backbone with the module; the backbone alone, made wider until it has
-as many parameters; the backbone with a plain MLP of as many parameters in the module's place; and
-the published designs that the task names. All of them see the same rows in the same order, with
-AdamW at one constant learning rate after a warm-up, so that a run may be read at any step.
+The variants of a task: the backbone with the module; the backbone without it, widened to the same
+number of parameters; the backbone with a plain MLP of as many parameters in place of the module;
+and the published designs that the task names. All see the same rows in the same order, with AdamW
+at one constant learning rate after a warm-up, so that a run can be evaluated at any step.
 
-Equal steps: the measures on held-out rows after as many steps as the task says. Equal time: those
-as soon as the processor time is spent that the variant with the module took for its steps; faster
-variants train longer. Each seed is a process with one thread that
-draws its own task (rules, hidden processes), rows and weights. Differences are within a seed; the
-error is the standard deviation over seeds by the root of their number.
+Equal steps: the measures on held-out rows after the task's number of steps. Equal time: the
+measures after the CPU time that the variant with the module needed for its steps; faster variants
+train longer. Each seed is a single-threaded process that draws its own task (rules, hidden
+processes), rows and weights. Differences are taken within a seed; the error is the standard
+deviation over seeds divided by the root of their number.
 """
 
 from __future__ import annotations

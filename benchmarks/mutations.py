@@ -1,12 +1,12 @@
-"""Change checkpoints in thousands of ways, sign them anew, and resume from each of them.
+"""Change checkpoints in thousands of ways, sign them again, and resume from each of them.
 
     python -m benchmarks.mutations [--mutations 10000] [--seed 0] [--first 0]
 
-A changed file whose hashes were made to fit is what somebody writes who means harm. Each is resumed
-from and trained on for a step: a `CheckpointError` or a step that works are right, another error, a
-signal, or memory beyond a bound are not. Runs have fused AdamW, AdamW with three moments, fused SGD
-with momentum, or NAdam, and plugins with states of all kinds. The work is done in processes of a
-few hundred mutations each, so that a crash is seen and the others are still done.
+A modified file with matching hashes is what an attacker would write. Each mutation is resumed from
+and trained for a step: a `CheckpointError` or a successful step is right; another error, a signal,
+or memory beyond a bound is a failure. Runs have fused AdamW, AdamW with three moments, fused SGD
+with momentum, or NAdam, and plugins with all kinds of state. Mutations run in processes of a few
+hundred each, so that a crash is detected and the others still run.
 """
 
 from __future__ import annotations

@@ -1,29 +1,28 @@
-"""What the engine costs per step, beside loops written by hand and beside other trainers.
+"""The engine's cost per step, compared with plain PyTorch loops and other trainers.
 
     python -m benchmarks.overhead [--rounds 30] [--steps 300] [--quick] [--json PATH]
 
-Everybody trains the same tiny network (three linear layers of width 64, batch 16, cross-entropy)
-on the same batches from memory, with one thread: AdamW, a cosine schedule, the loss logged every
-10 steps, and gradients clipped to a length that every one of them exceeds. The work of a step is
-so small that what is left is overhead.
+All cases train the same tiny network (three linear layers of width 64, batch 16, cross-entropy) on
+the same batches from memory, with one thread: AdamW, a cosine schedule, the loss logged every 10
+steps, and gradients clipped to a norm that all of them exceed. The work per step is so small that
+the rest is overhead.
 
-    bare          a loop by hand of PyTorch's own calls: fused AdamW, the schedule as a formula
-    tutorial      the loop of PyTorch's tutorials: AdamW as it comes, a scheduler, `loss.item()`
+    bare          a plain loop of PyTorch calls: fused AdamW, the schedule as a formula
+    tutorial      the loop of PyTorch's tutorials: default AdamW, a scheduler, `loss.item()`
     nexus         our engine with clip, lr_cosine and jsonl
     lightning, ignite, accelerate, transformers
-                  with fused AdamW and PyTorch's schedule, without checkpoints, bars and
-                  evaluation; comments say why each is set up as it is
+                  with fused AdamW and PyTorch's schedule, without checkpoints, progress bars and
+                  evaluation; comments explain each setup
 
-Nobody loads data: all pull ready batches from one iterable, which notes the time at every tenth
-pull. So building and ending a run are not counted, and a step is timed alike for all. Time is the
-processor time of the process, all its threads together, so other programs on the machine count
-as little as possible; the clock on the wall is shown beside it, and is the same where the machine
-is idle, as nobody here waits for anything.
+No case loads data: all take ready batches from one iterable, which records the time at every tenth
+batch. So starting and ending a run are not counted, and steps are timed alike for all. Times are
+CPU times of the process, summed over its threads, so other programs hardly matter; wall times are
+shown too, and are the same on an idle machine, since nothing here waits.
 
-The cases take turns in one process, in an order that turns around from round to round. A round
-counts as the median of its stretches of 10 steps; a difference or a ratio is taken within a
-round; the table shows medians over the rounds, with the least and the most. After every run the
-trained weights are compared: all cases must have done the same work.
+The cases take turns in one process, in alternating order. A round is the median of its stretches of
+10 steps; differences and ratios are taken within a round; the table has medians over the rounds,
+with minimum and maximum. After every run the trained weights are compared: all cases must have done
+the same work.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The reasoner alone on questions of several hops, beside a plain MLP of its size.
+"""The reasoner by itself on multi-hop questions, compared with a plain MLP of its size.
 
     python -m benchmarks.reasoner [--seeds 3]
 
 A question is a table of six places (where each leads to), a start and a number of hops, as one
-vector; the answer is where they end. Each row has a table of its own, so none can be known by
-heart. Both are trained on 1 to 3 hops, with as much processor time; asked are held-out questions
-of 1 to 3 hops, and of 4, for which the reasoner takes a fourth step.
+vector; the answer is where they end. Each row has its own table, so answers cannot be memorized.
+Both are trained on 1 to 3 hops, for the same CPU time, and tested on held-out questions of 1 to 3
+hops, and of 4, for which the reasoner takes a fourth step.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""State tracking by kind of layer: parity, and products in the group S3.
+"""State tracking by type of layer: parity, and products in the group S3.
 
     python -m benchmarks.states [--seeds 3] [--quick] [--json PATH]
 
-After each token the model says the state: whether the number of ones so far is odd, or which of the
-six permutations of three things the permutations so far amount to. Sums with decays between 0 and
-1 cannot do either over any length (Grazzi et al. 2025); windows see too little. Each model has one
-layer without a convolution, which offers shortcuts (a window: with an MLP), and is trained on rows
-of 32 tokens. What is measured is the share of right answers at the positions 33 to 64 of rows
-twice as long. `--quick` is one seed, with rows of 8 and 16 tokens.
+After each token the model outputs the state: whether the number of ones so far is odd, or which of
+the six permutations of three elements is the product so far. Sums with decays between 0 and 1 can
+do neither for arbitrary lengths (Grazzi et al. 2025); windows see too little. Each model has one
+layer without a convolution, which would offer shortcuts (a window: with an MLP), and is trained on
+rows of 32 tokens. Reported is the accuracy at positions 33 to 64 of rows twice as long. `--quick`
+uses one seed, with rows of 8 and 16 tokens.
 """
 
 from __future__ import annotations

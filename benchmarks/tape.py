@@ -1,9 +1,9 @@
-"""What the plugin tape costs a step of quickstart_classic, at its default.
+"""The cost of the plugin tape per step of quickstart_classic, with default settings.
 
     python -m benchmarks.tape [--steps 12]
 
-The processor time within its hooks is compared with that of the whole steps of the same run.
-Reading and writing the lines is within it, as on a CPU each step does so.
+Compares the CPU time of its hooks with that of the whole steps of the same run. This includes
+reading and writing the lines, which on a CPU happens in every step.
 """
 
 from __future__ import annotations

@@ -1,26 +1,25 @@
-"""What each training technique costs and gains: time, memory and loss, with it and without.
+"""The cost and benefit of each training technique: time, memory and loss, with and without it.
 
     python -m benchmarks.techniques [NAME ...] [--rounds 5] [--seeds 2] [--quick] [--json PATH]
 
     amp          a step of the whole model with its five losses, in bfloat16 and in float32
     recompute    peak of activation memory and time, at 8 layers and rows of 2,048 tokens
     compile      a step of the backbone, compiled and eager, in both precisions
-    cost         a step of the whole model with clip, ema, and each way of weighing
-    scales       what is left of two loss terms of scales 1:1000, weighed in each way
+    cost         a step of the whole model with clip, ema, and each weighting method
+    scales       the final values of two loss terms of scales 1:1000, with each weighting method
     quickstart   the preset quickstart_classic with curriculum, ema, lr_wsd and optim_muon
 
-All train through the engine, with random tokens but for the quickstart. The whole model has
-vocabulary 32,000, width 256 and 6 layers, and reads rows of 512 tokens. What is compared takes
-turns in one process, in an order that turns around from round to round, so that a slower moment
-of the machine meets all of it; a ratio is the median over the rounds of the ratio within a round.
-The first step of each is not counted.
+All train with the engine, on random tokens except for the quickstart. The whole model has
+vocabulary 32,000, width 256 and 6 layers, and reads rows of 512 tokens. The variants take turns in
+one process, in alternating order, so that slow phases of the machine affect all of them; a ratio is
+the median over the rounds of the ratio within a round. The first step of each is not counted.
 
-Activation memory is the most that one forward and backward pass has allocated at any moment, from
-the profiler's record of every allocation; weights and their gradients are there before.
+Activation memory is the peak of allocations during one forward and backward pass, from the
+profiler's record of every allocation; weights and their gradients exist before.
 
-The quickstart and its variants train 10 steps in turn, and are then evaluated, off the clock. The
-time of a variant is that of its training until an evaluation was first as good as the last one of
-the quickstart itself; the loss after as many steps has a line of its own.
+The quickstart and its variants train 10 steps in turn, and are then evaluated, which is not timed.
+The time of a variant is its training time until an evaluation first reached the final result of the
+quickstart; the loss after the same number of steps has its own line.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Two "machines" on one: do they train together, end when the cable is cut, and resume?
+"""Two simulated machines: do they train together, stop when the network is cut, and resume?
 
     sudo python -m benchmarks.two_machines [--steps 20] [--timeout 10] [--keep]
 
-Two network namespaces, each with an address of its own, are joined by a virtual cable; torchrun
-runs in each, and they find one another by its rendezvous. Three acts:
+Two network namespaces, each with its own address, are connected by a virtual cable; torchrun runs
+in each, and they find each other by its rendezvous. Three phases:
 
     1  the quickstart trains to its end on both, one process each
-    2  a longer run; when it has saved, the cable is taken down: each side must end with an error
-       that names rank and event, within the timeout of `ddp` and the seconds of an engine's step
-    3  the cable is back, both are started again with --resume auto, and the run reaches its end
+    2  a longer run; once it has saved, the cable is cut: each side must end with an error that
+       names rank and event, within the timeout of `ddp` plus the seconds of an engine step
+    3  the cable is restored, both are started again with --resume auto, and the run reaches its end
 
-It needs root and the command `ip`, and says so elsewhere (exit code 0: skipped). Everything it
-makes, namespaces and a folder in /tmp, is removed at the end.
+It needs root and the command `ip`; without them it says so and exits with 0 (skipped). It removes
+everything it creates, namespaces and a folder in /tmp, at the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mixed precision on the accelerator: the lists of operations that CUDA goes by."""
+"""Mixed precision on the accelerator, with CUDA's lists of operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of recurrent networks, which PyTorch wants in one operation from every accelerator."""
+"""The cells of recurrent networks, which PyTorch expects as one fused operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The accelerator as PyTorch finds it: `torch.fakegpu`, and what it adds to torch meanwhile."""
+"""The accelerator's PyTorch module, `torch.fakegpu`, and its registration with torch."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Device(Queue):
         return self.memory.peak
 
     def reset_peak_memory_stats(self, device: object = None) -> None:
-        """Measure the most anew."""
+        """Reset the peak."""
         self.memory.peak = self.memory.allocated
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
@@ -201,7 +201,7 @@ class Device(Queue):
             ConfigError: it is there already.
         """
         if self.active:
-            raise ConfigError("there is an accelerator already: host_accelerator() within another")
+            raise ConfigError("an accelerator is active: host_accelerator() cannot be nested")
         _device_constructors()  # remembered from the first call on: not the replacements
         self.begin()
         self.generators.default.manual_seed(torch.initial_seed())

@@ -1,4 +1,4 @@
-"""Random numbers of the accelerator: a generator of its own, and others that users make for it."""
+"""Random numbers of the accelerator: its default generator, and those that users create."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DeviceGenerator", "Generators", "generator_class"]
 
 
 class DeviceGenerator(torch._C.Generator):
-    """A generator of numbers on the accelerator; as such it says where it is."""
+    """A generator on the accelerator, which reports its device."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -22,7 +22,7 @@ class DeviceGenerator(torch._C.Generator):
 
 
 class Generators:
-    """The default generator of the device, and which others are of it.
+    """The device's default generator, and the registry of its other generators.
 
     Attributes:
         default: is drawn from where no other is given.
@@ -33,17 +33,17 @@ class Generators:
         self.default = self.new()
 
     def new(self) -> DeviceGenerator:
-        """Another generator of the device."""
+        """Create another generator of the device."""
         made = DeviceGenerator("cpu")
         made.manual_seed(0)
-        self._own[_place(made)] = made  # kept, so that no other gets its place
+        self._own[_place(made)] = made  # kept alive, so that its address is not reused
         return made
 
     def check(self, generator: torch._C.Generator, name: str) -> None:
-        """See that numbers for the device are drawn by a generator of it.
+        """Check that a generator belongs to the device.
 
         Raises:
-            RuntimeError: it is one of the host.
+            RuntimeError: it is a host generator.
         """
         if _place(generator) not in self._own:
             raise RuntimeError(
@@ -53,7 +53,7 @@ class Generators:
 
     @contextmanager
     def in_place_of_the_hosts(self) -> Iterator[None]:
-        """What is drawn from the host's default generator comes from the device's instead."""
+        """Redirect draws from the host's default generator to the device's."""
         host = torch.default_generator
         kept = host.get_state()
         host.set_state(self.default.get_state())
@@ -69,12 +69,12 @@ class Generators:
 
 
 def _place(generator: Any) -> int:
-    """What tells generators apart, however they are wrapped."""
+    """The identity of a generator, however it is wrapped."""
     return int(generator._cdata)
 
 
 def generator_class(generators: Generators) -> type:
-    """What `torch.Generator` is while the accelerator is there: it can be asked for one of it."""
+    """The replacement of `torch.Generator` that also creates generators of the accelerator."""
     original = torch._C.Generator
 
     class Kind(type(original)):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Graphs of the accelerator: operations that are recorded once and replayed, as CUDA's are."""
+"""Graphs of the accelerator: operations captured once and replayed, as with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recording:
         self._drawn_from = [(each, each.get_state()) for each in generators]
 
     def allows(self, generator: Any) -> bool:
-        """Whether numbers may be drawn from a generator."""
+        """Whether a generator is registered."""
         return any(each._cdata == generator._cdata for each, _ in self._drawn_from)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
@@ -96,7 +96,7 @@ class CUDAGraph:
         device.waits.capturing = True
 
     def capture_end(self) -> None:
-        """Record no more; nothing of it has happened."""
+        """End the capture; none of the work has been executed."""
         device = _module()
         recording, device.recording = device.recording, None
         device.waits.capturing = False
@@ -104,7 +104,7 @@ class CUDAGraph:
         self._work = recording.work
 
     def replay(self) -> None:
-        """Do all of it again."""
+        """Replay the captured work."""
         from nexus_core.testing.accelerator.moves import OnTheHost
 
         with OnTheHost():
@@ -112,7 +112,7 @@ class CUDAGraph:
                 work()
 
     def reset(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         self._work = []
 
     def pool(self) -> tuple[int, int]:

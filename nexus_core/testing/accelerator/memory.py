@@ -1,4 +1,4 @@
-"""The memory of the accelerator: real tensors of its own device, over memory of the host."""
+"""The memory of the accelerator: tensors with their own device type, backed by host memory."""
 
 from __future__ import annotations
 

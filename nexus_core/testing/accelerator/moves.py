@@ -1,4 +1,4 @@
-"""How tensors get onto the accelerator, off it, and into another shape."""
+"""Copies to and from the accelerator, and operations that resize tensors."""
 
 from __future__ import annotations
 

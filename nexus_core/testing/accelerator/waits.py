@@ -1,4 +1,4 @@
-"""Where the host waits for the accelerator, and the copies that it does not wait for."""
+"""Synchronization of the host with the accelerator, and asynchronous copies."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from nexus_core.testing.accelerator.memory import fill_with_garbage
 __all__ = ["Listener", "Wait", "Waits", "callers"]
 
 Listener: TypeAlias = Callable[[str, FrameType], None]
-"""Told what is waited for, and the frame that asked for it."""
+"""Called with the cause of a wait, and the frame that caused it."""
 
 _OURS = ("torch", "nexus_core.testing.accelerator")
 
 
 @dataclass(frozen=True)
 class Wait:
-    """A place where the host waits until the accelerator has done all its work.
+    """A point where the host waits until the accelerator has finished its work.
 
     Attributes:
-        what: is waited for.
-        file: of the line that asks for it, the first outside of torch.
-        line: its number, from 1.
-        function: that it is in.
+        what: the cause of the wait.
+        file: file of the line that causes it, the innermost outside torch.
+        line: line number, from 1.
+        function: function that contains the line.
     """
 
     what: str
@@ -42,7 +42,7 @@ class Wait:
 
     @property
     def text(self) -> str:
-        """The line itself."""
+        """The source text of the line."""
         return linecache.getline(self.file, self.line).strip()
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class _Pinned:
-    """A copy to the device that may not have begun: what it reads from, and what was there."""
+    """A pending copy to the device: its source, and the source's content when it was issued."""
 
     source: Tensor
     value: Tensor
@@ -59,13 +59,13 @@ class _Pinned:
 
 
 class Waits:
-    """The work that the accelerator has not done yet, and the times that the host waited for it.
+    """The accelerator's pending work, and the recorded waits of the host.
 
     Attributes:
         seen: every wait, oldest first.
-        listeners: told of each as it happens.
-        mode: what `torch.cuda.set_sync_debug_mode` is told: "default", "warn" or "error".
-        capturing: a graph is being captured: waiting is an error then.
+        listeners: called with each wait.
+        mode: as in `torch.cuda.set_sync_debug_mode`: "default", "warn" or "error".
+        capturing: whether a graph is being captured, which makes waiting an error.
     """
 
     def __init__(self) -> None:
@@ -78,12 +78,12 @@ class Waits:
         self._leaving: list[_Pinned] = []
 
     def wait(self, what: str) -> None:
-        """The host waits: note it, and let the copies arrive.
+        """Record a wait of the host, and complete pending copies.
 
-        What a thread beside the one that trains waits for holds up nobody.
+        Waits of threads other than the training thread are not recorded.
 
         Raises:
-            RuntimeError: pinned memory was written to before it was copied; or nobody may wait.
+            RuntimeError: pinned memory was written to before it was copied; or waiting is an error.
         """
         self.refuse(what)
         if threading.get_ident() == self._thread:
@@ -95,10 +95,10 @@ class Waits:
         self.settle()
 
     def refuse(self, what: str) -> None:
-        """See that no graph is being captured.
+        """Check that no graph is being captured.
 
         Raises:
-            RuntimeError: one is.
+            RuntimeError: a graph is being captured.
         """
         if self.capturing and threading.get_ident() == self._thread:
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
@@ -111,16 +111,16 @@ class Waits:
             warnings.warn_explicit(said, UserWarning, wait.file, wait.line)
 
     def arrive_late(self, target: Tensor, value: Tensor) -> None:
-        """Copy a value to memory of the host when the host waits; until then there is garbage."""
+        """Copy a value to host memory at the next wait; until then the memory holds garbage."""
         fill_with_garbage(target)
         self._arriving.append((target, value))
 
     def leave_late(self, source: Tensor) -> None:
-        """Pinned memory is read from until the host waits, and must stay as it is."""
+        """Register pinned memory that must not change until the next wait."""
         self._leaving.append(_Pinned(source, source.clone(), _wait("a copy", next(callers()))))
 
     def settle(self) -> None:
-        """All work is done."""
+        """Complete all pending work."""
         arriving, self._arriving = self._arriving, []
         leaving, self._leaving = self._leaving, []
         for target, value in arriving:
@@ -136,7 +136,7 @@ class Waits:
 
 
 def callers() -> Iterator[FrameType]:
-    """The frames outside of torch and of this accelerator, the innermost first."""
+    """The frames outside torch and this accelerator, innermost first."""
     return _frames(sys._getframe(1))
 
 

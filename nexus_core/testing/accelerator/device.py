@@ -27,19 +27,19 @@ NAME = "fakegpu"
 
 
 class Pinned:
-    """Which memory of the host is page-locked, so that a copy may run beside the host's work."""
+    """The registry of pinned host memory, from which copies may be asynchronous."""
 
     def __init__(self) -> None:
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Take its memory for pinned, as long as it is there."""
+        """Mark a tensor's memory as pinned for its lifetime."""
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
         self._known[place] = weakref.ref(storage, lambda _: self._known.pop(place, None))
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A tensor with the same values in such memory; itself, where it is there."""
+        """A copy in pinned memory, or the tensor itself if it is pinned."""
         made = tensor if tensor in self else tensor.clone()
         self.add(made)
         return made
@@ -61,21 +61,21 @@ class Pinned:
 
 
 class Event:
-    """A mark in the queue of the device; the host may wait for it."""
+    """An event in the device's queue, which the host can wait for."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self._recorded = False
 
     def record(self, stream: object = None) -> None:
-        """Put it behind all that was queued."""
+        """Record the event after all queued work."""
         self._recorded = True
 
     def query(self) -> bool:
-        """Whether the device has come to it: not before the host waits for something."""
+        """Whether the event has completed, which requires that the host has waited since."""
         return not self._recorded
 
     def synchronize(self) -> None:
-        """Wait until the device has come to it."""
+        """Wait until the event has completed."""
         registered().synchronize()
         self._recorded = False
 
@@ -98,13 +98,13 @@ class Device(Queue):
         self._autocast = register_autocast(NAME)
 
     def begin(self) -> None:
-        """Forget all that was; tensors that are there stay."""
+        """Reset all records; existing tensors remain."""
         self.memory = getattr(self, "memory", Memory())
         self.memory.limit, self.memory.share = None, 1.0
         self.memory.peak = self.memory.allocated
         self.generators, self.waits, self.pinned = Generators(), Waits(), Pinned()
 
-    # -- what torch asks a device's module for
+    # -- the functions that torch requires of a device module
 
     def is_initialized(self) -> bool:
         """Whether it is there; it takes no time to start."""
@@ -119,7 +119,7 @@ class Device(Queue):
         return True
 
     def device_count(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return int(self.active)
 
     def current_device(self) -> int:
@@ -149,11 +149,11 @@ class Device(Queue):
         return self.generators.default.get_state()
 
     def set_rng_state(self, state: Tensor, device: object = None) -> None:
-        """Put its generator into a state."""
+        """Set the state of its generator."""
         self.generators.default.set_state(state)
 
     def synchronize(self, device: object = None) -> None:
-        """Wait until all its work is done."""
+        """Wait until all work is finished."""
         self.waits.wait("synchronize")
 
     def memory_allocated(self, device: object = None) -> int:
@@ -163,7 +163,7 @@ class Device(Queue):
     memory_reserved = memory_allocated
 
     def max_memory_allocated(self, device: object = None) -> int:
-        """The most bytes that its tensors had."""
+        """The peak size of its tensors in bytes."""
         return self.memory.peak
 
     def reset_peak_memory_stats(self, device: object = None) -> None:
@@ -171,38 +171,38 @@ class Device(Queue):
         self.memory.peak = self.memory.allocated
 
     def memory_stats(self, device: object = None) -> dict[str, int]:
-        """Its memory, in the words of `torch.accelerator.memory_stats`."""
+        """Its memory statistics, in the format of `torch.accelerator.memory_stats`."""
         found = {"current": self.memory.allocated, "peak": self.memory.peak}
         kinds = ("allocated_bytes", "reserved_bytes")
         return {f"{kind}.all.{key}": n for kind in kinds for key, n in found.items()}
 
     def mem_get_info(self, device: object = None) -> tuple[int, int]:
-        """Bytes that are free, and all; a terabyte where there is no limit."""
+        """Free and total bytes; a terabyte in total if there is no limit."""
         return self.memory.total - self.memory.allocated, self.memory.total
 
     def get_per_process_memory_fraction(self, device: object = None) -> float:
-        """The share of its memory that this process may have."""
+        """The share of its memory that this process may use."""
         return self.memory.share
 
     def set_per_process_memory_fraction(self, fraction: float, device: object = None) -> None:
-        """Set the share of its memory that this process may have."""
+        """Set the share of its memory that this process may use."""
         self.memory.share = fraction
 
     def empty_cache(self) -> None:
-        """It keeps nothing that nobody uses."""
+        """Does nothing: there is no cache."""
 
     # -- activation
 
     @contextmanager
     def activated(self) -> Iterator[None]:
-        """Be there for PyTorch, with nothing on it and nothing seen, for a `with` block.
+        """Activate the device for PyTorch, empty and without records, in a `with` block.
 
         Raises:
-            ConfigError: it is there already.
+            ConfigError: it is active already.
         """
         if self.active:
             raise ConfigError("an accelerator is active: host_accelerator() cannot be nested")
-        _device_constructors()  # remembered from the first call on: not the replacements
+        _device_constructors()  # cached before the replacements are in place
         self.begin()
         self.generators.default.manual_seed(torch.initial_seed())
         self.active = True
@@ -215,7 +215,7 @@ class Device(Queue):
             yield
 
     def _replacements(self) -> Iterator[tuple[object, str, object]]:
-        """What C++ alone could tell PyTorch of a device."""
+        """Replacements in torch for what a device otherwise implements in C++."""
         yield torch, "Generator", generator_class(self.generators)
         yield torch.accelerator.memory, "memory_stats", self.memory_stats
         names = ("synchronize", "memory_stats", "reset_peak_memory_stats", "empty_cache")
@@ -246,9 +246,9 @@ class Device(Queue):
 
 @contextmanager
 def _swapping(swaps: bool) -> Iterator[None]:
-    """Whether `module.to` keeps its parameters, tied ones too, as to every device torch knows.
+    """Set whether `module.to` keeps parameter objects, tied ones included, as on built-in devices.
 
-    To others, PyTorch makes new ones unless it is told otherwise.
+    For other devices, PyTorch creates new parameters by default.
     """
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(swaps)
@@ -259,7 +259,7 @@ def _swapping(swaps: bool) -> Iterator[None]:
 
 
 def registered() -> Device:
-    """The device of this process; made and told to PyTorch the first time.
+    """The device of this process, created and registered with PyTorch on the first call.
 
     Raises:
         ConfigError: this PyTorch cannot have it, or has another device in its place.

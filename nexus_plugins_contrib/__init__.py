@@ -1,1 +1,1 @@
-"""Plugins that need another vendor's package: install the extra of the same name."""
+"""Plugins that need a third-party package: install the extra of the same name."""

@@ -1,4 +1,4 @@
-"""Hugging Face data sets as training data."""
+"""Hugging Face datasets as training data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["DataHfConfig", "DataHfPlugin"]
 
 
 class DataHfConfig(RowsConfig):
-    """What to train and evaluate on, which of its columns, and how they become batches."""
+    """What to train and evaluate on, which columns to use, and how to batch them."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"train": "corpus.parquet", "tokenizer": "models/mine"}]}
@@ -48,11 +48,11 @@ class DataHfConfig(RowsConfig):
 
 
 class DataHfPlugin(RowsPlugin[DataHfConfig]):
-    """Trains on data sets in Hugging Face formats, from a folder or the hub.
+    """Trains on Hugging Face datasets, from a folder or the Hub.
 
-    Which row comes when is a function of the seed and the row's number, for mixtures whose weights
-    change too; it is the same in any number of processes, and a run resumes at the right row.
-    Streams are read while training, and hold their place.
+    The order of rows is a function of the seed and the row number, even for mixtures with changing
+    weights; it does not depend on the number of ranks, and a run resumes at the right row. Streams
+    are read during training, and save their position.
     """
 
     config_class = DataHfConfig

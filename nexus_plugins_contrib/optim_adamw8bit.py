@@ -18,7 +18,7 @@ __all__ = ["OptimAdamw8BitConfig", "OptimAdamw8BitPlugin"]
 
 
 class OptimAdamw8BitConfig(OptimizerConfig):
-    """Settings of AdamW with a state of 8 bits."""
+    """Settings of 8-bit AdamW."""
 
     betas: Lax[tuple[float, float]] = Field(
         default=(0.9, 0.95),
@@ -33,9 +33,9 @@ class OptimAdamw8BitConfig(OptimizerConfig):
 
 
 class OptimAdamw8BitPlugin(Plugin[OptimAdamw8BitConfig]):
-    """Trains with AdamW with both running means in 8 bits, scaled in blocks of 256.
+    """Trains with AdamW, both moments stored in 8 bits, scaled in blocks of 256.
 
-    Two bytes of state for each weight instead of eight. Groups and decay as in `optim_adamw`.
+    Two bytes of state per weight instead of eight. Groups and weight decay as in `optim_adamw`.
 
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization";
     `bitsandbytes.optim.AdamW8bit`.
@@ -47,7 +47,7 @@ class OptimAdamw8BitPlugin(Plugin[OptimAdamw8BitConfig]):
 
     @hookimpl
     def make_optimizer(self, engine: Engine) -> Optimizer:
-        """Build it over the model's parameters, grouped by pattern and by what decays.
+        """Build the optimizer over the model's parameters, grouped by pattern and weight decay.
 
         Raises:
             ConfigError: bitsandbytes is not installed, a pattern matches no parameter, or all are

@@ -46,9 +46,9 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
     """Trains with Schedule-Free AdamW: no learning rate decay, no known horizon needed.
 
     Gradients are taken at one set of weights (`y`), and another (`x`), their average, is the
-    model. Evaluation runs with `x`, and a checkpoint's model is `x`; the weights `y` come back
-    bit for bit, and are saved with the plugin's state, so that a resumed run is exact. Schedules
-    that decay are refused; `lr_constant` may warm up.
+    model. Evaluation and saved models use `x`; the weights `y` are restored bitwise, and are saved
+    with the plugin's state, so that a resumed run is exact. Decaying schedules are rejected; use
+    `lr_constant` for warmup.
 
     Source: Defazio et al. 2024, "The Road Less Scheduled"; `schedulefree.AdamWScheduleFree`.
     """
@@ -70,7 +70,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
 
     @hookimpl
     def make_optimizer(self, engine: Engine) -> Optimizer:
-        """Build it over the model's parameters, grouped by pattern and by what decays.
+        """Build the optimizer over the model's parameters, grouped by pattern and weight decay.
 
         Raises:
             ConfigError: schedulefree is not installed, or a pattern matches no parameter.
@@ -98,17 +98,17 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
 
     @hookimpl
     def on_start(self) -> None:
-        """Bring the training weights back, where a run continues."""
+        """Restore the training weights, if the run is resumed."""
         self._bring_back()
 
     @hookimpl(stage="settle")
     def on_finish(self) -> None:
-        """Leave the average in the model: it is what the run was for."""
+        """Leave the average in the model, as the result of the run."""
         self._show_average()
 
     @hookimpl
     def on_save(self, engine: Engine, snapshot: Snapshot) -> None:
-        """Let the snapshot's model be the average, and its optimizer one that trains."""
+        """Put the average into the snapshot's model, and its optimizer in training mode."""
         shown = self._training_weights is not None
         self._bring_back()
         snapshot["optimizer"] = engine.optimizer.state_dict()
@@ -123,7 +123,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
 
     @torch.no_grad()
     def load_state_dict(self, state: StateDict) -> None:
-        """Put the training weights in the place of the average that the model was saved with."""
+        """Replace the saved average by the training weights."""
         self._training_weights = None
         saved = cast(dict[str, Tensor], state["training_weights"])
         for name, weight in self._weights().items():

@@ -31,7 +31,7 @@ NOTE, IMAGE = "/text", "/image"  # behind a title, which may be the name of a me
 
 
 class TrackioConfig(BackgroundConfig):
-    """Settings of the run with Trackio."""
+    """Settings of Trackio logging."""
 
     project: str = Field(default="nexus", min_length=1, description="project of the run")
     run_name: str | None = Field(
@@ -44,15 +44,15 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
     """Stores each log and each evaluation with Trackio; does not affect training.
 
     The store is Trackio's own, `TRACKIO_DIR` or its default, so that the dashboard shows the runs
-    of a project together. A resumed run continues under the same name; steps that are done again
-    are not stored again.
+    of a project together. A resumed run continues under the same name; repeated steps are not
+    stored again.
     """
 
     config_class = TrackioConfig
     _run: Run | None = None
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run, or resume it."""
+        """Start or resume the run."""
         self._run = trackio.init(
             project=self.config.project,
             name=self.config.run_name or f"{run.name}-{run.key}",
@@ -66,30 +66,30 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
         return self._last_steps(self._run) if run.step else {}
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics to Trackio."""
+        """Send the metrics to Trackio."""
         assert self._run is not None
         self._run.log(dict(metrics), step=step)
 
     def send_note(self, step: int, title: str, text: str) -> None:
-        """Hand the words to Trackio as Markdown, which its dashboard shows among the reports."""
+        """Send the note to Trackio as Markdown, which its dashboard shows under reports."""
         assert self._run is not None
         paragraphs = text.replace("\n", "\n\n")  # the dashboard joins the lines of one
         self._run.log({title + NOTE: Markdown(paragraphs)}, step=step)
 
     def send_image(self, step: int, title: str, image: Image) -> None:
-        """Hand the image to Trackio, with its caption."""
+        """Send the image to Trackio, with its caption."""
         assert self._run is not None
         shown = trackio.Image(image.opened(), caption=image.caption or None)
         self._run.log({title + IMAGE: shown}, step=step)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
-        """Have everything stored."""
+        """Flush everything to the store."""
         assert self._run is not None
         self._run.finish()  # type: ignore[no-untyped-call]
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """How to look at the curves."""
+        """Say how to view the curves."""
         show = f"trackio show --project {self.config.project}"
         place = {"trackio": f"{show}, run {self._run.name}"} if self._run is not None else {}
         return {**place, **super().summarize(engine)}

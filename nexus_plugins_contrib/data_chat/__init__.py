@@ -1,4 +1,4 @@
-"""Conversations as the data of a run, through the tokenizer's own chat template."""
+"""Conversations as training data, through the tokenizer's chat template."""
 
 from nexus_plugins_contrib.data_chat.plugin import DataChatConfig, DataChatPlugin
 

@@ -1,4 +1,4 @@
-"""Conversations for a person to look at: what is learned of them, and what is wrong."""
+"""Inspect conversations: which tokens are learned, and what is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPEN, _CLOSE = "⟦", "⟧"
 
 
 def inspect(path: str, tokenizer: str, samples: int, settings: Mapping[str, str]) -> bool:
-    """Print how much of conversations is learned, and some of them with that in colour.
+    """Print how much of the conversations is learned, and samples with the learned part in colour.
 
     Where there is no colour (`NO_COLOR`, a pipe), it is in brackets: ⟦ ⟧.
 

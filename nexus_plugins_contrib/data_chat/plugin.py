@@ -27,7 +27,7 @@ _LOCKED: dict[str, Any] = {"resume": "locked"}
 
 
 class DataChatConfig(RowsConfig):
-    """Which conversations to train and evaluate on, and what of them is learned."""
+    """Which conversations to train and evaluate on, and which tokens are learned."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"train": "chats.jsonl", "tokenizer": "models/mine"}]}
@@ -79,11 +79,11 @@ class DataChatConfig(RowsConfig):
 
 
 class DataChatPlugin(RowsPlugin[DataChatConfig]):
-    """Trains on the assistant's turns in conversations, and on nothing else.
+    """Trains only on the assistant's turns in conversations.
 
-    They go through the tokenizer's own chat template. A token is learned where the model would
-    have to generate it: the words of a turn, its calls, and the token that ends it. A conversation
-    that cannot be split so exactly is an error with its file, row and turn.
+    Conversations are rendered with the tokenizer's chat template. A token is learned if the model
+    would have to generate it: the text of a turn, its tool calls, and the token that ends it. A
+    conversation that cannot be split exactly is an error with its file, row and turn.
     """
 
     config_class = DataChatConfig

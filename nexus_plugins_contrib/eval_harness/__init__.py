@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on the model of a run, at its evaluations."""
+"""Run lm-evaluation-harness tasks at each evaluation."""
 
 from nexus_plugins_contrib.eval_harness.plugin import EvalHarnessConfig, EvalHarnessPlugin
 

@@ -1,4 +1,4 @@
-"""The model of a run, as lm-evaluation-harness asks it."""
+"""The adapter of a run's model for lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def asked(engine: Engine, codec: Any, config: EvalHarnessConfig) -> dict[str, fl
 
 
 class _Model(TemplateLM):  # type: ignore[misc]
-    """The model of a run, as the harness asks it."""
+    """The adapter of a run's model for the harness."""
 
     def __init__(self, engine: Engine, codec: Any, config: EvalHarnessConfig) -> None:
         super().__init__()

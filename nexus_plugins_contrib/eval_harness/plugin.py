@@ -1,4 +1,4 @@
-"""Evaluates tasks of lm-evaluation-harness on the run's model."""
+"""Evaluates the run's model on lm-evaluation-harness tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["EvalHarnessConfig", "EvalHarnessPlugin"]
 
 
 class EvalHarnessConfig(PluginConfig):
-    """Which tasks, and on how much of them."""
+    """Which tasks to evaluate, and how many examples of each."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tasks": ["arc_easy"]}]})
 
@@ -42,10 +42,10 @@ class EvalHarnessConfig(PluginConfig):
 
 
 class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
-    """Evaluates tasks of lm-evaluation-harness at each evaluation.
+    """Evaluates lm-evaluation-harness tasks at each evaluation.
 
-    The model is asked through the run's own forward pass, so any model of tokens will do, with the
-    weights that are evaluated. Tasks that are on this machine need no network.
+    The model is queried through the run's own forward pass, so any token model works, with the
+    weights under evaluation. Tasks stored on this machine need no network.
     """
 
     config_class = EvalHarnessConfig
@@ -54,7 +54,7 @@ class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
 
     @hookimpl
     def on_build(self) -> None:
-        """Make sure that the package is there, before anything is trained.
+        """Check that the package is installed, before training starts.
 
         Raises:
             ConfigError: it is not.

@@ -1,4 +1,4 @@
-"""`nexus-run export --to hf`: a run's model as a folder that transformers loads."""
+"""`nexus-run export --to hf`: export a run's model as a folder that transformers loads."""
 
 from nexus_plugins_contrib.export_hf.export import export
 

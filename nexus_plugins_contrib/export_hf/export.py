@@ -36,8 +36,8 @@ _SMALL = 256 << 20  # bytes that a file of a tokenizer has at most
 def export(source: Path, out: Path, options: Options) -> list[Path]:
     """Write a run's model so that `AutoModelForCausalLM.from_pretrained(out)` loads it.
 
-    The folder appears once its model has been loaded again and computes what was trained; the
-    receipt is in its `parity.json`.
+    The folder appears once its model has been reloaded and reproduces the trained model's logits;
+    the result of that check is in `parity.json`.
 
     Args:
         source: the folder of a checkpoint, or of a run, which means its newest one.

@@ -1,4 +1,4 @@
-"""Holding a kernel against the operation that it replaces, computed in float32."""
+"""Compare a kernel with the operation that it replaces, computed in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["largest_difference"]
 def largest_difference(
     kernel: Operation, own: Operation, arguments: Sequence[Any], weights: Sequence[nn.Parameter]
 ) -> tuple[float, str]:
-    """How far a kernel is from float32, in its result and every gradient; waits for the device.
+    """The error of a kernel against float32, in result and gradients; syncs with the device.
 
     Args:
         kernel: the operation to check.

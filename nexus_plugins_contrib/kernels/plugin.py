@@ -22,7 +22,7 @@ __all__ = ["KernelsConfig", "KernelsPlugin"]
 
 
 class KernelsConfig(PluginConfig):
-    """Whose kernel to use for what, and how exact it must be."""
+    """Which package's kernel to use for which operation, and how exact it must be."""
 
     scan: Literal["auto", "mamba_ssm", "fla", "none"] = Field(
         default="auto", description="state-space recurrence: mamba-ssm or flash-linear-attention; "
@@ -48,8 +48,8 @@ class KernelsPlugin(Plugin[KernelsConfig]):
     """Runs operations with kernels of public packages if they are installed.
 
     On the first batch each kernel is compared with the operation that it replaces, computed in
-    float32: result and gradients. One that fails is not used, and the difference is said; one that
-    was asked for by name ends the run. `kernels/used` is logged.
+    float32: result and gradients. A kernel that fails is not used, and the difference is reported;
+    if it was requested by name, the run ends with an error. `kernels/used` is logged.
     """
 
     config_class = KernelsConfig
@@ -62,10 +62,10 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @hookimpl(stage="wrap")
     def on_start(self, engine: Engine) -> None:
-        """Put kernels in the place of operations; each is checked when it is first called.
+        """Replace operations with kernels; each is checked on its first call.
 
         Raises:
-            ConfigError: a package that was asked for is not installed.
+            ConfigError: a requested package is not installed.
         """
         for name, kernels in KERNELS.items():
             parts = [part for part in _parts(engine) if hasattr(part, name)]
@@ -79,7 +79,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @hookimpl
     def on_step_end(self) -> None:
-        """After the first step of a resumed run, say where another kernel computed before."""
+        """After the first step of a resumed run, report where another kernel was used before."""
         left, self._left = self._left, None
         if left is None:
             return
@@ -94,18 +94,18 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
-        """How many operations run by a kernel."""
+        """The number of operations that use a kernel."""
         return {"kernels/used": float(len(self.used))}
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """Which operations ran by which package."""
+        """Say which package ran which operation."""
         said = ", ".join(f"{name} by {package}" for name, package in self.used.items())
         return {"kernels": said or "none: no package for this model is installed"}
 
     @hookimpl
     def on_close(self) -> None:
-        """Give the operations back."""
+        """Restore the operations."""
         for part, name in self._swapped:
             delattr(part, name)
         self._swapped = []
@@ -116,7 +116,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
         return {name: swap.used for name, swap in self._swaps.items() if swap.used}
 
     def state_dict(self) -> StateDict:
-        """Whose kernels have made the numbers."""
+        """The packages whose kernels were used."""
         return {"used": cast(Any, self.used or self._left or {})}
 
     def load_state_dict(self, state: StateDict) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of evaluations, by torchmetrics or your own; `plugin.py` is where it begins."""
+"""Evaluation metrics, from torchmetrics or your own; start reading at `plugin.py`."""
 
 from nexus_plugins_contrib.metrics.plugin import MetricsConfig, MetricsPlugin
 

@@ -1,4 +1,4 @@
-"""A metric: made of settings, fed, and brought together over processes."""
+"""A metric: built from settings, updated, and merged over ranks."""
 
 from __future__ import annotations
 

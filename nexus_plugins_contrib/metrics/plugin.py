@@ -34,7 +34,7 @@ Pick = Callable[[Batch, Any], tuple[Any, ...]]
 
 
 class MetricsConfig(PluginConfig):
-    """Settings of the metrics of evaluations."""
+    """Settings of the evaluation metrics."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     metrics: Lax[dict[str, MetricConfig]] = Field(default={}, description="metrics by name")
@@ -54,8 +54,8 @@ class MetricsPlugin(Plugin[MetricsConfig]):
     """Measures metrics over all rows of each evaluation set, such as F1 or AUROC.
 
     Each is computed over the whole set and all processes, not as a mean of batches, and is called
-    `val/f1`; so it reaches results, loggers, early stopping and the choice of the best checkpoint.
-    Rows that two processes have count once.
+    `val/f1`, so it can be used by loggers, early stopping and the choice of the best checkpoint.
+    Rows that two ranks share count once.
 
     Args:
         metrics: a config; or metrics by name: objects with `update`, `compute` and `reset`, of
@@ -101,12 +101,12 @@ class MetricsPlugin(Plugin[MetricsConfig]):
 
     @hookimpl
     def evaluating(self, engine: Engine) -> AbstractContextManager[object]:
-        """Begin anew, and note what the model gives."""
+        """Reset the metrics, and capture the model's outputs."""
         return self._noting(engine.model)
 
     @hookimpl
     def loss_terms(self, engine: Engine, batch: Batch, output: Any, step: Step | None) -> None:
-        """Update the metrics of the set with a batch."""
+        """Update the set's metrics with a batch."""
         if step is not None or engine.training:
             return
         noted, self._noted[:] = self._noted[-1:], []
@@ -124,10 +124,10 @@ class MetricsPlugin(Plugin[MetricsConfig]):
 
     @hookimpl
     def measure(self, engine: Engine, split: str) -> dict[str, float]:
-        """The metrics of a whole set, over all processes.
+        """Compute the metrics of a whole set, over all ranks.
 
         Raises:
-            ConfigError: a metric of your own cannot be brought together over several processes.
+            ConfigError: a custom metric cannot be merged over several ranks.
         """
         seen = gather(engine.ranks, self._rows.pop(split, 0))
         found: dict[str, float] = {}

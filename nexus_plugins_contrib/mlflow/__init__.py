@@ -1,4 +1,4 @@
-"""Logs to MLflow: `plugin` is the logger, `names` what MLflow takes as a name."""
+"""Logs to MLflow: `plugin` is the logger, `names` converts names."""
 
 from nexus_plugins_contrib.mlflow.plugin import MlflowConfig, MlflowPlugin
 

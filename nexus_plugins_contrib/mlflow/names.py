@@ -1,4 +1,4 @@
-"""Names and settings as MLflow takes them."""
+"""Convert names and settings to what MLflow accepts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _IMAGE = re.compile(r"images/(.*)[+%]step[+%](\d+)[+%]")
 
 
 def name_for_mlflow(name: str) -> str:
-    """A name as MLflow takes it: `acc@1` is stored as `acc_1`."""
+    """A name that MLflow accepts: `acc@1` is stored as `acc_1`."""
     parts = _NOT_IN_NAMES.sub("_", name).split("/")
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:LONGEST_NAME]
 
 
 def named(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Each metric under a name of its own that MLflow takes."""
+    """Each metric under a unique name that MLflow accepts."""
     named = {name: value for name, value in metrics.items() if name_for_mlflow(name) == name}
     for name in sorted(metrics.keys() - named.keys()):
         stored = name_for_mlflow(name)

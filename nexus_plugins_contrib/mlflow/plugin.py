@@ -44,7 +44,7 @@ STATUS: Mapping[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "fa
 
 
 class MlflowConfig(BackgroundConfig):
-    """Settings of the run with MLflow."""
+    """Settings of MLflow logging."""
 
     timeout: float = Field(
         default=60.0,
@@ -75,8 +75,8 @@ class MlflowConfig(BackgroundConfig):
 class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     """Sends each log and each evaluation to MLflow, and the config as parameters.
 
-    Does not affect training. A resumed run continues in the same run; steps that are done again
-    are not sent again.
+    Does not affect training. A resumed run continues the same MLflow run; repeated steps are not
+    sent again.
     """
 
     config_class = MlflowConfig
@@ -89,7 +89,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
     _place: str = ""
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run, or resume it."""
+        """Start or resume the run."""
         assert run.folder is not None
         uri = self.config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         store = uri or f"sqlite:///{run.folder / 'mlflow.db'}"
@@ -116,7 +116,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
             self._client.log_batch(self._run_id, metrics=new[start : start + METRICS_AT_ONCE])
 
     def send_note(self, step: int, title: str, text: str) -> None:
-        """Store the words as a tag of the run; a later note of this title takes its place."""
+        """Store the note as a tag of the run; a later note with the same title replaces it."""
         self._client.set_tag(
             self._run_id, name_for_mlflow(title), f"step {step:,}: {text}"[:LONGEST_TAG]
         )
@@ -130,7 +130,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
             self.send_note(step, title, image.caption)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
-        """Store the artifact, where asked for, and end the run."""
+        """Upload the artifact, if configured, and end the run."""
         assert run.folder is not None
         final = run.folder / "checkpoints" / "final"
         if self.config.artifact and final.is_dir():
@@ -139,7 +139,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """Where to look at the run."""
+        """Say where to view the run."""
         place = {"mlflow": self._place} if self._place else {}
         return {**place, **super().summarize(engine)}
 

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class ModelHfConfig(PluginConfig):
-    """Which model, and how it is loaded and run."""
+    """Which model to use, and how to load and run it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     path: str = Field(min_length=1, description="folder of a model, or its id on the hub")
@@ -62,11 +62,11 @@ class ModelHfConfig(PluginConfig):
 
 
 class ModelHfPlugin(Plugin[ModelHfConfig]):
-    """Trains a causal language model of transformers, by default without its full logits.
+    """Trains a causal language model from transformers, by default without full logits.
 
-    Only safetensors are read, and code that a model brings is never run. What the model's loss
-    can do without, and how documents of a packed row are kept apart, is found by a check on the
-    first batch, and said in the summary.
+    Only safetensors are read, and a model's own code is never run. Whether the loss can skip the
+    full logits, and how documents in a packed row are isolated, is determined by a check on the
+    first batch, and reported in the summary.
     """
 
     config_class = ModelHfConfig
@@ -85,7 +85,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         """Load it, or build it with random weights.
 
         Raises:
-            ConfigError: it cannot be loaded, or not in this way.
+            ConfigError: it cannot be loaded with these settings.
         """
         settings = self.config
         self._check_quantized(engine)
@@ -104,7 +104,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Keep the configuration and the tokenizer with the run, for an export."""
+        """Save the configuration and the tokenizer with the run, for export."""
         if engine.out is None or not engine.ranks.is_main or (engine.out / FOLDER).exists():
             return
         origin = loading.origin_of(self.config.path, self.config.revision)
@@ -133,7 +133,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """What was found about the model."""
+        """Report the result of the check."""
         lines = [f"full logits: {self._full_because}"] if self._full_because else []
         if self._rows == "unpacked":
             lines.append("packed rows: each document is run as its own row")
@@ -147,7 +147,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         return {**found, "headless": self._headless, "because": self._full_because}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what was found, and refuse another commit."""
+        """Restore the result of the check, and reject another commit."""
         commit = state["commit"]
         if commit is not None and self._commit is not None and commit != self._commit:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Adapters on a frozen model: `adapters` puts them in, `plugin` trains and keeps them."""
+"""Adapters on a frozen model: `adapters` inserts them, `plugin` trains and saves them."""
 
 from nexus_plugins_contrib.peft.plugin import PeftConfig, PeftPlugin
 

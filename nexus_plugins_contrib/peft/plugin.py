@@ -34,7 +34,7 @@ _RANK = 8  # of the methods that have one, where none is set
 
 
 class PeftConfig(PluginConfig):
-    """Which adapters, and where."""
+    """Which adapters to train, and where to insert them."""
 
     method: str = Field(
         default="lora",
@@ -87,8 +87,8 @@ class PeftConfig(PluginConfig):
 class PeftPlugin(Plugin[PeftConfig]):
     """Freezes the model and trains adapters in it: LoRA and similar methods, on any model.
 
-    A checkpoint holds the adapters alone, with a hash of the weights below them, which must be
-    there again on resuming.
+    A checkpoint holds only the adapters, with a hash of the base weights, which must be the same on
+    resume.
 
     Source: Hu et al. 2022, "LoRA"; the methods are those of the package peft.
     """
@@ -106,21 +106,21 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl(wrapper=True, trylast=True)
     def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
-        """Put the adapters in as soon as there is a model, before others divide it."""
+        """Insert the adapters as soon as the model is built, before others shard it."""
         model = yield
         self._adapt_alike(model, engine)
         return model
 
     @hookimpl(wrapper=True)
     def make_optimizer(self, engine: Engine) -> Generator[None, Optimizer, Optimizer]:
-        """Put them into a model of the program, before the optimizer looks at what is trained."""
+        """Insert them into a model passed by the program, before the optimizer is built."""
         if self.tuner is None:
             self._adapt_alike(engine.model, engine)
         return (yield)
 
     @hookimpl
     def on_build(self) -> None:
-        """See that there are adapters.
+        """Check that adapters have been inserted.
 
         Raises:
             ConfigError: the program brought an optimizer, which trains what it saw before.
@@ -166,7 +166,7 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl(stage="inspect")
     def after_backward(self, engine: Engine) -> None:
-        """After the first gradient, name adapters that the loss does not reach."""
+        """After the first gradient, warn about adapters that the loss does not reach."""
         if self._looked:
             return
         self._looked = True
@@ -189,14 +189,14 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl
     def on_save(self, snapshot: Snapshot) -> None:
-        """Leave out the weights below the adapters."""
+        """Leave the base weights out of the checkpoint."""
         model = snapshot["model"]
         for name in [name for name in model if name in self._below]:
             del model[name]
 
     @hookimpl
     def on_load(self, engine: Engine, snapshot: Snapshot) -> None:
-        """Put the weights below back in, as they are here."""
+        """Fill in the base weights, as loaded in this run."""
         saved, own = snapshot["model"], engine.model.state_dict()
         for name in own:
             if name not in saved and name in self._below:
@@ -207,18 +207,18 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """How much of the model was trained."""
+        """Say how much of the model was trained."""
         named = list(engine.model.parameters())
         trained = sum(p.numel() for p in named if p.requires_grad)
         whole = sum(p.numel() for p in named)
         return {"adapters": f"{trained:,} of {whole:,} numbers ({trained / whole:.2%})"}
 
     def state_dict(self) -> StateDict:
-        """What the weights below are, so that adapters are not put on others."""
+        """The identity of the base weights, so that adapters are not loaded on others."""
         return {"base": self._hash, "looked": self._looked}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Refuse other weights below.
+        """Reject different base weights.
 
         Raises:
             CheckpointError: they are not those that the adapters were trained on.

@@ -1,1 +1,1 @@
-"""`nexus-run sweep`: settings searched by Optuna, each trial an ordinary run."""
+"""`nexus-run sweep`: search settings with Optuna, each trial an ordinary run."""

@@ -67,8 +67,8 @@ def main(
 ) -> None:
     """Search settings with Optuna; the config's own values are the first trial.
 
-    A sweep that was stopped or killed resumes with the same command: the trials that are done
-    count, and those that were begun continue from their checkpoints.
+    A sweep that was stopped or killed resumes with the same command: finished trials count, and
+    unfinished ones continue from their checkpoints.
 
     \b
     nexus-run sweep my.yaml --over "optim.lr=log(1e-4,1e-2)" --trials 20 --out runs/lr

@@ -1,4 +1,4 @@
-"""Pictures of a sweep, by Optuna."""
+"""Plots of a sweep, by Optuna."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LOWEST = 2  # trials that there must be to draw any
 
 
 def save_plots(study: optuna.Study, out: Path) -> list[Path]:
-    """Draw how the sweep went, how each setting matters, and the curves of the trials, as PNG.
+    """Plot the history, the importance of each setting and the trials' curves, as PNG files.
 
     Returns:
-        The files; none where matplotlib is not installed or too few trials are complete.
+        The files; empty if matplotlib is not installed or too few trials are complete.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if find_spec("matplotlib") is None or len(complete) < _LOWEST:

@@ -1,4 +1,4 @@
-"""The study of a sweep: in a file of its folder, so that a killed sweep keeps what it had."""
+"""The study of a sweep: stored in its folder, so that a killed sweep loses nothing."""
 
 from __future__ import annotations
 

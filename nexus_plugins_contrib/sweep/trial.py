@@ -1,4 +1,4 @@
-"""A trial in its own process: an ordinary run, whose evaluations tell Optuna how it goes."""
+"""A trial in its own process: an ordinary run that reports its evaluations to Optuna."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def work(recipe: Recipe, run: Path, sweep: Path, number: int, metric: str) -> No
     trial = trial_of(sweep, number)
 
     def watch(engine: Engine) -> None:
-        """Let every evaluation be reported, after all plugins have seen it."""
+        """Report every evaluation to Optuna, after all plugins have seen it."""
         told = engine.hook.on_eval
         known = set(trial.study._storage.get_trial(number).intermediate_values)
 

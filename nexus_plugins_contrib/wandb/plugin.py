@@ -43,7 +43,7 @@ KIND = "._type"  # behind the name of an image or words, in what its reader prin
 
 
 class WandbConfig(BackgroundConfig):
-    """Settings of the run with Weights & Biases."""
+    """Settings of Weights & Biases logging."""
 
     project: str = Field(default="nexus", min_length=1, description="project of the run")
     entity: str | None = Field(
@@ -70,8 +70,8 @@ class WandbConfig(BackgroundConfig):
 class WandbPlugin(BackgroundLogger[WandbConfig]):
     """Sends each log and each evaluation to Weights & Biases; does not affect training.
 
-    Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run is
-    the same run there: it sends what a kill took from wandb, and no line a second time.
+    Offline, everything is in `OUT/wandb`, and `wandb sync` uploads it later. A resumed run
+    continues the same W&B run: it resends what was lost in a crash, and nothing twice.
     """
 
     config_class = WandbConfig
@@ -84,16 +84,16 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Decide on the mode, and open it.
+        """Determine the mode, and start the run.
 
         Raises:
-            ConfigError: WANDB_MODE says something that is no mode.
+            ConfigError: WANDB_MODE is not a valid mode.
         """
         self._mode = _mode(self.config.mode)
         super().on_start(engine)
 
     def connect(self, run: RunInfo) -> Mapping[str, int]:
-        """Begin the run, or resume it."""
+        """Start or resume the run."""
         config, t = self.config, self.config.timeout
         assert run.folder is not None
         if self._mode == "disabled":
@@ -125,25 +125,25 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
         return steps | {title_of(name): step for name, step in steps.items()}
 
     def send(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keep the metrics, and hand them to wandb's own process, which holds them in memory."""
+        """Record the metrics, and send them to wandb's process, which buffers them in memory."""
         if self._mode == "disabled":
             return
         self._handed.add(step, metrics)
         self._log(step, metrics)
 
     def send_note(self, step: int, title: str, text: str) -> None:
-        """Do so with words, which wandb shows by step under the title and `/text`."""
+        """Send a note, which wandb shows by step as the title plus `/text`."""
         self.send(step, as_text(title, text))
 
     def send_image(self, step: int, title: str, image: Image) -> None:
-        """Do so with an image, which wandb shows by step under the title and `/image`."""
+        """Send an image, which wandb shows by step as the title plus `/image`."""
         self.send(step, as_image(title, image))
 
     def _log(self, step: int, line: Mapping[str, Any]) -> None:
         self._run.log({name: shown(value) for name, value in line.items()}, step=step)
 
     def disconnect(self, run: RunInfo, ending: Ending) -> None:
-        """Store the artifact, where asked for, and end the run."""
+        """Upload the artifact, if configured, and end the run."""
         assert run.folder is not None
         if self._mode == "disabled":
             return
@@ -156,7 +156,7 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """Where to look at the run, or how to upload it."""
+        """Say where to view the run, or how to upload it."""
         place = {"wandb": self._place} if self._place else {}
         return {**place, **super().summarize(engine)}
 

@@ -1,4 +1,4 @@
-"""The buffers of a model that several processes train."""
+"""Share a model's buffers between ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["share_buffers"]
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Make the model's buffers in all processes those of the main one, whatever their dtype.
+    """Broadcast the model's buffers from rank 0, whatever their dtype.
 
     Raises:
         ConfigError: one has no values in a row that could be sent.

@@ -1,4 +1,4 @@
-"""Derived files that are built once: indexes and tokenised copies, keyed by what they come from."""
+"""Derived files that are built once: indexes and tokenized copies, keyed by their sources."""
 
 from __future__ import annotations
 

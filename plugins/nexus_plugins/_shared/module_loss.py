@@ -1,4 +1,4 @@
-"""A loss of what one module of the model reports, and the positions that such a loss counts."""
+"""The loss of one module's reports, and the positions that such a loss counts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["ModuleLoss", "PositionLossConfig", "real_positions", "refuse_idle"]
 
 
 class PositionLossConfig(LossConfig):
-    """Settings that every loss over positions has."""
+    """Settings shared by every loss over positions."""
 
     ignore_index: int = Field(default=-100, description="label of ignored positions")
 
 
 def refuse_idle(config: LossConfig, is_classic: bool, idle: Sequence[str]) -> None:
-    """Refuse settings of the formula that was not chosen, if they are not at their defaults.
+    """Reject non-default settings of the formula that is not in use.
 
     Raises:
         ValueError: one of them is not.
@@ -48,16 +48,17 @@ LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
 class ModuleLoss(Loss[LossConfigT]):
-    """A loss of what the model's module of the same name reports: `loss_world` reads `world`.
+    """The loss of what the model's module of the same name reports: `loss_world` reads `world`.
 
     The model's output has `module_outputs`, a dict with that key: it is an object or a dict with
     that name, or a tuple such as `(logits, {"module_outputs": {...}})`. A model that has
-    `active_modules`, a tuple of such names, is refused before the first step if it is not one.
+    `active_modules`, a tuple of such names, is rejected before the first step if the module is not
+    among them.
     """
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Refuse a model that says it does not have the module (a ConfigError)."""
+        """Reject a model that declares that it lacks the module (ConfigError)."""
         if self.term not in getattr(engine.model, "active_modules", (self.term,)):
             raise self._no_module(f"a model with the modules {engine.model.active_modules}")
 
@@ -85,7 +86,7 @@ class ModuleLoss(Loss[LossConfigT]):
 
 
 def real_positions(batch: Batch, ignore_index: int) -> Tensor:
-    """Which tokens of a batch predict or are predicted; padding is neither.
+    """Which tokens of a batch predict or are predicted, as opposed to padding.
 
     Args:
         batch: with `input_ids` and, where some do not count, `labels`, both `(B, T)`.

@@ -1,4 +1,4 @@
-"""The length of a gradient, added in an order that no division of it changes."""
+"""A gradient norm, summed in an order that does not depend on sharding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AT_ONCE_ELSEWHERE = 1 << 24
 
 @torch.no_grad()
 def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """The L2 norm of gradients, to the same bits whether they are whole or divided by rows.
+    """The L2 norm of gradients, bitwise identical whether they are whole or sharded by rows.
 
     The squares of each row are added in halves, then those sums likewise: every addition is a sum
     of two tensors, so no kernel chooses an order.

@@ -1,4 +1,4 @@
-"""What losses look for in whatever a model returns: rows of logits, and what modules report."""
+"""Read a model's output: logits or hidden states, and the reports of its modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
             and `head_weight` `(V, D)`; or a tuple or list that starts with one of these.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the output has none of these forms.
     """
     first = output[0] if isinstance(output, tuple | list) and output else output
     if isinstance(first, Tensor):

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer trains, in which groups: by pattern, by what decays, frozen."""
+"""Parameter groups of optimizers: by pattern, weight decay, and frozen parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNDECAYED_MODULES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 class GroupConfig(PluginConfig):
-    """Other settings for the parameters whose names match a pattern."""
+    """Settings for the parameters whose names match a pattern."""
 
     match: str = Field(
         description="glob pattern of parameter names: '*.lm_head*' matches any lm_head"
@@ -45,7 +45,7 @@ class GroupConfig(PluginConfig):
 
 
 class OptimizerConfig(PluginConfig):
-    """Settings that every optimizer has."""
+    """Settings shared by every optimizer."""
 
     lr: float = Field(default=1e-4, gt=0, description="base learning rate")
     weight_decay: float = Field(
@@ -93,7 +93,7 @@ def matching(names: Iterable[str], pattern: str, key: str, what: str = "paramete
 
 
 def freeze(model: nn.Module, patterns: Iterable[str], key: str) -> None:
-    """Have the parameters that patterns choose not be trained.
+    """Freeze the parameters that match the patterns.
 
     Args:
         model: whose parameters.
@@ -110,7 +110,7 @@ def freeze(model: nn.Module, patterns: Iterable[str], key: str) -> None:
 
 
 def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Module]:
-    """The modules of a model that patterns choose, by name, in the model's order.
+    """The modules of a model that match the patterns, by name, in the model's order.
 
     Args:
         model: whose modules; without the model itself.
@@ -130,7 +130,7 @@ def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.
 
 
 def decaying(model: nn.Module) -> set[int]:
-    """The `id` of each parameter that weight decay should shrink: the matrices of linear maps.
+    """The `id` of each parameter to apply weight decay to: the matrices of linear layers.
 
     Left out: all with fewer than two dimensions, biases, norms, embeddings (so a head tied to
     one too), and parameters with an attribute `_no_weight_decay = True`.
@@ -157,7 +157,7 @@ def groups_of(
     plugin: str,
     powers: Mapping[int, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Freeze what is to be frozen, and sort the rest into an optimizer's parameter groups.
+    """Freeze parameters as configured, and sort the rest into parameter groups.
 
     Args:
         model: whose parameters.
@@ -171,7 +171,7 @@ def groups_of(
         common groups first.
 
     Raises:
-        ConfigError: a pattern matches nothing, or nothing is left to train.
+        ConfigError: a pattern matches nothing, or all parameters are frozen.
     """
     names = [name for name, _ in model.named_parameters()]
     freeze(model, config.freeze, f"{plugin}.freeze")

@@ -1,4 +1,4 @@
-"""Settings of the whole process, which several runs in it may need at a time."""
+"""Process-wide settings that several runs may need at the same time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class ProcessSetting(Generic[T]):
-    """One setting of the process, changed while at least one run holds it.
+    """A process-wide setting, changed while at least one run holds it.
 
-    The first run to hold it keeps what was there and the last one to release it puts that back,
-    whichever of them ends first. The count belongs to the process as the setting itself does.
+    The first run to hold it saves the previous value and the last one to release it restores that,
+    in whichever order they end. Like the setting, the count is process-wide.
 
     Args:
         name: the setting, as a message names it.

@@ -16,12 +16,12 @@ __all__ = ["Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How to sample the next token.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: among this many likeliest tokens only; None: all.
-        top_p: among the likeliest tokens that together hold this probability; None: all.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample only from this many likeliest tokens; None: all.
+        top_p: sample only from the likeliest tokens with this total probability; None: all.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -1,4 +1,4 @@
-"""The gradient of each loss term by itself, and how those of several terms lie to one another."""
+"""The gradient of each loss term, and inner products between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module's `forward` wrapped on the instance for a while, whoever has put one there before."""
+"""Temporarily wrap a module's `forward` on the instance, on top of earlier patches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEPT = "_forwards_before"
 
 
 def wrap_forward(module: nn.Module, wrap: Callable[[Forward], Forward]) -> None:
-    """Put a wrapper around the `forward` that the module has now: its class's, or a patched one."""
+    """Wrap the module's current `forward`: its class's, or a patched one."""
     kept = vars(module).setdefault(_KEPT, [])
     kept.append(vars(module).get("forward"))
     module.forward = wrap(module.forward)

@@ -1,4 +1,4 @@
-"""Trains on batches that do not fit into memory at once."""
+"""Trains on batches that do not fit into memory in one piece."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class AutoAccumulateConfig(PluginConfig):
 class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
     """Splits each batch into the largest micro-batches that fit into memory.
 
-    The rows of a step stay as configured, and so does the update, up to rounding (and up to
-    dropout, which is drawn per micro-batch). The search runs at the first step, and again when
-    rows get longer: on CUDA by trying, from the whole batch down; on Linux without CUDA by
-    measuring, from one row up; elsewhere the whole batch is tried. Weights, gradients, buffers and
-    random generators are restored. The result is saved with the run and kept on resume.
-    `system/micro_batch_rows` is logged. Batches must be dicts of tensors.
+    The rows per step and the update do not change, up to rounding (and dropout, which is drawn per
+    micro-batch). The search runs at the first step, and again when rows get longer: on CUDA by
+    trying, from the whole batch down; on Linux without CUDA by measuring, from one row up;
+    elsewhere only the whole batch is tried. Weights, gradients, buffers and random generators are
+    restored. The result is saved with the run and kept on resume. `system/micro_batch_rows` is
+    logged. Batches must be dicts of tensors.
     """
 
     config_class = AutoAccumulateConfig
@@ -67,11 +67,11 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
 
     @hookimpl(stage="inspect")
     def on_batch(self, engine: Engine, batch: Batch) -> None:
-        """Search, if such a batch has not been searched for yet.
+        """Search, unless batches of this shape have been searched already.
 
         Raises:
-            DataError: the batch is no dict.
-            RunError: one row does not fit.
+            DataError: the batch is not a dict.
+            RunError: not even one row fits.
         """
         if not is_splittable(batch):
             raise DataError(
@@ -87,7 +87,7 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
 
     @hookimpl
     def cut_batch(self, batch: Batch) -> list[dict[str, object]] | None:
-        """Cut the batch where it has more rows than fit."""
+        """Split the batch if it has more rows than fit."""
         if self._rows == 0 or not is_splittable(batch) or batch_size(batch)[0] <= self._rows:
             return None
         return parts(batch, self._rows)
@@ -98,12 +98,12 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
         return {"system/micro_batch_rows": float(self._rows)} if self._rows else {}
 
     def state_dict(self) -> StateDict:
-        """What was found, and for which batches."""
+        """The result, and the batches it applies to."""
         found = {"rows": self._rows, "of": self._tried_rows, "width": self._tried_width}
         return cast(StateDict, found) if self._tried_rows else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Keep to what was found."""
+        """Restore the result."""
         self._tried_rows, self._tried_width = cast(int, state["of"]), cast(int, state["width"])
         self._rows = self.config.rows or cast(int, state["rows"])
 
@@ -168,7 +168,7 @@ def _attempt(engine: Engine, batch: Rows) -> None:
 
 @contextmanager
 def _room_for_the_optimizer(engine: Engine) -> Iterator[None]:
-    """Hold as much memory as the optimizer will ask for in its first step: two of each weight."""
+    """Reserve the memory of the optimizer's first step: two copies of each weight."""
     held: Sequence[Tensor] = ()
     if not engine.optimizer.state:
         held = [

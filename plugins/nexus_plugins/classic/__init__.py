@@ -1,4 +1,4 @@
-"""The classical way to train: one config object, one trainer, two loaders. A face of the engine."""
+"""The classic API: one config object, one trainer, two loaders, on top of the engine."""
 
 from __future__ import annotations
 

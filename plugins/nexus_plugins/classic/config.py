@@ -1,4 +1,4 @@
-"""One object with every setting of a run, and the plugins that it stands for."""
+"""One config object with every setting of a run, translated to plugins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OF_TWO_KINDS = ("world", "reason", "energy", "causal")
 
 
 class TrainingConfig(PluginConfig):
-    """Everything that decides how a NEXUS model is trained; a weight of 0 leaves its loss out."""
+    """All settings for training a NEXUS model; a weight of 0 disables its loss."""
 
     vocab_size: int = Field(default=32_000, ge=1, description="vocabulary size")
     d_model: int = Field(default=256, ge=1, description="width of the model")
@@ -81,7 +81,7 @@ class TrainingConfig(PluginConfig):
         return self.model_dump(include=named)
 
     def plugins(self) -> list[Plugin[Any]]:
-        """The plugins that the settings stand for.
+        """The plugins that implement the settings.
 
         Raises:
             PluginError: one of them is not installed.

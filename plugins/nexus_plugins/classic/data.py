@@ -20,14 +20,14 @@ IGNORED = -100  # the label that the losses leave out
 class NEXUSDataset:
     """Rows of at most `max_seq_length` tokens, each with the token that follows it as label.
 
-    A longer document becomes several rows, so that every token but its first is a label once.
+    A longer document is split into several rows, so that every token but the first is a label once.
 
     Args:
-        documents: token ids of each, two at least; the bytes of a text are such a document.
+        documents: token ids of each, at least two; the bytes of a text work too.
         max_seq_length: most tokens in a row.
 
     Raises:
-        DataError: there is no document, or one is too short to predict anything in.
+        DataError: there is no document, or one is too short to have a label.
     """
 
     def __init__(self, documents: Sequence[Sequence[int]], max_seq_length: int) -> None:
@@ -51,10 +51,10 @@ class NEXUSDataset:
 
 
 class NEXUSCollator:
-    """Makes a batch of rows: filled up at the end to the longest, which no loss counts.
+    """Collates rows into a batch, right-padded to the longest; no loss counts padding.
 
     Args:
-        pad_id: the token to fill with; it is never predicted and never predicted from.
+        pad_id: the padding token; it is never an input to a prediction nor a label.
     """
 
     def __init__(self, pad_id: int = 0) -> None:
@@ -71,7 +71,7 @@ class NEXUSCollator:
 def create_dataloader(
     documents: Sequence[Sequence[int]] | NEXUSDataset, config: TrainingConfig, train: bool = True
 ) -> ResumableLoader:
-    """Batches of the documents: shuffled anew each epoch for training, in order for evaluation.
+    """Batches of the documents: reshuffled each epoch for training, in order for evaluation.
 
     Args:
         documents: token ids of each, or a `NEXUSDataset` of them.

@@ -1,4 +1,4 @@
-"""The trainer object: it holds an engine and hands it two loaders."""
+"""The trainer object: an engine with two loaders."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["NEXUSTrainer"]
 
 
 class NEXUSTrainer:
-    """Trains a model as its config says, through plugins; `engine` is what does the work.
+    """Trains a model as configured, through plugins; `engine` is the underlying engine.
 
     Args:
         model: a `NEXUSCore` of the sizes in the config, or a module of your own that reports what
             the losses ask for; None builds the one that the config describes.
         config: the settings of the run.
-        plugins: more of them, for what no field covers.
+        plugins: additional plugins, for what no field covers.
 
     Raises:
-        ConfigError: the model is of other sizes than the config says.
+        ConfigError: the model's sizes differ from the config.
         PluginError: a field needs a plugin that is not installed.
     """
 
@@ -64,15 +64,15 @@ class NEXUSTrainer:
         val_loader: Iterable[Batch] | None = None,
         resume_from: str | Path | None = None,
     ) -> Result:
-        """Train until `max_steps`, evaluating, saving and logging on the way.
+        """Train until `max_steps`, with evaluation, checkpoints and logs.
 
         Args:
-            train_loader: batches; those of `create_dataloader` resume in the same bits.
+            train_loader: batches; with `create_dataloader`, a resumed run is bitwise identical.
             val_loader: batches to evaluate on every `eval_steps` and at the end.
             resume_from: a checkpoint, or "auto": the newest good one in `output_dir`.
 
         Returns:
-            How the run ended, and the last value of every metric.
+            How the run ended, and the final value of every metric.
         """
         if resume_from is not None:
             self.engine.resume(str(resume_from))

@@ -1,4 +1,4 @@
-"""Data from the user's own function or class."""
+"""Data from your own function or class."""
 
 from nexus_plugins.data.plugin import DataConfig, DataPlugin
 

@@ -1,4 +1,4 @@
-"""Data from the user's own function or class."""
+"""Data from your own function or class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF_SAMPLES = {"eval_batch_size", "shuffle", "drop_last", "num_workers", "collate
 
 
 class DataConfig(Call):
-    """Which function or class makes the data, and how its samples become batches."""
+    """The function or class that returns the data, and how samples are batched."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -64,11 +64,11 @@ class DataConfig(Call):
 class DataPlugin(Plugin[DataConfig]):
     """Trains on the data returned by a function or class that you name.
 
-    It gives training data, a pair of training and evaluation data, or a dict of `train`, `valid`
-    (one set or several by name) and `codec`. With `batch_size` these are data sets, whose samples
-    are put into batches in an order that is a function of seed and epoch, so that a run resumes at
-    once at the right sample. Without, they are batches: a `DataLoader`, a list, a generator
-    function, which is called anew for each epoch.
+    It returns training data, a pair of training and evaluation data, or a dict of `train`, `valid`
+    (one set, or several by name) and `codec`. With `batch_size` these are datasets, whose samples
+    are batched in an order that is a function of seed and epoch, so that a run resumes instantly at
+    the right sample. Without it, they are batches: a `DataLoader`, a list, or a generator function,
+    which is called once per epoch.
     """
 
     config_class = DataConfig
@@ -91,10 +91,10 @@ class DataPlugin(Plugin[DataConfig]):
 
     @hookimpl
     def make_data(self, engine: Engine) -> RunData:
-        """Call what makes the data, and put samples into batches.
+        """Call the function or class, and batch the samples.
 
         Raises:
-            ConfigError, DataError: it makes something that is no data.
+            ConfigError, DataError: it does not return usable data.
         """
         made = self._make()
         if isgenerator(made):

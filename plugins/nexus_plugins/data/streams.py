@@ -1,4 +1,4 @@
-"""Batches of what comes one after another: samples without numbers, and generators."""
+"""Batches of iterable-style datasets and generators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Called", "StatefulStream", "Stream"]
 
 
 class Called:
-    """Batches of a generator function: it is called anew for each epoch."""
+    """Batches of a generator function, which is called once per epoch."""
 
     def __init__(self, make: Callable[[], Iterator[Batch]]) -> None:
         self._make = make
@@ -23,7 +23,7 @@ class Called:
 
 
 class Stream:
-    """Batches of samples that come one after another.
+    """Batches of an iterable-style dataset.
 
     Args:
         dataset: gives the samples of an epoch, each time it is iterated.
@@ -50,7 +50,7 @@ class Stream:
 
 
 class StatefulStream(Stream):
-    """The same of a data set that holds its own place."""
+    """The same for a stateful dataset, which saves its own position."""
 
     def state_dict(self) -> Any:
         return cast(Any, self.dataset).state_dict()

@@ -1,4 +1,4 @@
-"""One model in several processes: `plugin` joins the run, `cells` sums in an order of its own."""
+"""Data-parallel training: `plugin` sets up the run, `cells` sums in a fixed order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that are added up, and sent, in one flat tensor."""
+"""Gradients that are added up and sent in one flat tensor."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ALIGNED = 16
 
 
 class Bucket:
-    """Some of the parameters, whose gradients are sent together.
+    """A group of parameters whose gradients are sent together.
 
     Args:
         parameters: of the model.
-        indices: which of them.
-        ranks: this process among its peers.
+        indices: their indices.
+        ranks: the ranks of the run.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class Bucket:
 
     @property
     def slot(self) -> int:
-        """Where the sum over all processes is."""
+        """The slot of the sum over all ranks."""
         return self._course.rows[min(self._course.rows)] if self._course.rows else 0
 
     def rows(self) -> dict[Node, Tensor]:
-        """The sum of each whole subtree."""
+        """The sum of each complete subtree."""
         return {node: self.flat[slot] for node, slot in self._course.rows.items()}
 
     def carries(self, values: Tensor) -> bool:
-        """Whether there is room for such values behind the gradients."""
+        """Whether such values fit behind the gradients."""
         flat = self.flat[0]
         alike = values.dtype == flat.dtype and values.device == flat.device
         return alike and values.numel() < TAIL
 
     def add_rest(self, part: CellSum, is_usual: bool) -> None:
-        """Have the sum of the losses travel with it, and of how many processes are as usual."""
+        """Append the losses, and the number of ranks whose gradients are as usual."""
         count, first = part.like[-1].numel(), self.slot
         for node, slot in self._course.rows.items():
             losses = part.parts[node][-1]
@@ -69,11 +69,11 @@ class Bucket:
             tail[count] = float(is_usual and slot == first)
 
     def tail(self, slot: int, count: int) -> Tensor:
-        """The first numbers behind the gradients."""
+        """The first values behind the gradients."""
         return self.flat[slot][self._end : self._end + count]
 
     def begin(self, course: Course) -> None:
-        """Begin a step."""
+        """Start a step."""
         self._course, self.reached = course, [False] * len(self.parameters)
         like = self.parameters[0]
         while len(self.flat) < course.slots:
@@ -85,7 +85,7 @@ class Bucket:
             ])  # fmt: skip
 
     def open(self, move: Move | None) -> None:
-        """Begin a cell; None: one whose gradient does not count."""
+        """Start a cell; None: one whose gradient does not count."""
         self.move, self.arrived = move, [False] * len(self.parameters)
         self.left = sum(parameter.requires_grad for parameter in self.parameters)
         self._waiting: list[int] = []
@@ -104,7 +104,7 @@ class Bucket:
 
     @torch.no_grad()
     def close(self) -> None:
-        """The gradients of the cell are there: add what it completes."""
+        """Finish the cell: add up the subtrees that it completes."""
         if self.is_done:
             return
         self._add()

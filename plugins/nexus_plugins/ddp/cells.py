@@ -1,4 +1,4 @@
-"""Gradients that are summed over the cells of a step, and over processes, while they are made."""
+"""Sum gradients over the cells of a step and over ranks, during the backward pass."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SMALLEST = 2**22
 
 
 class CellGradients:
-    """Sums gradients over cells and processes while the backward pass makes them.
+    """Sums gradients over cells and ranks during the backward pass.
 
-    In the first pass of each turn it sees which gradients come in which order; from then on a
-    bucket of them is sent as soon as the last cell has completed it. The gradients that it gives
-    are views of the buckets, and hold until the next pass.
+    The first pass of each turn records the order in which gradients arrive; from then on a bucket
+    is sent as soon as the last cell has completed it. The returned gradients are views of the
+    buckets, and valid until the next pass.
 
     Args:
-        named: the parameters, with names for errors.
+        named: the parameters, with names for error messages.
         ranks: this process among its peers.
-        bucket: bytes that are sent at once at most.
-        ring: add as the backend does.
+        bucket: maximum bucket size in bytes.
+        ring: reduce as the backend does.
     """
 
     def __init__(
@@ -71,26 +71,26 @@ class CellGradients:
         }
 
     def is_for(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether these are the parameters, and the same of them are trained."""
+        """Whether these are its parameters, and the same ones are trained."""
         trained = [id(parameter) for parameter in parameters if parameter.requires_grad]
         return _are(self.parameters, parameters) and list(self._handles) == trained
 
     def is_of(self, part: CellSum) -> bool:
-        """Whether this is a sum of their gradients, and of losses."""
+        """Whether this is a sum of their gradients and of losses."""
         return _are(self.parameters, part.like[:-1])
 
     def close(self) -> None:
-        """Leave the parameters alone."""
+        """Remove the hooks from the parameters."""
         for handle in self._handles.values():
             handle.remove()
 
     @contextmanager
     def taking(self, step: Step, count: int) -> Iterator[None]:
-        """Take the gradients of the step's present cell; with the last one, send all.
+        """Take the gradients of the step's current cell; after the last one, send everything.
 
         Args:
-            step: whose cell it is.
-            count: cells of a whole batch.
+            step: the step that the cell belongs to.
+            count: number of cells in a full batch.
         """
         if step.place == 0:
             self._begin(step, count)
@@ -109,12 +109,12 @@ class CellGradients:
 
     @torch.no_grad()
     def total(self, part: CellSum, step: Step, count: int) -> list[Tensor | None]:
-        """The sum over all cells of the gradients and of the losses.
+        """The sum of gradients and losses over all cells.
 
         Args:
-            part: what this process has of it that was not taken.
-            step: whose gradient it is.
-            count: cells of a whole batch.
+            part: what this rank has of it that was not taken.
+            step: the step that the gradient belongs to.
+            count: number of cells in a full batch.
         """
         if not self._present:
             whole = self._all_at_once(part, step, count)
@@ -188,14 +188,14 @@ class CellGradients:
         self._sent.append(exchange)
 
     def _send_rest(self, part: CellSum, kinds: Tensor) -> Tensor:
-        """Send the last bucket, the losses, and what there is of each gradient; wait for all.
+        """Send the last bucket, the losses and which gradients exist; wait for everything.
 
-        The host need not be told of gradients that are those which the buckets were made of: the
-        sum says how many processes have just these. A device would have to be waited for.
+        If the gradients are those that the buckets were built from, the host needs no details: the
+        sum says how many ranks have exactly these. Otherwise it would have to sync with the device.
 
         Args:
-            part: with the losses.
-            kinds: of the gradients, here; in the end those of all processes.
+            part: the losses.
+            kinds: of the gradients, on this rank; in the end those of all ranks.
 
         Returns:
             The sum of the losses.

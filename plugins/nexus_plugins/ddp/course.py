@@ -1,4 +1,4 @@
-"""How a process adds up its cells of a step in the order of the tree, in few slots."""
+"""Plan how a rank adds up its cells of a step in tree order, with few buffers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Course", "Move", "course_of"]
 
 @dataclass(frozen=True)
 class Move:
-    """What becomes of a cell's gradient.
+    """What to do with a cell's gradient.
 
     Args:
-        slot: that it is added to.
-        is_first: nothing is in there yet.
-        merges: slots that are then added up, the second to the first.
+        slot: the slot that it is added to.
+        is_first: whether the slot is still empty.
+        merges: pairs of slots to add up afterwards, the second into the first.
     """
 
     slot: int
@@ -29,13 +29,13 @@ class Move:
 
 @dataclass(frozen=True)
 class Course:
-    """How a process adds up its cells in the order of the tree, in few slots.
+    """The plan by which a rank adds up its cells in tree order, with few slots.
 
     Args:
-        moves: of its cells.
-        rows: in the end, the slot of each whole subtree.
-        slots: how many are needed.
-        nodes: the subtrees of all processes.
+        moves: of the rank's cells.
+        rows: the final slot of each complete subtree.
+        slots: how many slots are needed.
+        nodes: the subtrees of all ranks.
     """
 
     moves: dict[int, Move]
@@ -45,12 +45,12 @@ class Course:
 
 
 def course_of(of: Sequence[int], count: int, ranks: Ranks) -> Course:
-    """The course of a step.
+    """The plan for a step.
 
     Args:
-        of: how many cells each of its batches has.
-        count: how many a whole batch has.
-        ranks: this process among its peers.
+        of: the number of cells in each of its batches.
+        count: the number of cells in a full batch.
+        ranks: the ranks of the run.
     """
     cells, parts, free, used = sum(of), dict[Node, int](), list[int](), 0
     moves = {}

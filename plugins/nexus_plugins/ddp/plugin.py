@@ -38,7 +38,7 @@ class DdpPlugin(Parallel[DdpConfig]):
     launcher (`torchrun`) the plugin has no effect.
 
     Source: Li et al. 2020, "PyTorch Distributed"; `torch.nn.parallel.DistributedDataParallel`,
-    with a communication hook that sums where its own takes the mean.
+    with a communication hook that sums instead of averaging.
     """
 
     config_class = DdpConfig
@@ -54,7 +54,7 @@ class DdpPlugin(Parallel[DdpConfig]):
 
     @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
-        """Make the weights of all processes those of the main one."""
+        """Broadcast the weights of rank 0."""
         Parallel.on_start(self, engine)
         if self.config.sum == "tree" and not engine.cells:
             raise ConfigError("ddp.sum=tree needs cells; set cells (8), or remove it")
@@ -69,10 +69,10 @@ class DdpPlugin(Parallel[DdpConfig]):
 
     @hookimpl(wrapper=True, stage="reduce")
     def backward(self, engine: Engine, loss: Tensor, step: Step) -> Generator[None, bool, bool]:
-        """Sum the gradients over the processes while the last micro-batch makes them.
+        """Reduce the gradients over ranks during the last micro-batch's backward pass.
 
         Raises:
-            ConfigError: optimizers take turns, or layers that were used before are not any more.
+            ConfigError: optimizers take turns, or layers used earlier are no longer used.
         """
         if step.cells and engine.ranks.size > 1:
             with self._in_cells(engine, step).taking(step, engine.batch_cells):
@@ -114,7 +114,7 @@ class DdpPlugin(Parallel[DdpConfig]):
 
     @hookimpl
     def sum_cells(self, engine: Engine, step: Step, part: CellSum) -> list[Tensor | None] | None:
-        """Sum the cells of all processes in the order of the tree, or as the backend does."""
+        """Sum the cells of all ranks in tree order, or as the backend does."""
         if engine.ranks.size == 1:
             return None
         taken, count = self._cells, engine.batch_cells
@@ -142,7 +142,7 @@ class DdpPlugin(Parallel[DdpConfig]):
 
     @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
-        """After the first step, sum at once, and see which parameters the loss does not reach."""
+        """In the first step, reduce here, and find the parameters that the loss does not reach."""
         if self._parallel is not None and self._first_step:
             self._first_step = False
             parameters = _trained(engine.model)
@@ -154,19 +154,19 @@ class DdpPlugin(Parallel[DdpConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Make the running statistics those of the main process."""
+        """Broadcast the running statistics of rank 0."""
         if engine.ranks.size > 1:
             share_buffers(engine.model)
 
     @hookimpl
     def on_close(self) -> None:
-        """Give the model back as it was."""
+        """Restore the model."""
         self._parallel, self._names = None, {}
         self._stop_taking()
 
     @property
     def _bucket(self) -> float:
-        """Bytes that are sent at once."""
+        """The bucket size in bytes."""
         return self.config.bucket_mb * 2**20
 
     def _wrapped(self, model: nn.Module, find_unused: bool) -> DistributedDataParallel:
@@ -178,9 +178,9 @@ class DdpPlugin(Parallel[DdpConfig]):
 
 
 class _LossOf(nn.Module):
-    """A module with the model's parameters, without its buffers, that passes a loss through.
+    """A module with the model's parameters, but not its buffers, that passes a loss through.
 
-    So DDP gets to know the loss, whichever functions of the model and of the plugins made it.
+    This shows DDP the loss, whichever functions of the model and the plugins computed it.
     """
 
     def __init__(self, model: nn.Module) -> None:

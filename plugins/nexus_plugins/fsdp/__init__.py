@@ -1,4 +1,4 @@
-"""Models that no single device could hold: `plugin` joins the run, `shard` divides the weights."""
+"""Models too large for one device: `plugin` sets up the run, `shard` shards the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of a divided model, summed over the cells of a step in the order of their tree."""
+"""Gradients of a sharded model, summed over the cells of a step in tree order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["CellReduction", "sum_by_tree"]
 
 
 class CellReduction:
-    """Stands in for the reduce-scatter of a module whose weights are gathered together.
+    """Replaces the reduce-scatter of a wrapped module.
 
-    Each process gets, of each cell as soon as it is computed anywhere, its part of the gradient,
-    and adds these as a tree. FSDP adds up what it is given over the cells: nothing, until the last
-    cell gives the sum of all.
+    As soon as any rank has computed a cell, each rank receives its shard of that cell's gradient,
+    and adds the shards as a tree. FSDP accumulates what it is given per cell: zeros, until the last
+    cell gives the total.
 
     Args:
         ranks: this process among its peers.
@@ -36,7 +36,7 @@ class CellReduction:
         self._place = -1  # of the cell that was summed last
 
     def begin(self, step: Step, count: int) -> None:
-        """Sum from here on the cells of a step whose batches have so many each."""
+        """Start summing the cells of a step, given the number of cells per batch."""
         sizes = range(self._ranks.size)
         self._cells = [owned(step.cells, count, rank, len(sizes)) for rank in sizes]
         self._summed, self._step, self._place = CellSum(sum(step.cells), ()), step, -1
@@ -44,7 +44,7 @@ class CellReduction:
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Memory for what is sent and for what comes back."""
+        """Allocate the send and receive buffers."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -78,7 +78,7 @@ class CellReduction:
 
 
 def sum_by_tree(model: nn.Module, ranks: Ranks) -> list[CellReduction]:
-    """Have the gradients of a divided model be summed so; what is returned is told of steps."""
+    """Sum a sharded model's gradients in this order; the returned objects must be told of steps."""
     found = []
     for module in model.modules():
         if isinstance(module, FSDPModule):

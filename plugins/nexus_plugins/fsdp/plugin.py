@@ -51,13 +51,13 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     gathered while it runs. Losses and gradients are those of one process with the same batch.
     Without a launcher (`torchrun`) the plugin has no effect.
 
-    It conflicts with plugins that read whole weights or gradients (`weigh_gradnorm`,
-    `grad_stats`, `diagnose`, `mfu`), with `optim_adamw8bit`, whose kernels take no shards, and with
-    `auto_accumulate`, with which ranks would gather weights a different number of times and
+    It conflicts with plugins that read whole weights or gradients (`weigh_gradnorm`, `grad_stats`,
+    `diagnose`, `mfu`), with `optim_adamw8bit`, whose kernels do not support shards, and with
+    `auto_accumulate`, under which ranks would gather weights a different number of times and
     deadlock.
 
     Source: Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP";
-    `torch.distributed.fsdp.fully_shard`, with a sum where its own takes the mean.
+    `torch.distributed.fsdp.fully_shard`, summing gradients instead of averaging them.
     """
 
     config_class = FsdpConfig
@@ -76,7 +76,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl(wrapper=True)
     def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
-        """Divide the model among the processes as soon as it is built."""
+        """Shard the model over the ranks as soon as it is built."""
         self._check(engine)
         empty = launched() and self.config.build_once and not engine.ranks.is_main
         with _without_numbers() if empty else nullcontext():
@@ -87,7 +87,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl(wrapper=True)
     def make_optimizer(self, engine: Engine) -> Generator[None, Optimizer, Optimizer]:
-        """Divide a model that the program brought, before the optimizer sees it."""
+        """Shard a model passed by the program, before the optimizer sees it."""
         self._check(engine)
         if launched():
             if not isinstance(engine.model, FSDPModule):
@@ -104,10 +104,10 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl(stage="join")
     def on_start(self, engine: Engine) -> None:
-        """See that the model is divided.
+        """Check that the model is sharded.
 
         Raises:
-            ConfigError: the optimizer was made before the model could be divided.
+            ConfigError: the optimizer was created before the model could be sharded.
         """
         Parallel.on_start(self, engine)
         if self.config.sum == "tree" and (not engine.cells or self.config.reduce_at_end):
@@ -131,7 +131,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl(wrapper=True, stage="reduce")
     def backward(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
-        """Sum the gradients over the processes while they are made."""
+        """Reduce the gradients over ranks during the backward pass."""
         if not isinstance(engine.model, FSDPModule):
             return (yield)
         if step.turn is not None:
@@ -152,7 +152,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl
     def sum_cells(self, engine: Engine, step: Step, part: CellSum) -> list[Tensor | None] | None:
-        """Sum what is not divided over the cells of all processes."""
+        """Sum what is not sharded over the cells of all ranks."""
         if engine.ranks.size == 1:
             return None
         ring = self.config.sum == "ring"
@@ -160,7 +160,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl(stage="reduce")
     def after_backward(self, engine: Engine) -> None:
-        """Sum the gradients of parameters that have no parts."""
+        """All-reduce the gradients of parameters that are not sharded."""
         if engine.ranks.size > 1:
             if not self._noticed:
                 self._notice(engine)
@@ -169,18 +169,18 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Make the running statistics those of the main process."""
+        """Broadcast the running statistics of rank 0."""
         if engine.ranks.size > 1:
             share_buffers(engine.model)
 
     @hookimpl
     def evaluating(self, engine: Engine) -> AbstractContextManager[object]:
-        """Part the weights again after an evaluation, before others see them."""
+        """Reshard the weights after an evaluation, before others see them."""
         return _parting(engine.model)
 
     @hookimpl(wrapper=True)
     def measure(self, engine: Engine) -> Generator[None, Metrics, Metrics]:
-        """Part the weights again after a set, before others put other weights in their place."""
+        """Reshard the weights after an evaluation set, before other plugins swap weights."""
         part_again(engine.model)
         return (yield)
 
@@ -236,7 +236,7 @@ def _parting(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_numbers() -> Iterator[None]:
-    """Build a model whose weights have shapes alone."""
+    """Build a model on the meta device, without allocating weights."""
     try:
         with torch.device("meta"):
             yield

@@ -1,4 +1,4 @@
-"""Divides a model among processes: each keeps a part of every weight."""
+"""Shard a model over ranks: each keeps a shard of every weight."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def divide(
     model: nn.Module, config: FsdpConfig, device: torch.device, ranks: Ranks, width: int
 ) -> None:
-    """Make the model's parameters parts of those of the main process, in place.
+    """Replace the model's parameters with shards of those of rank 0, in place.
 
     Args:
-        model: whole in the main process; on the meta device in those that are only given parts.
-        config: which modules are gathered together, and how.
+        model: complete on rank 0; on the meta device on ranks that only receive shards.
+        config: which modules are wrapped, and how.
         device: to train on.
-        ranks: this process among those that the model is divided among.
-        width: of what is divided, as for `kept_whole`.
+        ranks: the ranks that the model is sharded over.
+        width: of the shards, as for `kept_whole`.
 
     Raises:
-        ConfigError: the modules that the config chooses cannot be gathered by themselves, or the
-            model holds what cannot be sent.
+        ConfigError: the modules that the config selects cannot be wrapped, or the model holds
+            tensors that cannot be broadcast.
     """
     whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
     _shard(model, config, init_device_mesh(device.type, (ranks.size,)), width)
@@ -76,43 +76,43 @@ def divide(
 
 
 def marks(model: nn.Module) -> dict[str, dict[str, object]]:
-    """What has been noted on each parameter, such as `_no_weight_decay`; FSDP makes them anew."""
+    """The attributes of each parameter, such as `_no_weight_decay`; FSDP drops them."""
     return {name: vars(parameter).copy() for name, parameter in model.named_parameters()}
 
 
 def mark(model: nn.Module, noted: Mapping[str, Mapping[str, object]]) -> None:
-    """Note on each parameter what `marks` found."""
+    """Set the attributes that `marks` found on each parameter."""
     for name, parameter in model.named_parameters():
         vars(parameter).update(noted.get(name, {}))
 
 
 def part_again(model: nn.Module) -> None:
-    """Free the weights that a pass without a backward pass has left gathered."""
+    """Reshard the weights that a forward-only pass has left gathered."""
     for part in _parts(model):
         part.reshard()
 
 
 def kept_whole(model: nn.Module, width: int = 1) -> list[nn.Parameter]:
-    """The parameters that every process keeps whole: single numbers, and those of uneven rows.
+    """The parameters that every rank keeps whole: scalars, and those with uneven rows.
 
     Args:
         model: whose parameters.
-        width: what the numbers of a row must be a multiple of. Kernels of the host compute the last
-            numbers of a tensor by other instructions, which round otherwise; where parts hold rows
-            of whole registers, an update has no such end, and is the same however it is divided.
+        width: what the size of a row must be a multiple of. CPU kernels compute the tail of a
+            tensor with scalar instructions, which round differently; if shards consist of rows of
+            whole vector registers, an update has no tail, and is the same however it is sharded.
     """
     return [p for p in model.parameters() if p.ndim == 0 or math.prod(p.shape[1:]) % width]
 
 
 def reached(parameters: Sequence[nn.Parameter], ranks: Ranks) -> list[nn.Parameter]:
-    """Those that have a gradient in any process; no device is waited for."""
+    """The parameters that have a gradient on any rank; no device sync."""
     found = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
     return [p for p, there in zip(parameters, ranks.sum(found).tolist(), strict=True) if there]
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Sum the gradients of scalars over all processes, in one exchange."""
+    """Sum the gradients of scalars over all ranks, in one all-reduce."""
     if parameters:
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total = ranks.sum(torch.stack([gradient.double() for gradient in own]))
@@ -121,7 +121,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
 
 
 def keep_weights_on_host(model: nn.Module) -> None:
-    """Move the parts to host memory, where FSDP fetches them from; the rest stays where it is."""
+    """Move the shards to host memory, from where FSDP fetches them; the rest stays."""
     stay = [*model.buffers(), *kept_whole(model)]
     there = [tensor.detach().clone() for tensor in stay]
     model.cpu()
@@ -130,11 +130,11 @@ def keep_weights_on_host(model: nn.Module) -> None:
 
 
 def split_groups(optimizer: Optimizer, whole: Sequence[nn.Parameter]) -> None:
-    """Give parameters that are kept whole groups of their own: kernels take no mixture.
+    """Put whole parameters in separate groups: fused kernels do not accept a mix.
 
     Args:
         optimizer: that has not stepped yet.
-        whole: of the model's parameters.
+        whole: the parameters that are not sharded.
     """
     kept = set(whole)
     for group in list(optimizer.param_groups):
@@ -221,7 +221,7 @@ def _check_still_tied(name: str, whole: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _take_part(parameter: nn.Parameter, value: Tensor, device: torch.device) -> None:
-    """Fill what this process holds of a parameter with the main process's value."""
+    """Fill this rank's shard of a parameter with rank 0's value."""
     value = torch.empty_like(value, device=device) if value.is_meta else value.to(device)
     if is_sharded(parameter):
         part = cast(DTensor, parameter)

@@ -1,4 +1,4 @@
-"""Start from weights alone, out of a checkpoint, an export or a Hugging Face folder.
+"""Start from the weights of a checkpoint, an export or a Hugging Face folder.
 
 | module | what it knows |
 |---|---|

@@ -1,4 +1,4 @@
-"""Which tensor belongs to which of the model, after renaming and choosing."""
+"""Match source tensors to the model's, after renaming and filtering."""
 
 from __future__ import annotations
 

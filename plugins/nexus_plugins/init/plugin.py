@@ -27,7 +27,7 @@ __all__ = ["InitConfig", "InitPlugin"]
 
 
 class InitConfig(PluginConfig):
-    """Where weights come from, which of them, and what must fit."""
+    """Where the weights come from, which to load, and what must match."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -69,8 +69,8 @@ class InitConfig(PluginConfig):
 class InitPlugin(Plugin[InitConfig]):
     """Starts a run with the weights of another run, an export or a Hugging Face folder.
 
-    The weights are loaded when the run starts, before anything copies them; a resumed run
-    has its own. Only safetensors are read, links are not followed, and nothing is executed.
+    The weights are loaded when the run starts, before anything copies them; a resumed run keeps its
+    own. Only safetensors are read, links are not followed, and nothing is executed.
     """
 
     config_class = InitConfig
@@ -82,19 +82,19 @@ class InitPlugin(Plugin[InitConfig]):
 
     @hookimpl(wrapper=True)
     def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
-        """Freeze what is to be frozen, before the optimizer looks at it."""
+        """Freeze the configured parameters before the optimizer is built."""
         model = yield
         freeze(model, self.config.freeze, f"{self.name}.freeze")
         return model
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
-        """Freeze the same in a model that the program brought."""
+        """Freeze the same parameters in a model passed by the program."""
         freeze(engine.model, self.config.freeze, f"{self.name}.freeze")
 
     @hookimpl(stage="claim")
     def on_start(self, engine: Engine) -> None:
-        """Take the weights, unless the run has begun before.
+        """Load the weights, unless the run is resumed.
 
         Raises:
             ConfigError: there are none, or a pattern matches nothing.
@@ -117,24 +117,24 @@ class InitPlugin(Plugin[InitConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Have the loggers keep what was taken, once they are there."""
+        """Log what was loaded, once the loggers are open."""
         if self._note is not None:
             engine.hook.on_note(engine=engine, title="init", text=self._note)
             self._note = None
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """What the run began with."""
+        """Say which weights were loaded."""
         if self._taken is None:
             return {}
         return {"began with": f"{self._taken} tensors from {self.config.source}"}
 
     def state_dict(self) -> StateDict:
-        """What was taken, so that it is not taken again."""
+        """What was loaded, so that it is not loaded again."""
         return {} if self._taken is None else {"taken": self._taken}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Know that it was."""
+        """Restore that record."""
         self._taken = int(cast(int, state["taken"]))
 
     def _check(self, found: Match, weights: Weights) -> None:

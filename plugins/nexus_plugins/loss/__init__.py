@@ -1,4 +1,4 @@
-"""A loss that the user names."""
+"""A user-defined loss."""
 
 from nexus_plugins.loss.plugin import LossConfig, LossPlugin
 

@@ -1,4 +1,4 @@
-"""A loss function or module by its place: what it is given, what it returns, what it counts."""
+"""A loss function or module by import path: its inputs, its result, its units."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Given:
         """The targets of a batch.
 
         Raises:
-            DataError: there are none where they should be.
+            DataError: the batch has no targets there.
         """
         if self._target is not None:
             try:
@@ -141,13 +141,13 @@ class Criterion(Given):
         return counted.sum()
 
     def sum(self, batch: Batch, output: Any, units: Tensor | float) -> Tensor:
-        """The loss summed over the units of a batch.
+        """The loss, summed over the units of a batch.
 
         A mean is multiplied in double precision, where that loses nothing: divided by the same
         number of units it is the mean again, to the bit.
 
         Raises:
-            ConfigError: the function gave something else than one number.
+            ConfigError: the function did not return a scalar.
         """
         if _is_nothing(units):  # the mean over nothing is no number
             return _zero(output)

@@ -27,7 +27,7 @@ RESERVED = ("loss", "total_loss", "learning_rate")
 
 
 class LossConfig(Call, bases.LossConfig):
-    """Which function or class is the loss, what counts in it, and what else is measured."""
+    """The loss function or class, its units, and additional metrics."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"call": "torch.nn.functional:cross_entropy"}]}
@@ -81,17 +81,17 @@ class LossPlugin(bases.Loss[LossConfig]):
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
-        """Bring the loss's own tensors to the device."""
+        """Move the loss's own tensors to the device."""
         self._criterion.to(engine.device)
 
     def state_dict(self) -> StateDict:
-        """The buffers of the loss, where it has some."""
+        """The buffers of the loss, if any."""
         module = self._criterion.module
         buffers: StateDict = dict(module.state_dict()) if module is not None else {}
         return {"buffers": buffers} if buffers else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take the buffers back."""
+        """Restore the buffers."""
         if self._criterion.module is not None:
             self._criterion.module.load_state_dict(state["buffers"])  # type: ignore[arg-type]
 

@@ -74,7 +74,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Put weights and optimizer by.
+        """Save weights and optimizer.
 
         Raises:
             ConfigError: the run ends before the test does, or has no base learning rate.
@@ -105,7 +105,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
-        """Note the loss down; stop after the last step, or where the loss diverges."""
+        """Record the loss; stop after the last step, or when the loss diverges."""
         self._pending.append(engine.ranks.sum(step.total))
         done = len(self._losses) + len(self._pending) >= self.config.steps
         if not (done or engine.device.type == "cpu" or len(self._pending) == READ_EVERY):
@@ -121,7 +121,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
 
     @hookimpl(stage="settle")
     def on_finish(self, engine: Engine) -> None:
-        """Give weights and optimizer back, and write the curve into the run's folder."""
+        """Restore weights and optimizer, and write the curve to the run folder."""
         self._give_back(engine)
         if engine.out is not None and engine.ranks.is_main and self._losses:
             engine.out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
 
     @hookimpl
     def on_error(self, engine: Engine) -> None:
-        """Give weights and optimizer back after a failure."""
+        """Restore weights and optimizer after a failure."""
         self._give_back(engine)
 
     @hookimpl
@@ -152,14 +152,14 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         return rows
 
     def state_dict(self) -> StateDict:
-        """The losses so far, and what weights and optimizer were before."""
+        """The losses so far, and the saved weights and optimizer."""
         if self._begin is None:
             return {}
         self._read()
         return {"begin": self._begin, "losses": list(self._losses), "put_by": self._put_by}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on with the test."""
+        """Restore the state of the test."""
         self._begin = cast(int, state["begin"])
         self._losses = list(cast(list[float], state["losses"]))
         self._put_by = copy.deepcopy(cast(StateDict, state["put_by"]))

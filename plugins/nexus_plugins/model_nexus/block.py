@@ -1,4 +1,4 @@
-"""A layer of the backbone with its norm and residual, and the kinds of layer there are."""
+"""A backbone layer with its norm and residual, and the available kinds of layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LayerState: TypeAlias = tuple[Tensor, ...]
 
 
 class Layer(Protocol):
-    """What mixes tokens or channels in a block."""
+    """A layer that mixes tokens or channels in a block."""
 
     out_proj: nn.Linear
 
@@ -46,7 +46,7 @@ class NEXUSBlock(nn.Module):
 
     Args:
         config: the sizes.
-        kind: which layer; it is the block's attribute of that name.
+        kind: the kind of layer, and the name of the block's attribute.
     """
 
     def __init__(self, config: NEXUSConfig, kind: LayerKind) -> None:
@@ -57,7 +57,7 @@ class NEXUSBlock(nn.Module):
 
     @property
     def layer(self) -> Layer:
-        """What mixes."""
+        """The layer that mixes."""
         return cast("Layer", self.get_submodule(self.kind))
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
@@ -120,12 +120,12 @@ _LAYERS: Mapping[LayerKind, Callable[[NEXUSConfig], nn.Module]] = {
 
 
 def kinds(config: NEXUSConfig) -> Iterator[LayerKind]:
-    """What each layer of the backbone is."""
+    """The kind of each backbone layer."""
     return islice(cycle(config.layers), config.ssm_n_layers)
 
 
 def make_ngrams(config: NEXUSConfig) -> NGrams | None:
-    """The n-grams that join each token's embedding; None: there are none."""
+    """The n-grams added to each token's embedding; None if disabled."""
     if not config.ngrams and not config.recall:
         return None
     size, width = config.vocab_size, config.d_model

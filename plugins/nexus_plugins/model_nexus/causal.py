@@ -1,4 +1,4 @@
-"""The causal module: variables, and a learned graph of which explains which."""
+"""The causal module: variables and a learned causal graph."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class CausalGraph(nn.Module):
     """Explain each variable by the others: `v_j = f_j(v) + noise`, with a strength for each edge.
 
     A mechanism f_j is linear, or a small network (tanh) of which each variable but j itself is an
-    input. The strength of the edge from i to j is the weight, or the length of the weights that
-    leave i in the first layer of f_j: where it is 0, j does not depend on i. The noise of each
-    variable is normal, with a learned scale.
+    input. The strength of the edge from i to j is the weight, or the norm of the weights from i in
+    the first layer of f_j: if it is 0, j does not depend on i. The noise of each variable is
+    Gaussian, with a learned scale.
 
-    It is a model by itself: an `Engine` of `CausalGraph(["rain", "wet"])` and `LossCausalPlugin`
-    learns a graph from batches of `variables`, and of `do` where some were set by hand.
+    It also works as a standalone model: an `Engine` with `CausalGraph(["rain", "wet"])` and
+    `LossCausalPlugin` learns a graph from batches of `variables`, and `do` for interventions.
 
     Args:
-        variables: their names, or how many there are; at least 2.
-        hidden: hidden units of each mechanism; 0: it is linear.
+        variables: their names, or their number; at least 2.
+        hidden: hidden units of each mechanism; 0: linear.
 
     Source: linear and multilayer structural models of NOTEARS (Zheng et al. 2018; 2020, section
         3.2); noise of unequal scale as in GOLEM-NV (Ng et al. 2020).
@@ -54,14 +54,14 @@ class CausalGraph(nn.Module):
 
     @property
     def adjacency(self) -> Tensor:
-        """`(n, n)`: the strength with which variable i acts on variable j; its diagonal is 0."""
+        """`(n, n)`: the strength of the effect of variable i on variable j; its diagonal is 0."""
         if not self.hidden:
             return self.edges.masked_fill(self._itself(), 0)
         lengths = (self.first.square().sum(-1) + LENGTH_FLOOR).sqrt()
         return lengths.masked_fill(self._itself(), 0)
 
     def explained(self, variables: Tensor) -> Tensor:
-        """What the others make of each variable, `(..., n)`."""
+        """The prediction of each variable from the others, `(..., n)`."""
         kind = variables.dtype
         if not self.hidden:
             return variables @ self.adjacency.to(kind) + self.bias.to(kind)
@@ -70,9 +70,9 @@ class CausalGraph(nn.Module):
         return (units.tanh() * self.second.to(kind)).sum(-1) + self.bias.to(kind)
 
     def reports(self, variables: Tensor) -> dict[str, Tensor]:
-        """What the loss needs: `adjacency`, `variables`, `explained` and `log_std` of the noise.
+        """The inputs of the loss: `adjacency`, `variables`, `explained` and `log_std` of the noise.
 
-        Variables are taken as given, so that they are not made easy to explain; float32 or wider.
+        Variables are detached, so that they are not made easy to explain; float32 or wider.
         """
         with torch.autocast(variables.device.type, enabled=False):
             given = widened(variables.detach())
@@ -96,17 +96,17 @@ class CausalGraph(nn.Module):
 
 
 class CausalModule(Part):
-    """A probe: read variables of each token's state, and learn the graph of what explains which.
+    """A probe: read variables from each token's state, and learn their causal graph.
 
-    What it writes to the stream is what the graph makes of the variables. It takes the states as
-    they are: no gradient of what it reads reaches the backbone.
+    It writes the graph's prediction of the variables to the stream. No gradient flows from what it
+    reads to the backbone.
 
     Shapes: B batch, T time, D model, n variables.
 
     Args:
-        d_model: width D of the backbone's states.
-        variables: their names, or how many there are; at least 2.
-        hidden: hidden units of each mechanism; 0: it is linear.
+        d_model: width D of the backbone states.
+        variables: their names, or their number; at least 2.
+        hidden: hidden units of each mechanism; 0: linear.
     """
 
     def __init__(self, d_model: int, variables: int | Sequence[str] = 16, hidden: int = 0) -> None:
@@ -124,11 +124,11 @@ class CausalModule(Part):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-        """Update states of any leading shape, each by itself.
+        """Update states of any leading shape, each independently.
 
         Args:
-            h: `(..., D)` normed states of the backbone.
-            document: not needed: no token looks at another.
+            h: `(..., D)` normalized backbone states.
+            document: unused: tokens do not interact.
 
         Returns:
             The update `(..., D)`, and `{"causal": reports}` as in `CausalGraph.reports`, with the

@@ -16,13 +16,13 @@ NOISE_STD = 0.1
 class ClassicCausal(Part):
     """Read variables v of each token, apply one step `v A + noise` of a linear structural model.
 
-    `A[i, j]` is the strength with which variable i acts on variable j; nothing acts on itself.
+    `A[i, j]` is the strength of the effect of variable i on variable j; the diagonal is zero.
     The noise (normal, with a learned scale for each variable) is drawn in training only.
 
     Shapes: B batch, T time, D model, n variables.
 
     Args:
-        d_model: width D of the backbone's states.
+        d_model: width D of the backbone states.
         n_variables: variables n; at least 2.
 
     Source: linear structural equation model in the form of NOTEARS (Zheng et al. 2018, eq. 2).
@@ -44,11 +44,11 @@ class ClassicCausal(Part):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-        """Update states of any leading shape, each by itself.
+        """Update states of any leading shape, each independently.
 
         Args:
-            h: `(..., D)` normed states of the backbone.
-            document: not needed: no token looks at another.
+            h: `(..., D)` normalized backbone states.
+            document: unused: tokens do not interact.
 
         Returns:
             The update `(..., D)`, and `{"causal": reports}` with the `adjacency` `(n, n)` and the

@@ -1,4 +1,4 @@
-"""The classical energy module: each token's code settles in a valley of a learned energy."""
+"""The classic energy module: each token's code settles in a minimum of a learned energy."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ class ClassicEnergyModule(Part):
     """Refine a code z of each token by the gradient of an energy, until it hardly changes.
 
     `E(h, z) = |z - c(h)|^2 / 2 - log(mean_m exp(s * m . z)) / s` over M learned memories m of
-    length 1, where c(h), of length 1, is what the token's state says and s is a sharpness: near
-    the token's own code and near a memory is good. The energy is at least -1.5 and falls with
-    every refinement. Familiar tokens settle in a few refinements; those between memories take
-    more. A token that has settled is frozen, so none depends on another one.
+    norm 1, where c(h), of norm 1, is computed from the token's state and s is a sharpness: codes
+    near c(h) and near a memory have low energy. The energy is at least -1.5 and falls with every
+    refinement. Familiar tokens settle in a few refinements; those between memories take more. A
+    settled token is frozen, so tokens do not depend on one another.
 
     The refined code is differentiable throughout. The energy that is reported for a loss trains
-    the memories alone (at the bottom of a valley the code's own share of the gradient is zero):
+    only the memories (at a minimum the code's own share of the gradient is zero):
     they become a mixture density of the codes (von Mises-Fisher, of fixed concentration). Were
     c(h) to follow it too, every token would end up on one memory.
 
     Shapes: D model, M memories.
 
     Args:
-        d_model: width D of the backbone's states.
+        d_model: width D of the backbone states.
         d_code: width of the codes.
         n_memories: memories M.
-        max_iterations: refinements at most; all are computed, so that no step waits to see
-            whether its tokens have settled.
+        max_iterations: maximum refinements; all are computed, to avoid a device sync.
         threshold: a token has settled when a refinement moves its code by less (Euclidean).
 
     Source: the energy and its descent are those of modern Hopfield networks (Ramsauer et al.
@@ -66,11 +65,11 @@ class ClassicEnergyModule(Part):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-        """Update states of any leading shape, each by itself.
+        """Update states of any leading shape, each independently.
 
         Args:
-            h: `(..., D)` normed states of the backbone.
-            document: not needed: no token looks at another.
+            h: `(..., D)` normalized backbone states.
+            document: unused: tokens do not interact.
 
         Returns:
             The update `(..., D)`, and `{"energy": reports}` with tensors `(...)` in float32 or

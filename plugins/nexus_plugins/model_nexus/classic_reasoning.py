@@ -1,4 +1,4 @@
-"""The reasoner of `classic`: forward chaining in which the rules compete at each step."""
+"""The `classic` reasoner: forward chaining in which rules compete at each step."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ HALT_BIAS = -1.0  # at the start, a quarter of what is left halts at each step
 
 
 class ClassicReasoner(Part):
-    """Derive beliefs from what a token's state says, rule by rule, and write them to the stream.
+    """Derive beliefs from a token's state, rule by rule, and write them to the stream.
 
     A state is the degree of belief, from 0 to 1, in each of P predicates. A rule is two premises
     and a conclusion, each of them a symbol that unifies softly with the predicates. At each step
-    the rules compete by how well they suit the token and how true their premises are; the winner's
-    conclusion is believed as far as its premises are (noisy or: beliefs never shrink). Halting is
-    learned: the result is the mean of the states, weighted by the chance to halt there.
+    the rules compete by how well they fit the token and how true their premises are; the winner's
+    conclusion is believed as much as its premises (noisy-or: beliefs never decrease). Halting is
+    learned: the result is the mean of the states, weighted by the halting probability.
 
     Shapes: B batch, T time, D model, P predicates, R rules, K steps.
 
     Args:
-        d_model: width D of the backbone's states.
+        d_model: width D of the backbone states.
         n_predicates: predicates P.
         n_rules: rules R.
-        steps: steps K; the last one takes what has not halted.
+        steps: steps K; the last one takes the remaining halting probability.
         d_symbol: width of the symbols' embeddings.
 
     Source: soft unification of Neural Theorem Provers (Rocktaschel & Riedel 2017), differentiable
@@ -62,11 +62,11 @@ class ClassicReasoner(Part):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Update states of any leading shape, each by itself.
+        """Update states of any leading shape, each independently.
 
         Args:
-            h: `(..., D)` normed states of the backbone.
-            document: not needed: no token looks at another.
+            h: `(..., D)` normalized backbone states.
+            document: unused: tokens do not interact.
 
         Returns:
             The update `(..., D)`, and a dict with `reason`, the distribution over rules at each

@@ -1,4 +1,4 @@
-"""The classical world model: from the latent of a token, predict the latents of later tokens."""
+"""The classic world model: from the latent of a token, predict the latents of later tokens."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["ClassicWorldModel"]
 class ClassicWorldModel(Part):
     """Predict latents 1, 2, 4, ... tokens ahead, and write the expectation to the stream.
 
-    It learns in latent space: targets are what a slowly moving copy of the encoder makes of the
-    later states, without gradient. The copy has `requires_grad=False`, so no optimizer takes it;
-    it is part of the `state_dict`, and `update_target` moves it after each optimizer step.
+    It learns in latent space: targets are the later states encoded by a slowly moving copy of the
+    encoder, without gradient. The copy has `requires_grad=False`, so no optimizer trains it; it is
+    part of the `state_dict`, and `update_target` moves it after each optimizer step.
 
     Shapes: B batch, T time, D model, L levels.
 
     Args:
-        d_model: width D of the backbone's states.
+        d_model: width D of the backbone states.
         d_latent: width of the latents.
         levels: how many distances L to predict; level l looks 2**l tokens ahead.
 
@@ -52,8 +52,8 @@ class ClassicWorldModel(Part):
         """Update whole sequences, and report predictions and targets.
 
         Args:
-            h: `(B, T, D)` normed states of the backbone.
-            document: `(B, T)` non-decreasing numbers of documents; None: every row is one.
+            h: `(B, T, D)` normalized backbone states.
+            document: `(B, T)` non-decreasing document indices; None: each row is one document.
 
         Returns:
             The update `(B, T, D)`, and a dict with the predictions `world` and their targets

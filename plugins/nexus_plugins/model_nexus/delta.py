@@ -1,4 +1,4 @@
-"""A gated delta-rule layer: a state that replaces what it knows of a key, and can track states."""
+"""A gated delta-rule layer: its memory overwrites values by key, and can track states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["DeltaState", "GatedDelta", "delta_scan"]
 
 
 class DeltaState(NamedTuple):
-    """All that a layer remembers of the past: constant in size."""
+    """The recurrent state of a layer: constant in size."""
 
     conv: Tensor
     """(B, W - 1, C) the last inputs of the convolution, the newest first."""
@@ -31,11 +31,11 @@ class DeltaState(NamedTuple):
 
 
 class GatedDelta(nn.Module):
-    """Mix tokens over time by a memory that is decayed, and corrected along the token's keys.
+    """Mix tokens over time by a memory that decays and is corrected along the token's keys.
 
     `S = (I - beta k k') decay S + beta k v'`, read as `S' q`. With beta up to 2 a correction may
-    turn a direction around, which sums and decays cannot: it tracks parity. With several
-    corrections a token (`products`) it can apply any small permutation or rotation.
+    reflect a direction, which sums and decays cannot: it can track parity. With several corrections
+    per token (`products`) it can apply any small permutation or rotation.
 
     Shapes: B batch, T time, D model, E = expand * D, H = E / head_dim heads of P, N key.
 
@@ -44,9 +44,9 @@ class GatedDelta(nn.Module):
         d_key: size N of a head's keys.
         head_dim: width P of a head's values.
         expand: inner width E over D.
-        conv_width: taps of the causal convolution.
-        chunk_length: corrections per chunk in `forward`; changes speed and rounding only.
-        products: corrections a token.
+        conv_width: width of the causal convolution.
+        chunk_length: corrections per chunk in `forward`; affects only speed and rounding.
+        products: corrections per token.
         norm_eps: added to the mean square in the norm before the output projection.
 
     Source: Yang et al. 2024, "Gated Delta Networks"; beta up to 2: Grazzi et al. 2025, "Unlocking
@@ -81,7 +81,7 @@ class GatedDelta(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the filters and the decays anew, as in `SelectiveSSM`."""
+        """Reinitialize the filters and the decays, as in `SelectiveSSM`."""
         reach = len(self.conv_weight) ** -0.5
         nn.init.uniform_(self.conv_weight, -reach, reach)
         nn.init.zeros_(self.conv_bias)
@@ -103,7 +103,7 @@ class GatedDelta(nn.Module):
         return self._output(y[:, self.products - 1 :: self.products].to(x.dtype).flatten(-2), gate)
 
     def step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
-        """Mix one token `(B, D)` into the state; the same as `forward` up to rounding."""
+        """Mix one token `(B, D)` into the state; equal to `forward` up to rounding."""
         gate, mixed, log_decay, beta = self._project(x.unsqueeze(1))
         window = torch.cat([mixed, state.conv], 1)
         mixed = F.silu((window * self.conv_weight).sum(1, keepdim=True) + self.conv_bias)
@@ -162,18 +162,18 @@ def delta_scan(
 ) -> Tensor:
     """Run `S_t = (I - beta_t k_t k_t') decay_t S_{t-1} + beta_t k_t v_t'`, read `y_t = S_t' q_t`.
 
-    Inside a chunk all corrections are solved for at once, by a triangular system; between chunks
-    only the memory is passed on. Time and memory are linear in T. All in float32 (or wider).
+    Within a chunk all corrections are solved at once, as a triangular system; only the memory is
+    passed between chunks. Time and memory are linear in T. All in float32 (or wider).
 
     Args:
         query: `(B, T, H, N)`.
-        key: `(B, T, H, N)`, of length one or zero.
+        key: `(B, T, H, N)`, of norm one or zero.
         value: `(B, T, H, P)`.
-        beta: `(B, T, H)`, how much of what is known of the key is replaced: 0 to 2.
+        beta: `(B, T, H)`, how much of the key's stored value is replaced: 0 to 2.
         log_decay: `(B, T, H)`, at most 0.
         document: `(B, T)` non-decreasing numbers of documents; the memory is empty where a new
             one starts. None: every row is one document.
-        chunk_length: positions per chunk; changes speed and rounding only.
+        chunk_length: positions per chunk; affects only speed and rounding.
 
     Returns:
         `(B, T, H, P)`.

@@ -1,4 +1,4 @@
-"""Sampling several tokens at a time: drafted by the world model, verified by the model."""
+"""Sample several tokens at a time: drafted by the world model, verified by the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ_AT_ONCE = 16  # tokens of a prompt: the state after each is kept meanwhile
 
 
 class Drafter(Stepper, Protocol):
-    """A model that foresees its own states, and reads several tokens in one pass."""
+    """A model that predicts its own states, and reads several tokens in one pass."""
 
     head: nn.Linear
 
@@ -24,7 +24,7 @@ class Drafter(Stepper, Protocol):
         """Final states `(B, k, D)` of tokens `(B, k)`, and what `step` needs after each."""
 
     def foresee(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The final state `(B, D)` that is expected after a token `(B,)`."""
+        """The predicted final state `(B, D)` after a token `(B,)`."""
 
 
 @torch.no_grad()
@@ -36,19 +36,18 @@ def generate_drafting(
     generator: torch.Generator | None,
     draft: int,
 ) -> Tensor:
-    """Continue a prompt by drafts, of which only what the model itself would sample is kept.
+    """Continue a prompt by speculative decoding, with drafts of the world model.
 
     Args:
-        model: what predicts; it is in evaluation mode meanwhile.
-        prompt: `(B, T)` token numbers, or `(T,)` for one sequence; T at least 1.
+        model: the model; it is in evaluation mode meanwhile.
+        prompt: `(B, T)` token ids, or `(T,)` for one sequence; T at least 1.
         max_new_tokens: tokens to add.
         sampling: how tokens are chosen.
         generator: source of randomness.
-        draft: tokens of a draft; the rows of a batch keep as many of them as the row that keeps
-            fewest.
+        draft: tokens per draft; all rows of a batch keep as many as the row that keeps fewest.
 
     Returns:
-        Prompt and continuation, `(B, T + max_new_tokens)`, or without B if `prompt` was.
+        Prompt and continuation, `(B, T + max_new_tokens)`, without B if `prompt` has none.
 
     Raises:
         ValueError: an argument is out of its range, or the model has no world model.

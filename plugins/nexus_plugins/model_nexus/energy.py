@@ -1,4 +1,4 @@
-"""The energy module: refine the codes of tokens in a loop, each until its energy is spent."""
+"""The energy module: refine token codes in a loop, each until its energy is used up."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ TILE = 16
 
 
 class EnergyModule(Part):
-    """Refine a code of each token by one shared layer, until it has come to rest.
+    """Refine a code of each token with one shared layer, until it has settled.
 
-    A code starts as what the token's state says. A refinement reads the codes of the token and of
-    the W - 1 before it, `z += V silu(K [z(t), z(t-1), ...] + c(h))`: looped, it passes what is
-    settled on from token to token. The energy of a code is what it still costs: the nats that the
-    token's loss would fall by, were all refinements made. The layer also foresees the energy that a
+    A code is initialized from the token's state. A refinement reads the codes of the token and of
+    the W - 1 before it, `z += V silu(K [z(t), z(t-1), ...] + c(h))`: looped, it propagates settled
+    codes from token to token. The energy of a code is its remaining cost: the nats by which the
+    token's loss would fall with all refinements. The layer also predicts the energy that a
     refinement leaves.
 
-    In training all refinements are made, so that energies are known. In evaluation and generation a
-    token whose foreseen energy is below the threshold has settled: its code stays as it is, for
-    those that read it too. On a CPU only tokens that have not settled are computed, so easy text
-    takes less time; on an accelerator all are, as no step waits to hear which have.
+    In training all refinements are computed, so that energies are known. In evaluation and
+    generation a token whose predicted energy is below the threshold has settled: its code is
+    frozen, also for the tokens that read it. On CPU only unsettled tokens are computed, so easy
+    text takes less time; on an accelerator all are, which avoids a device sync.
 
     Shapes: B batch, T time, D model, C code, M hidden units, W window, K refinements, N = B * T.
 
     Args:
-        d_model: width D of the backbone's states.
+        d_model: width D of the backbone states.
         d_code: width C of the codes.
-        n_memories: hidden units M of the shared layer, the memories that codes are matched with.
-        max_iterations: refinements K at most.
-        threshold: a token has settled when its energy, in nats, is foreseen to be less.
+        n_memories: hidden units M of the shared layer, the memories that codes are matched against.
+        max_iterations: maximum refinements K.
+        threshold: a token has settled when its predicted energy, in nats, is below this.
         window: codes W that a refinement reads.
 
     Source: a layer shared over depth as in universal transformers (Dehghani et al. 2019) and
-        recurrent depth (Geiping et al. 2025). A token leaves early where that costs nothing, as in
-        CALM (Schuster et al. 2022); what it would cost is learned from the loss itself.
+        recurrent depth (Geiping et al. 2025). Tokens exit early when that costs nothing, as in CALM
+        (Schuster et al. 2022); the cost is learned from the loss itself.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class EnergyModule(Part):
         """Update whole sequences.
 
         Args:
-            h: `(B, T, D)` normed states of the backbone.
-            document: `(B, T)` non-decreasing numbers of documents; None: every row is one.
+            h: `(B, T, D)` normalized backbone states.
+            document: `(B, T)` non-decreasing document indices; None: each row is one document.
 
         Returns:
-            The update `(B, T, D)`, and `{"energy": reports}`: `early` `(B, T, D)`, what would be
-            written less what is, had each token settled after one of the refinements 1 to K - 1;
-            `foreseen` `(B, T)`, the energy that was foreseen to be left by that one; and
-            `refinements` `(B, T)`, how many a token takes until it has settled.
+            The update `(B, T, D)`, and `{"energy": reports}`: `early` `(B, T, D)`, the change of
+            the update if each token had settled after one of the refinements 1 to K - 1; `foreseen`
+            `(B, T)`, the energy predicted after that one; and `refinements` `(B, T)`, how many a
+            token takes to settle.
         """
         code, context = self._read(h)
         reach = [self._same(h, document, back).flatten() for back in range(1, self.window)]
@@ -93,7 +93,7 @@ class EnergyModule(Part):
         return update, {"energy": self._reports(trail, foreseen, h.dtype)}
 
     def observe(self, final: Final) -> dict[str, dict[str, Tensor]]:
-        """Make of `early` the final states `(B, T, D)` that tokens would have, settled early."""
+        """Turn `early` into the final states `(B, T, D)` of tokens that settled early."""
         reports = final.reports["energy"]
         return {"energy": {**reports, "early": final.norm(final.stream + reports["early"])}}
 
@@ -104,7 +104,7 @@ class EnergyModule(Part):
         return (self.read.weight.new_zeros(shape, dtype=dtype),)
 
     def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The update `(B, D)` of one token `(B, D)`, the same as `forward`, and the new state."""
+        """The update `(B, D)` of one token `(B, D)`, equal to `forward`, and the new state."""
         (past,) = state
         code, context = self._read(h)
         moving, kept = torch.ones_like(code[:, 0], dtype=torch.bool), []

@@ -1,4 +1,4 @@
-"""Sampling from a model that reads one token at a time."""
+"""Sample from a model that reads one token at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Stepper", "check_request", "evaluating", "generate"]
 
 
 class Stepper(Protocol):
-    """A model that carries its past in a state of constant size."""
+    """A model that keeps its context in a state of constant size."""
 
     def initial_state(self, batch: int) -> Any:
         """The state before the first token."""
@@ -27,7 +27,7 @@ class Stepper(Protocol):
         """Switch dropout on or off."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """The model and all of its parts."""
+        """The model and all its submodules."""
 
 
 @torch.no_grad()
@@ -40,19 +40,19 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue a prompt by sampling, one token after the other.
+    """Continue a prompt by sampling, one token at a time.
 
     Args:
-        model: what predicts; it is in evaluation mode meanwhile.
-        prompt: `(B, T)` token numbers, or `(T,)` for one sequence; T at least 1.
+        model: the model; it is in evaluation mode meanwhile.
+        prompt: `(B, T)` token ids, or `(T,)` for one sequence; T at least 1.
         max_new_tokens: tokens to add.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: sample among this many likeliest tokens only.
-        top_p: sample among the likeliest tokens that together hold this probability.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample only from this many likeliest tokens.
+        top_p: sample only from the likeliest tokens with this total probability.
         generator: source of randomness; the same seed gives the same tokens.
 
     Returns:
-        Prompt and continuation, `(B, T + max_new_tokens)`, or without B if `prompt` was.
+        Prompt and continuation, `(B, T + max_new_tokens)`, without B if `prompt` has none.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -74,7 +74,7 @@ def generate(
 
 @contextmanager
 def evaluating(model: Stepper) -> Iterator[None]:
-    """The model in evaluation mode meanwhile, with each part's own mode afterwards."""
+    """Put the model in evaluation mode, and restore each module's mode afterwards."""
     training = [part for part in model.modules() if part.training]
     model.train(False)
     try:
@@ -85,7 +85,7 @@ def evaluating(model: Stepper) -> Iterator[None]:
 
 
 def check_request(prompt: Tensor, max_new_tokens: int) -> None:
-    """Refuse arguments that are out of their range (a ValueError)."""
+    """Reject out-of-range arguments (ValueError)."""
     if prompt.dim() not in (1, 2) or prompt.numel() == 0:
         raise ValueError(
             f"prompt has shape {tuple(prompt.shape)}; expected (batch, time) or (time,) with at "

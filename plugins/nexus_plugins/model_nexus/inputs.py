@@ -1,4 +1,4 @@
-"""What the model is given: shapes, and where documents begin."""
+"""Check the model's inputs, and find where documents begin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["check_shapes", "document_numbers"]
 
 
 def check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
-    """Make sure that tokens are `(B, T)`, and document numbers are as many.
+    """Check that tokens are `(B, T)`, and segment ids have the same shape.
 
     Raises:
         ValueError: they are not.
@@ -27,6 +27,6 @@ def check_shapes(input_ids: Tensor, segment_ids: Tensor | None) -> None:
 
 
 def document_numbers(segment_ids: Tensor) -> Tensor:
-    """Count the changes, so that an id that comes back later is a document of its own."""
+    """Number the documents, so that a segment id that recurs later is a new document."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     return F.pad(changes, (1, 0)).cumsum(1)

@@ -1,4 +1,4 @@
-"""A layer that mixes the channels of each token alone."""
+"""A layer that mixes the channels of each token."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class Mlp(nn.Module):
         self.out_proj = nn.Linear(expand * d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
-        """Map each token of `(B, T, D)`; documents make no difference."""
+        """Map each token of `(B, T, D)`; documents are irrelevant."""
         result: Tensor = self.out_proj(squared_relu(self.in_proj(x)))
         return result
 
     def step(self, x: Tensor, state: tuple[()]) -> tuple[Tensor, tuple[()]]:
-        """Map one token `(B, D)`; there is nothing to remember."""
+        """Map one token `(B, D)`; there is no state."""
         return self(x), state
 
     def initial_state(self, batch: int) -> tuple[()]:
-        """Nothing."""
+        """No state."""
         return ()
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """`relu(x) ** 2`, in half the passes over memory that automatic differentiation takes."""
+    """`relu(x) ** 2`, with half of autograd's memory traffic."""
     result: Tensor = _SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
     return result
 

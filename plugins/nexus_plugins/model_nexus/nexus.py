@@ -31,7 +31,7 @@ EMBEDDING_STD = 0.02
 
 @dataclass(frozen=True)
 class NEXUSOutput:
-    """What a forward pass leaves for the losses; logits exist only where they are asked for."""
+    """The output of a forward pass; logits are computed only on access."""
 
     hidden: Tensor
     """(B, T, D) the residual stream after the final norm."""
@@ -52,11 +52,11 @@ class NEXUSCore(nn.Module):
     On a backbone of state-space layers, four modules read its states and update the stream before
     the head: a world model, a reasoner, an energy module and a causal module.
 
-    Nothing at position t depends on a later position, on a neighbour in the batch or, where
-    `segment_ids` are given, on another document of the row.
+    No position depends on later positions, on other rows of the batch or, if `segment_ids` are
+    given, on other documents of the row.
 
     Args:
-        config: the sizes; or give them as keywords: `NEXUSCore(vocab_size=256, d_model=128)`.
+        config: the sizes; or pass them as keywords: `NEXUSCore(vocab_size=256, d_model=128)`.
 
     Source: the backbone is a stack of Mamba-2 blocks (Dao & Gu 2024) with RMS norms before
         each; output projections start smaller by sqrt(layers) as in GPT-2 (Radford et al. 2019).
@@ -120,7 +120,7 @@ class NEXUSCore(nn.Module):
         """Predict the next token at every position.
 
         Args:
-            input_ids: `(B, T)` token numbers.
+            input_ids: `(B, T)` token ids.
             segment_ids: `(B, T)` integers; a new document starts where the number changes.
             return_all_outputs: also return what the modules report.
 
@@ -135,15 +135,15 @@ class NEXUSCore(nn.Module):
     def hidden(
         self, input_ids: Tensor, segment_ids: Tensor | None = None, observed: bool = True
     ) -> NEXUSOutput:
-        """Run everything but the head, so that a loss can do without the full logits.
+        """Run everything but the head, so that a loss does not need the full logits.
 
         Args:
-            input_ids: `(B, T)` token numbers.
+            input_ids: `(B, T)` token ids.
             segment_ids: `(B, T)` integers; a new document starts where the number changes.
-            observed: also report what modules make of the final states, which their losses need.
+            observed: also report what modules derive from the final states, for their losses.
 
         Raises:
-            ValueError: a shape is not as above.
+            ValueError: an input has the wrong shape.
         """
         check_shapes(input_ids, segment_ids)
         document = None if segment_ids is None else document_numbers(segment_ids)
@@ -168,7 +168,7 @@ class NEXUSCore(nn.Module):
         """Read one token per sequence and predict the next one, in constant memory.
 
         Args:
-            input_ids: `(B,)` token numbers.
+            input_ids: `(B,)` token ids.
             states: what the last step returned, or `initial_state(B)`.
 
         Returns:
@@ -181,10 +181,10 @@ class NEXUSCore(nn.Module):
     def read(
         self, input_ids: Tensor, states: list[LayerState]
     ) -> tuple[Tensor, list[list[LayerState]]]:
-        """Read a few tokens per sequence in one pass, as drafts are verified.
+        """Read a few tokens per sequence in one pass, to verify drafts.
 
         Args:
-            input_ids: `(B, k)` token numbers.
+            input_ids: `(B, k)` token ids.
             states: what the last step returned, or `initial_state(B)`.
 
         Returns:
@@ -206,10 +206,10 @@ class NEXUSCore(nn.Module):
         return self._final(x), [list(states) for states in zip(*after, strict=True)]
 
     def foresee(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """The final hidden state `(B, D)` after a token `(B,)`, as the world model expects it.
+        """The final hidden state `(B, D)` after a token `(B,)`, predicted by the world model.
 
         Raises:
-            ValueError: the model has none that can.
+            ValueError: the model has no world model that can.
         """
         world = self._part("world")
         if not isinstance(world, WorldModel):
@@ -221,7 +221,7 @@ class NEXUSCore(nn.Module):
 
     @property
     def shrunk_heads(self) -> tuple[Tensor, ...]:
-        """The weights whose outputs shrink with the width, so that their rates need not (muP)."""
+        """The weights whose outputs are scaled by width instead of their learning rates (muP)."""
         return () if self.config.base_width is None else (self.head.weight,)
 
     def _final(self, x: Tensor) -> Tensor:
@@ -246,15 +246,15 @@ class NEXUSCore(nn.Module):
 
     @property
     def writing_modules(self) -> tuple[str, ...]:
-        """Those of `active_modules` that update the stream, so that leaving one out shows."""
+        """Those of `active_modules` that update the stream, so that ablating them has an effect."""
         return tuple(name for name in self.parts if cast(Part, self.parts[name]).writes)
 
     def without(self, name: str) -> AbstractContextManager[None]:
-        """Leave out what a module of `active_modules` writes to the stream, while it lasts."""
+        """Ablate a module of `active_modules` in this context: it writes nothing to the stream."""
         return cast(Part, self.parts[name]).silence()
 
     def update_world_target(self, decay: float | Tensor) -> None:
-        """Let the classical world model's target encoder follow; call it after each update."""
+        """Update the classic world model's target encoder; call it after each optimizer step."""
         world = self._part("world")
         if isinstance(world, ClassicWorldModel):
             world.update_target(decay)
@@ -272,7 +272,8 @@ class NEXUSCore(nn.Module):
         """Continue a prompt; see `generate.generate` for the arguments.
 
         With a `draft`, the world model drafts that many tokens at a time, and the model reads them
-        in one pass: the tokens are distributed as without, and at temperature 0 are the same.
+        in one pass: the distribution of tokens is unchanged, and at temperature 0 they are
+        identical.
         """
         if draft:
             sampling = Sampling(temperature, top_k, top_p)

@@ -1,4 +1,4 @@
-"""What the last few tokens say by themselves: hashed n-grams, and what followed them before."""
+"""Features of the last few tokens: hashed n-grams, and what followed them before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MULTIPLIER, MIXER = 0x9E3779B1, 0x85EBCA6B  # odd; products wrap around in 64 bi
 
 
 class NGramState(NamedTuple):
-    """What the next token's n-grams need of the past: constant in size."""
+    """The context that the next token's n-grams need: constant in size."""
 
     recent: Tensor
     """(B, N - 1) the last tokens, counted from 1; 0 before the first one."""
@@ -28,12 +28,12 @@ class NGramState(NamedTuple):
 
 
 class NGrams(nn.Module):
-    """Add to each token's embedding what its n-grams are, and what followed them before.
+    """Add embeddings of each token's n-grams, and of the token that followed them before.
 
-    For each of `lengths`, the last n tokens are hashed, and a table gives their embedding. For
-    each of `recalls`, the place before this one where the last n tokens were the same is found,
-    and a table gives an embedding for the token that followed there. No n-gram reaches over the
-    start of a document, and nothing is recalled from another one. The tables start at zero.
+    For each of `lengths`, the last n tokens are hashed, and a table gives their embedding. For each
+    of `recalls`, the last earlier occurrence of the same n tokens is found, and a table gives an
+    embedding of the token that followed there. N-grams and recall do not cross document boundaries.
+    The tables start at zero.
 
     Args:
         vocab_size: tokens V.
@@ -66,7 +66,7 @@ class NGrams(nn.Module):
 
         Args:
             tokens: `(B, T)`.
-            document: `(B, T)` non-decreasing numbers of documents; None: one a row.
+            document: `(B, T)` non-decreasing document indices; None: each row is one document.
 
         Returns:
             `(B, T, D)`.

@@ -2,9 +2,9 @@
 
 `causal_conv_silu` mixes a few neighbouring tokens per channel; `chunked_scan` runs the linear
 recurrence over the whole sequence; both stop at document boundaries. `gated_rms_norm` ends the
-layer. All are plain PyTorch, and all are bound by memory, not by arithmetic. So they keep for
-the backward pass only what is costly to compute again, and on a CPU they work through the
-sequence in blocks whose intermediate values stay in the cache.
+layer. All are plain PyTorch, and all are memory-bound. So they save for the backward pass only what
+is costly to recompute, and on CPU they process the sequence in blocks whose intermediate values
+stay in cache.
 
 Shapes: B batch, T time, K chunks, Q positions in a chunk, H heads, P width of a head, N state,
 C channels, W taps.
@@ -34,13 +34,13 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor |
 
     Args:
         x: `(B, T, C)`, float32 or a narrower float type.
-        weight: `(W, C)`; `weight[k]` multiplies the token k places back.
+        weight: `(W, C)`; `weight[k]` multiplies the token k positions back.
         bias: `(C,)`.
-        document: `(B, T)` numbers that change where a new document starts; no tap reaches over
-            such a place. None: every row is one document.
+        document: `(B, T)` numbers that change where a new document starts; no tap crosses such a
+            position. None: each row is one document.
 
     Returns:
-        `(B, T, C)` in the type of `x`; sums are taken in the type of `weight`.
+        `(B, T, C)` in the dtype of `x`; sums are accumulated in the dtype of `weight`.
     """
     result: Tensor = _CausalConvSiLU.apply(x, weight, bias, document)  # type: ignore[no-untyped-call]
     return result
@@ -128,19 +128,19 @@ def chunked_scan(
 ) -> Tensor:
     """Run `S_t = exp(log_decay_t) S_{t-1} + dt_t b_t x_t` and read `y_t = c_t S_t + skip x_t`.
 
-    Inside a chunk the recurrence is unrolled into matrix products; between chunks only the
-    state is passed on, in float32 (or wider, if `dt` is). Time and memory are linear in T.
+    Within a chunk the recurrence is unrolled into matmuls; only the state is passed between chunks,
+    in float32 (or wider, if `dt` is). Time and memory are linear in T.
 
     Args:
-        x: `(B, T, H, P)`, the input of each head; its type is that of the matrix products.
+        x: `(B, T, H, P)`, the input of each head; its dtype is that of the matmuls.
         dt: `(B, T, H)`, how strongly a token is written; float32.
         log_decay: `(B, T, H)`, at most 0: the logarithm of what remains of the state; float32.
         b: `(B, T, N)`, where a token is written; shared by the heads.
         c: `(B, T, N)`, where a token reads; shared by the heads.
-        skip: `(H,)`, the part of the input that goes straight to the output.
+        skip: `(H,)`, the weight of the skip connection from input to output.
         document: `(B, T)` non-decreasing numbers of documents; the state is zero where a new
             one starts. None: every row is one document.
-        chunk_length: positions per chunk; changes speed and rounding only.
+        chunk_length: positions per chunk; affects only speed and rounding.
 
     Returns:
         `(B, T, H, P)` in the type of `x`.
@@ -167,7 +167,7 @@ def pad_time(value: Tensor, missing: int) -> Tensor:
 
 
 class Decays(NamedTuple):
-    """What is left of a state on its way through a chunk; 0 across a document boundary."""
+    """How much of a state remains along a chunk; 0 across a document boundary."""
 
     sums: Tensor
     """(B, K, Q, H) log decay since the chunk's start, in powers of two."""
@@ -202,14 +202,14 @@ class Decays(NamedTuple):
         return Decays(sums, from_start, to_end, across, document)
 
     def pairwise(self) -> Tensor:
-        """(B, K, H, Q, Q) decay from the second position to the first, at most 1 everywhere."""
+        """`(B, K, H, Q, Q)`: decay from the second position to the first, at most 1."""
         sums = self.sums.transpose(2, 3).contiguous()
         # Without the clamp, pairs that are not visible would overflow. A base of two because
         # torch.exp on CPUs takes three times as long.
         return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).clamp_max_(0).exp2_()
 
     def visible(self) -> Tensor:
-        """(Q, Q) or (B, K, Q, Q): 1 where the first position may look at the second, else 0."""
+        """`(Q, Q)` or `(B, K, Q, Q)`: 1 if the first position may see the second, else 0."""
         chunk = self.sums.shape[2]
         earlier = torch.ones(chunk, chunk, dtype=self.sums.dtype, device=self.sums.device).tril()
         if self.document is None:
@@ -348,7 +348,7 @@ def _scan_block_backward(
 def _pairs_backward(
     grad_heads: Tensor, written: Tensor, b: Tensor, c: Tensor, decays: Decays
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Through what positions of one chunk read of one another.
+    """The backward pass of the interactions within a chunk.
 
     Args:
         grad_heads: (B, K, H, Q, P), of the output.

@@ -1,4 +1,4 @@
-"""The modules that a config asks for."""
+"""The modules that a config enables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["make_parts"]
 
 
 def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
-    """The modules beside the backbone; each reads its states and updates the stream, gated."""
+    """The modules on the backbone; each reads its states and writes a gated update."""
     width, parts = config.d_model, nn.ModuleDict()
     if config.world:
         sizes = (width, config.d_latent, config.world_levels)

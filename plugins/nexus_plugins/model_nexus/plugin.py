@@ -1,4 +1,4 @@
-"""The NEXUS model as the model of a run."""
+"""The NEXUS model as a plugin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPT, SAMPLE = 48, 160  # tokens of the sample in the summary
 
 
 class ModelNexusConfig(NEXUSConfig):
-    """The sizes of the model, with the vocabulary left to the data unless it is given."""
+    """The sizes of the model; the vocabulary size comes from the data unless it is set."""
 
     vocab_size: int | None = Field(  # type: ignore[assignment]
         default=None, ge=1, description="vocabulary size; null: that of the data"
@@ -45,7 +45,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
 
     @hookimpl
     def make_model(self, engine: Engine) -> nn.Module:
-        """Build the model, with the data's vocabulary where the config names none."""
+        """Build the model, with the data's vocabulary size unless one is configured."""
         settings = self.config.model_dump(exclude_none=True)
         if self.config.vocab_size is None:
             codec = engine.data.codec if engine.data is not None else None
@@ -67,19 +67,19 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         return NEXUSCore(NEXUSConfig(**settings))
 
     def state_dict(self) -> StateDict:
-        """The vocabulary that the data brought, for who builds the model from a checkpoint."""
+        """The vocabulary size from the data, for building the model from a checkpoint."""
         return {} if self._vocab_size is None else {"vocab_size": self._vocab_size}
 
     @hookimpl
     def forward(self, engine: Engine, batch: Batch) -> NEXUSOutput:
-        """Run the backbone over `input_ids`, isolated by `segment_ids` where there are any.
+        """Run the backbone over `input_ids`, isolated by `segment_ids` if present.
 
-        Where there are none, the padding that an `attention_mask` marks is a document of its own.
-        `variables` `(B, T, n)` in the batch are observed values of the causal module's variables:
-        they are what its graph is to explain then.
+        Otherwise the padding marked by an `attention_mask` is treated as a separate document. If
+        the batch has `variables` `(B, T, n)`, they are observed values of the causal module's
+        variables, which its graph then explains.
 
         Raises:
-            DataError: an id is not in the vocabulary (on the CPU; a device fails by itself).
+            DataError: an id is outside the vocabulary (checked on CPU; CUDA raises its own error).
         """
         model = cast(NEXUSCore, engine.model)
         segments = batch.get("segment_ids", batch.get("attention_mask"))
@@ -98,10 +98,10 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """A short sample that the model just trained writes after a prompt from the data.
+        """Show a short sample that the trained model writes after a prompt from the data.
 
-        It is left out where no process has all of the weights. Where the model cannot write one,
-        it says so: whatever comes out, the training is done.
+        It is left out if the weights are sharded. If sampling fails, the summary says so; the
+        training is complete either way.
         """
         data = engine.data
         split = next(iter(data.valid.values()), None) if data is not None else None

@@ -14,25 +14,25 @@ CONCLUSION_SCALE = 0.5
 
 
 class Reasoner(Part):
-    """Derive facts from what a token's state says, by rules that fire in parallel.
+    """Derive facts from a token's state, by rules that fire in parallel.
 
-    A state of facts is P numbers. At each step every rule looks at all facts, through weights of
-    its own, and at the token; what it finds is how far it fires, and each that fires adds its
-    conclusions to the facts: a step applies all rules that hold, as forward chaining does. The
-    rules are the same at each step, so a derivation of several steps is made of those of one. No
-    parameter belongs to a step: a model that was trained with K steps takes one more to derive
-    what lies one step further (`model_nexus.reasoning_steps`, or `steps` of this module).
+    The facts are P numbers. At each step every rule reads all facts, through its own weights, and
+    the token; this determines how strongly it fires, and each firing rule adds its conclusions to
+    the facts: a step applies all rules that hold, as in forward chaining. The rules are the same at
+    each step, so longer derivations are composed of single steps. No parameter is specific to a
+    step: a model trained with K steps can run one more to derive what is one step further away
+    (`model_nexus.reasoning_steps`, or `steps` of this module).
 
     Shapes: B batch, T time, D model, P facts, R rules, K steps.
 
     Args:
-        d_model: width D of the backbone's states.
+        d_model: width D of the backbone states.
         n_predicates: facts P.
         n_rules: rules R.
         steps: steps K.
 
     Source: a block in a loop, as in Universal Transformers (Dehghani et al. 2019) and in recurrent
-        depth (Geiping et al. 2025), with the token read anew at each step as there.
+        depth (Geiping et al. 2025), with the token re-read at each step, as there.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Reasoner(Part):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Update states of any leading shape, each by itself.
+        """Update states of any leading shape, each independently.
 
         Args:
-            h: `(..., D)` normed states of the backbone.
-            document: not needed: no token looks at another.
+            h: `(..., D)` normalized backbone states.
+            document: unused: tokens do not interact.
 
         Returns:
             The update `(..., D)`, and `{"reason": firing}` with `(..., R)` in float32 or wider: how
-            far each rule fired, from 0 to 1, on average over the steps.
+            strongly each rule fired, from 0 to 1, averaged over the steps.
         """
         sizes = [self.n_predicates, self.n_rules]
         with torch.autocast(h.device.type, enabled=False):

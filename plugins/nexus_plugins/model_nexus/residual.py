@@ -1,4 +1,4 @@
-"""What the modules share: their shape, and how they write to the residual stream."""
+"""Shared by the modules: their interface, and how they write to the residual stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATE_START = 0.01
 
 
 class Final(NamedTuple):
-    """Whole sequences when all modules have written to the stream."""
+    """Whole sequences after all modules have written to the stream."""
 
     stream: Tensor
     """(B, T, D)"""
@@ -34,10 +34,10 @@ class Final(NamedTuple):
 
 
 class Part(nn.Module):
-    """A module beside the backbone: it reads the states and answers with an update of the stream.
+    """A module on the backbone: it reads the states and returns an update of the stream.
 
-    No update may depend on a later token, a neighbour in the batch or another document. One that
-    depends on earlier tokens keeps what it needs of them in a state of its own.
+    No update may depend on a later token, another row of the batch or another document. A module
+    that depends on earlier tokens keeps what it needs in its own state.
     """
 
     writes: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class Part(nn.Module):
 
     @contextmanager
     def silence(self) -> Iterator[None]:
-        """Leave out what the module writes, while it still reports."""
+        """Suppress the module's update, while it still reports."""
         before, self.muted = self.muted, True
         try:
             yield
@@ -58,24 +58,24 @@ class Part(nn.Module):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """The update, and what the module reports for its loss.
+        """Compute the update, and the module's reports for its loss.
 
         Args:
-            h: `(B, T, D)` normed states of the backbone.
-            document: `(B, T)` non-decreasing numbers of documents; None: every row is one.
+            h: `(B, T, D)` normalized backbone states.
+            document: `(B, T)` non-decreasing document indices; None: each row is one document.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def observe(self, final: Final) -> Mapping[str, Any]:
-        """What it reports once all modules have written; nothing unless it says otherwise."""
+        """Its reports after all modules have written; empty by default."""
         return {}
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
-        """What it remembers before the first token: tensors with a row for each sequence."""
+        """Its state before the first token: tensors with a row per sequence."""
         return ()
 
     def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The update `(B, D)` of one token `(B, D)`, the same as `forward`, and the new state."""
+        """The update `(B, D)` of one token `(B, D)`, equal to `forward`, and the new state."""
         update: Tensor = self(h)[0]
         return update, state
 
@@ -86,7 +86,7 @@ def in_turn(
     """Take a step for each of a few tokens `(B, k, ...)`.
 
     Returns:
-        What the steps give `(B, k, ...)`, and the state after each of them.
+        The outputs of the steps `(B, k, ...)`, and the state after each.
     """
     updates, after = [], []
     for token in tokens.unbind(1):
@@ -99,7 +99,7 @@ def in_turn(
 class GatedWrite(nn.Module):
     """Turn a module's result into an update of the residual stream that starts near zero.
 
-    The gate is small and the projection is not, so at the start the update hardly moves the
+    The gate starts small and the projection does not, so the update initially barely changes the
     stream, while both of them (and everything before them) receive a gradient.
 
     Args:
@@ -121,5 +121,5 @@ class GatedWrite(nn.Module):
 
 
 def widened(value: Tensor) -> Tensor:
-    """The value in float32, or in its own type where that is wider."""
+    """The value in float32, or in its own dtype if that is wider."""
     return value.to(torch.promote_types(value.dtype, torch.float32))

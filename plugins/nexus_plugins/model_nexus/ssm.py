@@ -18,7 +18,7 @@ STEP_RANGE = (1e-3, 1e-1)
 
 
 class SSMState(NamedTuple):
-    """All that a layer remembers of the past: constant in size, however long the past is."""
+    """The recurrent state of a layer: constant in size, however long the context."""
 
     conv: Tensor
     """(B, W - 1, C) the last inputs of the convolution, the newest first."""
@@ -38,7 +38,7 @@ class SelectiveSSM(nn.Module):
         head_dim: channels per head; a head shares one decay.
         expand: inner width E over D.
         conv_width: taps W of the causal convolution.
-        chunk_length: positions per chunk in `forward`; changes speed and rounding only.
+        chunk_length: positions per chunk in `forward`; affects only speed and rounding.
         norm_eps: added to the mean square in the norm before the output projection.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 7 (the block) and Mamba-2's
@@ -74,7 +74,7 @@ class SelectiveSSM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: step sizes log-uniform, decay rates uniform."""
+        """Reinitialize all parameters: step sizes log-uniform, decay rates uniform."""
         width = self.conv_weight.shape[0]
         nn.init.uniform_(self.conv_weight, -(width**-0.5), width**-0.5)
         nn.init.zeros_(self.conv_bias)
@@ -107,7 +107,7 @@ class SelectiveSSM(nn.Module):
         return chunked_scan(x, dt, log_decay, b, c, self.skip, document, self.chunk_length)
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        """Mix one token into the state; the same as `forward` up to rounding.
+        """Mix one token into the state; equal to `forward` up to rounding.
 
         Args:
             x: `(B, D)`, the next token of each sequence.

@@ -29,14 +29,14 @@ class WindowState(NamedTuple):
 
 
 class WindowAttention(nn.Module):
-    """Each token attends to itself and the tokens before it, `window` of them in all.
+    """Each token attends to the last `window` tokens, including itself.
 
     Shapes: B batch, T time, D model, H = D / head_dim heads of P, W window.
 
     Args:
         d_model: width D of input and output.
-        head_dim: width P of a head at most: the widest that is even and divides D.
-        window: tokens W that a token sees.
+        head_dim: maximum width P of a head: the largest even divisor of D is used.
+        window: tokens W that each token sees.
 
     Source: Beltagy et al. 2020, "Longformer" (windows), in blocks of W that see the block before
         them; Su et al. 2021, "RoFormer" (rotary positions), relative to the window; queries and
@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
         return result
 
     def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
-        """Read one token `(B, D)`; the same as `forward` up to rounding."""
+        """Read one token `(B, D)`; equal to `forward` up to rounding."""
         pairs, value = self._project(x.unsqueeze(1))
         keys = torch.cat([state.keys, pairs[:, :, 1]], 1)
         values = torch.cat([state.values, value], 1)
@@ -107,7 +107,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class _Unit(Function):
-    """By hand, in a third of the passes over memory that automatic differentiation takes."""
+    """Normalization with a manual backward pass, in a third of autograd's memory traffic."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The world model: what the model's own next states will be, given the tokens that come."""
+"""The world model: predict the model's own next states, given the next tokens."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ CHANGE_SCALE = 0.1
 
 
 class WorldModel(Part):
-    """Predict the final hidden state of the next token from this one's and the token that came.
+    """Predict the next token's final hidden state from the current state and that token.
 
     The prediction is rolled out: the predicted state and the token after it give the state after
     that, and so on. To be predictable from itself, a state must hold all that later ones need: it
-    becomes a belief about what is hidden behind the tokens. Beside that, heads predict the tokens
+    becomes a belief about the latent state behind the tokens. In addition, heads predict the tokens
     2, 3, ... ahead from the state alone, through the model's own output matrix.
 
-    It writes nothing to the stream: it shapes the states in training, and generation does without
-    it, or drafts with it.
+    It writes nothing to the residual stream: it shapes the states in training, and generation
+    either ignores it or drafts with it.
 
     Shapes: B batch, T time, D model, K moves, M heads.
 
     Args:
         d_model: width D of the states.
-        d_latent: width of the hidden layer of a move.
+        d_latent: hidden width of a move.
         levels: moves K that are rolled out in training.
         heads: heads M; head m predicts the token m + 1 ahead of a state.
 
@@ -61,7 +61,7 @@ class WorldModel(Part):
         return self._moved(state, self.from_token(token))
 
     def observe(self, final: Final) -> dict[str, Tensor]:
-        """Roll the final states of whole sequences out.
+        """Roll out predictions from the final states of whole sequences.
 
         Returns:
             The predictions `world` and their targets `world_targets`, both `(B, T, K, D)`: of the
@@ -93,13 +93,13 @@ class WorldModel(Part):
 
 
 def later(values: Tensor, ahead: int) -> Tensor:
-    """What stands `ahead` places later along time, 0 past the end; `(B, T, ...)`."""
+    """Values `ahead` positions later, 0 past the end; `(B, T, ...)`."""
     ahead = min(ahead, values.shape[1])
     return F.pad(values[:, ahead:], (0, 0) * (values.dim() - 2) + (0, ahead))
 
 
 def same_document(hidden: Tensor, document: Tensor | None, ahead: int) -> Tensor:
-    """(B, T) whether the place `ahead` is there and of the same document."""
+    """`(B, T)`: whether the position `ahead` exists and is in the same document."""
     if document is None:
         document = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     ahead = min(ahead, document.shape[1])

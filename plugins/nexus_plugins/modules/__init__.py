@@ -1,1 +1,1 @@
-"""Each module of NEXUS on a puzzle of its own: what the preset `modules` trains on, and shows."""
+"""Each NEXUS module on a dedicated puzzle: the data and plots of the preset `modules`."""

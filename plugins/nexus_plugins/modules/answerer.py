@@ -1,4 +1,4 @@
-"""A model that reads a question, thinks about it, and answers."""
+"""A model that reads a question, runs a reasoner, and answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STEPS = 3
 
 
 class Answerer(nn.Module):
-    """The reasoner by itself, or an MLP in its place, between a linear map and another.
+    """The reasoner, or an MLP in its place, between two linear layers.
 
     Args:
         thinker: reason or mlp.
-        told: numbers of a question.
-        answers: that there are to choose from.
-        width: of the state in between; at 64 both thinkers have as many parameters.
+        told: size of a question.
+        answers: number of possible answers.
+        width: width of the hidden state; at 64 both have the same number of parameters.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Several small models in one run, each on its own part of the batch, with losses of its own."""
+"""Train several small models in one run, each with its own data and losses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LONGEST_GRADIENT = 1.0
 
 
 class ContestConfig(PluginConfig):
-    """Who competes on what."""
+    """Which models compete on which puzzles."""
 
     puzzles: dict[str, dict[str, Plugins]] = Field(
         min_length=1,
@@ -78,20 +78,20 @@ class Contender:
 
     @property
     def place(self) -> str:
-        """What its terms and metrics begin with."""
+        """The prefix of its terms and metrics."""
         return f"{self.puzzle}/{self.name}"
 
 
 class ContestPlugin(Plugin[ContestConfig]):
-    """Trains several models side by side, and draws how they learn.
+    """Trains several models side by side, and plots how they learn.
 
-    A batch is a dict of the puzzles' parts. A contender sees the part of its puzzle; its gradient
-    and its longest length (1) are its own, so each is trained as it would be alone. Losses are
-    logged as `train/<puzzle>/<contender>/<term>_loss` and, in evaluations, under `val/`; so are
+    A batch is a dict with a part for each puzzle. A contender sees only its puzzle's part, and its
+    gradient is clipped separately (norm 1), so each is trained as if it were the only model. Losses
+    are logged as `train/<puzzle>/<contender>/<term>_loss` and, in evaluations, under `val/`; so are
     refinements, hops and edges, where a puzzle has them.
 
-    The picture, `modules.png`, has the held-out cross-entropy of each over the run, and what each
-    puzzle is about; it needs matplotlib (`pip install 'nexus-trainer[plot]'`).
+    The plot, `modules.png`, shows the held-out cross-entropy of each over the run, and the measure
+    specific to each puzzle; it needs matplotlib (`pip install 'nexus-trainer[plot]'`).
     """
 
     config_class = ContestConfig
@@ -106,7 +106,7 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl
     def make_model(self, engine: Run) -> nn.Module:
-        """One model for each contender; those of a puzzle begin with the same random numbers."""
+        """Build a model for each contender; those of one puzzle share the random seed."""
         models = nn.ModuleDict({one.puzzle: nn.ModuleDict() for one in self._contenders})
         alone = SimpleNamespace(data=None)
         for one in self._contenders:
@@ -118,19 +118,19 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl
     def forward(self, engine: Run, batch: Batch) -> dict[str, Any]:
-        """What each contender makes of its part of the batch."""
+        """Run each contender on its part of the batch."""
         return {
             one.place: self._run(one, engine.model, batch[one.puzzle]) for one in self._contenders
         }
 
     @hookimpl
     def loss_units(self, batch: Batch) -> dict[str, Tensor | float]:
-        """What each contender's losses count in its part."""
+        """Count the units of each contender's losses in its part."""
         return {term: loss.units(batch[one.puzzle]) for one, loss, term in self._terms()}
 
     @hookimpl
     def loss_weight(self) -> dict[str, float]:
-        """The weights that the losses have."""
+        """The weights of the losses."""
         return {term: loss.weight for _, loss, term in self._terms()}
 
     @hookimpl
@@ -150,14 +150,14 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl(stage="limit")
     def after_backward(self, engine: Run) -> None:
-        """Limit the gradient of each model by itself."""
+        """Clip the gradient of each model separately."""
         for one in self._contenders:
             weights = _model(one, engine.model).parameters()
             torch.nn.utils.clip_grad_norm_(weights, LONGEST_GRADIENT)
 
     @hookimpl
     def measure(self, engine: Run, split: str, data: Iterable[Batch]) -> dict[str, float]:
-        """What the puzzles are about: refinements, hops, edges."""
+        """The puzzle-specific measures: refinements, hops, edges."""
         seen: dict[str, list[tuple[Batch, Any]]] = {one.place: [] for one in self._contenders}
         for batch in data:
             for one in self._contenders:
@@ -172,14 +172,14 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl
     def on_eval(self, engine: Run, metrics: dict[str, float]) -> None:
-        """Keep the held-out cross-entropies for the picture."""
+        """Record the held-out cross-entropies for the plot."""
         for place, curve in self._curves.items():
             if (nats := metrics.get(f"val/{place}/lm_loss")) is not None:
                 curve.append([float(engine.state.step), nats])
 
     @hookimpl
     def on_finish(self, engine: Engine) -> None:
-        """Draw the picture, where there is something to draw with and a folder for it."""
+        """Draw the plot, if matplotlib is installed and there is a run folder."""
         if engine.out is not None and engine.ranks.is_main and is_drawable():
             self._picture = engine.out / self.config.picture
             draw(self._curves, self._looks, self._picture)
@@ -187,7 +187,7 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """How the contenders ended, puzzle by puzzle, and where the picture is."""
+        """The final result of each contender, puzzle by puzzle, and the path of the plot."""
         missing = "none: it needs matplotlib: pip install 'nexus-trainer[plot]'"
         ends = dict(self._ends())
         return {**ends, "picture": str(self._picture or missing)} if ends else {}
@@ -197,7 +197,7 @@ class ContestPlugin(Plugin[ContestConfig]):
         return {"curves": cast(StateDict, self._curves)}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Draw on from there."""
+        """Restore the curves."""
         self._curves = cast("dict[str, list[list[float]]]", state["curves"])
 
     def _run(self, one: Contender, models: nn.Module, part: Batch) -> Any:

@@ -1,4 +1,4 @@
-"""Random causal graphs, and data of which the graph is known."""
+"""Random causal graphs, and data generated from them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ HIDDEN = 16  # of the networks that make the data
 
 
 class Graph:
-    """Variables of a random graph, with values observed and values of which some are set by hand.
+    """Variables of a random graph, with observational and interventional samples.
 
-    Values are standardised, so that variances give no order away. A linear model has strengths of
-    0.5 to 2 of either sign and noise of variance 1; a model of networks has a random one for each
-    variable.
+    Values are standardized, so that variances do not reveal the order. A linear model has strengths
+    of 0.5 to 2 of either sign and noise of variance 1; a model of networks has a random one for
+    each variable.
 
     Args:
         draw: where chance comes from.
         variables: n.
         edges: that there are, of n (n - 1) / 2 at most.
         kind: linear, or a network for each variable.
-        observed: values that nobody touched.
-        by_hand: further values for each variable, in which it is set; 0: none.
+        observed: number of observational samples.
+        by_hand: interventional samples per variable; 0: none.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a puzzle is about, beside its cross-entropy: what an evaluation found of it."""
+"""The measures specific to each puzzle, besides its cross-entropy."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Hops:
 
 @dataclass(frozen=True)
 class Edges:
-    """The strengths that were learned, and the edges that there are."""
+    """The learned strengths and the true edges."""
 
     place: str
     edges: Tensor

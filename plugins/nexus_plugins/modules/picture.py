@@ -1,4 +1,4 @@
-"""The picture of a contest: how each contender learns, and what each puzzle is about."""
+"""The plot of a contest: learning curves, and the measure specific to each puzzle."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ COLOURS = ("#c2410c", "#334155", "#94a3b8", "#0f766e", "#7c3aed")
 
 
 def is_drawable() -> bool:
-    """Whether there is something to draw with."""
+    """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def draw(curves: Curves, looks: Sequence[Look], path: Path) -> None:
-    """Write the picture as a PNG.
+    """Write the plot as a PNG.
 
     Args:
         curves: of all contenders.

@@ -26,14 +26,14 @@ def dynamics(
     longest: int = 12,
     noise: float = 0.0,
 ) -> Puzzle:
-    """Rows that move along hidden cycles of their own, and show a symbol at every place.
+    """Rows that each move along a hidden cycle and emit a symbol at every position.
 
     Length and symbols of the cycle are drawn for each row. Two places may look alike, so what comes
-    next depends on the place, not on the symbol. Who has found the cycle knows all that follows but
-    the noise.
+    next depends on the position, not on the symbol. Once the cycle is inferred, everything but the
+    noise is predictable.
 
     Args:
-        draw: where chance comes from.
+        draw: the random generator.
         rows: B.
         length: T.
         symbols: that there are.
@@ -84,12 +84,12 @@ class Rule:
 
 
 def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float = 0.5) -> Puzzle:
-    """Sequences that follow a rule, of which some tokens are replaced; what were they?
+    """Sequences that follow a rule, with some tokens replaced; the task is to recover them.
 
-    It can be worked out, step by step, from the last two tokens that are trusted.
+    They can be derived, step by step, from the last two trusted tokens.
 
     Args:
-        draw: where chance comes from.
+        draw: the random generator.
         rule: that the sequences follow.
         level: `(B, 1)` the part of each row's tokens that is replaced.
         length: T.
@@ -108,12 +108,12 @@ def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float
 
 
 def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3) -> Puzzle:
-    """Questions that each bring a table, which place leads to which, and ask where some hops end.
+    """Questions that each give a table of jumps and ask where a number of hops ends.
 
-    Each has a table of its own, so none can be known by heart.
+    Every question has a new table, so none can be memorized.
 
     Args:
-        draw: where chance comes from.
+        draw: the random generator.
         rows: B.
         length: T questions a row.
         places: P.
@@ -138,7 +138,7 @@ def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3
 
 
 class Rows(Dataset[dict[str, Puzzle]]):
-    """A row of every puzzle at each place, by the puzzle's name.
+    """Rows of all puzzles: each index gives one row of every puzzle, by name.
 
     Args:
         puzzles: by name, each with as many rows.

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint, for all that write, resume from or take weights out of one.
+"""The checkpoint folder format, for everything that writes, resumes from or reads weights of one.
 
 | module | what it knows |
 |---|---|

@@ -1,4 +1,4 @@
-"""One checkpoint: a folder that is written whole or not at all, and read only if it is whole."""
+"""One checkpoint: a folder that is written atomically, and read only if it is complete."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def write(
     before_rename: Callable[[], None],
     write_parts: Callable[[Path], Mapping[str, tuple[int, str]]],
 ) -> None:
-    """Write a checkpoint into a folder beside, sync it, and give it its name.
+    """Write a checkpoint under a temporary name, sync it, and rename it.
 
     Args:
         folder: the final name.
@@ -149,7 +149,7 @@ def read(
     ranks: Ranks = Ranks(),  # noqa: B008 (it is frozen)
     wanted: Collection[str] | None = None,
 ) -> Content:
-    """Read a checkpoint of which every byte is as it was written.
+    """Read a checkpoint and verify every byte.
 
     Args:
         folder: of the checkpoint.

@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part: all processes write them and read them, together.
+"""Sharded tensors: all ranks write and read them together.
 
 PyTorch's distributed checkpointing does both, into safetensors files whose headers say which part
 of which tensor they hold. So a run may continue with another number of processes, or with one.

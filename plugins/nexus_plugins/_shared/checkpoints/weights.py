@@ -1,4 +1,4 @@
-"""The model's tensors by name, out of a checkpoint of ours."""
+"""The model's tensors by name, from a checkpoint."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def by_hand(
     warmup=st.integers(0, 3) | st.integers(1, 999).map(lambda count: Fraction(count, 1000)),
     plugin=st.sampled_from(list(SHAPES)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_every_unit_of_a_horizon_gives_the_rates_and_the_weights_of_a_loop_by_hand(
     length: int, epochs: int, accumulate: int, warmup: int | Fraction, plugin: type[Schedule[Any]]
 ) -> None:

@@ -135,6 +135,7 @@ def test_processes_share_the_order_of_one(size: int) -> None:
     assert [sum(parts, []) for parts in zip(*map(ids, shares), strict=True)] == alone
 
 
+@pytest.mark.slow
 def test_loader_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     list(ResumableLoader(Squares(9), 4, num_workers=1))

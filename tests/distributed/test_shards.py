@@ -36,10 +36,8 @@ def ids(seen: list[Seen], step: int) -> list[int]:
     return sorted(number for process in seen for number in process.ids[step])
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 4), (1, 2), (3, 2)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (2, 1), (1, 2), (3, 2)])
 def test_a_divided_run_goes_on_with_other_processes(
     before: int, after: int, tmp_path: Path
 ) -> None:
@@ -103,7 +101,9 @@ def test_divided_weights_begin_another_run_divided_or_not(tmp_path: Path) -> Non
         assert seen.weights == pytest.approx(alone.weights, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("fault", ["damaged", "gone", "longer"])
+@pytest.mark.parametrize(
+    "fault", ["damaged", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gone", "longer"))]
+)
 def test_a_damaged_part_makes_all_take_the_checkpoint_before(fault: str, tmp_path: Path) -> None:
     """Red if a process trusts a part that another has found damaged, or all begin anew."""
     work = partial(DIVIDED, 9, out=tmp_path / "run", every=3)
@@ -156,6 +156,7 @@ def full_disk_at_the_end(folder: Path) -> None:
     DIVIDED(4, out=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [full_disk, unusable_folder, full_disk_at_the_end])
 def test_a_process_that_cannot_write_does_not_leave_the_others_waiting(
     broken: Callable[[Path], None], tmp_path: Path

@@ -246,6 +246,7 @@ print(told, finder.state_dict()["rows"], fit.peak_memory() - before)
 """
 
 
+@pytest.mark.slow
 def test_measured_memory_stays_within_the_limit() -> None:
     """Breaks if the peak is not seen, or a batch is tried that is sure not to fit.
 

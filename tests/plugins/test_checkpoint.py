@@ -528,7 +528,7 @@ def check_mutations(tmp_path: Path, count: int, seed: int) -> int:
 
 def test_mutated_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
     """Breaks if a change, even with a manifest made to fit, ends in anything but our error."""
-    assert check_mutations(tmp_path, 150, seed=1) > 75
+    assert check_mutations(tmp_path, 80, seed=1) > 40
 
 
 @pytest.mark.slow
@@ -787,7 +787,7 @@ print("crashes", crashes)
 """
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [20, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(
     stride: int, tmp_path: Path
 ) -> None:

@@ -295,7 +295,7 @@ def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path)
     engine.fit(batches(), until=4)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_signed_mutations_are_refused_or_train(count: int) -> None:
     """Breaks if one ends in anything but a `CheckpointError` or a step: an error, a signal."""
     command = ["-m", "benchmarks.mutations", "--mutations", str(count), "--seed", "7"]

@@ -262,6 +262,7 @@ def test_prepared_bytes_do_not_depend_on_workers(
     assert again == two
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_is_finished_by_the_next_one(tmp_path: Path) -> None:
     """Hours of work must not be lost, nor a half-written file be taken for a whole one."""
     path = big_corpus(tmp_path / "big.txt", 32)

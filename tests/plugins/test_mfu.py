@@ -121,6 +121,7 @@ def shared_logs() -> list[dict[str, float]]:
     return logs_of(ddp, ThroughputPlugin(), MfuPlugin(peak=1e6))
 
 
+@pytest.mark.slow
 def test_two_processes_use_two_devices() -> None:
     """Breaks if the work of all processes is held against the rate of one device."""
     for line in together(2, shared_logs)[0][1:]:

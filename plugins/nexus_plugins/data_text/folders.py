@@ -209,13 +209,13 @@ def _files(count: int) -> str:
 
 
 def _is_metadata(path: Path) -> bool:
-    """Whether it is NAME.meta.jsonl beside NAME.bin."""
+    """Whether it is NAME.meta.jsonl next to NAME.bin."""
     name = path.name.removesuffix(".meta.jsonl")
     return name != path.name and path.with_name(f"{name}.bin").exists()
 
 
 def _goes_with_ids(path: Path) -> bool:
-    """Whether it is what lies beside a file of ids to describe it."""
+    """Whether it is a metadata file of an id file."""
     if path.name in _OF_IDS:
         return any(path.parent.glob("*.bin"))
     return path.name.endswith(_BESIDE_IDS) and path.with_suffix(".bin").exists()

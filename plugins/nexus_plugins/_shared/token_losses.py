@@ -48,7 +48,7 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 def pieces(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of so many rows that their logits are a matrix of moderate size."""
+    """Slices of rows, sized so that their logits stay small."""
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     return (slice(start, start + size) for start in range(0, rows, size))
 

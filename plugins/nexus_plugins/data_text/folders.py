@@ -222,7 +222,7 @@ def _goes_with_ids(path: Path) -> bool:
 
 
 def _holds_text(path: Path) -> bool:
-    """Whether the beginning of a file is like text; compressed files are, as .txt.gz alone."""
+    """Whether a file starts like text; compressed files only count as .txt.gz."""
     form = format_of(path, as_text=True)
     if form is not None and form.packing:
         return bool(format_of(path))

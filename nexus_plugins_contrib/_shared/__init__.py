@@ -1,1 +1,1 @@
-"""Helpers of at least two plugins of this package, and nothing else."""
+"""Helpers that at least two plugins of this package use, and nothing else."""

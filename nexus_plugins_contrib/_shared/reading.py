@@ -1,4 +1,4 @@
-"""From the settings of a plugin of data to the loaders of a run."""
+"""From the settings of a data plugin to the loaders of a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Opened:
 
 
 class RowsPlugin(Plugin[ConfigT]):
-    """The part that plugins share whose data are records of data sets."""
+    """The base of the plugins that train on dataset records."""
 
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "data"
@@ -66,12 +66,12 @@ class RowsPlugin(Plugin[ConfigT]):
         """How examples become rows."""
 
     def skips(self) -> bool:
-        """Whether records that cannot be used are left out, and counted."""
+        """Whether unusable records are skipped and counted."""
         return False
 
     @hookimpl
     def make_data(self, engine: Engine) -> RunData:
-        """Open, check and, where needed, tokenise the sources.
+        """Open and check the sources, and tokenize them if needed.
 
         Raises:
             DataError: a source cannot be read or used.
@@ -91,7 +91,7 @@ class RowsPlugin(Plugin[ConfigT]):
         """Save the tokenizer, with its chat template, in the run folder.
 
         Raises:
-            ConfigError: the model has fewer ids than the data.
+            ConfigError: the model's vocabulary is smaller than the data's.
         """
         if self.tokenizer is None:
             return
@@ -105,17 +105,17 @@ class RowsPlugin(Plugin[ConfigT]):
 
     @staticmethod
     def codec_in(run: Path) -> HubTokenizer:
-        """The tokenizer that a run has kept in its folder."""
+        """The tokenizer saved in a run folder."""
         return open_tokenizer(str(run / TOKENIZER))
 
     @hookimpl
     def summarize(self) -> dict[str, str]:
-        """What to know about the data: what was left out or cut off."""
+        """Notes about the data: what was skipped or truncated."""
         notes = self._opened.notes if self._opened is not None else []
         return {"data": "\n".join(notes)} if notes else {}
 
     def state_dict(self) -> StateDict:
-        """What tells the tokenizer and the data from others."""
+        """The identity of the tokenizer and the data."""
         if self._opened is None or self.tokenizer is None:
             return {}
         return {"tokenizer": self.tokenizer.hash, "data": self._opened.fingerprint}

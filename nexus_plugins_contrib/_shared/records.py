@@ -1,4 +1,4 @@
-"""Records of data sets, one after another, that can be read again from any place."""
+"""Dataset records that can be re-read from any position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Place:
 
 
 class Records(Protocol):
-    """Records that can be read again, one after another, from any place.
+    """Records that can be re-read from any position.
 
     `key` tells what they are, so that what was made of them is made once; `content` does so
     wherever they lie, and copies have the same.
@@ -43,7 +43,7 @@ class Records(Protocol):
 
 
 class JsonLines:
-    """Objects of JSON, one a line; `state_dict` is the place behind the one read last.
+    """JSON objects, one per line; `state_dict` is the position after the last one read.
 
     They are read as they are written: no key is added, none is merged with those of other lines.
     """
@@ -77,7 +77,7 @@ class JsonLines:
 
 
 class Table:
-    """A data set of `datasets`, map-style or streaming.
+    """A dataset of the package `datasets`, map-style or streaming.
 
     Arrow gives every record of a column the keys of all of them; those without a value are taken
     away again, within lists and objects. A stream is opened anew for each pass: one that has been

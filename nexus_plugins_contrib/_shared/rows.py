@@ -25,7 +25,7 @@ RowBatch: TypeAlias = dict[str, Tensor]
 
 
 class One:
-    """A row for each example, cut off at `length`."""
+    """One row per example, truncated at `length`."""
 
     def __init__(self, examples: Examples, length: int) -> None:
         self.examples, self.length = examples, length
@@ -35,7 +35,7 @@ class One:
 
     @property
     def lost(self) -> int:
-        """Tokens that no row holds."""
+        """The number of tokens that no row holds."""
         return int((self.examples.lengths - self.length).clip(min=0).sum())
 
     def rows(self, number: int) -> tuple[Row, ...]:
@@ -150,7 +150,7 @@ class Rows:
 
     @property
     def lost(self) -> int:
-        """Tokens that no row holds."""
+        """The number of tokens that no row holds."""
         return sum(layout.lost for layout in self.layouts)
 
     @cached_property

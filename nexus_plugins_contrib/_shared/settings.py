@@ -1,4 +1,4 @@
-"""The settings that plugins share whose data are records of data sets."""
+"""Settings shared by the plugins that train on dataset records."""
 
 from __future__ import annotations
 

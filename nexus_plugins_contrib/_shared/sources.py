@@ -1,4 +1,4 @@
-"""Opens data sets: a folder, files, or an id of the hub, as a whole or as a stream."""
+"""Open datasets: a folder, files, or a Hub id, map-style or streaming."""
 
 from __future__ import annotations
 

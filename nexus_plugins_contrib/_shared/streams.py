@@ -1,4 +1,4 @@
-"""Rows of streams: read once, mixed and put together as they come, from any place on."""
+"""Rows from streams: read once, mixed and packed on the fly, resumable at any position."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Streamed:
 
 
 class StreamRows:
-    """Rows of one source, pass after pass, from a place that can be stored.
+    """Rows of one source, pass after pass, from a position that can be saved.
 
     Records are shuffled within blocks, so that a place is that of a block and a number in it: it
     is small, and no more than that block is read again.
@@ -81,7 +81,7 @@ class StreamRows:
         self._rows = self._read()
 
     def go(self, place: StreamPlace) -> None:
-        """Resume at a place."""
+        """Resume at a position."""
         self.place = copy.deepcopy(place)
         self._rows = self._read()
 
@@ -204,7 +204,7 @@ class StreamRows:
 
 
 class StreamLoader:
-    """Batches of rows of one stream or of a mixture of several, which hold their own place.
+    """Batches of rows of one stream or a mixture of several, with a saved position.
 
     An epoch ends when every source has been through. Each process reads all rows, in one global
     order, and takes its slice of each batch: so a place is the same in all, and fits any number of
@@ -249,7 +249,7 @@ class StreamLoader:
         return {"row": self._row, "begun": list(self._begun), "sources": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume at a place."""
+        """Resume at a position."""
         self._row, self._begun = state["row"], list(state["begun"])
         for rows, place in zip(self._rows, state["sources"], strict=True):
             rows.go(place)

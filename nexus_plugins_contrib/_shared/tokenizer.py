@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face, as the codec of a run."""
+"""Hugging Face tokenizers as the codec of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PROBE = "The quick  brown fox, 12.5% of N\u00e4he \u2014 \u6771\u4eac \U0001f60
 
 
 class HubTokenizer:
-    """What turns text and conversations into ids.
+    """Encodes text and conversations as ids.
 
     Attributes:
         inner: the tokenizer of `transformers`, one that knows the offsets of its tokens.

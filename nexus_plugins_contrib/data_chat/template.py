@@ -253,7 +253,7 @@ class ChatTemplate:
         return _Text(text, found["input_ids"], found["offset_mapping"])
 
     def _wants_text(self) -> bool:
-        """Whether the template takes the arguments of calls as text alone."""
+        """Whether the template only accepts call arguments as text."""
         try:
             self._inner.apply_chat_template(_PROBE, tokenize=False, **self._arguments)
         except TypeError:

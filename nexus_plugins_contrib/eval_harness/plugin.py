@@ -64,7 +64,7 @@ class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
 
     @hookimpl
     def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
-        """The metrics of all tasks, as `harness/<task>/<metric>`, with the first set alone.
+        """The metrics of all tasks, as `harness/<task>/<metric>`; only with the first set.
 
         Raises:
             ConfigError: the data has no tokenizer, or there is no such task.

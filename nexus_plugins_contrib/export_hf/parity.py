@@ -77,7 +77,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def logits_of_fresh_process(folder: Path, ids: Tensor) -> Tensor:
-    """The same of a model that another process loads, with the code that lies beside it.
+    """The same for a model loaded in another process, with the code next to it.
 
     Raises:
         CheckpointError: it does not load there.

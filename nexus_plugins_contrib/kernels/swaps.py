@@ -45,7 +45,7 @@ class Kernel:
         return find_spec(self.package) is not None
 
     def of(self, part: Any) -> Operation:
-        """What is called in place of the part's own operation.
+        """The function to call instead of the part's own operation.
 
         Raises:
             ImportError, AttributeError: the package is broken, or of another version.

@@ -129,7 +129,7 @@ def load(
     quantized: Quantized | None,
     device: torch.device,
 ) -> PreTrainedModel:
-    """A model with its pretrained weights, out of safetensors alone.
+    """A model with its pretrained weights, from safetensors only.
 
     Raises:
         ConfigError: they cannot be read, are not all there, or do not fit.

@@ -176,7 +176,7 @@ def _as_it_is(states: Tensor) -> Tensor:
 
 
 def _unpacked(what: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:
-    """Run each document as a row of its own, and put the results where they came from.
+    """Run each document as a separate row, and scatter the results back.
 
     In a causal model, padding behind a document changes nothing in it.
     """

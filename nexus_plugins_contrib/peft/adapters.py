@@ -129,7 +129,7 @@ def settings_in(folder: Path) -> Settings:
 
 
 def begin_with(tuner: BaseTuner, model: nn.Module, folder: Path) -> None:
-    """Give adapters the weights of saved ones, and keep these beside them, frozen.
+    """Load saved adapter weights, and keep a frozen copy of them.
 
     Where adapters are to be switched off, the saved ones are switched on: what the run began with
     is the model without what it has learnt.

@@ -43,9 +43,9 @@ _SHOWN = 5  # of the best trials
               help="Sampler of values.")  # fmt: skip
 @click.option("--pruner", type=click.Choice(["median", "hyperband", "none"]), default="median",
               show_default=True, help="Pruner that stops trials at an evaluation.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Of the sampler.")
-@click.option("-p", "--plugins", default="", help="As in nexus-run, for every trial.")
-@click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Likewise.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampler.")
+@click.option("-p", "--plugins", default="", help="Plugins of every trial, as in nexus-run.")
+@click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Trial settings.")
 @click.option("--out", type=PATH, help="Folder of the sweep; pass it again to resume.")
 @click.option("--json", "as_json", is_flag=True, help="Print the trials as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -78,7 +78,7 @@ def pruners(name: str) -> BasePruner:
 
 @contextmanager
 def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
-    """The study in a sweep's folder, made if it is not there, for this process alone.
+    """The study in a sweep's folder, created if missing, locked for this process.
 
     Raises:
         ConfigError: the folder is of another sweep, or one is at work in it.
@@ -139,7 +139,7 @@ def folder_of(out: Path, trial: FrozenTrial | optuna.Trial) -> Path:
 def close_value(
     study: optuna.Study, trial: FrozenTrial, summary: Mapping[str, Any], search: Search
 ) -> str:
-    """Tell the study how a trial's run has ended; returns it in words.
+    """Report the outcome of a trial's run to the study; returns it in words.
 
     Raises:
         ConfigError: the run does not have the metric.

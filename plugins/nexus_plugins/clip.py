@@ -116,7 +116,7 @@ class ClipPlugin(Plugin[ClipConfig]):
                 _clip_units(parameter, self.config.ratio, self.config.eps)
 
     def _spared(self, model: nn.Module) -> set[int]:
-        """The parameters that adaptive clipping leaves alone."""
+        """The parameters excluded from adaptive clipping."""
         named = dict(model.named_parameters())
         return {
             id(named[name])

@@ -29,7 +29,7 @@ __all__ = ["OptimConfig", "OptimGroupConfig", "OptimPlugin"]
 
 
 class _Flat(PluginConfig):
-    """Settings beside which the arguments of the optimizer stand."""
+    """Settings that also accept the optimizer's arguments as keys."""
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
 

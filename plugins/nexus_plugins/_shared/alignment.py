@@ -1,4 +1,4 @@
-"""Whether labels are what follows each position, as the losses of language models take them."""
+"""Check that labels are next tokens, as language-model losses expect."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["check_alignment"]
 
 
 def check_alignment(batch: Batch, ignore_index: int, prefix: str = "") -> None:
-    """Refuse labels that are the ids themselves: a model would learn to copy what it reads.
+    """Reject labels that equal the ids: a model would learn to copy its input.
 
-    Models of Hugging Face take such labels and shift them; the losses here do not.
+    Hugging Face models take such labels and shift them; the losses here do not.
 
     Args:
         batch: with `labels` and, where this can be told, `input_ids` of the same shape.

@@ -1,4 +1,4 @@
-"""What a setting names by its place, called with arguments that are checked beforehand."""
+"""Call what a setting names by import path, with arguments that are checked beforehand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 class Call(PluginConfig):
-    """A function or class by its place, and arguments for it; a place alone has none."""
+    """A function or class by import path, with arguments; a bare path has none."""
 
     model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
     call: places.PlaceField = Field(
@@ -55,7 +55,7 @@ class Call(PluginConfig):
     @field_validator("call", mode="before")
     @classmethod
     def _place_of(cls, given: object) -> object:
-        """A function or class that a program gives goes by its place, as in a config."""
+        """Represent a function or class given in code by its import path, as in a config."""
         if not callable(given) or not hasattr(given, "__qualname__"):
             return given
         if not given.__qualname__.replace(".", "").isidentifier():
@@ -71,7 +71,7 @@ class Call(PluginConfig):
 
 
 def as_json(value: object) -> object:
-    """What a config file says in place of a value of a program: a list for a tuple."""
+    """The config-file form of a Python value: a list for a tuple."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -119,7 +119,7 @@ class Callee:
 
 
 def callee(key: str, call: Call, given: Sequence[str] = (), *, prefix: str = "args") -> Callee:
-    """Load what a setting names, and hold the arguments against its signature.
+    """Load what a setting names, and check the arguments against its signature.
 
     Args:
         key: the setting, such as "model".
@@ -146,7 +146,7 @@ def check_arguments(
     *,
     whole: bool = True,
 ) -> dict[str, Any]:
-    """Hold arguments against a signature.
+    """Check arguments against a signature.
 
     Args:
         function: whose.
@@ -191,7 +191,7 @@ def check_arguments(
 
 
 def takes(function: Callable[..., Any], place: int, *names: str) -> bool:
-    """Whether the positional parameter at a place goes by one of some names."""
+    """Whether the positional parameter at an index has one of the given names."""
     positional = [p for p in (parameters_of(function) or {}).values() if p.kind in _POSITIONAL]
     return len(positional) > place and positional[place].name in names
 
@@ -209,10 +209,10 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 
 
 def located(key: str, place: str) -> Callable[..., Any]:
-    """The function or class at a place.
+    """Import the function or class at a path.
 
     Raises:
-        ConfigError: nothing that can be called is there.
+        ConfigError: there is nothing callable at the path.
     """
     try:
         found = places.load(place)

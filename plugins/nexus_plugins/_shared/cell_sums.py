@@ -1,4 +1,4 @@
-"""Sums over cells that several processes have parts of: one order, whoever adds."""
+"""Sums over cells that are spread over ranks, in one fixed order."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sum_over_processes(
     *,
     ring: bool = False,
 ) -> list[Tensor | None]:
-    """The sum over all cells of a step, in every process.
+    """The sum over all cells of a step, on every rank.
 
     Args:
         part: what this process has of it.
@@ -125,7 +125,7 @@ class Exchange:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Send each process its share of the rows."""
+        """Send each rank its share of the rows."""
         if self._by_backend:
             for row in self._rows[1:]:
                 self.out += row
@@ -148,7 +148,7 @@ class Exchange:
 
     @torch.no_grad()
     def middle(self) -> None:
-        """Add this process's share in the order of the tree, and send it to all."""
+        """Add up this rank's share in tree order, and send it to all ranks."""
         if self._by_backend:
             return
         self._wait()
@@ -167,7 +167,7 @@ class Exchange:
         )
 
     def end(self) -> None:
-        """Wait until the sum is there."""
+        """Wait for the sum."""
         self._wait()
 
     def _others(self) -> list[tuple[int, list[Node]]]:
@@ -223,7 +223,7 @@ def slice_sum(received: Sequence[Sequence[Tensor]], nodes: Nodes, cells: int) ->
 
 
 def padded(numbers: int, ranks: Ranks) -> int:
-    """How long a flat tensor of so many numbers is, to be shared evenly."""
+    """The padded length of a flat tensor, so that it divides evenly among ranks."""
     unit = _ALIGNED * ranks.size
     return -(-numbers // unit) * unit
 
@@ -234,7 +234,7 @@ def kind_of(values: Tensor | None) -> int:
 
 
 def buckets(like: Sequence[Tensor], places: Sequence[int], most: float) -> Iterator[list[int]]:
-    """The tensors to send together: of one type and device, up to so many bytes."""
+    """The tensors to send together: of one dtype and device, up to the bucket size."""
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for place in places:
         kinds.setdefault((like[place].dtype, like[place].device), []).append(place)

@@ -1,4 +1,4 @@
-"""Files where somebody else may have put some: no link is followed, and what is read is bounded."""
+"""Safe access to untrusted files: no link is followed, and reads are bounded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLAGS = sum(
 
 
 def descriptor(path: Path, flags: int) -> int:
-    """Open a file that is no link, in binary, for this process alone.
+    """Open a file that is not a link, in binary mode, not inherited by child processes.
 
     Raises:
         OSError: it cannot be opened, or is a link (ELOOP).
@@ -45,7 +45,7 @@ def opened(path: Path) -> FileIO:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file that is no link, and no larger than a limit.
+    """The bytes of a regular file that is not a link and not larger than a limit.
 
     Raises:
         OSError: it cannot be opened.
@@ -59,7 +59,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, all of it or nothing; a link in its place is replaced, and not followed."""
+    """Write a file atomically; an existing link is replaced, not followed."""
     draft = path.with_name(f".{path.name}.tmp")
     draft.unlink(missing_ok=True)
     with draft.open("xb") as file:

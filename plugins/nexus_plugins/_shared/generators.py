@@ -1,4 +1,4 @@
-"""States of random generators that somebody else may have written, tried before they are used."""
+"""Validate untrusted random generator states before use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TORCH_BYTES = 5056
 
 
 def check_generators(saved: Mapping[str, Any]) -> None:
-    """Try the states of python, numpy, torch and its devices on generators that nobody uses.
+    """Load the states of Python, NumPy, torch and its devices into unused generators.
 
     What the libraries do not look at themselves is checked here: a place within the words of a
     generator is believed, and beyond them is other memory.

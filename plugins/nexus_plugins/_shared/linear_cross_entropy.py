@@ -1,4 +1,4 @@
-"""Cross-entropy behind a linear layer, without the full logits."""
+"""Cross-entropy after a linear layer, without full logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks on open files that the operating system gives back when a process ends, however it ends."""
+"""File locks that the operating system releases when a process ends, however it ends."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _squares(rows: Sequence[Tensor], room: Tensor) -> Tensor:
 
 
 def _blocks(matrices: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
-    """All rows of some matrices in their order, so many at a time."""
+    """All rows of some matrices in order, in chunks."""
     block, room = list[Tensor](), count
     for matrix in matrices:
         for some in torch.tensor_split(matrix, [*range(room, len(matrix), count)]):

@@ -1,4 +1,4 @@
-"""The settings of this process that decide how PyTorch rounds, and in which order it adds."""
+"""The process settings that affect PyTorch's rounding and summation order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Setting = bool | str | None
 
 
 def numerics(device: torch.device) -> dict[str, Setting]:
-    """What they are now, by name, and what computes.
+    """The current settings by name, and the hardware.
 
     Args:
         device: of the run.
@@ -36,7 +36,7 @@ def numerics(device: torch.device) -> dict[str, Setting]:
 
 
 def differences(saved: Mapping[str, object], now: Mapping[str, Setting]) -> Iterator[str]:
-    """What is otherwise than it was, in words; what only one of both knows does not count."""
+    """The differences, in words; keys that only one side has are ignored."""
     for name, value in now.items():
         if name in saved and saved[name] != value:
             yield f"{name} is {value}, was {saved[name]}"

@@ -1,4 +1,4 @@
-"""A pass of the run's own hooks through another model, or through the model as it was."""
+"""Run the hooks of a run with another model, or with the model's original weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forward_of(engine: Run, model: nn.Module, batch: Batch, step: Step | None) -
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module gets its own mode back."""
+    """Evaluation mode without gradients; each module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -61,7 +61,7 @@ def _switches(module: nn.Module) -> bool:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """With the adapters of all layers switched off."""
+    """Disable the adapters of all layers."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: list[Any] = [module for module in model.modules() if _switches(module)]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~`, variables of the environment, names that a terminal can show."""
+"""User-written paths: `~`, environment variables, and safe display in a terminal."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def _escape(letter: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why the system refused, in its own words."""
+    """The operating system's error message."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

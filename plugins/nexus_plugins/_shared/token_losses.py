@@ -1,4 +1,4 @@
-"""The cross-entropy of each token, behind a linear layer and without the full logits."""
+"""The cross-entropy of each token, after a linear layer, without full logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGITS_AT_ONCE = 2**24
 
 
 def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """What each label costs, in nats; 0 where it does not count.
+    """The cross-entropy of each label, in nats; 0 if it does not count.
 
     Args:
         output: of a model, as `outputs.rows_of` takes it.
@@ -48,7 +48,7 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 def pieces(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of so many rows that their logits are a matrix of moderate size."""
+    """Slices of rows, sized so that their logits stay small."""
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     return (slice(start, start + size) for start in range(0, rows, size))
 

@@ -1,4 +1,4 @@
-"""How many rows fit into memory: by trying on CUDA, by measuring on Linux."""
+"""Find how many rows fit into memory: by trying on CUDA, by measuring on Linux."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_core.errors import RunError, hint_add
 __all__ = ["forget_peak", "free_memory", "largest_measured", "largest_tried", "peak_memory"]
 
 Attempt = Callable[[int], None]
-"""Runs forward and backward over so many rows, and leaves nothing behind."""
+"""Runs forward and backward over a number of rows, without side effects."""
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")

@@ -111,7 +111,7 @@ def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Jso
 
 
 def _advice(value: object) -> str:
-    """What to keep in place of a value that cannot be stored."""
+    """What to keep instead of a value that cannot be stored."""
     if isinstance(value, Enum):
         return "keep its .value, or its .name"
     if type(value).__module__ == "numpy":

@@ -127,7 +127,7 @@ def _each(saved: Settings, optimizer: Optimizer) -> list[tuple[Settings, Optimiz
 
 
 def _other_kind(theirs: object, ours: Mapping[str, Json]) -> str:
-    """How class or parameters differ, in words; empty where they do not, or nothing is said."""
+    """How class or parameters differ, in words; empty if they do not, or if unknown."""
     if not isinstance(theirs, dict):
         return ""
     if theirs.get("class", ours["class"]) != ours["class"]:

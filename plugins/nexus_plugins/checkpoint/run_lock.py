@@ -120,7 +120,7 @@ def _close_in_child(lock: weakref.ref[RunLock]) -> None:
 
 
 def _alive(holder: dict[str, object]) -> bool:
-    """Whether the process that wrote the lock still runs, as far as one can know."""
+    """Whether the process that wrote the lock is still running, as far as can be known."""
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
         return True

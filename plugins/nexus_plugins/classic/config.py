@@ -13,7 +13,7 @@ __all__ = ["TrainingConfig"]
 
 TERMS = ("lm", "world", "reason", "energy", "causal")
 OF_TWO_KINDS = ("world", "reason", "energy", "causal")
-"""Terms with a classical formula beside the one that is their default."""
+"""Terms with a classic formula as an alternative to the default one."""
 
 
 class TrainingConfig(PluginConfig):

@@ -100,7 +100,7 @@ class Knowledge:
                 self._look((*place, name), part, depth - 1)
 
     def _look_at_module(self, number: int, module: nn.Module) -> None:
-        """Note what a module of the model has beside submodules."""
+        """Record a module's own state, apart from submodules."""
         for name, value in vars(module).items():
             place = (number, type(module).__name__, name)
             if name in ("_parameters", "_buffers"):

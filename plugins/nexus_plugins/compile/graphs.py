@@ -234,7 +234,7 @@ def _computed(engine: Engine, step: Step, inputs: Inputs) -> Added:
 
 
 def _publish(engine: Engine, inputs: Inputs, added: Added, is_static: bool = False) -> None:
-    """Add to the meter what a step has, its numbers in place of those of the graph."""
+    """Add a step's values to the meter, replacing the graph's outputs by copies."""
     for name, value, units, finish in added:
         own = inputs.original(units)
         moves = is_static and own is units and isinstance(units, Tensor)

@@ -63,7 +63,7 @@ class Inputs:
         self.refusal = ""
         for leaf in (leaf for one in step.micro for leaf in leaves(one.batch)):
             if not (_is_dense(leaf) or _is_plain(leaf)):
-                self.refusal = f"a batch holds a {type(leaf).__name__} that is no plain tensor"
+                self.refusal = f"a batch holds a {type(leaf).__name__} that is not a plain tensor"
         for name, number in ((n, value) for each in numbers for n, value in each.items()):
             if isinstance(number, Tensor) and number.requires_grad:
                 self.refusal = f"the weight of '{name}' is trained by the loss"

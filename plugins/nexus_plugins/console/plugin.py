@@ -79,7 +79,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
             self._attempted("move its bar", engine.state.step, error)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """Show the metrics beside the bar, or print a line where one is due."""
+        """Show the metrics next to the bar, or print a line if due."""
         if self.config.quiet:
             return
         if self._bar is not None:
@@ -164,7 +164,7 @@ def _columns(bar: tqdm[Any]) -> int:
 
 
 def _fitting(bar: tqdm[Any], shown: Iterable[str]) -> str:
-    """The first of the parts, as many as there is room for beside the bar."""
+    """The first parts that fit next to the bar."""
     narrow = {"bar_format": BAR.replace("{bar}", "." * NARROWEST), "postfix": "", "ncols": None}
     room = _columns(bar) - len(bar.format_meter(**{**bar.format_dict, **narrow}))
     fitting = ""

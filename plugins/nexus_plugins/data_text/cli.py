@@ -80,7 +80,7 @@ def _group(debug: bool) -> None:
 
 
 def _found(inputs: tuple[str, ...], as_text: bool) -> list[Path]:
-    """The files of all inputs; what is left out is said."""
+    """The files of all inputs; what is left out is reported."""
     from nexus_plugins.data_text.apart import in_words, split_by_name
     from nexus_plugins.data_text.folders import find, root_of
 

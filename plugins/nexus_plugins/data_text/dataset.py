@@ -194,7 +194,7 @@ def _ids_apart(source: Source) -> list[Path]:
 
 
 def _highest(files: Sequence[IdFile], paths: Sequence[Path], config: DataTextConfig) -> int:
-    """The highest id of all, held-out ones beside them too, so that a vocabulary fits both."""
+    """The highest id overall, including held-out data, so that the vocabulary covers both."""
     folders = {path.parent for path in paths}
     beside = {folder / HELD_OUT for folder in folders if (folder / HELD_OUT).is_file()} - {*paths}
     cache = cache_folder(config.cache_dir)

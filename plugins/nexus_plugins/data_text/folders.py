@@ -209,20 +209,20 @@ def _files(count: int) -> str:
 
 
 def _is_metadata(path: Path) -> bool:
-    """Whether it is NAME.meta.jsonl beside NAME.bin."""
+    """Whether it is NAME.meta.jsonl next to NAME.bin."""
     name = path.name.removesuffix(".meta.jsonl")
     return name != path.name and path.with_name(f"{name}.bin").exists()
 
 
 def _goes_with_ids(path: Path) -> bool:
-    """Whether it is what lies beside a file of ids to describe it."""
+    """Whether it is a metadata file of an id file."""
     if path.name in _OF_IDS:
         return any(path.parent.glob("*.bin"))
     return path.name.endswith(_BESIDE_IDS) and path.with_suffix(".bin").exists()
 
 
 def _holds_text(path: Path) -> bool:
-    """Whether the beginning of a file is like text; compressed files are, as .txt.gz alone."""
+    """Whether a file starts like text; compressed files only count as .txt.gz."""
     form = format_of(path, as_text=True)
     if form is not None and form.packing:
         return bool(format_of(path))

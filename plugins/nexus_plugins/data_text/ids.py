@@ -221,7 +221,7 @@ def _llm_c(path: Path, head: bytes, size: int) -> _Layout | None:
 
 
 def _numpy(path: Path, head: bytes) -> _Layout | None:
-    """The header of NumPy's format, read by hand: nothing of it is executed."""
+    """Parse NumPy's header without executing anything."""
     if not head.startswith(_NUMPY):
         if path.suffix.lower() == ".npy":
             raise DataError(f"{path} is not a NumPy .npy file; {_AGAIN}")

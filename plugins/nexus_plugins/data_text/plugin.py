@@ -150,7 +150,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             warnings.warn(what, RuntimeWarning, stacklevel=2)
 
     def _differences(self, saved: StateDict) -> Iterator[str]:
-        """In words, what is not the data of the checkpoint; old ones know no fingerprints."""
+        """How the data differs from the checkpoint's, in words; old ones have no fingerprints."""
         assert self._data is not None
         train = self._data.train
         if saved["rows"] != len(train):

@@ -29,7 +29,7 @@ from nexus_plugins.ddp.course import Course, course_of
 __all__ = ["CellGradients"]
 
 SMALLEST = 2**22
-"""Bytes that are worth a message of their own."""
+"""Minimum bytes for a separate message."""
 
 
 class CellGradients:

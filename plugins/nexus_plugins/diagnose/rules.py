@@ -16,7 +16,7 @@ LOST = 0.5
 TWICE = 2
 """Explosion: readings in a row, since the lowest of many levels is low by luck as well."""
 ROW = 3
-"""Readings in a row that show the same: one alone may be chance."""
+"""Consecutive readings required: a single one may be chance."""
 WINDOW = 12
 """Readings that a trend is told from: two halves of six."""
 FLAT = 0.01

@@ -285,7 +285,7 @@ class GuardPlugin(Plugin[GuardConfig]):
             engine.hook.on_note(engine=engine, title="guard/refused", text=what)
 
     def _prepare_return(self) -> str:
-        """Have the run go back where there is a save; returns which it is, in words."""
+        """Roll back if there is a save; returns which one, in words."""
         if self._snapshot is None:
             return (
                 "; there is no save to roll back to yet, so the run continues with the weights "
@@ -301,7 +301,7 @@ class GuardPlugin(Plugin[GuardConfig]):
             self._snapshot = _host_copy(snapshot) if snapshot["train"]["step"] else None
 
     def _write_down(self, engine: Engine, attempt: Attempt) -> str:
-        """Write the record; returns where it is, in words."""
+        """Write the record; returns its path, in words."""
         if engine.out is None or not engine.ranks.is_main:
             return ""
         if any(map(is_sharded, engine.parameters())):
@@ -330,7 +330,7 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def _host_copy(tree: Tree) -> Tree:
-    """Dicts and lists anew, with tensors of their own in host memory."""
+    """Copy dicts and lists, with tensors copied to host memory."""
     copied: Any = tree
     if isinstance(tree, Tensor):
         copied = tree.detach().to("cpu", copy=True)

@@ -39,7 +39,7 @@ class Match:
         return not (self.missing or self.unexpected or self.unlike)
 
     def faults(self) -> list[str]:
-        """In words, what has no place."""
+        """What could not be matched, in words."""
         unlike = [f"{name} ({how})" for name, how in self.unlike.items()]
         told = (
             ("missing in the source", self.missing),

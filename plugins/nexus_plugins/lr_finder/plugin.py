@@ -68,7 +68,7 @@ class LrFinderPlugin(Plugin[LrFinderConfig]):
         self._put_by: StateDict = {}
 
     def sweep(self) -> Sweep:
-        """The curve as far as it goes."""
+        """The curve so far."""
         rates = [self._rate(step) for step in range(len(self._losses))]
         return Sweep.of(rates, self._losses, self.config.smoothing)
 

@@ -97,7 +97,7 @@ def running_mean(values: Sequence[float], keep: float) -> list[float]:
 
 
 def length_until_divergence(losses: Sequence[float], keep: float, factor: float) -> int | None:
-    """How many losses come before the running mean is `factor` times its least, or is no number.
+    """How many losses precede the running mean reaching `factor` times its minimum, or NaN.
 
     None where that does not happen.
     """

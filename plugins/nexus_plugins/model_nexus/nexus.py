@@ -230,7 +230,7 @@ class NEXUSCore(nn.Module):
         return hidden if base is None else hidden * (base / self.config.d_model)
 
     def _read(self, x: Tensor) -> Tensor:
-        """What the modules see of the stream; each has a projection of its own behind it."""
+        """The states that the modules read; each module has its own projection after them."""
         return F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
 
     def initial_state(self, batch: int) -> list[LayerState]:

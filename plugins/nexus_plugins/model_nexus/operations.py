@@ -1,4 +1,4 @@
-"""The operations of a selective state-space layer, with backward passes written by hand.
+"""The operations of a selective state-space layer, with manual backward passes.
 
 `causal_conv_silu` mixes a few neighbouring tokens per channel; `chunked_scan` runs the linear
 recurrence over the whole sequence; both stop at document boundaries. `gated_rms_norm` ends the

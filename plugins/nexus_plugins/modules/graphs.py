@@ -57,7 +57,7 @@ class Graph:
         return {"variables": self.values[which], "do": self.is_set[which], "edges": self.edges}
 
     def _data(self, observed: int, by_hand: int) -> tuple[Tensor, Tensor]:
-        """Standardised values `(N, n)`, and which of them were set by hand."""
+        """Standardized values `(N, n)`, and which of them were intervened on."""
         seen = self._sample(observed)
         parts, marks = [seen], [torch.zeros(seen.shape, dtype=torch.bool)]
         for one in range(len(self.edges)) if by_hand else ():

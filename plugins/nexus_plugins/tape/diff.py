@@ -285,7 +285,7 @@ def _lengths(one: Recorded, other: Recorded) -> list[str]:
     ends = [max(run.tape.lines, default=0) for run in (one, other)]
     if ends[0] == ends[1]:
         return []
-    return [f"A ends at step {ends[0]}, B at step {ends[1]}; identical as far as both go"]
+    return [f"A ends at step {ends[0]}, B at step {ends[1]}; identical in all common steps"]
 
 
 def _by_checkpoints(one: Recorded, other: Recorded) -> tuple[int, int]:

@@ -39,7 +39,7 @@ Layout: TypeAlias = Callable[[str, torch.Size], "DTensor | None"]
 
 
 class Shards:
-    """Writes the parts of all processes into a checkpoint, beside the training."""
+    """Writes the shards of all ranks into a checkpoint, while training continues."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: their names, which of them stay, and what a crash left."""
+"""The folder of a run's checkpoints: names, retention, and cleanup after a crash."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Store:
         self._left: set[str] = set()
 
     def notices(self) -> list[str]:
-        """What could not be tidied up since the last call, in words."""
+        """What could not be cleaned up since the last call, in words."""
         said, self._notices = self._notices, []
         return said
 
@@ -65,7 +65,7 @@ class Store:
         return [found[n] for n in names if found[n].is_dir() and not found[n].is_symlink()]
 
     def named(self, name: str) -> Path:
-        """The folder that goes by the name `best` or `final`.
+        """The folder that `best` or `final` links to.
 
         Raises:
             CheckpointError: no checkpoint has it, or the name leads elsewhere.
@@ -86,7 +86,7 @@ class Store:
         keep_last: int,
         write_parts: Callable[[Path], Mapping[str, tuple[int, str]]] = lambda folder: {},
     ) -> Path:
-        """Write a checkpoint, give it its names, then delete those that need not stay.
+        """Write a checkpoint, update the links, then apply retention.
 
         Raises:
             OSError: the disk is full, broken or read-only; what was there before still is.
@@ -109,7 +109,7 @@ class Store:
         return folder
 
     def recover(self) -> None:
-        """Put back what a crash left half replaced; delete what it left half written or deleted."""
+        """Clean up after a crash: restore half-replaced folders, delete half-written ones."""
         if not self.root.is_dir():
             return
         for path in list(self.root.iterdir()):
@@ -123,7 +123,7 @@ class Store:
                 self._tidy(path, "deleted", partial(_remove, path))
 
     def set_aside(self, after: int) -> list[Path]:
-        """Move checkpoints of later steps away, newest first: they are of another course.
+        """Move checkpoints of later steps away, newest first: they belong to an abandoned history.
 
         Returns:
             Where they are now.

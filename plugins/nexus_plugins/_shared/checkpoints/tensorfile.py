@@ -91,7 +91,7 @@ class HashingReader:
         """Of the piece read last; the pool has one thread, so all pieces before it are done too."""
 
     def read(self, size: int) -> bytearray:
-        """Exactly so many bytes."""
+        """Read exactly this many bytes."""
         data = bytearray(size)
         self.read_into(memoryview(data))
         return data
@@ -177,7 +177,7 @@ def _fault_of_dtype(dtype: torch.dtype) -> str:
 
 
 def check_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], whose: str) -> None:
-    """See that so many tensors, of such names, fit into one file.
+    """Check that tensors with these names fit into one file.
 
     Raises:
         CheckpointError: their header would be longer than the format allows.
@@ -214,7 +214,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
-    """Read all tensors of a file, each into memory of its own.
+    """Read all tensors of a file, each into its own memory.
 
     Args:
         file: at its start.
@@ -237,7 +237,7 @@ def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
 
 
 def check_size(file: HashingReader, size: int) -> list[_Entry]:
-    """Read a header, and see that it describes the bytes behind it and no more.
+    """Read a header, and check that it matches the file size exactly.
 
     Raises:
         CheckpointError: it does not.

@@ -79,7 +79,7 @@ def keys_of(content: folder.Content) -> dict[str, str]:
 
 
 def named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]:
-    """The weights, each under every name that the model has for it, in memory of its own."""
+    """The weights, under every name that the model has for them, each in its own memory."""
     taken: set[str] = set()
     weights = {}
     for name, key in keys.items():

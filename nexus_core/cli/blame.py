@@ -16,7 +16,10 @@ PHASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "batches": ("the data", ("make_data", "on_batch", "cut_batch")),
     "inputs": ("the data", ("make_data", "on_batch", "cut_batch")),
     "generators": ("random numbers", ("make_data", "on_batch")),
-    "losses": ("the forward pass", ("forward", "loss_units", "loss_terms", "weigh_losses")),
+    "losses": (
+        "the forward pass, or the sum of its losses",
+        ("forward", "loss_units", "loss_terms", "weigh_losses", "sum_cells"),
+    ),
     "gradient": ("the backward pass, or its sum", (*_ADDED, "after_backward")),
     "settings": ("the optimizer's settings", ("make_optimizer", "lr_scale")),
     "weights": ("the update", ("optimizer_step", "on_step")),

@@ -209,10 +209,8 @@ class _Merged:
 
     def _set_in_block(self, name: str, path: list[str], given: Document, origin: str) -> None:
         if name not in self.blocks:
-            raise ConfigError(
-                f"{origin}: plugin '{name}' is not in this run.{suggestion(name, self.blocks)} "
-                f"Add it with --plugins {name}"
-            )
+            hint = suggestion(name, self.blocks) or f" Add it with --plugins {name}"
+            raise ConfigError(f"{origin}: plugin '{name}' is not in this run.{hint}")
         if len(path) > yaml12.DEEPEST:
             raise ConfigError(f"{origin[:80]}...: nested deeper than {yaml12.DEEPEST} levels")
         block = self.blocks[name]

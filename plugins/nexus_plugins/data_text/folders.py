@@ -77,8 +77,8 @@ def _named(path: Path, as_text: bool) -> Path:
         raise DataError(f"{path} is neither a file nor a folder; write its content to a file")
     if not suffix_of(path, as_text):
         raise DataError(
-            f"{path} has the unknown format '{path.suffix}'; known: {KNOWN}; to "
-            f"read it as text: data_text.train=[{{path: {path.name}, as: text}}] (--as-text)"
+            f"{path} has the unknown format '{path.suffix}'; known: {KNOWN}; to read it as text: "
+            f"'data_text.train=[{{path: {path}, as: text}}]', or nexus-data --as-text"
         )
     return path
 

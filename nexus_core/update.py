@@ -172,7 +172,9 @@ def _take_turn(engine: Run, step: Step, about_to_update: Callable[[], None]) -> 
 def _backward(engine: Run, step: Step, batch: object) -> None:
     """Add one micro-batch's share of the step's gradient, and record its terms."""
     hook, borrowed = engine.hook, step.micro[step.place].borrowed
-    with engine.meter.counting(not borrowed):  # it logs alike on every rank
+    meter, counted = engine.meter, engine.meter.counts
+    meter.counts = not borrowed  # it logs alike on every rank
+    try:
         output = hook.forward(engine=engine, batch=batch, step=step)
         terms = merge(hook.loss_terms(engine=engine, batch=batch, output=output, step=step))
         if borrowed:
@@ -180,12 +182,12 @@ def _backward(engine: Run, step: Step, batch: object) -> None:
         counts = step.counts[step.place]
         shares = step.shares_of(terms)
         for name, term in terms.items():
-            engine.meter.add(metric_name("train", name), term.detach(), counts[name])
+            meter.add(metric_name("train", name), term.detach(), counts[name])
         total = reduce(add, shares.values())
         hook.backward(engine=engine, loss=total, terms=shares, step=step)
-        engine.meter.add(
-            "train/total_loss", total.detach(), float(step.is_last and engine.ranks.is_main)
-        )
+        meter.add("train/total_loss", total.detach(), float(step.is_last and engine.ranks.is_main))
+    finally:
+        meter.counts = counted
 
 
 def _cell_by_cell(engine: Run, micro: Sequence[Micro], cells: list[int]) -> Iterator[Micro]:

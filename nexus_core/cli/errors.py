@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
@@ -44,7 +45,7 @@ def reported(debug: bool, failure: int = 1) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _say(error, f"{type(error).__name__}: {error}")
+        _say(error, f"{type(error).__name__}: {error}", _place_of(error))
         if not debug:
             click.echo("run it again with --debug to see the traceback", err=True)
         sys.exit(failure)
@@ -73,12 +74,26 @@ def _said_by_main(message: str) -> bool:
     return said_by_main(message)
 
 
-def _say(error: Exception, message: str) -> None:
+def _say(error: Exception, message: str, line: str = "") -> None:
     where = [] if isinstance(error, NexusError) else getattr(error, "__notes__", [])
-    places = "".join(f" [{place}]" for place in where)
+    places = "".join(f" [{place}]" for place in (*where, line) if place)
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     head = "error" if rank == "0" else f"error in rank {rank}"
     _print(head, f"{message}{places}", fg="red", bold=True)
+
+
+def _place_of(error: Exception) -> str:
+    """The last line outside installed packages, which is the user's own code, if there is one."""
+    import sysconfig  # only needed here
+
+    installed = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+    ours = str(Path(__file__).parents[1])
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(("<", ours, *installed)):
+            file, here = Path(frame.filename), Path.cwd()
+            shown = file.relative_to(here) if file.is_relative_to(here) else file
+            return f"{shown}:{frame.lineno}, in {frame.name}"
+    return ""
 
 
 def _print(head: str, text: str, *, fg: str, bold: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -436,7 +437,10 @@ def test_bug_in_a_plugin_ends_with_1_names_it_and_keeps_the_folder(
     monkeypatch.setattr(ClipPlugin, "state_dict", state_dict)
     result = run("tiny.yaml", "--out", "one")
     assert result.exit_code == 1
-    assert "planted [plugin 'clip', state_dict, step" in result.output
+    assert re.search(
+        r"planted \[plugin 'clip', state_dict, step \d\] \[.*test_cli.py:\d+, in state_dict\]",
+        " ".join(result.output.split()),
+    )
     assert json.loads(Path("one/summary.json").read_text())["status"] == "failed"
 
 

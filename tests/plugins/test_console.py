@@ -126,7 +126,7 @@ def test_on_a_terminal_a_bar_moves_to_the_end(
     assert capsys.readouterr().out == "", "with a bar there are no plain lines"
     assert re.search(r" 10%\|.*\| 4/40 samples \[", text)
     assert re.search(r"100%\|.*\| 40/40 samples \[", text)
-    assert re.search(r"\], loss [\d.]+  [\d.]+k? tok/s  lr 1\.00e-01", text)
+    assert re.search(r"\], loss [\d.]+  [\d.]+[kMG]? tok/s  lr 1\.00e-01", text)
     assert re.search(r"step 10  50\.0% of 40 samples  val: loss", text)
 
 
@@ -143,10 +143,24 @@ def test_a_narrow_terminal_gets_whole_lines_and_whole_numbers(
     lines = re.split(r"\r\n?|\n", re.sub(r"\x1b\[\w", "", b"".join(screen).decode()))
     assert max(map(len, lines)) <= columns
     shown = [line.partition("], ")[2].rstrip() for line in lines if "%|" in line]
-    whole = r"loss [\d.]+(e-\d\d)?(  [\d.]+k? tok/s(  lr 1\.00e-01)?)?"
+    whole = r"loss [\d.]+(e-\d\d)?(  [\d.]+[kMG]? tok/s(  lr 1\.00e-01)?)?"
     assert [text for text in shown if text and not re.fullmatch(whole, text)] == []
     assert shown[-1]
     assert ("lr" in shown[-1]) == (columns == 80)
+
+
+class Wrapped(io.StringIO):
+    """What stands for a terminal in some consoles, with no file below it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_without_a_file_has_a_bar_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if the console fails to open where the error stream is wrapped."""
+    monkeypatch.setattr(sys, "stderr", stream := Wrapped())
+    engine_of().fit(DATA, until="3 steps")
+    assert "3/3 steps" in stream.getvalue()
 
 
 def test_the_bar_moves_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def _bar(horizon: Interval, begun: float) -> tqdm[Any] | None:
         return NotebookBar(**options)
     if not (sys.stderr and sys.stderr.isatty()):
         return None
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    columns = _width()
     return tqdm(
         **options,
         bar_format=BAR,
@@ -151,6 +151,14 @@ def _bar(horizon: Interval, begun: float) -> tqdm[Any] | None:
         dynamic_ncols=columns > 0,
         file=sys.stderr,
     )
+
+
+def _width() -> int:
+    """Columns of the terminal; 0: unknown, as where a wrapper stands for the stream."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _print(line: str) -> None:

@@ -168,7 +168,7 @@ def _compares(function: Callable[..., Tensor]) -> bool:
         ConfigError: it takes neither, or does not average.
     """
     reduction = getattr(function, "reduction", "mean")
-    if isinstance(function, type) or not callable(function) or "mean" not in reduction:
+    if isinstance(function, type) or not callable(function) or "mean" not in str(reduction):
         raise ConfigError(
             f"loss must return a mean, got {function!r:.99}; give an object that averages, such as "
             "torch.nn.CrossEntropyLoss()"

@@ -366,8 +366,8 @@ class Engine(ShownEngine, EarlierNames):
     def _restore(self, snapshot: snapshots.Snapshot) -> None:
         self.hook.on_load(engine=self, snapshot=snapshot)
         snapshots.apply(self, snapshot, snapshots.check(self, snapshot))
-        self.metrics.recall(self.out)
         self._progress = Progress(snapshot.get("data"), "evaluate" in snapshot.get("due", []))
+        self.metrics.recall(self.out)
 
     def _loop(
         self,

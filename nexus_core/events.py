@@ -170,26 +170,18 @@ class Hooks:
         """Seam, first answer: read the snapshot to resume from ("auto": the newest valid one)."""
 
     @hookspec
+    def on_load(self, *, engine: Run, snapshot: Snapshot) -> None:
+        """Event: a snapshot was read and is about to be checked and restored.
+
+        Stages: check* > copy.
+        """
+
+    @hookspec
     def on_start(self, *, engine: Run) -> None:
         """Event: the loop is about to start; state is restored, nothing is trained yet.
 
         Stages: claim > join > prepare* > wrap > compile > clock.
         """
-
-    @hookspec
-    def on_finish(self, *, engine: Run) -> None:
-        """Event: the horizon is reached or `engine.stop` was called; the last step is complete.
-
-        Every plugin is called; errors are raised afterwards. Stages: settle > save > report*.
-        """
-
-    @hookspec
-    def on_error(self, *, engine: Run, error: BaseException) -> None:
-        """Event: an exception was raised; it reaches the caller after `on_close`."""
-
-    @hookspec
-    def on_close(self, *, engine: Run) -> None:
-        """Event: release files, threads, handlers. Always called, in reverse order."""
 
     @hookspec
     def on_batch(self, *, engine: Run, batch: Batch) -> Batch:
@@ -214,6 +206,30 @@ class Hooks:
         all of them. Return the terms of `step.turn` from `loss_units` and `loss_terms`.
         """
 
+    @hookspec
+    def loss_units(
+        self, *, engine: Run, batch: Batch, step: Step | None
+    ) -> Answers[Mapping[str, Tensor | float]]:
+        """Seam, collected: number of units of each loss term in this micro-batch, on the CPU."""
+
+    @hookspec(firstresult=True)
+    def weigh_losses(
+        self, *, engine: Run, terms: tuple[str, ...], step: Step
+    ) -> Mapping[str, Tensor | float]:
+        """Seam, first answer, once per turn: each term's weight; `step.losses` is for `on_step`."""
+
+    @hookspec
+    def loss_weight(self, *, engine: Run) -> Answers[Mapping[str, float]]:
+        """Seam, collected: the static weight of each loss term."""
+
+    @hookspec(firstresult=True)
+    def accumulate_gradient(self, *, engine: Run, step: Step) -> bool:
+        """Seam, first answer, once per gradient: add up that of all micro-batches; True says done.
+
+        The default takes one micro-batch after the other through `forward`, `loss_terms` and
+        `backward`, and records `step.losses` and their metrics.
+        """
+
     @hookspec(firstresult=True)
     def forward(self, *, engine: Run, batch: Batch, step: Step | None) -> Any:
         """Seam, first answer: run the model; returns the losses' `output` (`loss=fn`: the loss).
@@ -222,36 +238,12 @@ class Hooks:
         """
 
     @hookspec
-    def loss_units(
-        self, *, engine: Run, batch: Batch, step: Step | None
-    ) -> Answers[Mapping[str, Tensor | float]]:
-        """Seam, collected: number of units of each loss term in this micro-batch, on the CPU."""
-
-    @hookspec
     def loss_terms(
         self, *, engine: Run, batch: Batch, output: Any, step: Step | None
     ) -> Answers[Mapping[str, Tensor]]:
         """Seam, collected: the sum of each loss term over the units of this micro-batch.
 
         Stages: context > inspect*.
-        """
-
-    @hookspec
-    def loss_weight(self, *, engine: Run) -> Answers[Mapping[str, float]]:
-        """Seam, collected: the static weight of each loss term."""
-
-    @hookspec(firstresult=True)
-    def weigh_losses(
-        self, *, engine: Run, terms: tuple[str, ...], step: Step
-    ) -> Mapping[str, Tensor | float]:
-        """Seam, first answer, once per turn: each term's weight; `step.losses` is for `on_step`."""
-
-    @hookspec(firstresult=True)
-    def accumulate_gradient(self, *, engine: Run, step: Step) -> bool:
-        """Seam, first answer, once per gradient: add up that of all micro-batches; True says done.
-
-        The default takes one micro-batch after the other through `forward`, `loss_terms` and
-        `backward`, and records `step.losses` and their metrics.
         """
 
     @hookspec(firstresult=True)
@@ -338,23 +330,11 @@ class Hooks:
         """
 
     @hookspec
-    def on_note(self, *, engine: Run, title: str, text: str) -> None:
-        """Event: a plugin writes a note about the run; loggers that support text record it."""
-
-    @hookspec
-    def on_image(self, *, engine: Run, title: str, image: Image) -> None:
-        """Event: an image about the run, as PNG; loggers that support images record it."""
-
-    @hookspec
     def on_step_end(self, *, engine: Run) -> None:
         """Event: the step, its log and its evaluation are complete; checkpoints are saved here.
 
         Stages: measure* > save > clock.
         """
-
-    @hookspec
-    def summarize(self, *, engine: Run) -> Answers[Mapping[str, str]]:
-        """Seam, collected: lines for the end of a run, by label: a path, a sample, a hint."""
 
     @hookspec
     def on_save(self, *, engine: Run, snapshot: Snapshot) -> None:
@@ -364,8 +344,28 @@ class Hooks:
         """
 
     @hookspec
-    def on_load(self, *, engine: Run, snapshot: Snapshot) -> None:
-        """Event: a snapshot was read and is about to be checked and restored.
+    def on_note(self, *, engine: Run, title: str, text: str) -> None:
+        """Event: a plugin writes a note about the run; loggers that support text record it."""
 
-        Stages: check* > copy.
+    @hookspec
+    def on_image(self, *, engine: Run, title: str, image: Image) -> None:
+        """Event: an image about the run, as PNG; loggers that support images record it."""
+
+    @hookspec
+    def on_finish(self, *, engine: Run) -> None:
+        """Event: the horizon is reached or `engine.stop` was called; the last step is complete.
+
+        Every plugin is called; errors are raised afterwards. Stages: settle > save > report*.
         """
+
+    @hookspec
+    def on_error(self, *, engine: Run, error: BaseException) -> None:
+        """Event: an exception was raised; it reaches the caller after `on_close`."""
+
+    @hookspec
+    def on_close(self, *, engine: Run) -> None:
+        """Event: release files, threads, handlers. Always called, in reverse order."""
+
+    @hookspec
+    def summarize(self, *, engine: Run) -> Answers[Mapping[str, str]]:
+        """Seam, collected: lines for the end of a run, by label: a path, a sample, a hint."""

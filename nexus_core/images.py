@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -39,7 +39,7 @@ class Image:
         caption: a short caption; may be empty.
     """
 
-    png: bytes
+    png: bytes = field(repr=False)
     width: int
     height: int
     caption: str = ""
@@ -61,7 +61,7 @@ class Image:
         if hasattr(given, "savefig"):
             buffer = io.BytesIO()
             given.savefig(buffer, format="png")
-            return cls._written(_opened(buffer, "what savefig wrote"), caption)
+            return cls(buffer.getvalue(), *_opened(buffer, "what savefig wrote").size, caption)
         if isinstance(given, str | Path):
             return cls._written(_opened(Path(given).expanduser(), str(given)), caption)
         if isinstance(given, Tensor | np.ndarray):
@@ -72,6 +72,11 @@ class Image:
 
     @classmethod
     def _written(cls, image: PIL.Image.Image, caption: str) -> Image:
+        if image.mode[0] in "IF":
+            raise ConfigError(
+                f"no image: numbers of the mode {image.mode}; expected bytes (0 to 255) for each "
+                "channel; scale a 16-bit image, and convert it"
+            )
         kept = image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGBA")
         buffer = io.BytesIO()
         kept.save(buffer, "PNG")

@@ -138,7 +138,7 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
         if fault := _fault_of(type(plugin), type(plugin).name):
             raise PluginError(f"plugin '{plugin.name}'{fault}")
         if names.count(plugin.name) > 1:
-            said = f"plugin '{plugin.name}' is listed twice; keep one of them, or label one:  "
+            said = f"plugin '{plugin.name}' is listed twice; keep one of them, or label one: "
             raise PluginError(said, hint_add(f"{plugin.name}@late"))
         if missing := {
             need for need in plugin.requires if not any(_among(n, [need]) for n in names)
@@ -166,7 +166,9 @@ def _fault_of(found: object, name: str) -> str:
         ours = f"nexus-trainer {version('nexus-trainer')} supports {' and '.join(API_VERSIONS)}"
         fix = "install a matching release of the plugin or of nexus-trainer"
         return f" is built for plugin API {found.api_version}; {ours}: {fix}"
-    faults = ((name, _misuse(getattr(found, name), name)) for name in dir(found))
+    faults = (
+        (name, _misuse(getattr(found, name), name)) for name in dir(found) if name[:2] != "__"
+    )
     return next((f": {found.__qualname__}.{name}{fault}" for name, fault in faults if fault), "")
 
 

@@ -136,11 +136,11 @@ class _Configured(Generic[ConfigT]):
         """Takes what an `__init__` of a subclass passes on."""
 
     def __init__(self, config: Any = None, /, **settings: Any) -> None:  # type: ignore[misc]  # *args
-        if config is not None and not isinstance(config, self.config_class):
+        if config is not None and (settings or not isinstance(config, self.config_class)):
             raise ConfigError(
                 f"{type(self).__name__} takes its settings by name, such as "
                 f"{type(self).__name__}({next(iter(self.config_class.model_fields), 'key')}=...), "
-                f"or a {self.config_class.__name__}; got {config!r:.80}"
+                f"or a {self.config_class.__name__}, not both; got {config!r:.80}"
             )
         try:
             self.config = self.config_class.model_validate(settings) if config is None else config

@@ -129,9 +129,12 @@ def own_doc(cls: type) -> str:
 
 
 def settings_lines(
-    model: type[BaseModel], indent: str = "  ", spelling: Spelling = YAML
+    model: type[BaseModel],
+    indent: str = "  ",
+    spelling: Spelling = YAML,
+    around: tuple[type[BaseModel], ...] = (),
 ) -> Iterator[str]:
-    """Two lines per field, followed by the lines of nested settings."""
+    """Two lines per field, followed by the lines of nested settings that are not shown `around`."""
     for key, field in model.model_fields.items():
         kind = " ".join([_type(field.annotation, spelling), *_bounds(field)])
         default = (
@@ -139,13 +142,18 @@ def settings_lines(
         )
         yield f"{indent}{key}: {kind}, {default}"
         yield f"{indent}    {field.description or 'no description'}"
-        for block in _blocks(field.annotation):
+        outer = (*around, model)
+        for block in (found for found in _blocks(field.annotation) if found not in outer):
             yield f"{indent}    {block.__name__}"
-            yield from settings_lines(block, indent + "      ", spelling)
+            yield from settings_lines(block, indent + "      ", spelling, outer)
 
 
 def _default(field: FieldInfo) -> Any:
-    return field.get_default(call_default_factory=True, validated_data={})
+    return (
+        Shown("computed")
+        if field.default_factory_takes_validated_data
+        else field.get_default(call_default_factory=True)
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -11,14 +11,14 @@ from nexus_core.plan import AnyPlugin
 
 __all__ = ["blame"]
 
-_ADDED = ("backward", "sum_cells")
+_ADDED = ("accumulate_gradient", "backward", "sum_cells")
 PHASES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "batches": ("the data", ("make_data", "on_batch", "cut_batch")),
     "inputs": ("the data", ("make_data", "on_batch", "cut_batch")),
     "generators": ("random numbers", ("make_data", "on_batch")),
     "losses": (
         "the forward pass, or the sum of its losses",
-        ("forward", "loss_units", "loss_terms", "weigh_losses", "sum_cells"),
+        ("loss_units", "weigh_losses", "accumulate_gradient", "forward", "loss_terms", "sum_cells"),
     ),
     "gradient": ("the backward pass, or its sum", (*_ADDED, "after_backward")),
     "settings": ("the optimizer's settings", ("make_optimizer", "lr_scale")),

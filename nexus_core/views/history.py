@@ -170,6 +170,10 @@ def _rows(file: Path) -> Iterator[Row]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and "step" in record and "note" not in record:
+            if isinstance(record, dict) and _is_number(record.get("step")) and "note" not in record:
                 record.pop("time", None)
-                yield {name: NAN if value is None else value for name, value in record.items()}
+                yield {name: v if _is_number(v) else NAN for name, v in record.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)

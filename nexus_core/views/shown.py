@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nexus_core import events
 from nexus_core.defaults import Defaults
-from nexus_core.errors import hint_add
+from nexus_core.errors import PluginError, hint_add
 from nexus_core.events import Hooks
 from nexus_core.images import tell
 from nexus_core.intervals import Interval, TrainState
@@ -53,7 +55,7 @@ class ShownPlan(Plan):
         return cls(plan.plugins, plan.declared)
 
     def __repr__(self) -> str:
-        rows = [(event, stage, calls) for event, stage, calls in self._rows()]
+        rows = list(self._rows())
         wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"  {e:<{wide[0]}}  {s:<{wide[1]}}  {calls}" for e, s, calls in rows]
         return "\n".join([f"<Plan of {self._size()}>", *map(str.rstrip, lines)])
@@ -67,13 +69,10 @@ class ShownPlan(Plan):
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         """Event, stage and plugins, for every event that a plugin answers."""
-        for hook in sorted(HOOK_NAMES, key=_place_in_loop):
-            calls: dict[str, list[str]] = {}
-            for impl in implementations(self, hook, Defaults()):
-                if impl.plugin != CORE:
-                    calls.setdefault(impl.stage[1], []).append(impl.plugin)
-            for number, (stage, names) in enumerate(calls.items()):
-                yield "" if number else hook, stage, ", ".join(names)
+        for hook in HOOK_NAMES:
+            impls = [i for i in implementations(self, hook, Defaults()) if i.plugin != CORE]
+            for number, (stage, some) in enumerate(groupby(impls, lambda impl: impl.stage[1])):
+                yield "" if number else hook, stage, ", ".join(impl.plugin for impl in some)
 
 
 class ShownEngine:
@@ -88,6 +87,7 @@ class ShownEngine:
     plugins: dict[str, Plugin[Any]]
     metrics: Metrics
     hook: Hooks
+    _running: bool
 
     @property
     def history(self) -> History:
@@ -99,6 +99,7 @@ class ShownEngine:
     ) -> None:
         """Log text, an image or a figure at the current step, in every logger that stores notes.
 
+        Loggers are open during a run: call it from a hook, or inside the loop over `steps`.
         Training is unchanged; an image on a device is copied to the host, which synchronizes. With
         several processes, only the loggers of rank 0 write.
 
@@ -114,6 +115,13 @@ class ShownEngine:
             ConfigError: the note is empty or invalid.
         """
         tell(self.hook, self, title, text, image, figure)
+        if not self._running:
+            warnings.warn(
+                f"the note '{title}' is in no log: loggers are only open during a run; write it "
+                "from a hook, or inside a loop over engine.steps(...)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         facts = "; ".join(f"{name}: {value}" for name, value in self._facts().items())
@@ -145,15 +153,13 @@ class ShownEngine:
 
         def __getattr__(self, name: str) -> NoReturn:
             """Say what to call instead of a method of another trainer."""
-            said = f"'Engine' object has no attribute '{name}'"
-            if name in ELSEWHERE:
-                said += f"; {ELSEWHERE[name]}"
-                said += f" {hint_add(answering(READS).name)}" if ELSEWHERE[name] is _SAVE else ""
+            if name not in ELSEWHERE:
+                object.__getattribute__(self, name)  # raises, with the error of a property too
+            said = f"'Engine' object has no attribute '{name}'; {ELSEWHERE[name]}"
+            if ELSEWHERE[name] is _SAVE:
+                with suppress(PluginError):  # no plugin that writes checkpoints is installed
+                    said += f" {hint_add(answering(READS).name)}"
             raise AttributeError(said, name=name, obj=self)
-
-
-def _place_in_loop(hook: str) -> int:
-    return (events.__doc__ or "").find(hook.upper())
 
 
 def _size(model: nn.Module) -> str:

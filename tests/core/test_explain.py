@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus_core import Plugin, PluginConfig, PluginError, hookimpl
+from nexus_core import Plugin, PluginConfig, PluginError, events, hookimpl
 from nexus_core.cli.explain import Explanation, explain, explain_json, explanation
 from nexus_core.cli.run import main as nexus_run
 from nexus_core.events import Hooks
@@ -130,6 +130,13 @@ def test_json_says_the_same_as_the_table() -> None:
         "topology_invariant": True,
     }
     assert "[slot lr]" in table
+
+
+def test_hooks_are_declared_in_the_order_in_which_a_run_calls_them() -> None:
+    """Red if what lists hooks (--explain, show, repr of a plan, the page) leaves a run's order."""
+    assert events.__doc__ is not None
+    places = [events.__doc__.index(hook.upper()) for hook in HOOK_NAMES]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("hook", HOOK_NAMES)

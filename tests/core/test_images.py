@@ -166,6 +166,17 @@ def test_of_several_processes_the_first_alone_writes() -> None:
     kept = KeptPlugin()
     engine = tiny_engine(kept)
     engine.ranks = Ranks(rank=1, size=2)
-    engine.note("words", "so")
-    engine.note("image", image=GRAY)
+    lost = "the note '.*' is in no log.*inside a loop over"  # outside of a run, not in silence
+    with pytest.warns(RuntimeWarning, match=lost):
+        engine.note("words", "so")
+    with pytest.warns(RuntimeWarning, match=lost):
+        engine.note("image", image=GRAY)
     assert (kept.texts, kept.images) == ([], [])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_bytes_are_refused(mode: str) -> None:
+    """Red if the depths of a 16-bit image become black and white."""
+    image = PIL.Image.fromarray(np.array([[0, 30_000]], dtype=np.uint16)).convert(mode)
+    with pytest.raises(ConfigError, match=f"numbers of the mode {mode}; expected bytes"):
+        Image.of(image)

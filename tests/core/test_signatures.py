@@ -15,12 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from nexus_core import IntervalField, Plugin, PluginConfig, PluginError
 from nexus_core.cli.new import package_files
 from nexus_core.errors import ConfigError
 from nexus_core.plan import AnyPlugin, installed, load
+from tiny import tiny_engine
 
 ROOT = Path(__file__).parents[2]
 WRONG = '''
@@ -224,6 +225,34 @@ def test_preparation_sees_the_settings_however_they_were_given() -> None:
     assert TwinklePlugin(TwinkleConfig(size=3.0, place="a")).area == 9
     with pytest.raises(ConfigError, match=r"twinkle\.place"):
         TwinklePlugin(size=2.0)
+    with pytest.raises(ConfigError, match="by name.*or a TwinkleConfig, not both"):
+        TwinklePlugin(TwinkleConfig(place="a"), size=2.0)
+
+
+class Tree(BaseModel):
+    """Settings that hold others of their kind."""
+
+    branches: list[Tree] = []
+
+
+class TreeConfig(PluginConfig):
+    """Settings whose help is not simple."""
+
+    tree: Tree = Tree()
+    width: int = 3
+    area: int = Field(default_factory=lambda given: given["width"] ** 2)
+
+
+class TreePlugin(Plugin[TreeConfig]):
+    """Has them."""
+
+
+def test_settings_that_hold_themselves_or_follow_from_others_are_shown() -> None:
+    """Red if legal settings end help(), `nexus-plugins show`, or an engine, in an error."""
+    told = pydoc.render_doc(TreePlugin, renderer=pydoc.plaintext)
+    assert told.count("branches: list[Tree]") == 1
+    assert "area: int, default computed" in told
+    assert tiny_engine(TreePlugin(width=5)).plugins["tree"].config.area == 25
 
 
 def test_an_own_constructor_shows_its_own_signature() -> None:

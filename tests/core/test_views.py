@@ -254,6 +254,32 @@ def test_what_is_shown_is_escaped() -> None:
 # -- names
 
 
+class RatedEngine(Engine):
+    """An engine of a user, with a mistake in a property."""
+
+    @property
+    def rate(self) -> object:
+        return self.optimizer.no_such_thing
+
+
+def test_a_mistake_in_a_property_is_not_hidden() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    engine = RatedEngine(model, optimizer, loss=lambda model, batch: model(batch).mean())
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = engine.rate
+
+
+def test_odd_lines_of_a_log_do_not_stop_a_history(tmp_path: Path) -> None:
+    """Red if a file that is only shown can end the resuming of a run."""
+    lines = ['{"step": "x", "a": 1}', "torn", '{"step": 2, "a": "so", "b": 3}', '{"a": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    history = History.read(tmp_path)
+    assert history["step"] == [2]
+    assert history["b"] == [3]
+    assert math.isnan(history["a"][0])
+
+
 def test_every_name_is_there_to_complete() -> None:
     """In a process of its own: here all modules have been imported already."""
     code = "import nexus_core; print(*dir(nexus_core))"

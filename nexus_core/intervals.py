@@ -14,19 +14,31 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from nexus_core.errors import ConfigError
 from nexus_core.signatures import Lax
 
-__all__ = ["Every", "Exact", "Interval", "IntervalField", "Length", "TrainState", "within"]
+__all__ = [
+    "AMOUNT",
+    "UNITS",
+    "Every",
+    "Exact",
+    "Interval",
+    "IntervalField",
+    "Length",
+    "TrainState",
+    "within",
+]
 
 _ABSOLUTE = '"500 steps", "2 epochs", "10M tokens", "15 min"'
 _EXAMPLES = f'{_ABSOLUTE}, or a share of the run, "10%"'
-_AMOUNT = re.compile(r"(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d\d?)?\s*([a-zA-Z ]*|%)", re.ASCII)
+AMOUNT = r"(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d\d?)?"
+"""A number of an interval, as a pattern."""
 _FACTORS = {"k": 1_000, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
-_UNITS = {
+UNITS = {
     **{"": "steps", "step": "steps", "epoch": "epochs", "sample": "samples", "token": "tokens"},
     **dict.fromkeys(
         ("s", "sec", "second", "min", "minute", "h", "hr", "hour", "d", "day"), "seconds"
     ),
     **{"%": "%", "percent": "%"},
 }
+"""Names of units, in the singular, and what they are measured in."""
 _SECONDS = {"min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "d": 86400, "day": 86400}
 _KNOWN = "steps, epochs, samples, tokens (also with k, M or B in front), s, min, h, d, %"
 _WHOLE = ("steps", "samples", "tokens")
@@ -87,7 +99,7 @@ class Interval:
     unit: str
 
     def __post_init__(self) -> None:
-        known = self.unit in _UNITS.values()
+        known = self.unit in UNITS.values()
         if not (known and 0 < self.amount < float("inf")):
             raise ConfigError(f"bad interval: {self.amount:g} {self.unit}; expected {_EXAMPLES}")
         if self.unit == "%" and self.amount > 100:
@@ -108,14 +120,14 @@ class Interval:
             return value
         if isinstance(value, timedelta):
             return cls(value.total_seconds(), "seconds")
-        match = _AMOUNT.fullmatch(str(value).strip())
+        match = re.fullmatch(AMOUNT + r"\s*([a-zA-Z ]*|%)", str(value).strip(), re.ASCII)
         if match is None:
             raise ConfigError(f"cannot read the interval {value!r}; expected {_EXAMPLES}")
         digits, exponent, name = match.groups()
         amount = Decimal(digits.replace("_", "") + (exponent or ""))
-        if _singular(name) not in _UNITS:
+        if _singular(name) not in UNITS:
             amount, name = amount * _FACTORS.get(name[0], 1), name[name[0] in _FACTORS :].strip()
-        if (unit := _UNITS.get(_singular(name))) is None:
+        if (unit := UNITS.get(_singular(name))) is None:
             raise ConfigError(
                 f"the interval {value!r} has the unknown unit '{name}'; known units: {_KNOWN}"
             )

@@ -9,6 +9,7 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.listing import listed_plugins
 from nexus_core.cli.schema import Schema, block_schema, changed
 from nexus_core.cli.settings import presets
+from nexus_core.intervals import AMOUNT, UNITS
 from nexus_core.plan import load, scan
 
 __all__ = ["json_schema"]
@@ -22,11 +23,6 @@ _AS_READ: Mapping[str, Schema] = {
     "string": {"type": ["string", "number", "boolean", "null", "array", "object"]},
 }
 """What is read as a value of a type beside it: a quoted number, and `007` as a text."""
-_UNITS = (
-    *("steps?", "epochs?", "samples?", "tokens?", "s", "secs?", "seconds?", "mins?", "minutes?"),
-    *("h", "hrs?", "hours?", "d", "days?", "percents?"),
-)
-_AMOUNT = r"(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d\d?)?"
 _LABEL = "@[A-Za-z0-9_]+"
 _BLOCK = {"type": ["object", "boolean", "null"]}
 
@@ -68,10 +64,11 @@ def json_schema() -> Schema:
 
 def _interval(*, share: bool = True) -> str:
     """The pattern of intervals, in capital and small letters."""
-    units = [unit for unit in _UNITS if share or not unit.startswith("percent")]
+    units = [f"{unit}s?" if len(unit) > 1 else unit for unit in UNITS if unit.isalpha()]
+    units = [unit for unit in units if share or unit != "percents?"]
     either = re.sub(r"[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", "|".join(units))
     sign = "|%" if share else ""
-    return rf"^\s*{_AMOUNT}\s*([kKMB]?\s*({either})?{sign})\s*$"
+    return rf"^\s*{AMOUNT}\s*([kKMB]?\s*({either})?{sign})\s*$"
 
 
 def _as_read(node: Schema) -> Schema:

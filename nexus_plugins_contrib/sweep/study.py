@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -113,9 +113,36 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
         yield study
 
 
+class JournalLock(JournalFileOpenLock):
+    """Locks a journal against other processes.
+
+    Optuna's own locks are files, which outlive a process that is killed while it writes.
+
+    Args:
+        path: of the journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._held: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock and take it."""
+        self._held = self._path.open("ab")
+        lock(self._held, wait=True)
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        if self._held is not None:
+            self._held.close()
+
+
 def storage(out: Path) -> JournalStorage:
     """Where the trials of a sweep are kept."""
-    return JournalStorage(JournalFileBackend(str(out / _JOURNAL)))
+    journal = out / _JOURNAL
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalLock(journal)))
 
 
 def trial_of(out: Path, number: int) -> optuna.Trial:
@@ -168,9 +195,8 @@ def left_over(study: optuna.Study) -> Sequence[FrozenTrial]:
 
 def _cut_torn_line(path: Path) -> None:
     """Cut off the end of a journal that a power cut left without its newline."""
-    if not path.is_file():
-        return
+    held = JournalLock(path)
+    held.acquire()  # a trial of a sweep that was killed may still be writing
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+    os.truncate(path, content.rfind(b"\n") + 1)
+    held.release()

@@ -23,7 +23,7 @@ optuna = pytest.importorskip("optuna")
 
 from nexus_plugins_contrib.sweep.plots import save_plots  # noqa: E402
 from nexus_plugins_contrib.sweep.space import read_dimension  # noqa: E402
-from nexus_plugins_contrib.sweep.study import Search, opened, trial_of  # noqa: E402
+from nexus_plugins_contrib.sweep.study import Search, StudyDirection, opened, storage, trial_of  # noqa: E402
 
 LR = "optim_adamw.lr=log(1e-3,1e-1)"
 
@@ -149,6 +149,23 @@ plugins:
   checkpoint: {every: 4 steps}
   jsonl: {}
 """
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_writes_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red if the next sweep in the folder waits forever."""
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import os; from pathlib import Path; import nexus_plugins_contrib.sweep.study as study\n"
+        "study.storage(Path('.')).create_new_study([study.StudyDirection.MINIMIZE], 'sweep')\n"
+        "study.JournalLock(Path('sweep.journal')).acquire()\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert [each.study_name for each in storage(Path()).get_all_studies()] == ["sweep"]
+    storage(Path()).create_new_study([StudyDirection.MAXIMIZE], "other")
 
 
 @pytest.mark.slow

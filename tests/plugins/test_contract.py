@@ -121,14 +121,14 @@ class OnRecords(FirstPartyContract):
         from tests.contrib import hf
 
         hf.tokenizer().save_pretrained(folder / "tokenizer")
-        texts = [f"line {i}: {'ab' * (i % 17)}" for i in range(200)]
+        texts = [f"line {i}: {'ab' * (i % 17)}" for i in range(40)]
         talks = [[("user", f"{i}?"), ("assistant", text)] for i, text in enumerate(texts)]
         chats = [[{"role": who, "content": said} for who, said in talk] for talk in talks]
         lines = [{"text": t, "messages": chat} for t, chat in zip(texts, chats, strict=True)]
         records = folder / "records.jsonl"
         records.write_text("".join(json.dumps(line) + "\n" for line in lines))
         others = folder / "others.jsonl"
-        others.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines[:30])))
+        others.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines[:10])))
         changing = [{"path": str(records), "weight": [[0, 3], ["200 tokens", 1]]}]
         train = [*changing, {"path": str(others)}] if settings.get("streaming") else str(records)
         places = {"train": train, "tokenizer": str(folder / "tokenizer")}

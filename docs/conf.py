@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that docs.reference is found
 
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 
-from docs.reference import MARKER, with_reference
+from docs.reference import MARKER, plugin_groups, with_reference
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -76,7 +76,8 @@ def setup(app: Sphinx) -> None:
     """Connect what is done to pages and docstrings."""
     app.connect("env-get-outdated", lambda app, env, *_: _filled(env))
     app.connect("source-read", _fill)
-    app.connect("html-page-context", _label)
+    app.connect("html-page-context", _group, priority=400)  # before the theme draws the sidebar
+    app.connect("html-page-context", _finish)
     app.connect("autodoc-process-docstring", _read, priority=100)  # before napoleon
 
 
@@ -89,22 +90,76 @@ def _fill(_app: Sphinx, _name: str, source: list[str]) -> None:
     source[0] = with_reference(source[0])
 
 
-def _label(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _: object) -> None:
+def _finish(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _: object) -> None:
+    """Have dashes look like dashes, and tables fit."""
+    body = re.sub("(</strong>(?:</a>)?) -- ", "\\1 \N{EN DASH} ", context.get("body", ""))
+    if "<table" in body:
+        soup = BeautifulSoup(body, "html.parser")
+        for table in soup.find_all("table"):
+            _fit(table)
+        body = str(soup)
+    context["body"] = body
+
+
+def _fit(table: Tag) -> None:
     """Give cells the name of their column, which `style.css` shows where a row is too wide."""
-    if "<table" not in context.get("body", ""):
-        return
-    body = BeautifulSoup(context["body"], "html.parser")
-    for table in body.find_all("table"):
-        head = [cell.get_text() for cell in table.select("thead th")]
-        rows = [row.find_all("td") for row in table.select("tbody tr")]
-        told = max((len(cell.get_text()) for row in rows for cell in row), default=0)
-        if len(head) > 2 and told > PHONE:
-            wide = ["wide"] if len(head) > 4 else []
-            table["class"] = [*table.get("class", []), "stacked", *wide]
-            for row in rows:
-                for cell, name in zip(row, head, strict=False):
-                    cell["data-label"] = name
-    context["body"] = str(body)
+    head = [cell.get_text() for cell in table.select("thead th")]
+    rows = [row.find_all("td") for row in table.select("tbody tr")]
+    longest = max((len(cell.get_text()) for row in rows for cell in row), default=0)
+    names = [word for row in rows if row for word in row[0].get_text().split()]
+    short = max(map(len, names), default=0) <= PHONE
+    kinds = {
+        "short": short,
+        "stacked": longest > PHONE and (len(head) > 2 or not short),
+        "wide": longest > PHONE and len(head) > 4,
+    }
+    table["class"] = [*table.get("class", []), *(kind for kind, yes in kinds.items() if yes)]
+    if kinds["stacked"]:
+        for row in rows:
+            for cell, name in zip(row, head, strict=False):
+                cell["data-label"] = name
+    if kinds["wide"]:
+        for code in table.select("code .pre"):
+            if len(code.get_text()) > PHONE // 2:
+                _let_break(code)
+
+
+def _let_break(code: Tag) -> None:
+    """Have a long name break between its words."""
+    word = r"[^\W_]"
+    parts = rf"(?<={word}[_.(/])(?={word})|(?<=[a-z])(?=[A-Z])"
+    first, *rest = re.split(parts, code.get_text())
+    code.string = first
+    for part in rest:
+        code.extend([Tag(name="wbr", can_be_empty_element=True), part])
+
+
+def _group(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _: object) -> None:
+    """Have the sidebar list the plugins by what they do."""
+    if toctree := context.get("toctree"):
+        context["toctree"] = lambda **options: _with_groups(toctree(**options))
+
+
+def _with_groups(tree: str) -> str:
+    """The navigation with an entry for each group of plugins, and its plugins below it."""
+    soup = BeautifulSoup(tree, "html.parser")
+    below = soup.select_one("li.toctree-l1 > ul:has(a[href$='clip.html'], a[href='#'])")
+    if below is None:
+        return tree
+    page, last = below.parent, below.parent
+    entries = {entry.get_text(): entry for entry in below.find_all("li")}
+    for heading, names in plugin_groups().items():
+        members = [entries[name] for name in names]
+        here = {kind for entry in members for kind in entry["class"] if kind == "current"}
+        group = soup.new_tag("li", attrs={"class": ["toctree-l1", *here]})
+        link = f"{page.a['href'].rstrip('#')}#{heading.lower().replace(' ', '-')}"
+        group.append(soup.new_tag("a", href=link, string=heading, attrs={"class": "reference"}))
+        group.append(soup.new_tag("ul"))
+        group.ul.extend(members)
+        last.insert_after(group)
+        last = group
+    below.decompose()
+    return str(soup)
 
 
 def _read(*event: Any) -> None:

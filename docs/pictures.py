@@ -16,7 +16,8 @@ import shutil
 import struct
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from io import BytesIO, StringIO
 from itertools import groupby
 from math import log
@@ -34,6 +35,8 @@ from pyte.screens import Char
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
+
+from nexus_core import Engine, Plugin, PluginConfig, hookimpl
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs/images"
@@ -164,9 +167,10 @@ def vision() -> Figure:
 
     _ran("05_vision")
     events = EventAccumulator("runs/digits/tensorboard/misread", {"images": 0}).Reload()
-    tags = events.Tags()["images"][:8]
-    pictures = [plt.imread(BytesIO(events.Images(tag)[-1].encoded_image_string)) for tag in tags]
-    return _tiles([picture[..., 0] for picture in pictures], 4)
+    (tag,) = events.Tags()["images"]  # digits side by side, each pixel eight times as large
+    shown = plt.imread(BytesIO(events.Images(tag)[-1].encoded_image_string))[4::8, 4::8, 0]
+    rows = [row for line in np.split(shown, len(shown) // 8) for row in np.hsplit(line, 8)]
+    return _tiles([digit for digit in rows if digit.any()], 4)
 
 
 def reinforcement() -> Figure:
@@ -174,6 +178,30 @@ def reinforcement() -> Figure:
     figure, axes = _figure()
     axes.plot(lengths, color=GREEN)
     axes.set(xlabel="step", ylabel="moves that the pole stands")
+    return figure
+
+
+def classic() -> Figure:
+    _ran("07_classic", "--steps", "100", "--out", "out")
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    figure, axes = _figure()
+    colors = {"lm": BLUE, "world": GREEN, "energy": ORANGE, "causal": GRAY}
+    for term, color in colors.items():
+        points = [(n["step"], n[f"train/{term}_loss"]) for n in lines if "train/lm_loss" in n]
+        axes.plot(*zip(*points, strict=True), color=color, label=term)
+    axes.set(xlabel="step", ylabel="loss terms")
+    axes.legend(frameon=False, labelcolor=GRAY)
+    return figure
+
+
+def gan() -> Figure:
+    ran = _ran("08_gan")
+    with torch.no_grad():
+        drawn = ran["nets"][1](torch.randn(150, 2))
+    figure, axes = _figure()
+    axes.scatter(*ran["data"].flatten(0, 1)[:150].T, s=8, color=GRAY, alpha=0.5, label="data")
+    axes.scatter(*drawn.T, s=8, color=BLUE, alpha=0.7, label="generated")
+    axes.legend(frameon=False, labelcolor=GRAY)
     return figure
 
 
@@ -195,10 +223,53 @@ def sam() -> Figure:
     return figure
 
 
+def mnist() -> Figure:
+    ran = _loaded("11_mnist")
+    model, _ = ran["by_engine"]()
+    images, labels = ran["images"][1500:1512], ran["labels"][1500:1512]
+    with torch.no_grad():
+        read = model.eval()(images).argmax(1)
+    colors = [GREEN if right else ORANGE for right in read == labels]
+    said = list(zip(map(str, read.tolist()), colors, strict=True))
+    return _tiles(list(images[:, 0].numpy()), 4, said)
+
+
+def word_language_model() -> Figure:
+    ran, kept = _loaded("12_word_language_model"), _KeptPlugin()
+    ran["main"].__globals__["ConsolePlugin"] = lambda: kept
+    ran["by_engine"]()
+    with redirect_stdout(StringIO()) as printed:
+        ran["by_hand"]()
+    by_hand = [float(loss) for loss in re.findall(r"validation loss ([\d.]+)", printed.getvalue())]
+    figure, axes = _figure()
+    epochs = range(1, len(by_hand) + 1)
+    axes.plot(epochs, by_hand, color=GRAY, lw=6, alpha=0.4, label="a loop by hand")
+    axes.plot(epochs, kept.metrics["val/nats"], color=BLUE, label="engine")
+    axes.set(xlabel="epoch", ylabel="validation loss, nats")
+    axes.legend(frameon=False, labelcolor=GRAY)
+    return figure
+
+
 def vae() -> Figure:
     ran = _loaded("13_vae")
     _, _, drawn = ran["by_engine"]()
-    return _tiles(list(drawn[-1].detach().reshape(-1, 8, 8)[:12].numpy()), 6)
+    return _tiles(list(drawn[-1].detach().reshape(-1, 8, 8)[:12].numpy()), 4)
+
+
+def timm_like() -> Figure:
+    ran, kept = _loaded("14_timm_like"), _KeptPlugin()
+    ran["main"].__globals__["ConsolePlugin"] = lambda: kept
+    ran["by_engine"]()
+    figure, axes = _figure()
+    for name, color, label in (
+        ("val_live/accuracy", ORANGE, "weights"),
+        ("val/accuracy", BLUE, "their average"),
+    ):
+        shares = kept.metrics[name]
+        axes.plot(range(1, len(shares) + 1), shares, "o-", color=color, ms=4, label=label)
+    axes.set(xlabel="epoch", ylabel="accuracy")
+    axes.legend(frameon=False, labelcolor=GRAY)
+    return figure
 
 
 EXAMPLES: dict[str, Callable[[], Figure]] = {
@@ -208,10 +279,28 @@ EXAMPLES: dict[str, Callable[[], Figure]] = {
     "04_huggingface_model": huggingface_model,
     "05_vision": vision,
     "06_reinforcement": reinforcement,
+    "07_classic": classic,
+    "08_gan": gan,
     "09_lbfgs": lbfgs,
     "10_sam": sam,
+    "11_mnist": mnist,
+    "12_word_language_model": word_language_model,
     "13_vae": vae,
+    "14_timm_like": timm_like,
 }
+
+
+class _KeptPlugin(Plugin[PluginConfig]):
+    """Keeps what each evaluation measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[str, list[float]] = {}
+
+    @hookimpl
+    def on_eval(self, engine: Engine, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.metrics.setdefault(name, []).append(value)
 
 
 def _loaded(name: str) -> dict[str, Any]:
@@ -253,11 +342,16 @@ def _regions(
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 
 
-def _tiles(pictures: list[Any], columns: int) -> Figure:
-    rows = [np.pad(picture, picture.shape[0] // 8) for picture in pictures]
-    lines = [np.hstack(rows[n : n + columns]) for n in range(0, len(rows), columns)]
+def _tiles(pictures: list[Any], columns: int, said: Sequence[tuple[str, str]] = ()) -> Figure:
+    """Pictures of one size in rows, each with what is said of it, in a color, in its corner."""
+    tiles = [np.pad(picture, 1) for picture in pictures[: len(pictures) // columns * columns]]
+    lines = [np.hstack(tiles[n : n + columns]) for n in range(0, len(tiles), columns)]
     figure, axes = _figure()
-    axes.imshow(np.vstack([line for line in lines if line.shape == lines[0].shape]), cmap="magma")
+    axes.imshow(np.vstack(lines), cmap="magma")
+    height, width = tiles[0].shape
+    for place, (text, color) in enumerate(said):
+        y, x = divmod(place, columns)
+        axes.text(x * width + 0.2, y * height + 1.8, text, color=color, weight="bold", size=11)
     axes.axis("off")
     return figure
 

@@ -43,7 +43,7 @@ from nexus_core.cli.schema import block_schema
 from nexus_core.events import Hooks
 from nexus_core.plan import HOOK_NAMES, AnyPlugin, installed, load
 
-__all__ = ["MARKER", "first_party", "with_reference"]
+__all__ = ["MARKER", "first_party", "plugin_groups", "with_reference"]
 
 MARKER = re.compile(
     r"^<!-- (settings|plugins|hooks|stages|loop|config|contents|commands|api|examples|file)"
@@ -56,12 +56,13 @@ PAGES = DOCS / "plugins"
 Schema = Mapping[str, Any]
 NAVIGATION = """
 Start: tutorial examples glossary
-Train: howto/own data howto/embed howto/finetune howto/resume howto/schedules howto/compare
-Train: howto/pairs howto/generate loggers distributed cells profiling platforms
+Train: howto/own data howto/embed howto/finetune howto/schedules howto/generate
+Follow and compare: loggers howto/resume howto/pairs howto/compare profiling
+Several processes: distributed cells platforms
 Extend: howto/one_file howto/plugin howto/loss howto/log testing
 Plugins: plugins
 Reference: hooks config commands checkpoints nexus architecture plugin_api
-Python: api/index api/run api/bases api/testing
+Python API: api/index api/run api/bases api/testing
 Other trainers: comparison migration benchmarks
 """
 """Every page of the site but the plugins', by caption."""
@@ -87,6 +88,12 @@ def first_party() -> list[str]:
     return [name for name, entry in installed().items() if _is_ours(entry)]
 
 
+def plugin_groups() -> dict[str, list[str]]:
+    """The names of the plugins of this distribution by the headings of `plugins.md`."""
+    found = _grouped().items()
+    return {_heading(group): [plugin.name for plugin in members] for group, members in found}
+
+
 def _plugin_section(name: str) -> str:
     plugin = load(name)
     schema = block_schema(plugin.config_class)
@@ -108,10 +115,14 @@ def _plugins_section(_: str) -> str:
         pages = [f"{plugin.name} <plugins/{plugin.name}>" for plugin in members]
         table = _table(("plugin", "what it does"), rows)
         slots = {plugin.slot for plugin in members if plugin.slot}
-        said += [f"## {group.capitalize()}"]
+        said += [f"## {_heading(group)}"]
         said += [f"A run uses at most one plugin for the slot `{slot}`." for slot in sorted(slots)]
         said += ["\n".join(table), _toctree(pages)]
     return "\n\n".join(said)
+
+
+def _heading(group: str) -> str:
+    return group.capitalize()
 
 
 def _grouped() -> dict[str, list[type[AnyPlugin]]]:
@@ -189,6 +200,10 @@ def _examples_section(_: str) -> str:
     return "\n\n".join(["\n".join(grid), *map(_example, found)])
 
 
+def _said_by(path: Path) -> str:
+    return inspect.cleandoc(ast.get_docstring(ast.parse(path.read_text())) or "")
+
+
 def _title(path: Path) -> str:
     return path.stem.replace("_", " ")
 
@@ -201,13 +216,12 @@ def _card(path: Path, title: str) -> str:
     anchor = title.replace(" ", "-")
     return (
         f":::{{grid-item-card}} {title}\n:link: {anchor}\n:link-type: ref\n"
-        f":img-top: images/examples/{path.stem}.svg\n:::"
+        f":img-top: images/examples/{path.stem}.svg\n\n{_said_by(path).splitlines()[0]}\n:::"
     )
 
 
 def _example(path: Path) -> str:
-    text = path.read_text()
-    said = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
+    text, said = path.read_text(), _said_by(path)
     said = re.sub(r"(?m)^(?: {4})?((?:pip install|python|tensorboard) .*)$", r"    \1", said)
     title = _title(path)
     return "\n".join([
@@ -399,7 +413,6 @@ def _keeps_state(plugin: type[AnyPlugin]) -> bool:
 
 
 def _purpose(plugin: type[AnyPlugin]) -> str:
-    """The first sentence of the docstring."""
     return re.split(r"(?<=\.)\s|\n\n", inspect.cleandoc(plugin.__doc__ or ""))[0]
 
 

@@ -32,7 +32,8 @@ class GanPlugin(Plugin[PluginConfig]):
 if __name__ == "__main__":
     data = torch.tensor([2, -1]) + 0.5 * torch.randn(50, 64, 2, generator=torch.manual_seed(0))
     nets = [nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, out)) for out in (1, 2)]
-    critic, generator = (torch.optim.Adam(net.parameters(), lr=5e-3) for net in nets)
+    adam = {"lr": 5e-3, "betas": (0.0, 0.9)}  # with momentum, the generated points collapse
+    critic, generator = (torch.optim.Adam(net.parameters(), **adam) for net in nets)
     optimizers = {"critic": critic, "generator": generator}
     plugins = GanPlugin(), ClipPlugin(max_norm=1.0), LrLinearPlugin(warmup=None)
     Engine(nn.ModuleList(nets), optimizers, plugins=plugins).fit(data, until="1500 steps")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from nexus_core import Logger, LoggerConfig, hookimpl
+from nexus_core import Logger, LoggerConfig, PluginConfig, hookimpl
 from nexus_core.cli import yaml12
+from nexus_core.cli.lineage import changes
+from nexus_core.cli.settings import read_settings
 from nexus_core.paths import PathText
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from nexus_core.images import Image
 
 __all__ = ["TensorboardConfig", "TensorboardPlugin"]
+
+Block = Mapping[str, Any]
 
 _MARKUP = re.compile(r"[\\`*_#\[\]]")  # what the Text tab, which reads Markdown, would not show
 
@@ -36,6 +40,10 @@ CHARTS = {
 """The charts of the Custom Scalars tab, in order, by what their metrics are called."""
 
 
+CHANGED = "(changed)"
+"""The HParams tab sorts by name, after what differs between runs; this is before any setting."""
+
+
 class TensorboardConfig(LoggerConfig):
     """Settings of the TensorBoard files."""
 
@@ -46,6 +54,10 @@ class TensorboardConfig(LoggerConfig):
         default=10.0,
         gt=0,
         description="maximum delay until logged values are in the file, in seconds",
+    )
+    baseline: str | None = Field(
+        default=None,
+        description="preset; its settings that the run changes are first in the HParams tab",
     )
 
 
@@ -61,6 +73,18 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
     writes_files = True
     _writer: FileWriter | None = None
     _tags: frozenset[str] = frozenset()
+    _changed = ""
+
+    @hookimpl
+    def on_start(self, engine: Engine) -> None:
+        """Compare the settings with those of the baseline.
+
+        Raises:
+            ConfigError: the engine has no `out`, or there is no such preset.
+        """
+        if self.config.baseline is not None and engine.config:
+            self._changed = _changed(engine, self.config.baseline)
+        super().on_start(engine)
 
     def open(self, engine: Engine) -> None:
         """Open an event file, marking the step it resumes from, and write the config."""
@@ -81,6 +105,8 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
             writer.add_summary(text("config", f"    {shown}"), step)  # type: ignore[no-untyped-call]
             settings = dict(_flat(engine.config))
             settings.pop("out", None)  # each run has its own
+            if self._changed:
+                settings[CHANGED] = self._changed
             # Without a summary of the experiment TensorBoard looks for what differs between runs.
             _, begun, _ = hparams(settings, {})  # type: ignore[no-untyped-call]
             writer.add_summary(begun, step)
@@ -141,6 +167,37 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _changed(engine: Engine, preset: str) -> str:
+    """How a run differs from a preset, as `--set` and `--plugins` take it."""
+    run, now = read_settings(preset).run, engine.config.get("plugins", {})
+    blocks = {
+        name: _completed(engine.plugins[name].config_class, block, now[name])
+        if name in now
+        else block
+        for name, block in run.plugins.items()
+    }
+    before = {**run.model_dump(mode="json"), "plugins": blocks}
+    found = changes(before, engine.config).items()
+    return ", ".join(_said(key, *values) for key, values in found) or "nothing"
+
+
+def _completed(kind: type[PluginConfig], block: Block, now: Block) -> Block:
+    """A preset's block with its defaults, and without what every run has to give."""
+    given = {
+        key: now[key]
+        for key, field in kind.model_fields.items()
+        if field.is_required() and key not in block
+    }
+    full = kind(**block, **given).model_dump(mode="json")
+    return {key: value for key, value in full.items() if key not in given}
+
+
+def _said(key: str, before: object, after: object) -> str:
+    if isinstance(after, Mapping):
+        return f"+{key}"
+    return f"no:{key}" if isinstance(before, Mapping) else f"{key}={after}"
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float]]:

@@ -67,6 +67,9 @@ def test_from_chats_and_pairs_to_folders_that_load(
         "<|im_start|>" in json.dumps(line) or "3 and 3?" in json.dumps(line) for line in lines
     )
 
+    (events,) = Path("run/tensorboard").glob("events*")
+    assert b"model_hf.path=model" in events.read_bytes(), "TensorBoard shows what a run sets"
+
     nexus_run("export", "run", "--to", "hf", "--out", "merged")
     merged = AutoModelForCausalLM.from_pretrained("merged")
     before = AutoModelForCausalLM.from_pretrained("model")

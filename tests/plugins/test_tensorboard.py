@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -20,6 +21,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch import nn
 
 from nexus_core import ConfigError, Engine
+from nexus_core.cli.run import main as nexus_run
 from nexus_plugins.tensorboard import TensorboardPlugin
 
 DATA = [torch.ones(2, 2)]
@@ -31,14 +33,14 @@ def files_sort_as_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
-def engine_of(out: Path | None, **settings: Any) -> Engine:
+def engine_of(out: Path | None, baseline: str | None = None, **settings: Any) -> Engine:
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     return Engine(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loss=lambda m, b: m(b).square().mean(),
-        plugins=[TensorboardPlugin()],
+        plugins=[TensorboardPlugin(baseline=baseline)],
         out=out,
         log_every=2,
         **settings,
@@ -102,6 +104,33 @@ def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
         "optim_adamw.groups",
     }
     assert "_hparams_/experiment" not in events.summary_metadata, "which would hide what differs"
+
+
+def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks if a run's own settings have to be found among a hundred of its preset."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.txt").write_text("a few words\n" * 60)
+    changed = "until=1 steps, data_text.train=small.txt, data_text.valid_share=0.0, "
+    changed += (
+        "data_text.seq_len=32, model_nexus.d_model=16, model_nexus.ngrams=[], clip.max_norm=0.5"
+    )
+    sets = [word for setting in changed.split(", ") for word in ("--set", setting)]
+    same = ["--set", "clip.eps=0.001", "--plugins", "ema,no:checkpoint,no:guard"]
+    ran = CliRunner().invoke(nexus_run, ["quickstart", *sets, *same, "--out", "."])
+    assert ran.exit_code == 0, ran.output
+    content = read(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    first = hparams[min(hparams)].string_value  # TensorBoard sorts them by name
+    said = changed.replace("clip", "no:guard, clip") + ", no:checkpoint, +ema"
+    assert (min(hparams), first) == ("(changed)", said)
+
+
+def test_a_baseline_that_is_no_preset_is_refused(tmp_path: Path) -> None:
+    """Breaks if the comparison that was asked for is silently missing."""
+    with pytest.raises(ConfigError, match=r"no preset or config file named 'quick'.*quickstart"):
+        engine_of(tmp_path, "quick", config={"seed": 0}).fit(DATA, until="1 step")
 
 
 def test_the_custom_scalars_begin_with_the_loss_and_show_no_empty_chart(tmp_path: Path) -> None:

@@ -142,13 +142,19 @@ def _group(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _:
 
 def _with_groups(tree: str) -> str:
     """The navigation with an entry for each group of plugins, and its plugins below it."""
-    soup = BeautifulSoup(tree, "html.parser")
-    below = soup.select_one("li.toctree-l1 > ul:has(a[href$='clip.html'], a[href='#'])")
-    if below is None:
-        return tree
-    page, last = below.parent, below.parent
-    entries = {entry.get_text(): entry for entry in below.find_all("li")}
-    for heading, names in plugin_groups().items():
+    soup, groups = BeautifulSoup(tree, "html.parser"), plugin_groups()
+    for below in soup.select("li.toctree-l1 > ul"):
+        entries = {entry.get_text(): entry for entry in below.find_all("li")}
+        if entries.keys() >= set(chain(*groups.values())):
+            _put_into_groups(soup, below, entries, groups)
+    return str(soup)
+
+
+def _put_into_groups(
+    soup: BeautifulSoup, below: Tag, entries: dict[str, Tag], groups: dict[str, list[str]]
+) -> None:
+    page = last = below.parent
+    for heading, names in groups.items():
         members = [entries[name] for name in names]
         here = {kind for entry in members for kind in entry["class"] if kind == "current"}
         group = soup.new_tag("li", attrs={"class": ["toctree-l1", *here]})
@@ -159,7 +165,6 @@ def _with_groups(tree: str) -> str:
         last.insert_after(group)
         last = group
     below.decompose()
-    return str(soup)
 
 
 def _read(*event: Any) -> None:

@@ -37,13 +37,13 @@ class _Entry:
     units: list[float] = field(default_factory=list)
     finish: Finish = None
     pending: list[tuple[Number, Number]] = field(default_factory=list)
-    measured: Measured | None = None
+    measured: list[tuple[Measured, float]] = field(default_factory=list)  # one at most, of 1 unit
 
     def compute(self) -> None:
         """Compute and reset a metric with its own state."""
-        if self.measured is not None:
-            self.total, self.units = [float(self.measured.compute())], [1.0]
-            self.measured.reset()
+        for measured, units in self.measured:
+            self.total, self.units = [float(measured.compute())], [units]
+            measured.reset()
 
     def sums(self) -> list[float]:
         """The parts of sum and units, alternating."""
@@ -84,7 +84,7 @@ class Meter:
             entry = self._entries[name] = _Entry()
         entry.finish = finish
         if not isinstance(value, Tensor) and hasattr(value, "compute"):
-            entry.measured = cast(Measured, value)
+            entry.measured = [(cast(Measured, value), 1.0)]
             return
         both = _plain(name, value), _plain(name, units)
         entry.pending.append(both if self.counts else (0.0, 0.0))
@@ -102,12 +102,17 @@ class Meter:
         """The current mark, for `rollback`; nothing may be read in between."""
         return {name: len(entry.pending) for name, entry in self._entries.items()}
 
-    def rollback(self, mark: Mapping[str, int]) -> list[tuple[str, Number, Number, Finish]]:
-        """Drop what was added since the mark, and return it: the arguments of `add`."""
+    def rollback(
+        self, mark: Mapping[str, int]
+    ) -> list[tuple[str, Number | Measured, Number, Finish]]:
+        """Drop what was added since the mark, and return it: the arguments of `add`.
+
+        Of metrics with their own state, all are returned, and the new ones dropped.
+        """
         forgotten = [
             (name, value, units, entry.finish)
             for name, entry in self._entries.items()
-            for value, units in entry.pending[mark.get(name, 0) :]
+            for value, units in (*entry.pending[mark.get(name, 0) :], *entry.measured)
         ]
         for name in list(self._entries):
             if name in mark:

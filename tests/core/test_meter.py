@@ -44,14 +44,26 @@ def test_metric_without_units_is_left_out_and_overflow_is_infinite() -> None:
     assert meter.read(Ranks()) == {"huge": math.inf}
 
 
+class Seven:
+    """A metric with a state of its own."""
+
+    def compute(self) -> float:
+        return 7.0
+
+    def reset(self) -> None: ...
+
+
 def test_what_is_rolled_back_is_given_back() -> None:
-    meter = Meter()
+    meter, seven = Meter(), Seven()
     meter.add("loss", 2.0)
     mark = meter.mark()
     meter.add("loss", 4.0)
     meter.add("perplexity", 3.0, 2.0, math.exp)
+    meter.add("seven", seven)
     forgotten = meter.rollback(mark)
-    assert forgotten == [("loss", 4.0, 1.0, None), ("perplexity", 3.0, 2.0, math.exp)]
-    for added in forgotten[1:]:
+    rest = [("perplexity", 3.0, 2.0, math.exp), ("seven", seven, 1.0, None)]
+    assert forgotten == [("loss", 4.0, 1.0, None), *rest]
+    for added in rest:
         meter.add(*added)
-    assert meter.read(Ranks()) == {"loss": 2.0, "perplexity": pytest.approx(math.exp(1.5))}
+    means = {"loss": 2.0, "perplexity": pytest.approx(math.exp(1.5)), "seven": 7.0}
+    assert meter.read(Ranks()) == means

@@ -1,7 +1,8 @@
 """Compiled models and graph-replayed steps.
 
-`plugin` compiles the model, `graphs` captures and replays the gradient of whole steps, `inputs`
-holds their static inputs, `facts` checks that a replay is still valid.
+`plugin` compiles the model. `graphs` decides whether the gradient of a step is replayed, `replay`
+does it, and `inputs` holds the static inputs. `facts` is the host state that must be the same,
+`parts` compares objects in it, and `watch` finds what else the host does in a step.
 """
 
 from __future__ import annotations

@@ -1,116 +1,173 @@
-"""Host state and host side effects in a step: a graph freezes the former and drops the latter."""
+"""Host state that a graph of a step would freeze."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
-import sys
-import warnings
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from types import FrameType
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pickle import PickleBuffer
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from nexus_core.plugin import Plugin
+from nexus_plugins.compile.parts import PLAIN, attributes, fact, is_dense, written
 
 if TYPE_CHECKING:
-    from nexus_core import Engine, Step
+    from nexus_core import Engine
 
-__all__ = ["Knowledge", "Owned", "changed", "watching"]
+__all__ = ["Knowledge", "Owned", "Place", "changed", "takes_part"]
 
-Place: TypeAlias = tuple[object, ...]
+Place: TypeAlias = tuple[str, int, str]
+"""An owner in words, its number among its like, and its attribute."""
 Owned: TypeAlias = tuple[Plugin[Any], str]
 """An attribute of a plugin."""
 
 HOOKS = ("forward", "loss_terms", "backward")
 """What the gradient of a step is made of."""
-PLAIN = {int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size}
-DEEPEST = 4
-LONGEST = 64
-OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
-SMALL = 16
-OURS = ("nexus_core.", "nexus_plugins.compile", "torch.")
+OF_MODULES = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+HOOKS_OF_MODULES = frozenset(n for n in OF_MODULES if n.startswith(("_forward", "_backward")))
+OF_HOST = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+UNCHANGING = (type, ModuleType, RemovableHandle)
 
 
 class Knowledge:
     """The host state that the gradient of a step may depend on, by location.
 
-    It covers the numbers, strings and settings of the participating plugins and the model's
-    modules, and the identity of tensors. Tensor contents live on the device and do not count;
-    tensors that are plugin attributes may be replaced between steps.
+    It covers the numbers, strings, settings and objects of the participating plugins and of the
+    modules that they and the model have, and the identity of tensors. Tensor contents live on the
+    device and do not count; tensors that are plugin attributes may be replaced between steps.
 
     Args:
         engine: of the run.
-        everyone: include the other plugins too, but not the objects they hold, which their own
-            threads may be changing.
+        everyone: include the plain values of the other plugins too, but not the objects they hold,
+            which their own threads may be changing.
 
     Attributes:
         known: the values by location.
         held: the device tensors that are plugin attributes.
         generators: those of the device.
+        host_generators: those of the host, whose state is not among the values: it only matters to
+            a step that draws from them.
+        refusal: what cannot be compared, in words; empty if everything can.
     """
 
     def __init__(self, engine: Engine, everyone: bool = False) -> None:
         self.known: dict[Place, object] = {}
         self.held: dict[Owned, Tensor] = {}
         self.generators: list[torch.Generator] = []
-        self._alive: list[Tensor] = []  # so that no other tensor gets the memory of one seen here
+        self.host_generators: list[Any] = []
+        self.refusal = ""
         self._device = engine.device
-        self._passed = {id(each) for each in (engine, engine.model, engine.optimizer, engine.data)}
-        self._passed |= {id(plugin) for plugin in engine.plugins.values()}
+        self._tensors: list[Tensor] = []
+        self._modules: list[nn.Module] = [engine.model]
+        self._by_identity: list[object] = []  # kept, so that no other object gets their identity
         taking_part = list(takes_part(engine))
-        for plugin in engine.plugins.values() if everyone else taking_part:
-            depth = DEEPEST if plugin in taking_part else 0
-            for name, value in vars(plugin).items():
-                place = (plugin.name, name)
-                if isinstance(value, Tensor) and value.device == self._device:
-                    self.held[plugin, name] = value
-                    self.known[place] = value.shape, value.dtype
-                else:
-                    self._look(place, value, depth)
-        for number, module in enumerate(engine.model.modules()):
-            self._look_at_module(number, module)
+        run = (engine, engine.hook, engine.meter, engine.optimizer, engine.data, *taking_part)
+        self._seen = {id(each) for each in run}
+        for plugin in engine.plugins.values():
+            if plugin in taking_part:
+                self._look_at_plugin(plugin)
+            elif everyone:
+                own = attributes(plugin).items()
+                plain = {name: fact(value) for name, value in own if type(value) in PLAIN}
+                self.known |= {_of(plugin, name): value for name, value in plain.items()}
+        for root in self._modules:  # some are found on the way
+            self._look_at_modules(root)
 
     @property
     def key(self) -> tuple[object, ...]:
         """Everything, as a comparable key."""
         return (*self.known, *self.known.values())
 
-    def _look(self, place: Place, value: Any, depth: int) -> None:
-        """Note what a value is, or what is in it."""
-        if type(value) in PLAIN:
-            self.known[place] = value
-        elif isinstance(value, Tensor):
-            self.known[place] = _of_tensor(value)
-            self._alive.append(value)
-        elif isinstance(value, torch.Generator):
-            if value.device.type == self._device.type:
-                self.generators.append(value)
-        elif depth and id(value) not in self._passed:
-            self._passed.add(id(value))
-            parts = list(_parts(value))
-            self.known[(*place, "")] = len(parts)
-            for name, part in parts[:LONGEST]:
-                self._look((*place, name), part, depth - 1)
+    def obstacle(self, engine: Engine) -> str:
+        """Why the tensors of such a step are not for a graph, in words; empty if they are."""
+        own = [tensor for root in self._modules for tensor in (*root.parameters(), *root.buffers())]
+        fixed = list({id(tensor): tensor for tensor in (*own, *self._tensors)}.values())
+        trained = {id(each) for each in (*engine.model.parameters(), *engine.parameters())}
+        if any(t.requires_grad and id(t) not in trained for t in (*fixed, *self.held.values())):
+            return "a plugin has tensors of its own that get a gradient"
+        everything = (*fixed, *self.held.values())
+        users = Counter(tensor.untyped_storage().data_ptr() for tensor in everything)
+        for place, tensor in self.held.items():
+            if tensor.numel() and users[tensor.untyped_storage().data_ptr()] > 1:
+                return f"{_in_words(_of(*place))} shares its memory with another tensor"
+        return ""
 
-    def _look_at_module(self, number: int, module: nn.Module) -> None:
-        """Record a module's own state, apart from submodules."""
-        for name, value in vars(module).items():
-            place = (number, type(module).__name__, name)
-            if name in ("_parameters", "_buffers"):
-                self.known[place] = tuple(
-                    (own.data_ptr(), own.requires_grad) for own in value.values() if own is not None
-                )
-            elif name not in OF_MODULES:
-                self._look(place, value, 2)
-            elif name.endswith("_hooks"):
-                self.known[place] = len(value)
+    def _look_at_plugin(self, plugin: Plugin[Any]) -> None:
+        for name, value in attributes(plugin).items():
+            if self._may_be_replaced(value):
+                self.held[plugin, name] = value
+                self.known[_of(plugin, name)] = value.shape, value.dtype, value.requires_grad
+            else:
+                self._look(_of(plugin, name), value)
+
+    def _may_be_replaced(self, value: object) -> bool:
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            return False
+        return value.device == self._device and is_dense(value)
+
+    def _look_at_modules(self, root: nn.Module) -> None:
+        for module in root.modules():
+            if id(module) in self._seen:
+                continue
+            self._seen.add(id(module))
+            owner, number = f"a module {type(module).__name__}", len(self._seen)
+            for name, value in attributes(module).items():
+                if name not in OF_MODULES or (value and name in HOOKS_OF_MODULES):
+                    self._look((owner, number, name), value)
+                elif value and name in ("_parameters", "_buffers"):
+                    own = tuple(map(self._of_module, value.values()))
+                    self.known[owner, number, name] = own
+
+    def _of_module(self, tensor: Tensor | None) -> object:
+        """What tells a parameter or buffer from another one."""
+        if tensor is None or is_lazy(tensor):
+            return None
+        return tensor.data_ptr(), tensor.requires_grad
+
+    def _look(self, place: Place, value: Any) -> None:
+        """Record what a value is, or what is in it."""
+        if type(value) in PLAIN:
+            self.known[place] = fact(value)
+            return
+        try:
+            self.known[place] = written(value, self._reference)
+        except Exception as error:  # what the object's own code raises
+            words = f"{_in_words(place)} cannot be compared from step to step: {error}"
+            self.refusal = self.refusal or words
+
+    def _reference(self, value: Any) -> object:
+        """What stands for an object: the contents of a tensor or module are looked at elsewhere."""
+        if isinstance(value, Tensor):
+            return self._of_tensor(value)
+        if isinstance(value, nn.Module):
+            self._modules.append(value)
+        elif isinstance(value, torch.Generator):
+            is_own = value.device.type == self._device.type
+            (self.generators if is_own else self.host_generators).append(value)
+        elif isinstance(value, OF_HOST) and not isinstance(value, random.SystemRandom):
+            self.host_generators.append(value)
+        elif not (isinstance(value, UNCHANGING) or id(value) in self._seen or _is_torch(value)):
+            return None
+        self._by_identity.append(value)
+        return id(value)
+
+    def _of_tensor(self, tensor: Tensor) -> object:
+        """What tells a tensor from another one: on the host, that is what it holds."""
+        if not is_dense(tensor):
+            raise TypeError(f"a tensor of layout {tensor.layout} is not plain")
+        facts = (tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+        if not tensor.is_cpu:
+            self._tensors.append(tensor)
+            return *facts, tensor.stride(), tensor.data_ptr()
+        numbers: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        return *facts, PickleBuffer(numbers)
 
 
 def takes_part(engine: Engine) -> Iterator[Plugin[Any]]:
@@ -120,125 +177,26 @@ def takes_part(engine: Engine) -> Iterator[Plugin[Any]]:
             yield plugin
 
 
-def changed(before: Knowledge, after: Knowledge) -> str:
-    """The first change, in words; plugin tensors may be added or replaced.
-
-    Returns:
-        Empty if nothing changed.
-    """
-    arrived = {(plugin.name, name) for plugin, name in after.held}
-    for place in {**before.known, **after.known}:
-        if before.known.get(place) != after.known.get(place) and place[:2] not in arrived:
+def changed(
+    before: Mapping[Place, object], after: Mapping[Place, object], but: Collection[Owned] = ()
+) -> str:
+    """The first change outside some attributes of plugins, in words; empty if nothing changed."""
+    left_out = {_of(*owned) for owned in but}
+    for place in {**before, **after}:
+        if before.get(place) != after.get(place) and place not in left_out:
             return _in_words(place)
     return ""
 
 
+def _of(plugin: Plugin[Any], name: str) -> Place:
+    return f"the plugin '{plugin.name}'", 0, name
+
+
 def _in_words(place: Place) -> str:
-    if isinstance(place[0], int):
-        return f"'{place[2]}' of a module {place[1]}"
-    return f"'{place[1]}' of the plugin '{place[0]}'"
+    return f"'{place[2]}' of {place[0]}"
 
 
-def _of_tensor(tensor: Tensor) -> tuple[object, ...]:
-    """What tells a tensor from another; of a small one on the host what it holds too."""
-    facts = (tensor.shape, tensor.dtype, tensor.requires_grad)
-    if tensor.is_cpu and tensor.numel() <= SMALL:
-        return (*facts, repr(tensor.tolist()))
-    return (*facts, tensor.data_ptr() if tensor.layout is torch.strided else id(tensor))
-
-
-def _parts(value: Any) -> Iterator[tuple[object, object]]:
-    """What an object is made of, by name or place."""
-    if isinstance(value, Mapping):
-        yield from ((str(name), part) for name, part in value.items())
-    elif isinstance(value, list | tuple | deque):
-        yield from enumerate(value)
-    elif isinstance(value, set | frozenset):
-        yield from enumerate(sorted(map(repr, value)))
-    elif isinstance(value, np.ndarray | np.generic):
-        yield "array", value.tobytes()
-    elif not isinstance(value, type):
-        yield from getattr(value, "__dict__", {}).items()
-
-
-@contextmanager
-def watching(engine: Engine, step: Step, module: Any) -> Iterator[list[str]]:
-    """Detect host side effects in a block, which a graph of the block would not repeat.
-
-    Args:
-        engine: of the run.
-        step: that the block belongs to.
-        module: of the device, such as `torch.cuda`.
-
-    Yields:
-        The side effects, in words; complete when the block exits.
-    """
-    found: list[str] = []
-    before, drawn = Knowledge(engine, everyone=True), _drawn()
-    with ExitStack() as watches:
-        watches.enter_context(_waits(module, found))
-        watches.enter_context(_reads(engine.state, found))
-        watches.enter_context(_reads(step, found, "number"))
-        yield found
-    if _drawn() != drawn:
-        found.append("random numbers are drawn on the host")
-    if what := changed(before, Knowledge(engine, everyone=True)):
-        found.append(f"the host changes {what}")
-
-
-def _drawn() -> tuple[object, ...]:
-    """The state of the host's generators."""
-    words = np.random.get_state(legacy=False)["state"]
-    return random.getstate(), str(words), torch.get_rng_state().numpy().tobytes()
-
-
-@contextmanager
-def _waits(module: Any, found: list[str]) -> Iterator[None]:
-    """Record where the host syncs with the device, if the device's module can report it."""
-    if not hasattr(module, "set_sync_debug_mode"):
-        yield
-        return
-    before = module.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        module.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            module.set_sync_debug_mode(before)
-    for each in said:
-        if "synchronizing" in str(each.message):
-            found.append(f"the host waits for the device at {_line(each.filename, each.lineno)}")
-        else:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-
-
-@contextmanager
-def _reads(owner: Any, found: list[str], *names: str) -> Iterator[None]:
-    """Record which fields of an object are read: a graph would freeze their values."""
-    kind, fields = type(owner), [field.name for field in dataclasses.fields(owner)]
-
-    def reader(name: str) -> property:
-        def read(self: Any) -> object:
-            found.append(f"how far the run is, is read at {_reader(sys._getframe(1))}")
-            return self.__dict__[name]
-
-        return property(read)
-
-    watched = {name: reader(name) for name in names or fields}
-    owner.__class__ = type(kind.__name__, (kind,), watched)
-    try:
-        yield
-    finally:
-        owner.__class__ = kind
-
-
-def _reader(frame: FrameType | None) -> str:
-    """The innermost line that is not the core's own."""
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith(OURS):
-        frame = frame.f_back
-    return _line(frame.f_code.co_filename, frame.f_lineno) if frame else "an unknown place"
-
-
-def _line(file: str, number: int) -> str:
-    return f"{Path(file).name}:{number}"
+def _is_torch(value: object) -> bool:
+    """Whether it is a function of PyTorch, which has no state that a run changes."""
+    own = isinstance(value, FunctionType) and str(value.__globals__.get("__name__"))
+    return bool(own) and f"{own}.".startswith("torch.")

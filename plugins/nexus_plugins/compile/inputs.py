@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from nexus_core.batches import Batch, leaves, mapped
-from nexus_plugins.compile.facts import PLAIN
+from nexus_plugins.compile.parts import PLAIN, fact, is_dense
 
 if TYPE_CHECKING:
     from nexus_core import Step
@@ -21,25 +22,25 @@ Number: TypeAlias = Tensor | float
 
 
 def signature(step: Step) -> tuple[object, ...]:
-    """The kind of a step: its turn, and the dtypes and shapes of each micro-batch."""
+    """The kind of a step: its turn, and the structure, dtypes and shapes of each micro-batch."""
     named = [tuple(numbers) for numbers in (*step.counts, step.units, step.weights)]
-    micro = [
-        (one.share, one.borrowed, *(_kind(leaf) for leaf in leaves(one.batch)))
-        for one in step.micro
-    ]
+    micro = [(one.share, one.borrowed, _kind(one.batch)) for one in step.micro]
     return (step.turn, *named, *micro)
 
 
-def _kind(leaf: object) -> object:
-    return (leaf.shape, leaf.dtype) if _is_dense(leaf) else leaf if _is_plain(leaf) else type(leaf)
-
-
-def _is_dense(leaf: object) -> TypeGuard[Tensor]:
-    return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
-
-
-def _is_plain(leaf: object) -> bool:
-    return type(leaf) in PLAIN
+def _kind(batch: Batch) -> object:
+    """What a batch, or a part of it, has in common with others of its kind."""
+    if is_dense(batch):
+        return batch.shape, batch.dtype
+    if type(batch) in PLAIN:
+        return fact(batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return type(batch), _kind(vars(batch))
+    if isinstance(batch, Mapping):
+        return type(batch), *((name, _kind(part)) for name, part in batch.items())
+    if isinstance(batch, list | tuple):
+        return type(batch), *map(_kind, batch)
+    return type(batch)
 
 
 class Inputs:
@@ -54,16 +55,12 @@ class Inputs:
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
-        self._device = device
+        self._device, self.refusal = device, ""
         self._batches = [mapped(one.batch, self._room) for one in step.micro]
         numbers = (*step.counts, step.units, step.weights)
         self._numbers = [{name: self._number(n) for name, n in each.items()} for each in numbers]
         self._last: dict[int, float] = {}
         self._given: dict[int, Number] = {}
-        self.refusal = ""
-        for leaf in (leaf for one in step.micro for leaf in leaves(one.batch)):
-            if not (_is_dense(leaf) or _is_plain(leaf)):
-                self.refusal = f"a batch holds a {type(leaf).__name__} that is not a plain tensor"
         for name, number in ((n, value) for each in numbers for n, value in each.items()):
             if isinstance(number, Tensor) and number.requires_grad:
                 self.refusal = f"the weight of '{name}' is trained by the loss"
@@ -104,7 +101,11 @@ class Inputs:
         return self._given.get(id(number), number)
 
     def _room(self, leaf: Batch) -> Batch:
-        return torch.empty_like(leaf, device=self._device) if _is_dense(leaf) else leaf
+        if is_dense(leaf):
+            return torch.empty_like(leaf, device=self._device)
+        if type(leaf) not in PLAIN:
+            self.refusal = f"a batch holds a {type(leaf).__name__} that is not a plain tensor"
+        return leaf
 
     def _number(self, number: Number) -> Tensor:
         on_device = isinstance(number, Tensor) and number.device == self._device

@@ -275,9 +275,11 @@ class CarriesPlugin(Plugin[PluginConfig]):
 
 @dataclass(slots=True)
 class Slotted:
-    """Has no `__dict__`."""
+    """Has no `__dict__`, and is pickled without its value."""
 
     value: object = 1.0
+
+    def __getstate__(self) -> None: ...
 
 
 class ChangesPlugin(Plugin[PluginConfig]):
@@ -515,6 +517,7 @@ COMPARED = "'own' of the plugin 'does' cannot be compared from step to step: "
         (says, r"on_note is called at test_compile\.py"),
         (measures, "the metric 'train/seven' has a state of its own"),
         (partial(has, lambda _: Lock()), f"{COMPARED}cannot pickle '_thread.lock' object"),
+        (partial(has, lambda _: random.SystemRandom()), f"{COMPARED}System entropy source"),
         (partial(has, lambda _: [0.5] * 10_000), f"{COMPARED}it is too large"),
         (partial(has, lambda _: torch.zeros(20_000)), f"{COMPARED}it is too large"),
         (

@@ -21,6 +21,7 @@ PLAIN = frozenset(
 )
 """Types whose values have no parts and do not change."""
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+USUAL = (object.__reduce__, object.__reduce_ex__)
 LARGEST = 2**16
 """Bytes of an object that are compared in each step."""
 
@@ -85,10 +86,8 @@ class _Writer(pickle.Pickler):
             return object, (id(obj.__code__),), variables
         if isinstance(obj, CellType):
             return object, (), obj.cell_contents
-        if (
-            kind.__getstate__ is object.__getstate__
-            or kind.__reduce_ex__ is not object.__reduce_ex__
-        ):
+        is_usual = (kind.__reduce__, kind.__reduce_ex__) == USUAL
+        if kind.__getstate__ is object.__getstate__ or not is_usual:
             return NotImplemented
         if isinstance(obj, CONTAINERS):
             raise TypeError(f"a {kind.__name__} has a pickle of its own")

@@ -232,7 +232,12 @@ def graphed(
     compiling = CompilePlugin(backend="eager", step_graph=step_graph)
     parts = Parts(model=counting_model)
     return tiny_engine(
-        *plugins, compiling, parts=parts, device=device, log_every=1, accumulate=2, **settings
+        *plugins,
+        compiling,
+        parts=parts,
+        device=device,
+        log_every=1,
+        **{"accumulate": 2, **settings},
     )
 
 
@@ -531,7 +536,8 @@ def test_what_a_graph_would_not_repeat_is_found_and_the_steps_run_eagerly(
     does: Callable[..., None], reason: str, accelerator: HostAccelerator
 ) -> None:
     """Breaks if a step is replayed that does more on the host than a graph can hold."""
-    engine = graphed(accelerator.device, DoesPlugin(does), HiddenPlugin(does is hides))
+    plugins = DoesPlugin(does), HiddenPlugin(does is hides)
+    engine = graphed(accelerator.device, *plugins, accumulate=1)
     with pytest.warns(RuntimeWarning, match=f"not replayed from a graph, .*, as {reason}") as said:
         logged = run_to(engine, 5)
     assert len([each for each in said if "step_graph" in str(each.message)]) == 1

@@ -66,7 +66,7 @@ class Knowledge:
         self._device = engine.device
         self._tensors: list[Tensor] = []
         self._modules: list[nn.Module] = [engine.model]
-        self._by_identity: list[object] = []  # kept, so that no other object gets their identity
+        self._kept: list[object] = []  # so that no other object gets the identity of these
         taking_part = list(takes_part(engine))
         run = (engine, engine.hook, engine.meter, engine.optimizer, engine.data, *taking_part)
         self._seen = {id(each) for each in run}
@@ -122,8 +122,8 @@ class Knowledge:
                 if name not in OF_MODULES or (value and name in HOOKS_OF_MODULES):
                     self._look((owner, number, name), value)
                 elif value and name in ("_parameters", "_buffers"):
-                    own = tuple(map(self._of_module, value.values()))
-                    self.known[owner, number, name] = own
+                    self._kept.extend(value.values())
+                    self.known[owner, number, name] = tuple(map(self._of_module, value.values()))
 
     def _of_module(self, tensor: Tensor | None) -> object:
         """What tells a parameter or buffer from another one."""
@@ -155,7 +155,7 @@ class Knowledge:
             self.host_generators.append(value)
         elif not (isinstance(value, UNCHANGING) or id(value) in self._seen or _is_torch(value)):
             return None
-        self._by_identity.append(value)
+        self._kept.append(value)
         return id(value)
 
     def _of_tensor(self, tensor: Tensor) -> object:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nexus_plugins.model_nexus.delta import GatedDelta
 from nexus_plugins.model_nexus.mlp import Mlp
 from nexus_plugins.model_nexus.ngrams import NGrams
-from nexus_plugins.model_nexus.operations import gated_rms_norm
+from nexus_plugins.model_nexus.norms import rms_norm
 from nexus_plugins.model_nexus.residual import in_turn
 from nexus_plugins.model_nexus.ssm import SelectiveSSM, SSMState
 from nexus_plugins.model_nexus.window import WindowAttention
@@ -75,7 +75,7 @@ class NEXUSBlock(nn.Module):
         return x + self.dropout(update), states
 
     def _normed(self, x: Tensor) -> Tensor:
-        return gated_rms_norm(x, None, self.norm_eps)
+        return rms_norm(x, self.norm_eps)
 
 
 def _make_ssm(config: NEXUSConfig) -> nn.Module:

@@ -8,13 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.operations import (
-    Decays,
-    causal_conv_silu,
-    chunked,
-    gated_rms_norm,
-    pad_time,
-)
+from nexus_plugins.model_nexus.norms import gated_rms_norm
+from nexus_plugins.model_nexus.operations import Decays, causal_conv_silu, chunked, pad_time
 from nexus_plugins.model_nexus.residual import widened
 from nexus_plugins.model_nexus.ssm import draw_decays
 

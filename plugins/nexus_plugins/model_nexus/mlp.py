@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -50,12 +49,13 @@ def squared_relu(x: Tensor) -> Tensor:
 class _SquaredReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive * positive
+        return positive.mul_(positive)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        positive: Tensor = ctx.saved_tensors[0]
-        return torch.mul(grad, positive).mul_(2)
+        (x,) = ctx.saved_tensors
+        positive: Tensor = x.relu()
+        return positive.mul_(grad).mul_(2)

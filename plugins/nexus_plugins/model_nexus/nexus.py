@@ -20,6 +20,7 @@ from nexus_plugins.model_nexus.drafting import generate_drafting
 from nexus_plugins.model_nexus.generate import generate
 from nexus_plugins.model_nexus.inputs import check_shapes, document_numbers
 from nexus_plugins.model_nexus.ngrams import NGramState
+from nexus_plugins.model_nexus.norms import RMSNorm, rms_norm
 from nexus_plugins.model_nexus.parts import make_parts
 from nexus_plugins.model_nexus.residual import Final, Part, in_turn
 from nexus_plugins.model_nexus.world import WorldModel
@@ -68,7 +69,7 @@ class NEXUSCore(nn.Module):
         self.embedding = nn.Embedding(self.config.vocab_size, self.config.d_model)
         self.blocks = nn.ModuleList(NEXUSBlock(self.config, kind) for kind in kinds(self.config))
         self.dropout = nn.Dropout(self.config.dropout)
-        self.final_norm = nn.RMSNorm(self.config.d_model, eps=self.config.norm_eps)
+        self.final_norm = RMSNorm(self.config.d_model, eps=self.config.norm_eps)
         self.head = nn.Linear(self.config.d_model, self.config.vocab_size, bias=False)
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -231,7 +232,7 @@ class NEXUSCore(nn.Module):
 
     def _read(self, x: Tensor) -> Tensor:
         """The states that the modules read; each module has its own projection after them."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps)
+        return rms_norm(x, self.config.norm_eps)
 
     def initial_state(self, batch: int) -> list[LayerState]:
         """The states of layers and modules before the first token, for `batch` sequences."""

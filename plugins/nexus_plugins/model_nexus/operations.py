@@ -1,10 +1,9 @@
 """The operations of a selective state-space layer, with manual backward passes.
 
 `causal_conv_silu` mixes a few neighbouring tokens per channel; `chunked_scan` runs the linear
-recurrence over the whole sequence; both stop at document boundaries. `gated_rms_norm` ends the
-layer. All are plain PyTorch, and all are memory-bound. So they save for the backward pass only what
-is costly to recompute, and on CPU they process the sequence in blocks whose intermediate values
-stay in cache.
+recurrence over the whole sequence; both stop at document boundaries. All are plain PyTorch, and all
+are memory-bound. So they save for the backward pass only what is costly to recompute, and on CPU
+they process the sequence in blocks whose intermediate values stay in cache.
 
 Shapes: B batch, T time, K chunks, Q positions in a chunk, H heads, P width of a head, N state,
 C channels, W taps.
@@ -23,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from nexus_plugins._shared.running_sum import running_sum
 
-__all__ = ["Decays", "causal_conv_silu", "chunked", "chunked_scan", "gated_rms_norm", "pad_time"]
+__all__ = ["Decays", "blocks_of", "causal_conv_silu", "chunked", "chunked_scan", "pad_time"]
 
 LOG2_E = 1 / math.log(2)
 TOKENS_IN_CACHE = 1024
@@ -53,7 +52,7 @@ class _CausalConvSiLU(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, document)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for rows, span in _blocks(x, 1):
+        for rows, span in blocks_of(x, 1):
             window, same = _window(x, document, rows, span, weight)
             y[rows, span] = F.silu(_convolved(window, weight, bias, same))
         return y
@@ -66,7 +65,7 @@ class _CausalConvSiLU(torch.autograd.Function):
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         grad_before_later_block = weight.new_zeros(())
-        for rows, span in _blocks(x, 1, backwards=True):
+        for rows, span in blocks_of(x, 1, backwards=True):
             window, same = _window(x, document, rows, span, weight)
             grad_sum = torch.ops.aten.silu_backward(
                 grad[rows, span].to(weight.dtype), _convolved(window, weight, bias, same)
@@ -237,7 +236,7 @@ class _ChunkedScan(torch.autograd.Function):
         decays = Decays.of(log_decay, document)
         states = x.new_empty(*b.shape[:2], b.shape[-1], x.shape[-2] * x.shape[-1])
         state = dt.new_zeros(())
-        for block in _blocks(x, chunk):
+        for block in blocks_of(x, chunk):
             if block[1].start == 0:
                 state = dt.new_zeros(())
             y_chunks[block], state = _scan_block(
@@ -259,7 +258,7 @@ class _ChunkedScan(torch.autograd.Function):
         )
         grad_skip = torch.zeros_like(skip)
         grad_state = dt.new_zeros(())
-        for block in _blocks(x, x.shape[2], backwards=True):
+        for block in blocks_of(x, x.shape[2], backwards=True):
             if block[1].stop == x.shape[1]:
                 grad_state = dt.new_zeros(())
             *block_grads, straight, grad_state = _scan_block_backward(
@@ -384,71 +383,7 @@ def chunked(value: Tensor, chunk: int) -> Tensor:
     return torch.unflatten(value, 1, (-1, chunk))
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor | None, eps: float) -> Tensor:
-    """Scale `x * silu(gate)`, or `x` itself, to a mean square of one over the last dimension.
-
-    Args:
-        x: `(B, T, C)`.
-        gate: `(B, T, C)`; None: no gate.
-        eps: added to the mean square.
-
-    Returns:
-        `(B, T, C)` in the type of `x`; computed in float32 or wider.
-
-    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", without a scale: the
-        projection that follows can express the same.
-    """
-    result: Tensor = _GatedRMSNorm.apply(x, gate, eps)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _GatedRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor | None, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        scale = torch.empty(*x.shape[:2], 1, dtype=wide, device=x.device)
-        for block in _blocks(x, 1):
-            gated, _ = _gated(x[block].to(wide), gate, block)
-            scale[block] = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-            torch.mul(gated, scale[block], out=y[block])
-        ctx.save_for_backward(x, gate, scale)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, gate, scale = ctx.saved_tensors
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grad_gate = None if gate is None else torch.empty_like(grad_x)
-        for block in _blocks(x, 1):
-            values = x[block].to(scale.dtype)
-            gated, opening = _gated(values, gate, block)
-            y = gated * scale[block]
-            grad = grad_y[block].to(scale.dtype)
-            grad = torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1)
-            if gate is None or grad_gate is None or opening is None:
-                torch.mul(grad, scale[block], out=grad_x[block])
-                continue
-            grad.mul_(scale[block])
-            grad_gate[block] = torch.ops.aten.silu_backward(
-                grad * values, gate[block].to(scale.dtype)
-            )
-            torch.mul(grad, opening, out=grad_x[block])
-        return grad_x, grad_gate, None
-
-
-def _gated(
-    x: Tensor, gate: Tensor | None, block: tuple[slice, slice]
-) -> tuple[Tensor, Tensor | None]:
-    """The gated values of a block, and how far the gate is open."""
-    if gate is None:
-        return x, None
-    opening = F.silu(gate[block].to(x.dtype))
-    return x * opening, opening
-
-
-def _blocks(
+def blocks_of(
     value: Tensor, tokens_per_item: int, backwards: bool = False
 ) -> Iterator[tuple[slice, slice]]:
     """Divide (rows, time) into blocks that fit the cache; time runs fastest.

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.operations import causal_conv_silu, chunked_scan, gated_rms_norm
+from nexus_plugins.model_nexus.norms import gated_rms_norm
+from nexus_plugins.model_nexus.operations import causal_conv_silu, chunked_scan
 
 __all__ = ["SSMState", "SelectiveSSM", "draw_decays"]
 

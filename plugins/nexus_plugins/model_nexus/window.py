@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from nexus_plugins.model_nexus.norms import gradient_of_norm
 from nexus_plugins.model_nexus.operations import pad_time
 
 __all__ = ["WindowAttention", "WindowState"]
@@ -53,30 +54,40 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
         """Mix whole sequences `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
-        batch, length = x.shape[:2]
-        block = min(self.window, length)
-        pairs, value = self._project(x)
-        query, key = _rotated(pairs, 0).to(value.dtype).unbind(2)
-        query, key, value = (
-            torch.unflatten(pad_time(part, -length % block), 1, (-1, block))
-            for part in (query, key, value)
-        )
-        mask = _mask(x, block, document)
-        if query.shape[1] > 1:
-            key, value = _with_block_before(key), _with_block_before(value)
-        y = _attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
-        y = torch.unflatten(y, 0, (batch, -1)).flatten(1, 2)[:, :length]
+        query, key, value = self._project(x)
+        turns = _turns(x.shape[1], self.head_dim, x.device)
+        query, key = (_unit(part, turns).to(value.dtype) for part in (query, key))
+        if x.shape[1] <= self.window:
+            y = _attend(query, key, value, _of_one_document(document))
+        else:
+            y = self._attend_in_blocks(query, key, value, document)
         result: Tensor = self.out_proj(y.flatten(-2))
         return result
 
+    def _attend_in_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, document: Tensor | None
+    ) -> Tensor:
+        """Attend from each block of W tokens to itself and the block before."""
+        batch, length = query.shape[:2]
+        query, key, value = (
+            torch.unflatten(pad_time(part, -length % self.window), 1, (-1, self.window))
+            for part in (query, key, value)
+        )
+        key, value = _with_block_before(key), _with_block_before(value)
+        mask = _mask_of_blocks(batch, length, self.window, document, query.device)
+        y = _attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask)
+        return torch.unflatten(y, 0, (batch, -1)).flatten(1, 2)[:, :length]
+
     def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
         """Read one token `(B, D)`; equal to `forward` up to rounding."""
-        pairs, value = self._project(x.unsqueeze(1))
-        keys = torch.cat([state.keys, pairs[:, :, 1]], 1)
+        query, key, value = self._project(x.unsqueeze(1))
+        turns = _turns(self.window, self.head_dim, x.device)
+        keys = torch.cat([state.keys, _unit(key)], 1)
         values = torch.cat([state.values, value], 1)
         filled = F.pad(state.filled, (0, 1), value=True)
-        query = _rotated(pairs[:, :, 0], self.window - 1).to(value.dtype)
-        y = _attend(query, _rotated(keys, 0).to(value.dtype), values, filled[:, None, None])
+        query = _unit(query, turns[-1:]).to(value.dtype)
+        seen = _rotated(keys, turns).to(value.dtype)
+        y = _attend(query, seen, values, filled[:, None, None])
         output: Tensor = self.out_proj(y.flatten(1))
         return output, WindowState(keys[:, 1:], values[:, 1:], filled[:, 1:])
 
@@ -87,10 +98,10 @@ class WindowAttention(nn.Module):
         filled = torch.zeros(past, dtype=torch.bool, device=empty.device)
         return WindowState(empty, empty, filled)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, T, 2, H, P) in float32, of unit mean square; values (B, T, H, P)."""
-        parts = torch.unflatten(self.in_proj(x), -1, (3, self.heads, self.head_dim))
-        return _unit(parts[:, :, :2]), parts[:, :, 2]
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values, (B, T, H, P)."""
+        parts = self.in_proj(x).chunk(3, -1)
+        return [torch.unflatten(part, -1, (self.heads, self.head_dim)) for part in parts]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,46 +111,53 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     return y.transpose(1, 2)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Scale the last dimension to a mean square of one."""
-    result: Tensor = _Unit.apply(x)  # type: ignore[no-untyped-call]
+def _unit(x: Tensor, turns: Tensor | None = None) -> Tensor:
+    """Scale (B, L, H, P) to a mean square of one over P, and rotate it; in float32 or wider."""
+    result: Tensor = _Unit.apply(x, turns)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Unit(Function):
-    """Normalization with a manual backward pass, in a third of autograd's memory traffic."""
+    """Normalization and rotation with a manual backward pass: a third of autograd's traffic."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, turns: Tensor | None) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-6)
         y: Tensor = wide * scale
-        ctx.save_for_backward(y, scale)
+        if turns is not None:
+            _as_pairs(y).mul_(turns)
+        ctx.save_for_backward(y, scale, turns)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        y: Tensor
-        scale: Tensor
-        y, scale = ctx.saved_tensors
-        along = (grad * y).mean(-1, keepdim=True)
-        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        y, scale, turns = ctx.saved_tensors
+        grad_x = gradient_of_norm(grad, y, scale)
+        if turns is not None:
+            _as_pairs(grad_x).mul_(turns.conj())
+        return grad_x, None
 
 
-def _mask(x: Tensor, block: int, document: Tensor | None) -> Tensor | None:
-    """(B * K, 1, Q, L) what each position of a block sees; None: all that is not later."""
-    length, device = x.shape[1], x.device
-    blocks = -(-length // block)
-    if blocks == 1 and document is None:
-        return None
+def _of_one_document(document: Tensor | None) -> Tensor | None:
+    """(B, 1, T, T) what each position of a row sees; None: all that is not later."""
     if document is None:
-        document = torch.zeros(x.shape[:2], dtype=torch.long, device=device)
-    here = torch.unflatten(pad_time(document, blocks * block - length), 1, (-1, block))
-    there = here if blocks == 1 else _with_block_before(here, -1)
+        return None
+    return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
+
+
+def _mask_of_blocks(
+    batch: int, length: int, block: int, document: Tensor | None, device: torch.device
+) -> Tensor:
+    """(B * K, 1, Q, 2 Q) what each position of a block sees of it and of the block before."""
+    if document is None:
+        document = torch.zeros(batch, length, dtype=torch.long, device=device)
+    here = torch.unflatten(pad_time(document, -length % block), 1, (-1, block))
+    there = _with_block_before(here, -1)
     distance = torch.arange(block, device=device).unsqueeze(-1) - torch.arange(
-        block - there.shape[2], block, device=device
+        -block, block, device=device
     )
     near = (distance >= 0) & (distance < block)
     return (near & (here.unsqueeze(-1) == there.unsqueeze(-2))).flatten(0, 1).unsqueeze(1)
@@ -151,15 +169,22 @@ def _with_block_before(value: Tensor, missing: int = 0) -> Tensor:
     return torch.cat([before, value], 2)
 
 
-def _rotated(value: Tensor, start: int) -> Tensor:
-    """Turn pairs of (B, L, ..., P) by angles that grow with the position, which begins at `start`.
+def _turns(length: int, width: int, device: torch.device) -> Tensor:
+    """(L, 1, P / 2) complex numbers that rotate pairs by angles that grow with the position.
 
-    Relative positions are all that is seen of it afterwards.
+    Attention depends only on relative positions.
     """
-    half = value.shape[-1] // 2
-    rates = ROTARY_BASE ** -(torch.arange(half, device=value.device) / half)
-    positions = torch.arange(start, start + value.shape[1], device=value.device)
-    angles = positions.unsqueeze(-1) * rates
-    turns = torch.polar(torch.ones_like(angles), angles).view(-1, *(1,) * (value.dim() - 3), half)
-    pairs = torch.view_as_complex(torch.unflatten(value, -1, (half, 2)))
-    return torch.view_as_real(pairs * turns.to(pairs.dtype)).flatten(-2)
+    half = width // 2
+    rates = ROTARY_BASE ** -(torch.arange(half, device=device) / half)
+    angles = torch.arange(length, device=device).unsqueeze(-1) * rates
+    return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+
+
+def _rotated(value: Tensor, turns: Tensor) -> Tensor:
+    """Rotate (B, L, H, P)."""
+    return torch.view_as_real(_as_pairs(value) * turns).flatten(-2)
+
+
+def _as_pairs(value: Tensor) -> Tensor:
+    """View (..., P) as complex numbers (..., P / 2)."""
+    return torch.view_as_complex(torch.unflatten(value, -1, (-1, 2)))

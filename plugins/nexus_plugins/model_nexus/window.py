@@ -21,11 +21,11 @@ class WindowState(NamedTuple):
     """The last tokens' keys and values: constant in size."""
 
     keys: Tensor
-    """(B, W - 1, H, P), the oldest first."""
+    """(B, W - 1, H, P), oldest first."""
     values: Tensor
     """(B, W - 1, H, P)"""
     filled: Tensor
-    """(B, W - 1) whether there is a token."""
+    """(B, W - 1): whether there is a token."""
 
 
 class WindowAttention(nn.Module):
@@ -40,7 +40,7 @@ class WindowAttention(nn.Module):
 
     Source: Beltagy et al. 2020, "Longformer" (windows), in blocks of W that see the block before
         them; Su et al. 2021, "RoFormer" (rotary positions), relative to the window; queries and
-        keys are normed as in Henry et al. 2020, "Query-Key Normalization", by RMS.
+        keys are normalized as in Henry et al. 2020, "Query-Key Normalization", by RMS.
     """
 
     def __init__(self, d_model: int, head_dim: int = 64, window: int = 128) -> None:
@@ -129,7 +129,7 @@ class _Unit(Function):
 
 
 def _mask(x: Tensor, block: int, document: Tensor | None) -> Tensor | None:
-    """(B * K, 1, Q, L) what each position of a block sees; None: all that is not later."""
+    """(B * K, 1, Q, L): what each position of a block sees; None: everything up to itself."""
     length, device = x.shape[1], x.device
     blocks = -(-length // block)
     if blocks == 1 and document is None:
@@ -152,9 +152,9 @@ def _with_block_before(value: Tensor, missing: int = 0) -> Tensor:
 
 
 def _rotated(value: Tensor, start: int) -> Tensor:
-    """Turn pairs of (B, L, ..., P) by angles that grow with the position, which begins at `start`.
+    """Rotate pairs of (B, L, ..., P) by angles that grow with the position, starting at `start`.
 
-    Relative positions are all that is seen of it afterwards.
+    Attention then only depends on relative positions.
     """
     half = value.shape[-1] // 2
     rates = ROTARY_BASE ** -(torch.arange(half, device=value.device) / half)

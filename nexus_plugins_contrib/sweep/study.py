@@ -70,7 +70,7 @@ def samplers(search: Search, drawn: int, jobs: int) -> BaseSampler:
 
 
 def pruners(name: str) -> BasePruner:
-    """Pruners, which end trials early: "median" those worse than the median, "hyperband", or "none"."""
+    """Pruners, which end trials early: "median" (worse than the median), "hyperband", "none"."""
     if name == "hyperband":
         return HyperbandPruner()
     return MedianPruner(n_startup_trials=4) if name == "median" else NopPruner()

@@ -130,7 +130,7 @@ def test_python_blocks_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red when code that a user would paste does not run, or does not do what the page says."""
+    """Fails if code that a user would paste does not run, or does not do what the page says."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(mine, "runs/mine", symlinks=True)
     document = Document.parse(str(page), CodeBlockParser("python", evaluate))
@@ -204,7 +204,7 @@ def in_the_file(sets: tuple[str, ...], plugins: str) -> list[str]:
 
 @pytest.mark.parametrize("block", [b for b in all_blocks(*SHELLS) if list(commands(b))], ids=str)
 def test_commands_and_what_they_name_exist(block: Block) -> None:
-    """Red when a page names an option, a plugin or a setting that there is not."""
+    """Fails if a page names an option, a plugin or a setting that there is not."""
     for words in commands(block):
         try:
             check_command(words)
@@ -218,7 +218,7 @@ def test_commands_and_what_they_name_exist(block: Block) -> None:
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
 def test_config_blocks_are_configs(block: Block) -> None:
-    """Red when a page shows a setting that there is not."""
+    """Fails if a page shows a setting that there is not."""
     if block.note:
         pytest.skip(block.note)
     content = next(yaml.safe_load_all(block.text))
@@ -276,14 +276,14 @@ def test_tutorial_can_be_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files_hold(page: Path) -> None:
-    """Red when a page links to a file that is not there; building the site checks anchors."""
+    """Fails if a page links to a file that is not there; building the site checks anchors."""
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 @pytest.mark.slow
 def test_site_builds_without_a_warning() -> None:
-    """Red when a page is not in the navigation, or a link or an anchor leads nowhere."""
+    """Fails if a page is not in the navigation, or a link or an anchor leads nowhere."""
     pytest.importorskip("sphinx", reason="the site needs the extra: pip install -e '.[docs]'")
     with TemporaryDirectory() as out:  # read and resolved whole, and not written: half the time
         command = [sys.executable, "-m", "sphinx", "-b", "dummy", "-W", "--keep-going", "-q"]
@@ -304,7 +304,7 @@ def test_the_picture_of_the_loop_leads_to_hooks() -> None:
 
 @pytest.mark.parametrize("name", first_party())
 def test_every_plugin_has_a_page_with_its_settings(name: str) -> None:
-    """Red when a plugin comes without documentation, or its page would not show its settings."""
+    """Fails if a plugin comes without documentation, or its page would not show its settings."""
     page = DOCS / "plugins" / f"{name}.md"
     assert page.exists(), f"write {page.relative_to(ROOT)}"
     assert f"<!-- settings: {name} -->" in page.read_text()
@@ -335,7 +335,7 @@ def test_reference_shows_the_engine_and_every_hook() -> None:
 
 
 def test_every_public_name_and_command_is_in_the_reference() -> None:
-    """Red when a page of the API or of the commands lost its marker, or a name has no words."""
+    """Fails if a page of the API or of the commands lost its marker, or a name has no words."""
     pages = {page.stem: with_reference(page.read_text()) for page in (DOCS / "api").glob("*.md")}
     for module, page in {nexus_core: "index", testing: "testing"}.items():
         assert [n for n in module.__all__ if not re.search(rf"\.{n}\b", pages[page])] == []

@@ -134,7 +134,7 @@ def test_a_port_has_no_more_lines_than_its_loop_by_hand(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PORTS)
 def test_a_port_is_equal_to_its_loop_by_hand(name: str, tmp_path: Path) -> None:
-    """Breaks if the engine computes anything in another way than the loop that people write."""
+    """Fails if the engine computes anything in another way than the loop that people write."""
     if name != "12_word_language_model":
         pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits")
     number(PORTS[name], run(name, tmp_path))
@@ -145,7 +145,7 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
 def test_the_notebook_is_saved_as_it_ran() -> None:
-    """Red when a cell was changed without running all of them, or the file has grown."""
+    """Fails if a cell was changed without running all of them, or the file has grown."""
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [output for cell in CODE for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]

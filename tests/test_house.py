@@ -118,7 +118,7 @@ def test_a_file_stays_small(package: Path) -> None:
 
 
 def test_files_beyond_the_line_are_there_and_beyond_it() -> None:
-    """Red when a file has shrunk: take it off the list, so that it does not grow again."""
+    """Fails if a file has shrunk: take it off the list, so that it does not grow again."""
     assert [name for name in LARGER if statements(ROOT / name) <= FILE] == []
 
 
@@ -127,7 +127,7 @@ def test_plugins_folder_is_not_a_package() -> None:
 
 
 def test_entry_points_are_installed_as_declared() -> None:
-    """Red when pyproject.toml was edited and the package was not installed again."""
+    """Fails if pyproject.toml was edited and the package was not installed again."""
     found = {e.name: e.value for e in entry_points(group="nexus.plugins") if e.dist
              and e.dist.name == "nexus-trainer"}  # fmt: skip
     assert found == DECLARED
@@ -171,7 +171,7 @@ def assigned(tree: ast.Module) -> Iterator[str]:
 
 
 def test_the_engine_alone_assigns_its_attributes() -> None:
-    """Red when state of a run is changed from afar, where nobody who reads the loop sees it."""
+    """Fails if state of a run is changed from afar, where nobody who reads the loop sees it."""
     found = {path: list(assigned(tree)) for path, tree in trees()}
     assert {path: names for path, names in found.items() if names} == {}
 
@@ -189,7 +189,7 @@ def untyped(tree: ast.Module) -> Iterator[str]:
 
 
 def test_settings_are_seen_by_type_checkers() -> None:
-    """Red where `config_class = ...` is missing, or a default has no `default=`."""
+    """Fails if `config_class = ...` is missing, or a default has no `default=`."""
     found = {path: list(untyped(tree)) for path, tree in trees()}
     assert {path: names for path, names in found.items() if names} == {}
     wrong = "class APlugin(Plugin[AConfig]): a: int = Field(1)"
@@ -259,7 +259,7 @@ def naming() -> re.Pattern[str]:
 
 
 def test_the_core_names_no_plugin() -> None:
-    """Red when the core, its commands or templates know a plugin: ask for a hook or a slot."""
+    """Fails if the core, its commands or templates know a plugin: ask for a hook or a slot."""
     pattern, found = naming(), []
     for path, tree in trees():
         if not path.startswith("nexus_core/"):
@@ -285,7 +285,7 @@ def test_a_name_of_a_plugin_is_seen(text: str) -> None:
 
 
 def test_plugins_hardly_name_their_neighbours() -> None:
-    """Red when order comes to depend on names again: use stages (nexus_core.events.STAGES)."""
+    """Fails if order comes to depend on names again: use stages (nexus_core.events.STAGES)."""
     places = [load(name) for name in DECLARED if not is_missing(name)]
     named = [(p.name, other) for p in places for other in (*p.before, *p.after)]
     assert len(named) < 5, named

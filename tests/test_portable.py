@@ -94,7 +94,7 @@ print("verified", run("verify-resume", "run/config.yaml"))
 
 @pytest.mark.slow
 def test_every_file_imports_and_a_run_is_resumed_without_posix(tmp_path: Path) -> None:
-    """Red when a module needs fcntl, resource or fork to be imported, or a run to be made."""
+    """Fails if a module needs fcntl, resource or fork to be imported, or a run to be made."""
     (tmp_path / "text.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(99)))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDDEN + IMPORTED + TRAINED, "text.txt"],
@@ -185,7 +185,7 @@ def test_memory_is_told_by_posix_and_by_windows(monkeypatch: pytest.MonkeyPatch)
 def test_generators_of_any_accelerator_are_saved_and_put_back(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a kind is asked in a way that its module does not have, or is forgotten."""
+    """Fails if a kind is asked in a way that its module does not have, or is forgotten."""
     module = torch.get_device_module(kind)
     inspect.signature(module.get_rng_state).bind(1)
     inspect.signature(module.set_rng_state).bind(torch.zeros(1), 1)

@@ -84,7 +84,7 @@ def test_its_own_tests_pass_where_it_is_installed(fresh: FreshVenv, tmp_path: Pa
 def test_it_is_active_where_it_is_named_and_resumes_to_the_same_bits(
     fresh: FreshVenv, folder: Path
 ) -> None:
-    """Breaks if an installed plugin changes runs by itself, or does not resume exactly."""
+    """Fails if an installed plugin changes runs by itself, or does not resume exactly."""
 
     def run(*arguments: str) -> None:
         done = fresh.run("nexus-run", "tiny.yaml", *arguments, cwd=folder)

@@ -19,7 +19,7 @@ from tiny import Regression, tiny_engine
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
-    """Breaks if a SIGKILL, some of them inside a save, costs a bit, a log line or a sample."""
+    """Fails if a SIGKILL, some of them inside a save, costs a bit, a log line or a sample."""
     report = crash(3, tmp_path / "crash", seed=1)
     assert report.differences == []
     assert report.kills == 3
@@ -30,7 +30,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_run_that_never_resumed_gets_no_certificate(tmp_path: Path) -> None:
-    """Breaks if kills without a checkpoint are said to show that resuming is exact.
+    """Fails if kills without a checkpoint are said to show that resuming is exact.
 
     No save can be caught here, so it breaks as well if a hunt for one lets the run end unkilled.
     """
@@ -92,7 +92,7 @@ class WorldPlugin(Loss[LossConfig]):
 
 @pytest.mark.slow
 def test_a_run_of_a_users_own_file_is_verified_from_another_folder(tmp_path: Path) -> None:
-    """Breaks if the processes that are killed do not find the file, or its classes in workers."""
+    """Fails if the processes that are killed do not find the file, or its classes in workers."""
     (tmp_path / "world.py").write_text(OWN)
     (tmp_path / "my.yaml").write_text(
         "until: 40 steps\nplugins:\n  ./world.py: {}\n  checkpoint: {every: 4 steps, best: null}\n"
@@ -118,7 +118,7 @@ class ForgetfulPlugin(Plugin[PluginConfig]):
 
 @pytest.mark.parametrize("forgetful", [False, True])
 def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path: Path) -> None:
-    """Breaks if a plugin that forgets its state gets a certificate, or another one is blamed."""
+    """Fails if a plugin that forgets its state gets a certificate, or another one is blamed."""
 
     def run(out: Path, until: int) -> None:
         extra = [ForgetfulPlugin()] if forgetful else []
@@ -158,7 +158,7 @@ class LeavingPlugin(Plugin[PluginConfig]):
 
 
 def test_a_step_whose_evaluation_was_put_off_is_noted_once_and_whole(tmp_path: Path) -> None:
-    """Breaks if a verification blames a run for an evaluation that the next life makes."""
+    """Fails if a verification blames a run for an evaluation that the next life makes."""
 
     def live(out: Path, leaves: int, until: int) -> None:
         plugins = [CheckpointPlugin(every=4), JsonlPlugin(), witness(), LeavingPlugin(leaves)]
@@ -177,6 +177,6 @@ def test_a_step_whose_evaluation_was_put_off_is_noted_once_and_whole(tmp_path: P
 
 
 def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
-    """Breaks if a verification writes into somebody's run."""
+    """Fails if a verification writes into somebody's run."""
     with pytest.raises(ConfigError, match="--out DIR"):
         verify_resume("quickstart", tmp_path)

@@ -84,7 +84,7 @@ def compiled(engine: Engine) -> list[str]:
 def test_the_chosen_modules_run_compiled_and_are_given_back(
     config: dict[str, Any], expected: list[str]
 ) -> None:
-    """Breaks if nothing is compiled, the wrong part is, or names of parameters change."""
+    """Fails if nothing is compiled, the wrong part is, or names of parameters change."""
     plain, engine = engine_of(), engine_of(CompilePlugin(backend="aot_eager", **config))
     plain.fit(data(), until="3 steps")
     for _ in engine.steps(data(), until="3 steps"):
@@ -96,7 +96,7 @@ def test_the_chosen_modules_run_compiled_and_are_given_back(
 
 
 def test_equal_blocks_share_one_graph() -> None:
-    """Breaks if a deep model is compiled once per layer: minutes instead of seconds."""
+    """Fails if a deep model is compiled once per layer: minutes instead of seconds."""
     from torch._dynamo.utils import counters
 
     before = counters["stats"]["unique_graphs"]
@@ -106,7 +106,7 @@ def test_equal_blocks_share_one_graph() -> None:
 
 
 def test_a_model_without_lists_is_compiled_whole() -> None:
-    """Breaks if the default chooses nothing and says nothing."""
+    """Fails if the default chooses nothing and says nothing."""
     engine = engine_of(CompilePlugin(backend="aot_eager"), model=nn.Sequential(nn.Linear(8, 1)))
     for _ in engine.steps(data(), until="1 step"):
         assert compiled(engine) == [""]
@@ -123,7 +123,7 @@ class Featured(Stack):
 
 
 def test_the_whole_model_is_one_graph_and_its_method_is_given_back() -> None:
-    """Breaks if `whole` leaves the method that plugins call as it was, or does not undo it."""
+    """Fails if `whole` leaves the method that plugins call as it was, or does not undo it."""
     torch.manual_seed(0)
     models = [Featured(), Featured()]
     models[1].load_state_dict(models[0].state_dict())
@@ -139,7 +139,7 @@ def test_the_whole_model_is_one_graph_and_its_method_is_given_back() -> None:
 
 
 def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
-    """Breaks if compiled code does not see the wrapped modules, or resuming is not exact."""
+    """Fails if compiled code does not see the wrapped modules, or resuming is not exact."""
 
     def fresh() -> Engine:
         return engine_of(CompilePlugin(backend="aot_eager"), RecomputePlugin())
@@ -154,7 +154,7 @@ def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
 
 
 def test_what_is_saved_for_the_backward_pass_stays_for_a_second_one() -> None:
-    """Breaks if compiled code may reuse its buffers: pcgrad's second term then finds them gone."""
+    """Fails if compiled code may reuse its buffers: pcgrad's second term then finds them gone."""
     before = functorch_config.donated_buffer
     for _ in (engine := engine_of(CompilePlugin(backend="aot_eager"))).steps(
         data(), until="1 step"
@@ -166,7 +166,7 @@ def test_what_is_saved_for_the_backward_pass_stays_for_a_second_one() -> None:
 
 @pytest.mark.slow
 def test_the_default_compiler_trains_to_the_same_losses() -> None:
-    """Breaks if generated code computes something else."""
+    """Fails if generated code computes something else."""
     plain, engine = engine_of(), engine_of(CompilePlugin())
     expected = plain.fit(data(), until="6 steps", eval_data=data()).metrics["val/loss"]
     got = engine.fit(data(), until="6 steps", eval_data=data()).metrics["val/loss"]
@@ -185,13 +185,13 @@ def test_the_default_compiler_trains_to_the_same_losses() -> None:
     ],
 )
 def test_what_cannot_be_compiled_is_refused(config: dict[str, Any], words: str) -> None:
-    """Breaks if a misspelt setting leaves the model uncompiled in silence."""
+    """Fails if a misspelt setting leaves the model uncompiled in silence."""
     with pytest.raises(ConfigError, match=words):
         engine_of(CompilePlugin(**config)).fit(data(), until="1 step")
 
 
 def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if the user gets a page of traceback from inside the compiler instead."""
+    """Fails if the user gets a page of traceback from inside the compiler instead."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler on the CPU"):
         engine_of(CompilePlugin()).fit(data(), until="1 step")
@@ -268,7 +268,7 @@ TRAINED_WITH: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
 def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
     name: str, accelerator: HostAccelerator
 ) -> None:
-    """Breaks if a graph draws other numbers, or reads or leaves anything that is not this step's.
+    """Fails if a graph draws other numbers, or reads or leaves anything that is not this step's.
 
     That with `curriculum` and `freeze`, what is replayed changes on the way.
     """
@@ -296,7 +296,7 @@ def test_a_replayed_step_waits_for_nothing_but_its_log(accelerator: HostAccelera
 def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     accelerator: HostAccelerator,
 ) -> None:
-    """Breaks if a replayed step differs from the eager ones that come first after a resume.
+    """Fails if a replayed step differs from the eager ones that come first after a resume.
 
     A snapshot that is loaded within a run is trained on too, and not what the graph had.
     """
@@ -391,7 +391,7 @@ def draws(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
 def test_what_a_graph_would_not_repeat_is_found_and_the_steps_run_eagerly(
     does: Callable[..., None], reason: str, accelerator: HostAccelerator
 ) -> None:
-    """Breaks if a step is replayed that does more on the host than a graph can hold."""
+    """Fails if a step is replayed that does more on the host than a graph can hold."""
     engine = graphed(accelerator.device, DoesPlugin(does), HiddenPlugin())
     with pytest.warns(RuntimeWarning, match=f"not replayed from a graph, .*, as {reason}") as said:
         run_to(engine, 5)
@@ -429,7 +429,7 @@ def test_batches_that_no_graph_holds_are_told(
 
 
 def test_a_step_that_cannot_be_captured_is_one_error(accelerator: HostAccelerator) -> None:
-    """Breaks if PyTorch's error comes through as it is; a copy is seen in the capture alone."""
+    """Fails if PyTorch's error comes through as it is; a copy is seen in the capture alone."""
 
     def copies(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
         torch.zeros(3, device=engine.device).copy_(torch.ones(3), non_blocking=True)

@@ -230,5 +230,5 @@ globals().update({f"Test_{name}": contract_of(name) for name in NAMES})
 
 
 def test_no_need_is_of_a_plugin_that_is_gone() -> None:
-    """Breaks if an entry above outlives its plugin, or misspells it and is never used."""
+    """Fails if an entry above outlives its plugin, or misspells it and is never used."""
     assert {*NEEDS, *BASES} <= {*NAMES, "data_chat", "data_hf"}

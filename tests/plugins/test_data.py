@@ -146,7 +146,7 @@ def test_settings_of_samples_need_samples() -> None:
 def test_a_stream_with_a_place_of_its_own_is_resumed_there(
     stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if its state is not asked for, or not given back: samples would come twice."""
+    """Fails if its state is not asked for, or not given back: samples would come twice."""
 
     def batches(engine: Engine, until: int) -> list[list[int]]:
         for state in engine.steps(until="8 steps"):

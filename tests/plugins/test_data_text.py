@@ -642,7 +642,7 @@ def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
 
 
 def test_256_ids_are_enough_for_bytes(tmp_path: Path, cache: Path) -> None:
-    """Red: a model of 256 ids gets an id 256, or a byte 0 in the text is lost unsaid."""
+    """Fails if a model of 256 ids gets an id 256, or a byte 0 in the text is lost unsaid."""
     path = write_lines(tmp_path / "a.txt", ["one ε", "two", "t\0o"])
     data = data_of(cache, train=str(path), valid=str(path), tokenizer="bytes256", seq_len=4)
     ids = data.train.streams[0]

@@ -51,7 +51,7 @@ class NoticePlugin(Plugin[PluginConfig]):
 def test_settings_act_within_the_run_and_are_given_back(
     fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a setting is left out, or stays behind when the run ends or fails."""
+    """Fails if a setting is left out, or stays behind when the run ends or fails."""
     monkeypatch.delenv(WORKSPACE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before, notice = numerics(CPU), NoticePlugin()
@@ -105,7 +105,7 @@ def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_runs_side_by_side_keep_the_settings_until_the_last_ends(first: int) -> None:
-    """Breaks if the first to end takes them from the other, or the last leaves them behind."""
+    """Fails if the first to end takes them from the other, or the last leaves them behind."""
     before = numerics(CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,7 +154,7 @@ def saving(folder: Path, policy: str = "exact", *others: Plugin[Any]) -> Engine:
 def test_the_lock_records_how_a_run_was_computed_and_a_resume_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if other bits than those of the run before come of a resume that says nothing."""
+    """Fails if other bits than those of the run before come of a resume that says nothing."""
     monkeypatch.delenv(WORKSPACE, raising=False)
     saving(tmp_path, "exact", DeterministicPlugin()).fit(until="2 steps")
     lock = json.loads((tmp_path / "checkpoints/final/lock.json").read_text())
@@ -256,7 +256,7 @@ class Survey(TorchDispatchMode):
 
 
 def test_the_list_is_the_one_that_this_pytorch_documents() -> None:
-    """Red when PyTorch adds an operation: say here which operators are behind its name."""
+    """Fails if PyTorch adds an operation: say here which operators are behind its name."""
     text = torch.use_deterministic_algorithms.__doc__ or ""
     text = text.partition("operations will throw a")[2].partition("In addition")[0]
     named = re.findall(r"\* :(?:class|func):`([\w.]+)`", text)
@@ -327,7 +327,7 @@ def in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_preset_asks_for_what_the_page_says_and_for_nothing_of_it_when_deterministic(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red when an operation without a deterministic form comes in, or its replacement goes."""
+    """Fails if an operation without a deterministic form comes in, or its replacement goes."""
     free, losses = surveyed(corpus, tmp_path / "free", *PRESET)
     assert len(free.operators) > 80
     table = PAGE.read_text().partition("## Operations")[2]
@@ -370,7 +370,7 @@ def test_sums_by_doubling_are_those_of_cumsum(length: int, dim: int, seed: int) 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_of_logits_is_the_same_without_its_kernel(smoothing: float) -> None:
-    """Breaks if the replacement of NLLLoss gives another loss or gradient."""
+    """Fails if the replacement of NLLLoss gives another loss or gradient."""
     labels = torch.tensor([[1, -100, 4], [0, 2, 2]])
     found = []
     for deterministic in (False, True):

@@ -349,7 +349,7 @@ HEALTHY = {"mlp": healthy_mlp, "cnn": healthy_cnn, "gpt": healthy_gpt}
 
 @pytest.mark.parametrize("illness", ILLNESSES)
 def test_a_planted_illness_is_named_within_200_steps(illness: str) -> None:
-    """Breaks if a run that is truly ill in this way gets no word of it, or the wrong one."""
+    """Fails if a run that is truly ill in this way gets no word of it, or the wrong one."""
     rule, run = ILLNESSES[illness]
     assert rule in run(0)
 
@@ -357,33 +357,33 @@ def test_a_planted_illness_is_named_within_200_steps(illness: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("illness", ILLNESSES)
 def test_an_illness_is_named_whatever_the_seed(illness: str) -> None:
-    """Breaks if a threshold fits one run alone."""
+    """Fails if a threshold fits one run alone."""
     rule, run = ILLNESSES[illness]
     assert [rule in run(seed) for seed in range(1, 4)] == [True] * 3
 
 
 @pytest.mark.parametrize("run", ["mlp", "cnn"])
 def test_a_healthy_run_hears_nothing(run: str) -> None:
-    """Breaks if a run that learns well, plateau at its end included, is called ill."""
+    """Fails if a run that learns well, plateau at its end included, is called ill."""
     assert HEALTHY[run](0) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", HEALTHY)
 def test_a_healthy_run_hears_nothing_whatever_the_seed(run: str) -> None:
-    """Breaks if silence hangs on the seed."""
+    """Fails if silence hangs on the seed."""
     assert [HEALTHY[run](seed) for seed in range(3)] == [{}] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_healthy_nexus_hears_nothing(seed: int, tmp_path: Path) -> None:
-    """Breaks if small auxiliary losses, or a cosine to its floor, count as an illness."""
+    """Fails if small auxiliary losses, or a cosine to its floor, count as an illness."""
     assert healthy_nexus(seed, tmp_path) == {}
 
 
 def test_overflows_of_a_loss_scale_are_no_explosion() -> None:
-    """Breaks if the skipped steps with which fp16 finds its scale are called an explosion."""
+    """Fails if the skipped steps with which fp16 finds its scale are called an explosion."""
     amp = AmpPlugin(dtype="fp16", initial_scale=2.0**40)
     engine = engine_of(mlp(0), amp, DiagnosePlugin(), lr=3e-3)
     assert found_in(engine, data_of(0), 100) == {}
@@ -410,7 +410,7 @@ def found(history: History) -> list[str]:
 @settings(max_examples=15)
 @given(st.integers(0, 10_000), st.sampled_from([1, 4, 32]), st.floats(0.01, 100))
 def test_noise_alone_is_no_explosion(seed: int, rows: int, scale: float) -> None:
-    """Breaks if the heavy tail of a squared error in a small batch is taken for a divergence."""
+    """Fails if the heavy tail of a squared error in a small batch is taken for a divergence."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(20, 10, rows, generator=generator, dtype=torch.float64)
     history = History()
@@ -421,7 +421,7 @@ def test_noise_alone_is_no_explosion(seed: int, rows: int, scale: float) -> None
 
 @given(st.floats(1e-3, 1e3), st.floats(0.51, 100))
 def test_a_loss_half_its_start_above_its_level_is_an_explosion(start: float, rise: float) -> None:
-    """Breaks if the rule hangs on the unit of the loss, or is blunt."""
+    """Fails if the rule hangs on the unit of the loss, or is blunt."""
     falling = [start * share for share in (1.0, 0.8, 0.6, 0.5)]
     assert found(history_of(*falling)) == []
     high = start * (0.5 + rise)
@@ -430,7 +430,7 @@ def test_a_loss_half_its_start_above_its_level_is_an_explosion(start: float, ris
 
 
 def test_only_gradients_that_stay_infinite_are_an_explosion() -> None:
-    """Breaks if one overflow counts, or none."""
+    """Fails if one overflow counts, or none."""
     history = history_of(1.0, 0.9, 0.8)
     bad = [replace(reading, gradient_finite=False) for reading in history.readings]
     assert found(replace(history, readings=(*history.readings[:2], bad[2]))) == []
@@ -439,7 +439,7 @@ def test_only_gradients_that_stay_infinite_are_an_explosion() -> None:
 
 
 def test_a_plateau_counts_early_and_high_up_alone() -> None:
-    """Breaks if a run that has learned, or one long past its warm-up, is called slow."""
+    """Fails if a run that has learned, or one long past its warm-up, is called slow."""
     assert found(history_of(*[1.0] * 12)) == ["slow_convergence"]
     assert found(history_of(*[1.0] * 11)) == []
     assert found(history_of(1.0, *[0.4] * 12)) == []
@@ -450,7 +450,7 @@ def test_a_plateau_counts_early_and_high_up_alone() -> None:
 
 
 def test_a_floor_is_low_and_flat_and_the_loss_falls() -> None:
-    """Breaks if the tail of a cosine, a high constant rate, or a loss at rest is reported."""
+    """Fails if the tail of a cosine, a high constant rate, or a loss at rest is reported."""
     falling = [1 - 0.02 * i for i in range(12)]
     assert found(history_of(*falling, lrs=[1.0] * 4 + [0.1] * 8)) == ["lr_at_floor"]
     assert found(history_of(*falling, lrs=[1.0] * 4 + [0.3] * 8)) == []
@@ -461,7 +461,7 @@ def test_a_floor_is_low_and_flat_and_the_loss_falls() -> None:
 
 @given(st.floats(0.0, 1.0))
 def test_memory_counts_from_nine_tenths(share: float) -> None:
-    """Breaks if the share is of something else, or the numbers are not told."""
+    """Fails if the share is of something else, or the numbers are not told."""
     history = history_of(1.0)
     memory = Memory(share * 8 * 2**30, 8 * 2**30, "of cuda:0")
     full = replace(history, readings=(replace(history.readings[0], memory=memory),))
@@ -477,7 +477,7 @@ def test_memory_counts_from_nine_tenths(share: float) -> None:
 def test_waiting_counts_where_workers_can_help(
     share: float, milliseconds: float, expected: list[str]
 ) -> None:
-    """Breaks if a toy run whose steps take microseconds is told to use workers."""
+    """Fails if a toy run whose steps take microseconds is told to use workers."""
     history = history_of(1.0, 0.9, 0.8)
     waiting = [replace(r, wait=Wait(share, milliseconds)) for r in history.readings]
     assert found(replace(history, readings=tuple(waiting))) == expected
@@ -506,19 +506,19 @@ def probed(weak: TermProbe, strong: TermProbe, fallen: float = 0.0) -> History:
 def test_a_term_drowns_another_that_is_meant_to_count(
     weak: TermProbe, strong: TermProbe, fallen: float, expected: list[str]
 ) -> None:
-    """Breaks if every main loss beside small auxiliary ones is called an illness."""
+    """Fails if every main loss beside small auxiliary ones is called an illness."""
     assert found(probed(weak, strong, fallen)) == expected
 
 
 def test_every_rule_is_documented_in_order() -> None:
-    """Breaks if the page and the table of rules go apart."""
+    """Fails if the page and the table of rules go apart."""
     page = (Path(__file__).parents[2] / "docs/plugins/diagnose.md").read_text()
     headings = [line[4:] for line in page.splitlines() if line.startswith("### ")]
     assert headings == [f"`{rule.name}`" for rule in RULES]
 
 
 def test_the_limit_is_the_smallest_of_machine_and_groups(tmp_path: Path) -> None:
-    """Breaks if a container's limit, on whatever level, is overlooked."""
+    """Fails if a container's limit, on whatever level, is overlooked."""
     machine = host_limit(tmp_path / "none", tmp_path / "none")
     assert machine > 2**28
     (tmp_path / "a/b").mkdir(parents=True)
@@ -533,7 +533,7 @@ def test_the_limit_is_the_smallest_of_machine_and_groups(tmp_path: Path) -> None
 
 
 def test_memory_of_this_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if what is read is not the memory that this very process holds."""
+    """Fails if what is read is not the memory that this very process holds."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     monkeypatch.setattr(sensors, "host_limit", lambda: 1.05 * resident)
     assert "memory_near_limit" in found_in(engine_of(mlp(0), DiagnosePlugin()), data_of(0), 10)
@@ -573,7 +573,7 @@ class SpendPlugin(Plugin[PluginConfig]):
 def test_only_the_wait_for_batches_counts(
     monkeypatch: pytest.MonkeyPatch, wait: float, expected: str | None
 ) -> None:
-    """Breaks if logging or saving counts as waiting, or micro-batches are counted each."""
+    """Fails if logging or saving counts as waiting, or micro-batches are counted each."""
     clock, spend = Clock(), SpendPlugin()
     spend.clock = clock
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -590,7 +590,7 @@ def test_only_the_wait_for_batches_counts(
 
 
 def test_a_finding_reaches_every_logger_and_the_summary(tmp_path: Path) -> None:
-    """Breaks if a finding is a warning that scrolls by, and no more."""
+    """Fails if a finding is a warning that scrolls by, and no more."""
     plugins = [DiagnosePlugin(), JsonlPlugin(), TensorboardPlugin()]
     engine = engine_of(mlp(0), *plugins, lr=10.0, optimizer=torch.optim.SGD, out=tmp_path)
     findings = found_in(engine, data_of(0), 30)
@@ -612,7 +612,7 @@ def test_a_finding_reaches_every_logger_and_the_summary(tmp_path: Path) -> None:
 
 
 def test_of_several_processes_the_first_alone_speaks() -> None:
-    """Breaks if a finding is said once a process, or the others do not know that it was said."""
+    """Fails if a finding is said once a process, or the others do not know that it was said."""
     engine = engine_of(mlp(0), DiagnosePlugin(), lr=10.0, optimizer=torch.optim.SGD)
     engine.ranks = Ranks(rank=1)
     said: list[str] = []
@@ -626,7 +626,7 @@ def test_of_several_processes_the_first_alone_speaks() -> None:
 
 
 def test_a_rule_can_be_left_out() -> None:
-    """Breaks if a user cannot silence what they know, or a misspelt rule is taken."""
+    """Fails if a user cannot silence what they know, or a misspelt rule is taken."""
     plugin = DiagnosePlugin(ignore=["dead_layers", "slow_convergence"])
     model = mlp(0)
     with torch.no_grad():
@@ -638,7 +638,7 @@ def test_a_rule_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("stop", [55, 60, 77])
 def test_a_resumed_run_knows_what_the_first_one_knew(stop: int, tmp_path: Path) -> None:
-    """Breaks if a stop in the middle of a period, or of a finding, changes what is found when."""
+    """Fails if a stop in the middle of a period, or of a finding, changes what is found when."""
 
     def made(folder: str) -> Engine:
         torch.manual_seed(0)
@@ -663,7 +663,7 @@ def test_a_resumed_run_knows_what_the_first_one_knew(stop: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_training_is_the_same_to_the_bit(rows: int) -> None:
-    """Breaks if watching changes what is watched: gradients, dropout, or the data."""
+    """Fails if watching changes what is watched: gradients, dropout, or the data."""
     ends = []
     for plugins in ([], [DiagnosePlugin(every=2, probe_every=3, ignore=["module_collapse"])]):
         torch.manual_seed(0)

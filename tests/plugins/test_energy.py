@@ -57,7 +57,7 @@ def one_token_after_the_other(energy: EnergyModule, h, documents):
     seed=st.integers(0, 99),
 )
 def test_tokens_are_refined_until_they_settle_and_read_those_before_them(lengths, window, seed):
-    """If it fails, a token reads the wrong neighbours, or goes on though it has settled."""
+    """Fails if a token reads the wrong neighbours, or goes on though it has settled."""
     energy = module(seed, window=window, max_iterations=4)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     h = torch.randn(len(document), 6)
@@ -69,7 +69,7 @@ def test_tokens_are_refined_until_they_settle_and_read_those_before_them(lengths
 
 
 def test_some_settle_early_and_that_is_what_is_computed():
-    """If it fails, easy tokens cost as much as hard ones, or the tests here show nothing."""
+    """Fails if easy tokens cost as much as hard ones, or the tests here show nothing."""
     energy = module()
     h = torch.randn(8, 32, 6)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -83,7 +83,7 @@ def test_some_settle_early_and_that_is_what_is_computed():
 
 
 def test_a_row_has_the_same_bits_among_any_neighbours():
-    """If it fails, how many others are refined beside a token changes its rounding."""
+    """Fails if how many others are refined beside a token changes its rounding."""
     energy = module()
     h = torch.randn(5, 23, 6)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_row_has_the_same_bits_among_any_neighbours():
 
 
 def test_one_token_at_a_time_equals_the_whole_sequence():
-    """If it fails, generation uses another model than training."""
+    """Fails if generation uses another model than training."""
     energy = module()
     h, state = torch.randn(3, 17, 6), energy.initial_state(3)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_one_token_at_a_time_equals_the_whole_sequence():
 
 
 def test_training_makes_all_refinements_and_judges_an_early_one_of_each_token():
-    """If it fails, the loss is that of other codes than those that a token would settle with."""
+    """Fails if the loss is that of other codes than those that a token would settle with."""
     energy = module(max_iterations=3).train()
     h = torch.randn(2, 5, 6)
     update, reports = energy(h)
@@ -119,7 +119,7 @@ def test_training_makes_all_refinements_and_judges_an_early_one_of_each_token():
 
 
 def test_effort_goes_where_the_answer_must_be_worked_out():
-    """If it fails, what early refinements cost is not learned, and all tokens take as many."""
+    """Fails if what early refinements cost is not learned, and all tokens take as many."""
     torch.manual_seed(0)
     energy = EnergyModule(6, d_code=8, n_memories=32, max_iterations=5, threshold=0.05, window=3)
     head = torch.nn.Parameter(torch.randn(4, 6))
@@ -156,7 +156,7 @@ def test_effort_goes_where_the_answer_must_be_worked_out():
 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_the_fewest_refinements_can_be_trained(iterations):
-    """If it fails, there is no early refinement to judge, and training stops."""
+    """Fails if there is no early refinement to judge, and training stops."""
     energy = module(max_iterations=iterations).train()
     h = torch.randn(1, 4, 6)
     update, reports = energy(h)

@@ -41,7 +41,7 @@ def moved(engine: Engine, until: int) -> list[set[str]]:
 
 
 def test_a_rule_freezes_and_thaws_when_it_says() -> None:
-    """Breaks if a frozen weight moves (by decay, too), or is thawed a step too early or late."""
+    """Fails if a frozen weight moves (by decay, too), or is thawed a step too early or late."""
     rules = [
         {"match": "0.*", "until": "2 epochs"},
         {"match": "1.*", "start": "1 steps", "until": "3 steps"},
@@ -65,7 +65,7 @@ def test_statistics_may_go_on() -> None:
 
 
 def test_what_is_left_trains_as_without_the_frozen_part() -> None:
-    """Breaks if freezing changes anything else: the same as a model that was frozen by hand."""
+    """Fails if freezing changes anything else: the same as a model that was frozen by hand."""
     frozen, by_hand = engine_of(FreezePlugin(rules=[{"match": "0.*"}])), engine_of()
     by_hand.model[0].requires_grad_(False)  # type: ignore[index]
     for engine in (frozen, by_hand):

@@ -258,7 +258,7 @@ def test_renaming_there_and_back_changes_nothing(names: list[str], prefix: str, 
 
 
 def test_it_is_taken_once_and_before_others_copy_the_weights(folder: Path) -> None:
-    """Breaks if an average begins with the weights of before, or a resumed run is reset."""
+    """Fails if an average begins with the weights of before, or a resumed run is reset."""
     source = in_file(folder)
     whole = started(engine_of(InitPlugin(source=source)), 4)
     ema = EmaPlugin(decay=0.999)

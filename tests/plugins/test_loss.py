@@ -60,7 +60,7 @@ class Channels(nn.Module):
 def test_a_step_has_the_gradient_of_all_its_labels_however_it_is_split(
     settings: dict[str, Any],
 ) -> None:
-    """Breaks if a mean is weighted by micro-batches, rows or classes wrongly."""
+    """Fails if a mean is weighted by micro-batches, rows or classes wrongly."""
     parts = [text(1, 1), text(4, 2), text(2, 8)]
     parts[2]["labels"][:] = called.NO_LABEL  # one without any: its mean is no number
     torch.manual_seed(0)

@@ -96,7 +96,7 @@ def engine_of(model: nn.Module, plugin: LossDpoPlugin, **options: Any) -> Engine
     [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)],
 )
 def test_losses_are_those_of_the_papers(variant: str, smoothing: float, reference: str) -> None:
-    """Red if sides, reference, labels or a formula are mistaken."""
+    """Fails if sides, reference, labels or a formula are mistaken."""
     model = Scorer()
     start = copy.deepcopy(model) if reference == "copy" else None
     chosen = {"variant": variant, "label_smoothing": smoothing, "reference": reference}
@@ -109,7 +109,7 @@ def test_losses_are_those_of_the_papers(variant: str, smoothing: float, referenc
 
 
 def test_the_update_does_not_depend_on_the_split() -> None:
-    """Red if micro-batches of unequal numbers of pairs weigh alike."""
+    """Fails if micro-batches of unequal numbers of pairs weigh alike."""
     whole = pairs(5)
     ends = []
     for cuts in ([5], [1, 4]):
@@ -132,7 +132,7 @@ def test_training_raises_the_margin_and_reports_it() -> None:
 
 
 def test_the_reference_is_that_of_the_run_when_it_resumes() -> None:
-    """Red if a resumed run compares with what it has become, or with another model."""
+    """Fails if a resumed run compares with what it has become, or with another model."""
     torch.manual_seed(1)
     start = Scorer()
     whole = engine_of(copy.deepcopy(start), LossDpoPlugin())
@@ -184,7 +184,7 @@ def test_settings_that_do_nothing_are_refused() -> None:
 def test_token_losses_and_gradients_are_those_of_full_logits(
     rows: int, vocabulary: int, at_once: int, seed: int
 ) -> None:
-    """Red if a chunk, a row's own weight or an ignored label is mistaken."""
+    """Fails if a chunk, a row's own weight or an ignored label is mistaken."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2, rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(

@@ -53,7 +53,7 @@ def rates(engine: Engine, until: int) -> list[float]:
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_rates_are_those_of_a_plain_loop(name: str, settings: dict[str, Any]) -> None:
-    """Breaks if the scheduler turns too early, too late, or from another base."""
+    """Fails if the scheduler turns too early, too late, or from another base."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     scheduler = getattr(lr_scheduler, name)(optimizer, **settings)
     expected = []
@@ -72,7 +72,7 @@ def test_rates_are_those_of_a_plain_loop(name: str, settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_resumed_run_has_the_same_rates(name: str, settings: dict[str, Any]) -> None:
-    """Breaks if the scheduler starts anew after a crash."""
+    """Fails if the scheduler starts anew after a crash."""
     whole, first, second = (engine_of(name, settings) for _ in range(3))
     expected = rates(whole, 12)
     rates(first, 5)
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_same_rates(name: str, settings: dict[str, Any]) -
 def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
     name: str, settings: dict[str, Any]
 ) -> None:
-    """Breaks if the base of the first day is taken from where a rule has brought it since."""
+    """Fails if the base of the first day is taken from where a rule has brought it since."""
     rule = {"target": "optimizer.lr", "start": 0.5, "end": 0.1, "over": "10 steps"}
     whole, first, second = (
         engine_of(name, settings, SchedulePlugin(rules=[rule])) for _ in range(3)
@@ -111,13 +111,13 @@ def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
-    """Breaks if a misspelt scheduler or setting ends in a traceback, or in silence."""
+    """Fails if a misspelt scheduler or setting ends in a traceback, or in silence."""
     with pytest.raises(ConfigError, match=words):
         rates(engine_of(name, settings), 2)
 
 
 def test_a_config_that_nobody_named_imports_no_scheduler() -> None:
-    """Breaks if resuming a run that somebody gave one executes what its config asks for."""
+    """Fails if resuming a run that somebody gave one executes what its config asks for."""
     engine = engine_of("this:s", {})
     with only_named((), "name it yourself"), pytest.raises(ConfigError, match="name it yourself"):
         rates(engine, 2)
@@ -336,7 +336,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 @pytest.mark.parametrize("as_object", [True, False], ids=["object", "factory"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_weights_rates_and_momenta_are_those_of_a_loop_by_hand(name: str, as_object: bool) -> None:
-    """Breaks if a scheduler turns at another moment than in the loop that it was written for."""
+    """Fails if a scheduler turns at another moment than in the loop that it was written for."""
     make, turn, settings = SCHEDULERS[name]
     seen: list[Any] = []
     fit(run(make, settings, seen, as_object=as_object), STEPS)
@@ -347,7 +347,7 @@ def test_weights_rates_and_momenta_are_those_of_a_loop_by_hand(name: str, as_obj
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_run_that_is_resumed_from_a_file_has_the_same_bits(name: str, tmp_path: Path) -> None:
-    """Breaks if part of a scheduler's state is lost, or cannot be stored."""
+    """Fails if part of a scheduler's state is lost, or cannot be stored."""
     make, _, settings = SCHEDULERS[name]
     expected: list[Any] = []
     fit(run(make, settings, expected), STEPS)
@@ -373,7 +373,7 @@ def test_a_run_that_is_resumed_from_a_file_has_the_same_bits(name: str, tmp_path
 def test_what_settings_name_scales_all_groups_and_is_resumed(
     scheduler: str, settings: dict[str, Any]
 ) -> None:
-    """Breaks if a plateau, or a function from elsewhere, cannot be had from a config."""
+    """Fails if a plateau, or a function from elsewhere, cannot be had from a config."""
     if "." in scheduler:
         pytest.importorskip(scheduler.partition(".")[0], reason="its schedulers are compared")
     expected: list[Any] = []
@@ -444,7 +444,7 @@ def test_several_optimizers_have_a_scheduler_each() -> None:
 def test_a_scheduler_that_cannot_act_is_refused(
     scheduler: Any, settings: dict[str, Any], others: tuple[Plugin[Any], ...], words: str
 ) -> None:
-    """Breaks if a rate that nobody follows is accepted in silence."""
+    """Fails if a rate that nobody follows is accepted in silence."""
     with pytest.raises(ConfigError, match=words):
         fit(run(scheduler, settings, [], *others), 4)
 
@@ -456,7 +456,7 @@ def test_a_plateau_that_never_sees_its_metric_says_so() -> None:
 
 
 def test_the_state_of_an_earlier_release_is_replayed() -> None:
-    """Breaks if a checkpoint that holds the base alone, as version 1 did, begins anew."""
+    """Fails if a checkpoint that holds the base alone, as version 1 did, begins anew."""
     name, settings = CASES[0]
     whole, first, second = (engine_of(name, settings) for _ in range(3))
     expected = rates(whole, 12)

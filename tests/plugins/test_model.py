@@ -127,7 +127,7 @@ def test_a_program_may_give_the_function_itself() -> None:
 
 
 def test_a_run_ends_in_the_bits_of_a_loop_by_hand() -> None:
-    """Breaks if any of the five plugins, or the engine around them, rounds otherwise than PyTorch.
+    """Fails if any of the five plugins, or the engine around them, rounds otherwise than PyTorch.
 
     Batches are of unequal size, random numbers are drawn by dropout, and there are evaluations.
     """

@@ -97,7 +97,7 @@ def run(engine: Engine, until: int, **more: Any) -> Iterator[int]:
 
 @pytest.mark.parametrize("preset", ["nexus", "quickstart", "nexus_classic", "quickstart_classic"])
 def test_all_of_each_preset_is_tried(preset: str) -> None:
-    """Breaks if a preset gets a plugin that the runs below do not have."""
+    """Fails if a preset gets a plugin that the runs below do not have."""
     text = files("nexus_plugins.presets").joinpath(f"{preset}.yaml").read_text()
     tried = {"data_text", "model_nexus", "optim_muon", *LOSSES, *COMPANY}
     assert yaml.safe_load(text)["plugins"].keys() <= tried
@@ -107,7 +107,7 @@ def test_all_of_each_preset_is_tried(preset: str) -> None:
 def test_the_whole_nexus_waits_for_nothing_in_a_step(
     accelerator: HostAccelerator, corpus: Path, tmp_path: Path
 ) -> None:
-    """Breaks if anything of it reads the device in a step, or copies to it what can be made there.
+    """Fails if anything of it reads the device in a step, or copies to it what can be made there.
 
     In a step that is saved, the counts that go into the checkpoint are read, and nothing else.
     """
@@ -125,7 +125,7 @@ def test_the_whole_nexus_waits_for_nothing_in_a_step(
 def test_the_whole_nexus_has_the_numbers_of_the_cpu(
     accelerator: HostAccelerator, corpus: Path, tmp_path: Path
 ) -> None:
-    """Breaks if a mask or an index is other on a device; what is drawn there is left out."""
+    """Fails if a mask or an index is other on a device; what is drawn there is left out."""
     ends = []
     for device in ("cpu", accelerator.device):
         still: dict[str, Any] = {"dropout": 0.0, "loss_causal": None, "amp": None}
@@ -143,7 +143,7 @@ def test_the_whole_nexus_has_the_numbers_of_the_cpu(
 def test_the_whole_nexus_resumes_to_the_same_bits(
     accelerator: HostAccelerator, corpus: Path, tmp_path: Path
 ) -> None:
-    """Breaks if a state that is on the device is lost, or read before it has arrived.
+    """Fails if a state that is on the device is lost, or read before it has arrived.
 
     The steps from the fourth on are replayed from a graph in the run that goes through, and not in
     the resumed one. That they cannot be would be a warning, which is an error here.
@@ -234,7 +234,7 @@ def apart(expected: dict[str, float] | str, found: dict[str, float], near: float
 def test_every_pair_has_the_numbers_of_the_cpu(
     first: str, accelerator: HostAccelerator, tmp_path: Path
 ) -> None:
-    """Breaks if two plugins mix devices, or compute anything else there than on the CPU."""
+    """Fails if two plugins mix devices, or compute anything else there than on the CPU."""
     faults = {}
     for second in PAIRED[PAIRED.index(first) :]:
         if first != second and are_enemies(made(first), made(second)):
@@ -274,7 +274,7 @@ def run_example(path: Path) -> None:
 def test_an_example_has_the_numbers_of_the_cpu(
     path: Path, accelerator: HostAccelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if an example, as a model for users' code, mixes devices: two steps of each."""
+    """Fails if an example, as a model for users' code, mixes devices: two steps of each."""
     if path.stem.startswith("04"):
         pytest.importorskip("transformers")
     losses: list[float] = []

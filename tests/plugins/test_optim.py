@@ -40,7 +40,7 @@ def by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]
     ],
 )
 def test_any_class_trains_as_when_made_by_hand(call: str, settings: dict[str, Any]) -> None:
-    """Breaks if an argument is lost or another default is put in its place."""
+    """Fails if an argument is lost or another default is put in its place."""
 
     def trained(optimizer: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)

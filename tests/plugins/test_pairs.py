@@ -106,7 +106,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
 
 @pytest.mark.parametrize("first", NAMES)
 def test_every_pair_trains_and_resumes_to_the_same_bits(first: str, trials: Trials) -> None:
-    """Red where two plugins spoil each other: by an error, or by state that is lost in company."""
+    """Fails if two plugins spoil each other: by an error, or by state that is lost in company."""
     faults = {}
     for second in NAMES[NAMES.index(first) + 1 :]:
         run = run_of(first, second)
@@ -119,14 +119,14 @@ def test_every_pair_trains_and_resumes_to_the_same_bits(first: str, trials: Tria
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plugin_alone_runs_or_says_what_this_machine_lacks(name: str, trials: Trials) -> None:
-    """Red where a plugin would be let off in all pairs for a reason of another kind."""
+    """Fails if a plugin would be let off in all pairs for a reason of another kind."""
     fault = trials.fault(run_of(name))
     lacks = fault and any(word in fault for word in WHAT_MAY_BE_MISSING)
     assert fault is None or (lacks and fault.startswith(ConfigError.__name__)), fault
 
 
 def test_every_pair_that_declares_a_conflict_is_refused_by_name(tmp_path: Path) -> None:
-    """Red where a declared conflict is let through, or its message leaves a side unnamed."""
+    """Fails if a declared conflict is let through, or its message leaves a side unnamed."""
     refused = 0
     for first, second in combinations(NAMES, 2):
         run = run_of(first, second)

@@ -71,7 +71,7 @@ def by_hand(run: Path, step: str, prompt: str, count: int) -> str:
 
 
 def test_the_likeliest_text_is_that_of_the_averaged_weights(run: Path) -> None:
-    """Breaks if other weights write, or the data has to be there."""
+    """Fails if other weights write, or the data has to be there."""
     for place, step in ((str(run), "step-00000006"), (f"{run}@3", "step-00000003")):
         options = ["--prompt", "line 1", "--max-new-tokens", "12", "--temperature", "0"]
         said = nexus("generate", place, *options)

@@ -113,7 +113,7 @@ class DrawingPlugin(Plugin[PluginConfig]):
 
 
 def test_in_cells_each_of_them_is_in_it(tmp_path: Path) -> None:
-    """Red if the generators are those of the last cell alone, or the batch is not cut."""
+    """Fails if the generators are those of the last cell alone, or the batch is not cut."""
 
     def lines(cell: int) -> Any:
         made = tiny_engine(DrawingPlugin(cell), TapePlugin(), out=tmp_path / str(cell), cells=3)
@@ -168,7 +168,7 @@ def test_an_edited_line_breaks_the_chain(tmp_path: Path) -> None:
 def test_the_log_has_a_hash_of_all_weights_where_it_is_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red if a weight can change without it, it is there at other steps, or nobody can read it."""
+    """Fails if a weight can change without it, it is there at other steps, or nobody can read it."""
     found = []
     for plugins in ([], [], [MeddlingPlugin("step", lambda e: flip(e.model.head.bias))]):
         log = RecorderPlugin()

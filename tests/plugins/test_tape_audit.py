@@ -145,7 +145,7 @@ def test_two_equal_runs_do_not_differ_and_absent_ones_are_an_error(folder: Path)
 def test_a_command_that_fails_does_not_answer(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a script takes a failure of the command for runs that differ, whose code is 1."""
+    """Fails if a script takes a failure of the command for runs that differ, whose code is 1."""
     from nexus_plugins.tape.again import Recorded
 
     def fails(*_: object, **__: object) -> None:
@@ -163,7 +163,7 @@ def test_an_honest_run_does_not_differ_from_its_re_execution(folder: Path) -> No
 
 @pytest.mark.slow
 def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: Path) -> None:
-    """Red if an edit, a fault of the machine, other code or chance is missed or confused."""
+    """Fails if an edit, a fault of the machine, other code or chance is missed or confused."""
     struck = make(folder, "struck", PLANTED["a bit of a weight, unseen"])
     once = ("first difference: step 11", "update", "blocks.1", "the step is reproducible")
     differs(struck, tmp_path / "tape", lambda out: None, *once)

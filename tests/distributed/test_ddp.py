@@ -104,7 +104,7 @@ def test_a_layer_that_no_loss_reaches_is_left_alone(find_unused: bool | None) ->
 
 @pytest.mark.slow
 def test_a_batch_of_fewer_rows_than_processes_counts_each_row_once() -> None:
-    """Fails if a last batch of one row ends the run or counts twice (25 rows in sixes, 9 in fours)."""
+    """Fails if a last batch of one row ends the run or counts twice (25 in sixes, 9 in fours)."""
     work = partial(train, 12, size=25, eval_every=6)
     alone = work()
     for seen in together(3, work):

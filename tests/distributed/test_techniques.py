@@ -112,7 +112,7 @@ def test_compiled_code_and_what_goes_with_it(name: str, way: Any) -> None:
 
 @pytest.mark.slow
 def test_gradients_of_terms_are_balanced_as_in_one_process() -> None:
-    """Fails if a term's gradient norm is computed from shares, which is larger than that of the sum."""
+    """Fails if a term's gradient norm is computed from shares, which overestimates it."""
     gradnorm = partial(WeighGradnormPlugin, every=2)
     work = partial(train_with, WAYS["ddp"], 12, gradnorm, optimizer=ADAMW, accumulate=2)
     alone = work()

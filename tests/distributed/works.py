@@ -483,7 +483,7 @@ def train_on_own_rows(steps: int, out: Path) -> Seen:
 
 
 def give_up(sizes: tuple[int, int], stops_at: int | None) -> tuple[str, int, list[str]]:
-    """An evaluation with different numbers of batches per process, in which rank 1 may stop at once.
+    """An evaluation with unequal numbers of batches, in which rank 1 may stop at once.
 
     Returns:
         How the run ended, the number of batches read by this process, and what is still due.

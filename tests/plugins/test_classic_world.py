@@ -1,4 +1,4 @@
-"""The classical world model: what it predicts, its targets, how the target encoder moves."""
+"""The classic world model: predictions, targets, and updates of the target encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nexus_plugins.model_nexus.nexus import NEXUSOutput
 
 
 class WorldAlone(nn.Module):
-    """Given states go straight into a world model; follows the contract of `LossWorldPlugin`."""
+    """Passes given states directly to a world model; follows the contract of `LossWorldPlugin`."""
 
     def __init__(self, width: int, latent: int, levels: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_targets_are_the_latents_ahead_within_a_document(lengths, levels, seed):
 
 
 def test_target_encoder_moves_by_decay_and_never_by_an_optimizer():
-    """Fails if targets are trained on or stand still, and prediction collapses."""
+    """Fails if targets are trained or never move, so that prediction collapses."""
     torch.manual_seed(0)
     model = WorldAlone(5, 6, 2)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -84,7 +84,7 @@ def test_target_encoder_moves_by_decay_and_never_by_an_optimizer():
 
 
 def test_no_gradient_passes_through_the_targets():
-    """Fails if the states are trained to be easy to predict: collapse."""
+    """Fails if the states are trained to be easy to predict, and collapse."""
     world = ClassicWorldModel(5, 6, 2)
     h = torch.randn(2, 4, 5, requires_grad=True)
     _, reports = world(h)
@@ -93,7 +93,7 @@ def test_no_gradient_passes_through_the_targets():
 
 
 def test_one_token_at_a_time_equals_the_whole_sequence():
-    """Fails if generation uses another model than training."""
+    """Fails if generation differs from training."""
     world = ClassicWorldModel(5, 6, 3)
     h = torch.randn(2, 7, 5)
     whole, _ = world(h)

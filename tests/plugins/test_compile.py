@@ -1,4 +1,4 @@
-"""Compilation: the same training, of the modules that were chosen, and given back."""
+"""Compilation: the same training, for the selected modules, with everything restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nexus_core.testing.states import differences, of_training
 from nexus_plugins.compile import CompilePlugin
 from nexus_plugins.recompute import RecomputePlugin
 
-# PyTorch's compiler warns of its own doings.
+# PyTorch's compiler warns about itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other."""
+    """A sequence of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def compiled(engine: Engine) -> list[str]:
 def test_the_chosen_modules_run_compiled_and_are_given_back(
     config: dict[str, Any], expected: list[str]
 ) -> None:
-    """Fails if nothing is compiled, the wrong part is, or names of parameters change."""
+    """Fails if nothing or the wrong part is compiled, or parameter names change."""
     plain, engine = engine_of(), engine_of(CompilePlugin(backend="aot_eager", **config))
     plain.fit(data(), until="3 steps")
     for _ in engine.steps(data(), until="3 steps"):
@@ -106,14 +106,14 @@ def test_equal_blocks_share_one_graph() -> None:
 
 
 def test_a_model_without_lists_is_compiled_whole() -> None:
-    """Fails if the default chooses nothing and says nothing."""
+    """Fails if the default silently selects nothing."""
     engine = engine_of(CompilePlugin(backend="aot_eager"), model=nn.Sequential(nn.Linear(8, 1)))
     for _ in engine.steps(data(), until="1 step"):
         assert compiled(engine) == [""]
 
 
 class Featured(Stack):
-    """Is run by a method other than `forward`, as models with a head of their own are."""
+    """Is called through another method than `forward`, like models with a separate head."""
 
     def hidden(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -123,7 +123,7 @@ class Featured(Stack):
 
 
 def test_the_whole_model_is_one_graph_and_its_method_is_given_back() -> None:
-    """Fails if `whole` leaves the method that plugins call as it was, or does not undo it."""
+    """Fails if `whole` does not compile the method that plugins call, or does not restore it."""
     torch.manual_seed(0)
     models = [Featured(), Featured()]
     models[1].load_state_dict(models[0].state_dict())
@@ -154,7 +154,7 @@ def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
 
 
 def test_what_is_saved_for_the_backward_pass_stays_for_a_second_one() -> None:
-    """Fails if compiled code may reuse its buffers: pcgrad's second term then finds them gone."""
+    """Fails if compiled code reuses its buffers, which pcgrad's second term still needs."""
     before = functorch_config.donated_buffer
     for _ in (engine := engine_of(CompilePlugin(backend="aot_eager"))).steps(
         data(), until="1 step"
@@ -185,24 +185,24 @@ def test_the_default_compiler_trains_to_the_same_losses() -> None:
     ],
 )
 def test_what_cannot_be_compiled_is_refused(config: dict[str, Any], words: str) -> None:
-    """Fails if a misspelt setting leaves the model uncompiled in silence."""
+    """Fails if a misspelt setting silently leaves the model uncompiled."""
     with pytest.raises(ConfigError, match=words):
         engine_of(CompilePlugin(**config)).fit(data(), until="1 step")
 
 
 def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the user gets a page of traceback from inside the compiler instead."""
+    """Fails if the user gets a traceback from inside the compiler."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler on the CPU"):
         engine_of(CompilePlugin()).fit(data(), until="1 step")
 
 
-# -- steps replayed from a graph, on the accelerator of host memory
+# -- steps replayed from a graph, on the simulated accelerator
 
 
 @pytest.fixture
 def accelerator() -> Iterator[HostAccelerator]:
-    """The device; code is not compiled there, as its operations would be, which are of Python."""
+    """The device; code is not compiled on it, since its operations are written in Python."""
     with host_accelerator() as found, torch.compiler.set_stance("force_eager"):
         yield found
 
@@ -219,7 +219,7 @@ def graphed(
 
 
 def run_to(engine: Engine, last: int) -> list[dict[str, float]]:
-    """What each step up to one has logged; the horizon is beyond it."""
+    """The logs of each step up to a given one, with a later horizon."""
     logged = []
     for state in engine.steps(until="100 steps"):
         own = engine.metrics.items()
@@ -230,7 +230,7 @@ def run_to(engine: Engine, last: int) -> list[dict[str, float]]:
 
 
 class CarriesPlugin(Plugin[PluginConfig]):
-    """Weighs the loss by a mean of its past, in a tensor that each step replaces by a new one."""
+    """Weights the loss by its running mean, in a tensor that each step replaces by a new one."""
 
     mean: Tensor | None = None
 
@@ -261,16 +261,16 @@ TRAINED_WITH: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
     ),
     "freeze": ({"freeze": {"rules": [{"match": "embedding.*", "until": "5 steps"}]}}, 1),
 }  # fmt: skip
-"""Plugins, and how many of 8 steps are replayed at least."""
+"""Plugins, and the minimum number of replayed steps out of 8."""
 
 
 @pytest.mark.parametrize("name", TRAINED_WITH)
 def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
     name: str, accelerator: HostAccelerator
 ) -> None:
-    """Fails if a graph draws other numbers, or reads or leaves anything that is not this step's.
+    """Fails if a graph draws other numbers, or reads or leaves data of other steps.
 
-    That with `curriculum` and `freeze`, what is replayed changes on the way.
+    With `curriculum` and `freeze`, the replayed work changes during the run.
     """
     settings, least = TRAINED_WITH[name]
     found = []
@@ -296,9 +296,9 @@ def test_a_replayed_step_waits_for_nothing_but_its_log(accelerator: HostAccelera
 def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     accelerator: HostAccelerator,
 ) -> None:
-    """Fails if a replayed step differs from the eager ones that come first after a resume.
+    """Fails if a replayed step differs from the eager ones right after a resume.
 
-    A snapshot that is loaded within a run is trained on too, and not what the graph had.
+    Also loads a snapshot within a run, which must replace what the graph had.
     """
 
     def fresh() -> Engine:
@@ -310,7 +310,7 @@ def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     second = fresh()
     second.load_state_dict(taken)
     run_to(second, 9)
-    for engine in (first, second):  # the first step has no mean yet: it is of a kind of its own
+    for engine in (first, second):  # the first step has no mean yet, so it differs from the others
         assert engine.metrics["compile/replayed_steps"] == 1
     ends = [of_training(engine.state_dict()) for engine in (whole, second)]
     assert differences(*ends) == []
@@ -343,7 +343,7 @@ class DoesPlugin(Plugin[PluginConfig]):
 
 
 class HiddenPlugin(Plugin[PluginConfig]):
-    """Takes no part in the gradient."""
+    """Does not affect the gradient."""
 
     count = 0
 
@@ -391,7 +391,7 @@ def draws(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
 def test_what_a_graph_would_not_repeat_is_found_and_the_steps_run_eagerly(
     does: Callable[..., None], reason: str, accelerator: HostAccelerator
 ) -> None:
-    """Fails if a step is replayed that does more on the host than a graph can hold."""
+    """Fails if a step is replayed whose host work a graph cannot contain."""
     engine = graphed(accelerator.device, DoesPlugin(does), HiddenPlugin())
     with pytest.warns(RuntimeWarning, match=f"not replayed from a graph, .*, as {reason}") as said:
         run_to(engine, 5)
@@ -400,7 +400,7 @@ def test_what_a_graph_would_not_repeat_is_found_and_the_steps_run_eagerly(
 
 
 class NamedPlugin(Plugin[PluginConfig]):
-    """Gives each batch a length of its own, or a name."""
+    """Gives each batch its own length, or a name."""
 
     def __init__(self, named: bool) -> None:
         super().__init__()
@@ -429,7 +429,7 @@ def test_batches_that_no_graph_holds_are_told(
 
 
 def test_a_step_that_cannot_be_captured_is_one_error(accelerator: HostAccelerator) -> None:
-    """Fails if PyTorch's error comes through as it is; a copy is seen in the capture alone."""
+    """Fails if PyTorch's own error is raised; the copy is only found during the capture."""
 
     def copies(plugin: DoesPlugin, engine: Engine, step: Step, batch: Any) -> None:
         torch.zeros(3, device=engine.device).copy_(torch.ones(3), non_blocking=True)

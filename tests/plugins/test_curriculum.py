@@ -1,4 +1,4 @@
-"""The sequence-length curriculum: no token lost, the plan kept, evaluation untouched."""
+"""The sequence-length curriculum: no token lost, schedule followed, evaluation unaffected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_plugins.curriculum import CurriculumPlugin
 
 
 class SeePlugin(Plugin[PluginConfig]):
-    """Keeps the batches that the model gets."""
+    """Records the batches that the model gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_truncation_keeps_the_beginnings() -> None:
 
 
 def test_rows_grow_with_the_run_and_evaluation_is_whole() -> None:
-    """Fails if the plan stands still, shrinks, or shortens what is measured."""
+    """Fails if the length is constant, decreases, or affects evaluation."""
     see = SeePlugin()
     plugin = CurriculumPlugin(start_length=8, end_length=64, warmup="8 steps", round_to=8)
     result = engine_of(plugin, see).fit(
@@ -107,7 +107,7 @@ def test_rows_grow_with_the_run_and_evaluation_is_whole() -> None:
 def test_the_plan_is_a_pure_function_of_progress(
     settings: dict[str, Any], expected: list[int]
 ) -> None:
-    """Fails if a shape is drawn wrongly, or lengths are not rounded down to 64."""
+    """Fails if a shape is wrong, or lengths are not rounded down to 64."""
     plugin = CurriculumPlugin(warmup="1000 tokens", **settings)
     lengths = [plugin.length(TrainState(tokens=tokens)) for tokens in range(0, 1001, 250)]
     assert lengths == expected
@@ -121,7 +121,7 @@ def test_rows_that_cannot_be_cut_evenly_are_refused() -> None:
 
 
 def test_batches_without_tokens_are_refused() -> None:
-    """Fails if a run on other data believes that it has a curriculum."""
+    """Fails if a run on other data silently has no curriculum."""
     engine = engine_of(CurriculumPlugin(), SeePlugin())
     with pytest.raises(DataError, match="curriculum needs batches with 'input_ids'"):
         engine.fit([{"x": torch.ones(2, 2)}], until="1 step")
@@ -137,6 +137,6 @@ def test_batches_without_tokens_are_refused() -> None:
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(settings: dict[str, Any]) -> None:
-    """Fails if a plan that means nothing is followed."""
+    """Fails if a contradictory schedule is accepted."""
     with pytest.raises(ConfigError, match="curriculum"):
         CurriculumPlugin(**settings)

@@ -19,7 +19,7 @@ DATA = [torch.ones(1, 2)]
 
 
 class FatePlugin(Plugin[PluginConfig]):
-    """Lets the evaluations come out as planned."""
+    """Sets the results of evaluations."""
 
     before = ("early_stop",)
 
@@ -73,7 +73,7 @@ def test_the_reason_says_what_happened() -> None:
 
 
 def test_small_gains_and_nan_do_not_count() -> None:
-    """Fails if noise or a diverged run keeps the run alive."""
+    """Fails if noise or a nan resets the patience."""
     assert run(engine_of([1.0, 0.95, 0.9, 0.85], patience=2, min_delta=0.2), 4).step == 3
     nan = float("nan")
     result = run(engine_of([nan, nan, nan, nan], patience=3), 4)
@@ -82,7 +82,7 @@ def test_small_gains_and_nan_do_not_count() -> None:
 
 
 def test_patience_goes_on_after_a_restart() -> None:
-    """Fails if each restart grants the run new patience."""
+    """Fails if a restart resets the patience."""
     values = [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 2.5]
     first, second = engine_of(values, patience=3), engine_of(values, patience=3)
     run(first, 3)

@@ -1,4 +1,4 @@
-"""Gradient statistics: the right numbers, of the whole step, and the training unchanged."""
+"""Gradient statistics: correct numbers, of the whole step, and unchanged training."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_norms_are_those_of_the_modules_before_clipping() -> None:
 
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_terms_are_compared_over_what_they_share(split: int) -> None:
-    """Fails if heads count in, weights are left out, or a micro-batch is taken for the step."""
+    """Fails if heads are included, weights are ignored, or only a micro-batch is measured."""
     metrics = logged(GradStatsPlugin(), split=split)[0]
     shared = {
         name: torch.cat(
@@ -127,7 +127,7 @@ def test_a_loss_scale_is_taken_out() -> None:
 
 
 def test_measurements_come_at_their_periods() -> None:
-    """Fails if the costly part runs in every step."""
+    """Fails if the expensive part runs in every step."""
     lines = logged(GradStatsPlugin(every=2, terms_every=3), steps=7)
     assert [i for i, line in enumerate(lines) if "grad_norm/one" in line] == [0, 2, 4, 6]
     assert [i for i, line in enumerate(lines) if "grad_cosine/one_two" in line] == [0, 3, 6]
@@ -189,7 +189,7 @@ def test_a_nexus_is_trained_to_the_same_bits(names: tuple[str, ...], tmp_path: P
 
 
 def test_training_is_the_same_to_the_bit() -> None:
-    """Fails if taking the gradient by term leaves something behind."""
+    """Fails if computing gradients by term has side effects."""
     ends = [
         logged(*extra, split=2, steps=6)[-1] for extra in ((), (GradStatsPlugin(terms_every=2),))
     ]

@@ -25,7 +25,7 @@ def rates(until: str, **config: Any) -> list[float]:
 
 
 def test_follows_the_formula_of_the_paper() -> None:
-    """Fails if warm-up and fall do not meet: equation 3 with the peak at the base rate."""
+    """Fails if warm-up and decay do not meet: equation 3 with the peak at the base rate."""
     got = rates("40 steps", warmup=8)
     noam = [2.0 * min((done + 1) / 8, (8 / max(done, 1)) ** 0.5) for done in range(40)]
     assert got == pytest.approx(noam)
@@ -40,11 +40,11 @@ def test_the_timescale_may_be_longer_than_the_warmup_and_in_another_unit() -> No
 
 
 def test_it_does_not_depend_on_the_horizon() -> None:
-    """Fails if a run that is extended has other rates than one that was planned longer."""
+    """Fails if an extended run has other rates than one planned longer."""
     assert rates("30 steps", warmup=4)[:15] == rates("15 steps", warmup=4)
 
 
 def test_without_any_timescale_it_is_refused() -> None:
-    """Fails if the fall has no scale and nobody says so."""
+    """Fails if a missing timescale is not reported."""
     with pytest.raises(ConfigError, match=r"needs a timescale"):
         rates("5 steps", warmup=None)

@@ -1,4 +1,4 @@
-"""The NEXUS backbone: what it computes, and what may not influence what."""
+"""The NEXUS backbone: what it computes, and which inputs may not affect which outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small_model(seed: int = 0, **changes: object) -> NEXUSCore:
         "causal": True,
     }
     model = NEXUSCore(**{**sizes, **changes}).eval()
-    for parameter in model.parameters():  # large weights make every influence visible
+    for parameter in model.parameters():  # large weights make every dependency visible
         torch.nn.init.normal_(parameter, std=0.5)
     return model
 
@@ -69,7 +69,7 @@ def scan_inputs(time: int, seed: int = 0) -> list[Tensor]:
 
 
 def scan_token_by_token(inputs: list[Tensor], document: Tensor | None) -> Tensor:
-    """The recurrence as it is defined, one token after the other."""
+    """The recurrence by definition, token by token."""
     x, dt, log_decay, b, c, skip = inputs
     state = x.new_zeros(*x[:, 0].shape, b.shape[-1])
     outputs = []
@@ -98,7 +98,7 @@ def documents(time: int, seed: int) -> Tensor:
 def test_scan_is_the_recurrence_for_every_length_chunk_and_block(
     time: int, chunk: int, in_cache: int, isolated: bool, seed: int
 ) -> None:
-    """Fails if the chunked form computes something else than the model it stands for."""
+    """Fails if the chunked form differs from the recurrence."""
     inputs = scan_inputs(time, seed)
     document = documents(time, seed) if isolated else None
     expected = scan_token_by_token(inputs, document)
@@ -110,7 +110,7 @@ def test_scan_is_the_recurrence_for_every_length_chunk_and_block(
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs, allow_unused=True)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        # With one token the decay reaches nothing, and autograd gives no gradient at all.
+        # With one token the decay has no effect, and autograd returns no gradient.
         wanted = torch.zeros_like(gradient) if wanted is None else wanted
         torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-8)
 
@@ -187,7 +187,7 @@ def test_logits_do_not_depend_on_the_chunk_length(time: int, chunk: int, seed: i
 @few
 @given(time=st.integers(1, 21), seed=st.integers(0, 999))
 def test_step_by_step_equals_the_whole_sequence(time: int, seed: int) -> None:
-    """Fails if generation runs a different model than training."""
+    """Fails if generation differs from training."""
     model, input_ids = small_model(), tokens(2, time, seed)
     torch.testing.assert_close(stepped(model, input_ids), model(input_ids), rtol=1e-4, atol=1e-4)
 
@@ -195,7 +195,7 @@ def test_step_by_step_equals_the_whole_sequence(time: int, seed: int) -> None:
 @few
 @given(time=st.integers(2, 21), data=st.data())
 def test_later_tokens_change_no_earlier_logit(time: int, data: st.DataObject) -> None:
-    """Fails if the model can read the answer; its training loss means nothing."""
+    """Fails if the model can see the answer, which makes its training loss meaningless."""
     model, input_ids = small_model(), tokens(2, time)
     position = data.draw(st.integers(1, time - 1))
     changed = input_ids.clone()
@@ -206,9 +206,9 @@ def test_later_tokens_change_no_earlier_logit(time: int, data: st.DataObject) ->
 @few
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 999))
 def test_packed_documents_have_the_logits_of_documents_alone(lengths: list[int], seed: int) -> None:
-    """Fails if documents that share a row leak into one another."""
+    """Fails if documents in a row affect one another."""
     model, input_ids = small_model(), tokens(1, sum(lengths), seed)
-    # An id that comes back later is a new document: 0, 1, 0, 1.
+    # An id that recurs is a new document: 0, 1, 0, 1.
     ids = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)
     packed = model(input_ids, segment_ids=ids).split(lengths, 1)
     for document, logits in zip(input_ids.split(lengths, 1), packed, strict=True):
@@ -216,7 +216,7 @@ def test_packed_documents_have_the_logits_of_documents_alone(lengths: list[int],
 
 
 def test_neighbours_in_the_batch_do_not_matter() -> None:
-    """Fails if a sequence's result depends on which others it was batched with."""
+    """Fails if a sequence's result depends on the rest of the batch."""
     model, input_ids = small_model(), tokens(3, 11)
     changed = input_ids.clone()
     changed[1:] = tokens(2, 11, seed=1)
@@ -251,7 +251,7 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16_autocast_keeps_the_gradient_of_each_parameter(seed: int) -> None:
-    """Fails if decays or step sizes, too small to show in a norm over all, learn from rounding."""
+    """Fails if decays or step sizes, too small to matter in a global norm, learn from rounding."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "d_model": 64, "ssm_n_layers": 2, "ssm_head_dim": 8}
     model = NEXUSCore(**{**sizes, **BACKBONE_ALONE})
@@ -277,7 +277,7 @@ def test_bfloat16_autocast_keeps_the_gradient_of_each_parameter(seed: int) -> No
 def test_scan_in_half_precision_keeps_the_gradient_of_strong_decays(
     rate: float, step: float, narrow: torch.dtype, isolated: bool
 ) -> None:
-    """Fails if where little of the state remains, decays and step sizes learn from rounding."""
+    """Fails if decays and step sizes learn from rounding when little of the state remains."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 200, 3, 16), (2, 200, 8), (2, 200, 8), (2, 200, 3, 16))
     values = [torch.randn(shape, generator=generator).to(narrow) for shape in shapes]
@@ -309,7 +309,7 @@ def test_state_of_generation_does_not_grow() -> None:
 
 
 def test_generation_takes_the_likeliest_tokens_at_temperature_zero() -> None:
-    """Fails if what the user reads is not what the model predicts."""
+    """Fails if the generated text is not what the model predicts."""
     model, sequence = small_model(), tokens(2, 3)
     generated = model.generate(sequence, 4, temperature=0)
     for _ in range(4):
@@ -326,7 +326,7 @@ def test_the_narrowest_limits_leave_the_likeliest_token(limit: dict[str, float])
 
 
 def test_samples_repeat_with_the_seed_and_stay_within_top_k() -> None:
-    """Fails if a sample cannot be reproduced, or top_k is not kept."""
+    """Fails if a sample cannot be reproduced, or top_k is violated."""
     model, prompt = small_model(), tokens(1, 3).expand(50, -1)
 
     def sample(seed: int) -> Tensor:
@@ -340,7 +340,7 @@ def test_samples_repeat_with_the_seed_and_stay_within_top_k() -> None:
 
 
 def test_generation_leaves_the_training_mode_of_every_part_as_it_was() -> None:
-    """Fails if a sample in mid-training switches dropout off, or on in a part the user froze."""
+    """Fails if sampling changes the mode of any module."""
     model = small_model(dropout=0.5).train()
     model.blocks[0].eval()
     before = {name: part.training for name, part in model.named_modules()}
@@ -374,7 +374,7 @@ def test_the_coldest_temperatures_take_the_likeliest_tokens(temperature: float) 
 def test_bad_arguments_say_what_was_expected(
     call: Callable[[NEXUSCore], object], words: str
 ) -> None:
-    """Fails if a wrong shape or range ends in an error that does not say how to mend it."""
+    """Fails if a wrong shape or range ends in an unhelpful error."""
     with pytest.raises(ValueError, match=words):
         call(small_model())
 
@@ -386,7 +386,7 @@ def test_config_refuses_heads_that_do_not_fit() -> None:
 
 
 def test_what_does_not_pay_is_on_where_it_is_asked_for() -> None:
-    """Fails if a probe costs every model, a classic one loses it, or its settings do nothing."""
+    """Fails if the probe is on by default, off in a classic model, or its settings are ignored."""
     assert NEXUSConfig().causal is NEXUSConfig(classic=True, causal=False).causal is False
     assert NEXUSConfig().reason is False
     assert NEXUSConfig(classic=True).causal is NEXUSConfig(classic=True).reason is True
@@ -395,7 +395,7 @@ def test_what_does_not_pay_is_on_where_it_is_asked_for() -> None:
 
 
 def test_all_outputs_come_with_the_modules_reports() -> None:
-    """Fails if `return_all_outputs` breaks what reads the modules' outputs."""
+    """Fails if `return_all_outputs` lacks the modules' outputs."""
     model, input_ids = small_model(), tokens(2, 5)
     logits, info = model(input_ids, return_all_outputs=True)
     assert torch.equal(logits, model(input_ids))
@@ -403,7 +403,7 @@ def test_all_outputs_come_with_the_modules_reports() -> None:
 
 
 def test_hidden_and_head_weight_give_the_logits() -> None:
-    """Fails if the loss trains on other logits than the model shows."""
+    """Fails if the loss uses other logits than the model returns."""
     model, input_ids = small_model(), tokens(2, 5)
     output = model.hidden(input_ids)
     torch.testing.assert_close(output.hidden @ output.head_weight.T, model(input_ids))
@@ -428,7 +428,7 @@ def test_plugin_asks_for_the_vocabulary_where_nothing_tells_it() -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_named() -> None:
-    """Fails if bytes with an end of text on a model of 256 ids end in "index out of range in self"."""
+    """Fails if an id outside the vocabulary ends in "index out of range in self"."""
     plugin = ModelNexusPlugin(vocab_size=256, d_model=16, ssm_n_layers=1, ssm_head_dim=8)
     bytes_and_more = SimpleNamespace(data=SimpleNamespace(codec=SimpleNamespace(size=259)))
     with pytest.raises(ConfigError, match=r"has 259 ids .*data_text\.tokenizer=bytes256"):
@@ -443,7 +443,7 @@ def test_ids_beyond_the_vocabulary_are_named() -> None:
     [(float("nan"), "the weights are not finite"), (3e38, "none: sampling failed: prob")],
 )
 def test_a_sample_that_cannot_be_written_says_why(value: float, said: str) -> None:
-    """Fails if a run that has diverged ends in an error of its summary, and without one."""
+    """Fails if the summary of a diverged run raises an error."""
     model = small_model()
     torch.nn.init.constant_(model.final_norm.weight, value)
     data = SimpleNamespace(
@@ -456,7 +456,7 @@ def test_a_sample_that_cannot_be_written_says_why(value: float, said: str) -> No
 
 
 def test_plugin_isolates_documents_where_the_batch_has_segments() -> None:
-    """Fails if packed training data leaks between documents although the batch marks them."""
+    """Fails if packed documents affect one another although the batch marks them."""
     model, input_ids = small_model(), tokens(1, 6)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
     engine = SimpleNamespace(model=model)

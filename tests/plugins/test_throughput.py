@@ -1,4 +1,4 @@
-"""Throughput and memory: what is counted, and what is not."""
+"""Throughput and memory: what counts, and what does not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Clock:
 
 
 class SlowPlugin(Plugin[PluginConfig]):
-    """Lets known amounts of time pass in each part of a step."""
+    """Spends known amounts of time in each part of a step."""
 
     clock: Clock
 
@@ -50,7 +50,7 @@ class SlowPlugin(Plugin[PluginConfig]):
 
 
 class KeepPlugin(Plugin[PluginConfig]):
-    """Keeps every log."""
+    """Records every log."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Trackio with its local store: what it stored, read back with its own command and store."""
+"""Trackio with its local store, read back with its own command and store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of this test's own: Trackio reads its place when it is imported."""
+    """A store for this test; Trackio reads its path at import."""
     folder = tmp_path / "trackio"
     folder.mkdir()
     for name, module in list(sys.modules.items()):
@@ -90,7 +90,7 @@ def test_its_own_command_shows_the_run(store: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_without_doubles() -> None:
-    """Fails if resuming makes a second run, or points are doubled or missing."""
+    """Fails if resuming creates a second run, or points are duplicated or missing."""
     one, other = RecorderPlugin(), RecorderPlugin()
     first = engine_of(TrackioPlugin(), one)
     for state in first.steps(data(), until="6 steps"):
@@ -110,7 +110,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles() -> None:
 
 
 def test_words_and_images_are_kept_with_their_step_and_once(store: Path) -> None:
-    """Fails if a note does not reach Trackio, or is there twice in a resumed run."""
+    """Fails if a note does not reach Trackio, or is duplicated in a resumed run."""
     first, second = engine_of(TrackioPlugin()), engine_of(TrackioPlugin())
     for engine, end in ((first, 3), (second, 4)):
         for state in engine.steps(data(), until="6 steps"):
@@ -141,7 +141,7 @@ def test_two_runs_without_a_name_are_two() -> None:
 
 
 def test_an_exception_of_the_package_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a failing package stops the training or goes unnoticed."""
+    """Fails if a failing package stops training or goes unnoticed."""
 
     def init(**_: object) -> None:
         raise OSError("planted")
@@ -156,7 +156,7 @@ def test_an_exception_of_the_package_changes_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a missing package is a riddle."""
+    """Fails if the message does not say what to install."""
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.trackio")
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[trackio\]'"):

@@ -155,7 +155,7 @@ plugins:
 def test_a_process_killed_while_it_writes_leaves_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if the next sweep in the folder waits forever."""
+    """Fails if the next sweep in the folder waits forever."""
     monkeypatch.chdir(tmp_path)
     code = (
         "import os; from pathlib import Path; import nexus_plugins_contrib.sweep.study as study\n"

@@ -109,7 +109,7 @@ def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
 def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run's own settings have to be found among a hundred of its preset."""
+    """Fails if a run's own settings are hidden among a hundred of its preset."""
     monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text("a few words\n" * 60)
     changed = "until=1 steps, data_text.train=small.txt, data_text.valid_share=0.0, "
@@ -128,7 +128,7 @@ def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
 
 
 def test_a_baseline_that_is_no_preset_is_refused(tmp_path: Path) -> None:
-    """Breaks if the comparison that was asked for is silently missing."""
+    """Fails if the requested comparison is silently missing."""
     with pytest.raises(ConfigError, match=r"no preset or config file named 'quick'.*quickstart"):
         engine_of(tmp_path, "quick", config={"seed": 0}).fit(DATA, until="1 step")
 

@@ -175,7 +175,7 @@ def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
     with pytest.warns(RuntimeWarning) as told:
         found = started(engine_of(plugin, net=net))
     said = str(told[0].message)
-    assert "took 3 of 7 tensors (" in said
+    assert "loaded 3 of 7 tensors (" in said
     assert "3 missing in the source: body.1.bias, tail.weight, tail.bias" in said
     assert "2 not in the model: head.bias, old.weight" in said
     assert "1 different from the model's: body.1.weight ((3, 8), not (4, 8))" in said

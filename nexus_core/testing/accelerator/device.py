@@ -271,10 +271,14 @@ def registered() -> Device:
 
     setup = getattr(backends, "_setup_privateuseone_for_python_backend", None)
     if setup is None:
-        raise ConfigError(f"torch {torch.__version__} has no devices made in Python; 2.13 has")
+        raise ConfigError(
+            f"torch {torch.__version__} does not support devices implemented in Python; use 2.13"
+        )
     other = torch._C._get_privateuse1_backend_name()
     if other != "privateuseone":
-        raise ConfigError(f"the device '{other}' has the one place that PyTorch has for others")
+        raise ConfigError(
+            f"PyTorch supports one custom device, and '{other}' is already registered"
+        )
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):
         def is_built(self) -> bool:

@@ -137,7 +137,7 @@ class Moves:
         if fits:
             _aten.as_strided_(tensor, size, wanted.stride())
             return tensor
-        self._device.waits.refuse("more memory for a tensor that is there")
+        self._device.waits.refuse("growing the memory of an existing tensor")
         grown = fill_with_garbage(torch.empty(size, dtype=tensor.dtype))
         grown.flatten()[: host.numel()] = host.flatten()
         _aten.set_data(tensor, self._device.memory.adopt(grown))

@@ -116,7 +116,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
                 f"{path} is not the {self._data.tokenizer} of this run's data; use another "
                 "folder, ",
                 hint_out(),
-                ", or the tokenizer that the folder's run began with",
+                ", or the tokenizer with which the run in that folder started",
             )
 
     def state_dict(self) -> StateDict:
@@ -144,7 +144,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             raise CheckpointError(
                 f"the checkpoint was trained with a {saved['kind']} tokenizer of "
                 f"{saved['vocabulary']} ids, hash {str(saved['tokenizer'])[:12]}, but the data has "
-                f"a {tokenizer}; set data_text.tokenizer to the one saved in the run's folder"
+                f"a {tokenizer}; set data_text.tokenizer to the one saved in the run folder"
             )
         for what in self._differences(saved):
             warnings.warn(what, RuntimeWarning, stacklevel=2)
@@ -155,14 +155,14 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         train = self._data.train
         if saved["rows"] != len(train):
             yield (
-                f"the checkpoint was trained on {saved['rows']} rows an epoch, but the data now "
-                f"has {len(train)}: the order of an unbroken run is not kept"
+                f"the checkpoint was trained on {saved['rows']} rows per epoch, but the data "
+                f"now has {len(train)}: the rows will not come in the order of an uninterrupted run"
             )
         elif saved.get("fingerprint", train.fingerprint) != train.fingerprint:
             yield (
                 "the training text is not that of the checkpoint (as many rows, but other content "
                 f"or another order of files: fingerprint {train.fingerprint}, not "
-                f"{saved['fingerprint']}): what follows is not the unbroken run"
+                f"{saved['fingerprint']}): the run will differ from an uninterrupted one"
             )
         valid = {name: rows.fingerprint for name, rows in self._data.valid.items()}
         if saved.get("valid", valid) != valid:

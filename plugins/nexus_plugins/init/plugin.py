@@ -113,7 +113,7 @@ class InitPlugin(Plugin[InitConfig]):
         taken = f"{self._taken} of {len({*map(id, own.values())})} tensors ({numbers:,} numbers)"
         self._note = "; ".join([f"{taken} from {weights.origin}", *found.faults()])
         if not found.is_whole and engine.ranks.is_main:
-            warnings.warn(f"init: took {self._note}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"init: loaded {self._note}", RuntimeWarning, stacklevel=2)
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:

@@ -255,7 +255,9 @@ def test_planted_write_to_memory_that_is_being_copied_is_named(
     assert (pinned.is_pinned(), torch.ones(3).is_pinned()) == (True, False)
     pinned.to(accelerator.device, non_blocking=True)
     pinned.add_(1)
-    with pytest.raises(RuntimeError, match=r"overwritten before .*/test_accelerator.py:\d+: pinned"):
+    with pytest.raises(
+        RuntimeError, match=r"overwritten before .*/test_accelerator.py:\d+: pinned"
+    ):
         torch.accelerator.synchronize()
     pinned.to(accelerator.device, non_blocking=True)
     torch.accelerator.synchronize()

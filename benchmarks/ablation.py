@@ -86,7 +86,7 @@ class Contender:
         self.run.steps += 1
 
     def measure(self) -> float:
-        """Validation bits per byte now."""
+        """The current validation bits per byte."""
         data = self.engine.data
         assert data is not None
         return self.engine.evaluate(data.valid)[METRIC]
@@ -97,7 +97,7 @@ def compete(seed: int, steps: int) -> list[Run]:
     torch.set_num_threads(1)
     contenders = [Contender(variant, seed) for variant in VARIANTS]
     for number in range(steps):
-        # Each round starts with another one, so that none is always behind the same.
+        # Each round starts with another one, so that none always follows the same.
         turn = number % len(contenders)
         for contender in contenders[turn:] + contenders[:turn]:
             contender.step()
@@ -120,8 +120,8 @@ def table(runs: list[Run]) -> str:
     """The result as a Markdown table."""
     base = {run.seed: run for run in runs if run.variant == "backbone"}
     lines = [
-        "| variant | time per step | equal steps: bits/byte | to backbone "
-        "| equal time: bits/byte | to backbone |",
+        "| variant | time per step | equal steps: bits/byte | vs. backbone "
+        "| equal time: bits/byte | vs. backbone |",
         "|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
@@ -142,12 +142,12 @@ def _mean_and_spread(values: list[float], sign: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, print the table, and write every run as JSON where asked."""
+    """Train, print the table, and on request write every run as JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks.ablation", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds at once")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps per run")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds run in parallel")
     parser.add_argument("--json", type=Path, help="also write the runs to this file")
     options = parser.parse_args(arguments)
     of_seed = partial(compete, steps=options.steps)
@@ -155,8 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for done in pool.imap_unordered(of_seed, range(options.seeds)):
             runs += done
-            print(f"seed {done[0].seed} is done", flush=True)
-            if options.json:  # each time, so that a run that is cut short leaves what it has
+            print(f"seed {done[0].seed} done", flush=True)
+            if options.json:  # each time, so that an interrupted benchmark keeps its results
                 text = json.dumps([asdict(run) for run in runs], indent=2)
                 options.json.write_text(text + "\n", encoding="utf-8")
     print(table(runs))

@@ -41,21 +41,21 @@ ACCUMULATIONS = (1, 3, 4)
 
 @dataclass(frozen=True)
 class Document:
-    """Ids, and as many labels: the id itself where it is learned, as Hugging Face has them."""
+    """Ids and labels of equal length: the label is the id if it is learned, as in Hugging Face."""
 
     ids: Tensor
     labels: Tensor
 
 
 Micro = list[list[Document]]
-"""A micro-batch: rows of documents, one a row where they are padded."""
+"""A micro-batch: rows of documents; one per row if padded."""
 Run = Callable[[str, list[Micro], int], tuple[list[float], Any]]
-"""From the kind of model, micro-batches and how many of them are a step: losses, and the model."""
+"""Given the kind of model, micro-batches and their number per step: losses, and the model."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The largest differences of one side from the loop by hand."""
+    """The largest differences of one side from the handwritten loop."""
 
     model: str
     layout: str
@@ -75,7 +75,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     for package in sorted({needed for needed in NEEDS.values() if not find_spec(needed)}):
-        print(f"skipped what needs {package}: pip install '.[bench]'")
+        print(f"skipped, needs {package}: pip install '.[bench]'")
     found = [
         one
         for kind, layout, accumulate in product(KINDS, LAYOUTS, ACCUMULATIONS)
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def differences(kind: str, layout: str, accumulate: int, steps: int) -> list[Found]:
-    """Every side that knows this layout and is installed, beside the loop by hand."""
+    """Compare every installed side that supports this layout with the handwritten loop."""
     micro = micro_batches(layout == "packed", steps * accumulate)
     losses, reference = by_hand(kind, micro, accumulate, torch.float64)
     weights = {name: p.detach() for name, p in reference.named_parameters()}
@@ -108,12 +108,12 @@ def differences(kind: str, layout: str, accumulate: int, steps: int) -> list[Fou
 
 
 def installed(side: str) -> bool:
-    """Whether the packages are there that a side needs."""
+    """Whether the packages that a side needs are installed."""
     return all(find_spec(needed) for name, needed in NEEDS.items() if side.startswith(name))
 
 
 def table(found: list[Found]) -> str:
-    """One line a side and layout: the figures of each accumulation, loss and weights."""
+    """One line per side and layout: the differences of loss and weights for each accumulation."""
     lines = [f"{'':41}" + "".join(f"{f'accumulate {n}':>22}" for n in ACCUMULATIONS)]
     lines.append(f"{'':41}" + f"{'loss':>12}{'weights':>10}" * len(ACCUMULATIONS))
     for kind, layout in product(KINDS, LAYOUTS):
@@ -125,9 +125,9 @@ def table(found: list[Found]) -> str:
 
 
 def micro_batches(packed: bool, count: int) -> list[Micro]:
-    """Documents of 2 ids and more, which begin with a prompt of none to all ids but one.
+    """Documents of at least 2 ids, which start with a prompt of zero to all but one ids.
 
-    Packed rows are full to the last position, so that all sides have the same documents in a row.
+    Packed rows are full to the last position, so that rows contain the same documents on all sides.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -151,7 +151,7 @@ def micro_batches(packed: bool, count: int) -> list[Micro]:
 
 
 def model_of(kind: str) -> Any:
-    """A tiny random model, the same each time, without dropout, on which documents matter."""
+    """A tiny random model, always the same, without dropout, sensitive to document boundaries."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     common = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "pad_token_id": 1}
@@ -177,7 +177,7 @@ def sgd(model: Any) -> SGD:
 def by_hand(
     kind: str, micro: list[Micro], accumulate: int, dtype: torch.dtype = torch.float32
 ) -> tuple[list[float], Any]:
-    """Each document alone; the sum over the labels of the step by their number."""
+    """Each document separately; the sum over the step's labels divided by their number."""
     model = model_of(kind).to(dtype)
     optimizer = sgd(model)
     losses = []
@@ -211,7 +211,7 @@ def ours(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], A
 
 
 def tensors(rows: list[list[Document]]) -> dict[str, Tensor]:
-    """A batch as the engine takes it: labels that follow, and numbered documents."""
+    """A batch for the engine: labels are the next ids, and documents are numbered."""
     width = max(sum(len(d.ids) for d in row) for row in rows)
     shape = (len(rows), width)
     batch = {
@@ -234,14 +234,14 @@ def tensors(rows: list[list[Document]]) -> dict[str, Tensor]:
 
 
 def trainer_padded(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], Any]:
-    """transformers.Trainer, rows filled up by its collator for labels of one's own."""
+    """transformers.Trainer, padded by its collator for custom labels."""
     from transformers import DataCollatorForSeq2Seq
 
     return _trained_by_trainer(kind, micro, accumulate, DataCollatorForSeq2Seq(tokenizer()))
 
 
 def trainer_first(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], Any]:
-    """transformers.Trainer, with the label that no position predicts taken out beforehand."""
+    """transformers.Trainer, with the label that no position predicts removed beforehand."""
 
     def without_first(document: Document) -> Document:
         ignored = document.labels.new_tensor([IGNORED])
@@ -252,7 +252,7 @@ def trainer_first(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[
 
 
 def trainer_packed(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], Any]:
-    """transformers.Trainer, documents put into one row by its collator for that."""
+    """transformers.Trainer, documents packed into one row by its collator."""
     from transformers import DataCollatorWithFlattening
 
     return _trained_by_trainer(kind, micro, accumulate, DataCollatorWithFlattening())
@@ -275,17 +275,17 @@ def _trained_by_trainer(
 
 
 def trl_padded(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], Any]:
-    """TRL's SFTTrainer with the collator that it has."""
+    """TRL's SFTTrainer with its own collator."""
     return _trained_by_trl(kind, micro, accumulate, max_length=ROW)
 
 
 def trl_padding_free(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], Any]:
-    """TRL's SFTTrainer, a micro-batch's documents in one row: what it makes of `packing` too."""
+    """TRL's SFTTrainer, a micro-batch's documents in one row, which is also what `packing` does."""
     return _trained_by_trl(kind, micro, accumulate, padding_free=True, max_length=None)
 
 
 def trl_wrapped(kind: str, micro: list[Micro], accumulate: int) -> tuple[list[float], Any]:
-    """TRL's SFTTrainer with documents strung together and cut at the row's length."""
+    """TRL's SFTTrainer with documents concatenated and cut at the row length."""
     settings = {"packing": True, "packing_strategy": "wrapped", "max_length": ROW}
     return _trained_by_trl(kind, micro, accumulate, per_device_train_batch_size=ROWS, **settings)
 
@@ -308,7 +308,7 @@ def _trained_by_trl(
 
 
 def arguments(micro: list[Micro], accumulate: int) -> dict[str, Any]:
-    """What both peers are told: a constant rate, no clipping, nothing saved or sent."""
+    """The arguments of both peers: a constant rate, no clipping, no saving or reporting."""
     return {
         "output_dir": tempfile.gettempdir(), "max_steps": len(micro) // accumulate,
         "per_device_train_batch_size": sum(map(len, micro[0])),
@@ -320,7 +320,7 @@ def arguments(micro: list[Micro], accumulate: int) -> dict[str, Any]:
 
 
 def data(micro: list[Micro]) -> Any:
-    """The documents as a data set of Hugging Face, one a row."""
+    """The documents as a Hugging Face data set, one per row."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -333,7 +333,7 @@ def data(micro: list[Micro]) -> Any:
 
 
 def tokenizer() -> Any:
-    """The peers insist on one."""
+    """A tokenizer, which the peers require."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -345,7 +345,7 @@ def tokenizer() -> Any:
 
 
 def _in_order(kind: Any) -> Any:
-    """A trainer that reads the rows as they come."""
+    """A trainer that reads the rows in order."""
 
     class InOrder(kind):  # type: ignore[misc]
         def _get_train_sampler(self, *_: object) -> Any:
@@ -380,7 +380,7 @@ SIDES: dict[str, dict[str, Run]] = {
 }
 
 NEEDS = {"Trainer": "accelerate", "SFTTrainer": "trl"}
-"""What sides that begin with a name need, besides transformers."""
+"""The package that sides with this prefix need, besides transformers."""
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ LENGTHS = (512, 2_048, 8_192)
 PRECISIONS = ("bfloat16", "float32")
 MODELS = ("nexus", "mamba2", "gpt2", "nexus_dropout", "gpt2_dropout")
 DROPOUT = 0.1
-LONGEST_WITH_DROPOUT = 2_048  # attention that is not fused keeps every score
+LONGEST_WITH_DROPOUT = 2_048  # unfused attention stores every score
 LOSSES = ("ours", "full logits", "torch fused")
 QUICK_TOKENS = 2_048
 
@@ -65,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a case came to."""
+    """The result of a case."""
 
     name: str
     precision: str
@@ -109,7 +109,7 @@ def _nexus(_length: int, dropout: float = 0.0) -> tuple[Any, Callable[..., Any]]
         ssm_head_dim=HEAD_WIDTH,
         ssm_d_state=STATE,
         dropout=dropout,
-        **dict.fromkeys(("world", "reason", "energy", "causal"), False),  # the backbone alone
+        **dict.fromkeys(("world", "reason", "energy", "causal"), False),  # only the backbone
     )
     return model, loss_of
 
@@ -167,7 +167,7 @@ def _transformers_loss(model: Any, input_ids: Any, labels: Any) -> Any:
 
 
 def loss_step(case: Case) -> Callable[[], None]:
-    """Make hidden states and a head; return the step from them to their gradients."""
+    """Create hidden states and a head; return the step that computes their gradients."""
     import torch
     import torch.nn.functional as F
 
@@ -202,7 +202,7 @@ def loss_step(case: Case) -> Callable[[], None]:
 
 
 def serve(connection: Connection, case: Case) -> None:
-    """In a process of its own: build, warm up, then time a step for each request."""
+    """In a separate process: build, warm up, then time a step for each request."""
     import torch
 
     torch.manual_seed(0)
@@ -219,7 +219,7 @@ def serve(connection: Connection, case: Case) -> None:
 
 
 def measure(cases: list[Case], rounds: int) -> list[Measurement]:
-    """Let the cases take turns for some rounds."""
+    """Run the cases in turn for some rounds."""
     context = multiprocessing.get_context("spawn")
     workers = []
     for case in cases:
@@ -254,7 +254,7 @@ def _summary(case: Case, seconds: list[float], peak_memory_mb: float) -> Measure
 
 
 def show(results: Iterable[Measurement], reference: str) -> None:
-    """Print one line per case, each beside the reference under the same load."""
+    """Print one line per case, each compared with the reference under the same load."""
     results = list(results)
     ours = {(r.name, r.precision, r.length): r for r in results}
     print(f"{'':13} {'precision':9} {'length':>6} {'tokens/s':>9} {'min':>7} {'max':>7}", end="")
@@ -272,11 +272,11 @@ def show(results: Iterable[Measurement], reference: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print two tables, and write them as JSON where asked."""
+    """Measure, print two tables, and write them as JSON on request."""
     parser = argparse.ArgumentParser(prog="benchmarks.backbone", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=int, default=5, help="turns per model")
-    parser.add_argument("--quick", action="store_true", help="2,048 tokens a step, bfloat16")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per model")
+    parser.add_argument("--quick", action="store_true", help="only 2,048 tokens per step, bfloat16")
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--json", type=Path, help="also write the results to this file")

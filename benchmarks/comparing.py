@@ -1,4 +1,4 @@
-"""What `nexus-run compare` is worth: false alarms, and the runs that pairing saves.
+"""How good `nexus-run compare` is: its false alarms, and the runs that pairing saves.
 
     python -m benchmarks.comparing [--pairs 200] [--jobs 2] [--json PATH]
 
@@ -76,7 +76,7 @@ CHANGES = {
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Pixels (1797, 64) between 0 and 1, and the digits they show."""
+    """Pixels (1797, 64) between 0 and 1, and their digits."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -84,7 +84,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def result(order: tuple[Setting, int, int]) -> float:
-    """Train one net, given its setting, seed and number of steps; its held-out cross-entropy."""
+    """Train one net, given its setting, seed and steps; returns its held-out cross-entropy."""
     setting, seed, steps = order
     torch.set_num_threads(1)
     pixels, labels = digits()
@@ -121,7 +121,7 @@ def result(order: tuple[Setting, int, int]) -> float:
 
 
 def first_told(differences: Sequence[float]) -> int | None:
-    """After how many differences, one by one, the interval is without zero; None: never."""
+    """The number of differences after which the interval first excludes zero; None: never."""
     values = np.asarray(differences)
     counts = np.arange(1, len(values) + 1)
     means = values.cumsum() / counts
@@ -135,19 +135,19 @@ def first_told(differences: Sequence[float]) -> int | None:
 
 @cache
 def half_width(n: int) -> float:
-    """As `compare` has it, for 95%, in standard deviations."""
+    """Half the width of the 95% interval of `compare`, in standard deviations."""
     return radius(n, 0.95)
 
 
 def false_alarms(one: Sequence[float], other: Sequence[float]) -> int:
-    """In how many comparisons of equals, of `LOOKS` pairs each, some look said different."""
+    """The number of A/A comparisons, of `LOOKS` pairs each, with a false alarm at some look."""
     differences = [b - a for a, b in zip(one, other, strict=True)]
     parts = [differences[at : at + LOOKS] for at in range(0, len(differences), LOOKS)]
     return sum(first_told(part) is not None for part in parts)
 
 
 def needed(base: Sequence[float], variant: Sequence[float], *, by_seed: bool) -> list[int]:
-    """The pairs that each of 200 random orders needs; one more than there are: too few."""
+    """The pairs that each of 200 random orders needs; one more than available: not enough."""
     chance, found = random.Random(0), []
     for _ in range(COMPARISONS):
         ours = chance.sample(range(len(base)), len(base))
@@ -160,8 +160,8 @@ def needed(base: Sequence[float], variant: Sequence[float], *, by_seed: bool) ->
 def table(base: Sequence[float], variants: dict[str, list[float]]) -> Iterator[str]:
     """The ten changes, as Markdown."""
     yield (
-        "| change | effect on the cross-entropy | scatter of pairs | of unpaired | pairs needed "
-        "| unpaired | times fewer |"
+        "| change | effect on the cross-entropy | spread, paired | unpaired | pairs needed "
+        "| unpaired | ratio |"
     )
     yield "|---|---|---|---|---|---|---|"
     times, most = [], len(base)
@@ -177,17 +177,17 @@ def table(base: Sequence[float], variants: dict[str, list[float]]) -> Iterator[s
             f"| {name} | {found.mean:+.4f} ± {found.mean - found.low:.4f} | {found.spread:.4f} "
             f"| {spread:.4f} | {ours} | {theirs} | {more}{times[-1]:.1f} |"
         )
-    yield f"\nTimes fewer at the median of the changes: {statistics.median(times):.1f}"
+    yield f"\nMedian ratio over the changes: {statistics.median(times):.1f}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train all runs, and print what came out."""
+    """Train all runs, and print the results."""
     parser = argparse.ArgumentParser(prog="benchmarks.comparing", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--pairs", type=int, default=200, help="of each change")
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
-    parser.add_argument("--json", type=Path, help="keep the results here, and continue from them")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs per change")
+    parser.add_argument("--steps", type=int, default=60, help="steps per run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs in parallel")
+    parser.add_argument("--json", type=Path, help="save the results here, and resume from them")
     options = parser.parse_args(arguments)
     many = max(LOOKS * COMPARISONS, options.pairs)
     done = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
             found: list[float] = done.setdefault(name, [])
             orders = [(setting, seed, options.steps) for seed in range(len(found), count)]
             found += pool.map(result, orders, chunksize=10)
-            if options.json:  # each time, so that a run that is cut short leaves what it has
+            if options.json:  # each time, so that an interrupted benchmark keeps its results
                 options.json.write_text(json.dumps(done) + "\n", encoding="utf-8")
             return found[:count]
 
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"equal settings: {unequal} of {EQUAL} pairs differ")
         for name, other in (("another dropout", echo), ("other seeds", shuffled)):
             count = false_alarms(base[: LOOKS * COMPARISONS], other[: LOOKS * COMPARISONS])
-            print(f"A/A, {name}: {count} of {COMPARISONS} called different", flush=True)
+            print(f"A/A, {name}: {count} of {COMPARISONS} reported a difference", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ STEPS_PER_KILL = 6
 
 
 def config_of(steps: int, train: str, valid: str, workers: int = 0) -> dict[str, object]:
-    """A config with each first-party plugin that can be in one run, over two text files."""
+    """A config with all first-party plugins that can be combined, on two text files."""
     text: dict[str, object] = {"train": train, "valid": valid, "seq_len": 32, "batch_size": 2}
     plugins: dict[str, dict[str, object]] = {
         "data_text": {**text, "num_workers": workers},
@@ -44,7 +44,7 @@ def config_of(steps: int, train: str, valid: str, workers: int = 0) -> dict[str,
         "clip": {},
         "curriculum": {},
         "ema": {},
-        "early_stop": {"patience": 1_000_000},  # watches, and lets the run reach all its kills
+        "early_stop": {"patience": 1_000_000},  # watches, but never ends the run early
         "throughput": {},
         "diagnose": {},
         "grad_stats": {},
@@ -67,14 +67,14 @@ def config_of(steps: int, train: str, valid: str, workers: int = 0) -> dict[str,
 def crash(
     kills: int, out: Path, seed: int = 0, *, terms: float = 1 / 3, workers: int = 2
 ) -> Report:
-    """Kill the run so often; the config is left in `out` beside the certificate.
+    """Kill the run repeatedly; leaves the config in `out` next to the certificate.
 
     Args:
-        kills: how often.
+        kills: number of kills.
         out: a new folder.
-        seed: of the moments.
-        terms: share of the kills that are a SIGTERM.
-        workers: processes that read ahead.
+        seed: seed of the moments.
+        terms: share of kills that are a SIGTERM.
+        workers: loader workers.
     """
     steps = STEPS_PER_KILL * kills + 10
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def crash(
 
 
 def main() -> None:
-    """Print the outcome; exit 1 where one bit differs or fewer kills than asked for came."""
+    """Print the outcome; exit with 1 if any bit differs or fewer kills happened than requested."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--terms", type=float, default=1 / 3)

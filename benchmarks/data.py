@@ -54,13 +54,13 @@ Timed = Callable[[], float]
 
 
 def main() -> None:
-    """Run all parts, or those named."""
+    """Run all parts, or the given ones."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("parts", nargs="*", default=["prepare", "bytes", "batches", "open"])
     parser.add_argument("--megabytes", type=int, default=64, help="text for the tokenizers")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the .txt to open")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     wish = parser.parse_args()
     found: dict[str, Any] = {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as name:
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def interleaved(competitors: dict[str, Timed], rounds: int) -> dict[str, float]:
-    """The median of what each returns over rounds in turn, and of the first's ratio to the rest."""
+    """The median result of each over interleaved rounds, and of the first's ratio to each."""
     seen: dict[str, list[float]] = {name: [] for name in competitors}
     for _ in range(rounds):
         for name, run in competitors.items():
@@ -101,7 +101,7 @@ def library_lines() -> Iterator[str]:
 
 
 def write_text(path: Path, size: int) -> int:
-    """Documents of some forty lines, one a line, repeated up to a size; the bytes written."""
+    """Write documents of about forty lines, one per line, up to a size; returns the bytes."""
     lines = [line.replace("\r", " ") for line in library_lines()]
     documents = [" ".join(lines[first : first + 40]) for first in range(0, len(lines), 40)]
     text = "".join(f"{document}\n" for document in documents).encode()
@@ -114,7 +114,7 @@ def write_text(path: Path, size: int) -> int:
 
 
 def prepare_text(folder: Path, megabytes: int, rounds: int) -> dict[str, float]:
-    """Megabytes a second of text into ids."""
+    """The speed of text to ids, in megabytes per second."""
     path, vocabulary = folder / "text.txt", folder / "vocabulary.json"
     size = write_text(path, megabytes << 20) / 1e6
     train_tokenizer([path], vocabulary, 8000, Reading())
@@ -142,7 +142,7 @@ def prepare_text(folder: Path, megabytes: int, rounds: int) -> dict[str, float]:
 
 
 def raw_encoding(path: Path, vocabulary: Path) -> float:
-    """Seconds of the package alone, in a process of its own as the others."""
+    """The time of the package alone, in a separate process like the others."""
     return timed_program(
         "from tokenizers import Tokenizer\n"
         f"texts = open({str(path)!r}).read().split('\\n')\n"
@@ -169,7 +169,7 @@ BY_HAND = (
 
 
 def mapped(path: Path, vocabulary: Path, folder: Path, encode: str) -> float:
-    """Seconds of `datasets.map` in batches of a thousand, with as many processes as cores."""
+    """The time of `datasets.map` in batches of a thousand, with one process per core."""
     cache = folder / "datasets"
     taken = timed_program(
         "import datasets\n"
@@ -187,7 +187,7 @@ def mapped(path: Path, vocabulary: Path, folder: Path, encode: str) -> float:
 
 
 def timed_program(program: str, **environment: str) -> float:
-    """Seconds that a program takes from its line `begin = ...` on."""
+    """The time of a program from its line `begin = ...` on, in seconds."""
     done = subprocess.run(
         [sys.executable, "-c", f"import time\n{program}print(time.perf_counter() - begin)"],
         env={**os.environ, **environment},
@@ -199,7 +199,7 @@ def timed_program(program: str, **environment: str) -> float:
 
 
 def prepare_bytes(folder: Path, rounds: int) -> dict[str, float]:
-    """Megabytes a second with the bytes tokenizer, the start of the workers included."""
+    """The speed with the bytes tokenizer, including the start of workers."""
     path = folder / "bytes.txt"
     size = write_text(path, 256 << 20) / 1e6
 
@@ -214,7 +214,7 @@ def prepare_bytes(folder: Path, rounds: int) -> dict[str, float]:
 
 
 class PlainRows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """What tutorials write: a row of a memory map, inputs and labels."""
+    """The data set of tutorials: inputs and labels from a memory map."""
 
     def __init__(self, path: Path) -> None:
         self._ids = np.memmap(path, np.uint16, "r")
@@ -228,7 +228,7 @@ class PlainRows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def get_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random stretches of a file, mapped anew at each call so that memory does not grow."""
+    """Random spans of a file, remapped at each call so that memory does not grow."""
     ids = np.memmap(path, dtype=np.uint16, mode="r")
     places = torch.randint(len(ids) - LENGTH, (ROWS,)).tolist()
     rows = [ids[at : at + LENGTH + 1].astype(np.int64) for at in places]
@@ -238,7 +238,7 @@ def get_batch(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_batches(folder: Path, rounds: int) -> dict[str, float]:
-    """Million tokens a second, in one process."""
+    """Million tokens per second, in one process."""
     torch.set_num_threads(1)
     stem = folder / "train"
     write_ids(stem, documents=100_000)

@@ -3,8 +3,8 @@
     python -m benchmarks.differences [--tries 100] [--honest 100] [--only KIND]
 
 Each run has sixteen steps of a small model. A difference is planted at step 11: by a plugin of the
-run (like a bug in somebody's code), by its settings, or from outside, where no config shows it
-(like a hardware fault).
+run (like a bug in user code), by its settings, or from outside, invisible in any config (like a
+hardware fault).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nexus_plugins.tape.diff import Finding, diff
 STEPS, AT, SAVED = 16, 11, 4
 
 WORLD = '''
-"""A small run whose parts can be led astray, each at one step."""
+"""A small run in which a difference can be planted at one step."""
 import math
 
 import numpy as np
@@ -83,7 +83,7 @@ class Net(nn.Module):
 
 
 class Scale(nn.Module):
-    """Multiplies by a number that depends on the step, and keeps it for its step."""
+    """Multiplies by a number that depends on the step, cached for the step."""
 
     cached = None
 
@@ -118,7 +118,7 @@ class WorldPlugin(Loss[LossConfig]):
 
 
 class DecayPlugin(Loss[LossConfig]):
-    """A second term: large sums, which threads share."""
+    """A second term: large sums, which are split over threads."""
 
     def units(self, batch):
         return 1.0
@@ -128,7 +128,7 @@ class DecayPlugin(Loss[LossConfig]):
 
 
 class HalvePlugin(Plugin[PluginConfig]):
-    """Makes large gradients smaller: the order beside what cuts them matters."""
+    """Scales gradients down, so its order relative to clipping matters."""
 
     @hookimpl
     def after_backward(self, engine):
@@ -149,7 +149,7 @@ class PlantConfig(PluginConfig):
 
 
 class PlantPlugin(Plugin[PlantConfig]):
-    """Does something else at one step."""
+    """Does something different at one step."""
 
     def due(self, kind, number):
         return self.config.kind == kind and number == self.config.step
@@ -197,27 +197,27 @@ class PlantPlugin(Plugin[PlantConfig]):
 
 
 def flip(tensor: torch.Tensor) -> None:
-    """Change the last bit of one number, as a particle would."""
+    """Flip the last bit of one number, as a cosmic ray might."""
     tensor.detach().view(-1).view(torch.int32)[7] ^= 1
 
 
 def exchange(tensor: torch.Tensor) -> None:
-    """Exchange two numbers."""
+    """Swap two numbers."""
     flat = tensor.detach().view(-1)
     flat[[2, 9]] = flat[[9, 2]].clone()
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A difference, and what is expected of `diff`.
+    """A planted difference, and the expected result of `diff`.
 
     Args:
-        step: the first that differs.
-        phases: any of which names the phase.
-        module: that is named, or is part of what is.
-        block: the config of B, changed.
-        outside: what is done from outside: at which moment of step 11, and what.
-        threads: of run B.
+        step: the first step that differs.
+        phases: acceptable names of the phase.
+        module: the expected module, or a part of its name.
+        block: changes to the config of run B.
+        outside: the moment of step 11, and the action from outside.
+        threads: threads of run B.
     """
 
     phases: tuple[str, ...]
@@ -229,20 +229,20 @@ class Planted:
 
 
 def plant(kind: str) -> Callable[[dict[str, Any]], Any]:
-    """Have the plugin of run B do something."""
+    """Plant a difference with the plugin of run B."""
     return lambda config: config["plugins"].update(
         {"./world.py:PlantPlugin": {"kind": kind, "step": AT}}
     )
 
 
 def reordered(config: dict[str, Any]) -> None:
-    """Have two plugins change places."""
+    """Swap two plugins."""
     plugins = config["plugins"]
     plugins["./world.py:HalvePlugin"] = plugins.pop("./world.py:HalvePlugin")
 
 
 def optimizer(engine: Engine) -> torch.Tensor:
-    """A momentum of the middle block."""
+    """A momentum tensor of the middle block."""
     return engine.optimizer.state[engine.model.blocks[1].inner.weight]["exp_avg"]
 
 
@@ -283,7 +283,7 @@ PLANTED: Mapping[str, Planted] = {
 
 
 def config() -> dict[str, Any]:
-    """That of run A."""
+    """The config of run A."""
     return {
         "until": f"{STEPS} steps",
         "seed": 3,
@@ -304,7 +304,7 @@ def config() -> dict[str, Any]:
 
 
 def make(folder: Path, name: str, planted: Planted | None = None) -> Path:
-    """Do a run, with something planted in it."""
+    """Make a run, with a planted difference."""
     settings = config()
     if planted is not None:
         planted.change(settings)
@@ -317,12 +317,12 @@ def make(folder: Path, name: str, planted: Planted | None = None) -> Path:
         if planted is not None and planted.outside is not None:
             _meddle(engine, *planted.outside)
         train(engine, made.run, None, RunFolder(out), quiet=True)
-    forget()  # the next run has a file of that name too
+    forget()  # the next run has a file of the same name
     return out
 
 
 def _meddle(engine: Engine, moment: str, deed: Callable[[Engine], Any]) -> None:
-    """Do something at one step, from outside of the run: no config knows of it."""
+    """Interfere at one step from outside, without a trace in the config."""
     hook = "on_batch" if moment == "before" else "optimizer_step"
     inner = getattr(engine.hook, hook)
 
@@ -352,7 +352,7 @@ def _meddle(engine: Engine, moment: str, deed: Callable[[Engine], Any]) -> None:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many threads of torch."""
+    """Set torch's thread count within a context."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -362,22 +362,22 @@ def threads(number: int) -> Iterator[None]:
 
 
 def compared(one: Path, other: Path) -> Finding:
-    """What `nexus-run diff --trust` finds."""
+    """Run `nexus-run diff --trust`."""
     return diff(Recorded.at(one, trust=True), Recorded.at(other, trust=True))
 
 
 def verdict(planted: Planted, found: Finding) -> tuple[bool, bool]:
-    """Whether the step is right, and whether phase and module are."""
+    """Whether the step is right, and whether phase and module are right."""
     named = found.phase in planted.phases and planted.module in f"{found.module} {found.tensor}"
     return found.step == planted.step, named
 
 
 @click.command()
-@click.option("--tries", default=100, help="Pairs of equal runs.")
-@click.option("--honest", default=100, help="Intervals of an honest run that are audited.")
-@click.option("--only", default="", help="The planted differences whose name has this.")
+@click.option("--tries", default=100, help="Number of pairs of equal runs.")
+@click.option("--honest", default=100, help="Number of intervals of honest runs to audit.")
+@click.option("--only", default="", help="Only planted differences whose name contains this.")
 def main(tries: int, honest: int, only: str) -> None:
-    """Print what was found of each."""
+    """Print what was found for each."""
     torch.set_num_threads(1)
     chosen = {name: planted for name, planted in PLANTED.items() if only in name}
     steps = names = 0
@@ -399,15 +399,15 @@ def main(tries: int, honest: int, only: str) -> None:
         for number in range(tries):
             found = compared(plain, make(folder, f"same{number}"))
             wrong += not found.equal or bool(found.facts)
-        click.echo(f"{tries} equal pairs: {wrong} called different")
+        click.echo(f"{tries} equal pairs: {wrong} reported as different")
         accused = audited(folder, honest) if honest else 0
-        click.echo(f"{honest} honest intervals: {accused} accused")
+        click.echo(f"{honest} honest intervals: {accused} with faults found")
     missed = steps < len(chosen) or names < len(chosen) - 2
     sys.exit(1 if missed or wrong or accused else 0)
 
 
 def audited(folder: Path, intervals: int) -> int:
-    """How many intervals of an honest run an audit accuses."""
+    """The number of intervals of an honest run in which an audit finds faults."""
 
     def longer(config: dict[str, Any]) -> None:
         config["until"] = f"{intervals} steps"

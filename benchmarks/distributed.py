@@ -80,9 +80,9 @@ class Problem:
     """What is trained.
 
     Args:
-        model: builds it, always with the same weights.
+        model: builds the model, always with the same weights.
         batch: draws a global batch.
-        steps: of a round.
+        steps: steps per round.
     """
 
     model: Callable[[], nn.Module]
@@ -97,20 +97,20 @@ def backbone() -> nn.Module:
 
 
 def bytes_to_predict(generator: torch.Generator) -> Batch:
-    """8 rows of 512, and what follows each byte."""
+    """8 rows of 512 bytes, and the next byte of each."""
     rows = torch.randint(256, (8, 513), generator=generator)
     return rows[:, :-1], rows[:, 1:]
 
 
 def linear_layers(width: int = 512, classes: int = 10, deep: int = 3) -> nn.Module:
-    """So many of them, and a last one, over rows of 512 numbers."""
+    """This many hidden layers and an output layer, over rows of 512 numbers."""
     first = [] if width == 512 else [nn.Linear(512, width)]
     layers = [module for _ in range(deep) for module in (nn.Linear(width, width), nn.GELU())]
     return nn.Sequential(*first, *layers, nn.Linear(width, classes))
 
 
 def points_to_sort(generator: torch.Generator, rows: int = 64) -> Batch:
-    """Rows of 512 numbers, and a class for each."""
+    """Rows of 512 numbers, with a class for each."""
     points = torch.randn(rows, 512, generator=generator)
     return points, torch.randint(10, (rows,), generator=generator)
 
@@ -123,7 +123,7 @@ PROBLEMS = {
 
 
 class Feed:
-    """This process's share of ready batches, in cells where there are some."""
+    """This rank's share of ready batches, in cells if the run has them."""
 
     def __init__(self, problem: Problem, rank: int, size: int, cells: int = 0) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -139,7 +139,7 @@ class Feed:
         self.steps = problem.steps
 
     def in_cells(self, count: int) -> Feed:
-        """It is so already."""
+        """Does nothing: the data is in cells already."""
         return self
 
     def __len__(self) -> int:
@@ -150,14 +150,14 @@ class Feed:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy over this process's rows."""
+    """Mean cross-entropy over this rank's rows."""
     return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
 def by_engine(
     model: nn.Module, feed: Feed, cells: int | None = None, *, sharded: bool = False
 ) -> Iterator[object]:
-    """Our engine, with `ddp` or `fsdp` where there are peers; continues after each step."""
+    """Our engine, with `ddp` or `fsdp` if there are several ranks; yields after each step."""
     plugins: list[Plugin[Any]] = [ClipPlugin(max_norm=MAX_NORM)]
     optimizer = None if sharded else AdamW(model.parameters(), fused=True)
     if sharded:
@@ -169,7 +169,7 @@ def by_engine(
 
 
 def by_hand(model: nn.Module, feed: Feed) -> Iterator[object]:
-    """PyTorch's own calls; continues after each step."""
+    """Plain PyTorch calls; yields after each step."""
     parallel = DistributedDataParallel(model)
     optimizer = AdamW(model.parameters(), fused=True)
     for step, batch in enumerate(feed, start=1):
@@ -184,7 +184,7 @@ def by_hand(model: nn.Module, feed: Feed) -> Iterator[object]:
 
 
 def runs_of(chosen: Sequence[str], size: int, cells: int) -> Runs:
-    """What runs each case, and in how many cells."""
+    """The function that runs each case, and its number of cells."""
     if size == 1:
         return {"ours": (by_engine, 0)}
     runs: Runs = {
@@ -199,12 +199,12 @@ def runs_of(chosen: Sequence[str], size: int, cells: int) -> Runs:
 
 
 def ranks_here() -> tuple[int, int]:
-    """The rank of this process, and how many there are."""
+    """The rank of this process, and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def peaks(problem: Problem, case: str, cells: int) -> Times:
-    """Peak of the resident memory of each process in a few steps of a case, in bytes."""
+    """Peak resident memory of each process in a few steps of a case, in bytes."""
     rank, size = ranks_here()
     model = problem.model()
     if case != "model":
@@ -220,7 +220,7 @@ def peaks(problem: Problem, case: str, cells: int) -> Times:
 
 
 def measure(problem: Problem, rounds: int, cells: int, chosen: Sequence[str]) -> dict[str, Times]:
-    """Seconds of a step in each round, by case, in this process and its peers."""
+    """Seconds per step in each round, by case."""
     rank, size = ranks_here()
     cases = runs_of(chosen, size, cells)
     found: dict[str, Times] = {name: [] for name in cases}
@@ -240,7 +240,7 @@ def measure(problem: Problem, rounds: int, cells: int, chosen: Sequence[str]) ->
                 next(runs[name])
                 times[name].append(time.perf_counter() - begin)
         for name, run in runs.items():
-            list(run)  # to its end, where it gives back what it took
+            list(run)  # to its end, where it releases its resources
             found[name].append(statistics.median(times[name][WARMUP:]))
         if size > 1:
             one, *others = (list(map(whole, models[name].parameters())) for name in cases)
@@ -252,7 +252,7 @@ def measure(problem: Problem, rounds: int, cells: int, chosen: Sequence[str]) ->
 def in_processes(
     size: int, problem: str, rounds: int, cells: int, cases: Sequence[str], memory: bool = False
 ) -> dict[str, Times]:
-    """`measure` in so many processes under torchrun; or the `peaks` of one case."""
+    """Run `measure`, or `peaks` for one case, in several processes under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "times.json"
         command = [
@@ -268,7 +268,7 @@ def in_processes(
 
 
 def work(path: Path, problem: Problem, options: argparse.Namespace) -> None:
-    """In a process of the launcher: measure, and let rank 0 write."""
+    """In a process of the launcher: measure; rank 0 writes the result."""
     torch.set_num_threads(1)
     DdpPlugin().join()
     if options.memory:
@@ -284,7 +284,7 @@ def work(path: Path, problem: Problem, options: argparse.Namespace) -> None:
 
 
 def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> float:
-    """Print the cases of a number of processes, and return what ours takes over that by hand."""
+    """Print the cases for a number of processes; returns ours over the handwritten loop."""
     numbers = sum(p.numel() for p in PROBLEMS[problem].model().parameters())
     ring = 2 * (size - 1) / size
     parts = nodes_of([cells], cells, size)
@@ -295,7 +295,7 @@ def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> flo
     for name, times in found.items():
         megabytes = 4 * numbers * sent.get(name, ring) / 2**20
         print(
-            f"{problem:<7} {size} {name:<8} {1e3 * statistics.median(times):8.2f} ms a step, "
+            f"{problem:<7} {size} {name:<8} {1e3 * statistics.median(times):8.2f} ms per step, "
             f"{megabytes:6.1f} MiB sent by each"
         )
     over = 0.0
@@ -318,12 +318,12 @@ def compare(problem: str, size: int, found: dict[str, Times], cells: int) -> flo
 
 
 def show_peaks(problem: str, size: int, options: argparse.Namespace) -> dict[str, Times]:
-    """Print how much memory each case takes."""
+    """Print the peak memory of each case."""
     found: dict[str, Times] = {}
     for case in ["model", *options.cases]:
         found |= in_processes(size, problem, 1, options.cells, [case], memory=True)
         each = ", ".join(f"{peak / 2**20:.0f}" for peak in found[case])
-        print(f"{problem:<7} {size} {case:<8} peaks of resident memory, in MiB: {each}")
+        print(f"{problem:<7} {size} {case:<8} peak resident memory, in MiB: {each}")
     return found
 
 

@@ -4,8 +4,8 @@
 
 Trains a byte model with only the world module on the standard library's source, then continues
 prompts from the validation text one at a time, alternately with and without drafts. Times are CPU
-times on one thread; a ratio is the median over the prompts. `tokens a pass` is the number of tokens
-gained per pass of the model over a draft.
+times on one thread; a ratio is the median over the prompts. `tokens per pass` is the number of
+tokens gained per pass of the model over a draft.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def trained(steps: int, width: int, layers: int) -> tuple[NEXUSCore, list[Tensor
 
 
 def race(model: NEXUSCore, prompts: list[Tensor], temperature: float, draft: int) -> dict[str, Any]:
-    """With drafts and without, prompt by prompt."""
+    """Generate with and without drafts, prompt by prompt."""
     ratios, passes = [], 0
     for number, prompt in enumerate(prompts):
         seconds = {}
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     model, prompts, bits = trained(options.steps, options.width, options.layers)
     print(f"{bits:.3f} bits per byte after {options.steps} steps\n")
-    print("| temperature | draft | times as fast | least | most | tokens a pass |")
+    print("| temperature | draft | speed-up | min | max | tokens per pass |")
     print("|---|---:|---:|---:|---:|---:|")
     rows = [race(model, prompts, t, draft) for t in (0.0, 0.8) for draft in options.drafts]
     for row in rows:

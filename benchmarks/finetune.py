@@ -35,18 +35,18 @@ KINDS = ("full", "lora")
 
 
 class Watch:
-    """What is measured: called when training begins, with its model there, and after each step."""
+    """Measures a side: called when training starts, with the model loaded, and after each step."""
 
     def __init__(self) -> None:
         self.held = 0.0
         self.stamps: list[float] = []
-        self.worked: list[float] = []  # seconds of the processor, which a busy machine leaves alone
+        self.worked: list[float] = []  # CPU seconds, which other load hardly affects
 
     def begin(self, model: torch.nn.Module) -> None:
-        """Count the peak of memory from here.
+        """Measure peak memory from here on.
 
-        Weights of safetensors are mapped, and held once they are read; a first step would read
-        them, and memory that every side has would count as what its training needs.
+        Weights in safetensors are memory-mapped, and become resident when first read. Reading them
+        here keeps that memory, which every side needs, out of the measurement.
         """
         for parameter in model.parameters():
             parameter.detach().sum()
@@ -55,13 +55,13 @@ class Watch:
         self.held = memory("VmRSS")
 
     def step(self) -> None:
-        """Note the time."""
+        """Record the time."""
         self.stamps.append(time.perf_counter())
         self.worked.append(time.process_time())
 
 
 Run = Callable[[Path, list[Tensor], bool, Watch], list[float]]
-"""From the model's folder, rows, whether by adapters, and what is called: the losses."""
+"""Given the model folder, rows, whether to use adapters, and the `Watch`: the losses."""
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--steps", type=int, default=5, help="of each measurement; the first is warm-up"
+        "--steps", type=int, default=5, help="steps per measurement; the first is warm-up"
     )
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--json", type=Path)
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def save_model(folder: Path) -> None:
-    """A random Llama, and a tokenizer that the peers insist on."""
+    """A random Llama, and a tokenizer, which the peers require."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ def save_model(folder: Path) -> None:
 
 
 def rounds(kind: str, folder: Path, count: int, steps: int, length: int) -> dict[str, Any]:
-    """Measure every side in turn, so many times."""
+    """Measure every side in turn, repeatedly."""
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number in range(count):
         order = SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]
@@ -131,7 +131,7 @@ def rounds(kind: str, folder: Path, count: int, steps: int, length: int) -> dict
 
 
 def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds, beside what each gave."""
+    """Medians over the rounds, and the result of each round."""
     return {
         "tokens_per_s": median(m["tokens_per_s"] for m in measured),
         "tokens_per_cpu_s": median(m["tokens_per_cpu_s"] for m in measured),
@@ -143,7 +143,7 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was measured, and how the losses compare."""
+    """Print the measurements, and how the losses compare."""
     lines = [
         f"{'':18}{'tokens/s':>10}{'by CPU':>10}{'rise MB':>10}{'peak MB':>10}  first and last loss"
     ]
@@ -159,8 +159,8 @@ def table(found: dict[str, Any]) -> str:
         fastest = max(peers, key=lambda row: row["tokens_per_cpu_s"])
         speed, room = (ours[key] / fastest[key] for key in ("tokens_per_cpu_s", "rise_mb"))
         lines.append(
-            f"{kind:6}ours over the faster peer: {speed:.2f} times the tokens by a second of the "
-            f"processor, {room:.2f} of its memory"
+            f"{kind:6}ours over the faster peer: {speed:.2f} times the tokens per CPU second, "
+            f"{room:.2f} of its memory"
         )
     return "\n".join(lines)
 
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train one side in this process."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
-    weights = 1 / torch.arange(10, VOCABULARY + 10, dtype=torch.float)  # as words are distributed
+    weights = 1 / torch.arange(10, VOCABULARY + 10, dtype=torch.float)  # Zipf's law, like words
     rows = [
         torch.multinomial(weights, options.length, replacement=True, generator=generator)
         for _ in range(options.steps)
@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(what: str) -> float:
-    """Megabytes that the process holds (VmRSS), or held at most (VmHWM)."""
+    """Resident megabytes of the process, now (VmRSS) or at their peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
@@ -263,7 +263,7 @@ def trl(folder: Path, rows: list[Tensor], by_adapters: bool, watch: Watch) -> li
 
 
 def arguments(steps: int) -> dict[str, Any]:
-    """What both peers are told: plain AdamW at a constant rate, nothing saved or sent."""
+    """The arguments of both peers: plain AdamW at a constant rate, no saving or reporting."""
     return {
         "output_dir": tempfile.mkdtemp(), "max_steps": steps, "per_device_train_batch_size": 1,
         "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
@@ -282,7 +282,7 @@ def lora() -> Any:
 
 
 def data(rows: list[Tensor], *, labels: bool) -> Any:
-    """The rows as a data set of Hugging Face."""
+    """The rows as a Hugging Face data set."""
     from datasets import Dataset
 
     ids = [row.tolist() for row in rows]
@@ -292,7 +292,7 @@ def data(rows: list[Tensor], *, labels: bool) -> Any:
 
 
 def _in_order(kind: Any) -> Any:
-    """A trainer that reads the rows as they come."""
+    """A trainer that reads the rows in order."""
 
     class InOrder(kind):  # type: ignore[misc]
         def _get_train_sampler(self, *_: object) -> Any:
@@ -302,7 +302,7 @@ def _in_order(kind: Any) -> Any:
 
 
 def watcher(watch: Watch) -> Any:
-    """Measure the peers from within."""
+    """A callback that measures the peers."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):

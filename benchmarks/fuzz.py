@@ -41,7 +41,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass
 class Outcome:
-    """What a target made of its inputs."""
+    """The outcome of a target's inputs."""
 
     inputs: int = 0
     read: int = 0
@@ -52,7 +52,7 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
-        """Count the inputs of another stretch too."""
+        """Add the counts of another process."""
         self.inputs += other.inputs
         self.read += other.read
         self.refused += other.refused
@@ -63,10 +63,10 @@ class Outcome:
 
 
 def main() -> None:
-    """Feed all targets, print a table; exit code 1 if there is a fault."""
+    """Run all targets, and print a table; exits with 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--inputs", type=int, default=1000, help="for each target")
-    parser.add_argument("--only", action="append", help="a target; may be given several times")
+    parser.add_argument("--inputs", type=int, default=1000, help="inputs per target")
+    parser.add_argument("--only", action="append", help="only this target; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-faults"), help="faulty inputs")
     parser.add_argument("--json", type=Path)
@@ -99,14 +99,14 @@ def main() -> None:
 
 
 def _feed(name: str, inputs: int, seed: int, keep: Path) -> Outcome:
-    """All inputs in child processes: one that a signal ends is followed by another."""
+    """Read all inputs in child processes; after one dies by a signal, another continues."""
     total, first = Outcome(), 0
     while first < inputs:
         arguments = ["--seed", str(seed), "--keep", str(keep), "--child", name]
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.fuzz", *arguments, str(first), str(inputs)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # panics of other languages print there
+            stderr=subprocess.DEVNULL,  # panics of Rust code are printed there
             text=True,
             check=False,
         )
@@ -137,7 +137,7 @@ def _child(name: str, first: int, last: int, seed: int, keep: Path) -> None:
 
 
 def read_once(target: Target, files: Input, outcome: Outcome) -> str | None:
-    """Read one input, and count it; what is wrong, or None."""
+    """Read one input, and count it; returns the fault, or None."""
     place = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
         size = write(files, Path(folder))
@@ -169,12 +169,12 @@ def _read(target: Target, folder: Path, outcome: Outcome) -> str | None:
 
 
 def above_limit(before: int | None, size: int, outcome: Outcome) -> str | None:
-    """How much more memory was taken than an input of some bytes may take; None: not too much.
+    """The fault if an input took more memory than allowed for its size; None: it did not.
 
     Args:
         before: what `reset_peak` returned.
-        size: bytes of the input.
-        outcome: notes the peak.
+        size: size of the input in bytes.
+        outcome: records the peak.
     """
     peak = _status("VmHWM")
     if before is None or peak is None:
@@ -188,7 +188,7 @@ def above_limit(before: int | None, size: int, outcome: Outcome) -> str | None:
 
 
 def reset_peak() -> int | None:
-    """Make the peak of memory what is used now; None where the system does not allow it."""
+    """Reset the peak memory; None if the system does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

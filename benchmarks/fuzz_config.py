@@ -51,14 +51,14 @@ PLUGINS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a user gives.
+    """A user's input.
 
     Args:
-        suffix: of the file's name, which says how to read it.
-        content: of the file.
-        plugins: as `--plugins`.
-        sets: as `--set`, each.
-        environment: variables.
+        suffix: suffix of the file name, which determines the format.
+        content: content of the file.
+        plugins: value of `--plugins`.
+        sets: values of `--set`.
+        environment: environment variables.
     """
 
     suffix: str
@@ -69,14 +69,14 @@ class Case:
 
 
 def try_case(case: Case, folder: Path) -> str:
-    """Read a config, and if it is good, the config that it resolves to.
+    """Read a config and, if it is valid, the config that it resolves to.
 
     Returns:
         "plan", or the kind of error.
 
     Raises:
-        AssertionError: it is read differently the second time.
-        Exception: what no user should see.
+        AssertionError: it resolves differently the second time.
+        Exception: any other error, which no user should see.
     """
     path = folder / f"case{case.suffix}"
     path.write_bytes(case.content)
@@ -88,7 +88,7 @@ def try_case(case: Case, folder: Path) -> str:
         again.write_text(yaml12.dump(resolved), encoding="utf-8")
         json.dumps(resolved, allow_nan=False)
     except NexusError as error:
-        return type(error).__name__ if str(error).strip() else "an error that says nothing"
+        return type(error).__name__ if str(error).strip() else "an error without a message"
     repeated = build_plugins(read_settings(str(again)))
     assert repeated.resolved(Path("out")) == resolved
     assert [p.name for p in repeated.plan.plugins] == [p.name for p in build.plan.plugins]
@@ -96,7 +96,7 @@ def try_case(case: Case, folder: Path) -> str:
 
 
 def _defaults(plugin: str) -> dict[str, Any]:
-    """A good value for each key of a plugin; null where there is no default."""
+    """A valid value for each key of a plugin; null if there is no default."""
     fields = load(plugin).config_class.model_fields
     found = {key: None if f.is_required() else f.get_default() for key, f in fields.items()}
     return {key: json.loads(json.dumps(value, default=str)) for key, value in found.items()}
@@ -129,18 +129,18 @@ VALUES = st.recursive(
 
 
 def _chance(of: int) -> st.SearchStrategy[bool]:
-    """One in so many; the ends of a range come more often than that."""
+    """True about once in so many draws; more often, as hypothesis prefers the ends of a range."""
     return st.sampled_from(range(of)).map(lambda number: number == of // 2)
 
 
 def _value(good: Any) -> st.SearchStrategy[Any]:
-    """Mostly what is good for a key."""
+    """Mostly a valid value for a key."""
     return _chance(5).flatmap(lambda odd: VALUES if odd else st.just(good))
 
 
 @st.composite
 def _blocks(draw: st.DrawFn) -> dict[str, Any]:
-    """A config: mostly keys that there are, mostly of the right shape."""
+    """A config, mostly with existing keys, mostly of the right shape."""
     config: dict[str, Any] = {}
     if not draw(_chance(4)):
         config["preset"] = draw(_value(draw(st.sampled_from(["quickstart", "nexus"]))))
@@ -232,14 +232,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 @contextmanager
 def _packages_read_once() -> Iterator[None]:
-    """Have the metadata of what is installed read once: it would be half of the time."""
+    """Cache the metadata of installed packages, which would take half of the time."""
     once = functools.cache(entry_points)
     with patch.object(plan, "entry_points", once), patch.object(asked, "entry_points", once):
         yield
 
 
 def main() -> None:
-    """Try many, and print how they went."""
+    """Try many, and print the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=10_000)
     wish = parser.parse_args()
@@ -247,7 +247,7 @@ def main() -> None:
     counts: Counter[str] = Counter()
     outcome, began = Outcome(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for preset in ("quickstart", "nexus"):  # so that what is imported is not counted
+        for preset in ("quickstart", "nexus"):  # so that memory of imports is not counted
             try_case(Case(".yaml", f"preset: {preset}".encode()), Path(folder))
 
         @settings(
@@ -269,7 +269,7 @@ def main() -> None:
             attempt()
     print(f"{sum(counts.values()):,} configs in {time.monotonic() - began:,.0f} s: {dict(counts)}")
     memory = f"{outcome.most_mib:.0f} MiB" if outcome.measured else "not measured"
-    print(f"most memory that one took: {memory}")
+    print(f"peak memory of one config: {memory}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def _megatron() -> list[Input]:
 
 
 def _made(work: Callable[[Path], None]) -> Input:
-    """All files that some work leaves in a folder."""
+    """All files that a function writes to a folder."""
     folder = Path(tempfile.mkdtemp())
     try:
         work(folder)
@@ -184,7 +184,7 @@ def _runs() -> list[Input]:
 
 
 def _trace(folder: Path) -> object:
-    """Asks what a step trained on; the data of the run lies beside its config."""
+    """Traces what a step trained on; the run's data is next to its config."""
     path = folder / "config.yaml"
     path.write_bytes(path.read_bytes().replace(b"stdin.txt", str(folder / "a.txt").encode()))
     (folder / "a.txt").write_bytes(_LINES)
@@ -202,7 +202,7 @@ TARGETS: dict[str, Target] = {
     "txt.gz": _text("a.txt.gz", _LINES),
     "txt.zst": _text("a.txt.zst", _LINES),
     "jsonl": _text("a.jsonl", _JSON),
-    "jsonl without what is not UTF-8": _text("a.jsonl", _JSON, invalid_utf8="skip"),
+    "jsonl, invalid UTF-8 skipped": _text("a.jsonl", _JSON, invalid_utf8="skip"),
     "jsonl.gz": _text("a.jsonl.gz", _JSON),
     "jsonl.zst": _text("a.jsonl.zst", _JSON),
     "parquet": Target(_parquets, _rows("a.parquet")),

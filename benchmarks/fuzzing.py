@@ -25,13 +25,13 @@ _WORDS = [b"\n", b"\r\n", b'"', b"{", b"}", b"[", b"]", b"null", b"\xff", b"\xef
 
 @dataclass(frozen=True)
 class Target:
-    """Something that reads what a user or another program wrote.
+    """A reader of files from users or other programs.
 
     Args:
-        seeds: makes sound inputs; each is damaged in one of its files.
-        read: reads the folder of a damaged input; it may only return, or raise a `NexusError`.
-        pack: how the content of a file was packed, by suffix: half of the time, what is inside is
-            damaged instead of the packing.
+        seeds: creates valid inputs, of which one file is damaged.
+        read: reads the folder of a damaged input; it must return or raise a `NexusError`.
+        pack: compresses a file's content, by suffix: half of the time, the content is damaged
+            instead of the compressed bytes.
     """
 
     seeds: Callable[[], list[Input]]
@@ -40,7 +40,7 @@ class Target:
 
 
 def damaged(target: Target, seeds: list[Input], random: Random) -> Input:
-    """One of the inputs, with one of its files changed, cut short or replaced."""
+    """One of the inputs, with one of its files modified, truncated or replaced."""
     found = dict(random.choice(seeds))
     name = random.choice(sorted(found))
     within = random.random() < 0.5
@@ -104,7 +104,7 @@ _CHANGES = (_flip, _flip, _cut, _remove, _repeat, _number, _number, _insert, _no
 
 
 def write(files: Input, folder: Path) -> int:
-    """Write an input into a folder; returns its bytes."""
+    """Write an input to a folder; returns its size in bytes."""
     for name, raw in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ data: all take ready batches from one iterable, in pinned memory on CUDA, which 
 records the time at every tenth batch.
 
 Each case has its own process, and they take turns from round to round. A figure is the median over
-the rounds, with minimum and maximum. MFU is the FLOPs of a step's matrix products and attention, as
-counted by PyTorch, over the rate of the fastest product found on this device. "Waits" is the number
-of synchronizations per step, by `torch.cuda.set_sync_debug_mode`.
+the rounds, with minimum and maximum. MFU is the FLOPs of a step's matmuls and attention, as counted
+by PyTorch, over the rate of the fastest matmul found on this device. "Waits" is the number of
+synchronizations per step, by `torch.cuda.set_sync_debug_mode`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ STRETCH, WARMUP, MAX_NORM, LEARNING_RATE = 10, 2, 1.0, 3e-4
 
 @dataclass(frozen=True)
 class Size:
-    """How large the models are, and a step."""
+    """The sizes of the models and of a step."""
 
     vocabulary: int
     width: int
@@ -108,7 +108,7 @@ def backbone(size: Size) -> tuple[nn.Module, LossOf]:
 
 
 def nexus_with_kernels(size: Size) -> tuple[nn.Module, LossOf]:
-    """The whole model; its layers run by the first kernels that are installed, not checked."""
+    """The whole model, with its layers run by the first installed kernels, unchecked."""
     from nexus_plugins_contrib.kernels.swaps import KERNELS
 
     model, loss_of = nexus(size)
@@ -121,7 +121,7 @@ def nexus_with_kernels(size: Size) -> tuple[nn.Module, LossOf]:
 
 
 def of_transformers(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a model of transformers computes."""
+    """The loss computed by a transformers model."""
     loss: Tensor = model(**batch).loss
     return loss
 
@@ -160,19 +160,19 @@ MODELS: dict[str, Callable[[Size], tuple[nn.Module, LossOf]]] = {
 }
 
 
-# -- what is trained, and how its time is taken
+# -- training and timing
 
 
 @dataclass
 class Feed:
-    """An iterable of ready batches that waits for the device and notes the time."""
+    """An iterable of ready batches that syncs with the device and records the time."""
 
     ready: list[Batch]
     length: int
     device: torch.device
     stamps: list[float] = field(default_factory=list)
     watched: int = 0
-    """Steps in which waits of the host were counted: those of the last stretch."""
+    """Steps in which synchronizations were counted: those of the last stretch."""
 
     def __len__(self) -> int:
         return self.length
@@ -194,7 +194,7 @@ class Feed:
 
 @dataclass
 class Run:
-    """What a trainer gets: the model on its device, its loss, the batches, and a folder."""
+    """The input of a trainer: the model on its device, its loss, the batches, and a folder."""
 
     model: nn.Module
     loss_of: LossOf
@@ -210,7 +210,7 @@ class Run:
 
 
 def bare(run: Run) -> None:
-    """A loop by hand."""
+    """A handwritten loop."""
     optimizer = run.optimizer()
     for ready in run.feed:
         batch = {k: v.to(run.device, non_blocking=True) for k, v in ready.items()}
@@ -228,7 +228,7 @@ def engine(run: Run, step_graph: bool = False) -> None:
 
     plugins = [load("amp")(), load("clip")(max_norm=MAX_NORM), load("jsonl")()]
     if step_graph:
-        plugins.append(load("compile")(step_graph=True, backend="eager"))  # makes no code
+        plugins.append(load("compile")(step_graph=True, backend="eager"))  # without code generation
     made = Engine(
         run.model, run.optimizer(), loss=run.loss_of, plugins=plugins, log_every=10**6,
         out=run.folder, device=run.device,
@@ -256,7 +256,7 @@ def lightning(run: Run) -> None:
             return run.loss_of(self.model, batch)
 
         def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-            """By hand, as Lightning's own refuses fused optimizers in mixed precision."""
+            """Clip manually, as Lightning rejects fused optimizers in mixed precision."""
             clip_grad_norm_(self.model.parameters(), MAX_NORM, foreach=True)
 
         def configure_optimizers(self) -> AdamW:
@@ -272,7 +272,7 @@ def lightning(run: Run) -> None:
 
 
 def transformers(run: Run) -> None:
-    """The Trainer of Hugging Face."""
+    """The Hugging Face Trainer."""
     library = importlib.import_module("transformers")
     importlib.import_module("accelerate")
     library.logging.set_verbosity_error()
@@ -317,7 +317,7 @@ class Case:
 
     @property
     def missing(self) -> str:
-        """What is to be installed before it can run; nothing where all is there."""
+        """What must be installed to run it; empty if nothing is missing."""
         needed = {*NEEDS.get(self.model, ()), *NEEDS.get(self.trainer, ())}
         absent = [name for name in sorted(needed) if find_spec(name) is None]
         if self.model == "nexus+kernels" and not absent:
@@ -335,7 +335,7 @@ CASES = [
 
 
 def missing(case: Case, device: str) -> str:
-    """Why a case does not run on a device; nothing where it does."""
+    """Why a case does not run on a device; empty if it does."""
     has_graphs = hasattr(torch.get_device_module(device), "CUDAGraph")
     no_graphs = "" if has_graphs else f"{device} has no graphs"
     return case.missing or (no_graphs if case.trainer == "engine+graph" else "")
@@ -343,7 +343,7 @@ def missing(case: Case, device: str) -> str:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a case gave in one round."""
+    """The figures of a case in one round."""
 
     parameters: int
     tokens_per_second: float
@@ -387,7 +387,7 @@ def figures(case: Case, size: Size, device: torch.device, folder: Path) -> Figur
 
 
 def _arithmetic(model: nn.Module, loss_of: LossOf, batch: Batch, device: torch.device) -> int:
-    """Operations of a step, forward and backward; what kernels of other packages do is not seen."""
+    """FLOPs of a step, forward and backward; those of third-party kernels are not counted."""
     moved = {k: v.to(device) for k, v in batch.items()}
     with FlopCounterMode(display=False) as counter, torch.autocast(device.type, torch.bfloat16):
         loss_of(model, moved).backward()
@@ -396,7 +396,7 @@ def _arithmetic(model: nn.Module, loss_of: LossOf, batch: Batch, device: torch.d
 
 
 def serve(connection: Connection, case: Case, size: str, device: str) -> None:
-    """In a process of its own: train a case and send its figures, or what went wrong."""
+    """In a separate process: train a case and send its figures, or its error."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             found = figures(case, SIZES[size], torch.device(device), Path(folder))
@@ -406,7 +406,7 @@ def serve(connection: Connection, case: Case, size: str, device: str) -> None:
 
 
 def measure(size: str, device: str, rounds: int) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """The figures of every case by round, and why the others did not run."""
+    """The figures of every case by round, and why other cases did not run."""
     context = multiprocessing.get_context("spawn")
     left = {f"{c.model} by {c.trainer}": why for c in CASES if (why := missing(c, device))}
     cases = [c for c in dict.fromkeys(CASES) if not missing(c, device)]
@@ -431,7 +431,7 @@ def measure(size: str, device: str, rounds: int) -> tuple[dict[str, list[Any]], 
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the figures are of."""
+    """The machine and versions measured."""
     known = {"torch": torch.__version__, "device": device}
     if device == "cuda":
         known["device"] = torch.cuda.get_device_name()
@@ -446,7 +446,7 @@ def machine(device: str) -> dict[str, str]:
 def show(results: Mapping[str, Any]) -> None:
     """Print the table."""
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
-    print("| case | parameters | tokens/s | ms a step | over bare, us | MFU | peak GiB | waits |")
+    print("| case | parameters | tokens/s | ms per step | over bare, us | MFU | peak GiB | waits |")
     print("|---|---|---|---|---|---|---|---|")
     for name, rounds in results["cases"].items():
         middle = {key: _median([r[key] for r in rounds]) for key in rounds[0]}
@@ -462,7 +462,7 @@ def show(results: Mapping[str, Any]) -> None:
             f"| {'' if waits is None else f'{waits:.1f}'} |"
         )
     for name, reason in results["left_out"].items():
-        print(f"left out: {name}: {reason}")
+        print(f"skipped: {name}: {reason}")
 
 
 def _median(values: list[Any]) -> Any:
@@ -470,7 +470,7 @@ def _median(values: list[Any]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print, and write a file where one is named."""
+    """Measure, print, and write a file if one is given."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--device", default="cuda")

@@ -38,18 +38,18 @@ VARIABLES, OBSERVED, BY_HAND = 10, 1000, 200
 STEPS, ROWS, LR, UNITS = 1500, 512, 0.02, 8
 Kind = Literal["linear", "network"]
 LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.03}
-"""Strength from which on an edge is taken to be there."""
+"""Minimum strength of an edge."""
 
 
 def known(seed: int, edges: int, kind: Kind, by_hand: bool) -> Graph:
-    """A random graph, with data of it."""
+    """A random graph, with data from it."""
     observed = OBSERVED if by_hand else OBSERVED + BY_HAND * VARIABLES
     draw = torch.Generator().manual_seed(seed)
     return Graph(draw, VARIABLES, edges, kind, observed, BY_HAND if by_hand else 0)
 
 
 def learned(values: Tensor, marks: Tensor, hidden: int, seed: int) -> Tensor:
-    """The strengths that the causal module finds."""
+    """The edge strengths found by the causal module."""
 
     def batches() -> Iterator[dict[str, Tensor]]:
         draw = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def learned(values: Tensor, marks: Tensor, hidden: int, seed: int) -> Tensor:
 
 
 def notears(values: NDArray[np.float64], penalty: float = 0.1) -> NDArray[np.float64]:
-    """The strengths that NOTEARS finds: least squares, a penalty on their size, no cycles."""
+    """The edge strengths found by NOTEARS: least squares with an L1 penalty, acyclic."""
     rows, n = values.shape
     rho, alpha, h = 1.0, 0.0, math.inf
     both = np.zeros(2 * n * n)
@@ -99,14 +99,14 @@ def notears(values: NDArray[np.float64], penalty: float = 0.1) -> NDArray[np.flo
 
 
 def score(edges: Tensor, strengths: Tensor, least: float) -> tuple[float, int]:
-    """The share of the edges that were found, and how many pairs are wrong."""
+    """The share of edges that were found, and the number of wrong pairs."""
     there = strengths >= least
     wrong = (there != edges) | (there != edges).T
     return (there & edges).sum().item() / edges.sum().item(), int(wrong.triu(1).sum())
 
 
 def main() -> None:
-    """Print what is found of each kind of data."""
+    """Print the results for each kind of data."""
     parser = argparse.ArgumentParser(prog="benchmarks.graphs", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--graphs", type=int, default=5)
@@ -127,7 +127,7 @@ def main() -> None:
             for name, scores in found.items():
                 if scores:
                     shares, wrong = zip(*scores, strict=True)
-                    data = f"{kind}, {'set by hand too' if by_hand else 'observed alone'}"
+                    data = f"{kind}, {'with interventions' if by_hand else 'only observed'}"
                     print(f"{data}, {name}: found {statistics.mean(shares):.0%} "
                           f"({min(shares):.0%} to {max(shares):.0%}), wrong "
                           f"{', '.join(map(str, wrong))} of 45", flush=True)  # fmt: skip

@@ -10,9 +10,9 @@ implementation, with the same inner width, heads and state, and its one loss. No
 Each has its own process and they take turns, so that slow phases of the machine affect all of them.
 A ratio is the median over the rounds of the ratio within a round. Peak memory is the highest
 resident set minus the size of the process when the model was built. The machine's rate is that of a
-bfloat16 matrix product of 2048 x 2048 x 2048, measured in the same rounds; a step's share of it
-counts the FLOPs of its matrix products only. With --threads 1 times are CPU times, which other load
-hardly affects; otherwise they are wall times.
+bfloat16 matmul of 2048 x 2048 x 2048, measured in the same rounds; a step's share of it counts only
+the FLOPs of matmuls. With --threads 1 times are CPU times, which other load hardly affects;
+otherwise they are wall times.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def nexus_step(modules: tuple[str, ...]) -> Callable[[], None]:
 
 
 def peer_step() -> Callable[[], None]:
-    """Mamba-2 of transformers, of the same width and depth."""
+    """transformers' Mamba-2 of the same width and depth."""
     import torch
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -109,7 +109,7 @@ def peer_step() -> Callable[[], None]:
 
 
 def product_step() -> Callable[[], None]:
-    """One large matrix product."""
+    """One large matmul."""
     import torch
 
     left, right = torch.randn(2, PRODUCT, PRODUCT, dtype=torch.bfloat16)
@@ -122,7 +122,7 @@ def product_step() -> Callable[[], None]:
 
 
 def serve(connection: Connection, name: str, threads: int | None) -> None:
-    """In a process of its own: build, count, warm up, then time a step for each request."""
+    """In a separate process: build, count, warm up, then time a step for each request."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,7 +148,7 @@ def serve(connection: Connection, name: str, threads: int | None) -> None:
 
 
 def measure(rounds: int, threads: int | None) -> dict[str, dict[str, Any]]:
-    """Let all cases take turns for some rounds."""
+    """Run all cases in turn for some rounds."""
     context = multiprocessing.get_context("spawn")
     results: dict[str, dict[str, Any]] = {}
     workers = {}
@@ -156,7 +156,7 @@ def measure(rounds: int, threads: int | None) -> dict[str, dict[str, Any]]:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, name, threads), daemon=True)
         process.start()
-        theirs.close()  # so that a process that fails ends this one too
+        theirs.close()  # so that a failing process also ends this one
         operations, peak = ours.recv()
         results[name] = {"operations": operations, "peak_memory_mb": peak, "seconds": []}
         workers[name] = (ours, process)
@@ -171,16 +171,16 @@ def measure(rounds: int, threads: int | None) -> dict[str, dict[str, Any]]:
 
 
 def ratio(results: dict[str, dict[str, Any]], name: str, other: str) -> float:
-    """How many times as long `name` takes as `other`: the median over the rounds."""
+    """The time of `name` divided by that of `other`: the median over the rounds."""
     pairs = zip(results[name]["seconds"], results[other]["seconds"], strict=True)
     return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """Print the table and what follows from it."""
+    """Print the table and the resulting ratios."""
     machine = results[MACHINE]
     rate = machine["operations"] / statistics.median(machine["seconds"])
-    print(f"matrix products of this machine, bfloat16: {rate / 1e9:,.0f} GFLOP/s\n")
+    print(f"bfloat16 matmuls on this machine: {rate / 1e9:,.0f} GFLOP/s\n")
     print(f"{'':10} {'tokens/s':>9} {'ms':>7} {'peak MB':>8} {'over backbone':>14} {'of rate':>8}")
     for name in (*CASES, PEER):
         result = results[name]
@@ -195,11 +195,11 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON on request."""
     parser = argparse.ArgumentParser(prog="benchmarks.model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=int, default=9, help="turns per model")
-    parser.add_argument("--threads", type=int, help="threads of each; default: as many as cores")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per model")
+    parser.add_argument("--threads", type=int, help="threads per process; default: one per core")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     results = measure(options.rounds, options.threads)

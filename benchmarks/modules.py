@@ -47,14 +47,14 @@ class Run:
     parameters: int
     steps: int
     milliseconds: float
-    """Of processor time, a step."""
+    """CPU milliseconds per step."""
     equal_steps: dict[str, float]
     steps_in_equal_time: int
     equal_time: dict[str, float]
 
 
 class Rows:
-    """The training data of a seed, and how long making it took, which is nobody's time."""
+    """The training data of a seed, and the time to generate it, which counts for no variant."""
 
     def __init__(self, task: Task, seed: int) -> None:
         self.task, self.seed, self.seconds = task, seed, 0.0
@@ -100,7 +100,7 @@ class Contender:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The task's measures now."""
+        """The current measures of the task."""
         self.model.eval()
         seen = [
             (batch, self.model.hidden(batch["input_ids"], batch.get("segment_ids")))
@@ -112,7 +112,7 @@ class Contender:
 
 
 def compete(seed: int, task: Task, sizes: Sizes, only: frozenset[str]) -> list[Run]:
-    """Train the variants with one seed, the module's first: it sets the time of the others."""
+    """Train the variants with one seed, the module's first: it sets the others' time budget."""
     torch.set_num_threads(1)
     first, *others = task.variants()
     bare = trained(replace(others[0], widened=False).build(task, sizes, 0, 0))
@@ -131,7 +131,7 @@ def compete(seed: int, task: Task, sizes: Sizes, only: frozenset[str]) -> list[R
 
 
 def _raced(contender: Contender, variant: Variant, seed: int, budget: float | None) -> Run:
-    """Train until the steps of the task and the time, if there is a budget, are both over."""
+    """Train until both the task's steps and the time budget, if any, are used up."""
     steps = contender.task.steps
     after_steps: dict[str, float] = {}
     in_time: tuple[int, dict[str, float]] | None = None
@@ -170,8 +170,8 @@ def table(runs: list[Run], module: str) -> str:
     """One task's result as a Markdown table; differences are the module's minus the row's."""
     best = {run.seed: run for run in runs if run.variant == module}
     lines = [
-        "| variant | parameters | time a step | equal steps: nats | module's minus it "
-        "| equal time: nats | module's minus it | other measures |",
+        "| variant | parameters | time per step | equal steps: nats | module minus it "
+        "| equal time: nats | module minus it | other measures |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(run.variant for run in runs):
@@ -210,14 +210,14 @@ def _spread(values: list[float]) -> float:
 
 
 def found() -> dict[str, type[Task]]:
-    """The tasks by name: the `TASK` of every file beside `task.py`."""
+    """The tasks by name: the `TASK` of every file next to `task.py`."""
     names = [info.name for info in pkgutil.iter_modules(tasks.__path__) if info.name != "task"]
     kinds = [importlib.import_module(f"benchmarks.tasks.{name}").TASK for name in names]
     return {kind.name: kind for kind in kinds}
 
 
 def changed(task: Task, settings: list[str], parser: argparse.ArgumentParser) -> Task:
-    """The task with its fields as `name=value` says, where it has such a field."""
+    """The task with fields changed by `name=value`, for fields that it has."""
     kinds = {field.name: type(getattr(task, field.name)) for field in fields(task)}
     given = dict(setting.split("=", 1) for setting in settings)
     if unknown := given.keys() - kinds.keys():
@@ -226,16 +226,16 @@ def changed(task: Task, settings: list[str], parser: argparse.ArgumentParser) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Let the variants compete, print a table for each task, write the runs as JSON."""
+    """Run the variants, print a table for each task, and write the runs as JSON on request."""
     known = found()
     parser = argparse.ArgumentParser(prog="benchmarks.modules", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(known)}; all by default")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds at once")
-    parser.add_argument("--variants", nargs="+", default=[], help="these alone, and the module's")
-    parser.add_argument("--set", nargs="+", default=[], help="fields of the task: length=256")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="seeds run in parallel")
+    parser.add_argument("--variants", nargs="+", default=[], help="only these, and the module's")
+    parser.add_argument("--set", nargs="+", default=[], help="task fields, such as length=256")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--state", type=int, default=16)

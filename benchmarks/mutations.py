@@ -45,9 +45,9 @@ from nexus_plugins.guard import GuardPlugin
 __all__ = ["Outcome", "mutate", "try_mutations"]
 
 BATCH = 250
-"""Mutations that one process does."""
+"""Mutations per process."""
 MEMORY_KB = 1 << 20
-"""Beyond what a process has at its start."""
+"""Memory limit of a process beyond its initial memory."""
 Verdict = Literal["refused", "worked", "failed"]
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -73,13 +73,13 @@ DTYPES = (
 
 @dataclass
 class Outcome:
-    """How some mutations ended.
+    """The outcome of some mutations.
 
     Args:
-        refused: with a `CheckpointError`.
-        worked: with a step of training.
-        failures: in any other way: the number of the mutation, and what happened.
-        memory_kb: the most that a process took beyond what it had at its start.
+        refused: number that ended with a `CheckpointError`.
+        worked: number that trained for a step.
+        failures: all others: the number of the mutation, and what happened.
+        memory_kb: peak memory of a process beyond its initial memory.
     """
 
     refused: int = 0
@@ -89,12 +89,12 @@ class Outcome:
 
 
 def try_mutations(count: int, folder: Path, seed: int = 0, first: int = 0) -> Outcome:
-    """Try so many mutations, from number `first` on, in processes of their own.
+    """Try some mutations, starting with number `first`, in separate processes.
 
     Args:
-        count: mutations.
-        folder: for the checkpoints; new ones are made in it.
-        seed: of the mutations; one with the same seed and number is the same.
+        count: number of mutations.
+        folder: folder in which the checkpoints are created.
+        seed: seed of the mutations; each is determined by the seed and its number.
         first: number of the first one.
     """
     for name in OPTIMIZERS:
@@ -108,10 +108,10 @@ def try_mutations(count: int, folder: Path, seed: int = 0, first: int = 0) -> Ou
 
 
 def _in_child(begin: int, end: int, folder: Path, seed: int, outcome: Outcome) -> int:
-    """Do some mutations in a fork; returns the number that comes next."""
+    """Try some mutations in a fork; returns the next number."""
     read, write = os.pipe()
     child = os.fork()
-    if child == 0:  # it must never do what its parent was about to do
+    if child == 0:  # it must never return into the parent's code
         code = 1
         try:
             os.close(read)
@@ -140,7 +140,7 @@ def _in_child(begin: int, end: int, folder: Path, seed: int, outcome: Outcome) -
 def _work(begin: int, end: int, folder: Path, seed: int, say: Callable[[str], object]) -> None:
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # nobody pulls the plug
     lock.installed = cache(lock.installed)  # type: ignore[assignment]  # it does not change,
-    told = cast(property, Distribution.metadata).fget  # nor does what is said of it
+    told = cast(property, Distribution.metadata).fget  # nor does its metadata
     Distribution.metadata = property(cache(told))  # type: ignore[method-assign,assignment,arg-type]
     torch.set_num_threads(1)
     before = peak_resident()
@@ -214,7 +214,7 @@ def _batches() -> list[Tensor]:
 
 
 def mutate(folder: Path, source: random.Random) -> str:
-    """Change a checkpoint at random and sign it anew; returns what was changed."""
+    """Change a checkpoint at random and re-sign it; returns a description of the change."""
     kind = source.choice(("json", "json", "json", "optimizer", "group", "tensor", "tensor", "raw"))
     what = {
         "json": _mutate_json,
@@ -228,7 +228,7 @@ def mutate(folder: Path, source: random.Random) -> str:
 
 
 def resign(folder: Path) -> None:
-    """Make the manifest of a changed checkpoint hold."""
+    """Update the manifest of a changed checkpoint."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, facts in manifest["files"].items():
         raw = (folder / name).read_bytes()
@@ -237,7 +237,7 @@ def resign(folder: Path) -> None:
 
 
 def _mutate_json(folder: Path, source: random.Random) -> str:
-    """Put something else in one place of a document, or take it away."""
+    """Replace or remove one value of a document."""
     name = source.choice(("state.json", "state.json", "state.json", "lock.json"))
     document = json.loads((folder / name).read_text())
     holders = list(_holders(document, name))
@@ -260,7 +260,7 @@ def _mutate_states(folder: Path, source: random.Random) -> str:
 
 
 def _mutate_group(folder: Path, source: random.Random) -> str:
-    """Change a setting of the optimizer's group, here and in some where it is written down."""
+    """Change a setting of the optimizer's group, and sometimes also its record."""
     document = json.loads((folder / "state.json").read_text())
     group = document["optimizer"]["param_groups"][0]
     key = source.choice([*group, "new"])
@@ -285,7 +285,7 @@ def _change(holder: Any, key: Any, source: random.Random, others: list[Any]) -> 
 
 
 def _holders(tree: Any, path: str) -> Any:
-    """Every place of a document: its path, what holds it, and its key there."""
+    """Every value of a document: its path, its container, and its key there."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in items:
         yield f"{path}.{key}", tree, key
@@ -294,7 +294,7 @@ def _holders(tree: Any, path: str) -> Any:
 
 
 def _mutate_tensors(folder: Path, source: random.Random) -> str:
-    """Put another tensor in the place of one: of another shape, dtype, or with odd numbers."""
+    """Replace a tensor by one of another shape or dtype, or with odd values."""
     name = source.choice(("model", "optimizer", "optimizer", "state")) + ".safetensors"
     raw = (folder / name).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -308,7 +308,7 @@ def _mutate_tensors(folder: Path, source: random.Random) -> str:
         size = end - begin
         pattern = source.choice((b"\xff", b"\x7f", b"\x00", b"\x80", source.randbytes(16)))
         new = (pattern * size)[:size]
-    elif kind == 1 and len(facts["shape"]) > 1:  # other strides, as one who transposes them has it
+    elif kind == 1 and len(facts["shape"]) > 1:  # other strides, as of a transposed tensor
         facts["shape"], new = facts["shape"][::-1], data[begin:end]
     else:
         dtype, shape = source.choice(DTYPES), source.choice((*SHAPES, tuple(facts["shape"])))
@@ -333,7 +333,7 @@ _NAMES = {
 
 
 def _mutate_bytes(folder: Path, source: random.Random) -> str:
-    """Change bytes, cut a file off, or put one in the place of another."""
+    """Change bytes, truncate a file, or replace it by another one."""
     names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
     name = source.choice(names)
     raw = bytearray((folder / name).read_bytes())
@@ -356,7 +356,7 @@ def _mutate_bytes(folder: Path, source: random.Random) -> str:
 
 
 def main() -> None:
-    """Print the outcome; exit 1 where one mutation ended in another way than it may."""
+    """Print the outcome; exit with 1 if a mutation failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -63,9 +63,9 @@ from nexus_plugins.lr_cosine import LrCosinePlugin
 
 ROWS, WIDTH, CLASSES = 16, 64, 10
 LEARNING_RATE = 1e-3
-MAX_NORM = 0.5  # less than any gradient here: every step is clipped, in every case
-LOG_EVERY = 10  # also the length of the stretches that are timed
-WARMUP = 5  # stretches at the beginning of a run that do not count
+MAX_NORM = 0.5  # below every gradient norm here, so every step is clipped
+LOG_EVERY = 10  # also the length of the timed stretches
+WARMUP = 5  # stretches at the start of a run that are not counted
 MOST_OVERHEAD, MOST_OF_TUTORIAL = 60.0, 0.95
 ROUNDS, STEPS, QUICK_ROUNDS, QUICK_STEPS = 30, 300, 2, 30
 
@@ -74,7 +74,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass
 class Feed:
-    """An iterable of ready batches that notes when each stretch begins."""
+    """An iterable of ready batches that records when each stretch starts."""
 
     ready: Sequence[Batch]
     length: int
@@ -93,14 +93,14 @@ class Feed:
 
 
 def microseconds(stamps: Sequence[float]) -> float:
-    """Of a step: the median over the stretches after the warm-up."""
+    """Microseconds per step: the median over the stretches after the warm-up."""
     stretches = [end - begin for begin, end in pairwise(stamps[WARMUP:])]
     return 1e6 * statistics.median(stretches) / LOG_EVERY
 
 
 @dataclass
 class Run:
-    """What a case gets: a new network with the same weights, the feed, and a folder."""
+    """The input of a case: a new network with the same weights, the feed, and a folder."""
 
     model: nn.Module
     feed: Feed
@@ -112,11 +112,11 @@ class Run:
         return len(self.feed)
 
     def fused(self) -> AdamW:
-        """The optimizer of all but the tutorial."""
+        """The optimizer of all cases except the tutorial."""
         return AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def cosine(self, optimizer: Optimizer) -> CosineAnnealingLR:
-        """The schedule of all who take PyTorch's."""
+        """The schedule of all cases that use PyTorch's."""
         return CosineAnnealingLR(optimizer, T_max=self.steps)
 
 
@@ -130,7 +130,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def bare() -> Case:
-    """The same optimizer, called by hand, with nothing that is not needed."""
+    """A handwritten loop with the same optimizer and nothing unnecessary."""
 
     def train(run: Run) -> None:
         model, optimizer = run.model, run.fused()
@@ -203,7 +203,7 @@ def lightning() -> Case:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     class Memory(loggers.Logger):  # type: ignore[name-defined, misc]
-        """The least that a logger can do."""
+        """A minimal logger."""
 
         name = version = "memory"
 
@@ -225,7 +225,7 @@ def lightning() -> Case:
 
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             loss = loss_of(self.model, batch)
-            if batch_idx % LOG_EVERY == LOG_EVERY - 1:  # not each step: spare it the calls between
+            if batch_idx % LOG_EVERY == LOG_EVERY - 1:  # only when due, to spare it calls
                 self.log("loss", loss)
             return loss
 
@@ -240,7 +240,7 @@ def lightning() -> Case:
             accelerator="cpu",
             devices=1,
             gradient_clip_val=MAX_NORM,
-            logger=Memory(run.losses),  # barebones=True is not for us: it forbids logging
+            logger=Memory(run.losses),  # barebones=True would forbid logging
             log_every_n_steps=LOG_EVERY,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -268,8 +268,8 @@ def ignite() -> Case:
             loss.backward()
             clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
-            scheduler.step()  # here, not in a handler of its own: one event less to answer
-            return loss.detach()  # not .item(): read only where it is logged
+            scheduler.step()  # here, to avoid another handler
+            return loss.detach()  # not .item(): only read when logged
 
         def log(engine: Any) -> None:
             run.losses.append(engine.state.output.item())
@@ -288,7 +288,8 @@ def accelerate() -> Case:
     def train(run: Run) -> None:
         accelerator = library.Accelerator(cpu=True)
         optimizer = run.fused()
-        # The feed is not prepared: batches are on their device, and the wrapper only costs.
+        # The feed is not prepared: batches are on their device already, so the wrapper would only
+        # cost time.
         model, optimizer, scheduler = accelerator.prepare(
             run.model, optimizer, run.cosine(optimizer)
         )
@@ -306,9 +307,9 @@ def accelerate() -> Case:
 
 
 def transformers() -> Case:
-    """The Trainer of Hugging Face, with an optimizer of the same single group passed in."""
+    """The Hugging Face Trainer, with an optimizer of the same single group passed in."""
     library = importlib.import_module("transformers")
-    importlib.import_module("accelerate")  # the Trainer asks for it only when it is built
+    importlib.import_module("accelerate")  # the Trainer only checks for it when created
     library.logging.set_verbosity_error()
 
     class Trainer(library.Trainer):  # type: ignore[name-defined, misc]
@@ -367,7 +368,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of one number a round."""
+        """Summarize one number per round."""
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -386,7 +387,7 @@ def available(peers: bool) -> tuple[dict[str, Case], dict[str, str]]:
 def measure(
     cases: Mapping[str, Case], rounds: int, steps: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Microseconds of a step, of each case in each round: of the processor, and on the wall."""
+    """Microseconds per step for each case and round: CPU time, and wall time."""
     torch.manual_seed(0)
     hidden = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
     model = nn.Sequential(*hidden, nn.Linear(WIDTH, CLASSES))
@@ -400,7 +401,7 @@ def measure(
             with tempfile.TemporaryDirectory() as folder:
                 run = Run(copy.deepcopy(model), Feed(batches, length), Path(folder))
                 gc.collect()
-                gc.freeze()  # what other cases have imported shall not slow this one's collections
+                gc.freeze()  # so that imports of other cases do not slow its garbage collection
                 cases[name](run)
                 gc.unfreeze()
             trained[name] = run.model
@@ -414,7 +415,7 @@ def measure(
 
 
 def _same_work(trained: Mapping[str, nn.Module]) -> None:
-    """Refuse to compare runs that did not end in the same place."""
+    """Reject runs that did not end with the same weights."""
     wanted = nn.utils.parameters_to_vector(trained["bare"].parameters())
     for name, model in trained.items():
         got = nn.utils.parameters_to_vector(model.parameters())
@@ -425,7 +426,7 @@ def _same_work(trained: Mapping[str, nn.Module]) -> None:
 def summarise(
     processor: Mapping[str, list[float]], wall: Mapping[str, list[float]]
 ) -> dict[str, dict[str, Any]]:
-    """Per case: microseconds a step, those over the bare loop, and the ratios."""
+    """Per case: microseconds per step, the difference to the bare loop, and the ratios."""
     table: dict[str, dict[str, Any]] = {}
     for name, times in processor.items():
         over = [mine - base for mine, base in zip(times, processor["bare"], strict=True)]
@@ -442,13 +443,13 @@ def summarise(
 
 
 def promises(table: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
-    """What the engine is meant to keep, and whether it did."""
+    """The engine's targets, and whether they were met."""
     ours = table["nexus"]
     kept = {
         f"at most {MOST_OVERHEAD:g} us over the bare loop": (
             ours["over_bare"]["median"] <= MOST_OVERHEAD
         ),
-        f"at most {MOST_OF_TUTORIAL:g} of the tutorial's loop": (
+        f"at most {MOST_OF_TUTORIAL:g} of the tutorial loop": (
             ours["ratio_to_tutorial"]["median"] <= MOST_OF_TUTORIAL
         ),
     }
@@ -458,7 +459,7 @@ def promises(table: Mapping[str, Mapping[str, Any]]) -> dict[str, bool]:
 
 
 def machine() -> dict[str, str]:
-    """Where and with what this was measured."""
+    """The machine and versions measured."""
     processor = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -477,9 +478,9 @@ def machine() -> dict[str, str]:
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Print the table, what was skipped, and the promises."""
+    """Print the table, skipped cases, and the targets."""
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    print(f"{results['rounds']} rounds of {results['steps']} steps; microseconds a step\n")
+    print(f"{results['rounds']} rounds of {results['steps']} steps; microseconds per step\n")
     print(f"{'':13}{'median':>8}{'least':>8}{'most':>8}", end="")
     print(f"{'over bare':>11}{'x tutorial':>12}{'x nexus':>9}{'wall':>9}")
     for name, row in results["cases"].items():
@@ -490,17 +491,17 @@ def show(results: Mapping[str, Any]) -> None:
     for name, reason in results["skipped"].items():
         print(f"{name:13} skipped: {reason}")
     for promise, kept in results["promises"].items():
-        print(f"{'kept  ' if kept else 'BROKEN'}  {promise}")
+        print(f"{'met   ' if kept else 'MISSED'}  {promise}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, write JSON where asked; exit 1 where a promise is not kept."""
+    """Measure, print, and write JSON on request; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns per case")
-    parser.add_argument("--steps", type=int, default=STEPS, help="timed in a turn, in tens")
-    parser.add_argument("--no-peers", action="store_true", help="the loops and our engine alone")
-    parser.add_argument("--quick", action="store_true", help="too short to judge: no exit 1")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds per case")
+    parser.add_argument("--steps", type=int, default=STEPS, help="per round; a multiple of 10")
+    parser.add_argument("--no-peers", action="store_true", help="only the loops and our engine")
+    parser.add_argument("--quick", action="store_true", help="a short run; never exits with 1")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from nexus_plugins.model_nexus.reasoning import Reasoner
 
 PLACES, MOST, WIDTH, STEPS, ROWS, LR = 6, 3, 64, 1000, 256, 3e-3
-HIDDEN = 260  # of the MLP, which then has as many parameters
+HIDDEN = 260  # hidden width of the MLP, for an equal number of parameters
 Questions = tuple[Tensor, Tensor]
 
 
 def questions(generator: torch.Generator, rows: int, exactly: int | None = None) -> Questions:
-    """Questions of up to `MOST` hops, or of as many as said, and their answers."""
+    """Questions of up to `MOST` hops, or of the given number, and their answers."""
     table = torch.randint(PLACES, (rows, PLACES), generator=generator)
     place = torch.randint(PLACES, (rows, 1), generator=generator)
     hops = torch.randint(1, MOST + 1, (rows, 1), generator=generator)
@@ -56,7 +56,7 @@ class Answerer(nn.Module):
 
 
 def train(model: nn.Module, seed: int, seconds: float | None) -> float:
-    """Train for `STEPS` steps, or for so much processor time; returns what it took."""
+    """Train for `STEPS` steps, or for a given CPU time; returns the time used."""
     generator, begin = torch.Generator().manual_seed(seed + 1), time.process_time()
     optimizer, done = torch.optim.AdamW(model.parameters(), lr=LR), 0.0
     step = 0

@@ -1,4 +1,4 @@
-"""State tracking by type of layer: parity, and products in the group S3.
+"""State tracking by layer type: parity, and products in the group S3.
 
     python -m benchmarks.states [--seeds 3] [--quick] [--json PATH]
 
@@ -37,13 +37,13 @@ PERMUTATIONS = tuple(itertools.permutations(range(3)))
 
 
 def parity(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Bits `(rows, length)`, and whether those so far hold an odd number of ones."""
+    """Bits `(rows, length)`, and whether the number of ones so far is odd."""
     bits = torch.randint(2, (rows, length), generator=generator)
     return bits, bits.cumsum(1) % 2
 
 
 def s3(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Permutations `(rows, length)` by number, and the number of the product of those so far."""
+    """Permutations `(rows, length)` by index, and the index of their product so far."""
     table = torch.tensor(
         [[PERMUTATIONS.index(tuple(a[i] for i in b)) for b in PERMUTATIONS] for a in PERMUTATIONS]
     )
@@ -58,7 +58,7 @@ TASKS = {"parity": parity, "s3": s3}
 
 
 def build(settings: Mapping[str, Any]) -> NEXUSCore:
-    """A small backbone of one layer, or what the settings say."""
+    """A small backbone of one layer, unless the settings say otherwise."""
     modules = dict.fromkeys(("world", "reason", "energy", "causal"), False)
     sizes = {
         "d_model": 32,
@@ -72,7 +72,7 @@ def build(settings: Mapping[str, Any]) -> NEXUSCore:
 
 @dataclass(frozen=True)
 class Load:
-    """How much is learned from."""
+    """The sizes of training."""
 
     length: int = 32
     rows: int = 64
@@ -84,7 +84,7 @@ QUICK = Load(length=8, steps=250)
 
 
 def learn(task: str, model: NEXUSCore, load: Load, seed: int) -> float:
-    """Train a model; return the share of right answers beyond the length it was trained on."""
+    """Train a model; returns the accuracy beyond the training length."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
     for step in range(load.steps):
@@ -106,8 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Train every model on both tasks, and print the table."""
     parser = argparse.ArgumentParser(prog="benchmarks.states", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--quick", action="store_true", help="shorter rows, one seed")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--quick", action="store_true", help="shorter rows and one seed")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

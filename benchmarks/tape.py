@@ -26,16 +26,16 @@ HOOKS = ("on_batch", "after_backward", "on_step", "on_log")
 
 
 @click.command()
-@click.option("--steps", default=12, help="Steps that are measured, after two that are not.")
+@click.option("--steps", default=12, help="Steps to measure, after two for warm-up.")
 def main(steps: int) -> None:
-    """Print the share of a step that the tape takes."""
+    """Print the tape's share of a step."""
     share, seconds = measured(steps)
     click.echo(f"the tape takes {share:.2%} of a step of {seconds:.3f} s; at most {MOST:.0%}")
     sys.exit(0 if share <= MOST else 1)
 
 
 def measured(steps: int) -> tuple[float, float]:
-    """The share of the median step that the median tape takes, and the step in seconds."""
+    """The median share of the tape in a step, and the median step in seconds."""
     settings = read_settings(
         "quickstart_classic", "tape", ("console.quiet=true", f"until={steps + 3}")
     )

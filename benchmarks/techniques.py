@@ -55,7 +55,7 @@ EVALUATED_EVERY = 10  # steps of the quickstart
 TERMS = ("small", "large")
 PLAIN = "quickstart_classic"
 WITHOUT_FILES = "no:console,no:jsonl,no:tensorboard,no:checkpoint"
-VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # plugins and settings beside the preset's
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # plugins and settings added to the preset
     "curriculum": (
         "curriculum",
         ("curriculum.start_length=64", "curriculum.end_length=512", "curriculum.warmup=70 steps"),
@@ -75,11 +75,11 @@ class Size:
     """How large a run is.
 
     Args:
-        vocabulary: tokens that the model knows.
-        width: of the model.
-        layers: of the backbone.
-        rows: in a batch.
-        length: of a row, in tokens.
+        vocabulary: vocabulary size of the model.
+        width: width of the model.
+        layers: layers of the backbone.
+        rows: rows per batch.
+        length: tokens per row.
     """
 
     vocabulary: int = 32_000
@@ -94,12 +94,12 @@ class Scope:
     """How much is measured.
 
     Args:
-        rounds: turns of what is compared.
-        seeds: of the runs that are compared by their loss.
-        size: of the whole model.
-        deep: where memory is what counts.
-        steps: of the problem with two terms.
-        quickstart: settings of the quickstart over those of the preset.
+        rounds: rounds of timed comparisons.
+        seeds: seeds of runs compared by loss.
+        size: sizes of the whole model.
+        deep: sizes for measuring memory.
+        steps: steps of the problem with two terms.
+        quickstart: settings of the quickstart that override the preset.
     """
 
     rounds: int
@@ -125,16 +125,16 @@ QUICK = Scope(2, 1, TINY, replace(TINY, layers=8, length=128), 30, QUICK_QUICKST
 
 @dataclass(frozen=True)
 class Row:
-    """One thing measured with a technique and without.
+    """One measurement with and without a technique.
 
     Args:
-        technique: the plugin, with what else matters.
+        technique: the plugin, and other conditions.
         what: what was measured.
-        unit: of the two numbers.
-        without: the median.
-        with_it: the median; None where it never came to that.
-        ratio: with it over without: the median over rounds or seeds.
-        at_most: what the ratio is asked to be; None: nothing is asked.
+        unit: unit of the two numbers.
+        without: the median without it.
+        with_it: the median with it; None if it was never reached.
+        ratio: with it divided by without: the median over rounds or seeds.
+        at_most: target for the ratio; None: no target.
     """
 
     technique: str
@@ -155,7 +155,7 @@ class Row:
         with_it: Sequence[float | None],
         at_most: float | None = None,
     ) -> Row:
-        """Of the numbers of each round, or of each seed."""
+        """Summarize the numbers of each round or seed."""
         before, there = statistics.median(without), [n for n in with_it if n is not None]
         if len(there) < len(with_it):
             return cls(technique, what, unit, before, None, None, at_most)
@@ -164,15 +164,15 @@ class Row:
 
     @property
     def kept(self) -> bool | None:
-        """Whether the ratio is as asked; None where nothing is asked."""
+        """Whether the target is met; None if there is none."""
         return None if self.at_most is None or self.ratio is None else self.ratio <= self.at_most
 
 
-# -- what is measured
+# -- measurements
 
 
 def measure_amp(scope: Scope) -> Iterator[Row]:
-    """A step in bfloat16 beside one in float32; asked: 1.6 times as fast."""
+    """A step in bfloat16 compared with float32; target: 1.6 times as fast."""
     wide, narrow = in_turns(
         {
             "float32": stepping(nexus_engine(scope.size)),
@@ -184,7 +184,7 @@ def measure_amp(scope: Scope) -> Iterator[Row]:
 
 
 def measure_recompute(scope: Scope) -> Iterator[Row]:
-    """Peak of activations, asked: 40% less; and the time that it costs."""
+    """Peak activation memory (target: 40% less), and the time it costs."""
     kept, recomputed = (
         [peak_memory(stepping(nexus_engine(scope.deep, *chosen))) / 2**20]
         for chosen in ((), (plugin("recompute"),))
@@ -202,10 +202,10 @@ def measure_recompute(scope: Scope) -> Iterator[Row]:
 
 
 def measure_compile(scope: Scope) -> Iterator[Row]:
-    """A step of the backbone compiled beside eager: block by block, and as one; asked: 1.3 times.
+    """A backbone step compiled, by block and whole, against eager; target: 1.3 times as fast.
 
-    Asked of the whole over bytes, where nearly all of a step is the backbone. Of 32,000 ids the
-    head and the loss, which are not compiled, are the larger part.
+    The target applies to the whole over bytes, where the backbone is nearly all of a step. With
+    32,000 ids the head and the loss, which are not compiled, are the larger part.
     """
     small = replace(scope.size, vocabulary=min(256, scope.size.vocabulary))
     for precision, narrow in (("float32", False), ("bfloat16", True)):
@@ -230,7 +230,7 @@ def _compiled(
 
 
 def measure_cost(scope: Scope) -> Iterator[Row]:
-    """A step with each of the small techniques beside one without any."""
+    """A step with each of the small techniques, compared with one without any."""
     names = ("clip", "ema", "weigh_magnitude", "weigh_uncertainty", "weigh_gradnorm", "pcgrad")
     cases = {"none": (), **{name: (plugin(name),) for name in names}}
     steps = {n: stepping(nexus_engine(scope.size, *chosen)) for n, chosen in cases.items()}
@@ -241,23 +241,23 @@ def measure_cost(scope: Scope) -> Iterator[Row]:
 
 
 def measure_scales(scope: Scope) -> Iterator[Row]:
-    """What is left of a term a thousand times smaller than the other, and of the other."""
+    """The final values of two terms, one a thousand times smaller than the other."""
     ways = ("weigh_magnitude", "weigh_uncertainty", "weigh_gradnorm", "pcgrad")
     static = [left_of_terms(seed, scope.steps) for seed in range(scope.seeds)]
     for way in ways:
-        # An update in ten steps, the default, is for runs longer than this one.
+        # The default, an update every ten steps, is meant for longer runs.
         settings = {"every": 1} if way == "weigh_gradnorm" else {}
         weighed = [
             left_of_terms(seed, scope.steps, plugin(way, **settings)) for seed in range(scope.seeds)
         ]
         for term in ("small", "large"):
             before, left = ([run[term] for run in runs] for runs in (static, weighed))
-            told = f"left of the {term} term after {scope.steps} steps"
-            yield Row.of(way, told, "of its start", before, left)
+            told = f"the {term} term after {scope.steps} steps"
+            yield Row.of(way, told, "share of its initial value", before, left)
 
 
 def measure_quickstart(scope: Scope) -> Iterator[Row]:
-    """The quickstart's variants: time to its last loss, and loss after as many steps."""
+    """The quickstart's variants: time to its final loss, and loss after as many steps."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [quickstart_curves(scope, seed, Path(folder)) for seed in range(scope.seeds)]
     plain = [run[PLAIN] for run in runs]
@@ -268,7 +268,7 @@ def measure_quickstart(scope: Scope) -> Iterator[Row]:
         told = f"validation loss after {ends[0].step} steps"
         yield Row.of(name, told, "nats", [end.loss for end in ends], last)
         reached = [time_to(end.loss, curve) for end, curve in zip(ends, curves, strict=True)]
-        told = "training until the last loss of the plain run"
+        told = "training time to the plain run's final loss"
         yield Row.of(name, told, "s", [end.seconds for end in ends], reached)
 
 
@@ -286,7 +286,7 @@ MEASURES: dict[str, Callable[[Scope], Iterator[Row]]] = {
 
 
 def plugin(name: str, **settings: object) -> Plugin[Any]:
-    """A plugin by its name."""
+    """Create a plugin by name."""
     return load(name)(**settings)
 
 
@@ -322,21 +322,21 @@ def _engine(size: Size, modules: Sequence[str], plugins: Sequence[Plugin[Any]]) 
 
 
 class KeepingAdamW(torch.optim.AdamW):
-    """AdamW that sets gradients to zero in place, so that a step has none of them to allocate."""
+    """AdamW that zeroes gradients in place, so that a step does not allocate any."""
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set them to zero."""
+        """Zero the gradients in place."""
         super().zero_grad(set_to_none)
 
 
 def stepping(engine: Engine) -> Step:
-    """One step of the engine at each call."""
+    """A function that takes one step of the engine per call."""
     loop = engine.steps(until=FOREVER)
     return lambda: next(loop)
 
 
 def in_turns(cases: Mapping[str, Step], rounds: int, steps: int = 1) -> dict[str, list[float]]:
-    """Seconds of so many steps of each case, round by round, after one that does not count."""
+    """Seconds for some steps of each case, round by round, after one that is not counted."""
     for step in cases.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -347,7 +347,7 @@ def in_turns(cases: Mapping[str, Step], rounds: int, steps: int = 1) -> dict[str
 
 
 def timed(step: Step, times: int = 1) -> float:
-    """Seconds that it takes to do it so many times."""
+    """Seconds for a number of calls."""
     begin = time.perf_counter()
     for _ in range(times):
         step()
@@ -355,7 +355,7 @@ def timed(step: Step, times: int = 1) -> float:
 
 
 def peak_memory(step: Step) -> int:
-    """The most bytes that the second step has allocated and not yet freed at any moment."""
+    """Peak bytes allocated at any moment of the second step."""
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -392,10 +392,10 @@ class LargePlugin(SmallPlugin):
 
 
 def left_of_terms(seed: int, steps: int, *plugins: Plugin[Any]) -> dict[str, float]:
-    """The share of each term that is left after so many steps of plain gradient descent.
+    """The remaining share of each term after some steps of plain gradient descent.
 
-    Two targets, functions of eight inputs, through a narrow layer that they share; the gradient
-    is clipped to length 1, as it must be for the large term not to throw the weights off.
+    Two targets, functions of eight inputs, through a shared narrow layer; the gradient is clipped
+    to norm 1, or the large term would make training diverge.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(256, 8, generator=generator)
@@ -416,7 +416,7 @@ def left_of_terms(seed: int, steps: int, *plugins: Plugin[Any]) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Point:
-    """How far a run was, and how good."""
+    """A run's progress and loss at an evaluation."""
 
     step: int
     seconds: float
@@ -424,12 +424,12 @@ class Point:
 
 
 class Racer:
-    """One run of the quickstart, a few steps at a time; only training is on its clock.
+    """One run of the quickstart, a few steps at a time; only training is timed.
 
     Args:
-        plugins: added to the preset's, as after `--plugins`.
-        sets: changed settings, as after `--set`.
-        out: the run's folder.
+        plugins: plugins added to the preset, as in `--plugins`.
+        sets: changed settings, as in `--set`.
+        out: the run folder.
     """
 
     def __init__(self, plugins: str, sets: tuple[str, ...], out: Path) -> None:
@@ -439,7 +439,7 @@ class Racer:
         self._seconds = 0.0
 
     def race(self, steps: int) -> Point | None:
-        """Train so many steps and evaluate; None where the run is over."""
+        """Train for some steps and evaluate; None if the run has ended."""
         before = self._engine.state.step
         self._seconds += timed(lambda: list(islice(self._loop, steps)))
         if self._engine.state.step == before or self._engine.data is None:
@@ -449,7 +449,7 @@ class Racer:
 
 
 def quickstart_curves(scope: Scope, seed: int, folder: Path) -> dict[str, list[Point]]:
-    """The quickstart and every variant of it, in turns of ten steps."""
+    """Train the quickstart and its variants in turns of ten steps."""
     common = (f"seed={seed}", *scope.quickstart)
     racers = {
         name: Racer(plugins, (*common, *sets), folder / f"{name}-{seed}")
@@ -464,24 +464,24 @@ def quickstart_curves(scope: Scope, seed: int, folder: Path) -> dict[str, list[P
 
 
 def time_to(loss: float, curve: Sequence[Point]) -> float | None:
-    """The seconds after which a run first was as good; None where it never was."""
+    """The seconds until a run first reached a loss; None if it never did."""
     return next((point.seconds for point in curve if point.loss <= loss), None)
 
 
-# -- what is shown
+# -- output
 
 
 def show(rows: Sequence[Row], judged: bool) -> None:
-    """Print where this was measured, and the table as Markdown."""
+    """Print the machine, and the table as Markdown."""
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(
         f"vector units {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    print("\n| technique | what | without | with | with / without | asked |")
+    print("\n| technique | what | without | with | with / without | target |")
     print("|---|---|---:|---:|---:|---|")
     for row in rows:
         asked = "" if row.at_most is None else f"at most {row.at_most:.2f}"
-        asked += ", not kept" if judged and row.kept is False else ""
+        asked += ", missed" if judged and row.kept is False else ""
         numbers = (_number(row.without), _number(row.with_it), _number(row.ratio))
         print(f"| {row.technique} | {row.what}, {row.unit} | {' | '.join(numbers)} | {asked} |")
 
@@ -491,12 +491,12 @@ def _number(value: float | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, write JSON where asked; exit 1 where something is not as asked."""
+    """Measure, print, and write JSON on request; exit with 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="benchmarks.techniques", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASURES)}")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of what is timed")
-    parser.add_argument("--seeds", type=int, default=2, help="of runs compared by their loss")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timed comparisons")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of runs compared by loss")
     parser.add_argument("--quick", action="store_true", help="too small to judge: no exit 1")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SPACES = {"nexus-a": "10.77.0.1", "nexus-b": "10.77.0.2"}
-CABLE = "nexus0"  # each side's end of it
+CABLE = "nexus0"  # name of each side's end
 PORT = 29511
 PATIENCE_S = 240.0
 LEAVE_S = 10.0
@@ -48,7 +48,7 @@ def ip(*words: str) -> None:
 
 @contextmanager
 def cabled() -> Iterator[None]:
-    """Two namespaces with a cable between them, for a while."""
+    """Two namespaces connected by a cable, in a `with` block."""
     first, second = SPACES
     remove()
     try:
@@ -71,7 +71,7 @@ def remove() -> None:
 
 
 def start(out: Path, steps: int, timeout: float) -> Machines:
-    """Start the launcher on both machines; each writes to a log beside the run's folder."""
+    """Start the launcher on both machines; each writes a log next to the run folder."""
     machines = {}
     for number, (space, address) in enumerate(SPACES.items()):
         log = out.with_name(f"{out.name}-{space}.log").open("a", encoding="utf-8")
@@ -95,7 +95,7 @@ def start(out: Path, steps: int, timeout: float) -> Machines:
 
 
 def end(machines: Machines) -> list[int]:
-    """Wait for both launchers, and see how they ended."""
+    """Wait for both launchers; returns their exit codes."""
     deadline = time.monotonic() + PATIENCE_S
     return [m.wait(max(1.0, deadline - time.monotonic())) for m in machines.values()]
 
@@ -112,7 +112,7 @@ def stop(machines: Machines) -> None:
 
 
 def wait_for(happened: Callable[[], bool], what: str) -> float:
-    """Wait until something has happened; returns the seconds that it took."""
+    """Wait until a condition holds; returns the seconds that took."""
     began = time.monotonic()
     while not happened():
         if time.monotonic() - began > PATIENCE_S:
@@ -122,23 +122,23 @@ def wait_for(happened: Callable[[], bool], what: str) -> float:
 
 
 def summary(out: Path) -> dict[str, object]:
-    """What the run says of its end; nothing while it continues."""
+    """The run's summary; empty while it is running."""
     path = out / "summary.json"
     read: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
     return read
 
 
 def said(out: Path, words: str) -> bool:
-    """Whether the logs of both machines hold these words."""
+    """Whether the logs of both machines contain these words."""
     logs = [out.with_name(f"{out.name}-{space}.log") for space in SPACES]
     return all(words in log.read_text(encoding="utf-8", errors="replace") for log in logs)
 
 
 def play(folder: Path, steps: int, timeout: float) -> None:
-    """The three acts; ends with a message and exit code 1 where one goes wrong."""
+    """Run the three phases; exits with a message and code 1 if one fails."""
     first, second = folder / "whole", folder / "cut"
     codes = end(start(first, steps, timeout))
-    expect(codes == [0, 0] and summary(first)["steps"] == steps, f"act 1 ended with {codes}")
+    expect(codes == [0, 0] and summary(first)["steps"] == steps, f"phase 1 ended with {codes}")
     print(f"1  two machines trained {steps} steps together")
 
     machines = start(second, 100 * steps, timeout)
@@ -148,7 +148,7 @@ def play(folder: Path, steps: int, timeout: float) -> None:
         seconds = wait_for(lambda: said(second, "of 2, in "), "an end")
     finally:
         stop(machines)
-    expect(seconds < timeout + 10, f"act 2 took {seconds:.0f} s")
+    expect(seconds < timeout + 10, f"phase 2 took {seconds:.0f} s")
     print(f"2  without the cable both ended after {seconds:.1f} s (ddp.timeout={timeout:g})")
 
     ip("-n", "nexus-b", "link", "set", CABLE, "up")
@@ -156,21 +156,21 @@ def play(folder: Path, steps: int, timeout: float) -> None:
     codes = end(start(second, reached + steps, timeout))
     state = summary(second)
     good = codes == [0, 0] and (state["status"], state["steps"]) == ("finished", reached + steps)
-    expect(good, f"act 3 ended with {codes}: {state}")
+    expect(good, f"phase 3 ended with {codes}: {state}")
     print(f"3  with the cable back, the run continued from step {reached} to its end")
 
 
 def expect(holds: bool, otherwise: str) -> None:
-    """End with a message where something does not hold."""
+    """Exit with a message if a condition does not hold."""
     if not holds:
         sys.exit(f"failed: {otherwise}")
 
 
 def main() -> None:
-    """Play, or say why not."""
+    """Run the phases, or say why not."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_machines")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--timeout", type=float, default=10.0, help="of ddp, in seconds")
+    parser.add_argument("--timeout", type=float, default=10.0, help="timeout of ddp in seconds")
     parser.add_argument("--keep", action="store_true", help="keep the folder with runs and logs")
     options = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("ip") is None:

@@ -33,17 +33,17 @@ def main() -> None:
     for _ in engine.steps(batches, until="1000 steps"):
         if engine.metrics["train/loss"] < 0.2:
             break  # leaving the loop closes it; nothing is lost
-    print(f"step {engine.state.step}: the loss is below 0.2, and {accuracy(model):.0%} are right")
+    print(f"step {engine.state.step}: the loss is below 0.2, accuracy {accuracy(model):.0%}")
 
     kept = copy.deepcopy(engine.state_dict())
     engine.fit(batches, until="300 steps")  # counted from the first step of the run
-    print(f"step {engine.state.step}: {accuracy(model):.0%} are right")
+    print(f"step {engine.state.step}: accuracy {accuracy(model):.0%}")
 
     first = engine.metrics["train/loss"]
     engine.load_state_dict(kept)
     engine.fit(batches, until="300 steps")
-    same = "the same" if engine.metrics["train/loss"] == first else "ANOTHER"
-    print(f"gone back and trained again: {same} loss to the last bit")
+    same = "bitwise the same" if engine.metrics["train/loss"] == first else "ANOTHER"
+    print(f"restored the snapshot and trained again: {same} loss")
 
 
 def spirals(count: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def main() -> None:
     for step in range(0, STEPS, 5):
         print(f"{step + 1:>4}  {by_engine[step]:.6f}  {by_hand[step]:.6f}")
     equal = sum(a == b for a, b in zip(by_engine, by_hand, strict=True))
-    print(f"{equal} of {STEPS} losses are equal to the last bit")
+    print(f"{equal} of {STEPS} losses are bitwise equal")
 
 
 def losses_by_engine(model: GPT2LMHeadModel, batches: list[dict[str, Tensor]]) -> list[float]:

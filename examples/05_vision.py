@@ -4,7 +4,7 @@
     python examples/05_vision.py
     tensorboard --logdir runs/digits
 
-It defines two plugins: a loss that also measures accuracy, and one that draws.
+It defines two plugins: a loss that also measures accuracy, and one that plots.
 """
 
 import torch
@@ -35,7 +35,7 @@ class LossDigitPlugin(Loss[LossConfig]):
 
 
 class MisreadPlugin(Plugin[PluginConfig]):
-    """Draws the misclassified digits of the last evaluation."""
+    """Plots the misclassified digits of the last evaluation."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -78,7 +78,7 @@ def main() -> None:
         eval_data=ResumableLoader(rows[-360:], batch_size=120, shuffle=False),
         eval_every="2 epochs",
     )
-    print(f"{engine.metrics['val/accuracy']:.1%} of the digits that it never saw are read rightly")
+    print(f"{engine.metrics['val/accuracy']:.1%} of unseen digits are classified correctly")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def main() -> None:
     lengths: list[float] = []
     for state in engine.steps(games(policy, lengths), until="40 steps"):
         if state.step % 5 == 1:
-            print(f"step {state.step:>3}: the pole stands for {lengths[-1]:.0f} of {LONGEST} moves")
+            print(
+                f"step {state.step:>3}: the pole stays up for {lengths[-1]:.0f} of {LONGEST} moves"
+            )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,5 @@ engine = Engine(
 )
 result = engine.fit(parts, until="10 epochs")
 loss = engine.evaluate(parts)["val/loss"]
-print(
-    f"{result.step} steps, {optimizer.state[model[0].weight]['func_evals']} looks: loss {loss:.7f}"
-)
+evaluations = optimizer.state[model[0].weight]["func_evals"]
+print(f"{result.step} steps, {evaluations} evaluations of the loss: {loss:.7f}")

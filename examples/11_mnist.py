@@ -91,7 +91,7 @@ def main():
     (one, expected), (other, accuracy) = by_hand(), by_engine()
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     same = all(torch.equal(a, b) for a, b in pairs) and expected == accuracy
-    print(f"accuracy {accuracy:.1%}; equal to the last bit: {same}")
+    print(f"accuracy {accuracy:.1%}; bitwise equal: {same}")
 
 
 if __name__ == "__main__":

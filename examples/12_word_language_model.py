@@ -119,9 +119,7 @@ def by_engine():
 def main():
     (one, *expected), (other, *found) = by_hand(), by_engine()
     same = all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    print(
-        f"rate {found[0]}, {found[1]:.4f} nats; equal to the last bit: {same and expected == found}"
-    )
+    print(f"rate {found[0]}, {found[1]:.4f} nats; bitwise equal: {same and expected == found}")
 
 
 if __name__ == "__main__":

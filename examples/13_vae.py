@@ -110,7 +110,7 @@ def main():
         *zip(digits, drawn, strict=True),
     ]
     same = all(torch.equal(a, b) for a, b in pairs) and expected == loss
-    print(f"test loss {loss:.4f}; equal to the last bit: {same}")
+    print(f"test loss {loss:.4f}; bitwise equal: {same}")
 
 
 if __name__ == "__main__":

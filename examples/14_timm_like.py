@@ -130,7 +130,7 @@ def main():
     pairs += [(mean[name], average[name]) for name in average]
     same = all(torch.equal(a, b) for a, b in pairs) and expected == found
     print(f"accuracy {found[0]:.1%}, of the average {found[1]:.1%}, learning rate {found[2]:.1g}")
-    print(f"equal to the last bit: {same}")
+    print(f"bitwise equal: {same}")
 
 
 if __name__ == "__main__":

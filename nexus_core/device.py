@@ -134,8 +134,8 @@ class Undo:
 
     It is taken before every step, so it must be fast: nothing is turned into lists, and the
     generators of Python and NumPy, which take 20 and 40 microseconds to read, are only read if a
-    look at their memory shows that they were used (or if NumPy's holds half of a pair of normal
-    numbers, which the look does not show).
+    peek at their memory shows that they were used (or if NumPy's has cached the second number of a
+    normal pair, which the peek cannot see).
     """
 
     def __init__(self, model: nn.Module) -> None:

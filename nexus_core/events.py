@@ -11,7 +11,7 @@ The loop, with the hooks in capitals where they fire:
         for turn in TAKE_TURNS:                      one, unless several optimizers take turns
             units = sum of LOSS_UNITS over micro and over all processes, per term
             weights = WEIGH_LOSSES                   the default asks LOSS_WEIGHT
-            ACCUMULATE_GRADIENT                      which is, where no plugin does it:
+            ACCUMULATE_GRADIENT                      which by default is:
                 for batch in micro:                  moved to the device one at a time
                     output = FORWARD
                     terms  = LOSS_TERMS              one sum over units per term
@@ -224,7 +224,7 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def accumulate_gradient(self, *, engine: Run, step: Step) -> bool:
-        """Seam, first answer, once per gradient: add up that of all micro-batches; True says done.
+        """Seam, first answer, once per gradient: sum it over micro-batches; return True if done.
 
         The default takes one micro-batch after the other through `forward`, `loss_terms` and
         `backward`, and records `step.losses` and their metrics.

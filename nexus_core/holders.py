@@ -1,4 +1,4 @@
-"""The parts of a loader, and their states that tell its position."""
+"""The parts of a loader, and the states that record its position."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def parts_of(data: object) -> dict[str, object]:
 
 
 def teller_of(data: object) -> object:
-    """The part that knows how far a loader was read; with workers (which run ahead) the loader."""
+    """The part that records how far a loader was read; the loader itself if it has workers."""
     if not isinstance(data, DataLoader) or access_to(data) or data.num_workers:
         return data
     if isinstance(data.dataset, IterableDataset):
@@ -100,7 +100,7 @@ def access_to(part: object) -> Access | None:
 
 
 def _needs_nothing(method: Callable[..., Any]) -> bool:
-    """Whether a method needs no arguments; some data sets must be told their position."""
+    """Whether a method needs no arguments; some data sets' methods take the position."""
     if inspect.isbuiltin(method):
         return True
     filled = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

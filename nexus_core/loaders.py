@@ -111,7 +111,7 @@ class Source:
 
     @property
     def tells(self) -> bool:
-        """Whether the data tells its own position."""
+        """Whether the data reports its own position."""
         return bool(self._tells)
 
     def shares(self, other: object) -> bool:

@@ -59,20 +59,20 @@ class DataHfPlugin(RowsPlugin[DataHfConfig]):
     counts_bytes: ClassVar[bool] = True
 
     def encoder(self, tokenizer: HubTokenizer) -> Encoder:
-        """What makes a document of a record."""
+        """The encoder of records."""
         return _Documents(self.config, tokenizer)
 
     def batching(self) -> Batching:
-        """Packed rows are cut out of all documents, one behind the other."""
+        """Packed rows are cut from the concatenated documents."""
         return "cut" if self.config.batching == "pack" else "pad"
 
     def skips(self) -> bool:
-        """Whether records that cannot be used are left out."""
+        """Whether unusable records are skipped."""
         return self.config.on_bad_rows == "skip"
 
 
 class _Documents:
-    """Makes a document of each record: its text as ids, or the ids it holds."""
+    """Makes a document from each record: its text as ids, or its ids."""
 
     sequences = 1
 
@@ -82,7 +82,7 @@ class _Documents:
         self.key = fingerprint("documents", tokenizer.hash, *chosen)
 
     def encode(self, records: Sequence[Record]) -> list[list[Example] | Fault]:
-        """A document of each record, or why it has no document."""
+        """The document of each record, or why it has none."""
         texts = [self._value(record) for record in records]
         places = [number for number, text in enumerate(texts) if isinstance(text, str)]
         found: list[list[Example] | Fault] = [
@@ -119,7 +119,7 @@ class _Documents:
 
     def _of_ids(self, value: Any, record: Record) -> list[Example] | Fault:
         if isinstance(value, str):
-            return []  # encoded with all others
+            return []  # encoded together with the others
         ids, fault = _numbers(value, self._config.column)
         if fault is not None:
             return fault
@@ -146,7 +146,7 @@ class _Documents:
 
 
 def _numbers(value: Any, column: str) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Fault | None]:
-    """A list of whole numbers, or why it is not one."""
+    """A list of integers, or why it is not one."""
     if isinstance(value, list) and all(type(one) is int for one in value):
         return np.array(value, np.int64), None
     fault = Fault(

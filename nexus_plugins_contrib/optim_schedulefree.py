@@ -57,7 +57,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "optimizer"
     conflicts: ClassVar[tuple[str, ...]] = (
-        "ema",  # averages the same weights once more
+        "ema",  # would average the same weights again
         "lr_cosine",
         "lr_linear",
         "lr_rsqrt",
@@ -66,7 +66,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
     )
     _optimizer: Any = None  # the package has no types
     _model: nn.Module
-    _training_weights: dict[str, Tensor] | None = None  # copies, while `x` stands in their place
+    _training_weights: dict[str, Tensor] | None = None  # copies, while the model has `x`
 
     @hookimpl
     def make_optimizer(self, engine: Engine) -> Optimizer:
@@ -108,7 +108,7 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
 
     @hookimpl
     def on_save(self, engine: Engine, snapshot: Snapshot) -> None:
-        """Put the average into the snapshot's model, and its optimizer in training mode."""
+        """Put the average into the snapshot's model, and its optimizer into training mode."""
         shown = self._training_weights is not None
         self._bring_back()
         snapshot["optimizer"] = engine.optimizer.state_dict()
@@ -143,5 +143,5 @@ class OptimSchedulefreePlugin(Plugin[OptimSchedulefreeConfig]):
         if self._training_weights is not None and self._optimizer is not None:
             self._optimizer.train()
             for name, weight in self._weights().items():
-                weight.copy_(self._training_weights[name])  # `train` alone comes near to them
+                weight.copy_(self._training_weights[name])  # `train` restores them approximately
             self._training_weights = None

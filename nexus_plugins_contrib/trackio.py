@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["TrackioConfig", "TrackioPlugin"]
 
 NOT_METRICS = ("step", "timestamp")
-NOTE, IMAGE = "/text", "/image"  # behind a title, which may be the name of a metric too
+NOTE, IMAGE = "/text", "/image"  # suffixes, since a title may equal a metric's name
 
 
 class TrackioConfig(BackgroundConfig):
@@ -73,7 +73,7 @@ class TrackioPlugin(BackgroundLogger[TrackioConfig]):
     def send_note(self, step: int, title: str, text: str) -> None:
         """Send the note to Trackio as Markdown, which its dashboard shows under reports."""
         assert self._run is not None
-        paragraphs = text.replace("\n", "\n\n")  # the dashboard joins the lines of one
+        paragraphs = text.replace("\n", "\n\n")  # the dashboard joins lines of a paragraph
         self._run.log({title + NOTE: Markdown(paragraphs)}, step=step)
 
     def send_image(self, step: int, title: str, image: Image) -> None:

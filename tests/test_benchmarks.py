@@ -1,4 +1,4 @@
-"""The benchmarks run, and write what their readers rely on."""
+"""The benchmarks run, and write the documented results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEERS = {"lightning", "ignite", "accelerate", "transformers"}
 
 @pytest.mark.slow
 def test_overhead_times_every_case_that_can_run_and_names_the_others(tmp_path: Path) -> None:
-    """Fails if a case no longer trains, ends with other weights than the bare loop, or is lost."""
+    """Fails if a case no longer trains, ends with other weights than the loop, or is missing."""
     path = tmp_path / "overhead.json"
     command = [sys.executable, "-m", "benchmarks.overhead", "--quick", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -61,7 +61,7 @@ def test_the_benchmark_of_accelerators_runs_on_the_cpu(
 
 @pytest.mark.slow
 def test_overhead_refuses_a_case_that_does_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a case could win by leaving out clipping, the schedule or steps."""
+    """Fails if a case could win by skipping clipping, the schedule or steps."""
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import overhead
 

@@ -1,9 +1,9 @@
-"""What the documentation shows runs as it stands, and what it names is there.
+"""The documentation's code runs as written, and everything it names exists.
 
-Python blocks of a page run one after another and share their names; a finished run lies in
-`runs/mine`. In shell blocks, every command of this project is read by its own parser, and its
-plugins and settings are looked up. YAML blocks are configs. A comment before a block says that it
-is not for running (`<!-- not run: reason -->`), or that it shows a mistake (`<!-- fails -->`).
+Python blocks of a page run in order and share their names; `runs/mine` is a finished run. In shell
+blocks, every command of this project is parsed by its own parser, and its plugins and settings are
+looked up. YAML blocks are configs. A comment before a block says that it is not run
+(`<!-- not run: reason -->`), or that it shows a mistake (`<!-- fails -->`).
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OF_THE_ROOT = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/llms.txt")
 PAGES = [*(ROOT / name for name in OF_THE_ROOT), *sorted(DOCS.rglob("*.md"))]
-SHELLS = ("bash", "sh", "console", "")  # without a name: lines that begin with a command
+SHELLS = ("bash", "sh", "console", "")  # unnamed: lines that start with a command
 PRESET = read_settings("quickstart").defaults
 CONTROL = {"&&", "||", "|", ";", ">", ">>", "<", "&"}
 
 
 @pytest.fixture(autouse=True)
 def a_plugin_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The page about plugins in one file begins with one, which commands and configs name."""
+    """The page about one-file plugins starts with one, which its commands and configs use."""
     monkeypatch.chdir(tmp_path)
     code = blocks(DOCS / "howto/one_file.md", "python")[0].text
     Path("sparkle.py").write_text(code)
@@ -130,7 +130,7 @@ def test_python_blocks_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red when code that a user would paste does not run, or does not do what the page says."""
+    """Fails if code on a page does not run, or does not do what the page says."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(mine, "runs/mine", symlinks=True)
     document = Document.parse(str(page), CodeBlockParser("python", evaluate))
@@ -160,10 +160,10 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str]) -> None:
-    """Read a command as the program would, without running it.
+    """Parse a command as the program would, without running it.
 
     Raises:
-        ClickException, NexusError: it names something that there is not.
+        ClickException, NexusError: it names something that does not exist.
     """
     tool, first, rest = words[0], words[1] if words[1:] else "", words[2:]
     if tool == "nexus-run":
@@ -197,14 +197,14 @@ def check_run(parameters: dict[str, Any]) -> None:
 
 
 def in_the_file(sets: tuple[str, ...], plugins: str) -> list[str]:
-    """The plugins that a reader's file must have for these settings to be of use."""
+    """The plugins that a reader's config must have for these settings."""
     heads = dict.fromkeys(key.split(".")[0] for key in sets if "." in key.split("=")[0])
     return [head for head in heads if head not in (*PRESET, *plugins.split(","))]
 
 
 @pytest.mark.parametrize("block", [b for b in all_blocks(*SHELLS) if list(commands(b))], ids=str)
 def test_commands_and_what_they_name_exist(block: Block) -> None:
-    """Red when a page names an option, a plugin or a setting that there is not."""
+    """Fails if a page names an option, plugin or setting that does not exist."""
     for words in commands(block):
         try:
             check_command(words)
@@ -218,7 +218,7 @@ def test_commands_and_what_they_name_exist(block: Block) -> None:
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
 def test_config_blocks_are_configs(block: Block) -> None:
-    """Red when a page shows a setting that there is not."""
+    """Fails if a page shows a setting that does not exist."""
     if block.note:
         pytest.skip(block.note)
     content = next(yaml.safe_load_all(block.text))
@@ -249,7 +249,7 @@ SMALL = {
 
 @pytest.mark.slow
 def test_tutorial_can_be_followed(tmp_path: Path) -> None:
-    """Every step of the tutorial, as typed, one after another, with a model that is small."""
+    """Every step of the tutorial, as typed, in order, with a small model."""
     environment = {
         **os.environ,
         **{f"NEXUS_{key}": value for key, value in SMALL.items()},
@@ -276,16 +276,16 @@ def test_tutorial_can_be_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files_hold(page: Path) -> None:
-    """Red when a page links to a file that is not there; building the site checks anchors."""
+    """Fails if a page links to a missing file; building the site checks anchors."""
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 @pytest.mark.slow
 def test_site_builds_without_a_warning() -> None:
-    """Red when a page is not in the navigation, or a link or an anchor leads nowhere."""
+    """Fails if a page is not in the navigation, or a link or anchor is broken."""
     pytest.importorskip("sphinx", reason="the site needs the extra: pip install -e '.[docs]'")
-    with TemporaryDirectory() as out:  # read and resolved whole, and not written: half the time
+    with TemporaryDirectory() as out:  # read and resolved, but not written: half the time
         command = [sys.executable, "-m", "sphinx", "-b", "dummy", "-W", "--keep-going", "-q"]
         ran = subprocess.run(
             [*command, "docs", out], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -304,7 +304,7 @@ def test_the_picture_of_the_loop_leads_to_hooks() -> None:
 
 @pytest.mark.parametrize("name", first_party())
 def test_every_plugin_has_a_page_with_its_settings(name: str) -> None:
-    """Red when a plugin comes without documentation, or its page would not show its settings."""
+    """Fails if a plugin has no page, or its page does not show its settings."""
     page = DOCS / "plugins" / f"{name}.md"
     assert page.exists(), f"write {page.relative_to(ROOT)}"
     assert f"<!-- settings: {name} -->" in page.read_text()
@@ -335,7 +335,7 @@ def test_reference_shows_the_engine_and_every_hook() -> None:
 
 
 def test_every_public_name_and_command_is_in_the_reference() -> None:
-    """Red when a page of the API or of the commands lost its marker, or a name has no words."""
+    """Fails if a page of the API or commands lost its marker, or a name has no docstring."""
     pages = {page.stem: with_reference(page.read_text()) for page in (DOCS / "api").glob("*.md")}
     for module, page in {nexus_core: "index", testing: "testing"}.items():
         assert [n for n in module.__all__ if not re.search(rf"\.{n}\b", pages[page])] == []

@@ -1,4 +1,4 @@
-"""Damaged input ends in an error that is meant for the user, or in none."""
+"""Damaged input ends in an error meant for the user, or is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.fuzzing import Target, damaged  # noqa: E402
 @pytest.mark.parametrize("inputs", [12, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_damaged_input_is_read_or_refused(name: str, inputs: int) -> None:
-    """No file may end a run with a traceback, take all of the memory, or never end."""
+    """No file may end a run with a traceback, exhaust memory, or hang."""
     target = fuzz.TARGETS[name]
     seeds = target.seeds()
     outcome = fuzz.Outcome()
@@ -42,7 +42,7 @@ def test_damaged_input_is_read_or_refused(name: str, inputs: int) -> None:
 
 
 def test_sound_input_is_read() -> None:
-    """A fuzz whose seeds are refused would show nothing."""
+    """Fuzzing with rejected seeds would prove nothing."""
     for name, target in fuzz.TARGETS.items():
         readable = 0
         for files in target.seeds():
@@ -67,7 +67,7 @@ def broken(folder: Path) -> None:
     [("fine", None), ("key", "KeyError: 'what'"), ("memory", "MiB of memory for 6")],
 )
 def test_faults_are_found(raw: str, fault: str | None) -> None:
-    """A fuzz that cannot find faults would always be content."""
+    """Fuzzing that cannot find faults would always pass."""
     found = fuzz.read_once(Target(list, broken), {"a": raw.encode()}, fuzz.Outcome())
     assert (found is None) if fault is None else (found is not None and fault in found)
 

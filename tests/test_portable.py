@@ -1,4 +1,4 @@
-"""Systems without POSIX: every file imports there, runs train and resume, locks keep others out."""
+"""Systems without POSIX: every file can be imported, runs train and resume, locks work."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ print("verified", run("verify-resume", "run/config.yaml"))
 
 @pytest.mark.slow
 def test_every_file_imports_and_a_run_is_resumed_without_posix(tmp_path: Path) -> None:
-    """Red when a module needs fcntl, resource or fork to be imported, or a run to be made."""
+    """Fails if importing a module, or a run, needs fcntl, resource or fork."""
     (tmp_path / "text.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(99)))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDDEN + IMPORTED + TRAINED, "text.txt"],
@@ -112,7 +112,7 @@ def test_every_file_imports_and_a_run_is_resumed_without_posix(tmp_path: Path) -
 
 
 class Msvcrt:
-    """The lock of Windows: of one byte of a file, which another handle then cannot take."""
+    """The Windows lock: of one byte of a file, exclusive between handles."""
 
     LK_NBLCK = 2
 
@@ -125,7 +125,7 @@ class Msvcrt:
         place = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
         if self.held.setdefault(place, descriptor) != descriptor:
             self.refusals += 1
-            if self.refusals == 3:  # its holder is gone by then
+            if self.refusals == 3:  # its holder has exited by then
                 self.held.clear()
             raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -151,7 +151,7 @@ def test_a_lock_of_windows_keeps_others_out_and_the_file_readable(
 
 
 def test_memory_is_told_by_posix_and_by_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of Windows come from its kernel, of which this one has the two functions."""
+    """On Windows the numbers come from the kernel, whose two functions are faked here."""
     assert 2**24 < memory.peak_resident() < memory.machine_memory()
 
     def process(handle: Any, answer: Any, size: int) -> int:
@@ -185,7 +185,7 @@ def test_memory_is_told_by_posix_and_by_windows(monkeypatch: pytest.MonkeyPatch)
 def test_generators_of_any_accelerator_are_saved_and_put_back(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a kind is asked in a way that its module does not have, or is forgotten."""
+    """Fails if a kind of device is ignored, or its module is called with missing functions."""
     module = torch.get_device_module(kind)
     inspect.signature(module.get_rng_state).bind(1)
     inspect.signature(module.set_rng_state).bind(torch.zeros(1), 1)

@@ -1,4 +1,4 @@
-"""A plugin package of another author's, built, installed and removed as pip does it."""
+"""A third-party plugin package, built, installed and removed with pip."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package's wheel; the build leaves nothing behind in the checkout."""
+    """The package's wheel, built without changing the checkout."""
     before = sorted(PACKAGE.rglob("*"))
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps",
@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> FreshVenv:
-    """A new environment with the wheel in it."""
+    """A new environment with the wheel installed."""
     made = FreshVenv(tmp_path_factory.mktemp("third") / "venv")
     made.pip("install", "--no-deps", "--no-index", str(wheel))
     return made
@@ -84,7 +84,7 @@ def test_its_own_tests_pass_where_it_is_installed(fresh: FreshVenv, tmp_path: Pa
 def test_it_is_active_where_it_is_named_and_resumes_to_the_same_bits(
     fresh: FreshVenv, folder: Path
 ) -> None:
-    """Breaks if an installed plugin changes runs by itself, or does not resume exactly."""
+    """Fails if an installed plugin changes runs by itself, or does not resume exactly."""
 
     def run(*arguments: str) -> None:
         done = fresh.run("nexus-run", "tiny.yaml", *arguments, cwd=folder)

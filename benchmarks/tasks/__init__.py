@@ -1,1 +1,1 @@
-"""Tasks that each need one module of the model; every file but `task.py` holds one `TASK`."""
+"""Tasks that each need one module of the model; every file except `task.py` defines one `TASK`."""

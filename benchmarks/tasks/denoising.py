@@ -1,4 +1,4 @@
-"""Denoising: what a token was before noise of a known kind and an unknown level."""
+"""Denoising: restore tokens after noise of a known kind and unknown level."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["TASK", "Denoising"]
 
 @dataclass(frozen=True)
 class Denoising(Task):
-    """A sequence that follows a rule, of which some tokens are replaced; say what they were.
+    """A sequence that follows a rule, with some tokens replaced; predict the original ones.
 
-    Every token is a function of the two before it (the rule belongs to the seed). Another part of
-    each row's tokens is replaced; see `puzzles.noisy`.
+    Every token is a function of the two before it; the rule depends on the seed. The share of
+    replaced tokens varies by row; see `puzzles.noisy`.
     """
 
     name: ClassVar[str] = "denoising"
@@ -30,11 +30,11 @@ class Denoising(Task):
 
     symbols: int = 8
     order: int = 2
-    """Tokens before one that it is a function of: 1 or 2."""
+    """Number of previous tokens that determine a token: 1 or 2."""
     most_noise: float = 0.7
     """The level of noise is uniform from 0 to this."""
     blanks: float = 0.5
-    """Part of the replaced tokens that are blank."""
+    """Share of the replaced tokens that are blank."""
     d_code: int = 32
     window: int = 8
     n_memories: int = 128
@@ -44,7 +44,7 @@ class Denoising(Task):
 
     @property
     def vocab_size(self) -> int:
-        """The tokens of the rule, and the blank."""
+        """The number of tokens of the rule, plus the blank."""
         return self.symbols + 1
 
     def batch(self, seed: int, step: int) -> Batch:
@@ -68,7 +68,7 @@ class Denoising(Task):
         return self.standard(sizes, {"loss_energy": {"weight": self.weight}})
 
     def measure(self, seen: Seen) -> dict[str, float]:
-        """Also the refinements made, and how they rank with the level of noise."""
+        """Also the refinements made, and their rank correlation with the noise level."""
         found = super().measure(seen)
         if "energy" not in seen[0][1].module_outputs:
             return found
@@ -83,7 +83,7 @@ class Denoising(Task):
         }
 
     def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
-        """The module's processor time for rows without noise and with the most of it, in turns."""
+        """The module's CPU time for rows without noise and with the most noise, in turns."""
         if "energy" not in model.parts:
             return {}
         read: list[Tensor] = []
@@ -104,7 +104,7 @@ class Denoising(Task):
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation; equals share the mean of their ranks."""
+    """Rank correlation; ties share the mean of their ranks."""
     return torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1].item()
 
 

@@ -1,4 +1,4 @@
-"""Hidden dynamics: a world with a law of its own, seen through noise."""
+"""Hidden dynamics: a world with its own law, observed through noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TASK", "Dynamics"]
 
 @dataclass(frozen=True)
 class Dynamics(Task):
-    """Each row moves along a hidden cycle of its own; see `puzzles.dynamics`."""
+    """Each row follows its own hidden cycle; see `puzzles.dynamics`."""
 
     name: ClassVar[str] = "dynamics"
     module: ClassVar[str] = "world"
@@ -22,7 +22,7 @@ class Dynamics(Task):
     shortest: int = 6
     longest: int = 12
     noise: float = 0.0
-    """Part of the tokens that are replaced."""
+    """Share of the tokens that are replaced."""
     d_latent: int = 64
     levels: int = 4
     """Moves that the world model rolls out."""
@@ -31,16 +31,16 @@ class Dynamics(Task):
 
     @property
     def vocab_size(self) -> int:
-        """One token a symbol."""
+        """One token per symbol."""
         return self.symbols
 
     def batch(self, seed: int, step: int) -> Batch:
-        """What is seen, with what is seen next as label."""
+        """The observations, with the next observation as label."""
         sizes = (self.symbols, self.shortest, self.longest, self.noise)
         return dynamics(generator(seed, step), self.rows, self.length, *sizes)
 
     def variants(self) -> list[Variant]:
-        """The world model, the backbone, an MLP; multi-token prediction, the classical world."""
+        """World model, backbone, MLP, multi-token prediction, and the classic world model."""
         sizes = {"d_latent": self.d_latent, "world_levels": self.levels, "world_heads": self.heads}
         heads_alone = {"latent_weight": 0.0, "token_weight": 0.0}
         return [

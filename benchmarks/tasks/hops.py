@@ -1,4 +1,4 @@
-"""Hops: where a few steps through a table of the row's own lead."""
+"""Hops: follow a few steps through the row's own table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["TASK", "Hops"]
 
 @dataclass(frozen=True)
 class Hops(Task):
-    """Each row brings a table, which place leads to which, and asks where 1 to `most` hops end.
+    """Each row has a table of which place leads to which, and asks where 1 to `most` hops end.
 
-    The first tokens are the lines of the table, in any order; each token after them is a question,
-    a place and a number of hops, and its label is the place where they end.
+    The first tokens are the lines of the table, in random order; each token after them is a
+    question (a place and a number of hops), whose label is the place where they end.
     """
 
     name: ClassVar[str] = "hops"
@@ -30,7 +30,7 @@ class Hops(Task):
 
     @property
     def vocab_size(self) -> int:
-        """A token for each line that a table may have, and for each question."""
+        """One token for each possible table line and each question."""
         return self.places * (self.places + self.most)
 
     def batch(self, seed: int, step: int) -> Batch:

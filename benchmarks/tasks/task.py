@@ -1,4 +1,4 @@
-"""What a task is: rows drawn from a seed, and the variants of the model that compete on them."""
+"""The base class of tasks: rows drawn from a seed, and the model variants that compete on them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["IGNORED", "MODULES", "Batch", "Seen", "Sizes", "Task", "Variant"]
 MODULES = ("world", "reason", "energy", "causal")
 IGNORED = -100
 HELD_OUT = 10**9
-"""Steps from here on are never trained on: their rows are those of evaluations."""
+"""Steps from here on are never trained on; their rows are for evaluation."""
 
 Batch = dict[str, Tensor]
 Seen = Sequence[tuple[Batch, NEXUSOutput]]
-"""Held-out batches, each with what the model made of it."""
+"""Held-out batches, each with the model's output."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Those of the backbone that all variants share; a backbone that competes alone is wider."""
+    """The backbone sizes shared by all variants; a backbone without a module may be widened."""
 
     width: int = 64
     layers: int = 2
@@ -38,7 +38,7 @@ class Sizes:
     head: int = 8
 
     def config(self, vocab_size: int, width: int | None = None, **settings: Any) -> NEXUSConfig:
-        """The model's config; modules are off unless the settings switch them on."""
+        """The model's config; modules are off unless the settings enable them."""
         sizes = {
             "vocab_size": vocab_size,
             "d_model": width or self.width,
@@ -50,26 +50,26 @@ class Sizes:
 
     @property
     def grain(self) -> int:
-        """Widths are multiples of this: heads must divide twice the width."""
+        """Widths are multiples of this, since heads must divide twice the width."""
         return max(1, self.head // 2)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One competitor: a model and what it is trained on beside the cross-entropy."""
+    """One competitor: a model, and its losses besides the cross-entropy."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of `NEXUSConfig`, beside the sizes."""
+    """Settings of `NEXUSConfig` besides the sizes."""
     losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Plugins by name, with their settings."""
+    """Loss plugins by name, with their settings."""
     widened: bool = False
-    """The backbone is as wide as brings it to at least the parameters of the module's variant."""
+    """Whether to widen the backbone to at least the parameters of the module's variant."""
     in_place: Callable[[int, int], Part] | None = None
-    """From the width and the parameters that the module has: what stands in the module's place."""
+    """Given width and parameter count, builds a replacement for the module."""
 
     def build(self, task: Task, sizes: Sizes, parameters: int, of_module: int) -> NEXUSCore:
-        """The model; `parameters` are those to reach if it is widened."""
+        """Build the model; `parameters` is the number to reach if it is widened."""
         width = sizes.width
         while self.widened and count(task, sizes, width, self) < parameters:
             width += sizes.grain
@@ -79,16 +79,16 @@ class Variant:
         return model
 
     def plugins(self) -> list[Plugin[Any]]:
-        """The losses beside the cross-entropy."""
+        """The losses besides the cross-entropy."""
         return [load(name)(**settings) for name, settings in self.losses.items()]
 
 
 class PlainMLP(Part):
-    """Two layers on each token's state: what any parameters in a module's place could do.
+    """Two layers on each token's state: what parameters alone achieve in a module's place.
 
     Args:
         d_model: width D.
-        parameters: to reach, at least.
+        parameters: minimum number of parameters.
     """
 
     def __init__(self, d_model: int, parameters: int) -> None:
@@ -99,17 +99,17 @@ class PlainMLP(Part):
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """The update of the stream `(..., D)`; nothing is reported."""
+        """The update of the stream `(..., D)`, without reports."""
         return self.layers(h), {}
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A kind of data; its sizes are fields, so that others than the defaults can be tried."""
+    """A kind of data; its sizes are fields, so that they can be changed."""
 
     name: ClassVar[str]
     module: ClassVar[str]
-    """The module that it is for."""
+    """The module that it needs."""
 
     rows: int = 8
     length: int = 64
@@ -120,25 +120,25 @@ class Task(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Tokens that the model reads and predicts."""
+        """The vocabulary size."""
 
     @abstractmethod
     def batch(self, seed: int, step: int) -> Batch:
-        """The rows of a step: `input_ids` and `labels` `(rows, length)`, and what else they need.
+        """The rows of a step: `input_ids` and `labels` `(rows, length)`, and other entries.
 
-        A function of its arguments alone. Labels that do not count are -100.
+        A function of its arguments only. Ignored labels are -100.
         """
 
     @abstractmethod
     def variants(self) -> list[Variant]:
-        """The competitors; `standard` gives the first three, published designs follow."""
+        """The competitors: the three of `standard`, then published designs."""
 
     def held_out(self, seed: int) -> list[Batch]:
-        """Rows to evaluate on, none of which is trained on."""
+        """Rows to evaluate on, which are never trained on."""
         return [self.batch(seed, HELD_OUT + number) for number in range(8)]
 
     def measure(self, seen: Seen) -> dict[str, float]:
-        """What is reported; `nats` is what decides."""
+        """The reported measures; `nats` is the main one."""
         nats, hits, units = 0.0, 0, 0
         for batch, output in seen:
             labels, logits = batch["labels"].flatten(), output.logits.flatten(0, 1)
@@ -148,7 +148,7 @@ class Task(ABC):
         return {"nats": nats / units, "accuracy": hits / units}
 
     def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
-        """What is measured of the model beside, such as times; it is in evaluation mode."""
+        """Further measures of the model, such as times; it is in evaluation mode."""
         return {}
 
     def standard(
@@ -157,12 +157,12 @@ class Task(ABC):
         losses: Mapping[str, Mapping[str, Any]],
         backbone: Mapping[str, Any] | None = None,
     ) -> list[Variant]:
-        """The backbone with the module, alone, and with a plain MLP in the module's place.
+        """The backbone with the module, without it, and with a plain MLP in its place.
 
         Args:
-            settings: of the module.
-            losses: of the module.
-            backbone: settings that all of them have; None: those of the sizes.
+            settings: settings of the module.
+            losses: losses of the module.
+            backbone: settings shared by all; None: those of the sizes.
         """
         shared = backbone or {}
         return [
@@ -173,19 +173,19 @@ class Task(ABC):
 
 
 def count(task: Task, sizes: Sizes, width: int, variant: Variant) -> int:
-    """Parameters that an optimizer moves in a model of this width."""
+    """The number of trainable parameters in a model of this width."""
     with torch.device("meta"):
         model = NEXUSCore(sizes.config(task.vocab_size, width, **variant.settings))
     return trained(model)
 
 
 def trained(model: nn.Module) -> int:
-    """Parameters that an optimizer moves."""
+    """The number of trainable parameters."""
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Randomness that is a function of some numbers."""
+    """A generator seeded by some numbers."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)

@@ -131,7 +131,7 @@ def main(
             )
             made = build_plugins(settings)
             code = branch(made.quiet() if quiet else made, saved, quiet=quiet)
-        del made  # with it goes what plugins hold of the process group
+        del made  # releases what plugins hold of the process group
         distributed.leave()
         sys.exit(code)
 

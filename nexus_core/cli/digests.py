@@ -45,7 +45,7 @@ class Digester:
 
         Args:
             groups: the tensors of each group.
-            device: of the answer.
+            device: device of the result.
             ranks: processes that each hold a shard of divided tensors; then all must call this, and
                 all get the digest of the whole, as one process would.
         """
@@ -62,7 +62,7 @@ class Digester:
 
         Args:
             pieces: with their offsets.
-            device: of the answer.
+            device: device of the result.
         """
         total: Tensor | None = None
         for words, start in _joined(pieces):

@@ -1,4 +1,4 @@
-"""The JSON schema of config files, for editors: it refuses nothing that a run would take."""
+"""The JSON schema of config files, for editors: it accepts every config that a run accepts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _AS_READ: Mapping[str, Schema] = {
     "boolean": {"type": ["boolean", "integer", "string"], "pattern": _TRUTH},
     "string": {"type": ["string", "number", "boolean", "null", "array", "object"]},
 }
-"""What is read as a value of a type beside it: a quoted number, and `007` as a text."""
+"""Other types that are also read as a value of this type: a quoted number, `007` as text."""
 _LABEL = "@[A-Za-z0-9_]+"
 _BLOCK = {"type": ["object", "boolean", "null"]}
 
 
 def json_schema() -> Schema:
-    """The JSON schema of a config file, with every plugin that is installed.
+    """The JSON schema of a config file, covering every installed plugin.
 
-    The blocks of a plugin that lacks its vendor's package may hold anything.
+    The block of a plugin whose vendor package is missing may contain anything.
     """
     schema = block_schema(RunConfig, "")
     definitions, blocks = schema.setdefault("$defs", {}), dict[str, Schema]()
@@ -41,7 +41,7 @@ def json_schema() -> Schema:
         elif row.status == "ready":
             block = block_schema(load(row.name, scanned).config_class, f"{row.name}.")
             definitions |= block.pop("$defs", {})
-            block.pop("required", None)  # the preset may have it, or --set
+            block.pop("required", None)  # a preset or --set may provide them
             blocks[row.name] = {**block, **_BLOCK}
     properties = schema["properties"]
     properties["plugins"] = {
@@ -63,7 +63,7 @@ def json_schema() -> Schema:
 
 
 def _interval(*, share: bool = True) -> str:
-    """The pattern of intervals, in capital and small letters."""
+    """The pattern of an interval, case-insensitive."""
     units = [f"{unit}s?" if len(unit) > 1 else unit for unit in UNITS if unit.isalpha()]
     units = [unit for unit in units if share or unit != "percents?"]
     either = re.sub(r"[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", "|".join(units))
@@ -72,7 +72,7 @@ def _interval(*, share: bool = True) -> str:
 
 
 def _as_read(node: Schema) -> Schema:
-    """The same with all that is read as a value of its type; a choice of texts stays one."""
+    """The schema, also accepting what is read as its type; choices of texts are unchanged."""
     if any("$ref" in str(choice.get("items")) for choice in node.get("anyOf", ())):
         return {**node, "anyOf": [_without_values(choice) for choice in node["anyOf"]]}
     kind = node.get("type")
@@ -86,7 +86,7 @@ def _as_read(node: Schema) -> Schema:
 
 
 def _without_values(choice: Schema) -> Schema:
-    """A text, or a list of texts, beside which there may be blocks, which then are no text."""
+    """The schema of text or a list of texts; next to blocks in a union, a block is not text."""
     if "items" in choice:
         return {**choice, "items": _without_values(choice["items"])}
     kinds = choice.get("type")

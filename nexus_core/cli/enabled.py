@@ -45,7 +45,7 @@ def full_key(
 ) -> str:
     """The key of a setting, with the plugin's name if exactly one plugin of the run has it.
 
-    `lr` is `adam.lr`, say; the engine's own keys stay as they are.
+    For example, `lr` becomes `adam.lr`; the engine's own keys are unchanged.
 
     Args:
         key: as written.

@@ -43,7 +43,7 @@ def fitted(model: type[BaseModel], given: Block, written: Mapping[Path, str]) ->
             if not found:
                 return given
             given = deepcopy(given)
-            deepest = max(map(len, found))  # the items of a list before the list
+            deepest = max(map(len, found))  # items of a list before the list itself
             for place, text in found.items():
                 if len(place) == deepest:
                     _at(given, place[:-1])[place[-1]] = text
@@ -62,7 +62,7 @@ def _misread(
         if text is None or isinstance(value, str):
             continue
         if isinstance(value, dict | list) and any(_is_within(place, *kind) for kind in kinds):
-            continue  # settings with a fault are no text
+            continue  # a block with an invalid setting is not text
         expected = str(fault.get("ctx", {}).get("expected"))
         if fault["type"] in WANTS_TEXT or (
             fault["type"] in ("literal_error", "enum") and repr(text) in expected
@@ -71,7 +71,7 @@ def _misread(
 
 
 def _is_within(place: Path, other: Path, kind: str) -> bool:
-    """Whether a fault is of the values that a place holds, or of their being no list or block."""
+    """Whether an error is below this path, or says that the value here is not a list or block."""
     return other[: len(place)] == place and (len(other) > len(place) or kind in WANTS_VALUES)
 
 

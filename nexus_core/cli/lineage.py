@@ -1,8 +1,7 @@
-"""Where a run comes from and which runs continued from it: `lineage.jsonl` in the folder of a run.
+"""Which run a run branched off, and which branched off it: `lineage.jsonl` in the run folder.
 
 Each line is an object with one key. A branch has one line `parent`; a run has a line `branch` for
-each run that was branched off it. Lines are appended whole, so that many branches may begin at
-once.
+each run that branched off it. Lines are appended atomically, so many branches may start at once.
 """
 
 from __future__ import annotations
@@ -21,15 +20,14 @@ FILE = "lineage.jsonl"
 
 @dataclass(frozen=True)
 class Relation:
-    """That a run continued from a checkpoint of another.
+    """One run continued from a checkpoint of another.
 
     Args:
-        run: the folder of the other run, as an absolute path.
-        step: of the checkpoint.
-        source: the place of the checkpoint within the run that was branched, such as
-            `checkpoints/step-00005000`.
-        changes: each setting that differs, by its key, with its value in the run that was branched
-            and in the branch; null where a side does not have it.
+        run: absolute path of the other run's folder.
+        step: step of the checkpoint.
+        source: path of the checkpoint in the parent's folder, such as `checkpoints/step-00005000`.
+        changes: each setting that differs, by its key, with its values in the parent and in the
+            branch; null if one of them does not have it.
     """
 
     run: str
@@ -43,8 +41,8 @@ class Lineage:
     """The relations of a run.
 
     Args:
-        parent: the run that it was branched off; None: it began at its first step.
-        branches: the runs that were branched off it, oldest first; they may be gone since.
+        parent: the run that it branched off; None: it is not a branch.
+        branches: the runs that branched off it, oldest first; they may have been deleted since.
     """
 
     parent: Relation | None = None
@@ -52,25 +50,25 @@ class Lineage:
 
 
 def note_parent(folder: Path, parent: Relation) -> None:
-    """Write down in a branch where it comes from."""
+    """Record in a branch which run it branched off."""
     _append(folder, "parent", parent)
 
 
 def note_branch(folder: Path, parent: Relation) -> None:
-    """Write down in the run that was branched which run continued from it.
+    """Record in the parent that a run branched off it.
 
     Args:
-        folder: of the branch.
-        parent: as in the branch.
+        folder: folder of the branch.
+        parent: as recorded in the branch.
 
     Raises:
-        OSError: the folder of the parent cannot be written.
+        OSError: the parent's folder cannot be written.
     """
     _append(Path(parent.run), "branch", replace(parent, run=str(folder.absolute())))
 
 
 def read_lineage(folder: Path) -> Lineage:
-    """The relations of the run in a folder; incomplete lines are skipped."""
+    """Read the relations of the run in a folder; incomplete lines are skipped."""
     parent, branches = None, list[Relation]()
     try:
         lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -88,7 +86,7 @@ def read_lineage(folder: Path) -> Lineage:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ between two resolved configs, by key, with both values.
 
-    A plugin that one of them alone has counts as one setting; the run's folder does not count.
+    A plugin that only one of them has counts as one setting; the run folder is ignored.
     """
     found = dict[str, tuple[Any, Any]]()
     for name in {**before, **after}:

@@ -177,13 +177,13 @@ def _loaded(name: str, scanned: EntryPoints) -> Listed:
 
 
 def _indented(line: str) -> str:
-    """The line, folded to its own indent."""
+    """The line, wrapped with its own indent."""
     indent = len(line) - len(line.lstrip())
     return line[:indent] + folded(line.lstrip(), indent)
 
 
 def _paragraphs(doc: str) -> str:
-    """The text with each of its paragraphs on one line; lists and code stay as they are."""
+    """The text with each paragraph on one line; lists and code are unchanged."""
     return re.sub(r"(?<=\S)\n(?=[^\s*+|-])", " ", doc) if sys.stdout.isatty() else doc
 
 

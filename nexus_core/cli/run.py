@@ -138,7 +138,7 @@ def main(
             code = _run_profiled(made, resume, profile_trace, quiet=quiet)
         else:
             code = _run(made, resume, dry=dry_run, quiet=quiet)
-        del made  # with it goes what plugins hold of the process group
+        del made  # releases what plugins hold of the process group
         distributed.leave()
         sys.exit(code)
 

@@ -21,7 +21,7 @@ def block_schema(model: type[BaseModel], prefix: str = "") -> Schema:
     """The JSON schema of a block of settings, with defaults as a config file has them.
 
     Args:
-        prefix: of the names of blocks within it, which two plugins may both have.
+        prefix: prefix of the names of nested blocks, since two plugins may use the same name.
     """
     template = f"#/$defs/{prefix}{{model}}"
     schema = model.model_json_schema(ref_template=template, schema_generator=_Generator)
@@ -31,7 +31,7 @@ def block_schema(model: type[BaseModel], prefix: str = "") -> Schema:
 
 
 class _Generator(GenerateJsonSchema):
-    """Without titles, which repeat the names; an interval that is a default is its text."""
+    """Omits titles, which repeat the names, and writes default intervals as text."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -45,7 +45,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def changed(node: Any, change: Callable[[Schema], Schema]) -> Any:
-    """A schema with a change to it and to each that it holds."""
+    """Apply a change to a schema and to every schema nested in it."""
     if isinstance(node, list):
         return [changed(item, change) for item in node]
     if not isinstance(node, dict):
@@ -54,6 +54,6 @@ def changed(node: Any, change: Callable[[Schema], Schema]) -> Any:
 
 
 def _finite(node: Schema) -> Schema:
-    """The same with text for numbers that JSON cannot say."""
+    """The schema, with numbers that JSON cannot represent as text."""
     infinite = {k for k, v in node.items() if isinstance(v, float) and not math.isfinite(v)}
     return {key: str(value) if key in infinite else value for key, value in node.items()}

@@ -12,7 +12,7 @@ from typing import TextIO
 __all__ = ["aligned", "as_bytes", "as_number", "as_time", "folded"]
 
 NARROWEST = 20
-"""Columns to which text is folded at least, however far it is indented."""
+"""Minimum width in columns to which indented text is wrapped."""
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -20,7 +20,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
     Args:
         rows: all of the same length; the first may be a heading.
-        right: right-aligned columns: numbers.
+        right: indices of right-aligned columns.
     """
     shown = [[_visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
@@ -35,15 +35,15 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
 
 def folded(text: str, indent: int = 0, stream: TextIO | None = None) -> str:
-    """Text with its lines folded between words, where it goes to a terminal.
+    """Wrap text between words if it goes to a terminal.
 
-    Words that are longer than a line, such as paths, stay whole. Into a file or a pipe, lines go as
-    they are.
+    Words longer than a line, such as paths, are not broken. For a file or pipe the text is
+    unchanged.
 
     Args:
-        text: of one or more lines.
-        indent: columns in front of the first line, which hold something else, and of the others.
-        stream: that it goes to; None: the output.
+        text: one or more lines.
+        indent: columns to the left of the text; on the first line something else is already there.
+        stream: the destination; None: standard output.
     """
     lines = text.split("\n")
     if (stream or sys.stdout).isatty():

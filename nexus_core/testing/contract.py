@@ -400,7 +400,7 @@ class PluginContract(Division, AcceleratorChecks):
         if changed(before, of_process(before)):
             gc.collect()
         left = changed(before, of_process(before))
-        self._expect(not left, f"after the engine is freed, there still is: {some(left)}")
+        self._expect(not left, f"after the engine is freed, this remains: {some(left)}")
 
     def _needed(self, plugin: Plugin[Any]) -> list[Plugin[Any]]:
         """The plugins it requires, if they can be loaded."""

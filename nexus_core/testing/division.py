@@ -33,6 +33,6 @@ class Division(Trial):
         self._same(
             gradients_of_a_step(whole, [joined(batches)], self.horizon),
             found,
-            "a step in three cells has other bits in one batch than in three: draw and sum per "
-            "cell (engine.hook.sum_cells), or set topology_invariant = False",
+            "a step in three cells is not bitwise the same in one batch as in three: draw and sum "
+            "per cell (engine.hook.sum_cells), or set topology_invariant = False",
         )

@@ -88,7 +88,7 @@ def of_torch() -> Traces:
         "float32 matmul precision": torch.get_float32_matmul_precision,
         "autocast on the CPU": lambda: torch.is_autocast_enabled("cpu"),
         "autocast on CUDA": lambda: torch.is_autocast_enabled("cuda"),
-        "TF32 in CUDA products": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "TF32 in CUDA matrix products": lambda: torch.backends.cuda.matmul.allow_tf32,
         "cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
         "cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
     }

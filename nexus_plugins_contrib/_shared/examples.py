@@ -1,4 +1,4 @@
-"""Examples: records as tokens, each with what is learnt of it, kept in files that are made once."""
+"""Examples: tokenized records with a mask of the learned tokens, cached in files."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ __all__ = [
 ]
 
 Ids = NDArray[np.int64]
-_TOGETHER = 512  # records that are encoded at once
-_LAYOUT = 2  # of the files; raise it when they, or what encoders make, change
+_TOGETHER = 512  # records encoded at once
+_LAYOUT = 2  # version of the cached files; raise it when they or the encoders change
 
 
 IGNORE = -100
-"""The label of a position where nothing is learnt."""
+"""The label of positions that are not learned."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document or a part of one, and which of its tokens are learnt.
+    """A document or part of one, and the mask of its learned tokens.
 
     Args:
         ids: `(T,)`.
-        learnt: `(T,)` bool.
-        following: the label of the last one: what follows it in another row.
+        learnt: `(T,)` bool; True: the token is learned.
+        following: the label of the last token: the one that follows it in another row.
     """
 
     ids: Ids
@@ -56,11 +56,11 @@ class Tokens:
     following: int = IGNORE
 
     def cut_off(self, length: int) -> Tokens:
-        """The first tokens, as if there were no others."""
+        """The first tokens, as a complete document."""
         return Tokens(self.ids[:length], self.learnt[:length])
 
     def part(self, first: int, count: int) -> Tokens:
-        """So many of the tokens, where the rest goes into other rows."""
+        """Some of the tokens, with the rest in other rows."""
         last, following = first + count, self.following
         if last < len(self.ids):
             following = int(self.ids[last]) if self.learnt[last] else IGNORE
@@ -68,44 +68,44 @@ class Tokens:
 
     @property
     def labels(self) -> Ids:
-        """What is to be predicted at each position, `(T,)`: the next token, where it is learnt."""
+        """The label of each position, `(T,)`: the next token, if it is learned."""
         return np.append(np.where(self.learnt[1:], self.ids[1:], IGNORE), self.following)
 
 
 Example = tuple[Tokens, ...]
-"""What a row is made of: one sequence, or of a preference two, the chosen one first."""
+"""The content of a row: one sequence, or the two of a preference, the chosen one first."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a record cannot be used: in a few words, by which it is counted, and in full."""
+    """Why a record cannot be used: a short reason by which faults are counted, and the full one."""
 
     kind: str
     what: str
 
 
 class Encoder(Protocol):
-    """Turns records into examples; `key` tells everything that decides what comes out."""
+    """Turns records into examples; `key` identifies everything that affects the result."""
 
     key: str
-    sequences: int  # of each example
+    sequences: int  # per example
 
     def encode(self, records: Sequence[Record]) -> list[list[Example] | Fault]:
         """The examples of each record, or why it has none."""
 
 
 class Examples:
-    """The examples of a source, in files that are mapped into memory.
+    """The examples of a source, in memory-mapped files.
 
     Attributes:
-        ids: tokens of all sequences, one behind the other.
-        learnt: which of them are learnt.
-        ends: `(examples, sequences)`, where in `ids` each sequence ends.
-        records: `(examples,)`, the number of each one's record in `files`.
-        skipped: by kind of fault, how many records were left out, and the first in full.
+        ids: tokens of all sequences, concatenated.
+        learnt: mask of the learned ones.
+        ends: `(examples, sequences)`, the end of each sequence in `ids`.
+        records: `(examples,)`, the index of each example's record in `files`.
+        skipped: by kind of fault, the number of skipped records and the first full reason.
 
     Args:
-        folder: as `encoded` makes it.
+        folder: a folder written by `encoded`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -139,24 +139,24 @@ class Examples:
         return tuple(self.cut(*pair) for pair in pairwise(edges))
 
     def cut(self, first: int, last: int) -> Tokens:
-        """The tokens from one place to another, as a document."""
+        """The tokens from one position to another, as a document."""
         return Tokens(self.ids[first:last].astype(np.int64), np.array(self.learnt[first:last]))
 
     def place(self, number: int) -> Place:
-        """The record that an example was made of."""
+        """The record that an example was made from."""
         file, record = self.records[number].tolist()
         return Place(self.files[file], record)
 
     @cached_property
     def lengths(self) -> Ids:
-        """`(examples,)`, the tokens of each one's longest sequence."""
+        """`(examples,)`, the length of each example's longest sequence."""
         flat = np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, self.sequences)
         longest: Ids = flat.max(axis=1, initial=0)
         return longest
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what the examples hold, wherever they come from; of much, of samples of it."""
+        """A hash of the examples' content, wherever it is stored; large content is sampled."""
         arrays = (self.ids, self.learnt, self.ends)
         return fingerprint([sample(np.ascontiguousarray(a).view(np.uint8).data) for a in arrays])
 
@@ -164,17 +164,17 @@ class Examples:
 def encoded(
     records: Records, encoder: Encoder, cache: Path, *, skips: bool, share: float = 0.0
 ) -> tuple[Examples, Examples]:
-    """The examples of all records, made on first use: to train on, and held out.
+    """The training and held-out examples of all records, encoded on first use.
 
     Args:
         records: the source.
-        encoder: what makes examples.
+        encoder: the encoder.
         cache: folder for the files.
-        skips: leave out, and count, records that cannot be used.
-        share: of the records that are held out, by a hash of what each holds.
+        skips: skip and count unusable records.
+        share: share of the records to hold out, by a hash of their content.
 
     Raises:
-        DataError: a record cannot be used, or none can.
+        DataError: a record cannot be used and is not skipped, or none can be used.
     """
     key = fingerprint("examples", _LAYOUT, records.key, encoder.key, skips, share)
     folder = cached(cache, f"examples-{key}", lambda to: _write(records, encoder, to, skips, share))
@@ -195,12 +195,12 @@ def first_held_out(
     rows: int,
     length: int | None,
 ) -> Examples:
-    """The first held-out examples of a source that is not read to its end.
+    """The first held-out examples of a source, without reading it to its end.
 
     Args:
         records, encoder, cache, skips, share: as for `encoded`.
-        rows: how many rows they are to fill, if there are so many.
-        length: tokens of a row; None: each example is one.
+        rows: number of rows to fill, if there are enough examples.
+        length: tokens per row; None: each example is one row.
 
     Raises:
         DataError: a record cannot be used.
@@ -232,7 +232,7 @@ def _held_out(
 
 
 def is_held_out(example: Example, share: float) -> bool:
-    """Whether a record is among those held out: copies of one are on the same side."""
+    """Whether a record is held out; copies of a record are on the same side."""
     if not share:
         return False
     digest = blake2b(example[0].ids.tobytes(), digest_size=8).digest()
@@ -242,7 +242,7 @@ def is_held_out(example: Example, share: float) -> bool:
 def examples_of(
     records: Iterator[tuple[Place, Record]], encoder: Encoder
 ) -> Iterator[tuple[Place, list[Example] | Fault]]:
-    """The examples of each record, or why it has none, many encoded at once."""
+    """The examples of each record, or why it has none, encoded many at a time."""
     while some := list(islice(records, _TOGETHER)):
         made = encoder.encode([record for _, record in some])
         yield from zip([place for place, _ in some], made, strict=True)

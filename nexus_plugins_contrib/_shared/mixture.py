@@ -1,4 +1,4 @@
-"""Which source each row of a run comes from: a pure function of the seed and the row's number."""
+"""The source of each row of a run, as a pure function of the seed and the row's index."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nexus_core.bases.loader import permute
 __all__ = ["Mixture", "MixtureOrder", "Ramp"]
 
 Ids = NDArray[np.int64]
-_BLOCK = 256  # rows that share one drawing of lots
-_STRIDE = 1 << 16  # rows between two counts that are kept
+_BLOCK = 256  # rows per random permutation
+_STRIDE = 1 << 16  # rows between stored counts
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """The weight of a source over the run: straight lines between points, constant around them.
+    """The weight of a source over the run: linear between points, constant outside.
 
     Args:
-        rows: of the run so far at each point, rising.
-        weights: at the points.
+        rows: number of rows so far at each point, ascending.
+        weights: weights at the points.
     """
 
     rows: tuple[int, ...]
@@ -36,13 +36,14 @@ class Ramp:
 class Mixture:
     """The source of each row, counted from the start of the run.
 
-    Rows are drawn in blocks of 256: each block holds every source as often as its weights there
-    say, to one row, in an order of its own. So shares are met throughout, and any row's source,
-    and how many rows of each source came before it, follow from the seed and its number alone.
+    Rows are assigned in blocks of 256: in each block every source has its share by the current
+    weights, to within one row, in a random order. So shares hold throughout the run, and the source
+    of a row, and how many rows of each source precede it, are functions of the seed and the row's
+    index.
 
     Args:
         ramps: the weight of each source.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ConfigError: all weights are 0 at some point.
@@ -75,7 +76,7 @@ class Mixture:
         return found[first - int(blocks[0]) * _BLOCK :][: last - first]
 
     def counts(self, row: int) -> Ids:
-        """How many rows of each source come before a row."""
+        """The number of rows of each source before a row."""
         while len(self._counts) <= row // _STRIDE:
             begin = (len(self._counts) - 1) * _STRIDE
             self._counts.append(self._counts[-1] + self._tally(begin, begin + _STRIDE))
@@ -83,7 +84,7 @@ class Mixture:
         return self._counts[row // _STRIDE] + self._tally(begin, row)
 
     def locate(self, first: int, last: int) -> tuple[Ids, Ids]:
-        """The source of the rows `first` to `last - 1`, and how many of that source came before."""
+        """The source of the rows `first` to `last - 1`, and the index of each within its source."""
         sources, counts = self.sources(first, last), self.counts(first)
         draws = np.empty_like(sources)
         for number, before in enumerate(counts.tolist()):
@@ -101,18 +102,18 @@ class Mixture:
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """The order of a mixture's rows, for `ResumableLoader`: each source goes round in its own.
+    """The order of a mixture's rows, for `ResumableLoader`; each source has its own permutation.
 
     Args:
-        mixture: which source each row is of.
-        sizes: the rows of each source.
+        mixture: the source of each row.
+        sizes: number of rows of each source.
     """
 
     mixture: Mixture
     sizes: tuple[int, ...]
 
     def __call__(self, places: Ids, size: int, seed: int, epoch: int) -> Ids:
-        """Which sample stands at each place, in 0..size-1, of an epoch; sources lie in a row."""
+        """The sample, in 0..size-1, at each position of an epoch; sources are concatenated."""
         if not len(places):
             return places
         first, last = int(places.min()), int(places.max()) + 1

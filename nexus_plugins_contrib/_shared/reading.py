@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RowsPlugin"]
 
-TOKENIZER = "tokenizer"  # folder in a run's folder
-_OF_STREAM = 256  # rows of a stream to evaluate on, where no limit is set
+TOKENIZER = "tokenizer"  # subfolder of the run folder
+_OF_STREAM = 256  # rows of a stream to evaluate on, unless a limit is set
 
 
 ConfigT = TypeVar("ConfigT", bound=RowsConfig)
@@ -39,7 +39,7 @@ ConfigT = TypeVar("ConfigT", bound=RowsConfig)
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a run reads, and what a user should know of it."""
+    """The data of a run, and what the user should know about it."""
 
     data: RunData
     fingerprint: str
@@ -52,14 +52,14 @@ class RowsPlugin(Plugin[ConfigT]):
     api_version: ClassVar[str] = "1.2"
     slot: ClassVar[str | None] = "data"
     counts_bytes: ClassVar[bool] = False
-    """Whether evaluation tells how much text labels stand for."""
+    """Whether evaluation batches count the bytes of text of their labels."""
     tokenizer: HubTokenizer | None = None
     _opened: _Opened | None = None
     _resumed: StateDict | None = None
 
     @abstractmethod
     def encoder(self, tokenizer: HubTokenizer) -> Encoder:
-        """What makes examples of records."""
+        """The encoder of records."""
 
     @abstractmethod
     def batching(self) -> Batching:
@@ -143,7 +143,7 @@ class RowsPlugin(Plugin[ConfigT]):
 
 
 class _Opener:
-    """Opens the sources of a run, one like the other."""
+    """Opens the sources of a run."""
 
     def __init__(
         self, plugin: RowsPlugin[Any], encoder: Encoder, tokenizer: HubTokenizer, engine: Engine
@@ -263,7 +263,7 @@ class _Opener:
         return found
 
     def _evaluations(self, sources: dict[str, Examples]) -> dict[str, ResumableLoader]:
-        """All sources together as "val", and where there are several, each as "val_<name>"."""
+        """All sources together as "val" and, if there are several, each as "val_<name>"."""
         groups = {"val": [*sources.values()]} if sources else {}
         if len(sources) > 1:
             groups |= {f"val_{name}": [examples] for name, examples in sources.items()}
@@ -293,7 +293,7 @@ class _Opener:
         return (Together if self._batching == "pack" else One)(examples, length)
 
     def _ramps(self, sources: Sequence[SourceConfig]) -> list[Ramp]:
-        """The weights of a mixture; none of a single source."""
+        """The weights of a mixture; empty for a single source."""
         tokens = None if self._batching == "pad" else self._config.seq_len
         return [ramp(one, tokens, self._name) for one in sources] if len(sources) > 1 else []
 
@@ -304,7 +304,7 @@ class _Opener:
 
 
 class _Described:
-    """Rows whose fingerprint tells of their mixture too."""
+    """Rows whose fingerprint includes their mixture."""
 
     def __init__(self, rows: Rows, mixed: list[Any]) -> None:
         self.rows = rows
@@ -318,7 +318,7 @@ class _Described:
 
 
 def _check_model(model: object, tokenizer: HubTokenizer, name: str) -> None:
-    """Make sure that a model that tells its number of ids has all of the tokenizer's."""
+    """Check that the model's vocabulary, if it reports one, covers the tokenizer's."""
     inner = getattr(model, "module", model)
     embeddings = getattr(inner, "get_input_embeddings", None)
     known = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None

@@ -18,7 +18,7 @@ Record: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a record comes from: its file or data set, and its number there, from 1."""
+    """The origin of a record: its file or data set, and its number there, from 1."""
 
     file: str
     number: int
@@ -30,8 +30,8 @@ class Place:
 class Records(Protocol):
     """Records that can be re-read from any position.
 
-    `key` tells what they are, so that what was made of them is made once; `content` does so
-    wherever they lie, and copies have the same.
+    `key` identifies them, for caches of derived data; `content` does so independent of their
+    location, so copies have the same.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Records(Protocol):
 class JsonLines:
     """JSON objects, one per line; `state_dict` is the position after the last one read.
 
-    They are read as they are written: no key is added, none is merged with those of other lines.
+    They are read as written: no keys are added or merged between lines.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -79,15 +79,15 @@ class JsonLines:
 class Table:
     """A dataset of the package `datasets`, map-style or streaming.
 
-    Arrow gives every record of a column the keys of all of them; those without a value are taken
-    away again, within lists and objects. A stream is opened anew for each pass: one that has been
-    told its place begins every later pass there.
+    Arrow gives every record of a column the keys of all records; those without a value are removed
+    again, also within lists and objects. A stream is reopened for each pass, because one whose
+    position was restored starts every later pass there.
 
     Args:
         make: opens the data set.
-        name: what it was opened by.
-        key: what tells it from others.
-        content: the same wherever it lies; None: the key.
+        name: the name it was opened by.
+        key: identifies it.
+        content: identifies it independent of its location; None: the key.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Table:
 
 
 def contents(signatures: list[list[str | int]]) -> list[list[str | int]]:
-    """Of files' signatures what copies have too: the size, and a look at the bytes."""
+    """The part of file signatures that copies share: size and sampled bytes."""
     return [[size, looks] for _, size, _, looks in signatures]
 
 
@@ -132,7 +132,7 @@ def _object(line: bytes, place: Place) -> Record:
 
 
 def _present(value: Any) -> Any:
-    """A value without the keys that Arrow has filled in."""
+    """A value without the keys that Arrow filled in."""
     if isinstance(value, dict):
         return {key: _present(item) for key, item in value.items() if item is not None}
     return [_present(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Rows of batches: examples one a row, whole ones put together, or one long stream that is cut."""
+"""Rows of batches: one example per row, whole examples packed, or a stream cut into rows."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class One:
 
     @property
     def lost(self) -> int:
-        """The number of tokens that no row holds."""
+        """The number of tokens that are in no row."""
         return int((self.examples.lengths - self.length).clip(min=0).sum())
 
     def rows(self, number: int) -> tuple[Row, ...]:
-        """The documents of a row; of preferences of both rows."""
+        """The documents of a row, or of both rows of a preference."""
         return tuple([tokens.cut_off(self.length)] for tokens in self.examples[number])
 
 
 class Together(One):
-    """Whole examples together in rows of `length`, as few rows as best fit decreasing finds.
+    """Whole examples packed into rows of `length` by best fit decreasing.
 
-    Longer ones are cut off. Rows come in the order of their first example.
+    Longer examples are truncated. Rows are in the order of their first example.
     """
 
     def __init__(self, examples: Examples, length: int) -> None:
@@ -62,10 +62,10 @@ class Together(One):
 
 
 class Cut(One):
-    """All examples one behind the other, cut into rows of `length`.
+    """All examples concatenated and cut into rows of `length`.
 
     Args:
-        complete: keep the last row where it is not full.
+        complete: keep the last row even if it is not full.
     """
 
     def __init__(self, examples: Examples, length: int, complete: bool) -> None:
@@ -98,15 +98,14 @@ Layout: TypeAlias = One
 
 
 class Rows:
-    """A map-style data set whose samples are the rows of several sources, one behind the other.
+    """A map-style data set of the rows of several sources, concatenated.
 
     Args:
         layouts: how each source becomes rows.
-        batching: "pad" fills rows up to the longest of a batch; the others to their length.
-        pad: the id that fills rows.
-        limit: so many rows at most, evenly spread.
-        token_bytes: `(V,)`, the text that each id stands for, to count that of labels by; None:
-            it is not counted.
+        batching: "pad" pads rows to the longest of a batch, others to their length.
+        pad: the padding id.
+        limit: maximum number of rows, evenly spread.
+        token_bytes: `(V,)`, bytes of text of each id, to count those of labels; None: not counted.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class Rows:
         return self.__getitems__([number])
 
     def __getitems__(self, numbers: Sequence[int]) -> RowBatch:
-        """The batch of some rows; `label_bytes` `(B,)` int64, where counted, beside the rest."""
+        """The batch of some rows; with `label_bytes` `(B,)` int64, if counted."""
         found = [self.row(number) for number in numbers]
         batch = batch_of(found, self._width, self._pad)
         if self._token_bytes is not None:
@@ -143,19 +142,19 @@ class Rows:
         return batch
 
     def row(self, number: int) -> tuple[Row, ...]:
-        """The documents of a row; of preferences of both rows."""
+        """The documents of a row, or of both rows of a preference."""
         place = number * self.total // self._count
         source = int(self._ends.searchsorted(place, "right"))
         return self.layouts[source].rows(place - int(self._ends[source]) + self.sizes[source])
 
     @property
     def lost(self) -> int:
-        """The number of tokens that no row holds."""
+        """The number of tokens that are in no row."""
         return sum(layout.lost for layout in self.layouts)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what every row holds, wherever its source lies."""
+        """A hash of the content of all rows, wherever it is stored."""
         cut = [
             (type(layout).__name__, layout.length, layout.examples.fingerprint)
             for layout in self.layouts
@@ -166,17 +165,16 @@ class Rows:
 def batch_of(rows: Sequence[tuple[Row, ...]], width: int | None, pad: int) -> RowBatch:
     """A batch of rows.
 
-    It holds `input_ids` and `labels` `(B, T)` int64; `labels[t]` is the id that follows position
-    t, and -100 where that is not learnt, and at the end of a document. Padded rows come with an
+    It has `input_ids` and `labels` `(B, T)` int64; `labels[t]` is the id that follows position t,
+    or -100 if that is not learned, and at the end of a document. Padded rows come with an
     `attention_mask` `(B, T)` int64; packed ones with `position_ids` `(B, T)` int64, from 0 in each
-    document, and `segment_ids` `(B, T)` int32, the number of the document in its row, where what
-    fills the row is a document of its own. Preferences hold all of these twice, as `chosen_...`
-    and `rejected_...`.
+    document, and `segment_ids` `(B, T)` int32, the index of the document in its row; padding is a
+    separate document. Preferences have all of these twice, as `chosen_...` and `rejected_...`.
 
     Args:
-        rows: the documents of each row; two rows for a preference.
-        width: T; None: the longest of the rows, which hold one document each.
-        pad: the id that fills rows.
+        rows: the documents of each row; two rows per preference.
+        width: T; None: the longest of the rows, which have one document each.
+        pad: the padding id.
     """
     if len(rows[0]) == 1:
         return _side([row[0] for row in rows], width, pad)
@@ -214,10 +212,10 @@ def _side(rows: Sequence[Row], width: int | None, pad: int) -> RowBatch:
 
 
 def _best_fit(lengths: Ids, room: int) -> list[list[int]]:
-    """Which examples share a row: each, from the longest down, where it leaves the least room.
+    """Which examples share a row: each, longest first, goes where it leaves the least room.
 
-    Source: best fit decreasing, Johnson 1974; rows are found by the bits of a number that has one
-    for each room that some row has left.
+    Source: best fit decreasing, Johnson 1974; rows are found by the bits of a number, one for each
+    amount of room that some row has left.
     """
     left: dict[int, list[list[int]]] = {}
     rooms = 0  # bit n: some row has n tokens left

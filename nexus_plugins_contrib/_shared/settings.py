@@ -36,7 +36,7 @@ class SourceConfig(PluginConfig):
 
     @property
     def called(self) -> str:
-        """Its name, or that of its path."""
+        """Its name, by default that of its path."""
         stem = Path(self.path).name.partition(".")[0]
         return self.name or "".join(c if c.isalnum() or c in "_.-" else "_" for c in stem) or "data"
 

@@ -36,9 +36,9 @@ class Wish:
     """What to open.
 
     Args:
-        path: a folder, a file, a glob, or the id of a data set on the hub.
-        split, subset, revision: of a data set that has several; None: its own default.
-        key: of the setting, for messages.
+        path: a folder, file, glob, or id of a data set on the Hub.
+        split, subset, revision: which to use of a data set with several; None: its default.
+        key: key of the setting, for messages.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Wish:
 
 
 def open_records(wish: Wish) -> Records:
-    """The records of a data set on this machine, or of the hub.
+    """The records of a data set on this machine or the Hub.
 
     Raises:
         DataError: it cannot be found or read.
@@ -58,7 +58,7 @@ def open_records(wish: Wish) -> Records:
 
 
 def open_stream(wish: Wish) -> Records:
-    """The same as a stream, which reads no more than it gives.
+    """The same as a stream, which reads only what is requested.
 
     Raises:
         DataError: it cannot be found or read.
@@ -93,7 +93,7 @@ def _opened(wish: Wish, streaming: bool) -> Records:
 
 
 def _files(path: Path, wish: Wish) -> list[Path]:
-    """The files that a path names; none where it is no path."""
+    """The files at a path; empty if it is not a path."""
     if path.is_file():
         if path.suffix not in _KNOWN:
             raise DataError(
@@ -148,10 +148,10 @@ def _of_files(files: list[Path], streaming: bool) -> Table:
 
 
 def _check_id(text: str) -> None:
-    """Make sure that what is no file may be an id, before the hub is asked for it.
+    """Check that the name is a valid id before asking the Hub for it.
 
     Raises:
-        DataError: it cannot be one.
+        DataError: it is not.
     """
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) or text.endswith(_KNOWN):
         raise DataError(
@@ -175,7 +175,7 @@ def _of_hub(wish: Wish, streaming: bool) -> Table:
 
 
 def _snapshot(wish: Wish) -> str | None:
-    """Offline, the data set's folder in the hub's cache, where `datasets` does not look."""
+    """Offline, the data set's folder in the Hub cache, where `datasets` does not look."""
     if not constants.HF_HUB_OFFLINE:
         return None
     try:
@@ -188,7 +188,7 @@ def _snapshot(wish: Wish) -> str | None:
 
 
 def _table(load: Callable[[], Any], streaming: bool, name: str, key: str, content: str) -> Table:
-    """The table, after it was opened once, so that what is wrong is said at the start."""
+    """The table, opened once now so that errors occur at the start."""
     found = load()
     own = fingerprint(key, getattr(found, "_fingerprint", None))
     return Table(load, name, key, content) if streaming else Table(lambda: found, name, own)

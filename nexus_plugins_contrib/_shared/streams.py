@@ -22,19 +22,19 @@ __all__ = ["StreamLoader", "StreamRows", "Streamed"]
 
 
 class StreamPlace(TypedDict):
-    """Where a stream is."""
+    """The position of a stream."""
 
-    passes: int  # over its source, done
-    block: int  # of the records that are shuffled together, in this pass
-    start: dict[str, Any]  # the place of the source where that block begins
-    record: int  # of the block, in its shuffled order
-    example: int  # of the record
-    offset: int  # tokens of the example that earlier rows hold
+    passes: int  # completed passes over its source
+    block: int  # index of the shuffle block in this pass
+    start: dict[str, Any]  # position of the source at the start of that block
+    record: int  # index in the shuffled block
+    example: int  # index in the record
+    offset: int  # tokens of the example in earlier rows
 
 
 Value = TypeVar("Value")
 _Placed: TypeAlias = Iterator[tuple[Value, StreamPlace]]
-"""Values, each with the place behind it."""
+"""Values, each with the position after it."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Streamed:
     """How a source is read and its examples become rows.
 
     Args:
-        name: for messages.
-        open: opens it at its beginning.
-        encoder: makes examples of its records.
+        name: its name in messages.
+        open: opens it at its start.
+        encoder: makes examples from its records.
         batching, length: how these become rows, as in `Rows`.
-        skips: leave out records that cannot be used.
-        share: of the records that are held out, and not read.
-        shuffle: so many records are shuffled together; 1 keeps their order.
-        seed: of that order.
+        skips: skip unusable records.
+        share: share of the records that are held out, and skipped here.
+        shuffle: number of records shuffled together; 1 keeps their order.
+        seed: seed of that order.
     """
 
     name: str
@@ -66,11 +66,11 @@ class Streamed:
 class StreamRows:
     """Rows of one source, pass after pass, from a position that can be saved.
 
-    Records are shuffled within blocks, so that a place is that of a block and a number in it: it
-    is small, and no more than that block is read again.
+    Records are shuffled within blocks, so a position is a block and an index in it; resuming
+    rereads only that block.
 
     Attributes:
-        place: behind the row that was read last.
+        place: position after the last row read.
     """
 
     def __init__(self, source: Streamed) -> None:
@@ -89,13 +89,13 @@ class StreamRows:
         """The next row.
 
         Raises:
-            DataError: a record cannot be used, or a whole pass has none that can.
+            DataError: a record cannot be used, or none of a whole pass can.
         """
         row, self.place = next(self._rows)
         return row
 
     def _pass(self, number: int) -> StreamPlace:
-        """The place where a pass begins."""
+        """The position at the start of a pass."""
         return {
             "passes": number,
             "block": 0,
@@ -114,7 +114,7 @@ class StreamRows:
             yield tuple([tokens.cut_off(self._source.length)] for tokens in example), after
 
     def _together(self, place: StreamPlace) -> _Placed[tuple[Row, ...]]:
-        """Whole examples in their order, as many as fit into a row; a row ends with its pass."""
+        """Rows of whole examples in order, as many as fit; a row ends with its pass."""
         length, row, room = self._source.length, Row(), self._source.length
         for (whole,), before, after in self._examples(place):
             tokens = whole.cut_off(length)
@@ -127,7 +127,7 @@ class StreamRows:
                 row, room = [], length
 
     def _cut(self, place: StreamPlace) -> _Placed[tuple[Row, ...]]:
-        """All tokens in their order, so many a row; what a pass leaves begins the next one's."""
+        """Rows of tokens in order; the rest of a pass starts the next pass's first row."""
         row, room, offset = Row(), self._source.length, place["offset"]
         for (tokens,), before, after in self._examples(place):
             while offset < len(tokens.ids):
@@ -140,7 +140,7 @@ class StreamRows:
             offset = 0
 
     def _examples(self, place: StreamPlace) -> Iterator[tuple[Example, StreamPlace, StreamPlace]]:
-        """Each example, the place where it begins and that of the next one, pass after pass."""
+        """Each example, its position and that of the next one, pass after pass."""
         found = self._found(place)
         example, before = next(found)
         for following, after in found:
@@ -148,7 +148,7 @@ class StreamRows:
             example, before = following, after
 
     def _found(self, place: StreamPlace) -> _Placed[Example]:
-        """Each example that can be used, with the place where it begins."""
+        """Each usable example, with its position."""
         usable = 0
         for block, records, following in self._blocks(place):
             done = block["record"]
@@ -166,7 +166,7 @@ class StreamRows:
     def _blocks(
         self, place: StreamPlace
     ) -> Iterator[tuple[StreamPlace, list[tuple[Place, Record]], StreamPlace]]:
-        """The records of each block, the place in it to begin at, and the one behind it."""
+        """The records of each block, the position in it to start from, and the one after it."""
         while True:
             self._records.load_state_dict(copy.deepcopy(place["start"]))
             reader = iter(self._records)
@@ -206,17 +206,17 @@ class StreamRows:
 class StreamLoader:
     """Batches of rows of one stream or a mixture of several, with a saved position.
 
-    An epoch ends when every source has been through. Each process reads all rows, in one global
-    order, and takes its slice of each batch: so a place is the same in all, and fits any number of
-    processes.
+    An epoch ends when every source has been read completely. Each rank reads all rows, in one
+    global order, and takes its slice of each batch; so the position is the same on all ranks, and
+    valid for any number of them.
 
     Args:
         sources: the streams.
-        mixture: which of them each row is of; None: there is one.
-        batch_size: rows of a batch, over all processes.
+        mixture: the source of each row; None: there is only one.
+        batch_size: rows per batch, over all ranks.
         pad: the id that fills rows.
-        ranks: this process among its peers.
-        fingerprint: of the data and its order.
+        ranks: this process's rank.
+        fingerprint: hash of the data and its order.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class StreamLoader:
         self._begun = self._passes()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the batch that was read last; the same in every process."""
+        """The position after the last batch read; the same on every rank."""
         places = [dict(rows.place) for rows in self._rows]
         return {"row": self._row, "begun": list(self._begun), "sources": places}
 
@@ -255,11 +255,11 @@ class StreamLoader:
             rows.go(place)
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """Resume at the place of another number of processes, which is that of each of them."""
+        """Resume at the position saved by another number of ranks; all of them have the same."""
         self.load_state_dict(states[0])
 
     def _batch(self) -> list[tuple[Row, ...]]:
-        """The rows of the next batch, of all processes; fewer at the end of an epoch."""
+        """The rows of the next batch, over all ranks; fewer at the end of an epoch."""
         rows: list[tuple[Row, ...]] = []
         while len(rows) < self._size and not self._is_over():
             source = 0

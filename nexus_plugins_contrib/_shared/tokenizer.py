@@ -31,17 +31,17 @@ class HubTokenizer:
     """Encodes text and conversations as ids.
 
     Attributes:
-        inner: the tokenizer of `transformers`, one that knows the offsets of its tokens.
+        inner: the tokenizer from `transformers`; it must provide token offsets.
         size: ids are below it.
         eos: ends a document.
-        pad: fills rows; its labels never count.
+        pad: fills rows; its labels are ignored.
 
     Args:
         inner: as the attribute.
-        where: what it was opened by, for messages.
+        where: the name it was opened by, for messages.
 
     Raises:
-        DataError: it has no eos, or does not know offsets.
+        DataError: it has no eos, or provides no offsets.
     """
 
     def __init__(self, inner: Any, where: str) -> None:
@@ -74,15 +74,15 @@ class HubTokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether it knows how a conversation is written."""
+        """Whether it has a chat template."""
         return self.inner.chat_template is not None
 
     def encode_question(self, text: str) -> list[int]:
-        """The ids that ask for an answer to a text, through the chat template."""
+        """The prompt for an answer to a text, through the chat template, as ids."""
         return self.encode_chat([{"role": "user", "content": text}])
 
     def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids that ask for the next turn of a conversation.
+        """The prompt for the next turn of a conversation, as ids.
 
         Args:
             turns: each with `role` and `content`.
@@ -93,12 +93,12 @@ class HubTokenizer:
         return self.encode(asked)
 
     def save(self, folder: Path) -> None:
-        """Write it, chat template and all, as `from_pretrained` reads it."""
+        """Save it with its chat template, for `from_pretrained`."""
         self.inner.save_pretrained(folder)
 
     @cached_property
     def hash(self) -> str:
-        """Of all that decides ids: vocabulary, merges, special tokens, chat template."""
+        """A hash of all that affects ids: vocabulary, merges, special tokens, chat template."""
         known = [
             json.loads(self.inner.backend_tokenizer.to_str()),
             self.inner.special_tokens_map,
@@ -108,9 +108,10 @@ class HubTokenizer:
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int64] | None:
-        """Bytes of text that each id stands for, `(V,)`, special ones for none.
+        """Bytes of text of each id, `(V,)`; 0 for special tokens.
 
-        None: they do not add up to a text, as where words are changed or unknown ones have one id.
+        None if they do not add up to the text, for example if words are normalized or replaced by
+        an unknown token.
         """
         counts = np.zeros(self.size, np.int64)
         known = json.loads(self.inner.backend_tokenizer.to_str())
@@ -121,23 +122,23 @@ class HubTokenizer:
         counts[self.inner.all_special_ids] = 0
         texts = (_PROBE, _PROBE * 2)
         beyond = {int(counts[self.encode(t)].sum()) - len(t.encode()) for t in texts}
-        return counts if beyond in ({0}, {1}) else None  # SentencePiece begins a text by a space
+        return counts if beyond in ({0}, {1}) else None  # SentencePiece adds a leading space
 
     def __str__(self) -> str:
         return f"tokenizer {self.where} of {self.size:,} ids, hash {self.hash[:12]}"
 
 
 def _bytes_of(piece: str, decoder: str) -> int:
-    """The bytes of a piece of a vocabulary, as what decodes it has them."""
+    """The number of bytes of a vocabulary entry after decoding."""
     if '"ByteLevel"' in decoder:
-        return len(piece)  # a letter for each
+        return len(piece)  # one character per byte
     if '"ByteFallback"' in decoder and len(piece) == 6 and piece.startswith("<0x"):
         return 1
     return len(piece.replace("\u2581", " ").encode())
 
 
 def open_tokenizer(wish: str, revision: str | None = None) -> HubTokenizer:
-    """The tokenizer of a folder, a tokenizer.json, or an id of the hub (from its cache, offline).
+    """Open the tokenizer of a folder, a tokenizer.json, or a Hub id (offline from the cache).
 
     Raises:
         DataError: it cannot be found or used.

@@ -1,4 +1,4 @@
-"""The weights of a mixture's sources, as their settings say them."""
+"""The weights of a mixture's sources, from their settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def ramp(source: SourceConfig, tokens: int | None, plugin: str) -> Ramp:
     """The weight of a source over the rows of a run.
 
     Args:
-        source: with a weight, or points of one.
-        tokens: in a row; None: rows have as many as they happen to have.
-        plugin: for messages.
+        source: a source with a weight, or points of one.
+        tokens: tokens per row; None: it varies.
+        plugin: the plugin's name, for messages.
 
     Raises:
-        ConfigError: a weight is below 0, or a point is not where it can be.
+        ConfigError: a weight is negative, or a point is invalid.
     """
     where = f"{plugin}.train: the weight of '{source.called}'"
     weight = source.weight
@@ -35,12 +35,12 @@ def ramp(source: SourceConfig, tokens: int | None, plugin: str) -> Ramp:
 
 
 def described(ramps: Sequence[Ramp]) -> list[Any]:
-    """What tells the weights of a mixture from others."""
+    """The identity of a mixture's weights."""
     return [[list(ramp.rows), list(ramp.weights)] for ramp in ramps]
 
 
 def _row(when: str | int, tokens: int | None, where: str) -> int:
-    """The row of a run at which a point of a weight lies."""
+    """The row of the run at a point of a weight."""
     if str(when).strip().split(" ")[0] in ("0", "0.0"):
         return 0
     point = Interval.parse(str(when))

@@ -1,4 +1,4 @@
-"""Conversations out of records: messages, ShareGPT, Alpaca, prompts with completions, and pairs."""
+"""Conversations from records: messages, ShareGPT, Alpaca, prompts with completions, and pairs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _COLUMNS = "messages; conversations; instruction and output; prompt and completi
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in their order, with `role` and `content`, as chat templates take them.
+    """Messages in order, with `role` and `content`, as chat templates expect them.
 
     Args:
-        messages: of system, user, assistant and tool.
-        tools: what the assistant may call, as JSON schemas; None: nothing.
-        learnt_from: the turns of the assistant before this message are not learned.
+        messages: messages of system, user, assistant and tool.
+        tools: the assistant's tools, as JSON schemas; None: no tools.
+        learnt_from: assistant turns before this message are not learned.
     """
 
     messages: tuple[Message, ...]
@@ -38,7 +38,7 @@ class Conversation:
     learnt_from: int = 0
 
     def turns(self) -> list[int]:
-        """The numbers of the assistant's messages that are learned."""
+        """The indices of the assistant's messages that are learned."""
         return [
             number
             for number, message in enumerate(self.messages)
@@ -51,12 +51,12 @@ class Conversation:
 def conversations(
     record: Record, columns: Mapping[str, str], pairs: bool
 ) -> tuple[Conversation, ...] | Fault:
-    """The conversation of a record, or of a preference both, the chosen one first.
+    """The conversation of a record, or both of a preference, the chosen one first.
 
     Args:
-        record: in any of the known formats; which one is told by its columns.
-        columns: the names that the record has for known columns.
-        pairs: it is a preference.
+        record: a record in any known format, which is detected from its columns.
+        columns: the record's names for known columns.
+        pairs: whether it is a preference.
     """
     known = {**record, **{name: record.get(given) for name, given in columns.items()}}
     tools = _tools(known.get("tools"))
@@ -140,7 +140,7 @@ def _plain(role: str, content: Any) -> Message:
 
 
 def _listed(value: Any, role: str) -> list[Message] | Fault:
-    """Messages in one form; text is one message of a role."""
+    """Messages in a uniform format; text becomes one message of a role."""
     if isinstance(value, str):
         return [_plain(role, value)]
     if isinstance(value, dict):
@@ -181,7 +181,7 @@ def _message(one: Any, turn: int) -> Message | Fault:
 
 
 def _called(message: Message, content: Any, turn: int) -> Message | Fault:
-    """ShareGPT's function_call: the call as text of JSON."""
+    """ShareGPT's function_call: the call as JSON text."""
     try:
         calls = json.loads(content) if isinstance(content, str) else content
     except ValueError as error:
@@ -191,7 +191,7 @@ def _called(message: Message, content: Any, turn: int) -> Message | Fault:
 
 
 def _tools(value: Any) -> tuple[Any, ...] | Fault | None:
-    """Tools as JSON schemas; text is JSON."""
+    """Tools as JSON schemas; text is parsed as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -205,12 +205,12 @@ def _tools(value: Any) -> tuple[Any, ...] | Fault | None:
 
 
 def parsed_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages, with the arguments of calls as objects, where they are text of JSON."""
+    """The messages, with call arguments in JSON text parsed to objects."""
     return [_with_arguments(m, _object) if m.get("tool_calls") else m for m in messages]
 
 
 def written_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages, with the arguments of calls as text of JSON."""
+    """The messages, with call arguments as JSON text."""
     return [_with_arguments(m, _text) if m.get("tool_calls") else m for m in messages]
 
 

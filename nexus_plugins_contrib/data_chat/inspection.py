@@ -28,13 +28,13 @@ _OPEN, _CLOSE = "⟦", "⟧"
 def inspect(path: str, tokenizer: str, samples: int, settings: Mapping[str, str]) -> bool:
     """Print how much of the conversations is learned, and samples with the learned part in colour.
 
-    Where there is no colour (`NO_COLOR`, a pipe), it is in brackets: ⟦ ⟧.
+    Without colour (`NO_COLOR`, a pipe), it is in brackets: ⟦ ⟧.
 
     Args:
         path: as in `data_chat.train`.
         tokenizer: as in `data_chat.tokenizer`.
         samples: how many conversations to print.
-        settings: others of `data_chat`, by their keys.
+        settings: other settings of `data_chat`, by key.
 
     Returns:
         Whether every conversation can be used.
@@ -89,7 +89,7 @@ def _show(place: Place, example: Example, tokenizer: HubTokenizer) -> None:
 
 
 def _coloured(part: Tokens, tokenizer: HubTokenizer) -> Iterator[str]:
-    """The text of each stretch that is learned, or is not; nothing in it steers a terminal."""
+    """The text of each learned or other stretch, with terminal control characters escaped."""
     pairs = zip(part.ids.tolist(), part.learnt.tolist(), strict=True)
     for learned, stretch in groupby(pairs, key=lambda pair: pair[1]):
         text = "\n".join(
@@ -104,7 +104,7 @@ def _coloured(part: Tokens, tokenizer: HubTokenizer) -> Iterator[str]:
 
 
 def _in_colour() -> bool:
-    """Whether a terminal shows colours, or somebody wants them anyway, and nobody wants none.
+    """Whether to use colour: on a terminal or if forced, unless disabled.
 
     Source: https://no-color.org and https://force-color.org.
     """

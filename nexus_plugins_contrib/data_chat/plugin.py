@@ -89,24 +89,24 @@ class DataChatPlugin(RowsPlugin[DataChatConfig]):
     config_class = DataChatConfig
 
     def encoder(self, tokenizer: HubTokenizer) -> Encoder:
-        """What makes examples of conversations."""
+        """The encoder of conversations."""
         return ChatEncoder(self.config, tokenizer)
 
     def batching(self) -> Batching:
-        """Whole conversations share rows, or have one each."""
+        """Whole conversations, packed or one per row."""
         return self.config.batching or ("pad" if self.config.pairs else "pack")
 
     def skips(self) -> bool:
-        """Whether conversations that cannot be used are left out."""
+        """Whether unusable conversations are skipped."""
         return self.config.on_bad_rows == "skip"
 
 
 class ChatEncoder:
-    """Makes examples of conversations.
+    """Makes examples from conversations.
 
     Args:
         config: the settings.
-        tokenizer: gets the chat template of the settings, where they name one.
+        tokenizer: the tokenizer; its chat template is replaced by that of the settings, if set.
 
     Raises:
         ConfigError: there is no chat template, or it cannot be read.
@@ -147,7 +147,7 @@ class ChatEncoder:
         return examples or Fault("no assistant turn", "no assistant turn to train on")
 
     def _parts(self, found: tuple[Conversation, ...]) -> list[list[tuple[Conversation, list[int]]]]:
-        """What becomes an example: conversations, each with the turns that are learned."""
+        """The examples of a record: conversations, each with its learned turns."""
         wish = "last" if self._config.pairs and self._config.turns == "each" else self._config.turns
         turns = [conversation.turns() for conversation in found]
         if not all(turns):
@@ -161,7 +161,7 @@ class ChatEncoder:
 
 
 def _until(conversation: Conversation, turn: int) -> Conversation:
-    """The conversation up to a turn: nothing is learned from what comes after the last."""
+    """The conversation up to a turn, since nothing after the last learned turn matters."""
     messages = conversation.messages[: turn + 1]
     return Conversation(messages, conversation.tools, conversation.learnt_from)
 

@@ -1,10 +1,10 @@
-"""A conversation through a tokenizer's chat template, and which of its tokens are learned.
+"""Render conversations with a tokenizer's chat template, and find the learned tokens.
 
-The template is asked three times for each turn: for the text of the whole conversation, for what
-comes before the turn with the words that ask for an answer, and for the text with the turn in it.
-A turn is exact where the ids of the second are the beginning of those of the first: then what is
-trained is what is predicted when the model is asked. Where a template marks what is generated
-(`{% generation %}`), its marks are taken instead.
+For each turn the template is rendered three times: for the whole conversation, for the part before
+the turn with the generation prompt, and for the part including the turn. A turn is exact if the ids
+of the second are a prefix of those of the first: training then predicts exactly what the model
+generates after that prompt. If a template marks generated text (`{% generation %}`), its markers
+are used instead.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PROBE = [
 
 @dataclass(frozen=True)
 class _Text:
-    """A rendered conversation as ids, with the place of each in the text."""
+    """A rendered conversation as ids, with the text offsets of each."""
 
     text: str
     ids: list[int]
@@ -55,16 +55,16 @@ class _Text:
 
 
 class ChatTemplate:
-    """Turns conversations into ids, and says which of them the assistant has to learn.
+    """Turns conversations into ids, and determines which of them are learned.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer with a chat template.
         arguments: further variables of the template, such as `enable_thinking`.
-        masks: "markers" takes the template's own, "prefix" finds turns by what comes before them;
-            "auto": markers where there are some.
+        masks: "markers" uses those of the template, "prefix" finds turns by the text before them;
+            "auto": markers if there are any.
 
     Raises:
-        ConfigError: there is no template, or no markers in it where they are asked for.
+        ConfigError: there is no template, or it lacks requested markers.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ChatTemplate:
         }
 
     def tokens(self, conversation: Conversation, turns: Sequence[int]) -> Tokens | Fault:
-        """The whole conversation, of which the given turns of the assistant are learned."""
+        """The whole conversation as tokens, with the given turns learned."""
         try:
             whole = self._tokenized(self._render(conversation, len(conversation.messages)))
             learnt = np.zeros(len(whole.ids), np.bool_)
@@ -100,7 +100,7 @@ class ChatTemplate:
                 fault = self._mark_generated(conversation, whole, turns, learnt)
             else:
                 fault = self._mark_turns(conversation, whole, turns, learnt)
-        except Exception as error:  # whatever a template raises is about this conversation
+        except Exception as error:  # any error of a template concerns this conversation
             said = " ".join(str(error).split()) or type(error).__name__
             return Fault("the template refuses it", f"the chat template refuses it: {said[:300]}")
         if fault is not None:
@@ -110,11 +110,11 @@ class ChatTemplate:
         return Tokens(np.array(whole.ids, np.int64), learnt)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
-        """The text that asks the model for the next answer."""
+        """The prompt for the model's next answer."""
         conversation = Conversation(tuple(messages), None if tools is None else tuple(tools))
         return self._render(conversation, len(messages), asks=True)
 
-    # -- by what comes before each turn
+    # -- by the text before each turn
 
     def _mark_turns(
         self, conversation: Conversation, whole: _Text, turns: Sequence[int], learnt: Learnt
@@ -162,9 +162,9 @@ class ChatTemplate:
         )
 
     def _end_of_turn(self, ids: list[int], first: int, last: int) -> int:
-        """Where what the model generates ends: with the first stop token after the words.
+        """The end of the generated text: the first stop token after the turn's content.
 
-        What templates put behind it, such as a line break, is never generated.
+        What templates add after it, such as a line break, is never generated.
         """
         end = last
         while end > first and self._is_glue(ids[end - 1 : end]):
@@ -179,11 +179,11 @@ class ChatTemplate:
         return stop
 
     def _is_glue(self, ids: Sequence[int]) -> bool:
-        """Whether there are but special tokens and spaces."""
+        """Whether there are only special tokens and spaces."""
         words = [one for one in ids if one not in self._special]
         return not words or not self._inner.decode(words).strip()
 
-    # -- by the template's own marks
+    # -- by the template's own markers
 
     def _mark_generated(
         self, conversation: Conversation, whole: _Text, turns: Sequence[int], learnt: Learnt
@@ -259,13 +259,13 @@ class ChatTemplate:
         except TypeError:
             return True
         except (TemplateError, AttributeError, LookupError, ValueError):
-            # It takes no calls at all, which is said where there are some.
+            # It accepts no calls at all, which is reported if there are any.
             return False
         return False
 
 
 def _dropped(message: Message, turn: int, text: str) -> Fault | None:
-    """A fault where the template does not write what the assistant says."""
+    """The fault if the template drops text of the assistant."""
     said = [message.get(name) for name in ("content", "reasoning_content", "reasoning")]
     for words in said:
         if isinstance(words, str) and _dense(words) not in _dense(text):
@@ -283,7 +283,7 @@ def _dense(text: str) -> str:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How long the same beginning of two sequences is."""
+    """The length of the common prefix of two sequences."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 

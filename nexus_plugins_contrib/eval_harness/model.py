@@ -27,12 +27,12 @@ def asked(engine: Engine, codec: Any, config: EvalHarnessConfig) -> dict[str, fl
     """The metrics of all tasks, as `harness/<task>/<metric>`.
 
     Args:
-        engine: whose forward pass is asked.
+        engine: the engine whose forward pass is used.
         codec: the tokenizer of the data.
         config: the settings.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: a task does not exist.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     tasks = TaskManager(include_path=None if config.include is None else str(config.include))
@@ -78,7 +78,7 @@ class _Model(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation, in nats, and whether it is the likeliest."""
+        """The log-probability of each continuation, in nats, and whether it is greedy."""
         found: list[tuple[float, bool]] = []
         size = self._config.batch_size
         for first in range(0, len(requests), size):
@@ -101,7 +101,7 @@ class _Model(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-probability of each text, in nats, in windows where it is long."""
+        """The log-probability of each text, in nats, in windows if it is long."""
         totals = []
         for (text,) in [request.args for request in requests]:
             ids = self.tok_encode(text)
@@ -117,7 +117,7 @@ class _Model(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The likeliest continuation of each context, up to its stop texts."""
+        """The greedy continuation of each context, up to its stop texts."""
         return [self._generated(*request.args) for request in requests]
 
     def _generated(self, context: str, settings: Mapping[str, Any]) -> str:
@@ -135,7 +135,7 @@ class _Model(TemplateLM):  # type: ignore[misc]
         return written[: min(ends, default=len(written))]
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The logits `(B, T, V)` of rows, filled up behind their ends."""
+        """The logits `(B, T, V)` of right-padded rows."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[self.eot] * (width - len(row))] for row in rows])
         batch = {"input_ids": ids.to(self._engine.device)}
@@ -146,7 +146,7 @@ class _Model(TemplateLM):  # type: ignore[misc]
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """All numbers of all tasks by name; what the harness says of their errors is left out."""
+    """All metrics of all tasks by name, without their standard errors."""
     return {
         f"harness/{task}/{name.partition(',')[0]}": float(value)
         for task, found in results.items()

@@ -67,7 +67,7 @@ class EvalHarnessPlugin(Plugin[EvalHarnessConfig]):
         """The metrics of all tasks, as `harness/<task>/<metric>`; only with the first set.
 
         Raises:
-            ConfigError: the data has no tokenizer, or there is no such task.
+            ConfigError: the data has no tokenizer, or a task does not exist.
         """
         if self._done_at == engine.state.step:
             return {}

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
-_OWN_TOKENIZER = "tokenizer"  # in a run's folder: where its data saved the one that it used
-_SMALL = 256 << 20  # bytes that a file of a tokenizer has at most
+_OWN_TOKENIZER = "tokenizer"  # in the run folder: the tokenizer saved by the data
+_SMALL = 256 << 20  # maximum bytes of a tokenizer file
 
 
 def export(source: Path, out: Path, options: Options) -> list[Path]:
@@ -40,16 +40,17 @@ def export(source: Path, out: Path, options: Options) -> list[Path]:
     the result of that check is in `parity.json`.
 
     Args:
-        source: the folder of a checkpoint, or of a run, which means its newest one.
+        source: a checkpoint folder, or a run folder, which means its newest checkpoint.
         out: a new folder.
-        options: whether averaged, merged, and how large a file may be.
+        options: averaged weights, merged adapters, and maximum file size.
 
     Returns:
-        What was written.
+        The files written.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or what was written computes otherwise.
-        ConfigError: the folder exists, or the run's model cannot be exported so.
+        CheckpointError: there is no complete checkpoint, or the exported model computes different
+            logits.
+        ConfigError: the folder exists, or the run's model cannot be exported.
     """
     if out.exists():
         raise ConfigError(f"'{out}' already exists; export needs a new folder: --out FOLDER")
@@ -78,7 +79,7 @@ def _sizes(model: nn.Module) -> tuple[int, int | None]:
 
 
 def _write(trained: Trained, draft: Path, options: Options, ids: Tensor) -> Tensor:
-    """Write the model, load it again, and give its logits."""
+    """Write the model, reload it, and return its logits."""
     if options.adapters == "alone":
         return _adapters_alone(trained, draft, ids)
     model = _merged(trained)
@@ -108,7 +109,7 @@ def _merged(trained: Trained) -> nn.Module:
 
 
 def _adapters_alone(trained: Trained, draft: Path, ids: Tensor) -> Tensor:
-    """Write the adapters as peft does, and load them on the weights below."""
+    """Write the adapters in peft's format, and load them on the base weights."""
     if trained.origin is None or trained.tuner is None:
         raise ConfigError(
             "--adapters alone needs a Hugging Face model; export NEXUS merged: --adapters merged"
@@ -141,7 +142,7 @@ def _loaded(place: Path | str) -> nn.Module:
 
 
 def _finish(trained: Trained, draft: Path, receipt: Receipt) -> None:
-    """Add tokenizer, chat template and generation settings as the run has them, and the receipt."""
+    """Add the run's tokenizer, chat template and generation settings, and the receipt."""
     places = (trained.run / _OWN_TOKENIZER, trained.run / FOLDER, trained.run)
     for place in places:
         for name in _TOKENIZER if place == trained.run else _BESIDE:
@@ -161,7 +162,7 @@ _BESIDE = (
 
 
 def _describe_tokenizer(draft: Path) -> None:
-    """Say of a bare tokenizer.json which class reads it; one of another kind is left out."""
+    """Declare the class that reads a bare tokenizer.json; another kind of tokenizer is omitted."""
     file, described = draft / "tokenizer.json", draft / "tokenizer_config.json"
     if not file.exists() or described.exists():
         return

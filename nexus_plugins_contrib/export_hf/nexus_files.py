@@ -1,4 +1,4 @@
-"""The code of NEXUS as files that transformers loads from a model's folder."""
+"""The code of NEXUS as files that transformers loads from a model folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OTHERS = re.compile(r"^from (?:nexus_core\.\w+|pydantic) import", re.MULTILINE)
 
 
 def write_code(folder: Path) -> None:
-    """Write the model's own files, with imports of one another, and those of transformers."""
+    """Write the model's code with relative imports, and the adapter for transformers."""
     known, pending = set[str](), [f"{_PACKAGES[0]}.nexus"]
     while pending:
         module = pending.pop()
@@ -50,10 +50,10 @@ def _standing_alone(text: str) -> str:
 
 
 def write_config(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Write what transformers reads of a NEXUS model.
+    """Write the files that transformers reads for a NEXUS model.
 
     Returns:
-        Its weights by their names there.
+        Its weights by their names in transformers.
     """
     core: Any = model
     assert isinstance(core, NEXUSCore)

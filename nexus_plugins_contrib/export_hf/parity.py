@@ -1,4 +1,4 @@
-"""Whether a model that is loaded again computes what was trained."""
+"""Check that a reloaded model computes the same as the trained one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Receipt", "compare", "fixed_batch", "logits_of", "logits_of_fresh_pr
 
 _ROWS, _LENGTH, _SEED = 2, 32, 0
 _PRECISE, _COARSE = 1e-5, 3e-2
-"""Of the largest logit, how far another may be off: in float32, and in narrower types."""
+"""Tolerance relative to the largest logit: in float32, and in narrower dtypes."""
 _SCRIPT = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -39,13 +39,13 @@ class Receipt:
     """How far the logits of a loaded model are from those of the trained one, on fixed ids.
 
     Args:
-        largest_logit_difference: absolute.
-        kl_divergence: of the loaded model's next-token distribution, nats, the largest of all
+        largest_logit_difference: largest absolute difference of a logit.
+        kl_divergence: KL divergence of the next-token distributions in nats, maximum over
             positions.
-        bound: that neither may exceed.
-        rows, length, seed: of the batch: uniform ids, by torch's generator on the CPU.
-        checkpoint: that was exported.
-        step: after how many steps it was saved.
+        bound: the bound on both.
+        rows, length, seed: of the batch, which has uniform ids from torch's CPU generator.
+        checkpoint: the exported checkpoint.
+        step: step of the checkpoint.
     """
 
     largest_logit_difference: float
@@ -63,7 +63,7 @@ class Receipt:
 
 
 def fixed_batch(vocabulary: int, limit: int | None) -> Tensor:
-    """Ids `(2, 32)`, always the same for a vocabulary; fewer where a model takes no more."""
+    """Ids `(2, 32)`, always the same for a vocabulary size; shorter if a model's context is."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(vocabulary, (_ROWS, min(_LENGTH, limit or _LENGTH)), generator=generator)
 
@@ -77,7 +77,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def logits_of_fresh_process(folder: Path, ids: Tensor) -> Tensor:
-    """The same for a model loaded in another process, with the code next to it.
+    """The same for a model loaded in a new process, with the code next to it.
 
     Raises:
         CheckpointError: it does not load there.

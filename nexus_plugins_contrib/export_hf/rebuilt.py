@@ -1,4 +1,4 @@
-"""The trained model of a checkpoint, built again without its data."""
+"""Rebuild the trained model of a checkpoint without its data."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["Trained", "rebuild"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model in evaluation mode, and what it is.
+    """A trained model in evaluation mode, and its description.
 
     Args:
-        model: with its adapters in place.
+        model: the model, with its adapters in place.
         kind: the plugin that built it.
-        tuner: the adapters; None: it was trained whole.
-        origin: folder or id of the weights below, where it has one.
-        checkpoint: that it is of.
-        run: the folder of its run.
-        step: after how many steps.
+        tuner: the adapters; None: full fine-tuning.
+        origin: folder or id of the base weights, if any.
+        checkpoint: its checkpoint.
+        run: its run folder.
+        step: step of the checkpoint.
     """
 
     model: nn.Module
@@ -50,15 +50,15 @@ class Trained:
 
 
 def rebuild(source: Path, *, ema: bool) -> Trained:
-    """Build the model of a checkpoint again, and give it its weights.
+    """Rebuild the model of a checkpoint, with its weights.
 
     Args:
         source: the folder of a checkpoint, or of a run, which means its newest one.
-        ema: take the averaged weights.
+        ema: use the averaged weights.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or its weights do not fit.
-        ConfigError: the run's model is of another kind, or what lies below it is gone.
+        CheckpointError: there is no complete checkpoint, or its weights do not fit.
+        ConfigError: the run's model is of another kind, or its base weights no longer exist.
     """
     found = checkpoint_of(source)
     content = folder.read(found)
@@ -100,7 +100,7 @@ def _nexus(block: dict[str, Any], state: dict[str, Any]) -> nn.Module:
 def _hugging_face(
     settings: ModelHfConfig, run: Path, *, adapted: bool
 ) -> tuple[PreTrainedModel, str | None]:
-    """A model of the run's architecture; with the weights below, where there are adapters."""
+    """A model of the run's architecture, with the base weights if it has adapters."""
     kept = run / FOLDER
     if not adapted:
         if not kept.is_dir():
@@ -124,7 +124,7 @@ def _adapted(model: nn.Module, peft: PeftPlugin, state: dict[str, Any]) -> BaseT
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], *, whole: bool) -> None:
-    """Give a model the weights of a checkpoint, where the frozen ones may be there already."""
+    """Load a checkpoint's weights into a model; frozen ones may already be in place."""
     own = model.state_dict()
     frozen = set() if whole else {n for n, p in model.named_parameters() if not p.requires_grad}
     if odd := sorted((weights.keys() - own.keys()) | (own.keys() - weights.keys() - frozen)):

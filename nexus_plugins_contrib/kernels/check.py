@@ -22,11 +22,11 @@ def largest_difference(
     Args:
         kernel: the operation to check.
         own: the operation that it replaces.
-        arguments: of the call.
-        weights: what the operation reads beside its arguments.
+        arguments: the arguments of the call.
+        weights: what the operation reads in addition to its arguments.
 
     Returns:
-        The greatest length of a difference by the length of what was expected, and where it is.
+        The largest relative difference (by norm), and where it occurs.
     """
     found = _result_and_gradients(kernel, arguments, weights)
     wide = [a.float() if _is_real(a) else a for a in arguments]
@@ -53,7 +53,7 @@ def _result_and_gradients(
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Relative, and infinite where a number is not finite."""
+    """The relative distance; infinite if a number is not finite."""
     expected = expected.double()
     distance = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
     return distance if math.isfinite(distance) else math.inf

@@ -79,7 +79,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @hookimpl
     def on_step_end(self) -> None:
-        """After the first step of a resumed run, report where another kernel was used before."""
+        """After a resumed run's first step, report operations that used another kernel before."""
         left, self._left = self._left, None
         if left is None:
             return
@@ -112,7 +112,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @property
     def used(self) -> dict[str, str]:
-        """The package by which each operation runs, of those that have been called."""
+        """The package that runs each operation, of those that have been called."""
         return {name: swap.used for name, swap in self._swaps.items() if swap.used}
 
     def state_dict(self) -> StateDict:
@@ -120,7 +120,7 @@ class KernelsPlugin(Plugin[KernelsConfig]):
         return {"used": cast(Any, self.used or self._left or {})}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Keep it, to be compared."""
+        """Keep it for comparison."""
         self._left = dict(cast(dict[str, str], state["used"]))
 
     def _asked(self, name: str) -> str:
@@ -140,13 +140,13 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
 @dataclass
 class _Swap:
-    """One operation, and the kernels that may take it over, the preferred one first.
+    """One operation, and the kernels that may replace it, preferred ones first.
 
     Args:
-        name: of the operation.
-        left: kernels that have not failed.
-        config: the plugin's.
-        asked: the package that was asked for, or "auto".
+        name: the operation's name.
+        left: the kernels that have not failed.
+        config: the plugin's settings.
+        asked: the requested package, or "auto".
     """
 
     name: str
@@ -157,11 +157,11 @@ class _Swap:
 
     @property
     def used(self) -> str:
-        """The package that has passed; nothing before the first call, and where none has."""
+        """The package whose kernel passed; None before the first call, or if none did."""
         return self.left[0].package if self.passed and self.left else ""
 
     def of(self, part: Any) -> Operation:
-        """What stands in the place of a part's operation."""
+        """The replacement of an object's operation."""
         own: Operation = getattr(part, self.name)
         kernel: Operation | None = None
 
@@ -194,7 +194,7 @@ class _Swap:
         try:
             kernel = self.left[0].of(part)
             distance, where = largest_difference(kernel, own, arguments, weights)
-        except Exception as error:  # whatever a package, a compiler or a driver raises is said
+        except Exception as error:  # any error of a package, compiler or driver is reported
             return f"failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         if distance <= self.config.tolerance:
             return ""
@@ -205,11 +205,11 @@ class _Swap:
 
 
 def _apart(operation: Operation) -> Operation:
-    """The operation as it is, also within a module that is compiled."""
+    """The original operation, also inside a compiled module."""
     return cast(Operation, torch.compiler.disable(operation))  # type: ignore[no-untyped-call]
 
 
 def _parts(engine: Engine) -> Iterator[Any]:
-    """What may have an operation: the modules of the model, and the plugins."""
+    """The objects that may have an operation: the model's modules, and the plugins."""
     yield from engine.model.modules()
     yield from engine.plugins.values()

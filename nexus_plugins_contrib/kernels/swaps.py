@@ -1,7 +1,7 @@
-"""Which packages have a kernel for which operation, and how each of them is called.
+"""Which packages have a kernel for which operation, and how to call it.
 
-An operation is a method of a part of the run, by a name that says what it does: `scan` and
-`convolve` of state-space layers, `linear_cross_entropy` of a loss. A kernel gets what it gets.
+An operation is a method of a module or plugin, identified by its name: `scan` and `convolve` of
+state-space layers, `linear_cross_entropy` of a loss. A kernel gets the same arguments.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["KERNELS", "Kernel", "Operation", "available"]
 
 Operation: TypeAlias = Callable[..., Tensor]
 FORGET = -50.0
-"""The log decay at the start of a document: what is left, 2e-22, is below any rounding."""
+"""The log decay at the start of a document; the remainder, 2e-22, is below any rounding."""
 CHUNK = 256
 """Positions in a chunk of mamba-ssm's scan, as in its own layers; changes speed and rounding."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function of a package, for an operation.
+    """A package's function for an operation.
 
     Args:
-        package: as it is imported, and named in settings.
+        package: its import name, which is also used in settings.
         place: module and name of the function.
-        adapt: makes of it, and of the part whose operation it replaces, what is called instead.
+        adapt: given it and the object whose operation it replaces, returns the function to call.
     """
 
     package: str
@@ -41,14 +41,14 @@ class Kernel:
 
     @property
     def installed(self) -> bool:
-        """Whether its package is there."""
+        """Whether its package is installed."""
         return find_spec(self.package) is not None
 
     def of(self, part: Any) -> Operation:
-        """The function to call instead of the part's own operation.
+        """The function to call instead of the object's own operation.
 
         Raises:
-            ImportError, AttributeError: the package is broken, or of another version.
+            ImportError, AttributeError: the package is broken, or another version.
         """
         module, _, name = self.place.partition(":")
         return self.adapt(getattr(import_module(module), name), part)
@@ -84,7 +84,7 @@ def _gated_linear_attention(kernel: Any, layer: Any) -> Operation:
 
 def _causal_conv1d(kernel: Any, layer: Any) -> Operation:
     def convolve(x: Tensor, document: Tensor | None) -> Tensor:
-        taps = layer.conv_weight.flip(0).T.contiguous()  # its last tap is the token itself
+        taps = layer.conv_weight.flip(0).T.contiguous()  # its last tap is the current token
         result: Tensor = kernel(
             x.transpose(1, 2), taps, layer.conv_bias, seq_idx=_numbers(document), activation="silu"
         )
@@ -126,7 +126,7 @@ def _numbers(document: Tensor | None) -> Tensor | None:
 
 
 def _narrowed(*values: Tensor) -> list[Tensor]:
-    """In the type of autocast, which does not reach into kernels."""
+    """Cast to autocast's dtype, which kernels ignore."""
     device = values[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(values)
@@ -154,11 +154,11 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
     ),
 }
-"""By operation, the package to prefer first."""
+"""The kernels of each operation, preferred ones first."""
 
 
 def available() -> list[str]:
-    """The packages of kernels that are installed."""
+    """The installed kernel packages."""
     found = {kernel.package for kernels in KERNELS.values() for kernel in kernels
              if kernel.installed}  # fmt: skip
     return sorted(found)

@@ -1,4 +1,4 @@
-"""Evaluation metrics, from torchmetrics or your own; start reading at `plugin.py`."""
+"""Evaluation metrics, from torchmetrics or your own; start with `plugin.py`."""
 
 from nexus_plugins_contrib.metrics.plugin import MetricsConfig, MetricsPlugin
 

@@ -21,7 +21,7 @@ Place = str | int | None
 
 
 class Metric(Protocol):
-    """A metric as torchmetrics has them."""
+    """A metric with the interface of torchmetrics."""
 
     def update(self, *values: Any) -> object: ...
     def compute(self) -> Any: ...
@@ -46,10 +46,10 @@ class MetricConfig(PluginConfig):
 
 
 def make(name: str, config: MetricConfig, plugin: str) -> Metric:
-    """The metric that settings describe.
+    """Create the metric that the settings describe.
 
     Raises:
-        ConfigError: there is no such thing, or it does not take the arguments.
+        ConfigError: it does not exist, or rejects the arguments.
     """
     key, path = f"{plugin}.metrics.{name}", config.metric
     try:
@@ -67,7 +67,7 @@ def make(name: str, config: MetricConfig, plugin: str) -> Metric:
 
 
 def _of_torchmetrics(name: str) -> object:
-    """What torchmetrics has by a name; without the path of a place it is no code of a config's."""
+    """Look up a name in torchmetrics; unlike an import path, it cannot load other code."""
     module = importlib.import_module("torchmetrics")
     if not hasattr(module, name):
         raise ConfigError(f"torchmetrics has no '{name}'.{suggestion(name, dir(module))}")
@@ -75,7 +75,7 @@ def _of_torchmetrics(name: str) -> object:
 
 
 def part_at(whole: Any, place: Place, usual: tuple[str, ...], default: Any, key: str) -> Any:
-    """A part of a batch or an output: the one at a place, or one with a usual name."""
+    """An entry of a batch or output: at a key or index, or with a usual name."""
     keys = list(whole) if isinstance(whole, Mapping) else list(getattr(whole, "__dict__", ()))
     if place is None:
         name = next((name for name in usual if name in keys), None)
@@ -95,7 +95,7 @@ def _part(whole: Any, place: str | int) -> Any:
 
 
 def together(metric: Metric, seen: list[int], ranks: Ranks, key: str) -> Any:
-    """A metric with the rows of all processes; of those that have seen none, nothing is asked."""
+    """A metric merged over all ranks; ranks that have seen no rows are skipped."""
     if ranks.size == 1:
         return metric
     if not hasattr(metric, "merge_state"):
@@ -108,9 +108,9 @@ def together(metric: Metric, seen: list[int], ranks: Ranks, key: str) -> Any:
     parts = [part for part in gather(ranks, own if seen[ranks.rank] else None) if part is not None]
     *others, merged = cast(list[Any], parts)
     try:
-        for other in reversed(others):  # what is merged comes before what is there
+        for other in reversed(others):  # merged states are put in front
             merged.merge_state(other)
-    except RuntimeError:  # of torchmetrics, with a reduction of its own
+    except RuntimeError:  # a torchmetrics metric with a custom reduction
         return metric
     if hasattr(merged, "distributed_available_fn"):
         merged.distributed_available_fn = _is_alone
@@ -122,7 +122,7 @@ def _is_alone() -> bool:
 
 
 def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers of a result, by name: of several, each has its key or its place behind it."""
+    """The numbers of a result, by name; of several, each with its key or index as suffix."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from numbers(f"{name}_{key}", item)

@@ -59,19 +59,19 @@ class MetricsPlugin(Plugin[MetricsConfig]):
 
     Args:
         metrics: a config; or metrics by name: objects with `update`, `compute` and `reset`, of
-            torchmetrics or your own (with `merge_state` where there are several processes).
-        pick: gives what to update them with, of a batch and the model's output; None: prediction
-            and target, by `output` and `target` of the settings.
+            torchmetrics or your own (with `merge_state` if there are several processes).
+        pick: returns their `update` arguments, given a batch and the model's output; None:
+            prediction and target, by the settings `output` and `target`.
     """
 
     config_class = MetricsConfig
-    topology_invariant: ClassVar[bool] = False  # what torchmetrics adds up, it adds by rank
+    topology_invariant: ClassVar[bool] = False  # torchmetrics adds up in rank order
     api_version: ClassVar[str] = "1.2"
 
     if TYPE_CHECKING:
 
         def __new__(cls, metrics: Any = None, /, *, pick: Any = None, **settings: Any) -> Self:
-            """What `__init__` takes: more than settings."""
+            """Takes the arguments of `__init__`: more than settings."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class MetricsPlugin(Plugin[MetricsConfig]):
         if step is not None or engine.training:
             return
         noted, self._noted[:] = self._noted[-1:], []
-        is_loss = isinstance(output, Tensor) and output.ndim == 0  # of Engine(loss=...)
+        is_loss = isinstance(output, Tensor) and output.ndim == 0  # with Engine(loss=...)
         found = noted[0] if is_loss and noted else output
         if engine.split not in self._sets:
             self._sets[engine.split] = copy.deepcopy(self._metrics)

@@ -32,12 +32,12 @@ def named(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def name_of_image(title: str) -> str:
-    """The title of an image as MLflow takes it: letters, digits and a few signs."""
+    """The title of an image in characters that MLflow accepts."""
     return _NOT_IN_IMAGES.sub("_", title)[:LONGEST_NAME]
 
 
 def steps_of_images(paths: Iterable[str]) -> dict[str, int]:
-    """The last step of each image by its name, as the names of its files tell it."""
+    """The last step of each image by its name, according to its file names."""
     steps: dict[str, int] = {}
     for path in paths:
         if found := _IMAGE.match(path):

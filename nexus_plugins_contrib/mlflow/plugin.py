@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["MlflowConfig", "MlflowPlugin"]
 
 KEY = "nexus.run"
-LONGEST_TAG = 8000  # characters, and
-METRICS_AT_ONCE, PARAMETERS_AT_ONCE = 1000, 100  # are MLflow's own limits
+LONGEST_TAG = 8000  # characters: limits of
+METRICS_AT_ONCE, PARAMETERS_AT_ONCE = 1000, 100  # MLflow
 STATUS: Mapping[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -81,7 +81,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
 
     config_class = MlflowConfig
     writes_files = True
-    before = ("checkpoint",)  # and so closes after it, when `final` is whole
+    before = ("checkpoint",)  # so that it closes after it, when `final` is complete
     _client: MlflowClient
     _run_id: str = ""
     _last_steps: Mapping[str, int] = MappingProxyType({})
@@ -108,7 +108,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         return self._last_steps
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Store the metrics, in one transaction where MLflow allows it."""
+        """Store the metrics, in one transaction if MLflow allows it."""
         now = int(time.time() * 1000)
         points = [Metric(name, value, now, step) for name, value in named(metrics).items()]
         new = [point for point in points if step > self._last_steps.get(point.key, -1)]
@@ -144,7 +144,7 @@ class MlflowPlugin(BackgroundLogger[MlflowConfig]):
         return {**place, **super().summarize(engine)}
 
     def _experiment(self, folder: Path | None) -> str:
-        """The id of the experiment; a new one keeps its artifacts in `folder`, where given."""
+        """The id of the experiment; a new one stores its artifacts in `folder`, if given."""
         name = self.config.experiment
         if (found := self._client.get_experiment_by_name(name)) is not None:
             return str(found.experiment_id)

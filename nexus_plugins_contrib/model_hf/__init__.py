@@ -1,4 +1,4 @@
-"""Causal language models of Hugging Face: `loading` reads them, `passes` runs them on batches."""
+"""Hugging Face causal language models: `loading` reads them, `passes` runs them on batches."""
 
 from nexus_plugins_contrib.model_hf.plugin import ModelHfConfig, ModelHfPlugin
 

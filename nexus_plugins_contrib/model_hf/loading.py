@@ -1,4 +1,4 @@
-"""A causal language model out of a folder or of the hub, and nothing of it executed."""
+"""Load a causal language model from a folder or the Hub, without executing its code."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Origin:
     """Where a model comes from.
 
     Args:
-        place: a folder, or an id of the hub.
-        revision: of the id; None: its main branch.
-        is_folder: which of the two it is.
+        place: a folder, or a Hub id.
+        revision: revision of the id; None: its main branch.
+        is_folder: whether it is a folder.
     """
 
     place: str
@@ -40,10 +40,10 @@ class Origin:
 
 
 def origin_of(path: str, revision: str | None) -> Origin:
-    """What a setting means: a folder where there is one, else an id of the hub.
+    """Resolve a setting: a folder if it exists, else a Hub id.
 
     Raises:
-        ConfigError: it can only be a folder that is missing, or is one and has a revision.
+        ConfigError: the folder is missing, or has a revision.
     """
     place = expanded(path)
     if Path(place).is_dir():
@@ -63,10 +63,11 @@ def origin_of(path: str, revision: str | None) -> Origin:
 
 
 def pinned(origin: Origin) -> Origin:
-    """The same at the commit that its revision is now, whatever a branch becomes meanwhile.
+    """Pin the origin to the current commit of its revision.
 
     Raises:
-        ConfigError: the hub cannot be reached, its cache does not have it, or there is no such id.
+        ConfigError: the Hub cannot be reached, its cache does not have it, or the id does not
+            exist.
     """
     if origin.is_folder:
         return origin
@@ -81,10 +82,10 @@ def pinned(origin: Origin) -> Origin:
 
 
 def read_config(origin: Origin, changes: dict[str, Any]) -> PretrainedConfig:
-    """The model's configuration, with what the settings change in it.
+    """The model's configuration, with the changes from the settings.
 
     Raises:
-        ConfigError: it is missing, needs code of its own, or has no such entry.
+        ConfigError: it is missing, needs custom code, or lacks a changed entry.
     """
     from transformers import AutoConfig
 
@@ -132,7 +133,7 @@ def load(
     """A model with its pretrained weights, from safetensors only.
 
     Raises:
-        ConfigError: they cannot be read, are not all there, or do not fit.
+        ConfigError: they cannot be read, are incomplete, or do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -165,7 +166,7 @@ def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
 
 
 def _quantization(kind: Quantized, dtype: str) -> Any:
-    """How bitsandbytes is to store the weights of linear layers.
+    """How bitsandbytes stores the weights of linear layers.
 
     Raises:
         ConfigError: it is not installed.
@@ -205,7 +206,7 @@ def _some(names: list[str]) -> str:
 
 
 def _refuse_foreign_code(origin: Origin) -> None:
-    """Say that code in a model's folder is not run, before transformers asks for it."""
+    """Reject models with code in their folder, before transformers asks whether to run it."""
     path = Path(origin.place) / "config.json"
     try:
         written = json.loads(path.read_text(encoding="utf-8")) if origin.is_folder else {}

@@ -1,6 +1,6 @@
-"""How a model of transformers is run on a batch: whether without logits, and packed rows how.
+"""Run a transformers model on a batch: with or without logits, and with packed rows.
 
-Both are found out on the model itself, since no attribute of a configuration says them.
+Both are determined by experiments on the model, since no configuration attribute says so.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["HeadOutput", "Inputs", "Rows", "find_rows", "full_logits_because", "run"]
 
 Rows: TypeAlias = Literal["isolated", "unpacked"]
-"""How documents of a packed row are kept apart: by the model's attention, or as rows of their own.
+"""How documents of a packed row are isolated: by the model's attention, or in separate rows.
 """
-_LOUD = 50.0  # logits of this size show a soft cap, which is silent near zero
-_TOKENS = 24  # that the checks look at
-_NO_BETTER = 0.1  # of what a neighbour changes in a document, the part that is rounding
+_LOUD = 50.0  # logits of this size reveal a soft cap, which is invisible near zero
+_TOKENS = 24  # tokens used by the checks
+_NO_BETTER = 0.1  # share of a neighbour's effect that counts as rounding
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,19 @@ class HeadOutput:
 
     @property
     def logits(self) -> Tensor:
-        """`(B, T, V)`, where somebody wants them whole."""
+        """`(B, T, V)`, computed on access."""
         return F.linear(self.hidden.to(self.head_weight.dtype), self.head_weight)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What of a batch a model reads.
+    """The part of a batch that a model reads.
 
     Args:
         ids: `(B, T)` int64.
         mask: `(B, T)`, 1 on tokens and 0 on padding; None: all are tokens.
-        segments: `(B, T)` integers that change where a document starts; None: a row is one.
+        segments: `(B, T)` integers that change where a document starts; None: a row is one
+            document.
     """
 
     ids: Tensor
@@ -66,9 +67,9 @@ def run(model: PreTrainedModel, inputs: Inputs, *, headless: bool, rows: Rows | 
 
     Args:
         model: a causal language model.
-        inputs: of the batch.
-        headless: give hidden states instead of logits; see `full_logits_because`.
-        rows: how documents of a packed row are kept apart; see `find_rows`.
+        inputs: the inputs of the batch.
+        headless: return hidden states instead of logits; see `full_logits_because`.
+        rows: how documents of a packed row are isolated; see `find_rows`.
 
     Returns:
         A `HeadOutput`, or logits `(B, T, V)`.
@@ -84,21 +85,21 @@ def run(model: PreTrainedModel, inputs: Inputs, *, headless: bool, rows: Rows | 
 
 
 def positions_of(segments: Tensor) -> Tensor:
-    """The place of each token in its document, `(B, T)`, from 0."""
+    """The position of each token in its document, `(B, T)`, from 0."""
     index = torch.arange(segments.shape[1], device=segments.device)
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
 def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
-    """Why a model's loss needs its logits whole; None: hidden states and head are all they are.
+    """Why a loss needs the model's full logits; None: they are hidden states times head weight.
 
-    The states are scaled up on their way to the head, and the model's logits are compared with the
-    product of states and head weight.
+    Compares the model's logits with the product of states and head weight, with the states scaled
+    up before the head.
 
     Args:
-        model: in any mode, which it is left in.
-        ids: `(B, T)` some real tokens.
+        model: the model, in any mode, which is restored.
+        ids: `(B, T)`, some real tokens.
     """
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None or type(head) is not nn.Linear:
@@ -133,14 +134,15 @@ def full_logits_because(model: PreTrainedModel, ids: Tensor) -> str | None:
 
 
 def find_rows(model: PreTrainedModel, ids: Tensor) -> Rows:
-    """How documents of a packed row are to be kept apart in this model.
+    """How to isolate documents of a packed row in this model.
 
-    Two documents in one row, with positions that restart at zero, are compared with the second one
-    by itself; how far they differ is measured by what the first changes where nothing parts them.
+    Compares the second of two documents in one row, with positions that restart at zero, with the
+    same document alone; the scale of the difference is the effect of the first document if nothing
+    isolates them.
 
     Args:
-        model: in any mode, which it is left in.
-        ids: `(B, T)` some real tokens.
+        model: the model, in any mode, which is restored.
+        ids: `(B, T)`, some real tokens.
     """
     row = ids[:1, :_TOKENS]
     if row.shape[1] < 3 or "position_ids" not in _parameters(model):
@@ -157,9 +159,9 @@ def find_rows(model: PreTrainedModel, ids: Tensor) -> Rows:
 
 @contextmanager
 def _headless(model: PreTrainedModel) -> Iterator[None]:
-    """Let the output layer pass its states on, so that they are what the model gives.
+    """Make the output layer return its input, so that the model returns hidden states.
 
-    The model itself is called, and not its body: it may be compiled, or gather divided weights.
+    The whole model is called, not its body, since it may be compiled or gather sharded weights.
     """
     own = vars(_head(model))
     before = {"forward": own["forward"]} if "forward" in own else {}
@@ -178,7 +180,7 @@ def _as_it_is(states: Tensor) -> Tensor:
 def _unpacked(what: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:
     """Run each document as a separate row, and scatter the results back.
 
-    In a causal model, padding behind a document changes nothing in it.
+    In a causal model, padding after a document does not affect it.
     """
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
     document = starts.long().cumsum(0) - 1
@@ -193,7 +195,7 @@ def _unpacked(what: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:
 def _called(
     what: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor | None = None
 ) -> Tensor:
-    """The first of what the model gives: its states, or its logits."""
+    """The first output of the model: its states, or its logits."""
     given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if mask is not None:
         given["attention_mask"] = mask
@@ -215,7 +217,7 @@ def _head(model: PreTrainedModel) -> nn.Linear:
 
 @contextmanager
 def _undisturbed(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """A look at the model that leaves modes, generators and gradients as they were."""
+    """A context for experiments on the model that restores modes, generators and gradients."""
     modes = {module: module.training for module in model.modules()}
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:

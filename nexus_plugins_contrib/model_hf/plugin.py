@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FOLDER", "ModelHfConfig", "ModelHfPlugin"]
 
-FOLDER = "huggingface"  # in a run's folder: what an export needs beside the weights
+FOLDER = "huggingface"  # in the run folder: what an export needs besides weights
 _EXAMPLE: Any = {"path": "Qwen/Qwen3-0.6B"}
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         self._check_quantized(engine)
         origin = loading.pinned(loading.origin_of(settings.path, settings.revision))
         self._commit = origin.revision
-        if self._commit is not None:  # lock.json holds the settings: the commit is pinned there
+        if self._commit is not None:  # lock.json records the settings, with the pinned commit
             self.config = settings.model_copy(update={"revision": self._commit})
         config = loading.read_config(origin, settings.config)
         if settings.weights == "random" or torch.get_default_device().type == "meta":
@@ -99,7 +99,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         else:
             chosen = (settings.dtype, settings.attention, settings.quantize, engine.device)
             model = loading.load(origin, config, *chosen)
-        nn.Module.train(model)  # a pretrained one comes ready for use
+        nn.Module.train(model)  # pretrained models come in evaluation mode
         return model
 
     @hookimpl
@@ -115,8 +115,8 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
     def forward(self, engine: Engine, batch: Batch) -> Any:
         """Run the model over `input_ids` `(B, T)`.
 
-        `attention_mask` `(B, T)` marks padding by 0. Where `segment_ids` `(B, T)` change, another
-        document begins, which does not see the one before; its positions begin at 0.
+        `attention_mask` `(B, T)` marks padding by 0. Where `segment_ids` `(B, T)` change, a new
+        document starts, which does not see the previous one; its positions start at 0.
 
         Returns:
             Hidden states and the head's weight, or logits `(B, T, V)`.
@@ -142,7 +142,7 @@ class ModelHfPlugin(Plugin[ModelHfConfig]):
         return {"model_hf": "\n".join(lines)} if lines else {}
 
     def state_dict(self) -> StateDict:
-        """The commit of the hub, and what was found about the model."""
+        """The Hub commit, and the result of the check."""
         found: StateDict = {"commit": self._commit, "rows": self._rows}
         return {**found, "headless": self._headless, "because": self._full_because}
 

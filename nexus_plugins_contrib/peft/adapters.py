@@ -1,4 +1,4 @@
-"""Adapters of the package peft, put into any model in place."""
+"""Insert adapters of the package peft into any model, in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-START = "start"  # the name of adapters as they were
+START = "start"  # name of the initial adapters
 _INPUTS = "feedforward_modules"
 
 
@@ -41,13 +41,13 @@ def settings_of(
     """The settings of peft for a method.
 
     Args:
-        method: its name there, in small letters.
-        own: the rank, scale and dropout; None: as the method has it.
+        method: its name in peft, in lower case.
+        own: rank, scale and dropout; None: the method's default.
         args: further arguments of the method's class.
-        targets: names of the modules that are adapted.
+        targets: names of the modules to adapt.
 
     Raises:
-        ConfigError: there is no such method, or it has no such setting.
+        ConfigError: the method does not exist, or lacks a setting.
     """
     kind = _kind(method)
     known = inspect.signature(kind).parameters
@@ -60,7 +60,7 @@ def settings_of(
             raise ConfigError(f"peft.{name}: '{method}' has no such setting; remove it")
         given[found] = value
     checked = check_arguments(kind, f"peft's {kind.__name__}", args, "peft.args", whole=False)
-    if patterns := checked.get(_INPUTS):  # of IA3, which wants names that are among the targets
+    if patterns := checked.get(_INPUTS):  # IA3 requires names that are among the targets
         checked[_INPUTS] = [
             n for p in patterns for n in matching(targets, p, f"peft.args.{_INPUTS}")
         ]
@@ -84,7 +84,7 @@ def _kind(method: str) -> Callable[..., Settings]:
 
 
 def _unusable_because(kind: Any, tuner: object) -> str | None:
-    """Why a method of peft cannot be had here; None: it can."""
+    """Why a peft method cannot be used here; None: it can."""
     from peft import PromptLearningConfig
 
     if issubclass(kind, PromptLearningConfig):
@@ -99,10 +99,10 @@ def _unusable_because(kind: Any, tuner: object) -> str | None:
 
 
 def settings_in(folder: Path) -> Settings:
-    """The settings of adapters that peft has saved.
+    """The settings of adapters saved by peft.
 
     Raises:
-        ConfigError: there are none, or they are of a kind that cannot be trained here.
+        ConfigError: there are none, or their kind cannot be trained here.
     """
     from peft import PeftConfig as Saved
 
@@ -131,12 +131,12 @@ def settings_in(folder: Path) -> Settings:
 def begin_with(tuner: BaseTuner, model: nn.Module, folder: Path) -> None:
     """Load saved adapter weights, and keep a frozen copy of them.
 
-    Where adapters are to be switched off, the saved ones are switched on: what the run began with
-    is the model without what it has learnt.
+    When adapters are disabled, the saved ones are enabled: the model without what it has learned is
+    the one that the run started with.
 
     Args:
-        tuner: whose adapters have the settings in the folder.
-        model: that they are in; on the meta device it is given no weights.
+        tuner: its adapters have the settings in the folder.
+        model: the model with the adapters; on the meta device nothing is loaded.
         folder: as for `settings_in`.
 
     Raises:
@@ -180,10 +180,10 @@ def targets_of(model: nn.Module, patterns: Sequence[str], rank: int) -> list[str
     """The names of the modules to adapt.
 
     Args:
-        model: not adapted yet.
-        patterns: as for parameters; none: every linear layer but the output layer, frozen ones,
-            and those of fewer than `rank` inputs or outputs, which an adapter would outweigh.
-        rank: of the adapters.
+        model: the model, not adapted yet.
+        patterns: as for parameters; empty: every linear layer except the output layer, frozen ones,
+            and those with fewer than `rank` inputs or outputs, which an adapter would outweigh.
+        rank: rank of the adapters.
 
     Raises:
         ConfigError: a pattern matches no module, or there is no linear layer.
@@ -211,25 +211,25 @@ def _is_wide(module: nn.Module, rank: int) -> bool:
     linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if None in sizes and isinstance(weight, Tensor) and weight.ndim == 2:
-        sizes = weight.shape[0], weight.shape[1]  # GPT-2's own kind of linear layer
+        sizes = weight.shape[0], weight.shape[1]  # Conv1D, GPT-2's kind of linear layer
     return linear and all(isinstance(size, int) and size >= rank for size in sizes)
 
 
 def _is_trained(module: nn.Module) -> bool:
-    """Whether nobody has frozen it; weights of whole numbers are quantized, and not trained."""
+    """Whether it is not frozen; integer weights are quantized, and not trained."""
     weight = module.weight
     return not (isinstance(weight, Tensor) and weight.is_floating_point()) or weight.requires_grad
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    """The output layer: what the model says it is, or a layer that is called so."""
+    """The output layer: as reported by the model, or a layer with a usual name."""
     say = getattr(model, "get_output_embeddings", None)
     found = say() if callable(say) else getattr(model, "lm_head", getattr(model, "head", None))
     return found if isinstance(found, nn.Module) else None
 
 
 def inject(model: nn.Module, settings: Settings) -> BaseTuner:
-    """Freeze a model and put adapters into it, in place; their random numbers are torch's own.
+    """Freeze a model and insert adapters in place, drawn from torch's generator.
 
     Raises:
         ConfigError: peft cannot adapt a module.
@@ -244,13 +244,13 @@ def inject(model: nn.Module, settings: Settings) -> BaseTuner:
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """The names of all parameters that are not trained, tied ones under each of theirs."""
+    """The names of all parameters that are not trained; tied ones under each of their names."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def hide_quantization(model: nn.Module) -> None:
-    """Leave out of a model's state what quantized weights are stored with, and do not load."""
+    """Exclude quantization details, which cannot be loaded, from a model's state."""
     whole = {n for n, p in model.named_parameters() if not p.is_floating_point()}
     if not whole:
         return

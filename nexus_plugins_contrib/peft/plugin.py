@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PeftConfig", "PeftPlugin"]
 
-_RANK = 8  # of the methods that have one, where none is set
+_RANK = 8  # default rank of methods that have one
 
 
 class PeftConfig(PluginConfig):
@@ -87,7 +87,7 @@ class PeftConfig(PluginConfig):
 class PeftPlugin(Plugin[PeftConfig]):
     """Freezes the model and trains adapters in it: LoRA and similar methods, on any model.
 
-    A checkpoint holds only the adapters, with a hash of the base weights, which must be the same on
+    A checkpoint has only the adapters, with a hash of the base weights, which must be the same on
     resume.
 
     Source: Hu et al. 2022, "LoRA"; the methods are those of the package peft.
@@ -95,12 +95,12 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     config_class = PeftConfig
     api_version: ClassVar[str] = "1.2"
-    conflicts: ClassVar[tuple[str, ...]] = ("init",)  # its weights would be gone on resuming
-    before: ClassVar[tuple[str, ...]] = ("fsdp",)  # which divides what is there
+    conflicts: ClassVar[tuple[str, ...]] = ("init",)  # its weights would be lost on resume
+    before: ClassVar[tuple[str, ...]] = ("fsdp",)  # which shards what it finds
 
     def __post_init__(self) -> None:
         self.tuner: BaseTuner | None = None
-        self._below: set[str] = set()  # names of weights that no checkpoint needs
+        self._below: set[str] = set()  # names of base weights, which checkpoints omit
         self._hash = ""
         self._looked = False
 
@@ -123,7 +123,7 @@ class PeftPlugin(Plugin[PeftConfig]):
         """Check that adapters have been inserted.
 
         Raises:
-            ConfigError: the program brought an optimizer, which trains what it saw before.
+            ConfigError: the program passed an optimizer, built before the adapters existed.
         """
         if self.tuner is None:
             raise ConfigError(
@@ -132,7 +132,7 @@ class PeftPlugin(Plugin[PeftConfig]):
             )
 
     def adapt(self, model: nn.Module) -> BaseTuner:
-        """Freeze a model and put the adapters into it.
+        """Freeze a model and insert the adapters.
 
         Raises:
             ConfigError: the settings do not fit the method or the model.
@@ -160,7 +160,7 @@ class PeftPlugin(Plugin[PeftConfig]):
         return adapters.settings_of(config.method, own, config.args, targets)
 
     def _adapt_alike(self, model: nn.Module, engine: Engine) -> None:
-        """Adapt a model; of a divided one, the main process alone has seen the weights."""
+        """Adapt a model; of a sharded one, only rank 0 has the weights."""
         self.adapt(model)
         self._hash = gather(engine.ranks, self._hash)[0]
 
@@ -183,13 +183,13 @@ class PeftPlugin(Plugin[PeftConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Weights that were unfrozen are trained, and kept from then on."""
+        """From now on, keep weights that were unfrozen in checkpoints."""
         if len(self._below) > len(now := adapters.frozen_names(engine.model) & self._below):
             self._below = now
 
     @hookimpl
     def on_save(self, snapshot: Snapshot) -> None:
-        """Leave the base weights out of the checkpoint."""
+        """Omit the base weights from the checkpoint."""
         model = snapshot["model"]
         for name in [name for name in model if name in self._below]:
             del model[name]
@@ -221,7 +221,7 @@ class PeftPlugin(Plugin[PeftConfig]):
         """Reject different base weights.
 
         Raises:
-            CheckpointError: they are not those that the adapters were trained on.
+            CheckpointError: the adapters were trained on others.
         """
         if state["base"] != self._hash:
             raise CheckpointError(
@@ -232,7 +232,7 @@ class PeftPlugin(Plugin[PeftConfig]):
 
 
 def _fill(model: nn.Module, source: Path) -> None:
-    """Put weights into a model, all of them; tied ones may have one name."""
+    """Load all weights of a model; tied ones may have a single name."""
     weights = read_weights(source, ema=False)
     own = model.state_dict(keep_vars=True)
     given = {id(own[name]) for name in weights.tensors if name in own}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_SHOWN = 5  # of the best trials
+_SHOWN = 5  # best trials in the report
 
 
 @click.command(name="sweep", context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,10 +104,10 @@ def main(
 
 
 def _own_values(search: Search) -> dict[str, object]:
-    """The config's own values of what is searched, where they are within; the ends are tried.
+    """The config's own values, if they are within the search space; checks its ends too.
 
     Raises:
-        ConfigError: a setting is not there, or does not take an end of its range.
+        ConfigError: a setting does not exist, or rejects an end of its range.
     """
     from nexus_core.cli.build import build_plugins
     from nexus_core.cli.settings import read_settings
@@ -133,7 +133,7 @@ def _own_values(search: Search) -> dict[str, object]:
 def _search(
     study: optuna.Study, search: Search, out: Path, trials: int, jobs: int
 ) -> Iterator[str]:
-    """Train trials until there are as many as were asked for; yields a line for each."""
+    """Train trials up to the requested number; yields a line for each."""
     from dataclasses import replace
 
     from nexus_core.cli.launch import Crew, checked
@@ -182,7 +182,7 @@ def _waiting(study: optuna.Study) -> int:
 
 
 def _best_first(study: optuna.Study, search: Search, out: Path) -> list[FrozenTrial]:
-    """The trials that came to an end.
+    """The finished trials, best first.
 
     Raises:
         ConfigError: none did.
@@ -222,7 +222,7 @@ def _named(plots: Iterable[Path]) -> list[str]:
 
 
 def _report(study: optuna.Study, search: Search, out: Path, best: Sequence[FrozenTrial]) -> str:
-    """The best trials, and how to train the best again."""
+    """The best trials, and how to train the best one again."""
     from nexus_core.cli.tables import aligned
     from nexus_plugins_contrib.sweep.study import folder_of
 

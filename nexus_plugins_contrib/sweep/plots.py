@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 __all__ = ["save_plots"]
 
-_LOWEST = 2  # trials that there must be to draw any
+_LOWEST = 2  # trials needed for a plot
 
 
 def save_plots(study: optuna.Study, out: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def _save(draw: Callable[[optuna.Study], Any], study: optuna.Study, path: Path) 
 
     before = mpl.get_backend(auto_select=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optuna calls this backend experimental, each time
+        warnings.simplefilter("ignore")  # optuna's warning that this backend is experimental
         mpl.use("agg")
         import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""What a sweep searches: settings and the values they may take."""
+"""The search space of a sweep: settings and their possible values."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Dimension:
     """One setting that is searched.
 
     Args:
-        key: of the setting.
-        kind: how its values lie: "log", "uniform", "int", "intlog" or "choice".
-        values: least and greatest, perhaps a step; or each choice as it was written.
+        key: key of the setting.
+        kind: distribution of its values: "log", "uniform", "int", "intlog" or "choice".
+        values: minimum and maximum, optionally a step; or the choices as written.
     """
 
     key: str
@@ -47,11 +47,11 @@ class Dimension:
         return FloatDistribution(low, high, log=self.kind == "log", step=(*step, None)[0])
 
     def edges(self) -> tuple[Any, ...]:
-        """The values to try before anything is trained: the ends, or each choice."""
+        """The values to check before training: the ends, or each choice."""
         return self.values if self.kind == "choice" else self.values[:2]
 
     def admits(self, value: object) -> Any:
-        """A value as Optuna has it, where it is one of these; else None."""
+        """A value in Optuna's form if it is in this dimension, else None."""
         if self.kind == "choice":
             return next((v for v in self.values if yaml12.parse_value(v).value == value), None)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -63,7 +63,7 @@ def read_dimension(text: str) -> Dimension:
     """Read `KEY=log(1e-4,1e-2)`.
 
     Raises:
-        ConfigError: it says nothing that can be searched.
+        ConfigError: it is not a search dimension.
     """
     key, sign, form = (part.strip() for part in text.partition("="))
     match = _FORM.fullmatch(form)

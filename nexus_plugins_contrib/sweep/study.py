@@ -32,15 +32,15 @@ _JOURNAL, _LOCK, _NAME = "sweep.journal", "sweep.lock", "sweep"
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, and how; a sweep's folder is of one.
+    """What to search, and how; a sweep folder belongs to one search.
 
     Args:
-        recipe: of the runs, but for what is searched.
-        space: the settings.
-        metric: that is made small or great.
+        recipe: the recipe of the runs, except what is searched.
+        space: the settings to search.
+        metric: the metric to optimize.
         mode: "min" or "max".
         sampler, pruner: by their names here.
-        seed: of the sampler.
+        seed: seed of the sampler.
     """
 
     recipe: Recipe
@@ -53,14 +53,14 @@ class Search:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for trials to be of one sweep."""
+        """What all trials of a sweep must share."""
         fixed = {key: value for key, value in asdict(self).items() if key != "seed"}
         same: dict[str, Any] = json.loads(json.dumps(fixed))
         return same
 
 
 def samplers(search: Search, drawn: int, jobs: int) -> BaseSampler:
-    """The sampler; one that has drawn before is not to draw the same again."""
+    """The sampler, seeded so that a resumed sweep does not repeat its draws."""
     seed = search.seed + drawn
     if search.sampler == "random":
         return RandomSampler(seed)
@@ -70,7 +70,7 @@ def samplers(search: Search, drawn: int, jobs: int) -> BaseSampler:
 
 
 def pruners(name: str) -> BasePruner:
-    """What ends trials early: "median" those behind half of the others, "hyperband", or "none"."""
+    """Pruners, which end trials early: "median" (worse than the median), "hyperband", "none"."""
     if name == "hyperband":
         return HyperbandPruner()
     return MedianPruner(n_startup_trials=4) if name == "median" else NopPruner()
@@ -81,7 +81,7 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
     """The study in a sweep's folder, created if missing, locked for this process.
 
     Raises:
-        ConfigError: the folder is of another sweep, or one is at work in it.
+        ConfigError: the folder belongs to another sweep, or is in use.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,10 +116,10 @@ def opened(out: Path, search: Search, jobs: int) -> Iterator[optuna.Study]:
 class JournalLock(JournalFileOpenLock):
     """Locks a journal against other processes.
 
-    Optuna's own locks are files, which outlive a process that is killed while it writes.
+    Optuna's own locks are files, which remain if a process is killed while writing.
 
     Args:
-        path: of the journal.
+        path: path of the journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,17 +140,17 @@ class JournalLock(JournalFileOpenLock):
 
 
 def storage(out: Path) -> JournalStorage:
-    """Where the trials of a sweep are kept."""
+    """The storage of a sweep's trials."""
     journal = out / _JOURNAL
     return JournalStorage(JournalFileBackend(str(journal), lock_obj=JournalLock(journal)))
 
 
 def trial_of(out: Path, number: int) -> optuna.Trial:
-    """A trial in another process than the one that asked for it.
+    """Open a trial in another process than the one that created it.
 
     Args:
-        out: folder of the sweep.
-        number: of the trial, as Optuna stores it.
+        out: the sweep folder.
+        number: the trial's id in Optuna's storage.
     """
     study = optuna.load_study(study_name=_NAME, storage=storage(out))
     search = study.user_attrs["search"]
@@ -159,7 +159,7 @@ def trial_of(out: Path, number: int) -> optuna.Trial:
 
 
 def folder_of(out: Path, trial: FrozenTrial | optuna.Trial) -> Path:
-    """The folder of a trial's run."""
+    """The run folder of a trial."""
     return out / f"trial-{trial.number:04d}"
 
 
@@ -189,14 +189,14 @@ def close_value(
 
 
 def left_over(study: optuna.Study) -> Sequence[FrozenTrial]:
-    """Trials that were begun and not ended, by a sweep that was stopped or killed."""
+    """Unfinished trials of a sweep that was stopped or killed."""
     return study.get_trials(deepcopy=True, states=(TrialState.RUNNING,))
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut off the end of a journal that a power cut left without its newline."""
+    """Remove an incomplete last line of the journal, as left by a power failure."""
     held = JournalLock(path)
-    held.acquire()  # a trial of a sweep that was killed may still be writing
+    held.acquire()  # a trial of a killed sweep may still be writing
     content = path.read_bytes()
     os.truncate(path, content.rfind(b"\n") + 1)
     held.release()

@@ -18,11 +18,11 @@ def work(recipe: Recipe, run: Path, sweep: Path, number: int, metric: str) -> No
     """Train a trial's run.
 
     Args:
-        recipe: of the run.
+        recipe: recipe of the run.
         run: its folder.
-        sweep: the folder of the sweep.
+        sweep: the sweep folder.
         number: of the trial, as Optuna stores it.
-        metric: that is reported.
+        metric: the metric to report.
     """
     trial = trial_of(sweep, number)
 

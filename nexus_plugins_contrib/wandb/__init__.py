@@ -1,4 +1,4 @@
-"""Logs to Weights & Biases: `plugin` is the logger, `handed` and `notes` what it is given."""
+"""Logs to Weights & Biases: `plugin` is the logger, `handed` records what was sent."""
 
 from nexus_plugins_contrib.wandb.plugin import WandbConfig, WandbPlugin
 

@@ -1,4 +1,4 @@
-"""The lines that a service was handed, on disk: it may lose its latest ones in a kill."""
+"""A record on disk of the lines sent to a service, which may lose the latest ones if killed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, TypeAlias
 __all__ = ["HandedLines", "Line", "last_steps"]
 
 Line: TypeAlias = tuple[int, Mapping[str, Any]]
-"""An optimizer step, and metrics, or what JSON holds of notes, by name."""
+"""An optimizer step, and metrics, or notes as JSON, by name."""
 
 
 class HandedLines:
-    """A file of lines, each of which is with the system as soon as it is added.
+    """A file of lines, each flushed to the operating system as it is added.
 
     Args:
-        path: of the file; its folder exists.
+        path: path of the file; its folder must exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class HandedLines:
             stream.write(f"\n{json.dumps([step, dict(metrics)])}")  # also after a torn line
 
     def __iter__(self) -> Iterator[Line]:
-        """The lines of this session and of those before it, but for torn ones."""
+        """The lines of this and earlier sessions, except torn ones."""
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):
@@ -38,14 +38,14 @@ class HandedLines:
                     yield step, metrics
 
     def missing(self, stored: Mapping[str, int], first: int = 0) -> Iterator[Line]:
-        """What a service has not.
+        """The lines that a service lacks.
 
         Args:
-            stored: the last step of each metric that it has.
+            stored: the last step of each metric that it has stored.
             first: it has everything before this step.
 
         Returns:
-            Lines with the metrics that it has not.
+            Lines with only the missing metrics.
         """
         for step, metrics in self:
             new = {name: v for name, v in metrics.items() if step > stored.get(name, first - 1)}

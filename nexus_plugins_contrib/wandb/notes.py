@@ -1,4 +1,4 @@
-"""Words and images: as JSON holds them, and as wandb shows them."""
+"""Text and images, as stored in JSON and as shown by wandb."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from nexus_core.images import Image
 
 __all__ = ["as_image", "as_text", "shown", "title_of"]
 
-TEXT, IMAGE = "/text", "/image"  # behind a title, which may be the name of a metric too
+TEXT, IMAGE = "/text", "/image"  # suffixes, since a title may equal a metric's name
 _PAGE = '<pre style="white-space: pre-wrap; font-family: inherit">{}</pre>'
 
 
 def as_text(title: str, text: str) -> dict[str, Any]:
-    """Words, by the name that they have in wandb."""
+    """Text, by its name in wandb."""
     return {title + TEXT: {"text": text}}
 
 
 def as_image(title: str, image: Image) -> dict[str, Any]:
-    """An image, by the name that it has in wandb."""
+    """An image, by its name in wandb."""
     png = base64.b64encode(image.png).decode()
     return {title + IMAGE: {"png": png, "caption": image.caption}}
 
 
 def title_of(name: str) -> str:
-    """The title of what has this name in wandb."""
+    """The title of a note, given its name in wandb."""
     return name.removesuffix(TEXT).removesuffix(IMAGE)
 
 
 def shown(value: Any) -> Any:
-    """A metric as it is, and of words and images what wandb makes a panel of."""
+    """A metric unchanged, and text and images as wandb's panel types."""
     if not isinstance(value, dict):
         return value
     if "text" in value:

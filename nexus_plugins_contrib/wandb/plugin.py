@@ -37,9 +37,9 @@ __all__ = ["WandbConfig", "WandbPlugin"]
 
 Mode: TypeAlias = Literal["online", "offline", "disabled", "shared"]
 MODES = {"dryrun": "offline", "run": "online", **{mode: mode for mode in get_args(Mode)}}
-"""What WANDB_MODE may say, earlier names included."""
+"""The possible values of WANDB_MODE, including earlier names."""
 TRUE = ("1", "on", "true", "yes")
-KIND = "._type"  # behind the name of an image or words, in what its reader prints
+KIND = "._type"  # suffix of text and images in the reader's output
 
 
 class WandbConfig(BackgroundConfig):
@@ -76,7 +76,7 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
     config_class = WandbConfig
     writes_files = True
-    before = ("checkpoint",)  # and so closes after it, when `final` is whole
+    before = ("checkpoint",)  # so that it closes after it, when `final` is complete
     _run: wandb.Run
     _mode: Mode = "offline"
     _place: str = ""
@@ -162,7 +162,7 @@ class WandbPlugin(BackgroundLogger[WandbConfig]):
 
 
 def _mode(wish: str) -> Mode:
-    """What to ask wandb for: it reads WANDB_MODE only once in a process."""
+    """The mode to pass to wandb, which reads WANDB_MODE only once per process."""
     if wish != "auto":
         return cast(Mode, wish)
     if os.environ.get("WANDB_DISABLED", "").lower() in TRUE:
@@ -178,7 +178,7 @@ def _has_credentials() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    with suppress(OSError, netrc.NetrcParseError, RuntimeError):  # the last: no home folder
+    with suppress(OSError, netrc.NetrcParseError, RuntimeError):  # RuntimeError: no home folder
         paths = [path for file in files if (path := Path(file).expanduser()).exists()]
         return any(netrc.netrc(str(path)).authenticators(host) for path in paths[:1])
     return False

@@ -61,7 +61,7 @@ class AmpPlugin(Plugin[AmpConfig]):
     _scaler: GradScaler | None = None
     _skipped: Tensor
     _unscaled: list[Optimizer]
-    """The optimizers whose gradients this step has divided by the scale."""
+    """The optimizers whose gradients have been unscaled in this step."""
     _saved: StateDict | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class AmpPlugin(Plugin[AmpConfig]):
                 "amp: fp16 loss scaling does not work with optimizers that need a closure; set "
                 "amp.dtype to bf16"
             )
-        if self._scaler is not None:  # forget what an interrupted step has left in it
+        if self._scaler is not None:  # forget what an interrupted step left in it
             self._saved, self._scaler = self.state_dict(), None
         if self.config.dtype == "fp16":
             scale, interval = self.config.initial_scale, self.config.growth_interval
@@ -178,7 +178,7 @@ class AmpPlugin(Plugin[AmpConfig]):
 
 
 def _reached(engine: Engine, step: Step) -> list[Optimizer]:
-    """The optimizers of the turn that the loss has given a gradient to."""
+    """The turn's optimizers that have a gradient."""
     return [
         optimizer
         for optimizer in members(engine.optimizer, step.turn).values()

@@ -86,7 +86,7 @@ class ClipPlugin(Plugin[ClipConfig]):
     config_class = ClipConfig
     api_version: ClassVar[str] = "1.2"
     _seen: Sequence[Parameter] = ()
-    """The parameters that the last step had gradients for."""
+    """The parameters that had gradients in the last step."""
     _ordered: Sequence[Parameter] = ()
     _plain: bool = False
 
@@ -126,7 +126,7 @@ class ClipPlugin(Plugin[ClipConfig]):
 
 
 def _are_plain(parameters: Sequence[Parameter]) -> bool:
-    """Whether all gradients are plain tensors of one device and type."""
+    """Whether all gradients are plain tensors of one device and dtype."""
     kinds = {(p.device.type, p.device.index, p.dtype, type(p)) for p in parameters}
     return (
         len(kinds) == 1
@@ -149,7 +149,7 @@ def _clip_plain(parameters: Sequence[Parameter], max_norm: float) -> Tensor:
         return torch.zeros(())
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if norm.is_cpu and norm.item() + EPS <= max_norm:
-        return norm  # on the host, looking is free: nothing to scale
+        return norm  # on the host, reading is free: nothing to scale
     torch._foreach_mul_(gradients, (norm + EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0))
     return norm
 
@@ -171,7 +171,7 @@ def _clip_steadily(parameters: Sequence[Parameter], max_norm: float, ranks: Rank
 
 
 def _in_order(model: nn.Module, parameters: Sequence[Parameter]) -> list[Parameter]:
-    """The parameters as the model has them, whichever groups the optimizer keeps them in."""
+    """The parameters in the model's order, independent of the optimizer's groups."""
     places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
     return sorted(parameters, key=lambda parameter: places.get(id(parameter), len(places)))
 
@@ -187,7 +187,7 @@ def _clip_values(parameters: Sequence[Parameter], limit: float) -> None:
 def _clip_units(parameter: Parameter, ratio: float, eps: float) -> None:
     """Limit each unit's gradient norm to a ratio of its weight norm."""
     gradient = cast(Tensor, parameter.grad)
-    if parameter.ndim > 1:  # a unit is a row, which one process holds whole
+    if parameter.ndim > 1:  # a unit is a row, which is whole on one rank
         own, change = local_part(parameter), local_part(gradient)
         axes = tuple(range(1, own.ndim))
         weights, lengths = (

@@ -69,9 +69,9 @@ class CurriculumPlugin(Plugin[CurriculumConfig]):
     Every tensor of the batch that has a column for each of the `input_ids` `(batch, time)` is
     shortened with them: labels, masks, segments, positions. In the mode `reshape` a row becomes
     several, and per-row entries are repeated; rows are split evenly, so the length is the largest
-    divisor of the data's row length that does not exceed the scheduled one. Tokens per step, and
-    what an interval in tokens means, stay the same (rows per step, samples, do not). Evaluation is
-    not touched. `curriculum/seq_len` is logged.
+    divisor of the data's row length that does not exceed the scheduled one. Tokens per step, and so
+    intervals in tokens, stay the same; the number of rows (samples) changes. Evaluation is not
+    affected. `curriculum/seq_len` is logged.
 
     Source: Li et al. 2022, "The Stability-Efficiency Dilemma: Investigating Sequence Length
     Warmup for Training GPT Models", which truncates; cutting instead of dropping is ours.

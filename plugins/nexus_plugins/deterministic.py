@@ -16,7 +16,7 @@ from nexus_plugins._shared.process_setting import ProcessSetting
 __all__ = ["DeterministicConfig", "DeterministicPlugin"]
 
 WORKSPACES = (":4096:8", ":16:8")
-"""Those with which cuBLAS is deterministic, by its manual; the first one costs no time."""
+"""Workspaces for which cuBLAS is deterministic, according to its manual; the first is as fast."""
 
 
 def _algorithms() -> str | None:
@@ -56,7 +56,7 @@ PRODUCTS = tuple(
         "allow_fp16_accumulation",
     )
 )
-"""Where the parts of a product in 16 bits may be added up in 16 bits."""
+"""Flags that allow 16-bit products to be accumulated in 16 bits."""
 
 
 class DeterministicConfig(PluginConfig):
@@ -97,10 +97,10 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
 
     @hookimpl(stage="claim", tryfirst=True)
     def on_start(self) -> None:
-        """Make the settings, before anything is computed.
+        """Apply the settings before anything is computed.
 
         Raises:
-            ConfigError: cuBLAS is set to be otherwise, or float32 products to be TF32.
+            ConfigError: cuBLAS is configured differently, or float32 products use TF32.
         """
         self._check_precision()
         with ExitStack() as held:
@@ -115,12 +115,12 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
 
     @hookimpl(stage="inspect")
     def on_batch(self) -> None:
-        """Refuse TF32 that somebody has allowed since the start."""
+        """Reject TF32 if it has been enabled since the start."""
         self._check_precision()
 
     @hookimpl
     def on_error(self, error: BaseException) -> None:
-        """Say what to do about an operation without a deterministic form."""
+        """Say what to do about an operation without a deterministic implementation."""
         if "does not have a deterministic implementation" in str(error):
             error.add_note(
                 "deterministic: replace the operation, or allow it: deterministic.missing=warn"
@@ -128,7 +128,7 @@ class DeterministicPlugin(Plugin[DeterministicConfig]):
 
     @hookimpl
     def on_close(self) -> None:
-        """Give every setting back."""
+        """Restore every setting."""
         self._held.close()
 
     def _check_precision(self) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EmaConfig", "EmaPlugin"]
 
-LIVE = "_live"  # behind the name of a set that is evaluated with the weights themselves
+LIVE = "_live"  # suffix of a set that is evaluated with the raw weights
 
 
 class EmaConfig(PluginConfig):
@@ -65,9 +65,9 @@ class EmaPlugin(Plugin[EmaConfig]):
     _average: dict[str, Tensor]
     _updates: int
     _live: dict[str, Tensor]
-    """What is averaged, by name."""
+    """The tensors that are averaged, by name."""
     _seen: tuple[tuple[int, bool, bool], ...]
-    """Which parameters there were, and of each whether it was trained and without a shape yet."""
+    """Identity of each parameter, whether it was trained, and whether it had no shape yet."""
 
     def __post_init__(self) -> None:
         self._average, self._updates, self._live, self._seen = {}, 0, {}, ()
@@ -113,7 +113,7 @@ class EmaPlugin(Plugin[EmaConfig]):
         torch._foreach_lerp_(average, [_wide(local_part(p)) for p in self._live.values()], weights)
 
     def _ramp(self, update: int) -> float:
-        """The most that the average keeps of itself at an update, counted from 1."""
+        """The maximum decay at an update, counted from 1."""
         if self.config.power is not None:
             return 1.0 - float(update**-self.config.power)
         return (1 + update) / (10 + update) if self.config.ramp else 1.0
@@ -121,11 +121,11 @@ class EmaPlugin(Plugin[EmaConfig]):
     @hookimpl
     def evaluating(self, engine: Engine) -> AbstractContextManager[object] | None:
         """Evaluate with the averaged weights, then restore the originals bitwise."""
-        if self._average and not self._live:  # loaded, and not trained since
+        if self._average and not self._live:  # loaded, but not trained since
             self._collect(engine)
         return self._shown() if self.config.evaluate else None
 
-    @hookimpl(trylast=True)  # so that who measures once does so with the average
+    @hookimpl(trylast=True)  # so that plugins that measure once see the average
     def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float] | None:
         """Evaluate the raw weights as well, if both are requested."""
         if self.config.evaluate != "both" or split.endswith(LIVE):
@@ -147,7 +147,7 @@ class EmaPlugin(Plugin[EmaConfig]):
             self._put_by = []
 
     def _collect(self, engine: Engine) -> None:
-        """Take in what has begun to be trained, with its weights as they are now."""
+        """Add tensors that are newly trained, starting from their current values."""
         buffers = _averaged_buffers(engine.model) if self.config.buffers else {}
         watched = [*engine.parameters(), *buffers.values()]
         seen = tuple((id(p), p.requires_grad, is_lazy(p)) for p in watched)
@@ -170,10 +170,10 @@ class EmaPlugin(Plugin[EmaConfig]):
         average = cast(dict[str, Tensor], state["average"])
         self._average = {name: tensor.clone() for name, tensor in average.items()}
         self._updates = int(cast(int, state["updates"]))
-        self._live, self._seen = {}, ()  # what is averaged may be other parameters
+        self._live, self._seen = {}, ()  # the averaged parameters may be different ones
 
     def _fitting(self, name: str, parameter: Tensor) -> Tensor:
-        """The average of a parameter, where the parameter is."""
+        """The average of a parameter, moved to its device and layout."""
         mean, wide = self._average[name], _wide(parameter)
         if mean.shape != wide.shape or not mean.is_floating_point():
             raise CheckpointError(
@@ -191,19 +191,19 @@ def _fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _averaged_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of floating point that are part of the model's state."""
+    """The floating-point buffers in the model's state."""
     saved = model.state_dict().keys()
     named = model.named_buffers()
     return {n: b for n, b in named if n in saved and b.is_floating_point() and not is_lazy(b)}
 
 
 def _weight(move: Tensor | float, mean: Tensor) -> Tensor:
-    """How far an average moves, as a tensor beside it; a number is not copied there, but made."""
+    """The step size of an average as a tensor on its device, created there without a copy."""
     if isinstance(move, Tensor):
         return move.to(mean.device, mean.dtype)
     return mean.new_full((), move)
 
 
 def _wide(parameter: Tensor) -> Tensor:
-    """The values in float32 at least; the parameter's own memory where it is so wide already."""
+    """The values in at least float32; without a copy if they already are."""
     return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))

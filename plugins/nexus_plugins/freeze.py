@@ -48,8 +48,8 @@ class FreezePlugin(Plugin[FreezeConfig]):
     """Freezes parameters for part of the run, and trains them afterwards.
 
     They stay in the optimizer, get no gradient, no update and no weight decay, and cost
-    no backward pass below the lowest trained layer. What was frozen before the run stays
-    frozen. When a rule applies is a function of the run's progress, so nothing is saved.
+    no backward pass below the lowest trained layer. What was frozen before the run stays frozen.
+    When a rule applies is a function of the run's progress, so nothing is saved.
     """
 
     config_class = FreezeConfig
@@ -118,5 +118,5 @@ def _acts(rule: FreezeRule, state: TrainState) -> bool:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    """Whether it is a module such as batch norm: buffers of its own, and nothing below it."""
+    """Whether it is a module such as batch norm: it has buffers and no submodules."""
     return any(True for _ in module.buffers(recurse=False)) and not list(module.children())

@@ -105,6 +105,6 @@ def by_module(model: nn.Module, depth: int) -> dict[str, list[nn.Parameter]]:
 
 
 def _entry_scale(terms: Mapping[str, Tensor]) -> Tensor:
-    """What hooks on the terms, such as the scaling of fp16, multiply the gradient by."""
+    """The factor by which hooks on the terms, such as fp16 scaling, multiply the gradient."""
     term = next(term for term in terms.values() if term.requires_grad)
     return torch.autograd.grad(term, term, retain_graph=True)[0].float()

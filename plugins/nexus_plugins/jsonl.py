@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["JsonlConfig", "JsonlPlugin"]
 
-IMAGES = "images"  # the folder, beside the file
-LONGEST_NAME = 80  # characters of a title in the name of a file
+IMAGES = "images"  # folder next to the file
+LONGEST_NAME = 80  # characters of a title in a file name
 _IMAGE = re.compile(rf"{IMAGES}/step-\d+-[\w.-]*\.png", re.ASCII)
 _ENCODER = json.JSONEncoder(allow_nan=False)
 
@@ -87,7 +87,7 @@ class JsonlPlugin(Logger[JsonlConfig]):
         self._append(engine.state, {"note": title, "text": image.caption, "image": file})
 
     def _append(self, state: TrainState, content: Mapping[str, Any]) -> None:
-        """Write a line, unless the session before this one wrote it already."""
+        """Write a line, unless the previous session already wrote it."""
         now = {"step": state.step, "time": round(time.time(), 3), "tokens": state.tokens}
         record = {**now, **content}
         if state.step == self._resumed_at and _kind(record) in self._repeated:
@@ -111,12 +111,12 @@ class JsonlPlugin(Logger[JsonlConfig]):
 
 
 def _kind(record: Mapping[str, Any]) -> frozenset[str | None]:
-    """What a line has in common with its repetition alone: names of metrics, words of a note."""
+    """The identity of a line within its step: names of metrics, or title and text of a note."""
     return frozenset({*record, *(record.get(key) for key in ("note", "text", "image"))})
 
 
 def _image_file(step: int, title: str, image: Image) -> str:
-    """The same for the same image, so that a step that is done again writes no second file."""
+    """The file name of an image; the same for equal images, so repeated steps add no files."""
     digest = hashlib.sha256(image.png).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", title, flags=re.ASCII).strip(".-")[:LONGEST_NAME]
     return f"{IMAGES}/step-{step:08}-{name}-{digest}.png"
@@ -125,7 +125,7 @@ def _image_file(step: int, title: str, image: Image) -> str:
 def _remove_images(
     folder: Path, records: Iterable[Mapping[str, Any]], kept: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Remove the images of lines that are not kept, and no other file."""
+    """Remove the images of dropped lines, and no other files."""
     named = {str(record.get("image")) for record in records}
     for name in named - {str(record.get("image")) for record in kept}:
         if _IMAGE.fullmatch(name) and not (folder / IMAGES).is_symlink():
@@ -137,7 +137,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; a killed process may have left a torn one."""
+    """The complete lines of a metrics file; a killed process may have left a partial one."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LossCausalConfig", "LossCausalPlugin", "dag_constraint", "dag_log_det"]
 
-MARGIN = 1.1  # of the log-determinant's scale over the largest eigenvalue that there can be
+MARGIN = 1.1  # factor between s and the largest possible eigenvalue
 _CLASSIC = {
     "constraint": "exp",
     "dag_growth": 1.0,
@@ -83,14 +83,14 @@ class LossCausalPlugin(ModuleLoss[LossCausalConfig]):
     Source: h is `-log det(s I - A * A) + n log s` of DAGMA (Bello et al. 2022, theorem 1), with s
         above any eigenvalue, or `tr(exp(A * A)) - n` of NOTEARS (Zheng et al. 2018). The likelihood
         is that of GOLEM-NV (Ng et al. 2020), with interventions as in DCDI (Brouillard et al.
-        2020). Deviation: one optimizer and a factor that rises, in place of an augmented
-        Lagrangian or a central path.
+        2020). Deviation: one optimizer and a rising factor, instead of an augmented Lagrangian or a
+        central path.
     """
 
     config_class = LossCausalConfig
     api_version: ClassVar[str] = "1.2"
     _grown: Tensor | None = None
-    """The weight of the constraint by now, on the device, where it grows over the run."""
+    """The current weight of the constraint, on the device, if it grows over the run."""
 
     def units(self, batch: Batch) -> Tensor | float:
         """The number of non-padding positions; one per micro-batch without reconstruction."""
@@ -151,7 +151,7 @@ def _squares(graph: Mapping[str, Tensor]) -> Tensor:
 
 
 def _surprise(batch: Batch, graph: Mapping[str, Tensor]) -> Tensor:
-    """What the graph does not explain of each position, and what was not read of it."""
+    """The part of each position that the graph does not explain, and that was not read."""
     variables, log_std = graph["variables"], graph["log_std"]
     missed = (variables - graph["explained"]).square()
     each = missed * (-2 * log_std).exp() / 2 + log_std
@@ -169,7 +169,7 @@ def dag_constraint(adjacency: Tensor) -> Tensor:
         adjacency: A `(n, n)`; in types narrower than float32 it is computed in float32.
 
     Returns:
-        A tensor without dimensions, with its graph.
+        A 0-d tensor with its autograd graph.
 
     Source: Zheng et al. 2018, "DAGs with NO TEARS", theorem 1.
     """
@@ -188,7 +188,7 @@ def dag_log_det(adjacency: Tensor) -> Tensor:
         adjacency: A `(n, n)`; in types narrower than float32 it is computed in float32.
 
     Returns:
-        A tensor without dimensions, with its graph.
+        A 0-d tensor with its autograd graph.
 
     Source: Bello et al. 2022, "DAGMA", definition 2 and theorem 1.
     """

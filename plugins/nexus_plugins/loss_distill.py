@@ -45,8 +45,8 @@ class LossDistillConfig(LossConfig):
 class LossDistillPlugin(Loss[LossDistillConfig]):
     """Trains on the divergence of the model's next-token distribution from a teacher's.
 
-    `KL(teacher || model)` in nats at positions with a counted label; the teacher is frozen and in
-    evaluation mode. With `loss_lm`, the weights of both set the mixture.
+    `KL(teacher || model)` in nats at positions whose label is not ignored; the teacher is frozen
+    and in evaluation mode. With `loss_lm`, the weights of both set the mixture.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
@@ -76,7 +76,7 @@ class LossDistillPlugin(Loss[LossDistillConfig]):
         self._teacher = teacher.to(engine.device).requires_grad_(False).eval()
 
     def units(self, batch: Batch) -> Tensor:
-        """The number of labels that count."""
+        """The number of labels that are not ignored."""
         counted: Tensor = (batch["labels"] != self.config.ignore_index).sum()
         return counted
 
@@ -93,7 +93,7 @@ class LossDistillPlugin(Loss[LossDistillConfig]):
         return {self.term: divergence(output, taught, counted, self.config.temperature)}
 
     def _called(self, batch: Batch) -> Any:
-        """A teacher of another make, by its own `forward`."""
+        """Call a teacher of another kind through its own `forward`."""
         assert self._teacher is not None
         given = accepted(self._teacher, batch)
         if "segment_ids" in batch and "segment_ids" not in given:
@@ -108,9 +108,10 @@ def divergence(output: Any, taught: Any, counted: Tensor, temperature: float) ->
     """`KL(teacher || model)` summed over positions, times the squared temperature.
 
     Args:
-        output: the model's: with `hidden` and `head_weight`, with `logits`, or logits `(B, T, V)`.
-        taught: the teacher's, likewise.
-        counted: `(B, T)` the positions that count.
+        output: the model's output: with `hidden` and `head_weight`, with `logits`, or logits
+            `(B, T, V)`.
+        taught: the teacher's output, likewise.
+        counted: `(B, T)`, the positions to sum over.
         temperature: divides both logits.
 
     Raises:
@@ -125,7 +126,7 @@ def divergence(output: Any, taught: Any, counted: Tensor, temperature: float) ->
             "teacher with the model's tokenizer"
         )
     rows, theirs, weight = rows.flatten(0, -2), theirs.flatten(0, -2).detach(), counted.flatten()
-    if rows.is_cpu:  # elsewhere this would wait for the device
+    if rows.is_cpu:  # on other devices this would sync
         rows, theirs, weight = rows[weight], theirs[weight], weight[weight]
     total = rows.new_zeros((), dtype=torch.float32)
     for part in pieces(len(rows), own):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]
 
 CLASSIC = ("iteration_weight", "target_iterations")
-"""Settings that do nothing but in the classical formula."""
+"""Settings that only apply to the classic formula."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,20 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     stopped after fewer refinements, and `foreseen` `(B, T)`, the predicted cost of that in nats.
     The loss is the cross-entropy of `early` with the labels, and the squared distance between
     `foreseen` and the difference of that cross-entropy to the model's own, which has no gradient.
-    Positions without a label add 0. Where a refinement gains nothing, it learns to predict zero.
+    Positions without a label add 0. If a refinement gains nothing, it learns to predict zero.
     Everything is measured on the labels, so uninformative codes earn no reward.
 
     With `classic` the dict is of `iterations` and `final_energy`, both `(B, T)`, and the loss is
     `final_energy + iteration_weight * |iterations - target_iterations|`.
 
-    Training also logs `energy/avg_iterations`: of `refinements`, the refinements really made, where
-    the model reports them, else of the expected `iterations`.
+    Training also logs `energy/avg_iterations`: the mean of `refinements`, the number actually made,
+    if the model reports it, else of the expected `iterations`.
     """
 
     config_class = LossEnergyConfig
 
     def units(self, batch: Batch) -> Tensor:
-        """The number of positions; padding does not count."""
+        """The number of positions, without padding."""
         return real_positions(batch, self.config.ignore_index).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:

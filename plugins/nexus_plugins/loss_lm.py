@@ -48,7 +48,7 @@ class LossLmPlugin(Loss[LossLmConfig]):
     linear_cross_entropy = staticmethod(linear_cross_entropy)
 
     def units(self, batch: Batch) -> Tensor:
-        """The number of labels that count.
+        """The number of labels that are not ignored.
 
         Raises:
             DataError: the labels of the first batch equal its ids, unshifted.
@@ -59,11 +59,11 @@ class LossLmPlugin(Loss[LossLmConfig]):
         return cast(Tensor, (batch["labels"] != self.config.ignore_index).sum())
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
-        """The smoothed cross-entropy summed over the labels that count, in nats."""
+        """The smoothed cross-entropy summed over labels, in nats."""
         return self._cross_entropy(output, batch["labels"], self.config.label_smoothing)
 
     def validation_loss(self, batch: Batch, output: Any) -> Tensor:
-        """The plain cross-entropy summed over the labels that count, in nats."""
+        """The plain cross-entropy summed over labels, in nats."""
         return self._cross_entropy(output, batch["labels"], 0.0)
 
     @hookimpl

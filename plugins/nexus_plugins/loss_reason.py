@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 __all__ = ["LossReasonConfig", "LossReasonPlugin"]
 
 DOUBT = 0.25
-"""Of the entropy beside the pull: with 1 and more, a rule that never fires would be the best."""
+"""Weight of the entropy relative to the balance; with 1 or more, never firing would be optimal."""
 TINY = 1e-6
-"""Firings count as this far from 0 and 1 at least, where the slope of the entropy has no end."""
+"""Firing is clamped this far from 0 and 1, where the slope of the entropy is infinite."""
 GRAIN = 2.0**20
-"""Firings are summed as whole numbers of this part, so that no order of adding them counts."""
+"""Firing is summed in integer multiples of 1 / GRAIN, so that the order does not matter."""
 EDGE = 1e-4
-"""Rates count as this far from 0 and 1 at least: what is out of use is drawn back, not torn."""
+"""Rates are clamped this far from 0 and 1, which limits the gradient of unused rules."""
 
 _OF_FORMULA = {True: ("entropy_weight", "eps"), False: ("balance_weight", "rate", "decay")}
-"""Settings that act in the classic formula, and in the other one."""
+"""Settings that only apply to the classic formula (True), or only to the default one."""
 
 
 class LossReasonConfig(PositionLossConfig):
@@ -95,7 +95,7 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
     _fired: Tensor | None = None
 
     def units(self, batch: Batch) -> Tensor:
-        """The number of positions; padding does not count."""
+        """The number of positions, without padding."""
         return real_positions(batch, self.config.ignore_index).sum()
 
     def loss(self, batch: Batch, output: Any) -> Tensor:
@@ -116,7 +116,7 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
                 length = _proof_length(reports["reason_halting"].detach())
                 engine.log("reasoning/proof_length", (length * real).sum(), units=real.sum())
             else:
-                if step.place == 0:  # a pass that is made again counts once
+                if step.place == 0:  # a repeated pass counts once
                     self._fired = None
                 counts = real & (not step.micro[step.place].borrowed)
                 self._note(reports["reason"].detach() * counts.unsqueeze(-1))
@@ -142,17 +142,17 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
         self._rates, self._fired = cast("Tensor | None", state.get("rates")), None
 
     def _each(self, reports: Mapping[str, Tensor]) -> Tensor:
-        """What each position costs."""
+        """The loss of each position."""
         firing, config = reports["reason"].clamp(TINY, 1 - TINY), self.config
         rates = self._rates_like(firing).clamp(EDGE, 1 - EDGE)
         pull = rates.logit() - math.log(config.rate / (1 - config.rate))
         doubt: Tensor = torch.special.entr(firing) + torch.special.entr(1 - firing)
-        far = rates * pull - ((1 - config.rate) / (1 - rates)).log()  # from the wanted rate
+        far = rates * pull - ((1 - config.rate) / (1 - rates)).log()  # from the target rate
         balance = DOUBT * doubt + far + (firing - firing.detach()) * pull
         return config.balance_weight * balance.sum(-1)
 
     def _rates_like(self, firing: Tensor) -> Tensor:
-        """The average of each rule, as it was before this step; `rate` in the first."""
+        """The average of each rule before this step; `rate` in the first step."""
         if self._rates is None:
             return firing.new_full(firing.shape[-1:], self.config.rate)
         self._rates = self._rates.to(firing.device)

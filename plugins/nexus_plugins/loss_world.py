@@ -28,7 +28,7 @@ __all__ = ["LossWorldConfig", "LossWorldPlugin"]
 
 MODERN = ("latent_weight", "token_weight", "head_weight")
 CLASSIC = ("variance_weight", "variance_floor", "decay", "decay_schedule")
-"""Settings of either formula, which do nothing with the other."""
+"""Settings that only apply to one of the two formulas."""
 
 
 class LossWorldConfig(PositionLossConfig):
@@ -85,13 +85,13 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     """Trains the model to predict its own next states and the tokens after the next one.
 
     The model reports `world` and `world_targets` `(B, T, K, D)` and `world_mask` `(B, T, K)`, true
-    where a target exists. A position counts if the token after it is there and of the same
-    document; its loss is the mean over K, with missing targets counting 0, of
+    if a target exists. A position counts if the next token exists and is in the same document; its
+    loss is the mean over K, with missing targets counting 0, of
     `latent_weight * smooth_l1(world, world_targets)`, a mean over D. If it also reports
-    `world_heads` `(B, T, M, D)`, `world` are states that `head_weight` turns into logits, and there
-    are two more parts: `token_weight` times the cross-entropy of the token after each state of
-    `world`, with the head taken as given, mean over K; and `head_weight` times that of the tokens
-    2, 3, ... ahead, mean over M. Tokens whose `labels` are -100 do not count.
+    `world_heads` `(B, T, M, D)`, `world` are states that `head_weight` turns into logits, and the
+    loss has two more parts: `token_weight` times the cross-entropy of the token after each state of
+    `world`, with the head detached, mean over K; and `head_weight` times that of the tokens
+    2, 3, ... ahead, mean over M. Tokens whose `labels` are -100 are ignored.
 
     States equal for all tokens would have zero loss here, but a high cross-entropy: they cannot
     collapse while the language model is trained.
@@ -102,8 +102,8 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     only the second part. The model may have `update_world_target(decay)`.
 
     The hinge keeps one prediction from being the same number in every dimension. It does not
-    prevent collapse: latents equal for all tokens have zero loss. What does is that the targets
-    have no gradient, lag behind, and are normalized to mean 0 and variance 1.
+    prevent collapse: latents equal for all tokens have zero loss. That is prevented by the targets,
+    which have no gradient, lag behind, and are normalized to mean 0 and variance 1.
 
     Source: Teoh et al. 2025, "Next-Latent Prediction Transformers Learn Compact World Models", the
         smooth L1 distance and the divergence; Gloeckle et al. 2024 for the heads. Classic: VICReg
@@ -136,7 +136,7 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     def _of_tokens(
         self, batch: Batch, head: Tensor, reports: Mapping[str, Tensor], counts: Tensor
     ) -> Tensor:
-        """What predicted states say of the token after them, and heads of tokens further ahead."""
+        """The cross-entropies of the token after predicted states, and of the heads' tokens."""
         heads = reports["world_heads"]
         reached = [self._reaches(batch, ahead) for ahead in range(1, heads.shape[2] + 1)]
         of_states = self._nats(batch, reports["world"], head.detach(), counts)
@@ -182,11 +182,11 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
         return 1 - (1 - keep) * (1 + math.cos(math.pi * progress)) / 2
 
     def _foretelling(self, batch: Batch) -> Tensor:
-        """(B, T) whether a token and the next one are real and of one document."""
+        """`(B, T)`: whether a token and the next one are real and in the same document."""
         return self._reaches(batch, 1)
 
     def _reaches(self, batch: Batch, ahead: int) -> Tensor:
-        """(B, T) whether a token and the one `ahead` of it are real and of one document."""
+        """`(B, T)`: whether a token and the one `ahead` of it are real and in the same document."""
         real = real_positions(batch, self.config.ignore_index)
         documents = batch.get("segment_ids", torch.zeros_like(batch["input_ids"]))
         same = later(documents, ahead, -1) == documents

@@ -78,7 +78,7 @@ class LrWsdPlugin(Decay[LrWsdConfig]):
         return 1 - (math.sqrt(done) if self.config.shape == "sqrt" else done)
 
     def _fall(self, engine: Engine, horizon: Interval) -> Exact:
-        """The length of the fall in the unit of the horizon."""
+        """The length of the decay in the unit of the horizon."""
         amount = amount_in(horizon.unit, self.config.decay or LAST_FIFTH, engine)
         if amount is None:
             raise ConfigError(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["MfuConfig", "MfuPlugin", "count_flops", "matmul_rate"]
 
 SPEED = "system/throughput_tokens_per_sec"
-SIDES = {"cuda": 8192}  # of the matrices, 1024 elsewhere: long enough to fill the device
-SECONDS_SPENT = 0.5  # on the rate, after one product to warm up
+SIDES = {"cuda": 8192}  # matrix sizes that fill the device; 1024 elsewhere
+SECONDS_SPENT = 0.5  # on the measurement, after one matmul as warm-up
 Answers = list[Mapping[str, Any]]
 
 
@@ -43,11 +43,11 @@ class MfuPlugin(Plugin[MfuConfig]):
     Tokens per second, times FLOPs per token, divided by the peak FLOP/s of the devices, one per
     process. FLOPs are those of matmuls, convolutions and attention, forward and backward, a
     multiply-add counting as two; they are counted once, on the last micro-batch of the session's
-    first step. Anything beyond three forward passes is recomputation and is left out. The peak is
-    measured: the fastest large matmul in the dtype that the model computes in.
+    first step. Anything beyond three forward passes is recomputation and is not counted. The peak
+    is measured: the fastest large matmul in the dtype that the model computes in.
 
-    Source: Chowdhery et al. 2022, "PaLM", appendix B; here operations are counted instead of worked
-    out by formula, and the rate is measured instead of the vendor's.
+    Source: Chowdhery et al. 2022, "PaLM", appendix B; here operations are counted instead of
+    computed by formula, and the peak is measured instead of taken from the vendor.
     """
 
     config_class = MfuConfig
@@ -95,7 +95,8 @@ class MfuPlugin(Plugin[MfuConfig]):
 
 def count_flops(engine: Engine, batch: Batch) -> int:
     """The FLOPs of a training pass over a batch, counted in an extra pass without side effects."""
-    # counting within a step would change its rounding: PyTorch folds products otherwise meanwhile
+    # counting within a step would change its rounding, as PyTorch then decomposes products
+    # differently
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     batch = to_device(batch, engine.device)
     with leaving_no_trace(engine):
@@ -125,7 +126,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def _seconds_of_product(matrix: torch.Tensor) -> float:
     start = time.perf_counter()
-    (matrix @ matrix)[0, 0].item()  # waits for the device, of whatever kind
+    (matrix @ matrix)[0, 0].item()  # syncs with any kind of device
     return time.perf_counter() - start
 
 

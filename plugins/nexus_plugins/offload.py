@@ -59,7 +59,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
 
     config_class = OffloadConfig
     api_version: ClassVar[str] = "1.2"
-    after: ClassVar[tuple[str, ...]] = ("recompute",)  # then only its inputs are left to move
+    after: ClassVar[tuple[str, ...]] = ("recompute",)  # then only its inputs are offloaded
     _wrapped: list[nn.Module]
 
     @hookimpl(stage="wrap")
@@ -88,7 +88,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         self._wrapped = []
 
     def _chosen(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that match, without those that lie inside of another one."""
+        """The matching modules, except those inside another one."""
         named = {name: module for name, module in model.named_modules() if name}
         key = "offload.match"
         found = {n for p in self.config.match for n in matching(named, p, key, "module")}
@@ -138,7 +138,7 @@ class _Mover:
         if self._stream is None:
             return host.to(device)
         computing = torch.cuda.current_stream(device)
-        with torch.cuda.stream(self._stream):  # behind the copy to the host, in the same stream
+        with torch.cuda.stream(self._stream):  # after the copy to the host, in the same stream
             tensor = host.to(device, non_blocking=True)
         computing.wait_stream(self._stream)
         tensor.record_stream(computing)

@@ -104,7 +104,7 @@ class OptimPlugin(Plugin[OptimConfig]):
     if TYPE_CHECKING:
 
         def __new__(cls, config: OptimConfig | None = None, /, **settings: Any) -> Self:
-            """What its config takes: whatever the class that is called does."""
+            """Takes what its config takes: the arguments of the optimizer class."""
 
     def __post_init__(self) -> None:
         first = ("the parameters",)
@@ -149,7 +149,7 @@ class OptimPlugin(Plugin[OptimConfig]):
         return made
 
     def _parameters(self, model: nn.Module) -> list[Any]:
-        """All parameters, or groups of them where there are some: those of no pattern first."""
+        """All parameters, or parameter groups if configured, with the ungrouped ones first."""
         rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not rest:
             raise ConfigError("optim: no parameter is left to train; freeze fewer")

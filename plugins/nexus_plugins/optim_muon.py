@@ -73,8 +73,8 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         config = self.config
         hidden = _hidden_matrices(engine.model, config.exclude)
         matrices, rest = list[dict[str, Any]](), list[dict[str, Any]]()
-        # An orthogonal update of a given RMS grows with the root of the width, one of AdamW with
-        # the width; scaled as its author does it does not grow.
+        # The effect of an orthogonal update with a given RMS grows with the root of the width, that
+        # of AdamW with the width; with the author's scaling it does not grow.
         power = 0.5 if config.adjust == "match_rms_adamw" else 0.0
         powers = dict.fromkeys(hidden, power)
         for group in groups_of(engine.model, config, self.name, powers):
@@ -147,8 +147,8 @@ class MuonAndAdamw(Optimizer):
     """Two optimizers behind one interface: shared groups, shared state, one step.
 
     Args:
-        muon: over the matrices.
-        adamw: over the other parameters.
+        muon: the optimizer of the matrices.
+        adamw: the optimizer of the other parameters.
     """
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
@@ -169,7 +169,7 @@ class MuonAndAdamw(Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """Let both parts see the groups and the state that are kept here."""
+        """Share groups and state with both optimizers."""
         muon, adamw = self._parts
         count = len(muon.param_groups)
         muon.param_groups, adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
@@ -177,7 +177,7 @@ class MuonAndAdamw(Optimizer):
 
 
 def _hidden_matrices(model: nn.Module, exclude: Sequence[str]) -> set[int]:
-    """The `id` of each two-dimensional parameter of a linear map that is not a head."""
+    """The `id` of each weight matrix of a linear layer that is not a head."""
     named = dict(model.named_parameters())
     left = {n for pattern in exclude for n in matching(named, pattern, "optim_muon.exclude")}
     inside = decaying(model) - _heads(model)
@@ -185,7 +185,7 @@ def _hidden_matrices(model: nn.Module, exclude: Sequence[str]) -> set[int]:
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """The `id` of the weight of each head; sizes also agree by chance (positions and channels)."""
+    """The `id` of each head's weight; equal sizes may be coincidence (positions, channels)."""
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     mirrored = {weight.shape for weight in embeddings if len(weight) != weight.shape[1]}

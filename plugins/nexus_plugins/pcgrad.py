@@ -30,10 +30,10 @@ class PcgradConfig(PluginConfig):
 class PcgradPlugin(Plugin[PcgradConfig]):
     """Projects conflicting gradients of the loss terms away from one another.
 
-    Where the gradients of two terms conflict (negative inner product over the parameters that
-    several terms reach), each loses its component along the other. A parameter reached by only one
-    term keeps its gradient. It acts on the gradient of the whole step, however it is split into
-    micro-batches, and costs a backward pass and a copy of the gradient per term.
+    If the gradients of two terms conflict (negative inner product over the parameters that
+    several terms depend on), each loses its component along the other. A parameter that only one
+    term depends on keeps its gradient. It acts on the gradient of the whole step, however it is
+    split into micro-batches, and costs a backward pass and a copy of the gradient per term.
 
     Source: Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1. All
     projections are linear combinations of the gradients, so they are computed on the matrix of
@@ -42,7 +42,7 @@ class PcgradPlugin(Plugin[PcgradConfig]):
 
     config_class = PcgradConfig
     api_version: ClassVar[str] = "1.2"
-    conflicts: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")  # its gradient is of one process
+    conflicts: ClassVar[tuple[str, ...]] = ("ddp", "fsdp")  # its gradient is that of one process
 
     def __post_init__(self) -> None:
         self._gradients: dict[str, Gradient] = {}

@@ -26,7 +26,7 @@ __all__ = ["TensorboardConfig", "TensorboardPlugin"]
 
 Block = Mapping[str, Any]
 
-_MARKUP = re.compile(r"[\\`*_#\[\]]")  # what the Text tab, which reads Markdown, would not show
+_MARKUP = re.compile(r"[\\`*_#\[\]]")  # characters that the Text tab would read as Markdown
 
 
 CHARTS = {
@@ -37,11 +37,11 @@ CHARTS = {
     "tokens per second": r"system/throughput_tokens_per_sec$",
     "gradient norm": r"train/grad_norm$",
 }
-"""The charts of the Custom Scalars tab, in order, by what their metrics are called."""
+"""The charts of the Custom Scalars tab, in order, with patterns of their metrics."""
 
 
 CHANGED = "(changed)"
-"""The HParams tab sorts by name, after what differs between runs; this is before any setting."""
+"""A name that the HParams tab sorts before all settings."""
 
 
 class TensorboardConfig(LoggerConfig):
@@ -64,7 +64,7 @@ class TensorboardConfig(LoggerConfig):
 class TensorboardPlugin(Logger[TensorboardConfig]):
     """Writes logs and evaluations as scalars, notes as text and images, the config as HParams.
 
-    Does not affect training. The Custom Scalars tab begins with the loss. On resume, TensorBoard
+    Does not affect training. The Custom Scalars tab starts with the loss. On resume, TensorBoard
     is told to drop the points of steps that will be repeated. View it with
     `tensorboard --logdir OUT/tensorboard`.
     """
@@ -107,7 +107,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
             settings.pop("out", None)  # each run has its own
             if self._changed:
                 settings[CHANGED] = self._changed
-            # Without a summary of the experiment TensorBoard looks for what differs between runs.
+            # Without an experiment summary, TensorBoard itself finds what differs between runs.
             _, begun, _ = hparams(settings, {})  # type: ignore[no-untyped-call]
             writer.add_summary(begun, step)
         self._writer, self._tags = writer, frozenset()
@@ -170,7 +170,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
 
 
 def _changed(engine: Engine, preset: str) -> str:
-    """How a run differs from a preset, as `--set` and `--plugins` take it."""
+    """How a run differs from a preset, in the form of `--set` and `--plugins`."""
     run, now = read_settings(preset).run, engine.config.get("plugins", {})
     blocks = {
         name: _completed(engine.plugins[name].config_class, block, now[name])
@@ -184,7 +184,7 @@ def _changed(engine: Engine, preset: str) -> str:
 
 
 def _completed(kind: type[PluginConfig], block: Block, now: Block) -> Block:
-    """A preset's block with its defaults, and without what every run has to give."""
+    """A preset's block with its defaults, without the settings that every run has to set."""
     given = {
         key: now[key]
         for key, field in kind.model_fields.items()
@@ -201,7 +201,7 @@ def _said(key: str, before: object, after: object) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float]]:
-    """The leaves of a config under dotted keys, as `--set` takes them."""
+    """The leaves of a config under dotted keys, as in `--set`."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, "" if (prefix, key) == ("", "plugins") else f"{prefix}{key}.")

@@ -34,14 +34,14 @@ class ThroughputPlugin(Plugin[ThroughputConfig]):
     config_class = ThroughputConfig
     api_version: ClassVar[str] = "1.2"
     _started: float
-    """When the run began, moved back by the seconds of earlier sessions."""
+    """The start of the run, moved back by the seconds of earlier sessions."""
     _since: float
     _paused: float
     _tokens: int
 
     @hookimpl(stage="clock")
     def on_start(self, engine: Engine) -> None:
-        """Start the clock where the engine starts its own."""
+        """Start the clock when the engine starts its own."""
         self._since = time.perf_counter()
         self._started = self._since - engine.state.seconds
         self._paused = 0.0

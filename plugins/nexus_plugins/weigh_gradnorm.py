@@ -49,8 +49,8 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
     Each term's gradient norm is moved towards the mean norm, times its relative inverse training
     rate to the power `alpha` (1 for a term that started at zero or below), times its own `weight`.
     The weights sum to the number of terms and are logged as `weight/<term>`. A term whose gradient
-    is zero or not finite keeps its weight, and the others are balanced among themselves. One that
-    does not reach the shared weights, or has no weight above zero, keeps its own.
+    is zero or not finite keeps its weight, and the others are balanced among themselves. A term
+    that does not depend on the shared weights, or has no weight above zero, keeps its own.
 
     Source: Chen et al. 2018, "GradNorm", algorithm 1. Deviation: the paper descends on the
     distance to the target in the weights, which may turn them negative; here their logarithms
@@ -108,7 +108,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         return (yield)
 
     def _add_cell(self, engine: Engine, step: Step) -> None:
-        """Have the sums over cells take the present one's gradients, those of all terms in one."""
+        """Add the current cell's gradients, concatenated over terms, to the sum over cells."""
         micro, chosen = step.micro[step.place], self._chosen(engine)
         if self._cells is None or step.place == 0:
             self._cells = CellSum(sum(step.cells), [p for _ in step.units for p in chosen])
@@ -120,7 +120,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
             )
 
     def _of_cells(self, engine: Engine, step: Step, part: CellSum) -> dict[str, Gradient]:
-        """The gradient over all cells of each term that reaches something."""
+        """The gradient over all cells, for each term that has one."""
         total = engine.hook.sum_cells(engine=engine, step=step, part=part)
         size = len(total) // len(step.units)
         parts = [total[place * size : (place + 1) * size] for place in range(len(step.units))]
@@ -145,7 +145,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
             )
         losses = engine.ranks.sum(torch.stack([step.losses[n].detach().float() for n in names]))
         own = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
-        one = torch.ones_like(losses[0])  # a number times it is on the device without a wait
+        one = torch.ones_like(losses[0])  # puts a number on the device without a sync
         for name, loss in zip(names, losses, strict=True):
             first = self._first_losses.get(name, loss) * one
             self._first_losses[name] = torch.where(torch.isfinite(first), first, loss)
@@ -157,7 +157,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
         self._weights |= dict(zip(names, weights.unbind(), strict=True))
 
     def _balanced(self, now: Tensor, norms: Tensor, rates: Tensor, shares: Tensor) -> Tensor:
-        """The weights `(terms,)` after an update; a term that does not pull keeps its part."""
+        """The weights `(terms,)` after an update; terms without a usable gradient keep theirs."""
         now = now * (len(now) / now.sum())
         pulls = torch.isfinite(norms) & (norms > 0) & torch.isfinite(rates)
         mean_norm, mean_rate = (torch.where(pulls, x, torch.nan).nanmean() for x in (norms, rates))
@@ -178,7 +178,7 @@ class WeighGradnormPlugin(Plugin[WeighGradnormConfig]):
 
 
 def _of_all(gradient: Gradient, ranks: Ranks) -> Gradient:
-    """A term's gradient summed over all processes, in one exchange."""
+    """A term's gradient summed over all ranks, in one exchange."""
     there = [part.float() for part in gradient if part is not None]
     if ranks.size == 1 or not there:
         return gradient

@@ -35,7 +35,7 @@ class WeighUncertaintyPlugin(Plugin[WeighUncertaintyConfig]):
     term is zero or below, its `s` is left unchanged, since the sum above would have no minimum.
 
     Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh
-    Losses", equation 10 with the common factor 1/2 left out. Deviation: `s` is updated by plain
+    Losses", equation 10 without the common factor 1/2. Deviation: `s` is updated by plain
     gradient descent with the gradient clipped to -1..1, so that a loss of any scale moves it
     evenly; the paper trains it with the model's optimizer.
     """

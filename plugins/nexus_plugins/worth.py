@@ -32,10 +32,10 @@ class WorthConfig(PluginConfig):
 class WorthPlugin(Plugin[WorthConfig]):
     """Evaluates with each module ablated in turn; does not affect training.
 
-    `module/<name>_worth` is the rise of the loss (`val/loss`, in its own unit) when the module's
-    output is zero, on the same batches and with the same weights: above 0, the module helps. It
-    does not show what the module's loss taught the rest of the model; that takes a run without the
-    module.
+    `module/<name>_worth` is the increase of the loss (`val/loss`, in its own unit) when the
+    module's output is zero, on the same batches and with the same weights: above 0, the module
+    helps. It does not show what the module's loss taught the rest of the model; that takes a run
+    without the module.
 
     The model must have `active_modules`, a tuple of names, and `without(name)`, a context manager;
     it may have `writing_modules`, the ones among them that can be ablated. A measurement costs one
@@ -63,7 +63,7 @@ class WorthPlugin(Plugin[WorthConfig]):
 
     @hookimpl
     def evaluating(self) -> None:
-        """Start an evaluation; its first set is to be measured."""
+        """Start an evaluation; its first set will be measured."""
         self._measured = self._evaluations % self.config.every > 0
 
     @hookimpl
@@ -71,7 +71,7 @@ class WorthPlugin(Plugin[WorthConfig]):
         """Measure the worth of each module on the first set, as `module/<name>_worth`."""
         if self._measured:
             return {}
-        self._measured = True  # for the evaluations below too, which ask this again
+        self._measured = True  # also for the evaluations below, which call this again
         model = cast(Any, engine.model)
         names = getattr(model, "writing_modules", model.active_modules)
         if not names:
@@ -113,7 +113,7 @@ class _First:
         return islice(iter(self._data), self._count)
 
     def in_cells(self, count: int) -> Iterable[Batch]:
-        """The same of the data in cells; data that cannot deal them out is left whole."""
+        """The same for data in cells; data that cannot distribute cells is left whole."""
         dealing = getattr(self._data, "in_cells", None)
         return self if dealing is None else _First(dealing(count), self._count)
 

@@ -1,6 +1,6 @@
-"""Ten chat templates that are in public use, written anew from the formats they publish.
+"""Ten public chat templates, rewritten from their published formats.
 
-Each is held against text that was written by hand (`test_data_chat.py`), not against the originals.
+They are tested with handwritten text (`test_data_chat.py`), not compared with the originals.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A template and the tokens that its tokenizer knows as special."""
+    """A template and its tokenizer's special tokens."""
 
     source: str
     special: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Tiny models of Hugging Face for tests, random and saved where a test wants them."""
+"""Tiny random Hugging Face models for tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model that is lively enough for its documents to matter to one another."""
+    """A random model, lively enough that documents would affect one another."""
     torch.manual_seed(seed)
     settings = {**SIZES[kind], "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, **changes}
     settings.setdefault("initializer_range", 0.1)
@@ -43,14 +43,14 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def saved(folder: Path, kind: str, seed: int = 0, **changes: Any) -> str:
-    """The folder of such a model, with a tokenizer of its size."""
+    """The folder of such a model, with a matching tokenizer."""
     tiny(kind, seed, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each of some letters, and a chat template."""
+    """A tokenizer with one token per letter, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = [chr(point) for point in range(32, 32 + VOCABULARY - 2)]
@@ -73,12 +73,12 @@ def documents(count: int, seed: int = 0, longest: int = 9) -> list[Tensor]:
 
 
 def following(document: Tensor) -> Tensor:
-    """The label of each position: the id that follows it, and none at the end."""
+    """The label of each position: the next id; ignored at the end."""
     return torch.cat([document[1:], document.new_tensor([-100])])
 
 
 def packed(rows: list[list[Tensor]]) -> dict[str, Tensor]:
-    """Rows of one length, each of several documents and padding at its end."""
+    """Rows of equal length, each with several documents and padding at the end."""
     width = max(sum(map(len, row)) for row in rows)
     batch = {
         "input_ids": torch.ones(len(rows), width, dtype=torch.long),
@@ -98,7 +98,7 @@ def packed(rows: list[list[Tensor]]) -> dict[str, Tensor]:
 
 
 def padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    """One document a row, filled up behind it."""
+    """One document per row, padded at the end."""
     batch = packed([[row] for row in rows])
     return {
         "input_ids": batch["input_ids"],
@@ -108,7 +108,7 @@ def padded(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 class RowsPlugin(Plugin[PluginConfig]):
-    """Batches that a test has made, as the data of a run."""
+    """Provides batches made by a test as the data of a run."""
 
     def __init__(self, batches: list[dict[str, Tensor]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""data_chat: what is learned of a conversation, token by token, as a person marks it."""
+"""data_chat: which tokens of a conversation are learned, compared with markings by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encoder(of: Published, **settings: Any) -> ChatEncoder:
 
 
 def marks(of: Published, record: dict[str, Any], **settings: Any) -> list[str]:
-    """The text of each example, what is learned in brackets; or what is wrong."""
+    """The text of each example with learned parts in brackets, or its fault."""
     made = encoder(of, **settings)
     (found,) = made.encode([record])
     if isinstance(found, Fault):
@@ -56,7 +56,7 @@ def marks(of: Published, record: dict[str, Any], **settings: Any) -> list[str]:
 
 
 def said(*turns: str) -> dict[str, Any]:
-    """Messages of user and assistant in turn, behind a first one of the system if it has a star."""
+    """Alternating messages of user and assistant; a first one with a star is the system's."""
     first = [{"role": "system", "content": turns[0][1:]}] if turns[0].startswith("*") else []
     roles = ("user", "assistant")
     rest = turns[len(first) :]
@@ -188,7 +188,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("written", [True, False])
 def test_calls_of_tools_are_learned_and_their_results_are_not(name: str, written: bool) -> None:
-    """However their arguments are stored: as an object, or as text of JSON."""
+    """Whether their arguments are stored as an object or as JSON text."""
     of, expected = CALLS[name]
     record = json.loads(json.dumps(CALLED))
     if written:
@@ -264,7 +264,7 @@ def test_what_cannot_be_split_exactly_is_caught(what: str) -> None:
 
 
 def test_ids_that_change_once_the_answer_follows_are_caught() -> None:
-    """Two line breaks are one token where nothing follows, and two before a word."""
+    """Two line breaks are one token at the end of a text, and two before a word."""
     of = published.LLAMA31
     inner = tokens.byte_level([*of.special], tokens.GPT2, eos_token=of.eos, bos_token=of.bos)
     inner.chat_template = of.source
@@ -275,7 +275,7 @@ def test_ids_that_change_once_the_answer_follows_are_caught() -> None:
 
 
 def test_each_turn_in_a_row_of_its_own_keeps_its_thoughts() -> None:
-    """What the model is asked at each turn: without earlier thoughts, with those of the turn."""
+    """The prompt of each turn omits earlier thoughts, but has those of the turn."""
     record = said("hello", "<think>\nthe\n</think>\n\nhello", "the sum?", "4")
     assert marks(published.QWEN3, record, turns="each") == [
         "<|im_start|>user\nhello<|im_end|>\n"
@@ -391,7 +391,7 @@ def chats(count: int) -> list[dict[str, Any]]:
 def test_labels_are_what_follows_where_it_is_learned(
     streaming: bool, batching: str, tmp_path: Path
 ) -> None:
-    """Each conversation once an epoch, whole, in a row of its own or behind others."""
+    """Each conversation occurs once per epoch, complete, in its own row or packed with others."""
     of = published.QWEN25
     wish = {"batching": batching, "streaming": streaming}
     data = opened(tmp_path, chats(17), of, **wish)
@@ -460,7 +460,7 @@ def test_a_template_in_a_file_takes_the_place_of_the_tokenizers_own(tmp_path: Pa
     assert made.template.source == published.MARKED.source
 
 
-# -- to look at
+# -- inspection
 
 
 def inspected(path: Path, *words: str, **environment: str) -> Any:

@@ -1,4 +1,4 @@
-"""data_hf: rows of data sets, mixtures and streams, in an order that needs no memory."""
+"""data_hf: rows of data sets, mixtures and streams, in a stateless order."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tokens of the training data")
 def test_packed_rows_hold_every_token_once_with_the_next_as_label(
     tmp_path: Path, tokenizer: str, streaming: bool
 ) -> None:
-    """Against a loop over one list of tokens, written without any of the code under test."""
+    """Compared with a loop over one list of tokens, independent of the code under test."""
     path = write(tmp_path / "a.jsonl", "a", 30)
     data = opened(tmp_path, tokenizer, train=path, streaming=streaming, shuffle=1)
     inner = tokens.byte_level()
@@ -201,7 +201,7 @@ def test_what_is_held_out_is_the_same_wherever_a_record_stands(
 def test_ids_of_the_hub_are_found_in_its_cache_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layout that huggingface_hub writes: refs to a commit, and a snapshot of it."""
+    """The cache layout of huggingface_hub: refs to a commit, and its snapshot."""
     import huggingface_hub.constants as hub
 
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
@@ -286,7 +286,7 @@ def test_a_row_of_a_mixture_is_a_function_of_seed_and_number(
 
 @given(RAMPS)
 def test_shares_follow_the_weights_in_every_stretch_of_256_rows(points: Any) -> None:
-    """Within one row a source, were the weights constant; as far as they move in 256 rows else."""
+    """To within one row per source if the weights were constant, plus their change in 256 rows."""
     mixed = mixture(points)
     found = mixed.sources(0, 256 * 16).reshape(16, 256)
     for block in range(16):
@@ -360,7 +360,7 @@ def test_weights_that_mean_nothing_are_refused(tmp_path: Path, tokenizer: str) -
 def test_a_stream_resumes_from_every_place_again_and_again(
     kind: str, batching: str, tmp_path: Path, tokenizer: str
 ) -> None:
-    """State after each batch, through JSON as a checkpoint keeps it, twice in a row."""
+    """The state after each batch, through JSON as in a checkpoint, twice in a row."""
     (tmp_path / "data").mkdir()
     other = write(tmp_path / "b.jsonl", "b", 5)
     train = [{**of_kind(kind, tmp_path / "data"), "weight": 2}, {"path": other}]
@@ -402,7 +402,7 @@ def test_an_epoch_of_a_stream_has_every_row_once(tmp_path: Path, tokenizer: str)
 def test_what_is_held_out_of_a_stream_is_the_same_and_never_trained_on(
     batching: str, tmp_path: Path, tokenizer: str
 ) -> None:
-    """Red if a share is trained on too, differs from that of a set, or the limit has no say."""
+    """Fails if held-out data is trained on, differs from that of a set, or ignores the limit."""
     path = write(tmp_path / "a.jsonl", "a", 60)
     wish = {"train": path, "batching": batching, "seq_len": 40, "valid_share": 0.3, "shuffle": 7}
     as_set, as_stream = (opened(tmp_path, tokenizer, **wish, streaming=s) for s in (False, True))
@@ -427,7 +427,7 @@ def test_what_is_held_out_of_a_stream_is_the_same_and_never_trained_on(
 def test_label_bytes_are_those_of_the_text_that_is_predicted(
     tmp_path: Path, tokenizer: str
 ) -> None:
-    """Red if words of several bytes count as one, special ids as text, or rows lose their own."""
+    """Fails if words of several bytes count as one, special ids as text, or rows lose theirs."""
     texts = ["hello the \u6771\u4eac", "is N\u00e4he \U0001f600", "llo llo, the hello", "x"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "for training"}) + "\n")
@@ -445,7 +445,7 @@ def test_label_bytes_are_those_of_the_text_that_is_predicted(
     ("normalizer", "told"), [(None, True), ("lowercase", True), ("strip", False)]
 )
 def test_bytes_of_sentencepiece_add_up_or_are_not_told(normalizer: str | None, told: bool) -> None:
-    """Red if a piece's sign for a space counts as its own three bytes, or a loss is not seen."""
+    """Fails if the space marker of a piece counts as three bytes, or lost text is not noticed."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""eval_harness: tasks on this machine, scored as a loop by hand scores them."""
+"""eval_harness: local tasks, scored like a handwritten loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TASKS = {
 
 
 class Letters:
-    """A token for each of the first letters; 0 ends a text."""
+    """One token for each of the first letters; 0 ends a text."""
 
     size, eos = 13, 0
 

@@ -1,4 +1,4 @@
-"""Exports of Hugging Face: what another program loads computes what was trained."""
+"""Hugging Face exports: another program that loads them computes the same as the trained model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEXUS = {"vocab_size": hf.VOCABULARY, "d_model": 16, "ssm_n_layers": 2, "ssm_hea
 
 
 def trained(out: Path, blocks: dict[str, dict[str, Any]]) -> Engine:
-    """Three steps of a run with these plugins, saved as final."""
+    """Train three steps with these plugins, and save the final checkpoint."""
     rows = hf.RowsPlugin([hf.padded(hf.documents(2, seed=n)) for n in range(3)])
     shown = [load(name)(**settings) for name, settings in blocks.items()]
     rest = [LossLmPlugin(), OptimAdamwPlugin(lr=1e-2), CheckpointPlugin(every=3, sync=True)]
@@ -58,7 +58,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_trained_model_comes_back_with_its_tokenizer_in_shards(kind: str, tmp_path: Path) -> None:
-    """Red if a weight, the tokenizer or its template is lost, or no receipt is written."""
+    """Fails if a weight, the tokenizer or its template is lost, or the receipt is missing."""
     tied = {"tie_word_embeddings": True}
     folder = hf.saved(tmp_path / "base", kind, **tied)
     engine = trained(tmp_path / "run", {"model_hf": {"path": folder}})
@@ -77,7 +77,7 @@ def test_a_trained_model_comes_back_with_its_tokenizer_in_shards(kind: str, tmp_
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_merged_or_alone(tmp_path: Path) -> None:
-    """Red if adapters are lost on the way, or a merged model needs peft."""
+    """Fails if adapters are lost, or a merged model needs peft."""
     from peft import PeftModel
 
     folder = hf.saved(tmp_path / "base", "llama")
@@ -121,7 +121,7 @@ save_file(found, sys.argv[3])
 
 @pytest.mark.slow
 def test_nexus_is_loaded_where_no_trainer_is_and_writes_the_same(tmp_path: Path) -> None:
-    """Red if the folder needs the trainer, or logits or greedy text differ from ours."""
+    """Fails if the folder needs the trainer, or logits or greedy text differ from ours."""
     engine = trained(tmp_path / "run", {"model_nexus": NEXUS})
     code, said = export(tmp_path / "run", "--out", tmp_path / "out")
     assert code == 0, said
@@ -145,7 +145,7 @@ def test_nexus_is_loaded_where_no_trainer_is_and_writes_the_same(tmp_path: Path)
 def test_an_export_that_computes_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if a folder appears though its model is not the one that was trained."""
+    """Fails if a folder is created although its model differs from the trained one."""
     folder = hf.saved(tmp_path / "base", "llama")
     trained(tmp_path / "run", {"model_hf": {"path": folder}})
     module = sys.modules["nexus_plugins_contrib.export_hf.export"]

@@ -1,4 +1,4 @@
-"""Kernels of other packages, played by modules of the same names: right ones, and wrong ones."""
+"""Third-party kernels, faked by modules of the same names: correct and wrong ones."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ FILES = {
     "causal_conv1d/__init__.py": CONV,
     "liger_kernel/transformers/functional.py": LIGER,
 }
-"""The functions as the packages have them, by signature and shapes, in plain PyTorch."""
+"""The packages' functions, with their signatures and shapes, in plain PyTorch."""
 
 
 class Shelf:
-    """A folder on the path, in which packages of kernels lie."""
+    """A folder on the path with fake kernel packages."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -185,7 +185,7 @@ def losses(engine: Engine, until: str = "4 steps") -> float:
 def test_a_kernel_that_passes_takes_over_and_gives_the_same_losses(
     packages: tuple[str, ...], used: dict[str, str], amp: bool, shelf: Shelf
 ) -> None:
-    """Breaks if an argument, a layout, a document or the order of taps is passed otherwise."""
+    """Fails if an argument, layout, document or the order of taps is passed wrongly."""
     shelf.put(*packages)
     assert available() == sorted(packages)
     plain = losses(engine_with(*([AmpPlugin()] if amp else [])))
@@ -201,7 +201,7 @@ def test_a_kernel_that_passes_takes_over_and_gives_the_same_losses(
 
 
 def test_a_kernel_that_is_wrong_is_refused_with_the_difference(shelf: Shelf) -> None:
-    """By name it ends the run; else it is said, and the next one that is installed is tried."""
+    """If requested by name, it ends the run; else it is reported, and the next one is tried."""
     plain = losses(engine_with())
     shelf.put("mamba_ssm", "fla", "liger_kernel")
     shelf.put("mamba_ssm", wrong=1.05)
@@ -273,7 +273,7 @@ def test_a_resumed_run_is_told_of_another_kernel(shelf: Shelf) -> None:
 
 
 def test_generation_is_left_alone(shelf: Shelf) -> None:
-    """A token at a time takes no kernel: the layers' own step stays."""
+    """Generating one token at a time uses the layers' own step, not a kernel."""
     shelf.put(*PACKAGES)
     engine = engine_with(KernelsPlugin())
     losses(engine)

@@ -1,4 +1,4 @@
-"""Metrics over whole evaluation sets, outputs in order, and metrics that keep their own record."""
+"""Metrics over whole evaluation sets, outputs in order, and metrics with their own state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.distributed.processes import together
 
 
 class Share:
-    """How often the prediction is right: a metric of one's own, as torchmetrics has them."""
+    """The accuracy: a custom metric with the interface of torchmetrics."""
 
     def __init__(self) -> None:
         self.reset()
@@ -81,7 +81,7 @@ def engine_with(*plugins: Plugin[Any], **options: Any) -> Engine:
 
 
 def shares(engine: Engine, points: Points) -> float:
-    """The right answer, from all rows at once."""
+    """The expected result, from all rows at once."""
     with torch.no_grad():
         scores = engine.model[0](points.x)  # type: ignore[index]
     return (scores.argmax(1) == points.y).double().mean().item()
@@ -91,7 +91,7 @@ def shares(engine: Engine, points: Points) -> float:
 def test_each_set_is_measured_whole_and_reaches_all_that_look_at_evaluations(
     as_dict: bool, tmp_path: Path
 ) -> None:
-    """Breaks if a metric is the mean of batches, or mixes two sets."""
+    """Fails if a metric is the mean of batches, or mixes two sets."""
     best = CheckpointPlugin(best="hard/share", mode="max")
     stop = EarlyStopPlugin(metric="val/share", mode="max", patience=99)
     engine = engine_with(MetricsPlugin({"share": Share()}), best, stop, out=tmp_path)
@@ -118,7 +118,7 @@ def test_a_metric_of_several_numbers_and_a_choice_of_what_it_gets() -> None:
 
 
 def test_an_evaluation_that_was_given_up_leaves_nothing_behind() -> None:
-    """Breaks if rows of a failed evaluation are counted in the next one."""
+    """Fails if rows of a failed evaluation count in the next one."""
     engine = engine_with(MetricsPlugin({"share": Share()}))
     whole = [{"input": Points().x, "label": Points().y}]
     with pytest.raises(KeyError):
@@ -145,14 +145,14 @@ def test_what_cannot_be_measured_is_one_clear_error(plugin: Any, words: str) -> 
 
 
 def test_a_config_that_nobody_named_imports_no_metric() -> None:
-    """Breaks if resuming a run that somebody gave one executes what its config asks for."""
+    """Fails if resuming somebody else's run executes code named in its config."""
     with only_named((), "name it yourself"), pytest.raises(ConfigError, match="name it yourself"):
         MetricsPlugin(metrics={"a": {"metric": "this.s"}})
     assert "this" not in sys.modules
 
 
 def test_torchmetrics_by_name_gives_its_own_numbers() -> None:
-    """Breaks if what is fed to a metric, or what is read from it, is not what its users expect."""
+    """Fails if a metric gets other inputs, or its result is read differently, than users expect."""
     torchmetrics = pytest.importorskip("torchmetrics", reason="its numbers are compared")
     args: dict[str, Any] = {"task": "multiclass", "num_classes": 3}
     names = {
@@ -187,7 +187,7 @@ def test_torchmetrics_by_name_gives_its_own_numbers() -> None:
 
 
 class RunningPlugin(Plugin[PluginConfig]):
-    """Logs a metric that keeps its own record."""
+    """Logs a metric with its own state."""
 
     def __init__(self, share: Share) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def test_a_metric_that_is_logged_is_computed_when_due_and_begins_anew() -> None:
 
 
 def test_outputs_come_in_order_as_an_evaluation_computes_them() -> None:
-    """Breaks if prediction trains, draws random numbers, asks the loss, or forgets the average."""
+    """Fails if prediction trains, draws random numbers, calls the loss, or ignores the average."""
     engine = engine_with(EmaPlugin(decay=0.5))
     engine.fit(ResumableLoader(Points(), 5), until=4)
     average = copy.deepcopy(engine.model)
@@ -234,7 +234,7 @@ def test_outputs_come_in_order_as_an_evaluation_computes_them() -> None:
 
 
 def measured_together(names: list[str]) -> Any:
-    """In each of several processes: the metrics and the outputs of a set they share."""
+    """In each of several processes: the metrics and outputs of a shared set."""
     from nexus_core.processes import Ranks
     from nexus_plugins.ddp import DdpPlugin
 
@@ -264,7 +264,7 @@ def measured_together(names: list[str]) -> Any:
 
 @pytest.mark.slow
 def test_several_processes_measure_and_predict_as_one() -> None:
-    """Breaks if rows that fill up a batch count, or if processes disagree."""
+    """Fails if padding rows count, or processes disagree."""
     try:
         import torchmetrics  # noqa: F401
 

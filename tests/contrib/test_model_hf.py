@@ -1,4 +1,4 @@
-"""Models of Hugging Face: the numbers of a loop by hand, documents apart, nothing executed."""
+"""Hugging Face models: the numbers of a handwritten loop, isolated documents, nothing executed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batches(packed: bool, count: int) -> list[dict[str, Tensor]]:
 
 
 def documents_of(batch: dict[str, Tensor]) -> list[Tensor]:
-    """Its documents, each by itself."""
+    """Its documents, one by one."""
     if "attention_mask" in batch:
         return [r[m == 1] for r, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     found = []
@@ -51,7 +51,7 @@ def documents_of(batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def by_hand(model: Any, steps: list[list[dict[str, Tensor]]]) -> list[float]:
-    """Each document alone through the model's own loss; the sum over the labels of the step."""
+    """Each document separately through the model's own loss; the mean over the step's labels."""
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses = []
     for step in steps:
@@ -80,7 +80,7 @@ def by_hand(model: Any, steps: list[list[dict[str, Tensor]]]) -> list[float]:
 def test_losses_and_weights_are_those_of_a_loop_by_hand(
     kind: str, accumulate: int, packed: bool
 ) -> None:
-    """Red if labels, documents or micro-batches weigh otherwise than one document at a time."""
+    """Fails if labels, documents or micro-batches are weighted differently than one by one."""
     quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if kind == "gpt2" else {}
     model, other = (hf.tiny(kind, **quiet).train() for _ in range(2))
     micro = batches(packed, 3 * accumulate)
@@ -94,7 +94,7 @@ def test_losses_and_weights_are_those_of_a_loop_by_hand(
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "mistral", "gemma", "gemma2", "mamba"])
 def test_a_packed_document_has_the_loss_that_it_has_alone(kind: str) -> None:
-    """Red if documents of a row see one another, or positions or a sliding window are lost."""
+    """Fails if documents of a row see one another, or positions or sliding window are wrong."""
     model = hf.tiny(kind).eval()
     documents = hf.documents(6, seed=3, longest=12)
     packed = hf.packed([documents[:3], documents[3:]])
@@ -121,7 +121,7 @@ def test_a_packed_document_has_the_loss_that_it_has_alone(kind: str) -> None:
 def test_full_logits_are_taken_where_the_head_is_more_than_a_product(
     kind: str, changes: dict[str, Any], reason: str | None
 ) -> None:
-    """Red if a cap that is silent while logits are small is missed, or a check disturbs."""
+    """Fails if a soft cap, invisible for small logits, is missed, or the check has side effects."""
     model = hf.tiny(kind, initializer_range=1e-3, **changes).eval()
     state = torch.get_rng_state()
     said = passes.full_logits_because(model, torch.arange(2, 20)[None])
@@ -203,7 +203,7 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
     ],
 )
 def test_what_cannot_be_loaded_is_one_clear_error(how: str, said: str, tmp_path: Path) -> None:
-    """Red if anything of the folder is executed, or a part of the model is left random."""
+    """Fails if code in the folder is executed, or part of the model stays random."""
     folder = Path(hf.saved(tmp_path / "m", "llama"))
     settings = spoil(folder, how)
     with pytest.raises(ConfigError, match=said) as caught:
@@ -212,7 +212,7 @@ def test_what_cannot_be_loaded_is_one_clear_error(how: str, said: str, tmp_path:
 
 
 def cached(cache: Path, folder: str, commit: str) -> None:
-    """Lay a folder out as the hub's cache has it."""
+    """Lay out a folder like the Hub cache."""
     place = cache / "models--someone--tiny"
     shutil.copytree(folder, place / "snapshots" / commit)
     (place / "refs").mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def cached(cache: Path, folder: str, commit: str) -> None:
 def test_an_id_is_read_from_the_cache_and_its_commit_is_pinned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if a run could resume with what a branch has become meanwhile."""
+    """Fails if a run could resume with a later commit of a branch."""
     import huggingface_hub.constants as hub
 
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""8-bit AdamW: near to AdamW, a quarter of its state, resumed to the same bits."""
+"""8-bit AdamW: close to AdamW, a quarter of its state, bitwise resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nexus_core import ConfigError, Engine, Plugin
 from nexus_core.plan import load
 from nexus_plugins_contrib.optim_adamw8bit import OptimAdamw8BitPlugin
 
-pytestmark = pytest.mark.skipif(  # to import it takes seconds, which those who only collect spare
+pytestmark = pytest.mark.skipif(  # importing it takes seconds, so not at collection
     find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 
@@ -49,7 +49,7 @@ def engine_of(optimizer: Plugin[Any], *plugins: Plugin[Any], **options: Any) -> 
 
 
 def test_it_trains_as_adamw_does_in_less_memory() -> None:
-    """Breaks if state, decay or groups are not those of AdamW, or nothing is in 8 bits."""
+    """Fails if state, decay or groups differ from AdamW, or nothing is in 8 bits."""
     exact = engine_of(load("optim_adamw")(lr=3e-3, weight_decay=0.1))
     exact.fit(data(), until=40, eval_data=data())
     small = engine_of(OptimAdamw8BitPlugin(lr=3e-3, weight_decay=0.1))
@@ -67,7 +67,7 @@ def test_it_trains_as_adamw_does_in_less_memory() -> None:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, on_disk: bool) -> None:
-    """Breaks if the quantized state is converted, shared or lost on its way through a file."""
+    """Fails if the quantized state is converted, shared or lost in a file."""
 
     def make(name: str) -> Engine:
         more = [load("checkpoint")(every="3 steps", sync=True)] if on_disk else []
@@ -97,7 +97,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, on_disk: bool) -> N
 
 
 def test_groups_have_rates_of_their_own_and_follow_a_schedule() -> None:
-    """Breaks if a learning rate that the run sets does not reach the update."""
+    """Fails if the run's learning rate does not reach the update."""
     groups = [{"match": "*head*", "lr": 0.0}]
     engine = engine_of(OptimAdamw8BitPlugin(lr=1e-2, groups=groups, weight_decay=0.0))
     before = copy.deepcopy(engine.model.state_dict())
@@ -107,7 +107,7 @@ def test_groups_have_rates_of_their_own_and_follow_a_schedule() -> None:
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if the user reads an ImportError."""
+    """Fails if the user gets an ImportError."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[adamw8bit\]'"):
         engine_of(OptimAdamw8BitPlugin())

@@ -1,4 +1,4 @@
-"""Schedule-Free AdamW: trains at one set of weights, shows another, resumes to the same bits."""
+"""Schedule-Free AdamW: trains one set of weights, evaluates another, resumes bitwise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def engine_of(*plugins: Plugin[Any], dropout: float = 0.2, **options: Any) -> En
 
 
 def by_hand(steps: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights `y` and `x` after some steps, by the equations of the paper."""
+    """The weights `y` and `x` after some steps, from the paper's equations."""
     torch.manual_seed(3)
     model = Net()
     decays = [p.ndim > 1 for p in model.parameters()]
@@ -66,7 +66,7 @@ def weights(engine: Engine) -> list[Tensor]:
 
 
 def test_the_update_is_that_of_the_paper() -> None:
-    """Breaks if the optimizer is in the wrong mode, or decay and groups are mixed up."""
+    """Fails if the optimizer is in the wrong mode, or decay and groups are mixed up."""
     engine = engine_of(dropout=0.0)
     steps = engine.steps(data(), until=7)
     for _ in range(6):
@@ -80,7 +80,7 @@ def test_the_update_is_that_of_the_paper() -> None:
 
 
 def test_evaluation_sees_the_average_and_training_does_not_notice() -> None:
-    """Breaks if the way to the average and back rounds, so that evaluating changes the run."""
+    """Fails if switching to the average and back rounds, so that evaluating changes the run."""
     quiet, watched = engine_of(), engine_of()
     seen: list[list[Tensor]] = []
 
@@ -105,7 +105,7 @@ def test_evaluation_sees_the_average_and_training_does_not_notice() -> None:
 
 @pytest.mark.filterwarnings("ignore:skipped the update of step 5")
 def test_a_refused_step_does_not_count() -> None:
-    """Breaks if the average gives weight to a step whose update the guard refused."""
+    """Fails if a skipped step gets weight in the average."""
     engine = engine_of(GuardPlugin())
     batches = [data()[0]] * 4 + [{**data()[0], "x": data()[0]["x"] * float("nan")}] + data()
     counters = [
@@ -118,7 +118,7 @@ def test_a_refused_step_does_not_count() -> None:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, on_disk: bool) -> None:
-    """Breaks if the training weights are worked out from the average, with its rounding."""
+    """Fails if the training weights are recomputed from the average, with rounding."""
 
     def make(name: str) -> Engine:
         more = [load("checkpoint")(every="3 steps", sync=True)] if on_disk else []
@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, on_disk: bool) -> N
 
 
 def test_after_the_run_the_model_is_the_average_and_the_run_can_go_on() -> None:
-    """Breaks if `fit` leaves weights to train at, or continuing starts from the average."""
+    """Fails if `fit` leaves the training weights, or continuing starts from the average."""
     whole = engine_of(dropout=0.0)
     whole.fit(data(), until=8)
     parts = engine_of(dropout=0.0)
@@ -163,13 +163,13 @@ def test_after_the_run_the_model_is_the_average_and_the_run_can_go_on() -> None:
 
 @pytest.mark.parametrize("name", ["lr_cosine", "lr_linear", "lr_rsqrt", "lr_wsd", "ema"])
 def test_what_decays_or_averages_too_is_refused(name: str) -> None:
-    """Breaks if a schedule shrinks the steps that the average is to be made of."""
+    """Fails if a decaying schedule is allowed together with the average."""
     with pytest.raises(PluginError, match=f"{name}.*cannot be used together"):
         engine_of(load(name)())
 
 
 def test_a_warm_up_by_lr_constant_is_that_of_the_package() -> None:
-    """Breaks if the learning rate of the run does not reach the optimizer."""
+    """Fails if the run's learning rate does not reach the optimizer."""
     by_run = engine_of(load("lr_constant")(warmup="4 steps"), dropout=0.0)
     torch.manual_seed(3)
     own = OptimSchedulefreePlugin(**SETTINGS, warmup_steps=4)
@@ -181,7 +181,7 @@ def test_a_warm_up_by_lr_constant_is_that_of_the_package() -> None:
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if the user reads an ImportError."""
+    """Fails if the user gets an ImportError."""
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[schedulefree\]'"):
         engine_of()

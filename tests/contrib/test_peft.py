@@ -1,4 +1,4 @@
-"""Adapters: peft's own numbers, on models of any origin, alone in checkpoints."""
+"""Adapters: the numbers of peft, on any model, with only the adapters in checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.contrib import hf
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_check.* is deprecated:FutureWarning",
-    "ignore:peft. the loss does not reach .*parts:RuntimeWarning",  # which have their own losses
+    "ignore:peft. the loss does not reach .*parts:RuntimeWarning",  # those have their own losses
 )
 NEXUS = {"vocab_size": hf.VOCABULARY, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
 
@@ -54,7 +54,7 @@ def llama(folder: Path) -> ModelHfPlugin:
 
 
 def test_training_is_that_of_peft_by_hand(tmp_path: Path) -> None:
-    """Red if other layers are adapted, scaled or trained than peft does."""
+    """Fails if other layers are adapted, scaled or trained than by peft."""
     from peft import LoraConfig, get_peft_model
 
     origin = llama(tmp_path / "llama")
@@ -89,7 +89,7 @@ def origins(kind: str, folder: Path) -> Plugin[Any]:
 def test_a_checkpoint_has_the_adapters_alone_and_resumes_to_the_same_bits(
     kind: str, method: str, tmp_path: Path
 ) -> None:
-    """Red if weights below are written, adapters are lost, or what follows differs."""
+    """Fails if base weights are saved, adapters are lost, or the continuation differs."""
     dropout = 0.1 if method == "lora" else None
     args = {"target": ("*.q_proj", "*.down_proj"), "args": {"feedforward_modules": ["*.down_proj"]}}
     settings = {**(args if method == "ia3" else {}), "method": method, "dropout": dropout}
@@ -113,7 +113,7 @@ def test_a_checkpoint_has_the_adapters_alone_and_resumes_to_the_same_bits(
 
 
 def test_other_weights_below_are_refused(tmp_path: Path) -> None:
-    """Red if adapters are put on a model that they were not trained on."""
+    """Fails if adapters are loaded on a model that they were not trained on."""
     first = engine_of(llama(tmp_path / "one"), PeftPlugin())
     first.fit(until=1)
     hf.saved(tmp_path / "two", "llama", seed=5)
@@ -123,7 +123,7 @@ def test_other_weights_below_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_were_thawed_for_a_while_are_kept(tmp_path: Path) -> None:
-    """Red if a weight below that has moved is taken for one that has not."""
+    """Fails if a trained base weight is mistaken for an unchanged one."""
     engine = engine_of(llama(tmp_path / "one"), PeftPlugin())
     name = "model.norm.weight"
     engine.model.get_parameter(name).requires_grad_(True)
@@ -135,7 +135,7 @@ def test_weights_that_were_thawed_for_a_while_are_kept(tmp_path: Path) -> None:
 
 
 def test_base_weights_of_a_run_lie_below(tmp_path: Path) -> None:
-    """Red if adapters on a trained NEXUS begin on random weights, or not on all of them."""
+    """Fails if adapters on a trained NEXUS start from random or incomplete weights."""
     torch.manual_seed(7)
     before = NEXUSCore(**NEXUS)
     save_model(before, tmp_path / "before.safetensors")
@@ -181,7 +181,7 @@ def test_an_optimizer_that_was_made_before_is_refused() -> None:
 
 
 def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
-    """Red if a layer whose weight is read without a call is adapted in silence."""
+    """Fails if a layer whose weight is read without calling it is adapted without a warning."""
 
     class Direct(nn.Module):
         def __init__(self) -> None:
@@ -203,7 +203,7 @@ def pairs(seed: int = 0) -> dict[str, Tensor]:
 
 
 def test_preferences_take_the_model_without_its_adapters_as_reference(tmp_path: Path) -> None:
-    """Red if the reference moves with the adapters, or they stay off or frozen afterwards."""
+    """Fails if the reference changes with the adapters, or they stay disabled or frozen."""
 
     def engine(reference: str) -> Engine:
         parts = [hf.RowsPlugin([pairs(n) for n in range(3)]), llama(tmp_path / "one"), PeftPlugin()]
@@ -223,7 +223,7 @@ def test_preferences_take_the_model_without_its_adapters_as_reference(tmp_path: 
 
 
 def saved_adapters(origin: Path, folder: Path, **changes: Any) -> Path:
-    """Adapters with something in them, as peft saves them."""
+    """Nonzero adapters, saved by peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -238,8 +238,7 @@ def saved_adapters(origin: Path, folder: Path, **changes: Any) -> Path:
 
 
 def test_adapters_of_a_folder_are_the_start_and_the_reference(tmp_path: Path) -> None:
-    """Red if preferences begin from other adapters, are held against the weights below them, or
-    do not resume."""
+    """Fails if preferences start from, or are compared with, other weights, or do not resume."""
     llama(tmp_path / "one")
     folder = saved_adapters(tmp_path / "one", tmp_path / "sft")
 
@@ -309,7 +308,7 @@ def test_adapters_that_do_not_fit_are_refused(
 def test_adapters_on_four_bits_resume_to_the_same_bits_and_are_exported_alone(
     tmp_path: Path,
 ) -> None:
-    """Red if quantized weights get into a checkpoint, or an export merges into rounded ones."""
+    """Fails if quantized weights are saved, or an export merges into rounded ones."""
     pytest.importorskip("bitsandbytes")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     folder = hf.saved(tmp_path / "base", "llama", **sizes)

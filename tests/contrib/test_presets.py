@@ -1,4 +1,4 @@
-"""The presets sft and dpo, from a folder and a file to a folder that transformers loads."""
+"""The presets sft and dpo, from a model folder and a file to an export for transformers."""
 
 from __future__ import annotations
 

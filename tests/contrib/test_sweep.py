@@ -1,4 +1,4 @@
-"""`nexus-run sweep`: what it searches, and that it resumes after a kill with the trials it had."""
+"""`nexus-run sweep`: what it searches, and that a killed sweep resumes with its trials."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_folder_is_of_one_sweep_and_one_process(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="metric differ"), opened(tmp_path, search(metric="m"), 1):
         pass
     with (tmp_path / "sweep.journal").open("a") as journal:
-        journal.write('{"op_code": 4, "wor')  # torn by a power cut
+        journal.write('{"op_code": 4, "wor')  # torn by a power failure
     with opened(tmp_path, search(seed=5), 1) as study:
         study.tell(study.ask({"x": read_dimension(LR).distribution()}), 2.0)
     with opened(tmp_path, search(), 1) as study:
@@ -155,7 +155,7 @@ plugins:
 def test_a_process_killed_while_it_writes_leaves_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if the next sweep in the folder waits forever."""
+    """Fails if the next sweep in the folder waits forever."""
     monkeypatch.chdir(tmp_path)
     code = (
         "import os; from pathlib import Path; import nexus_plugins_contrib.sweep.study as study\n"

@@ -1,4 +1,4 @@
-"""Tiny tokenizers for tests, made here and saved where a test wants them."""
+"""Tiny tokenizers for tests."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Llama 3 and its successors part text."""
+"""How Llama 3 and its successors split text."""
 GPT2 = r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""How GPT-2 does: the last line break of several belongs to the word behind it."""
+"""How GPT-2 splits text: the last of several line breaks belongs to the next word."""
 
 
 def byte_level(
     special: Sequence[str] = (), words: str = WORDS, **settings: Any
 ) -> PreTrainedTokenizerFast:
-    """One id a byte and a few words of several, so that text always comes back."""
+    """One id per byte, and some for longer words, so that encoding is lossless."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     merges = [("l", "l"), ("ll", "o"), ("h", "e"), ("he", "llo"), ("i", "n"), ("in", "g")]

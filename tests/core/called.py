@@ -1,4 +1,4 @@
-"""What the settings of the tests name by its place: `called:next_id`."""
+"""Objects that test settings name by import path: `called:next_id`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def text(train: int = 24, valid: int = 8) -> tuple[Rows, Rows]:
 
 
 def next_id(output: Any, batch: dict[str, Tensor], smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy summed over the labels that count, of logits or hidden states."""
+    """The cross-entropy summed over labels, from logits or hidden states."""
     if hasattr(output, "head_weight"):
         output = output.hidden @ output.head_weight.T
     return F.cross_entropy(
@@ -63,12 +63,12 @@ def labels(target: Tensor) -> Tensor:
 
 
 def hits(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labels are read rightly, of how many."""
+    """The number of correct predictions, and of labels."""
     return (output.argmax(-1) == target).sum(), labels(target)
 
 
 class Net(nn.Module):
-    """Points of the plane to two classes."""
+    """Classifies points of the plane into two classes."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def points(count: int = 50) -> list[tuple[Tensor, Tensor]]:
 
 
 def batches(sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of so many points each, one after the other."""
+    """Batches of the given numbers of points."""
     samples = points(sum(sizes))
     for size in sizes:
         part, samples = samples[:size], samples[size:]
@@ -100,7 +100,7 @@ def both(sizes: list[int]) -> tuple[list[Any], list[Any]]:
 
 
 def right(output: Tensor, target: Tensor) -> Tensor:
-    """Of each row, whether its class is right."""
+    """For each row, whether its class is correct."""
     return output.argmax(1) == target
 
 

@@ -1,4 +1,4 @@
-"""A virtual environment of a test's own, which sees the packages of the one that runs the tests."""
+"""A virtual environment for a test, with access to the packages of the current one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = {
 
 
 class FreshVenv:
-    """A new environment: what is installed into it is nowhere else, the rest is seen through it."""
+    """A new environment: installs are local to it, other packages are those of the current one."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, with_pip=False)

@@ -1,4 +1,4 @@
-"""The accelerator of host memory shows what goes wrong on a GPU and cannot on a CPU."""
+"""The simulated accelerator reproduces what can only go wrong on a GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def trained(device: torch.device | str, steps: int = 3, **settings: bool) -> nn.
 
 
 def test_it_is_there_for_its_block_alone() -> None:
-    """Breaks if other tests of the process train on it, or torch is left changed."""
+    """Fails if other tests in this process would use it, or torch stays patched."""
     generator, synchronize = torch.Generator, torch.accelerator.synchronize
     with host_accelerator() as accelerator:
         before = accelerator.allocated
@@ -63,8 +63,8 @@ def test_it_is_there_for_its_block_alone() -> None:
 
 
 def test_device_contexts_act_within_it_and_afterwards() -> None:
-    """Breaks if PyTorch remembers replacements: weights made on `meta` were then never filled."""
-    _device_constructors.cache_clear()  # as in a process where nothing has asked yet
+    """Fails if PyTorch caches replacements: weights created on `meta` would never be filled."""
+    _device_constructors.cache_clear()  # as in a fresh process
     with host_accelerator(), torch.device("meta"):
         assert torch.empty(2).device.type == "meta"
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def test_device_contexts_act_within_it_and_afterwards() -> None:
 def test_training_on_it_gives_the_bits_of_the_host(
     accelerator: HostAccelerator, settings: dict[str, bool]
 ) -> None:
-    """Breaks if an operation reads or writes other memory than that of its arguments."""
+    """Fails if an operation accesses memory outside its arguments."""
     found, expected = trained(accelerator.device, **settings), trained("cpu", **settings)
     for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
         assert mine.device == accelerator.device
@@ -96,7 +96,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_compute_what_they_do_on_the_host(name: str, accelerator: HostAccelerator) -> None:
-    """Breaks if a layer is missing, which PyTorch computes otherwise on an accelerator."""
+    """Fails if a layer that PyTorch computes differently on accelerators is missing."""
     layer, shape = LAYERS[name]
     x, there = torch.randn(shape), copy.deepcopy(layer).to(accelerator.device)
     many = 3 if name == "attention" else 1
@@ -108,7 +108,7 @@ def test_layers_compute_what_they_do_on_the_host(name: str, accelerator: HostAcc
 
 
 def test_views_write_to_what_they_are_views_of(accelerator: HostAccelerator) -> None:
-    """Breaks if a view is a copy: by shape, by stride, by type, or of a view."""
+    """Fails if a view is a copy: by shape, stride or dtype, or of another view."""
     x = torch.arange(12.0, device=accelerator.device)
     x[2:8:2].mul_(10)
     x.view(3, 4).T[1].add_(0.5)
@@ -142,7 +142,7 @@ def test_planted_mixed_devices_are_an_error(name: str, accelerator: HostAccelera
 
 
 def test_numbers_and_indices_of_the_host_mix(accelerator: HostAccelerator) -> None:
-    """Breaks if it refuses what CUDA takes."""
+    """Fails if it rejects what CUDA accepts."""
     x = torch.arange(6.0, device=accelerator.device)
     assert (x * torch.tensor(2.0))[torch.tensor([1, 3])].tolist() == [2, 6]
     x.fill_(torch.tensor(4.0)).copy_(torch.ones(6))
@@ -217,7 +217,7 @@ class Peeking(torch.autograd.Function):
 
 
 def test_a_wait_has_the_line_of_the_users_code(accelerator: HostAccelerator) -> None:
-    """Breaks if it names a line of torch, or of the accelerator, in a backward pass too."""
+    """Fails if it names a line of torch or of the accelerator, also in a backward pass."""
     x = torch.ones(3, device=accelerator.device, requires_grad=True)
     Peeking.apply(x).sum().backward()
     (wait,) = accelerator.waits
@@ -233,12 +233,12 @@ def test_a_wait_has_the_line_of_the_users_code(accelerator: HostAccelerator) -> 
 
 
 def test_planted_early_read_gives_garbage(accelerator: HostAccelerator) -> None:
-    """Breaks if a program that reads before its copy has arrived looks right."""
+    """Fails if a program that reads before its copy has completed looks correct."""
     x = torch.arange(3.0, device=accelerator.device)
     early, pinned = x.to("cpu", non_blocking=True), torch.empty(3, pin_memory=True)
     pinned.copy_(x * 2, non_blocking=True)
     whole = x.long().to("cpu", non_blocking=True)
-    x.add_(1)  # behind the copies in the queue
+    x.add_(1)  # after the copies in the queue
     assert early.isnan().all()
     assert pinned.isnan().all()
     assert whole.tolist() != [0, 1, 2]
@@ -255,7 +255,9 @@ def test_planted_write_to_memory_that_is_being_copied_is_named(
     assert (pinned.is_pinned(), torch.ones(3).is_pinned()) == (True, False)
     pinned.to(accelerator.device, non_blocking=True)
     pinned.add_(1)
-    with pytest.raises(RuntimeError, match=r"written to before .*/test_accelerator.py:\d+: pinned"):
+    with pytest.raises(
+        RuntimeError, match=r"overwritten before .*/test_accelerator.py:\d+: pinned"
+    ):
         torch.accelerator.synchronize()
     pinned.to(accelerator.device, non_blocking=True)
     torch.accelerator.synchronize()
@@ -264,8 +266,8 @@ def test_planted_write_to_memory_that_is_being_copied_is_named(
 
 
 def test_planted_out_of_memory_is_torchs_own_error(accelerator: HostAccelerator) -> None:
-    """Breaks if memory is not counted, not given back, or goes beyond the limit."""
-    gc.collect()  # what failed before may still hold memory
+    """Fails if memory is not counted, not freed, or exceeds the limit."""
+    gc.collect()  # earlier failures may still hold memory
     torch.accelerator.reset_peak_memory_stats()
     before = accelerator.allocated
     x = torch.zeros(1000, device=accelerator.device)
@@ -285,7 +287,7 @@ def test_planted_out_of_memory_is_torchs_own_error(accelerator: HostAccelerator)
 
 
 def test_generators_are_apart(accelerator: HostAccelerator) -> None:
-    """Breaks if a state that nobody saves is not missed, or the host's numbers change."""
+    """Fails if an unsaved generator state has no effect, or the host's generator changes."""
     torch.manual_seed(1)
     host = torch.get_rng_state()
     module = torch.get_device_module("fakegpu")
@@ -312,7 +314,7 @@ def test_planted_generator_of_the_host_is_refused(accelerator: HostAccelerator) 
 
 
 def test_autocast_and_scaler_work(accelerator: HostAccelerator) -> None:
-    """Breaks if a product is not in the low precision, a sum is, or a flag does not stop it."""
+    """Fails if a matmul is not in low precision, a sum is, or an overflow skips no step."""
     model, ids = net(accelerator.device), IDS.to(accelerator.device)
     with torch.autocast("fakegpu", torch.float16):
         hidden = model(ids)
@@ -337,7 +339,7 @@ def test_autocast_and_scaler_work(accelerator: HostAccelerator) -> None:
 
 
 def test_metrics_cost_one_wait(accelerator: HostAccelerator) -> None:
-    """Breaks if each number is fetched by itself, or those of the host go to the device first."""
+    """Fails if each number is transferred separately, or host numbers are copied to the device."""
     meter = Meter()
     for value in (3.0, 5.0):
         on_device = torch.tensor(value, device=accelerator.device)
@@ -354,7 +356,7 @@ def test_metrics_cost_one_wait(accelerator: HostAccelerator) -> None:
 
 
 def captured(accelerator: HostAccelerator) -> tuple[Callable[[], None], Tensor, Tensor]:
-    """A replay, what it reads, and what it adds noise to."""
+    """A replay function, its input, and the tensor to which it adds noise."""
     module = torch.get_device_module(accelerator.device)
     source, target = torch.ones(3, device=accelerator.device), torch.zeros(3).to(accelerator.device)
     graph = module.CUDAGraph()
@@ -366,7 +368,7 @@ def captured(accelerator: HostAccelerator) -> tuple[Callable[[], None], Tensor, 
 def test_capturing_computes_nothing_and_a_replay_reads_what_is_there_then(
     accelerator: HostAccelerator,
 ) -> None:
-    """Breaks if a capture changes memory or draws, or a replay is blind to new inputs."""
+    """Fails if a capture changes memory or generators, or a replay ignores new inputs."""
     torch.manual_seed(5)
     replay, source, target = captured(accelerator)
     assert target.tolist() == [0.0] * 3
@@ -404,7 +406,7 @@ PLANTED_IN_A_CAPTURE: dict[str, tuple[Callable[[Tensor], object], str]] = {
 
 @pytest.mark.parametrize("name", PLANTED_IN_A_CAPTURE)
 def test_planted_fault_in_a_capture_is_an_error(name: str, accelerator: HostAccelerator) -> None:
-    """Breaks if a step could be captured here that CUDA refuses; the device is usable after it."""
+    """Fails if a capture that CUDA rejects is allowed, or the device is unusable afterwards."""
     module, x = torch.get_device_module(accelerator.device), torch.ones(3).to(accelerator.device)
     fault, words = PLANTED_IN_A_CAPTURE[name]
     with pytest.raises(RuntimeError, match=words), module.graph(module.CUDAGraph()):
@@ -413,7 +415,7 @@ def test_planted_fault_in_a_capture_is_an_error(name: str, accelerator: HostAcce
 
 
 def test_waits_can_be_warned_of_and_forbidden(accelerator: HostAccelerator) -> None:
-    """Breaks if code that asks CUDA for its waits is not answered in the same way."""
+    """Fails if code that uses CUDA's sync debug mode behaves differently here."""
     module, x = torch.get_device_module(accelerator.device), torch.ones(1).to(accelerator.device)
     module.set_sync_debug_mode("warn")
     with pytest.warns(UserWarning, match="synchronizing operation: the value") as said:

@@ -1,4 +1,4 @@
-"""Loggers that fail: whatever they do, the training ends in the same bits, in time, and says so."""
+"""Failing loggers: training ends bitwise identical and on time, and the failure is reported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def data() -> list[Batch]:
 
 
 class ServicePlugin(BackgroundLogger[BackgroundConfig]):
-    """Keeps what it is sent; a test plants its failures in `trouble`, by the name of the call."""
+    """Stores what it is sent; tests plant failures in `trouble`, by call name."""
 
     name = "service"
 
@@ -85,7 +85,7 @@ class ServicePlugin(BackgroundLogger[BackgroundConfig]):
 
 
 class FullDiskPlugin(Logger[LoggerConfig]):
-    """Writes into a file on a device that has no room."""
+    """Writes to a full device."""
 
     _stream: IO[str] | None = None
 
@@ -112,7 +112,7 @@ def exit_thread() -> None:
 
 @pytest.fixture
 def hang() -> Iterator[Callable[[], None]]:
-    """A call that does not return while the test runs."""
+    """A call that hangs for the duration of the test."""
     never = threading.Event()
     yield lambda: never.wait(60) and None
     never.set()
@@ -120,7 +120,7 @@ def hang() -> Iterator[Callable[[], None]]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that ended: its engine, the generators after it, and the warnings."""
+    """A finished run: its engine, final generators and warnings."""
 
     engine: Engine
     generators: str
@@ -130,7 +130,7 @@ class Trained:
 def trained(
     *plugins: ServicePlugin | FullDiskPlugin, each_step: Callable[[int], None] = lambda step: None
 ) -> Trained:
-    """Five steps, a log after each, and an evaluation."""
+    """Train five steps, with a log after each, and an evaluation."""
     engine = tiny_engine(*plugins, dropout=0.2, log_every=1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -140,7 +140,7 @@ def trained(
 
 
 def said(run: Trained) -> str:
-    """What the end of the run shows."""
+    """The summary of the run."""
     answers = run.engine.hook.summarize(engine=run.engine)
     return "\n".join(f"{k}: {v}" for answer in answers for k, v in answer.items())
 
@@ -154,7 +154,7 @@ def assert_same_training(run: Trained) -> None:
 
 
 def test_everything_arrives_in_order_under_its_step() -> None:
-    """Breaks if a line is lost, doubled, or takes the step at which the thread got to it."""
+    """Fails if a line is lost, duplicated, or recorded under a later step."""
     service = ServicePlugin()
     run = trained(service)
     assert [step for step, _ in service.lines] == [1, 2, 3, 4, 5, 5]
@@ -167,7 +167,7 @@ def test_everything_arrives_in_order_under_its_step() -> None:
 
 @pytest.mark.parametrize("trouble", [fail, exit_thread])
 def test_calls_that_raise_switch_it_off_and_are_said(trouble: Callable[[], None]) -> None:
-    """Breaks if a failing service stops the training, changes it, or goes unnoticed."""
+    """Fails if a failing service stops or changes training, or goes unnoticed."""
     service = ServicePlugin()
     service.trouble["send"] = trouble
     run = trained(service)
@@ -182,7 +182,7 @@ def test_calls_that_raise_switch_it_off_and_are_said(trouble: Callable[[], None]
 
 
 def test_a_service_that_cannot_be_reached_is_given_up_at_once() -> None:
-    """Breaks if each of a run's logs fails anew where there was never a connection."""
+    """Fails if every log of a run fails again after a failed connection."""
     service = ServicePlugin()
     service.trouble["connect"] = fail
     run = trained(service)
@@ -195,7 +195,7 @@ def test_a_service_that_cannot_be_reached_is_given_up_at_once() -> None:
 
 @pytest.mark.parametrize("call", ["connect", "send", "disconnect"])
 def test_a_call_that_hangs_is_given_up(call: str, hang: Callable[[], None]) -> None:
-    """Breaks if a hung network holds the training, or its end, for longer than the timeout."""
+    """Fails if a hanging network blocks training, or its end, for longer than the timeout."""
     service = ServicePlugin(timeout=0.05)
     service.trouble[call] = hang
     before = time.monotonic()
@@ -238,7 +238,7 @@ print(tiny_engine(ServicePlugin(timeout=0.2)).fit([batch] * 5, until="5 steps").
 
 @pytest.mark.slow
 def test_a_call_that_the_service_wakes_at_exit_comes_to_its_end() -> None:
-    """Breaks if Python shuts down around a thread in native code, which ends in a signal."""
+    """Fails if Python shuts down while a thread is in native code, which ends in a signal."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", WOKEN],
@@ -250,7 +250,7 @@ def test_a_call_that_the_service_wakes_at_exit_comes_to_its_end() -> None:
 
 
 def test_a_hang_is_noticed_while_the_run_goes_on(hang: Callable[[], None]) -> None:
-    """Breaks if a logger that hung is only noticed at the end of weeks."""
+    """Fails if a hanging logger is only noticed at the end of a long run."""
     service = ServicePlugin(timeout=1e-9)
     service.trouble["connect"] = hang
     off: list[bool] = []
@@ -265,7 +265,7 @@ def test_a_hang_is_noticed_while_the_run_goes_on(hang: Callable[[], None]) -> No
 
 
 def test_a_full_disk_is_said_and_changes_nothing() -> None:
-    """Breaks if a disk without room ends a run that only wanted to log."""
+    """Fails if a full disk ends a run because of a logger."""
     run = trained(FullDiskPlugin())
     assert all("No space left" in warning for warning in run.warnings)
     assert len(run.warnings) == 4, "three lines, and what is left when the file is closed"
@@ -275,7 +275,7 @@ def test_a_full_disk_is_said_and_changes_nothing() -> None:
 
 
 def test_what_waits_is_bounded() -> None:
-    """Breaks if a slow service fills the memory."""
+    """Fails if a slow service exhausts memory."""
 
     class SmallPlugin(ServicePlugin):
         name = "small"
@@ -303,7 +303,7 @@ def test_what_waits_is_bounded() -> None:
 
 
 def test_the_end_of_a_failed_run_is_told() -> None:
-    """Breaks if a run that crashed is shown as finished by the service."""
+    """Fails if the service shows a crashed run as finished."""
     service = ServicePlugin()
     batches = data()
     batches[2] = {}
@@ -313,7 +313,7 @@ def test_the_end_of_a_failed_run_is_told() -> None:
 
 
 def test_a_resumed_run_keeps_its_key_and_sends_what_is_missing() -> None:
-    """Breaks if a resumed run becomes a second run, or its lines are doubled or missing."""
+    """Fails if a resumed run becomes a second run, or lines are duplicated or missing."""
     first = ServicePlugin()
     engine = tiny_engine(first, log_every=1)
     for state in engine.steps(data(), until="9 steps"):
@@ -333,7 +333,7 @@ def test_a_resumed_run_keeps_its_key_and_sends_what_is_missing() -> None:
 
 
 def test_what_waited_when_the_run_was_killed_is_sent_by_the_next(hang: Callable[[], None]) -> None:
-    """Breaks if lines from before the checkpoint are lost because the thread was behind."""
+    """Fails if lines from before the checkpoint are lost because the thread lagged behind."""
     first = ServicePlugin()
     first.trouble["connect"] = hang
     engine = tiny_engine(first, log_every=1)
@@ -357,7 +357,7 @@ def test_what_waited_when_the_run_was_killed_is_sent_by_the_next(hang: Callable[
 
 
 def test_notes_wait_with_the_lines_and_are_sent_by_the_next(hang: Callable[[], None]) -> None:
-    """Breaks if words are lost with a killed process, or come to `send` as if they were numbers."""
+    """Fails if notes are lost in a kill, or are passed to `send` like metrics."""
     first = ServicePlugin()
     first.trouble["connect"] = hang
     engine = tiny_engine(first, log_every=1)
@@ -384,7 +384,7 @@ def test_notes_wait_with_the_lines_and_are_sent_by_the_next(hang: Callable[[], N
 
 
 def test_a_service_that_refuses_words_goes_on_with_numbers() -> None:
-    """Breaks if a note that fails takes the curves with it, or the run."""
+    """Fails if a failing note stops the metrics or the run."""
     service = ServicePlugin()
     service.trouble["send_note"] = fail
     engine = tiny_engine(service, log_every=1)
@@ -399,7 +399,7 @@ def test_a_service_that_refuses_words_goes_on_with_numbers() -> None:
 
 
 def test_another_run_has_another_key() -> None:
-    """Breaks if two runs are mixed in one curve."""
+    """Fails if two runs are mixed in one curve."""
     services = ServicePlugin(), ServicePlugin()
     for service in services:
         tiny_engine(service).fit(data(), until="2 steps")
@@ -407,13 +407,13 @@ def test_another_run_has_another_key() -> None:
 
 
 def test_a_checkpoint_with_a_broken_key_is_refused() -> None:
-    """Breaks if damage in a checkpoint becomes a name with the service."""
+    """Fails if a damaged checkpoint leads to an invalid run name at the service."""
     with pytest.raises(CheckpointError, match="'service' is {'run': 7"):
         ServicePlugin().load_state_dict({"run": 7, "waiting": []})
 
 
 def test_no_thread_is_left_behind() -> None:
-    """Breaks if each run of a long program leaves a thread."""
+    """Fails if each run in a process leaves a thread behind."""
     before = threading.active_count()
     for _ in range(3):
         tiny_engine(ServicePlugin()).fit(data(), until="2 steps")
@@ -422,7 +422,7 @@ def test_no_thread_is_left_behind() -> None:
 
 @given(st.lists(st.booleans(), max_size=12))
 def test_the_worker_makes_every_call_in_order_whatever_fails(good: list[bool]) -> None:
-    """Breaks if a call that raises ends the thread or hides another's outcome."""
+    """Fails if a call that raises ends the thread or hides another call's outcome."""
     made: list[int] = []
 
     def call(number: int) -> None:

@@ -1,4 +1,4 @@
-"""A branch: what is not changed stays the same to the bit, and both folders tell of the other."""
+"""Branches: unchanged parts stay bitwise the same, and both folders record the relation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class WorldPlugin(Loss[LossConfig]):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of 12 steps in `whole` that was saved every 4."""
+    """A folder with a run of 12 steps in `whole`, saved every 4."""
     folder = tmp_path_factory.mktemp("branches")
     (folder / "world.py").write_text(WORLD)
     config: dict[str, Any] = {

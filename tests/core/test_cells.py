@@ -1,4 +1,4 @@
-"""Steps in cells: who computes a cell, and in which order, changes no bit of what is summed."""
+"""Steps in cells: sums do not depend on which process computes a cell, and in which order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def by_levels(values: list[Tensor | None]) -> Tensor | None:
-    """The sum of neighbours, then of these, and so on; written without a tree."""
+    """The sum of neighbours, then of these sums, and so on, without a tree."""
     while len(values) > 1:
         pairs = [values[place : place + 2] for place in range(0, len(values), 2)]
         values = [_plus(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
@@ -52,7 +52,7 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def test_the_sum_is_the_same_whoever_has_which_cells(
     of: list[int], size: int, kind: torch.dtype, missing: float, sparse: bool, seed: int
 ) -> None:
-    """Red if a bit depends on the processes, or the sum is further off than its depth allows."""
+    """Fails if a bit depends on the processes, or the rounding error exceeds the depth's bound."""
     generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     count, cells = max(of), sum(of)
     found: list[Tensor | None] = [
@@ -88,7 +88,7 @@ def test_the_sum_is_the_same_whoever_has_which_cells(
 @settings(deadline=None, max_examples=20)
 @given(cells=st.integers(1, 40))
 def test_few_sums_are_kept_within_a_process(cells: int) -> None:
-    """Red if a process keeps the gradient of each cell that it has computed."""
+    """Fails if a process keeps the gradient of every cell it computed."""
     summed = CellSum(cells, ())
     for cell in range(cells):
         summed.add(cell, [torch.ones(1)])
@@ -101,7 +101,7 @@ def test_few_sums_are_kept_within_a_process(cells: int) -> None:
 def test_a_loader_deals_the_same_cells_to_any_number_of_processes(
     rows: int, cells: int, size: int
 ) -> None:
-    """Red if a cell has other rows elsewhere, is missing or doubled, or is another's to compute."""
+    """Fails if a cell has other rows elsewhere, or is missing, duplicated or misassigned."""
     batch = min(rows, 16)
     if batch < size:
         return
@@ -126,7 +126,7 @@ def test_a_loader_deals_the_same_cells_to_any_number_of_processes(
 
 
 def test_a_batch_of_any_make_is_cut_or_refused() -> None:
-    """Red if a part of a batch goes whole into every cell."""
+    """Fails if part of a batch is copied whole into every cell."""
     part = divided({"x": torch.arange(5), "name": list("abcde"), "by": 2.0}, 2)
     assert [b["x"].tolist() for b in part.batches] == [[0, 1, 2], [3, 4]]
     assert [b["name"] for b in part.batches] == [list("abc"), list("de")]
@@ -136,7 +136,7 @@ def test_a_batch_of_any_make_is_cut_or_refused() -> None:
 
 
 class _Odd:
-    """Rows in a container that nobody can make anew."""
+    """Rows in a container that cannot be rebuilt."""
 
     def __init__(self) -> None:
         self.rows = torch.arange(4)
@@ -146,7 +146,7 @@ class _Odd:
 
 
 class ForwardPlugin(Plugin[PluginConfig]):
-    """Draws where a batch is read, where it is computed, and between steps."""
+    """Draws random numbers when a batch is read, when it is computed, and between steps."""
 
     @hookimpl
     def on_batch(self, batch: dict[str, Tensor]) -> None:
@@ -164,7 +164,7 @@ class ForwardPlugin(Plugin[PluginConfig]):
 
 
 def test_the_split_into_micro_batches_changes_no_bit() -> None:
-    """Red if dropout, noise, sums, metrics or evaluations depend on `accumulate`."""
+    """Fails if dropout, noise, sums, metrics or evaluations depend on `accumulate`."""
     found = []
     for accumulate in (1, 2, 4):
         torch.manual_seed(1)
@@ -189,7 +189,7 @@ def test_the_split_into_micro_batches_changes_no_bit() -> None:
 
 
 def test_cells_that_cannot_be_are_refused() -> None:
-    """Red if a wrong number is taken for another one."""
+    """Fails if an invalid number of cells is reinterpreted."""
     for cells in (0, 3):
         with pytest.raises(ConfigError, match="cells must be a multiple of accumulate, 2"):
             Engine(nn.Linear(1, 1), None, accumulate=2, cells=cells)
@@ -202,7 +202,7 @@ def test_cells_that_cannot_be_are_refused() -> None:
     seed=st.integers(0, 99),
 )
 def test_metrics_are_exact_whoever_has_added_what(values: list[float], cut: int, seed: int) -> None:
-    """Red if a mean depends on the order, or on a snapshot that was taken in between."""
+    """Fails if a mean depends on the order, or on a snapshot taken in between."""
     order = random.Random(seed).sample(values, len(values))
     meters = [Meter(), Meter()]
     for place, value in enumerate(order):

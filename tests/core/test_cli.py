@@ -1,4 +1,4 @@
-"""What a user of `nexus-run` sees: output, exit codes, files; and what never happens to them."""
+"""What users of `nexus-run` see: output, exit codes, files; and what must never happen."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from tiny import tiny_engine
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test runs in a folder of its own that holds a small corpus and a config over it."""
+    """Each test runs in its own folder, with a small corpus and a config for it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nexus_plugins.model_nexus.plugin.SAMPLE", 8)  # a longer one outlasts a run
+    monkeypatch.setattr("nexus_plugins.model_nexus.plugin.SAMPLE", 8)  # a longer one is slow
     prepare()
     return tmp_path
 
 
 def prepare() -> None:
-    """The corpus and the config, in the present folder."""
+    """Write the corpus and the config to the current folder."""
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("empty.txt").write_text("")
     config: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_run_leaves_config_log_checkpoint_and_summary_and_config_repeats_it() ->
 @pytest.mark.parametrize("until", ["1 steps", "7 steps", "0.3 s", "0.1 epochs"])
 @pytest.mark.parametrize("preset", sorted(set(presets()) - {"sft", "dpo", "modules"}))
 def test_every_preset_runs_until_whatever_end(preset: str, until: str) -> None:
-    """Red if a length in a preset does not fit into a run of another length than the preset's."""
+    """Fails if a length in a preset does not fit runs of other lengths."""
     small = {
         "data_text": ("train=corpus.txt", "seq_len=32", "batch_size=4"),
         "model_nexus": ("d_model=16", "ssm_n_layers=1", "ssm_head_dim=16", "vocab_size=300"),
@@ -143,7 +143,7 @@ def test_folder_with_a_run_is_not_written_over() -> None:
 
 
 def test_a_mistake_takes_nothing_away_from_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if a run that ends at once removes what another has written beside it meanwhile."""
+    """Fails if a run that ends immediately removes files that another run has just written."""
 
     def neighbour(*_: object) -> None:
         Path("runs/other/checkpoints").mkdir(parents=True)
@@ -208,7 +208,7 @@ def test_two_automatic_names_in_one_second_differ(monkeypatch: pytest.MonkeyPatc
 def test_of_two_starts_in_one_folder_the_second_touches_nothing(
     resume: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red if the run that is refused removes the other's folder, or writes into it."""
+    """Fails if the rejected run removes the other's folder, or writes to it."""
     fit = session._fit
     seen: list[dict[str, bytes]] = []
     held: list[int] = []
@@ -217,11 +217,11 @@ def test_of_two_starts_in_one_folder_the_second_touches_nothing(
         return {str(p): p.read_bytes() for p in Path("one").rglob("*") if p.is_file()}
 
     def second(engine: Engine, *rest: Any) -> Any:
-        """The first run comes between the second's look at the folder and its start."""
+        """The first run starts between the second's check of the folder and its start."""
         monkeypatch.setattr(session, "_fit", fit)
         assert run(*options, "-s", "seed=1").exit_code == 0
         held.append(os.open("one/run.lock", os.O_RDONLY))
-        fcntl.flock(held[0], fcntl.LOCK_EX)  # it runs still
+        fcntl.flock(held[0], fcntl.LOCK_EX)  # it is still running
         seen.append(content())
         return fit(engine, *rest)
 
@@ -247,7 +247,7 @@ def test_a_run_that_never_began_leaves_no_empty_folder(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four steps with settings of its own; tests resume copies of it."""
+    """The folder of a run of four steps with custom settings; tests resume copies of it."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -313,7 +313,7 @@ def test_any_encoding_of_the_output_will_do(encoding: str) -> None:
 
 
 def test_what_a_model_writes_does_nothing_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if a sample of bytes clears the screen, or hides what is printed after it."""
+    """Fails if a sample of bytes clears the screen, or hides later output."""
     sample = "a\x1b[2J\x07\r\x9b1m\x00é　b\nc\td"
     monkeypatch.setattr(JsonlPlugin, "summarize", hookimpl(lambda self: {"sample": sample}))
     result = run("tiny.yaml", "--out", "one", "-s", "until=1", "-p", "no:lr_cosine")
@@ -335,7 +335,7 @@ def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> None:
-    """The first one comes after the second step, which was saved, and the other one right then."""
+    """The first comes after the second step, which was saved, and the other immediately after."""
     code = (
         "import os, signal, sys\n"
         "from nexus_core.cli.run import main\n"
@@ -374,7 +374,7 @@ def test_a_hint_is_in_the_words_of_the_command() -> None:
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")
 def test_auto_finds_the_runs_of_this_very_config() -> None:
-    """Red if `my` continues with the checkpoints of `my-big`."""
+    """Fails if `my` resumes from the checkpoints of `my-big`."""
     for folder in ("tiny-20250101-000000", "tiny-big-20260101-000000"):
         assert run("tiny.yaml", "--out", f"runs/{folder}", "-s", "until=4").exit_code == 0
     resumed = run("tiny.yaml", "--resume", "auto", "-s", "until=5")
@@ -384,7 +384,7 @@ def test_auto_finds_the_runs_of_this_very_config() -> None:
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")
 def test_run_that_is_extended_ends_like_one_that_was_not_stopped() -> None:
-    """A constant rate, so that the horizon does not matter: 4 steps and then 2 are 6."""
+    """With a constant rate, so that the horizon does not matter: 4 steps and then 2 equal 6."""
     constant = ["-p", "no:lr_cosine"]
     assert run("tiny.yaml", "--out", "whole", *constant).exit_code == 0
     assert run("tiny.yaml", "--out", "parts", *constant, "-s", "until=4 steps").exit_code == 0
@@ -406,7 +406,7 @@ def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
 
 
 def test_dry_run_tries_the_checkpoint_as_well(folder: Path) -> None:
-    """Breaks if a dry run says nothing of a checkpoint from which the run could not be resumed."""
+    """Fails if a dry run does not report a checkpoint that cannot be resumed from."""
     short = ["-s", "until=1", "-p", "no:lr_cosine"]
     assert run("tiny.yaml", "--out", "done", *short, "--quiet").exit_code == 0
     before = sorted(folder.rglob("*"))
@@ -456,7 +456,7 @@ def test_plugins_are_listed_and_shown() -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    """Help must come at once; importing torch takes seconds."""
+    """Help must be immediate; importing torch takes seconds."""
     code = (
         "import sys; from nexus_core.cli.run import main\n"
         "try: main(['--help'])\n"
@@ -470,7 +470,7 @@ def test_help_does_not_import_torch() -> None:
 def test_a_signal_that_a_launcher_hands_on_is_the_same_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Breaks if a signal to a group, which torchrun repeats, ends the run before it has saved."""
+    """Fails if a signal to a group, repeated by torchrun, ends the run before it has saved."""
     now, ended = [0.0], list[int]()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     engine = tiny_engine()
@@ -488,7 +488,7 @@ def test_a_signal_that_a_launcher_hands_on_is_the_same_signal(
 
 @pytest.mark.slow
 def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits() -> None:
-    """A process that gets the signal at its first line, held against a run that gets none."""
+    """Compares a process that gets the signal at its first line with an undisturbed one."""
     options = ["tiny.yaml", "-p", "console", "-s", "until=150 steps", "-s", "log_every=1",
                "-s", "checkpoint.every=1000 steps"]  # fmt: skip
     assert run(*options, "--out", "whole").exit_code == 0
@@ -518,7 +518,7 @@ def test_signal_saves_and_the_resumed_run_ends_in_the_same_bits() -> None:
 @pytest.mark.filterwarnings("ignore:resuming. until is")
 @pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
 def test_read_only_folder_is_one_clear_error_and_the_run_in_it_stays_good(resumed: bool) -> None:
-    """Breaks if the error hides behind another one, or the last checkpoint is touched."""
+    """Fails if another error hides it, or the last checkpoint is modified."""
     assert run("tiny.yaml", "--out", "runs/one", "-s", "until=4 steps").exit_code == 0
     mount = "mount --bind runs runs && mount -o remount,ro,bind runs && exec "
     inside = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
@@ -541,7 +541,7 @@ def test_read_only_folder_is_one_clear_error_and_the_run_in_it_stays_good(resume
 
 @pytest.mark.slow
 def test_a_mistake_in_a_run_to_be_verified_is_one_message(folder: Path) -> None:
-    """Breaks if what the run of `verify-resume` refuses ends in that run's traceback."""
+    """Fails if a mistake in the run of `verify-resume` ends in that run's traceback."""
     result = run("verify-resume", "absent.yaml", "--out", "verified")
     assert result.exit_code == 2
     assert result.output.startswith("error: cannot read the config file 'absent.yaml'")

@@ -1,4 +1,4 @@
-"""`nexus-run compare`: the interval holds at any time, and pairs are what they are said to be."""
+"""`nexus-run compare`: the interval is valid at any time, and pairs are valid."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_at_the_edge_the_mixture_of_likelihood_ratios_is_what_ville_allows(
 
 
 def test_the_interval_holds_at_all_looks_together() -> None:
-    """Looked at after each of 80 differences; a t-test at 5% fails in a third of the sequences."""
+    """Checked after each of 80 differences; a t-test at 5% fails in a third of the sequences."""
     drawn = np.random.default_rng(0).normal(0.3, 2.0, (2000, 80))
     counts = np.arange(1, 81)
     means = drawn.cumsum(1) / counts
@@ -149,7 +149,7 @@ def compare(*words: str) -> Any:
 
 
 def write_pairs(tmp_path: Path, effect: float, **given: Any) -> tuple[str, str]:
-    """Six runs of a base, and six that are lower by an effect; seeds matter ten times as much."""
+    """Six runs of a base, and six lower by an effect; seeds vary ten times as much."""
     for seed in range(6):
         own = math.sin(seed) + 3
         write_run(tmp_path / f"base/{seed}", (own + 1, own), seed=seed)
@@ -237,7 +237,7 @@ def test_a_variant_is_the_base_with_changes() -> None:
 
 
 def test_names_that_differ_late_are_two_variants() -> None:
-    """Red when paths of folders that share 80 characters, as in a deep home, are taken for one."""
+    """Fails if folders whose paths share 80 characters are confused."""
     words = [f"lr=1e-3 {'a' * 90}.x={number}" for number in range(2)]
     folders = {arm.folder for arm in read_arms("quickstart", words)}
     assert len(folders) == 3
@@ -269,7 +269,7 @@ def write_tiny(folder: Path) -> None:
 def test_a_killed_comparison_keeps_its_runs_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal runs are equal to the bit, and what was trained is not trained again."""
+    """Equal runs are bitwise equal, and existing runs are not trained again."""
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path)
     words = ["compare", "tiny.yaml", "same: until='8 steps'", "faster: lr=0.02", "--pairs", "2",

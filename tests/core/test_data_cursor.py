@@ -1,4 +1,4 @@
-"""Which rows a run trains on: other data, other sizes, loaders with habits, batches of any make."""
+"""Which rows a run trains on: other data, other sizes, unusual loaders, any type of batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ids:
 
 
 class Counter:
-    """An engine that writes down what it trains on; its weights are those of a loop by hand."""
+    """An engine that records what it trains on; its weights are those of a handwritten loop."""
 
     def __init__(self, accumulate: int = 1) -> None:
         self.seen: list[Any] = []
@@ -75,7 +75,7 @@ def test_another_data_set_begins_at_its_first_batch_and_it_is_said(length: int) 
 def test_another_batch_size_continues_at_the_right_row(
     before: int, steps: int, after: int, shuffle: bool
 ) -> None:
-    """Breaks if rows are read twice or never in the rest of the epoch, or it ends too early."""
+    """Fails if rows are repeated or skipped in the rest of the epoch, or it ends too early."""
     steps = min(steps, ROWS // before)
     first = Counter()
     read = first.fit(ResumableLoader(Ids(), before, seed=1, shuffle=shuffle), f"{steps} steps")
@@ -87,7 +87,7 @@ def test_another_batch_size_continues_at_the_right_row(
 
 
 def test_a_loader_is_read_again_after_a_loop_that_was_left_is_collected() -> None:
-    """Breaks if a reader that comes back from among the garbage reads nothing."""
+    """Fails if a reader that was garbage-collected with its loop yields nothing."""
     loader = ResumableLoader(Ids(), 4, shuffle=False)
     for _ in range(3):
         Counter().fit(loader, "4 steps")
@@ -96,7 +96,7 @@ def test_a_loader_is_read_again_after_a_loop_that_was_left_is_collected() -> Non
 
 
 def test_a_cursor_far_beyond_the_data_is_at_its_end() -> None:
-    """Breaks if a snapshot that counts more batches than there are is read for ever."""
+    """Fails if a cursor beyond the data makes it read forever."""
     first, again = Counter(), Counter()
     data = batches(0, 6)
     first.fit(data, "4 steps")
@@ -125,7 +125,7 @@ def test_a_changed_length_is_said() -> None:
 
 
 class Epilogue:
-    """Counts its epochs after its last batch, as wrappers of loaders do, and shuffles by that."""
+    """Counts epochs after the last batch, as loader wrappers do, and shuffles by them."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -160,7 +160,7 @@ def test_samplers_and_data_sets_are_told_the_epoch() -> None:
 
 
 class Holder:
-    """A stream that holds its own place, and counts what it reads."""
+    """A stream that saves its own position, and counts its reads."""
 
     def __init__(self) -> None:
         self.at = self.read = 0
@@ -182,7 +182,7 @@ class Holder:
 def test_a_loader_that_holds_its_place_is_asked_for_it_and_can_be_resumed_twice(
     accumulate: int,
 ) -> None:
-    """Breaks if it is replayed from the start, or the place of the first resume is kept."""
+    """Fails if it is replayed from the start, or the position of the first resume is reused."""
     whole = Counter(accumulate).fit(Holder(), "12 steps")
     counter, seen = Counter(accumulate), []
     for until in (3, 8, 12):
@@ -198,7 +198,7 @@ def test_a_loader_that_holds_its_place_is_asked_for_it_and_can_be_resumed_twice(
 
 
 class Lying:
-    """Says a length, or raises as it is asked."""
+    """Has a length, or raises when asked for it."""
 
     def __init__(self, count: int, says: int | type[Exception]) -> None:
         self.count, self.says = count, says
@@ -261,7 +261,7 @@ class Movable:
 
 
 class Rows(list):  # type: ignore[type-arg]
-    """A list with a constructor and an attribute of its own."""
+    """A list subclass with its own constructor and attribute."""
 
     def __init__(self, items: Iterable[Any], source: str) -> None:
         super().__init__(items)
@@ -339,7 +339,7 @@ def test_on_batch_replaces_batches_one_plugin_after_the_other() -> None:
 
 
 class Unsized:
-    """Batches that do not say how many they are."""
+    """Batches without a length."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -354,7 +354,7 @@ class Unsized:
 def test_the_last_step_of_an_epoch_may_take_what_is_left_of_it(
     sized: bool, length: int, accumulate: int, epochs: int
 ) -> None:
-    """Breaks if a step reaches into the next epoch, or its gradient is not the mean of its own."""
+    """Fails if a step reaches into the next epoch, or its gradient is not its own mean."""
     data: Any = batches(0, length) if sized else Unsized(length)
     counter = Counter(accumulate)
     counter.engine.step_at_epoch_end = True

@@ -1,4 +1,4 @@
-"""One digest for tensors: it sees every bit and place, and adds up from parts."""
+"""The tensor digest: it depends on every bit and position, and is the sum of its parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def digest(*tensors: Tensor) -> int:
 
 
 def oracle(words: list[int], low: list[int], high: list[int]) -> int:
-    """The sum of the module's first paragraph, in Python's whole numbers, for one block."""
+    """The sum in the module's docstring, in Python integers, for one block."""
     total = sum(w * u + (w >> 32) * v for w, u, v in zip(words, low, high, strict=False))
     return (total + 2**63) % 2**64 - 2**63
 

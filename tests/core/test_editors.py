@@ -1,4 +1,4 @@
-"""The schema that editors check configs by: it takes what a run takes, and refuses mistakes."""
+"""The schema for editors: it accepts what a run accepts, and rejects mistakes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ plugins: {optim_adamw: {betas: [0.9]}}
 plugins: {optim_adamw: {groups: [{math: "*.bias"}]}}
 plugins: {data_text: {train: [{path: a.txt, weigth: 2}]}}
 """.strip().splitlines()
-"""What belongs into no config; each is put over the quickstart."""
+"""Mistakes, each added to the quickstart's config."""
 TAKEN = """
 seed: "7"
 until: 1e3
@@ -101,7 +101,7 @@ def validator(schema: Any) -> Any:
 
 
 def is_taken(text: str, folder: Path) -> bool:
-    """Whether a run would begin to be built of such a file."""
+    """Whether a run accepts such a file."""
     path = folder / "given.yaml"
     path.write_text(text)
     try:
@@ -112,7 +112,7 @@ def is_taken(text: str, folder: Path) -> bool:
 
 
 def documents() -> Iterator[tuple[str, Any]]:
-    """Every config file of presets, examples and pages; of a page also what is a part of one."""
+    """Every config of presets, examples and pages, including partial ones in pages."""
     for name, package in presets().items():
         yield name, yaml12.parse(files(package).joinpath(f"{name}.yaml").read_text()).value
     for path in (*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("benchmarks/**/*.yaml")):
@@ -180,7 +180,7 @@ VALUES: list[Any] = [
 def test_what_the_schema_refuses_a_run_refuses(
     data: st.DataObject, schema: Any, validator: Any, tmp_path: Path
 ) -> None:
-    """Any setting of any plugin, or of the engine, with any value."""
+    """Any setting of any plugin or of the engine, with any value."""
     blocks = schema["properties"]["plugins"]["properties"]
     name = data.draw(st.sampled_from(["", *sorted(blocks)]))
     known = schema["properties"] if not name else blocks[name].get("properties", {})

@@ -1,4 +1,4 @@
-"""The loop: what fires when, when it ends, and what it reports."""
+"""The loop: which hooks fire when, when it ends, and what it reports."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ def loader(batch_size: int = 4, **options: Any) -> ResumableLoader:
 
 
 def listener(log: list[str], name: str = "listener") -> Plugin[PluginConfig]:
-    """A plugin that writes down every event and seam, and answers none."""
+    """A plugin that records every event and seam, and answers none."""
 
     def answer(hook: str) -> Any:
         def method(self: Plugin[PluginConfig], engine: Engine) -> None:
@@ -64,7 +64,7 @@ def test_events_fire_in_the_order_that_is_documented() -> None:
 
 
 def test_loop_by_hand_gives_the_same_weights_bit_for_bit() -> None:
-    """The oracle: the loop that a user would write."""
+    """The oracle is a handwritten loop."""
     engine = tiny_engine()
     engine.fit(loader(), until="9 steps")
     torch.manual_seed(3)
@@ -117,7 +117,7 @@ def test_time_horizon_ends_a_run() -> None:
 
 
 def test_generator_can_be_closed_and_gone_on_with() -> None:
-    """A host that owns the loop gets the same weights as `fit`."""
+    """A program that owns the loop gets the same weights as `fit`."""
     whole = tiny_engine(dropout=0.3)
     whole.fit(loader(), until="10 steps")
     engine = tiny_engine(dropout=0.3)
@@ -167,7 +167,7 @@ def test_plugins_build_what_is_not_passed() -> None:
 
 
 class PadPlugin(Loss[LossConfig]):
-    """The output itself, over units that the batch states."""
+    """The output itself, over units given in the batch."""
 
     def units(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return batch["units"].sum()
@@ -192,7 +192,7 @@ def test_evaluation_is_weighted_by_units_not_by_batches() -> None:
 
 
 def test_evaluation_leaves_no_trace_in_training() -> None:
-    """Dropout draws the same numbers whether or not an evaluation came between."""
+    """Dropout draws the same numbers with or without an evaluation in between."""
     runs = []
     for options in ({}, {"eval_data": loader(3), "eval_every": "2 steps"}):
         recorder = RecorderPlugin()
@@ -334,7 +334,7 @@ def test_parts_that_are_missing_are_named() -> None:
 
 
 def test_default_forward_passes_what_the_model_accepts() -> None:
-    """`sample_ids` and labels in a batch do not break a model that does not know them."""
+    """`sample_ids` and labels in a batch are not passed to a model that does not accept them."""
     engine = tiny_engine()
     engine.fit([{"x": torch.ones(2, 5), "y": torch.ones(2, 4), "sample_ids": torch.ones(2)}],
                until="1 step")  # fmt: skip
@@ -353,7 +353,7 @@ def test_default_forward_passes_what_the_model_accepts() -> None:
 
 
 def test_a_snapshot_can_be_gone_back_to_again_and_again() -> None:
-    """Red if training on changes the moments in the snapshot that it came from."""
+    """Fails if further training changes the moments in the snapshot it started from."""
     engine = tiny_engine()
     engine.fit(loader(), until="3 steps")
     snapshot = copy.deepcopy(engine.state_dict())
@@ -374,7 +374,7 @@ def test_modules_that_are_frozen_stay_frozen_through_an_evaluation() -> None:
 
 
 class OnlyInPlugin(Loss[LossConfig]):
-    """A constant, in batches of one kind alone."""
+    """A constant term, only in batches of one kind."""
 
     def __init__(self, kind: int, value: float) -> None:
         super().__init__()
@@ -391,7 +391,7 @@ class OnlyInPlugin(Loss[LossConfig]):
 def test_total_loss_of_an_evaluation_counts_the_terms_of_all_its_batches(
     order: tuple[int, int],
 ) -> None:
-    """Red if the total depends on which batch comes last, or a set without labels is perfect."""
+    """Fails if the total depends on which batch is last, or a set without labels has loss 0."""
     first = type("FirstPlugin", (OnlyInPlugin,), {})(0, 3.0)
     other = type("OtherPlugin", (OnlyInPlugin,), {})(1, 1.0)
     model = nn.Linear(2, 1)
@@ -419,7 +419,7 @@ def test_evaluation_data_without_a_length_is_read_and_what_ends_for_good_is_said
 
 
 def test_a_stop_in_the_last_step_takes_nothing_from_its_end() -> None:
-    """Red if a run that reached its horizon has no last evaluation, since a stop came with it."""
+    """Fails if a stop in the last step suppresses the last evaluation."""
 
     class StopperPlugin(Plugin[PluginConfig]):
         @hookimpl
@@ -443,7 +443,7 @@ def test_groups_that_come_later_follow_the_schedule() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3.0, torch.ones(2)], ids=["none", "float", "two"])
 def test_a_loss_function_that_gives_no_loss_is_refused(wrong: Any) -> None:
-    """Red if a forgotten `return` trains the model on its own output."""
+    """Fails if a forgotten `return` trains the model on its own output."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = Engine(model, optimizer, loss=lambda model, batch: wrong)
@@ -465,7 +465,7 @@ def test_a_compiled_model_gets_the_entries_that_it_accepts() -> None:
 
 
 class SumPlugin(Loss[LossConfig]):
-    """The sum of what the model returns."""
+    """The sum of the model's output."""
 
     def units(self, batch: dict[str, torch.Tensor]) -> float:
         return 1.0
@@ -474,7 +474,7 @@ class SumPlugin(Loss[LossConfig]):
         return output.sum()
 
 
-# -- what those who come from other trainers write first
+# -- what users of other trainers try first
 
 
 PAIRS = [(torch.full((2, 3), float(i)), torch.tensor([0, 1])) for i in range(4)]

@@ -1,4 +1,4 @@
-"""A hint that one cannot follow where one is leaves the mistake where it was."""
+"""Hints must be applicable where the user is: on the command line or in Python."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_hint_is_in_the_words_of_the_place(
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 def test_text_is_folded_between_words_on_a_terminal_alone(
     lines: list[list[str]], indent: int
 ) -> None:
-    """Red if a terminal breaks words in the middle, or a pipe gets changed lines."""
+    """Fails if a terminal breaks words in the middle, or a pipe gets changed lines."""
     text = "\n".join(map(" ".join, lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")

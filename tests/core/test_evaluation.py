@@ -1,4 +1,4 @@
-"""An evaluation is a scope: it is always left as it was entered, and what it measures arrives."""
+"""An evaluation is a scope: everything is restored on exit, and its metrics arrive."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def broken() -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_a_failed_evaluation_leaves_the_weights_the_modes_and_the_generators(by_hand: bool) -> None:
-    """Breaks if the average stays in the model's place, where it would be trained and saved."""
+    """Fails if the average stays in the model, where it would be trained and saved."""
     engine, ema = new(EmaPlugin(decay=0.9)), None
     ema = engine.plugins["ema"]
     engine.fit(BATCHES, until=5)
@@ -121,7 +121,7 @@ def test_a_failed_evaluation_leaves_the_weights_the_modes_and_the_generators(by_
 
 
 class CorpusPlugin(Loss[LossConfig]):
-    """A metric of the whole set, that no mean of batches gives: the largest error."""
+    """A metric of the whole set that is not a mean over batches: the largest error."""
 
     largest = 0.0
 
@@ -164,7 +164,7 @@ def test_what_is_measured_reaches_result_early_stop_and_the_best_checkpoint(
 
 
 def test_samples_are_of_the_weights_that_are_evaluated() -> None:
-    """Wherever the sampler stands in the plan: with the average, in evaluation mode."""
+    """Wherever the sampler is in the plan: with the average, in evaluation mode."""
 
     class SamplePlugin(Plugin[PluginConfig]):
         @hookimpl
@@ -239,7 +239,7 @@ def test_an_error_within_a_loss_that_differentiates_is_the_losss_own() -> None:
 
 
 def test_schedule_free_optimizers_are_evaluated_at_their_average() -> None:
-    """Given as an object, whatever its mode: the loop by hand calls `train` and `eval`."""
+    """Passed as an object in any mode; the handwritten loop calls `train` and `eval`."""
     schedulefree = pytest.importorskip("schedulefree")
 
     def parts() -> Any:
@@ -268,10 +268,10 @@ def test_schedule_free_optimizers_are_evaluated_at_their_average() -> None:
 
 @pytest.mark.parametrize("until", [2, 4])
 def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed(until: int) -> None:
-    """Breaks if a signal has to wait for a long evaluation, or the evaluation is lost by it."""
+    """Fails if a signal has to wait for a long evaluation, or the evaluation is lost."""
 
     class Held:
-        """Evaluation batches, of which the second brings the signal."""
+        """Evaluation batches; the second one triggers the signal."""
 
         def __init__(self, engine: Engine | None) -> None:
             self.engine = engine
@@ -311,7 +311,7 @@ def test_a_stop_at_once_gives_up_the_evaluation_and_it_is_made_when_resumed(unti
 
 
 def test_a_loader_of_whole_batches_is_evaluated_and_predicted() -> None:
-    """Breaks if a DataLoader whose data are batches, so that it has no batch size, ends a run."""
+    """Fails if a DataLoader of whole batches, which has no batch size, ends a run."""
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

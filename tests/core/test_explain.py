@@ -1,4 +1,4 @@
-"""`--explain` tells what happens: the order is the one of the calls, and each reason is true."""
+"""`--explain` is accurate: the order is that of the calls, and every reason holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROLES: dict[str, dict[str, bool]] = {"": {}, "first": {"tryfirst": True}, "last"
 
 
 def listener(name: str, log: list[tuple[str, str]], role: str = "", **place: Any) -> Plugin[Any]:
-    """A plugin that writes down when it is called."""
+    """A plugin that records its calls."""
 
     def on_step(self: object) -> None:
         log.append(("on_step", name))
@@ -36,7 +36,7 @@ def listener(name: str, log: list[tuple[str, str]], role: str = "", **place: Any
 
 
 def waiting(name: str, hook: str = "on_step", **place: Any) -> Plugin[Any]:
-    """A plugin that answers one hook, with nothing."""
+    """A plugin that implements one hook and does nothing."""
 
     def answer(self: object) -> None: ...
 
@@ -58,7 +58,7 @@ def calls(found: Explanation, hook: str) -> list[str]:
 def test_explained_order_is_that_of_the_calls_and_every_reason_holds(
     names: list[str], rules: set[tuple[int, int]], roles: tuple[str, ...]
 ) -> None:
-    """The oracle is a run: what was called, one after the other."""
+    """The oracle is the sequence of calls in a run."""
     log: list[tuple[str, str]] = []
     after = {b: tuple(NAMES[a] for a, c in rules if a < c and NAMES[c] == b) for b in NAMES}
     role = dict(zip(NAMES, roles, strict=True))
@@ -95,7 +95,7 @@ def test_reason_may_be_a_chain_through_plugins_that_the_event_does_not_call() ->
 
 
 class WrapPlugin(Plugin[PluginConfig]):
-    """Is around every update."""
+    """Wraps every update."""
 
     @hookimpl(wrapper=True)
     def optimizer_step(self) -> Any:
@@ -103,7 +103,7 @@ class WrapPlugin(Plugin[PluginConfig]):
 
 
 def test_table_has_kind_roles_and_the_answers_of_the_core() -> None:
-    """Breaks if a reader cannot tell who only wraps, and who answers where nobody does."""
+    """Fails if the table does not show which plugins only wrap, or where the core answers."""
     plan = arrange([waiting("noop", "optimizer_step"), WrapPlugin()])
     lines = explain(plan).splitlines()
     start = lines.index("optimizer_step  (seam, first answer)")
@@ -133,7 +133,7 @@ def test_json_says_the_same_as_the_table() -> None:
 
 
 def test_hooks_are_declared_in_the_order_in_which_a_run_calls_them() -> None:
-    """Red if what lists hooks (--explain, show, repr of a plan, the page) leaves a run's order."""
+    """Fails if a list of hooks (--explain, show, a plan's repr, the page) is not in call order."""
     assert events.__doc__ is not None
     places = [events.__doc__.index(hook.upper()) for hook in HOOK_NAMES]
     assert places == sorted(places)
@@ -141,7 +141,7 @@ def test_hooks_are_declared_in_the_order_in_which_a_run_calls_them() -> None:
 
 @pytest.mark.parametrize("hook", HOOK_NAMES)
 def test_every_hook_says_of_which_kind_it_is(hook: str) -> None:
-    """The explanation takes it from the docstring, and a first answer must be told as one."""
+    """The explanation reads it from the docstring, and must mark first-answer seams."""
     kind, colon, _ = (getattr(Hooks, hook).__doc__ or "").partition(":")
     assert colon
     assert re.fullmatch(

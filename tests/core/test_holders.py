@@ -1,7 +1,7 @@
-"""Loaders that hold their own place, or cannot: resumed twice, interrupted, evaluated on.
+"""Loaders with and without their own state: resumed twice, interrupted, evaluated on.
 
-The oracle is a run that nobody disturbs: the same rows in the same order, the same weights to the
-bit (dropout is on, so that every random number counts), the same generators.
+The oracle is an undisturbed run: the same rows in the same order, bitwise equal weights (with
+dropout, so that every random number counts), the same generators.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Rows(Dataset[Tensor]):
 
 
 class Noisy(Rows):
-    """Rows that are changed at random as they are read."""
+    """Rows with random augmentation on reading."""
 
     def __getitem__(self, index: int) -> Tensor:
         return super().__getitem__(index) + torch.rand(1) / 2
 
 
 class Order(Sampler[int]):
-    """Shuffles by its epoch, and holds its place."""
+    """Shuffles by epoch, and saves its position."""
 
     def __init__(self) -> None:
         self.epoch = self.at = 0
@@ -71,7 +71,7 @@ class Order(Sampler[int]):
 
 
 class Flow(IterableDataset[Tensor]):
-    """A stream that holds its place in mutable state, and does not say its length."""
+    """A stream with mutable state and without a length."""
 
     def __init__(self) -> None:
         self.order, self.read = Order(), 0
@@ -92,7 +92,7 @@ class Flow(IterableDataset[Tensor]):
 
 
 class Buffered(Flow):
-    """Holds rows back in a buffer that its state lacks, as those that shuffle by one do."""
+    """Keeps rows in a buffer that is not in its state, like shuffle buffers."""
 
     def __iter__(self) -> Iterator[Tensor]:
         held: list[Tensor] = []
@@ -104,7 +104,7 @@ class Buffered(Flow):
 
 
 class Fussy(Flow):
-    """Cannot load what it saved."""
+    """Cannot load its own state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["order"]["at"]:
@@ -113,7 +113,7 @@ class Fussy(Flow):
 
 
 class Ahead:
-    """A loader that reads ahead, holds its own place, and draws its seeds when it is first read."""
+    """A loader that prefetches, saves its position, and draws its seeds on first use."""
 
     def __init__(self) -> None:
         self._begun, self._given = 0, 0
@@ -143,7 +143,7 @@ class Ahead:
 
 
 class Seekers:
-    """Its iterators hold the place, as bytes."""
+    """Its iterators hold the position, as bytes."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return SeekersIterator()
@@ -187,12 +187,12 @@ MAKES: dict[str, Callable[[], Iterable[Any]]] = {
     "loader that reads ahead": Ahead,
     "iterators": Seekers,
 }
-"""By what they are; each call makes what a new process would make."""
+"""Loaders by kind; each call creates one as a new process would."""
 SAID = {"stream with a buffer": "a different batch", "stream that cannot load": "list index out of"}
 
 
 class Run:
-    """An engine that writes down what it trains on, made as a new process would make it."""
+    """An engine that records what it trains on, created as in a new process."""
 
     def __init__(self, make: str, accumulate: int, snapshot: Any = None) -> None:
         self.seen: list[float] = []
@@ -224,7 +224,7 @@ class Run:
 
 @cache
 def undisturbed(make: str, accumulate: int) -> tuple[list[float], list[Tensor]]:
-    """The oracle, trained once: what it reads, and how it ends."""
+    """The oracle, trained once: the rows it reads, and its final state."""
     whole = Run(make, accumulate)
     whole.fit(STEPS)
     return whole.seen, [part.clone() for part in whole.state()]
@@ -240,7 +240,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_a_run_that_is_resumed_twice_reads_the_rows_of_one_that_is_not(
     make: str, one: int, other: int, accumulate: int
 ) -> None:
-    """Breaks if a place is saved ahead of the step, lost at an epoch's end, or kept from before."""
+    """Fails if the saved position is ahead of the step, lost at an epoch's end, or outdated."""
     rows, expected = undisturbed(make, accumulate)
     seen, snapshot = list[float](), None
     for until in (*sorted((one, other)), STEPS):
@@ -257,7 +257,7 @@ def test_a_run_that_is_resumed_twice_reads_the_rows_of_one_that_is_not(
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("step", [1, 6])
 def test_a_step_that_fails_is_taken_again(make: str, accumulate: int, step: int) -> None:
-    """Breaks if its batches are lost, as the loader has moved on."""
+    """Fails if its batches are lost because the loader has advanced."""
     rows, expected = undisturbed(make, accumulate)
     run = Run(make, accumulate)
     run.fails_at = step
@@ -278,13 +278,13 @@ def test_an_evaluation_on_the_same_loader_does_not_move_it(make: str) -> None:
 
 
 def test_a_state_brings_the_data_back_without_reading_it_again() -> None:
-    """Breaks if every resume costs as much as the epoch until there."""
+    """Fails if resuming rereads the epoch up to the position."""
     first = Run("stream", 1)
     first.fit(5)
     again = Run("stream", 1, copy.deepcopy(first.engine.state_dict()))
     again.fit(6)
     assert isinstance(again.data, DataLoader)
-    assert again.data.dataset.read <= 2 * SIZE  # with the batch that is read ahead
+    assert again.data.dataset.read <= 2 * SIZE  # including the batch read ahead
 
 
 def test_a_data_set_that_wants_to_be_told_its_place_is_not_asked() -> None:
@@ -323,14 +323,14 @@ def test_an_epoch_is_told_once_to_all_that_a_loader_reads_from() -> None:
 
 
 class Shared(Ahead):
-    """Takes the places of any number of processes."""
+    """Accepts the positions of any number of processes."""
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         self.load_state_dict({"begun": 0, "given": min(state["given"] for state in states)})
 
 
 def test_each_process_gets_its_own_place_and_another_number_of_them_is_refused() -> None:
-    """Breaks if a process trains on the rows of another, or on none that were left."""
+    """Fails if a process trains on the rows of another, or skips remaining ones."""
     first = Run("loader that reads ahead", 1)
     first.fit(3)
     state, data = TrainState(step=3, batch=3), first.engine.state_dict()["data"]

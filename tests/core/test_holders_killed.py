@@ -1,6 +1,6 @@
-"""Real loaders of other libraries, in real processes that are killed twice and resumed twice.
+"""Loaders of other libraries, in real processes that are killed and resumed twice.
 
-Each test is skipped where its library is not installed; none is a dependency.
+Each test is skipped if its library is not installed; none is a dependency.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def ids_of(batch: Any) -> list[int]:
 
 
 class NotesPlugin(Plugin[PluginConfig]):
-    """Writes down the ids of each step, and what the weights are after it."""
+    """Records the ids of each step, and the weights after it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def live(make: str, folder: Path) -> None:
-    """What a process does: the run, resumed where there is something to resume."""
-    multiprocessing.set_start_method("fork", force=True)  # of the workers, as Linux has it
+    """The work of a process: the run, resumed if there is a checkpoint."""
+    multiprocessing.set_start_method("fork", force=True)  # for the workers, as on Linux
     torch.manual_seed(int.from_bytes(os.urandom(4), "big") if (folder / "out").exists() else 1)
     data = MAKES[make][0](folder.parent / "rows")
     torch.manual_seed(1)
@@ -177,7 +177,7 @@ def notes(folder: Path) -> list[dict[str, Any]]:
 
 
 def finish(nursery: Any, make: str, folder: Path, kill_at: int | None) -> None:
-    """Let a process live; kill it when it has done a step."""
+    """Run a process, and kill it after a step."""
     process = nursery.Process(target=live, args=(make, folder))
     process.start()
     while process.is_alive():
@@ -194,7 +194,7 @@ def finish(nursery: Any, make: str, folder: Path, kill_at: int | None) -> None:
 def test_a_run_killed_twice_and_resumed_twice_trains_on_the_same_rows(
     make: str, tmp_path: Path
 ) -> None:
-    """Breaks if rows are trained on twice or never, or the weights end in other bits."""
+    """Fails if rows are repeated or skipped, or the final weights differ."""
     for library in MAKES[make][1]:
         pytest.importorskip(library, reason=f"{library} is not installed: pip install {library}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

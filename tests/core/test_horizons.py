@@ -1,4 +1,4 @@
-"""The same run, whatever its length is counted in: the rates and the weights of a loop by hand."""
+"""The same run in any unit of length: learning rates and weights of a handwritten loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 class RatesPlugin(Plugin[PluginConfig]):
-    """Writes down the rate of each step."""
+    """Records the learning rate of each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class RatesPlugin(Plugin[PluginConfig]):
 
 
 class EvaluationsPlugin(Plugin[PluginConfig]):
-    """Writes down the steps of evaluations and logs."""
+    """Records the steps of evaluations and logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class EvaluationsPlugin(Plugin[PluginConfig]):
 
 
 class Unsized:
-    """Batches that do not say how many they are."""
+    """Batches without a length."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
@@ -122,16 +122,15 @@ def by_hand(
 def test_every_unit_of_a_horizon_gives_the_rates_and_the_weights_of_a_loop_by_hand(
     length: int, epochs: int, accumulate: int, warmup: int | Fraction, plugin: type[Schedule[Any]]
 ) -> None:
-    """Breaks if what is read, and not what is done, tells how far a run is.
-
-    And if a share is rounded in one unit as in no other, or the first step has no effect.
+    """Fails if progress counts what is read instead of what is done, if a share is rounded
+    differently in some unit, or if the first step has no effect.
     """
     data = batches_of(length)
-    steps = length * epochs  # each of `accumulate` micro-batches
+    steps = length * epochs  # of `accumulate` micro-batches each
     rows = steps * accumulate * ROWS
     untils = [f"{steps} steps", f"{epochs * accumulate} epochs"]
     is_share = isinstance(warmup, Fraction)
-    if is_share or not warmup:  # what is in steps is not told in rows or tokens
+    if is_share or not warmup:  # steps cannot be converted to rows or tokens
         untils += [f"{rows} samples", f"{rows * LENGTH} tokens"]
     rise = warmup * steps if is_share else min(warmup, steps - 1)
     rates, weights = by_hand(SHAPES[plugin], rise, data, accumulate, steps)
@@ -151,7 +150,7 @@ def test_a_share_that_is_a_whole_number_of_steps_is_those_steps() -> None:
 
 
 def test_periods_may_be_shares_and_follow_a_later_horizon() -> None:
-    """Breaks if a resumed run evaluates by the horizon that it had before."""
+    """Fails if a resumed run evaluates by its former horizon."""
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE)
     seen = EvaluationsPlugin()
@@ -177,7 +176,7 @@ def test_a_horizon_is_no_share_of_itself(until: str) -> None:
 def test_parts_of_epochs_end_at_their_batch_with_the_rates_of_steps(
     length: int, part: int, accumulate: int
 ) -> None:
-    """Breaks if 0.3 of ten batches are four, since three tenths are not quite 0.3."""
+    """Fails if 0.3 of ten batches are four, since three tenths are not quite 0.3."""
     data, until = batches_of(length), f"{part * accumulate / length:g} epochs"
     found, trained, _ = run(LrLinearPlugin, "0", data, accumulate, until)
     rates, weights = by_hand(SHAPES[LrLinearPlugin], 0, data, accumulate, part)
@@ -187,7 +186,7 @@ def test_parts_of_epochs_end_at_their_batch_with_the_rates_of_steps(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_data_without_a_length_ends_with_its_epochs(accumulate: int) -> None:
-    """The rate falls epoch by epoch until the first has told how long one is, then by batches."""
+    """The rate falls per epoch until the first has shown its length, then per batch."""
     data = batches_of(4)
     model, rates = new_model(), RatesPlugin()
     optimizer = torch.optim.SGD(model.parameters(), lr=BASE)

@@ -1,4 +1,4 @@
-"""Notes: what may be said and shown, what becomes of it, and that training does not feel it."""
+"""Notes and images: valid inputs, their conversion, and no effect on training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class KeptPlugin(Logger[LoggerConfig]):
 
 
 def pixels(image: Image) -> np.ndarray[Any, Any]:
-    """Read back by a reader of its own, and held against what the image says of itself."""
+    """The pixels, decoded by an independent reader, and checked with the image's metadata."""
     opened = PIL.Image.open(io.BytesIO(image.png))
     assert (opened.format, opened.size) == ("PNG", (image.width, image.height))
     return np.asarray(opened)
@@ -73,7 +73,7 @@ def figure() -> Figure:
     ],
 )
 def test_an_image_has_the_pixels_that_were_given(given: Any, shape: tuple[int, ...]) -> None:
-    """Red if rows, columns, colours or brightness are mixed up."""
+    """Fails if rows, columns, colours or brightness are mixed up."""
     found = pixels(Image.of(given, "what"))
     assert found.shape == shape
     source = {(3, 4): GRAY, (5, 4, 3): COLOUR.permute(1, 2, 0)}.get(shape, torch.ones(shape))
@@ -99,7 +99,7 @@ def test_a_file_and_a_figure_are_images_too(tmp_path: Path) -> None:
 
 
 def test_floats_beyond_the_range_are_clipped_and_said() -> None:
-    """Red if a note ends a run of weeks at its first activation above one, or hides the fact."""
+    """Fails if a value above one ends the run, or is clipped without a warning."""
     given = torch.tensor([[-1.0, 0.0], [2.0, torch.nan]])
     with pytest.warns(RuntimeWarning, match="from nan to nan: they are clipped"):
         assert pixels(Image.of(given)).tolist() == [[0, 0], [255, 0]]
@@ -133,14 +133,14 @@ def other_file(tmp_path: Path) -> Path:
 def test_what_is_no_note_is_refused(
     given: Callable[[Path], dict[str, Any]], said: str, tmp_path: Path
 ) -> None:
-    """Red if something is passed over, or fails in words of another package."""
+    """Fails if an invalid note is ignored, or fails with another package's error."""
     engine = tiny_engine(KeptPlugin())
     with pytest.raises(ConfigError, match=said):
         engine.note(**{"title": "it", **given(tmp_path)})
 
 
 def test_notes_reach_every_logger_and_leave_no_trace_in_the_run() -> None:
-    """Red if a note changes weights or generators, or comes with a wrong step or caption."""
+    """Fails if a note changes weights or generators, or comes with a wrong step or caption."""
     ends = []
     for speaks in (False, True):
         kept = KeptPlugin()
@@ -166,7 +166,7 @@ def test_of_several_processes_the_first_alone_writes() -> None:
     kept = KeptPlugin()
     engine = tiny_engine(kept)
     engine.ranks = Ranks(rank=1, size=2)
-    lost = "the note '.*' is in no log.*inside a loop over"  # outside of a run, not in silence
+    lost = "the note '.*' is in no log.*inside a loop over"  # outside a run there is a warning
     with pytest.warns(RuntimeWarning, match=lost):
         engine.note("words", "so")
     with pytest.warns(RuntimeWarning, match=lost):
@@ -176,7 +176,7 @@ def test_of_several_processes_the_first_alone_writes() -> None:
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_images_of_more_than_bytes_are_refused(mode: str) -> None:
-    """Red if the depths of a 16-bit image become black and white."""
+    """Fails if a 16-bit image becomes black and white."""
     image = PIL.Image.fromarray(np.array([[0, 30_000]], dtype=np.uint16)).convert(mode)
     with pytest.raises(ConfigError, match=f"numbers of the mode {mode}; expected bytes"):
         Image.of(image)

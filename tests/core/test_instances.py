@@ -1,4 +1,4 @@
-"""Several instances of one plugin in a run: `dew`, `dew@late`, each with its own of everything."""
+"""Several instances of one plugin in a run: `dew`, `dew@late`, with separate settings and state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(*plugins: Plugin[Any], until: int, resume: bool = False, **options: 
 
 
 def test_what_is_declared_of_a_plugin_holds_for_all_its_instances() -> None:
-    """Breaks if order, needs and conflicts are lost behind a label."""
+    """Fails if order, requirements and conflicts do not apply to labelled instances."""
     late = EmaPlugin.labelled("late")()
     first = relation("first", before=("ema",))
     own = relation("own", after=("ema@late",))
@@ -83,7 +83,7 @@ def test_settings_reach_the_instance_that_they_name(tmp_path: Path) -> None:
 
 
 def test_each_instance_has_its_own_state() -> None:
-    """Breaks if two averages of one run are mixed up when it is resumed."""
+    """Fails if two averages of a run are mixed up on resume."""
 
     def averages() -> tuple[EmaPlugin, EmaPlugin]:
         return EmaPlugin.labelled("slow")(decay=0.99, ramp=False), EmaPlugin(decay=0.5, ramp=False)
@@ -103,7 +103,7 @@ def test_each_instance_has_its_own_state() -> None:
 
 
 class TidePlugin(Plugin[PluginConfig]):
-    """Measures what is best early, where the loss is best late."""
+    """Logs a metric that is best early, while the loss is best late."""
 
     @hookimpl
     def measure(self, engine: Any, split: str) -> dict[str, float]:
@@ -121,7 +121,7 @@ def savers() -> list[Plugin[Any]]:
 def test_two_checkpoints_keep_two_best_ones_and_the_newest_of_both_is_resumed(
     tmp_path: Path,
 ) -> None:
-    """Breaks if instances share a folder, or if one resumes from what the other has passed."""
+    """Fails if instances share a folder, or one resumes from an outdated checkpoint."""
     whole = trained(*savers(), until=10, out=tmp_path / "whole")
     out = tmp_path / "cut"
     trained(*savers(), until=8, out=out)

@@ -1,7 +1,6 @@
-"""A step that fails or is interrupted, wherever that is, has not happened: the next `fit` shows it.
+"""A step that fails or is interrupted anywhere has not happened, as the next `fit` shows.
 
-The oracle is a run that nobody disturbs: the same rows, each once, the same weights to the bit, the
-same log.
+The oracle is an undisturbed run: the same rows, each once, bitwise equal weights, the same log.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Rows:
 
 
 class Unsized:
-    """Batches that can be read again, and do not say how many they are."""
+    """Batches that can be read again, without a length."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(batches())
@@ -71,7 +70,7 @@ DATA: dict[str, Callable[[], Iterable[Any]]] = {
 
 
 class LedgerPlugin(Plugin[PluginConfig]):
-    """Writes down which rows the steps that are done were computed from."""
+    """Records the rows of completed steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ class LedgerPlugin(Plugin[PluginConfig]):
 
 
 class Fuse:
-    """Raises in one call of one hook, and never again."""
+    """Raises once, in one call of one hook."""
 
     def __init__(self, hook: str = "", call: int = 0, error: BaseException | None = None) -> None:
         self.hook, self.call, self.error = hook, call, error
@@ -106,7 +105,7 @@ class Fuse:
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """One that draws from every generator there is."""
+    """A loss that draws from every generator."""
     noise = random.random() + np.random.rand() + torch.rand(())
     target = batch["x"].sum(1, keepdim=True) * (1 + 0.1 * noise)
     return mse_loss(model(batch["x"]), target)
@@ -137,7 +136,7 @@ def train(engine: Engine, data: Iterable[Any]) -> None:
 
 
 def tensors(engine: Engine) -> list[Tensor]:
-    """All that a run leaves: weights, buffers, moments and the average."""
+    """The result of a run: weights, buffers, moments and average."""
     moments = [v for state in engine.optimizer.state.values() for v in state.values()]
     average = engine.plugins["ema"].weights().values()
     return [*engine.model.state_dict().values(), *moments, *average]
@@ -165,7 +164,7 @@ def undisturbed(
 def test_after_an_error_in_any_hook_the_run_goes_on_as_if_there_had_been_none(
     hook: str, share: float, accumulate: int, kind: str, error: type[BaseException]
 ) -> None:
-    """Breaks if rows are lost or seen twice, generators or buffers move on, or a log is missing."""
+    """Fails if rows are lost or repeated, generators or buffers advance, or a log is missing."""
     cells = hook == "sum_cells"
     calm, whole, ledger, recorder = undisturbed(kind, accumulate, cells)
     assert calm.calls[hook], f"'{hook}' does not fire in a loop"
@@ -187,7 +186,7 @@ def test_after_an_error_in_any_hook_the_run_goes_on_as_if_there_had_been_none(
 
 
 class Alternating(Plugin[PluginConfig]):
-    """Two turns a step, each with the loss of its own."""
+    """Two turns per step, each with its own loss."""
 
     name = "alternating"
 
@@ -202,7 +201,7 @@ class Alternating(Plugin[PluginConfig]):
 def test_an_error_between_two_turns_leaves_the_first_as_it_is(
     hook: str, share: float, accumulate: int
 ) -> None:
-    """Breaks if the optimizer whose turn was over steps twice on the same rows."""
+    """Fails if an optimizer whose turn was over steps again on the same rows."""
 
     def new(fuse: Fuse) -> Engine:
         torch.manual_seed(0)
@@ -223,7 +222,7 @@ def test_an_error_between_two_turns_leaves_the_first_as_it_is(
     with pytest.raises(KeyboardInterrupt, match="planted"):
         engine.fit(data, until=STEPS)
     if hook == "optimizer_step" and place % 2 == 0:
-        torch.rand(1)  # within a step, what is drawn between two calls does not count
+        torch.rand(1)  # draws between two calls within a step have no effect
     engine.fit(data, until=STEPS)
     assert all(
         map(torch.equal, whole.model.state_dict().values(), engine.model.state_dict().values())
@@ -233,7 +232,7 @@ def test_an_error_between_two_turns_leaves_the_first_as_it_is(
 
 
 def test_the_rest_of_an_epoch_that_failed_is_taken_again_from_an_iterator() -> None:
-    """Breaks if the end of the epoch, seen with the step that failed, is forgotten with it."""
+    """Fails if the end of the epoch, detected in the failed step, is forgotten."""
     fuse = Fuse("after_backward", 3, ZeroDivisionError("planted"))
     model = nn.Linear(3, 1)
     engine = Engine(
@@ -252,7 +251,7 @@ def test_the_rest_of_an_epoch_that_failed_is_taken_again_from_an_iterator() -> N
 
 
 class Caching(nn.Module):
-    """One that clears a buffer and fills it again, and one whose shape comes with data."""
+    """A buffer that is cleared and refilled, and one whose shape depends on data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +266,7 @@ class Caching(nn.Module):
 
 
 def test_a_step_that_failed_leaves_a_buffer_that_comes_and_goes_as_it_was() -> None:
-    """Breaks if a buffer without values ends the run, or is left as the failed step had it."""
+    """Fails if a missing buffer ends the run, or the failed step's buffer is kept."""
 
     def trained(*errors: BaseException) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -289,7 +288,7 @@ def test_a_step_that_failed_leaves_a_buffer_that_comes_and_goes_as_it_was() -> N
 
 
 def test_what_follows_a_step_cannot_be_wrapped() -> None:
-    """Breaks if a wrapper makes a plugin be called twice for one step, where another one fails."""
+    """Fails if a wrapper causes a plugin to be called twice for one step when another fails."""
 
     class AroundPlugin(Plugin[PluginConfig]):
         @hookimpl(wrapper=True)

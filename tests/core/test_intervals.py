@@ -1,4 +1,4 @@
-"""Wrong intervals would end runs early, or save and evaluate at the wrong steps."""
+"""Intervals: errors would end runs early, or save and evaluate at the wrong steps."""
 
 from datetime import timedelta
 from decimal import Decimal
@@ -66,7 +66,7 @@ def test_parse_refuses_what_is_not_an_interval(value: str | timedelta, said: str
 
 @given(st.integers(1, 10**12), st.integers(1, 10**5))
 def test_a_share_of_a_horizon_is_exact(total: int, thousandths: int) -> None:
-    """Red if 10% of 7 tokens is not 0.7 of them, or another 10% than of as many steps."""
+    """Fails if 10% of 7 tokens is not 0.7 tokens, or differs from 10% of 7 steps."""
     share = Interval.parse(f"{thousandths / 1000}%")
     found = share.of(Interval(total, "tokens"))
     assert found.unit == "tokens"
@@ -77,7 +77,7 @@ def test_a_share_of_a_horizon_is_exact(total: int, thousandths: int) -> None:
 
 
 def test_a_share_that_was_not_resolved_is_refused() -> None:
-    """Red if a plugin that does not resolve its lengths ends in an AttributeError."""
+    """Fails if a plugin that does not resolve shares gets an AttributeError."""
     with pytest.raises(ConfigError, match=r"interval\.of\(engine\.horizon\)"):
         Every(Interval(10, "%"), TrainState())
 
@@ -89,7 +89,7 @@ def test_a_share_that_was_not_resolved_is_refused() -> None:
     )
 )
 def test_text_form_reads_back_as_the_same_interval(made_of: tuple[float, str]) -> None:
-    """Red if a run's config.yaml, from which it is resumed, holds another horizon or none."""
+    """Fails if a run's config.yaml has a different horizon."""
     interval = Interval(*made_of)
     assert Interval.parse(str(interval)) == interval
 
@@ -98,7 +98,7 @@ def test_text_form_reads_back_as_the_same_interval(made_of: tuple[float, str]) -
 def test_amounts_are_the_decimal_numbers_that_are_written(
     digits: int, places: int, factor: str
 ) -> None:
-    """Red if "4.1M tokens" is refused, as the float that is nearest to it is no whole number."""
+    """Fails if "4.1M tokens" is rejected because the nearest float is not an integer."""
     text = f"{digits / 10**places:.{places}f}{factor} tokens"
     whole = digits * {"k": 10**3, "M": 10**6, "B": 10**9}[factor] // 10**places
     assert Interval.parse(text) == Interval(whole, "tokens")
@@ -108,14 +108,14 @@ def test_amounts_are_the_decimal_numbers_that_are_written(
 def test_a_share_of_an_epoch_passes_when_its_last_batch_does(
     periods: int, length: int, epochs: int
 ) -> None:
-    """Red if a tenth of an epoch is told late, or left out, as the sum of tenths is inexact."""
+    """Fails if a tenth of an epoch is late or skipped because sums of tenths are inexact."""
     state = TrainState(epoch_length=periods * length)
     every = Every(Interval.parse(f"{Decimal(1) / periods:.12f} epochs"), state)
     told = []
     for batch in range(1, epochs * periods * length + 1):
         state.epoch, state.batch = divmod(batch, periods * length)
         told += [batch] if every.due(state) else []
-    if 10**9 % periods == 0:  # else the share itself is not written exactly
+    if 10**9 % periods == 0:  # otherwise the share cannot be written exactly
         assert told == list(range(length, epochs * periods * length + 1, length))
 
 
@@ -135,7 +135,7 @@ def test_config_field_reports_a_wrong_interval_as_a_validation_error() -> None:
 
 @given(st.integers(1, 50), st.lists(st.integers(1, 30), max_size=60), st.integers(0, 100))
 def test_every_tells_each_passed_period_once(period: int, jumps: list[int], start: int) -> None:
-    """However far a step jumps, a period is told at the first step that completes it."""
+    """However far a step jumps, a period is reported at the first step that completes it."""
     state = TrainState(tokens=start)
     every = Every(Interval(period, "tokens"), state)
     for jump in jumps:

@@ -1,4 +1,4 @@
-"""How a run begins, is stopped, interrupted, ended and restored."""
+"""How a run starts, is stopped, interrupted, finished and restored."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_an_embedded_fit_that_is_interrupted_ends_after_its_step_and_is_saved(
 
 
 def test_an_evaluation_that_is_interrupted_is_made_by_the_next_fit() -> None:
-    """Breaks if the stop button waits for an hour of evaluation, or costs the run its last one."""
+    """Fails if the stop button waits for a long evaluation, or the evaluation is lost."""
     evaluated: list[int] = []
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def test_fit_runs_outside_of_the_main_thread() -> None:
 def test_an_error_at_the_end_reaches_the_caller_after_everybody_was_called(
     first: bool, tmp_path: Path
 ) -> None:
-    """Breaks if the mail server that is down costs the end of the run."""
+    """Fails if an error in one plugin's `on_finish` skips the others."""
     called: list[str] = []
 
     class NoticePlugin(Plugin[PluginConfig]):
@@ -236,7 +236,7 @@ def two_groups(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class LatePlugin(Plugin[PluginConfig]):
-    """Makes what it needs for its state in `on_start`, which is too late."""
+    """Creates its state in `on_start`, which is too late."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -302,7 +302,7 @@ def test_a_plugin_with_an_optimizer_of_its_own_is_resumed_from_on_build() -> Non
 
 
 class SeePlugin(Plugin[PluginConfig]):
-    """Measures gradients after clip, by its neighbour's name, with no stage of its own."""
+    """Measures gradients after clip, declared by plugin name, without a stage."""
 
     after = ("clip",)
 

@@ -1,4 +1,4 @@
-"""A wrong order would train on samples twice or never, and make resuming inexact."""
+"""The loader: a wrong order would repeat or skip samples, and make resuming inexact."""
 
 import gc
 import itertools
@@ -51,7 +51,7 @@ def test_permutation_is_a_bijection_for_any_size(size: int, seed: int, epoch: in
 def test_permutation_of_a_part_is_the_part_of_the_permutation(
     size: int, seed: int, data: st.DataObject
 ) -> None:
-    """Seeking reads the same samples as going there step by step."""
+    """Seeking reads the same samples as iterating up to the position."""
     places = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=8)))
     together = permute(places, size, seed, 0)
     one_by_one = [permute(np.array([place]), size, seed, 0)[0] for place in places]
@@ -61,7 +61,7 @@ def test_permutation_of_a_part_is_the_part_of_the_permutation(
 
 @pytest.mark.parametrize("size", [1000, 30_000])
 def test_positions_are_uniform_and_epochs_independent(size: int) -> None:
-    """Chi-square of where the first tenth lands, and correlation of two epochs' orders."""
+    """Chi-square of the first tenth's positions, and correlation of two epochs' orders."""
     places = np.arange(size, dtype=np.int64)
     first, second = permute(places, size, 1, 0), permute(places, size, 1, 1)
     counts = np.bincount(first[: size // 10] * 10 // size, minlength=10)
@@ -89,7 +89,7 @@ def test_sought_batches_equal_those_read_through_for_any_number_of_workers(worke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_can_be_read_side_by_side(workers: int) -> None:
-    """Red if an evaluation on the training data moves the training to other batches."""
+    """Fails if evaluating on the training data changes the batches of training."""
     plain = ResumableLoader(Squares(23), 4, seed=9)
     loader = ResumableLoader(Squares(23), 4, seed=9, num_workers=workers)
     training = loader.batches(0)
@@ -112,7 +112,7 @@ class Torn(Squares):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_the_data_says_the_same_wherever_it_is_read(workers: int) -> None:
-    """Fails if a worker's traceback takes the place of the one clear message."""
+    """Fails if a worker's traceback replaces the clear message."""
     batches = ResumableLoader(Torn(8), 2, shuffle=False, num_workers=workers).batches(epoch=0)
     assert [len(next(batches)["x"]), len(next(batches)["x"])] == [2, 2]
     with pytest.raises(DataError, match=r"^file.txt is torn at byte 5$"):
@@ -129,7 +129,7 @@ def test_epoch_holds_every_sample_once_and_unshuffled_keeps_the_order() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_processes_share_the_order_of_one(size: int) -> None:
-    """Global order does not depend on how many processes read it."""
+    """The global order does not depend on the number of processes."""
     alone = ids(ResumableLoader(Squares(23), 6, seed=2))
     shares = [ResumableLoader(Squares(23), 6, seed=2, ranks=Ranks(r, size)) for r in range(size)]
     assert [sum(parts, []) for parts in zip(*map(ids, shares), strict=True)] == alone
@@ -161,7 +161,7 @@ def taken(stream: Stream, count: int, horizon: Interval = FAR) -> list[Any]:
 
 
 class Unsized:
-    """Data that does not say its length."""
+    """Data without a length."""
 
     def __init__(self, batches: list[int]) -> None:
         self.batches = batches
@@ -172,7 +172,7 @@ class Unsized:
 
 @given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 39), st.booleans())
 def test_stream_continues_where_it_stopped(length: int, count: int, stop: int, sized: bool) -> None:
-    """For data that says its length and for data that does not: the same batches in order."""
+    """For data with and without a length: the same batches in order."""
     data = list(range(length)) if sized else Unsized(list(range(length)))
     stream = stream_of(data)
     got = taken(stream, min(stop, count))
@@ -196,7 +196,7 @@ def test_stream_of_data_that_cannot_be_read_again_is_an_error() -> None:
 
 
 def test_what_can_be_read_once_is_enough_for_an_epoch() -> None:
-    """Red if a generator ends a run of one epoch with an error; nothing at all is no epoch."""
+    """Fails if a generator ends a run of one epoch with an error, or an empty one does not."""
     for data in (iter([1, 2, 3]), (n for n in [1, 2, 3])):
         stream = stream_of(data)
         assert taken(stream, 99, Interval(1, "epochs")) == [1, 2, 3]
@@ -232,13 +232,13 @@ class Whose(Squares):
     "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
 )
 def test_workers_leave_signals_to_the_process_that_trains(method: str) -> None:
-    """Red if a signal to the whole group, or Ctrl-C, kills what the last step before a save reads.
+    """Fails if Ctrl-C or a signal to the group kills workers before the last step is saved.
 
     Some signals come while the workers are still being started.
     """
     before, others = multiprocessing.get_start_method(), multiprocessing.active_children()
     multiprocessing.set_start_method(method, force=True)
-    # a server that another test has started would not hold signals back for what it forks
+    # a fork server started by another test would not block signals in its children
     getattr(forkserver, "_forkserver")._stop()  # noqa: B009
     try:
         loader = ResumableLoader(Whose(60), 4, num_workers=2, prefetch=1, shuffle=False)
@@ -260,7 +260,7 @@ def test_workers_leave_signals_to_the_process_that_trains(method: str) -> None:
 
 @pytest.mark.parametrize("read", [1, 99])
 def test_workers_of_a_loader_that_is_dropped_end_with_it(read: int) -> None:
-    """Red if it takes the collector, which cuts the workers' queues, so that each is waited for."""
+    """Fails if this takes a garbage collection, which waits for each worker."""
     others = {child.pid for child in multiprocessing.active_children()}
     gc.disable()
     try:
@@ -297,7 +297,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_end_with_a_process_that_is_killed(method: str, tmp_path: Path) -> None:
-    """Red if a run that was killed leaves processes behind, which hold memory and files."""
+    """Fails if a killed run leaves processes behind."""
     (tmp_path / "killed.py").write_text(KILLED)
     done = subprocess.run(
         [sys.executable, "killed.py", method],
@@ -322,7 +322,7 @@ def is_running(pid: str) -> bool:
 
 
 def test_another_order_is_taken_from_any_row_on_and_shared_by_processes() -> None:
-    """Samples may come twice in an epoch; the place is asked for, and the seed and the epoch."""
+    """Samples may occur twice in an epoch; the order gets positions, seed and epoch."""
 
     def order(places: Any, size: int, seed: int, epoch: int) -> Any:
         return (places // 2 * seed + epoch) % size

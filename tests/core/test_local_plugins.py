@@ -1,4 +1,4 @@
-"""Plugins by place: named by file or module, kept with the run, and never loaded from elsewhere."""
+"""Plugins by path: named by file or module, stored with the run, never loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Each test runs in a folder of its own with a user's files."""
+    """Each test runs in its own folder with a user's files."""
     monkeypatch.chdir(tmp_path)
     Path("world.py").write_text(WORLD)
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
@@ -127,7 +127,7 @@ def test_a_place_is_as_good_as_a_name(place: str, folder: Path) -> None:
 
 
 def test_a_place_in_a_file_is_relative_to_the_file(folder: Path) -> None:
-    """Breaks if a config can be used from one folder alone, or loses how settings were written."""
+    """Fails if a config only works from one folder, or loses how settings were written."""
     (folder / "conf").mkdir()
     with_block("../mine.py", {"size": 3}, "conf/my.yaml")
     settings = read_settings("conf/my.yaml")
@@ -153,7 +153,7 @@ def test_the_command_line_wins_over_a_file_and_a_file_may_hold_the_settings_alon
 def test_a_run_keeps_its_code_and_its_config_repeats_it_from_anywhere(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run cannot be repeated once the files have changed or the run has moved."""
+    """Fails if a run cannot be repeated after its files change or it is moved."""
     first = run("tiny.yaml", "-p", "./mine.py", "-s", "sparkle.size=3", "--out", "one")
     assert first.exit_code == 0, first.output
     assert "hello 3" in first.output
@@ -177,7 +177,7 @@ def test_a_run_keeps_its_code_and_its_config_repeats_it_from_anywhere(
 
 
 def test_a_model_by_place_is_exported_with_its_settings_and_no_code() -> None:
-    """Breaks if an export needs the code, or does not know which settings are the model's."""
+    """Fails if an export needs the code, or omits the model's settings."""
     world = Path("world.py").read_text().replace("WorldPlugin", "ModelWorldPlugin")
     Path("net.py").write_text(world)
     plugins = {"./net.py": {}, "checkpoint": {"best": None}}
@@ -192,7 +192,7 @@ def test_a_model_by_place_is_exported_with_its_settings_and_no_code() -> None:
 
 @pytest.mark.filterwarnings("default:resuming")
 def test_a_changed_file_is_a_difference(folder: Path) -> None:
-    """Breaks if a run continues with other code and nothing is said."""
+    """Fails if a run silently continues with different code."""
     with_block("./mine.py", {"size": 3})
     assert run("my.yaml", "--out", "one").exit_code == 0
     Path("words.py").write_text('WORD = "bye"\n')
@@ -210,7 +210,7 @@ def test_a_changed_file_is_a_difference(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("default:resuming")
 def test_code_beside_a_checkpoint_runs_only_where_the_user_names_it(folder: Path) -> None:
-    """Breaks if resuming a run that somebody gave one executes what came with it."""
+    """Fails if resuming somebody else's run executes code that came with it."""
     assert run("tiny.yaml", "-p", "./mine.py", "--out", "one").exit_code == 0
     planted = Path("one/plugins/mine.py").read_text() + "\nopen('planted', 'w').close()\n"
     Path("one/plugins/mine.py").write_text(planted)
@@ -293,7 +293,7 @@ def test_a_mistake_is_one_message(words: str, message: str, folder: Path) -> Non
 
 
 def test_a_further_instance_goes_by_the_name_of_the_plugin() -> None:
-    """Breaks if instances are for installed plugins alone, or the run's config loses one."""
+    """Fails if only installed plugins can have instances, or the run's config loses one."""
     words = ["-p", "./mine.py,sparkle@late", "-s", "sparkle@late.size=3", "--out", "one"]
     made = run("tiny.yaml", *words)
     assert made.exit_code == 0, made.output
@@ -306,7 +306,7 @@ def test_a_further_instance_goes_by_the_name_of_the_plugin() -> None:
 
 
 def test_a_file_gives_several_instances_of_its_plugin() -> None:
-    """Breaks if a label is read as part of a file, or is lost in the run's own config."""
+    """Fails if a label is read as part of a file, or is lost in the run's own config."""
     words = ["-p", "./mine.py@a,./mine.py:SparklePlugin@b", "-s", "sparkle@b.size=7"]
     assert run("tiny.yaml", "--out", "run", *words).exit_code == 0
     repeated = run("run/config.yaml", "--out", "again")
@@ -323,7 +323,7 @@ def test_one_plugin_twice_in_a_file_is_refused() -> None:
 
 
 def test_a_class_that_is_installed_too_may_be_named_by_its_place(folder: Path) -> None:
-    """Breaks if the author of a package cannot try it by its file."""
+    """Fails if the author of an installed package cannot run its file."""
     with fake_distribution("glow", {"glow": "pack.glow:GlowPlugin"}):
         assert run("tiny.yaml", "-p", "pack.glow:GlowPlugin", "--explain").exit_code == 0
 

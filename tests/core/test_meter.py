@@ -1,4 +1,4 @@
-"""Wrong means would make every logged number a lie."""
+"""The meter: wrong means would falsify every logged number."""
 
 import math
 

@@ -30,7 +30,7 @@ KINDS = ("plain", "loss", "model", "data", "optimizer", "schedule", "metric", "l
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Each test writes into a folder of its own."""
+    """Each test writes to its own folder."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     forget()
@@ -42,7 +42,7 @@ def new(*arguments: str) -> Result:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_package_is_complete_and_goes_by_one_name(kind: str) -> None:
-    """Breaks if the entry point names what the package does not have."""
+    """Fails if the entry point does not match the package."""
     option = [] if kind == "plain" else [f"--{kind}"]
     result = new("gold_dust", *option)
     assert result.exit_code == 0, result.output
@@ -78,7 +78,7 @@ def test_any_good_name_gives_code_that_compiles_and_no_hole_is_left(name: str, k
 
 
 def test_code_is_formatted_and_lints_clean() -> None:
-    """Breaks if an author's first `ruff` run would find faults in what we wrote."""
+    """Fails if the author's first `ruff` run would find faults in the template."""
     pytest.importorskip("ruff")
     for kind in KINDS:
         for path, text in package_files(f"sparkle_{kind}", kind).items():
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_written_is_one_error(arguments: list[str], messag
 
 @pytest.mark.slow
 def test_a_plugin_in_one_file_runs_and_holds_to_the_contract(folder: Path) -> None:
-    """The way of an author without a package: a file, a run, the checks."""
+    """The workflow without a package: a file, a run, the checks."""
     assert new("mine.py").exit_code == 0
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
@@ -212,7 +212,7 @@ def test_code_is_typed(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_of_the_trainer_holds_the_templates(folder: Path) -> None:
-    """Breaks if `new` works from a checkout alone."""
+    """Fails if `new` only works from a checkout."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps",
                "--quiet", "--wheel-dir", str(folder), str(ROOT)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
@@ -225,7 +225,7 @@ def test_wheel_of_the_trainer_holds_the_templates(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
-    """The whole way of an author, in a new environment; nothing but the packages is written."""
+    """The whole workflow of an author in a new environment; only the packages are written."""
     fresh = FreshVenv(folder / "venv")
     names = {kind: f"sparkle{kind}" for kind in KINDS}
     for kind, name in names.items():
@@ -246,7 +246,7 @@ def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
 
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
-    theirs = ["no:data_text", "no:model_nexus", "no:optim_adamw"]  # so that ours fill the slots
+    theirs = ["no:data_text", "no:model_nexus", "no:optim_adamw"]  # so that these fill the slots
     together = ["tiny.yaml", "--plugins", ",".join([*theirs, *names.values()])]
     run = fresh.run("nexus-run", *together, "--out", "one", cwd=folder)
     assert run.returncode == 0, run.stderr

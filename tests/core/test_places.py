@@ -1,4 +1,4 @@
-"""Code by its place: found, imported once, said when it cannot be, and whole in what is kept."""
+"""Code by path: found, imported once, with clear errors, and completely copied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nexus_core.sources import forget, look_in
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Each test works in a folder of its own, with the files of a user."""
+    """Each test runs in its own folder with a user's files."""
     monkeypatch.chdir(tmp_path)
     write("net.py", "import widths\n\n\nclass Net:\n    width = widths.WIDTH\n\n\ndef build():\n"
           "    return Net()\n")  # fmt: skip
@@ -39,7 +39,7 @@ def write(path: str, text: str) -> None:
 
 
 def test_two_places_of_a_file_are_one_module_and_neighbours_can_be_imported() -> None:
-    """Breaks if a file is run twice, so that a class is not itself."""
+    """Fails if a file is executed twice, so that a class is not identical to itself."""
     net: Any = load("./net.py:Net")
     build: Any = load("net.py:build")
     assert isinstance(build(), net)
@@ -77,7 +77,7 @@ def test_a_relative_file_is_relative_to_the_base(folder: Path, monkeypatch: Any)
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 @pytest.mark.slow
 def test_a_class_of_a_file_reaches_worker_processes(method: str) -> None:
-    """Breaks if only this process finds the file: workers unpickle data sets by their class."""
+    """Fails if only this process finds the file: workers unpickle data sets by their class."""
     write("rows.py", "import widths\n\n\nclass Rows:\n    def __len__(self):\n        return 2\n\n"
           "    def __getitem__(self, index):\n        return widths.WIDTH + index\n")  # fmt: skip
     rows: Any = load("./rows.py:Rows")
@@ -87,7 +87,7 @@ def test_a_class_of_a_file_reaches_worker_processes(method: str) -> None:
 
 
 def test_sources_are_the_file_and_what_it_imports_beside_it(folder: Path) -> None:
-    """Breaks if a copy of a run's files cannot be imported, or holds what is installed."""
+    """Fails if a copy of a run's files cannot be imported, or includes installed packages."""
     look_in(folder)
     write(
         "late.py", "import torch\n\n\ndef build():\n    from pack.net import Net\n    import net\n"
@@ -109,7 +109,7 @@ def test_sources_are_the_file_and_what_it_imports_beside_it(folder: Path) -> Non
 
 
 def test_sources_are_those_that_were_loaded(folder: Path) -> None:
-    """Breaks if a file that is edited while a run begins is noted down as what ran."""
+    """Fails if a file edited during startup is recorded as the code that ran."""
     place = absolute("net.py:build")
     load(place)
     write("widths.py", "WIDTH = 99\n")
@@ -130,7 +130,7 @@ def test_sources_are_those_that_were_loaded(folder: Path) -> None:
     ],
 )
 def test_local_code_with_a_dot_is_a_place_that_a_run_keeps(place: str, expected: str) -> None:
-    """Breaks if `net.Net` is trained on without a copy and a hash of `net.py`."""
+    """Fails if `net.Net` is trained on without a copy and a hash of `net.py`."""
     look_in(Path.cwd())
     assert with_colon(place) == expected
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_loaded_is_one_error(place: str, message: str) -> None:
 
 
 def test_two_files_of_one_name_are_refused() -> None:
-    """Breaks if the second is taken for the first, or hides it from worker processes."""
+    """Fails if the second is mistaken for the first, or hides it from worker processes."""
     write("other/net.py", "build = 1\n")
     load("net.py:build")
     with pytest.raises(ConfigError, match=r"'./other/net.py' cannot .* another module, .*/net.py"):
@@ -174,7 +174,7 @@ def test_two_files_of_one_name_are_refused() -> None:
 
 
 def test_only_what_the_user_has_named_is_loaded(folder: Path) -> None:
-    """Breaks if a config that came with a checkpoint can have code run."""
+    """Fails if a config that came with a checkpoint can execute code."""
     with only_named({absolute("net.py:build")}, "name it yourself"):
         load("./net.py:build")
         for place in ("widths.py:WIDTH", "os:system", "os.system", "net.py:Net"):
@@ -196,7 +196,7 @@ def test_a_place_in_settings_is_told_from_text(value: object, expected: bool) ->
 
 
 def test_a_folder_that_python_looks_in_anyway_stays_when_it_is_forgotten(tmp_path: Path) -> None:
-    """Breaks if a plugin of the folder that the program itself is imported from hides the rest."""
+    """Fails if forgetting a plugin's folder also removes the program's own import path."""
     sys.path.insert(0, str(tmp_path))
     before = list(sys.path)
     look_in(tmp_path)

@@ -1,4 +1,4 @@
-"""Wrong plugins must be refused with one clear message, and named ones called in a known order."""
+"""The plan: wrong plugins are rejected with a clear message, others called in a defined order."""
 
 import sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_order_is_as_given_where_no_constraint_speaks() -> None:
 
 @given(st.permutations("abcdef"), st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5))))
 def test_every_constraint_holds_in_the_order(names: list[str], pairs: set[tuple[int, int]]) -> None:
-    """Constraints drawn along one hidden order never make a circle, and all of them hold."""
+    """Constraints consistent with a hidden order never form a cycle, and all of them hold."""
     hidden = "fbdace"
     rules = [(hidden[i], hidden[j]) for i, j in pairs if i < j]
     before = {name: tuple(b for a, b in rules if a == name) for name in names}
@@ -205,7 +205,7 @@ def test_logger_may_fail_without_stopping_the_run_and_is_switched_off_after_thre
 
 
 class NotebookPlugin(Logger[LoggerConfig]):
-    """Keeps notes, and fails at some."""
+    """Stores notes, and fails at some."""
 
     def __init__(self, failing: set[int]) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class NotebookPlugin(Logger[LoggerConfig]):
 
 
 class TalkativePlugin(Plugin[PluginConfig]):
-    """Says something after each step."""
+    """Writes a note after each step."""
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -231,7 +231,7 @@ class TalkativePlugin(Plugin[PluginConfig]):
 
 
 def test_what_a_plugin_says_reaches_loggers_that_hold_text_and_leaves_the_others_alone() -> None:
-    """Breaks if `on_note` loses words or their step, or a logger must hold text to be one."""
+    """Fails if `on_note` loses text or its step, or loggers are required to support text."""
     notebook, numbers = NotebookPlugin(set()), FlakyPlugin(set())
     tiny_engine(notebook, TalkativePlugin(), numbers, log_every=1).fit(DATA, until="3 steps")
     assert notebook.notes == [(step, "talk/step", f"step {step}") for step in (1, 2, 3)]
@@ -240,7 +240,7 @@ def test_what_a_plugin_says_reaches_loggers_that_hold_text_and_leaves_the_others
 
 
 def test_a_note_that_cannot_be_written_is_a_warning_like_any_failure_of_a_logger() -> None:
-    """Breaks if a full disk ends a run in the moment in which it has something to say."""
+    """Fails if a note that cannot be written ends the run."""
     notebook = NotebookPlugin({2})
     engine = tiny_engine(notebook, TalkativePlugin(), log_every=1)
     with pytest.warns(RuntimeWarning, match="failed to write_note at step 2.*no space left"):
@@ -251,7 +251,7 @@ def test_a_note_that_cannot_be_written_is_a_warning_like_any_failure_of_a_logger
 
 
 def test_of_several_processes_the_first_alone_keeps_notes() -> None:
-    """Breaks if every process writes the same words into one file."""
+    """Fails if every process writes the same note."""
     notebook = NotebookPlugin(set())
     engine = tiny_engine(notebook, TalkativePlugin(), log_every=1)
     engine.ranks = Ranks(rank=1)
@@ -263,7 +263,7 @@ def test_of_several_processes_the_first_alone_keeps_notes() -> None:
 def test_a_command_looks_once_for_plugins(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if every plugin of a run costs another walk through all that is installed."""
+    """Fails if each plugin of a run causes another scan of installed packages."""
     scans: list[str] = []
     scan = planning.entry_points
 

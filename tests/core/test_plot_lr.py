@@ -1,4 +1,4 @@
-"""`nexus-run --plot-lr`: the plan is what a run then does, and nothing is trained for it."""
+"""`nexus-run --plot-lr`: the plot is what a run then does, and nothing is trained for it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def engine_of(corpus: Path, name: str, settings: dict[str, Any], **more: dict[st
 def test_the_plan_is_what_the_run_does(
     corpus: Path, schedule: str, settings: dict[str, Any], until: str
 ) -> None:
-    """Breaks if the picture and the training disagree at any step or parameter group."""
+    """Fails if plot and training disagree at any step or parameter group."""
     assert_as_planned(
         engine_of(corpus, schedule, settings), engine_of(corpus, schedule, settings), until
     )
@@ -81,7 +81,7 @@ RULES: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", RULES)
 def test_base_learning_rates_that_a_rule_moves_are_in_the_plan(corpus: Path, case: str) -> None:
-    """Breaks if the picture leaves out the plugin `schedule`, or draws it a step too late."""
+    """Fails if the plot ignores the plugin `schedule`, or is a step late."""
     schedule = {"rules": RULES[case]}
     planned, run = (
         engine_of(corpus, "lr_cosine", {"warmup": "4 steps"}, schedule=schedule) for _ in range(2)
@@ -108,14 +108,14 @@ def test_base_learning_rates_that_a_rule_moves_are_in_the_plan(corpus: Path, cas
 def test_what_the_plan_cannot_know_it_says(
     corpus: Path, settings: dict[str, Any], until: str, said: str
 ) -> None:
-    """Breaks if a plan by tokens passes for certain beside a batch that grows."""
+    """Fails if a plan in tokens states no assumption although the batch grows."""
     rules = [{"target": "engine.accumulate", "start": 2, "end": 4, "over": "100 tokens"}]
     engine = engine_of(corpus, "lr_cosine", settings, schedule={"rules": rules})
     assert plan_lr(engine, until).assumed == said
 
 
 def assert_as_planned(planned: Engine, run: Engine, until: str) -> None:
-    """What was planned for one engine is what another one like it does."""
+    """Check that an engine does what was planned for an identical one."""
     plan = plan_lr(planned, until)
     done: list[list[float]] = []
     stepping = run.hook.optimizer_step
@@ -134,7 +134,7 @@ def assert_as_planned(planned: Engine, run: Engine, until: str) -> None:
 
 
 def test_a_long_run_is_sampled_from_its_first_step_to_its_last(corpus: Path) -> None:
-    """Breaks if a million steps take a million calls, or the end of the decay is cut off."""
+    """Fails if a million steps take a million calls, or the end of the decay is cut off."""
     engine = engine_of(corpus, "lr_cosine", {"warmup": "1000 steps", "min_lr": 1e-5})
     plan = plan_lr(engine, "1M steps", points=50)
     assert len(plan.steps) == 50
@@ -156,7 +156,7 @@ def arguments(corpus: Path, *more: str) -> list[str]:
 def test_the_command_draws_and_leaves_no_run(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, with_matplotlib: bool
 ) -> None:
-    """Breaks if it trains, needs matplotlib, or does not say where the picture is."""
+    """Fails if it trains, needs matplotlib, or does not print the path of the plot."""
     if with_matplotlib:
         pytest.importorskip("matplotlib")
     else:
@@ -178,7 +178,7 @@ def test_the_command_draws_and_leaves_no_run(
 
 
 def test_the_picture_of_a_run_with_a_folder_is_in_it(corpus: Path, tmp_path: Path) -> None:
-    """Breaks if --out is passed over, or the folder then counts as a run that is there."""
+    """Fails if --out is ignored, or the folder then counts as an existing run."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "mine"
     result = CliRunner().invoke(main, arguments(corpus, "--plot-lr", "--out", str(out)))
@@ -189,7 +189,7 @@ def test_the_picture_of_a_run_with_a_folder_is_in_it(corpus: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path) -> None:
-    """Breaks if the option works in a test alone."""
+    """Fails if the option only works inside a test."""
     command = [sys.executable, "-m", "nexus_core.cli.run", *arguments(corpus, "--plot-lr")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -200,13 +200,13 @@ def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path) -> None:
     ("settings", "until"), [({"warmup": "3 steps"}, "2 min"), ({"warmup": "10 s"}, "9 steps")]
 )
 def test_what_counts_seconds_is_refused(corpus: Path, settings: dict[str, Any], until: str) -> None:
-    """Breaks if a plan is drawn that nobody can know."""
+    """Fails if a plan in seconds is drawn, which is unknowable."""
     with pytest.raises(ConfigError, match="counts seconds"):
         plan_lr(engine_of(corpus, "lr_constant", settings), until)
 
 
 def test_the_command_says_what_it_takes_for_granted(corpus: Path, tmp_path: Path) -> None:
-    """Breaks if what the plan cannot know stays inside of it."""
+    """Fails if the plan's assumptions are not printed."""
     tokens = arguments(corpus, "--plot-lr", "--out", str(tmp_path / "o"))
     result = CliRunner().invoke(main, [*tokens, "--set", "until=900 tokens"])
     assert result.exit_code == 0, result.output
@@ -214,7 +214,7 @@ def test_the_command_says_what_it_takes_for_granted(corpus: Path, tmp_path: Path
 
 
 def test_a_mistake_is_one_line(corpus: Path) -> None:
-    """Breaks if the user reads a traceback."""
+    """Fails if the user gets a traceback."""
     wrong = [*arguments(corpus, "--plot-lr"), "--set", "until=1 min"]
     result = CliRunner().invoke(main, wrong)
     assert result.exit_code == 2

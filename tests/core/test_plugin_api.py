@@ -1,4 +1,4 @@
-"""What plugins rely on stays, and what is wrong with one is one message to those who name it."""
+"""The plugin API stays compatible, and a faulty plugin gives one message to those who use it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ HOOKS_OF_1_0 = {
     "on_save": "engine snapshot",
     "on_load": "engine snapshot",
 }
-"""Every hook of API 1.0 with its arguments: a record, which later versions add to below."""
+"""Every hook of API 1.0 with its arguments; later versions are recorded below."""
 
 HOOKS_SINCE_1_1 = {"on_note": "engine title text"}
 HOOKS_SINCE_1_2 = {
@@ -86,14 +86,14 @@ HOOKS_OF_1 = {**HOOKS_OF_1_0, **HOOKS_SINCE_1_1, **HOOKS_SINCE_1_2}
 @pytest.mark.skipif("1.0" not in API_VERSIONS, reason="plugins for 1.x are not run any more")
 @pytest.mark.parametrize("hook", HOOKS_OF_1)
 def test_no_hook_or_argument_is_taken_away_within_a_major_version(hook: str) -> None:
-    """Red when plugins out there would break: rename through RENAMED, or begin API 2.0."""
+    """Fails if existing plugins would break: rename through RENAMED, or start API 2.0."""
     spec = getattr(Hooks, RENAMED.get(hook, hook))
     arguments = inspect.signature(spec).parameters
     assert set(HOOKS_OF_1[hook].split()) <= set(arguments)
 
 
 def test_a_new_hook_moves_the_version() -> None:
-    """Red when a hook was added: raise API_VERSIONS, and record the hook here."""
+    """Fails if a hook was added: raise API_VERSIONS, and record the hook here."""
     assert set(HOOK_NAMES) == set(HOOKS_OF_1)
     assert API_VERSIONS == ("1.0", "1.1", "1.2")
 
@@ -135,7 +135,7 @@ def test_what_the_page_promises_of_plugins_is_there(row: str) -> None:
 
 
 class EarlierPlugin(Plugin[PluginConfig]):
-    """Uses the earlier name of a hook, and of a seam that it wraps."""
+    """Uses the old name of a hook, and of a seam that it wraps."""
 
     before = ("later",)
 
@@ -156,7 +156,7 @@ class EarlierPlugin(Plugin[PluginConfig]):
 
 
 class LaterPlugin(Plugin[PluginConfig]):
-    """Uses the present name."""
+    """Uses the current name."""
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -166,7 +166,7 @@ class LaterPlugin(Plugin[PluginConfig]):
 
 
 class BothPlugin(Plugin[PluginConfig]):
-    """Has the earlier name and the present one, to run with releases before and after."""
+    """Has both the old and the current name, to work with both releases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class BothPlugin(Plugin[PluginConfig]):
 
 @pytest.fixture
 def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release in which two hooks have just got their present names."""
+    """A release in which two hooks have just been renamed."""
     names = {"on_update": "on_step", "apply_update": "optimizer_step"}
     for module in ("plan", "relay"):
         monkeypatch.setattr(f"nexus_core.{module}.RENAMED", names)
@@ -195,7 +195,7 @@ def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("renamed")
 def test_earlier_name_of_a_hook_is_called_in_its_place_and_warned_of() -> None:
-    """Breaks if a plugin is dropped without a word, or called in another order than declared."""
+    """Fails if a plugin is silently dropped, or called in another order than declared."""
     earlier = EarlierPlugin()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -220,7 +220,7 @@ def test_plugin_with_both_names_is_called_once_and_not_warned_of() -> None:
 
 
 def test_plugin_with_both_names_runs_where_one_of_them_is_not_known() -> None:
-    """Breaks if no release of a plugin can serve trainers from before and after a change."""
+    """Fails if one version of a plugin cannot support trainers from before and after a rename."""
     both = BothPlugin()
     tiny_engine(both).fit(until="2 steps")
     assert both.called == ["present", "present"]
@@ -234,7 +234,7 @@ def test_earlier_name_is_refused_once_it_is_gone() -> None:
 def test_earlier_name_of_an_argument_still_comes_and_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As the page tells maintainers: both names are in the specification, the earlier warns."""
+    """As documented for maintainers: both names are in the specification, the old one warns."""
     hookspec = pluggy.HookspecMarker("nexus")
 
     class NextHooks(Hooks):
@@ -257,7 +257,7 @@ def test_earlier_name_of_an_argument_still_comes_and_is_warned_of(
 
 
 def test_an_engine_looks_at_hooks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if every name that an object has is inspected, which takes longer than the rest."""
+    """Fails if every attribute of an object is inspected, which dominates the construction time."""
     looked_at: list[str] = []
     look = pluggy.PluginManager.parse_hookimpl_opts
 
@@ -307,7 +307,7 @@ class SettingPlugin(Plugin[SettingConfig]):
 
 @pytest.fixture
 def faulty() -> Iterator[None]:
-    """A machine with one package of each fault, a name given twice, and a good one."""
+    """Installed packages with one of each fault, a duplicate name, and a good one."""
     with ExitStack() as stack:
         for name, code in {**FAULTY, "setting": SETTING}.items():
             module = f"faulty_{name}"
@@ -359,7 +359,7 @@ def test_invalid_setting_is_one_clear_message() -> None:
 
 @pytest.mark.usefixtures("faulty")
 def test_runs_that_do_not_name_them_do_not_notice() -> None:
-    """Breaks if a broken neighbour, or a name that two packages give, ends other people's runs."""
+    """Fails if a broken package or a duplicate name affects runs that do not use it."""
     result = run("--explain", "--plugins", "setting")
     assert result.exit_code == 0, result.output
     assert "setting" in result.stdout
@@ -416,7 +416,7 @@ def test_list_of_metadata_imports_nothing_and_shows_a_name_given_twice() -> None
 
 
 class AheadPlugin(Plugin[PluginConfig]):
-    """Was built for a later API."""
+    """Built for a later API."""
 
     api_version = "1.3"
 
@@ -425,7 +425,7 @@ class AheadPlugin(Plugin[PluginConfig]):
 
 
 def test_plugin_made_by_hand_for_another_api_is_refused_by_the_engine() -> None:
-    """The version is looked at first: that the new hook is unknown is only what follows."""
+    """The version is checked first, since the unknown hook is only a consequence."""
     with pytest.raises(
         PluginError, match=r"'ahead' is built for plugin API 1.3;.* supports 1.0 and 1.1 and 1.2"
     ):

@@ -1,4 +1,4 @@
-"""`nexus-run --profile`: the guilty are named, the numbers add up, and nothing else changes."""
+"""`nexus-run --profile`: costs are attributed correctly, numbers add up, training is unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class HoarderPlugin(Plugin[PluginConfig]):
-    """Makes 3 MiB of tensors a step, and keeps 1 MiB of them."""
+    """Allocates 3 MiB of tensors per step, and keeps 1 MiB."""
 
     kept: Tensor
 
@@ -35,7 +35,7 @@ class HoarderPlugin(Plugin[PluginConfig]):
 
 
 class PeekerPlugin(Plugin[PluginConfig]):
-    """Looks at a tensor's value three times a step."""
+    """Reads a tensor's value three times per step."""
 
     @hookimpl
     def after_backward(self, engine: Engine) -> None:
@@ -46,7 +46,7 @@ class PeekerPlugin(Plugin[PluginConfig]):
 
 
 class WrapperPlugin(Plugin[PluginConfig]):
-    """Wraps two seams, and hands on what they answer."""
+    """Wraps two seams, and passes on their answers."""
 
     @hookimpl(wrapper=True)
     def forward(self) -> Generator[None, Any, Any]:
@@ -59,7 +59,7 @@ class WrapperPlugin(Plugin[PluginConfig]):
 
 
 class RowsPlugin(Plugin[PluginConfig]):
-    """Brings the data."""
+    """Provides the data."""
 
     @hookimpl
     def make_data(self) -> RunData:
@@ -68,7 +68,7 @@ class RowsPlugin(Plugin[PluginConfig]):
 
 
 def profiled(*plugins: Plugin[Any], until: str = "4 steps", trace: Path | None = None) -> Any:
-    """A run of the tiny problem under the profiler: the engine, and what was measured."""
+    """A profiled run of the tiny problem: the engine and the profiler."""
     profiler = Profiler(trace)
     everyone = [SquaredPlugin(), RowsPlugin(), *plugins]
     profiler.watch(arrange(everyone))
@@ -82,7 +82,7 @@ def profiled(*plugins: Plugin[Any], until: str = "4 steps", trace: Path | None =
 
 
 def test_who_takes_memory_is_named() -> None:
-    """Breaks if a plugin's tensors are charged to nobody, to another, or more than once."""
+    """Fails if a plugin's tensors are not counted, counted twice, or charged to another."""
     _, profiler = profiled(HoarderPlugin())
     row = profiler.rows["hoarder", "on_step"]
     assert row.calls == 4
@@ -93,7 +93,7 @@ def test_who_takes_memory_is_named() -> None:
 
 
 def test_who_waits_for_the_device_is_named_with_the_place() -> None:
-    """Breaks if a hidden sync is missed, counted twice, or its line is not the plugin's."""
+    """Fails if a hidden sync is missed, counted twice, or its line is not the plugin's."""
     _, profiler = profiled(PeekerPlugin())
     sync = profiler.syncs["peeker", "after_backward"]
     assert (sync.count, sync.function) == (4 * 3, "bool")
@@ -105,14 +105,14 @@ def test_who_waits_for_the_device_is_named_with_the_place() -> None:
 
 
 def test_a_loop_that_looks_at_nothing_has_no_syncs() -> None:
-    """Breaks if the table cries wolf."""
+    """Fails if the table reports syncs that did not happen."""
     _, profiler = profiled(HoarderPlugin())
     assert dict(profiler.syncs) == {}
     assert "No plugin was seen reading" in profiler.report()
 
 
 def test_the_numbers_add_up_to_the_whole() -> None:
-    """Breaks if time is lost or counted twice: rows, phases and cost are all of the run."""
+    """Fails if time is lost or counted twice: rows, phases and overhead must add up."""
     _, profiler = profiled(HoarderPlugin(), PeekerPlugin(), WrapperPlugin(), until="30 steps")
     for parts in ([row.seconds for row in profiler.rows.values()], profiler.phases.values()):
         assert sum(parts) + profiler.cost == pytest.approx(profiler.whole, rel=0.01)
@@ -123,7 +123,7 @@ def test_the_numbers_add_up_to_the_whole() -> None:
 
 
 def test_weights_are_the_same_with_and_without() -> None:
-    """Breaks if measuring changes the training."""
+    """Fails if measuring changes the training."""
     engine, _ = profiled(HoarderPlugin(), PeekerPlugin(), WrapperPlugin())
     plain = tiny_engine(HoarderPlugin(), PeekerPlugin(), WrapperPlugin())
     data = ResumableLoader(Regression(), batch_size=4)
@@ -133,7 +133,7 @@ def test_weights_are_the_same_with_and_without() -> None:
 
 
 def test_a_wrapper_sees_answers_and_errors_as_before() -> None:
-    """Breaks if an error of the model does not pass through a measured wrapper."""
+    """Fails if an error of the model does not pass through a measured wrapper."""
 
     class FaultPlugin(Plugin[PluginConfig]):
         """Fails in the forward pass."""
@@ -143,7 +143,7 @@ def test_a_wrapper_sees_answers_and_errors_as_before() -> None:
             raise ZeroDivisionError("planted")
 
     class RescuePlugin(Plugin[PluginConfig]):
-        """Says what it saw."""
+        """Reports the error it saw."""
 
         seen = ""
 
@@ -163,7 +163,7 @@ def test_a_wrapper_sees_answers_and_errors_as_before() -> None:
 
 
 def test_the_trace_holds_our_events(tmp_path: Path) -> None:
-    """Breaks if the trace is no JSON, or shows torch's operators alone."""
+    """Fails if the trace is not JSON, or only has torch's operators."""
     path = tmp_path / "trace.json"
     profiled(HoarderPlugin(), trace=path)
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
@@ -176,7 +176,7 @@ def test_the_trace_holds_our_events(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a small corpus and a config over it."""
+    """A folder with a small corpus and a config for it."""
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     config = {
@@ -207,7 +207,7 @@ def run(*arguments: str) -> Result:
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_the_command_prints_the_table_and_trains_the_same() -> None:
-    """Breaks if --profile shows nothing, or if the run is another with it."""
+    """Fails if --profile shows nothing, or changes the run."""
     assert run("--out", "plain").exit_code == 0
     result = run("--out", "measured", "--profile", "--profile-trace", "trace.json")
     assert result.exit_code == 0, result.output
@@ -237,7 +237,7 @@ def test_the_command_prints_the_table_and_trains_the_same() -> None:
 def test_what_does_not_go_together_is_one_message(
     folder: Path, arguments: list[str], message: str
 ) -> None:
-    """Breaks if a mistake is found after the run, or becomes a traceback."""
+    """Fails if a mistake is found after the run, or becomes a traceback."""
     before = sorted(folder.rglob("*"))
     result = run(*arguments)
     assert result.exit_code == 2, result.output

@@ -1,4 +1,4 @@
-"""A resumed run must end in the same bits, with the same log, as one that was not stopped."""
+"""A resumed run ends bitwise identical to an uninterrupted one, with the same log."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 
 class NoisePlugin(Plugin[PluginConfig]):
-    """Keeps a running number of its own that each step depends on."""
+    """Keeps a running number that each step depends on."""
 
     state_version = 2
 
@@ -68,7 +68,7 @@ def run(saver: SaverPlugin, accumulate: int, resumed: bool) -> tuple[Engine, lis
     recorder = RecorderPlugin()
     engine = tiny_engine(NoisePlugin(), recorder, saver, dropout=0.4, accumulate=accumulate)
     if resumed:
-        torch.rand(17)  # generators are elsewhere, as in a new process
+        torch.rand(17)  # other generator states, as in a new process
         engine.resume()
     evaluation = ResumableLoader(Regression(9), 4, shuffle=False)
     loader = ResumableLoader(Regression(), 4, seed=1)
@@ -115,7 +115,7 @@ def test_events_tell_of_saving_and_loading() -> None:
 
 
 def test_a_part_of_a_snapshot_that_cannot_come_back_is_refused() -> None:
-    """Breaks if what a plugin saves is lost in silence, or makes checkpoints unreadable."""
+    """Fails if a plugin's saved state is silently lost, or makes checkpoints unreadable."""
 
     class StrayPlugin(Plugin[PluginConfig]):
         @hookimpl

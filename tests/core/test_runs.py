@@ -1,4 +1,4 @@
-"""`nexus-run runs`: what it says of run folders, whatever state they were left in."""
+"""`nexus-run runs`: what it reports about run folders in any state."""
 
 from __future__ import annotations
 

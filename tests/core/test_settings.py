@@ -1,4 +1,4 @@
-"""A setting that is misread or silently ignored would spoil a run of weeks."""
+"""Settings: one that is misread or silently ignored could ruin a long run."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_bad_file_is_one_clear_error(tmp_path: Path, text: str, message: str) ->
         read_settings(str(path))
 
 
-# -- what is written is what arrives
+# -- values are read as written
 
 
 def planned(source: str | None = None, *sets: str, **environment: str) -> Build:
@@ -183,7 +183,7 @@ def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
 ) -> None:
     key, _, text = assignment.partition("=")
     plugin, dot, name = key.rpartition(".")
-    shown = f"'{text}'" if "#" in text else text  # in a file, a comment begins there
+    shown = f"'{text}'" if "#" in text else text  # in a file, `#` starts a comment
     path = tmp_path / "mine.yaml"
     block = f"plugins: {{{plugin}: {{{name}: {shown}}}}}" if dot else f"{name}: {shown}"
     path.write_text(f"preset: quickstart\n{block}\n")
@@ -291,7 +291,7 @@ def test_of_very_many_faults_the_first_are_told() -> None:
     assert str(caught.value).endswith("and 990 more")
 
 
-# -- where it is written makes no difference
+# -- the source makes no difference
 
 
 SETTINGS = {
@@ -311,7 +311,7 @@ SETTINGS = {
 )
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_option_file_and_environment_give_the_same_plan(tmp_path: Path, keys: list[str]) -> None:
-    """Red if naming a preset's plugin in a file moves it in the plan."""
+    """Fails if naming a preset's plugin in a file moves it in the plan."""
     text = {key: json.dumps(value).strip('"') for key, value in SETTINGS.items()}
     content: dict[str, Any] = {"preset": "quickstart", "plugins": {}}
     for key in keys:
@@ -395,7 +395,7 @@ def test_paths_expand_home_and_variables(monkeypatch: pytest.MonkeyPatch) -> Non
         expanded("~/a")
 
 
-# -- what is stored
+# -- stored settings
 
 
 class Service(PluginConfig):
@@ -411,7 +411,7 @@ class Service(PluginConfig):
 
 
 class ServicePlugin(Plugin[Service]):
-    """Talks to a service."""
+    """Connects to a service."""
 
 
 def test_a_secret_is_neither_stored_nor_shown() -> None:
@@ -446,7 +446,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_config_as_nobody_would_write_it_is_a_plan_or_one_clear_error(
     scratch: Path, case: Case
 ) -> None:
-    """Red if a user sees a traceback, or a config that is read differently the second time."""
+    """Fails if a user gets a traceback, or a config that reads differently the second time."""
     try_case(case, scratch)
 
 
@@ -467,7 +467,7 @@ def test_a_key_that_one_plugin_has_needs_no_name(
 
 
 def test_a_key_without_a_name_means_the_plugins_that_are_in_the_run(config: str) -> None:
-    """Breaks if a plugin that has left its slot, or was left out, is meant or is in the way."""
+    """Fails if a plugin that lost its slot, or was removed, is matched or causes ambiguity."""
     found = read_settings("quickstart", "optim_adamw", ("lr=0.1",)).run.plugins
     assert found["optim_adamw"]["lr"] == 0.1
     assert found["optim_muon"]["lr"] != 0.1

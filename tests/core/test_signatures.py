@@ -1,4 +1,4 @@
-"""What type checkers, editors and `help()` know of a plugin's settings."""
+"""How type checkers, editors and `help()` show a plugin's settings."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ explicit_package_bases = true
 [mypy-torch.*,numpy.*,transformers.*,datasets.*,tokenizers.*,peft.*,wandb.*,mlflow.*,tensorboard.*]
 follow_imports = skip
 """
-"""As a user has it, without the plugin of pydantic; what is large and no part of this, left out."""
+"""A user's configuration, without pydantic's plugin; large unrelated packages are skipped."""
 
 
 def first_party() -> dict[str, type[AnyPlugin]]:
-    """The plugins of this distribution that load here, by the names of their classes."""
+    """The plugins of this distribution that can be loaded, by class name."""
     found = {}
     for name in installed():
         try:
@@ -112,7 +112,7 @@ def first_party() -> dict[str, type[AnyPlugin]]:
 
 
 def of_defaults(plugin: type[AnyPlugin]) -> str:
-    """A call that gives every setting in the form that a config file has."""
+    """A call that passes every setting in its config-file form."""
     fields = plugin.config_class.model_fields
     examples = plugin.config_class.model_json_schema().get("examples", [{}])
     if any(field.is_required() for field in fields.values()) and not examples[0]:
@@ -124,14 +124,14 @@ def of_defaults(plugin: type[AnyPlugin]) -> str:
 
 
 def in_docs(names: set[str]) -> Iterator[str]:
-    """Every call of a first-party plugin's class in pages and examples."""
+    """Every call of a first-party plugin class in pages and examples."""
     texts = [path.read_text() for path in ROOT.glob("examples/*.py")]
     for page in (*ROOT.glob("docs/**/*.md"), ROOT / "README.md"):
         texts += re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     for text in texts:
         try:
             tree = ast.parse(text)
-        except SyntaxError:  # a part of a program, with an ellipsis
+        except SyntaxError:  # a fragment with an ellipsis
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names:
@@ -139,7 +139,7 @@ def in_docs(names: set[str]) -> Iterator[str]:
 
 
 def program(calls: str, imports: str) -> str:
-    """The calls as a program; what they use beside plugins may be anything."""
+    """The calls as a program; other names are of type Any."""
     used = {node.id for node in ast.walk(ast.parse(calls)) if isinstance(node, ast.Name)}
     known = set(re.findall(r"\w+", imports + HEAD)) | set(dir(builtins))
     return f"{imports}{HEAD}\n" + "".join(f"{name}: Any = None\n" for name in used - known) + calls
@@ -147,7 +147,7 @@ def program(calls: str, imports: str) -> str:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with right.py, wrong.py, plugins of third parties, and the settings of checkers."""
+    """A folder with right.py, wrong.py, third-party plugins, and checker settings."""
     folder, plugins = tmp_path_factory.mktemp("typed"), first_party()
     imports = "from glimmer import GlimmerPlugin\n"
     imports += "".join(f"from {c.__module__} import {n}\n" for n, c in plugins.items())
@@ -166,7 +166,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(told: str, folder: Path) -> None:
-    """Every wrong call is told, once, and nothing else."""
+    """Check that every wrong call is reported once, and nothing else."""
     faults = re.findall(r"(\w+)\.py:(\d+)(?::\d+)*(?: -|:) error: (.*)", told)
     assert [fault for fault in faults if fault[0] != "wrong"] == [], told
     lines = (folder / "wrong.py").read_text().splitlines()
@@ -193,7 +193,7 @@ def test_pyright_tells_wrong_settings_and_no_others(programs: Path) -> None:
 
 
 class TwinkleConfig(PluginConfig):
-    """Settings of a plugin of a third party."""
+    """Settings of a third-party plugin."""
 
     size: float = Field(default=1.5, gt=0, description="how large, in pixels")
     place: str = Field(description="where")
@@ -230,13 +230,13 @@ def test_preparation_sees_the_settings_however_they_were_given() -> None:
 
 
 class Tree(BaseModel):
-    """Settings that hold others of their kind."""
+    """Settings that contain settings of the same kind."""
 
     branches: list[Tree] = []
 
 
 class TreeConfig(PluginConfig):
-    """Settings whose help is not simple."""
+    """Settings that are hard to display."""
 
     tree: Tree = Tree()
     width: int = 3
@@ -248,7 +248,7 @@ class TreePlugin(Plugin[TreeConfig]):
 
 
 def test_settings_that_hold_themselves_or_follow_from_others_are_shown() -> None:
-    """Red if legal settings end help(), `nexus-plugins show`, or an engine, in an error."""
+    """Fails if valid settings cause an error in help(), `nexus-plugins show` or an engine."""
     told = pydoc.render_doc(TreePlugin, renderer=pydoc.plaintext)
     assert told.count("branches: list[Tree]") == 1
     assert "area: int, default computed" in told

@@ -48,7 +48,7 @@ splits = st.integers(1, 23).flatmap(
 
 @given(splits)
 def test_gradient_is_the_same_for_every_split_of_ragged_labels(split: list[list[int]]) -> None:
-    """Rows have 1 to 3 labels that count: means of means would weigh them wrongly."""
+    """Rows have 1 to 3 labels: means of means would weight them wrongly."""
 
     def plugins() -> list[Loss]:
         return [SquaredPlugin(weight=0.7), AbsolutePlugin(weight=2.0)]
@@ -61,7 +61,7 @@ def test_gradient_is_the_same_for_every_split_of_ragged_labels(split: list[list[
 
 
 def test_gradient_is_that_of_the_mean_by_hand() -> None:
-    """The oracle: plain autograd over all labels of the step at once."""
+    """The oracle is plain autograd over all labels of the step at once."""
     found, metrics = gradients([[0, 1], [2]], SquaredPlugin(weight=3.0))
     torch.manual_seed(1)
     model, data = Net(dtype=torch.float64), Regression(dtype=torch.float64)
@@ -91,7 +91,7 @@ class OtherPlugin(SquaredPlugin):
 
 
 class UnlabelledPlugin(Loss[LossConfig]):
-    """Answers `loss_terms` under another name than `loss_units`."""
+    """Returns another term name from `loss_terms` than from `loss_units`."""
 
     def units(self, batch: object) -> float:
         return 1.0
@@ -109,7 +109,7 @@ def test_terms_must_be_unique_and_have_units() -> None:
 
 
 class DoublesPlugin(Plugin[PluginConfig]):
-    """From the second step on, computes the gradient itself: twice what the core would."""
+    """From the second step on, computes the gradient itself: twice the core's."""
 
     @hookimpl
     def accumulate_gradient(self, engine: Run, step: Step) -> bool | None:
@@ -122,7 +122,7 @@ class DoublesPlugin(Plugin[PluginConfig]):
 
 
 def test_a_plugin_can_compute_the_gradient_in_place_of_the_core() -> None:
-    """Breaks if the core does not ask, or computes it once more."""
+    """Fails if the core does not call it, or computes the gradient as well."""
     found: list[list[torch.Tensor]] = []
     for plugins in ([], [DoublesPlugin()]):
         torch.manual_seed(1)

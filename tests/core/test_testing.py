@@ -1,4 +1,4 @@
-"""The kit's checks catch what they are for, each by its name, and let a good plugin pass."""
+"""The kit's checks find the faults they are for, and let a good plugin pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScaleConfig(PluginConfig):
 
 
 class GoodPlugin(Plugin[ScaleConfig]):
-    """Scales the gradient, more and more, and says by how much."""
+    """Scales the gradient by a growing factor, and logs it."""
 
     def __init__(self, config: ScaleConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -61,14 +61,14 @@ def outcomes(plugin: type[Plugin[Any]], *checks: str, **attributes: Any) -> list
 
 
 def test_a_good_plugin_passes_every_check() -> None:
-    """Breaks if a check raises a false alarm: authors would switch the kit off."""
+    """Fails if a check raises a false alarm."""
     found = outcomes(GoodPlugin, configs=({"strength": 0.9},), off={"strength": 1.0})
     assert [outcome for outcome in found if outcome.status != "pass"] == []
     assert len({outcome.check for outcome in found}) == 24
 
 
 def test_each_config_is_a_case_of_its_own() -> None:
-    """Breaks if only the first of several configs is tried: the fault is in the second."""
+    """Fails if only the first of several configs is tested: the fault is in the second."""
     found = outcomes(GoodPlugin, "trains", configs=({}, {"strength": 1e30}))
     assert [(o.case, o.status) for o in found] == [
         ("config 0, accumulate 1", "pass"),
@@ -78,11 +78,11 @@ def test_each_config_is_a_case_of_its_own() -> None:
     ]
 
 
-# -- planted faults: a plugin with one fault, the check that must find it, what it must say
+# -- planted faults: a plugin with one fault, the check that must find it, and its message
 
 
 class ReadsPlugin(GoodPlugin):
-    """Looks at the gradient's length on the host, in each step."""
+    """Reads the gradient norm on the host in each step."""
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
@@ -90,7 +90,7 @@ class ReadsPlugin(GoodPlugin):
 
 
 class BranchesPlugin(GoodPlugin):
-    """Decides by a tensor, which is a read too, in a helper."""
+    """Branches on a tensor in a helper, which also syncs."""
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
@@ -102,7 +102,7 @@ def is_high(loss: Tensor) -> bool:
 
 
 class CopiesPlugin(GoodPlugin):
-    """Makes a tensor of a number on the host, and copies it to the device."""
+    """Creates a tensor on the host and copies it to the device."""
 
     @hookimpl
     def after_backward(self, engine: Engine) -> None:
@@ -110,7 +110,7 @@ class CopiesPlugin(GoodPlugin):
 
 
 class MixesPlugin(GoodPlugin):
-    """Adds up gradients on the host, wherever they are."""
+    """Adds gradients to a host tensor, wherever they are."""
 
     def __init__(self, config: ScaleConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -125,7 +125,7 @@ class MixesPlugin(GoodPlugin):
 
 
 class ReadsEarlyPlugin(GoodPlugin):
-    """Does not wait for the copy of a number that it then scales by."""
+    """Reads a number before its copy to the host has completed."""
 
     @hookimpl
     def after_backward(self, engine: Engine, step: Step) -> None:
@@ -134,7 +134,7 @@ class ReadsEarlyPlugin(GoodPlugin):
 
 
 class DeviceDicePlugin(GoodPlugin):
-    """Draws from a generator of its own on the device that begins anew on resuming."""
+    """Draws from its own device generator, which restarts on resume."""
 
     generator: torch.Generator
 
@@ -149,7 +149,7 @@ class DeviceDicePlugin(GoodPlugin):
 
 
 class ForgetfulPlugin(GoodPlugin):
-    """Saves nothing of what its next steps hang on."""
+    """Does not save the state that its next steps depend on."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -170,7 +170,7 @@ class ObjectStatePlugin(GoodPlugin):
 
 
 class OwnDicePlugin(GoodPlugin):
-    """Draws from a generator of its own that begins anew on resuming."""
+    """Draws from its own generator, which restarts on resume."""
 
     def __init__(self, config: ScaleConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -182,7 +182,7 @@ class OwnDicePlugin(GoodPlugin):
 
 
 class DrawsAtStartPlugin(GoodPlugin):
-    """Draws random numbers when a run starts, so a resumed one continues with others."""
+    """Draws random numbers when a run starts, so a resumed run continues with different ones."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -190,7 +190,7 @@ class DrawsAtStartPlugin(GoodPlugin):
 
 
 class SavingCountsPlugin(GoodPlugin):
-    """Changes its course whenever it is saved."""
+    """Changes its behaviour whenever it is saved."""
 
     def state_dict(self) -> dict[str, Any]:
         self.level *= 0.9
@@ -198,7 +198,7 @@ class SavingCountsPlugin(GoodPlugin):
 
 
 class SharedPlugin(GoodPlugin):
-    """Keeps its state on the class, so that all engines of a process have one."""
+    """Keeps its state on the class, shared by all engines of a process."""
 
     levels: ClassVar[dict[str, float]] = {}
 
@@ -209,7 +209,7 @@ class SharedPlugin(GoodPlugin):
 
 
 class ThreadPlugin(GoodPlugin):
-    """Starts a thread, and leaves it."""
+    """Starts a thread, and does not end it."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -219,7 +219,7 @@ class ThreadPlugin(GoodPlugin):
 
 
 class FilePlugin(GoodPlugin):
-    """Opens a file, and leaves it open."""
+    """Opens a file, and does not close it."""
 
     stream: IO[str]
 
@@ -231,7 +231,7 @@ class FilePlugin(GoodPlugin):
 
 
 class ClosesOnFinishPlugin(FilePlugin):
-    """Closes its file where a run ends well, and not where it fails."""
+    """Closes its file only if the run succeeds."""
 
     @hookimpl
     def on_finish(self) -> None:
@@ -239,7 +239,7 @@ class ClosesOnFinishPlugin(FilePlugin):
 
 
 class ClosesUnopenedPlugin(FilePlugin):
-    """Fails in on_close where the run failed before it had opened anything."""
+    """Fails in on_close if the run failed before it opened anything."""
 
     @hookimpl
     def on_close(self) -> None:
@@ -247,7 +247,7 @@ class ClosesUnopenedPlugin(FilePlugin):
 
 
 class SignalPlugin(GoodPlugin):
-    """Takes a signal, and does not give it back."""
+    """Installs a signal handler, and does not restore the previous one."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -255,7 +255,7 @@ class SignalPlugin(GoodPlugin):
 
 
 class ModuleHookPlugin(GoodPlugin):
-    """Hooks into a module for good."""
+    """Registers a module hook, and does not remove it."""
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -263,7 +263,7 @@ class ModuleHookPlugin(GoodPlugin):
 
 
 class PatchPlugin(GoodPlugin):
-    """Replaces a method of the model for good."""
+    """Replaces a method of the model, and does not restore it."""
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
@@ -272,7 +272,7 @@ class PatchPlugin(GoodPlugin):
 
 
 class PrecisionPlugin(GoodPlugin):
-    """Sets how exact torch's products are, for the whole process."""
+    """Sets torch's matmul precision for the whole process."""
 
     @hookimpl
     def on_start(self) -> None:
@@ -290,7 +290,7 @@ class OpenConfigPlugin(Plugin[OpenConfig]):
 
 
 class UndescribedConfig(PluginConfig):
-    """Says nothing of its field."""
+    """Has a field without a description."""
 
     power: float = 1.0
 
@@ -300,34 +300,34 @@ class UndescribedPlugin(Plugin[UndescribedConfig]):
 
 
 class MisspeltPlugin(GoodPlugin):
-    """Means on_step."""
+    """Misspells on_step."""
 
     def on_stepp(self) -> None: ...
 
 
 class MismarkedPlugin(GoodPlugin):
-    """Means on_eval."""
+    """Misspells the marked on_eval."""
 
     @hookimpl
     def on_evall(self) -> None: ...
 
 
 class WrongArgumentPlugin(GoodPlugin):
-    """Asks a hook for what it does not have."""
+    """Uses an argument that the hook does not have."""
 
     @hookimpl
     def on_step(self, engin: Engine) -> None: ...
 
 
 class CirclePlugin(GoodPlugin):
-    """Wants to be after clip, and before it."""
+    """Declares to be both after and before clip."""
 
     after = ("clip",)
     before = ("clip",)
 
 
 class OutstagedPlugin(GoodPlugin):
-    """Wants to scale what clip has clipped; but the stage of clip comes after the one it names."""
+    """Declares to come after clip, but names a stage before clip's."""
 
     after = ("clip",)
 
@@ -336,14 +336,14 @@ class OutstagedPlugin(GoodPlugin):
 
 
 class UnknownStagePlugin(GoodPlugin):
-    """Puts a hook at a stage that there is not."""
+    """Uses a stage that does not exist."""
 
     @hookimpl(stage="clip")
     def after_backward(self) -> None: ...
 
 
 class BatchWrapperPlugin(GoodPlugin):
-    """Wraps a seam whose answers are handed from one to the next."""
+    """Wraps a chained seam."""
 
     @hookimpl(wrapper=True)
     def on_batch(self) -> Generator[None, Any, Any]:
@@ -351,7 +351,7 @@ class BatchWrapperPlugin(GoodPlugin):
 
 
 class EarlierNamePlugin(GoodPlugin):
-    """Reads what earlier releases had on the engine."""
+    """Reads a deprecated attribute of the engine."""
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -359,7 +359,7 @@ class EarlierNamePlugin(GoodPlugin):
 
 
 class StrangePartPlugin(GoodPlugin):
-    """Adds a part of its own to the snapshot."""
+    """Adds an unknown part to the snapshot."""
 
     @hookimpl
     def on_save(self, snapshot: Any) -> None:
@@ -367,7 +367,7 @@ class StrangePartPlugin(GoodPlugin):
 
 
 class StrangeCounterPlugin(GoodPlugin):
-    """Adds a counter of its own to those of the run."""
+    """Adds an unknown counter to the snapshot."""
 
     @hookimpl
     def on_save(self, snapshot: Any) -> None:
@@ -375,7 +375,7 @@ class StrangeCounterPlugin(GoodPlugin):
 
 
 class ObjectExtraPlugin(GoodPlugin):
-    """Adds an object to the snapshot that no checkpoint can hold."""
+    """Adds an object to the snapshot that no checkpoint can store."""
 
     @hookimpl
     def on_save(self, snapshot: Any) -> None:
@@ -383,7 +383,7 @@ class ObjectExtraPlugin(GoodPlugin):
 
 
 class OtherTypeExtraPlugin(GoodPlugin):
-    """Adds what is written, and read as something else."""
+    """Adds a value that is restored as another type."""
 
     @hookimpl
     def on_save(self, snapshot: Any) -> None:
@@ -391,7 +391,7 @@ class OtherTypeExtraPlugin(GoodPlugin):
 
 
 class OtherTypeStatePlugin(GoodPlugin):
-    """Saves a list of a class of its own, which loses its methods."""
+    """Saves a list subclass, which loses its methods."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"level": self.level, "recent": Recent([1, 2])}
@@ -405,7 +405,7 @@ class Recent(list[int]):
 
 
 class OtherWeightsPlugin(GoodPlugin):
-    """Saves rounded weights in place of those that are trained."""
+    """Saves rounded weights instead of the trained ones."""
 
     @hookimpl
     def on_save(self, snapshot: Any) -> None:
@@ -413,7 +413,7 @@ class OtherWeightsPlugin(GoodPlugin):
 
 
 class LatePlugin(GoodPlugin):
-    """Says that it comes before clip, and marks the hook as the last."""
+    """Declares to come before clip, but marks its hook as trylast."""
 
     before = ("clip",)
 
@@ -428,7 +428,7 @@ class StrangerPlugin(GoodPlugin):
 
 
 class TooLatePlugin(GoodPlugin):
-    """Clips when the update has been made."""
+    """Clips after the update."""
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -436,7 +436,7 @@ class TooLatePlugin(GoodPlugin):
 
 
 class EachMicroBatchPlugin(Plugin[ScaleConfig]):
-    """Scales what is there of the gradient with each micro-batch."""
+    """Scales the accumulated gradient at each micro-batch."""
 
     @hookimpl(wrapper=True)
     def backward(self, engine: Engine) -> Generator[None, bool, bool]:
@@ -446,7 +446,7 @@ class EachMicroBatchPlugin(Plugin[ScaleConfig]):
 
 
 class MeanPlugin(Loss[LossConfig]):
-    """Gives the mean of a micro-batch as if it were the sum."""
+    """Returns the mean of a micro-batch instead of the sum."""
 
     def units(self, batch: dict[str, Tensor]) -> float:
         return float(len(batch["labels"]))
@@ -456,11 +456,11 @@ class MeanPlugin(Loss[LossConfig]):
 
 
 class NotOffPlugin(GoodPlugin):
-    """Says that it is off, and is not."""
+    """Claims to be off, but is not."""
 
 
 class GrowingPlugin(GoodPlugin):
-    """Goes through all losses so far, in each step."""
+    """Iterates over all previous losses in each step."""
 
     def __init__(self, config: ScaleConfig | None = None, /, **settings: object) -> None:
         super().__init__(config, **settings)
@@ -473,7 +473,7 @@ class GrowingPlugin(GoodPlugin):
 
 
 class ManyOperationsPlugin(GoodPlugin):
-    """Takes a thousand operations for what takes one."""
+    """Uses a thousand operations instead of one."""
 
     @hookimpl
     def on_step(self, engine: Engine, step: Step) -> None:
@@ -481,7 +481,7 @@ class ManyOperationsPlugin(GoodPlugin):
 
 
 class SlowPlugin(GoodPlugin):
-    """Holds each step up for 60 ms."""
+    """Delays each step by 60 ms."""
 
     @hookimpl
     def on_step(self) -> None:
@@ -562,7 +562,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch as a dataclass, with a list of rows that are no tensors."""
+    """A batch as a dataclass, with a list of rows that are not tensors."""
 
     x: Tensor
     y: Tensor
@@ -593,7 +593,7 @@ MAKES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Any]]] =
 
 @pytest.mark.parametrize("make", MAKES)
 def test_a_step_is_split_in_batches_of_any_make(make: str) -> None:
-    """Breaks if the check compares other rows: a good plugin fails, or a bad one passes."""
+    """Fails if the check compares different rows: a good plugin fails, or a bad one passes."""
     build, parts = MAKES[make]
 
     class ClassesPlugin(Loss[LossConfig]):
@@ -606,7 +606,7 @@ def test_a_step_is_split_in_batches_of_any_make(make: str) -> None:
             return F.cross_entropy(output, parts(batch)[1], reduction="sum")
 
     class ReaderPlugin(Plugin[PluginConfig]):
-        """Gives the model its part of the batch."""
+        """Passes the model its part of the batch."""
 
         @hookimpl
         def forward(self, engine: Engine, batch: Any) -> Tensor:
@@ -629,7 +629,7 @@ def test_a_step_is_split_in_batches_of_any_make(make: str) -> None:
 
 
 class LaxKeeperPlugin(Plugin[PluginConfig]):
-    """Keeps checkpoints in which every dict is a dict, whatever it was."""
+    """Writes checkpoints in which every mapping becomes a dict."""
 
     kept: ClassVar[list[Any]] = []
 
@@ -643,7 +643,7 @@ class LaxKeeperPlugin(Plugin[PluginConfig]):
 
 
 def test_what_comes_back_as_something_else_is_seen_whoever_keeps_it() -> None:
-    """Breaks if the kit trusts what keeps checkpoints to refuse what it cannot keep."""
+    """Fails if the kit relies on the checkpoint plugin to reject what it cannot store."""
     beside = {"beside": lambda self: [LaxKeeperPlugin()]}
     (found,) = outcomes(OtherTypeExtraPlugin, "checkpoint_is_bit_equal", **beside)
     assert "extras.other_type_extra.words: Counter Counter({'a': 2}), and dict" in found.reason
@@ -653,7 +653,7 @@ def test_what_comes_back_as_something_else_is_seen_whoever_keeps_it() -> None:
 
 
 class HostOnlyPlugin(GoodPlugin):
-    """Reads where it costs nothing: on the host, by either way of asking, and for the log."""
+    """Reads values only on the host, or when a log is due."""
 
     seen: float = 0.0
 
@@ -680,7 +680,7 @@ class StopsPlugin(GoodPlugin):
 
 
 def test_a_plugin_hears_where_it_waits_for_an_accelerator() -> None:
-    """Breaks if authors must give up a free look on the host, or are not told what waits."""
+    """Fails if free host reads are forbidden, or syncs are not reported."""
     check = "device_is_not_waited_for"
     (found,) = outcomes(HostOnlyPlugin, check)
     assert (found.status, found.said) == (
@@ -693,14 +693,14 @@ def test_a_plugin_hears_where_it_waits_for_an_accelerator() -> None:
 
 
 def test_a_run_that_ends_too_soon_is_told() -> None:
-    """Breaks if checks pass, or fail obscurely, on runs that were too short to show anything."""
+    """Fails if checks pass, or fail obscurely, on runs that were too short to show anything."""
     for outcome in outcomes(StopsPlugin, "trains", "resume_is_bit_equal", "time_is_within_budget"):
         assert "the run ended at step 2 (it is late)" in outcome.reason
 
 
 @pytest.fixture
 def cleaned() -> Iterator[None]:
-    """Gives back what the planted faults leave behind."""
+    """Restores what the planted faults leave behind."""
     handler, precision = signal.getsignal(signal.SIGUSR2), torch.get_float32_matmul_precision()
     yield
     signal.signal(signal.SIGUSR2, handler)
@@ -720,7 +720,7 @@ def cleaned() -> Iterator[None]:
 def test_a_planted_fault_is_caught_by_its_check(
     plugin: type[Plugin[Any]], check: str, message: str
 ) -> None:
-    """Breaks if the check no longer sees the fault, or does not say where it is."""
+    """Fails if the check no longer finds the fault, or does not say where it is."""
     off: dict[str, Any] = {"off": {}} if check == "off_is_absent" else {}
     failed = [outcome for outcome in outcomes(plugin, check, **off) if outcome.status == "FAIL"]
     assert failed, f"{check} passes"

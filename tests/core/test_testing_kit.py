@@ -1,4 +1,4 @@
-"""What the kit gives beside the contract: fake distributions, tiny runs, the command line."""
+"""The rest of the kit: fake distributions, tiny runs, the command line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SparklePlugin(Plugin[SparkleConfig]):
 
 @pytest.fixture
 def sparkle() -> Iterator[Path]:
-    """A third party's plugin, installed for one test."""
+    """A third-party plugin, installed for one test."""
     plugins = {"sparkle": "sparkle_of_the_test:SparklePlugin"}
     modules = {"sparkle_of_the_test": SPARKLE}
     with fake_distribution("nexus-sparkle", plugins, modules=modules, version="1.2") as folder:
@@ -49,7 +49,7 @@ def sparkle() -> Iterator[Path]:
 
 
 def test_a_fake_distribution_is_found_by_metadata_and_gone_after() -> None:
-    """Breaks if tests with it see a plugin that pip would not show, or one stays behind."""
+    """Fails if metadata differs from a real installation, or the distribution stays behind."""
     extra = {"nexus.commands": {"shine": "twinkle:main"}}
     before = list(sys.path)
     with fake_distribution(
@@ -72,7 +72,7 @@ def test_a_fake_distribution_is_found_by_metadata_and_gone_after() -> None:
 
 
 def test_a_fake_distribution_goes_when_the_test_fails_and_gives_modules_back() -> None:
-    """Breaks if one failing test makes others fail after it."""
+    """Fails if one failing test makes others fail after it."""
     modules = {"json": "x = 1"}
     failing = fake_distribution("nexus-sparkle", {"sparkle": "json:Sparkle"}, modules=modules)
     with failing, pytest.raises(AttributeError, match="loads"):
@@ -82,7 +82,7 @@ def test_a_fake_distribution_goes_when_the_test_fails_and_gives_modules_back() -
 
 
 def test_a_tiny_engine_trains_at_once_and_the_same_each_time() -> None:
-    """Breaks if the tiny run learns nothing, or depends on what ran before."""
+    """Fails if the tiny run learns nothing, or depends on earlier tests."""
     engine = tiny_engine()
     early = engine.fit(until="3 epochs").metrics["train/total_loss"]
     assert engine.fit(until="30 epochs").metrics["train/total_loss"] < 0.9 * early
@@ -97,7 +97,7 @@ def test_a_tiny_engine_trains_at_once_and_the_same_each_time() -> None:
 
 
 def test_a_tiny_engine_takes_parts_of_others() -> None:
-    """Breaks if a plugin's own model, data, loss or average cannot be tried in it."""
+    """Fails if a plugin's own model, data, loss or average cannot be used in it."""
     torch.manual_seed(0)
     model = tiny_model(vocabulary=50, dropout=0.0)
     ema = EmaPlugin()
@@ -115,7 +115,7 @@ def check(*arguments: str) -> Result:
 
 @pytest.mark.usefixtures("sparkle")
 def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
-    """Breaks if an author cannot see which checks were made, or with what."""
+    """Fails if the output does not show which checks ran, with which settings."""
     settings = tmp_path / "sparkle.yaml"
     settings.write_text("strength: 2.0\n")
     only = "config_is_strict,device_is_not_waited_for,off_is_absent"
@@ -137,7 +137,7 @@ def test_check_prints_a_line_for_each_check(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("sparkle")
 def test_check_says_why_a_check_fails() -> None:
-    """Breaks if a failing plugin passes in CI, or its author is left with a name alone."""
+    """Fails if a failing plugin passes in CI, or the output has no reason."""
     result = check("sparkle", "--config", '{"stops": true}', "--only", "trains")
     assert result.exit_code == 1
     assert "FAIL  trains (accumulate 1)" in result.output
@@ -147,7 +147,7 @@ def test_check_says_why_a_check_fails() -> None:
 
 
 def test_check_puts_a_plugin_beside_what_it_needs() -> None:
-    """Breaks if a loss of a module cannot be checked without a test file."""
+    """Fails if a loss of a module cannot be checked without a test file."""
     alone = check("loss_causal", "--only", "trains")
     assert (alone.exit_code, "needs a model whose output has" in alone.output) == (1, True)
     sizes = (
@@ -170,7 +170,7 @@ def test_check_puts_a_plugin_beside_what_it_needs() -> None:
 )
 @pytest.mark.usefixtures("sparkle")
 def test_a_wrong_command_is_one_message(arguments: list[str], message: str) -> None:
-    """Breaks if a typing error looks like a fault of the plugin, or shows a traceback."""
+    """Fails if a mistyped command looks like a plugin's fault, or shows a traceback."""
     result = check(*arguments)
     assert result.exit_code == 2
     assert message in result.output
@@ -180,7 +180,7 @@ def test_a_wrong_command_is_one_message(arguments: list[str], message: str) -> N
 
 @pytest.mark.slow
 def test_pytest_finds_the_checks_of_a_subclass(sparkle: Path, tmp_path: Path) -> None:
-    """Breaks if the class of an author's test file is not collected, or a failure not told."""
+    """Fails if the class in an author's test file is not collected, or failures are lost."""
     (tmp_path / "test_sparkle.py").write_text(
         "from nexus_core.testing import PluginContract\n"
         "class TestSparkle(PluginContract):\n"

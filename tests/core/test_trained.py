@@ -1,4 +1,4 @@
-"""What is trained is asked for each time, and trained as a loop by hand would train it."""
+"""Trained parameters are looked up each time, and trained like in a handwritten loop."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_what_is_added_or_thawed_is_clipped_scheduled_and_averaged(
 
 
 class BadGradient(torch.autograd.Function):
-    """Hands on what it gets, with a gradient that is not finite."""
+    """The identity, with a non-finite gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def test_a_parameter_in_two_places_of_a_group_is_clipped_and_averaged_once() -> 
 
 
 def test_a_learning_rate_in_a_tensor_stays_that_tensor() -> None:
-    """Graphs and compiled optimizers read it where it was."""
+    """Graphs and compiled optimizers keep a reference to it."""
     model, twin = net(), net()
     rate = torch.tensor(0.1)
     schedule = LrLinearPlugin(warmup=None, min_lr=0.0)
@@ -207,7 +207,7 @@ class TwoHeads(nn.Module):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_step_whose_loss_reaches_no_parameter_passes(dtype: Any, clip: bool) -> None:
-    """Alternating tasks: the optimizer's head moves when it is its turn."""
+    """With alternating tasks, a head is only trained in its steps."""
     model = TwoHeads()
     before = model.a.weight.detach().clone()
     heads = iter([model.b, model.a, model.b])
@@ -320,7 +320,7 @@ def test_an_optimizer_that_trains_nothing_of_the_model_is_refused_at_once() -> N
 
 
 def test_a_parameter_that_was_replaced_is_said() -> None:
-    """Resizing embeddings does that; the optimizer trains what is in the model no more."""
+    """Resizing embeddings does this; the optimizer then trains parameters outside the model."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model[0].weight = nn.Parameter(copy.deepcopy(model[0].weight.data))
@@ -375,13 +375,13 @@ def replace_step(optimizer: torch.optim.Optimizer, hook: Any) -> None:
     [register_pre, register_post, register_pre_of_all, register_post_of_all, replace_step],
 )
 def test_what_is_hooked_to_the_optimizer_is_called_at_each_step(register: Any) -> None:
-    """Breaks if the quick call of an optimizer passes by what its user has put around it."""
+    """Fails if the fast path of `optimizer.step` bypasses the user's hooks."""
     calls: list[int] = []
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     engine = Engine(model, optimizer, loss=loss)
     for state in engine.steps(BATCHES, until=STEPS):
-        if state.step == 2:  # also where it comes in the middle of a run
+        if state.step == 2:  # also if it is added during a run
             handle = register(optimizer, lambda *_: calls.append(engine.state.step))
     if handle is not None:
         handle.remove()
@@ -389,7 +389,7 @@ def test_what_is_hooked_to_the_optimizer_is_called_at_each_step(register: Any) -
 
 
 def test_a_step_that_is_written_over_the_one_of_pytorch_is_taken() -> None:
-    """Breaks if a decorated step is passed over, as PyTorch's own wrapper around a step may be."""
+    """Fails if a decorated step is bypassed like PyTorch's own wrapper."""
     calls: list[int] = []
 
     class Counting(torch.optim.SGD):

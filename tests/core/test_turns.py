@@ -1,4 +1,4 @@
-"""GAN, LBFGS and SAM as in `examples/`: the oracle is the loop that a user would write by hand."""
+"""GAN, LBFGS and SAM as in `examples/`: the oracle is a handwritten loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mean_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class SlowPlugin(GanPlugin):
-    """The generator moves in every fifth step alone."""
+    """Trains the generator only in every fifth step."""
 
     @hookimpl
     def take_turns(self, step: Any) -> list[str]:
@@ -123,7 +123,7 @@ class LbfgsCase:
 
 
 class SamCase:
-    """The gradient at the worst place nearby, with dropout drawn anew there."""
+    """The gradient at the worst point nearby, with new dropout there."""
 
     def parts(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
@@ -189,7 +189,7 @@ def taker(accumulate: int) -> Take:
 @cases
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_weights_are_those_of_the_loop_by_hand(case: Any, accumulate: int) -> None:
-    """With clip and a schedule; guard and ema beside them watch and follow."""
+    """With clip, a schedule, guard and ema."""
     ema = EmaPlugin(decay=DECAY, ramp=False)
     plugins = [*acting(), GuardPlugin(), ema]
     engine = case.engine(*plugins, seed=7, accumulate=accumulate)
@@ -211,7 +211,7 @@ def test_weights_are_those_of_the_loop_by_hand(case: Any, accumulate: int) -> No
 @cases
 @pytest.mark.parametrize("precise", [True, False], ids=["float32", "bf16"])
 def test_resumed_on_a_fresh_engine_it_ends_in_the_same_bits(case: Any, precise: bool) -> None:
-    """The state of several optimizers, and that of one with a history, comes back."""
+    """The states of several optimizers, and of one with a history, are restored."""
 
     def engine() -> Engine:
         amp = [] if precise else [AmpPlugin(dtype="bf16")]
@@ -244,7 +244,7 @@ def test_fp16_refuses_a_second_look_at_the_gradient_by_name(name: str) -> None:
 
 
 def test_fp16_scales_each_optimizer_of_a_game() -> None:
-    """Powers of two scale without an error, so the numbers are those without a scale of one."""
+    """Powers of two scale exactly, so the numbers equal those with scale one."""
     ends = []
     for scale in (1.0, 1024.0):
         amp = AmpPlugin(dtype="fp16", initial_scale=scale)
@@ -260,7 +260,7 @@ def test_fp16_scales_each_optimizer_of_a_game() -> None:
 
 
 class BadBatchPlugin(Plugin[PluginConfig]):
-    """Puts a number that is not finite into the third step."""
+    """Puts a non-finite number into the third step."""
 
     @hookimpl
     def on_batch(self, engine: Engine, batch: Tensor) -> Tensor | None:
@@ -268,7 +268,7 @@ class BadBatchPlugin(Plugin[PluginConfig]):
 
 
 def _refused_at_the_third(engine: Engine, ema: EmaPlugin) -> list[Tensor]:
-    """Four steps, of which the third changes nothing and the fourth does; what it leaves."""
+    """Four steps, of which the third changes nothing; returns the result."""
     seen: dict[int, list[Tensor]] = {}
 
     def watch() -> None:
@@ -292,7 +292,7 @@ def test_a_refused_step_leaves_weights_and_average_of_every_turn(case: Any) -> N
 
 
 class BadClimbPlugin(Plugin[PluginConfig]):
-    """Spoils the gradient of the third step where it is computed again, and nowhere else."""
+    """Corrupts the gradient of the third step, only when it is recomputed."""
 
     @hookimpl
     def after_backward(self, engine: Engine, step: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a user sees of a run: its history, its result, its plan, and pictures of them."""
+"""What users see of a run: history, result, plan and plots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCHES = [torch.randn(4, 3, generator=torch.Generator().manual_seed(n)) for n i
 
 
 class SeenPlugin(Plugin[PluginConfig]):
-    """All metrics that loggers get, by step: the oracle."""
+    """Records all metrics that loggers get, by step: the oracle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_pandas_and_pyplot_take_a_history_as_it_is() -> None:
 
 
 def test_a_resumed_run_has_the_history_of_one_that_was_not_stopped(tmp_path: Path) -> None:
-    """The oracle is a run that is left alone; the resumed engine knows the folder alone."""
+    """The oracle is an uninterrupted run; the resumed engine only has the folder."""
 
     def parts(name: str) -> dict[str, Any]:
         return {"out": tmp_path / name}
@@ -108,7 +108,7 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_stopped(tmp_path: Pat
     whole = trained(*plugins(), **parts("whole"))
     first = engine_of(*plugins(), **parts("parts"))
     for state in first.steps(BATCHES, until="14 steps", eval_data=SETS, eval_every="5 steps"):
-        if state.step == 11:  # three steps, and an evaluation, are done again
+        if state.step == 11:  # three steps and an evaluation are repeated
             break
     second = engine_of(*plugins(), **parts("parts"))
     second.resume(str(tmp_path / "parts/checkpoints/step-00000008"))
@@ -137,7 +137,7 @@ def test_a_snapshot_of_before_takes_the_history_back_with_it() -> None:
 @settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_a_long_history_is_an_even_spread_and_the_newest(logs: int, evaluate: int) -> None:
-    """Law: bounded, evenly spaced, newest there, and evaluations do not give way to logs."""
+    """Law: bounded, evenly spaced, includes the newest, and logs do not displace evaluations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "MOST", 8)
         state = TrainState()
@@ -158,7 +158,7 @@ def test_a_long_history_is_an_even_spread_and_the_newest(logs: int, evaluate: in
         assert len(steps) >= min(len(done), 4)
 
 
-# -- pictures
+# -- plots
 
 
 def test_a_plot_has_training_and_evaluations_in_one_panel() -> None:
@@ -188,7 +188,7 @@ def test_a_plot_without_matplotlib_or_metrics_says_what_to_do(
         engine_of().history.plot()
 
 
-# -- what is shown of an engine, its plan and its result
+# -- display of an engine, its plan and its result
 
 
 def test_an_engine_shows_where_it_is_and_what_it_is_made_of() -> None:
@@ -202,7 +202,7 @@ def test_an_engine_shows_where_it_is_and_what_it_is_made_of() -> None:
 
 
 def test_an_engine_in_the_making_can_be_shown() -> None:
-    """Breaks if a debugger, or a plugin's message, fails on an engine that is half there."""
+    """Fails if displaying a half-built engine raises an error."""
     seen: list[str] = []
 
     class EarlyPlugin(Plugin[PluginConfig]):
@@ -255,7 +255,7 @@ def test_what_is_shown_is_escaped() -> None:
 
 
 class RatedEngine(Engine):
-    """An engine of a user, with a mistake in a property."""
+    """A user's engine with an error in a property."""
 
     @property
     def rate(self) -> object:
@@ -271,7 +271,7 @@ def test_a_mistake_in_a_property_is_not_hidden() -> None:
 
 
 def test_odd_lines_of_a_log_do_not_stop_a_history(tmp_path: Path) -> None:
-    """Red if a file that is only shown can end the resuming of a run."""
+    """Fails if a damaged metrics file prevents resuming."""
     lines = ['{"step": "x", "a": 1}', "torn", '{"step": 2, "a": "so", "b": 3}', '{"a": 1}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     history = History.read(tmp_path)
@@ -281,7 +281,7 @@ def test_odd_lines_of_a_log_do_not_stop_a_history(tmp_path: Path) -> None:
 
 
 def test_every_name_is_there_to_complete() -> None:
-    """In a process of its own: here all modules have been imported already."""
+    """In a separate process, since here all modules have been imported already."""
     code = "import nexus_core; print(*dir(nexus_core))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(nexus_core.__all__) <= set(shown.stdout.split())

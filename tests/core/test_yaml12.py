@@ -1,4 +1,4 @@
-"""A number read in another base, or a key that replaces another, is a run with other settings."""
+"""YAML 1.2: a misread number or a silently replaced key would change a run's settings."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ TEXT = "é" * 2**15
     ids=["text", "list", "key"],
 )
 def test_an_alias_takes_no_memory_of_its_own(text: str) -> None:
-    """Breaks if a config of 70 kB takes a gigabyte."""
+    """Fails if a config of 70 kB takes a gigabyte."""
     tracemalloc.start()
     try:
         parse(text)
@@ -152,7 +152,7 @@ def test_an_alias_takes_no_memory_of_its_own(text: str) -> None:
     ],
 )
 def test_what_is_no_config_is_one_quick_error(text: str, message: str) -> None:
-    began = time.process_time()  # another program may take the clock's seconds
+    began = time.process_time()  # CPU time, independent of other programs
     with pytest.raises(YamlError, match=message):
         parse(text)
     assert time.process_time() - began < 5

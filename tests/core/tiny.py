@@ -12,7 +12,7 @@ from nexus_core import Engine, Loss, LossConfig, Plugin, PluginConfig, hookimpl
 
 
 class Regression:
-    """A map-style data set: sample i has `1 + i % 3` of 4 labels that count (the rest is nan)."""
+    """A map-style data set: sample i has `1 + i % 3` of 4 labels (the rest is nan)."""
 
     def __init__(self, size: int = 23, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 class SquaredPlugin(Loss[LossConfig]):
-    """Squared error over the labels that count."""
+    """Squared error over the labels that are not nan."""
 
     def units(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["y"].isfinite().sum()
@@ -52,7 +52,7 @@ class SquaredPlugin(Loss[LossConfig]):
 
 
 class AbsolutePlugin(Loss[LossConfig]):
-    """Absolute error over the rows of the batch, with units that are a plain number."""
+    """Absolute error over the rows of the batch, with units as a plain number."""
 
     def units(self, batch: dict[str, Tensor]) -> float:
         return float(len(batch["y"]))
@@ -62,7 +62,7 @@ class AbsolutePlugin(Loss[LossConfig]):
 
 
 class RecorderPlugin(Plugin[PluginConfig]):
-    """Keeps every log line and evaluation."""
+    """Records every log and evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class RecorderPlugin(Plugin[PluginConfig]):
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often a tensor is read as a number, which waits for the device."""
+    """Counts how often a tensor is read as a number, which syncs."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""Folders of runs, written by hand: what the commands that read runs are tested with."""
+"""Handwritten run folders, for tests of commands that read runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_run(
     fingerprint: str | None = "data-1",
     parent: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A run that has logged a metric every 10 steps, after `tokens` tokens a step."""
+    """A run that logged a metric every 10 steps, with `tokens` tokens per step."""
     path.mkdir(parents=True)
     config = {"seed": seed, "until": "30 steps", "accumulate": 1, **(settings or {})}
     (path / "config.yaml").write_text(yaml.safe_dump({**config, "out": str(path)}))

@@ -1,7 +1,7 @@
-"""What only a CUDA device can show: `pytest -m cuda` on the first machine that has one.
+"""Tests that need a CUDA device: `pytest -m cuda`.
 
-`NEXUS_LANE_DEVICE=cpu pytest -m cuda` runs the same tests on the CPU, which shows that the tests
-themselves are right, and nothing about CUDA. What the CPU has no counterpart of is skipped there.
+`NEXUS_LANE_DEVICE=cpu pytest -m cuda` runs the same tests on the CPU, which only verifies the tests
+themselves. Tests without a CPU counterpart are skipped there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def device() -> torch.device:
-    """The device of the lane."""
+    """The device under test."""
     if KIND == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device; NEXUS_LANE_DEVICE=cpu tries the tests on the CPU")
     return torch.device(KIND)
@@ -57,14 +57,14 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The device, where it is CUDA: for what the CPU has no counterpart of."""
+    """The device if it is CUDA, for tests without a CPU counterpart."""
     if device.type != "cuda":
         pytest.skip(f"{device.type} has no counterpart of it")
     return device
 
 
 class Tokens(Dataset[dict[str, Tensor]]):
-    """Rows of ids in which each follows from the two before it."""
+    """Rows of ids, each determined by the two before it."""
 
     def __init__(self, rows: int = 64, length: int = LENGTH) -> None:
         ids = torch.randint(VOCABULARY, (rows, 2), generator=torch.Generator().manual_seed(3))
@@ -80,7 +80,7 @@ class Tokens(Dataset[dict[str, Tensor]]):
 
 
 class RowsPlugin(Plugin[PluginConfig]):
-    """Brings the rows, so many a batch, page-locked or not."""
+    """Provides the rows in batches, page-locked or not."""
 
     def __init__(self, rows: int, pinned: bool) -> None:
         super().__init__()
@@ -96,9 +96,8 @@ def engine_on(
     rows: int = ROWS, pinned: bool = False, out: Path | None = None, log_every: str = "1 steps",
     **settings: Any,
 ) -> Engine:  # fmt: skip
-    """A small NEXUS with its losses; that of the causal module, which draws noise, with dropout.
-
-    Without, nothing is drawn, so that the numbers of two devices can be compared.
+    """A small NEXUS with its losses; with dropout also the causal module, which draws noise.
+    Without dropout nothing is drawn, so that the numbers of two devices can be compared.
     """
     draws = dropout > 0
     model = ModelNexusPlugin(
@@ -113,7 +112,7 @@ def engine_on(
 
 
 class LossesPlugin(Plugin[PluginConfig]):
-    """Keeps the total loss of every step."""
+    """Records the total loss of every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +148,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 def test_losses_are_those_of_the_cpu(
     device: torch.device, amp: str | None, tolerance: float
 ) -> None:
-    """Eight steps of all five losses, with dropout off, beside the CPU in float32."""
+    """Eight steps of all five losses, without dropout, compared with the CPU in float32."""
     expected, _ = trained("cpu")
     plugins = [AmpPlugin(dtype=amp, initial_scale=256.0)] if amp == "fp16" else []
     plugins = [AmpPlugin(dtype=amp)] if amp == "bf16" else plugins
@@ -182,7 +181,7 @@ WITH: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", WITH)
 def test_a_resumed_run_ends_in_the_same_bits(name: str, device: torch.device) -> None:
-    """A snapshot of the middle continues to the weights of a run that was not interrupted."""
+    """A snapshot from the middle continues to the weights of an uninterrupted run."""
 
     def run(last: int, snapshot: Any = None) -> Engine:
         plugin = load(name)(**WITH[name])
@@ -203,7 +202,7 @@ def test_a_resumed_run_ends_in_the_same_bits(name: str, device: torch.device) ->
 
 
 class PinnedPlugin(Plugin[PluginConfig]):
-    """Notes whether batches come in page-locked memory, which copies beside the computation."""
+    """Records whether batches are in page-locked memory, whose copies overlap with computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +214,7 @@ class PinnedPlugin(Plugin[PluginConfig]):
 
 
 def test_pinned_batches_give_the_same_bits(device: torch.device) -> None:
-    """Breaks if a batch is used, or written over, before its copy to the device is complete."""
+    """Fails if a batch is used or overwritten before its copy to the device is complete."""
     found = []
     for pin in (False, True):
         notes = PinnedPlugin()
@@ -243,7 +242,7 @@ def test_offloaded_activations_give_the_same_bits_in_less_memory(device: torch.d
 
 
 class CopiesPlugin(Plugin[PluginConfig]):
-    """Keeps the weights of every step, and how long what comes after a step has taken."""
+    """Records the weights of every step, and the time spent after each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,14 +262,14 @@ class CopiesPlugin(Plugin[PluginConfig]):
 def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
     device: torch.device, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Breaks if a copy to the host is written before it is complete, or after the next update."""
+    """Fails if a host copy is written to disk before it is complete, or after the next update."""
     stalls = {}
     for sync in (False, True):
         copies = CopiesPlugin()
         saver = CheckpointPlugin(every="2 steps", keep_last=9, sync=sync, best=None)
         engine = engine_on(device, saver, copies, width=256, out=tmp_path / str(sync))
         engine.fit(until="8 steps")
-        stalls[sync] = max(copies.seconds[step] for step in (4, 6))  # the first one makes buffers
+        stalls[sync] = max(copies.seconds[step] for step in (4, 6))  # the first allocates buffers
         for step in (2, 4, 6, 8):
             fresh = CheckpointPlugin(every="2 steps", keep_last=9, best=None)
             again = engine_on(device, fresh, CopiesPlugin(), width=256, out=tmp_path / str(sync))
@@ -286,7 +285,7 @@ def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
 
 
 def test_a_batch_that_does_not_fit_is_split_and_gives_the_same_losses(device: torch.device) -> None:
-    """On CUDA the whole batch really runs out of memory: the limit lets no more than a part fit."""
+    """On CUDA the whole batch really runs out of memory: only part of it fits the limit."""
     expected, _ = trained("cpu", steps=3)
     losses = LossesPlugin()
     if device.type == "cuda":
@@ -330,7 +329,7 @@ def test_compiled_code_gives_the_losses_of_eager_code(mode: str, device: torch.d
 
 
 def replayed(device: torch.device, *plugins: Plugin[Any], step_graph: bool = True) -> Engine:
-    """All five losses, with dropout, in steps of two micro-batches; code is not made."""
+    """All five losses, with dropout, in steps of two micro-batches, without code generation."""
     compiling = CompilePlugin(backend="eager", step_graph=step_graph)
     settings: dict[str, Any] = {"dropout": 0.1, "accumulate": 2, "rows": 4}
     pinned = device.type == "cuda"
@@ -349,7 +348,7 @@ def steps_to(engine: Engine, last: int) -> Engine:
 def test_steps_replayed_from_a_graph_have_the_losses_of_eager_ones(
     cuda: torch.device, dtype: str | None
 ) -> None:
-    """The gradient of a step is one launch, and nothing of it waits."""
+    """The gradient of a step is one launch, without a sync."""
     ends = []
     for step_graph in (False, True):
         quiet = QuietPlugin(since=5)
@@ -367,7 +366,7 @@ def test_steps_replayed_from_a_graph_have_the_losses_of_eager_ones(
 
 
 def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(cuda: torch.device) -> None:
-    """Its first steps are eager again: a replayed step has the bits of an eager one."""
+    """Its first steps are eager again: a replayed step is bitwise equal to an eager one."""
     whole = steps_to(replayed(cuda, DeterministicPlugin()), 10)
     snapshot = steps_to(replayed(cuda, DeterministicPlugin()), 6).state_dict()
     resumed = replayed(cuda, DeterministicPlugin())
@@ -392,7 +391,7 @@ def quickstart_on(device: torch.device, folder: Path) -> list[str]:
 
 
 def test_a_killed_run_ends_in_the_same_bits(device: torch.device, tmp_path: Path) -> None:
-    """Real processes, killed by SIGKILL; `deterministic` is in them, as verify-resume adds it."""
+    """Real processes, killed by SIGKILL, with `deterministic`, which verify-resume adds."""
     sets = quickstart_on(device, tmp_path)
     report = verify_resume("quickstart", tmp_path / "out", kills=3, sets=sets, threads=1)
     assert report.differences == []
@@ -412,11 +411,11 @@ def test_two_deterministic_runs_are_the_same_to_the_bit(
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
 
 
-# -- the host waits for nothing
+# -- no device syncs
 
 
 class QuietPlugin(Plugin[PluginConfig]):
-    """Makes every wait of the host for the device an error, from the batch to the update's end."""
+    """Makes every device sync an error, from the batch to the end of the update."""
 
     api_version = "1.2"
 
@@ -443,7 +442,7 @@ class QuietPlugin(Plugin[PluginConfig]):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_no_step_waits_for_the_device(device: torch.device, dtype: str, tmp_path: Path) -> None:
-    """The losses and plugins of the preset, with precision, averages and a growing length."""
+    """The losses and plugins of the preset, with mixed precision, averages and a growing length."""
     quiet = QuietPlugin()
     plugins = [
         AmpPlugin(dtype=dtype), ClipPlugin(), GuardPlugin(), EmaPlugin(), LrCosinePlugin(),
@@ -470,12 +469,12 @@ def test_a_wait_within_a_step_is_caught(cuda: torch.device) -> None:
         )
 
 
-# -- several processes, over the device's own library
+# -- several processes, with the device's backend
 
 
 @contextmanager
 def group_of_one(device: torch.device, folder: Path) -> Iterator[None]:
-    """A process group of this process alone, over nccl on CUDA."""
+    """A process group of size one, with nccl on CUDA."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -489,7 +488,7 @@ def group_of_one(device: torch.device, folder: Path) -> Iterator[None]:
 def test_a_group_of_one_trains_as_a_process_without_one(
     made: type[Plugin[Any]], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The collectives of ddp and fsdp run over the backend; NCCL takes one process a device."""
+    """The collectives of ddp and fsdp run on the backend; NCCL allows one process per device."""
     expected, plain = trained(device, steps=4)
     with group_of_one(device, tmp_path):
         total = torch.ones(3, device=device)
@@ -528,11 +527,11 @@ def test_two_devices_get_the_numbers_of_one(name: str, cuda: torch.device, tmp_p
     assert found[2][:3] == pytest.approx(found[1][:3], rel=1e-2)
 
 
-# -- kernels from elsewhere
+# -- third-party kernels
 
 
 def test_installed_kernels_pass_their_check(cuda: torch.device) -> None:
-    """Those that are installed are held against float32 on the first batch, and used."""
+    """Installed kernels are compared with float32 on the first batch, and used."""
     kernels = pytest.importorskip("nexus_plugins_contrib.kernels")
     if not kernels.available():
         pytest.skip("no package of kernels is installed")

@@ -1,4 +1,4 @@
-"""Runs under PyTorch's own launcher, and where its processes are."""
+"""Start runs under torchrun, and find their processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEXUS_RUN = ("-m", "nexus_core.cli.run")
 
 
 def write_run(folder: Path, **changes: object) -> None:
-    """Write a small corpus and `tiny.yaml`, a config over it, into a folder."""
+    """Write a small corpus and `tiny.yaml`, a config for it, to a folder."""
     rows = "".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600))
     (folder / "corpus.txt").write_text(rows)
     plugins: dict[str, object] = {
@@ -36,7 +36,7 @@ def write_run(folder: Path, **changes: object) -> None:
 def start(
     folder: Path, processes: int, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """Start the launcher in a folder; its options go before the program it starts."""
+    """Start the launcher in a folder; its options precede the program."""
     return subprocess.Popen(
         [*TORCHRUN, "--nproc-per-node", str(processes), *arguments],
         cwd=folder,
@@ -63,7 +63,7 @@ def process_of(launcher: subprocess.Popen[str], rank: int) -> int:
 
 
 def wait_for(happened: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
-    """Wait until something has happened in a run that continues."""
+    """Wait until a condition holds while the run is alive."""
     end = time.monotonic() + PATIENCE_S
     while not happened():
         assert launcher.poll() is None, launcher.communicate()[0]

@@ -1,4 +1,4 @@
-"""Starts several processes that train together, and brings back what each of them found."""
+"""Start several processes that train together, and return their results."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NURSERY.set_forkserver_preload(["tests.distributed.works", "torch._dynamo"])
 
 
 def together(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(*arguments)` returns in each of `size` processes, by rank.
+    """The results of `work(*arguments)` in each of `size` processes, by rank.
 
     Raises:
-        AssertionError: a process raised; the message holds its traceback.
+        AssertionError: a process raised; the message contains its traceback.
     """
     port = free_port()
     started = []

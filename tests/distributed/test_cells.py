@@ -1,4 +1,4 @@
-"""Runs in cells on one, two, three and four processes: the same bits."""
+"""Runs in cells are bitwise identical on one, two, three and four processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class DroppingNet(DeepNet):
 
 
 class DroppingPlugin(DeepPlugin):
-    """Makes such a net."""
+    """Creates such a net."""
 
     name = "dropping"
 
@@ -71,7 +71,7 @@ class DroppingPlugin(DeepPlugin):
 def trained(
     make: Any, steps: int, out: Path | None = None, stop_at: int = 0, **options: Any
 ) -> dict[str, object]:
-    """What is the same of a run in eight cells, wherever it is computed."""
+    """The results of a run in eight cells that must be equal wherever it is computed."""
     recorder, parallel = RecorderPlugin(), make(timeout=30)
     parallel.join()
     plugins = [
@@ -102,10 +102,10 @@ def _print(value: Tensor) -> str:
 
 
 class OddNet(nn.Module):
-    """Has what makes gradients hard to send while they are made.
+    """A net with gradients that are hard to send during the backward pass.
 
-    A sparse one, one that few cells reach, one that no cell does, one that is trained from the
-    fourth step on, one whose weight lies in memory by columns, and one that is used twice.
+    Layers: a sparse one, one reached by few cells, one by none, one trained from the fourth step
+    on, one with a column-major weight, and one used twice.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class OddNet(nn.Module):
 
 
 class LatePlugin(Plugin[PluginConfig]):
-    """Begins to train a layer."""
+    """Unfreezes a layer."""
 
     @hookimpl
     def on_batch(self, engine: Engine) -> None:
@@ -130,7 +130,7 @@ class LatePlugin(Plugin[PluginConfig]):
 
 
 def oddly(make: Any) -> dict[str, object]:
-    """What is the same of runs whose steps differ: in what is reached, in turns, in passes."""
+    """The results of runs whose steps differ: in reached parameters, turns and passes."""
     nets: dict[str, tuple[nn.Module, Any]] = {}
     torch.manual_seed(2)
     nets["odd"] = (net := OddNet()), torch.optim.SGD(net.parameters(), lr=0.05)
@@ -157,7 +157,7 @@ def oddly(make: Any) -> dict[str, object]:
 
 
 def everything(steps: int, *parts: str) -> dict[str, Any]:
-    """The runs of one process start, by name."""
+    """All runs, made in one start of processes, by name."""
     runs: dict[str, Any] = {
         "ddp": partial(trained, DdpPlugin, steps),
         "fsdp": partial(trained, FsdpPlugin, steps),
@@ -168,7 +168,7 @@ def everything(steps: int, *parts: str) -> dict[str, Any]:
 
 
 def test_two_processes_have_the_bits_of_one() -> None:
-    """Red if a weight, a moment, a metric, an evaluation or a line of the tape has another bit."""
+    """Fails if a weight, moment, metric, evaluation or line of the tape differs in any bit."""
     alone = everything(5, "ddp")
     assert [step for step, line in alone["ddp"]["log"] if "weights/hash" in dict(line)] == [2, 4]
     for seen in together(2, partial(everything, 5, "ddp")):
@@ -178,7 +178,7 @@ def test_two_processes_have_the_bits_of_one() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_more_and_divided_ones_have_them_too(size: int) -> None:
-    """Red where processes have unequal cells, none in a ragged batch, or parts of odd sizes."""
+    """Covers unequal cells, ranks without a cell in a ragged batch, and shards of odd sizes."""
     alone = everything(9, "ddp", "odd")
     first, *others = together(size, partial(everything, 9, "ddp", "fsdp", "odd", "ring"))
     assert first["ddp"] == first["fsdp"] == alone["ddp"]
@@ -194,7 +194,7 @@ def test_more_and_divided_ones_have_them_too(size: int) -> None:
 def test_few_slots_hold_what_a_process_has_of_the_tree(
     of: list[int], size: int, data: st.DataObject
 ) -> None:
-    """Red if the course of a step adds in another order than the tree, or keeps more than it."""
+    """Fails if sums are not in tree order, or more slots are kept than necessary."""
     ranks, count = Ranks(data.draw(st.integers(0, size - 1)), size), max(of)
     course = course_of(of, count, ranks)
     summed, slots = CellSum(sum(of), ()), [torch.zeros(()) for _ in range(course.slots)]
@@ -213,7 +213,7 @@ def test_few_slots_hold_what_a_process_has_of_the_tree(
 
 @pytest.mark.slow
 def test_a_run_that_is_resized_has_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
-    """Red if a checkpoint holds what belongs to a process."""
+    """Fails if a checkpoint depends on the number of processes."""
     alone = trained(DdpPlugin, 12)
     out = tmp_path / "run"
     together(4, partial(trained, DdpPlugin, 12, out, 5))
@@ -226,7 +226,7 @@ def test_a_run_that_is_resized_has_the_bits_of_one_that_was_not(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_command_shows_it_and_names_what_differs(tmp_path: Path) -> None:
-    """Red if runs are not resized, or a run whose bits depend on the processes is let through."""
+    """Fails if runs are not resized, or a run that depends on the processes passes."""
     write_run(tmp_path, until="10 steps", cells=8)
     corpus = f"data_text.train={tmp_path / 'corpus.txt'}"
     order = Order(str(tmp_path / "tiny.yaml"), "", (corpus,), 1)
@@ -265,7 +265,7 @@ def test_the_command_shows_it_and_names_what_differs(tmp_path: Path) -> None:
 def test_the_first_difference_has_a_place_and_names(
     change: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    """Red if a step's later parts hide the first, or plugins are named that have no hand in it."""
+    """Fails if later parts of a step hide the first, or unrelated plugins are named."""
     parts = {name: {"a": "1", "b": "2"} for name in ("weights", "gradient")}
     line: dict[str, Any] = {"step": 7, "batches": ["1"], "plugins": {"ema": "1"}, **parts}
     for run, text in (("one", line), ("other", line | change)):
@@ -277,7 +277,7 @@ def test_the_first_difference_has_a_place_and_names(
 
 
 def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
-    """Red if a run is done for nothing, or on processes that nobody brings together."""
+    """Fails if a run is made that cannot be verified."""
     write_run(tmp_path)
     config = str(tmp_path / "tiny.yaml")
     with pytest.raises(ConfigError, match="unless the run is in cells; set cells"):
@@ -289,7 +289,7 @@ def test_a_run_that_is_not_in_cells_is_not_tried(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_the_same_everywhere_is_refused() -> None:
-    """Red if a run promises what it cannot keep."""
+    """Fails if a run that cannot be bitwise equal is accepted."""
     with pytest.raises(ConfigError, match="sum=tree needs cells; set cells"):
         _train_on_ones(nn.Linear(5, 4), None, sum="tree")
     with pytest.raises(ConfigError, match=r"statistics of '0' \(BatchNorm1d\) depend on the"):

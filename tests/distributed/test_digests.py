@@ -1,4 +1,4 @@
-"""Digests of divided tensors: those of the whole, whatever holds which part."""
+"""Digests of sharded tensors equal those of the whole tensors."""
 
 from __future__ import annotations
 

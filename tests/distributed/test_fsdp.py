@@ -1,4 +1,4 @@
-"""Two processes that each hold a part of the model: the numbers of one process, or an error."""
+"""Two processes that each hold a shard of the model: the numbers of one process, or an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HIDDEN = partial(FsdpPlugin, timeout=20, match=("hidden",))
 
 
 def compare(seen: Seen, alone: Seen, rel: float = 1e-6) -> None:
-    """Every number that was logged is the same, step by step, evaluations among them."""
+    """Compare every logged number, step by step, including evaluations."""
     assert len(seen.logged) == len(alone.logged) > 0
     for own, expected in zip(seen.logged, alone.logged, strict=True):
         assert own == pytest.approx(expected, rel=rel)
@@ -63,9 +63,9 @@ def compare(seen: Seen, alone: Seen, rel: float = 1e-6) -> None:
     ids=str,
 )
 def test_two_processes_get_the_numbers_of_one(accumulate: int, settings: dict[str, Any]) -> None:
-    """Red if losses, weights, counters or evaluations depend on who holds which weight.
+    """Fails if losses, weights, counters or evaluations depend on the sharding.
 
-    The labels are ragged, 23 samples leave a last batch of 5, and 11 a last evaluation of 3.
+    Labels are ragged, 23 samples leave a last batch of 5, and 11 a last evaluation batch of 3.
     """
     plugin = partial(FsdpPlugin, timeout=20, **{"match": ("hidden",), **settings})
     work = partial(train_with, plugin, 50, optimizer=ADAMW, accumulate=accumulate, eval_every=20)
@@ -84,11 +84,11 @@ def test_two_processes_get_the_numbers_of_one(accumulate: int, settings: dict[st
 
 @pytest.mark.parametrize("build_once", [True, *more(False)])
 def test_a_model_is_the_same_to_the_bit_once_it_is_divided(build_once: bool) -> None:
-    """Red if first weights, buffers or marks are others than alone, or the model trains otherwise.
+    """Fails if initial weights, buffers or marks differ from one process, or training does.
 
-    The model has lists in a list, buffers that are not saved, tied, frozen and marked weights, and
-    one that is a single number. Red as well if a process holds more than its part, or if the hooks
-    on a weight that the model returns become more with each step.
+    The model has nested lists, non-persistent buffers, tied, frozen and marked weights, and a
+    scalar. Also fails if a process holds more than its shard, or if hooks on a weight that the
+    model returns accumulate.
     """
     plugin = partial(FsdpPlugin, timeout=20, build_once=build_once, reshard=build_once)
     work = partial(train_deep, plugin, 8, accumulate=2)
@@ -108,7 +108,7 @@ def test_a_model_is_the_same_to_the_bit_once_it_is_divided(build_once: bool) -> 
 
 @pytest.mark.slow
 def test_an_average_is_not_left_in_weights_that_stay_gathered() -> None:
-    """Red if training continues with what an evaluation has gathered."""
+    """Fails if training continues with weights gathered in an evaluation."""
     plugin = partial(FsdpPlugin, timeout=20, match=("hidden", "head"), reshard=False)
     work = partial(train_with, plugin, 12, EmaPlugin, optimizer=ADAMW, eval_every=3)
     alone = work()
@@ -120,7 +120,7 @@ def test_an_average_is_not_left_in_weights_that_stay_gathered() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce_dtype", [None, "fp32"])
 def test_16_bits_are_those_of_the_computation_alone(reduce_dtype: str | None) -> None:
-    """Red if weights are kept in 16 bits, or what is computed in them does not train."""
+    """Fails if weights are stored in 16 bits, or 16-bit computation does not train."""
     plugin = partial(HIDDEN, compute_dtype="bf16", reduce_dtype=reduce_dtype)
     work = partial(train_with, plugin, 50, optimizer=ADAMW)
     alone = work()
@@ -131,7 +131,7 @@ def test_16_bits_are_those_of_the_computation_alone(reduce_dtype: str | None) ->
 
 
 class LatePlugin(Plugin[PluginConfig]):
-    """Lets a number take part from the fifth step on."""
+    """Uses a scalar parameter from the fifth step on."""
 
     @hookimpl
     def on_batch(self, engine: Engine) -> None:
@@ -139,7 +139,7 @@ class LatePlugin(Plugin[PluginConfig]):
 
 
 class LateNet(Net):
-    """Has a single number that no loss reaches at first."""
+    """Has a scalar parameter that no loss reaches at first."""
 
     late = False
 
@@ -153,7 +153,7 @@ class LateNet(Net):
 
 
 def test_a_number_that_is_reached_late_is_the_same_in_all() -> None:
-    """Red if processes part ways on a weight that has no gradient in the first step."""
+    """Fails if processes diverge on a weight without a gradient in the first step."""
     work = partial(train_with, HIDDEN, 10, LatePlugin, net=LateNet, optimizer=ADAMW)
     alone = work()
     for seen in together(2, work):
@@ -162,7 +162,7 @@ def test_a_number_that_is_reached_late_is_the_same_in_all() -> None:
 
 
 class NarrowPlugin(Loss[LossConfig]):
-    """Is 1 where the model's output would make a loss in 16 bits."""
+    """Is 1 if the model's output would make a 16-bit loss."""
 
     def units(self, batch: dict[str, Tensor]) -> float:
         return 1.0
@@ -172,7 +172,7 @@ class NarrowPlugin(Loss[LossConfig]):
 
 
 def test_losses_of_a_model_in_16_bits_are_not_rounded_to_them() -> None:
-    """Red if what is logged and chosen by has three digits."""
+    """Fails if logged losses only have three digits."""
     plugin = partial(HIDDEN, compute_dtype="bf16")
     for seen in together(2, partial(train_with, plugin, 2, NarrowPlugin, optimizer=ADAMW)):
         logged = [line["train/narrow_loss"] for line in seen.logged if "train/narrow_loss" in line]
@@ -181,7 +181,7 @@ def test_losses_of_a_model_in_16_bits_are_not_rounded_to_them() -> None:
 
 @pytest.mark.slow
 def test_parts_and_single_numbers_go_together() -> None:
-    """Red if a weight without parts is scaled, averaged or refused otherwise than the others."""
+    """Fails if unsharded weights are scaled, averaged or rejected differently."""
     amp = partial(AmpPlugin, dtype="fp16", initial_scale=64.0)
     work = partial(train_deep, partial(FsdpPlugin, timeout=20), 8, amp, EmaPlugin, GuardPlugin)
     alone, pair = work(), together(2, work)
@@ -194,7 +194,7 @@ def test_parts_and_single_numbers_go_together() -> None:
 
 @pytest.mark.slow
 def test_a_layer_that_no_loss_reaches_is_left_alone() -> None:
-    """Red if the sum of gradients waits for one that never comes, or makes one up."""
+    """Fails if the gradient sum waits for one that never arrives, or invents one."""
     plugin = partial(FsdpPlugin, timeout=20, match=("hidden", "unreached"))
     work = partial(train_with, plugin, 6, optimizer=ADAMW, unreached=True)
     alone = work()
@@ -204,7 +204,7 @@ def test_a_layer_that_no_loss_reaches_is_left_alone() -> None:
 
 @pytest.mark.slow
 def test_more_processes_than_rows_of_a_weight_train_as_one() -> None:
-    """Red if a process that holds nothing of a weight is left behind (3 rows in 4 processes)."""
+    """Fails if a process without a shard of a weight hangs (3 rows on 4 processes)."""
     work = partial(train_deep, partial(FsdpPlugin, timeout=30), 4)
     alone = work()
     for seen in together(4, work):
@@ -212,7 +212,7 @@ def test_more_processes_than_rows_of_a_weight_train_as_one() -> None:
 
 
 def test_what_cannot_be_divided_is_refused_with_one_error() -> None:
-    """Red if a user's mistake ends in a traceback of PyTorch's, or trains something else."""
+    """Fails if a user's mistake ends in PyTorch's traceback, or trains something else."""
     tries = (
         partial(build, Net, program_optimizer=True),
         partial(build, Net, match=("*.nothing",)),
@@ -236,14 +236,14 @@ def test_what_cannot_be_divided_is_refused_with_one_error() -> None:
 
 
 def test_a_model_that_must_read_its_weights_is_told_how_to_be_built() -> None:
-    """Red if a model that looks at a number while it is built ends in PyTorch's own error."""
+    """Fails if a model that reads a weight while it is built ends in PyTorch's own error."""
     with pytest.raises(AssertionError, match="ConfigError: fsdp.build_once: .*build_once=false"):
         together(2, partial(build, ReadNet, program_model=False))
     together(2, partial(build, ReadNet, program_model=False, build_once=False))
 
 
 def test_weights_on_the_host_are_not_moved_to_the_host() -> None:
-    """Red if a setting that does nothing on this device is taken in silence."""
+    """Fails if a setting without effect on this device is silently accepted."""
     with pytest.raises(ConfigError, match="fsdp.offload: the weights are already in CPU memory"):
         Engine(Net(), plugins=[FsdpPlugin(offload=True), SquaredPlugin(), ADAMW()])
 
@@ -251,13 +251,13 @@ def test_weights_on_the_host_are_not_moved_to_the_host() -> None:
 TINY_NEXUS = {
     "d_model": 16, "ssm_n_layers": 2, "ssm_head_dim": 16, "ssm_d_state": 8,
     "reason": True, "causal": True,
-    "energy_threshold": 1e-30,  # which decides how often a code is refined, and jumps by rounding
+    "energy_threshold": 1e-30,  # a threshold on rounded values would be unstable
 }  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_nexus_model_trains_under_the_launcher_as_alone(tmp_path: Path) -> None:
-    """Red if `nexus-run` with all five losses logs other numbers divided than alone or with ddp."""
+    """Fails if `nexus-run` with all five losses logs other numbers than alone or with ddp."""
     corpus = {"train": "corpus.txt", "seq_len": 32, "batch_size": 8, "valid_limit": 64}
     losses = {f"loss_{name}": {} for name in ("lm", "world", "reason", "energy", "causal")}
     plugins = {
@@ -280,7 +280,7 @@ def test_the_nexus_model_trains_under_the_launcher_as_alone(tmp_path: Path) -> N
     assert len(found["alone"]) == 22
     for name, other, rel, rel_energy in (
         ("fsdp", "ddp", 1e-5, 1e-5),
-        ("ddp", "alone", 3e-4, 5e-3),  # the module descends steeply, and so magnifies rounding
+        ("ddp", "alone", 3e-4, 5e-3),  # steep descent amplifies rounding
     ):
         for own, expected in zip(found[name], found[other], strict=True):
             assert own.keys() == expected.keys()

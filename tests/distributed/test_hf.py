@@ -1,4 +1,4 @@
-"""Models of Hugging Face and their adapters in two processes: the numbers of one."""
+"""Hugging Face models and adapters in two processes: the numbers of one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train(
     stop_at: int = 0,
     resume: bool = False,
 ) -> Seen:
-    """Eight steps on texts of unequal lengths, with what became of the weights."""
+    """Eight steps on texts of unequal lengths; returns the final weights."""
     seen, recorder, parallel, stopper = Seen(), RecorderPlugin(), make(), StopperPlugin()
     parallel.join()
     stopper.at, stopper.reason = stop_at, "for the test"
@@ -75,7 +75,7 @@ def train(
 
 
 def train_all(make: Any, cases: list[Case], folder: Path, out: Path) -> list[list[Seen]]:
-    """Each case as a whole, and as a run that is stopped and resumed; in one pair of processes."""
+    """Each case uninterrupted, and stopped and resumed, in one pair of processes."""
     found = []
     for number, case in enumerate(cases):
         saved = partial(train, make, folder, *case, out / str(number))
@@ -85,7 +85,7 @@ def train_all(make: Any, cases: list[Case], folder: Path, out: Path) -> list[lis
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_numbers_of_one_and_resume(way: str, tmp_path: Path) -> None:
-    """Red if a head is used without its gathered weight, or a part is taken for the whole."""
+    """Fails if a head is used with an ungathered weight, or a shard is mistaken for the whole."""
     folder = Path(hf.saved(tmp_path / "model", "llama"))
     texts = ["ABCDEFGHIJ"[: 2 + n % 8] + str(n) for n in range(60)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))

@@ -1,4 +1,4 @@
-"""`nexus-run` under torchrun: real processes that are killed, stopped, and started unlike."""
+"""`nexus-run` under torchrun: processes that are killed, stopped, or started differently."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class WitnessPlugin(Plugin[PluginConfig]):
 
 
 def witnessed(folder: Path, name: str) -> dict[int, list[int]]:
-    """The samples of each step over all processes; what was done again counts as it was last."""
+    """The samples of each step over all processes; of repeated steps the last time."""
     kept: dict[tuple[int, int], list[int]] = {}
     for rank in range(4):
         for line in (folder / f"{name}.{rank}").read_text().splitlines():
@@ -64,9 +64,9 @@ def witnessed(folder: Path, name: str) -> dict[int, list[int]]:
 def test_a_killed_process_makes_all_start_again_where_they_had_saved(
     plugin: str, tmp_path: Path
 ) -> None:
-    """Red if a crash costs more than the steps since the last save, or changes the outcome.
+    """Fails if a crash costs more than the steps since the last save, or changes the result.
 
-    Red as well if a sample is left out or comes twice in an epoch, of which there is a whole one.
+    Also fails if a sample is skipped or repeated in the one complete epoch.
     """
     write_run(tmp_path)
     ends = []
@@ -112,9 +112,9 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(
 
 @pytest.mark.parametrize("to_all", [False, True])
 def test_a_signal_to_one_process_or_all_saves_and_ends_all(to_all: bool, tmp_path: Path) -> None:
-    """Red if one process stops alone, if the save is not whole, or the exit code is another.
+    """Fails if one process stops alone, the save is incomplete, or the exit code is wrong.
 
-    A scheduler signals every process, workers that read ahead too, and the launcher hands it on.
+    A scheduler signals every process, including workers, and the launcher forwards the signal.
     """
     write_run(tmp_path, until="100000 steps")
     workers = ["--set", "data_text.num_workers=2"]
@@ -122,7 +122,7 @@ def test_a_signal_to_one_process_or_all_saves_and_ends_all(to_all: bool, tmp_pat
     wait_for(lambda: lines(tmp_path / "run") >= 3, launcher)
     rank = process_of(launcher, rank=1)
     if to_all:
-        os.killpg(rank, signal.SIGTERM)  # the launcher starts each in a group of its own
+        os.killpg(rank, signal.SIGTERM)  # the launcher starts each in its own group
         launcher.send_signal(signal.SIGTERM)
     else:
         os.kill(rank, signal.SIGTERM)
@@ -136,7 +136,7 @@ def test_a_signal_to_one_process_or_all_saves_and_ends_all(to_all: bool, tmp_pat
 
 
 def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(tmp_path: Path) -> None:
-    """Red if a scheduler's grace is over before processes that evaluate have saved."""
+    """Fails if evaluating processes do not save within a scheduler's grace period."""
     write_run(tmp_path, until="100 steps", eval_every="1 steps")
     (tmp_path / "valid.txt").write_text("a line of held-out text\n" * 40_000)
     sets = ["--set", "data_text.valid=valid.txt", "--set", "data_text.eval_batch_size=2"]
@@ -151,7 +151,7 @@ def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(tmp_path: Path)
 
 
 def test_a_restart_before_the_first_save_resumes_from_the_named_checkpoint(tmp_path: Path) -> None:
-    """Red if a run that is resumed from elsewhere begins at the start when a process dies early."""
+    """Fails if a run resumed from another run restarts from scratch when a process dies early."""
     write_run(tmp_path)
     first = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "base")
     said = first.communicate(timeout=PATIENCE_S)[0]
@@ -189,7 +189,7 @@ class LastLookPlugin(Plugin[PluginConfig]):
 
 
 def test_no_thread_of_the_process_group_lives_on_into_the_end(tmp_path: Path) -> None:
-    """Red if the interpreter ends beside threads that may want it, and aborts in rare cases."""
+    """Fails if the interpreter exits while threads are alive, which can abort it."""
     write_run(tmp_path, until="6 steps")
     with fake_distribution(
         "last_look", {"last_look": "last_look:LastLookPlugin"}, modules={"last_look": LAST_LOOK}
@@ -202,7 +202,7 @@ def test_no_thread_of_the_process_group_lives_on_into_the_end(tmp_path: Path) ->
 
 
 def test_processes_that_were_started_unlike_end_with_one_error(tmp_path: Path) -> None:
-    """Red if a run begins with two learning rates, or each process prints the error."""
+    """Fails if a run starts with two learning rates, or each process prints the error."""
     write_run(tmp_path)
     (tmp_path / "unlike.sh").write_text(
         'NEXUS_OPTIM_ADAMW__LR="0.00$((RANK + 1))" exec '
@@ -217,9 +217,9 @@ def test_processes_that_were_started_unlike_end_with_one_error(tmp_path: Path) -
 
 
 def test_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
-    """Red if every process prints the error that all of them end with, before or after they join.
+    """Fails if every process prints an error that all of them share, before or after joining.
 
-    A setting is wrong, so nobody joins; then the model cannot be divided as it says.
+    First a setting is wrong, so nobody joins; then the model cannot be sharded as configured.
     """
     write_run(tmp_path)
     for extra, message in (
@@ -235,7 +235,7 @@ def test_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_mistake_of_one_is_told_by_it(tmp_path: Path) -> None:
-    """Red if a process other than the main one ends without a word, as one without the file."""
+    """Fails if a process other than rank 0, such as one without the file, ends silently."""
     write_run(tmp_path)
     (tmp_path / "tiny.yaml").rename(tmp_path / "0.yaml")
     command = f"exec {sys.executable} -m nexus_core.cli.run $RANK.yaml --out run\n"
@@ -248,7 +248,7 @@ def test_a_mistake_of_one_is_told_by_it(tmp_path: Path) -> None:
 
 
 def test_several_processes_without_a_plugin_for_it_are_refused(tmp_path: Path) -> None:
-    """Red if each process trains a model of its own, or each says that it does not."""
+    """Fails if each process trains its own model, or each prints the error."""
     write_run(tmp_path)
     arguments = [*NEXUS_RUN, "tiny.yaml", "--plugins", "no:ddp", "--out", "run"]
     output = start(tmp_path, 2, *arguments).communicate(timeout=PATIENCE_S)[0]
@@ -257,7 +257,7 @@ def test_several_processes_without_a_plugin_for_it_are_refused(tmp_path: Path) -
 
 
 def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path: Path) -> None:
-    """Red if the others wait for ever, or do not say who waited where."""
+    """Fails if the others wait forever, or do not report who waited where."""
     write_run(tmp_path, until="100000 steps")
     options = [*NEXUS_RUN, "tiny.yaml", "--out", "run", "--set", "ddp.timeout=4"]
     launcher = start(tmp_path, 2, *options)
@@ -273,13 +273,13 @@ def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path: Path) ->
 
 
 def waited(out: Path) -> bool:
-    """Whether the main process has written that the run failed."""
+    """Whether rank 0 has recorded that the run failed."""
     path = out / "summary.json"
     return path.exists() and json.loads(path.read_text())["status"] == "failed"
 
 
 def test_the_benchmark_times_both_and_they_do_the_same_work(tmp_path: Path) -> None:
-    """Red if a case no longer runs or ends with other weights; the ratio is not judged here."""
+    """Fails if a case no longer runs or ends with other weights; the ratio is not checked here."""
     path = tmp_path / "times.json"
     command = [sys.executable, "-m", "benchmarks.distributed", "--rounds", "1"]
     command += ["--problems", "small", "--json", str(path)]

@@ -1,4 +1,4 @@
-"""Checkpoints of weights that are divided among processes: any number of them continues."""
+"""Sharded checkpoints: any number of processes can resume from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ids(seen: list[Seen], step: int) -> list[int]:
 def test_a_divided_run_goes_on_with_other_processes(
     before: int, after: int, tmp_path: Path
 ) -> None:
-    """Red if weights, optimizer states or averages are put together wrongly, or samples differ."""
+    """Fails if weights, optimizer states or averages are assembled wrongly, or samples differ."""
     work = partial(DIVIDED, 20, EmaPlugin, eval_every=5)
     alone = work()
     saved = partial(work, out=tmp_path / "run", every=6)
@@ -59,7 +59,7 @@ def test_a_divided_run_goes_on_with_other_processes(
 
 
 def test_a_divided_run_that_goes_on_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    """Red if the copy that is written is not that of the step, or the generators are lost."""
+    """Fails if the written copy is not that of the step, or generators are lost."""
     work = partial(DIVIDED, 14, dropout=0.2)
     whole = together(2, work)
     saved = partial(work, out=tmp_path / "run", every=3)
@@ -70,7 +70,7 @@ def test_a_divided_run_that_goes_on_is_the_same_bit_for_bit(tmp_path: Path) -> N
 
 
 def test_the_files_hold_each_part_once_and_nothing_is_pickled(tmp_path: Path) -> None:
-    """Red if a process writes more than its part, or a file that only PyTorch can read."""
+    """Fails if a process writes more than its shard, or a file that only PyTorch can read."""
     seen = together(2, partial(DIVIDED, 4, out=tmp_path / "run"))
     (saved,) = (tmp_path / "run/checkpoints").glob("step-*")
     found = sorted(path.name for path in (saved / "shards").iterdir())
@@ -91,7 +91,7 @@ def test_the_files_hold_each_part_once_and_nothing_is_pickled(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_divided_weights_begin_another_run_divided_or_not(tmp_path: Path) -> None:
-    """Red if a process fills its part of a weight with that of another."""
+    """Fails if a process fills its shard with that of another."""
     together(2, partial(DIVIDED, 4, out=tmp_path / "run"))
     work = partial(DIVIDED, 3, partial(InitPlugin, source=tmp_path / "run"))
     alone, anew = work(), DIVIDED(3)
@@ -105,7 +105,7 @@ def test_divided_weights_begin_another_run_divided_or_not(tmp_path: Path) -> Non
     "fault", ["damaged", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gone", "longer"))]
 )
 def test_a_damaged_part_makes_all_take_the_checkpoint_before(fault: str, tmp_path: Path) -> None:
-    """Red if a process trusts a part that another has found damaged, or all begin anew."""
+    """Fails if a process uses a shard that another found damaged, or all start from scratch."""
     work = partial(DIVIDED, 9, out=tmp_path / "run", every=3)
     before = together(2, work)
     part = tmp_path / "run/checkpoints/step-00000009/shards"
@@ -122,7 +122,7 @@ def test_a_damaged_part_makes_all_take_the_checkpoint_before(fault: str, tmp_pat
 
 
 def test_one_process_without_a_launcher_goes_on_and_exports(tmp_path: Path) -> None:
-    """Red if a run that outgrew its machines cannot come home, or its weights not leave."""
+    """Fails if one process cannot resume a sharded run, or export its weights."""
     seen = together(2, partial(DIVIDED, 6, out=tmp_path / "run"))
     export(tmp_path / "run", tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")
@@ -132,21 +132,21 @@ def test_one_process_without_a_launcher_goes_on_and_exports(tmp_path: Path) -> N
 
 
 def full_disk(folder: Path) -> None:
-    """A run whose second process can write no file."""
+    """A run whose second process cannot write files."""
     if os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
     DIVIDED(4, out=folder)
 
 
 def unusable_folder(folder: Path) -> None:
-    """A run whose main process fails before the others have written anything."""
+    """A run whose rank 0 fails before the others have written anything."""
     folder.mkdir(exist_ok=True)
     (folder / "checkpoints").touch()
     DIVIDED(4, out=folder)
 
 
 def full_disk_at_the_end(folder: Path) -> None:
-    """A run whose main process fails when the others have written their parts."""
+    """A run whose rank 0 fails after the others have written their shards."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -161,7 +161,7 @@ def full_disk_at_the_end(folder: Path) -> None:
 def test_a_process_that_cannot_write_does_not_leave_the_others_waiting(
     broken: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    """Red if a disk that fails in one process hangs the rest, or leaves half a checkpoint."""
+    """Fails if a disk error in one process hangs the others, or leaves a partial checkpoint."""
     with pytest.raises(AssertionError) as raised:
         together(2, partial(broken, tmp_path / "run"))
     assert all(f"rank {rank}: Traceback" in str(raised.value) for rank in (0, 1))
@@ -170,7 +170,7 @@ def test_a_process_that_cannot_write_does_not_leave_the_others_waiting(
 
 
 class TiedNet(nn.Module):
-    """Two layers with one weight, of fewer rows than there are processes."""
+    """Two layers with a tied weight of fewer rows than processes."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class TiedNet(nn.Module):
 def test_a_process_that_holds_nothing_of_a_tied_weight_saves_with_the_others(
     tmp_path: Path,
 ) -> None:
-    """Red if weights under two names can only be saved where every process has a row of them."""
+    """Fails if tied weights can only be saved if every process has a row of them."""
     work = partial(DIVIDED, 6, net=TiedNet, out=tmp_path / "run", every=4)
     alone = DIVIDED(9, net=TiedNet)
     together(3, work)
@@ -197,7 +197,7 @@ def test_a_process_that_holds_nothing_of_a_tied_weight_saves_with_the_others(
 
 @pytest.mark.parametrize("intruder", ["a file", "a link"])
 def test_what_the_manifest_does_not_list_is_not_read(intruder: str, tmp_path: Path) -> None:
-    """Red if weights that nobody hashed are taken for those of the run."""
+    """Fails if unlisted shards are used as weights of the run."""
     together(2, partial(DIVIDED, 4, out=tmp_path / "run"))
     (saved,) = (tmp_path / "run/checkpoints").glob("step-*")
     if intruder == "a file":

@@ -1,4 +1,4 @@
-"""Techniques in two processes give the numbers of one, whether the model is whole or divided."""
+"""Techniques in two processes: the numbers of one, whether the model is whole or sharded."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SLOW_TO_COMPILE: dict[str, tuple[Any, ...]] = {
 
 
 def close(seen: Seen, alone: Seen, rel: float, ignored: str = "compile/") -> None:
-    """Every logged number and every evaluation is the same, and so are the weights."""
+    """Check that logs, evaluations and weights are equal."""
     for own, expected in (
         *zip(seen.logged, alone.logged, strict=True),
         *zip(seen.evaluations, alone.evaluations, strict=True),
@@ -89,7 +89,7 @@ def way(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_technique_gives_the_numbers_of_one_process(name: str, way: Any) -> None:
-    """Red if it sees a share of a gradient, of a loss or of a weight and takes it for the whole."""
+    """Fails if a share of a gradient, loss or weight is mistaken for the whole."""
     gradient = () if name.startswith("clip") else (partial(ClipPlugin, max_norm=1e9),)
     work = partial(
         train_with, way, 12, *EXACT[name], *gradient, optimizer=ADAMW, eval_every=5
@@ -102,7 +102,7 @@ def test_a_technique_gives_the_numbers_of_one_process(name: str, way: Any) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_TO_COMPILE)
 def test_compiled_code_and_what_goes_with_it(name: str, way: Any) -> None:
-    """Red if compiled code runs without its weights, or beside the exchange of gradients."""
+    """Fails if compiled code runs with ungathered weights, or bypasses the gradient exchange."""
     gradient = () if name == "all at once" else (partial(ClipPlugin, max_norm=1e9),)
     work = partial(train_with, way, 8, *SLOW_TO_COMPILE[name], *gradient, optimizer=ADAMW)
     alone = work()
@@ -112,7 +112,7 @@ def test_compiled_code_and_what_goes_with_it(name: str, way: Any) -> None:
 
 @pytest.mark.slow
 def test_gradients_of_terms_are_balanced_as_in_one_process() -> None:
-    """Red if a term's gradient is measured by the shares of it, which are longer than their sum."""
+    """Fails if a term's gradient norm is computed from shares, which overestimates it."""
     gradnorm = partial(WeighGradnormPlugin, every=2)
     work = partial(train_with, WAYS["ddp"], 12, gradnorm, optimizer=ADAMW, accumulate=2)
     alone = work()
@@ -123,7 +123,7 @@ def test_gradients_of_terms_are_balanced_as_in_one_process() -> None:
 
 @pytest.mark.slow
 def test_16_bits_round_and_do_no_more(way: Any) -> None:
-    """Red if autocast does not reach a process, or a gradient is other than rounded."""
+    """Fails if autocast is off in a process, or gradients differ by more than rounding."""
     work = partial(train_with, way, 12, AmpPlugin, ClipPlugin, optimizer=ADAMW, eval_every=5)
     alone = work()
     exact = train_with(way, 12, ClipPlugin, optimizer=ADAMW)
@@ -134,10 +134,10 @@ def test_16_bits_round_and_do_no_more(way: Any) -> None:
 
 @pytest.mark.slow
 def test_all_skip_the_step_in_which_one_overflows(way: Any) -> None:
-    """Red if processes part ways where fp16 overflows in the share of one of them.
+    """Fails if processes diverge when fp16 overflows in only one of them.
 
-    The loss of step 4 is a million times as large, in one process of the two; alone, in the only
-    one. It is finite, and its gradient in fp16 is not.
+    The loss of step 4 is a million times larger in one process. It is finite, but its fp16 gradient
+    is not.
     """
     amp = partial(AmpPlugin, dtype="fp16", initial_scale=64.0, growth_interval=100)
     alone = train_with(way, 8, amp, partial(DamagePlugin, 4, (0,), loss=1e6), optimizer=ADAMW)
@@ -158,9 +158,9 @@ def test_all_skip_the_step_in_which_one_overflows(way: Any) -> None:
     ids=["gradient", "loss"],
 )
 def test_all_refuse_the_step_that_one_cannot_trust(name: str, damage: dict[str, float]) -> None:
-    """Red if a NaN that one process sees is trained on by the others, or the others wait for it.
+    """Fails if the others train on a NaN that one process sees, or wait for it.
 
-    Red as well if what is said of it is of one process's share, or is said by each.
+    Also fails if the report only covers one process, or is printed by each.
     """
     run = partial(train_with, WAYS[name], 8, GuardPlugin, optimizer=ADAMW)
     alone = run(partial(DamagePlugin, 4, (0,), **damage))
@@ -177,7 +177,7 @@ def test_all_refuse_the_step_that_one_cannot_trust(name: str, damage: dict[str, 
 
 @pytest.mark.slow
 def test_all_go_back_to_where_they_had_saved(way: Any, tmp_path: Path) -> None:
-    """Red if a process takes back weights that are not its part, or goes back alone."""
+    """Fails if a process restores weights other than its shard, or rolls back alone."""
     guard = partial(GuardPlugin, policy="rollback")
     run = partial(train_with, way, 8, guard, optimizer=ADAMW, every=2)
     alone = run(partial(DamagePlugin, 4, (0,), grad=float("nan")), out=tmp_path / "alone")
@@ -191,9 +191,9 @@ def test_all_go_back_to_where_they_had_saved(way: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "rel"), [("ddp", 1e-6), ("fsdp", 3e-3)])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_muon_rounds_in_16_bits_and_does_no_more(name: str, rel: float, processes: int) -> None:
-    """Red if the parts of a matrix are made orthogonal each by itself.
+    """Fails if shards of a matrix are orthogonalized separately.
 
-    Its products are in bfloat16, and of a divided matrix they are summed in another order.
+    Its matmuls are in bfloat16, and sums over a sharded matrix have another order.
     """
     muon = partial(OptimMuonPlugin, lr=1e-2, eps=1e-4)
     work = partial(train_with, WAYS[name], 12, ClipPlugin, optimizer=muon, eval_every=5)
@@ -204,7 +204,7 @@ def test_muon_rounds_in_16_bits_and_does_no_more(name: str, rel: float, processe
 
 @pytest.mark.slow
 def test_a_curriculum_counts_the_rows_that_it_makes(way: Any, tmp_path: Path) -> None:
-    """Red if rows that are cut count otherwise in two processes, or are cut in one alone."""
+    """Fails if cut rows count differently in two processes, or are only cut in one."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
     growth = {"start_length": 8, "end_length": 32, "round_to": 8, "warmup": "5 steps"}
@@ -221,7 +221,7 @@ def test_a_curriculum_counts_the_rows_that_it_makes(way: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", sorted(set(FsdpPlugin.conflicts) - {"optim_adamw8bit"}))
 def test_what_needs_whole_weights_or_gradients_is_refused(name: str) -> None:
-    """Red if such a run begins, and ends in an error of PyTorch's or in wrong numbers."""
+    """Fails if such a run starts, and ends in a PyTorch error or wrong numbers."""
     plugins = [load(needed)() for needed in (name, *load(name).requires)]
     with pytest.raises(PluginError, match=f"fsdp.*{name}|{name}.*fsdp"):
         arrange([*plugins, FsdpPlugin()])

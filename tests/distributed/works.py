@@ -1,4 +1,4 @@
-"""What the processes of the tests do: short runs of the tiny problem, with what they witnessed."""
+"""The work of the test processes: short runs of the tiny problem, and their results."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from tiny import AbsolutePlugin, Net, RecorderPlugin, Regression, SquaredPlugin
 
 @dataclass
 class Seen:
-    """What one process saw of a run."""
+    """The results of one process."""
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)  # of each step
+    ids: list[list[int]] = field(default_factory=list)  # per step
     weights: list[float] = field(default_factory=list)
     logged: list[dict[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     first: dict[str, list[float]] = field(default_factory=dict)
     last: dict[str, list[float]] = field(default_factory=dict)
     marks: dict[str, tuple[bool, bool]] = field(default_factory=dict)
-    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of what this process holds
+    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of this process's tensors
     hooks: list[int] = field(default_factory=list)
     status: str = ""
     reason: str = ""
@@ -49,7 +49,7 @@ class Seen:
 
 
 class WitnessPlugin(Plugin[PluginConfig]):
-    """Notes the samples of each step."""
+    """Records the samples of each step."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class WitnessPlugin(Plugin[PluginConfig]):
 
 
 class StopperPlugin(Plugin[PluginConfig]):
-    """Asks for the end of the run after a step."""
+    """Stops the run after a step."""
 
     at, reason = 0, ""
 
@@ -74,7 +74,7 @@ class StopperPlugin(Plugin[PluginConfig]):
 
 
 class DamagePlugin(Plugin[PluginConfig]):
-    """Spoils one step, as a process sees it or as all do, before anybody has looked at it."""
+    """Corrupts one step, in one process or all, before other plugins see it."""
 
     before = ("amp", "guard", "clip")
 
@@ -112,7 +112,7 @@ class UnreachedNet(Net):
 
 
 class Block(nn.Module):
-    """A residual layer that holds layers of its own in a list."""
+    """A residual layer with a list of sublayers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -128,17 +128,17 @@ class Block(nn.Module):
 
 @dataclass
 class Output:
-    """What a model with a tied head gives to its loss: the head's weight is the model's own."""
+    """The output of a model with a tied head: the head's weight is a parameter."""
 
     hidden: Tensor
     weight: Tensor
 
 
 class DeepNet(nn.Module):
-    """Has what makes a model hard to divide.
+    """A model that is hard to shard.
 
-    Lists within a list, buffers that are not saved, tied, frozen and marked weights, a weight that
-    is a single number, odd sizes, and an output that holds a weight.
+    It has nested lists, non-persistent buffers, tied, frozen and marked weights, a scalar, odd
+    sizes, and an output that contains a weight.
     """
 
     def __init__(self, **_: Any) -> None:
@@ -162,7 +162,7 @@ class DeepNet(nn.Module):
 
 
 class DeepPlugin(Plugin[PluginConfig]):
-    """Makes a `DeepNet`, and the data that it is trained on; notes its first weights."""
+    """Creates a `DeepNet` and its data; records the initial weights."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class DeepPlugin(Plugin[PluginConfig]):
 
 
 def whole_state(model: nn.Module) -> dict[str, list[float]]:
-    """Every parameter and buffer of a model, to the bit."""
+    """Every parameter and buffer of a model, exactly."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: whole(value.detach()).reshape(-1).tolist() for name, value in named}
 
@@ -200,7 +200,7 @@ def whole_state(model: nn.Module) -> dict[str, list[float]]:
 def train_deep(
     make: Callable[[], Plugin[Any]], steps: int, *extra: Callable[[], Plugin[Any]], **options: Any
 ) -> Seen:
-    """A run whose plugins make everything."""
+    """A run with everything made by plugins."""
     seen, recorder, parallel = Seen(), RecorderPlugin(), make()
     parallel.join()
     optimizer = OptimAdamwPlugin(lr=1e-2, eps=1e-4, weight_decay=0.1)
@@ -225,7 +225,7 @@ TEXT_RUN: dict[str, dict[str, Any]] = {
 def train_text(
     make: Callable[[], Plugin[Any]], corpus: Path, steps: int, **more: dict[str, Any]
 ) -> Seen:
-    """A run of the NEXUS model on a corpus, with further plugins by name."""
+    """A run of the NEXUS model on a corpus, with additional plugins by name."""
     seen, recorder, parallel = Seen(), RecorderPlugin(), make()
     parallel.join()
     blocks = {**TEXT_RUN, **more}
@@ -248,7 +248,7 @@ class CrossedNet(DeepNet):
 
 
 class TableNet(Net):
-    """Holds a tensor that is neither a parameter nor a buffer."""
+    """Has a tensor that is neither a parameter nor a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class TableNet(Net):
 
 
 class ReadNet(Net):
-    """Looks at a weight while it is built."""
+    """Reads a weight while it is built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class ReadNet(Net):
 
 
 class Opaque:
-    """An output that nobody can look into."""
+    """An opaque output."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -278,7 +278,7 @@ class OpaqueNet(Net):
 
 
 class MakerPlugin(Plugin[PluginConfig]):
-    """Makes a model, and looks into an opaque output."""
+    """Creates a model, and unwraps an opaque output."""
 
     def __init__(self, model: type[nn.Module]) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ def build(
     program_optimizer: bool = False,
     **settings: Any,
 ) -> None:
-    """Train a divided model for a step; it and its optimizer are the program's or a plugin's."""
+    """Train a sharded model for a step; model and optimizer come from the program or a plugin."""
     plugin = FsdpPlugin(timeout=20, **settings)
     plugin.join()
     brought = model() if program_model else None
@@ -315,7 +315,7 @@ def build(
 
 
 def refused(*tries: Callable[[], object]) -> list[str]:
-    """The error of each try, or "" where there is none."""
+    """The error of each attempt, or "" if there is none."""
     return [_error(attempt) for attempt in tries]
 
 
@@ -347,7 +347,7 @@ def train(
 ) -> Seen:
     """A run on the tiny problem; under a launcher the processes share it.
 
-    A plugin makes the optimizer where one is given, as it must be where weights are divided.
+    If an optimizer is given, a plugin makes it, as required for sharded weights.
     """
     seen, recorder = Seen(), RecorderPlugin()
     plugins = [parallel or DdpPlugin(timeout=20)]
@@ -393,12 +393,12 @@ def train(
 
 
 def train_with(make: Callable[[], Plugin[Any]], *arguments: Any, **options: Any) -> Seen:
-    """`train` with a plugin that each process makes for itself."""
+    """`train` with a plugin created in each process."""
     return train(*arguments, parallel=make(), **options)
 
 
 def train_apart(folder: Path) -> Seen:
-    """Resume from a folder that each process has for itself."""
+    """Resume from a separate folder in each process."""
     return train(8, out=folder / os.environ["RANK"], resume=True)
 
 
@@ -424,7 +424,7 @@ def play() -> None:
 
 
 def search() -> list[float]:
-    """The weights after steps of an optimizer that looks at the gradient again and again."""
+    """The weights after steps of an optimizer that evaluates the gradient repeatedly."""
     parallel = DdpPlugin(timeout=20)
     parallel.join()
     torch.manual_seed(0)
@@ -437,7 +437,7 @@ def search() -> list[float]:
 
 
 class OwnRows:
-    """A loader of one process: it holds its place, and each process reads other rows of its own."""
+    """A loader per process with its own position and rows."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.at = ranks, 0
@@ -458,7 +458,7 @@ class OwnRows:
 
 
 def train_on_own_rows(steps: int, out: Path) -> Seen:
-    """A run of processes whose loaders hold a place each, resumed where there is a checkpoint."""
+    """A run whose loaders have one position per process, resumed if there is a checkpoint."""
     seen, parallel = Seen(), DdpPlugin()
     parallel.join()
     torch.manual_seed(1)
@@ -483,10 +483,10 @@ def train_on_own_rows(steps: int, out: Path) -> Seen:
 
 
 def give_up(sizes: tuple[int, int], stops_at: int | None) -> tuple[str, int, list[str]]:
-    """An evaluation of so many batches in each process, in which rank 1 may want to stop at once.
+    """An evaluation with unequal numbers of batches, in which rank 1 may stop at once.
 
     Returns:
-        How the run ended, how many batches this process has read, and what it owes.
+        How the run ended, the number of batches read by this process, and what is still due.
     """
     parallel = DdpPlugin(timeout=20)
     ranks = parallel.join()
@@ -522,9 +522,9 @@ BUFFERS = {
 
 
 def share(*others: str) -> dict[str, list[Any]]:
-    """The buffers of a model that has other ones in each process, as they are when shared."""
+    """The buffers of a model that differ between processes, after sharing."""
     ranks = DdpPlugin(timeout=20).join()
-    dist.barrier()  # the one that keeps the store must not end before all have joined
+    dist.barrier()  # the process with the store must not exit before all have joined
     model = nn.Module()
     for name, values in BUFFERS.items():
         model.register_buffer(name, values if ranks.is_main else _zeroed(values))
@@ -541,7 +541,7 @@ def _zeroed(values: Tensor) -> Tensor:
 
 
 class SkippingNet(Net):
-    """Leaves its hidden layer's bias out in its third forward pass, in one process."""
+    """Skips its hidden layer's bias in its third forward pass, in one process."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes = getattr(self, "passes", 0) + 1
@@ -559,7 +559,7 @@ def fail_alone() -> str:
 
 
 def read_apart() -> None:
-    """A run whose processes have data of other lengths."""
+    """A run whose processes have data of different lengths."""
     parallel = DdpPlugin(timeout=20)
     ranks = parallel.join()
     model = Net()
@@ -570,7 +570,7 @@ def read_apart() -> None:
 
 
 def digests_of_parts() -> tuple[list[int], list[int]]:
-    """The digests of tensors that this process holds whole, and of the same ones divided."""
+    """The digests of whole tensors, and of the same tensors sharded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -16,7 +16,7 @@ from nexus_plugins.clip import ClipPlugin
 
 
 class WatchPlugin(Plugin[PluginConfig]):
-    """Notes types and lengths as the step continues."""
+    """Records dtypes and norms during the step."""
 
     after = ("amp",)
     before = ("clip",)
@@ -37,7 +37,7 @@ class WatchPlugin(Plugin[PluginConfig]):
 
 
 class PartPlugin(Loss[LossConfig]):
-    """A mean square, as a term of its own."""
+    """A mean square as a separate term."""
 
     def __init__(self, name: str, factor: float = 1.0) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def data(count: int = 4) -> list[Tensor]:
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_model_and_losses_compute_in_16_bits_and_weights_stay(name: str, dtype: Any) -> None:
-    """Breaks if autocast does not reach the model, the losses or the evaluation."""
+    """Fails if autocast does not reach the model, the losses or the evaluation."""
     watch = WatchPlugin()
     engine = engine_of(AmpPlugin(dtype=name), watch)
     engine.fit(data(), until="1 step", eval_data=data(1))
@@ -81,7 +81,7 @@ def test_model_and_losses_compute_in_16_bits_and_weights_stay(name: str, dtype: 
 
 
 def test_gradients_are_unscaled_before_others_see_them() -> None:
-    """Breaks if guard, clipping or logs see gradients 1024 times too long."""
+    """Fails if guard, clipping or logs see gradients 1024 times too large."""
     plain, scaled = WatchPlugin(), WatchPlugin()
     engine_of(plain).fit(data(), until="1 step")
     amp = AmpPlugin(dtype="fp16", initial_scale=1024.0)
@@ -90,7 +90,7 @@ def test_gradients_are_unscaled_before_others_see_them() -> None:
 
 
 def test_several_terms_are_scaled_once_each() -> None:
-    """Breaks if the scale enters the sum of terms twice, or only for some."""
+    """Fails if the scale is applied twice, or only to some terms."""
     plain, scaled = WatchPlugin(), WatchPlugin()
     engine_of(plain, PartPlugin("other", 0.5)).fit(data(), until="1 step")
     amp = AmpPlugin(dtype="fp16", initial_scale=512.0)
@@ -107,7 +107,7 @@ class LossesPlugin(Plugin[PluginConfig]):
 
 
 def test_a_loss_that_comes_out_in_16_bits_is_summed_and_scaled_in_32() -> None:
-    """Breaks if a plain loss function in fp16 stops the backward pass at the scaler's hook."""
+    """Fails if a plain loss function in fp16 stops the backward pass at the scaler's hook."""
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
     engine = Engine(
@@ -125,7 +125,7 @@ def test_a_loss_that_comes_out_in_16_bits_is_summed_and_scaled_in_32() -> None:
 def test_after_an_overflow_the_scale_falls_the_step_is_skipped_and_the_run_recovers(
     fused: bool,
 ) -> None:
-    """Breaks if an overflow ends in the weights, stays unseen, or stops the learning."""
+    """Fails if an overflow reaches the weights, goes unnoticed, or stops learning."""
     amp = AmpPlugin(dtype="fp16", initial_scale=2.0**40)
     engine = engine_of(amp, ClipPlugin(max_norm=1.0), lr=0.01, fused=fused)
     start = copy.deepcopy(engine.model.state_dict())
@@ -145,7 +145,7 @@ def test_after_an_overflow_the_scale_falls_the_step_is_skipped_and_the_run_recov
 
 
 def test_a_resumed_run_ends_in_the_same_bits() -> None:
-    """Breaks if scale, its growth or the count of skipped steps is lost in a checkpoint."""
+    """Fails if the scale, its growth or the count of skipped steps is lost in a checkpoint."""
 
     def fresh() -> Engine:
         return engine_of(AmpPlugin(dtype="fp16", initial_scale=2.0**24, growth_interval=3))
@@ -162,7 +162,7 @@ def test_a_resumed_run_ends_in_the_same_bits() -> None:
 
 
 def test_a_state_that_is_loaded_within_a_run_keeps_the_scaler_at_work() -> None:
-    """Breaks if going back to a save (guard does) ends the scaling, or keeps the newer scale."""
+    """Fails if a rollback (by guard) ends the scaling, or keeps the newer scale."""
     amp = AmpPlugin(dtype="fp16", initial_scale=2.0**10, growth_interval=3)
     engine = engine_of(amp)
     scales, saved = [], {}
@@ -184,7 +184,7 @@ def test_a_state_that_is_loaded_within_a_run_keeps_the_scaler_at_work() -> None:
     ],
 )
 def test_refuses_what_cannot_be(settings: dict[str, Any], half: bool, words: str) -> None:
-    """Breaks if a run continues without the precision that was asked for."""
+    """Fails if a run continues without the requested precision."""
     engine = engine_of(AmpPlugin(**settings))
     if half:
         engine.model.half()
@@ -194,7 +194,7 @@ def test_refuses_what_cannot_be(settings: dict[str, Any], half: bool, words: str
 
 
 def test_refuses_a_device_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a device without autocast computes in full precision in silence."""
+    """Fails if a device without autocast silently computes in full precision."""
     monkeypatch.setattr("nexus_plugins.amp.is_autocast_available", lambda kind: False)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -204,6 +204,6 @@ def test_refuses_a_device_without_autocast(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unknown_dtypes_are_refused_by_name() -> None:
-    """Breaks if a misspelt type is taken for the default."""
+    """Fails if a misspelt dtype is mistaken for the default."""
     with pytest.raises(ConfigError, match=r"amp\.dtype"):
         AmpPlugin(dtype="float16")

@@ -1,4 +1,4 @@
-"""Automatic accumulation: the same training in smaller parts, and a search that leaves no trace."""
+"""Automatic accumulation: the same training in smaller parts, and a search without side effects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batches(rows: int = 8, count: int = 3) -> list[dict[str, Tensor]]:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system on which memory cannot be measured, so that sizes are tried, as on CUDA."""
+    """Simulates a system where memory cannot be measured, so that sizes are tried, as on CUDA."""
     monkeypatch.setattr(fit, "forget_peak", lambda: False)
 
 
@@ -43,7 +43,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=15)
 @given(rows=st.integers(1, 8), accumulate=st.integers(1, 2), others=st.sampled_from(["", "pcgrad"]))
 def test_any_split_trains_to_the_same_numbers(rows: int, accumulate: int, others: str) -> None:
-    """Breaks if a part is weighted by itself, counted twice, or left out of gradient or metrics."""
+    """Fails if a part is weighted separately, counted twice, or missing in gradient or metrics."""
 
     def run(*splitting: Plugin[Any]) -> tuple[Engine, RecorderPlugin]:
         recorder = RecorderPlugin()
@@ -66,7 +66,7 @@ def test_any_split_trains_to_the_same_numbers(rows: int, accumulate: int, others
 
 
 def test_a_function_that_returns_a_mean_is_split_too() -> None:
-    """Breaks if an embedded loss grows with the number of parts."""
+    """Fails if an embedded loss grows with the number of parts."""
 
     def run(*plugins: Plugin[Any]) -> Tensor:
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_a_function_that_returns_a_mean_is_split_too() -> None:
 
 
 def test_a_batch_is_whole_again_when_the_step_is_over() -> None:
-    """Breaks if whoever keeps a batch (a recorder of bad steps) is left with a part of it."""
+    """Fails if a plugin that keeps a batch (to record bad steps) only has a part of it."""
     kept: list[dict[str, Tensor]] = []
     engine = tiny_engine(AutoAccumulatePlugin(rows=3))
     cut_batch = engine.hook.cut_batch
@@ -90,7 +90,7 @@ def test_a_batch_is_whole_again_when_the_step_is_over() -> None:
 
 
 def test_the_largest_part_of_a_forward_is_the_micro_batch() -> None:
-    """Breaks if the model sees more rows at once than allowed, or uneven parts."""
+    """Fails if the model sees more rows at once than allowed, or uneven parts."""
     seen: list[int] = []
     engine = tiny_engine(AutoAccumulatePlugin(rows=3))
     engine.model.register_forward_pre_hook(lambda _, args, kw: seen.append(len(kw["x"])),
@@ -106,7 +106,7 @@ def test_the_largest_part_of_a_forward_is_the_micro_batch() -> None:
 
 
 class Greedy(nn.Module):
-    """Has dropout and a running mean, and runs out of memory above some numbers in a batch."""
+    """Has dropout and a running mean, and runs out of memory above some batch size."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def greedy_engine(most: int, *plugins: Plugin[Any]) -> Engine:
 @pytest.mark.filterwarnings("ignore:auto_accumulate")
 @pytest.mark.parametrize(("most", "rows"), [(1000, 8), (20, 4), (19, 2), (10, 2)])
 def test_trying_finds_what_fits_and_leaves_no_trace(most: int, rows: int) -> None:
-    """Breaks if the search draws random numbers, moves a buffer, or leaves a gradient."""
+    """Fails if the search draws random numbers, changes a buffer, or leaves a gradient."""
     found = AutoAccumulatePlugin()
     searched = greedy_engine(most, found)
     searched.fit(batches(), until=3)
@@ -150,7 +150,7 @@ def test_trying_finds_what_fits_and_leaves_no_trace(most: int, rows: int) -> Non
 
 @pytest.mark.usefixtures("unmeasured")
 def test_what_cannot_be_measured_is_said() -> None:
-    """Breaks if a CPU run that only tried the whole batch looks as if it had been fitted."""
+    """Fails if a CPU run that only tried the whole batch looks as if it had been measured."""
     with pytest.warns(RuntimeWarning, match="cannot measure memory on cpu.*auto_accumulate.rows"):
         greedy_engine(1000, AutoAccumulatePlugin()).fit(batches(), until=1)
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_measured_is_said() -> None:
 def test_one_row_that_does_not_fit_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, measured: bool
 ) -> None:
-    """Breaks if the search never ends, or ends in the vendor's words."""
+    """Fails if the search never ends, or ends in the device's own error."""
     if not measured:
         monkeypatch.setattr(fit, "forget_peak", lambda: False)
     engine = greedy_engine(0, AutoAccumulatePlugin())
@@ -171,7 +171,7 @@ def test_one_row_that_does_not_fit_ends_the_run(
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.filterwarnings("ignore:auto_accumulate")
 def test_a_resumed_run_keeps_to_what_was_found() -> None:
-    """Breaks if a resumed run searches again: another size would mean other bits."""
+    """Fails if a resumed run searches again: another size would round differently."""
     whole = greedy_engine(20, AutoAccumulatePlugin())
     whole.fit(batches(), until=4)
     first = greedy_engine(20, AutoAccumulatePlugin())
@@ -188,7 +188,7 @@ def test_a_resumed_run_keeps_to_what_was_found() -> None:
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.filterwarnings("ignore:auto_accumulate")
 def test_longer_rows_are_searched_for_again() -> None:
-    """Breaks if a curriculum that lengthens the rows runs out of memory later on."""
+    """Fails if a curriculum that lengthens the rows runs out of memory later."""
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -217,7 +217,7 @@ def test_longer_rows_are_searched_for_again() -> None:
 
 
 class Wide(nn.Module):
-    """Keeps 1 MB a row for the backward pass."""
+    """Saves 1 MB per row for the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,10 +248,10 @@ print(told, finder.state_dict()["rows"], fit.peak_memory() - before)
 
 @pytest.mark.slow
 def test_measured_memory_stays_within_the_limit() -> None:
-    """Breaks if the peak is not seen, or a batch is tried that is sure not to fit.
+    """Fails if the peak is not measured, or a batch is tried that cannot fit.
 
-    In a process of its own, whose C library gives freed memory back at once: what it keeps
-    otherwise would be measured too.
+    Runs in a separate process whose C library returns freed memory immediately, as cached memory
+    would be measured too.
     """
     done = subprocess.run(
         [sys.executable, "-c", MEASURED],
@@ -278,7 +278,7 @@ def test_measured_memory_stays_within_the_limit() -> None:
 def test_measuring_never_asks_for_more_than_there_is(
     constant: int, slope: int, room: int, rows: int
 ) -> None:
-    """Breaks if an attempt on the host takes more memory than there is: the system would kill."""
+    """Fails if an attempt on the host exceeds the available memory and could be killed."""
     taken: list[int] = []
 
     def peak(count: int) -> int:
@@ -296,7 +296,7 @@ def test_measuring_never_asks_for_more_than_there_is(
 
 @given(rows=st.integers(1, 300), most=st.integers(1, 300))
 def test_trying_halves_until_it_fits(rows: int, most: int) -> None:
-    """Breaks if it stops too early, far too late, or asks for no rows."""
+    """Fails if it stops too early, far too late, or tries zero rows."""
     asked: list[int] = []
 
     def attempt(count: int) -> None:
@@ -310,11 +310,11 @@ def test_trying_halves_until_it_fits(rows: int, most: int) -> None:
     assert min(asked) >= 1
 
 
-# -- beside others, and what is refused
+# -- with other plugins, and errors
 
 
 def test_every_part_runs_within_what_others_wrap_around_the_model() -> None:
-    """Breaks if the later parts of a batch are computed without autocast."""
+    """Fails if the later parts of a batch are computed without autocast."""
     engine = tiny_engine(AutoAccumulatePlugin(rows=3), AmpPlugin())
     seen: list[torch.dtype] = []
     engine.model.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
@@ -323,21 +323,21 @@ def test_every_part_runs_within_what_others_wrap_around_the_model() -> None:
 
 
 def test_a_batch_that_is_no_dict_is_refused() -> None:
-    """Breaks if it is trained on whole, in silence."""
+    """Fails if it is silently trained on whole."""
     engine = greedy_engine(100, AutoAccumulatePlugin())
     with pytest.raises(DataError, match="needs batches that are dicts of tensors.*got tuple"):
         engine.fit([(torch.ones(2, 5),)], until=1)
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    """Breaks if no rows, or no memory at all, is taken for a setting."""
+    """Fails if zero rows or zero memory are accepted."""
     for wrong in ({"rows": 0}, {"limit": 0}, {"margin": 1.0}):
         with pytest.raises(ConfigError, match="auto_accumulate"):
             AutoAccumulatePlugin(**wrong)
 
 
 def test_an_accelerator_that_is_full_gets_smaller_parts_and_the_same_numbers() -> None:
-    """Breaks if the search needs CUDA, forgets a limit in the allocator, or leaves memory taken."""
+    """Fails if the search needs CUDA, leaves a limit in the allocator, or leaks memory."""
     losses = {}
     with host_accelerator() as accelerator:
         for free in (None, 1_500_000):

@@ -15,7 +15,7 @@ from nexus_plugins.model_nexus.nexus import NEXUSOutput
 
 
 def test_nothing_acts_on_itself_before_and_after_training():
-    """If it fails, a variable explains itself and the graph means nothing."""
+    """Fails if a variable explains itself, so that the graph is meaningless."""
     module = ClassicCausal(6, n_variables=5)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     for _ in range(3):
@@ -27,7 +27,7 @@ def test_nothing_acts_on_itself_before_and_after_training():
 
 
 def test_update_is_one_structural_step():
-    """If it fails, what is written back is not what the graph says."""
+    """Fails if the update does not follow the graph."""
     module = ClassicCausal(6, n_variables=5).eval()
     h = torch.randn(2, 3, 6)
     update, reports = module(h)
@@ -41,7 +41,7 @@ def test_update_is_one_structural_step():
 
 
 def test_noise_is_drawn_in_training_only_and_from_the_seed():
-    """If it fails, evaluation is random, or two runs of one seed differ."""
+    """Fails if evaluation is random, or two runs with the same seed differ."""
     module = ClassicCausal(6)
     h = torch.randn(2, 3, 6)
 
@@ -90,7 +90,7 @@ def structural_data(n: int, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def hamming_distance(found: Tensor, true: Tensor) -> int:
-    """Edges to add, remove or turn round to get from one graph to the other."""
+    """The number of edges to add, remove or reverse to get from one graph to the other."""
     found, true = found.bool(), true.bool()
     pairs = torch.triu(torch.ones_like(true), 1)
     differs = (found != true) | (found.T != true.T)
@@ -98,7 +98,7 @@ def hamming_distance(found: Tensor, true: Tensor) -> int:
 
 
 def test_a_known_graph_of_eight_variables_is_recovered():
-    """If it fails, the module's adjacency does not become the structure of its variables."""
+    """Fails if the adjacency does not converge to the structure of the variables."""
     for seed in range(3):
         torch.manual_seed(seed)
         true, samples = structural_data(8, 1000)
@@ -121,7 +121,7 @@ def test_a_known_graph_of_eight_variables_is_recovered():
 
 @pytest.mark.parametrize("hidden", [0, 5])
 def test_a_variable_depends_on_what_has_an_edge_to_it_and_on_nothing_else(hidden):
-    """If it fails, the graph that is shown is not the one that explains."""
+    """Fails if the reported graph is not the one used to explain."""
     torch.manual_seed(0)
     graph = CausalGraph(["rain", "sprinkler", "wet"], hidden)
     weights = graph.first if hidden else graph.edges
@@ -138,7 +138,7 @@ def test_a_variable_depends_on_what_has_an_edge_to_it_and_on_nothing_else(hidden
     update, reports = module(states)
     assert update.shape == (2, 3, 6)
     (update.sum() + reports["causal"]["read"].sum()).backward()
-    assert states.grad is None  # a probe leaves what it probes as it is
+    assert states.grad is None  # a probe sends no gradient to its input
     assert not reports["causal"]["variables"].requires_grad
     assert reports["causal"]["read"].requires_grad
 
@@ -146,7 +146,7 @@ def test_a_variable_depends_on_what_has_an_edge_to_it_and_on_nothing_else(hidden
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_interventions_reveal_a_graph_that_variance_does_not_give_away(hidden):
-    """If it fails, `do` is not used: standardised, the same data without it tell half as much."""
+    """Fails if `do` is not used: without it, standardized data reveals half as much."""
     generator = torch.Generator().manual_seed(hidden)
     order = torch.randperm(6, generator=generator).tolist()
     true = torch.zeros(6, 6, dtype=torch.bool)

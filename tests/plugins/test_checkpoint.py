@@ -1,4 +1,4 @@
-"""Checkpoints of whole runs: exact resume, names, retention, damage, hostility, crashes."""
+"""Checkpoints of whole runs: exact resume, names, retention, damage, attacks, crashes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FILES = {
 
 
 class NotesPlugin(Plugin[PluginConfig]):
-    """Has a state of every kind: numbers, text, a tensor, and keys that are no strings."""
+    """Has a state of every type: numbers, text, a tensor, and non-string keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def resign(folder: Path) -> None:
-    """Make the manifest of a changed checkpoint hold, as somebody who means harm would."""
+    """Update the manifest of a changed checkpoint, as an attacker would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, facts in manifest["files"].items():
         raw = (folder / name).read_bytes()
@@ -105,7 +105,7 @@ def resign(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: no test pulls the plug, and one looks at the order of syncs."""
+    """Skip waiting for the disk: no test cuts the power, and one checks the order of syncs."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -113,7 +113,7 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     "options", [{}, {"sync": True}, {"every": 1}, {"accumulate": 3}], ids=lambda o: str(o)
 )
 def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
-    """Breaks if any state is missing from a checkpoint: mid-epoch, with dropout, accumulation."""
+    """Fails if any state is missing from a checkpoint: mid-epoch, with dropout, accumulation."""
     whole = train(engine_in(tmp_path / "whole", NotesPlugin(), **options), 14)
     generator = torch.get_rng_state()
     for stop in (1, 5, 6, 11):
@@ -135,7 +135,7 @@ def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], tmp_path: 
 
 
 def test_the_whole_state_is_equal_after_a_resume_with_evaluations(tmp_path: Path) -> None:
-    """Breaks if metrics, generators, optimizer or the record of the best differ by one bit."""
+    """Fails if metrics, generators, optimizer or the best value differ by one bit."""
     logs = [RecorderPlugin(), RecorderPlugin(), RecorderPlugin()]
     whole = train(engine_in(tmp_path / "whole", logs[0], NotesPlugin()), 13)
     torch.manual_seed(99)
@@ -144,7 +144,7 @@ def test_the_whole_state_is_equal_after_a_resume_with_evaluations(tmp_path: Path
     held = ResumableLoader(Regression(), 8, shuffle=False)
     for state in cut.steps(loader, until=13, eval_data=held, eval_every="4 steps"):
         if state.step == 7:
-            break  # no goodbye: as a kill does, but for what was in flight
+            break  # as in a kill, except for pending writes
     random_state_elsewhere()
     second = engine_in(tmp_path / "cut", logs[2], NotesPlugin())
     second.resume("auto")
@@ -169,7 +169,7 @@ def assert_same_model_optimizer_plugins(a: Engine, b: Engine) -> None:
 
 
 def test_the_generators_go_on_where_they_were(tmp_path: Path) -> None:
-    """Breaks if python's, numpy's or torch's random numbers start anew after a resume."""
+    """Fails if the generators of python, numpy or torch restart after a resume."""
     engine = train(engine_in(tmp_path), 3)
     expected = (random.random(), np.random.rand(), torch.rand(2).tolist())
     random_state_elsewhere()
@@ -180,7 +180,7 @@ def test_the_generators_go_on_where_they_were(tmp_path: Path) -> None:
 
 
 def test_the_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
-    """Breaks if the layout changes, or a file cannot be read without this library."""
+    """Fails if the layout changes, or a file cannot be read without this library."""
     engine = engine_in(tmp_path, NotesPlugin())
     engine.config = {"seed": 5, "plugins": {"clip": {"max_norm": 1.0}}}
     train(engine, 6)
@@ -206,7 +206,7 @@ def test_the_folder_holds_what_the_documentation_says(tmp_path: Path) -> None:
 
 
 def test_best_and_final_are_names_of_whole_checkpoints(tmp_path: Path) -> None:
-    """Breaks if 'best' is not the evaluation with the best value, or 'final' not the end."""
+    """Fails if 'best' is not the evaluation with the best value, or 'final' not the end."""
     record = RecorderPlugin()
     train(engine_in(tmp_path, record, every=100), 12)
     values = {step: line["val/loss"] for step, line in record.lines if "val/loss" in line}
@@ -219,7 +219,7 @@ def test_best_and_final_are_names_of_whole_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_worse_evaluation_after_a_resume_is_not_called_best(tmp_path: Path) -> None:
-    """Breaks if the best value is forgotten when a run continues."""
+    """Fails if the best value is lost on resume."""
     train(engine_in(tmp_path, every=100), 8)
     best = (tmp_path / "checkpoints" / "best").readlink()
     again = engine_in(tmp_path, every=100)
@@ -231,7 +231,7 @@ def test_a_worse_evaluation_after_a_resume_is_not_called_best(tmp_path: Path) ->
 
 
 def test_the_mode_max_takes_the_greatest(tmp_path: Path) -> None:
-    """Breaks if the direction of the metric is ignored."""
+    """Fails if the direction of the metric is ignored."""
     record = RecorderPlugin()
     train(engine_in(tmp_path, record, every=100, mode="max"), 12)
     values = {step: line["val/loss"] for step, line in record.lines if "val/loss" in line}
@@ -240,13 +240,13 @@ def test_the_mode_max_takes_the_greatest(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_never_measured_is_said(tmp_path: Path) -> None:
-    """Breaks if a misspelt checkpoint.best silently keeps no best checkpoint."""
+    """Fails if a misspelt checkpoint.best silently keeps no best checkpoint."""
     with pytest.warns(RuntimeWarning, match="'val/accuracy', which this evaluation does not"):
         train(engine_in(tmp_path, best="val/accuracy"), 4)
 
 
 def test_retention_keeps_the_last_the_best_and_those_for_good(tmp_path: Path) -> None:
-    """Breaks if too much is deleted, or anything stays that should not."""
+    """Fails if too much or too little is deleted."""
     train(
         engine_in(tmp_path, every=1, keep_last=2, keep_every="5 steps", final=False),
         13,
@@ -258,7 +258,7 @@ def test_retention_keeps_the_last_the_best_and_those_for_good(tmp_path: Path) ->
 
 
 def test_a_damaged_checkpoint_does_not_count_as_one_of_the_last(tmp_path: Path) -> None:
-    """Breaks if the newest good checkpoint is deleted because newer, damaged ones exist."""
+    """Fails if the newest valid checkpoint is deleted because newer, damaged ones exist."""
     engine = engine_in(tmp_path, every=1, keep_last=2, best=None, final=False)
     for state in engine.steps(ResumableLoader(Regression(), 4), until=5):
         engine.plugins["checkpoint"]._writer.finish()  # type: ignore[attr-defined]
@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_of_the_last(tmp_path: Path) 
 
 
 def test_a_run_that_is_stopped_saves_what_it_has(tmp_path: Path) -> None:
-    """Breaks if a signal between two periods loses the steps since the last one."""
+    """Fails if a stop between two saves loses the steps since the last one."""
     engine = engine_in(tmp_path, every=100)
     for state in engine.steps(ResumableLoader(Regression(), 4), until=50):
         if state.step == 7:
@@ -277,7 +277,7 @@ def test_a_run_that_is_stopped_saves_what_it_has(tmp_path: Path) -> None:
 
 
 def test_resuming_where_nothing_is_yet_begins_at_the_start(tmp_path: Path) -> None:
-    """Breaks if --resume auto of a run that was killed before its first save is an error."""
+    """Fails if --resume auto is an error for a run killed before its first save."""
     expected = train(engine_in(tmp_path / "a", NotesPlugin()), 5)
     engine = engine_in(tmp_path / "b", NotesPlugin())
     engine.resume("auto")
@@ -286,7 +286,7 @@ def test_resuming_where_nothing_is_yet_begins_at_the_start(tmp_path: Path) -> No
 
 
 def test_a_fresh_run_does_not_write_over_an_earlier_one(tmp_path: Path) -> None:
-    """Breaks if forgetting --resume costs somebody a run."""
+    """Fails if forgetting --resume overwrites a run."""
     train(engine_in(tmp_path), 3)
     with pytest.raises(CheckpointError, match=r"engine\.resume\('auto'\)"):
         train(engine_in(tmp_path), 3)
@@ -294,7 +294,7 @@ def test_a_fresh_run_does_not_write_over_an_earlier_one(tmp_path: Path) -> None:
 
 
 def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
-    """Breaks if a run that goes back is later resumed from the course that it left."""
+    """Fails if a run that went back is later resumed from its abandoned history."""
     train(engine_in(tmp_path, best=None), 9)
     back = engine_in(tmp_path, best=None)
     back.resume(str(tmp_path / "checkpoints" / "step-00000003"))
@@ -308,7 +308,7 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["run", "checkpoints", "step", "link"])
 def test_paths_of_runs_and_of_checkpoints_both_work(source: str, tmp_path: Path) -> None:
-    """Breaks if another run's checkpoint cannot be the start of a new one."""
+    """Fails if a new run cannot start from another run's checkpoint."""
     train(engine_in(tmp_path / "old"), 6)
     root = tmp_path / "old" / "checkpoints"
     paths = {
@@ -322,7 +322,7 @@ def test_paths_of_runs_and_of_checkpoints_both_work(source: str, tmp_path: Path)
 
 @pytest.mark.parametrize("source", ["nowhere", "best", "final", "checkpoints/none"])
 def test_a_source_that_is_not_there_is_said(source: str, tmp_path: Path) -> None:
-    """Breaks if a mistyped path starts a run from the beginning."""
+    """Fails if a mistyped path starts a run from scratch."""
     with pytest.raises(CheckpointError, match=r"no checkpoint"):
         engine_in(tmp_path).resume(source)
 
@@ -363,7 +363,7 @@ class Bomb:
 )
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_damage_is_passed_over_and_named(name: str, how: str, tmp_path: Path) -> None:
-    """Breaks if one bit of one file can change without being seen, or hides the one before."""
+    """Fails if a flipped bit goes unnoticed, or makes the previous checkpoint unusable."""
     train(engine_in(tmp_path, best=None), 6)
     damage(tmp_path / "checkpoints" / "step-00000006", name, how)
     engine = engine_in(tmp_path, best=None)
@@ -376,7 +376,7 @@ def test_damage_is_passed_over_and_named(name: str, how: str, tmp_path: Path) ->
 
 
 def test_no_good_checkpoint_is_an_error_and_not_a_new_beginning(tmp_path: Path) -> None:
-    """Breaks if a run whose checkpoints are all damaged silently starts over."""
+    """Fails if a run whose checkpoints are all damaged silently starts from scratch."""
     train(engine_in(tmp_path, best=None), 6)
     for number in (3, 6):
         damage(tmp_path / "checkpoints" / f"step-{number:08d}", "state.json", "flipped")
@@ -386,7 +386,7 @@ def test_no_good_checkpoint_is_an_error_and_not_a_new_beginning(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "sub/file", "extra.json"])
 def test_a_manifest_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
-    """Breaks if a forged manifest makes the reader open a path outside its folder."""
+    """Fails if a forged manifest makes the reader open a path outside its folder."""
     folder = whole_checkpoint(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"].pop("state.json")
@@ -396,7 +396,7 @@ def test_a_manifest_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> No
 
 
 def test_a_name_cannot_lead_elsewhere(tmp_path: Path) -> None:
-    """Breaks if a forged link makes 'best' a folder outside the run."""
+    """Fails if a forged link makes 'best' point outside the run."""
     elsewhere = whole_checkpoint(tmp_path / "a")
     whole_checkpoint(tmp_path / "b")
     link = tmp_path / "b" / "checkpoints" / "best"
@@ -441,7 +441,7 @@ def test_a_name_cannot_lead_elsewhere(tmp_path: Path) -> None:
 def test_a_forged_state_is_only_ever_a_checkpoint_error(
     edit: Callable[[dict[str, Any]], object], tmp_path: Path
 ) -> None:
-    """Breaks if a state that hashes well but makes no sense gets past the reader."""
+    """Fails if a state with valid hashes but invalid content is accepted."""
     folder = whole_checkpoint(tmp_path)
     state = json.loads((folder / "state.json").read_text())
     edit(state)
@@ -457,7 +457,7 @@ def wrap(state: dict[str, Any], depth: int) -> None:
 
 
 def test_moments_of_another_shape_never_reach_a_fused_kernel(tmp_path: Path) -> None:
-    """Breaks if a forged optimizer state makes the update read memory that is not its own."""
+    """Fails if a forged optimizer state makes the update read out of bounds."""
     folder = whole_checkpoint(tmp_path)
     state = json.loads((folder / "state.json").read_text())
     moments = state["optimizer"]["state"]["$dict"]
@@ -474,7 +474,7 @@ def test_moments_of_another_shape_never_reach_a_fused_kernel(tmp_path: Path) -> 
 def mutate(folder: Path, source: random.Random) -> str:
     """One random change of one file: bits, bytes, length, a JSON value, another file's content.
 
-    Returns its name; the manifest may have been made to fit.
+    Returns its name; the manifest may be updated to match.
     """
     name = source.choice(sorted(FILES))
     path = folder / name
@@ -506,7 +506,7 @@ def mutate(folder: Path, source: random.Random) -> str:
 
 
 def check_mutations(tmp_path: Path, count: int, seed: int) -> int:
-    """Try so many changed checkpoints; returns how many were refused."""
+    """Try some changed checkpoints; returns how many were rejected."""
     original = whole_checkpoint(tmp_path / "run")
     engine = engine_in(tmp_path / "new", NotesPlugin(), resume_policy="force")
     folder = tmp_path / "mutated"
@@ -527,15 +527,15 @@ def check_mutations(tmp_path: Path, count: int, seed: int) -> int:
 
 
 def test_mutated_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
-    """Breaks if a change, even with a manifest made to fit, ends in anything but our error."""
+    """Fails if a change, even with a matching manifest, ends in anything but a CheckpointError."""
     assert check_mutations(tmp_path, 80, seed=1) > 40
 
 
 @pytest.mark.slow
 def test_many_mutated_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks as the short form does, for rarer changes; memory stays bounded.
+    """The same for rarer changes, with bounded memory.
 
-    `python -m benchmarks.mutations` makes ten thousand and more.
+    `python -m benchmarks.mutations` makes ten thousand or more.
     """
     import resource
 
@@ -551,7 +551,7 @@ def whole_checkpoint(out: Path) -> Path:
 
 
 class FailingDisk:
-    """Stands in for the sync of files: fails as often as it is told to."""
+    """Replaces the sync of files; fails as often as configured."""
 
     def __init__(self, failures: int, error: OSError) -> None:
         self.failures, self.error, self.real = failures, error, os.fsync
@@ -567,7 +567,7 @@ class FailingDisk:
 def test_a_save_that_fails_is_said_and_tried_again(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if one failed save ends a run of weeks, or leaves half a checkpoint."""
+    """Fails if one failed save ends a long run, or leaves a partial checkpoint."""
     disk = FailingDisk(1, OSError(code, os.strerror(code)))
     monkeypatch.setattr(os, "fsync", disk)
     with pytest.warns(RuntimeWarning, match=f"step 3 could not be written.*{os.strerror(code)}"):
@@ -578,7 +578,7 @@ def test_a_save_that_fails_is_said_and_tried_again(
 def test_a_disk_that_stays_broken_ends_the_run_with_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run continues for days without a checkpoint, or spoils the last good one."""
+    """Fails if a run continues for long without checkpoints, or damages the last valid one."""
     train(engine_in(tmp_path, best=None), 3)
     monkeypatch.setattr(os, "fsync", FailingDisk(10**9, OSError(28, "No space left on device")))
     engine = engine_in(tmp_path, best=None)
@@ -599,14 +599,14 @@ def test_a_disk_that_stays_broken_ends_the_run_with_one_clear_error(
 def test_a_failure_of_the_last_save_is_never_swallowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run seems to have finished though its end was not saved."""
+    """Fails if a run looks finished although its end was not saved."""
     monkeypatch.setattr(os, "fsync", FailingDisk(10**9, OSError(5, "Input/output error")))
     with pytest.raises(RunError, match="Input/output error"):
         train(engine_in(tmp_path, every=100, best=None), 4)
 
 
 class ScoresPlugin(Plugin[PluginConfig]):
-    """Gives evaluations their values; at each, the writer may continue that was held before."""
+    """Sets the values of evaluations; each one releases the writer that was blocked before."""
 
     before: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
@@ -636,7 +636,7 @@ def test_a_best_that_could_not_be_written_takes_no_other_with_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Breaks if a save that fails late undoes a newer best, or leaves one that is nowhere."""
+    """Fails if a late failure undoes a newer best, or leaves one that does not exist."""
     writes = [threading.Event() for _ in range(failures)]
     held = iter(writes)
     waiting = iter([threading.Event(), *writes])  # the first evaluation comes before any write
@@ -658,7 +658,7 @@ def test_a_best_that_could_not_be_written_takes_no_other_with_it(
 
 @pytest.mark.slow
 def test_a_full_disk_is_survived(tmp_path: Path) -> None:
-    """Breaks if the file size limit of a real system leaves a checkpoint that looks whole."""
+    """Fails if a file size limit leaves a checkpoint that looks complete."""
     script = f"""
 import resource, signal, sys, warnings
 from pathlib import Path
@@ -694,7 +694,7 @@ print("resumed at", last.state.step)
 
 
 def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
-    """Breaks if half-written checkpoints pile up, or one half replaced is lost."""
+    """Fails if partial checkpoints accumulate, or a half-replaced one is lost."""
     train(engine_in(tmp_path, best=None), 6)
     root = tmp_path / "checkpoints"
     shutil.copytree(root / "step-00000006", root / ".tmp-step-00000009-123")
@@ -713,7 +713,7 @@ def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
 def test_everything_is_synced_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a power failure can leave a checkpoint under its name without its bytes."""
+    """Fails if a power failure can leave a checkpoint under its name without its content."""
     events: list[str] = []
 
     def fsync(descriptor: int) -> None:
@@ -791,7 +791,7 @@ print("crashes", crashes)
 def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(
     stride: int, tmp_path: Path
 ) -> None:
-    """Breaks if there is one moment in saving, naming or deleting at which a kill loses work."""
+    """Fails if a kill at any moment of saving, naming or deleting loses work."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", CRASHES, str(tmp_path), str(stride)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -800,7 +800,7 @@ def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(
 
 
 def test_a_second_run_is_kept_out_and_told_by_whom(tmp_path: Path) -> None:
-    """Breaks if two runs write into one folder."""
+    """Fails if two runs write to one folder."""
     first = engine_in(tmp_path)
     running = first.steps(ResumableLoader(Regression(), 4), until=9)
     next(running)
@@ -813,7 +813,7 @@ def test_a_second_run_is_kept_out_and_told_by_whom(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_killed_run_keeps_nobody_out(tmp_path: Path) -> None:
-    """Breaks if a crash leaves a folder locked, even while an orphaned worker still lives."""
+    """Fails if a crash leaves a folder locked, even while an orphaned worker is alive."""
     script = f"""
 import os, runpy, signal, time
 from pathlib import Path
@@ -864,7 +864,7 @@ class SizedPlugin(Plugin[SizedConfig]):
 def test_differences_in_settings_follow_their_policy(
     change: dict[str, Any], policy: str, outcome: Any, tmp_path: Path
 ) -> None:
-    """Breaks if a changed setting is applied in silence, or one that must not change is taken."""
+    """Fails if a changed setting is applied silently, or one that must not change is accepted."""
     train(engine_in(tmp_path, SizedPlugin()), 3)
     engine = engine_in(tmp_path, SizedPlugin(**change), resume_policy=policy)
     if outcome is None:
@@ -878,7 +878,7 @@ def test_differences_in_settings_follow_their_policy(
 
 
 def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
-    """Breaks if a resumed run shuffles in another order than the one it continues with."""
+    """Fails if a resumed run shuffles in a different order."""
     train(engine_in(tmp_path), 3)
     engine = engine_in(tmp_path)
     engine.seed = 6
@@ -889,7 +889,7 @@ def test_the_seed_of_a_run_cannot_change(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:the run was 4 batches into an epoch of different data")
 @pytest.mark.parametrize("until", [4, 6], ids=["within an epoch", "between two"])
 def test_other_data_needs_a_policy(until: int, tmp_path: Path) -> None:
-    """Breaks if a run that promises to be exact continues with data that it did not begin with."""
+    """Fails if an exact run continues with different data."""
     engine_in(tmp_path).fit(ResumableLoader(Regression(), 4, seed=1), until=until)
     other = ResumableLoader(Regression(), 4, seed=2)
     engine = engine_in(tmp_path)
@@ -905,10 +905,10 @@ def test_other_data_needs_a_policy(until: int, tmp_path: Path) -> None:
 
 
 def test_data_that_is_often_the_same_is_not_taken_for_other_data() -> None:
-    """Breaks if samples that are flipped now and then have another fingerprint in each process."""
+    """Fails if randomly flipped samples have another fingerprint in each process."""
 
     class Flipped(Regression):
-        def fingerprint(self) -> str:  # of their own, and none that the trainer could read
+        def fingerprint(self) -> str:  # the data set's own method, which does not count
             raise NotImplementedError
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -923,7 +923,7 @@ def test_data_that_is_often_the_same_is_not_taken_for_other_data() -> None:
 
 
 def test_data_that_is_never_the_same_twice_is_resumed_exactly(tmp_path: Path) -> None:
-    """Breaks if augmented samples are taken for other data: the place in them is lost."""
+    """Fails if augmented samples count as other data, and the position is lost."""
 
     class Augmented(Regression):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -944,7 +944,7 @@ def test_data_that_is_never_the_same_twice_is_resumed_exactly(tmp_path: Path) ->
 
 
 def test_another_set_of_plugins_needs_a_policy(tmp_path: Path) -> None:
-    """Breaks if a plugin comes or goes unnoticed, or its state is lost without force."""
+    """Fails if a plugin is added or removed unnoticed, or its state is lost without "force"."""
     train(engine_in(tmp_path, NotesPlugin()), 3)
     with pytest.raises(CheckpointError, match="plugin 'notes' is not in this run"):
         engine_in(tmp_path).resume()
@@ -970,7 +970,7 @@ class NewerPlugin(NotesPlugin):
 
 
 def test_an_older_state_is_migrated_when_versions_may_differ(tmp_path: Path) -> None:
-    """Breaks if a new layout of a plugin's state reads the old one as if it were its own."""
+    """Fails if a plugin reads an old state layout as the current one."""
     train(engine_in(tmp_path, NotesPlugin()), 3)
     with pytest.raises(CheckpointError, match="state version of plugin 'notes' is 2, was 1"):
         engine_in(tmp_path, NewerPlugin()).resume()
@@ -992,7 +992,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_and_buffers_survive(tmp_path: Path) -> None:
-    """Breaks if a tied head is saved twice or not at all, or running statistics are lost."""
+    """Fails if a tied head is saved twice or not at all, or running statistics are lost."""
 
     def made() -> Engine:
         engine = engine_in(tmp_path)
@@ -1013,7 +1013,7 @@ def test_tied_weights_and_buffers_survive(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    """Breaks if a checkpoint is loaded into a model that it does not fit."""
+    """Fails if a checkpoint is loaded into a model that it does not fit."""
     train(engine_in(tmp_path), 3)
     engine = engine_in(tmp_path)
     engine.model = nn.Linear(5, 4)
@@ -1022,7 +1022,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_saving_beside_the_loop_stores_the_moment_of_the_save(tmp_path: Path) -> None:
-    """Breaks if the thread writes weights that the loop has changed meanwhile."""
+    """Fails if the thread writes weights that the loop has changed in the meantime."""
     seen: dict[int, list[Tensor]] = {}
     engine = engine_in(tmp_path, every=1, keep_last=100, best=None)
     for state in engine.steps(ResumableLoader(Regression(), 4), until=12):
@@ -1036,7 +1036,7 @@ def test_saving_beside_the_loop_stores_the_moment_of_the_save(tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """A run that nobody interrupts."""
+    """An uninterrupted run."""
     return train(engine_in(tmp_path_factory.mktemp("whole"), NotesPlugin(), every=2), 20)
 
 
@@ -1045,7 +1045,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def test_any_row_of_interruptions_changes_nothing(
     whole: Engine, cuts: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Breaks if a run depends on how often and where it was interrupted."""
+    """Fails if a run depends on how often and where it was interrupted."""
     out = tmp_path_factory.mktemp("cut")
     for cut in cuts:
         engine = engine_in(out, NotesPlugin(), every=2)

@@ -1,4 +1,4 @@
-"""The codec and the tensor files: what comes back is what went in, and nothing else is believed."""
+"""The codec and the tensor files: exact round trips, and strict validation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ trees = st.recursive(
 
 
 def same(a: object, b: object) -> bool:
-    """Equality that knows the type, the sign of zero, nan, and the bits of tensors."""
+    """Equality that distinguishes types, the sign of zero, nan, and the bits of tensors."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -83,7 +83,7 @@ def same(a: object, b: object) -> bool:
 
 @given(tree=trees)
 def test_any_state_comes_back_as_it_was(tree: object) -> None:
-    """Breaks if a value, a type, a key, an order or a bit changes on its way through JSON."""
+    """Fails if a value, type, key, order or bit changes in a round trip through JSON."""
     bag = TensorBag()
     text = json.dumps(encode(tree, bag, "state"), allow_nan=False)
     assert same(decode(json.loads(text), bag.tensors), tree)
@@ -93,7 +93,7 @@ def test_any_state_comes_back_as_it_was(tree: object) -> None:
 def test_files_are_what_the_safetensors_library_reads(
     named: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Breaks if another reader cannot open a checkpoint, or reads other bits."""
+    """Fails if another reader cannot open a checkpoint, or reads other bits."""
     named.pop("__metadata__", None)
     path = tmp_path_factory.mktemp("st") / "t.safetensors"
     size, digest = write(path, named)
@@ -107,7 +107,7 @@ def test_files_are_what_the_safetensors_library_reads(
 
 
 def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
-    """Breaks if only our own files can be read, for instance weights that were published."""
+    """Fails if files of others, such as published weights, cannot be read."""
     named = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.tensor(3)}
     save_file(named, tmp_path / "t.safetensors")
     ours, _ = read(tmp_path / "t.safetensors")
@@ -115,7 +115,7 @@ def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_no_plain_memory_are_stored_by_value(tmp_path: Path) -> None:
-    """Breaks if a transposed, expanded, conjugated or overlapping tensor loads as another."""
+    """Fails if a transposed, expanded, conjugated or overlapping tensor loads differently."""
     base = torch.randn(4, 6)
     named = {
         "transposed": base.t(),
@@ -131,7 +131,7 @@ def test_tensors_that_are_no_plain_memory_are_stored_by_value(tmp_path: Path) ->
 
 
 def test_tied_weights_are_stored_once_and_come_back_tied() -> None:
-    """Breaks if a tied head doubles the file, or views of one memory are mistaken for tied."""
+    """Fails if a tied head doubles the file, or views of one memory count as tied weights."""
     table = torch.randn(4, 4)
     state = {"head": table, "embedding": table, "transposed": table.t(), "row": table[:1]}
     bag = TensorBag()
@@ -146,7 +146,7 @@ def test_tied_weights_are_stored_once_and_come_back_tied() -> None:
     "value", [{1, 2}, object(), bytearray(b"bytes"), torch.device("cpu"), {(1, 2): 3}, [lambda: 0]]
 )
 def test_what_cannot_be_stored_is_refused_by_name(value: object) -> None:
-    """Breaks if a state that JSON cannot hold is pickled, dropped or stored as its repr."""
+    """Fails if a state that JSON cannot represent is pickled, dropped or stored as its repr."""
     with pytest.raises(CheckpointError, match=r"plugins\.mine"):
         encode({"mine": value}, TensorBag(), "plugins")
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_stored_is_refused_by_name(value: object) -> None:
     ],
 )  # fmt: skip
 def test_marks_that_mean_nothing_are_refused(value: Any) -> None:
-    """Breaks if a forged mark is executed, or ends as another error than a CheckpointError."""
+    """Fails if a forged mark is executed, or ends as another error than a CheckpointError."""
     with pytest.raises(CheckpointError):
         decode([value], {})
 
@@ -199,7 +199,7 @@ HEADERS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_hostile_headers_are_refused_in_little_memory(kind: str, tmp_path: Path) -> None:
-    """Breaks if a header is believed before it is checked: memory would be taken, or misread."""
+    """Fails if a header is trusted before it is checked, which could exhaust or misread memory."""
     path = tmp_path / "t.safetensors"
     path.write_bytes(HEADERS[kind]())
     tracemalloc.start()
@@ -211,7 +211,7 @@ def test_hostile_headers_are_refused_in_little_memory(kind: str, tmp_path: Path)
 
 
 def test_a_reader_stops_at_the_end_of_the_file(tmp_path: Path) -> None:
-    """Breaks if a file that shrinks while it is read hangs the reader or leaves memory unset."""
+    """Fails if a file that shrinks while being read hangs the reader or leaves memory unset."""
     path = tmp_path / "t.safetensors"
     size, _ = write(path, {"a": torch.ones(100)})
     path.write_bytes(path.read_bytes()[:-50])
@@ -220,7 +220,7 @@ def test_a_reader_stops_at_the_end_of_the_file(tmp_path: Path) -> None:
 
 
 def test_other_readers_see_the_names_of_tied_weights(tmp_path: Path) -> None:
-    """Breaks if `safetensors.torch.load_model` cannot fill a model with tied weights."""
+    """Fails if `safetensors.torch.load_model` cannot fill a model with tied weights."""
     path = tmp_path / "t.safetensors"
     with FileIO(path, "w") as file:
         write_tensors(HashingWriter(file), {"a": torch.ones(2)}, {"b": "a", "format": "pt"})

@@ -1,4 +1,4 @@
-"""`nexus-run export`: what other programs read is what was trained."""
+"""`nexus-run export`: other programs read exactly what was trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tied(Net):
 
 
 def trained(out: Path, ema: type[EmaPlugin] = EmaPlugin) -> Engine:
-    """Six steps with an average, saved as final."""
+    """Train six steps with an average, and save the final checkpoint."""
     torch.manual_seed(3)
     model = Tied()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -49,7 +49,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 @pytest.mark.parametrize("source", ["", "checkpoints/final", "checkpoints/step-00000006"])
 def test_export_holds_every_name_with_the_trained_values(source: str, tmp_path: Path) -> None:
-    """Red if a weight is lost, tied ones under one name only, or another checkpoint is taken."""
+    """Fails if a weight is lost, tied ones have only one name, or it is another checkpoint."""
     engine = trained(tmp_path / "run")
     (tmp_path / "run/tokenizer.json").write_text("{}")
     code, output = command(tmp_path / "run" / source, "--out", tmp_path / "model")
@@ -68,7 +68,7 @@ def test_export_holds_every_name_with_the_trained_values(source: str, tmp_path: 
 
 @pytest.mark.parametrize("ema", [EmaPlugin, EmaPlugin.labelled("slow")], ids=lambda ema: ema.name)
 def test_export_gives_the_average_on_request(ema: type[EmaPlugin], tmp_path: Path) -> None:
-    """Red if --ema writes the weights of the last step, be it under one name of a tied weight."""
+    """Fails if --ema writes raw weights, even under one name of a tied weight."""
     engine = trained(tmp_path / "run", ema)
     average = engine.plugins[ema.name].weights()
     code, output = command(tmp_path / "run", "--out", tmp_path / "model", "--ema")
@@ -82,7 +82,7 @@ def test_export_gives_the_average_on_request(ema: type[EmaPlugin], tmp_path: Pat
 
 
 def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    """Red if a folder is overwritten, or a damaged or missing checkpoint ends in a traceback."""
+    """Fails if a folder is overwritten, or a damaged or missing checkpoint ends in a traceback."""
     trained(tmp_path / "run")
     code, output = command(tmp_path / "run", "--out", tmp_path / "run")
     assert (code, "--out FOLDER" in output) == (2, True)
@@ -98,7 +98,7 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_export_says_what_the_model_is(tmp_path: Path) -> None:
-    """Red if somebody must guess which programs read the folder."""
+    """Fails if the folder does not say which programs can read it."""
     trained(tmp_path / "run")
     code, output = command(tmp_path / "run", "--out", tmp_path / "model")
     assert (code, "README.md" in output) == (0, True)
@@ -135,7 +135,7 @@ BOMB = "plugins:\n  model_tied: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_export_trusts_nothing_that_somebody_has_signed(
     name: str, edit: Callable[[str], str], fault: str | None, tmp_path: Path
 ) -> None:
-    """Red if a forged checkpoint ends in a traceback, takes all memory, or leaves half a folder."""
+    """Fails if a forged checkpoint causes a traceback, exhausts memory, or leaves a folder."""
     trained(tmp_path / "run")
     folder = tmp_path / "run/checkpoints/step-00000006"
     (folder / name).write_text(edit((folder / name).read_text()))
@@ -151,7 +151,7 @@ def test_export_trusts_nothing_that_somebody_has_signed(
 
 
 def test_export_follows_no_link_beside_a_checkpoint(tmp_path: Path) -> None:
-    """Red if a file that a link leads to is exported, and perhaps published."""
+    """Fails if the target of a link is exported, and could be published."""
     trained(tmp_path / "run")
     (tmp_path / "secret").write_text("key")
     (tmp_path / "run/tokenizer.json").symlink_to(tmp_path / "secret")

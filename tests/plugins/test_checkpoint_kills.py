@@ -1,4 +1,4 @@
-"""Real processes, killed: the short form of `python -m benchmarks.crash`, and its verdicts."""
+"""Killed processes: a short version of `python -m benchmarks.crash`, and its verdicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny import Regression, tiny_engine
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
-    """Breaks if a SIGKILL, some of them inside a save, costs a bit, a log line or a sample."""
+    """Fails if a SIGKILL, sometimes during a save, changes a bit, a log line or a sample."""
     report = crash(3, tmp_path / "crash", seed=1)
     assert report.differences == []
     assert report.kills == 3
@@ -30,9 +30,9 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_run_that_never_resumed_gets_no_certificate(tmp_path: Path) -> None:
-    """Breaks if kills without a checkpoint are said to show that resuming is exact.
+    """Fails if kills without a checkpoint count as proof of exact resume.
 
-    No save can be caught here, so it breaks as well if a hunt for one lets the run end unkilled.
+    No save can be caught here, so it also fails if waiting for one lets the run end unkilled.
     """
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(600)))
@@ -92,7 +92,7 @@ class WorldPlugin(Loss[LossConfig]):
 
 @pytest.mark.slow
 def test_a_run_of_a_users_own_file_is_verified_from_another_folder(tmp_path: Path) -> None:
-    """Breaks if the processes that are killed do not find the file, or its classes in workers."""
+    """Fails if the killed processes, or their workers, do not find the file."""
     (tmp_path / "world.py").write_text(OWN)
     (tmp_path / "my.yaml").write_text(
         "until: 40 steps\nplugins:\n  ./world.py: {}\n  checkpoint: {every: 4 steps, best: null}\n"
@@ -104,7 +104,7 @@ def test_a_run_of_a_users_own_file_is_verified_from_another_folder(tmp_path: Pat
 
 
 class ForgetfulPlugin(Plugin[PluginConfig]):
-    """Changes the weights by something that it does not save."""
+    """Changes the weights by a value that it does not save."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class ForgetfulPlugin(Plugin[PluginConfig]):
 
 @pytest.mark.parametrize("forgetful", [False, True])
 def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path: Path) -> None:
-    """Breaks if a plugin that forgets its state gets a certificate, or another one is blamed."""
+    """Fails if a plugin that loses its state passes, or another one is blamed."""
 
     def run(out: Path, until: int) -> None:
         extra = [ForgetfulPlugin()] if forgetful else []
@@ -143,7 +143,7 @@ def test_the_first_difference_is_named_with_its_state(forgetful: bool, tmp_path:
 
 
 class LeavingPlugin(Plugin[PluginConfig]):
-    """Stops the run at once within the evaluation of a step, as a SIGTERM does."""
+    """Stops the run immediately during an evaluation, like a SIGTERM."""
 
     only_watches = True
 
@@ -158,7 +158,7 @@ class LeavingPlugin(Plugin[PluginConfig]):
 
 
 def test_a_step_whose_evaluation_was_put_off_is_noted_once_and_whole(tmp_path: Path) -> None:
-    """Breaks if a verification blames a run for an evaluation that the next life makes."""
+    """Fails if an evaluation postponed to the next session counts as a difference."""
 
     def live(out: Path, leaves: int, until: int) -> None:
         plugins = [CheckpointPlugin(every=4), JsonlPlugin(), witness(), LeavingPlugin(leaves)]
@@ -171,12 +171,12 @@ def test_a_step_whose_evaluation_was_put_off_is_noted_once_and_whole(tmp_path: P
                 break
 
     live(tmp_path / "whole", leaves=0, until=12)
-    for leaves, until in ((6, 12), (0, 7), (0, 12)):  # put off; made, and killed; made once more
+    for leaves, until in ((6, 12), (0, 7), (0, 12)):  # postponed; made, and killed; made again
         live(tmp_path / "cut", leaves, until)
     assert compare_runs(tmp_path / "whole", tmp_path / "cut") == []
 
 
 def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
-    """Breaks if a verification writes into somebody's run."""
+    """Fails if a verification writes to an existing run."""
     with pytest.raises(ConfigError, match="--out DIR"):
         verify_resume("quickstart", tmp_path)

@@ -1,4 +1,4 @@
-"""Optimizers across a resume: their own state, this run's settings, and nothing that crashes."""
+"""Optimizers across a resume: their own state, this run's settings, and no crashes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Build = Callable[[nn.Module], Optimizer]
 
 
 class Three(nn.Module):
-    """Two maps of one shape, and a head."""
+    """Two linear layers of equal shape, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def grouped(model: Any) -> Optimizer:
 def test_another_optimizer_is_refused_or_begins_anew(
     build: Build, fault: str, tmp_path: Path
 ) -> None:
-    """Breaks if moments go to another parameter, or another class meets them in its first step."""
+    """Fails if moments are assigned to another parameter, or used by another optimizer class."""
     engine_in(tmp_path, adamw).fit(batches(), until=3)
     with pytest.raises(CheckpointError, match=fault) as refused:
         engine_in(tmp_path, build).resume()
@@ -118,7 +118,7 @@ def test_another_optimizer_is_refused_or_begins_anew(
 def test_settings_that_were_changed_act_and_are_said(
     settings: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    """Breaks if a run keeps the settings of the run before, as optimizers do."""
+    """Fails if a run keeps the settings of the previous run, as optimizers do by default."""
     engine_in(tmp_path, adamw).fit(batches(), until=3)
     engine = engine_in(tmp_path, lambda m: adamw(m, **settings))
     with pytest.warns(RuntimeWarning, match=words):
@@ -127,12 +127,12 @@ def test_settings_that_were_changed_act_and_are_said(
     group = engine.optimizer.param_groups[0]
     for key, value in settings.items():
         assert group[key] == value
-    again = resumed(tmp_path, lambda m: adamw(m, **settings))  # and stay, without being said
+    again = resumed(tmp_path, lambda m: adamw(m, **settings))  # and stay, without a report
     assert all(again.optimizer.param_groups[0][key] == value for key, value in settings.items())
 
 
 def test_settings_that_moved_in_training_stay_where_they_were(tmp_path: Path) -> None:
-    """Breaks if resuming with the same config puts back what a schedule or a person has moved."""
+    """Fails if resuming with the same config resets what a schedule or user has changed."""
     engine = engine_in(tmp_path, adamw)
     for _ in engine.steps(batches(), until=3):
         engine.optimizer.param_groups[0]["weight_decay"] = 0.25
@@ -165,7 +165,7 @@ KINDS: dict[str, Build] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_optimizer_of_torch_goes_on_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    """Breaks if a state that an optimizer has written itself is refused, or changed on its way."""
+    """Fails if an optimizer's own state is rejected or changed."""
     build = KINDS[kind]
     whole = engine_in(tmp_path / "whole", build)
     whole.fit(batches(), until=7)
@@ -177,7 +177,7 @@ def test_every_optimizer_of_torch_goes_on_to_the_same_bits(kind: str, tmp_path: 
 
 
 def test_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
-    """Breaks if a fused kernel pairs each number of a parameter with the moment of another."""
+    """Fails if a fused kernel pairs elements of a parameter with the wrong moments."""
 
     def run(out: Path, until: int, *, resume: bool = False) -> Engine:
         torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
 
 
 def forged(out: Path, build: Build, edit: Callable[[dict[str, Any]], object]) -> Path:
-    """A checkpoint whose optimizer has been changed, and signed."""
+    """A checkpoint with a changed optimizer state and matching hashes."""
     engine_in(out / "run", build).fit(batches(), until=3)
     folder = (out / "run" / "checkpoints" / "final").resolve()
     state = json.loads((folder / "state.json").read_text())
@@ -252,7 +252,7 @@ NAN, BIAS = {"$float": "nan"}, {"$tensor": "state.3.exp_avg"}
 def test_a_forged_state_never_reaches_a_step(
     edit: Callable[[dict[str, Any]], object], kind: str, tmp_path: Path
 ) -> None:
-    """Breaks if a fused kernel reads past what it was given, or a step fails far from its cause."""
+    """Fails if a fused kernel reads out of bounds, or a step fails far from the cause."""
     folder = forged(tmp_path, KINDS[kind], edit)
     with pytest.raises(CheckpointError, match="optimizer"):
         engine_in(tmp_path / "new", KINDS[kind]).resume(str(folder))
@@ -266,7 +266,7 @@ def test_a_forged_state_never_reaches_a_step(
 def test_what_a_forged_state_may_say_changes_nothing_that_this_run_decides(
     edit: Callable[[dict[str, Any]], object], tmp_path: Path
 ) -> None:
-    """Breaks if a checkpoint decides which kernel runs, or a setting is missing in the step."""
+    """Fails if a checkpoint decides which kernel runs, or a setting is missing in the step."""
     folder = forged(tmp_path, adamw, edit)
     engine = engine_in(tmp_path / "new", adamw)
     engine.resume(str(folder))
@@ -277,7 +277,7 @@ def test_what_a_forged_state_may_say_changes_nothing_that_this_run_decides(
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int64])
 def test_a_count_of_another_dtype_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Breaks if looking at a number fails because PyTorch does not calculate in its dtype."""
+    """Fails if the check fails because PyTorch cannot compute in a dtype."""
     folder = forged(tmp_path, adamw, of_first())
     path = folder / "optimizer.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -288,7 +288,7 @@ def test_a_count_of_another_dtype_is_refused(dtype: torch.dtype, tmp_path: Path)
 
 
 def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path) -> None:
-    """Breaks if the fused kernel meets momentum for some parameters and not for others."""
+    """Fails if the fused kernel gets momentum for only some parameters."""
     folder = forged(tmp_path, KINDS["momentum"], lambda o: o["state"]["$dict"].pop(0))
     engine = engine_in(tmp_path / "new", KINDS["momentum"])
     engine.resume(str(folder))
@@ -297,9 +297,9 @@ def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path)
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_signed_mutations_are_refused_or_train(count: int) -> None:
-    """Breaks if one ends in anything but a `CheckpointError` or a step: an error, a signal."""
+    """Fails if one ends in anything but a `CheckpointError` or a step."""
     command = ["-m", "benchmarks.mutations", "--mutations", str(count), "--seed", "7"]
-    done = subprocess.run(  # it forks, which a process that has used an accelerator may not
+    done = subprocess.run(  # it forks, which is unsafe after using an accelerator
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr

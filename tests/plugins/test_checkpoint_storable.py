@@ -1,4 +1,4 @@
-"""What a checkpoint cannot hold is named at the first step; the rest comes back in its type."""
+"""What a checkpoint cannot store is named at the first step; the rest keeps its type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiny import Regression, tiny_engine
 
 
 class HolderPlugin(Plugin[PluginConfig]):
-    """Keeps a value."""
+    """Has a value as its state."""
 
     def __init__(self, value: Any = None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Word(enum.StrEnum):
 
 
 class Text(str):
-    """Derived from text."""
+    """A subclass of str."""
 
 
 Point = namedtuple("Point", "x y")
@@ -100,7 +100,7 @@ CYCLE["me"] = CYCLE
 def test_what_cannot_be_stored_is_named_at_the_first_step(
     value: object, advice: str, tmp_path: Path
 ) -> None:
-    """Breaks if a run trains for hours before its first save finds it."""
+    """Fails if only the first save finds it, after hours of training."""
     held = value() if isinstance(value, FunctionType) else value
     engine = engine_in(tmp_path, HolderPlugin(held))
     with pytest.raises(CheckpointError, match=rf"(?s)holder.*{advice}") as refused:
@@ -110,7 +110,7 @@ def test_what_cannot_be_stored_is_named_at_the_first_step(
 
 
 def test_a_buffer_of_the_model_is_named_with_a_way_out(tmp_path: Path) -> None:
-    """Breaks if the author of a model does not learn which buffer it is."""
+    """Fails if the message does not name the buffer."""
     engine = engine_in(tmp_path)
     engine.model.register_buffer("freqs", torch.ones(2, dtype=torch.complex128))
     with pytest.raises(CheckpointError, match=r"the model's tensor 'freqs'.*persistent=False"):
@@ -121,7 +121,7 @@ def test_a_buffer_of_the_model_is_named_with_a_way_out(tmp_path: Path) -> None:
 def test_names_beyond_the_header_are_refused_when_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a file is written that its own reader refuses."""
+    """Fails if a file is written that its own reader rejects."""
     monkeypatch.setattr(tensorfile, "_HEADER_LIMIT", 2000)
     many = {f"a rather long name, number {n}": torch.zeros(1) for n in range(50)}
     with pytest.raises(CheckpointError, match="too many for a safetensors file"):
@@ -129,7 +129,7 @@ def test_names_beyond_the_header_are_refused_when_writing(
 
 
 class Gathers(Plugin[PluginConfig]):
-    """Its state gets something at step 2 that cannot be stored."""
+    """Its state becomes unstorable at step 2."""
 
     name = "gathers"
 
@@ -158,7 +158,7 @@ class Gathers(Plugin[PluginConfig]):
     ],
 )  # fmt: skip
 def test_what_is_stored_comes_back_in_its_type(value: object, tmp_path: Path) -> None:
-    """Breaks if an OrderedDict, such as a module's state, comes back as another type."""
+    """Fails if an OrderedDict, such as a module's state, is restored as another type."""
     train(engine_in(tmp_path, HolderPlugin(value)), 2)
     holder = HolderPlugin()
     engine_in(tmp_path, holder).resume()
@@ -178,7 +178,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_what_cannot_be_stored_later_is_no_trouble_of_the_disk(tmp_path: Path) -> None:
-    """Breaks if the message sends its reader to make room."""
+    """Fails if the message blames the disk."""
     with pytest.raises(CheckpointError, match=r"plugins\.gathers\.state\.seen\.0.*builtins\.set"):
         train(engine_in(tmp_path, Gathers(), every=1), 9)
 
@@ -199,7 +199,7 @@ class ScorePlugin(Plugin[PluginConfig]):
 def test_best_of_a_metric_of_any_number_type_resumes(
     kind: Callable[[int], Any], tmp_path: Path
 ) -> None:
-    """Breaks if a run is saved that cannot be resumed, as the metric counts in whole numbers."""
+    """Fails if a run with an integer metric is saved but cannot be resumed."""
     held = ResumableLoader(Regression(), 8, shuffle=False)
 
     def engine() -> Engine:
@@ -213,7 +213,7 @@ def test_best_of_a_metric_of_any_number_type_resumes(
 
 
 class KindsPlugin(Plugin[PluginConfig]):
-    """Has a state of every kind."""
+    """Has a state of every type."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class KindsPlugin(Plugin[PluginConfig]):
 def test_a_state_of_other_kinds_is_refused_before_the_plugin_trusts_it(
     change: dict[str, Any], place: str | None, tmp_path: Path
 ) -> None:
-    """Breaks if text where a number was is found in the first step, far from its cause."""
+    """Fails if text instead of a number is only found in the first step, far from the cause."""
     plugin = KindsPlugin()
     engine = engine_in(tmp_path, plugin)
     plugin.state |= change
@@ -266,7 +266,7 @@ class LaterPlugin(KindsPlugin):
 
 
 def test_an_engine_that_has_trained_takes_back_what_it_had_not_yet(tmp_path: Path) -> None:
-    """Breaks if a state of the beginning is refused for what the plugin has become since."""
+    """Fails if an initial state is rejected because the plugin's state has changed since."""
     engine = engine_in(tmp_path, LaterPlugin(), every=1)
     train(engine, 2)
     folder = tmp_path / "checkpoints" / "step-00000001"

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints in a world that does not do as it is told, and its courses."""
+"""The checkpoint folder with failing file operations, and abandoned histories."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def names(out: Path) -> list[str]:
 
 
 def refusing(real: Callable[..., Any], word: str) -> Callable[..., Any]:
-    """A file operation that fails for what has a word in its path."""
+    """A file operation that fails for paths containing a word."""
 
     def operation(path: Any, *rest: Any, **options: Any) -> Any:
         if word in str(path):
@@ -63,7 +63,7 @@ def test_what_cannot_be_deleted_stays_and_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """Breaks if a run ends because an old checkpoint is protected, though each save succeeded."""
+    """Fails if a run ends because an old checkpoint cannot be deleted, although saves succeed."""
     train(engine_in(tmp_path, keep_last=1), 3)
     monkeypatch.setattr(owner, name, refusing(getattr(owner, name), word))
     engine = engine_in(tmp_path, keep_last=1)
@@ -81,7 +81,7 @@ def test_what_cannot_be_deleted_stays_and_is_said_once(
 
 
 def test_strangers_among_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
-    """Breaks if a stray file, pipe, link or copy ends a run, or is taken for its newest save."""
+    """Fails if a stray file, pipe, link or copy ends a run, or is mistaken for its newest save."""
     train(engine_in(tmp_path), 6)
     root = tmp_path / "checkpoints"
     (root / ".tmp-x").write_text("x")
@@ -104,7 +104,7 @@ def test_strangers_among_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_stray_file_of_a_steps_name_makes_room(tmp_path: Path) -> None:
-    """Breaks if the save of a step fails because a file has its name."""
+    """Fails if a save fails because a file has its name."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000003").write_text("x")
     train(engine_in(tmp_path), 3)
@@ -114,7 +114,7 @@ def test_a_stray_file_of_a_steps_name_makes_room(tmp_path: Path) -> None:
 def test_names_work_where_there_are_no_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if 'best' and 'final' need a file system with links, or retention forgets them."""
+    """Fails if 'best' and 'final' need a file system with links, or retention forgets them."""
 
     def none(*_: Any, **__: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -124,7 +124,7 @@ def test_names_work_where_there_are_no_links(
     engine = engine_in(tmp_path, best="val/loss", mode="max", keep_last=1)
     train(engine, 9, eval_data=held, eval_every="3 steps")
     best = (tmp_path / "checkpoints" / "best").read_text().strip()
-    assert best == "step-00000003"  # the loss falls
+    assert best == "step-00000003"  # the loss decreases
     assert names(tmp_path) == ["best", "final", "step-00000003", "step-00000009"]
     for source in ("best", str(tmp_path / "checkpoints" / "best")):
         again = engine_in(tmp_path, best="val/loss", mode="max")
@@ -133,7 +133,7 @@ def test_names_work_where_there_are_no_links(
 
 
 def test_a_copy_in_which_links_became_folders_is_a_run(tmp_path: Path) -> None:
-    """Breaks if a run that was copied with links followed cannot save, or loses its names."""
+    """Fails if a copy of a run with links followed cannot save, or loses its names."""
     train(engine_in(tmp_path / "run"), 3)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     engine = engine_in(tmp_path / "copy")
@@ -145,7 +145,7 @@ def test_a_copy_in_which_links_became_folders_is_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.lock", "checkpoints/set-aside"])
 def test_a_link_in_a_runs_folder_is_never_written_through(name: str, tmp_path: Path) -> None:
-    """Breaks if a run in a folder of somebody else's writes to where that one has led it."""
+    """Fails if a run follows a planted link and writes outside its folder."""
     train(engine_in(tmp_path / "run"), 6)
     victim = tmp_path / "victim"
     victim.write_text("precious") if name == "run.lock" else victim.mkdir()
@@ -161,7 +161,7 @@ def test_a_link_in_a_runs_folder_is_never_written_through(name: str, tmp_path: P
 def test_what_is_of_another_course_and_cannot_be_moved_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run goes back and its later checkpoints stay, to be resumed from some day."""
+    """Fails if a run goes back but later checkpoints stay, and could be resumed from."""
     train(engine_in(tmp_path), 6)
     engine = engine_in(tmp_path)
     engine.resume(str(tmp_path / "checkpoints" / "step-00000003"))
@@ -170,7 +170,7 @@ def test_what_is_of_another_course_and_cannot_be_moved_stops_the_run(
         train(engine, 9)
 
 
-# -- courses
+# -- abandoned histories
 
 
 def first_weight(engine: Engine) -> float:
@@ -178,7 +178,7 @@ def first_weight(engine: Engine) -> float:
 
 
 def started(engine: Engine) -> None:
-    """Train a step and break off, as a kill does: nothing is saved."""
+    """Train a step and stop like a kill, without saving."""
     next(iter(engine.steps(ResumableLoader(Regression(), 4, seed=1), until=100)))
 
 
@@ -194,14 +194,14 @@ def other_run(out: Path, until: int) -> Path:
 def test_a_run_killed_before_its_first_save_goes_on_from_where_it_had_begun(
     later: bool, tmp_path: Path
 ) -> None:
-    """Breaks if the newest checkpoint of an old course is taken for this one's."""
+    """Fails if the newest checkpoint of an abandoned history is mistaken for this run's."""
     train(engine_in(tmp_path / "run"), 9 if later else 3)
     source = other_run(tmp_path / "other", 6)
     engine = engine_in(tmp_path / "run")
     engine.resume(str(source))
     expected = first_weight(engine)
     started(engine)
-    for _ in range(2):  # and once more, as often as it takes
+    for _ in range(2):  # also repeatedly
         again = engine_in(tmp_path / "run")
         again.resume("auto")
         assert (again.state.step, first_weight(again)) == (6, expected)
@@ -218,7 +218,7 @@ def test_a_run_killed_before_its_first_save_goes_on_from_where_it_had_begun(
 def test_a_kill_while_a_course_begins_never_leads_back(
     moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if there is a moment at which a kill leaves the old course the newest one."""
+    """Fails if a kill at some moment leaves the abandoned history as the newest."""
     train(engine_in(tmp_path), 9)
     engine = engine_in(tmp_path)
     engine.resume(str(tmp_path / "checkpoints" / "step-00000003"))
@@ -247,7 +247,7 @@ def test_a_kill_while_a_course_begins_never_leads_back(
 def test_a_restart_by_the_launcher_takes_what_this_launch_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a restart goes back to the named checkpoint, or a new start does not."""
+    """Fails if a restart goes back to the named checkpoint, or a new launch does not."""
     source = str(other_run(tmp_path / "other", 6))
     engine = engine_in(tmp_path / "run")
     engine.resume(source)
@@ -264,14 +264,14 @@ def test_a_restart_by_the_launcher_takes_what_this_launch_has_saved(
     note = tmp_path / "run" / "checkpoints" / "course.json"
     facts = json.loads(note.read_text())
     note.write_text(json.dumps({**facts, "launch": [socket.gethostname(), "1", "2"]}))
-    assert step_after("1") == 6  # another launch had named the same one
+    assert step_after("1") == 6  # another launch named the same one
     note.write_text(json.dumps({**facts, "launch": ["elsewhere", "1", "2"]}))
-    assert step_after("1") == 9  # the main process may have moved
+    assert step_after("1") == 9  # rank 0 may be another process
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"asked": 1}', "[" * 100_000, "{}" * 100_000])
 def test_a_note_that_cannot_be_read_is_said(text: str, tmp_path: Path) -> None:
-    """Breaks if a damaged note is passed over, and the old course is taken."""
+    """Fails if a damaged record is ignored, and the abandoned history is resumed."""
     train(engine_in(tmp_path), 3)
     (tmp_path / "checkpoints" / "course.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"course\.json cannot be read"):

@@ -1,4 +1,4 @@
-"""The classical trainer: every field of its config acts, and it is the engine underneath."""
+"""The classic trainer: every field of its config has an effect, and it runs the engine."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("field", ACTS_ON)
 def test_a_field_reaches_its_plugin(field, tmp_path):
-    """If it fails, a setting is decoration."""
+    """Fails if a setting has no effect."""
     plugin, setting, value = ACTS_ON[field]
     trainer = NEXUSTrainer(None, tiny(tmp_path, **{field: value}))
     assert getattr(trainer.engine.plugins[plugin].config, setting) == value
@@ -86,7 +86,7 @@ def test_a_field_reaches_its_plugin(field, tmp_path):
     ],
 )
 def test_a_field_chooses_its_plugin(settings, present, absent, tmp_path):
-    """If it fails, a choice of the config is not the one that trains."""
+    """Fails if training does not use the configured choice."""
     names = NEXUSTrainer(None, tiny(tmp_path, **settings)).engine.plugins
     assert present in names
     assert absent not in names
@@ -97,7 +97,7 @@ def test_a_field_chooses_its_plugin(settings, present, absent, tmp_path):
     [({"fp16": True}, "amp"), ({"compile": True}, "compile"), ({"wandb_project": "p"}, "wandb")],
 )
 def test_what_needs_another_plugin_loads_it_or_says_so(settings, plugin, tmp_path):
-    """If it fails, 16 bits, compiling or logging elsewhere is silently left out."""
+    """Fails if 16-bit training, compilation or external logging is silently skipped."""
     if plugin in installed():
         names = {chosen.name for chosen in tiny(tmp_path, **settings).plugins()}
         assert plugin in names
@@ -107,7 +107,7 @@ def test_what_needs_another_plugin_loads_it_or_says_so(settings, plugin, tmp_pat
 
 
 def test_steps_batches_logs_evaluations_and_checkpoints_are_as_configured(tmp_path):
-    """If it fails, a run is longer, larger or quieter than its config says."""
+    """Fails if a run is longer, larger or less verbose than configured."""
     trainer = train(tmp_path, gradient_accumulation_steps=2, max_steps=5, save_total_limit=1)
     state = trainer.engine.state
     assert (state.step, state.samples) == (5, 5 * 2 * 4)
@@ -122,7 +122,7 @@ def test_steps_batches_logs_evaluations_and_checkpoints_are_as_configured(tmp_pa
 
 
 def test_warmup_and_dropout_and_seed_act(tmp_path):
-    """If it fails, one of them is decoration."""
+    """Fails if one of them has no effect."""
     warm = train(tmp_path / "warm", warmup_steps=4, max_steps=4)
     records = logged(tmp_path / "warm")
     rates = [r["train/learning_rate"] for r in records if "train/total_loss" in r]
@@ -135,7 +135,7 @@ def test_warmup_and_dropout_and_seed_act(tmp_path):
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
-    """If it fails, `resume_from` starts something else than it left."""
+    """Fails if `resume_from` does not continue the same run."""
     whole = train(tmp_path / "whole", lr_decay="constant").model.state_dict()
     train(tmp_path / "parts", lr_decay="constant", max_steps=2)
     parts = train(tmp_path / "parts", "auto", lr_decay="constant").model.state_dict()
@@ -144,7 +144,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 
 def test_a_model_of_other_sizes_is_refused(tmp_path):
-    """If it fails, a field says one thing and the model another."""
+    """Fails if config and model may disagree."""
     model = NEXUSCore(vocab_size=128, d_model=64, ssm_n_layers=1)
     with pytest.raises(ConfigError, match=r"d_model=64.*says 32"):
         NEXUSTrainer(model, tiny(tmp_path))
@@ -153,7 +153,7 @@ def test_a_model_of_other_sizes_is_refused(tmp_path):
 
 
 def test_a_module_of_ones_own_trains_on_its_logits(tmp_path):
-    """If it fails, the trainer works for one model only."""
+    """Fails if the trainer only works for one model."""
     model = torch.nn.Sequential(torch.nn.Embedding(128, 8), torch.nn.Linear(8, 128))
     model.forward = lambda input_ids: model[1](model[0](input_ids))
     others = {f"{term}_loss_weight": 0 for term in ("world", "reason", "energy", "causal")}
@@ -164,7 +164,7 @@ def test_a_module_of_ones_own_trains_on_its_logits(tmp_path):
 
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6), row_length=st.integers(1, 12))
 def test_every_token_but_the_first_is_a_label_once(lengths, row_length):
-    """If it fails, tokens are lost at the end of rows, or trained on twice."""
+    """Fails if tokens are lost at the end of rows, or trained on twice."""
     documents = [list(range(100 * n, 100 * n + length)) for n, length in enumerate(lengths)]
     dataset = NEXUSDataset(documents, row_length)
     batch = NEXUSCollator(pad_id=7)([dataset[row] for row in range(len(dataset))])
@@ -177,13 +177,13 @@ def test_every_token_but_the_first_is_a_label_once(lengths, row_length):
 
 @pytest.mark.parametrize("documents", [[], [[1, 2], [3]]])
 def test_documents_without_anything_to_predict_are_refused(documents):
-    """If it fails, the run dies later, of an empty batch."""
+    """Fails if the run only fails later, on an empty batch."""
     with pytest.raises(DataError, match="two tokens"):
         NEXUSDataset(documents, 8)
 
 
 def test_loaders_have_the_batch_sizes_of_the_config(tmp_path):
-    """If it fails, `batch_size`, `eval_batch_size` or `num_workers` is decoration."""
+    """Fails if `batch_size`, `eval_batch_size` or `num_workers` has no effect."""
     config = tiny(tmp_path, num_workers=2)
     train_loader, val_loader = (create_dataloader(DOCUMENTS, config, t) for t in (True, False))
     assert (train_loader.batch_size, val_loader.batch_size) == (4, 3)
@@ -196,7 +196,7 @@ def test_loaders_have_the_batch_sizes_of_the_config(tmp_path):
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    """If it fails, the script that users copy is broken."""
+    """Fails if the example script is broken."""
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), "--steps", "4", "--out", str(tmp_path)])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert "val/perplexity" in capsys.readouterr().out

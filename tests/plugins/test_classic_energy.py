@@ -1,4 +1,4 @@
-"""The classical energy module: descent, freezing, and where the iterations go."""
+"""The classic energy module: descent, freezing, and the distribution of iterations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nexus_plugins.model_nexus.nexus import NEXUSOutput
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), memories=st.integers(1, 9), scale=st.sampled_from([0.01, 1.0, 30]))
 def test_energy_falls_with_every_refinement_and_has_a_floor(seed, memories, scale):
-    """If it fails, refinement may diverge, or the loss may run away to minus infinity."""
+    """Fails if refinement can diverge, or the loss can go to minus infinity."""
     torch.manual_seed(seed)
     module = ClassicEnergyModule(6, d_code=5, n_memories=memories, threshold=1e-9).double()
     h = torch.randn(4, 6, dtype=torch.float64) * scale
@@ -32,7 +32,7 @@ def test_energy_falls_with_every_refinement_and_has_a_floor(seed, memories, scal
 
 
 def test_refinement_follows_the_gradient_of_the_energy():
-    """If it fails, codes settle somewhere that has nothing to do with the energy reported."""
+    """Fails if codes do not settle at minima of the reported energy."""
     torch.manual_seed(0)
     module = ClassicEnergyModule(6, d_code=5, n_memories=4, max_iterations=1).double()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_refinement_follows_the_gradient_of_the_energy():
 
 
 def test_a_token_does_not_depend_on_when_another_one_settles():
-    """If it fails, a neighbour in the batch changes a token's result."""
+    """Fails if a neighbour in the batch changes a token's result."""
     torch.manual_seed(0)
     module = ClassicEnergyModule(6, threshold=0.05)
     h = torch.randn(64, 6)
@@ -60,7 +60,7 @@ def test_a_token_does_not_depend_on_when_another_one_settles():
 
 
 def test_settled_codes_are_frozen():
-    """If it fails, the threshold saves nothing and `refinements` is not what was done."""
+    """Fails if the threshold has no effect, or `refinements` is not the number made."""
     torch.manual_seed(0)
     h = torch.randn(32, 6)
     module = ClassicEnergyModule(6, threshold=0.1, max_iterations=40)
@@ -72,7 +72,7 @@ def test_settled_codes_are_frozen():
 
 
 def test_reports_match_a_loop_over_tokens_in_numpy():
-    """If it fails, iterations or energy are not what the loss says they are."""
+    """Fails if iterations or energy differ from what the loss assumes."""
     torch.manual_seed(2)
     module = ClassicEnergyModule(
         6, d_code=5, n_memories=7, max_iterations=6, threshold=0.02
@@ -102,7 +102,7 @@ def test_reports_match_a_loop_over_tokens_in_numpy():
 
 
 def test_expected_iterations_are_differentiable():
-    """If it fails, the loss cannot steer how long tokens are refined."""
+    """Fails if the loss cannot steer how long tokens are refined."""
     torch.manual_seed(0)
     module = ClassicEnergyModule(6, d_code=5, n_memories=4).double()
     h = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -113,7 +113,7 @@ def test_expected_iterations_are_differentiable():
 
 
 class EnergyAlone(nn.Module):
-    """Given states go straight into an energy module."""
+    """Passes given states directly to an energy module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class EnergyAlone(nn.Module):
 
 
 def test_hard_tokens_take_more_iterations_than_repeated_ones():
-    """If it fails, effort does not go where a token is unfamiliar."""
+    """Fails if unfamiliar tokens do not get more iterations."""
     torch.manual_seed(0)
     repeated = torch.randn(4, 32)
 

@@ -1,4 +1,4 @@
-"""The classical world model: what it predicts, its targets, how the target encoder moves."""
+"""The classic world model: predictions, targets, and updates of the target encoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nexus_plugins.model_nexus.nexus import NEXUSOutput
 
 
 class WorldAlone(nn.Module):
-    """Given states go straight into a world model; follows the contract of `LossWorldPlugin`."""
+    """Passes given states directly to a world model; follows the contract of `LossWorldPlugin`."""
 
     def __init__(self, width: int, latent: int, levels: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class WorldAlone(nn.Module):
     seed=st.integers(0, 99),
 )
 def test_targets_are_the_latents_ahead_within_a_document(lengths, levels, seed):
-    """If it fails, the model learns from the wrong token or across a document boundary."""
+    """Fails if the model learns from the wrong token or across a document boundary."""
     torch.manual_seed(seed)
     world = ClassicWorldModel(5, 6, levels)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -63,7 +63,7 @@ def test_targets_are_the_latents_ahead_within_a_document(lengths, levels, seed):
 
 
 def test_target_encoder_moves_by_decay_and_never_by_an_optimizer():
-    """If it fails, targets are trained on or stand still, and prediction collapses."""
+    """Fails if targets are trained or never move, so that prediction collapses."""
     torch.manual_seed(0)
     model = WorldAlone(5, 6, 2)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -84,7 +84,7 @@ def test_target_encoder_moves_by_decay_and_never_by_an_optimizer():
 
 
 def test_no_gradient_passes_through_the_targets():
-    """If it fails, the states are trained to be easy to predict: collapse."""
+    """Fails if the states are trained to be easy to predict, and collapse."""
     world = ClassicWorldModel(5, 6, 2)
     h = torch.randn(2, 4, 5, requires_grad=True)
     _, reports = world(h)
@@ -93,7 +93,7 @@ def test_no_gradient_passes_through_the_targets():
 
 
 def test_one_token_at_a_time_equals_the_whole_sequence():
-    """If it fails, generation uses another model than training."""
+    """Fails if generation differs from training."""
     world = ClassicWorldModel(5, 6, 3)
     h = torch.randn(2, 7, 5)
     whole, _ = world(h)
@@ -102,7 +102,7 @@ def test_one_token_at_a_time_equals_the_whole_sequence():
 
 
 def test_a_periodic_sequence_is_predicted_better_than_by_its_mean():
-    """If it fails, the world model does not learn what comes next."""
+    """Fails if the world model does not learn what comes next."""
     torch.manual_seed(0)
     period = 5
     states = torch.randn(period, 8)
@@ -127,7 +127,7 @@ def test_a_periodic_sequence_is_predicted_better_than_by_its_mean():
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_decay_follows_its_schedule(schedule):
-    """If it fails, targets move too fast late in a run, or freeze early."""
+    """Fails if targets move too fast late in a run, or freeze early."""
     plugin = LossWorldPlugin(classic=True, decay=0.9, decay_schedule=schedule)
     seen = []
     model = WorldAlone(5, 6, 1)

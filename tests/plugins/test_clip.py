@@ -1,4 +1,4 @@
-"""Gradient clipping: the same numbers as torch, and a logged norm from before it."""
+"""Gradient clipping: the same numbers as torch, and the logged norm before clipping."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def engine_of(
 def test_update_is_that_of_torchs_clipping(
     seed: int, scale: float, max_norm: float, mixed: bool, cells: int | None
 ) -> None:
-    """Breaks if any path (one type, mixed types, in cells) clips to other numbers than torch."""
+    """Fails if any path (one dtype, mixed dtypes, in cells) differs from torch."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     if mixed:
@@ -69,7 +69,7 @@ class _ToDouble(nn.Module):
 
 
 def test_a_step_is_never_longer_than_max_norm() -> None:
-    """Breaks if clipping runs before the gradient is complete (accumulation) or not at all."""
+    """Fails if clipping runs before the gradient is complete (accumulation) or not at all."""
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
     before = [p.detach().clone() for p in model.parameters()]
@@ -89,7 +89,7 @@ def test_a_step_is_never_longer_than_max_norm() -> None:
 
 
 def test_infinite_max_norm_only_logs() -> None:
-    """Breaks if the norm cannot be watched without changing the training."""
+    """Fails if logging the norm changes training."""
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
     batch = torch.randn(2, 4)
@@ -102,7 +102,7 @@ def test_infinite_max_norm_only_logs() -> None:
 
 
 def test_frozen_and_unused_parameters_do_not_count() -> None:
-    """Breaks if a parameter without gradient stops the run or enters the norm."""
+    """Fails if a parameter without a gradient stops the run or enters the norm."""
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
     model["used"].bias.requires_grad_(False)
     engine = Engine(
@@ -118,13 +118,13 @@ def test_frozen_and_unused_parameters_do_not_count() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, "much"])
 def test_refuses_a_norm_that_is_no_length(value: object) -> None:
-    """Breaks if a senseless setting gets as far as training."""
+    """Fails if an invalid setting is accepted."""
     with pytest.raises(ConfigError, match=r"clip\.max_norm"):
         ClipPlugin(max_norm=value)
 
 
 def stepped(plugin: ClipPlugin | None, model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-    """What one step of size one takes from the weights: the gradient as it was applied."""
+    """The change of the weights in one step of size one: the applied gradient."""
     before = [p.detach().clone() for p in model.parameters()]
     engine = engine_of(model, plugin or ClipPlugin(max_norm=float("inf")), scale=10.0)
     norm = engine.fit([batch], until=1).metrics["train/grad_norm"]
@@ -146,7 +146,7 @@ def test_by_value_each_number_is_limited() -> None:
 
 
 def test_adaptive_clipping_limits_each_unit_against_its_weights() -> None:
-    """The equation of the paper, unit by unit, on every parameter but the spared."""
+    """The paper's equation, unit by unit, on every parameter except excluded ones."""
     batch = torch.randn(4, 2, 3)
     whole = stepped(None, small(), batch)
     plugin = ClipPlugin(by="agc", ratio=0.1, eps=0.01, spare=("3.*",))
@@ -198,7 +198,7 @@ def test_a_limit_that_would_not_act_is_refused(settings: dict[str, float], words
 def test_length_in_cells_does_not_depend_on_what_is_added_at_once(
     shapes: list[tuple[int, ...]], at_once: int
 ) -> None:
-    """Breaks if rows are lost, counted twice or mixed up where blocks of them begin and end."""
+    """Fails if rows at block boundaries are lost, counted twice or mixed up."""
     generator = torch.Generator().manual_seed(at_once)
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
     with pytest.MonkeyPatch.context() as patch:

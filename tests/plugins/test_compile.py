@@ -1,4 +1,4 @@
-"""Compilation: the same training, of the modules that were chosen, and given back."""
+"""Compilation: the same training, for the selected modules, with everything restored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nexus_plugins.compile import CompilePlugin
 from nexus_plugins.compile.facts import Knowledge
 from nexus_plugins.recompute import RecomputePlugin
 
-# PyTorch's compiler warns of its own doings.
+# PyTorch's compiler warns about itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other."""
+    """A sequence of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def compiled(engine: Engine) -> list[str]:
 def test_the_chosen_modules_run_compiled_and_are_given_back(
     config: dict[str, Any], expected: list[str]
 ) -> None:
-    """Breaks if nothing is compiled, the wrong part is, or names of parameters change."""
+    """Fails if nothing or the wrong part is compiled, or parameter names change."""
     plain, engine = engine_of(), engine_of(CompilePlugin(backend="aot_eager", **config))
     plain.fit(data(), until="3 steps")
     for _ in engine.steps(data(), until="3 steps"):
@@ -103,7 +103,7 @@ def test_the_chosen_modules_run_compiled_and_are_given_back(
 
 
 def test_equal_blocks_share_one_graph() -> None:
-    """Breaks if a deep model is compiled once per layer: minutes instead of seconds."""
+    """Fails if a deep model is compiled once per layer: minutes instead of seconds."""
     from torch._dynamo.utils import counters
 
     before = counters["stats"]["unique_graphs"]
@@ -113,14 +113,14 @@ def test_equal_blocks_share_one_graph() -> None:
 
 
 def test_a_model_without_lists_is_compiled_whole() -> None:
-    """Breaks if the default chooses nothing and says nothing."""
+    """Fails if the default silently selects nothing."""
     engine = engine_of(CompilePlugin(backend="aot_eager"), model=nn.Sequential(nn.Linear(8, 1)))
     for _ in engine.steps(data(), until="1 step"):
         assert compiled(engine) == [""]
 
 
 class Featured(Stack):
-    """Is run by a method other than `forward`, as models with a head of their own are."""
+    """Is called through another method than `forward`, like models with a separate head."""
 
     def hidden(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -130,7 +130,7 @@ class Featured(Stack):
 
 
 def test_the_whole_model_is_one_graph_and_its_method_is_given_back() -> None:
-    """Breaks if `whole` leaves the method that plugins call as it was, or does not undo it."""
+    """Fails if `whole` does not compile the method that plugins call, or does not restore it."""
     torch.manual_seed(0)
     models = [Featured(), Featured()]
     models[1].load_state_dict(models[0].state_dict())
@@ -146,7 +146,7 @@ def test_the_whole_model_is_one_graph_and_its_method_is_given_back() -> None:
 
 
 def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
-    """Breaks if compiled code does not see the wrapped modules, or resuming is not exact."""
+    """Fails if compiled code does not see the wrapped modules, or resuming is not exact."""
 
     def fresh() -> Engine:
         return engine_of(CompilePlugin(backend="aot_eager"), RecomputePlugin())
@@ -161,7 +161,7 @@ def test_it_goes_with_recomputation_and_resumes_to_the_same_bits() -> None:
 
 
 def test_what_is_saved_for_the_backward_pass_stays_for_a_second_one() -> None:
-    """Breaks if compiled code may reuse its buffers: pcgrad's second term then finds them gone."""
+    """Fails if compiled code reuses its buffers, which pcgrad's second term still needs."""
     before = functorch_config.donated_buffer
     for _ in (engine := engine_of(CompilePlugin(backend="aot_eager"))).steps(
         data(), until="1 step"
@@ -173,7 +173,7 @@ def test_what_is_saved_for_the_backward_pass_stays_for_a_second_one() -> None:
 
 @pytest.mark.slow
 def test_the_default_compiler_trains_to_the_same_losses() -> None:
-    """Breaks if generated code computes something else."""
+    """Fails if generated code computes something else."""
     plain, engine = engine_of(), engine_of(CompilePlugin())
     expected = plain.fit(data(), until="6 steps", eval_data=data()).metrics["val/loss"]
     got = engine.fit(data(), until="6 steps", eval_data=data()).metrics["val/loss"]
@@ -192,24 +192,24 @@ def test_the_default_compiler_trains_to_the_same_losses() -> None:
     ],
 )
 def test_what_cannot_be_compiled_is_refused(config: dict[str, Any], words: str) -> None:
-    """Breaks if a misspelt setting leaves the model uncompiled in silence."""
+    """Fails if a misspelt setting silently leaves the model uncompiled."""
     with pytest.raises(ConfigError, match=words):
         engine_of(CompilePlugin(**config)).fit(data(), until="1 step")
 
 
 def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if the user gets a page of traceback from inside the compiler instead."""
+    """Fails if the user gets a traceback from inside the compiler."""
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler on the CPU"):
         engine_of(CompilePlugin()).fit(data(), until="1 step")
 
 
-# -- steps replayed from a graph, on the accelerator of host memory
+# -- steps replayed from a graph, on the simulated accelerator
 
 
 @pytest.fixture
 def accelerator() -> Iterator[HostAccelerator]:
-    """The device; code is not compiled there, as its operations would be, which are of Python."""
+    """The device; code is not compiled on it, since its operations are written in Python."""
     with host_accelerator() as found, torch.compiler.set_stance("force_eager"):
         yield found
 
@@ -245,7 +245,7 @@ def graphed(
 def run_to(
     engine: Engine, last: int, look: Callable[[], object] = lambda: None
 ) -> list[dict[str, float]]:
-    """What each step up to one has logged; the horizon is beyond it, and `look` is called after."""
+    """The logs of each step up to a given one, with a later horizon; `look` is called after each."""
     logged = []
     for state in engine.steps(until="100 steps"):
         own = engine.metrics.items()
@@ -257,7 +257,7 @@ def run_to(
 
 
 class CarriesPlugin(Plugin[PluginConfig]):
-    """Weighs the loss by a mean of its past, in a tensor that each step replaces by a new one."""
+    """Weights the loss by its running mean, in a tensor that each step replaces by a new one."""
 
     mean: Tensor | None = None
 
@@ -333,16 +333,16 @@ TRAINED_WITH: dict[str, tuple[list[type[Plugin[Any]]], dict[str, dict[str, Any]]
         [ChangesPlugin], {"freeze": {"rules": [{"match": "embedding.*", "until": "2 steps"}]}}, 2,
     ),
 }  # fmt: skip
-"""Plugins, and how many of 9 steps are replayed at least."""
+"""Plugins, and the minimum number of replayed steps out of 9."""
 
 
 @pytest.mark.parametrize("name", TRAINED_WITH)
 def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
     name: str, accelerator: HostAccelerator
 ) -> None:
-    """Breaks if a graph draws other numbers, or reads or leaves anything that is not this step's.
+    """Fails if a graph draws other numbers, or reads or leaves data of other steps.
 
-    That with `curriculum` and `freeze`, what is replayed changes on the way.
+    With `curriculum` and `freeze`, the replayed work changes during the run.
     """
     own, settings, least = TRAINED_WITH[name]
     found = []
@@ -369,9 +369,9 @@ def test_a_replayed_step_waits_for_nothing_but_its_log(accelerator: HostAccelera
 def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     accelerator: HostAccelerator,
 ) -> None:
-    """Breaks if a replayed step differs from the eager ones that come first after a resume.
+    """Fails if a replayed step differs from the eager ones right after a resume.
 
-    A snapshot that is loaded within a run is trained on too, and not what the graph had.
+    Also loads a snapshot within a run, which must replace what the graph had.
     """
 
     def fresh() -> Engine:
@@ -383,7 +383,7 @@ def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     second = fresh()
     second.load_state_dict(taken)
     run_to(second, 9)
-    for engine in (first, second):  # the first step has no mean yet: it is of a kind of its own
+    for engine in (first, second):  # the first step has no mean yet, so it differs from the others
         assert engine.metrics["compile/replayed_steps"] == 1
     ends = [of_training(engine.state_dict()) for engine in (whole, second)]
     assert differences(*ends) == []
@@ -536,7 +536,7 @@ COMPARED = "'own' of the plugin 'does' cannot be compared from step to step: "
 def test_what_a_graph_would_not_repeat_is_found_and_the_steps_run_eagerly(
     does: Callable[..., None], reason: str, accelerator: HostAccelerator
 ) -> None:
-    """Breaks if a step is replayed that does more on the host than a graph can hold."""
+    """Fails if a step is replayed that does more on the host than a graph can hold."""
     plugins = DoesPlugin(does), HiddenPlugin(does is hides)
     engine = graphed(accelerator.device, *plugins, accumulate=1)
     with pytest.warns(RuntimeWarning, match=f"not replayed from a graph, .*, as {reason}") as said:
@@ -585,7 +585,7 @@ def holding() -> Engine:
 def test_host_state_is_compared_all_the_way_down(
     holding: Engine, one: object, other: object
 ) -> None:
-    """Breaks if a change is overlooked, or nan is taken for one; the oracle is the text of it."""
+    """Fails if a change is overlooked, or nan is taken for one; the oracle is the text of it."""
     keys = []
     for held in (one, other, one):
         vars(holding.plugins["holds"])["held"] = in_a_function([np.float64(3), held])
@@ -595,7 +595,7 @@ def test_host_state_is_compared_all_the_way_down(
 
 
 class NamedPlugin(Plugin[PluginConfig]):
-    """Gives each batch a length of its own, or a name."""
+    """Gives each batch its own length, or a name."""
 
     def __init__(self, named: bool) -> None:
         super().__init__()
@@ -634,7 +634,7 @@ class AlternatesPlugin(HoldsPlugin):
 def test_few_kinds_of_steps_are_told_apart_and_nothing_is_kept_once_there_are_more(
     accelerator: HostAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if memory grows with every new kind that comes between steps of an old one."""
+    """Fails if memory grows with every new kind that comes between steps of an old one."""
     monkeypatch.setattr("nexus_plugins.compile.graphs.KINDS", 5)
     gc.collect()  # what other tests left in the device's memory, which is that of the process
     engine, seen = graphed(accelerator.device, AlternatesPlugin(0)), []
@@ -647,7 +647,7 @@ def test_few_kinds_of_steps_are_told_apart_and_nothing_is_kept_once_there_are_mo
 
 
 def test_a_step_that_cannot_be_captured_is_one_error(accelerator: HostAccelerator) -> None:
-    """Breaks if PyTorch's error comes through as it is; a copy is seen in the capture alone.
+    """Fails if PyTorch's error comes through as it is; a copy is seen in the capture alone.
 
     Or if what was captured, and never computed, is left to the checkpoint of an error.
     """
@@ -667,7 +667,7 @@ def test_a_step_that_cannot_be_captured_is_one_error(accelerator: HostAccelerato
 def test_a_step_that_fails_leaves_the_queues_in_order(
     accelerator: HostAccelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if what comes after it does not wait for what was queued beside."""
+    """Fails if what comes after it does not wait for what was queued beside."""
 
     def fails(plugin: Any, engine: Engine, step: Step, batch: Any) -> None:
         raise RuntimeError("no more")
@@ -681,7 +681,7 @@ def test_a_step_that_fails_leaves_the_queues_in_order(
 
 
 def test_a_replayed_step_that_fails_is_undone(accelerator: HostAccelerator) -> None:
-    """Breaks if it is not known that a graph writes to buffers, too, of whole numbers."""
+    """Fails if it is not known that a graph writes to buffers, too, of whole numbers."""
 
     class FailsPlugin(Plugin[PluginConfig]):
         @hookimpl

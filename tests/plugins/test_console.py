@@ -1,4 +1,4 @@
-"""The console: plain lines off a terminal, a bar on one."""
+"""The console: plain lines in a file, a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine_of(**settings: Any) -> Engine:
 
 
 def test_off_a_terminal_each_log_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Breaks if a log file does not say where the run is, how well, how fast, how long yet."""
+    """Fails if a line lacks progress, loss, speed or remaining time."""
     engine_of(every=None).fit(DATA, until="6 steps", eval_data=DATA, eval_every="4 steps")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
@@ -58,7 +58,7 @@ def test_off_a_terminal_each_log_is_a_line(capsys: pytest.CaptureFixture[str]) -
 def test_a_character_that_the_output_has_not_is_written_as_an_escape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Breaks if a metric with an umlaut switches the console off in a program of one's own."""
+    """Fails if a metric with an umlaut switches the console off."""
     taken = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(taken, "latin-1", write_through=True))
     engine_of(every=None).fit(DATA, until="2 steps", eval_data={"läufe-😀": DATA})
@@ -68,7 +68,7 @@ def test_a_character_that_the_output_has_not_is_written_as_an_escape(
 def test_every_holds_lines_back_but_never_the_first_and_the_last(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Breaks if a long run floods its log, or an evaluation or the end is without its loss."""
+    """Fails if a long run floods its log, or the loss at an evaluation or at the end is missing."""
     data = {"eval_data": DATA, "eval_every": "10 steps"}
     engine_of(every="6 steps").fit(DATA, until="16 steps", **data)
     output = capsys.readouterr().out
@@ -82,13 +82,13 @@ def test_every_holds_lines_back_but_never_the_first_and_the_last(
 
 
 def test_the_place_is_in_the_unit_of_the_horizon(capsys: pytest.CaptureFixture[str]) -> None:
-    """Breaks if a run of 2 epochs is shown as if nobody knew where it ends."""
+    """Fails if a run of 2 epochs is shown without its end."""
     engine_of(every=None).fit(DATA * 4, until="2 epochs")
     assert "step 2  25.0% of 2 epochs" in capsys.readouterr().out
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    """Breaks if a script that wants silence gets lines."""
+    """Fails if `quiet` prints lines."""
     engine_of(quiet=True).fit(DATA, until="4 steps", eval_data=DATA)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
@@ -96,7 +96,7 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[bytes]]:
-    """The error stream on a real pseudo-terminal, and what is shown on it."""
+    """The error stream on a pseudo-terminal, and its screen content."""
     shown, inside = pty.openpty()
     termios.tcsetwinsize(inside, (24, columns))
     screen: list[bytes] = []
@@ -119,7 +119,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[list[byt
 def test_on_a_terminal_a_bar_moves_to_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
 ) -> None:
-    """Breaks if the bar is missing, in the wrong unit, stops short, or swallows evaluations."""
+    """Fails if the bar is missing, in the wrong unit, incomplete, or hides evaluations."""
     with terminal(monkeypatch, columns) as screen:
         engine_of().fit(DATA, until="40 samples", eval_data=DATA, eval_every="10 steps")
     text = b"".join(screen).decode()
@@ -134,7 +134,7 @@ def test_on_a_terminal_a_bar_moves_to_the_end(
 def test_a_narrow_terminal_gets_whole_lines_and_whole_numbers(
     monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    """Breaks if a line is wrapped by the terminal, or a metric is cut within its digits."""
+    """Fails if the terminal wraps a line, or a metric is cut within its digits."""
     many = {f"set_{n}": DATA for n in range(2)}
     with terminal(monkeypatch, columns) as screen:
         engine_of(verbose=True).fit(
@@ -150,21 +150,21 @@ def test_a_narrow_terminal_gets_whole_lines_and_whole_numbers(
 
 
 class Wrapped(io.StringIO):
-    """What stands for a terminal in some consoles, with no file below it."""
+    """A wrapped terminal without a file descriptor, as in some consoles."""
 
     def isatty(self) -> bool:
         return True
 
 
 def test_a_terminal_without_a_file_has_a_bar_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if the console fails to open where the error stream is wrapped."""
+    """Fails if the console fails to open where the error stream is wrapped."""
     monkeypatch.setattr(sys, "stderr", stream := Wrapped())
     engine_of().fit(DATA, until="3 steps")
     assert "3/3 steps" in stream.getvalue()
 
 
 def test_the_bar_moves_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a run that logs rarely looks as if it had stopped."""
+    """Fails if a run that logs rarely looks as if it had stopped."""
     seconds = itertools.count()
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(seconds)))
     with terminal(monkeypatch, 80) as screen:
@@ -174,7 +174,7 @@ def test_the_bar_moves_between_logs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a lost connection ends a run of weeks, or is warned of at each of its steps."""
+    """Fails if a closed terminal ends the run, or causes a warning at each step."""
     for name in ("update", "set_postfix_str"):
         monkeypatch.setattr(f"tqdm.std.tqdm.{name}", raise_gone)
     with terminal(monkeypatch, 80), pytest.warns(RuntimeWarning) as seen:
@@ -190,7 +190,7 @@ def raise_gone(*_: object, **__: object) -> None:
 
 
 def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a resumed run is shown from zero, with too much time left."""
+    """Fails if a resumed run is shown from zero, with too much time left."""
     with terminal(monkeypatch, 120) as screen:
         engine = engine_of()
         engine.state.step = 30
@@ -201,7 +201,7 @@ def test_a_resumed_bar_starts_where_the_run_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Shell:
-    """What IPython gives to a program that runs in a kernel, and what is shown in its notebook."""
+    """A fake IPython shell of a kernel, and its notebook's output."""
 
     kernel = "a kernel"
 
@@ -224,7 +224,7 @@ class Shell:
 def test_in_a_notebook_one_output_is_the_bar_and_evaluations_are_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Breaks if there is a bar and lines of the same, or what is saved is not how it ended."""
+    """Fails if lines repeat the bar, or the saved output is not the final state."""
     shell = Shell()
     monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.setitem(sys.modules, "IPython.display", shell)

@@ -1,4 +1,4 @@
-"""Every plugin of this distribution, found by its entry point, holds to the contract."""
+"""Every plugin of this distribution fulfils the contract."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = {
     "test_hooks_are_known",
     "test_device_is_not_waited_for",
 }
-"""Checks that are made each time; made for every plugin, the others take a minute."""
+"""Checks in the fast lane; the others take a minute for all plugins."""
 
 
 class FirstPartyContract(PluginContract):
@@ -35,7 +35,7 @@ class FirstPartyContract(PluginContract):
     @classmethod
     @cache
     def cases(cls) -> list[dict[str, Any]]:
-        """Asked for each check of each plugin, so made once."""
+        """Cached, as each check of each plugin calls it."""
         return super().cases()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -48,7 +48,7 @@ class FirstPartyContract(PluginContract):
 
 
 class OnWeights(FirstPartyContract):
-    """For what begins with weights: a file of those of another tiny model."""
+    """For plugins that start from weights: a file of another tiny model's weights."""
 
     def settings_in(self, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         source = folder / "before.safetensors"
@@ -59,7 +59,7 @@ class OnWeights(FirstPartyContract):
 
 
 class OnNexus(FirstPartyContract):
-    """For losses of what the modules of NEXUS report: they are beside a small one."""
+    """For losses of NEXUS module reports: adds a small NEXUS."""
 
     pytestmark = pytest.mark.slow
     tolerance = 1e-3
@@ -70,7 +70,7 @@ class OnNexus(FirstPartyContract):
 
 
 class ChosenPlugin(Loss[LossConfig]):
-    """A loss of the chosen answers, by whoever runs the model on them."""
+    """A loss of the chosen answers, whichever plugin runs the model on them."""
 
     @hookimpl
     def forward(self, engine: Any, batch: Batch) -> Any:
@@ -86,7 +86,7 @@ class ChosenPlugin(Loss[LossConfig]):
 
 
 class OnPairs(FirstPartyContract):
-    """For losses of pairs of answers; the loss beside them has to know of these too."""
+    """For preference losses; the second loss has to handle pairs too."""
 
     def data(self) -> Iterable[Batch]:
         return ResumableLoader(pairs()[0], 4)
@@ -96,7 +96,7 @@ class OnPairs(FirstPartyContract):
 
 
 class OnText(FirstPartyContract):
-    """For what reads text: a file, and a model that knows bytes."""
+    """For plugins that read text: a file, and a model of bytes."""
 
     pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ class OnText(FirstPartyContract):
 
 
 class OnRecords(FirstPartyContract):
-    """For what reads records of data sets: texts or chats, and a tokenizer of single letters."""
+    """For plugins that read records: texts or chats, and a tokenizer of single letters."""
 
     pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ class OnRecords(FirstPartyContract):
 
 
 class Compiled(FirstPartyContract):
-    """For what compiles: the compiler forgets between checks, and takes its time."""
+    """For `compile`: resets the compiler between checks, with a larger time budget."""
 
     pytestmark = pytest.mark.slow
 
@@ -204,7 +204,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
             {"call": "torch.optim:RAdam", "lr": 1e-2, "groups": [{"match": "*.bias", "lr": 1e-3}]},
         )
     },
-    "pcgrad": {"budget": 2.0},  # a gradient for each term, and the projections
+    "pcgrad": {"budget": 2.0},  # one gradient per term, and the projections
     "recompute": {"off": {}},
     "sample": {"configs": ({"tokens": 3},), "off": {"tokens": 1}},
     "schedule": {"configs": ({"rules": [RULE]},)},
@@ -215,7 +215,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def contract_of(name: str) -> type[FirstPartyContract]:
-    """The contract of one plugin, with what it needs."""
+    """The contract of one plugin, with its requirements."""
     return type(f"Test_{name}", (BASES.get(name, FirstPartyContract),), {
         "plugin": name, "__module__": __name__, **NEEDS.get(name, {})
     })  # fmt: skip
@@ -230,5 +230,5 @@ globals().update({f"Test_{name}": contract_of(name) for name in NAMES})
 
 
 def test_no_need_is_of_a_plugin_that_is_gone() -> None:
-    """Breaks if an entry above outlives its plugin, or misspells it and is never used."""
+    """Fails if an entry above belongs to no plugin."""
     assert {*NEEDS, *BASES} <= {*NAMES, "data_chat", "data_hf"}

@@ -1,4 +1,4 @@
-"""The sequence-length curriculum: no token lost, the plan kept, evaluation untouched."""
+"""The sequence-length curriculum: no token lost, schedule followed, evaluation unaffected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_plugins.curriculum import CurriculumPlugin
 
 
 class SeePlugin(Plugin[PluginConfig]):
-    """Keeps the batches that the model gets."""
+    """Records the batches that the model gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def engine_of(plugin: CurriculumPlugin, see: SeePlugin, **more: Any) -> Engine:
 def test_reshaping_keeps_every_token_with_its_label_in_order(
     rows: int, time: int, start: int
 ) -> None:
-    """Breaks if a token, a label or a target is lost, moved or paired with another."""
+    """Fails if a token, a label or a target is lost, moved or paired with another."""
     see = SeePlugin()
     plugin = CurriculumPlugin(start_length=start, end_length=64, round_to=4)
     engine = engine_of(plugin, see)
@@ -73,7 +73,7 @@ def test_reshaping_keeps_every_token_with_its_label_in_order(
 
 
 def test_truncation_keeps_the_beginnings() -> None:
-    """Breaks if truncated rows lose their start, or labels come from elsewhere."""
+    """Fails if truncated rows lose their start, or labels come from elsewhere."""
     see = SeePlugin()
     plugin = CurriculumPlugin(start_length=8, end_length=16, round_to=8, mode="truncate")
     engine_of(plugin, see).fit([batch_of(3, 20)], until="1 step")
@@ -84,7 +84,7 @@ def test_truncation_keeps_the_beginnings() -> None:
 
 
 def test_rows_grow_with_the_run_and_evaluation_is_whole() -> None:
-    """Breaks if the plan stands still, shrinks, or shortens what is measured."""
+    """Fails if the length is constant, decreases, or affects evaluation."""
     see = SeePlugin()
     plugin = CurriculumPlugin(start_length=8, end_length=64, warmup="8 steps", round_to=8)
     result = engine_of(plugin, see).fit(
@@ -107,21 +107,21 @@ def test_rows_grow_with_the_run_and_evaluation_is_whole() -> None:
 def test_the_plan_is_a_pure_function_of_progress(
     settings: dict[str, Any], expected: list[int]
 ) -> None:
-    """Breaks if a shape is drawn wrongly, or lengths are not rounded down to 64."""
+    """Fails if a shape is wrong, or lengths are not rounded down to 64."""
     plugin = CurriculumPlugin(warmup="1000 tokens", **settings)
     lengths = [plugin.length(TrainState(tokens=tokens)) for tokens in range(0, 1001, 250)]
     assert lengths == expected
 
 
 def test_rows_that_cannot_be_cut_evenly_are_refused() -> None:
-    """Breaks if rows of a prime length are silently cut into single tokens."""
+    """Fails if rows of a prime length are silently cut into single tokens."""
     engine = engine_of(CurriculumPlugin(start_length=64), SeePlugin())
     with pytest.raises(ConfigError, match=r"rows of 257 tokens cannot.*mode=truncate"):
         engine.fit([batch_of(1, 257)], until="1 step")
 
 
 def test_batches_without_tokens_are_refused() -> None:
-    """Breaks if a run on other data believes that it has a curriculum."""
+    """Fails if a run on other data silently has no curriculum."""
     engine = engine_of(CurriculumPlugin(), SeePlugin())
     with pytest.raises(DataError, match="curriculum needs batches with 'input_ids'"):
         engine.fit([{"x": torch.ones(2, 2)}], until="1 step")
@@ -137,6 +137,6 @@ def test_batches_without_tokens_are_refused() -> None:
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(settings: dict[str, Any]) -> None:
-    """Breaks if a plan that means nothing is followed."""
+    """Fails if a contradictory schedule is accepted."""
     with pytest.raises(ConfigError, match="curriculum"):
         CurriculumPlugin(**settings)

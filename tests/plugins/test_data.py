@@ -1,4 +1,4 @@
-"""Data by its place: what may be returned, how samples become batches, and resuming in them."""
+"""Data by import path: accepted return values, batching of samples, and resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOADER = DataLoader(NUMBERS, batch_size=5)
 
 
 class Streamed(IterableDataset[int]):
-    """Ten numbers, one after another, with a place of its own."""
+    """A stream of ten numbers with its own position."""
 
     def __init__(self) -> None:
         self.place = 0
@@ -41,7 +41,7 @@ class Streamed(IterableDataset[int]):
 
 
 def data_of(made: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> RunData:
-    """The data of a run whose function of data returns `made`."""
+    """The data of a run whose data function returns `made`."""
     monkeypatch.setattr(called, "text", lambda: made)
     engine = tiny_engine(DataPlugin(call="called:text", **settings))
     assert engine.data is not None
@@ -139,14 +139,14 @@ def test_settings_of_samples_need_samples() -> None:
     ):
         DataPlugin(call="called:text", shuffle=True)
     again = DataPlugin(call="called:text").config.model_dump(mode="json")
-    assert DataPlugin(**again).config.batch_size is None  # as a run's own config repeats it
+    assert DataPlugin(**again).config.batch_size is None  # as in the run's stored config
 
 
 @pytest.mark.parametrize("stopped", [1, 3, 4, 6])
 def test_a_stream_with_a_place_of_its_own_is_resumed_there(
     stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if its state is not asked for, or not given back: samples would come twice."""
+    """Fails if its state is not saved or not restored, which would repeat samples."""
 
     def batches(engine: Engine, until: int) -> list[list[int]]:
         for state in engine.steps(until="8 steps"):
@@ -170,7 +170,7 @@ def test_a_stream_with_a_place_of_its_own_is_resumed_there(
 
 
 class SeenPlugin(Plugin[PluginConfig]):
-    """Writes down the numbers of each batch."""
+    """Records the numbers of each batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class SeenPlugin(Plugin[PluginConfig]):
 
 
 class GivenPlugin(Plugin[PluginConfig]):
-    """Brings a model and an optimizer."""
+    """Provides a model and an optimizer."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__()

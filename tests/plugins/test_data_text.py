@@ -1,4 +1,4 @@
-"""Rows, order, mixtures and the plugin: what a run on text is fed."""
+"""Text data: rows, order, mixtures and the plugin."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def contiguous(documents: Sequence[Sequence[int]]) -> TokenStream:
 
 
 def scattered(documents: Sequence[Sequence[int]]) -> TokenStream:
-    """Documents with rubbish between them and eos only implied, as in a .txt file."""
+    """Documents with garbage between them and implied eos, as in a .txt file."""
     data: list[int] = []
     sources = []
     for document in documents:
@@ -73,7 +73,7 @@ def chain(documents: Sequence[Sequence[int]]) -> Chain:
 
 
 def expected_rows(documents: Sequence[Sequence[int]], length: int) -> list[dict[str, Any]]:
-    """The rows by the plainest loop: one token after the other, each knowing its document."""
+    """The expected rows, by a simple loop over tokens."""
     tokens = [(t, d) for d, document in enumerate(documents) for t in (*document, EOS)]
     rows = []
     for first in range(0, len(tokens), length):
@@ -122,7 +122,7 @@ def sentences(count: int, word: str = "word") -> list[str]:
 )
 @settings(deadline=None, max_examples=150)
 def test_packed_rows_are_those_of_a_plain_loop(documents: Any, length: int, kind: Any) -> None:
-    """A wrong label, segment or byte count would train on the wrong thing without a sign."""
+    """A wrong label, segment or byte count would silently train on the wrong thing."""
     rows = PackedRows([kind(documents)], TOKENIZER, length)
     expected = expected_rows(documents, length)
     assert len(rows) == len(expected)
@@ -134,7 +134,7 @@ def test_packed_rows_are_those_of_a_plain_loop(documents: Any, length: int, kind
 @given(documents=DOCUMENTS, length=st.integers(2, 11), sample=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
 def test_a_row_depends_on_its_number_alone(documents: Any, length: int, sample: int) -> None:
-    """Rows that depend on their batch would differ after a resume or with other ranks."""
+    """Rows that depend on their batch would differ after a resume or on other ranks."""
     rows = PackedRows([contiguous(documents)], TOKENIZER, length)
     number = sample % len(rows)
     together = rows.__getitems__(range(len(rows)))
@@ -155,7 +155,7 @@ def test_training_rows_leave_out_only_the_last_partial_row_and_say_so() -> None:
 @given(documents=DOCUMENTS, length=st.integers(2, 6))
 @settings(deadline=None, max_examples=60)
 def test_padded_rows_hold_one_document_each(documents: Any, length: int) -> None:
-    """Padding that counts as a label, or a cut that is not reported, would falsify the loss."""
+    """Padding that counts as a label, or unreported truncation, would falsify the loss."""
     rows = PaddedRows([scattered(documents)], TOKENIZER, length)
     whole = [[*document, EOS] for document in documents]
     batch = rows.__getitems__(range(len(rows)))
@@ -173,7 +173,7 @@ def test_padded_rows_hold_one_document_each(documents: Any, length: int) -> None
 @given(size=st.integers(1, 20_000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_the_order_of_an_epoch_is_a_permutation(size: int, seed: int, epoch: int) -> None:
-    """A sample left out or seen twice in an epoch would go unnoticed for ever."""
+    """A sample skipped or repeated in an epoch would go unnoticed."""
     order = permute(np.arange(size), size, seed, epoch)
     assert np.array_equal(np.sort(order), np.arange(size))
     some = np.arange(0, size, 7)
@@ -195,12 +195,12 @@ def test_the_order_is_uniform(size: int) -> None:
         int((permute(np.arange(size), size, seed, 1) == np.arange(size)).sum())
         for seed in range(100)
     )
-    assert abs(fixed - 100) < 5 * math.sqrt(100)  # one a permutation on average, as Poisson
+    assert abs(fixed - 100) < 5 * math.sqrt(100)  # one per permutation, Poisson
 
 
 @pytest.mark.parametrize("size", [3000, 50_000])
 def test_epochs_and_seeds_have_orders_of_their_own(size: int) -> None:
-    """Epochs in related orders would be one epoch seen again and again."""
+    """Epochs with related orders would repeat the same order."""
     orders = [permute(np.arange(size), size, seed, epoch) for seed in (0, 1) for epoch in range(4)]
     bound = 5 / math.sqrt(size)
     for number, one in enumerate(orders):
@@ -219,7 +219,7 @@ def loader_of(data: TextData, **wish: Any) -> ResumableLoader:
 def test_a_run_resumed_anywhere_with_other_workers_sees_the_same_batches(
     tmp_path: Path, cache: Path
 ) -> None:
-    """Otherwise a resumed run is another run."""
+    """Otherwise a resumed run differs."""
     data = data_of(cache, train=str(write_lines(tmp_path / "a.txt", sentences(200))), seq_len=32)
     straight = list(loader_of(data).batches(epoch=2))
     for workers in (0, 2):
@@ -259,7 +259,7 @@ def test_a_mixture_keeps_its_shares_and_leaves_out_no_row(
 
 
 def test_a_mixture_evaluates_each_source_by_name(tmp_path: Path, cache: Path) -> None:
-    """A loss that gets worse on one source must be seen."""
+    """A loss that gets worse on one source must be visible."""
     one = write_lines(tmp_path / "code.txt", sentences(300, "code"))
     two = write_lines(tmp_path / "prose.txt", sentences(100, "prose"))
     sources = [{"path": str(one), "weight": 3}, {"path": str(two), "name": "books"}]
@@ -277,7 +277,7 @@ def test_a_mixture_evaluates_each_source_by_name(tmp_path: Path, cache: Path) ->
 
 
 def test_evaluation_counts_every_label_once(tmp_path: Path, cache: Path) -> None:
-    """A validation loss over a part of the data, or over some of it twice, is another number."""
+    """A validation loss that skips or repeats data would be a different number."""
     lines = sentences(150)
     path = str(write_lines(tmp_path / "v.txt", lines))
     data = data_of(cache, train=path, valid=path, seq_len=64)
@@ -302,7 +302,7 @@ def test_a_limited_evaluation_is_spread_evenly_and_says_so(tmp_path: Path, cache
 
 
 def test_copies_of_a_document_are_held_out_together(tmp_path: Path, cache: Path) -> None:
-    """A copy of a validation document in the training text makes the validation loss a lie."""
+    """A copy of a validation document in the training text would falsify the validation loss."""
     lines = sentences(400) * 2
     data = data_of(
         cache, train=str(write_lines(tmp_path / "a.txt", lines)), seq_len=8, valid_share=0.3
@@ -320,7 +320,7 @@ def test_copies_of_a_document_are_held_out_together(tmp_path: Path, cache: Path)
 
 
 def test_the_embedded_text_is_this_pythons_library(cache: Path) -> None:
-    """The main command must have text on every machine, the same at every start."""
+    """The quickstart must have text on every machine, the same at every start."""
     data = data_of(cache)
     names = {
         data.train.streams[0].place(position).file
@@ -350,7 +350,7 @@ def test_the_summary_says_what_the_model_beats(reached: float, said: str) -> Non
 
 
 def test_baselines_are_those_of_gzip_of_xz_and_of_counting() -> None:
-    """The numbers printed beside the model's must be honest."""
+    """The baselines printed next to the model's result must be correct."""
     train, text = b"abracadabra " * 50, b"abracadabra cadabra"
     assert gzip_bits_per_byte(text) == 8 * (len(zlib.compress(text, 9)) - 6) / len(text)
     container = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
@@ -368,7 +368,7 @@ def test_baselines_are_those_of_gzip_of_xz_and_of_counting() -> None:
 
 
 class Recorder(Plugin[PluginConfig]):
-    """Notes the samples of every step."""
+    """Records the samples of every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,7 +395,7 @@ def tiny_engine(plugins: list[Plugin[Any]], vocabulary: int = 259, **wish: Any) 
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_at_names_what_a_step_trained_on(tmp_path: Path, cache: Path, ends: bool) -> None:
-    """Finding the documents behind a spike of the loss must give those, not others."""
+    """Tracing a loss spike must find the right documents."""
     lines = sentences(60)
     path = write_lines(tmp_path / "a.txt", lines)
     settings_ = {"train": str(path), "seq_len": 16, "batch_size": 4, "cache_dir": str(cache)}
@@ -421,7 +421,7 @@ def test_at_names_what_a_step_trained_on(tmp_path: Path, cache: Path, ends: bool
 def test_the_tokenizer_goes_with_the_run_and_another_is_refused(
     tmp_path: Path, cache: Path
 ) -> None:
-    """Ids of one tokenizer under the weights of another would train to nonsense."""
+    """Weights trained with another tokenizer would be useless."""
     path = str(write_lines(tmp_path / "a.txt", sentences(60)))
     run = tmp_path / "run"
     plugin = DataTextPlugin(train=path, seq_len=16, cache_dir=cache)
@@ -458,7 +458,7 @@ def test_the_tokenizer_goes_with_the_run_and_another_is_refused(
 
 
 def test_a_tokenizer_with_any_line_breaks_is_that_of_its_run(tmp_path: Path, cache: Path) -> None:
-    """A run with a tokenizer.json from Windows could never be resumed."""
+    """A run with a tokenizer.json from Windows must be resumable."""
     from nexus_plugins.data_text.formats import Reading
     from nexus_plugins.data_text.training import train_tokenizer
 
@@ -475,7 +475,7 @@ def test_a_tokenizer_with_any_line_breaks_is_that_of_its_run(tmp_path: Path, cac
 
 
 def test_a_character_corpus_of_nanogpt_trains_as_it_is(tmp_path: Path, cache: Path) -> None:
-    """Headerless .bin files with a meta.pkl must need no conversion, and know their letters."""
+    """Headerless .bin files with a meta.pkl need no conversion, and decode to their characters."""
     text = "to be or not to be, that is the question: é\n" * 40
     letters = sorted(set(text))
     ids = np.array([letters.index(letter) for letter in text], np.uint16)
@@ -501,7 +501,7 @@ class Bomb:
 
 
 def test_a_meta_file_cannot_run_code(tmp_path: Path, cache: Path, capsys: Any) -> None:
-    """A downloaded corpus must not be able to run what it likes."""
+    """A downloaded corpus must not be able to execute code."""
     np.zeros(99, np.uint16).tofile(tmp_path / "train.bin")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Bomb()}))
     with pytest.raises(DataError, match=r"not the meta\.pkl"):
@@ -510,7 +510,7 @@ def test_a_meta_file_cannot_run_code(tmp_path: Path, cache: Path, capsys: Any) -
 
 
 def test_a_bpe_corpus_of_nanogpt_splits_at_eos(tmp_path: Path, cache: Path) -> None:
-    """With a tokenizer, a bare .bin keeps its documents apart; without, ids just train."""
+    """With a tokenizer, a bare .bin is split at eos; without one, ids are one document."""
     from tokenizers import Tokenizer, models
 
     vocabulary = {f"t{number}": number for number in range(9)} | {"<|endoftext|>": 9}
@@ -528,7 +528,7 @@ def test_a_bpe_corpus_of_nanogpt_splits_at_eos(tmp_path: Path, cache: Path) -> N
 
 
 def test_a_document_gives_the_same_logits_alone_and_packed(tmp_path: Path, cache: Path) -> None:
-    """State that leaks from one document into the next would teach what no text says."""
+    """State must not leak from one document into the next."""
     from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 
     lines = sentences(12)
@@ -548,7 +548,7 @@ def test_a_document_gives_the_same_logits_alone_and_packed(tmp_path: Path, cache
 
 
 def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, cache: Path) -> None:
-    """Reading on would train on rubbish, or kill the process when the file is shorter."""
+    """Reading on would train on garbage, or kill the process if the file is shorter."""
     path = write_lines(tmp_path / "a.txt", sentences(60))
     data = data_of(cache, train=str(path), seq_len=16)
     data.train.__getitems__([0])
@@ -558,7 +558,7 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, cache: Path)
 
 
 def test_data_goes_to_worker_processes_as_paths(tmp_path: Path, cache: Path) -> None:
-    """Where processes are spawned, a mapped file must not travel by value."""
+    """With spawned processes, a mapped file must not be pickled by value."""
     path = write_lines(tmp_path / "a.txt", sentences(3000))
     data = data_of(cache, train=str(path), seq_len=16)
     travelling = pickle.dumps(data.train)
@@ -583,7 +583,7 @@ def test_wishes_that_cannot_be_met_say_why(cache: Path, wish: dict[str, Any], me
 
 
 def test_a_split_that_leaves_nothing_to_evaluate_is_refused(tmp_path: Path, cache: Path) -> None:
-    """A run that silently has no validation would be trusted as one that has."""
+    """A run must not silently have no validation."""
     path = write_lines(tmp_path / "a.txt", ["only one document, and it is long enough for a row"])
     with pytest.raises(DataError, match=r"is left for evaluation|too few for a row"):
         data_of(cache, train=str(path), seq_len=8)
@@ -606,7 +606,7 @@ def lossy_tokenizer(path: Path) -> str:
 def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
     tmp_path: Path, cache: Path, kind: str
 ) -> None:
-    """Bits per byte would be off by whatever the tokenizer drops, and it must say what it lost."""
+    """Bits per byte must account for text that the tokenizer loses, which must be reported."""
     from nexus_plugins.data_text.formats import Reading
     from nexus_plugins.data_text.training import train_tokenizer
 
@@ -642,7 +642,7 @@ def test_label_bytes_add_up_to_the_text_for_any_tokenizer(
 
 
 def test_256_ids_are_enough_for_bytes(tmp_path: Path, cache: Path) -> None:
-    """Red: a model of 256 ids gets an id 256, or a byte 0 in the text is lost unsaid."""
+    """Fails if a model of 256 ids gets id 256, or a byte 0 in the text is silently lost."""
     path = write_lines(tmp_path / "a.txt", ["one ε", "two", "t\0o"])
     data = data_of(cache, train=str(path), valid=str(path), tokenizer="bytes256", seq_len=4)
     ids = data.train.streams[0]
@@ -658,7 +658,7 @@ def test_256_ids_are_enough_for_bytes(tmp_path: Path, cache: Path) -> None:
 def test_bytes_that_nobody_counted_are_not_guessed(
     tmp_path: Path, cache: Path, mixture: bool
 ) -> None:
-    """Bits per byte would be wrong where only some of the ids know their bytes of text."""
+    """Bits per byte would be wrong if the bytes of only some ids are known."""
     name = lossy_tokenizer(tmp_path / "tok.json")
     path = write_lines(tmp_path / "a.txt", ["the cafés, the", "the unknown"] * 9)
     np.array([5, 3, 4, 1] * 9, np.uint16).tofile(tmp_path / "bare.bin")

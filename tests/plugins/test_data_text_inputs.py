@@ -1,4 +1,4 @@
-"""Awkward input: ids that do not say what they are, folders, leaks, changes, long lines."""
+"""Difficult input: ids without metadata, folders, leaks, changes, long lines."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def of_numpy(ids: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...] = (-1
 def test_ids_are_read_by_what_the_file_says(
     tmp_path: Path, cache: Path, name: str, raw: bytes, how: str
 ) -> None:
-    """A header read as ids, or ids of another width, would be trained on without complaint."""
+    """A header read as ids, or ids of another width, would silently be trained on."""
     (tmp_path / name).write_bytes(raw)
     assert ids_of(data_of(cache, tmp_path / name)) == IDS.tolist()
     config = DataTextConfig(train=str(tmp_path / name), cache_dir=cache, valid_share=0)
@@ -113,7 +113,7 @@ def test_ids_are_read_by_what_the_file_says(
 def test_bare_ids_of_other_kinds_need_their_name(
     tmp_path: Path, cache: Path, name: str, ids: np.ndarray[Any, Any]
 ) -> None:
-    """Half of the ids of a uint32 file read as uint16 are zeros, and nothing else tells."""
+    """Read as uint16, half of the ids of a uint32 file are zeros, which is the only sign."""
     ids = ids % 50_257 if name == "uint16be" else ids
     dtype = np.dtype(name.removesuffix("be")).newbyteorder(">" if name.endswith("be") else "<")
     (tmp_path / "a.bin").write_bytes(ids.astype(dtype).tobytes())
@@ -147,7 +147,7 @@ NORMAL = np.random.default_rng(2).normal(size=2000)
     ],
 )
 def test_what_is_not_ids_is_refused(tmp_path: Path, cache: Path, raw: bytes, what: str) -> None:
-    """Weights, archives and text are numbers below 65,536 as well."""
+    """Weights, archives and text can be read as numbers below 65,536 too."""
     (tmp_path / "a.bin").write_bytes(raw[: len(raw) // 2 * 2])
     with pytest.raises(DataError, match=f"does not look like uint16 ids: it .*{what}"):
         data_of(cache, tmp_path / "a.bin")
@@ -163,18 +163,18 @@ def test_what_is_not_ids_is_refused(tmp_path: Path, cache: Path, raw: bytes, wha
 def test_ids_of_any_text_pass_the_check(
     tmp_path_factory: Any, seed: int, count: int, kind: str, vocabulary: int
 ) -> None:
-    """A check that refuses good files would be switched off."""
+    """A check must not reject valid files."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, vocabulary, count)
     if kind == "zipf":
-        ids = np.minimum(rng.zipf(1.2, count) - 1, vocabulary - 1)  # many are the highest
+        ids = np.minimum(rng.zipf(1.2, count) - 1, vocabulary - 1)  # many have the highest id
     elif kind == "letters":
         ids = np.tile(rng.integers(0, min(vocabulary, 90), 44), count // 44 + 1)
-    elif kind == "alternating":  # digits and signs of sums written in columns
+    elif kind == "alternating":  # digits and operators in columns
         ids = np.where(
             np.arange(count) % 2, rng.integers(0, 10, count), rng.integers(10, 40, count)
         )
-    elif kind == "codes":  # several codebooks, one behind the other
+    elif kind == "codes":  # several codebooks, interleaved
         ids = rng.integers(0, 1024, count) + 1024 * (np.arange(count) % 4)
     path = tmp_path_factory.getbasetemp() / "any.bin"
     path.write_bytes(np.append(ids, 1).astype("<u2").tobytes())
@@ -182,7 +182,7 @@ def test_ids_of_any_text_pass_the_check(
 
 
 def megatron(folder: Path, dtype: int, width: str, documents: list[list[int]]) -> Path:
-    """Files as `preprocess_data.py --append-eod` writes them, two sequences in the first."""
+    """Files of `preprocess_data.py --append-eod`; the first document has two sequences."""
     first, rest = documents[0], documents[1:]
     sequences = [first[:1], first[1:], *rest]
     lengths = np.array(list(map(len, sequences)), "<i4")
@@ -199,7 +199,7 @@ def megatron(folder: Path, dtype: int, width: str, documents: list[list[int]]) -
 
 @pytest.mark.parametrize(("kind", "width"), [(8, "<u2"), (4, "<i4")])
 def test_files_of_megatron_are_read(tmp_path: Path, cache: Path, kind: int, width: str) -> None:
-    """Its index says how wide ids are, and where documents begin."""
+    """Its index gives the width of ids, and where documents begin."""
     documents = [[5, 6, 7, 0], [8, 9, 0], [70, 71, 72, 73, 0]]
     path = megatron(tmp_path, kind, width, documents)
     data = data_of(cache, path)
@@ -213,7 +213,7 @@ def test_files_of_megatron_are_read(tmp_path: Path, cache: Path, kind: int, widt
 
 @pytest.mark.parametrize("kind", ["megatron", "ours"])
 def test_beginnings_beyond_all_numbers_are_refused(tmp_path: Path, cache: Path, kind: str) -> None:
-    """The difference of two 64-bit numbers runs over, and then looks like a step forward."""
+    """The difference of two 64-bit numbers can overflow, and then looks like an increase."""
     if kind == "megatron":
         path = megatron(tmp_path, 8, "<u2", [[5, 6, 0], [7, 0], [8, 0], [9, 0], [1, 0]])
         index, at = path.with_suffix(".idx"), -8
@@ -232,7 +232,7 @@ def test_beginnings_beyond_all_numbers_are_refused(tmp_path: Path, cache: Path, 
 def test_prepared_ids_without_their_index_are_read_by_the_record(
     tmp_path: Path, cache: Path
 ) -> None:
-    """A copy without the .idx must not be read in another width."""
+    """A copy without the .idx must not be read with another width."""
     from nexus_plugins.data_text.training import train_tokenizer
 
     (tmp_path / "a.txt").write_text("".join(f"line {number} of text\n" for number in range(99)))
@@ -274,7 +274,7 @@ def test_headers_that_do_not_fit_are_named(
 
 
 def test_a_wish_against_what_the_file_says_is_refused(tmp_path: Path, cache: Path) -> None:
-    """A setting that is accepted acts."""
+    """A contradictory setting must not be ignored."""
     (tmp_path / "a.bin").write_bytes(llm_c(IDS, 20240520, 1, "<u2"))
     with pytest.raises(DataError, match="but data_text.ids_dtype is uint32"):
         data_of(cache, tmp_path / "a.bin", ids_dtype="uint32")
@@ -290,7 +290,7 @@ def test_a_wish_against_what_the_file_says_is_refused(tmp_path: Path, cache: Pat
 
 
 def corpus(folder: Path) -> Path:
-    """A folder of all that lies in folders."""
+    """A folder with everything that real folders contain."""
     (folder / "store/part").mkdir(parents=True)
     (folder / "c/sub").mkdir(parents=True)
     files: dict[str, bytes] = {
@@ -311,7 +311,7 @@ def corpus(folder: Path) -> Path:
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
     (folder / "c/part").symlink_to(folder / "store/part")
-    (folder / "c/part/back").symlink_to(folder / "c")  # a circle
+    (folder / "c/part/back").symlink_to(folder / "c")  # a cycle
     (folder / "c/z.txt").symlink_to(folder / "c/a.txt")
     (folder / "c/broken.txt").symlink_to(folder / "nowhere.txt")
     os.mkfifo(folder / "c/pipe.txt")
@@ -325,7 +325,7 @@ READ = ["kept", "of c4", "packed", "ndjson", "by zstd", "behind a link", "below"
 def test_a_folder_is_read_through_links_and_what_is_left_out_is_named(
     tmp_path: Path, cache: Path, where: str
 ) -> None:
-    """Text that is silently not read makes a worse model, and nobody learns of it."""
+    """Text must not be skipped silently."""
     corpus(tmp_path)
     data = data_of(cache, str(tmp_path / where))
     assert sorted(text_of(data)) == sorted(READ)
@@ -338,7 +338,7 @@ def test_a_folder_is_read_through_links_and_what_is_left_out_is_named(
 
 
 def test_any_text_is_read_on_request(tmp_path: Path, cache: Path) -> None:
-    """So one can train on one's own source code."""
+    """For example to train on source code."""
     folder = tmp_path / "src"
     (folder / "validation").mkdir(parents=True)
     (folder / "a.py").write_text("import b\nb.c()\n")
@@ -376,7 +376,7 @@ def test_a_folder_of_nothing_that_can_be_read_says_what_is_there(
 def test_what_cannot_be_read_is_named(
     tmp_path: Path, cache: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A corpus of which a part was forbidden must not become a smaller one."""
+    """Unreadable files must not silently shrink a corpus."""
     (tmp_path / "c/closed").mkdir(parents=True)
     (tmp_path / "c/a.txt").write_text("words\n" * 9)
     (tmp_path / "c/closed/b.jsonl").write_text('{"text": "words"}\n')
@@ -414,7 +414,7 @@ def test_paths_that_cannot_be(cache: Path, wish: str, message: str) -> None:
 def test_home_and_variables_are_known_in_every_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder called ~ in the current one is what nobody meant."""
+    """Nobody means a folder called ~ in the current one."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CORPORA", str(tmp_path / "c"))
     monkeypatch.chdir(tmp_path)
@@ -473,7 +473,7 @@ def test_what_is_evaluated_on_is_not_brought_along_for_training(
     evaluated: str,
     said: str,
 ) -> None:
-    """A model that has seen what it is measured on looks better than it is."""
+    """A model trained on its evaluation data looks better than it is."""
     (tmp_path / "c").mkdir()
     for name in files:
         (tmp_path / f"c/{name}.txt").write_text(f"{name}\n" * 30)
@@ -496,7 +496,7 @@ def test_what_is_evaluated_on_is_not_brought_along_for_training(
 def test_folders_named_as_held_out_are_not_trained_on(
     tmp_path: Path, cache: Path, wish: str
 ) -> None:
-    """Data sets come as train/ and val/; the name above them says nothing."""
+    """Data sets have train/ and val/; the parent's name does not matter."""
     for name in ("train", "val"):
         (tmp_path / f"valid/c/{name}").mkdir(parents=True)
         (tmp_path / f"valid/c/{name}/a.txt").write_text(f"{name}\n" * 30)
@@ -506,7 +506,7 @@ def test_folders_named_as_held_out_are_not_trained_on(
 
 
 def test_a_cache_below_the_text_is_not_text(tmp_path: Path) -> None:
-    """The second run would train on the ids that the first one has left there."""
+    """The second run would train on the ids that the first one cached."""
     (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 9)
     first, second = (data_of(tmp_path / "cache", tmp_path, valid_share=0) for _ in range(2))
     assert ids_of(first) == ids_of(second)
@@ -514,10 +514,10 @@ def test_a_cache_below_the_text_is_not_text(tmp_path: Path) -> None:
 
 
 def test_copies_and_files_named_twice_are_said(tmp_path: Path, cache: Path) -> None:
-    """The same text in two lists counts double; under another name in both sets, it leaks."""
+    """The same text in two lists counts twice; in both sets it leaks."""
     for name in ("a", "copy", "link"):
         (tmp_path / f"{name}.txt").write_text("the same words\n" * 20)
-    (tmp_path / "b.txt").write_text("the other word\n" * 20)  # of the same size
+    (tmp_path / "b.txt").write_text("the other word\n" * 20)  # of equal size
     twice = data_of(
         cache, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
     )
@@ -533,7 +533,7 @@ def test_copies_and_files_named_twice_are_said(tmp_path: Path, cache: Path) -> N
 
 
 def test_ids_named_as_held_out_are_evaluated_on(tmp_path: Path, cache: Path) -> None:
-    """Shards as llm.c and nanoGPT's speedruns write them."""
+    """Shards as written by llm.c and nanoGPT speedruns."""
     for name, first in (("web_train_000001", 0), ("web_val_000000", 500), ("web_train_000002", 10)):
         raw = llm_c(np.arange(first, first + 300), 20240520, 1, "<u2")
         (tmp_path / f"{name}.bin").write_bytes(raw)
@@ -563,7 +563,7 @@ def aged(path: Path, text: str) -> Path:
 def test_a_copy_that_keeps_size_and_time_is_not_taken_for_the_old_file(
     tmp_path: Path, cache: Path, name: str
 ) -> None:
-    """rsync -t, cp -p and tar keep times; an old index over new text cuts it anywhere."""
+    """rsync -t, cp -p and tar preserve times; an old index would cut new text at random places."""
     contents = {
         "a.txt": ("aaaa\nbbbbbbbb\ncc\n", "dd\neeee\nffffffff\n"),
         "a.jsonl": ('{"text": "old one"}\n', '{"text": "new one"}\n'),
@@ -578,7 +578,7 @@ def test_a_copy_that_keeps_size_and_time_is_not_taken_for_the_old_file(
 def test_a_file_that_grows_while_it_is_read_is_noticed(
     tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An index of half a download would be kept for the whole."""
+    """The index of a partial download would be reused for the whole file."""
     lines = (f'{{"text": "words of {number}"}}\n' for number in range(100))
     (tmp_path / name).write_text("".join(lines))
     real: Callable[..., Any] = np.flatnonzero if name == "a.bin" else held_out
@@ -598,7 +598,7 @@ def test_a_file_that_grows_while_it_is_read_is_noticed(
 
 
 def test_the_fingerprint_is_of_the_content_and_its_order(tmp_path: Path, cache: Path) -> None:
-    """Resuming on other text of the same size looks like the same run otherwise."""
+    """Otherwise resuming on other text of the same size would go unnoticed."""
     lines = "".join(f"line of text number {number}\n" for number in range(200))
     (tmp_path / "a.txt").write_text(lines)
     (tmp_path / "b.txt").write_text(lines.upper())
@@ -624,7 +624,7 @@ def test_the_fingerprint_is_of_the_content_and_its_order(tmp_path: Path, cache: 
 def test_a_change_anywhere_in_a_large_file_is_noticed(
     tmp_path: Path, cache: Path, kind: str
 ) -> None:
-    """Samples alone would miss a line that was corrected."""
+    """Samples alone would miss a corrected line."""
     raw = bytearray(b"word of text\n" * 200_000)
     name = "a.bin" if kind == "bin" else "a.txt"
     marks = set()
@@ -642,7 +642,7 @@ def test_a_change_anywhere_in_a_large_file_is_noticed(
 
 
 def test_resuming_on_other_data_is_said(tmp_path: Path, cache: Path) -> None:
-    """As many rows as before are no sign that the text is the same."""
+    """An equal number of rows does not mean equal text."""
 
     def resumed(state: Any) -> DataTextPlugin:
         wish = {"train": str(tmp_path / "a.txt"), "valid": str(tmp_path / "v.txt")}
@@ -666,7 +666,7 @@ def test_resuming_on_other_data_is_said(tmp_path: Path, cache: Path) -> None:
 
 
 class _Host:
-    """What `make_data` reads of an engine."""
+    """The parts of an engine that `make_data` reads."""
 
     seed = 0
     device = torch.device("cpu")
@@ -700,7 +700,7 @@ def test_parquet_stores_text_in_many_ways(
 
 
 def test_parquet_with_odd_columns(tmp_path: Path, cache: Path) -> None:
-    """Metadata that Python cannot hold must not stop a run; two columns of one name must."""
+    """Metadata that Python cannot represent must not stop a run; duplicate columns must."""
     times = pa.array([1, None], pa.timestamp("ns"))
     nested = pa.StructArray.from_arrays([times], names=["at"])
     for number, column in enumerate((times, nested, pa.array([[1], []]), pa.array([b"\xff", b""]))):
@@ -721,7 +721,7 @@ def test_an_array_of_objects_says_how_to_make_lines(tmp_path: Path, cache: Path)
 
 
 def test_zstd_in_many_frames_is_read(tmp_path: Path, cache: Path) -> None:
-    """pzstd writes frames of its own that decoders have to skip."""
+    """pzstd writes additional frames that decoders must skip."""
     pack = zstandard.ZstdCompressor().compress
     skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
     raw = skipped + pack(b"one\n") + pack(b"") + skipped + pack(b"two\n") + skipped
@@ -730,7 +730,7 @@ def test_zstd_in_many_frames_is_read(tmp_path: Path, cache: Path) -> None:
 
 
 def test_zstd_with_a_long_window_is_read(tmp_path: Path, cache: Path) -> None:
-    """`zstd --long=31` asks for more memory than decoders allow by themselves."""
+    """`zstd --long=31` needs more memory than decoders allow by default."""
     for log in (28, 31):
         wish = zstandard.ZstdCompressionParameters.from_level(3, window_log=log, enable_ldm=True)
         packer = zstandard.ZstdCompressor(compression_params=wish).compressobj()
@@ -741,7 +741,7 @@ def test_zstd_with_a_long_window_is_read(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "wide.jsonl", "a.jsonl.gz"])
 def test_one_long_line_takes_linear_time_and_two_copies(tmp_path: Path, name: str) -> None:
-    """Each slice of a long line used to read all that follows: the square of the length."""
+    """Each slice of a long line used to read all that follows: quadratic time."""
     size = 24 << 20
     text = "word " * (size // 5) + ("\u4e00" if name.startswith("wide") else "")
     entry = json.dumps({"text": text, "metadata": {"ö": "ü"}}, ensure_ascii=False) + "\n"
@@ -762,7 +762,7 @@ def test_one_long_line_takes_linear_time_and_two_copies(tmp_path: Path, name: st
 
 
 def _read_so_far() -> int:
-    """Bytes that this process has read."""
+    """The number of bytes this process has read."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
@@ -770,7 +770,7 @@ def _read_so_far() -> int:
 def test_errors_of_a_long_line_are_those_of_a_short_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Long lines are parsed as bytes; keys, types and damage must be named all the same."""
+    """Long lines are parsed as bytes; keys, types and damage must be reported the same way."""
     monkeypatch.setattr("nexus_plugins.data_text.formats._LONG", 4)
     for raw, wish, message in (
         ('{"text": "ä', {}, "line 1 is not JSON"),
@@ -789,7 +789,7 @@ def test_errors_of_a_long_line_are_those_of_a_short_one(
 def test_a_document_beyond_all_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A small file may unpack to one line that ends the machine."""
+    """A small file may unpack to one line that exhausts memory."""
     monkeypatch.setattr("nexus_plugins.data_text.formats._LONGEST", 9 << 20)
     for name, packing in (("a.txt.gz", gzip.compress), ("a.txt.zst", zstandard.compress)):
         (tmp_path / name).write_bytes(packing(bytes(30 << 20)))
@@ -802,7 +802,7 @@ def test_a_document_beyond_all_memory_is_refused(
 
 
 def test_a_model_with_fewer_ids_than_the_data_is_named(tmp_path: Path, cache: Path) -> None:
-    """The first id that the model lacks ended the run with an index error."""
+    """An id outside the vocabulary used to end the run with an index error."""
     from nexus_core import Engine
     from nexus_plugins.loss_lm import LossLmPlugin
     from nexus_plugins.model_nexus import ModelNexusPlugin
@@ -833,7 +833,7 @@ def test_a_model_with_fewer_ids_than_the_data_is_named(tmp_path: Path, cache: Pa
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    """`nexus-data` in this process: its exit code and what it prints."""
+    """Run `nexus-data` in this process: its exit code and output."""
     out, kept = io.StringIO(), warnings.showwarning
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["nexus-data", *arguments])
@@ -851,7 +851,7 @@ ODD = "bell \x07 escape \x1b]0;title\x07 del \x7f c1 \x9b bidi \u202e ü \u4e00\
 def test_control_characters_do_not_reach_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A corpus from the net must not move the cursor, or rename the window."""
+    """A downloaded corpus must not send control codes to the terminal."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "k"))
     name = "odd\x1b[31m\u202e.txt"
     (tmp_path / name).write_text(ODD)
@@ -867,7 +867,7 @@ def test_control_characters_do_not_reach_the_terminal(
 
 @pytest.mark.slow
 def test_a_terminal_without_utf8_gets_escapes(tmp_path: Path) -> None:
-    """An encoding that lacks a letter ended the command with a traceback."""
+    """Output in an encoding that lacks a character must not raise an error."""
     (tmp_path / "a.txt").write_text(ODD)
     done = subprocess.run(
         [sys.executable, "-m", "nexus_plugins.data_text.cli", "inspect", str(tmp_path / "a.txt")],
@@ -891,7 +891,7 @@ def test_a_terminal_without_utf8_gets_escapes(tmp_path: Path) -> None:
 def test_any_error_is_one_line(
     fault: Exception, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A traceback is for those who ask for it."""
+    """Tracebacks are only shown on request."""
 
     def broken(*_: object) -> None:
         raise fault
@@ -913,7 +913,7 @@ def test_any_error_is_one_line(
 def test_a_sample_of_the_model_does_not_steer_the_terminal(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An untrained model of bytes writes any bytes."""
+    """An untrained byte model can generate any bytes."""
     from nexus_core import Engine
     from nexus_plugins.loss_lm import LossLmPlugin
     from nexus_plugins.model_nexus import ModelNexusPlugin

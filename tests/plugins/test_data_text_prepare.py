@@ -1,4 +1,4 @@
-"""Files: every format, bad input, and text turned into ids once and for all."""
+"""Files: every format, invalid input, and tokenizing in advance."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_format(path: Path, texts: Sequence[str]) -> Path:
         path.write_bytes(gzip.compress(lines.encode()))
     elif path.name.endswith(".zst"):
         half = len(lines) // 2
-        pack = zstandard.ZstdCompressor().compress  # two frames, as `cat a.zst b.zst` makes
+        pack = zstandard.ZstdCompressor().compress  # two frames, as from `cat a.zst b.zst`
         path.write_bytes(pack(lines[:half].encode()) + pack(lines[half:].encode()))
     else:
         path.write_text(lines)
@@ -80,7 +80,7 @@ FORMATS = ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
-    """A format that loses or changes documents would go unnoticed."""
+    """No format may lose or change documents."""
     path = write_format(tmp_path / name, LINES)
     stream = stream_of(path, tmp_path / "cache")
     assert documents(stream) == LINES
@@ -89,7 +89,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> Non
 
 
 def test_folders_globs_and_lists_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
-    """An order that hangs on the file system would make runs differ between machines."""
+    """An order that depends on the file system would make runs differ between machines."""
     folder = tmp_path / "corpus"
     (folder / "sub").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -139,7 +139,7 @@ def test_one_file_can_be_one_document(tmp_path: Path) -> None:
 def test_what_prepare_held_out_is_never_trained_on(
     tmp_path: Path, train: Any, trained: list[str], valid: Any, evaluated: list[str]
 ) -> None:
-    """A model that has seen what it is measured on looks better than it is."""
+    """A model trained on its evaluation data looks better than it is."""
     corpora = tmp_path / "corpora"
     for name in ("p", "deep/q"):
         source = write_format(tmp_path / f"{name[-1]}.jsonl", [f"{name} {line}" for line in LINES])
@@ -163,7 +163,7 @@ def test_what_prepare_held_out_is_never_trained_on(
 
 
 def test_prepared_data_and_text_share_a_list(tmp_path: Path) -> None:
-    """Text beside prepared data must still be split, and the rest stay as it was prepared."""
+    """Text next to prepared data must still be split, and the prepared split must be kept."""
     source = write_format(tmp_path / "a.jsonl", [f"a {line}" for line in LINES])
     prepare([source], tmp_path / "a", Job(share=0.1))
     text = write_format(tmp_path / "b.txt", LINES)
@@ -179,7 +179,7 @@ def test_prepared_data_and_text_share_a_list(tmp_path: Path) -> None:
 
 
 def test_metadata_beside_ids_is_not_text(tmp_path: Path) -> None:
-    """Metadata read as documents would be trained on, or stop the run."""
+    """Metadata must not be trained on, or stop the run."""
     source = write_format(tmp_path / "a.jsonl", LINES)
     prepare([source], tmp_path / "made", Job())
     folder = tmp_path / "corpus"
@@ -194,7 +194,7 @@ def test_metadata_beside_ids_is_not_text(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_alone_is_an_empty_file(tmp_path: Path) -> None:
-    """The mark would become a document of bytes that are no text."""
+    """The mark must not become a document."""
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
     with pytest.raises(DataError, match=r"bom\.txt is empty except for a byte-order mark"):
         stream_of(tmp_path / "bom.txt", tmp_path / "c", one_file_one_document=True)
@@ -213,7 +213,7 @@ PIECES = st.lists(
 def test_lines_are_the_same_however_a_file_is_cut(
     tmp_path: Path, pieces: list[bytes], step: int, block: int
 ) -> None:
-    """Documents lost or doubled at the edge of a slice would be found by nobody."""
+    """Documents must not be lost or duplicated at slice boundaries."""
     raw = b"x\n" + b"".join(pieces)
     path = tmp_path / f"{os.urandom(6).hex()}.txt"
     path.write_bytes(raw)
@@ -246,7 +246,7 @@ def big_corpus(path: Path, megabytes: int) -> Path:
 def test_prepared_bytes_do_not_depend_on_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data that differs with the machine it was made on cannot be compared."""
+    """Prepared data must not depend on the machine."""
     monkeypatch.setattr(formats, "_SLICE", 1000)
     monkeypatch.setattr(preparing, "_UNIT", 3000)
     paths = [write_format(tmp_path / name, LINES) for name in FORMATS]
@@ -264,7 +264,7 @@ def test_prepared_bytes_do_not_depend_on_workers(
 
 @pytest.mark.slow
 def test_a_killed_prepare_is_finished_by_the_next_one(tmp_path: Path) -> None:
-    """Hours of work must not be lost, nor a half-written file be taken for a whole one."""
+    """Work must not be lost, nor a partial file mistaken for a complete one."""
     path = big_corpus(tmp_path / "big.txt", 32)
     command = [
         sys.executable,
@@ -368,7 +368,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_named_with_the_place_of_the_fault(tmp_path: Path, name: str) -> None:
-    """A user must find the fault from the message alone."""
+    """The message alone must locate the fault."""
     raw, message = BAD[name]
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError, match=message):
@@ -391,7 +391,7 @@ def test_bad_parquet_columns(tmp_path: Path, columns: dict[str, list[Any]], mess
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_policies_for_what_is_not_utf8(tmp_path: Path, name: str) -> None:
-    """`skip` must leave out the damaged document alone, `replace` must keep the rest of it."""
+    """`skip` must skip only the damaged document, `replace` must keep the rest of it."""
     lines = [b"good", b"b\xffd", b"fine"]
     if name == "a.jsonl":
         lines = [b'{"text": "' + line + b'"}' for line in lines]
@@ -448,7 +448,7 @@ def test_any_bytes_are_documents_or_a_data_error(
 def test_damaged_token_files_are_noticed_or_harmless(
     tmp_path: Path, name: str, place: int, value: int, action: str
 ) -> None:
-    """A damaged index must not lead out of the file, nor a damaged id into the model."""
+    """A damaged index must not read beyond the file, nor a damaged id reach the model."""
     folder = tmp_path / os.urandom(6).hex()
     prepare([write_format(tmp_path / "a.txt", LINES[:20])], folder, Job())
 
@@ -472,7 +472,7 @@ def test_damaged_token_files_are_noticed_or_harmless(
 
 
 def test_a_tokenizer_that_does_not_fit_the_data_is_named(tmp_path: Path) -> None:
-    """Ids under another vocabulary decode to another text."""
+    """Ids of another vocabulary decode to different text."""
     from nexus_plugins.data_text.training import train_tokenizer
 
     path = write_format(tmp_path / "a.txt", LINES)
@@ -486,7 +486,7 @@ def test_a_tokenizer_that_does_not_fit_the_data_is_named(tmp_path: Path) -> None
 
 
 def run_cli(*arguments: str) -> int:
-    """`nexus-data` in this process; its exit code."""
+    """Run `nexus-data` in this process; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["nexus-data", *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -515,7 +515,7 @@ def test_the_command_prepares_and_inspects(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    """A command that takes seconds to print its help is not used."""
+    """Help must be immediate."""
     program = (
         "import sys; sys.argv = ['nexus-data', '--help']\n"
         "from nexus_plugins.data_text.cli import main\n"

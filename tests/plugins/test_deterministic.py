@@ -1,4 +1,4 @@
-"""Deterministic runs: settings that are given back, recorded and compared, and every operation."""
+"""Deterministic runs: settings are restored, recorded and compared, and operations surveyed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAGE = Path(__file__).parents[2] / "docs/plugins/deterministic.md"
 
 
 class NoticePlugin(Plugin[PluginConfig]):
-    """Notes how the process computes within a step, and may break off."""
+    """Records the numerics within a step, and may fail."""
 
     fails = False
 
@@ -51,7 +51,7 @@ class NoticePlugin(Plugin[PluginConfig]):
 def test_settings_act_within_the_run_and_are_given_back(
     fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a setting is left out, or stays behind when the run ends or fails."""
+    """Fails if a setting is missing, or not restored when the run ends or fails."""
     monkeypatch.delenv(WORKSPACE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before, notice = numerics(CPU), NoticePlugin()
@@ -81,7 +81,7 @@ def test_settings_act_within_the_run_and_are_given_back(
 
 def test_an_operation_without_a_deterministic_form_is_refused_or_said() -> None:
     class MovesPlugin(Plugin[PluginConfig]):
-        """Puts numbers somewhere, which no device does in one order."""
+        """Uses `put`, which has no deterministic order on any device."""
 
         @hookimpl
         def on_step(self) -> None:
@@ -105,7 +105,7 @@ def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_runs_side_by_side_keep_the_settings_until_the_last_ends(first: int) -> None:
-    """Breaks if the first to end takes them from the other, or the last leaves them behind."""
+    """Fails if the first to end restores them too early, or the last not at all."""
     before = numerics(CPU)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,7 +154,7 @@ def saving(folder: Path, policy: str = "exact", *others: Plugin[Any]) -> Engine:
 def test_the_lock_records_how_a_run_was_computed_and_a_resume_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if other bits than those of the run before come of a resume that says nothing."""
+    """Fails if a resume silently computes with different numerics."""
     monkeypatch.delenv(WORKSPACE, raising=False)
     saving(tmp_path, "exact", DeterministicPlugin()).fit(until="2 steps")
     lock = json.loads((tmp_path / "checkpoints/final/lock.json").read_text())
@@ -191,7 +191,7 @@ def test_verify_resume_makes_its_runs_deterministic() -> None:
     assert companions() == ["deterministic"]
 
 
-# -- every operation that the trainer and its plugins ask for
+# -- every operation that the trainer and its plugins use
 
 
 DOCUMENTED: dict[str, tuple[str, ...]] = {
@@ -224,12 +224,12 @@ DOCUMENTED: dict[str, tuple[str, ...]] = {
     "torch.Tensor.scatter_reduce": ("scatter_reduce",),
     "torch.Tensor.resize_": ("resize_ of quantized",),
 }
-"""PyTorch's own list of what has no deterministic form, by the operators behind each name."""
+"""PyTorch's list of nondeterministic operations, with the operators behind each name."""
 UNDETERMINED = {operator: name for name, found in DOCUMENTED.items() for operator in found}
 
 
 class Survey(TorchDispatchMode):
-    """Collects the operators that are dispatched, forward, backward and in updates."""
+    """Records the operators dispatched in forward, backward and updates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,12 +251,12 @@ class Survey(TorchDispatchMode):
 
     @property
     def undetermined(self) -> set[str]:
-        """Those of them that are on PyTorch's list, by its name for them."""
+        """Those on PyTorch's list, by its names."""
         return {UNDETERMINED[name] for name in self.operators & UNDETERMINED.keys()}
 
 
 def test_the_list_is_the_one_that_this_pytorch_documents() -> None:
-    """Red when PyTorch adds an operation: say here which operators are behind its name."""
+    """Fails if PyTorch adds an operation: add the operators behind its name here."""
     text = torch.use_deterministic_algorithms.__doc__ or ""
     text = text.partition("operations will throw a")[2].partition("In addition")[0]
     named = re.findall(r"\* :(?:class|func):`([\w.]+)`", text)
@@ -285,7 +285,7 @@ LIVELY: dict[str, dict[str, Any]] = {
     "offload": {"without_cuda": "copy", "min_kib": 0},
     "compile": {"backend": "eager"},
 }
-OF_A_USER = {"data", "init", "loss", "model"}  # what these dispatch is a user's
+OF_A_USER = {"data", "init", "loss", "model"}  # these run user code
 ALONE = sorted(
     name
     for name, entry in installed().items()
@@ -304,7 +304,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def surveyed(corpus: Path, out: Path, *names: str) -> tuple[Survey, dict[str, float]]:
-    """Train the full model two steps with some plugins, and see what was dispatched."""
+    """Train the full model for two steps with some plugins; returns the dispatched operators."""
     wanted = list(names)
     for name in wanted:
         wanted += [n for n in load(name).requires if n not in wanted]
@@ -320,14 +320,14 @@ def surveyed(corpus: Path, out: Path, *names: str) -> tuple[Survey, dict[str, fl
 
 
 def in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the CPU computed like a device that adds floats up in no particular order."""
+    """Make the CPU behave like a device that sums floats in no fixed order."""
     monkeypatch.setattr(sums, "ADD_IN_ORDER", ())
 
 
 def test_the_preset_asks_for_what_the_page_says_and_for_nothing_of_it_when_deterministic(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red when an operation without a deterministic form comes in, or its replacement goes."""
+    """Fails if a nondeterministic operation is added, or its replacement removed."""
     free, losses = surveyed(corpus, tmp_path / "free", *PRESET)
     assert len(free.operators) > 80
     table = PAGE.read_text().partition("## Operations")[2]
@@ -350,7 +350,7 @@ def test_no_plugin_asks_for_what_has_no_deterministic_form(
     in_one_order(monkeypatch)
     try:
         survey, _ = surveyed(corpus, tmp_path, *{"deterministic": None, name: None})
-    except (ConfigError, DataError) as error:  # it needs settings or data of its own
+    except (ConfigError, DataError) as error:  # it needs specific settings or data
         pytest.skip(str(error))
     assert survey.undetermined == set()
 
@@ -370,7 +370,7 @@ def test_sums_by_doubling_are_those_of_cumsum(length: int, dim: int, seed: int) 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_of_logits_is_the_same_without_its_kernel(smoothing: float) -> None:
-    """Breaks if the replacement of NLLLoss gives another loss or gradient."""
+    """Fails if the replacement of NLLLoss computes another loss or gradient."""
     labels = torch.tensor([[1, -100, 4], [0, 2, 2]])
     found = []
     for deterministic in (False, True):

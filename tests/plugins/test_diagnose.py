@@ -1,4 +1,4 @@
-"""The diagnosis: it names real illnesses, in words and once, and is silent on healthy runs."""
+"""The diagnosis: it reports real problems once, in words, and nothing on healthy runs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def found_in(
     until: str | None = None,
     known: Engine | None = None,
 ) -> dict[str, str]:
-    """Train, and return what was found by rule; each must have been warned of once."""
+    """Train, and return the findings by rule; each must cause one warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for state in engine.steps(data, until=until or f"{steps} steps"):
@@ -102,11 +102,11 @@ def found_in(
     return {finding.rule: finding.text for finding in findings}
 
 
-# -- planted illnesses
+# -- planted problems
 
 
 def exploding(seed: int) -> dict[str, str]:
-    """Plain descent with steps far too long: the loss is soon not a number."""
+    """SGD with far too large steps: the loss soon becomes nan."""
     engine = engine_of(mlp(seed, nn.GELU), DiagnosePlugin(), lr=10.0, optimizer=torch.optim.SGD)
     return found_in(engine, data_of(seed), 30)
 
@@ -119,7 +119,7 @@ def exploding_adam(seed: int) -> dict[str, str]:
 
 
 def late_explosion(seed: int) -> dict[str, str]:
-    """The learning rate rises a thousandfold while the run goes well."""
+    """The learning rate rises a thousandfold in a healthy run."""
     schedule = LrTorchPlugin(scheduler="ExponentialLR", settings={"gamma": 1.06})
     engine = engine_of(mlp(seed), DiagnosePlugin(), schedule, lr=2e-3)
     return found_in(engine, data_of(seed))
@@ -160,7 +160,7 @@ def dead_relu(seed: int) -> dict[str, str]:
 
 
 class BusyLoader:
-    """Batches that cost as much work as several steps: it computes until that much time is over."""
+    """Batches that take as long as several steps: it computes for that time."""
 
     def __init__(self, data: list[Batch], seconds: float) -> None:
         self.data, self.seconds = data, seconds
@@ -192,7 +192,7 @@ class TwoHeads(nn.Module):
 
 
 class FirstPlugin(Loss[LossConfig]):
-    """The task: a squared error of about 1."""
+    """The main task: a squared error of about 1."""
 
     def units(self, batch: Batch) -> float:
         return float(len(batch[0]))
@@ -202,7 +202,7 @@ class FirstPlugin(Loss[LossConfig]):
 
 
 class SecondPlugin(FirstPlugin):
-    """Another task, a tenth as large, that does not help the first."""
+    """Another task, a tenth as large, unrelated to the first."""
 
     def loss(self, batch: Batch, output: tuple[Tensor, Tensor]) -> Tensor:
         return 0.1 * (output[1] - torch.sin(3 * batch[0][:, :1])).square().sum()
@@ -215,7 +215,7 @@ def dominated(seed: int, weight: float = 1000.0) -> dict[str, str]:
 
 
 class JointEmbedding(nn.Module):
-    """Two views of a row are to have one latent; nothing keeps all latents from being one."""
+    """Two views of a row should have equal latents; nothing prevents them from collapsing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def healthy_mlp(seed: int) -> dict[str, str]:
 
 
 def healthy_cnn(seed: int) -> dict[str, str]:
-    """Which quarter of the picture is bright? With biases before norms, which never learn."""
+    """Classify the bright quarter of a picture; with biases before norms, which never learn."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -293,7 +293,7 @@ def healthy_cnn(seed: int) -> dict[str, str]:
 
 
 class Gpt(nn.Module):
-    """A causal transformer of torch's own layers, with a projection for keys of its own."""
+    """A causal transformer of torch's layers, with a separate key projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def healthy_gpt(seed: int) -> dict[str, str]:
     return found_in(engine, walks_of(seed))
 
 
-# -- what is found, and what is not
+# -- findings and false alarms
 
 ILLNESSES: dict[str, tuple[str, Callable[[int], dict[str, str]]]] = {
     "steps too long": ("loss_explosion", exploding),
@@ -349,7 +349,7 @@ HEALTHY = {"mlp": healthy_mlp, "cnn": healthy_cnn, "gpt": healthy_gpt}
 
 @pytest.mark.parametrize("illness", ILLNESSES)
 def test_a_planted_illness_is_named_within_200_steps(illness: str) -> None:
-    """Breaks if a run that is truly ill in this way gets no word of it, or the wrong one."""
+    """Fails if a run with this problem gets no finding, or the wrong one."""
     rule, run = ILLNESSES[illness]
     assert rule in run(0)
 
@@ -357,33 +357,33 @@ def test_a_planted_illness_is_named_within_200_steps(illness: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("illness", ILLNESSES)
 def test_an_illness_is_named_whatever_the_seed(illness: str) -> None:
-    """Breaks if a threshold fits one run alone."""
+    """Fails if a threshold only fits one run."""
     rule, run = ILLNESSES[illness]
     assert [rule in run(seed) for seed in range(1, 4)] == [True] * 3
 
 
 @pytest.mark.parametrize("run", ["mlp", "cnn"])
 def test_a_healthy_run_hears_nothing(run: str) -> None:
-    """Breaks if a run that learns well, plateau at its end included, is called ill."""
+    """Fails if a run that learns well, with a plateau at its end, gets a finding."""
     assert HEALTHY[run](0) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", HEALTHY)
 def test_a_healthy_run_hears_nothing_whatever_the_seed(run: str) -> None:
-    """Breaks if silence hangs on the seed."""
+    """Fails if false alarms depend on the seed."""
     assert [HEALTHY[run](seed) for seed in range(3)] == [{}] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_healthy_nexus_hears_nothing(seed: int, tmp_path: Path) -> None:
-    """Breaks if small auxiliary losses, or a cosine to its floor, count as an illness."""
+    """Fails if small auxiliary losses, or a cosine at its floor, are reported."""
     assert healthy_nexus(seed, tmp_path) == {}
 
 
 def test_overflows_of_a_loss_scale_are_no_explosion() -> None:
-    """Breaks if the skipped steps with which fp16 finds its scale are called an explosion."""
+    """Fails if the skipped steps of fp16's scale search are reported as an explosion."""
     amp = AmpPlugin(dtype="fp16", initial_scale=2.0**40)
     engine = engine_of(mlp(0), amp, DiagnosePlugin(), lr=3e-3)
     assert found_in(engine, data_of(0), 100) == {}
@@ -410,7 +410,7 @@ def found(history: History) -> list[str]:
 @settings(max_examples=15)
 @given(st.integers(0, 10_000), st.sampled_from([1, 4, 32]), st.floats(0.01, 100))
 def test_noise_alone_is_no_explosion(seed: int, rows: int, scale: float) -> None:
-    """Breaks if the heavy tail of a squared error in a small batch is taken for a divergence."""
+    """Fails if the heavy tail of a squared error in a small batch is mistaken for divergence."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(20, 10, rows, generator=generator, dtype=torch.float64)
     history = History()
@@ -421,7 +421,7 @@ def test_noise_alone_is_no_explosion(seed: int, rows: int, scale: float) -> None
 
 @given(st.floats(1e-3, 1e3), st.floats(0.51, 100))
 def test_a_loss_half_its_start_above_its_level_is_an_explosion(start: float, rise: float) -> None:
-    """Breaks if the rule hangs on the unit of the loss, or is blunt."""
+    """Fails if the rule depends on the unit of the loss, or misses it."""
     falling = [start * share for share in (1.0, 0.8, 0.6, 0.5)]
     assert found(history_of(*falling)) == []
     high = start * (0.5 + rise)
@@ -430,7 +430,7 @@ def test_a_loss_half_its_start_above_its_level_is_an_explosion(start: float, ris
 
 
 def test_only_gradients_that_stay_infinite_are_an_explosion() -> None:
-    """Breaks if one overflow counts, or none."""
+    """Fails if a single overflow counts, or none ever does."""
     history = history_of(1.0, 0.9, 0.8)
     bad = [replace(reading, gradient_finite=False) for reading in history.readings]
     assert found(replace(history, readings=(*history.readings[:2], bad[2]))) == []
@@ -439,7 +439,7 @@ def test_only_gradients_that_stay_infinite_are_an_explosion() -> None:
 
 
 def test_a_plateau_counts_early_and_high_up_alone() -> None:
-    """Breaks if a run that has learned, or one long past its warm-up, is called slow."""
+    """Fails if a run that has learned, or one long past its warm-up, is reported as slow."""
     assert found(history_of(*[1.0] * 12)) == ["slow_convergence"]
     assert found(history_of(*[1.0] * 11)) == []
     assert found(history_of(1.0, *[0.4] * 12)) == []
@@ -450,7 +450,7 @@ def test_a_plateau_counts_early_and_high_up_alone() -> None:
 
 
 def test_a_floor_is_low_and_flat_and_the_loss_falls() -> None:
-    """Breaks if the tail of a cosine, a high constant rate, or a loss at rest is reported."""
+    """Fails if the tail of a cosine, a high constant rate, or a constant loss is reported."""
     falling = [1 - 0.02 * i for i in range(12)]
     assert found(history_of(*falling, lrs=[1.0] * 4 + [0.1] * 8)) == ["lr_at_floor"]
     assert found(history_of(*falling, lrs=[1.0] * 4 + [0.3] * 8)) == []
@@ -461,7 +461,7 @@ def test_a_floor_is_low_and_flat_and_the_loss_falls() -> None:
 
 @given(st.floats(0.0, 1.0))
 def test_memory_counts_from_nine_tenths(share: float) -> None:
-    """Breaks if the share is of something else, or the numbers are not told."""
+    """Fails if the share is wrong, or the numbers are not reported."""
     history = history_of(1.0)
     memory = Memory(share * 8 * 2**30, 8 * 2**30, "of cuda:0")
     full = replace(history, readings=(replace(history.readings[0], memory=memory),))
@@ -477,7 +477,7 @@ def test_memory_counts_from_nine_tenths(share: float) -> None:
 def test_waiting_counts_where_workers_can_help(
     share: float, milliseconds: float, expected: list[str]
 ) -> None:
-    """Breaks if a toy run whose steps take microseconds is told to use workers."""
+    """Fails if a toy run with steps of microseconds is told to use workers."""
     history = history_of(1.0, 0.9, 0.8)
     waiting = [replace(r, wait=Wait(share, milliseconds)) for r in history.readings]
     assert found(replace(history, readings=tuple(waiting))) == expected
@@ -498,7 +498,7 @@ def probed(weak: TermProbe, strong: TermProbe, fallen: float = 0.0) -> History:
     [
         (TermProbe(1.0, 5.0, 1.0), TermProbe(1000.0, 0.1, 20.0), 0.0, ["module_collapse"]),
         (TermProbe(1.0, 5.0, 1.0), TermProbe(1000.0, 0.1, 9.0), 0.0, []),  # not ten times
-        (TermProbe(0.1, 0.3, 0.01), TermProbe(1.0, 5.0, 1.0), 0.0, []),  # turned down on purpose
+        (TermProbe(0.1, 0.3, 0.01), TermProbe(1.0, 5.0, 1.0), 0.0, []),  # weighted down on purpose
         (TermProbe(1.0, 0.3, 0.01), TermProbe(1.0, 5.0, 1.0), 0.3, []),  # small, and learned
         (TermProbe(1.0, 0.3, 0.01), TermProbe(1.0, 5.0, 1.0), 0.0, ["module_collapse"]),
     ],
@@ -506,19 +506,19 @@ def probed(weak: TermProbe, strong: TermProbe, fallen: float = 0.0) -> History:
 def test_a_term_drowns_another_that_is_meant_to_count(
     weak: TermProbe, strong: TermProbe, fallen: float, expected: list[str]
 ) -> None:
-    """Breaks if every main loss beside small auxiliary ones is called an illness."""
+    """Fails if a main loss next to small auxiliary ones is reported."""
     assert found(probed(weak, strong, fallen)) == expected
 
 
 def test_every_rule_is_documented_in_order() -> None:
-    """Breaks if the page and the table of rules go apart."""
+    """Fails if the page and the table of rules differ."""
     page = (Path(__file__).parents[2] / "docs/plugins/diagnose.md").read_text()
     headings = [line[4:] for line in page.splitlines() if line.startswith("### ")]
     assert headings == [f"`{rule.name}`" for rule in RULES]
 
 
 def test_the_limit_is_the_smallest_of_machine_and_groups(tmp_path: Path) -> None:
-    """Breaks if a container's limit, on whatever level, is overlooked."""
+    """Fails if a container's limit, at any level, is ignored."""
     machine = host_limit(tmp_path / "none", tmp_path / "none")
     assert machine > 2**28
     (tmp_path / "a/b").mkdir(parents=True)
@@ -529,11 +529,11 @@ def test_the_limit_is_the_smallest_of_machine_and_groups(tmp_path: Path) -> None
     assert host_limit(tmp_path, membership) == 2**28
 
 
-# -- how it is said, kept and left out
+# -- reports, state and settings
 
 
 def test_memory_of_this_process_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if what is read is not the memory that this very process holds."""
+    """Fails if the value read is not this process's memory."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     monkeypatch.setattr(sensors, "host_limit", lambda: 1.05 * resident)
     assert "memory_near_limit" in found_in(engine_of(mlp(0), DiagnosePlugin()), data_of(0), 10)
@@ -552,7 +552,7 @@ class Clock:
 
 
 class SpendPlugin(Plugin[PluginConfig]):
-    """Lets 30 ms pass in a step, and much more where a log, an evaluation or a save would be."""
+    """Spends 30 ms in a step, and much more where a log, evaluation or save would be."""
 
     clock: Clock
 
@@ -573,7 +573,7 @@ class SpendPlugin(Plugin[PluginConfig]):
 def test_only_the_wait_for_batches_counts(
     monkeypatch: pytest.MonkeyPatch, wait: float, expected: str | None
 ) -> None:
-    """Breaks if logging or saving counts as waiting, or micro-batches are counted each."""
+    """Fails if logging or saving counts as waiting, or each micro-batch counts."""
     clock, spend = Clock(), SpendPlugin()
     spend.clock = clock
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -590,7 +590,7 @@ def test_only_the_wait_for_batches_counts(
 
 
 def test_a_finding_reaches_every_logger_and_the_summary(tmp_path: Path) -> None:
-    """Breaks if a finding is a warning that scrolls by, and no more."""
+    """Fails if a finding is only a warning."""
     plugins = [DiagnosePlugin(), JsonlPlugin(), TensorboardPlugin()]
     engine = engine_of(mlp(0), *plugins, lr=10.0, optimizer=torch.optim.SGD, out=tmp_path)
     findings = found_in(engine, data_of(0), 30)
@@ -612,7 +612,7 @@ def test_a_finding_reaches_every_logger_and_the_summary(tmp_path: Path) -> None:
 
 
 def test_of_several_processes_the_first_alone_speaks() -> None:
-    """Breaks if a finding is said once a process, or the others do not know that it was said."""
+    """Fails if every process reports a finding, or the others do not record it."""
     engine = engine_of(mlp(0), DiagnosePlugin(), lr=10.0, optimizer=torch.optim.SGD)
     engine.ranks = Ranks(rank=1)
     said: list[str] = []
@@ -626,7 +626,7 @@ def test_of_several_processes_the_first_alone_speaks() -> None:
 
 
 def test_a_rule_can_be_left_out() -> None:
-    """Breaks if a user cannot silence what they know, or a misspelt rule is taken."""
+    """Fails if a rule cannot be disabled, or a misspelt rule is accepted."""
     plugin = DiagnosePlugin(ignore=["dead_layers", "slow_convergence"])
     model = mlp(0)
     with torch.no_grad():
@@ -638,7 +638,7 @@ def test_a_rule_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("stop", [55, 60, 77])
 def test_a_resumed_run_knows_what_the_first_one_knew(stop: int, tmp_path: Path) -> None:
-    """Breaks if a stop in the middle of a period, or of a finding, changes what is found when."""
+    """Fails if a stop within a period, or during a finding, changes the findings."""
 
     def made(folder: str) -> Engine:
         torch.manual_seed(0)
@@ -663,7 +663,7 @@ def test_a_resumed_run_knows_what_the_first_one_knew(stop: int, tmp_path: Path) 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_training_is_the_same_to_the_bit(rows: int) -> None:
-    """Breaks if watching changes what is watched: gradients, dropout, or the data."""
+    """Fails if observing changes gradients, dropout or data."""
     ends = []
     for plugins in ([], [DiagnosePlugin(every=2, probe_every=3, ignore=["module_collapse"])]):
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ SIZES = {"d_model": 16, "ssm_n_layers": 2, "ssm_head_dim": 8, "ssm_d_state": 4}
 
 
 def model(vocab_size: int = 7, std: float = 0.5, **settings) -> NEXUSCore:
-    """One whose drafts are often right and often wrong."""
+    """A model whose drafts are often right and often wrong."""
     torch.manual_seed(0)
     made = NEXUSCore(vocab_size=vocab_size, **SIZES, **settings).eval()
     for parameter in made.parameters():
@@ -33,7 +33,7 @@ def model(vocab_size: int = 7, std: float = 0.5, **settings) -> NEXUSCore:
     seed=st.integers(0, 99),
 )
 def test_the_likeliest_tokens_are_the_same_with_drafts(draft, count, rows, seed):
-    """If it fails, drafts change what the model says."""
+    """Fails if drafts change the generated tokens."""
     made, draw = model(), torch.Generator().manual_seed(seed)
     prompt = torch.randint(7, (rows, 4), generator=draw)
     expected = made.generate(prompt, count, temperature=0)
@@ -61,7 +61,7 @@ class Chain(nn.Module):
 
 
 def test_sampled_tokens_have_the_distribution_without_drafts():
-    """If it fails, drafting answers another question than sampling."""
+    """Fails if drafting changes the distribution."""
     draw = torch.Generator().manual_seed(0)
     logits, noise = torch.randn(2, 4, 4, generator=draw)
     chain, sampling = Chain(logits, logits + noise), Sampling(0.8, 3, 0.95)
@@ -76,7 +76,7 @@ def test_sampled_tokens_have_the_distribution_without_drafts():
 
 
 def test_a_pass_over_several_tokens_leaves_the_states_of_single_steps():
-    """If it fails, a draft that is refused leaves its mark on what follows."""
+    """Fails if a rejected draft affects what follows."""
     made, ids = model(), torch.randint(7, (2, 5))
     with torch.no_grad():
         before = made.step(ids[:, 0], made.initial_state(2))[1]
@@ -92,12 +92,12 @@ def test_a_pass_over_several_tokens_leaves_the_states_of_single_steps():
 
 @pytest.mark.parametrize("settings", [{"world": False}, {"classic": True}])
 def test_drafts_without_a_world_model_are_refused(settings):
-    """If it fails, the user hears of an attribute that is not there."""
+    """Fails if the user gets an AttributeError."""
     with pytest.raises(ValueError, match="drafting needs the world model"):
         model(**settings).generate(torch.tensor([1]), 3, draft=2)
 
 
 def test_a_negative_draft_is_refused():
-    """If it fails, it is read as none, or loops for ever."""
+    """Fails if it is read as 0, or loops forever."""
     with pytest.raises(ValueError, match="draft is -1"):
         model().generate(torch.tensor([1]), 3, draft=-1)

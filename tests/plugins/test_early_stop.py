@@ -19,7 +19,7 @@ DATA = [torch.ones(1, 2)]
 
 
 class FatePlugin(Plugin[PluginConfig]):
-    """Lets the evaluations come out as planned."""
+    """Sets the results of evaluations."""
 
     before = ("early_stop",)
 
@@ -55,7 +55,7 @@ def run(engine: Engine, steps: int) -> Result:
 def test_stops_at_the_first_run_of_evaluations_without_a_record(
     values: list[int], patience: int, mode: str
 ) -> None:
-    """Breaks if it stops too early, too late, or in the wrong direction."""
+    """Fails if it stops too early, too late, or in the wrong direction."""
     signed = [-v for v in values] if mode == "max" else values
     last_record = [max(i for i in range(n + 1) if signed[i] < min(signed[:i], default=99))
                    for n in range(len(values))]  # fmt: skip
@@ -65,7 +65,7 @@ def test_stops_at_the_first_run_of_evaluations_without_a_record(
 
 
 def test_the_reason_says_what_happened() -> None:
-    """Breaks if the user cannot tell why the run ended."""
+    """Fails if the user cannot tell why the run ended."""
     result = run(engine_of([3, 2, 2.5, 2.5, 1, 1], patience=2), 6)
     assert (result.status, result.step) == ("stopped", 4)
     expected = "early_stop: val/score has not improved on 2 of step 2 for 2 evaluations"
@@ -73,7 +73,7 @@ def test_the_reason_says_what_happened() -> None:
 
 
 def test_small_gains_and_nan_do_not_count() -> None:
-    """Breaks if noise or a diverged run keeps the run alive."""
+    """Fails if noise or a nan resets the patience."""
     assert run(engine_of([1.0, 0.95, 0.9, 0.85], patience=2, min_delta=0.2), 4).step == 3
     nan = float("nan")
     result = run(engine_of([nan, nan, nan, nan], patience=3), 4)
@@ -82,7 +82,7 @@ def test_small_gains_and_nan_do_not_count() -> None:
 
 
 def test_patience_goes_on_after_a_restart() -> None:
-    """Breaks if each restart grants the run new patience."""
+    """Fails if a restart resets the patience."""
     values = [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 2.5]
     first, second = engine_of(values, patience=3), engine_of(values, patience=3)
     run(first, 3)
@@ -91,7 +91,7 @@ def test_patience_goes_on_after_a_restart() -> None:
 
 
 def test_a_metric_that_is_not_there_is_an_error() -> None:
-    """Breaks if a misspelt metric means that the run never stops."""
+    """Fails if a misspelt metric means that the run never stops."""
     engine = engine_of([1.0] * 3)
     engine.plugins["early_stop"].config = EarlyStopPlugin(metric="val/scor").config
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The averaged weights: the right average, evaluated with, and never trained on."""
+"""The averaged weights: correct, used for evaluation, and never for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nexus_plugins.ema import EmaPlugin
 
 
 class HistoryPlugin(Plugin[PluginConfig]):
-    """Keeps the weights after each step, and those that evaluations ran with."""
+    """Records the weights after each step, and those used for evaluation."""
 
     after = ("ema",)
 
@@ -56,7 +56,7 @@ def data(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 @pytest.mark.parametrize(("decay", "ramp"), [(0.5, False), (0.9, False), (0.5, True)])
 def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, ramp: bool) -> None:
-    """Breaks if the recursion, its start or its ramp is wrong: the sum written out in full."""
+    """Fails if the recursion, its start or its ramp differs from the explicit sum."""
     history, ema = HistoryPlugin(), EmaPlugin(decay=decay, ramp=ramp)
     engine_of(ema, history).fit(data(), until="12 steps")
     keeps = [min(decay, (1 + n) / (10 + n)) if ramp else decay for n in range(1, 13)]
@@ -69,7 +69,7 @@ def test_the_average_is_the_weighted_sum_of_all_steps(decay: float, ramp: bool) 
 
 
 def test_training_is_that_without_it_and_evaluation_runs_with_the_average() -> None:
-    """Breaks if the average leaks into training, or evaluation uses the raw weights."""
+    """Fails if the average leaks into training, or evaluation uses the raw weights."""
     history, ema = HistoryPlugin(), EmaPlugin(decay=0.8)
     plain, averaged = engine_of(), engine_of(ema, history)
     plain.fit(data(), until="6 steps")
@@ -83,7 +83,7 @@ def test_training_is_that_without_it_and_evaluation_runs_with_the_average() -> N
 
 
 def test_a_snapshot_in_the_middle_of_an_evaluation_holds_the_weights() -> None:
-    """Breaks if "best" is saved while the average stands in for the weights."""
+    """Fails if "best" is saved with the average in place of the weights."""
     taken = []
 
     class EagerPlugin(Plugin[PluginConfig]):
@@ -98,7 +98,7 @@ def test_a_snapshot_in_the_middle_of_an_evaluation_holds_the_weights() -> None:
 
 
 def test_an_evaluation_that_fails_leaves_the_weights() -> None:
-    """Breaks if a broken evaluation batch turns the run's weights into the average."""
+    """Fails if a failing evaluation leaves the average in the weights."""
     history = HistoryPlugin()
     engine = engine_of(EmaPlugin(decay=0.8), history)
     with pytest.raises(RuntimeError, match="shapes"):
@@ -107,7 +107,7 @@ def test_an_evaluation_that_fails_leaves_the_weights() -> None:
 
 
 def test_a_resumed_run_has_the_same_average() -> None:
-    """Breaks if average or ramp start anew after a crash."""
+    """Fails if average or ramp restart after a crash."""
 
     def fresh() -> tuple[Engine, EmaPlugin]:
         ema = EmaPlugin(decay=0.95)
@@ -132,7 +132,7 @@ def test_a_resumed_run_is_evaluated_and_predicts_with_the_average_before_it_trai
 
 
 def test_a_state_of_fewer_trained_weights_is_evaluated_with_theirs() -> None:
-    """Breaks if what was thawed since is looked for in an average that is taken back."""
+    """Fails if parameters unfrozen since are looked up in the restored average."""
     engine = engine_of(EmaPlugin(decay=0.9))
     engine.model[0].requires_grad_(False)
     engine.fit(data(), until="2 steps")
@@ -144,7 +144,7 @@ def test_a_state_of_fewer_trained_weights_is_evaluated_with_theirs() -> None:
 
 
 def test_the_average_of_narrow_weights_is_wide() -> None:
-    """Breaks if a bfloat16 average stands still because its steps are below its resolution."""
+    """Fails if a bfloat16 average never moves because its steps are below its resolution."""
     ema = EmaPlugin(decay=0.9999, ramp=False)
     engine = engine_of(ema, dtype=torch.bfloat16)
     before = {n: p.float().clone() for n, p in engine.model.named_parameters()}
@@ -154,7 +154,7 @@ def test_the_average_of_narrow_weights_is_wide() -> None:
 
 
 def test_an_average_of_another_model_is_refused() -> None:
-    """Breaks if a resumed run averages parameters that do not belong together."""
+    """Fails if a resumed run averages parameters that do not belong together."""
     ema = EmaPlugin()
     ema.load_state_dict({"average": {"strange": torch.ones(1)}, "updates": 1})
     with pytest.raises(CheckpointError, match="saved average has 'strange', which the model lacks"):
@@ -163,7 +163,7 @@ def test_an_average_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_sparse_average_with_a_power_and_buffers_is_that_of_a_loop_by_hand(every: int) -> None:
-    """Breaks if updates come at other steps, ramp otherwise, or leave running statistics out."""
+    """Fails if updates happen at other steps, ramp differently, or omit running statistics."""
     ema = EmaPlugin(decay=0.8, power=0.75, update_every=every, buffers=True)
     engine, twin = engine_of(ema), engine_of()
     average = copy.deepcopy(twin.model)
@@ -197,7 +197,7 @@ def test_a_sparse_average_with_a_power_and_buffers_is_that_of_a_loop_by_hand(eve
 
 
 def test_both_weights_are_evaluated_and_training_is_that_without() -> None:
-    """Breaks if the second evaluation sees the average, or leaves it in the model."""
+    """Fails if the second evaluation uses the average, or leaves it in the model."""
     plain, both = engine_of(), engine_of(EmaPlugin(decay=0.9, evaluate="both"))
     average = engine_of(EmaPlugin(decay=0.9))
     found = [

@@ -1,4 +1,4 @@
-"""The energy module: who is refined, who is not, and what is foreseen."""
+"""The energy module: which tokens are refined, and what is predicted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nexus_plugins.model_nexus.residual import Final
 
 
 def module(seed: int = 0, **settings) -> EnergyModule:
-    """One in which some tokens settle early and some never, with its gate open."""
+    """A module in which some tokens settle early and some never, with its gate open."""
     torch.manual_seed(seed)
     sizes = {"d_code": 5, "n_memories": 12, "threshold": 0.05, "window": 3}
     made = EnergyModule(6, **{**sizes, **settings}).eval()
@@ -28,7 +28,7 @@ def module(seed: int = 0, **settings) -> EnergyModule:
 
 
 def one_token_after_the_other(energy: EnergyModule, h, documents):
-    """What the module is defined to do, for one row, without tiles, gathers or masks."""
+    """The definition of the module, for one row, without tiles, gathers or masks."""
     first, context = torch.split(energy.read(h), [5, 12], -1)
     trails, counts = [], []
     for position in range(len(h)):
@@ -57,7 +57,7 @@ def one_token_after_the_other(energy: EnergyModule, h, documents):
     seed=st.integers(0, 99),
 )
 def test_tokens_are_refined_until_they_settle_and_read_those_before_them(lengths, window, seed):
-    """If it fails, a token reads the wrong neighbours, or goes on though it has settled."""
+    """Fails if a token reads the wrong neighbours, or is refined after it has settled."""
     energy = module(seed, window=window, max_iterations=4)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     h = torch.randn(len(document), 6)
@@ -69,7 +69,7 @@ def test_tokens_are_refined_until_they_settle_and_read_those_before_them(lengths
 
 
 def test_some_settle_early_and_that_is_what_is_computed():
-    """If it fails, easy tokens cost as much as hard ones, or the tests here show nothing."""
+    """Fails if easy tokens cost as much as hard ones, or these tests have no effect."""
     energy = module()
     h = torch.randn(8, 32, 6)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -83,7 +83,7 @@ def test_some_settle_early_and_that_is_what_is_computed():
 
 
 def test_a_row_has_the_same_bits_among_any_neighbours():
-    """If it fails, how many others are refined beside a token changes its rounding."""
+    """Fails if the number of other refined tokens changes a token's rounding."""
     energy = module()
     h = torch.randn(5, 23, 6)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_row_has_the_same_bits_among_any_neighbours():
 
 
 def test_one_token_at_a_time_equals_the_whole_sequence():
-    """If it fails, generation uses another model than training."""
+    """Fails if generation differs from training."""
     energy = module()
     h, state = torch.randn(3, 17, 6), energy.initial_state(3)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_one_token_at_a_time_equals_the_whole_sequence():
 
 
 def test_training_makes_all_refinements_and_judges_an_early_one_of_each_token():
-    """If it fails, the loss is that of other codes than those that a token would settle with."""
+    """Fails if the loss applies to other codes than those a token would settle with."""
     energy = module(max_iterations=3).train()
     h = torch.randn(2, 5, 6)
     update, reports = energy(h)
@@ -119,7 +119,7 @@ def test_training_makes_all_refinements_and_judges_an_early_one_of_each_token():
 
 
 def test_effort_goes_where_the_answer_must_be_worked_out():
-    """If it fails, what early refinements cost is not learned, and all tokens take as many."""
+    """Fails if the cost of stopping early is not learned, so that all tokens take equally many."""
     torch.manual_seed(0)
     energy = EnergyModule(6, d_code=8, n_memories=32, max_iterations=5, threshold=0.05, window=3)
     head = torch.nn.Parameter(torch.randn(4, 6))
@@ -127,7 +127,7 @@ def test_effort_goes_where_the_answer_must_be_worked_out():
     optimizer = torch.optim.Adam([*energy.parameters(), head], lr=1e-2)
 
     def batch():
-        """Rows that say each symbol, or leave most to be counted on from the last that was said."""
+        """Rows that give each symbol, or leave most to be counted on from the last one given."""
         symbols = torch.randint(4, (16, 12))
         said = (torch.arange(16) % 2 == 0).unsqueeze(1) | (torch.arange(12) % 4 == 0)
         answers = [symbols[:, 0]]
@@ -156,7 +156,7 @@ def test_effort_goes_where_the_answer_must_be_worked_out():
 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_the_fewest_refinements_can_be_trained(iterations):
-    """If it fails, there is no early refinement to judge, and training stops."""
+    """Fails if there is no early refinement to train, and training stops."""
     energy = module(max_iterations=iterations).train()
     h = torch.randn(1, 4, 6)
     update, reports = energy(h)

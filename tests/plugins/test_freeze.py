@@ -1,4 +1,4 @@
-"""Freezing by schedule: frozen weights and statistics do not move, thawed ones do."""
+"""Freezing by schedule: frozen weights and statistics do not change, unfrozen ones do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data() -> list[Tensor]:
 
 
 def moved(engine: Engine, until: int) -> list[set[str]]:
-    """The names of what each step changes: parameters, and buffers of floating point."""
+    """The names of the parameters and floating-point buffers that each step changes."""
     found, before = [], {}
     for name, value in engine.model.state_dict().items():
         before[name] = value.clone()
@@ -41,7 +41,7 @@ def moved(engine: Engine, until: int) -> list[set[str]]:
 
 
 def test_a_rule_freezes_and_thaws_when_it_says() -> None:
-    """Breaks if a frozen weight moves (by decay, too), or is thawed a step too early or late."""
+    """Fails if a frozen weight changes (also by decay), or is unfrozen a step too early or late."""
     rules = [
         {"match": "0.*", "until": "2 epochs"},
         {"match": "1.*", "start": "1 steps", "until": "3 steps"},
@@ -65,7 +65,7 @@ def test_statistics_may_go_on() -> None:
 
 
 def test_what_is_left_trains_as_without_the_frozen_part() -> None:
-    """Breaks if freezing changes anything else: the same as a model that was frozen by hand."""
+    """Fails if training differs from that of a manually frozen model."""
     frozen, by_hand = engine_of(FreezePlugin(rules=[{"match": "0.*"}])), engine_of()
     by_hand.model[0].requires_grad_(False)  # type: ignore[index]
     for engine in (frozen, by_hand):

@@ -1,4 +1,4 @@
-"""Gradient statistics: the right numbers, of the whole step, and the training unchanged."""
+"""Gradient statistics: correct numbers, of the whole step, and unchanged training."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def length(parts: dict[str, Tensor], start: str) -> float:
 
 
 def test_norms_are_those_of_the_modules_before_clipping() -> None:
-    """Breaks if a parameter is counted in the wrong module, or the clipped gradient is measured."""
+    """Fails if a parameter is counted in the wrong module, or the clipped gradient is measured."""
     metrics = logged(ClipPlugin(max_norm=1e-3), GradStatsPlugin(terms_every=None))[0]
     found = {name: value for name, value in metrics.items() if name.startswith("grad_norm/")}
     parts = gradients()
@@ -104,7 +104,7 @@ def test_norms_are_those_of_the_modules_before_clipping() -> None:
 
 @pytest.mark.parametrize("split", [1, 2, 3])
 def test_terms_are_compared_over_what_they_share(split: int) -> None:
-    """Breaks if heads count in, weights are left out, or a micro-batch is taken for the step."""
+    """Fails if heads are included, weights are ignored, or only a micro-batch is measured."""
     metrics = logged(GradStatsPlugin(), split=split)[0]
     shared = {
         name: torch.cat(
@@ -119,7 +119,7 @@ def test_terms_are_compared_over_what_they_share(split: int) -> None:
 
 
 def test_a_loss_scale_is_taken_out() -> None:
-    """Breaks if the factor of fp16, here 1,024, shows in the norms of the terms."""
+    """Fails if the factor of fp16, here 1,024, shows in the norms of the terms."""
     plain = logged(GradStatsPlugin())[0]
     scaled = logged(AmpPlugin(dtype="fp16", initial_scale=1024.0), GradStatsPlugin())[0]
     for name in ("grad_norm/term/one", "grad_norm/term/two", "grad_norm/trunk.0"):
@@ -127,7 +127,7 @@ def test_a_loss_scale_is_taken_out() -> None:
 
 
 def test_measurements_come_at_their_periods() -> None:
-    """Breaks if the costly part runs in every step."""
+    """Fails if the expensive part runs in every step."""
     lines = logged(GradStatsPlugin(every=2, terms_every=3), steps=7)
     assert [i for i, line in enumerate(lines) if "grad_norm/one" in line] == [0, 2, 4, 6]
     assert [i for i, line in enumerate(lines) if "grad_cosine/one_two" in line] == [0, 3, 6]
@@ -135,7 +135,7 @@ def test_measurements_come_at_their_periods() -> None:
 
 @given(st.integers(0, 10_000), st.integers(2, 4))
 def test_products_are_over_the_parameters_that_most_terms_reach(seed: int, terms: int) -> None:
-    """Breaks if a parameter of fewer terms counts, or a missing gradient is not a zero."""
+    """Fails if a parameter of fewer terms counts, or a missing gradient is not a zero."""
     generator = torch.Generator().manual_seed(seed)
     reach = torch.rand(terms, 5, generator=generator) < 0.7
     values = torch.randn(terms, 5, 3, generator=generator)
@@ -155,7 +155,7 @@ def test_products_are_over_the_parameters_that_most_terms_reach(seed: int, terms
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("grad_stats",), ("mfu", "throughput"), ("diagnose",)])
 def test_a_nexus_is_trained_to_the_same_bits(names: tuple[str, ...], tmp_path: Path) -> None:
-    """Breaks if measuring draws random numbers, or leaves something in the gradients."""
+    """Fails if measuring draws random numbers, or leaves something in the gradients."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(400)))
     settings: dict[str, dict[str, Any]] = {
@@ -189,7 +189,7 @@ def test_a_nexus_is_trained_to_the_same_bits(names: tuple[str, ...], tmp_path: P
 
 
 def test_training_is_the_same_to_the_bit() -> None:
-    """Breaks if taking the gradient by term leaves something behind."""
+    """Fails if computing gradients by term has side effects."""
     ends = [
         logged(*extra, split=2, steps=6)[-1] for extra in ((), (GradStatsPlugin(terms_every=2),))
     ]

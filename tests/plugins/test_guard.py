@@ -1,4 +1,4 @@
-"""The guard: bad numbers never reach the weights, and what happened can be done again."""
+"""The guard: non-finite numbers never reach the weights, and bad steps can be replayed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REFUSED = "skipped the update of step"
 
 
 class PoisonPlugin(Plugin[PluginConfig]):
-    """Spoils chosen steps: the loss, the gradient, or nothing but the size of the loss."""
+    """Corrupts chosen steps: the loss, the gradient, or only the size of the loss."""
 
     before = ("guard",)
 
@@ -54,7 +54,7 @@ class PoisonPlugin(Plugin[PluginConfig]):
 
 
 class FollowerPlugin(Plugin[PluginConfig]):
-    """Averages the weights, as ema does, but for refused steps."""
+    """Averages the weights, as ema does, except in refused steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_a_refused_step_leaves_everything_as_it_was(
     value: float, optimizer: str, device_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if one bad number moves a weight, a moment, a step count or an average."""
+    """Fails if one bad number changes a weight, a moment, a step count or an average."""
     follower = FollowerPlugin()
     engine = engine_of(
         PoisonPlugin(4, 5, value=value), GuardPlugin(), ClipPlugin(), follower, optimizer=optimizer
@@ -145,13 +145,13 @@ def test_a_refused_step_leaves_everything_as_it_was(
 
 
 def verdicts_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the way of a CUDA device: nothing is read until the log is."""
+    """Use the code path of CUDA: nothing is read until a log is due."""
     monkeypatch.setattr("nexus_plugins.guard.plugin.WAITED_FOR", ())
 
 
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 def test_without_the_guard_the_same_step_spoils_the_weights() -> None:
-    """Breaks if the tests above would pass without a guard."""
+    """Fails if the tests above would pass without the guard."""
     engine = engine_of(PoisonPlugin(4))
     engine.fit(data(), until=6)
     assert not all(tensor.isfinite().all() for tensor in state(engine))
@@ -160,7 +160,7 @@ def test_without_the_guard_the_same_step_spoils_the_weights() -> None:
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_loss_is_refused_even_where_its_gradient_looks_good(value: float) -> None:
-    """Breaks if only gradients are looked at."""
+    """Fails if only gradients are checked."""
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
 
@@ -179,7 +179,7 @@ def test_a_bad_loss_is_refused_even_where_its_gradient_looks_good(value: float) 
 
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 def test_good_steps_are_not_touched() -> None:
-    """Breaks if the guard changes a run in which nothing is wrong, or very large gradients."""
+    """Fails if the guard changes a healthy run, or rejects very large gradients."""
     plain, guarded = engine_of(), engine_of(GuardPlugin(spike_threshold=1e9))
     huge = [{**batch, "y": batch["y"] * 1e15} for batch in data()]
     plain.fit(huge, until=10)
@@ -191,7 +191,7 @@ def test_good_steps_are_not_touched() -> None:
 def test_refused_steps_are_counted_and_logged(
     device_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run can lose steps without anybody seeing it."""
+    """Fails if skipped steps go unnoticed."""
     if device_path:
         verdicts_stay_on_the_device(monkeypatch)
     record = RecorderPlugin()
@@ -209,7 +209,7 @@ def test_refused_steps_are_counted_and_logged(
 def test_a_stop_saves_first_and_then_says_why(
     settings: dict[str, Any], bad: tuple[int, ...], stop: int, tmp_path: Path
 ) -> None:
-    """Breaks if stopping for bad numbers loses the good weights, or looks like success."""
+    """Fails if stopping for bad numbers loses the good weights, or looks like success."""
     guard = GuardPlugin(**settings)
     engine = engine_of(PoisonPlugin(*bad), guard, CheckpointPlugin(every=100), out=tmp_path)
     with pytest.raises(RunError, match=f"skipped the update of step {stop}"):
@@ -226,7 +226,7 @@ def test_a_stop_saves_first_and_then_says_why(
 
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 def test_a_rollback_restores_the_last_save_and_goes_on_with_new_data(tmp_path: Path) -> None:
-    """Breaks if weights, moments or a plugin's state stay as they were, or data is repeated."""
+    """Fails if weights, moments or a plugin's state are not restored, or data is repeated."""
     follower = StatefulPlugin()
     guard = GuardPlugin(policy="rollback")
     engine = engine_of(PoisonPlugin(8), guard, CheckpointPlugin(every=5), follower, out=tmp_path)
@@ -243,7 +243,7 @@ def test_a_rollback_restores_the_last_save_and_goes_on_with_new_data(tmp_path: P
 
 
 class StatefulPlugin(Plugin[PluginConfig]):
-    """Counts steps, and forgets on a rollback."""
+    """Counts steps, and is restored on a rollback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class StatefulPlugin(Plugin[PluginConfig]):
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_run_with_refused_steps_resumes_to_the_same_bits(policy: str, tmp_path: Path) -> None:
-    """Breaks if the guard's counts, or what it rolls back to, are lost by a kill."""
+    """Fails if the guard's counts, or its rollback target, are lost in a kill."""
 
     def made(out: Path) -> Engine:
         guard = GuardPlugin(policy=policy, spike_threshold=3.0, spike_window=8)
@@ -286,7 +286,7 @@ def test_a_run_with_refused_steps_resumes_to_the_same_bits(policy: str, tmp_path
 
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 def test_rolling_back_in_vain_ends() -> None:
-    """Breaks if a run goes back to the same save for ever."""
+    """Fails if a run rolls back to the same save forever."""
     guard = GuardPlugin(policy="rollback", max_consecutive=3)
     engine = engine_of(PoisonPlugin(*range(4, 100, 2)), guard, SavePlugin(2))
     with pytest.raises(RunError, match="3 rollbacks did not help"):
@@ -307,7 +307,7 @@ class SavePlugin(Plugin[PluginConfig]):
 
 
 class NotesPlugin(Plugin[PluginConfig]):
-    """Keeps what is said of the run."""
+    """Records the notes of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ class NotesPlugin(Plugin[PluginConfig]):
 
 @pytest.mark.parametrize("device_path", [False, True], ids=["host", "device"])
 def test_a_rollback_says_where_it_goes(device_path: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a run loses steps without a word of how many."""
+    """Fails if a rollback does not report how many steps are lost."""
     if device_path:
         verdicts_stay_on_the_device(monkeypatch)
     notes = NotesPlugin()
@@ -341,11 +341,11 @@ def test_a_rollback_says_where_it_goes(device_path: bool, monkeypatch: pytest.Mo
 def test_without_a_save_a_rollback_keeps_the_progress(
     begin: str, device_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a bad step before the first save throws away all that was learnt."""
+    """Fails if a bad step before the first save discards all progress."""
     if device_path:
         verdicts_stay_on_the_device(monkeypatch)
     engine = engine_of(PoisonPlugin(8), GuardPlugin(policy="rollback"), optimizer="fused")
-    if begin == "loaded":  # as `--resume auto` does where there is no checkpoint yet
+    if begin == "loaded":  # as `--resume auto` does without a checkpoint
         engine.load_state_dict(engine.state_dict())
     states: list[list[Tensor]] = []
     engine_steps = engine.steps(data(), until=10)
@@ -359,7 +359,7 @@ def test_without_a_save_a_rollback_keeps_the_progress(
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 @pytest.mark.parametrize("guard_first", [True, False])
 def test_averages_go_back_with_the_weights(guard_first: bool) -> None:
-    """Breaks if the order in which plugins are named decides what a rollback reaches."""
+    """Fails if the order of plugin names affects what a rollback restores."""
     average, guard = EmaPlugin(decay=0.9), GuardPlugin(policy="rollback")
     pair: list[Plugin[Any]] = [guard, average] if guard_first else [average, guard]
     engine = engine_of(PoisonPlugin(8), *pair, SavePlugin(5))
@@ -375,10 +375,10 @@ def test_averages_go_back_with_the_weights(guard_first: bool) -> None:
 
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 def test_a_log_right_after_a_rollback_shows_what_it_always_does() -> None:
-    """Breaks if a rollback forgets how a metric is finished, or its sums: a mean for a root."""
+    """Fails if a rollback loses a metric's `finish` function or its sums."""
 
     class RootPlugin(Plugin[PluginConfig]):
-        """Logs the root of the mean of the step's number."""
+        """Logs the root of the mean step number."""
 
         @hookimpl
         def on_batch(self, engine: Engine) -> None:
@@ -391,7 +391,7 @@ def test_a_log_right_after_a_rollback_shows_what_it_always_does() -> None:
 
 
 class CountingSgd(torch.optim.SGD):
-    """Counts its steps in its groups, whether or not there are gradients, as some do."""
+    """Counts its steps in its groups, even without gradients, as some optimizers do."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -402,7 +402,7 @@ class CountingSgd(torch.optim.SGD):
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_refused_step_is_no_step_of_an_optimizer_that_counts(scaled: bool) -> None:
-    """Breaks if a refused step moves warm-up or averages that an optimizer keeps in its groups."""
+    """Fails if a refused step advances counters that an optimizer keeps in its groups."""
     model = Rows(nn.Linear(4, 1))
     optimizer = CountingSgd(model.parameters(), lr=0.01)
     spike = PoisonPlugin(12, kind="batch", value=20.0)
@@ -420,7 +420,7 @@ def test_a_refused_step_is_no_step_of_an_optimizer_that_counts(scaled: bool) -> 
 def test_a_gradient_scaler_does_not_let_a_refused_step_pass(
     bad: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if the scaler's own flag takes the place of the guard's, where nothing is read."""
+    """Fails if the scaler's flag replaces the guard's on devices without reads."""
     verdicts_stay_on_the_device(monkeypatch)
     spike = PoisonPlugin(12, kind="batch", value=1000.0 if bad == "spike" else float("nan"))
     guard = GuardPlugin(spike_threshold=6.0, spike_window=8)
@@ -437,7 +437,7 @@ def test_a_gradient_scaler_does_not_let_a_refused_step_pass(
     values=st.lists(st.floats(-5, 5, width=32), min_size=20, max_size=40), threshold=st.floats(2, 6)
 )
 def test_spikes_are_those_of_the_median_rule(values: list[float], threshold: float) -> None:
-    """Breaks if the running median, its deviation, or what is remembered differ from the rule."""
+    """Fails if the running median, its deviation, or the window differ from the rule."""
     spikes = Spikes(threshold, 9)
     kept: list[float] = []
     for value in values:
@@ -457,7 +457,7 @@ def test_spikes_are_those_of_the_median_rule(values: list[float], threshold: flo
 
 @pytest.mark.filterwarnings(f"ignore:{REFUSED}")
 def test_a_spike_is_refused_only_where_asked_for() -> None:
-    """Breaks if spike detection is on by default, or off when asked for."""
+    """Fails if spike detection is on by default, or off when asked for."""
     for settings, refused in (({}, 0.0), ({"spike_threshold": 6.0, "spike_window": 8}, 1.0)):
         poison = PoisonPlugin(15, kind="batch", value=100.0)
         engine = engine_of(poison, GuardPlugin(**settings))  # type: ignore[arg-type]
@@ -467,7 +467,7 @@ def test_a_spike_is_refused_only_where_asked_for() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fused"])
 def test_a_record_is_written_and_names_the_culprit(optimizer: str, tmp_path: Path) -> None:
-    """Breaks if a bad step cannot be done again, or the wrong module is blamed."""
+    """Fails if a bad step cannot be replayed, or the wrong module is blamed."""
     engine = engine_of(
         PoisonPlugin(3, kind="batch"), GuardPlugin(), optimizer=optimizer, out=tmp_path
     )
@@ -486,7 +486,7 @@ def test_a_record_is_written_and_names_the_culprit(optimizer: str, tmp_path: Pat
 
 
 class Divides(nn.Module):
-    """Finite going forward, not going back: the root of zero."""
+    """Finite in the forward pass, but not in the backward pass: the root of zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -502,7 +502,7 @@ class Root(nn.Module):
 
 
 def test_a_gradient_that_breaks_on_the_way_back_is_located(tmp_path: Path) -> None:
-    """Breaks if a step whose forward pass is fine is reported as fine."""
+    """Fails if a step with a valid forward pass is reported as valid."""
 
     def made(out: Path | None) -> Engine:
         torch.manual_seed(0)
@@ -521,7 +521,7 @@ def test_a_gradient_that_breaks_on_the_way_back_is_located(tmp_path: Path) -> No
 
 
 def test_the_replayed_step_has_the_random_numbers_of_the_first(tmp_path: Path) -> None:
-    """Breaks if dropout differs in the replay, so that the fault does not appear again."""
+    """Fails if dropout differs in the replay, so that the fault does not recur."""
 
     def made(out: Path | None) -> Engine:
         torch.manual_seed(0)
@@ -537,7 +537,7 @@ def test_the_replayed_step_has_the_random_numbers_of_the_first(tmp_path: Path) -
 
 
 def test_a_turn_of_several_optimizers_is_refused_and_replayed_as_that_turn(tmp_path: Path) -> None:
-    """Breaks if a later turn is not refused, or the replay asks for the terms of another."""
+    """Fails if a later turn is not refused, or the replay uses another turn's terms."""
 
     class TurnsPlugin(Plugin[PluginConfig]):
         @hookimpl
@@ -575,7 +575,7 @@ def test_a_turn_of_several_optimizers_is_refused_and_replayed_as_that_turn(tmp_p
 
 
 class Explodes(nn.Module):
-    """Not finite where dropout left one certain number of zeros, as happens now and then."""
+    """Non-finite for one particular number of dropped values, which occurs occasionally."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x / ((x == 0).sum() != 12).float()
@@ -585,7 +585,7 @@ class Explodes(nn.Module):
 def test_a_record_whose_write_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a full disk leaves half a record, which replay cannot read and which counts."""
+    """Fails if a full disk leaves a partial record, which replay cannot read but which counts."""
 
     def full(model: nn.Module, filename: str) -> None:
         save_model(model, filename)
@@ -603,7 +603,7 @@ def test_a_record_whose_write_fails_leaves_nothing(
 
 
 def test_a_record_that_is_none_is_said(tmp_path: Path) -> None:
-    """Breaks if a mistyped record ends in a traceback."""
+    """Fails if a mistyped record ends in a traceback."""
     engine = engine_of(GuardPlugin())
     with pytest.raises(CheckpointError, match="cannot replay"):
         engine.plugins["guard"].replay(engine, tmp_path)  # type: ignore[attr-defined]
@@ -665,7 +665,7 @@ def retold(name: str, tensor: Tensor) -> Callable[[Path], object]:
 def test_a_forged_record_is_only_ever_a_checkpoint_error(
     forge: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    """Breaks if a record from elsewhere ends in a traceback, or a link in it is followed."""
+    """Fails if an untrusted record ends in a traceback, or a link in it is followed."""
     record = recorded(tmp_path)
     forge(record)
     engine = engine_of(GuardPlugin())
@@ -676,7 +676,7 @@ def test_a_forged_record_is_only_ever_a_checkpoint_error(
 def test_replay_writes_nowhere_that_a_config_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run folder from elsewhere makes `replay` write outside it, or blow up."""
+    """Fails if an untrusted run folder makes `replay` write outside it, or crash."""
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(300)))
     plugins: dict[str, Any] = {
@@ -699,7 +699,7 @@ def test_replay_writes_nowhere_that_a_config_names(
     done = CliRunner().invoke(nexus_run, ["replay", str(record)])
     assert (done.exit_code, "loss lm" in done.output) == (0, True), done.output
     assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
-    settings["plugins"]["data_text"]["cache_dir"] = "here"  # in the present folder, not in the run
+    settings["plugins"]["data_text"]["cache_dir"] = "here"  # in the current folder, not in the run
     config.write_text(yaml.safe_dump(settings))
     assert CliRunner().invoke(nexus_run, ["replay", str(record)]).exit_code == 0
     assert not Path("here").exists()

@@ -1,4 +1,4 @@
-"""Starting from weights alone: where they are found, what is taken, and what is refused."""
+"""Starting from weights: where they are found, what is loaded, and what is rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def weights(seed: int = 1) -> dict[str, Tensor]:
-    """Those of another net."""
+    """The weights of another net."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return dict(called.Net().state_dict())
@@ -58,7 +58,7 @@ def engine_of(
 
 
 def started(engine: Engine, steps: int = 0) -> dict[str, Tensor]:
-    """The weights after so many steps; 0: those that the run begins with."""
+    """The weights after some steps; 0: the initial ones."""
     if steps == 0:
         engine.stop()
     engine.fit(list(called.batches([5, 6])), until=steps or "1000 steps")
@@ -70,12 +70,12 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def run_before(out: Path, *plugins: Plugin[Any]) -> dict[str, Tensor]:
-    """A run that was: its weights, beside its checkpoints."""
+    """A finished run: its weights, with its checkpoints."""
     torch.manual_seed(5)
     return started(engine_of(CheckpointPlugin(every="2 steps"), *plugins, out=out), 4)
 
 
-# -- where weights are
+# -- where weights are found
 
 
 def in_file(folder: Path) -> Path:
@@ -103,7 +103,7 @@ def in_parts(folder: Path) -> Path:
 
 
 def in_cache(folder: Path) -> Path:
-    """As Hugging Face keeps what it has downloaded: links to blobs."""
+    """The layout of the Hugging Face cache: links to blobs."""
     blobs, revision = folder / "models--a--b/blobs", folder / "models--a--b/snapshots/f00"
     blobs.mkdir(parents=True)
     revision.mkdir(parents=True)
@@ -129,11 +129,11 @@ def test_a_run_a_checkpoint_and_an_average_of_one_are_found(folder: Path) -> Non
     assert not same(found, ended)
 
 
-# -- what is taken
+# -- what is loaded
 
 
 class Larger(nn.Module):
-    """A net with another head, and its body elsewhere."""
+    """A net with another head, and its body under another name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_names_are_changed_and_chosen(folder: Path) -> None:
 
 
 def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
-    """In warnings, to the loggers, and in the lines at the end of a run."""
+    """In warnings, to loggers, and in the run summary."""
     save_file({**weights(), "old.weight": torch.ones(2)}, folder / "weights.safetensors")
     net = called.Net()
     net.head = nn.Linear(8, 2, bias=False)
@@ -175,7 +175,7 @@ def test_what_fits_is_taken_and_the_rest_is_told(folder: Path) -> None:
     with pytest.warns(RuntimeWarning) as told:
         found = started(engine_of(plugin, net=net))
     said = str(told[0].message)
-    assert "took 3 of 7 tensors (" in said
+    assert "loaded 3 of 7 tensors (" in said
     assert "3 missing in the source: body.1.bias, tail.weight, tail.bias" in said
     assert "2 not in the model: head.bias, old.weight" in said
     assert "1 different from the model's: body.1.weight ((3, 8), not (4, 8))" in said
@@ -232,7 +232,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_need_one_name_and_must_agree(folder: Path) -> None:
-    save_model(Tied(), "tied.safetensors")  # leaves out the second name
+    save_model(Tied(), "tied.safetensors")  # omits the second name
     before = load_file("tied.safetensors")
     assert len(before) == 3
     found = started(engine_of(InitPlugin(source="tied.safetensors"), net=Tied()))
@@ -258,7 +258,7 @@ def test_renaming_there_and_back_changes_nothing(names: list[str], prefix: str, 
 
 
 def test_it_is_taken_once_and_before_others_copy_the_weights(folder: Path) -> None:
-    """Breaks if an average begins with the weights of before, or a resumed run is reset."""
+    """Fails if an average starts from the old weights, or a resumed run is reset."""
     source = in_file(folder)
     whole = started(engine_of(InitPlugin(source=source)), 4)
     ema = EmaPlugin(decay=0.999)
@@ -283,7 +283,7 @@ def test_frozen_parameters_stay(folder: Path) -> None:
 
 
 def test_fine_tuning_begins_with_the_loss_of_the_exported_model(folder: Path) -> None:
-    """Through the commands: a NEXUS is trained, exported, and its weights begin another run."""
+    """Through the commands: a NEXUS is trained and exported, and its weights start another run."""
     (folder / "corpus.txt").write_text(
         "".join(f"line {i}: {'ab' * (i % 17)}\n" for i in range(300))
     )
@@ -294,7 +294,7 @@ def test_fine_tuning_begins_with_the_loss_of_the_exported_model(folder: Path) ->
             "data_text": {"train": "corpus.txt", "seq_len": 32, "batch_size": 4},
             "model_nexus": {
                 **{"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16, "dropout": 0.0},
-                "causal": False,  # samples while it trains
+                "causal": False,  # it draws noise in training
             },
             "loss_lm": {"label_smoothing": 0.0},
             "optim_adamw": {"lr": 0.01},
@@ -323,7 +323,7 @@ def first_loss(out: str) -> float:
 
 
 def own_loss(config: Mapping[str, Any]) -> float:
-    """That of the exported model, built and loaded by hand, on the first batch of that run."""
+    """The loss of the exported model, built and loaded manually, on the run's first batch."""
     from nexus_plugins.data_text import DataTextPlugin
     from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 

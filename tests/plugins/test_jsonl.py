@@ -1,4 +1,4 @@
-"""The metrics file: complete, readable, and without repetitions after a crash."""
+"""The metrics file: complete, readable, and without repeated lines after a crash."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_each_log_and_each_evaluation_is_a_line(tmp_path: Path) -> None:
-    """Breaks if a metric is not stored under its name, with its step."""
+    """Fails if a metric is not stored under its name, with its step."""
     engine_of(tmp_path).fit(DATA, until="4 steps", eval_data=DATA, eval_every="4 steps")
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 4]
@@ -61,7 +61,7 @@ def test_each_log_and_each_evaluation_is_a_line(tmp_path: Path) -> None:
 def test_the_summary_names_the_file_that_was_written(
     file: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if the end of the run points to a file that is not there."""
+    """Fails if the summary names a file that does not exist."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     model = nn.Linear(2, 1)
     engine = Engine(
@@ -78,7 +78,7 @@ def test_the_summary_names_the_file_that_was_written(
 
 
 def test_a_line_is_in_the_file_while_the_run_goes_on(tmp_path: Path) -> None:
-    """Breaks if a killed process takes its last lines with it."""
+    """Fails if a killed process loses its last lines."""
     engine = engine_of(tmp_path, log_every=1)
     for state in engine.steps(DATA, until="3 steps"):
         assert len(lines_of(tmp_path)) == state.step
@@ -86,7 +86,7 @@ def test_a_line_is_in_the_file_while_the_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("debris", ["", '{"step": 7, "ti', '{"step": 5}\nnot json\n', "\x00\x00"])
 def test_after_a_crash_each_step_is_there_once(tmp_path: Path, debris: str) -> None:
-    """Breaks if resuming repeats lines, loses lines, or is put off by a torn one."""
+    """Fails if resuming repeats or loses lines, or fails on a torn one."""
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
     engine_of(whole).fit(DATA, until="10 steps", eval_data=DATA, eval_every="4 steps")
 
@@ -107,7 +107,7 @@ def test_after_a_crash_each_step_is_there_once(tmp_path: Path, debris: str) -> N
 
 
 def test_resuming_at_the_end_repeats_nothing(tmp_path: Path) -> None:
-    """Breaks if the closing log is written again by a session that trains nothing."""
+    """Fails if a session without training writes the final log again."""
     engine = engine_of(tmp_path, log_every=3)
     snapshots = []
     for state in engine.steps(DATA, until="4 steps", eval_data=DATA):
@@ -121,20 +121,20 @@ def test_resuming_at_the_end_repeats_nothing(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    """Breaks if a diverged run leaves a file that strict JSON readers refuse."""
+    """Fails if a diverged run leaves a file that strict JSON readers reject."""
     engine_of(tmp_path, scale=float("nan")).fit(DATA, until="2 steps")
     assert lines_of(tmp_path)[0]["train/total_loss"] is None
 
 
 def test_a_new_run_in_an_old_folder_starts_a_new_file(tmp_path: Path) -> None:
-    """Breaks if the curves of two runs are mixed in one file."""
+    """Fails if the curves of two runs are mixed in one file."""
     engine_of(tmp_path).fit(DATA, until="6 steps")
     engine_of(tmp_path).fit(DATA, until="4 steps")
     assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
 
 
 def test_going_on_in_the_same_process_appends(tmp_path: Path) -> None:
-    """Breaks if a second `fit` of one engine wipes the lines of the first."""
+    """Fails if a second `fit` of an engine removes the lines of the first."""
     engine = engine_of(tmp_path)
     engine.fit(DATA, until="4 steps")
     engine.fit(DATA, until="8 steps")
@@ -142,7 +142,7 @@ def test_going_on_in_the_same_process_appends(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_the_run_does_not_start() -> None:
-    """Breaks if metrics are lost without a word because `out` was forgotten."""
+    """Fails if metrics are silently lost because `out` is missing."""
     engine = engine_of(None)
     with pytest.raises(ConfigError, match=r"jsonl writes to the output folder.*out="):
         engine.fit(DATA, until="1 step")
@@ -150,7 +150,7 @@ def test_without_a_folder_the_run_does_not_start() -> None:
 
 
 class TalkativePlugin(Plugin[PluginConfig]):
-    """Says two things before the update of a step, and says and shows one after it."""
+    """Writes two notes before the update of a step, and a note and an image after it."""
 
     @hookimpl
     def after_backward(self, engine: Engine) -> None:
@@ -166,7 +166,7 @@ class TalkativePlugin(Plugin[PluginConfig]):
 
 
 def test_a_note_is_a_line_with_its_step_and_none_is_lost_or_doubled(tmp_path: Path) -> None:
-    """Breaks if words are not stored, or a killed and resumed run has other lines than a whole."""
+    """Fails if notes are not stored, or a killed and resumed run has other lines."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     engine_of(whole, plugins=[TalkativePlugin()]).fit(DATA, until="6 steps")
     first = engine_of(killed, plugins=[TalkativePlugin()])
@@ -197,7 +197,7 @@ def test_a_note_is_a_line_with_its_step_and_none_is_lost_or_doubled(tmp_path: Pa
 
 
 def test_a_new_run_in_an_old_folder_removes_its_images_and_nothing_else(tmp_path: Path) -> None:
-    """Breaks if images of two runs are mixed, or a line has any other file removed."""
+    """Fails if images of two runs are mixed, or a line causes another file to be removed."""
     engine_of(tmp_path, plugins=[TalkativePlugin()]).fit(DATA, until="3 steps")
     own = tmp_path / "images" / "mine.png"
     own.touch()
@@ -209,7 +209,7 @@ def test_a_new_run_in_an_old_folder_removes_its_images_and_nothing_else(tmp_path
 
 
 def test_a_note_from_before_the_first_step_outlives_a_resumption(tmp_path: Path) -> None:
-    """Breaks if what was said at step 0 is taken for the rest of another run."""
+    """Fails if notes at step 0 are mistaken for those of another run."""
     engine = engine_of(tmp_path)
     engine.hook.on_start(engine=engine)
     engine.hook.on_note(engine=engine, title="talk", text="at once")

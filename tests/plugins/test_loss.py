@@ -1,4 +1,4 @@
-"""A loss by its place: means and sums, what counts, metrics beside it, and mistakes in words."""
+"""A loss by import path: means and sums, units, metrics, and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nexus_plugins.loss.criterion import Criterion
 
 
 def gradient(loss: LossPlugin, batches: list[Batch], model: nn.Module) -> dict[str, Tensor]:
-    """The gradient of one step over all the batches, read as the weights that SGD takes away."""
+    """The gradient of one step over all batches, as the change made by SGD."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     Engine(model, optimizer, plugins=[loss], accumulate=len(batches)).fit(batches, until="1 steps")
@@ -45,7 +45,7 @@ LOSSES: list[dict[str, Any]] = [
 
 
 class Channels(nn.Module):
-    """The tiny model with its classes where PyTorch's cross-entropy wants them: `(B, V, T)`."""
+    """The tiny model with classes in the dimension PyTorch's cross-entropy expects: `(B, V, T)`."""
 
     def __init__(self, last: bool) -> None:
         super().__init__()
@@ -60,9 +60,9 @@ class Channels(nn.Module):
 def test_a_step_has_the_gradient_of_all_its_labels_however_it_is_split(
     settings: dict[str, Any],
 ) -> None:
-    """Breaks if a mean is weighted by micro-batches, rows or classes wrongly."""
+    """Fails if a mean is weighted by micro-batches, rows or classes wrongly."""
     parts = [text(1, 1), text(4, 2), text(2, 8)]
-    parts[2]["labels"][:] = called.NO_LABEL  # one without any: its mean is no number
+    parts[2]["labels"][:] = called.NO_LABEL  # a batch without labels, whose mean is nan
     torch.manual_seed(0)
     model = Channels(last="called" in settings["call"])
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -85,7 +85,7 @@ def test_a_step_has_the_gradient_of_all_its_labels_however_it_is_split(
     mean=st.floats(width=32, allow_nan=False, allow_infinity=False), units=st.integers(1, 1 << 24)
 )
 def test_a_mean_over_one_micro_batch_is_itself_to_the_bit(mean: float, units: int) -> None:
-    """The law behind "the same bits as by hand": (mean * units) / units, and its derivative."""
+    """The law behind equality with a handwritten loop: (mean * units) / units is the mean."""
     leaf = torch.tensor(mean, requires_grad=True)
     criterion = Criterion("loss", Call(call="torch.nn.functional:mse_loss"), None, None)
     criterion.function = criterion.function.__class__(lambda output, target: output, "", "loss")
@@ -97,7 +97,7 @@ def test_a_mean_over_one_micro_batch_is_itself_to_the_bit(mean: float, units: in
 
 
 def test_evaluation_and_metrics_are_means_over_the_whole_set() -> None:
-    """Each form of answer: a mean over rows, a number for each row, a sum and what it is over."""
+    """Each return type: a mean over rows, a number per row, a sum with its units."""
     metrics = {
         "accuracy": "called:accuracy",
         "right": "called:right",
@@ -183,7 +183,7 @@ def test_answers_that_are_no_loss_are_told(settings: dict[str, Any], said: str) 
 
 
 def test_a_sum_over_rows_and_a_whole_batch() -> None:
-    """What a variational autoencoder needs: no targets, a sum over pixels, a mean over rows."""
+    """As for a variational autoencoder: no targets, a sum over pixels, a mean over rows."""
     torch.manual_seed(0)
     net = called.Net(width=2)
     net.head = nn.Identity()  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The causal module's loss against scipy, the law of acyclicity, and its refusals."""
+"""The causal module's loss compared with scipy, the acyclicity constraint, and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def output(**reports):
 
 @st.composite
 def graphs(draw, acyclic: bool):
-    """A weighted graph on 2 to 10 nodes in random order: without a cycle, or with one for sure."""
+    """A weighted graph on 2 to 10 nodes in random order: acyclic, or certainly cyclic."""
     n = draw(st.integers(2, 10))
     numbers = np.random.default_rng(draw(st.integers(0, 99_999)))
     density = draw(st.sampled_from([0.1, 0.4, 1.0]))
@@ -40,21 +40,21 @@ def graphs(draw, acyclic: bool):
 @settings(max_examples=60, deadline=None)
 @given(graphs(acyclic=True))
 def test_constraint_is_zero_without_a_cycle(graph):
-    """If it fails, a graph is punished for edges that close no cycle."""
+    """Fails if an acyclic graph is penalized."""
     assert abs(dag_constraint(torch.from_numpy(graph)).item()) < 1e-8
 
 
 @settings(max_examples=60, deadline=None)
 @given(graphs(acyclic=False))
 def test_constraint_is_positive_with_a_cycle(graph):
-    """If it fails, there are cycles that cost nothing; even one through all ten nodes must."""
+    """Fails if some cycle has no penalty, even one through all ten nodes."""
     assert dag_constraint(torch.from_numpy(graph)).item() > 1e-7
 
 
 @settings(max_examples=60, deadline=None)
 @given(graphs(acyclic=False), st.booleans())
 def test_constraint_and_gradient_match_scipy(graph, transpose):
-    """If it fails, training follows another slope than that of NOTEARS."""
+    """Fails if value or gradient differ from NOTEARS."""
     assume(np.abs(graph).max() < 4)
     graph = graph.T.copy() if transpose else graph
     exponential = scipy.linalg.expm(graph * graph)
@@ -68,7 +68,7 @@ def test_constraint_and_gradient_match_scipy(graph, transpose):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 9999), reconstruction=st.sampled_from([0.0, 0.5]))
 def test_loss_matches_numpy(seed, reconstruction):
-    """If it fails, the causal module is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     adjacency, variables = numbers.normal(size=(4, 4)), numbers.normal(size=(2, 3, 4))
     expected = 1.5 * (np.trace(scipy.linalg.expm(adjacency**2)) - 4)
@@ -98,7 +98,7 @@ class Graph(nn.Module):
 
 
 def test_the_term_counts_once_a_step_however_it_is_split():
-    """If it fails, accumulation multiplies the pressure on the graph."""
+    """Fails if accumulation multiplies the graph penalty."""
     trained = []
     for accumulate in (1, 4):
         model = Graph()
@@ -134,7 +134,7 @@ def edges_after_a_step(*batches):
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 9999), lengths=st.lists(st.integers(1, 6), min_size=3, max_size=3))
 def test_reconstruction_knows_no_padding_and_no_split_of_a_step(seed, lengths):
-    """If it fails, the graph explains padding, or depends on how rows share micro-batches."""
+    """Fails if padding counts, or the split into micro-batches matters."""
     numbers = np.random.default_rng(seed)
     ids = torch.from_numpy(numbers.integers(0, 50, (3, 7)))
     labels = torch.full((3, 7), -100)
@@ -154,7 +154,7 @@ def test_reconstruction_knows_no_padding_and_no_split_of_a_step(seed, lengths):
 
 @pytest.mark.parametrize("active", [(), ("causal",)])
 def test_a_model_without_the_module_is_refused(active):
-    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    """Fails if the user gets a KeyError, or nothing, instead of the setting to enable."""
     model = Graph()
     model.active_modules = active
     model.forward = lambda input_ids: output(world=model.edges)
@@ -164,7 +164,7 @@ def test_a_model_without_the_module_is_refused(active):
 
 
 def test_defaults_are_those_of_the_full_model():
-    """If it fails, a default of the documented table has changed."""
+    """Fails if a default of the documented table has changed."""
     config = LossCausalPlugin(classic=True).config
     assert (config.weight, config.dag_weight, config.sparsity_weight) == (0.05, 1.0, 0.01)
     assert (config.reconstruction_weight, config.dag_growth, config.constraint) == (0, 1, "exp")
@@ -175,7 +175,7 @@ def test_defaults_are_those_of_the_full_model():
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_log_determinant_is_zero_without_a_cycle_only_and_matches_numpy(data):
-    """If it fails, DAGMA's constraint lets cycles pass, or fails far from a graph without any."""
+    """Fails if DAGMA's constraint misses cycles, or fails far from acyclic graphs."""
     graph = data.draw(graphs(acyclic=True))
     assert abs(dag_log_det(torch.from_numpy(graph)).item()) < 1e-8
     graph = data.draw(graphs(acyclic=False))
@@ -196,7 +196,7 @@ def test_log_determinant_is_zero_without_a_cycle_only_and_matches_numpy(data):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 9999), observed=st.booleans(), intervened=st.booleans())
 def test_likelihood_matches_scipy_and_leaves_out_what_was_set_by_hand(seed, observed, intervened):
-    """If it fails, the graph is fitted to what no equation made, or on another formula."""
+    """Fails if intervened values count, or the formula is wrong."""
     numbers = np.random.default_rng(seed)
     variables, explained, read = numbers.normal(size=(3, 2, 3, 4))
     log_std, adjacency = numbers.normal(size=4), np.triu(numbers.normal(size=(4, 4)), 1)

@@ -1,4 +1,4 @@
-"""Distillation: the divergence from a teacher, summed over the labels that count."""
+"""Distillation: the divergence from a teacher, summed over labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
 
 
 def teacher() -> nn.Module:
-    """A larger NEXUS of the same vocabulary."""
+    """A larger NEXUS with the same vocabulary."""
     torch.manual_seed(5)
     return NEXUSCore(vocab_size=13, d_model=32, ssm_n_layers=1, ssm_head_dim=16)
 
@@ -40,7 +40,7 @@ def no_model() -> int:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("fused", [True, False])
 def test_it_is_the_divergence_by_scipy(temperature: float, fused: bool) -> None:
-    """Red if the direction, the temperature or positions that do not count are mistaken."""
+    """Fails if the direction, the temperature or ignored positions are wrong."""
     hidden, head = torch.randn(2, 5, 4), torch.randn(7, 4)
     theirs, their_head = torch.randn(2, 5, 3), torch.randn(7, 3)
     counted = torch.rand(2, 5) < 0.6
@@ -73,7 +73,7 @@ def engine_of(function: Any) -> Engine:
 
 @pytest.mark.parametrize("function", [teacher, other_kind])
 def test_a_model_comes_nearer_to_its_teacher(function: Any) -> None:
-    """Red if the teacher is trained, in training mode, or not what is learnt from."""
+    """Fails if the teacher is trained, in training mode, or not the target."""
     engine = engine_of(function)
     train, _ = text()
     first, *_, last = (

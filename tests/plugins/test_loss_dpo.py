@@ -1,4 +1,4 @@
-"""Preferences: the published formulas over pairs, exact for every split, with either reference."""
+"""Preference losses: the published formulas, exact for every split, with either reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Scorer(nn.Module):
 
 
 def pairs(count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Prompts of 2 ids, and answers of unequal lengths behind them."""
+    """Prompts of 2 ids, followed by answers of unequal lengths."""
     generator = torch.Generator().manual_seed(seed)
     batch = {}
     for side, width in (("chosen", 7), ("rejected", 9)):
@@ -66,7 +66,7 @@ def expected(
     variant: str,
     smooth: float,
 ) -> float:
-    """The mean loss of the pairs by the papers, in Python's floats."""
+    """The mean loss of the pairs by the papers' formulas, in Python floats."""
     beta, total, mean = 0.3, 0.0, variant == "ipo"
     sides = [summed(model, batch, side, mean) for side in ("chosen", "rejected")]
     if before is None:
@@ -96,7 +96,7 @@ def engine_of(model: nn.Module, plugin: LossDpoPlugin, **options: Any) -> Engine
     [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)],
 )
 def test_losses_are_those_of_the_papers(variant: str, smoothing: float, reference: str) -> None:
-    """Red if sides, reference, labels or a formula are mistaken."""
+    """Fails if sides, reference, labels or a formula are wrong."""
     model = Scorer()
     start = copy.deepcopy(model) if reference == "copy" else None
     chosen = {"variant": variant, "label_smoothing": smoothing, "reference": reference}
@@ -109,7 +109,7 @@ def test_losses_are_those_of_the_papers(variant: str, smoothing: float, referenc
 
 
 def test_the_update_does_not_depend_on_the_split() -> None:
-    """Red if micro-batches of unequal numbers of pairs weigh alike."""
+    """Fails if micro-batches with unequal numbers of pairs have equal weight."""
     whole = pairs(5)
     ends = []
     for cuts in ([5], [1, 4]):
@@ -132,7 +132,7 @@ def test_training_raises_the_margin_and_reports_it() -> None:
 
 
 def test_the_reference_is_that_of_the_run_when_it_resumes() -> None:
-    """Red if a resumed run compares with what it has become, or with another model."""
+    """Fails if the reference of a resumed run is the trained or another model."""
     torch.manual_seed(1)
     start = Scorer()
     whole = engine_of(copy.deepcopy(start), LossDpoPlugin())
@@ -184,7 +184,7 @@ def test_settings_that_do_nothing_are_refused() -> None:
 def test_token_losses_and_gradients_are_those_of_full_logits(
     rows: int, vocabulary: int, at_once: int, seed: int
 ) -> None:
-    """Red if a chunk, a row's own weight or an ignored label is mistaken."""
+    """Fails if chunks, row weights or ignored labels are wrong."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2, rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(

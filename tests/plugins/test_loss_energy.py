@@ -1,4 +1,4 @@
-"""The energy module's loss against numpy, its units, its metric, and its refusals."""
+"""The energy module's loss compared with numpy, its units, metric and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def output(**reports):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 9999))
 def test_classical_loss_and_units_match_numpy(seed):
-    """If it fails, the energy module is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     energy, iterations = numbers.normal(size=(2, 4)), numbers.uniform(1, 9, (2, 4))
     labels = np.array([[1, 2, 3, 4], [1, 2, -100, -100]])
@@ -38,7 +38,7 @@ def test_classical_loss_and_units_match_numpy(seed):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 9999))
 def test_loss_and_units_match_numpy(seed):
-    """If it fails, the energy module is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     early, last = numbers.normal(size=(2, 2, 4, 5))
     head, foreseen = numbers.normal(size=(6, 5)), numbers.normal(size=(2, 4))
@@ -61,7 +61,7 @@ def test_loss_and_units_match_numpy(seed):
 
 @pytest.mark.parametrize("classic", [False, True])
 def test_a_model_of_the_other_kind_is_named(classic):
-    """If it fails, the user hears of a KeyError instead of what to change."""
+    """Fails if the user gets a KeyError instead of what to change."""
     report = {"refinements": torch.ones(1, 3), "iterations": torch.ones(1, 3)}
     report |= {"early": torch.ones(1, 3, 1)} if classic else {"final_energy": torch.ones(1, 3)}
     with pytest.raises(ConfigError, match="must both be classic, or neither"):
@@ -71,7 +71,7 @@ def test_a_model_of_the_other_kind_is_named(classic):
 
 
 class Settler(nn.Module):
-    """Expects a learned number of refinements, and makes two or four."""
+    """Reports a learned expected number of refinements, and makes two or four."""
 
     active_modules: tuple[str, ...] = ("energy",)
 
@@ -88,7 +88,7 @@ class Settler(nn.Module):
 
 
 def test_training_aims_at_the_target_and_logs_the_iterations():
-    """If it fails, effort does not approach its target, or the metric is not the mean."""
+    """Fails if iterations do not approach their target, or the metric is not the mean."""
     model = Settler()
     optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
     plugin = LossEnergyPlugin(weight=1.0, classic=True)
@@ -101,7 +101,7 @@ def test_training_aims_at_the_target_and_logs_the_iterations():
 
 @pytest.mark.parametrize("active", [(), ("energy",)])
 def test_a_model_without_the_module_is_refused(active):
-    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    """Fails if the user gets a KeyError, or nothing, instead of the setting to enable."""
     model = Settler()
     model.active_modules = active
     model.forward = lambda input_ids: output(world=model.count)
@@ -111,7 +111,7 @@ def test_a_model_without_the_module_is_refused(active):
 
 
 def test_defaults_are_those_of_the_full_model():
-    """If it fails, a default of the documented table has changed."""
+    """Fails if a default of the documented table has changed."""
     assert LossEnergyPlugin().config.weight == 0.1
     config = LossEnergyPlugin(classic=True).config
     assert (config.weight, config.iteration_weight, config.target_iterations) == (0.05, 0.01, 5)

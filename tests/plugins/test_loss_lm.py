@@ -1,4 +1,4 @@
-"""The language-model loss against numpy, and what it may not waste."""
+"""The language-model loss compared with numpy, and its memory use."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_fused_loss_and_gradients_are_those_of_full_logits(
     seed: int,
     never_waits: bool,
 ) -> None:
-    """Red: the memory-saving loss trains towards something else than cross-entropy.
+    """Fails if the memory-saving loss differs from cross-entropy.
 
-    On an accelerator, the rows that do not count are emptied instead of dropped.
+    On an accelerator, ignored rows are zeroed instead of dropped.
     """
     hidden, weight, labels = inputs(seed, rows, vocab)
     logits = hidden @ weight.T
@@ -85,7 +85,7 @@ def test_fused_loss_and_gradients_are_those_of_full_logits(
 
 
 def test_gradient_matches_finite_differences() -> None:
-    """Red: the handwritten backward pass is wrong."""
+    """Fails if the handwritten backward pass is wrong."""
     hidden, weight, labels = inputs(0, 4, 6)
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy(h, w, labels, 0.1), (hidden, weight)
@@ -93,7 +93,7 @@ def test_gradient_matches_finite_differences() -> None:
 
 
 def test_loss_is_exact_where_the_label_is_all_but_impossible() -> None:
-    """Red: a confident mistake gives infinity and ends the run."""
+    """Fails if a confident mistake has infinite loss."""
     hidden = torch.tensor([[1000.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
     total = linear_cross_entropy(hidden, weight, torch.tensor([1]))
@@ -102,7 +102,7 @@ def test_loss_is_exact_where_the_label_is_all_but_impossible() -> None:
 
 
 def test_backward_twice_gives_the_same_gradient() -> None:
-    """Red: a second look at the gradients (their norm per term, say) changes them."""
+    """Fails if computing gradients twice (for a norm per term) changes them."""
     hidden, weight, labels = inputs(0, 4, 6)
     total = linear_cross_entropy(hidden, weight, labels)
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
@@ -111,7 +111,7 @@ def test_backward_twice_gives_the_same_gradient() -> None:
 
 
 def test_no_graph_is_made_where_none_is_wanted() -> None:
-    """Red: evaluation pays for gradients, or a frozen head breaks training."""
+    """Fails if evaluation pays for gradients, or a frozen head breaks training."""
     hidden, weight, labels = inputs(0, 4, 6)
     reference = linear_cross_entropy(hidden, weight, labels)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_no_graph_is_made_where_none_is_wanted() -> None:
 
 
 def test_nothing_counted_is_a_loss_of_zero() -> None:
-    """Red: a batch that is all padding gives NaN."""
+    """Fails if a batch of only padding results in nan."""
     hidden, weight, labels = inputs(0, 4, 6)
     total = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     gradients = torch.autograd.grad(total, (hidden, weight))
@@ -134,7 +134,7 @@ def test_nothing_counted_is_a_loss_of_zero() -> None:
 
 
 def test_bfloat16_autocast_stays_near_float32() -> None:
-    """Red: mixed precision shifts the loss or returns gradients in the wrong type."""
+    """Fails if mixed precision changes the loss or the dtype of gradients."""
     hidden, weight, labels = inputs(0, 200, 300, torch.float32)
     exact = linear_cross_entropy(hidden, weight, labels, 0.1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +150,7 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
 
 
 def test_float16_sums_over_many_rows_stay_in_range() -> None:
-    """Red: a frequent token overflows float16 before any loss scale could help; nothing trains."""
+    """Fails if a frequent token overflows float16 before a loss scale could help."""
     hidden = torch.full((40_000, 2), 8.0, requires_grad=True)
     weight = torch.zeros(4, 2, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
@@ -176,7 +176,7 @@ def outputs() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", outputs())
 def test_every_kind_of_output_has_the_same_loss(kind: str) -> None:
-    """Red: a model that only offers logits cannot be trained, or trains differently."""
+    """Fails if a model that only offers logits cannot be trained, or trains differently."""
     torch.manual_seed(0)
     output = outputs()
     labels = torch.tensor([[1, -100, 3], [4, 5, 6]])
@@ -191,7 +191,7 @@ def test_every_kind_of_output_has_the_same_loss(kind: str) -> None:
 
 
 class FakeEngine:
-    """Keeps what is logged, as means over units."""
+    """Records logged values, as means over units."""
 
     def __init__(self, training: bool) -> None:
         self.training = training
@@ -203,7 +203,7 @@ class FakeEngine:
 
 
 class LazyOutput:
-    """Offers states and a head, and logits that are computed when somebody reads them."""
+    """Has states, a head, and lazily computed logits."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.hidden, self.head_weight = hidden, weight
@@ -214,7 +214,7 @@ class LazyOutput:
 
 
 def test_logits_are_not_read_where_they_are_not_needed() -> None:
-    """Red if a look at what an output offers computes full logits: their time and their memory."""
+    """Fails if inspecting an output computes full logits."""
     output = LazyOutput(torch.randn(2, 3, 5), torch.randn(7, 5))
     labels = torch.randint(7, (2, 3))
     found = LossLmPlugin(label_smoothing=0.0).loss({"labels": labels}, output)
@@ -224,7 +224,7 @@ def test_logits_are_not_read_where_they_are_not_needed() -> None:
 
 
 def test_evaluation_reports_perplexity_and_bits_per_byte_without_smoothing() -> None:
-    """Red: validation figures cannot be compared with those of others."""
+    """Fails if validation numbers are not comparable with others."""
     torch.manual_seed(0)
     labels = torch.tensor([[1, -100, 3], [4, 5, 6]])
     batch = {"labels": labels, "label_bytes": torch.tensor([7, 13])}
@@ -246,20 +246,20 @@ def test_evaluation_reports_perplexity_and_bits_per_byte_without_smoothing() -> 
 
 
 def test_labels_of_another_shape_are_refused() -> None:
-    """Red: labels that are not aligned with the input train the wrong targets silently."""
+    """Fails if misaligned labels silently train wrong targets."""
     with pytest.raises(DataError, match=r"\(2, 2\).*\(2, 3\)"):
         LossLmPlugin().loss({"labels": torch.zeros(2, 2, dtype=torch.long)}, outputs()["tensor"])
 
 
 def test_smoothing_outside_its_range_is_refused() -> None:
-    """Red: a typing mistake trains towards nonsense."""
+    """Fails if a mistyped value is accepted."""
     with pytest.raises(ConfigError, match="label_smoothing"):
         LossLmPlugin(label_smoothing=1.5)
 
 
 @pytest.mark.parametrize("shifted", [True, False])
 def test_labels_that_are_the_ids_themselves_are_refused(shifted: bool) -> None:
-    """Red if a model could silently learn to copy, or text of one letter is taken for that."""
+    """Fails if a model could silently learn to copy, or text of a single letter is rejected."""
     ids = torch.randint(9, (2, 7))
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1) if shifted else ids.clone()
     labels[0, :3] = -100
@@ -283,6 +283,6 @@ def test_labels_that_are_the_ids_themselves_are_refused(shifted: bool) -> None:
     ],
 )
 def test_output_without_logits_is_described(output: Any, said: str) -> None:
-    """Red: the user reads of an attribute that a dict does not have."""
+    """Fails if the user gets an AttributeError of a dict."""
     with pytest.raises(ConfigError, match=f"the model returned {said}, and the loss needs logits"):
         LossLmPlugin().loss({"labels": torch.zeros(2, 3, dtype=torch.int64)}, output)

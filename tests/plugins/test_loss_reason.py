@@ -1,4 +1,4 @@
-"""The reasoner's loss against numpy, its units, its metric, and its refusals."""
+"""The reasoner's loss compared with numpy, its units, metric and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def output(**reports):
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 9999), sharpness=st.sampled_from([0.0, 1.0, 100.0]))
 def test_loss_and_units_match_scipy(seed, sharpness):
-    """If it fails, the reasoner is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     rules = scipy.special.softmax(sharpness * numbers.normal(size=(2, 4, 3, 6)), -1)
     halting = numbers.dirichlet(np.ones(3), size=(2, 4))
@@ -52,7 +52,7 @@ def test_loss_and_units_match_scipy(seed, sharpness):
     ids=["dict", "tuple", "list"],
 )
 def test_reports_are_found_in_whatever_a_model_returns(wrap):
-    """If it fails, a model of one's own must return an object, or is said to have no module."""
+    """Fails if custom models must return objects, or are said to have no module."""
     reports = {"reason": torch.full((1, 2, 1, 4), 0.25), "reason_halting": torch.ones(1, 2, 1)}
     batch = {"input_ids": torch.zeros(1, 2)}
     plugin = LossReasonPlugin(classic=True)
@@ -62,7 +62,7 @@ def test_reports_are_found_in_whatever_a_model_returns(wrap):
 
 
 def test_a_certain_choice_has_no_loss_and_a_finite_gradient():
-    """If it fails, a reasoner that has made up its mind ends in NaN."""
+    """Fails if a certain choice results in nan."""
     rules = torch.tensor([0.0, 1.0, 0.0]).expand(1, 2, 1, 3).clone().requires_grad_()
     batch = {"input_ids": torch.zeros(1, 2)}
     loss = LossReasonPlugin(classic=True).loss(
@@ -90,7 +90,7 @@ class Chooser(nn.Module):
 
 
 def test_training_lowers_the_entropy_and_logs_the_proof_length():
-    """If it fails, the term moves the wrong way, or its metric is not the expected steps."""
+    """Fails if the term changes in the wrong direction, or its metric is not the expected steps."""
     model = Chooser()
     entropy = scipy.stats.entropy(model.scores.softmax(0).detach().numpy())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -105,7 +105,7 @@ def test_training_lowers_the_entropy_and_logs_the_proof_length():
 
 @pytest.mark.parametrize("active", [(), ("reason",)])
 def test_a_model_without_the_module_is_refused(active):
-    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    """Fails if the user gets a KeyError, or nothing, instead of the setting to enable."""
     model = Chooser()
     model.active_modules = active
     model.forward = lambda input_ids: output(world=model.scores)
@@ -115,7 +115,7 @@ def test_a_model_without_the_module_is_refused(active):
 
 
 def test_defaults_are_those_of_the_full_model():
-    """If it fails, a default of the documented table has changed."""
+    """Fails if a default of the documented table has changed."""
     config = LossReasonPlugin(classic=True).config
     assert (config.weight, config.entropy_weight, config.eps) == (0.05, 0.1, 1e-10)
     config = LossReasonPlugin().config
@@ -129,7 +129,7 @@ def test_defaults_are_those_of_the_full_model():
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 9999), rate=st.sampled_from([0.1, 0.5]))
 def test_balance_matches_scipy(seed, rate):
-    """If it fails, the reasoner is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     firing, used = numbers.uniform(size=(2, 3, 5)), numbers.uniform(0.05, 0.95, size=5)
     labels = torch.tensor([[1, 2, -100], [1, -100, -100]])
@@ -186,7 +186,7 @@ def fired(accumulate, steps, optimizer=torch.optim.Adam, **options):
 
 
 def test_no_rule_stays_idle_or_fires_always_and_no_split_of_a_step_matters():
-    """If it fails, the loss rewards collapse, or its balance depends on micro-batches."""
+    """Fails if the loss rewards collapse, or the balance depends on micro-batches."""
     before = Firing()(torch.randn(99, 3)).module_outputs["reason"].mean((0, 1))
     assert before[0] < 0.01
     assert before[1] > 0.99

@@ -1,4 +1,4 @@
-"""The world-model loss against numpy, its units, and its refusals."""
+"""The world-model loss compared with numpy, its units, and errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def counts(batch, row: int, position: int) -> bool:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 9999), with_targets=st.booleans(), scale=st.sampled_from([0.1, 1.0]))
 def test_classical_loss_and_units_match_numpy(seed, with_targets, scale):
-    """If it fails, the world model is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     batch = a_batch(numbers)
     shape = (*batch["input_ids"].shape, 2, 5)
@@ -86,7 +86,7 @@ def test_classical_loss_and_units_match_numpy(seed, with_targets, scale):
 
 
 def test_the_hinge_pushes_the_dimensions_of_a_prediction_apart():
-    """If it fails, a step down the loss makes the numbers of a prediction more alike."""
+    """Fails if a descent step makes the components of a prediction more similar."""
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
     guess = (torch.randn(1, 3, 1, 8) * 0.1).requires_grad_()
     LossWorldPlugin(classic=True).loss(batch, output(world=guess)).backward()
@@ -97,7 +97,7 @@ def test_the_hinge_pushes_the_dimensions_of_a_prediction_apart():
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 9999), with_tokens=st.booleans(), with_labels=st.booleans())
 def test_loss_and_units_match_numpy(seed, with_tokens, with_labels):
-    """If it fails, the world model is trained on another formula than documented."""
+    """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     batch = a_batch(numbers)
     rows, length = batch["input_ids"].shape
@@ -151,7 +151,7 @@ def test_loss_and_units_match_numpy(seed, with_tokens, with_labels):
 
 
 def test_predicted_states_do_not_move_the_head():
-    """If it fails, the output matrix is bent towards states that the world made up."""
+    """Fails if predicted states train the output matrix."""
     head = torch.randn(9, 5, requires_grad=True)
     state = torch.randn(1, 4, 2, 5, requires_grad=True)
     mask = torch.ones(1, 4, 2, dtype=torch.bool)
@@ -164,7 +164,7 @@ def test_predicted_states_do_not_move_the_head():
 
 
 def test_defaults_are_those_of_the_full_model():
-    """If it fails, a default of the documented table has changed."""
+    """Fails if a default of the documented table has changed."""
     config = LossWorldPlugin(classic=True).config
     assert (config.weight, config.variance_weight, config.variance_floor) == (0.1, 0.1, 0.1)
     assert (config.decay, config.decay_schedule) == (0.996, "constant")
@@ -174,7 +174,7 @@ def test_defaults_are_those_of_the_full_model():
 
 @pytest.mark.parametrize("mark", ["attention_mask", "segment_ids"])
 def test_what_stands_in_the_padding_does_not_matter(mark):
-    """If it fails, latents are trained to foretell padding."""
+    """Fails if latents are trained to predict padding."""
     torch.manual_seed(0)
     model = NEXUSCore(vocab_size=9, d_model=16, ssm_n_layers=1, ssm_head_dim=8).eval()
     ids, real = torch.randint(9, (2, 12)), torch.arange(12) < torch.tensor([[7], [12]])
@@ -189,7 +189,7 @@ def test_what_stands_in_the_padding_does_not_matter(mark):
 
 
 class Blind(nn.Module):
-    """A model without a world module, that says so or does not."""
+    """A model without a world module, which declares this or not."""
 
     def __init__(self, says_so: bool) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Blind(nn.Module):
 
 @pytest.mark.parametrize("says_so", [True, False])
 def test_a_model_without_the_module_is_refused(says_so):
-    """If it fails, the user hears of a KeyError, or of nothing, instead of what to switch on."""
+    """Fails if the user gets a KeyError, or nothing, instead of the setting to enable."""
     model = Blind(says_so)
     engine = Engine(model, torch.optim.SGD(model.parameters()), plugins=[LossWorldPlugin()])
     batch = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}

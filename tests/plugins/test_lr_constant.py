@@ -23,7 +23,7 @@ def rates(plugin: LrConstantPlugin, until: str) -> list[float]:
 
 
 def test_warms_up_and_stays() -> None:
-    """Breaks if the rate moves after the warm-up, or the warm-up ends late."""
+    """Fails if the rate changes after the warm-up, or the warm-up ends late."""
     assert rates(LrConstantPlugin(warmup="4 steps"), "8 steps") == pytest.approx(
         [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5, 0.5]
     )
@@ -31,12 +31,12 @@ def test_warms_up_and_stays() -> None:
 
 @pytest.mark.parametrize("none", [0, "0", "0 steps", "0%", None])
 def test_there_may_be_no_warmup(none: object) -> None:
-    """Breaks if the ways in which people say "none" are refused."""
+    """Fails if usual ways to write "none" are rejected."""
     assert rates(LrConstantPlugin(warmup=none), "2 steps") == [0.5, 0.5]
 
 
 def test_the_default_warmup_is_a_share_of_any_run() -> None:
-    """Breaks if a run of one step is refused, or trains at a rate of zero."""
+    """Fails if a run of one step is refused, or trains at a rate of zero."""
     assert rates(LrConstantPlugin(), "1 steps") == [0.5]
     assert rates(LrConstantPlugin(), "1 tokens") == [0.5]
     assert rates(LrConstantPlugin(), "300 steps")[:3] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5])

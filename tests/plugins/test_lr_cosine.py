@@ -1,4 +1,4 @@
-"""The cosine schedule, and what it shares with every schedule that comes down again."""
+"""The cosine schedule, and what all decaying schedules share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_plugins.lr_cosine import LrCosinePlugin
 
 
 def rates(plugin: LrCosinePlugin, until: str, lr: float = 1.0, batches: int = 4) -> list[float]:
-    """The learning rate of each step of a run, as the optimizer had it."""
+    """The optimizer's learning rate in each step of a run."""
     model = nn.Linear(2, 1)
     engine = Engine(
         model,
@@ -30,7 +30,7 @@ def rates(plugin: LrCosinePlugin, until: str, lr: float = 1.0, batches: int = 4)
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 60), st.integers(0, 50), st.floats(0, 0.9))
 def test_every_step_is_that_of_torchs_schedulers(steps: int, warmup: int, floor: float) -> None:
-    """Breaks if warm-up or cosine is off by one step or by the floor."""
+    """Fails if warm-up or cosine is off by one step or by the floor."""
     assume(warmup < steps)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -45,32 +45,32 @@ def test_every_step_is_that_of_torchs_schedulers(steps: int, warmup: int, floor:
 
 
 def test_the_first_step_already_learns() -> None:
-    """Breaks if warm-up starts at zero, which wastes a step."""
+    """Fails if warm-up starts at zero, which wastes a step."""
     assert rates(LrCosinePlugin(warmup="10 steps", min_lr=0), "20 steps")[0] == pytest.approx(0.1)
 
 
 def test_a_horizon_in_tokens_counts_tokens() -> None:
-    """Breaks if the decay counts steps where the run counts something else: 2 rows a step."""
+    """Fails if the decay counts steps if the run counts something else: 2 rows per step."""
     got = rates(LrCosinePlugin(warmup=0, min_lr=0), "20 tokens")
     assert got == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)])
 
 
 def test_a_warmup_in_another_unit_multiplies_the_beginning() -> None:
-    """Breaks if units that do not convert are mixed up: 4 steps of a run of 20 tokens."""
+    """Fails if units that do not convert are mixed up: 4 steps of a run of 20 tokens."""
     got = rates(LrCosinePlugin(warmup="4 steps", min_lr=0), "20 tokens")
     cosine = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
     assert got == pytest.approx([c * min(1, (s + 1) / 4) for s, c in enumerate(cosine)])
 
 
 def test_an_epoch_of_warmup_is_as_long_as_its_steps() -> None:
-    """Breaks if epochs are not told in steps where the data has a length (4 batches)."""
+    """Fails if epochs are not converted to steps if the data has a length (4 batches)."""
     by_epoch = rates(LrCosinePlugin(warmup="1 epoch", min_lr=0), "12 steps")
     by_steps = rates(LrCosinePlugin(warmup="4 steps", min_lr=0), "12 steps")
     assert by_epoch == pytest.approx(by_steps)
 
 
 def test_the_floor_is_the_first_groups_and_ratios_stay() -> None:
-    """Breaks if `min_lr` lifts a group with a smaller rate above its share."""
+    """Fails if `min_lr` lifts a group with a smaller rate above its share."""
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(
         [{"params": [model.weight], "lr": 1.0}, {"params": [model.bias], "lr": 0.01}], lr=1.0
@@ -92,20 +92,20 @@ def test_the_floor_is_the_first_groups_and_ratios_stay() -> None:
     [("30 steps", "20 steps"), ("6 epochs", "20 steps"), ("9 steps", "2 epochs")],
 )
 def test_a_warmup_longer_than_the_run_is_refused_before_training(warmup: str, until: str) -> None:
-    """Breaks if a run trains to its end without getting to its learning rate."""
+    """Fails if a run can end before reaching its learning rate."""
     with pytest.raises(ConfigError, match=rf"lr_cosine\.warmup is {warmup}, longer") as caught:
         rates(LrCosinePlugin(warmup=warmup, min_lr=0), until)
     assert "LrCosinePlugin(warmup=" in str(caught.value)
 
 
 def test_a_floor_above_the_base_is_refused() -> None:
-    """Breaks if the learning rate would rise where it should fall."""
+    """Fails if the learning rate could rise instead of falling."""
     with pytest.raises(ConfigError, match=r"lr_cosine\.min_lr is 0\.1, above .* 0\.01"):
         rates(LrCosinePlugin(warmup=0, min_lr=0.1), "5 steps", lr=0.01)
 
 
 def test_a_resumed_run_has_the_same_rates() -> None:
-    """Breaks if the schedule depends on anything but how far the run is."""
+    """Fails if the schedule depends on anything but progress."""
     model = nn.Linear(2, 1)
 
     def fresh() -> Engine:

@@ -1,4 +1,4 @@
-"""The range test: the rates it tries, where it stops, what it suggests, what it leaves behind."""
+"""The range test: its rates, where it stops, what it suggests, and what it restores."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DATA = [torch.zeros(1)] * 4
 
 
 def test_rates_grow_geometrically_and_the_groups_keep_their_ratio() -> None:
-    """Breaks if the first or the last rate is another one, or the steps between are uneven."""
+    """Fails if the first or last rate is wrong, or the steps between are uneven."""
     weights = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))]
     model = nn.ParameterList(weights)
     groups = [{"params": weights[:1]}, {"params": weights[1:], "lr": 0.05}]
@@ -59,7 +59,7 @@ def test_rates_grow_geometrically_and_the_groups_keep_their_ratio() -> None:
 
 
 def test_a_rate_that_diverges_ends_the_run_and_the_suggestions_are_below_it() -> None:
-    """Breaks if the run never ends, or a rate is suggested that cannot be trained at."""
+    """Fails if the run never ends, or an unusable rate is suggested."""
     finder = LrFinderPlugin(start=1e-3, end=1e3, steps=200)
     engine = bowl_engine(finder)
     result = engine.fit(DATA, until=500)
@@ -76,7 +76,7 @@ def test_a_rate_that_diverges_ends_the_run_and_the_suggestions_are_below_it() ->
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_weights_and_optimizer_are_given_back(fails: bool) -> None:
-    """Breaks if a test, or a test that failed, leaves a model that has been trained to pieces."""
+    """Fails if a finished or failed test leaves the diverged weights."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         if fails and engine.state.step == 8:
@@ -103,7 +103,7 @@ def test_weights_and_optimizer_are_given_back(fails: bool) -> None:
 
 
 def test_a_resumed_test_has_the_same_curve(tmp_path: Path) -> None:
-    """Breaks if a killed test starts anew in the middle, or gives the swept weights back."""
+    """Fails if a killed test restarts, or restores the wrong weights."""
 
     def finder_and_engine(name: str) -> tuple[LrFinderPlugin, Engine]:
         finder = LrFinderPlugin(steps=12, end=0.1)
@@ -131,7 +131,7 @@ def test_a_resumed_test_has_the_same_curve(tmp_path: Path) -> None:
 
 
 def test_the_same_engine_can_test_again() -> None:
-    """Breaks if a second test begins at the end of the first."""
+    """Fails if a second test starts at the end of the first."""
     finder = LrFinderPlugin(steps=10, end=0.1)
     engine = bowl_engine(finder)
     engine.fit(DATA, until=50)
@@ -142,7 +142,7 @@ def test_the_same_engine_can_test_again() -> None:
 
 
 def test_micro_batches_count_as_one_step() -> None:
-    """Breaks if the loss of a step is that of its last micro-batch."""
+    """Fails if the loss of a step is that of its last micro-batch."""
     finder = LrFinderPlugin(steps=8, end=1e-5)
     engine = tiny_engine(finder, accumulate=2, log_every=1)
     rows = Regression(8)
@@ -158,7 +158,7 @@ def test_micro_batches_count_as_one_step() -> None:
 def test_the_run_folder_has_the_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_matplotlib: bool
 ) -> None:
-    """Breaks if the file is not the curve, or the plugin needs matplotlib to work."""
+    """Fails if the file is not the curve, or the plugin needs matplotlib to work."""
     if with_matplotlib:
         pytest.importorskip("matplotlib")
     else:
@@ -183,7 +183,7 @@ def test_the_run_folder_has_the_curve(
 def test_smoothing_does_not_shift_the_minimum(
     bottom: float, depth: float, smoothing: float
 ) -> None:
-    """Breaks if the running mean lags behind: a symmetric valley keeps its place."""
+    """Fails if the running mean lags behind: a symmetric valley keeps its place."""
     rates = np.geomspace(1e-6, 1, 121)
     losses = 10 - depth * np.exp(-((np.log10(rates) - bottom) ** 2))
     sweep = Sweep.of(rates.tolist(), losses.tolist(), smoothing)
@@ -194,7 +194,7 @@ def test_smoothing_does_not_shift_the_minimum(
 
 
 def test_nothing_is_suggested_where_the_loss_never_falls() -> None:
-    """Breaks if noise or a rising loss becomes a recommendation."""
+    """Fails if noise or a rising loss leads to a suggestion."""
     rates = np.geomspace(1e-3, 1, 20).tolist()
     assert Sweep.of(rates, np.linspace(1, 3, 20).tolist(), 0.5).steepest is None
     assert Sweep.of(rates[:3], [3.0, 2.0, 1.0], 0.5).tenth_of_minimum is None
@@ -209,6 +209,6 @@ def test_nothing_is_suggested_where_the_loss_never_falls() -> None:
     ],
 )
 def test_a_test_that_cannot_be_is_refused(settings: dict[str, Any], until: int, words: str) -> None:
-    """Breaks if the test ends before its last rate without a word."""
+    """Fails if the test silently ends before its last rate."""
     with pytest.raises(ConfigError, match=words):
         bowl_engine(LrFinderPlugin(**settings)).fit(DATA, until=until)

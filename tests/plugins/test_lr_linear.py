@@ -13,7 +13,7 @@ from nexus_plugins.lr_linear import LrLinearPlugin
 
 @pytest.mark.parametrize(("warmup", "floor"), [(0, 0.0), (4, 0.2), (12, 0.5)])
 def test_rises_and_falls_along_straight_lines(warmup: int, floor: float) -> None:
-    """Breaks if a corner of the plan is at another step: the plan drawn by interpolation."""
+    """Fails if a corner of the schedule is at another step, compared with interpolation."""
     model = nn.Linear(2, 1)
     engine = Engine(
         model,
@@ -30,6 +30,6 @@ def test_rises_and_falls_along_straight_lines(warmup: int, floor: float) -> None
 
 
 def test_defaults_are_as_documented() -> None:
-    """Breaks if a default drifts: runs would train differently without a word."""
+    """Fails if a default changes: runs would silently train differently."""
     config = LrLinearPlugin().config
     assert (str(config.warmup), config.min_lr) == ("6%", 1e-5)

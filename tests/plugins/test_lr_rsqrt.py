@@ -25,7 +25,7 @@ def rates(until: str, **config: Any) -> list[float]:
 
 
 def test_follows_the_formula_of_the_paper() -> None:
-    """Breaks if warm-up and fall do not meet: equation 3 with the peak at the base rate."""
+    """Fails if warm-up and decay do not meet: equation 3 with the peak at the base rate."""
     got = rates("40 steps", warmup=8)
     noam = [2.0 * min((done + 1) / 8, (8 / max(done, 1)) ** 0.5) for done in range(40)]
     assert got == pytest.approx(noam)
@@ -33,18 +33,18 @@ def test_follows_the_formula_of_the_paper() -> None:
 
 
 def test_the_timescale_may_be_longer_than_the_warmup_and_in_another_unit() -> None:
-    """Breaks if the timescale is ignored: 10 rows are 5 steps."""
+    """Fails if the timescale is ignored: 10 rows are 5 steps."""
     got = rates("20 steps", warmup=2, timescale="10 samples")
     expected = [2.0 * min(1, (done + 1) / 2) * (5 / max(done, 5)) ** 0.5 for done in range(20)]
     assert got == pytest.approx(expected)
 
 
 def test_it_does_not_depend_on_the_horizon() -> None:
-    """Breaks if a run that is extended has other rates than one that was planned longer."""
+    """Fails if an extended run has other rates than one planned longer."""
     assert rates("30 steps", warmup=4)[:15] == rates("15 steps", warmup=4)
 
 
 def test_without_any_timescale_it_is_refused() -> None:
-    """Breaks if the fall has no scale and nobody says so."""
+    """Fails if a missing timescale is not reported."""
     with pytest.raises(ConfigError, match=r"needs a timescale"):
         rates("5 steps", warmup=None)

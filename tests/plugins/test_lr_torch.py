@@ -1,4 +1,4 @@
-"""Schedulers of PyTorch, transformers and timm: the rates of a plain loop, resumed or not."""
+"""Schedulers of PyTorch, transformers and timm: the rates of a plain loop, also when resumed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rates(engine: Engine, until: int) -> list[float]:
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_rates_are_those_of_a_plain_loop(name: str, settings: dict[str, Any]) -> None:
-    """Breaks if the scheduler turns too early, too late, or from another base."""
+    """Fails if the scheduler steps too early or too late, or from another base."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     scheduler = getattr(lr_scheduler, name)(optimizer, **settings)
     expected = []
@@ -72,7 +72,7 @@ def test_rates_are_those_of_a_plain_loop(name: str, settings: dict[str, Any]) ->
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_a_resumed_run_has_the_same_rates(name: str, settings: dict[str, Any]) -> None:
-    """Breaks if the scheduler starts anew after a crash."""
+    """Fails if the scheduler restarts after a crash."""
     whole, first, second = (engine_of(name, settings) for _ in range(3))
     expected = rates(whole, 12)
     rates(first, 5)
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_same_rates(name: str, settings: dict[str, Any]) -
 def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
     name: str, settings: dict[str, Any]
 ) -> None:
-    """Breaks if the base of the first day is taken from where a rule has brought it since."""
+    """Fails if the initial base rate is read after a rule has changed it."""
     rule = {"target": "optimizer.lr", "start": 0.5, "end": 0.1, "over": "10 steps"}
     whole, first, second = (
         engine_of(name, settings, SchedulePlugin(rules=[rule])) for _ in range(3)
@@ -111,20 +111,20 @@ def test_a_resumed_run_has_the_same_rates_where_the_base_moves(
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
-    """Breaks if a misspelt scheduler or setting ends in a traceback, or in silence."""
+    """Fails if a misspelt scheduler or setting ends in a traceback, or is ignored."""
     with pytest.raises(ConfigError, match=words):
         rates(engine_of(name, settings), 2)
 
 
 def test_a_config_that_nobody_named_imports_no_scheduler() -> None:
-    """Breaks if resuming a run that somebody gave one executes what its config asks for."""
+    """Fails if resuming somebody else's run executes code named in its config."""
     engine = engine_of("this:s", {})
     with only_named((), "name it yourself"), pytest.raises(ConfigError, match="name it yourself"):
         rates(engine, 2)
     assert "this" not in sys.modules
 
 
-# -- schedulers as people have them: over the run's own optimizer
+# -- schedulers over the run's own optimizer
 
 STEPS, EPOCH, ACCUMULATE = 12, 3, 2
 Optimizer = torch.optim.SGD
@@ -164,7 +164,7 @@ def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(make: Make, turn: Callable[[Any, int, int, float], None]) -> list[Any]:
-    """Weights, rates and momenta after each step of the loop that people write."""
+    """Weights, rates and momenta after each step of a handwritten loop."""
     model, optimizer = parts()
     scheduler = make(optimizer)
     seen: list[Any] = []
@@ -209,7 +209,7 @@ def from_transformers(optimizer: Optimizer) -> Any:
 
 
 class HalvingScheduler:
-    """A scheduler of timm's protocol: told where the run is, it sets a rate for each group."""
+    """A scheduler with timm's interface: given the progress, it sets a rate for each group."""
 
     def __init__(self, optimizer: Optimizer, t_in_epochs: bool) -> None:
         self.optimizer, self.t_in_epochs = optimizer, t_in_epochs
@@ -235,7 +235,7 @@ class HalvingScheduler:
 
 
 def schedulers_of_timm() -> Any:
-    """Its package `scheduler`, without the rest, which needs torchvision."""
+    """timm's package `scheduler`, without the rest, which needs torchvision."""
     found = importlib.util.find_spec("timm")
     if found is None:
         pytest.skip("timm's schedulers are compared where timm is installed")
@@ -250,7 +250,7 @@ def from_timm(name: str, **settings: Any) -> Make:
     def make(optimizer: Optimizer) -> Any:
         timm = schedulers_of_timm()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its plateau is to go
+            warnings.simplefilter("ignore", FutureWarning)  # its plateau scheduler is deprecated
             return getattr(timm, name)(optimizer, **settings)
 
     return make
@@ -290,7 +290,7 @@ SCHEDULERS: dict[str, tuple[Make, Any, dict[str, Any]]] = {
 
 
 class WatchPlugin(Plugin[PluginConfig]):
-    """Keeps what `by_hand` keeps."""
+    """Records what `by_hand` records."""
 
     def __init__(self, seen: list[Any]) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def fit(engine: Engine, until: int) -> None:
 
 
 def cut(engine: Engine, after: int) -> Engine:
-    """Train so many steps of the run, and be killed."""
+    """Train some steps of the run, then stop like a kill."""
     data, held = Epochs(), [torch.ones(1, 2)]
     for state in engine.steps(data, until=STEPS, eval_data=held, eval_every="1 epochs"):
         if state.step == after:
@@ -336,7 +336,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 @pytest.mark.parametrize("as_object", [True, False], ids=["object", "factory"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_weights_rates_and_momenta_are_those_of_a_loop_by_hand(name: str, as_object: bool) -> None:
-    """Breaks if a scheduler turns at another moment than in the loop that it was written for."""
+    """Fails if a scheduler steps at another moment than in the loop it was written for."""
     make, turn, settings = SCHEDULERS[name]
     seen: list[Any] = []
     fit(run(make, settings, seen, as_object=as_object), STEPS)
@@ -347,7 +347,7 @@ def test_weights_rates_and_momenta_are_those_of_a_loop_by_hand(name: str, as_obj
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_run_that_is_resumed_from_a_file_has_the_same_bits(name: str, tmp_path: Path) -> None:
-    """Breaks if part of a scheduler's state is lost, or cannot be stored."""
+    """Fails if part of a scheduler's state is lost, or cannot be stored."""
     make, _, settings = SCHEDULERS[name]
     expected: list[Any] = []
     fit(run(make, settings, expected), STEPS)
@@ -373,7 +373,7 @@ def test_a_run_that_is_resumed_from_a_file_has_the_same_bits(name: str, tmp_path
 def test_what_settings_name_scales_all_groups_and_is_resumed(
     scheduler: str, settings: dict[str, Any]
 ) -> None:
-    """Breaks if a plateau, or a function from elsewhere, cannot be had from a config."""
+    """Fails if a plateau scheduler, or a function by path, cannot be used from a config."""
     if "." in scheduler:
         pytest.importorskip(scheduler.partition(".")[0], reason="its schedulers are compared")
     expected: list[Any] = []
@@ -400,7 +400,7 @@ def test_a_training_metric_turns_a_plateau() -> None:
 
 
 class RefusesPlugin(Plugin[PluginConfig]):
-    """Says of every second step that it was refused."""
+    """Marks every second step as refused."""
 
     @hookimpl
     def on_step(self, step: Step) -> None:
@@ -444,7 +444,7 @@ def test_several_optimizers_have_a_scheduler_each() -> None:
 def test_a_scheduler_that_cannot_act_is_refused(
     scheduler: Any, settings: dict[str, Any], others: tuple[Plugin[Any], ...], words: str
 ) -> None:
-    """Breaks if a rate that nobody follows is accepted in silence."""
+    """Fails if a scheduler without effect is silently accepted."""
     with pytest.raises(ConfigError, match=words):
         fit(run(scheduler, settings, [], *others), 4)
 
@@ -456,7 +456,7 @@ def test_a_plateau_that_never_sees_its_metric_says_so() -> None:
 
 
 def test_the_state_of_an_earlier_release_is_replayed() -> None:
-    """Breaks if a checkpoint that holds the base alone, as version 1 did, begins anew."""
+    """Fails if a version-1 checkpoint, which only has the base rate, restarts the schedule."""
     name, settings = CASES[0]
     whole, first, second = (engine_of(name, settings) for _ in range(3))
     expected = rates(whole, 12)

@@ -33,7 +33,7 @@ def rates(engine: Engine, until: str) -> list[float]:
 
 @pytest.mark.parametrize("shape", ["linear", "sqrt"])
 def test_rises_stays_and_falls_at_the_end(shape: str) -> None:
-    """Breaks if a corner of the plan is at another step, or the fall has another shape."""
+    """Fails if a corner of the schedule is at another step, or the decay has another shape."""
     engine = engine_of(warmup=4, decay="6 steps", min_lr=0.1, shape=shape)
     got = rates(engine, "20 steps")
     done = np.clip((np.arange(20) - 14) / 6, 0, 1)
@@ -42,13 +42,13 @@ def test_rises_stays_and_falls_at_the_end(shape: str) -> None:
 
 
 def test_without_a_length_the_last_fifth_falls() -> None:
-    """Breaks if the default fall is not the last fifth of the run."""
+    """Fails if the default decay is not the last fifth of the run."""
     got = rates(engine_of(warmup=0, min_lr=0), "20 steps")
     assert [rate == 1.0 for rate in got] == [True] * 17 + [False] * 3
 
 
 def test_a_later_horizon_on_resuming_is_as_if_it_had_been_planned() -> None:
-    """Breaks if the stable part depends on the horizon: then a run cannot be extended."""
+    """Fails if the stable part depends on the horizon, so that a run cannot be extended."""
     config: dict[str, Any] = {"warmup": 3, "decay": "4 steps", "min_lr": 0}
     planned = engine_of(**config)
     planned.fit(DATA, until="20 steps")
@@ -63,7 +63,7 @@ def test_a_later_horizon_on_resuming_is_as_if_it_had_been_planned() -> None:
 
 
 def test_the_fall_may_be_in_epochs_of_a_run_in_steps() -> None:
-    """Breaks if epochs are not told in steps where the data has a length (4 batches)."""
+    """Fails if epochs are not converted to steps if the data has a length (4 batches)."""
     by_epoch = rates(engine_of(warmup=0, decay="1 epoch", min_lr=0), "12 steps")
     assert by_epoch == rates(engine_of(warmup=0, decay="4 steps", min_lr=0), "12 steps")
 
@@ -76,6 +76,6 @@ def test_the_fall_may_be_in_epochs_of_a_run_in_steps() -> None:
     ],
 )
 def test_a_fall_that_cannot_be_is_refused(config: dict[str, Any], words: str) -> None:
-    """Breaks if the rate would never be at its base, or never come down."""
+    """Fails if the rate would never reach its base, or never decay."""
     with pytest.raises(ConfigError, match=words):
         rates(engine_of(min_lr=0, **config), "20 steps")

@@ -1,4 +1,4 @@
-"""Utilization: operations counted by hand, the speed as logged, the rate of this machine."""
+"""Utilization: FLOPs counted by hand, the logged speed, the peak of this machine."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def logs_of(
 
 
 FLOPS_PER_TOKEN = 3 * 2 * (8 * 32 + 32 * 4)
-"""Forward once, backward twice, a multiply-add is two: the sum over both matrices."""
+"""Forward once, backward twice, a multiply-add is two: summed over both matrices."""
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_it_is_speed_times_operations_by_rate(recompute: bool, accumulate: int) -> None:
-    """Breaks if micro-batches or tokens are counted wrongly, or recomputation counts as work."""
+    """Fails if micro-batches or tokens are counted wrongly, or recomputation counts as work."""
     plugins = [ThroughputPlugin(), MfuPlugin(peak=1e6)]
     for line in logs_of(*plugins, recompute=recompute, accumulate=accumulate)[1:]:
         assert line["system/mfu"] == pytest.approx(line[SPEED] * FLOPS_PER_TOKEN / 1e6)
 
 
 class FusedLoss(torch.autograd.Function):
-    """The mean square of `hidden @ weight`, which makes its gradients in the forward pass."""
+    """The mean square of `hidden @ weight`, with gradients computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, train: bool) -> Tensor:
@@ -93,7 +93,7 @@ class FusedLoss(torch.autograd.Function):
 def test_recomputation_is_left_out_beside_a_loss_that_makes_its_gradients_early(
     recompute: bool,
 ) -> None:
-    """Breaks if `recompute` seems to use the machine better than a run without it."""
+    """Fails if `recompute` appears to improve utilization."""
     head = nn.Parameter(torch.ones(4, 7))
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -123,13 +123,13 @@ def shared_logs() -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_two_processes_use_two_devices() -> None:
-    """Breaks if the work of all processes is held against the rate of one device."""
+    """Fails if the work of all processes is divided by the peak of one device."""
     for line in together(2, shared_logs)[0][1:]:
         assert line["system/mfu"] == pytest.approx(line[SPEED] / 2 * FLOPS_PER_TOKEN / 1e6)
 
 
 def test_given_operations_are_not_counted() -> None:
-    """Breaks if a user's own number is overruled."""
+    """Fails if a given number is overridden."""
     for line in logs_of(ThroughputPlugin(), MfuPlugin(peak=1e6, flops_per_token=5.0)):
         assert line["system/mfu"] == pytest.approx(line[SPEED] * 5 / 1e6)
 
@@ -138,7 +138,7 @@ def test_given_operations_are_not_counted() -> None:
 def test_the_rate_is_that_of_the_type_the_model_computes_in(
     amp: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a bf16 run is held against float32, or the rate is measured more than once."""
+    """Fails if a bf16 run is compared with the float32 peak, or the peak is measured twice."""
     asked: list[torch.dtype] = []
 
     def rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -152,18 +152,18 @@ def test_the_rate_is_that_of_the_type_the_model_computes_in(
 
 
 def test_the_rate_of_this_machine_is_plausible() -> None:
-    """Breaks if the unit is off by a thousand, or the time is not that of a product."""
+    """Fails if the unit is off by a thousand, or the wrong time is measured."""
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e13
 
 
 def test_it_needs_the_speed() -> None:
-    """Breaks if a run without `throughput` silently has no utilization."""
+    """Fails if a run without `throughput` silently has no utilization."""
     with pytest.raises(PluginError, match="'mfu' requires 'throughput'"):
         logs_of(MfuPlugin())
 
 
 def test_a_run_on_this_machine_is_between_nothing_and_all(tmp_path: Path) -> None:
-    """Breaks if counted operations and measured rate do not fit together."""
+    """Fails if counted FLOPs and measured peak are inconsistent."""
     lines = logs_of(ThroughputPlugin(), MfuPlugin(), JsonlPlugin(), out=tmp_path)
     stored = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < stored["system/mfu"] == lines[-1]["system/mfu"] < 1

@@ -1,4 +1,4 @@
-"""MLflow with a local database: what it stored, read back with its own client."""
+"""MLflow with a local database, read back with its own client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No server in the environment, and no reports to MLflow's makers."""
+    """No server in the environment, and no telemetry."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -42,7 +42,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path, empty_store: Path) -> Path:
-    """A run's folder with an empty store."""
+    """A run folder with an empty store."""
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copy(empty_store, folder / "mlflow.db")
@@ -87,7 +87,7 @@ def recorded(*recorders: RecorderPlugin) -> list[tuple[int, str, float]]:
 
 @pytest.mark.slow
 def test_every_metric_and_the_config_can_be_read_back(out: Path) -> None:
-    """Breaks if a metric, its step, a parameter, a tag or the name is not stored."""
+    """Fails if a metric, its step, a parameter, a tag or the name is not stored."""
     recorder = RecorderPlugin()
     plugin = MlflowPlugin(experiment="e", run_name="n", tags={"team": "red"})
     config = {"seed": 5, "plugins": {"clip": {"max_norm": 0.5}}, "long": "x" * 7000}
@@ -108,7 +108,7 @@ def test_every_metric_and_the_config_can_be_read_back(out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("by_id", [False, True], ids=["by checkpoint", "by id"])
 def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(out: Path, by_id: bool) -> None:
-    """Breaks if resuming makes a second run, or points are doubled or missing."""
+    """Fails if resuming creates a second run, or points are duplicated or missing."""
     one, other = RecorderPlugin(), RecorderPlugin()
     first = engine_of(out, MlflowPlugin(), one, config={"seed": 5})
     for state in first.steps(data(), until="6 steps"):
@@ -137,7 +137,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(out: Path, by_id:
 
 @pytest.mark.slow
 def test_the_final_checkpoint_is_stored_on_request(out: Path) -> None:
-    """Breaks if the artifact is missing, or is taken before the checkpoint is whole."""
+    """Fails if the artifact is missing, or uploaded before the checkpoint is complete."""
     plugins = (CheckpointPlugin(), MlflowPlugin(artifact=True))
     engine_of(out, *plugins).fit(data(), until="2 steps")
     (run,) = runs_of(out)
@@ -148,7 +148,7 @@ def test_the_final_checkpoint_is_stored_on_request(out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_shown_as_failed(out: Path) -> None:
-    """Breaks if a crashed run looks finished."""
+    """Fails if a crashed run looks finished."""
     batches = data()
     batches[2] = {}
     with pytest.raises(KeyError):
@@ -160,7 +160,7 @@ def test_a_run_that_fails_is_shown_as_failed(out: Path) -> None:
 def test_an_exception_of_the_package_changes_nothing(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a failing database stops the training or goes unnoticed."""
+    """Fails if a failing database stops training or goes unnoticed."""
 
     def log_batch(*_: object, **__: object) -> None:
         raise OSError("planted")
@@ -178,7 +178,7 @@ def test_an_exception_of_the_package_changes_nothing(
 
 @pytest.mark.slow
 def test_a_metric_of_any_name_is_stored_under_one_that_mlflow_takes(out: Path) -> None:
-    """Breaks if one odd name switches the logger off, or two names become one."""
+    """Fails if one odd name switches the logger off, or two names become one."""
 
     class OddPlugin(Plugin[PluginConfig]):
         """Logs metrics with odd names."""
@@ -216,7 +216,7 @@ def test_a_metric_of_any_name_is_stored_under_one_that_mlflow_takes(out: Path) -
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a missing package is a riddle."""
+    """Fails if the message does not say what to install."""
     monkeypatch.setitem(sys.modules, "mlflow.entities", None)
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.mlflow")
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.mlflow.plugin")
@@ -238,7 +238,7 @@ print(*engine.hook.summarize(engine=engine))
 
 @pytest.mark.slow
 def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> None:
-    """Breaks if a hung network keeps a run, or its process, from ending."""
+    """Fails if a hung network keeps a run, or its process, from ending."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         path = os.pathsep.join(
@@ -254,7 +254,7 @@ def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_note_is_a_tag_of_the_run_and_an_image_an_artifact(out: Path) -> None:
-    """Breaks if a note does not reach MLflow, is too long for it, or an image is there twice."""
+    """Fails if a note is missing or too long for MLflow, or an image is stored twice."""
     first, engine = engine_of(out, MlflowPlugin()), engine_of(out, MlflowPlugin())
     for one, end in ((first, 2), (engine, 3)):
         for state in one.steps(data(), until="3 steps"):

@@ -1,4 +1,4 @@
-"""A model by its place: what is called, how its arguments are checked, the same bits as by hand."""
+"""A model by import path: calls, argument checks, and bitwise equality with a handwritten loop."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def broken(width: int = 3) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test is in a folder of its own with a file of code, whose name is its own as well."""
+    """Each test runs in its own folder, with a code file of a unique name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"net_{tmp_path.name}.py").write_text(NET)
     return tmp_path
@@ -127,9 +127,9 @@ def test_a_program_may_give_the_function_itself() -> None:
 
 
 def test_a_run_ends_in_the_bits_of_a_loop_by_hand() -> None:
-    """Breaks if any of the five plugins, or the engine around them, rounds otherwise than PyTorch.
+    """Fails if any of the five plugins, or the engine, rounds differently than PyTorch.
 
-    Batches are of unequal size, random numbers are drawn by dropout, and there are evaluations.
+    Batches have unequal sizes, dropout draws random numbers, and there are evaluations.
     """
     sizes = [7, 5, 3, 1]
     config = {

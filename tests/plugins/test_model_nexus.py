@@ -1,4 +1,4 @@
-"""The NEXUS backbone: what it computes, and what may not influence what."""
+"""The NEXUS backbone: what it computes, and which inputs may not affect which outputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def small_model(seed: int = 0, **changes: object) -> NEXUSCore:
         "causal": True,
     }
     model = NEXUSCore(**{**sizes, **changes}).eval()
-    for parameter in model.parameters():  # large weights make every influence visible
+    for parameter in model.parameters():  # large weights make every dependency visible
         torch.nn.init.normal_(parameter, std=0.5)
     return model
 
@@ -70,7 +70,7 @@ def scan_inputs(time: int, seed: int = 0) -> list[Tensor]:
 
 
 def scan_token_by_token(inputs: list[Tensor], document: Tensor | None) -> Tensor:
-    """The recurrence as it is defined, one token after the other."""
+    """The recurrence by definition, token by token."""
     x, dt, log_decay, b, c, skip = inputs
     state = x.new_zeros(*x[:, 0].shape, b.shape[-1])
     outputs = []
@@ -99,7 +99,7 @@ def documents(time: int, seed: int) -> Tensor:
 def test_scan_is_the_recurrence_for_every_length_chunk_and_block(
     time: int, chunk: int, in_cache: int, isolated: bool, seed: int
 ) -> None:
-    """Red: the chunked form computes something else than the model it stands for."""
+    """Fails if the chunked form differs from the recurrence."""
     inputs = scan_inputs(time, seed)
     document = documents(time, seed) if isolated else None
     expected = scan_token_by_token(inputs, document)
@@ -111,7 +111,7 @@ def test_scan_is_the_recurrence_for_every_length_chunk_and_block(
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs, allow_unused=True)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        # With one token the decay reaches nothing, and autograd gives no gradient at all.
+        # With one token the decay has no effect, and autograd returns no gradient.
         wanted = torch.zeros_like(gradient) if wanted is None else wanted
         torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-8)
 
@@ -126,7 +126,7 @@ def test_scan_is_the_recurrence_for_every_length_chunk_and_block(
 def test_convolution_is_the_sum_over_earlier_tokens(
     time: int, in_cache: int, isolated: bool, seed: int
 ) -> None:
-    """Red: the convolution sees the future, another document, or the wrong neighbours."""
+    """Fails if the convolution sees the future, another document, or the wrong neighbours."""
     torch.manual_seed(seed)
     x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((2, time, 3), (4, 3), (3,)))
     document = documents(time, seed) if isolated else torch.zeros(2, time, dtype=torch.long)
@@ -148,7 +148,7 @@ def test_convolution_is_the_sum_over_earlier_tokens(
 def test_convolution_has_the_gradient_of_finite_differences(
     isolated: bool, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: the handwritten backward pass of the convolution is wrong."""
+    """Fails if the handwritten backward pass of the convolution is wrong."""
     monkeypatch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
     document = documents(5, seed=0) if isolated else None
     inputs = [torch.randn(s, dtype=torch.float64) for s in ((2, 5, 2), (4, 2), (2,))]
@@ -163,7 +163,7 @@ def test_convolution_has_the_gradient_of_finite_differences(
 def test_norm_gives_unit_mean_square_and_its_gradient(
     gated: bool, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: the norm or its handwritten gradient is wrong."""
+    """Fails if the norm or its handwritten gradient is wrong."""
     monkeypatch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     gate = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) if gated else None
@@ -179,7 +179,7 @@ def test_norm_gives_unit_mean_square_and_its_gradient(
 @few
 @given(time=st.integers(1, 21), chunk=st.integers(1, 24), seed=st.integers(0, 999))
 def test_logits_do_not_depend_on_the_chunk_length(time: int, chunk: int, seed: int) -> None:
-    """Red: a setting that should only change speed changes the model."""
+    """Fails if a setting that should only change speed changes the model."""
     input_ids = tokens(2, time, seed)
     reference = small_model(ssm_chunk_length=4)(input_ids)
     torch.testing.assert_close(
@@ -190,7 +190,7 @@ def test_logits_do_not_depend_on_the_chunk_length(time: int, chunk: int, seed: i
 @few
 @given(time=st.integers(1, 21), seed=st.integers(0, 999))
 def test_step_by_step_equals_the_whole_sequence(time: int, seed: int) -> None:
-    """Red: generation runs a different model than training."""
+    """Fails if generation differs from training."""
     model, input_ids = small_model(), tokens(2, time, seed)
     torch.testing.assert_close(stepped(model, input_ids), model(input_ids), rtol=1e-4, atol=1e-4)
 
@@ -198,7 +198,7 @@ def test_step_by_step_equals_the_whole_sequence(time: int, seed: int) -> None:
 @few
 @given(time=st.integers(2, 21), data=st.data())
 def test_later_tokens_change_no_earlier_logit(time: int, data: st.DataObject) -> None:
-    """Red: the model can read the answer; its training loss means nothing."""
+    """Fails if the model can see the answer, which makes its training loss meaningless."""
     model, input_ids = small_model(), tokens(2, time)
     position = data.draw(st.integers(1, time - 1))
     changed = input_ids.clone()
@@ -209,9 +209,9 @@ def test_later_tokens_change_no_earlier_logit(time: int, data: st.DataObject) ->
 @few
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=st.integers(0, 999))
 def test_packed_documents_have_the_logits_of_documents_alone(lengths: list[int], seed: int) -> None:
-    """Red: documents that share a row leak into one another."""
+    """Fails if documents in a row affect one another."""
     model, input_ids = small_model(), tokens(1, sum(lengths), seed)
-    # An id that comes back later is a new document: 0, 1, 0, 1.
+    # An id that recurs is a new document: 0, 1, 0, 1.
     ids = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)
     packed = model(input_ids, segment_ids=ids).split(lengths, 1)
     for document, logits in zip(input_ids.split(lengths, 1), packed, strict=True):
@@ -219,7 +219,7 @@ def test_packed_documents_have_the_logits_of_documents_alone(lengths: list[int],
 
 
 def test_neighbours_in_the_batch_do_not_matter() -> None:
-    """Red: a sequence's result depends on which others it was batched with."""
+    """Fails if a sequence's result depends on the rest of the batch."""
     model, input_ids = small_model(), tokens(3, 11)
     changed = input_ids.clone()
     changed[1:] = tokens(2, 11, seed=1)
@@ -227,7 +227,7 @@ def test_neighbours_in_the_batch_do_not_matter() -> None:
 
 
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero() -> None:
-    """Red: part of the model does not train."""
+    """Fails if part of the model does not train."""
     model = small_model(tie_embeddings=False, **BACKBONE_ALONE)
     model(tokens(2, 11)).logsumexp(-1).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -237,7 +237,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero() -> None:
 
 
 def test_bfloat16_autocast_stays_near_float32() -> None:
-    """Red: mixed precision changes results or gradients beyond rounding."""
+    """Fails if mixed precision changes results or gradients beyond rounding."""
     model, input_ids = NEXUSCore(vocab_size=VOCAB, d_model=64, ssm_n_layers=2), tokens(2, 150)
 
     def run(autocast: bool) -> tuple[Tensor, Tensor]:
@@ -254,7 +254,7 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16_autocast_keeps_the_gradient_of_each_parameter(seed: int) -> None:
-    """Red: decays or step sizes, too small to show in a norm over all, learn from rounding."""
+    """Fails if decays or step sizes, too small to matter in a global norm, learn from rounding."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "d_model": 64, "ssm_n_layers": 2, "ssm_head_dim": 8}
     model = NEXUSCore(**{**sizes, **BACKBONE_ALONE})
@@ -280,7 +280,7 @@ def test_bfloat16_autocast_keeps_the_gradient_of_each_parameter(seed: int) -> No
 def test_scan_in_half_precision_keeps_the_gradient_of_strong_decays(
     rate: float, step: float, narrow: torch.dtype, isolated: bool
 ) -> None:
-    """Red: where little of the state remains, decays and step sizes learn from rounding."""
+    """Fails if decays and step sizes learn from rounding when little of the state remains."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 200, 3, 16), (2, 200, 8), (2, 200, 8), (2, 200, 3, 16))
     values = [torch.randn(shape, generator=generator).to(narrow) for shape in shapes]
@@ -304,7 +304,7 @@ def test_scan_in_half_precision_keeps_the_gradient_of_strong_decays(
 
 
 def test_state_of_generation_does_not_grow() -> None:
-    """Red: generation slows down and fills the memory as it continues."""
+    """Fails if generation slows down and fills the memory as it continues."""
     model = small_model()
     _, states = model.step(tokens(2, 1)[:, 0], model.initial_state(2))
     shapes = [[part.shape for part in state] for state in model.initial_state(2)]
@@ -312,7 +312,7 @@ def test_state_of_generation_does_not_grow() -> None:
 
 
 def test_generation_takes_the_likeliest_tokens_at_temperature_zero() -> None:
-    """Red: what the user reads is not what the model predicts."""
+    """Fails if the generated text is not what the model predicts."""
     model, sequence = small_model(), tokens(2, 3)
     generated = model.generate(sequence, 4, temperature=0)
     for _ in range(4):
@@ -322,14 +322,14 @@ def test_generation_takes_the_likeliest_tokens_at_temperature_zero() -> None:
 
 @pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-9}, {"top_k": 3, "top_p": 1e-9}])
 def test_the_narrowest_limits_leave_the_likeliest_token(limit: dict[str, float]) -> None:
-    """Red: top_k or top_p lets unlikely tokens through, or keeps likely ones out."""
+    """Fails if top_k or top_p lets unlikely tokens through, or keeps likely ones out."""
     model, prompt = small_model(), tokens(2, 3)
     expected = model.generate(prompt, 5, temperature=0)
     assert torch.equal(model.generate(prompt, 5, **limit), expected)
 
 
 def test_samples_repeat_with_the_seed_and_stay_within_top_k() -> None:
-    """Red: a sample cannot be reproduced, or top_k is not kept."""
+    """Fails if a sample cannot be reproduced, or top_k is violated."""
     model, prompt = small_model(), tokens(1, 3).expand(50, -1)
 
     def sample(seed: int) -> Tensor:
@@ -343,7 +343,7 @@ def test_samples_repeat_with_the_seed_and_stay_within_top_k() -> None:
 
 
 def test_generation_leaves_the_training_mode_of_every_part_as_it_was() -> None:
-    """Red: a sample in mid-training switches dropout off, or on in a part the user froze."""
+    """Fails if sampling changes the mode of any module."""
     model = small_model(dropout=0.5).train()
     model.blocks[0].eval()
     before = {name: part.training for name, part in model.named_modules()}
@@ -354,7 +354,7 @@ def test_generation_leaves_the_training_mode_of_every_part_as_it_was() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-40, 1e-30])
 def test_the_coldest_temperatures_take_the_likeliest_tokens(temperature: float) -> None:
-    """Red: logits divided by a tiny temperature overflow, and sampling fails."""
+    """Fails if logits divided by a tiny temperature overflow, and sampling fails."""
     model, prompt = small_model(), tokens(2, 3)
     expected = model.generate(prompt, 4, temperature=0)
     assert torch.equal(model.generate(prompt, 4, temperature=temperature), expected)
@@ -377,19 +377,19 @@ def test_the_coldest_temperatures_take_the_likeliest_tokens(temperature: float) 
 def test_bad_arguments_say_what_was_expected(
     call: Callable[[NEXUSCore], object], words: str
 ) -> None:
-    """Red: a wrong shape or range ends in an error that does not say how to mend it."""
+    """Fails if a wrong shape or range ends in an unhelpful error."""
     with pytest.raises(ValueError, match=words):
         call(small_model())
 
 
 def test_config_refuses_heads_that_do_not_fit() -> None:
-    """Red: an impossible size fails deep inside the model."""
+    """Fails if an impossible size fails deep inside the model."""
     with pytest.raises(ValidationError, match="does not divide"):
         NEXUSConfig(d_model=100, ssm_head_dim=64)
 
 
 def test_what_does_not_pay_is_on_where_it_is_asked_for() -> None:
-    """Red: a probe costs every model, a classic one loses it, or its settings do nothing."""
+    """Fails if the probe is on by default, off in a classic model, or its settings are ignored."""
     assert NEXUSConfig().causal is NEXUSConfig(classic=True, causal=False).causal is False
     assert NEXUSConfig().reason is False
     assert NEXUSConfig(classic=True).causal is NEXUSConfig(classic=True).reason is True
@@ -398,7 +398,7 @@ def test_what_does_not_pay_is_on_where_it_is_asked_for() -> None:
 
 
 def test_all_outputs_come_with_the_modules_reports() -> None:
-    """Red: `return_all_outputs` breaks what reads the modules' outputs."""
+    """Fails if `return_all_outputs` lacks the modules' outputs."""
     model, input_ids = small_model(), tokens(2, 5)
     logits, info = model(input_ids, return_all_outputs=True)
     assert torch.equal(logits, model(input_ids))
@@ -406,14 +406,14 @@ def test_all_outputs_come_with_the_modules_reports() -> None:
 
 
 def test_hidden_and_head_weight_give_the_logits() -> None:
-    """Red: the loss trains on other logits than the model shows."""
+    """Fails if the loss uses other logits than the model returns."""
     model, input_ids = small_model(), tokens(2, 5)
     output = model.hidden(input_ids)
     torch.testing.assert_close(output.hidden @ output.head_weight.T, model(input_ids))
 
 
 def test_plugin_takes_the_vocabulary_from_the_data_unless_told() -> None:
-    """Red: the model's vocabulary does not fit the tokenizer."""
+    """Fails if the model's vocabulary does not fit the tokenizer."""
     engine = SimpleNamespace(data=SimpleNamespace(codec=SimpleNamespace(size=VOCAB)))
     sizes = {"d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
     from_data = ModelNexusPlugin(**sizes).make_model(engine)
@@ -425,13 +425,13 @@ def test_plugin_takes_the_vocabulary_from_the_data_unless_told() -> None:
 
 
 def test_plugin_asks_for_the_vocabulary_where_nothing_tells_it() -> None:
-    """Red: a run without a tokenizer ends in a traceback instead of the key to set."""
+    """Fails if a run without a tokenizer ends in a traceback instead of the key to set."""
     with pytest.raises(ConfigError, match=r"model_nexus\.vocab_size"):
         ModelNexusPlugin().make_model(SimpleNamespace(data=None))
 
 
 def test_ids_beyond_the_vocabulary_are_named() -> None:
-    """Red: bytes with an end of text on a model of 256 ids end in "index out of range in self"."""
+    """Fails if an id outside the vocabulary ends in "index out of range in self"."""
     plugin = ModelNexusPlugin(vocab_size=256, d_model=16, ssm_n_layers=1, ssm_head_dim=8)
     bytes_and_more = SimpleNamespace(data=SimpleNamespace(codec=SimpleNamespace(size=259)))
     with pytest.raises(ConfigError, match=r"has 259 ids .*data_text\.tokenizer=bytes256"):
@@ -446,7 +446,7 @@ def test_ids_beyond_the_vocabulary_are_named() -> None:
     [(float("nan"), "the weights are not finite"), (3e38, "none: sampling failed: prob")],
 )
 def test_a_sample_that_cannot_be_written_says_why(value: float, said: str) -> None:
-    """Red: a run that has diverged ends in an error of its summary, and without one."""
+    """Fails if the summary of a diverged run raises an error."""
     model = small_model()
     torch.nn.init.constant_(model.final_norm.weight, value)
     data = SimpleNamespace(
@@ -459,7 +459,7 @@ def test_a_sample_that_cannot_be_written_says_why(value: float, said: str) -> No
 
 
 def test_plugin_isolates_documents_where_the_batch_has_segments() -> None:
-    """Red: packed training data leaks between documents although the batch marks them."""
+    """Fails if packed documents affect one another although the batch marks them."""
     model, input_ids = small_model(), tokens(1, 6)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
     engine = SimpleNamespace(model=model)

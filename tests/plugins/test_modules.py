@@ -1,4 +1,4 @@
-"""The preset `modules`: puzzles of known answers, a contest of several models, and its picture."""
+"""The preset `modules`: puzzles with known answers, a contest of several models, and its plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drawn(seed: int = 0) -> torch.Generator:
 
 
 def test_who_knows_a_cycle_knows_what_comes_next() -> None:
-    """Red if labels are not what is seen next, or a row does not move along a cycle."""
+    """Fails if labels are not the next observation, or a row does not follow a cycle."""
     part = dynamics(drawn(), 5, 40, shortest=3, longest=6)
     ids, labels = part["input_ids"], part["labels"]
     assert torch.equal(ids[:, 1:], labels[:, :-1])
@@ -41,7 +41,7 @@ def test_who_knows_a_cycle_knows_what_comes_next() -> None:
 
 
 def test_a_clean_token_follows_from_the_two_before_it() -> None:
-    """Red if the rule is not what the labels follow, or other tokens are replaced than is said."""
+    """Fails if labels do not follow the rule, or other tokens are replaced than reported."""
     rule, level = Rule.drawn(drawn(), 5), torch.tensor([[0.0], [1.0]])
     part = noisy(drawn(1), rule, level, 30, blanks=1.0)
     labels = part["labels"].tolist()
@@ -54,7 +54,7 @@ def test_a_clean_token_follows_from_the_two_before_it() -> None:
 
 
 def test_hops_are_those_through_the_table_of_the_question() -> None:
-    """Red if an answer does not follow from what is told."""
+    """Fails if an answer does not follow from the row."""
     part = hops(drawn(), 3, 8, places=5, most=3)
     told, labels, count = (part[key].flatten(0, 1) for key in ("told", "labels", "hops"))
     for question, label, steps in zip(told, labels.tolist(), count.tolist(), strict=True):
@@ -66,7 +66,7 @@ def test_hops_are_those_through_the_table_of_the_question() -> None:
 
 
 def test_a_graph_has_no_cycle_and_is_set_by_hand_where_it_says() -> None:
-    """Red if the data have a graph that is not the one to be found, or reveal it by variance."""
+    """Fails if the data follow another graph, or reveal it by variance."""
     graph = Graph(drawn(), variables=4, edges=5, observed=400, by_hand=100)
     assert graph.edges.sum() == 5
     assert torch.matrix_power(graph.edges.float(), 4).sum() == 0
@@ -128,7 +128,7 @@ def contest(out: Path | None = None, **only: Any) -> Engine:
 
 
 def test_each_contender_is_trained_as_it_would_be_alone() -> None:
-    """Red if one reaches another: by its loss, its random numbers, the length of a gradient."""
+    """Fails if one affects another: by its loss, its random numbers, or gradient clipping."""
     both = small()["dynamics"]
     first = {name: both[name] for name in ("all", "world")}
     whole, alone = contest(dynamics=both), contest(dynamics=first)
@@ -141,7 +141,7 @@ def test_each_contender_is_trained_as_it_would_be_alone() -> None:
 
 
 def test_a_run_shows_all_there_is_to_see(tmp_path: Path) -> None:
-    """Red if a measure is missing, the picture is not drawn, or curves are lost on resuming."""
+    """Fails if a measure is missing, the plot is not drawn, or curves are lost on resume."""
     engine = contest(tmp_path)
     result = engine.fit(until="2 steps", eval_every="1 steps")
     found = {key.removeprefix("val/") for key in result.metrics if key.startswith("val/")}
@@ -168,7 +168,7 @@ def test_a_contender_is_a_model_and_losses(plugins: dict[str, Any]) -> None:
 
 
 def test_looks_say_what_was_found() -> None:
-    """Red if refinements, hops or edges are counted otherwise than by hand."""
+    """Fails if refinements, hops or edges are counted wrongly."""
 
     class Output:
         def __init__(self, answers: Tensor, **reports: Any) -> None:
@@ -197,7 +197,7 @@ def test_looks_say_what_was_found() -> None:
 
 @pytest.mark.slow
 def test_the_preset_draws_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Red if `nexus-run modules` breaks, or its config does not repeat the run."""
+    """Fails if `nexus-run modules` breaks, or its config does not repeat the run."""
     monkeypatch.chdir(tmp_path)
     few = ["until=2 steps", "data.args.rows=8", "data.args.held_out=4", "data.args.length=12"]
     words = [word for one in (*few, "data.batch_size=4") for word in ("--set", one)]

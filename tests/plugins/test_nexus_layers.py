@@ -1,4 +1,4 @@
-"""The kinds of layer and the n-grams: what they compute, and the laws that all of them keep."""
+"""The layer types and the n-grams: what they compute, and laws that hold for all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_model(kind: str, **changes: object) -> NEXUSCore:
     sizes = {"ssm_n_layers": 2, "ssm_head_dim": 8, "ssm_d_state": 4, "ssm_chunk_length": 4}
     settings = {"vocab_size": VOCAB, "d_model": 16, **sizes, **alone, **KINDS[kind], **changes}
     model = NEXUSCore(**settings).eval()
-    for parameter in model.parameters():  # large weights make every influence visible
+    for parameter in model.parameters():  # large weights make every dependency visible
         torch.nn.init.normal_(parameter, std=0.5)
     return model
 
@@ -50,7 +50,7 @@ def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
 @few
 @given(time=st.integers(1, 21), seed=st.integers(0, 999))
 def test_step_by_step_equals_the_whole_sequence(kind: str, time: int, seed: int) -> None:
-    """Red: generation runs a different model than training, or its state grows."""
+    """Fails if generation differs from training, or its state grows."""
     model, input_ids = small_model(kind), tokens(2, time, seed)
     states, logits = model.initial_state(2), []
     shapes = [[part.shape for part in state] for state in states]
@@ -70,7 +70,7 @@ def test_step_by_step_equals_the_whole_sequence(kind: str, time: int, seed: int)
 def test_neither_later_tokens_nor_neighbours_change_a_logit(
     kind: str, time: int, data: st.DataObject
 ) -> None:
-    """Red: the model can read the answer, or a result depends on the rest of the batch."""
+    """Fails if the model can see the answer, or a result depends on the rest of the batch."""
     model, input_ids = small_model(kind), tokens(2, time)
     position = data.draw(st.integers(1, time - 1))
     changed = input_ids.clone()
@@ -85,7 +85,7 @@ def test_neither_later_tokens_nor_neighbours_change_a_logit(
 def test_packed_documents_have_the_logits_of_documents_alone(
     kind: str, lengths: list[int], seed: int
 ) -> None:
-    """Red: documents that share a row leak into one another."""
+    """Fails if documents in a row affect one another."""
     model, input_ids = small_model(kind), tokens(1, sum(lengths), seed)
     ids = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1)
     packed = model(input_ids, segment_ids=ids).split(lengths, 1)
@@ -95,7 +95,7 @@ def test_packed_documents_have_the_logits_of_documents_alone(
 
 @each_kind
 def test_every_parameter_learns_in_bfloat16_as_in_float32(kind: str) -> None:
-    """Red: part of the model does not train, or learns from rounding."""
+    """Fails if part of the model does not train, or learns from rounding."""
     torch.manual_seed(0)
     alone = dict.fromkeys(("world", "reason", "energy", "causal"), False)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 8}
@@ -124,7 +124,7 @@ def test_every_parameter_learns_in_bfloat16_as_in_float32(kind: str) -> None:
 def test_delta_scan_is_the_recurrence_with_its_gradient(
     time: int, chunk: int, isolated: bool, seed: int
 ) -> None:
-    """Red: the chunked form computes something else than the rule it stands for."""
+    """Fails if the chunked form differs from the delta rule."""
     torch.manual_seed(seed)
     shapes = [(2, time, 3, 4), (2, time, 3, 4), (2, time, 3, 2), (2, time, 3), (2, time, 3)]
     query, key, value, beta, log_decay = (torch.randn(s, dtype=torch.float64) for s in shapes)
@@ -156,7 +156,7 @@ def test_delta_scan_is_the_recurrence_with_its_gradient(
 def test_recall_finds_what_followed_the_last_such_tokens_in_the_document(
     time: int, split: int, seed: int
 ) -> None:
-    """Red: the model is told something else than what came after the same tokens before."""
+    """Fails if the recalled token is not the one that followed the same tokens."""
     model = small_model("ngrams", ngrams=[], recall=[2], d_model=16)
     assert model.ngrams is not None
     table = torch.arange(VOCAB + 1.0).unsqueeze(1).expand(-1, 16)
@@ -175,7 +175,7 @@ def test_recall_finds_what_followed_the_last_such_tokens_in_the_document(
 
 
 def test_layers_repeat_in_their_order_until_there_are_enough() -> None:
-    """Red: the model has other layers than its config names."""
+    """Fails if the model has other layers than configured."""
     model = small_model("wide window", layers=["ssm", "mlp"], ssm_n_layers=3)
     assert [block.kind for block in model.blocks] == ["ssm", "mlp", "ssm"]
     assert isinstance(model.blocks[1].mlp, Mlp)
@@ -190,13 +190,13 @@ def test_layers_repeat_in_their_order_until_there_are_enough() -> None:
     ],
 )
 def test_config_refuses_layers_that_do_not_fit(settings: dict[str, object], words: str) -> None:
-    """Red: an impossible size fails deep inside the model."""
+    """Fails if an impossible size fails deep inside the model."""
     with pytest.raises(ValidationError, match=words):
         NEXUSConfig(**settings)
 
 
 def moved(optimizer: str, base_width: int | None, width: int, tied: bool) -> Tensor:
-    """How far some steps move each layer's output and the logits, root mean square."""
+    """The RMS change of each layer's output and the logits after some steps."""
     torch.manual_seed(0)
     alone = dict.fromkeys(("world", "reason", "energy", "causal"), False)
     sizes = {"d_model": width, "ssm_n_layers": 2, "ssm_head_dim": 8, "ssm_d_state": 8}
@@ -227,7 +227,7 @@ def moved(optimizer: str, base_width: int | None, width: int, tied: bool) -> Ten
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["optim_adamw", "optim_muon"])
 def test_a_learning_rate_moves_every_width_alike(optimizer: str, tied: bool) -> None:
-    """Red: the rate that was found at one width is too high for a wider model."""
+    """Fails if a rate tuned at one width is too high for a wider model."""
     narrow, middle, wide = (moved(optimizer, 16, width, tied) for width in (16, 32, 64))
     for other in (middle, wide):
         assert (other / narrow).log2().abs().max() < 0.5
@@ -239,7 +239,7 @@ def test_a_learning_rate_moves_every_width_alike(optimizer: str, tied: bool) -> 
 def test_a_delta_layer_tracks_states_beyond_the_length_it_was_trained_on(
     task: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red: the layer that is there for it cannot count modulo two, or multiply permutations."""
+    """Fails if the delta layer cannot count modulo two, or multiply permutations."""
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import states
 

@@ -1,4 +1,4 @@
-"""The whole NEXUS model, all modules on: the laws that hold for every one of them together."""
+"""The whole NEXUS model with all modules: laws that hold for all of them together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODULES = ("world", "reason", "energy", "causal")
 
 
 def small_model(**settings) -> NEXUSCore:
-    """A model with all modules, whose gates are open, so that what a module does shows."""
+    """A model with all modules and open gates, so that each module has a visible effect."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
     model = NEXUSCore(
@@ -58,13 +58,13 @@ def five_losses(classic: bool = False):
         LossWorldPlugin(classic=classic),
         LossReasonPlugin(classic=classic),
         LossEnergyPlugin(classic=classic),
-        # What it costs is the same all along.
+        # The cost is the same for each of them.
         LossCausalPlugin(classic=True) if classic else LossCausalPlugin(dag_growth=1),
     ]
 
 
 def batches(count: int, rows: int = 4, length: int = 24) -> list[dict[str, Tensor]]:
-    """Rows that repeat a short pattern each, with the next token as label."""
+    """Rows that each repeat a short pattern, with the next token as label."""
     made = []
     for _ in range(count):
         pattern = tokens(rows, 4).repeat(1, length // 4 + 1)
@@ -81,7 +81,7 @@ def engine_for(model: NEXUSCore, **settings) -> Engine:
 
 @pytest.mark.parametrize("classic", [False, True])
 def test_outputs_have_the_documented_names_and_shapes(classic):
-    """If it fails, whoever reads `module_outputs` breaks."""
+    """Fails if readers of `module_outputs` would break."""
     sizes = {"d_latent": 6, "world_levels": 2, "reasoning_steps": 3, "n_rules": 5, "n_variables": 7}
     model = small_model(classic=classic, **sizes, **({} if classic else {"world_heads": 1}))
     logits, info = model(tokens(2, 9), return_all_outputs=True)
@@ -104,7 +104,7 @@ def test_outputs_have_the_documented_names_and_shapes(classic):
 
 @given(length=st.integers(2, 30), data=st.data())
 def test_no_logit_depends_on_a_later_token(length, data):
-    """If it fails, the model reads the answer in training and is useless in generation."""
+    """Fails if the model sees the answer in training, which makes it useless in generation."""
     model = small_model()
     changed_at = data.draw(st.integers(1, length - 1))
     ids = tokens(2, length)
@@ -115,7 +115,7 @@ def test_no_logit_depends_on_a_later_token(length, data):
 
 
 def test_no_sequence_depends_on_its_neighbours():
-    """If it fails, a prediction changes with the batch that it happens to be in."""
+    """Fails if a prediction depends on the rest of its batch."""
     model = small_model()
     ids, others = tokens(3, 17), tokens(3, 17)
     others[1] = ids[1]
@@ -124,7 +124,7 @@ def test_no_sequence_depends_on_its_neighbours():
 
 
 def test_documents_of_a_packed_row_are_isolated():
-    """If it fails, a document's logits or latents depend on the one packed before it."""
+    """Fails if a document's logits or latents depend on the one packed before it."""
     model = small_model()
     first, second = tokens(1, 9), tokens(1, 12)
     packed = torch.cat([first, second], 1)
@@ -142,7 +142,7 @@ def test_documents_of_a_packed_row_are_isolated():
 
 
 def test_generation_steps_equal_the_whole_sequence():
-    """If it fails, generated text comes from another model than the trained one."""
+    """Fails if generation differs from the trained model."""
     model = small_model()
     ids = tokens(2, 19)
     states = model.initial_state(2)
@@ -154,7 +154,7 @@ def test_generation_steps_equal_the_whole_sequence():
 
 
 def test_every_parameter_gets_a_gradient_from_the_total_loss_at_the_start():
-    """If it fails, part of the model is never trained, or starts with NaN."""
+    """Fails if part of the model is never trained, or starts with NaN."""
     torch.manual_seed(0)
     sizes = {"d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16, "world_heads": 2}
     model = NEXUSCore(vocab_size=VOCAB, **sizes, reason=True, causal=True)
@@ -168,7 +168,7 @@ def test_every_parameter_gets_a_gradient_from_the_total_loss_at_the_start():
 
 
 def test_modules_start_near_zero():
-    """If it fails, a fresh module disturbs the backbone that it should not be able to hurt."""
+    """Fails if a new module disturbs the backbone."""
     sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
     torch.manual_seed(0)
     whole = NEXUSCore(**sizes, reason=True, causal=True).eval()
@@ -182,7 +182,7 @@ def test_modules_start_near_zero():
 
 @pytest.mark.parametrize("missing", MODULES)
 def test_a_module_that_is_off_reports_nothing_and_its_loss_says_so(missing):
-    """If it fails, a switch does nothing, or a loss fails in a way that no one understands."""
+    """Fails if a switch has no effect, or a loss fails with an unclear error."""
     model = small_model(**{missing: False})
     assert missing not in model.active_modules
     _, info = model(tokens(1, 5), return_all_outputs=True)
@@ -193,8 +193,8 @@ def test_a_module_that_is_off_reports_nothing_and_its_loss_says_so(missing):
 
 
 def test_cost_is_linear_in_length():
-    """If it fails, long texts cost more than their length in arithmetic."""
-    model = small_model().train()  # an evaluation leaves out what has settled
+    """Fails if the cost grows faster than linearly."""
+    model = small_model().train()  # an evaluation skips settled tokens
 
     def operations(length: int) -> int:
         counter = FlopCounterMode(display=False)
@@ -208,7 +208,7 @@ def test_cost_is_linear_in_length():
 
 @pytest.mark.parametrize("classic", [False, True])
 def test_one_seed_gives_one_run_and_a_resumed_run_the_same_bits(classic):
-    """If it fails, a killed run ends elsewhere: the target encoder or the noise was lost."""
+    """Fails if a killed run ends differently: the target encoder or the noise was lost."""
 
     def state_after(cuts: tuple[int, ...]) -> dict[str, Tensor]:
         data, snapshot = batches_of_seed(), None
@@ -233,7 +233,7 @@ def test_one_seed_gives_one_run_and_a_resumed_run_the_same_bits(classic):
 
 
 def test_all_five_terms_move_in_the_sensible_direction():
-    """If it fails, the losses fight one another, or one of them is not trained at all."""
+    """Fails if the losses conflict, or one of them is not trained."""
     torch.manual_seed(0)
     model = NEXUSCore(
         vocab_size=VOCAB, d_model=32, ssm_n_layers=2, ssm_head_dim=16, reason=True, causal=True
@@ -258,7 +258,7 @@ def test_all_five_terms_move_in_the_sensible_direction():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("split", [1, 3])
 def test_gradient_is_the_same_for_every_split_of_a_step(padded, split):
-    """If it fails, accumulation or padding changes what is learned."""
+    """Fails if accumulation or padding changes what is learned."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (6, 12), generator=generator)
     labels = ids.roll(-1, 1)
@@ -291,7 +291,7 @@ def test_gradient_is_the_same_for_every_split_of_a_step(padded, split):
 
 
 def test_the_model_computes_in_weights_of_16_bits() -> None:
-    """Breaks if a module mixes its own 32 bits with weights that a run keeps or gathers in 16."""
+    """Fails if a module mixes float32 values with weights in 16 bits."""
     model = small_model()
     narrow = copy.deepcopy(model).bfloat16()
     input_ids = tokens(2, 40)

@@ -1,4 +1,4 @@
-"""Offloaded activations: the same bits, other memory."""
+"""Offloaded activations: bitwise the same training, with less device memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def copying(**settings: Any) -> OffloadPlugin:
 @pytest.mark.parametrize("others", [[], [AmpPlugin], [RecomputePlugin]])
 @pytest.mark.parametrize("settings", [{}, {"match": ["[02]"]}])
 def test_training_is_the_same_to_the_bit(others: list[Any], settings: dict[str, Any]) -> None:
-    """Breaks if what comes back is not what was kept: another layout, precision or place."""
+    """Fails if a restored tensor has another layout, precision or device."""
 
     def trained(*plugins: Any) -> Engine:
         made = [c(**({"match": ["[012]"]} if c is RecomputePlugin else {})) for c in others]
@@ -63,7 +63,7 @@ def test_training_is_the_same_to_the_bit(others: list[Any], settings: dict[str, 
 
 
 def kept_after_forward(*plugins: Any) -> tuple[int, int]:
-    """Bytes that autograd keeps: in the model's own tensors, and in copies of them."""
+    """Bytes saved by autograd: in the model's own tensors, and in copies of them."""
     engine = engine_of(*plugins)
     engine.hook.on_start(engine=engine)
     alive = []
@@ -72,13 +72,13 @@ def kept_after_forward(*plugins: Any) -> tuple[int, int]:
         alive.append(tensor)
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):  # the plugin's hooks lie inside these
+    with saved_tensors_hooks(note, lambda tensor: tensor):  # outside the plugin's hooks
         engine.model(data()[0])
     return len(alive), sum(tensor.nbytes for tensor in alive)
 
 
 def test_no_activation_of_the_chosen_modules_stays() -> None:
-    """Breaks if the modules keep their activations on the device beside the copies."""
+    """Fails if the modules keep their activations on the device in addition to the copies."""
     assert kept_after_forward()[0] > 10
     assert kept_after_forward(copying())[0] == 0
     some = kept_after_forward(copying(match=["[01]"]))[0]
@@ -91,7 +91,7 @@ def test_no_activation_of_the_chosen_modules_stays() -> None:
 def test_weights_and_small_tensors_are_not_copied(
     settings: dict[str, Any], copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if weights travel with every step, or thousands of small tensors do."""
+    """Fails if weights, or thousands of small tensors, are copied in every step."""
     engine = engine_of(OffloadPlugin(**{"without_cuda": "copy", "min_kib": 0, **settings}))
     weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
     seen: list[bool] = []
@@ -109,13 +109,13 @@ def test_weights_and_small_tensors_are_not_copied(
 
 
 def test_a_device_without_memory_of_its_own_is_refused() -> None:
-    """Breaks if a CPU run pays for copies that save nothing."""
+    """Fails if a CPU run pays for copies that save nothing."""
     with pytest.raises(ConfigError, match=r"from CUDA to CPU memory.*is on cpu.*RecomputePlugin"):
         engine_of(OffloadPlugin()).fit(data(), until=1)
 
 
 def test_a_pattern_that_matches_nothing_is_refused_and_the_model_is_given_back() -> None:
-    """Breaks if a misspelt pattern saves nothing in silence, or a run leaves its wrappers."""
+    """Fails if a misspelt pattern silently has no effect, or a run leaves its wrappers."""
     with pytest.raises(ConfigError, match=r"offload\.match: the pattern '\*\.blok' matches no"):
         engine_of(copying(match=["*.blok"])).fit(data(), until=1)
     engine = engine_of(copying())
@@ -125,7 +125,7 @@ def test_a_pattern_that_matches_nothing_is_refused_and_the_model_is_given_back()
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_the_same_bits_in_less_memory() -> None:
-    """Breaks if a copy is read before it is done, or memory is not given back."""
+    """Fails if a copy is read before it is complete, or memory is not freed."""
 
     def run(*plugins: Any) -> tuple[dict[str, Tensor], int]:
         torch.manual_seed(0)

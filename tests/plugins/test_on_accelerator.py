@@ -1,8 +1,8 @@
 """Every plugin, preset and pair of plugins trains on an accelerator, with the numbers of the CPU.
 
-The accelerator is made of host memory. That each plugin resumes there to the same bits and waits
-for nothing is in the contract (`runs_on_an_accelerator`, `device_is_not_waited_for`); here is what
-they do together.
+The accelerator is simulated in host memory. The contract checks that each plugin resumes bitwise
+and does not sync there (`runs_on_an_accelerator`, `device_is_not_waited_for`); these tests check
+combinations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "jsonl": {},
     "tensorboard": {},
 }
-"""What is beside data, model and losses in the presets, and what one adds to train at length."""
+"""The presets' plugins besides data, model and losses, and others for long training."""
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_nexus(
     corpus: Path, out: Path, device: torch.device | str, dropout: float = 0.1, **replaced: Any
 ) -> Engine:
-    """All modules, all losses, and all that goes with them; None in place of settings: without."""
+    """All modules and losses with all these plugins; None instead of settings removes a plugin."""
     text = {"train": str(corpus), "cache_dir": str(corpus.parent / "cache")}
     wanted: dict[str, dict[str, Any] | None] = {
         "data_text": {**text, "seq_len": 16, "batch_size": 2, "valid_limit": 32},
@@ -87,7 +87,7 @@ def whole_nexus(
 
 
 def run(engine: Engine, until: int, **more: Any) -> Iterator[int]:
-    """Train up to a step, far from the horizon that schedules go by."""
+    """Train up to a step, far from the horizon of the schedules."""
     with closing(engine.steps(until="1000 steps", **more)) as loop:
         for state in loop:
             yield state.step
@@ -97,7 +97,7 @@ def run(engine: Engine, until: int, **more: Any) -> Iterator[int]:
 
 @pytest.mark.parametrize("preset", ["nexus", "quickstart", "nexus_classic", "quickstart_classic"])
 def test_all_of_each_preset_is_tried(preset: str) -> None:
-    """Breaks if a preset gets a plugin that the runs below do not have."""
+    """Fails if a preset gets a plugin that the runs below do not have."""
     text = files("nexus_plugins.presets").joinpath(f"{preset}.yaml").read_text()
     tried = {"data_text", "model_nexus", "optim_muon", *LOSSES, *COMPANY}
     assert yaml.safe_load(text)["plugins"].keys() <= tried
@@ -107,9 +107,9 @@ def test_all_of_each_preset_is_tried(preset: str) -> None:
 def test_the_whole_nexus_waits_for_nothing_in_a_step(
     accelerator: HostAccelerator, corpus: Path, tmp_path: Path
 ) -> None:
-    """Breaks if anything of it reads the device in a step, or copies to it what can be made there.
+    """Fails if anything syncs in a step, or copies to the device what can be created there.
 
-    In a step that is saved, the counts that go into the checkpoint are read, and nothing else.
+    In a step with a save, only the counts in the checkpoint are read.
     """
     sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1, "reason": True, "causal": True}
     engine = whole_nexus(corpus, tmp_path, accelerator.device, model_nexus=sizes)
@@ -125,7 +125,7 @@ def test_the_whole_nexus_waits_for_nothing_in_a_step(
 def test_the_whole_nexus_has_the_numbers_of_the_cpu(
     accelerator: HostAccelerator, corpus: Path, tmp_path: Path
 ) -> None:
-    """Breaks if a mask or an index is other on a device; what is drawn there is left out."""
+    """Fails if a mask or index differs on a device; without random draws."""
     ends = []
     for device in ("cpu", accelerator.device):
         still: dict[str, Any] = {"dropout": 0.0, "loss_causal": None, "amp": None}
@@ -143,10 +143,10 @@ def test_the_whole_nexus_has_the_numbers_of_the_cpu(
 def test_the_whole_nexus_resumes_to_the_same_bits(
     accelerator: HostAccelerator, corpus: Path, tmp_path: Path
 ) -> None:
-    """Breaks if a state that is on the device is lost, or read before it has arrived.
+    """Fails if device state is lost, or read before its copy has completed.
 
-    The steps from the fourth on are replayed from a graph in the run that goes through, and not in
-    the resumed one. That they cannot be would be a warning, which is an error here.
+    Steps from the fourth on are replayed from a graph in the uninterrupted run, but not in the
+    resumed one. If they could not be replayed, the warning would be an error here.
     """
     replayed: dict[str, Any] = {"compile": {"backend": "eager", "step_graph": True}}
     with torch.compiler.set_stance("force_eager"):
@@ -159,7 +159,7 @@ def test_the_whole_nexus_resumes_to_the_same_bits(
     assert differences(of_training(whole.state_dict()), of_training(again.state_dict())) == []
 
 
-# -- pairs, on the smallest model that there is
+# -- pairs, on the smallest model
 
 LEFT_OUT = {
     *(
@@ -169,16 +169,16 @@ LEFT_OUT = {
         "loss_distill",
         "loss_dpo",
         "model",
-    ),  # what they do is up to a user's code and files
-    *("data_text", "model_nexus", *LOSSES),  # above, as they need one another
-    *("compile", "ddp", "fsdp"),  # code for a device that there is not, and several processes
+    ),  # they depend on user code and files
+    *("data_text", "model_nexus", *LOSSES),  # tested above, as they need one another
+    *("compile", "ddp", "fsdp"),  # compiled code, and several processes
 }
 PAIRED = sorted(
     name
     for name, entry in installed().items()
     if entry.value.startswith("nexus_plugins.") and name not in LEFT_OUT
 )
-LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so short a run
+LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would have no effect in so short a run
     "auto_accumulate": {"rows": 2},
     "checkpoint": {"every": "2 steps", "sync": True, "best": None},
     "clip": {"max_norm": 0.1},
@@ -191,8 +191,8 @@ LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so s
     },
 }  # fmt: skip
 ROUNDED = {"amp": 5e-2}
-"""Plugins with which numbers are those of the CPU to fewer digits: each device rounds other
-operations to bfloat16. All other kernels are the same, but for the order of sums over tensors."""
+"""Tolerances for plugins whose results differ from the CPU: each device rounds other operations to
+bfloat16. All other kernels are the same, except for the order of sums over tensors."""
 
 
 def made(name: str) -> Plugin[Any]:
@@ -212,13 +212,13 @@ def outcome(names: set[str], device: torch.device | str, out: Path) -> dict[str,
         plugins = [made(name) for name in sorted(names)]
         engine = tiny_engine(*plugins, parts=parts, device=device, out=out, log_every=1)
         list(run(engine, 2, eval_every="2 steps"))
-    except Exception as error:  # what is refused on one device must be on the other
+    except Exception as error:  # both devices must reject the same
         return f"{type(error).__name__}: {error}"
     return {k: v for k, v in engine.metrics.items() if not k.startswith(OF_THIS_MACHINE)}
 
 
 def apart(expected: dict[str, float] | str, found: dict[str, float], near: float) -> str:
-    """The metrics that are not those of the CPU."""
+    """The metrics that differ from the CPU's."""
     if isinstance(expected, str):
         return f"the CPU refuses: {expected}"
     if expected.keys() != found.keys():
@@ -234,7 +234,7 @@ def apart(expected: dict[str, float] | str, found: dict[str, float], near: float
 def test_every_pair_has_the_numbers_of_the_cpu(
     first: str, accelerator: HostAccelerator, tmp_path: Path
 ) -> None:
-    """Breaks if two plugins mix devices, or compute anything else there than on the CPU."""
+    """Fails if two plugins mix devices, or compute other results than on the CPU."""
     faults = {}
     for second in PAIRED[PAIRED.index(first) :]:
         if first != second and are_enemies(made(first), made(second)):
@@ -253,15 +253,15 @@ def test_every_pair_has_the_numbers_of_the_cpu(
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
 DRAWN = ("06", "08", "11", "12", "13", "14")
-"""Examples that draw random numbers on the device, which has others than the host."""
+"""Examples that draw random numbers on the device, which differ from the host's."""
 
 
 class EnoughError(Exception):
-    """Two steps have been done."""
+    """Ends an example after two steps."""
 
 
 def run_example(path: Path) -> None:
-    """An example, of those with a loop by hand the engine's part."""
+    """Run an example, or the engine's part of those with a handwritten loop."""
     parts = runpy.run_path(str(path), run_name="example")
     if own := parts.get("by_engine") or parts.get("main"):
         own()
@@ -274,7 +274,7 @@ def run_example(path: Path) -> None:
 def test_an_example_has_the_numbers_of_the_cpu(
     path: Path, accelerator: HostAccelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if an example, as a model for users' code, mixes devices: two steps of each."""
+    """Fails if an example mixes devices: two steps of each."""
     if path.stem.startswith("04"):
         pytest.importorskip("transformers")
     losses: list[float] = []

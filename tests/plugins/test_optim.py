@@ -1,4 +1,4 @@
-"""Any optimizer by its place: its own arguments, groups by pattern, and mistakes in words."""
+"""Any optimizer by import path: its arguments, groups by pattern, and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def optimizer_of(**settings: Any) -> Optimizer:
 
 
 def engine_over(model: nn.Module) -> Any:
-    """All that the hook asks an engine for."""
+    """The parts of an engine that the hook uses."""
     return type("Run", (), {"model": model})()
 
 
@@ -40,7 +40,7 @@ def by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]
     ],
 )
 def test_any_class_trains_as_when_made_by_hand(call: str, settings: dict[str, Any]) -> None:
-    """Breaks if an argument is lost or another default is put in its place."""
+    """Fails if an argument is lost or replaced by another default."""
 
     def trained(optimizer: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_mistakes_are_told(settings: dict[str, Any], said: str) -> None:
 
 
 def test_arguments_stay_beside_the_others_when_they_are_written_down() -> None:
-    """So `--set optim.momentum=0.5` acts on a run's own config as on the user's file."""
+    """So `--set optim.momentum=0.5` works on a run's stored config as on the user's file."""
     settings = {"call": "torch.optim:SGD", "momentum": 0.9, "groups": [{"match": "*", "lr": 1.0}]}
     stored = OptimPlugin(**settings).config.model_dump(mode="json")
     assert stored["momentum"] == 0.9

@@ -1,4 +1,4 @@
-"""AdamW: what decays, groups by pattern, freezing, and the numbers of the paper."""
+"""AdamW: weight decay, groups by pattern, freezing, and the numbers of the paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nexus_plugins.optim_adamw import OptimAdamwPlugin
 
 
 class Tiny(nn.Module):
-    """A language model in small: embedding, norm, a block with a state parameter, tied head."""
+    """A small language model: embedding, norm, a block with a state parameter, tied head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def settings_by_name(engine: Engine) -> dict[str, Mapping[str, Any]]:
 
 
 def test_defaults_are_as_documented() -> None:
-    """Breaks if a default drifts: runs would train differently without a word."""
+    """Fails if a default changes: runs would silently train differently."""
     group = engine_of(nn.Linear(2, 2)).optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (1e-4, (0.9, 0.95), 1e-8)
     assert group["weight_decay"] == 0.01
@@ -55,7 +55,7 @@ def test_defaults_are_as_documented() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    """Breaks if an embedding, a tied head, a norm, a bias or a marked parameter is shrunk."""
+    """Fails if an embedding, a tied head, a norm, a bias or a marked parameter is decayed."""
     groups = settings_by_name(engine_of(Tiny(), weight_decay=0.3))
     decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.3}
     assert decayed == {"block.weight", "probe.weight"}
@@ -63,7 +63,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_every_parameter_is_trained_once() -> None:
-    """Breaks if grouping loses a parameter, or counts a tied one twice."""
+    """Fails if grouping loses a parameter, or counts a tied one twice."""
     model = Tiny()
     engine = engine_of(model, groups=[{"match": "*.block*", "lr": 1e-3}])
     trained = [id(p) for group in engine.optimizer.param_groups for p in group["params"]]
@@ -71,7 +71,7 @@ def test_every_parameter_is_trained_once() -> None:
 
 
 def test_steps_follow_the_equations_of_the_paper() -> None:
-    """Breaks if fused or grouped steps are not AdamW: an oracle in float64, written out."""
+    """Fails if fused or grouped steps differ from AdamW, written out in float64."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
     batches = [torch.randn(4, 3, dtype=torch.float64) for _ in range(5)]
@@ -97,7 +97,7 @@ def test_steps_follow_the_equations_of_the_paper() -> None:
 
 
 def test_groups_take_their_own_settings_and_the_first_match_counts() -> None:
-    """Breaks if a pattern is ignored, or a later one overrides an earlier."""
+    """Fails if a pattern is ignored, or a later one overrides an earlier."""
     engine = engine_of(
         Tiny(),
         groups=[
@@ -113,7 +113,7 @@ def test_groups_take_their_own_settings_and_the_first_match_counts() -> None:
 
 
 def test_frozen_parameters_do_not_move() -> None:
-    """Breaks if freezing leaves decay or momentum at work."""
+    """Fails if decay or momentum still act on frozen parameters."""
     torch.manual_seed(0)
     model = Tiny()
     kept = model.probe.weight.detach().clone()
@@ -138,13 +138,13 @@ def test_frozen_parameters_do_not_move() -> None:
     ],
 )
 def test_a_pattern_without_effect_is_an_error(settings: dict[str, Any], words: str) -> None:
-    """Breaks if a misspelt pattern trains silently with other settings than were asked for."""
+    """Fails if a misspelt pattern silently trains with other settings."""
     with pytest.raises(ConfigError, match=words):
         engine_of(Tiny(), **settings)
 
 
 def test_a_resumed_run_ends_in_the_same_bits() -> None:
-    """Breaks if grouping is not a pure function of model and config."""
+    """Fails if grouping is not a pure function of model and config."""
     batches = [torch.randint(7, (2, 3)) for _ in range(4)]
 
     def fresh() -> Engine:

@@ -1,4 +1,4 @@
-"""Muon with AdamW: who trains what, orthogonal updates, one optimizer to the outside."""
+"""Muon with AdamW: which trains what, orthogonal updates, and a single interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nexus_plugins.optim_muon import Muon, MuonAndAdamw, OptimMuonPlugin
 
 
 class Tiny(nn.Module):
-    """A language model in small."""
+    """A small language model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def trained_by_muon(engine: Engine) -> set[str]:
 
 
 def test_muon_trains_the_hidden_matrices_alone() -> None:
-    """Breaks if an embedding, a head or a vector gets orthogonal updates, or a matrix does not."""
+    """Fails if an embedding, a head or a vector gets orthogonal updates, or a matrix does not."""
     engine = engine_of()
     assert trained_by_muon(engine) == {"block.weight", "wide.weight"}
     everyone = [id(p) for group in engine.optimizer.param_groups for p in group["params"]]
@@ -64,7 +64,7 @@ def test_muon_trains_the_hidden_matrices_alone() -> None:
 
 
 class Decoder(nn.Module):
-    """The shapes of a decoder with positions, whose sizes may agree by chance."""
+    """The shapes of a decoder with positions, whose sizes may be equal by coincidence."""
 
     def __init__(self, vocabulary: int, positions: int, width: int, tied: bool = False) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
 def test_sizes_that_agree_by_chance_take_no_matrix_from_muon(
     vocabulary: int, positions: int, width: int, tied: bool
 ) -> None:
-    """Breaks if as many positions as channels make the matrices of every block heads.
+    """Fails if block matrices count as heads because positions and channels are equal in number.
 
     GPT-2 medium has 1,024 of both; four times as many positions as channels is common, and so is a
     vocabulary of bytes that equals an inner width.
@@ -106,7 +106,7 @@ def test_sizes_that_agree_by_chance_take_no_matrix_from_muon(
 
 
 def test_a_head_that_reads_another_width_than_the_embedding_has_is_one() -> None:
-    """Breaks if a head behind wider states gets orthogonal updates."""
+    """Fails if a head on wider states gets orthogonal updates."""
     model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 8), nn.Linear(8, 11))
     engine = Engine(
         model, loss=lambda m, b: m(b).square().mean(), plugins=[OptimMuonPlugin()], log_every=1
@@ -115,7 +115,7 @@ def test_a_head_that_reads_another_width_than_the_embedding_has_is_one() -> None
 
 
 def test_its_updates_are_orthogonal_and_as_long_as_agreed() -> None:
-    """Breaks if the update of a matrix keeps the gradient's spread, or is not of RMS 0.2 lr."""
+    """Fails if a matrix update keeps the gradient's spectrum, or its RMS is not 0.2 lr."""
     torch.manual_seed(0)
     model = Tiny()
     ids = torch.randint(11, (64, 16), generator=torch.Generator().manual_seed(1))
@@ -133,7 +133,7 @@ def test_its_updates_are_orthogonal_and_as_long_as_agreed() -> None:
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_its_matrices_are_those_of_pytorchs_muon(adjust: Any, nesterov: bool) -> None:
-    """Breaks if the update is another one than PyTorch's, beyond what its bfloat16 rounds."""
+    """Fails if the update differs from PyTorch's by more than bfloat16 rounding."""
     torch.manual_seed(0)
     start, gradients = torch.randn(12, 5), torch.randn(3, 12, 5)
     settings = {"lr": 0.1, "weight_decay": 0.5, "nesterov": nesterov, "adjust_lr_fn": adjust}
@@ -149,7 +149,7 @@ def test_its_matrices_are_those_of_pytorchs_muon(adjust: Any, nesterov: bool) ->
 
 
 def test_the_rest_is_trained_as_by_adamw() -> None:
-    """Breaks if AdamW's part takes Muon's numbers: its first step moves by lr."""
+    """Fails if AdamW's part uses Muon's settings: its first step moves by lr."""
     engine = engine_of(lr=0.01, eps=1e-12, weight_decay=0.0)
     before = engine.model.head.weight.detach().clone()
     engine.fit(data(), until="1 step")
@@ -158,7 +158,7 @@ def test_the_rest_is_trained_as_by_adamw() -> None:
 
 
 def test_to_the_outside_it_is_one_optimizer() -> None:
-    """Breaks if schedule, clipping or fp16 scaling reach only one of the two."""
+    """Fails if schedule, clipping or fp16 scaling reach only one of the two."""
     amp = AmpPlugin(dtype="fp16", initial_scale=2.0**30)
     schedule = LrLinearPlugin(warmup=0, min_lr=0)
     engine = engine_of(schedule, ClipPlugin(), amp, groups=[{"match": "*.conv*", "lr": 0.05}])
@@ -173,7 +173,7 @@ def test_to_the_outside_it_is_one_optimizer() -> None:
 
 
 def test_a_resumed_run_ends_in_the_same_bits() -> None:
-    """Breaks if either part loses its momentum in a checkpoint."""
+    """Fails if either part loses its momentum in a checkpoint."""
     whole, first, second = (engine_of(lr=0.02) for _ in range(3))
     whole.fit(data(), until="7 steps")
     first.fit(data(), until="3 steps")
@@ -184,13 +184,13 @@ def test_a_resumed_run_ends_in_the_same_bits() -> None:
 
 
 def test_a_model_without_matrices_is_refused() -> None:
-    """Breaks if somebody believes to train with Muon and does not."""
+    """Fails if a run silently trains without Muon."""
     with pytest.raises(ConfigError, match=r"no matrix for Muon.*OptimAdamwPlugin"):
         engine_of(model=nn.LayerNorm(3))
 
 
 def test_a_model_of_matrices_alone_needs_no_second_optimizer() -> None:
-    """Breaks if an empty AdamW stops the run."""
+    """Fails if an empty AdamW stops the run."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3, bias=False))
     plugin = OptimMuonPlugin(lr=0.1)

@@ -1,9 +1,9 @@
-"""Every pair of first-party plugins trains together and resumes to the same bits, or is refused.
+"""Every pair of first-party plugins trains together and resumes bitwise, or is rejected.
 
-A run is a tiny model on a little text with two losses, and the two plugins in place of what fills
-their slots. Where one of them is of NEXUS, the model is a tiny NEXUS with all five losses. A run
-trains five steps of two micro-batches, with evaluations and logs between, and from its own third
-step once more, with a fresh engine and fresh plugins.
+A run is a tiny model on a little text with two losses, and the two plugins instead of the defaults
+in their slots. If one of them belongs to NEXUS, the model is a tiny NEXUS with all five losses. A
+run trains five steps of two micro-batches, with evaluations and logs, and again from its third step
+with a new engine and new plugins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nexus_core.testing import tiny_losses
 pytestmark = pytest.mark.slow
 
 OF_A_USER = {"data", "init", "loss", "loss_distill", "loss_dpo", "model"}
-"""What these do is up to the code and files of a user, and so is what they go with."""
+"""Plugins that depend on user code and files, and so does what they can be combined with."""
 NAMES = sorted(
     name
     for name, entry in installed().items()
@@ -51,8 +51,8 @@ BASIS: dict[str, dict[str, Any]] = {
     "model": {"call": "nexus_core.testing:tiny_model", "args": {"vocabulary": 300}},
 }  # fmt: skip
 OF_NEXUS = {"model_nexus", "loss_world", "loss_reason", "loss_energy", "loss_causal", "worth"}
-"""What is nothing without the modules of a NEXUS; the others are tried with a smaller model."""
-LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would do nothing in so short a run
+"""Plugins that need NEXUS modules; the others are tested with a smaller model."""
+LIVELY: dict[str, dict[str, Any]] = {  # whose defaults would have no effect in so short a run
     "auto_accumulate": {"rows": 1},
     "checkpoint": {"every": f"{SAVED_AT} steps", "sync": True, "best": None},
     "clip": {"max_norm": 0.1},
@@ -72,11 +72,11 @@ Run: TypeAlias = frozenset[str]
 
 
 class Trials:
-    """What came of each run; one that several pairs amount to is tried once.
+    """The outcome of each run; runs shared by several pairs are only made once.
 
     Args:
         corpus: the text to train on.
-        folder: where the runs write.
+        folder: folder for the runs.
     """
 
     def __init__(self, corpus: Path, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Trials:
         self._faults: dict[Run, str | None] = {}
 
     def fault(self, run: Run) -> str | None:
-        """What is wrong with the run; None where all is well."""
+        """The fault of the run; None if there is none."""
         if run not in self._faults:
             self._faults[run] = self._try(run)
         return self._faults[run]
@@ -106,7 +106,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
 
 @pytest.mark.parametrize("first", NAMES)
 def test_every_pair_trains_and_resumes_to_the_same_bits(first: str, trials: Trials) -> None:
-    """Red where two plugins spoil each other: by an error, or by state that is lost in company."""
+    """Fails if two plugins break each other, by an error or by lost state."""
     faults = {}
     for second in NAMES[NAMES.index(first) + 1 :]:
         run = run_of(first, second)
@@ -119,14 +119,14 @@ def test_every_pair_trains_and_resumes_to_the_same_bits(first: str, trials: Tria
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plugin_alone_runs_or_says_what_this_machine_lacks(name: str, trials: Trials) -> None:
-    """Red where a plugin would be let off in all pairs for a reason of another kind."""
+    """Fails if a plugin would be skipped in all pairs for an unrelated reason."""
     fault = trials.fault(run_of(name))
     lacks = fault and any(word in fault for word in WHAT_MAY_BE_MISSING)
     assert fault is None or (lacks and fault.startswith(ConfigError.__name__)), fault
 
 
 def test_every_pair_that_declares_a_conflict_is_refused_by_name(tmp_path: Path) -> None:
-    """Red where a declared conflict is let through, or its message leaves a side unnamed."""
+    """Fails if a declared conflict is accepted, or its message does not name both sides."""
     refused = 0
     for first, second in combinations(NAMES, 2):
         run = run_of(first, second)
@@ -142,7 +142,7 @@ def test_every_pair_that_declares_a_conflict_is_refused_by_name(tmp_path: Path) 
 
 
 def trained_and_resumed(run: Run, corpus: Path, out: Path) -> str | None:
-    """Train, and once more from the third step; the first difference between the two ends."""
+    """Train, and again from the third step; returns the first difference between the results."""
     whole = engine_of(run, corpus, out)
     snapshot = None
     for step in steps(whole):
@@ -150,7 +150,7 @@ def trained_and_resumed(run: Run, corpus: Path, out: Path) -> str | None:
             snapshot = copy.deepcopy(whole.state_dict())
     expected = outcome(whole)
     again = engine_of(run, corpus, out)
-    torch.rand(17)  # generators are elsewhere, as in a new process
+    torch.rand(17)  # other generator states, as in a new process
     if "checkpoint" in run:
         again.resume()  # through its files
     else:
@@ -161,14 +161,14 @@ def trained_and_resumed(run: Run, corpus: Path, out: Path) -> str | None:
 
 
 def steps(engine: Engine) -> Iterator[int]:
-    """Train up to the last step of the test, far from the horizon that schedules go by."""
+    """Train up to the last step of the test, far from the horizon of the schedules."""
     with closing(engine.steps(until="100000 steps", eval_every="2 steps")) as loop:
         for state in islice(loop, LAST - engine.state.step):
             yield state.step
 
 
 def outcome(engine: Engine) -> dict[str, Any]:
-    """Everything that the steps to come depend on, and the metrics."""
+    """Everything that later steps depend on, and the metrics."""
     snapshot: dict[str, Any] = copy.deepcopy(engine.state_dict())
     snapshot["train"].pop("seconds")
     snapshot["metrics"] = {
@@ -180,7 +180,7 @@ def outcome(engine: Engine) -> dict[str, Any]:
 
 
 def difference(one: Any, other: Any, where: str = "") -> str | None:
-    """Where two nested states differ first, and in what; None where they do not."""
+    """The first difference of two nested states, in words; None if there is none."""
     if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
         parts = [(f"{where}.{key}", one[key], other[key]) for key in one]
     elif isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
@@ -189,21 +189,21 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
         equal = one.dtype == other.dtype and torch.equal(one, other)
         return None if equal else f"{where.lstrip('.')} differs"
     else:
-        equal = one == other or (one != one and other != other)  # nan is like nan
+        equal = one == other or (one != one and other != other)  # nan equals nan
         return None if equal else f"{where.lstrip('.')} is {other!r:.80}, not {one!r:.80}"
     found = (difference(mine, theirs, at) for at, mine, theirs in parts)
     return next(filter(None, found), None)
 
 
 def engine_of(run: Run, corpus: Path, out: Path) -> Engine:
-    """A fresh engine of the run."""
+    """A new engine of the run."""
     more = [] if OF_NEXUS & run else tiny_losses()[1:]  # so that there are terms to weigh
     plugins = [*plugins_of(run, corpus), *more]
     return Engine(plugins=plugins, seed=1, out=out, log_every=2, accumulate=2)
 
 
 def plugins_of(run: Run, corpus: Path) -> list[Plugin[Any]]:
-    """Fresh plugins of the run: the basis first, then the others by name."""
+    """New plugins of the run: the basis first, then the others by name."""
     text = {"train": str(corpus), "cache_dir": str(corpus.parent / "cache")}
     return [
         kind(name)(**settings_of(name), **(text if name == "data_text" else {}))
@@ -213,14 +213,14 @@ def plugins_of(run: Run, corpus: Path) -> list[Plugin[Any]]:
 
 @cache
 def settings_of(name: str) -> dict[str, Any]:
-    """Settings with which the plugin acts within five steps."""
+    """Settings with which the plugin has an effect within five steps."""
     schema = kind(name).config_class.model_json_schema()
     example: dict[str, Any] = schema.get("examples", [{}])[0]
     return example | BASIS.get(name, {}) | LIVELY.get(name, {})
 
 
 def run_of(*wanted: str) -> Run:
-    """The plugins with what they require, and of the basis what goes with them."""
+    """The plugins with their requirements, and the compatible part of the basis."""
     names = list(wanted)
     for name in names:
         names += [needed for needed in kind(name).requires if needed not in names]
@@ -234,12 +234,12 @@ def run_of(*wanted: str) -> Run:
 
 
 def enemies(run: Run) -> list[tuple[str, str]]:
-    """The pairs of the run that declare that they cannot be in one."""
+    """The pairs of the run that declare a conflict."""
     return [pair for pair in combinations(sorted(run), 2) if are_enemies(*pair)]
 
 
 def are_enemies(one: str, other: str) -> bool:
-    """Whether two plugins fill one slot, or one names the other as a conflict."""
+    """Whether two plugins share a slot, or one declares the other as a conflict."""
     if one == other:
         return False
     mine, theirs = kind(one), kind(other)
@@ -249,5 +249,5 @@ def are_enemies(one: str, other: str) -> bool:
 
 @cache
 def kind(name: str) -> type[Plugin[Any]]:
-    """The plugin's class; looking it up anew each time would take longer than training."""
+    """The plugin's class, cached, as the lookup takes longer than training."""
     return load(name)

@@ -16,7 +16,7 @@ from nexus_plugins.pcgrad import PcgradPlugin
 
 
 class Point(nn.Module):
-    """Shared parameters in three pieces, one a number; one that only the first term reaches."""
+    """Three shared parameters, one of them a scalar, and one used by the first term only."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Point(nn.Module):
 
 
 class SlopePlugin(Loss[LossConfig]):
-    """A term whose gradient in the shared parameters is given: the mean of the batch's rows."""
+    """A term with a given gradient in the shared parameters: the mean of the batch's rows."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SlopePlugin(Loss[LossConfig]):
 
 
 class OwnPlugin(SlopePlugin):
-    """A term that has a parameter for itself besides."""
+    """A term with an additional parameter of its own."""
 
     model: Point
 
@@ -70,7 +70,7 @@ def gradient_of(slopes: Tensor, split: int = 1, seed: int = 0) -> tuple[Tensor, 
 
 
 def reference(gradients: Tensor) -> list[Tensor]:
-    """Algorithm 1 on plain vectors, for every order in which the projections can come."""
+    """Algorithm 1 on plain vectors, for every order of the projections."""
     found = []
     count = len(gradients)
     orders = [list(permutations([j for j in range(count) if j != i])) for i in range(count)]
@@ -95,7 +95,7 @@ def slopes_of(seed: int, terms: int, rows: int = 4) -> Tensor:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 3))
 def test_the_gradient_is_that_of_the_papers_algorithm(seed: int, terms: int) -> None:
-    """Breaks if the algebra on inner products is not the projection of the vectors."""
+    """Fails if the algebra on inner products differs from projecting the vectors."""
     slopes = slopes_of(seed, terms)
     got, own = gradient_of(slopes, seed=seed)
     candidates = reference(slopes.mean(0))
@@ -104,14 +104,14 @@ def test_the_gradient_is_that_of_the_papers_algorithm(seed: int, terms: int) -> 
 
 
 def test_gradients_that_agree_are_added() -> None:
-    """Breaks if PCGrad changes what needs no change."""
+    """Fails if PCGrad changes gradients without conflicts."""
     slopes = slopes_of(0, 3).abs()
     got, _ = gradient_of(slopes)
     torch.testing.assert_close(got, slopes.mean(0).sum(0))
 
 
 def test_opposite_gradients_leave_nothing() -> None:
-    """Breaks if the larger of two opposite gradients wins: a step that harms one term."""
+    """Fails if the larger of two opposite gradients wins: a step that harms one term."""
     slopes = slopes_of(1, 2)
     slopes[:, 1] = -1000 * slopes[:, 0]
     got, _ = gradient_of(slopes)
@@ -121,7 +121,7 @@ def test_opposite_gradients_leave_nothing() -> None:
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([2, 3, 4]))
 def test_any_split_of_a_step_gives_the_same_gradient(seed: int, split: int) -> None:
-    """Breaks if conflicts are looked for within micro-batches instead of the step."""
+    """Fails if conflicts are resolved per micro-batch instead of per step."""
     slopes = slopes_of(seed, 3)
     torch.testing.assert_close(
         gradient_of(slopes)[0], gradient_of(slopes, split)[0], atol=1e-6, rtol=1e-5

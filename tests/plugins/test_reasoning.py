@@ -1,4 +1,4 @@
-"""The reasoner: rules in parallel, steps as needed; and the classical one, which picks rules."""
+"""The reasoner: parallel rules, as many steps as needed; and the classic one, which picks rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nexus_plugins.model_nexus.reasoning import Reasoner
     scale=st.sampled_from([0.01, 1.0, 100.0]),
 )
 def test_rules_and_halting_are_distributions(seed, steps, rules, scale):
-    """If it fails, the entropy of the loss and the proof length mean nothing."""
+    """Fails if the loss's entropy and the proof length are meaningless."""
     torch.manual_seed(seed)
     reasoner = ClassicReasoner(6, n_predicates=5, n_rules=rules, steps=steps)
     _, reports = reasoner(torch.randn(2, 3, 6) * scale)
@@ -35,7 +35,7 @@ def test_rules_and_halting_are_distributions(seed, steps, rules, scale):
 
 
 def test_update_matches_forward_chaining_written_in_numpy():
-    """If it fails, the steps do not apply the rules that they choose."""
+    """Fails if the steps do not apply the chosen rules."""
     torch.manual_seed(1)
     reasoner = ClassicReasoner(6, n_predicates=5, n_rules=4, steps=3, d_symbol=7).double()
     h = torch.randn(6, dtype=torch.float64)
@@ -78,10 +78,10 @@ def test_update_matches_forward_chaining_written_in_numpy():
 
 
 def test_a_chain_of_two_rules_is_learned_only_with_enough_steps():
-    """If it fails, more steps do not let the reasoner draw longer conclusions.
+    """Fails if more steps do not allow longer derivations.
 
-    Rule 1 says a and b give c, rule 2 says c and d give e. With premises a, b and d believed, e
-    follows in two steps, not in one.
+    Rule 1: a and b imply c; rule 2: c and d imply e. From a, b and d, e follows in two steps, not
+    in one.
     """
 
     def belief_in_e(steps: int) -> float:
@@ -109,7 +109,7 @@ def test_a_chain_of_two_rules_is_learned_only_with_enough_steps():
 
 
 def test_every_parameter_gets_a_gradient_and_a_step_equals_the_whole():
-    """If it fails, part of the reasoner is never trained, or generation differs from training."""
+    """Fails if part of the reasoner is never trained, or generation differs from training."""
     torch.manual_seed(0)
     reasoner = ClassicReasoner(6)
     h = torch.randn(2, 3, 6)
@@ -124,7 +124,7 @@ def test_every_parameter_gets_a_gradient_and_a_step_equals_the_whole():
 
 
 def test_reports_stay_in_float32_under_autocast():
-    """If it fails, probabilities are rounded to three digits and logarithms of them to nothing."""
+    """Fails if probabilities are rounded to three digits, which ruins their logarithms."""
     reasoner = ClassicReasoner(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, reports = reasoner(torch.randn(2, 3, 6))
@@ -132,7 +132,7 @@ def test_reports_stay_in_float32_under_autocast():
 
 
 def test_update_is_a_loop_over_all_rules_written_in_numpy():
-    """If it fails, a step does not apply all rules, or not to what the last one derived."""
+    """Fails if a step does not apply all rules to the facts of the previous step."""
     torch.manual_seed(1)
     reasoner = Reasoner(6, n_predicates=5, n_rules=7, steps=3).double()
     h = torch.randn(6, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_update_is_a_loop_over_all_rules_written_in_numpy():
 
 
 def hops(generator, most, exactly=None, rows=256, places=6):
-    """Tables of where each place leads, a start and how often to go on; and where that ends."""
+    """Tables of where each place leads, a start and a number of hops; and the end."""
     table = torch.randint(places, (rows, places), generator=generator)
     place = torch.randint(places, (rows, 1), generator=generator)
     times = torch.randint(1, most + 1, (rows, 1), generator=generator)
@@ -170,7 +170,7 @@ def hops(generator, most, exactly=None, rows=256, places=6):
 
 @pytest.mark.slow
 def test_one_more_step_answers_what_is_one_hop_further_than_any_question_before():
-    """If it fails, the reasoner learns answers by heart and not the rule that leads to them."""
+    """Fails if the reasoner memorizes answers instead of learning the rule."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     read, reasoner, head = nn.Linear(43, 64), Reasoner(64, steps=3), nn.Linear(64, 6)
@@ -201,7 +201,7 @@ def test_one_more_step_answers_what_is_one_hop_further_than_any_question_before(
 
 
 def test_every_parameter_of_the_parallel_reasoner_is_trained_and_a_step_equals_the_whole():
-    """If it fails, part of the reasoner is never trained, or generation differs from training."""
+    """Fails if part of the reasoner is never trained, or generation differs from training."""
     torch.manual_seed(0)
     reasoner = Reasoner(6)
     h = torch.randn(2, 3, 6)

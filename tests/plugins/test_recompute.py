@@ -1,4 +1,4 @@
-"""Recomputation: the same bits, with less memory."""
+"""Recomputation: bitwise the same training, with less memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nexus_plugins.recompute import RecomputePlugin
 
 
 class Block(nn.Module):
-    """A residual block with dropout, that counts its runs."""
+    """A residual block with dropout that counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other."""
+    """A sequence of blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def data() -> list[Tensor]:
 
 @pytest.mark.parametrize("amp", [[], ["amp"]])
 def test_training_is_the_same_to_the_bit(amp: list[str]) -> None:
-    """Breaks if the second run draws another dropout, or computes in another precision."""
+    """Fails if the second run draws another dropout, or computes in another precision."""
     plain = engine_of(*[AmpPlugin() for _ in amp])
     plain.fit(data(), until="4 steps")
     saving = engine_of(*[AmpPlugin() for _ in amp], RecomputePlugin())
@@ -79,14 +79,14 @@ def test_training_is_the_same_to_the_bit(amp: list[str]) -> None:
     ],
 )
 def test_only_the_chosen_modules_run_twice(config: dict[str, Any], runs: list[int]) -> None:
-    """Breaks if patterns or `every` choose others, or a module inside a chosen one runs thrice."""
+    """Fails if patterns or `every` select others, or a nested selected module runs three times."""
     engine = engine_of(RecomputePlugin(**config))
     engine.fit(data(), until="1 step")
     assert [block.runs for block in engine.model.blocks] == runs
 
 
 def test_evaluation_runs_once_and_the_model_is_given_back() -> None:
-    """Breaks if evaluation pays for gradients, or the plugin stays in the model after the run."""
+    """Fails if evaluation computes gradients, or the plugin stays in the model after the run."""
     engine = engine_of(RecomputePlugin())
     engine.fit(data(), until="1 step", eval_data=data())
     assert [block.runs for block in engine.model.blocks] == [5] * 4
@@ -94,7 +94,7 @@ def test_evaluation_runs_once_and_the_model_is_given_back() -> None:
 
 
 def test_fewer_activations_are_kept() -> None:
-    """Breaks if nothing is saved: bytes that autograd keeps between forward and backward."""
+    """Fails if autograd does not save fewer bytes between forward and backward."""
 
     def kept(engine: Engine) -> int:
         seen: dict[int, int] = {}
@@ -125,6 +125,6 @@ def test_fewer_activations_are_kept() -> None:
     ],
 )
 def test_a_choice_of_nothing_is_refused(model: Any, config: Any, words: str) -> None:
-    """Breaks if a misspelt pattern saves nothing in silence."""
+    """Fails if a misspelt pattern silently has no effect."""
     with pytest.raises(ConfigError, match=words):
         engine_of(RecomputePlugin(**config), model=model).fit(data(), until="1 step")

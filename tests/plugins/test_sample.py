@@ -1,4 +1,4 @@
-"""sample: what the model writes at each evaluation, for loggers, and nothing else."""
+"""sample: text generated at each evaluation, for loggers, without side effects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nexus_plugins.tensorboard import TensorboardPlugin
 
 
 class NotesPlugin(Logger[LoggerConfig]):
-    """Keeps what is said."""
+    """Records notes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class NotesPlugin(Logger[LoggerConfig]):
 
 
 class Letters:
-    """A token for each of the first letters; 0 ends a text."""
+    """One token for each of the first letters; 0 ends a text."""
 
     size, eos = 13, 0
 
@@ -53,7 +53,7 @@ class Letters:
 
 
 class Recurrent(nn.Module):
-    """A causal model, whose positions see all before them; with dropout."""
+    """A causal model with dropout; each position sees all earlier ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def run(codec: Any, *plugins: Any, out: Path | None = None) -> Engine:
 
 
 def continued(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The likeliest continuation, by a loop over rows that are as long as they are."""
+    """The greedy continuation, by a simple loop over growing rows."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(count):

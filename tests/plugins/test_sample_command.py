@@ -1,4 +1,4 @@
-"""`nexus-run generate`, `chat` and `resume`: what they write is what the model of the run says."""
+"""`nexus-run generate`, `chat` and `resume`: the output is that of the run's model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def nexus(*words: str, **options: Any) -> Result:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose data is gone."""
+    """A run whose data no longer exists."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -55,14 +55,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(run: Path, step: str, prompt: str, count: int) -> str:
-    """The likeliest continuation, by a model that was filled with the averaged weights."""
+    """The greedy continuation of a model with the averaged weights."""
     saved = run / f"checkpoints/{step}"
     model = NEXUSCore(vocab_size=259, **MODEL)
     model.load_state_dict(load_file(saved / "model.safetensors"), strict=False)  # the head is tied
     state = load_file(saved / "state.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:  # the world model's target follows by itself
+            if parameter.requires_grad:  # the world model's target is not averaged
                 parameter.copy_(state[f"plugins.ema.state.average.{name}"])
         ids = list(prompt.encode())
         for _ in range(count):
@@ -71,7 +71,7 @@ def by_hand(run: Path, step: str, prompt: str, count: int) -> str:
 
 
 def test_the_likeliest_text_is_that_of_the_averaged_weights(run: Path) -> None:
-    """Breaks if other weights write, or the data has to be there."""
+    """Fails if other weights are used, or the data must exist."""
     for place, step in ((str(run), "step-00000006"), (f"{run}@3", "step-00000003")):
         options = ["--prompt", "line 1", "--max-new-tokens", "12", "--temperature", "0"]
         said = nexus("generate", place, *options)
@@ -128,7 +128,7 @@ def test_resume_is_the_short_form(run: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @given(st.text(max_size=12), st.text(max_size=12))
 def test_pieces_add_up_to_the_text(prompt: str, written: str) -> None:
-    """Whatever the characters are, and however many bytes each has."""
+    """For any characters, of any number of bytes."""
 
     def decode(ids: Any) -> str:
         return bytes(ids).decode(errors="replace")
@@ -146,13 +146,13 @@ def test_pieces_add_up_to_the_text(prompt: str, written: str) -> None:
 def test_shares_are_those_of_the_definition(
     logits: list[float], top_k: int | None, top_p: float | None, temperature: float
 ) -> None:
-    """By sorting pairs and adding up, in plain Python."""
+    """Compared with sorting and summing in plain Python."""
     kept = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
     weights = [math.exp((logits[i] - max(logits)) / temperature) for i in kept]
     shares = [weight / sum(weights) for weight in weights]
     edge = abs(min((abs(sum(shares[:n]) - (top_p or 2)) for n in range(1, len(shares))), default=1))
     if edge < 1e-5:
-        return  # at the edge, rounding decides
+        return  # too close to the limit: rounding decides
     wanted = [s if n == 0 or sum(shares[:n]) < (top_p or 2) else 0.0 for n, s in enumerate(shares)]
     found, order = Sampling(temperature, top_k, top_p).shares(torch.tensor([logits]))
     expected = torch.tensor(wanted + [0.0] * (len(logits) - len(kept)))

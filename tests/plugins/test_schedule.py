@@ -1,4 +1,4 @@
-"""Scheduled numbers: where they are at each step, and what can be a target."""
+"""Scheduled numbers: their value at each step, and valid targets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nexus_plugins.schedule import RuleConfig, SchedulePlugin
 
 
 class LossWorldPlugin(Loss[LossConfig]):
-    """A term with a weight to move."""
+    """A term with a weight to schedule."""
 
     def units(self, batch: Tensor) -> float:
         return float(len(batch))
@@ -51,7 +51,7 @@ def engine_of(*rules: dict[str, Any], **more: Any) -> Engine:
 
 
 def test_a_weight_moves_from_the_first_step_to_the_last() -> None:
-    """Breaks if a step trains with the value of another: total = weight x term in each log."""
+    """Fails if a step uses another step's value: total = weight x term in each log."""
     engine = engine_of({"target": "loss_world.weight", "start": 1, "end": 3, "over": "4 steps"})
     weights = []
     for _ in engine.steps(DATA, until="6 steps"):
@@ -69,7 +69,7 @@ def test_a_weight_moves_from_the_first_step_to_the_last() -> None:
     ],
 )
 def test_the_way_is_a_pure_function_of_progress(shape: str, expected: list[float]) -> None:
-    """Breaks if a shape is drawn wrongly, or `begin` is not waited for."""
+    """Fails if a shape is wrong, or `begin` is ignored."""
     rule = RuleConfig(
         target="x.y", start=1, end=8, begin="20 tokens", over="40 tokens", shape=shape
     )
@@ -79,7 +79,7 @@ def test_the_way_is_a_pure_function_of_progress(shape: str, expected: list[float
 
 
 def test_the_batch_can_grow() -> None:
-    """Breaks if `engine.accumulate` is not followed from the next step on: whole numbers."""
+    """Fails if `engine.accumulate` does not take effect from the next step on, as an integer."""
     engine = engine_of({"target": "engine.accumulate", "start": 1, "end": 4, "over": "6 steps"})
     samples = [state.samples for state in engine.steps(DATA, until="8 steps")]
     batches = [(b - a) // 2 for a, b in zip([0, *samples], samples, strict=False)]
@@ -87,7 +87,7 @@ def test_the_batch_can_grow() -> None:
 
 
 def test_settings_of_the_optimizer_can_move() -> None:
-    """Breaks if groups are not found by name, or a learning rate is overwritten again."""
+    """Fails if groups are not found by name, or a scheduled learning rate is overwritten."""
     engine = engine_of(
         {"target": "optimizer.all.matrices.weight_decay", "start": 0.5, "end": 0.0, "over": 4},
         {"target": "optimizer.lr", "start": 0.2, "end": 0.1, "over": 4},
@@ -112,7 +112,7 @@ def test_settings_of_the_optimizer_can_move() -> None:
 
 
 class WatchPlugin(Plugin[PluginConfig]):
-    """Notes a setting as each update finds it."""
+    """Records a setting at each update."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class WatchPlugin(Plugin[PluginConfig]):
 def test_a_setting_that_was_given_as_an_int_moves_by_fractions(
     key: str, given: dict[str, Any]
 ) -> None:
-    """Breaks if a default of 0 makes the optimizer round what the log shows as it should be."""
+    """Fails if an integer default of 0 makes the optimizer use rounded values."""
     model, target, watch = nn.Linear(2, 1), f"optimizer.{key}", WatchPlugin(key)
     rule = {"target": target, "start": 0.01, "end": 0.05, "over": "4 steps"}
     engine = Engine(
@@ -146,12 +146,12 @@ def test_a_setting_that_was_given_as_an_int_moves_by_fractions(
 
 
 def test_rules_go_on_after_a_state_was_loaded_into_the_run() -> None:
-    """Breaks if going back to a save (guard does) leaves an optimizer that no rule reaches."""
+    """Fails if rules no longer reach the optimizer after a rollback (by guard)."""
     watch = WatchPlugin("weight_decay")
     saved: list[Any] = []
 
     class ReturningPlugin(Plugin[PluginConfig]):
-        """Takes the state of step 2 back after step 4, and lets time continue."""
+        """Restores the state of step 2 after step 4, and continues counting."""
 
         @hookimpl(trylast=True)
         def on_step(self, engine: Engine) -> None:
@@ -173,14 +173,14 @@ def test_rules_go_on_after_a_state_was_loaded_into_the_run() -> None:
 
 @pytest.mark.parametrize("name", ["optimizer", "optimizer.all"])
 def test_one_name_may_mean_several_groups(name: str) -> None:
-    """Breaks if a rule reaches one of the groups that a name stands for, and not the others."""
+    """Fails if a rule only reaches one of several groups with its name."""
     engine = engine_of({"target": f"{name}.weight_decay", "start": 0.5, "end": 0.5})
     engine.fit(DATA, until="1 step")
     assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.5, 0.5]
 
 
 def test_a_whole_number_is_logged_as_it_is() -> None:
-    """Breaks if the log shows a fraction where the run follows a whole number."""
+    """Fails if the log shows a fraction although the run uses an integer."""
     engine = engine_of({"target": "engine.accumulate", "start": 1, "end": 4, "over": "6 steps"})
     logged = []
     for _ in engine.steps(DATA, until="4 steps"):
@@ -189,7 +189,7 @@ def test_a_whole_number_is_logged_as_it_is() -> None:
 
 
 def test_a_learning_rate_that_no_rule_moves_is_left_alone() -> None:
-    """Breaks if scheduling a weight takes the learning rate out of a host's hands."""
+    """Fails if scheduling a weight prevents the program from setting the learning rate."""
     engine = engine_of({"target": "loss_world.weight", "start": 1, "end": 3})
     for state in engine.steps(DATA, until="2 steps"):
         for group in engine.optimizer.param_groups:
@@ -198,7 +198,7 @@ def test_a_learning_rate_that_no_rule_moves_is_left_alone() -> None:
 
 
 def test_a_resumed_run_ends_in_the_same_bits() -> None:
-    """Breaks if a scheduled number starts from its beginning after a crash."""
+    """Fails if a scheduled number restarts after a crash."""
     rules = (
         {"target": "loss_world.weight", "start": 1, "end": 3, "over": "8 steps"},
         {"target": "engine.accumulate", "start": 1, "end": 3, "over": "6 steps"},
@@ -225,14 +225,14 @@ def test_a_resumed_run_ends_in_the_same_bits() -> None:
     ],
 )
 def test_a_target_that_is_no_number_of_the_run_is_refused(target: str, words: str) -> None:
-    """Breaks if a misspelt target is scheduled into nothing."""
+    """Fails if a misspelt target is accepted."""
     engine = engine_of({"target": target, "start": 1, "end": 2})
     with pytest.raises(ConfigError, match=words):
         engine.fit(DATA, until="1 step")
 
 
 def test_rules_without_sense_are_refused() -> None:
-    """Breaks if a way through zero by equal factors gets as far as training."""
+    """Fails if a geometric schedule through zero is accepted."""
     with pytest.raises(ConfigError, match="needs nonzero start and end"):
         SchedulePlugin(rules=[{"target": "a.b", "start": 0, "end": 1, "shape": "exponential"}])
     with pytest.raises(ConfigError, match="begin must be in %"):

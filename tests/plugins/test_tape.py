@@ -1,4 +1,4 @@
-"""The tape sees what differs and where, ends the same however a run was cut, and costs no wait."""
+"""The tape: it records every difference, survives interruptions unchanged, and never syncs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(out: Path, *plugins: Plugin[Any], steps: int = 6, **options: Any) -> T
 
 
 class MeddlingPlugin(Plugin[PluginConfig]):
-    """Does something at the fourth step, in one of its moments."""
+    """Interferes at some moment of the fourth step."""
 
     def __init__(self, moment: str, deed: Callable[[Any], None]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class MeddlingPlugin(Plugin[PluginConfig]):
 
 
 def flip(tensor: torch.Tensor) -> None:
-    """Change the last bit of one number."""
+    """Flip the last bit of one number."""
     tensor.data.view(torch.int32)[0] ^= 1
 
 
@@ -113,7 +113,7 @@ class DrawingPlugin(Plugin[PluginConfig]):
 
 
 def test_in_cells_each_of_them_is_in_it(tmp_path: Path) -> None:
-    """Red if the generators are those of the last cell alone, or the batch is not cut."""
+    """Fails if only the last cell's generators are recorded, or the batch is not cut."""
 
     def lines(cell: int) -> Any:
         made = tiny_engine(DrawingPlugin(cell), TapePlugin(), out=tmp_path / str(cell), cells=3)
@@ -135,7 +135,7 @@ def test_the_state_of_a_plugin_is_in_it(tmp_path: Path) -> None:
 
 
 def test_a_tape_that_was_cut_at_any_step_ends_like_one_that_was_not(tmp_path: Path) -> None:
-    """Lines beyond the checkpoint are dropped, a torn one is passed over, and all come again."""
+    """Lines after the checkpoint are dropped, a torn one is skipped, and all are written again."""
     whole = train(tmp_path / "whole", steps=6)
     loader = ResumableLoader(Regression(), 4, seed=1)
     cut = engine(tmp_path / "cut")
@@ -168,7 +168,7 @@ def test_an_edited_line_breaks_the_chain(tmp_path: Path) -> None:
 def test_the_log_has_a_hash_of_all_weights_where_it_is_asked_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Red if a weight can change without it, it is there at other steps, or nobody can read it."""
+    """Fails if a weight can change without it, or it is logged at other steps or inexactly."""
     found = []
     for plugins in ([], [], [MeddlingPlugin("step", lambda e: flip(e.model.head.bias))]):
         log = RecorderPlugin()

@@ -1,4 +1,4 @@
-"""`nexus-run audit` and `nexus-run diff`: forgeries are caught and nobody else is accused."""
+"""`nexus-run audit` and `nexus-run diff`: forgeries are detected, without false alarms."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_honest_run_is_not_accused_and_the_chance_is_said(folder: Path) -> No
 
 
 def forge(checkpoint: Path, bit: int = 0) -> None:
-    """Change a bit of a weight, and make the manifest say that it was always so."""
+    """Flip a bit of a weight, and update the manifest."""
     path = checkpoint / "model.safetensors"
     tensors = load_file(path)
     tensors["head.weight"].view(-1).view(torch.int32)[5] ^= 1 << bit
@@ -84,7 +84,7 @@ def dropped(out: Path) -> None:
 
 
 def retaped(out: Path) -> None:
-    """A line of the tape, with a chain that is whole again."""
+    """Change a line of the tape, and repair the chain."""
     tape = read_tape(out)
     chain, written = "", [encoded({"session": session}) for session in tape.sessions]
     for step, line in tape.lines.items():
@@ -145,7 +145,7 @@ def test_two_equal_runs_do_not_differ_and_absent_ones_are_an_error(folder: Path)
 def test_a_command_that_fails_does_not_answer(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a script takes a failure of the command for runs that differ, whose code is 1."""
+    """Fails if a failure has exit code 1, which means that runs differ."""
     from nexus_plugins.tape.again import Recorded
 
     def fails(*_: object, **__: object) -> None:
@@ -163,7 +163,7 @@ def test_an_honest_run_does_not_differ_from_its_re_execution(folder: Path) -> No
 
 @pytest.mark.slow
 def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: Path) -> None:
-    """Red if an edit, a fault of the machine, other code or chance is missed or confused."""
+    """Fails if an edit, a hardware fault, other code or nondeterminism is missed or confused."""
     struck = make(folder, "struck", PLANTED["a bit of a weight, unseen"])
     once = ("first difference: step 11", "update", "blocks.1", "the step is reproducible")
     differs(struck, tmp_path / "tape", lambda out: None, *once)
@@ -186,7 +186,7 @@ def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: 
 
 
 def differs(source: Path, room: Path, act: Callable[[Path], None], *said: str) -> None:
-    """A copy of a run in which something was changed differs from its re-execution, in words."""
+    """How a changed copy of a run differs from its re-execution, in words."""
     out = room / source.name
     shutil.copytree(source, out, symlinks=True)
     act(out)
@@ -196,7 +196,7 @@ def differs(source: Path, room: Path, act: Callable[[Path], None], *said: str) -
 
 
 def scaled(factor: str) -> Callable[[Path], None]:
-    """Multiply a loss, in the code that a run keeps."""
+    """Multiply a loss in the code stored with a run."""
 
     def edit_code(out: Path) -> None:
         edit(out / "plugins/world.py", "self.constant).square().sum()", f" * {factor}")
@@ -207,7 +207,7 @@ def scaled(factor: str) -> Callable[[Path], None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a stale cache", "a bit of a weight, unseen"])
 def test_a_planted_difference_is_named(name: str, folder: Path) -> None:
-    """The others are those of `python -m benchmarks.differences`."""
+    """`python -m benchmarks.differences` plants the others."""
     found = compared(folder / "a", make(folder, f"b{len(name)}", PLANTED[name]))
     assert verdict(PLANTED[name], found) == (True, True), found
     assert found.repeated == ((True, True) if "unseen" not in name else (True, False))

@@ -29,7 +29,7 @@ DATA = [torch.ones(2, 2)]
 
 @pytest.fixture(autouse=True)
 def files_sort_as_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of one second are read by their number as text: the tenth before the ninth."""
+    """Files of the same second are sorted by number as text: the tenth before the ninth."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
 
 
@@ -56,7 +56,7 @@ def steps_of(events: EventAccumulator, tag: str) -> list[int]:
 
 
 def test_every_metric_is_a_curve(tmp_path: Path) -> None:
-    """Breaks if TensorBoard does not find a metric under its name, step and value."""
+    """Fails if TensorBoard does not find a metric under its name, step and value."""
     engine = engine_of(tmp_path)
     result = engine.fit(DATA, until="6 steps", eval_data=DATA, eval_every="3 steps")
     events = read(tmp_path)
@@ -68,7 +68,7 @@ def test_every_metric_is_a_curve(tmp_path: Path) -> None:
 
 
 def test_steps_done_again_after_a_crash_are_shown_once(tmp_path: Path) -> None:
-    """Breaks if a resumed run draws two curves over one another."""
+    """Fails if a resumed run shows overlapping curves."""
     first = engine_of(tmp_path)
     for state in first.steps(DATA, until="12 steps"):
         if state.step == 4:
@@ -82,14 +82,14 @@ def test_steps_done_again_after_a_crash_are_shown_once(tmp_path: Path) -> None:
 
 
 def test_a_new_run_in_an_old_folder_replaces_the_old_curve(tmp_path: Path) -> None:
-    """Breaks if the curves of two runs are mixed in one."""
+    """Fails if the curves of two runs are mixed in one."""
     engine_of(tmp_path).fit(DATA, until="6 steps")
     engine_of(tmp_path).fit(DATA, until="4 steps")
     assert steps_of(read(tmp_path), "train/total_loss") == [2, 4]
 
 
 def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
-    """Breaks if curves cannot be told apart by their settings in TensorBoard."""
+    """Fails if curves cannot be distinguished by settings in TensorBoard."""
     config = {"seed": 0, "out": "x", "plugins": {"optim_adamw": {"lr": 0.25, "groups": []}}}
     engine_of(tmp_path, config=config).fit(DATA, until="2 steps")
     events = read(tmp_path)
@@ -109,7 +109,7 @@ def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
 def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a run's own settings have to be found among a hundred of its preset."""
+    """Fails if a run's own settings are hidden among a hundred of its preset."""
     monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text("a few words\n" * 60)
     changed = "until=1 steps, data_text.train=small.txt, data_text.valid_share=0.0, "
@@ -128,13 +128,13 @@ def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
 
 
 def test_a_baseline_that_is_no_preset_is_refused(tmp_path: Path) -> None:
-    """Breaks if the comparison that was asked for is silently missing."""
+    """Fails if the requested comparison is silently missing."""
     with pytest.raises(ConfigError, match=r"no preset or config file named 'quick'.*quickstart"):
         engine_of(tmp_path, "quick", config={"seed": 0}).fit(DATA, until="1 step")
 
 
 def test_the_custom_scalars_begin_with_the_loss_and_show_no_empty_chart(tmp_path: Path) -> None:
-    """Breaks if what is looked at first has to be searched for; read as TensorBoard reads it."""
+    """Fails if the loss is not the first chart, as parsed by TensorBoard."""
     result = engine_of(tmp_path).fit(DATA, until="4 steps", eval_data={"val": DATA, "test": DATA})
     last = read(tmp_path).Tensors("custom_scalars__config__")[-1]
     (category,) = Layout.FromString(last.tensor_proto.string_val[0]).category
@@ -152,7 +152,7 @@ def test_the_custom_scalars_begin_with_the_loss_and_show_no_empty_chart(tmp_path
 
 
 def test_without_a_folder_the_run_does_not_start() -> None:
-    """Breaks if metrics are lost without a word because `out` was forgotten."""
+    """Fails if metrics are silently lost because `out` is missing."""
     with pytest.raises(ConfigError, match=r"tensorboard writes to the output folder.*out="):
         engine_of(None).fit(DATA, until="1 step")
 
@@ -163,7 +163,7 @@ WORDS = (
 
 
 def test_a_note_is_shown_as_it_was_said(tmp_path: Path) -> None:
-    """Breaks if the Text tab drops or reshapes words; the oracle is TensorBoard's own rendering."""
+    """Fails if the Text tab drops or reformats text; the oracle is TensorBoard's own rendering."""
     engine = engine_of(tmp_path)
     for state in engine.steps(DATA, until="3 steps"):
         if state.step == 2:
@@ -173,7 +173,7 @@ def test_a_note_is_shown_as_it_was_said(tmp_path: Path) -> None:
     (note,) = events.Tensors("talk/words/text_summary")
     assert note.step == 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # what it is made of warns of itself
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its dependencies
         from tensorboard.plugin_util import markdown_to_safe_html
 
         shown = markdown_to_safe_html(note.tensor_proto.string_val[0])
@@ -181,7 +181,7 @@ def test_a_note_is_shown_as_it_was_said(tmp_path: Path) -> None:
 
 
 def test_an_image_is_stored_with_its_step_and_its_caption(tmp_path: Path) -> None:
-    """Breaks if the Images tab shows other pixels, or shows them under a metric's name."""
+    """Fails if the Images tab shows other pixels, or uses a metric's name."""
     engine = engine_of(tmp_path)
     given = torch.arange(24, dtype=torch.uint8).reshape(2, 4, 3)
     for state in engine.steps(DATA, until="3 steps"):

@@ -1,4 +1,4 @@
-"""Throughput and memory: what is counted, and what is not."""
+"""Throughput and memory: what counts, and what does not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Clock:
 
 
 class SlowPlugin(Plugin[PluginConfig]):
-    """Lets known amounts of time pass in each part of a step."""
+    """Spends known amounts of time in each part of a step."""
 
     clock: Clock
 
@@ -50,7 +50,7 @@ class SlowPlugin(Plugin[PluginConfig]):
 
 
 class KeepPlugin(Plugin[PluginConfig]):
-    """Keeps every log."""
+    """Records every log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def engine_of(*plugins: Plugin[Any], **settings: Any) -> Engine:
 
 @pytest.mark.parametrize("slow_first", [True, False])
 def test_only_training_time_counts(clock: Clock, slow_first: bool) -> None:
-    """Breaks if logs, evaluations or checkpoints make the run look slow: 12 tokens in 0.5 s."""
+    """Fails if logs, evaluations or checkpoints make the run look slow: 12 tokens in 0.5 s."""
     slow, keep = SlowPlugin(), KeepPlugin()
     slow.clock = clock
     pair = [slow, ThroughputPlugin()] if slow_first else [ThroughputPlugin(), slow]
@@ -94,7 +94,7 @@ def test_only_training_time_counts(clock: Clock, slow_first: bool) -> None:
 
 
 def test_a_resumed_run_counts_only_its_own_time(clock: Clock) -> None:
-    """Breaks if the first log after resuming divides by the time of earlier sessions."""
+    """Fails if the first log after resuming divides by the time of earlier sessions."""
     data = [{"input_ids": torch.zeros(3, 4, dtype=torch.long)}]
     slow, keep = SlowPlugin(), KeepPlugin()
     slow.clock = clock
@@ -105,7 +105,7 @@ def test_a_resumed_run_counts_only_its_own_time(clock: Clock) -> None:
 
 
 def test_memory_is_this_processs_in_gib() -> None:
-    """Breaks if the unit is off by 1024: a process with torch is between 50 MiB and 64 GiB."""
+    """Fails if the unit is off by 1024: a process with torch is between 50 MiB and 64 GiB."""
     keep = KeepPlugin()
     engine = engine_of(ThroughputPlugin(), keep, log_every=1)
     engine.fit([{"input_ids": torch.zeros(1, 1, dtype=torch.long)}], until="1 step")

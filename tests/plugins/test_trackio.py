@@ -1,4 +1,4 @@
-"""Trackio with its local store: what it stored, read back with its own command and store."""
+"""Trackio with its local store, read back with its own command and store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of this test's own: Trackio reads its place when it is imported."""
+    """A store for this test; Trackio reads its path at import."""
     folder = tmp_path / "trackio"
     folder.mkdir()
     for name, module in list(sys.modules.items()):
@@ -63,7 +63,7 @@ def recorded(*recorders: RecorderPlugin) -> list[tuple[int, str, float]]:
 
 
 def test_every_metric_and_the_config_can_be_read_back() -> None:
-    """Breaks if a metric, its step, the config or the name is not stored."""
+    """Fails if a metric, its step, the config or the name is not stored."""
     recorder = RecorderPlugin()
     config = {"seed": 5, "plugins": {"clip": {"max_norm": 0.5}}}
     plugin = TrackioPlugin(project="p", run_name="n", group="g")
@@ -81,7 +81,7 @@ def test_every_metric_and_the_config_can_be_read_back() -> None:
 
 @pytest.mark.slow
 def test_its_own_command_shows_the_run(store: Path) -> None:
-    """Breaks if Trackio's tools do not find what was stored."""
+    """Fails if Trackio's tools do not find what was stored."""
     engine_of(TrackioPlugin(run_name="n")).fit(data(), until="3 steps")
     command = [sys.executable, "-m", "trackio.cli", "list", "runs", "--project", "nexus", "--json"]
     environment = {**os.environ, "TRACKIO_DIR": str(store)}
@@ -90,7 +90,7 @@ def test_its_own_command_shows_the_run(store: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_in_the_same_run_without_doubles() -> None:
-    """Breaks if resuming makes a second run, or points are doubled or missing."""
+    """Fails if resuming creates a second run, or points are duplicated or missing."""
     one, other = RecorderPlugin(), RecorderPlugin()
     first = engine_of(TrackioPlugin(), one)
     for state in first.steps(data(), until="6 steps"):
@@ -110,7 +110,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles() -> None:
 
 
 def test_words_and_images_are_kept_with_their_step_and_once(store: Path) -> None:
-    """Breaks if a note does not reach Trackio, or is there twice in a resumed run."""
+    """Fails if a note does not reach Trackio, or is duplicated in a resumed run."""
     first, second = engine_of(TrackioPlugin()), engine_of(TrackioPlugin())
     for engine, end in ((first, 3), (second, 4)):
         for state in engine.steps(data(), until="6 steps"):
@@ -134,14 +134,14 @@ def test_words_and_images_are_kept_with_their_step_and_once(store: Path) -> None
 
 
 def test_two_runs_without_a_name_are_two() -> None:
-    """Breaks if the curves of two runs are mixed in one."""
+    """Fails if the curves of two runs are mixed in one."""
     for _ in range(2):
         engine_of(TrackioPlugin()).fit(data(), until="2 steps")
     assert len({run.name for run in trackio.Api().runs("nexus")}) == 2
 
 
 def test_an_exception_of_the_package_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a failing package stops the training or goes unnoticed."""
+    """Fails if a failing package stops training or goes unnoticed."""
 
     def init(**_: object) -> None:
         raise OSError("planted")
@@ -156,7 +156,7 @@ def test_an_exception_of_the_package_changes_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a missing package is a riddle."""
+    """Fails if the message does not say what to install."""
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.trackio")
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[trackio\]'"):

@@ -1,4 +1,4 @@
-"""Weights & Biases, offline: what it stored, read back with wandb's own reader."""
+"""Weights & Biases, offline, read back with wandb's own reader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tiny import RecorderPlugin, Regression, tiny_engine, weights
 
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user without an account, whose wandb sends no reports about itself."""
+    """A user without an account, and no telemetry."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -58,7 +58,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def points(records: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
-    """Every value that was logged: step, name, value; of words and images the file's path."""
+    """Every logged value: step, name, value; for text and images the file's path."""
     items = [record["history"]["item"] for record in records if record["type"] == "history"]
     return sorted(
         (item["_step"], name.removesuffix(".path"), value)
@@ -78,7 +78,7 @@ def recorded(*recorders: RecorderPlugin) -> list[tuple[int, str, float]]:
 def run_script(
     folder: Path, script: str, *arguments: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A process of its own, that finds the tests' helpers and starts a wandb of its own."""
+    """A separate process with access to the tests' helpers, with its own wandb."""
     helpers = str(Path(__file__).parents[1] / "core")
     path = os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
@@ -94,7 +94,7 @@ def runs_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_every_metric_and_the_config_can_be_read_back(tmp_path: Path) -> None:
-    """Breaks if a metric, its step, the config or a name does not get into wandb's file."""
+    """Fails if a metric, its step, the config or a name does not get into wandb's file."""
     recorder = RecorderPlugin()
     settings = {"project": "p", "run_name": "n", "tags": ("a", "b")}
     config = {"seed": 5, "plugins": {"clip": {"max_norm": 0.5}}}
@@ -122,7 +122,7 @@ def test_every_metric_and_the_config_can_be_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(tmp_path: Path) -> None:
-    """Breaks if resuming makes a second run, or lines are doubled or missing."""
+    """Fails if resuming creates a second run, or lines are duplicated or missing."""
     one, other = RecorderPlugin(), RecorderPlugin()
     first = engine_of(tmp_path, WandbPlugin(), one)
     for state in first.steps(data(), until="6 steps"):
@@ -183,10 +183,10 @@ engine.fit([batch] * 7, until="7 steps", eval_data=[batch], eval_every="3 steps"
 
 @pytest.mark.slow
 def test_a_killed_run_misses_no_line_and_has_none_twice(tmp_path: Path) -> None:
-    """Breaks if what wandb's own process held in memory is lost with it.
+    """Fails if data buffered in wandb's process is lost with it.
 
-    The first session is killed after a checkpoint, the second one before it has stored what it
-    took over from the first, the third one ends.
+    The first session is killed after a checkpoint, the second before it has stored what it took
+    over from the first, the third ends normally.
     """
     for killed_at in ("5", "6", "0"):
         done = run_script(tmp_path, KILLED, killed_at)
@@ -198,7 +198,7 @@ def test_a_killed_run_misses_no_line_and_has_none_twice(tmp_path: Path) -> None:
 
 
 class Server:
-    """Stands in for an online run of wandb, whose server has the steps before `starting_step`."""
+    """A fake online run of wandb whose server has the steps before `starting_step`."""
 
     id, url, dir, offline = "abc", "https://wandb", "files", False
 
@@ -216,7 +216,7 @@ class Server:
 def test_online_what_the_server_has_not_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Breaks if a line that was not uploaded before a kill is lost, or all are uploaded again."""
+    """Fails if a line not uploaded before a kill is lost, or all lines are uploaded again."""
     (tmp_path / "wandb").mkdir()
     first, second = Server(0), Server(3)
     monkeypatch.setattr(wandb, "init", lambda **given: first)
@@ -240,7 +240,7 @@ def test_online_what_the_server_has_not_is_sent_again(
 
 @pytest.mark.slow
 def test_the_final_checkpoint_is_stored_on_request(tmp_path: Path) -> None:
-    """Breaks if the artifact is missing, or is taken before the checkpoint is whole."""
+    """Fails if the artifact is missing, or uploaded before the checkpoint is complete."""
     engine = engine_of(tmp_path, CheckpointPlugin(), WandbPlugin(artifact=True))
     engine.fit(data(), until="2 steps")
     (artifact,) = [r["artifact"] for r in read(tmp_path) if r["type"] == "artifact"]
@@ -275,9 +275,9 @@ def test_online_only_where_there_are_credentials(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Breaks if a run without an account asks for one, or one with an account stays offline.
+    """Fails if a run without an account asks for one, or one with an account stays offline.
 
-    The failing `init` shows too that an exception of the package changes nothing in training.
+    The failing `init` also shows that an exception in the package does not affect training.
     """
     asked: list[str | None] = []
 
@@ -334,7 +334,7 @@ def test_without_a_home_folder_it_is_offline(
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if a missing package is a riddle."""
+    """Fails if the message does not say what to install."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "nexus_plugins_contrib.wandb.plugin")
     with pytest.raises(ConfigError, match=r"pip install 'nexus-trainer\[wandb\]'"):
@@ -343,7 +343,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_the_command_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks if `--plugins amp,curriculum,wandb` needs an account, a network or an answer."""
+    """Fails if `--plugins amp,curriculum,wandb` needs an account, a network or user input."""
     monkeypatch.chdir(tmp_path)
     small = ["-s", "until=3 steps", "-s", "lr_cosine.warmup=1 steps", "-s", "log_every=1",
              "-s", "data_text.batch_size=2", "-s", "data_text.valid_limit=2048"]  # fmt: skip
@@ -369,7 +369,7 @@ print(*engine.hook.summarize(engine=engine))
 
 @pytest.mark.slow
 def test_a_server_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> None:
-    """Breaks if a hung network keeps a run, or its process, from ending."""
+    """Fails if a hung network keeps a run, or its process, from ending."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         environment = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "k" * 40}

@@ -71,7 +71,7 @@ def trunk_norms(model: nn.Module) -> dict[str, float]:
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
 def test_at_the_fixed_point_weighted_gradients_follow_the_training_rates(alpha: float) -> None:
-    """Breaks if norms, rates or the power of alpha do not enter as in equation 1 of the paper."""
+    """Fails if norms, rates or alpha are not used as in equation 1 of the paper."""
     plugin = WeighGradnormPlugin(alpha=alpha, lr=1.0, every=1)
     engine = engine_of(plugin)
     losses = {n: f * engine.model(BATCH)[n].square().mean().detach() for n, f in FACTORS.items()}
@@ -86,7 +86,7 @@ def test_at_the_fixed_point_weighted_gradients_follow_the_training_rates(alpha: 
 
 
 def test_a_term_that_began_below_zero_counts_as_training_at_the_common_rate() -> None:
-    """Breaks if a loss that falls from -1 to -2 is taken for one that doubles."""
+    """Fails if a loss that falls from -1 to -2 is treated as one that doubles."""
     plugin = WeighGradnormPlugin(alpha=1.5, lr=1.0, every=1)
     engine = engine_of(plugin)
     one = engine.model(BATCH)["one"].square().mean().detach()
@@ -98,7 +98,7 @@ def test_a_term_that_began_below_zero_counts_as_training_at_the_common_rate() ->
 
 
 def test_an_own_weight_is_the_share_of_the_gradient() -> None:
-    """Breaks if balancing takes away the preference that the user set."""
+    """Fails if balancing overrides the user's weight."""
     plugin = WeighGradnormPlugin(alpha=0.0, lr=1.0, every=1)
     engine = engine_of(plugin, weight=3.0)
     engine.fit([BATCH], until="1 step")
@@ -107,7 +107,7 @@ def test_an_own_weight_is_the_share_of_the_gradient() -> None:
 
 
 def test_smaller_steps_come_to_the_same_point() -> None:
-    """Breaks if weights swing, turn negative or stop short of balance."""
+    """Fails if weights oscillate, become negative or do not reach balance."""
     plugin = WeighGradnormPlugin(alpha=0.0, lr=0.2, every=1)
     engine = engine_of(plugin)
     engine.fit([BATCH], until="80 steps")
@@ -117,7 +117,7 @@ def test_smaller_steps_come_to_the_same_point() -> None:
 
 
 def test_any_split_of_a_step_gives_the_same_weights() -> None:
-    """Breaks if norms are those of micro-batches instead of the step's."""
+    """Fails if norms are per micro-batch instead of per step."""
     whole, split = WeighGradnormPlugin(every=1), WeighGradnormPlugin(every=1)
     engine_of(whole).fit([BATCH], until="2 steps")
     engine_of(split, accumulate=3).fit([BATCH[:1], BATCH[1:3], BATCH[3:]], until="2 steps")
@@ -125,7 +125,7 @@ def test_any_split_of_a_step_gives_the_same_weights() -> None:
 
 
 def test_updates_come_every_so_many_steps() -> None:
-    """Breaks if the costly part runs in every step."""
+    """Fails if the expensive part runs in every step."""
     plugin = WeighGradnormPlugin(every=4, lr=1.0)
     engine, seen = engine_of(plugin), []
     for _ in engine.steps([BATCH], until="9 steps"):
@@ -136,7 +136,7 @@ def test_updates_come_every_so_many_steps() -> None:
 
 
 def test_shared_parameters_can_be_named() -> None:
-    """Breaks if a pattern is ignored, or a misspelt one is taken."""
+    """Fails if a pattern is ignored, or a misspelt one accepted."""
     plugin = WeighGradnormPlugin(alpha=0.0, lr=1.0, every=1, shared=["trunk.bias"])
     engine = engine_of(plugin)
     engine.fit([BATCH], until="1 step")
@@ -152,14 +152,14 @@ def test_shared_parameters_can_be_named() -> None:
 
 
 def test_terms_that_share_nothing_are_refused() -> None:
-    """Breaks if weights are made of nothing."""
+    """Fails if terms without shared parameters are accepted."""
     engine = engine_of(WeighGradnormPlugin(shared=["heads.*"], every=1))
     with pytest.raises(ConfigError, match="no parameter is reached by two loss terms"):
         engine.fit([BATCH], until="1 step")
 
 
 class SidePlugin(HeadPlugin):
-    """A term of a parameter of its own."""
+    """A term with its own parameter."""
 
     parameter: nn.Parameter
 
@@ -168,7 +168,7 @@ class SidePlugin(HeadPlugin):
 
 
 def test_a_term_beside_the_trunk_keeps_its_own_weight() -> None:
-    """Breaks if one term that reaches only a module of its own stops the run, or is balanced."""
+    """Fails if a term with only its own parameters stops the run, or is balanced."""
     plugin, side = WeighGradnormPlugin(every=1), SidePlugin("side", 1.0, weight=0.5)
     model = Shared().double()
     model.register_parameter("side", nn.Parameter(torch.ones(2).double()))
@@ -182,7 +182,7 @@ def test_a_term_beside_the_trunk_keeps_its_own_weight() -> None:
 
 
 class HingePlugin(HeadPlugin):
-    """A term that is satisfied, and whose gradient is zero, or that is not finite."""
+    """A term with zero gradient, or that is not finite."""
 
     level: float = 0.0
 
@@ -193,7 +193,7 @@ class HingePlugin(HeadPlugin):
 @pytest.mark.filterwarnings("ignore:skipped the update of step")
 @pytest.mark.parametrize("level", [0.0, float("nan")])
 def test_a_term_without_a_usable_gradient_does_not_stop_the_balancing(level: float) -> None:
-    """Breaks if one satisfied hinge, or one overflow, freezes the weights of all terms."""
+    """Fails if one zero gradient, or one overflow, freezes the weights of all terms."""
     plugin, hinge = WeighGradnormPlugin(alpha=0.0, lr=0.5, every=1), HingePlugin("hinge", 1.0)
     hinge.level = level
     model = Shared().double()
@@ -209,7 +209,7 @@ def test_a_term_without_a_usable_gradient_does_not_stop_the_balancing(level: flo
 
 
 def test_a_gradient_that_goes_does_not_move_the_sum_of_the_weights() -> None:
-    """Breaks if a term that pulls in some updates only shakes the length of the whole gradient."""
+    """Fails if a term with occasional gradients makes the total gradient norm fluctuate."""
     plugin, hinge = WeighGradnormPlugin(alpha=0.0, lr=0.5, every=1), HingePlugin("hinge", 1.0)
     model = Shared().double()
     terms = [HeadPlugin("one", 1.0), HeadPlugin("two", 1000.0), hinge]
@@ -225,7 +225,7 @@ def test_a_gradient_that_goes_does_not_move_the_sum_of_the_weights() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])
 def test_a_term_with_no_weight_above_zero_is_not_balanced(weight: float) -> None:
-    """Breaks if a term that is switched off, or pushed up, freezes the weights of the others."""
+    """Fails if a disabled or negatively weighted term freezes the weights of the others."""
     plugin, third = (
         WeighGradnormPlugin(alpha=0.0, lr=0.5, every=1),
         HingePlugin("third", 1.0, weight),
@@ -243,7 +243,7 @@ def test_a_term_with_no_weight_above_zero_is_not_balanced(weight: float) -> None
 
 
 def test_no_step_waits_for_the_device() -> None:
-    """Breaks if an update of the weights reads a tensor."""
+    """Fails if a weight update syncs."""
     engine, reads = engine_of(WeighGradnormPlugin(every=1)), Reads()
     engine.log_every = Interval.parse("99 steps")
     with reads:

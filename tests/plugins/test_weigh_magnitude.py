@@ -57,7 +57,7 @@ def weights_after(
 def test_weights_are_inverse_to_the_bias_corrected_mean(
     losses: list[tuple[float, float]], momentum: float, own: float
 ) -> None:
-    """Breaks if mean, correction, own weight or normalisation is wrong: the mean in full."""
+    """Fails if mean, correction, weight or normalization is wrong, compared with the full mean."""
     plugin = WeighMagnitudePlugin(momentum=momentum)
     values = {"one": [a for a, _ in losses], "two": [-b for _, b in losses]}
     got = weights_after(plugin, values, {"one": own})
@@ -72,7 +72,7 @@ def test_weights_are_inverse_to_the_bias_corrected_mean(
 
 
 def test_weights_can_sum_to_one() -> None:
-    """Breaks if the setting `total` does nothing."""
+    """Fails if the setting `total` does nothing."""
     got = weights_after(WeighMagnitudePlugin(total="one"), {"one": [1.0], "two": [3.0]}, {})
     assert got == pytest.approx({"one": 0.75, "two": 0.25})
 
@@ -86,7 +86,7 @@ def test_weights_can_sum_to_one() -> None:
 def test_a_loss_that_is_not_finite_is_left_out_of_mean_and_correction(
     losses: list[tuple[float, float]], bad: list[bool], value: float
 ) -> None:
-    """Breaks if a bad loss spoils the mean, or counts as a loss of zero: the mean of the others."""
+    """Fails if a non-finite loss enters the mean, or counts as zero."""
     momentum = 0.9
     series = {
         "one": [a for a, _ in losses],
@@ -106,14 +106,14 @@ def test_a_loss_that_is_not_finite_is_left_out_of_mean_and_correction(
 
 
 def test_a_bad_first_loss_does_not_make_a_term_rule_the_total() -> None:
-    """Breaks if a term whose only loss was NaN is taken for one whose losses are zero."""
+    """Fails if a term whose only loss was nan is treated as one with zero loss."""
     values = {"one": [1.0], "two": [float("nan")]}
     got = weights_after(WeighMagnitudePlugin(), values, {"one": 0.5, "two": 2.0})
     assert got == pytest.approx({"one": 1.0, "two": 2.0})
 
 
 def test_a_resumed_run_has_the_same_weights() -> None:
-    """Breaks if a mean comes back without how far it has come from its start at zero."""
+    """Fails if a mean is restored without its bias correction."""
     plugin, again, whole = (WeighMagnitudePlugin() for _ in range(3))
     first = {"one": [1.0, float("nan"), 3.0], "two": [2.0, 5.0, 4.0]}
     weights_after(plugin, first, {})
@@ -124,7 +124,7 @@ def test_a_resumed_run_has_the_same_weights() -> None:
 
 
 def test_no_step_waits_for_the_device() -> None:
-    """Breaks if counting the finite losses reads a tensor."""
+    """Fails if counting finite losses syncs."""
     model, reads = nn.Linear(1, 1), Reads()
     engine = Engine(
         model,

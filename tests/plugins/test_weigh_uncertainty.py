@@ -1,4 +1,4 @@
-"""Weighing by uncertainty: the gradient of its objective, and where it settles."""
+"""Weighing by uncertainty: the gradient of its objective, and where it converges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nexus_plugins.weigh_uncertainty import WeighUncertaintyPlugin
 
 
 class FixedPlugin(Loss[LossConfig]):
-    """A term that stays at one value."""
+    """A term with a constant value."""
 
     def __init__(self, name: str, value: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def log_variance(plugin: WeighUncertaintyPlugin, name: str) -> float:
 
 @pytest.mark.parametrize("loss", [0.3, 1.0, 1.7])
 def test_a_step_is_gradient_descent_on_the_papers_objective(loss: float) -> None:
-    """Breaks if the gradient worked out by hand is not that of `exp(-s) * loss + s`."""
+    """Fails if the closed-form gradient is not that of `exp(-s) * loss + s`."""
     s = torch.tensor(0.0, requires_grad=True)
     for _ in range(3):
         (gradient,) = torch.autograd.grad(torch.exp(-s) * loss + s, s)
@@ -52,7 +52,7 @@ def test_a_step_is_gradient_descent_on_the_papers_objective(loss: float) -> None
 
 
 def test_settles_where_each_term_counts_one() -> None:
-    """Breaks if scales far apart are not balanced, or one of them swings."""
+    """Fails if very different scales are not balanced, or oscillate."""
     plugin = WeighUncertaintyPlugin(lr=0.1)
     result = engine_of(plugin, tiny=0.01, huge=500.0).fit([torch.ones(1, 1)], until="200 steps")
     assert result.metrics["weight/tiny"] == pytest.approx(100, rel=0.02)
@@ -61,7 +61,7 @@ def test_settles_where_each_term_counts_one() -> None:
 
 
 def test_a_loss_that_is_not_finite_moves_nothing() -> None:
-    """Breaks if one overflow makes every later weight NaN."""
+    """Fails if one overflow makes all later weights nan."""
     plugin = WeighUncertaintyPlugin()
     engine_of(plugin, bad=float("nan"), good=1.0).fit([torch.ones(1, 1)], until="3 steps")
     assert log_variance(plugin, "bad") == 0.0
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
 
 @pytest.mark.parametrize("loss", [-0.5, 0.0])
 def test_a_loss_that_is_not_positive_keeps_its_weight(loss: float) -> None:
-    """Breaks if a term below zero (an energy) pulls its weight up without end."""
+    """Fails if a negative term (an energy) increases its weight without bound."""
     plugin = WeighUncertaintyPlugin()
     engine_of(plugin, energy=loss, good=2.0).fit([torch.ones(1, 1)], until="50 steps")
     assert log_variance(plugin, "energy") == 0.0

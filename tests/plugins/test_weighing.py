@@ -1,4 +1,4 @@
-"""What all ways of weighing loss terms have in common, on a problem with scales 1:1000."""
+"""Properties shared by all weighting methods, on a problem with scales 1:1000."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def engine_of(*plugins: Plugin[Any], lr: float = 0.2) -> Engine:
 
 
 def falls(plugins: list[Plugin[Any]]) -> tuple[float, float]:
-    """What is left of each term after 400 steps, as a share of the start."""
+    """The value of each term after 400 steps, as a share of the start."""
     engine = engine_of(*plugins)
     before = engine.evaluate(data())
     after = engine.fit(data(), until="400 steps", eval_data=data()).metrics
@@ -90,7 +90,7 @@ def falls(plugins: list[Plugin[Any]]) -> tuple[float, float]:
 
 
 def test_static_weights_starve_the_small_term() -> None:
-    """Breaks if the problem is no problem: then the tests below show nothing."""
+    """Fails if static weights solve the problem, so that the tests below prove nothing."""
     small, large = falls([])
     assert small > 0.6
     assert large < 0.05
@@ -98,9 +98,9 @@ def test_static_weights_starve_the_small_term() -> None:
 
 @pytest.mark.parametrize("way", [name for name in WAYS if name != "pcgrad and weigh_gradnorm"])
 def test_both_terms_are_learned_where_static_weights_fail(way: str) -> None:
-    """Breaks if the way of weighing does not do what it is there for.
+    """Fails if the weighting method does not solve the problem.
 
-    PCGrad by itself leaves the scales and only keeps the large term from harming the small one.
+    PCGrad does not change scales, and only prevents the large term from harming the small one.
     """
     small, large = falls(WAYS[way]())
     assert small < (1 / 3 if way == "pcgrad" else 0.05)
@@ -109,7 +109,7 @@ def test_both_terms_are_learned_where_static_weights_fail(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_ends_in_the_same_bits(way: str) -> None:
-    """Breaks if anything that the weights depend on is not saved."""
+    """Fails if anything that the weights depend on is not saved."""
 
     def fresh() -> Engine:
         return engine_of(*WAYS[way]())
@@ -125,7 +125,7 @@ def test_a_resumed_run_ends_in_the_same_bits(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_terms_may_come_and_go(way: str) -> None:
-    """Breaks if weights go by position, or a term that is missing stops the run."""
+    """Fails if weights are assigned by position, or a missing term stops the run."""
     batches = data()
     for batch in batches[1::2]:
         batch["flag"] = torch.ones(1)
@@ -139,7 +139,7 @@ def test_terms_may_come_and_go(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_goes_with_fp16_scaling(way: str) -> None:
-    """Breaks if the scaler's factor is missed, or counted twice, where terms are taken apart."""
+    """Fails if the scaler's factor is ignored or applied twice when terms are separated."""
     plain = engine_of(*WAYS[way](), lr=0.05)
     scaled = engine_of(*WAYS[way](), AmpPlugin(dtype="fp16", initial_scale=64.0), lr=0.05)
     for engine in (plain, scaled):

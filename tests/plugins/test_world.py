@@ -1,4 +1,4 @@
-"""The world model: what it rolls out, what its targets are, and that it costs no generation."""
+"""The world model: its roll-out, its targets, and no cost in generation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def observed(world: WorldModel, hidden, came, document=None):
     seed=st.integers(0, 99),
 )
 def test_a_roll_out_is_move_after_move_along_the_tokens_that_came(lengths, levels, seed):
-    """If it fails, the model learns from the wrong token or across a document boundary."""
+    """Fails if the model learns from the wrong token or across a document boundary."""
     torch.manual_seed(seed)
     world = WorldModel(5, 6, levels)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -48,7 +48,7 @@ def test_a_roll_out_is_move_after_move_along_the_tokens_that_came(lengths, level
 
 
 def test_no_gradient_passes_through_the_targets():
-    """If it fails, the states are trained to be easy to predict: collapse."""
+    """Fails if the states are trained to be easy to predict, and collapse."""
     world = WorldModel(5, 6, 2, heads=1)
     hidden = torch.randn(2, 4, 5, requires_grad=True)
     reports = observed(world, hidden, torch.randn(2, 4, 5))
@@ -58,7 +58,7 @@ def test_no_gradient_passes_through_the_targets():
 
 
 def test_the_world_shapes_states_and_writes_nothing():
-    """If it fails, a part for training alone costs generation, or changes what is generated."""
+    """Fails if a training-only module slows generation, or changes its output."""
     sizes = {"vocab_size": 9, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 8}
     others = dict.fromkeys(("reason", "energy", "causal"), False)
     models = []
@@ -72,7 +72,7 @@ def test_the_world_shapes_states_and_writes_nothing():
 
 
 def test_a_world_that_moves_by_a_law_is_learned():
-    """If it fails, moves are not trained towards the states that follow."""
+    """Fails if moves are not trained towards the next states."""
     torch.manual_seed(0)
     world, plugin = WorldModel(4, 16, 2), LossWorldPlugin(latent_weight=1.0)
     turn = torch.linalg.qr(torch.randn(4, 4))[0]
@@ -98,6 +98,6 @@ def test_a_world_that_moves_by_a_law_is_learned():
     "settings", [{"classic": True, "token_weight": 0.5}, {"decay": 0.5}, {"variance_floor": 0.3}]
 )
 def test_a_setting_of_the_other_formula_is_refused(settings):
-    """If it fails, a user tunes what does nothing."""
+    """Fails if a setting without effect is accepted."""
     with pytest.raises(ConfigError, match="has no effect with classic"):
         LossWorldPlugin(**settings)

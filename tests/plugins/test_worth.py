@@ -1,4 +1,4 @@
-"""worth: the loss without a module less that with it, and training as it was."""
+"""worth: the loss without a module minus the loss with it, and unchanged training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nexus_plugins.worth import WorthPlugin
 
 
 class Sum(nn.Module):
-    """A trunk, a module that is needed, and one that writes nothing."""
+    """A trunk, a necessary module, and one without effect."""
 
     active_modules: tuple[str, ...] = ("slope", "idle")
 
@@ -61,9 +61,9 @@ def run(*plugins: Any, steps: int = 12, lr: float = 0.0, **options: Any) -> Engi
 
 @pytest.mark.parametrize("some", [None, 2])
 def test_worth_is_the_loss_without_less_the_loss_with(some: int | None) -> None:
-    """Red: a module that carries the model is called worthless, or the other way round.
+    """Fails if an essential module is called worthless, or vice versa.
 
-    Half of the slope is there and the other half is missing: with it the error is x, without 2 x.
+    Half of the slope is missing: with the module the error is x, without it 2 x.
     """
     metrics = run(WorthPlugin(batches=some)).metrics
     squares = torch.stack([batch["x"].square().mean() for batch in batches(5)[:some]]).mean()
@@ -76,7 +76,7 @@ def test_worth_is_the_loss_without_less_the_loss_with(some: int | None) -> None:
 
 
 def test_training_is_the_same_to_the_bit() -> None:
-    """Red: looking at the modules trains other weights."""
+    """Fails if measuring the modules changes training."""
     with_worth, plain = run(WorthPlugin(), lr=0.1), run(lr=0.1)
     pairs = zip(with_worth.model.parameters(), plain.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
@@ -84,7 +84,7 @@ def test_training_is_the_same_to_the_bit() -> None:
 
 
 def test_it_is_measured_every_so_many_evaluations_and_on_request() -> None:
-    """Red: a period is ignored, or starts anew when a run is resumed."""
+    """Fails if a period is ignored, or restarts when a run is resumed."""
     plugin = WorthPlugin(every=3)
     model = Sum()
     engine = Engine(model, torch.optim.SGD(model.parameters()), loss=squared, plugins=[plugin])
@@ -97,7 +97,7 @@ def test_it_is_measured_every_so_many_evaluations_and_on_request() -> None:
 
 
 def test_modules_of_nexus_are_left_out_one_by_one_and_report_as_ever() -> None:
-    """Red: the worth of NEXUS' modules is that of another module, or their losses break."""
+    """Fails if the worth belongs to another module, or the modules' losses break."""
     sizes = {"vocab_size": 11, "d_model": 16, "ssm_n_layers": 1, "ssm_head_dim": 16}
     sizes["reason"] = True
     nexus = ModelNexusPlugin(**sizes)
@@ -132,7 +132,7 @@ def test_modules_of_nexus_are_left_out_one_by_one_and_report_as_ever() -> None:
 
 
 def test_diagnose_names_the_module_that_is_worth_nothing() -> None:
-    """Red: a module that costs time for nothing goes unnoticed, or a good one is named too."""
+    """Fails if a useless module goes unnoticed, or a useful one is named."""
     diagnose = DiagnosePlugin(every=1, ignore=("loss_explosion", "slow_convergence"))
     with pytest.warns(RuntimeWarning, match="worthless module"):
         run(WorthPlugin(), diagnose)
@@ -144,7 +144,7 @@ def test_diagnose_names_the_module_that_is_worth_nothing() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(1, 1), Sum()])
 def test_a_model_without_modules_is_refused(model: Any) -> None:
-    """Red: the user waits for a metric that never comes."""
+    """Fails if the metric is silently never logged."""
     model.active_modules = ()
     engine = Engine(
         model, torch.optim.SGD(model.parameters()), loss=squared, plugins=[WorthPlugin()]

@@ -19,7 +19,7 @@ class TestGradientNoise(PluginContract):
 
 
 def noise(steps: int, run_seed: int = 0, **settings: Any) -> list[torch.Tensor]:
-    """What each step adds, seen where the gradient itself is zero and the update is plain."""
+    """The noise of each step, measured with zero gradients and plain SGD."""
     model = torch.nn.Linear(SIZE, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     engine = Engine(
@@ -38,7 +38,7 @@ def noise(steps: int, run_seed: int = 0, **settings: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("eta", "gamma"), [(0.01, 0.55), (1.0, 2.0)])
 def test_noise_is_gaussian_with_the_variance_of_its_step(eta: float, gamma: float) -> None:
-    """Red if the fall over the steps, the root or the distribution is wrong."""
+    """Fails if the decay over steps, the square root or the distribution is wrong."""
     for t, drawn in enumerate(noise(3, eta=eta, gamma=gamma)):
         deviation = (eta * (1 + t) ** -gamma) ** 0.5
         assert drawn.std().item() == pytest.approx(deviation, rel=0.01)
@@ -48,14 +48,14 @@ def test_noise_is_gaussian_with_the_variance_of_its_step(eta: float, gamma: floa
 
 
 def test_noise_is_new_in_each_step_and_for_each_seed() -> None:
-    """Red if a draw comes twice: it would add up over steps, where noise averages out."""
+    """Fails if a draw is repeated: it would add up over steps instead of averaging out."""
     draws = [*noise(3, gamma=0), *noise(2, run_seed=1, gamma=0), *noise(2, seed=1, gamma=0)]
     correlations = torch.corrcoef(torch.cat(draws))
     assert (correlations - torch.eye(len(draws))).abs().max() < 6 / SIZE**0.5
 
 
-def test_noise_hangs_on_seeds_and_step_alone() -> None:
-    """Red if what else draws random numbers changes the noise, or the noise changes those."""
+def test_noise_depends_only_on_seeds_and_step() -> None:
+    """Fails if other random draws affect the noise, or the noise affects them."""
     first = noise(1)[0]
     torch.manual_seed(99)
     before = torch.get_rng_state()

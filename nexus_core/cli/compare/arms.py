@@ -48,7 +48,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """A folder name for its runs; names that are alike for long have others still."""
+        """A folder name for its runs; long names are cut, with a hash to keep them distinct."""
         name = _UNSAFE.sub("_", self.name).strip("._") or "variant"
         if len(name) <= _LONGEST:
             return name

@@ -15,7 +15,7 @@ LOW = (
     *("chain_matmul", "linalg_multi_dot", "linalg_vecdot", "prelu", "scaled_dot_product_attention"),
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "_convolution", "convolution"),
 )
-"""In the low precision."""
+"""Operations in the low precision."""
 FULL = (
     *("acos", "asin", "cosh", "sinh", "tan", "erfinv", "exp", "expm1", "log", "log10", "log1p"),
     *("log2", "reciprocal", "rsqrt", "softplus", "layer_norm", "native_layer_norm", "group_norm"),
@@ -25,14 +25,14 @@ FULL = (
     *("poisson_nll_loss", "binary_cross_entropy_with_logits", "dist", "cdist", "pdist", "renorm"),
     *("logsumexp", "rms_norm", "bernoulli"),
 )
-"""In float32, whatever comes in."""
+"""Operations in float32, whatever the dtypes of their inputs."""
 FULL_OUT = ("softmax.int", "log_softmax.int", "cumprod", "cumsum", "prod", "prod.dim_int", "sum",
             "sum.dim_IntList", "norm.Scalar", "norm.ScalarOpt_dim", "pow.Tensor_Scalar",
             "pow.Tensor_Tensor", "pow.Scalar", "logcumsumexp")  # fmt: skip
-"""In float32 too; CUDA does so through the type of what comes out."""
+"""Also in float32; CUDA does this through the dtype of the output."""
 WIDEST = ("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "grid_sampler",
           "index_put", "scatter_add", "tensordot", "cat", "stack")  # fmt: skip
-"""In the widest type among what comes in."""
+"""Operations in the widest dtype among their inputs."""
 
 Library: Any = torch.library.Library
 _KEYS: Any = torch._C.DispatchKey
@@ -40,7 +40,7 @@ _KEY = torch._C.DispatchKeySet(_KEYS.AutocastPrivateUse1)
 
 
 def register_autocast(name: str) -> Any:
-    """Make `torch.autocast(name)` act on the operations of the lists, as long as this is kept."""
+    """Make `torch.autocast(name)` act on the operations above while the result is referenced."""
     library: Any = Library("aten", "IMPL")
     for names, dtype in (
         (LOW, lambda _: torch.get_autocast_dtype(name)),

@@ -15,7 +15,7 @@ def lstm_cell(
     input_bias: Tensor | None = None,
     hidden_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new state, the new cell, and the gates, which the backward pass needs."""
+    """The new hidden and cell state, and the gates, which the backward pass needs."""
     gates = _biased(inputs, input_bias) + _biased(hidden, hidden_bias)
     enter, forget, new, leave = gates.chunk(4, 1)
     enter, forget, new, leave = enter.sigmoid(), forget.sigmoid(), new.tanh(), leave.sigmoid()
@@ -31,7 +31,7 @@ def lstm_cell_backward(
     gates: Tensor,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of the gates, of the cell before, and of a bias, from those of both states."""
+    """The gradients of gates, previous cell state and bias, given those of the new states."""
     enter, forget, new, leave = gates.chunk(4, 1)
     bent = after.tanh()
     state = torch.zeros_like(bent) if state is None else state
@@ -56,7 +56,7 @@ def gru_cell(
     input_bias: Tensor | None = None,
     hidden_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The new state, and what the backward pass needs."""
+    """The new hidden state, and what the backward pass needs."""
     to_reset, to_keep, to_new = _biased(inputs, input_bias).chunk(3, 1)
     own_reset, own_keep, own_new = _biased(hidden, hidden_bias).chunk(3, 1)
     reset, keep = (to_reset + own_reset).sigmoid(), (to_keep + own_keep).sigmoid()
@@ -67,7 +67,7 @@ def gru_cell(
 def gru_cell_backward(
     gradient: Tensor, kept: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of both sides' gates, of the state before, and of both biases."""
+    """The gradients of the input and hidden gates, the previous state, and both biases."""
     reset, keep, new, own_new, state = kept.chunk(5, 1)
     of_new = gradient * (1 - keep) * (1 - new.square())
     of_keep = gradient * (state - new) * keep * (1 - keep)

@@ -45,7 +45,7 @@ class Pinned:
         return made
 
     def making(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function of torch that makes a tensor, such as can do so in such memory."""
+        """A torch function that creates tensors, extended so that it can use pinned memory."""
 
         @wraps(function)
         def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
@@ -80,13 +80,13 @@ class Event:
         self._recorded = False
 
     def wait(self, stream: object = None) -> None:
-        """A stream waits, not the host; and there is one stream."""
+        """Does nothing: the stream waits, not the host, and there is only one stream."""
 
 
 class Device(Queue):
-    """The module of the device, as `torch.cuda` is that of CUDA: `torch.fakegpu`.
+    """The device module `torch.fakegpu`, the counterpart of `torch.cuda`.
 
-    There is one for a process, as PyTorch keeps it. It is there for nobody until it is activated.
+    A process has only one, since PyTorch cannot unregister it. It is unavailable until activated.
     """
 
     Event = Event
@@ -107,11 +107,11 @@ class Device(Queue):
     # -- the functions that torch requires of a device module
 
     def is_initialized(self) -> bool:
-        """Whether it is there; it takes no time to start."""
+        """Whether it is active; it needs no initialization."""
         return self.active
 
     def is_available(self) -> bool:
-        """Whether it is there."""
+        """Whether it is active."""
         return self.active
 
     def is_bf16_supported(self, including_emulation: bool = True) -> bool:
@@ -127,10 +127,10 @@ class Device(Queue):
         return 0
 
     def set_device(self, device: object) -> None:
-        """There is one."""
+        """Does nothing: there is only one device."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """The types of mixed precision."""
+        """The dtypes of mixed precision."""
         return [torch.bfloat16, torch.float16]
 
     def _is_in_bad_fork(self) -> bool:
@@ -238,7 +238,7 @@ class Device(Queue):
         load: Any = torch.nn.Module.load_state_dict
 
         def loaded(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
-            with _swapping(False):  # into the parameters, as on every device that torch knows
+            with _swapping(False):  # into the existing parameters, as for built-in devices
                 return load(module, *arguments, **options)
 
         yield torch.nn.Module, "load_state_dict", loaded
@@ -262,7 +262,7 @@ def registered() -> Device:
     """The device of this process, created and registered with PyTorch on the first call.
 
     Raises:
-        ConfigError: this PyTorch cannot have it, or has another device in its place.
+        ConfigError: this PyTorch does not support it, or has another device in its place.
     """
     known = getattr(torch, NAME, None)
     if isinstance(known, Device):
@@ -271,10 +271,14 @@ def registered() -> Device:
 
     setup = getattr(backends, "_setup_privateuseone_for_python_backend", None)
     if setup is None:
-        raise ConfigError(f"torch {torch.__version__} has no devices made in Python; 2.13 has")
+        raise ConfigError(
+            f"torch {torch.__version__} does not support devices implemented in Python; use 2.13"
+        )
     other = torch._C._get_privateuse1_backend_name()
     if other != "privateuseone":
-        raise ConfigError(f"the device '{other}' has the one place that PyTorch has for others")
+        raise ConfigError(
+            f"PyTorch supports one custom device, and '{other}' is already registered"
+        )
 
     class Hooks(torch._C._acc.PrivateUse1Hooks):
         def is_built(self) -> bool:

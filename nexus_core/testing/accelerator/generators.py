@@ -25,7 +25,7 @@ class Generators:
     """The device's default generator, and the registry of its other generators.
 
     Attributes:
-        default: is drawn from where no other is given.
+        default: used if no other generator is passed.
     """
 
     def __init__(self) -> None:

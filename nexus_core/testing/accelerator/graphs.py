@@ -18,10 +18,10 @@ __all__ = ["CUDAGraph", "Queue", "Recording", "Stream"]
 
 
 class Recording:
-    """What a graph is made of while it is captured: no operation of it has happened afterwards.
+    """A graph being captured; afterwards none of its operations has taken effect.
 
     Args:
-        generators: that numbers may be drawn from.
+        generators: generators that may be used during the capture.
     """
 
     def __init__(self, generators: Iterable[Any]) -> None:
@@ -35,7 +35,7 @@ class Recording:
         return any(each._cdata == generator._cdata for each, _ in self._drawn_from)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Remember what tensors of before the capture hold, as an operation may write to them."""
+        """Save the contents of existing tensors, which an operation may overwrite."""
         for tensor in tensors:
             storage: Any = tensor.untyped_storage()
             place = storage.data_ptr()
@@ -43,11 +43,11 @@ class Recording:
                 self._before[place] = storage, storage.clone()
 
     def note(self, compute: Callable[[], Any], out: Any) -> None:
-        """Have an operation done again in each replay, into the memory that it gave.
+        """Repeat an operation in each replay, with its output in the same memory.
 
         Args:
             compute: the operation.
-            out: what it has given now.
+            out: its output during the capture.
         """
         for tensor in _tensors(out):
             place = tensor.untyped_storage().data_ptr()
@@ -56,7 +56,7 @@ class Recording:
         self.work.append(lambda: _fill(out, compute()))
 
     def undo(self) -> None:
-        """Return memory and generators to what they were; what was made meanwhile is garbage."""
+        """Restore memory and generators; fill tensors created during the capture with garbage."""
         for storage, before in self._before.values():
             storage.copy_(before)
         for tensor in self._made.values():
@@ -66,12 +66,11 @@ class Recording:
 
 
 class CUDAGraph:
-    """Work of the device that is captured once and replayed by one call.
+    """Device operations that are captured once and replayed by one call.
 
-    It reads and writes the memory that it read and wrote when it was captured: new values get into
-    it, and out of it, by copies. What the host did meanwhile is not part of it. As on CUDA,
-    capturing runs nothing, the host must not wait meanwhile, and a generator beside the device's
-    own is to be registered before.
+    A replay reads and writes the same memory as the capture, so inputs and outputs must be copied.
+    Work of the host is not captured. As on CUDA, capturing executes nothing, the host must not
+    synchronize meanwhile, and generators other than the device's default must be registered before.
     """
 
     def __init__(self, keep_graph: bool = False) -> None:
@@ -79,11 +78,11 @@ class CUDAGraph:
         self._work: list[Callable[[], object]] = []
 
     def register_generator_state(self, generator: Any) -> None:
-        """Let numbers be drawn from a generator of the device."""
+        """Allow a device generator to be used during the capture."""
         self._generators.append(generator)
 
     def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
-        """Record what the device is given from now on.
+        """Start capturing device operations.
 
         Raises:
             RuntimeError: another graph is being captured.
@@ -116,17 +115,17 @@ class CUDAGraph:
         self._work = []
 
     def pool(self) -> tuple[int, int]:
-        """Where its memory is: there is one pool."""
+        """The id of its memory pool; there is only one."""
         return (0, 0)
 
 
 class Stream:
-    """A queue of the device, of which there is one, whatever it is called."""
+    """A stream of the device; all of them are the same queue."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def wait_stream(self, stream: object) -> None:
-        """What is queued later runs later."""
+        """Does nothing: there is only one queue."""
 
     def synchronize(self) -> None:
         """Wait until all work is done."""
@@ -140,7 +139,7 @@ class _HasWaits(Protocol):
 
 
 class Queue:
-    """What the device's module offers for the order of its work: streams, graphs, and waiting.
+    """The part of the device module for the order of its work: streams, graphs, synchronization.
 
     Attributes:
         recording: the graph that is being captured.
@@ -152,7 +151,7 @@ class Queue:
 
     @contextmanager
     def stream(self, stream: object) -> Iterator[None]:
-        """Queue in a stream what comes in the block."""
+        """Use a stream within the block; has no effect, as all streams are the same."""
         yield
 
     def current_stream(self, device: object = None) -> Any:
@@ -176,7 +175,7 @@ class Queue:
             cuda_graph.capture_end()
 
     def set_sync_debug_mode(self: _HasWaits, debug_mode: int | str) -> None:
-        """Let the host wait ("default"), warn of it ("warn"), or have it be an error ("error")."""
+        """When the host synchronizes: ignore it ("default"), warn ("warn") or raise ("error")."""
         names = ("default", "warn", "error")
         self.waits.mode = names[debug_mode] if isinstance(debug_mode, int) else debug_mode
 
@@ -194,7 +193,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _fill(kept: Any, new: Any) -> None:
-    """Write what an operation gave this time to where it was given when it was captured."""
+    """Copy the output of a replayed operation to the memory of its output during the capture."""
     for old, tensor in zip(_tensors(kept), _tensors(new), strict=True):
         if old.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             old.copy_(tensor)

@@ -1,4 +1,4 @@
-"""The operations of the accelerator: those of the host, between tensors of the device."""
+"""The operations of the accelerator, computed on the host."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WAITED_FOR = {
     **{f"aten::{name}": name for name in ("bincount", "histc")},
     "aten::repeat_interleave": "the lengths of repeat_interleave (no output_size)",
 }
-"""Operations whose answer goes to the host, or has a shape that the values decide."""
+"""Operations whose result goes to the host, or whose output shape depends on values."""
 DIRECT = ("native_layer_norm", "native_group_norm", "convolution", "convolution_backward",
           "mse_loss", "smooth_l1_loss")  # fmt: skip
-"""Operations that the host computes at once, and PyTorch in parts where a device is not known."""
+"""Operations that are one kernel on the host, but that PyTorch would decompose for this device."""
 CELLS: dict[str, Callable[..., Any]] = {
     "_thnn_fused_lstm_cell": cells.lstm_cell,
     "_thnn_fused_lstm_cell_backward_impl": cells.lstm_cell_backward,
@@ -48,7 +48,7 @@ MAKING = ("aten::empty", "aten::empty_strided", "aten::new_empty", "aten::new_em
 
 
 class _Kind(NamedTuple):
-    """What must be known of an operation each time that it runs."""
+    """Properties of an operation, looked up each time that it runs."""
 
     name: str
     waits: str | None
@@ -60,10 +60,10 @@ class _Kind(NamedTuple):
 
 
 class Kernels:
-    """Runs an operation on the memory of the device's tensors, and sees what a real one would.
+    """Runs operations on the memory of the device's tensors, and rejects what a GPU would reject.
 
     Args:
-        device: whose memory, generators and waits they are.
+        device: the device, with its memory, generators and waits.
     """
 
     def __init__(self, device: Device) -> None:
@@ -81,7 +81,7 @@ class Kernels:
             self._aten.impl(name, kernel, "PrivateUse1")
 
     def run(self, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Any operation: check it, run it on the host, and hand on what comes out.
+        """Check an operation, run it on the host, and return its output on the device.
 
         Raises:
             RuntimeError: tensors of the host and of the device are mixed.
@@ -115,7 +115,7 @@ class Kernels:
             return call.handed_on(out)
 
     def _drawn(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """An operation that draws, from the generator that it was given or the device's own."""
+        """Run a random operation with the given generator, or with the device's default."""
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch._C.Generator)]
         recording = self._device.recording
         for generator in given:
@@ -131,7 +131,7 @@ class Kernels:
             return op(*args, **kwargs)
 
     def _check(self, kind: _Kind, args: Sequence[Any], call: _Call) -> None:
-        """Refuse what a device refuses, and note what it is waited for."""
+        """Reject what a GPU rejects, and record a synchronization."""
         if not call.tensors:
             return
         if call.strangers and not kind.indexes:
@@ -147,7 +147,7 @@ class Kernels:
 
 
 class _Call:
-    """The tensors of one operation: the device's, with their views on the host, and others."""
+    """The tensors of one operation: those on the device with their host views, and others."""
 
     def __init__(self, memory: Memory) -> None:
         self.tensors: list[tuple[Tensor, Tensor]] = []
@@ -156,7 +156,7 @@ class _Call:
         self._memory = memory
 
     def on_host(self, value: Any) -> Any:
-        """An argument, with each tensor of the device as its view on the host."""
+        """An argument, with device tensors replaced by their host views."""
         kind = type(value)
         if kind in _PLAIN:
             return value
@@ -173,7 +173,7 @@ class _Call:
         return view
 
     def kept(self, value: Any) -> Any:
-        """Arguments as a graph keeps them: the numbers of the host among them stay as they are."""
+        """Arguments as a graph stores them: host tensors are copied, as they may change later."""
         if isinstance(value, list | tuple):
             return [self.kept(part) for part in value]
         if isinstance(value, dict):
@@ -181,7 +181,7 @@ class _Call:
         return value.clone() if any(value is each for each in self.strangers) else value
 
     def handed_on(self, value: Any) -> Any:
-        """What came out, with each tensor on the device: an argument, part of one, or a new one."""
+        """The output on the device: each tensor is an argument, a view of one, or a new tensor."""
         if isinstance(value, list | tuple):
             return type(value)(self.handed_on(part) for part in value)
         if not isinstance(value, Tensor) or not self.is_ours:
@@ -194,14 +194,14 @@ class _Call:
         return self._memory.alias(below if place else (), value)
 
     def _renewed(self, tensor: Tensor, view: Tensor) -> Tensor:
-        """An argument that was written to, in the shape that the operation gave it."""
+        """An argument that was written to, with its new shape if the operation resized it."""
         if tensor.shape != view.shape or tensor.stride() != view.stride():
             _aten.set_data(tensor, self._memory.adopt(view))
         return tensor
 
 
 def _as_tensor(number: complex, beside: Tensor) -> Tensor:
-    """What was a number in Python, and PyTorch hands on as one where it wants a tensor."""
+    """A Python number as a tensor, where PyTorch passes one for a tensor argument."""
     return torch.tensor(number, dtype=torch.result_type(beside, number))
 
 
@@ -219,7 +219,7 @@ def _kind(op: Any) -> _Kind:
 
 
 def _waits_of_index(name: str, args: Sequence[Any]) -> str | None:
-    """What indexing waits for: how many entries a mask has, or an index that is on the host."""
+    """Why indexing synchronizes: to count a mask's entries, or to copy an index to the device."""
     indices = [index for index in args[1] if index is not None]
     if any(index.device.type != "fakegpu" and index.dim() for index in indices):
         return "a copy of an index to the device"

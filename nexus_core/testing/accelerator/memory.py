@@ -12,8 +12,8 @@ from torch import Tensor
 
 __all__ = ["Memory", "fill_with_garbage"]
 
-_EXTENSION_DEVICE = 12  # of DLPack, which PyTorch reads as PrivateUse1
-_DEVICE_TYPE_AT = 8  # bytes into a DLTensor, behind the pointer to its data
+_EXTENSION_DEVICE = 12  # in DLPack; PyTorch reads it as PrivateUse1
+_DEVICE_TYPE_AT = 8  # offset in a DLTensor, after the data pointer
 
 _pointer_of: Any = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype = ctypes.c_void_p
@@ -21,23 +21,23 @@ _pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class _Place(NamedTuple):
-    """A storage of the host that lies under one of the device, and the address that it has."""
+    """The host storage behind a device storage, and its address."""
 
     storage: weakref.ref[torch.UntypedStorage]
     start: int
 
 
 class Memory:
-    """Which tensors are on the accelerator, how many bytes they take, and up to which limit.
+    """Keeps track of the tensors on the accelerator, their size and its limit.
 
-    A tensor of the device is made by handing a tensor of the host to PyTorch under another name of
-    the device (DLPack); the two share memory, and no public way leads from one to the other.
+    A device tensor is a host tensor passed through DLPack with another device type: both share the
+    same memory, but PyTorch sees no connection between them.
 
     Attributes:
-        limit: bytes beyond which nothing is allocated; None: no limit.
-        share: of them, or of a terabyte, that this process may have.
-        allocated: bytes of all that is on the device now.
-        peak: the most that it was.
+        limit: memory limit in bytes; None: no limit.
+        share: fraction of the limit (or of a terabyte) that this process may use.
+        allocated: bytes of all tensors on the device.
+        peak: maximum of `allocated`.
     """
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes of the device."""
+        """The device's memory in bytes."""
         return 1 << 40 if self.limit is None else self.limit
 
     def adopt(self, host: Tensor) -> Tensor:
-        """A tensor of the device over the memory of one of the host, which nobody else keeps.
+        """Turn a host tensor, which nobody else uses, into a device tensor in the same memory.
 
         Raises:
-            torch.OutOfMemoryError: there is no room for it.
+            torch.OutOfMemoryError: it exceeds the limit.
         """
         storage = host.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
@@ -72,11 +72,11 @@ class Memory:
         return tensor
 
     def alias(self, tensors: Iterable[Tensor], host: Tensor) -> Tensor:
-        """A tensor of the device over the memory of one of the tensors, as the host's lies there.
+        """The device tensor for a host tensor: a view of one of `tensors` if they share memory.
 
         Args:
-            tensors: of the device.
-            host: over memory that is under one of them.
+            tensors: device tensors.
+            host: host tensor, possibly in the memory of one of them.
         """
         start = host.untyped_storage().data_ptr() + host.storage_offset() * host.element_size()
         for tensor in tensors:
@@ -91,11 +91,11 @@ class Memory:
         return self.adopt(host)
 
     def host_view(self, tensor: Tensor) -> Tensor:
-        """What a tensor of the device holds, as a tensor of the host over the same memory."""
+        """A host tensor with the same memory as a device tensor."""
         return self._over(tensor.untyped_storage(), tensor)
 
     def over(self, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
-        """A tensor of the device over a storage of it, as one on the device meta lies over its."""
+        """A device tensor over a device storage, with the layout of a meta tensor."""
         return self.adopt(self._over(storage, like))
 
     def _over(self, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Memory:
 
 
 def _reach(host: Tensor) -> int:
-    """Bytes from its first number to the end of its last."""
+    """The number of bytes that a tensor spans."""
     if not host.numel():
         return 0
     steps = sum((size - 1) * step for size, step in zip(host.shape, host.stride(), strict=True))
@@ -134,7 +134,7 @@ def _reach(host: Tensor) -> int:
 
 
 def fill_with_garbage(host: Tensor) -> Tensor:
-    """Fill memory that nothing has been written to with what nobody can take for a result."""
+    """Fill uninitialized memory with values that cannot be mistaken for a result."""
     if host.dtype.is_floating_point or host.dtype.is_complex:
         return host.fill_(float("nan"))
     return host.fill_(True) if host.dtype == torch.bool else host.fill_(torch.iinfo(host.dtype).max)
@@ -143,6 +143,6 @@ def fill_with_garbage(host: Tensor) -> Tensor:
 def _on_device(host: Tensor) -> Tensor:
     capsule = torch._C._to_dlpack(host)
     place = _pointer_of(capsule, b"dltensor") + _DEVICE_TYPE_AT
-    ctypes.c_int64.from_address(place).value = _EXTENSION_DEVICE  # and the index, which is 0
+    ctypes.c_int64.from_address(place).value = _EXTENSION_DEVICE  # also sets the device index to 0
     tensor: Tensor = torch._C._from_dlpack(capsule)
     return tensor

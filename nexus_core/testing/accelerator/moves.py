@@ -22,7 +22,7 @@ _below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView")  #
 
 
 class OnTheHost:
-    """What runs in it is of the host: neither a user's mode nor autograd hears of it."""
+    """Runs host operations that autograd and torch modes do not see."""
 
     def __init__(self) -> None:
         self._guards = (_without_modes(), _below_autograd())
@@ -37,17 +37,17 @@ class OnTheHost:
 
 
 class Moves:
-    """Copies, and the operations that give a tensor other memory.
+    """Copies, and operations that give a tensor other memory.
 
     Args:
-        device: whose memory and waits they are.
+        device: the device, with its memory and waits.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
 
     def kernels(self) -> dict[str, Callable[..., Any]]:
-        """What runs in place of each operation."""
+        """The implementation of each operation."""
         return {
             "copy_": self.copy_,
             "_to_copy": self.to_copy,
@@ -58,7 +58,7 @@ class Moves:
         }
 
     def copy_(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        """A copy within the device, to it, or from it."""
+        """Copy within the device, to it, or from it."""
         with OnTheHost():
             recording = self._device.recording
             if recording is None:
@@ -96,7 +96,7 @@ class Moves:
         non_blocking: bool = False,
         memory_format: torch.memory_format | None = None,
     ) -> Tensor:
-        """`Tensor.to` and `Tensor.cpu`; to the host, without waiting, it gives pinned memory."""
+        """`Tensor.to` and `Tensor.cpu`; an asynchronous copy to the host returns pinned memory."""
         with OnTheHost():
             waits, recording = self._device.waits, self._device.recording
 
@@ -129,7 +129,7 @@ class Moves:
     def resize_(
         self, tensor: Tensor, size: Sequence[int], memory_format: torch.memory_format | None = None
     ) -> Tensor:
-        """Another shape; what does not fit moves to new memory."""
+        """Resize a tensor; if it no longer fits, it moves to new memory."""
         host = self._host(tensor)
         before = host.untyped_storage().nbytes()
         wanted = torch.empty(size, dtype=tensor.dtype, device="meta")
@@ -137,7 +137,7 @@ class Moves:
         if fits:
             _aten.as_strided_(tensor, size, wanted.stride())
             return tensor
-        self._device.waits.refuse("more memory for a tensor that is there")
+        self._device.waits.refuse("growing the memory of an existing tensor")
         grown = fill_with_garbage(torch.empty(size, dtype=tensor.dtype))
         grown.flatten()[: host.numel()] = host.flatten()
         _aten.set_data(tensor, self._device.memory.adopt(grown))
@@ -151,7 +151,7 @@ class Moves:
         size: Sequence[int],
         stride: Sequence[int] = (),
     ) -> Tensor:
-        """A tensor over a storage of the device that is there."""
+        """Set a tensor to an existing storage of the device."""
         all_of_it = storage.nbytes() // tensor.element_size()
         like = torch.empty(all_of_it, dtype=tensor.dtype, device="meta")
         steps = stride or torch.empty(size, device="meta").stride()
@@ -160,7 +160,7 @@ class Moves:
         return tensor
 
     def _sent(self, source: Tensor, non_blocking: bool) -> None:
-        """A tensor of the host goes to the device; pinned memory is read from later."""
+        """Record a copy from host to device; pinned memory is read later."""
         if not non_blocking:
             self._device.waits.wait("a copy to the device (non_blocking=False)")
         elif source in self._device.pinned:
@@ -176,11 +176,11 @@ class Moves:
 def as_strided(
     tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> Tensor:
-    """Another view of the memory of a tensor."""
+    """A strided view of a tensor's memory."""
     start = tensor.storage_offset() if offset is None else offset
     made: Tensor = _aten.as_strided_(_aten.alias(tensor), size, stride, start)
     return made
 
 
 def _nothing(*_: Any) -> None:
-    """There is one stream."""
+    """Does nothing: there is only one stream."""

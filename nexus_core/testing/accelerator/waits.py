@@ -129,9 +129,9 @@ class Waits:
             if not torch.equal(copy.source, copy.value):
                 asked = copy.asked
                 raise RuntimeError(
-                    "pinned memory was written to before its copy to the device had been made, as "
-                    f"asked for at {asked.file}:{asked.line}: {asked.text}; wait for the copy, or "
-                    "write elsewhere"
+                    "pinned memory was overwritten before its copy to the device, requested at "
+                    f"{asked.file}:{asked.line}: {asked.text}, had completed; wait for the copy, "
+                    "or write elsewhere"
                 )
 
 

@@ -18,13 +18,13 @@ def check_alignment(batch: Batch, ignore_index: int, prefix: str = "") -> None:
     Hugging Face models take such labels and shift them; the losses here do not.
 
     Args:
-        batch: with `labels` and, where this can be told, `input_ids` of the same shape.
-        ignore_index: label of positions that do not count.
-        prefix: before both names.
+        batch: has `labels`, and usually `input_ids` of the same shape.
+        ignore_index: label of ignored positions.
+        prefix: prefix of both names.
 
     Raises:
-        DataError: there are no labels, or every label that counts is the id at its own position,
-            not the next one.
+        DataError: there are no labels, or every label that is not ignored equals the id at its own
+            position instead of the next one.
     """
     if (labels := batch.get(f"{prefix}labels")) is None:
         raise DataError(

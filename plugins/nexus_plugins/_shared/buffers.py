@@ -15,7 +15,7 @@ def share_buffers(model: nn.Module) -> None:
     """Broadcast the model's buffers from rank 0, whatever their dtype.
 
     Raises:
-        ConfigError: one has no values in a row that could be sent.
+        ConfigError: a buffer is sparse, so it cannot be sent.
     """
     sent = []
     for name, buffer in model.named_buffers():

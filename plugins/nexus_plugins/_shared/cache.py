@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 CACHE_TAG = "CACHEDIR.TAG"
-_WHOLE = 1 << 20  # bytes of a file that are looked at whole
-_BLOCKS, _BLOCK = 16, 1 << 14  # else
+_WHOLE = 1 << 20  # bytes; smaller files are read completely
+_BLOCKS, _BLOCK = 16, 1 << 14  # sampled from larger files
 
 
 def cache_folder(wish: Path | None) -> Path:
-    """The folder for derived files: the one wished for, or one in the user's cache folder."""
+    """The folder for derived files: the given one, or one in the user's cache folder."""
     if wish is not None:
         return expanded(wish)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -46,15 +46,15 @@ def cache_folder(wish: Path | None) -> Path:
 
 
 def signature(paths: Sequence[Path], changes: bool = False) -> list[list[str | int]]:
-    """What tells a file from another, and from what it was: other values mean other contents.
+    """A signature that changes whenever the contents of the files change.
 
-    Size and times are not enough, since copies keep them; so the bytes are looked at, all of a
+    Size and times are not enough, since copying can preserve them, so bytes are read too: all of a
     small file, samples of a large one.
 
     Args:
         paths: the files.
-        changes: count too the time that the system alone sets. Which device and inode it is does
-            not count: both change when a file system is mounted again.
+        changes: include the change time, which only the system sets. Device and inode are not
+            included, as both change when a file system is remounted.
     """
     return [_signature(path, changes) for path in paths]
 
@@ -79,7 +79,7 @@ def _sample(file: IO[bytes], size: int) -> str:
 
 
 def sample(raw: memoryview) -> str:
-    """A hash of some bytes: of all of them, of many only samples, and of their number."""
+    """A hash of the data's length and bytes; of large data only samples."""
     digest = hashlib.blake2b(str(len(raw)).encode(), digest_size=16)
     for begin, end in _spans(len(raw)):
         digest.update(raw[begin:end])
@@ -87,7 +87,7 @@ def sample(raw: memoryview) -> str:
 
 
 def _spans(size: int) -> list[tuple[int, int]]:
-    """All of a small file; of a large one blocks at even distances, the first and the last too."""
+    """The whole of a small file; evenly spaced blocks of a large one, including first and last."""
     if size <= _WHOLE:
         return [(0, size)]
     begins = [(size - _BLOCK) * block // (_BLOCKS - 1) for block in range(_BLOCKS)]
@@ -95,12 +95,12 @@ def _spans(size: int) -> list[tuple[int, int]]:
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name for everything that something was made from."""
+    """A short hash of everything that something was made from."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def tag_cache(folder: Path) -> None:
-    """Mark a folder of derived files, so that it is not read as data, nor backed up.
+    """Mark a folder of derived files, so that it is neither read as data nor backed up.
 
     Source: the Cache Directory Tagging Specification, https://bford.info/cachedir/
     """
@@ -129,7 +129,7 @@ def cached(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
             build(temporary)
             temporary.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster
+            if not target.is_dir():  # unless another process was faster
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -138,7 +138,7 @@ def cached(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn the errors of a full or forbidden disk into one that says what to do."""
+    """Turn the errors of a full or read-only disk into one that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Call what a setting names by import path, with arguments that are checked beforehand."""
+"""Call what a setting names by import path, with arguments checked in advance."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class Callee:
     """A function or class that a setting names.
 
     Args:
-        function: what is called.
-        place: where it is, as the setting says it.
+        function: the function or class.
+        place: its import path, as in the setting.
         key: the setting, for messages.
         args: its arguments by name, checked against its signature.
     """
@@ -96,7 +96,7 @@ class Callee:
     args: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, *given: object) -> Any:
-        """Call it; an error from within says which setting led there."""
+        """Call it; a note on errors names the setting."""
         with self._named():
             return self.function(*given, **self.args)
 
@@ -111,7 +111,7 @@ class Callee:
             raise
 
     def _line_of(self, error: Exception) -> str:
-        """Where in the file of the function an error is from."""
+        """The line of the function's file that an error comes from."""
         module = sys.modules.get(getattr(self.function, "__module__", ""))
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if f.filename == getattr(module, "__file__", None)]
@@ -123,13 +123,13 @@ def callee(key: str, call: Call, given: Sequence[str] = (), *, prefix: str = "ar
 
     Args:
         key: the setting, such as "model".
-        call: what it says.
-        given: what the trainer passes first, in words, for the message.
-        prefix: where the arguments are within the setting; empty: beside `call`.
+        call: its value.
+        given: the leading arguments that the trainer passes, in words, for messages.
+        prefix: key of the arguments within the setting; empty: next to `call`.
 
     Raises:
-        ConfigError: it cannot be loaded or called, or an argument is unknown, missing or of
-            another type than its annotation says.
+        ConfigError: it cannot be loaded or called, or an argument is unknown, missing or does not
+            match its annotation.
     """
     found, place = located(key, call.call), places.shown(call.call)
     where = f"{key}.{prefix}" if prefix else key
@@ -149,16 +149,16 @@ def check_arguments(
     """Check arguments against a signature.
 
     Args:
-        function: whose.
-        place: where it is, as the setting says it.
-        args: by name, as a config file can say them.
-        key: the setting that they are in.
-        given: what the trainer passes first, in words.
-        whole: whether an argument without a default must be there.
+        function: the function whose signature it is.
+        place: its import path, as in the setting.
+        args: the arguments by name, as in a config file.
+        key: the setting that contains them.
+        given: the leading arguments that the trainer passes, in words.
+        whole: whether arguments without a default are required.
 
     Returns:
-        The arguments in the types of the annotations: a tuple where a list was given, a tensor
-        where one of numbers was.
+        The arguments, converted to their annotated types: a list to a tuple, or a list of numbers
+        to a tensor.
 
     Raises:
         ConfigError: one is unknown, missing or of another type.
@@ -197,11 +197,11 @@ def takes(function: Callable[..., Any], place: int, *names: str) -> bool:
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters of a function or class, by name; None: it does not say."""
+    """The parameters of a function or class, by name; None: unknown."""
     try:
         return inspect.signature(function, eval_str=True).parameters
     except (NameError, AttributeError, TypeError, ValueError, SyntaxError, ImportError):
-        pass  # annotations for type checkers alone, or no signature at all
+        pass  # annotations only for type checkers, or no signature
     try:
         return inspect.signature(function).parameters
     except (ValueError, TypeError):
@@ -249,7 +249,7 @@ def _without_given(
 
 
 def _fitting(annotation: Any, value: JsonValue, key: str, whose: str) -> Any:
-    """The value in the type of the annotation, as far as that says something simple."""
+    """The value, converted to the annotated type if that is simple."""
     union = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     if isinstance(value, list) and Tensor in (annotation, *union):
         try:

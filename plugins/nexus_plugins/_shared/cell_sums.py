@@ -1,4 +1,4 @@
-"""Sums over cells that are spread over ranks, in one fixed order."""
+"""Sums over cells that are distributed over ranks, in a fixed order."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 Nodes = list[list[Node]]
-"""The whole subtrees that each process has the sums of, by rank."""
+"""The complete subtrees whose sums each process has, by rank."""
 
 ABSENT, SPARSE, DENSE = 0, 1, 2
 NOTHING = -0.0
-"""Added to any number it leaves the number, the sign of a zero too."""
-_ALIGNED = 64  # numbers of a process's share
-_TAGS = 4096  # of one exchange
+"""The neutral element of addition, which also preserves the sign of zero."""
+_ALIGNED = 64  # a process's share is a multiple of this many numbers
+_TAGS = 4096  # per exchange
 
 
 @torch.no_grad()
@@ -52,15 +52,15 @@ def sum_over_processes(
     """The sum over all cells of a step, on every rank.
 
     Args:
-        part: what this process has of it.
-        step: whose cells are summed.
-        count: cells of a whole batch.
-        ranks: this process among its peers; all of them ask, for the same tensors.
-        bucket: bytes that are sent at once.
+        part: the part of this process.
+        step: the step whose cells are summed.
+        count: number of cells of a full batch.
+        ranks: this process's rank; every rank must call this, for the same tensors.
+        bucket: bytes sent at once.
         ring: add as the backend does, so that the order depends on the number of processes.
 
     Returns:
-        A tensor of its own memory for each, None for what no cell has.
+        A new tensor for each; None if no cell has it.
     """
     nodes = [] if ring else nodes_of(step.cells, count, ranks.size)
     kinds = torch.tensor([max(map(kind_of, column), default=0) for column in columns(part)])
@@ -86,23 +86,23 @@ def sum_over_processes(
 
 
 class Exchange:
-    """The sum of one flat tensor over the subtrees of all processes, on its way.
+    """A pending sum of one flat tensor over the subtrees of all processes.
 
-    All processes call `begin`, `middle` and `end` in the same order; several sums may be on their
-    way at once. Each process gets its share of every subtree, adds these in the order of the tree,
-    and sends the sum to all: what a ring sends, where each has one subtree. Two processes with one
-    each leave it to the backend, as a + b is b + a.
+    All processes call `begin`, `middle` and `end` in the same order; several sums may be pending at
+    once. Each process gets its share of every subtree, adds these in the order of the tree, and
+    sends the sum to all: the traffic of a ring all-reduce if each has one subtree. Two processes
+    with one each use the backend's own sum, as a + b equals b + a.
 
     Attributes:
-        out: the sum, in the end: in the memory of the first row, where there is one.
+        out: the sum, once `end` has been called; in the memory of the first row, if there is one.
 
     Args:
-        rows: the flat sums of this process's subtrees, as long as `padded` says; written over.
-        nodes: the subtrees of all processes; none: add as the backend does.
-        ranks: this process among its peers.
-        out: memory for the sum where there is no row.
+        rows: the flat sums of this process's subtrees, of `padded` length; overwritten.
+        nodes: the subtrees of all processes; empty: use the backend's own sum.
+        ranks: this process's rank.
+        out: memory for the sum if there is no row.
         room: memory for what is received, or None; too little is replaced.
-        number: tells it from the others that are on their way.
+        number: distinguishes it from other pending sums.
     """
 
     def __init__(
@@ -195,12 +195,12 @@ class Exchange:
 
 
 def nodes_of(of: Sequence[int], count: int, size: int) -> Nodes:
-    """Of each process the subtrees that its cells fill.
+    """The subtrees that each process's cells fill.
 
     Args:
-        of: how many cells each batch of the step has.
-        count: how many a whole batch has.
-        size: how many processes there are.
+        of: number of cells of each batch of the step.
+        count: number of cells of a full batch.
+        size: number of processes.
     """
     found: Nodes = []
     for rank in range(size):
@@ -212,7 +212,7 @@ def nodes_of(of: Sequence[int], count: int, size: int) -> Nodes:
 
 
 def slice_sum(received: Sequence[Sequence[Tensor]], nodes: Nodes, cells: int) -> Tensor:
-    """The sum of what the processes have sent of one slice, a tensor for each of their subtrees."""
+    """The sum of the tensors received for one slice, one for each subtree."""
     summed = CellSum(cells, ())
     for sent, own in zip(received, nodes, strict=True):
         for node, values in zip(own, sent, strict=True):
@@ -229,7 +229,7 @@ def padded(numbers: int, ranks: Ranks) -> int:
 
 
 def kind_of(values: Tensor | None) -> int:
-    """Whether there is something, and how it is kept."""
+    """Whether there is a tensor, and its dtype, device and layout."""
     return ABSENT if values is None else SPARSE if values.is_sparse else DENSE
 
 
@@ -247,18 +247,18 @@ def buckets(like: Sequence[Tensor], places: Sequence[int], most: float) -> Itera
 
 
 def columns(part: CellSum) -> Iterator[list[Tensor | None]]:
-    """Of each tensor that is summed, what the subtrees have."""
+    """For each tensor to sum, the values of the subtrees."""
     return ([values[place] for values in part.parts.values()] for place in range(len(part.like)))
 
 
 def empty(like: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """Memory for some tensors in a row."""
+    """Memory for tensors laid out one after another."""
     numbers = padded(sum(tensor.numel() for tensor in like), ranks)
     return torch.empty(numbers, dtype=like[0].dtype, device=like[0].device)
 
 
 def flat_rows(part: CellSum, places: Sequence[int], ranks: Ranks) -> dict[Node, Tensor]:
-    """Some tensors of each subtree in a row; where there is nothing, what adds nothing."""
+    """The tensors of each subtree laid out one after another; missing ones are `NOTHING`."""
     like, rows = [part.like[place] for place in places], dict[Node, Tensor]()
     for node, values in part.parts.items():
         row = rows[node] = empty(like, ranks).fill_(NOTHING)
@@ -281,5 +281,5 @@ def _sparse_total(part: CellSum, place: int, ranks: Ranks) -> Tensor | None:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether numbers of one can be received into the other."""
+    """Whether one can be received into the memory of the other."""
     return one.dtype == other.dtype and one.device == other.device

@@ -14,7 +14,7 @@ __all__ = ["descriptor", "opened", "read_small", "write_whole"]
 
 _FOLLOWS = not hasattr(os, "O_NOFOLLOW")
 _FLAGS = sum(
-    getattr(os, flag, 0)  # those of POSIX, and those of Windows
+    getattr(os, flag, 0)  # flags of POSIX and of Windows
     for flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY", "O_NOINHERIT")
 )
 
@@ -31,7 +31,7 @@ def descriptor(path: Path, flags: int) -> int:
 
 
 def opened(path: Path) -> FileIO:
-    """Open a regular file of the folder itself: no link, no pipe, no device.
+    """Open a regular file in the folder: not a link, pipe or device.
 
     Raises:
         OSError: it cannot be opened, or is a link.
@@ -45,11 +45,11 @@ def opened(path: Path) -> FileIO:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file that is not a link and not larger than a limit.
+    """Read a regular file that is not a link and not larger than a limit.
 
     Raises:
         OSError: it cannot be opened.
-        CheckpointError: it is no such file.
+        CheckpointError: it is a link, too large, or not a regular file.
     """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Where PyTorch has optimizers that update all weights in one kernel."""
+"""Which devices have fused optimizers, which update all weights in one kernel."""
 
 from __future__ import annotations
 

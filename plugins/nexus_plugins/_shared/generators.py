@@ -15,18 +15,18 @@ from nexus_core.errors import CheckpointError
 __all__ = ["check_generators"]
 
 _WORDS = 624
-"""Of the Mersenne Twister, which python, numpy and torch on the CPU have."""
+"""Words of the Mersenne Twister, the generator of Python, NumPy and torch on the CPU."""
 _TORCH_BYTES = 5056
 
 
 def check_generators(saved: Mapping[str, Any]) -> None:
     """Load the states of Python, NumPy, torch and its devices into unused generators.
 
-    What the libraries do not look at themselves is checked here: a place within the words of a
-    generator is believed, and beyond them is other memory.
+    Checks what the libraries do not: a position beyond the words of a generator would read other
+    memory.
 
     Raises:
-        CheckpointError: a state is not one.
+        CheckpointError: a state is invalid.
     """
     try:
         version, words, gauss = saved["python"]
@@ -48,7 +48,7 @@ def check_generators(saved: Mapping[str, Any]) -> None:
 
 
 def _check_place(state: Tensor) -> None:
-    """See that torch's generator will read its next word from among its own."""
+    """Check that the position of torch's generator is within its words."""
     if state.numel() == _TORCH_BYTES:
         raw = state.contiguous().numpy()
         left, following = int(raw[8:12].view(np.int32)[0]), int(raw[16:24].view(np.uint64)[0])

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_cross_entropy"]
 
-LOGITS_AT_ONCE = 2**25  # a matrix product that is large enough to be fast
-LOGITS_ON_CPU = 2**23  # where a smaller one is as fast
-LOGITS_IN_CACHE = 2**18  # the softmax goes over its input several times
+LOGITS_AT_ONCE = 2**25  # enough for a fast matrix product
+LOGITS_ON_CPU = 2**23  # enough on the CPU
+LOGITS_IN_CACHE = 2**18  # the softmax reads its input several times
 FLOAT16_ROWS = 4096  # sums over more rows may exceed its 65,504, whatever scale the loss has
 
 
@@ -28,16 +28,17 @@ def linear_cross_entropy(
 
     Args:
         hidden: `(n, D)`.
-        weight: `(V, D)`, of the output layer.
+        weight: `(V, D)`, the weight of the output layer.
         labels: `(n,)`, ids below V, or `ignore_index`.
-        label_smoothing: part of the target that is spread over all ids.
-        ignore_index: label of rows that do not count.
+        label_smoothing: share of the target that is spread over all ids.
+        ignore_index: label of ignored rows.
 
     Returns:
-        Nats, without dimensions; 0 if no row counts.
+        The sum in nats, 0-d; 0 if all rows are ignored.
 
-    Source: Hsu et al. 2024, "Liger Kernel": the gradients are made in the forward pass, while the
-        logits exist. Here the smoothing's terms, of rank one, never touch the logits.
+    Source: Hsu et al. 2024, "Liger Kernel": the gradients are computed in the forward pass, while
+    the logits exist. Here the terms of label smoothing, which have rank one, are computed without
+    logits.
     """
     counted = labels != ignore_index
     chosen = _dropped if hidden.is_cpu else _emptied
@@ -48,17 +49,17 @@ def linear_cross_entropy(
 
 
 def _dropped(hidden: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave out the rows that do not count; they cost nothing then."""
+    """Drop ignored rows, so that they cost nothing."""
     if not counted.all():
         hidden, labels = hidden[counted], labels[counted]
     return hidden, labels, hidden.new_zeros(())
 
 
 def _emptied(hidden: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Set the rows that do not count to zero; nobody waits to hear from the device which they are.
+    """Set ignored rows to zero, which needs no device sync, unlike dropping them.
 
-    All logits of such a row are zero, so its loss is `log V`, and it has no part in any gradient.
-    The third result is how many they are.
+    All logits of such a row are zero, so its loss is `log V`, and it adds nothing to any gradient.
+    The third result is their number.
     """
     silent = (~counted).sum().to(torch.promote_types(hidden.dtype, torch.float32))
     return hidden.where(counted.unsqueeze(-1), 0), labels.where(counted, 0), silent
@@ -107,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _rows_at_once(vocabulary: int, dtype: torch.dtype, on_cpu: bool) -> int:
-    """Rows whose product with their logits' gradients stays in the range of its type."""
+    """How many rows fit a chunk without overflow in the product with their gradients."""
     most = min(LOGITS_AT_ONCE, LOGITS_ON_CPU) if on_cpu else LOGITS_AT_ONCE
     rows = max(1, most // vocabulary)
     return min(rows, FLOAT16_ROWS) if dtype == torch.float16 else rows
@@ -119,7 +120,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:
     picked = logits.gather(1, labels.unsqueeze(1))
     total = -confidence * picked.sum(dtype=wide)
     for block in torch.split(logits, max(1, LOGITS_IN_CACHE // logits.shape[1])):
-        weights = block.to(wide)  # the block itself, if it is as wide
+        weights = block.to(wide)  # the block itself, if it has this dtype
         peak = weights.amax(-1, keepdim=True)
         whole = weights.sub_(peak).exp_().sum(-1, keepdim=True)
         total += (peak + whole.log()).sum()
@@ -129,7 +130,7 @@ def _to_gradient(logits: Tensor, labels: Tensor, confidence: float) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a matrix product, without a copy of it where its type is that of the sum."""
+    """Add a matrix product in place, without a temporary if the dtypes match."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

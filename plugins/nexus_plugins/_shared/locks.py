@@ -11,7 +11,7 @@ from typing import IO, Any
 __all__ = ["lock"]
 
 _BEYOND = 2**30
-"""The byte that is locked on Windows, where nobody can read what is locked: far behind the end."""
+"""The byte to lock on Windows, far beyond the end, since locked bytes cannot be read there."""
 _RETRY_S = 0.1
 
 
@@ -20,7 +20,7 @@ def lock(file: IO[Any], *, wait: bool) -> None:
 
     Args:
         file: open for writing.
-        wait: until another process has given it back.
+        wait: wait until another process has released it.
 
     Raises:
         BlockingIOError: another process has it, and `wait` is False.

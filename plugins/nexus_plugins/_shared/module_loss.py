@@ -1,4 +1,4 @@
-"""The loss of one module's reports, and the positions that such a loss counts."""
+"""The base class of losses of one module's reports, and the positions they count."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ class ModuleLoss(Loss[LossConfigT]):
 
 
 def real_positions(batch: Batch, ignore_index: int) -> Tensor:
-    """Which tokens of a batch predict or are predicted, as opposed to padding.
+    """The mask of tokens that predict or are predicted, as opposed to padding.
 
     Args:
-        batch: with `input_ids` and, where some do not count, `labels`, both `(B, T)`.
+        batch: has `input_ids` and, if some are ignored, `labels`, both `(B, T)`.
         ignore_index: the label of positions that predict nothing.
 
     Returns:
-        `(B, T)` bool; all of them where there are no labels.
+        `(B, T)` bool; all True if there are no labels.
     """
     if "labels" not in batch:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)

@@ -14,7 +14,7 @@ from nexus_core.processes import Ranks, is_sharded, local_part
 __all__ = ["steady_norm"]
 
 AT_ONCE = {"cpu": 1 << 18}
-"""Numbers that are squared and added at once: on the host, as many as stay in the cache."""
+"""Numbers squared and added at once: on the host, as many as fit in the cache."""
 AT_ONCE_ELSEWHERE = 1 << 24
 
 
@@ -22,12 +22,13 @@ AT_ONCE_ELSEWHERE = 1 << 24
 def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """The L2 norm of gradients, bitwise identical whether they are whole or sharded by rows.
 
-    The squares of each row are added in halves, then those sums likewise: every addition is a sum
-    of two tensors, so no kernel chooses an order.
+    The squares of each row are added by repeated halving, then those sums likewise. Every addition
+    is elementwise, so the order does not depend on a kernel.
 
     Args:
-        gradients: strided; a divided one (`DTensor`) by its first dimension over all processes.
-        ranks: this process among its peers; where a gradient is divided, all of them ask.
+        gradients: strided tensors; a `DTensor` must be sharded by its first dimension over all
+            ranks.
+        ranks: this process's rank; if a gradient is sharded, every rank must call this.
     """
     own = _sums_of_rows([local_part(gradient) for gradient in gradients])
     divided = [place for place, gradient in enumerate(gradients) if is_sharded(gradient)]
@@ -49,8 +50,8 @@ def steady_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
 def _sums_of_rows(gradients: Sequence[Tensor]) -> list[Tensor]:
     """The sums of squares of the rows of each gradient `(first dimension,)`, float32 at least.
 
-    Rows of one width are added together, of whichever gradient they are: a small model has many
-    gradients, and each call on one costs more than its numbers.
+    Rows of equal width are summed together, also of different gradients: a small model has many
+    gradients, and a call costs more than the arithmetic.
     """
     alike: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     rows = [g.reshape(len(g) if g.ndim else 1, math.prod(g.shape[1:])) for g in gradients]
@@ -72,7 +73,7 @@ def _sums_of_rows(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _squares(rows: Sequence[Tensor], room: Tensor) -> Tensor:
-    """The squares of some rows, in memory that is used again and again."""
+    """The squares of some rows, in reused memory."""
     found = room[: sum(map(len, rows))]
     for part, one in zip(torch.split(found, [*map(len, rows)]), rows, strict=True):
         part.copy_(one)
@@ -94,7 +95,7 @@ def _blocks(matrices: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
 
 
 def _halved(values: Tensor) -> Tensor:
-    """Rows, written over: one half is added to the other until a number is left."""
+    """Sum each row in place, adding one half to the other until one number is left."""
     while values.shape[1] > 1:
         half = values.shape[1] // 2
         both = values[:, :half].add_(values[:, half : 2 * half])

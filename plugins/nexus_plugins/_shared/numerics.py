@@ -10,7 +10,7 @@ import torch
 __all__ = ["WORKSPACE", "differences", "numerics"]
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-"""The variable by which cuBLAS is told to work in the same memory each time."""
+"""The variable that makes cuBLAS use the same workspace each time."""
 Setting = bool | str | None
 
 
@@ -18,7 +18,7 @@ def numerics(device: torch.device) -> dict[str, Setting]:
     """The current settings by name, and the hardware.
 
     Args:
-        device: of the run.
+        device: the run's device.
     """
     products = torch.backends.cuda.matmul
     return {

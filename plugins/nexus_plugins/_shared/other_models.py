@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["at_rest", "forward_of", "has_adapters", "weights_hash", "without_adapters"]
 
-_SAMPLED = 1024  # numbers of each tensor that its hash looks at
+_SAMPLED = 1024  # numbers per tensor that are hashed
 
 
 class _Instead:
-    """The run with another model in it, for the hooks of one pass."""
+    """The run with another model, for the hooks of one pass."""
 
     def __init__(self, engine: Run, model: nn.Module) -> None:
         self._run, self.model = engine, model
@@ -31,7 +31,7 @@ class _Instead:
 
 
 def forward_of(engine: Run, model: nn.Module, batch: Batch, step: Step | None) -> Any:
-    """What the run's hook `forward` makes of a batch with another model of the same make."""
+    """The result of the run's hook `forward` for a batch and another model of the same kind."""
     run = cast("Run", _Instead(engine, model))
     return engine.hook.forward(engine=run, batch=batch, step=step)
 
@@ -50,12 +50,12 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether layers of the model can switch adapters off."""
+    """Whether the model has adapters that can be disabled."""
     return any(_switches(module) for module in model.modules())
 
 
 def _switches(module: nn.Module) -> bool:
-    """A layer of adapters; models of transformers have a method of that name for other ends."""
+    """Whether it is an adapter layer; transformers models have an unrelated method of that name."""
     return hasattr(module, "adapter_layer_names") and hasattr(module, "enable_adapters")
 
 
@@ -76,7 +76,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of a model's weights; of large ones it looks at a sample, spread evenly."""
+    """A hash of a model's weights; of large tensors it reads evenly spread samples."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters(remove_duplicate=False)):
         flat = tensor.detach().reshape(-1)

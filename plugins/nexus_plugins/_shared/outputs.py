@@ -12,7 +12,7 @@ from nexus_core.errors import ConfigError
 __all__ = ["MODULE_OUTPUTS", "described", "module_outputs", "rows_of"]
 
 MODULE_OUTPUTS = "module_outputs"
-_SHOWN = 8  # names of a dict
+_SHOWN = 8  # keys of a dict in a message
 
 
 def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
@@ -31,7 +31,7 @@ def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
     hidden, head = _named(first, "hidden"), _named(first, "head_weight")
     if isinstance(hidden, Tensor) and isinstance(head, Tensor):
         return hidden, head
-    logits = _named(first, "logits")  # asked for last: reading it may compute it
+    logits = _named(first, "logits")  # read last, since it may be computed lazily
     if isinstance(logits, Tensor):
         return logits, None
     raise ConfigError(
@@ -42,10 +42,10 @@ def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def module_outputs(output: Any) -> Mapping[str, Any]:
-    """What the modules of a model report, by their names; empty where nothing is.
+    """What the modules of a model report, by their names; empty if nothing.
 
     Args:
-        output: an object or a dict with `module_outputs`, or a tuple or list with one in it.
+        output: an object or dict with `module_outputs`, or a tuple or list that contains one.
     """
     for one in output if isinstance(output, tuple | list) else (output,):
         found = _named(one, MODULE_OUTPUTS)
@@ -55,7 +55,7 @@ def module_outputs(output: Any) -> Mapping[str, Any]:
 
 
 def described(output: Any) -> str:
-    """A model's output in a few words: its type, and the names or shapes in it."""
+    """A model's output in a few words: its type, and its keys or shapes."""
     kind = type(output).__name__
     if isinstance(output, Tensor):
         return f"a tensor {tuple(output.shape)}"

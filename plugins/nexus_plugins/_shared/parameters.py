@@ -72,7 +72,7 @@ def matching(names: Iterable[str], pattern: str, key: str, what: str = "paramete
 
     Args:
         names: dotted names of parameters or modules.
-        pattern: as of files: `*` is anything (dots too), `?` one character, `[ab]` a choice.
+        pattern: a glob: `*` matches anything (dots too), `?` one character, `[ab]` a choice.
         key: the setting that the pattern comes from, for the message.
         what: "parameter" or "module".
 
@@ -96,7 +96,7 @@ def freeze(model: nn.Module, patterns: Iterable[str], key: str) -> None:
     """Freeze the parameters that match the patterns.
 
     Args:
-        model: whose parameters.
+        model: the model.
         patterns: as for `matching`.
         key: the setting that the patterns come from, for the message.
 
@@ -113,8 +113,8 @@ def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.
     """The modules of a model that match the patterns, by name, in the model's order.
 
     Args:
-        model: whose modules; without the model itself.
-        patterns: as for `matching`; none: the members of every ModuleList.
+        model: the model; it does not match itself.
+        patterns: as for `matching`; empty: the members of every ModuleList.
         key: the setting that the patterns come from, for the message.
 
     Raises:
@@ -132,8 +132,8 @@ def blocks(model: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.
 def decaying(model: nn.Module) -> set[int]:
     """The `id` of each parameter to apply weight decay to: the matrices of linear layers.
 
-    Left out: all with fewer than two dimensions, biases, norms, embeddings (so a head tied to
-    one too), and parameters with an attribute `_no_weight_decay = True`.
+    Excluded are parameters with fewer than two dimensions, biases, norms, embeddings (and heads
+    tied to them), and parameters with an attribute `_no_weight_decay = True`.
     """
     spared = {
         id(parameter)
@@ -160,15 +160,15 @@ def groups_of(
     """Freeze parameters as configured, and sort the rest into parameter groups.
 
     Args:
-        model: whose parameters.
+        model: the model.
         config: the optimizer's settings.
-        plugin: its name, for messages.
-        powers: by the `id` of a linear map's weight, of the width that its learning rate is
-            divided by where `base_width` is set; 1 for those left out.
+        plugin: the optimizer's plugin name, for messages.
+        powers: by the `id` of a linear layer's weight, the power of the width that its learning
+            rate is divided by if `base_width` is set; 1 for those not listed.
 
     Returns:
-        Groups with `params`, `name`, `weight_decay`, and `lr` where it is not the common one; the
-        common groups first.
+        Groups with `params`, `name`, `weight_decay`, and `lr` if it differs from the common one;
+        the common groups come first.
 
     Raises:
         ConfigError: a pattern matches nothing, or all parameters are frozen.
@@ -195,10 +195,10 @@ def groups_of(
 
 
 def _widths(model: nn.Module) -> dict[int, int]:
-    """How many inputs each linear map has, by the `id` of its weight.
+    """The number of inputs of each linear layer, by the `id` of its weight.
 
-    Left out are those tied to an embedding, and a head whose logits the model shrinks itself: the
-    rate of an output that has a multiplier stays as it is.
+    Excludes layers tied to an embedding, and a head whose logits the model scales down itself: the
+    learning rate of an output layer with a multiplier is not changed.
     """
     apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     apart |= {id(weight) for weight in getattr(model, "shrunk_heads", ())}
@@ -213,7 +213,7 @@ def _by_width(
     widths: Mapping[int, int],
     powers: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """Divide a group by how fast its members learn; a step decays all of them alike.
+    """Split a group by learning rate; weight decay per step is the same for all.
 
     Source: Yang et al. 2022, "Tensor Programs V", table 8.
     """
@@ -236,7 +236,7 @@ def _by_width(
 def _split(
     model: nn.Module, names: Sequence[str], group: GroupConfig | None, common: float
 ) -> list[dict[str, Any]]:
-    """Up to two parameter groups: what decays, and what does not."""
+    """Up to two parameter groups: with and without weight decay."""
     decays = decaying(model)
     title = group.match if group else "all"
     own = {"lr": group.lr} if group and group.lr is not None else {}

@@ -14,7 +14,7 @@ _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
 def expanded(wish: str | Path) -> Path:
-    """The path with `~` and `$NAME` replaced; one that exists as it is written stays.
+    """The path with `~` and `$NAME` replaced, unless it exists as written.
 
     Raises:
         DataError: a variable is not set, or there is no such user.
@@ -42,7 +42,7 @@ def expanded(wish: str | Path) -> Path:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, and all that a terminal would act on, as escapes."""
+    """The text with control characters and terminal sequences escaped."""
     return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
 
 

@@ -19,8 +19,8 @@ class ProcessSetting(Generic[T]):
     in whichever order they end. Like the setting, the count is process-wide.
 
     Args:
-        name: the setting, as a message names it.
-        read: tells its value.
+        name: the setting's name in messages.
+        read: returns its value.
         write: sets it.
     """
 
@@ -31,10 +31,10 @@ class ProcessSetting(Generic[T]):
         self._before: T
 
     def hold(self, value: T) -> Callable[[], None]:
-        """Set it to `value` for a run, and return what releases it, to be called once.
+        """Set it to `value` for a run; returns a function that releases it, to be called once.
 
         Raises:
-            ConfigError: another run of this process holds it at another value.
+            ConfigError: another run of this process holds it with another value.
         """
         if self._runs == 0:
             self._before, self._held = self._read(), value

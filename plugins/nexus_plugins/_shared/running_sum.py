@@ -1,4 +1,4 @@
-"""Running sums in an order that is known."""
+"""Cumulative sums in a deterministic order."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 __all__ = ["running_sum"]
 
-ADD_IN_ORDER = ("cpu",)  # devices on which cumsum adds up floats in one order
+ADD_IN_ORDER = ("cpu",)  # devices with a deterministic cumsum of floats
 
 
 def running_sum(value: Tensor, dim: int) -> Tensor:
-    """`value.cumsum(dim)`, in an order that is always the same where that is asked for.
+    """`value.cumsum(dim)`, in a fixed order if deterministic algorithms are requested.
 
-    On CUDA PyTorch has no deterministic `cumsum` of floats, so the sums are made there by doubling:
-    of 1, 2, 4, ... neighbours. It takes log2 of the length times as long, and rounds less.
+    PyTorch has no deterministic `cumsum` of floats on CUDA, so there the sums are computed by
+    doubling, over 1, 2, 4, ... neighbours. This takes log2(length) times as long, and rounds less.
 
     Source: Hillis & Steele 1986, "Data parallel algorithms".
     """

@@ -50,7 +50,7 @@ class Sampling:
         """A token `(B,)` for each row of logits `(B, V)`.
 
         Args:
-            logits: of the last positions; the generator is of their device.
+            logits: logits of the last positions, on the generator's device.
             generator: source of randomness; None: the device's own.
         """
         if self.temperature == 0:
@@ -60,7 +60,7 @@ class Sampling:
         return tokens.gather(-1, choice).squeeze(-1)
 
     def chances(self, logits: Tensor) -> Tensor:
-        """The probabilities `(..., V)` with which tokens are chosen, 0 for those that never are."""
+        """The probabilities `(..., V)` with which tokens are chosen, 0 for excluded ones."""
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         shares, tokens = self.shares(logits)
@@ -68,9 +68,9 @@ class Sampling:
         return torch.zeros_like(logits).scatter(-1, tokens, shares / total)
 
     def shares(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `(..., V)` of the tokens, the likeliest first, and the tokens themselves."""
+        """Weights `(..., V)` of the tokens, in descending order, and the tokens."""
         ordered, tokens = logits.sort(-1, descending=True)
-        # From the likeliest down, so that a low temperature cannot overflow; 0 / 0 is no number.
+        # Relative to the largest, so that a low temperature cannot overflow; 0 / 0 would be nan.
         least = torch.finfo(logits.dtype).tiny
         ordered = (ordered - ordered[..., :1]) / max(self.temperature, least)
         if self.top_k is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["Gradient", "add_term_gradients", "stack_parts", "sum_products", "trunk_products"]
 
 Gradient: TypeAlias = list[Tensor | None]
-"""One tensor for each parameter, None where the term does not reach it."""
+"""One tensor for each parameter, None if the term does not depend on it."""
 
 
 def add_term_gradients(
@@ -19,12 +19,12 @@ def add_term_gradients(
 ) -> dict[str, Gradient]:
     """Add a micro-batch's gradients to those of the micro-batches before it.
 
-    Costs a backward pass a term. The graph is kept, and no `.grad` changes.
+    Costs one backward pass per term. The graph is retained, and no `.grad` changes.
 
     Args:
-        before: of the step so far, by term.
-        terms: what the `backward` hook gets, each 0-d; one without a graph is left out.
-        parameters: the leaves to differentiate by.
+        before: the gradients of the step so far, by term.
+        terms: the argument of the `backward` hook, each 0-d; terms without a graph are skipped.
+        parameters: the leaves to differentiate with respect to.
     """
     gradients = dict(before)
     for name, term in terms.items():
@@ -35,13 +35,13 @@ def add_term_gradients(
 
 
 def trunk_products(gradients: Mapping[str, Gradient]) -> tuple[tuple[str, ...], Tensor]:
-    """The inner products of the terms' gradients over the trunk, on the device.
+    """The inner products of the terms' gradients over the shared trunk, on the device.
 
-    The trunk are the parameters that more terms reach than any other, and at least two.
+    The trunk is the set of parameters that the most terms depend on, at least two.
 
     Returns:
-        The names of the n terms that reach it, sorted, and a float32 matrix `(n, n)`; no name and
-        an empty matrix where there is no trunk.
+        The sorted names of the n terms that depend on it, and a float32 matrix `(n, n)`; both empty
+        if there is no trunk.
     """
     reached = [
         sum(part is not None for part in parts) for parts in zip(*gradients.values(), strict=True)
@@ -65,7 +65,7 @@ def sum_products(stacked: Sequence[Tensor]) -> Tensor:
 
 
 def stack_parts(parts: Sequence[Tensor | None]) -> Tensor:
-    """The gradients `(terms, ...)` of one parameter, zero where a term does not reach it."""
+    """The gradients `(terms, ...)` of one parameter, zero for terms that do not depend on it."""
     shape = next(part for part in parts if part is not None)
     return torch.stack([torch.zeros_like(shape) if part is None else part for part in parts])
 

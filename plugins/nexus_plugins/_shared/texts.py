@@ -1,4 +1,4 @@
-"""Text of models, as it is shown to people."""
+"""Display text that a model generated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["harmless"]
 
 
 def harmless(text: str) -> str:
-    """The text with what would steer a terminal as escapes; line breaks stay."""
+    """The text with terminal control characters escaped, except line breaks."""
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
         for letter in text

@@ -18,15 +18,15 @@ LOGITS_AT_ONCE = 2**24
 
 
 def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """The cross-entropy of each label, in nats; 0 if it does not count.
+    """The cross-entropy of each label, in nats; 0 for ignored labels.
 
     Args:
-        output: of a model, as `outputs.rows_of` takes it.
+        output: a model's output, as accepted by `outputs.rows_of`.
         labels: `(B, T)`.
-        ignore_index: label of positions that do not count.
+        ignore_index: label of ignored positions.
 
     Returns:
-        `(B, T)` float32. Gradients are made in the backward pass, from logits that are made anew.
+        `(B, T)` float32. The backward pass recomputes the logits.
 
     Raises:
         DataError: labels have another shape.

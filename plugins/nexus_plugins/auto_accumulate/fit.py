@@ -26,9 +26,9 @@ def largest_tried(rows: int, attempt: Attempt, forget: Callable[[], None]) -> in
     """Halve the rows until an attempt does not run out of memory.
 
     Args:
-        rows: to begin with.
-        attempt: raises `torch.OutOfMemoryError` where so many do not fit.
-        forget: gives memory back after an attempt that failed.
+        rows: number of rows to start with.
+        attempt: raises `torch.OutOfMemoryError` if that many rows do not fit.
+        forget: frees memory after a failed attempt.
 
     Raises:
         RunError: one row does not fit.
@@ -45,20 +45,20 @@ def largest_tried(rows: int, attempt: Attempt, forget: Callable[[], None]) -> in
                 ) from error
         else:
             return rows
-        forget()  # out of the handler, which holds the failed attempt's tensors
+        forget()  # outside the handler, which references the failed attempt's tensors
         rows = -(-rows // 2)
 
 
 def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
-    """Double the rows from one on while the next peak is sure to stay within `room`.
+    """Double the rows, starting with one, while the next peak is certain to fit in `room`.
 
-    The peak of n rows is at most a constant and n times a slope, so twice the rows take at most
-    twice the peak: memory is never asked for that is not there.
+    The peak of n rows is at most linear in n, so twice the rows take at most twice the peak: no
+    attempt exceeds the available memory.
 
     Args:
-        rows: the most that are wanted.
-        peak: bytes that the attempts up to so many rows have taken at the most.
-        room: bytes that it may take.
+        rows: maximum number of rows.
+        peak: peak bytes of all attempts with up to this many rows.
+        room: available bytes.
 
     Raises:
         RunError: one row does not fit.
@@ -82,10 +82,10 @@ def largest_measured(rows: int, peak: Callable[[int], int], room: int) -> int:
 
 
 def forget_peak() -> bool:
-    """Set the high-water mark of this process's memory back; False where the system cannot.
+    """Reset the peak memory of this process; False if the system does not support it.
 
-    Garbage, and memory that the C library keeps back, would hide what comes next: both go back to
-    the system first.
+    First returns garbage and memory cached by the C library to the system, as they would hide what
+    comes next.
     """
     if not _RESET.exists():
         return False
@@ -100,12 +100,12 @@ def forget_peak() -> bool:
 
 
 def peak_memory() -> int:
-    """Bytes that this process had resident at the most since `forget_peak`."""
+    """Peak resident bytes of this process since `forget_peak`."""
     return int(_found(r"VmHWM:\s+(\d+)", _STATUS)) * 1024
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group."""
+    """Bytes still available to this process: on the machine, and in its control group."""
     free = int(_found(r"MemAvailable:\s+(\d+)", _MEMINFO)) * 1024
     limit = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
     return free if limit == "max" else min(free, int(limit) - int(_USED.read_text()))

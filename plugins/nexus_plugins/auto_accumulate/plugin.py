@@ -139,21 +139,21 @@ class AutoAccumulatePlugin(Plugin[AutoAccumulateConfig]):
 
 
 def _empty_cache(module: ModuleType) -> None:
-    """Give the memory of a failed attempt back, reference cycles included."""
+    """Free the memory of a failed attempt, including reference cycles."""
     gc.collect()
     module.empty_cache()
 
 
 def _width(batch: Rows) -> int:
-    """Numbers in a row."""
+    """The number of values in a row."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() for tensor in tensors) // max(batch_size(batch)[0], 1)
 
 
 def _attempt(engine: Engine, batch: Rows) -> None:
-    """Run two micro-batches forward and backward, and leave no trace.
+    """Run two micro-batches forward and backward, without side effects.
 
-    Two, since the second meets what is kept of the first: its gradient and its output.
+    Two, since the gradient and output of the first are still in memory during the second.
     """
     kept = []
     moved = to_device(batch, engine.device)
@@ -184,12 +184,12 @@ def _room_for_the_optimizer(engine: Engine) -> Iterator[None]:
 def _limited(
     module: ModuleType, device: torch.device, config: AutoAccumulateConfig
 ) -> Iterator[None]:
-    """Let the allocator refuse what is above the limit less the margin.
+    """Make the allocator fail beyond the limit minus the margin.
 
     Args:
-        module: of the kind of device, such as `torch.cuda`.
-        device: whose memory it is.
-        config: has limit and margin.
+        module: the device module, such as `torch.cuda`.
+        device: the device to limit.
+        config: the plugin's settings, with limit and margin.
     """
     free, total = module.mem_get_info(device)
     limit = module.memory_reserved(device) + free

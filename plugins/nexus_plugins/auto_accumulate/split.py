@@ -1,4 +1,4 @@
-"""Batches cut into parts of about as many rows."""
+"""Split batches into parts of nearly equal size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Rows = MutableMapping[str, object]
 
 
 def is_splittable(batch: Batch) -> TypeGuard[Rows]:
-    """Whether it is a dict, so that a part can stand in its place."""
+    """Whether it is a dict, so that parts can replace it."""
     return isinstance(batch, MutableMapping)
 
 
 def parts(batch: Rows, rows: int) -> list[dict[str, object]]:
-    """The batch in as few parts of up to `rows` rows as it takes, none much smaller than others.
+    """Split the batch into as few nearly equal parts of at most `rows` rows as possible.
 
-    Tensors and lists with an entry per row are cut, as views; anything else is in every part.
+    Tensors and lists with an entry per row are split, as views; anything else is in every part.
     """
     total = batch_size(batch)[0]
     if total <= rows:

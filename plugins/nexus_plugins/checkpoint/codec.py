@@ -44,7 +44,7 @@ class TensorBag:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
-        """Names that were not stored because their memory is, under another name."""
+        """Names that are not stored because their memory is stored under another name."""
         self._seen: dict[tuple[object, ...], str] = {}
 
     def add(self, path: str, tensor: Tensor) -> str:
@@ -69,14 +69,14 @@ def encode(value: object, bag: TensorBag, path: str = "", depth: int = 0) -> Jso
     """Encode a tree as JSON; its tensors go into the bag.
 
     Args:
-        value: dicts, lists, tuples, tensors, strings, bytes, numbers, booleans and None, and
-            no subclasses of them: those would be restored as the base type.
-        bag: takes the tensors.
+        value: dicts, lists, tuples, tensors, strings, bytes, numbers, booleans and None, but no
+            subclasses, which would be restored as the base type.
+        bag: collects the tensors.
         path: the path of the tree, for tensor names and error messages.
-        depth: of that path.
+        depth: depth of that path.
 
     Raises:
-        CheckpointError: the tree holds an unsupported type, or is recursive.
+        CheckpointError: the tree contains an unsupported type, or is recursive.
     """
     if depth > _DEPTH:
         raise CheckpointError(

@@ -47,7 +47,7 @@ class Course:
 
 
 def begun(asked: str, source: Path) -> Course:
-    """The course that starts now."""
+    """Start a course."""
     return Course(_absolute(asked), str(source.resolve()), False, _launch())
 
 
@@ -107,7 +107,7 @@ def _taken_already(asked: str, course: Course) -> bool:
     if restarts == "0" or course.asked != _absolute(asked):
         return False
     ours = _launch()
-    return list(course.launch) == ours or course.launch[0] != ours[0]  # begun on another machine
+    return list(course.launch) == ours or course.launch[0] != ours[0]  # started on another machine
 
 
 def _absolute(asked: str) -> str:
@@ -115,7 +115,7 @@ def _absolute(asked: str) -> str:
 
 
 def _launch() -> list[str]:
-    """Host and parent of this process; the parent's start tells it from another of that number."""
+    """Host and parent process id, with the parent's start time, since ids are reused."""
     parent = os.getppid()
     try:
         start = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]

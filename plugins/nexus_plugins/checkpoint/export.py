@@ -54,7 +54,7 @@ class Options:
 
 
 Exporter: TypeAlias = Callable[[Path, Path, Options], list[Path]]
-"""From a checkpoint or run to a new folder, which it writes; gives the files in it."""
+"""Exports a checkpoint or run to a new folder, and returns the files in it."""
 
 
 def exporter(name: str) -> Exporter:
@@ -103,7 +103,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
         raise ConfigError(f"'{out}' already exists; export needs a new folder: --out FOLDER")
     found = checkpoint_of(source)
     content = folder.read(found)
-    lay_out(content, lambda name, shape: None)  # nothing is divided here
+    lay_out(content, lambda name, shape: None)  # nothing is sharded here
     tensors, keys = content.tensors[MODEL], keys_of(content)
     if ema:
         tensors = tensors | averaged(content, keys)
@@ -127,7 +127,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> list[Path]:
 
 
 def _tokenizer(found: Path) -> bytes | None:
-    """The run's tokenizer; a link may lead to what nobody meant to export, and is not followed."""
+    """The run's tokenizer; links are not followed, as they may point to private files."""
     path = found.parent.parent / "tokenizer.json"
     is_of_run = found.parent.name.partition("@")[0] == "checkpoints"
     try:
@@ -142,9 +142,9 @@ def _tokenizer(found: Path) -> bytes | None:
 
 
 def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What a reader must know to build the model, and how large it is.
+    """What a reader needs to build the model, and its size.
 
-    The settings of the model's plugin, and its state: what it found out by itself.
+    The settings of the model's plugin, and its state, which is what it determined at run time.
     """
     blocks = blocks_of(content.config)
     name = next((n for n in blocks if n == "model" or n.startswith("model_")), None)
@@ -153,7 +153,7 @@ def _facts(content: folder.Content, tensors: dict[str, Tensor]) -> dict[str, Any
         place = place.get(key) if isinstance(place, dict) else None
     found = place if isinstance(place, dict) else {}
     return {
-        "model_plugin": name,  # no `model_type`: that is a promise to transformers
+        "model_plugin": name,  # no `model_type`, which transformers would act on
         **(blocks[name] if name else {}),
         **{key: value for key, value in found.items() if _is_plain(value)},
         "parameters": sum(tensor.numel() for tensor in tensors.values()),

@@ -2,7 +2,7 @@
 
 All tensors go into one block of memory that is reused by the next save: copying into memory that
 has been touched before is several times faster. On an accelerator the block is page-locked and the
-copies are queued behind the step, so the host does not wait.
+copies are queued after the step, so the host does not wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 
 class HostCopy:
-    """Copies tensors into its own memory, the same each time."""
+    """Copies tensors into its own memory, which it reuses."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
@@ -29,14 +29,14 @@ class HostCopy:
         """Allocate memory for such tensors, which takes longer than copying them.
 
         Args:
-            tensors: as many and as large as those to be copied.
+            tensors: tensors of the same number and sizes as those to be copied.
             spare: additional bytes.
         """
         listed = list(tensors)
         size = spare + sum(_space(tensor) for tensor in listed)
         if size > self._block.numel():
             pinned = any(_is_queued(tensor) for tensor in listed)
-            self._block = torch.empty(0, dtype=torch.uint8)  # give back the old one first
+            self._block = torch.empty(0, dtype=torch.uint8)  # free the old one first
             self._block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
             self._block.numpy().fill(0)
 
@@ -74,12 +74,12 @@ class HostCopy:
 
 
 def _is_queued(tensor: Tensor) -> bool:
-    """Whether a copy to page-locked memory is queued on its device, and the host need not wait."""
+    """Whether a copy to page-locked memory is queued on the device, without a wait of the host."""
     return tensor.device.type not in ("cpu", "mps", "meta")
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the bytes of the tensor are its values in order, in host memory."""
+    """Whether the tensor is contiguous and in host memory."""
     on_host = tensor.device.type == "cpu" and tensor.is_contiguous()
     return on_host and not (tensor.is_conj() or tensor.is_neg())
 

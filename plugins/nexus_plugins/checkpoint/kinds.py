@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["Kinds", "check_kinds", "kinds_of"]
 
 Kinds: TypeAlias = Union[str, "dict[object, Kinds]"]
-"""What is expected, by key; an empty text where it may be anything."""
+"""The expected types, by key; an empty string allows anything."""
 
 _DEPTH = 16
-_BITS = 1023  # that every float holds
+_BITS = 1023  # bits that fit every float
 _KINDS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
     ("a number", (int, float)),
     ("text", str),
@@ -31,7 +31,7 @@ _KINDS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
 def kinds_of(engine: Engine) -> dict[str, Kinds]:
     """The value types in each plugin's state; call it before anything is trained or restored.
 
-    What is None or missing then may become anything.
+    Values that are None or missing at that time may have any type later.
     """
     return {name: _kinds(plugin.state_dict()) for name, plugin in engine.plugins.items()}
 
@@ -43,12 +43,12 @@ def check_kinds(saved: object, expected: Kinds, where: str) -> None:
     the cause.
 
     Args:
-        saved: of the checkpoint.
-        expected: of the plugin.
+        saved: the saved state.
+        expected: the types from `kinds_of`.
         where: the path, for the error message.
 
     Raises:
-        CheckpointError: a value has another type, or is a number that no float can hold.
+        CheckpointError: a value has another type, or is a number too large for a float.
     """
     if expected == "":
         return

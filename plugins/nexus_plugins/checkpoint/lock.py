@@ -62,7 +62,7 @@ def describe(engine: Engine) -> dict[str, Json]:
         for name, entry in installed().items()
     }
     givers = {dist for _, dist in entries.values() if dist is not None}
-    told = {dist: (dist.name, dist.version) for dist in givers}  # each reads the metadata anew
+    told = {dist: (dist.name, dist.version) for dist in givers}  # reading the metadata is slow
     plugins: dict[str, Json] = {}
     for name, plugin in engine.plugins.items():
         package, distribution = entries.get(name.partition("@")[0], ("", None))
@@ -96,7 +96,7 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
 
     Args:
         saved: the content of its `lock.json`.
-        engine: of the run.
+        engine: the run's engine.
         policy: "exact" rejects other plugins or plugin versions; "compatible" accepts other
             versions, added plugins, and removed plugins without state; "force" accepts anything
             that can be loaded.
@@ -138,7 +138,7 @@ def compare_data(saved: DataState | None, now: str | None, policy: Policy, whose
     """Compare the data of a checkpoint with the data that the run continues with.
 
     Args:
-        saved: of the snapshot.
+        saved: the snapshot's data state.
         now: the fingerprint of the data, if it has one.
         policy: "exact" rejects different data.
         whose: the plugin that the policy is a setting of.
@@ -166,8 +166,8 @@ def compare_numerics(saved: Json, device: torch.device, policy: Policy, whose: s
     """Compare how a checkpoint was computed with how this run computes.
 
     Args:
-        saved: of its `lock.json`; None if an earlier release wrote it.
-        device: of this run.
+        saved: the entry in its `lock.json`; None if an earlier release wrote it.
+        device: this run's device.
         policy: "exact" rejects a difference if the checkpoint's run was deterministic.
         whose: the plugin that the policy is a setting of.
 
@@ -189,7 +189,7 @@ def compare_numerics(saved: Json, device: torch.device, policy: Policy, whose: s
 
 
 def _order(saved: list[str], now: list[str], engine: Engine) -> Iterator[Difference]:
-    """Another order of the plugins that act; sums of several losses round differently in it."""
+    """The difference in plugin order, if any; it changes how sums of losses round."""
     acting = [n for n in now if not getattr(engine.plugins[n], "only_watches", False)]
     before = [n for n in saved if n in acting]
     if before != acting:
@@ -248,7 +248,7 @@ def _plugin(
 def _files(
     plugin: Plugin[Any], saved: Mapping[str, Json], now: Mapping[str, Json]
 ) -> Iterator[Difference]:
-    """Code of the user's own that was another one."""
+    """Differences in the user's own code."""
     theirs, ours = (_table(lock.get("files", {})) for lock in (saved, now))
     for file in [*theirs, *(file for file in ours if file not in theirs)]:
         if theirs.get(file) != ours.get(file):
@@ -270,13 +270,13 @@ def _settings(
 def _shared(
     saved: Mapping[str, Json], now: Mapping[str, Json]
 ) -> tuple[dict[str, Json], dict[str, Json]]:
-    """What both sides say; an embedded engine does not know all that a config file says."""
+    """The keys that both sides have; an embedded engine knows fewer than a config file."""
     keys = [key for key in saved if key in now]
     return {key: saved[key] for key in keys}, {key: now[key] for key in keys}
 
 
 def _table(value: Json | Mapping[str, Json], *keys: str) -> dict[str, Json]:
-    """A JSON object within JSON objects."""
+    """A nested JSON object."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping):

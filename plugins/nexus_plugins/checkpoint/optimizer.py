@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["describe_optimizer", "take_over"]
 
 _HOW = ("foreach", "fused", "capturable", "differentiable")
-"""Settings that say how the numbers are computed, on which device: those of this run act."""
+"""Settings that only affect how the update is computed; this run's values are used."""
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
-"""Of a small parameter's dimensions, all different: the shape of a state tells what it follows."""
+"""A small parameter's sizes, all different, so that a state's shape shows what it follows."""
 
 Settings = dict[str, Any]
 
@@ -72,7 +72,7 @@ def take_over(
             built with, its tensors the layout of the parameters.
         theirs: what `describe_optimizer` returned when the checkpoint was written.
         ours: what it returns for this run.
-        engine: of this run.
+        engine: this run's engine.
         force: start with a fresh state if the optimizer differs.
         whose: the plugin that this is a setting of.
 
@@ -113,14 +113,14 @@ def take_over(
 def _pairs(
     saved: Settings, optimizer: Optimizer
 ) -> Iterator[tuple[dict[int, Any], Settings, Settings, Optimizer]]:
-    """Each group: the states of its optimizer, the group as saved and as it is, the optimizer."""
+    """For each group: its optimizer's states, the saved group, the current group, the optimizer."""
     for table, owner in _each(saved, optimizer):
         for group, live in zip(table["param_groups"], owner.param_groups, strict=True):
             yield table["state"], group, live, owner
 
 
 def _each(saved: Settings, optimizer: Optimizer) -> list[tuple[Settings, Optimizer]]:
-    """The saved table of each optimizer, where they are several as where it is one."""
+    """The saved table of each optimizer, whether there is one or several."""
     named = members(optimizer)
     several: Settings = saved.get("optimizers", {"": saved})
     return [(several[name], owner) for name, owner in named.items() if name in several]
@@ -142,7 +142,7 @@ def _other_kind(theirs: object, ours: Mapping[str, Json]) -> str:
 
 
 def _other_model(weights: Mapping[str, Any], engine: Engine) -> str:
-    """How the model differs, which explains what else does; empty where it does not."""
+    """How the model differs, which explains other differences; empty if it does not."""
     now = engine.model.state_dict()
     for name in (*weights, *now):
         before, here = (getattr(table.get(name), "shape", None) for table in (weights, now))
@@ -177,7 +177,7 @@ def _names(described: Mapping[str, Any]) -> list[object]:
 
 
 def _settings_of(described: object, number: int) -> Settings:
-    """The settings of a group as they were written down; none where nothing is."""
+    """The recorded settings of a group; empty if there are none."""
     groups = described.get("groups") if isinstance(described, dict) else None
     group = groups[number] if isinstance(groups, list) and number < len(groups) else None
     settings = group.get("settings") if isinstance(group, dict) else None
@@ -186,20 +186,20 @@ def _settings_of(described: object, number: int) -> Settings:
 
 
 def _plain_settings(group: Settings) -> Json:
-    """A group's settings as JSON, without what says how to compute and what the engine adds."""
+    """A group's settings as JSON, without those in `_HOW` and those that the engine adds."""
     plain = {}
     for key, value in group.items():
         if key in ("params", "initial_lr", *_HOW):
             continue
         try:
             plain[key] = encode(_number(value), TensorBag())
-        except CheckpointError:  # an object of the optimizer's own is no setting to compare
+        except CheckpointError:  # a custom object, which cannot be compared
             continue
     return cast(Json, plain)
 
 
 def _number(value: object) -> object:
-    """The value with numbers in place of tensors that hold one, and of numpy's."""
+    """The value, with one-element tensors and NumPy scalars as Python numbers."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None
     if isinstance(value, tuple | list):
@@ -208,7 +208,7 @@ def _number(value: object) -> object:
 
 
 def _set(group: Settings, live: Settings, changes: Settings) -> None:
-    """Give a saved group what this run has in another way, and what it lacks."""
+    """Update a saved group with the settings that this run changed or added."""
     for key, value in live.items():
         if key != "params" and (key in changes or key in _HOW or key not in group):
             group[key] = value
@@ -217,7 +217,7 @@ def _set(group: Settings, live: Settings, changes: Settings) -> None:
 
 
 def _check_settings(group: Settings, live: Settings) -> None:
-    """See that each setting is of the kind that this run's optimizer has."""
+    """Check that each setting has the type that this run's optimizer expects."""
     for key, value in live.items():
         if key != "params" and not _alike(group[key], value):
             raise CheckpointError(
@@ -254,11 +254,11 @@ def _copied(state: Mapping[str, Any]) -> Settings:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What an optimizer keeps for a parameter under one name.
+    """One named entry of an optimizer's state for a parameter.
 
     Args:
-        value: of the small parameter.
-        sizes: of the small parameter.
+        value: its value for the small parameter.
+        sizes: sizes of the small parameter.
     """
 
     value: object
@@ -266,13 +266,13 @@ class _Kept:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is a scalar, whatever the parameter's shape."""
+        """Whether it is a scalar for every parameter shape."""
         return isinstance(self.value, int | float) or (
             isinstance(self.value, Tensor) and self.value.ndim == 0
         )
 
     def shape_for(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """The shape that it must have for a parameter; None if unknown."""
+        """Its required shape for a parameter; None if unknown."""
         if not isinstance(self.value, Tensor):
             return None
         shape = tuple(self.value.shape)
@@ -288,7 +288,7 @@ class _Kept:
 def _check_states(
     states: dict[int, Any], group: Settings, live: Settings, optimizer: Optimizer
 ) -> None:
-    """See that each parameter of a group has the states that the optimizer will look for."""
+    """Check that each parameter of a group has the states that the optimizer will read."""
     kind = _made_by_torch(optimizer, live)
     known: dict[object, dict[str, _Kept]] = {}
     tried: set[object] = set()
@@ -310,15 +310,15 @@ def _check_states(
         scalars = {name: state[name] for name, kept in known[like].items() if kept.is_number}
         if scalars and (seen := (like, repr(scalars))) not in tried:
             tried.add(seen)
-            _trial(kind, group, own, scalars, number)  # of their right shape, or it would crash
+            _trial(kind, group, own, scalars, number)  # with the right shapes, or it would crash
     if kind is SGD:
         _fill_momentum(states, group, live)
 
 
 def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> None:
-    """Begin at zero where one parameter has no momentum yet and another has.
+    """Fill in zero momentum if only some parameters have one.
 
-    It is what SGD does by itself, but its fused kernel takes all or none.
+    SGD does the same, but its fused kernel needs all or none.
     """
     numbers = [n for n, p in zip(group["params"], live["params"], strict=True) if p.requires_grad]
     there = [number for number in numbers if states.get(number)]
@@ -335,9 +335,9 @@ def _fill_momentum(states: dict[int, Any], group: Settings, live: Settings) -> N
 
 
 def _made_by_torch(optimizer: Optimizer, live: Settings) -> type[Optimizer] | None:
-    """The class of torch that updates this group, by itself or as a part of another optimizer.
+    """The torch class that updates this group, alone or as part of another optimizer.
 
-    None for others, and for the two whose step a trial cannot do: their kernels are plain.
+    None for other classes, and for two whose step a trial cannot run; their kernels are safe.
     """
     parts = [part for value in vars(optimizer).values() for part in _optimizers(value)]
     for one in (*parts, optimizer):
@@ -356,14 +356,14 @@ def _optimizers(value: object) -> list[Optimizer]:
 def _trial(
     kind: type[Optimizer], group: Settings, like: Tensor, scalars: Settings, number: int
 ) -> dict[str, _Kept]:
-    """What such an optimizer keeps for a small parameter after a step with zero gradient.
+    """The state that the optimizer keeps for a small parameter after a step with zero gradient.
 
     Args:
         kind: the optimizer's class.
         group: the settings.
         like: a parameter of the same kind.
-        scalars: numbers of its state, to be loaded into the trial.
-        number: of the parameter, for errors.
+        scalars: scalars of its saved state, loaded into the trial.
+        number: index of the parameter, for errors.
 
     Raises:
         CheckpointError: it fails with these settings and numbers.
@@ -380,9 +380,9 @@ def _trial(
         if scalars:
             table = optimizer.state_dict()
             table["state"].get(0, {}).update(scalars)
-            optimizer.load_state_dict(copy.deepcopy(table))  # it would change these tensors
+            optimizer.load_state_dict(copy.deepcopy(table))  # loading would change these tensors
             optimizer.step()
-    except Exception as error:  # whatever it is, the settings or the state do not work
+    except Exception as error:  # any error means that the settings or state are invalid
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"the optimizer cannot use the checkpoint's state for parameter {number}: "
@@ -401,7 +401,7 @@ def _checked(value: object, kept: _Kept, parameter: Tensor, name: str, number: i
     shape = kept.shape_for(parameter)
     counts = shape == () and (parameter.ndim > 0 or name == "step")
     if counts and isinstance(value, int | float) and _is_count(value):
-        return value  # an optimizer of torch makes a tensor of it
+        return value  # torch optimizers convert it to a tensor
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{what} is missing or not a tensor")
     if shape is not None and tuple(value.shape) != shape:
@@ -422,12 +422,12 @@ def _is_count(value: Tensor | int | float) -> bool:
 
 
 def _real(value: Tensor | int | float) -> float:
-    """A number, of whatever dtype; PyTorch does not calculate in each."""
+    """The tensor in a dtype that PyTorch can compute with."""
     return float(value.double().item() if isinstance(value, Tensor) else value)
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
-    """The values in the order in which the parameter's lie in memory; fused kernels count on it."""
+    """The values in the parameter's memory layout, which fused kernels rely on."""
     plain = value.shape == parameter.shape and not (is_sharded(value) or is_sharded(parameter))
     if not plain or value.stride() == parameter.stride():
         return value
@@ -436,7 +436,7 @@ def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _check_unknown(state: Settings, number: int, parameter: Tensor) -> None:
-    """Of an optimizer that torch does not bring: moments have the parameter's shape."""
+    """Check the states of other optimizers: moments must have the parameter's shape."""
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
         value = state.get(name)
         fits = isinstance(value, Tensor) and value.shape == parameter.shape

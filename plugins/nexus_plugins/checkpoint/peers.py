@@ -19,8 +19,8 @@ def with_peers(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
     """Add the state of the other ranks: generators, data positions, sums not yet logged.
 
     Args:
-        snapshot: of this rank; every rank must call, at the same step.
-        ranks: this process among its peers.
+        snapshot: this rank's snapshot; every rank must call this at the same step.
+        ranks: this process's rank.
 
     Returns:
         The same snapshot; on rank 0 it covers all ranks.

@@ -131,12 +131,12 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._run_lock: RunLock | None = None
         self._resumed = False
         self._course: course.Course | None = None
-        self._left: DataState | None = None  # the data that the checkpoint was in, to be compared
-        self._left_numerics: Json = None  # how the checkpoint was computed, to be compared
-        self._built: dict[str, Json] | None = None  # the optimizer, before anything was restored
-        self._kinds: dict[str, Kinds] | None = None  # of the plugins' states, then
+        self._left: DataState | None = None  # the checkpoint's data state, for comparison
+        self._left_numerics: Json = None  # the checkpoint's numerics, for comparison
+        self._built: dict[str, Json] | None = None  # the optimizer before anything was restored
+        self._kinds: dict[str, Kinds] | None = None  # of the plugins' states at that time
         self._checked = False
-        self._speaks = True  # the main process does for all
+        self._speaks = True  # rank 0 reports for all ranks
 
     def state_dict(self) -> StateDict:
         """The best value so far, so that a resumed run does not mark a worse one as best."""
@@ -154,7 +154,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         """Read the snapshot to resume from.
 
         Args:
-            engine: of the run to resume.
+            engine: the engine to resume.
             source: "auto" (the newest valid checkpoint of this run, or from scratch if nothing is
                 saved yet), "best", "final", or a checkpoint or run folder.
 
@@ -223,7 +223,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         if self._every.due(engine.state) or self._best_is_due(engine):
             self._save(engine)
         elif self._writer is not None and not self._writer.busy:
-            if engine.ranks.size == 1:  # several processes must learn together how it went
+            if engine.ranks.size == 1:  # with several ranks the outcome is exchanged later
                 self._settle(self._writer)
             if not (self._writer.pending or self._reserved or self.config.sync):
                 self._reserve(engine, self._writer)
@@ -247,7 +247,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         held, self._run_lock = self._run_lock, None
         try:
             if writer is not None:
-                self._failures = self.config.failures_allowed  # nothing comes after this one
+                self._failures = self.config.failures_allowed  # there is no later save
                 self._settle(writer)
         finally:
             if writer is not None:
@@ -256,21 +256,21 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 held.release()
 
     def _look(self, engine: Engine) -> None:
-        """Keep in mind how the run was built, once, before anything is restored or trained."""
+        """Record once how the run was built, before anything is restored or trained."""
         if self._built is None or self._kinds is None:
             self._built, self._kinds = describe_optimizer(engine), kinds_of(engine)
 
     def _save(self, engine: Engine, *names: str) -> None:
-        """Copy the state, and have it written."""
+        """Copy the state, and start writing it."""
         if self._writer is not None:
             self._settle(self._writer)
-        self._best = gather(engine.ranks, self._best)[0]  # the main one knows what has failed
+        self._best = gather(engine.ranks, self._best)[0]  # rank 0 knows what has failed
         snapshot = with_peers(engine.state_dict(), engine.ranks)
         step = self._saved_step = engine.state.step
         if self._is_best_step(engine):
             self._best_saved_step = step
             names = ("best", *names)
-        if self._writer is None:  # the main process writes for this one
+        if self._writer is None:  # rank 0 writes for this rank
             return
         content = pack(snapshot)
         cut = self._shards.take_out(content, _patience(engine))
@@ -298,10 +298,10 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._settle(self._writer)
 
     def _settle(self, writer: Writer) -> None:
-        """Wait for the save in flight and see how it went.
+        """Wait for the pending save and process its outcome.
 
         Raises:
-            RunError: it failed, and it was not the first one.
+            RunError: it failed, and so did earlier ones.
         """
         if not writer.pending:
             return
@@ -312,7 +312,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             self._failures = 0
             self._best_written = tried or self._best_written
             return
-        if self._best == tried:  # a better one since then is still to be saved
+        if self._best == tried:  # a better one since then will be saved later
             self._best = self._best_written
         self._failures += 1
         where = f"the checkpoint of step {self._saved_step} could not be written"
@@ -325,7 +325,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
             _say(f"{what}; training continues, and the next save tries again")
 
     def _reserve(self, engine: Engine, writer: Writer) -> None:
-        """Have the memory for the copies ready before the first save, while the loop continues."""
+        """Reserve the memory for the copies in the background before the first save."""
         self._reserved = True
         bag = TensorBag()
         encode(parts(engine), bag)
@@ -347,7 +347,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         return self._is_best_step(engine) and self._best_saved_step != engine.state.step
 
     def _find(self, engine: Engine, source: str) -> folder.Content | None:
-        """The checkpoint that a source means; None: "auto", and nothing is saved yet."""
+        """The checkpoint that a source refers to; None: "auto", and nothing is saved yet."""
         if source not in ("auto", *NAMES):
             return read_path(Path(source), engine.ranks)
         if source != "auto":
@@ -360,7 +360,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         return f"checkpoints@{self.label}" if self.label else "checkpoints"
 
     def _stores(self, engine: Engine) -> list[Store]:
-        """Those of all instances of this run, the own one last."""
+        """The stores of all instances of this run, its own last."""
         own, mine = self._own_store(engine), self.name.partition("@")[0]
         labels = [name.partition("@") for name in engine.plugins if name != self.name]
         others = [f"checkpoints{at}{label}" for name, at, label in labels if name == mine]
@@ -374,7 +374,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         return Store(engine.out / self._folder)
 
     def _make_way(self, engine: Engine) -> None:
-        """Keep checkpoints of another course of this run from being taken for this one's."""
+        """Set aside checkpoints of an abandoned history of this run."""
         step, folders = engine.state.step, self._store.folders()
         if folders and step == 0 and not self._resumed:
             raise CheckpointError(
@@ -424,13 +424,13 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         return snapshot
 
     def _compare_data(self, engine: Engine) -> None:
-        """Hold the data that a program passed against that of the checkpoint, if more is read."""
+        """Compare the data passed to the loop with the checkpoint's, if more will be read."""
         done = engine.horizon is not None and engine.horizon.reached(engine.state)
         if self._left is not None and engine.data_state is not None and not done:
             self._hold_against(engine.data_state["fingerprint"])
 
     def _compare_numerics(self, engine: Engine) -> None:
-        """Hold how this run computes, once all plugins have set it, against the checkpoint's."""
+        """Compare this run's numerics, once all plugins have set them, with the checkpoint's."""
         policy, left = self.config.resume_policy, self._left_numerics
         for difference in lock.compare_numerics(left, engine.device, policy, self.name):
             _say(f"resuming: {difference}")
@@ -442,13 +442,13 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
 
 def _patience(engine: Engine) -> timedelta | None:
-    """How long the processes of this run wait for one another; None where nobody says."""
+    """How long the ranks of this run wait for one another; None if no plugin sets it."""
     sharing = (plugin for plugin in engine.plugins.values() if plugin.slot == "processes")
     return next((timedelta(seconds=plugin.config.timeout) for plugin in sharing), None)
 
 
 def _config_text(engine: Engine) -> bytes | None:
-    """The resolved settings, where the run was built from settings."""
+    """The resolved settings, if the run was built from settings."""
     if not engine.config:
         return None
     return yaml12.dump(engine.config).encode()

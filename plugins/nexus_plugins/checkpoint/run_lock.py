@@ -56,7 +56,7 @@ class RunLock:
         except BaseException:
             self._file.close()
             raise
-        # a forked worker must not continue holding the lock of a run that was killed
+        # a forked worker must not keep the lock of a killed run
         itself = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: _close_in_child(itself))
@@ -124,7 +124,7 @@ def _alive(holder: dict[str, object]) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
         return True
-    if os.name == "nt":  # a signal of any number ends the process there
+    if os.name == "nt":  # there, any signal ends the process
         return True
     try:
         os.kill(pid, 0)
@@ -136,7 +136,7 @@ def _alive(holder: dict[str, object]) -> bool:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None where the system does not tell."""
+    """When a process started, in kernel ticks; None if unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

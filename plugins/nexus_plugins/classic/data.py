@@ -14,7 +14,7 @@ from nexus_plugins.classic.config import TrainingConfig
 
 __all__ = ["NEXUSCollator", "NEXUSDataset", "create_dataloader"]
 
-IGNORED = -100  # the label that the losses leave out
+IGNORED = -100  # the label that the losses ignore
 
 
 class NEXUSDataset:
@@ -23,8 +23,8 @@ class NEXUSDataset:
     A longer document is split into several rows, so that every token but the first is a label once.
 
     Args:
-        documents: token ids of each, at least two; the bytes of a text work too.
-        max_seq_length: most tokens in a row.
+        documents: token ids of each document, at least two; bytes of text also work.
+        max_seq_length: maximum tokens in a row.
 
     Raises:
         DataError: there is no document, or one is too short to have a label.
@@ -74,9 +74,9 @@ def create_dataloader(
     """Batches of the documents: reshuffled each epoch for training, in order for evaluation.
 
     Args:
-        documents: token ids of each, or a `NEXUSDataset` of them.
-        config: gives the batch size of either kind, `max_seq_length`, `num_workers` and `seed`.
-        train: whether it is for training.
+        documents: token ids of each document, or a `NEXUSDataset`.
+        config: provides the batch sizes, `max_seq_length`, `num_workers` and `seed`.
+        train: whether the loader is for training.
     """
     if not isinstance(documents, NEXUSDataset):
         documents = NEXUSDataset(documents, config.max_seq_length)

@@ -33,7 +33,7 @@ class NEXUSTrainer:
     def __init__(
         self, model: nn.Module | None, config: TrainingConfig, plugins: Iterable[Plugin[Any]] = ()
     ) -> None:
-        # A model that is given says itself of which kind its modules are.
+        # A given model determines the kind of its modules itself.
         kind = getattr(getattr(model, "config", None), "classic", config.classic)
         self.config = config = config.model_copy(update={"classic": kind})
         chosen = {plugin.name: plugin for plugin in (*config.plugins(), *plugins)}
@@ -84,13 +84,13 @@ class NEXUSTrainer:
         )
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
-        """Measure every loss term, perplexity among them, over all the batches."""
+        """Measure every loss term, and perplexity, over all batches."""
         return self.engine.evaluate(loader)
 
 
 def _built(plugin: Any, config: TrainingConfig) -> nn.Module:
     torch.manual_seed(config.seed)
-    # The plugin would ask an engine for its data's vocabulary only, and the config gives one.
+    # The plugin would only ask the engine for the vocabulary, which the config already has.
     model: nn.Module = plugin.make_model(engine=SimpleNamespace(data=None))
     return model
 

@@ -1,4 +1,4 @@
-"""Shows how a run goes: `plugin` the bar and the lines, `words` their text, `notebook` its bar."""
+"""Shows progress: `plugin` the bar and lines, `words` their text, `notebook` the notebook's bar."""
 
 from nexus_plugins.console.plugin import ConsoleConfig, ConsolePlugin
 

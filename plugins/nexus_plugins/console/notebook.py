@@ -1,4 +1,4 @@
-"""The bar in a notebook."""
+"""The progress bar in a notebook."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 __all__ = ["NotebookBar", "in_notebook"]
 
 TEXT = "{percentage:3.0f}%  {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]{postfix}"
-SHORTEST = 0.1  # seconds between two updates of what is shown
+SHORTEST = 0.1  # seconds between two updates
 
 
 def in_notebook() -> bool:
@@ -23,13 +23,13 @@ def in_notebook() -> bool:
 
 
 class NotebookBar(tqdm):  # type: ignore[type-arg]
-    """A bar of tqdm that is shown as HTML, in one output that is updated.
+    """A tqdm bar shown as HTML, in a single output that is updated.
 
-    It needs no widgets, and a saved notebook holds it as it ended. That of `tqdm.auto` is text
-    where ipywidgets is not installed, and is saved as it began.
+    It needs no widgets, and a saved notebook shows its final state. The bar of `tqdm.auto` is plain
+    text without ipywidgets, and is saved in its initial state.
 
     Args:
-        options: of a tqdm, all but its file, format and width.
+        options: arguments of tqdm, except file, format and width.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -40,13 +40,13 @@ class NotebookBar(tqdm):  # type: ignore[type-arg]
         self._handle = display(self, display_id=True)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Update what is shown, but not more often than people see."""
+        """Update the output, but not more often than people can see."""
         if self._handle is not None and time.monotonic() - self._shown_at > SHORTEST:
             self._shown_at = time.monotonic()
             self._handle.update(self)
 
     def close(self) -> None:
-        """Show how it ended."""
+        """Show the final state."""
         self._shown_at = 0.0
         super().close()
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleConfig", "ConsolePlugin"]
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]{postfix}"
-NARROWEST = 4  # columns of the bar itself; on a narrow terminal metrics make room for it
-COLUMNS_WHERE_UNKNOWN = 100  # some containers give their terminal no width
+NARROWEST = 4  # minimum columns of the bar; metrics are dropped first
+COLUMNS_WHERE_UNKNOWN = 100  # some containers report no terminal width
 
 
 class ConsoleConfig(LoggerConfig):
@@ -50,9 +50,9 @@ class ConsolePlugin(Logger[ConsoleConfig]):
 
     On a terminal: a bar on the error stream that moves with each step, in the unit of the horizon,
     with a line above it for each evaluation. In a notebook: a bar, with these lines below it.
-    Elsewhere: plain lines on the output stream, where `every` holds lines back, but never the
-    first, the last, and the one before an evaluation. Metrics are those that the engine logs, to
-    four digits; loggers store all of them.
+    Elsewhere: plain lines on the output stream; `every` limits them, except for the first, the
+    last, and the one before an evaluation. Metrics are those that the engine logs, to four digits;
+    loggers store all of them.
     """
 
     config_class = ConsoleConfig
@@ -70,12 +70,12 @@ class ConsolePlugin(Logger[ConsoleConfig]):
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
-        """Move the bar, which is drawn ten times a second at most."""
+        """Move the bar, which is redrawn at most ten times a second."""
         if self._bar is None or self.switched_off:
             return
         try:
             self._bar.update(done(engine) - self._bar.n)
-        except Exception as error:  # a terminal that is gone must not end a run
+        except Exception as error:  # a closed terminal must not end a run
             self._attempted("move its bar", engine.state.step, error)
 
     def write(self, engine: Engine, metrics: Mapping[str, float]) -> None:
@@ -97,7 +97,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         _print(line)
 
     def write_evaluation(self, engine: Engine, metrics: Mapping[str, float]) -> None:
-        """Print a line for each set, above the bar where there is one."""
+        """Print a line for each set, above the bar if there is one."""
         if self.config.quiet:
             return
         self._print_held_back()
@@ -110,7 +110,7 @@ class ConsolePlugin(Logger[ConsoleConfig]):
                 _print(line)
 
     def close(self, engine: Engine) -> None:
-        """Leave the last state on the screen."""
+        """Leave the final state on the screen."""
         self._print_held_back()
         if self._bar is not None:
             self._bar.n = done(engine)
@@ -131,13 +131,13 @@ class ConsolePlugin(Logger[ConsoleConfig]):
 
 
 def _bar(horizon: Interval, begun: float) -> tqdm[Any] | None:
-    """What moves while the run goes; None where nothing can."""
+    """The progress bar; None if the output does not support one."""
     options: dict[str, Any] = {
         "total": short(horizon.amount),
         "initial": begun,
         "unit": horizon.unit,
         "unit_scale": horizon.amount >= 100_000,
-        "smoothing": 0,  # an evaluation is no reason to expect a slower run
+        "smoothing": 0,  # the mean speed, unaffected by single evaluations
     }
     if in_notebook():
         return NotebookBar(**options)
@@ -154,7 +154,7 @@ def _bar(horizon: Interval, begun: float) -> tqdm[Any] | None:
 
 
 def _width() -> int:
-    """Columns of the terminal; 0: unknown, as where a wrapper stands for the stream."""
+    """Columns of the terminal; 0: unknown, for example if the stream is wrapped."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):
@@ -162,8 +162,8 @@ def _width() -> int:
 
 
 def _print(line: str) -> None:
-    """Print a line, with an escape for each character that the output stream has not."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be no stream at all
+    """Print a line, escaping characters that the stream's encoding lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # sys.stdout may be None
     click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
 
 

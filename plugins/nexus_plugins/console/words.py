@@ -1,4 +1,4 @@
-"""What the console says of a run: where it is, and numbers in as many digits as mean something."""
+"""The console's text: progress, and numbers with significant digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADLINE = "bits_per_byte"
 
 
 def place(engine: Engine) -> str:
-    """How far the run is: the step, and the share of a horizon in another unit."""
+    """The progress of the run: the step, and the share of a horizon in another unit."""
     step = f"step {engine.state.step:,}"
     if engine.horizon is None:
         return step
@@ -28,7 +28,7 @@ def place(engine: Engine) -> str:
 
 
 def parts(metrics: Mapping[str, float]) -> Iterator[str]:
-    """What is shown of a log, the most important first."""
+    """The parts of a log to show, most important first."""
     if "train/total_loss" in metrics:
         yield f"loss {_number(metrics['train/total_loss'])}"
     if HASH in metrics:
@@ -40,10 +40,10 @@ def parts(metrics: Mapping[str, float]) -> Iterator[str]:
 
 
 def evaluated(metrics: Mapping[str, float], *, verbose: bool) -> Iterator[str]:
-    """What an evaluation comes to, a line for each set.
+    """The results of an evaluation, one line per set.
 
-    Bits per byte come first and the loss last; loss terms and weighted totals are left out unless
-    `verbose`, or where there is nothing else.
+    Bits per byte come first and the loss last; loss terms and weighted totals are omitted unless
+    `verbose`, or if there is nothing else.
     """
     best = sorted(metrics, key=lambda name: (not name.endswith(HEADLINE), name.endswith("/loss")))
     brief = [name for name in best if not name.endswith("_loss")]
@@ -58,21 +58,21 @@ def evaluated(metrics: Mapping[str, float], *, verbose: bool) -> Iterator[str]:
 
 
 def _number(value: float) -> str:
-    """A number to four digits: of a mean over batches, further ones are chance."""
+    """A number with four digits; further digits of a mean over batches are noise."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def done(engine: Engine) -> float:
-    """How much of the horizon's unit is done, not more than the horizon."""
+    """Progress in the horizon's unit, at most the horizon."""
     assert engine.horizon is not None
     return short(min(engine.state.counted(engine.horizon.unit), engine.horizon.amount))
 
 
 def short(number: float) -> float:
-    """A number without digits that only a quotient has."""
+    """A number without the spurious digits of a quotient."""
     return int(number) if number == int(number) else round(number, 2)
 
 
 def share(engine: Engine) -> float:
-    """The part of the run that is done; 0 without a horizon."""
+    """The fraction of the run that is done; 0 without a horizon."""
     return engine.horizon.progress(engine.state) if engine.horizon else 0.0

@@ -1,4 +1,4 @@
-"""What a function of data returned: which part of it is what, and whether it can be used."""
+"""Interpret and check what a data function returned."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ RETURNS = (
 
 
 def parts(made: Any, place: str) -> dict[str, Any]:
-    """What was returned, by its part: `train`, `valid` and `codec`.
+    """The parts of what was returned: `train`, `valid` and `codec`.
 
     Args:
         made: training data, a pair or triple, or a dict.
-        place: of what returned it, for messages.
+        place: import path of the function, for messages.
 
     Raises:
-        ConfigError: it has no training data, or parts that nobody reads.
+        ConfigError: it has no training data, or unknown parts.
     """
     if (
         isinstance(made, list)
         and made
         and all(isinstance(part, Dataset | DataLoader) for part in made)
     ):
-        made = tuple(made)  # as random_split gives them
+        made = tuple(made)  # as returned by random_split
     if isinstance(made, tuple):
         if not 2 <= len(made) <= 3:
             raise ConfigError(f"data: {place} returned a tuple of {len(made)}; {RETURNS}")
@@ -62,15 +62,15 @@ def sets(valid: Any) -> dict[str, Any]:
 
 
 def check_iterable(data: Any, where: str, *, again: bool) -> None:
-    """Refuse what gives no batches.
+    """Reject what does not yield batches.
 
     Args:
         data: a part of what was returned.
         where: what it is, in words.
-        again: whether it is read more than once.
+        again: whether it will be read more than once.
 
     Raises:
-        DataError: it cannot be iterated, or not so often.
+        DataError: it cannot be iterated, or only once.
     """
     if not (can_seek(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise DataError(f"{where} is a {type(data).__name__}, which cannot be iterated; {RETURNS}")
@@ -82,10 +82,10 @@ def check_iterable(data: Any, where: str, *, again: bool) -> None:
 
 
 def as_batches(data: Any, where: str) -> Iterable[Batch]:
-    """Data that gives batches itself.
+    """Check that data yields batches itself.
 
     Raises:
-        ConfigError: it has samples.
+        ConfigError: it yields samples.
     """
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ConfigError(

@@ -137,7 +137,7 @@ class DataPlugin(Plugin[DataConfig]):
         )
 
     def _check_stream(self, where: str) -> None:
-        """Refuse what acts on samples that have numbers, where they come as a stream."""
+        """Reject settings that need indexed samples, if the samples come as a stream."""
         for key in ("shuffle", "num_workers"):
             if getattr(self.config, key):
                 raise ConfigError(

@@ -26,11 +26,11 @@ class Stream:
     """Batches of an iterable-style dataset.
 
     Args:
-        dataset: gives the samples of an epoch, each time it is iterated.
-        batch_size: samples of a batch, over all processes.
-        collate: makes a batch of samples.
-        ranks: this process among its peers; each takes its slice of every batch. The rest of an
-            epoch that has fewer samples than there are processes is left out.
+        dataset: yields the samples of an epoch, each time it is iterated.
+        batch_size: samples per batch, over all ranks.
+        collate: makes a batch from samples.
+        ranks: this process's rank; each rank takes its slice of every batch. A last batch with
+            fewer samples than ranks is dropped.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from nexus_plugins.data_text.tokenizer import ByteTokenizer, IdTokenizer, Tokeni
 
 __all__ = ["Streams", "TextData", "loss_in_words", "open_data", "open_streams"]
 
-_MOST_MAPPED = 64  # text files to keep open; more are put into one file of ids
+_MOST_MAPPED = 64  # text files to keep open; more are converted to one file of ids
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class _Opener:
         pairs: list[list[Stream]] = []
         for path in source.ids:
             held_out = source.held_out.get(path)
-            if held_out is not None and share:  # what was held out is all that is evaluated
+            if held_out is not None and share:  # evaluate only what was held out
                 pairs.append([self._ids(path, 0.0)[0], self._ids(held_out, 0.0)[0]])
             else:
                 pairs.append(self._ids(path, 0.0 if source.apart else share))
@@ -263,7 +263,7 @@ class _Opener:
             self.remarks.append(f"{len(paths):,} of the files have no document, such as {paths[0]}")
 
     def _can_map(self, texts: list[Path], reading: Reading) -> bool:
-        """Whether the bytes of the files can be used as ids where they lie."""
+        """Whether the bytes of the files can be used as ids in place."""
         lines = all(format_of(path, reading.as_text) == Format("lines") for path in texts)
         plain = self.tokenizer.kind == ByteTokenizer.kind
         return plain and lines and reading.invalid_utf8 == "error" and len(texts) <= _MOST_MAPPED
@@ -284,7 +284,7 @@ class _Opener:
         )
 
     def _converted(self, texts: list[Path], share: float, reading: Reading) -> list[Stream]:
-        """Text as ids in the cache, made on first use."""
+        """Text converted to ids in the cache, on first use."""
         config = self._config
         job = Job(
             tokenizer=self._name,
@@ -320,7 +320,7 @@ class _Opener:
             self.remarks.append(remark)
 
     def _ids(self, path: Path, share: float) -> list[Stream]:
-        """The streams of a file of ids: to train on, and if share is not 0, to evaluate on."""
+        """The streams of an id file: for training and, if share is not 0, for evaluation."""
         file = self._checked(
             open_ids(path, self._config.ids_dtype, self.tokenizer.eos, self._cache)
         )
@@ -333,7 +333,7 @@ class _Opener:
         return [file.stream()]
 
     def _checked(self, file: IdFile) -> IdFile:
-        """The file, if its ids are those of the tokenizer."""
+        """The file, after checking that its ids belong to the tokenizer."""
         path, tokenizer = file.ids.path, self.tokenizer
         if file.tokenizer is not None and not isinstance(tokenizer, IdTokenizer):
             made_with, size = file.tokenizer
@@ -359,7 +359,7 @@ class _Opener:
 
 
 def loss_in_words(compared: int, altered: int, lost_bytes: int) -> str:
-    """What a tokenizer loses of the text; "" if it is lossless."""
+    """What the tokenizer loses of the text, in words; "" if it is lossless."""
     said = []
     if lost_bytes:
         said.append(f"{lost_bytes:,} bytes of text have no id and are not counted")

@@ -1,8 +1,8 @@
 """Check whether a file without a format marker plausibly holds uint16 ids.
 
-Read as uint16, wider ids, ids of the other byte order, floats and archives also give numbers below
-65,536, and a model would train on them without complaint. Each test below detects its target, and
-misfires on real text ids with a probability below one in a million.
+Wider ids, ids of the other byte order, floats and archives can all be read as uint16, and a model
+would train on the result without an error. Each test below detects one of these, and its
+false-positive rate on real text ids is below one in a million.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nexus_plugins.data_text.stream import MappedFile
 
 __all__ = ["doubts"]
 
-_BLOCKS, _BLOCK = 8, 1 << 15  # bytes looked at
+_BLOCKS, _BLOCK = 8, 1 << 15  # bytes sampled
 _SIGNS = 20  # 2**-20 is one in a million
-_WIDE = 15  # most that the upper half of a 32-bit id holds: vocabularies up to a million
+_WIDE = 15  # largest upper half of a 32-bit id: vocabularies up to a million
 _LARGE = 1 << 12
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive, such as torch.save writes",
@@ -72,7 +72,7 @@ def _sample(raw: Bytes) -> Bytes:
 
 
 def _kind(raw: Bytes) -> tuple[str | None, str | None]:
-    """What bytes hold where they are not ids of 16 bits, and the dtype to read them with."""
+    """What the bytes are if not 16-bit ids, and the dtype to read them with."""
     words = raw.view("<u2")
     if len(words) >= 64 and not words.any():
         return "nothing but zeros", None
@@ -96,11 +96,10 @@ def _is_text(raw: Bytes) -> bool:
 
 
 def _is_wide(words: NDArray[Any]) -> bool:
-    """Whether every second number is zero, or tiny among others that are large.
+    """Whether every second number is zero, or tiny while the others are large.
 
-    Where both came from one distribution, each number above all of the second ones would stand at
-    a first place with a chance of one half. Each number counts once: one that is everywhere proves
-    nothing.
+    If both had the same distribution, each value larger than all second numbers would be in a first
+    position with probability one half. Each value counts once, as a frequent one proves nothing.
     """
     low, high = words[: len(words) // 2 * 2 : 2], words[1::2]
     if not len(high) or (most := int(high.max())) > _WIDE:
@@ -112,7 +111,7 @@ def _is_wide(words: NDArray[Any]) -> bool:
 
 
 def _is_swapped(raw: Bytes) -> bool:
-    """Whether the lower byte of a number is the one with less in it."""
+    """Whether the lower byte of a number varies less than the upper one."""
     low, high = raw[::2], raw[1::2]
     words = raw.view("<u2")
     if _distinct(words[high > low.max()]) >= _SIGNS:
@@ -131,7 +130,7 @@ def _entropy(values: Bytes) -> float:
 
 
 def _is_float(raw: Bytes) -> bool:
-    """Whether nearly all numbers are of a usual size as one of the kinds of floats."""
+    """Whether nearly all numbers have a usual magnitude when read as one of the float dtypes."""
     for bits, width, first, last in (
         (52, "<u8", 1003, 1047),
         (23, "<u4", 107, 150),

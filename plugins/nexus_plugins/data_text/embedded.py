@@ -18,14 +18,14 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 def standard_library(valid_share: float) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
     """The training and the evaluation documents, `(relative path, UTF-8)`, sorted by path.
 
-    Each file is one document. Tests, installed packages and files that are not UTF-8 are left out.
+    Each file is one document. Tests, installed packages and files that are not UTF-8 are skipped.
     A hash of a file's relative path decides which split it belongs to.
 
     Args:
-        valid_share: of the files, for the evaluation.
+        valid_share: share of the files held out for evaluation.
 
     Raises:
-        DataError: this Python has no standard library in source form.
+        DataError: this Python has no source files of its standard library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = [(path.relative_to(root).as_posix(), text) for path, text in _sources(root)]

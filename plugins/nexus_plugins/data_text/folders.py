@@ -16,12 +16,12 @@ from nexus_plugins.data_text.formats import KNOWN, format_of, suffix_of
 
 __all__ = ["HELD_OUT", "TRAIN", "Found", "find", "root_of"]
 
-TRAIN, HELD_OUT = "train.bin", "val.bin"  # of prepared data
-_ALONE = {".json"}  # in a folder, most often a file of settings
+TRAIN, HELD_OUT = "train.bin", "val.bin"  # files of prepared data
+_ALONE = {".json"}  # skipped in folders, as usually settings
 _BESIDE_IDS = (".idx", ".len", ".meta.jsonl")
 _OF_IDS = {"tokenizer.json", "meta.pkl", "prepare.json"}
-_HEAD = 8192  # bytes that tell text from other files
-_NAMED = 3  # files that a note names
+_HEAD = 8192  # bytes read to detect text
+_NAMED = 3  # files named in a note
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Found:
     Args:
         files: sorted by name.
         named: whether it is a single file given explicitly, not found through a folder or a glob.
-        left_out: in words, with counts: what is there but not read.
+        left_out: what is skipped, in words with counts.
     """
 
     files: tuple[Path, ...]
@@ -42,9 +42,9 @@ class Found:
 def find(wish: str, as_text: bool = False) -> Found:
     """The files that a path, a folder or a glob resolves to.
 
-    A folder gives all files of known formats in it and below, following links; names that begin
-    with a dot are left out. A folder with train.bin is prepared data, and gives only train.bin and
-    val.bin. Metadata next to ids is not text.
+    A folder stands for all files of known formats in and below it, following links and skipping
+    names that begin with a dot. A folder with train.bin is prepared data and stands for train.bin
+    and val.bin only. Metadata next to ids is not text.
 
     Args:
         wish: the path; `~` and environment variables are expanded.
@@ -84,7 +84,7 @@ def _named(path: Path, as_text: bool) -> Path:
 
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """All files in a folder and below that are not hidden; a folder that links lead to, once."""
+    """All files in and below a folder that are not hidden; linked folders are visited once."""
     status = folder.stat()
     if (status.st_dev, status.st_ino) in seen:
         return
@@ -152,7 +152,7 @@ class _Choice:
         return self._leave("broken links" if broken else "not regular files", path)
 
     def _once(self, files: Sequence[Path]) -> list[Path]:
-        """Each file once, by its own name where links lead to it too."""
+        """Each file once, under its own name if links point to it too."""
         real = {path: os.path.realpath(path) for path in files}
         kept: dict[str, Path] = {}
         for path in sorted(real, key=lambda path: (real[path] != str(path.absolute()), path)):
@@ -173,7 +173,7 @@ class _Choice:
         return False
 
     def _of_prepared(self, files: list[Path]) -> list[Path]:
-        """The files without those that lie with prepared data."""
+        """The files, except those that belong to prepared data."""
         if self._as_text:
             return files
         prepared = {path.parent for path in files if path.name == TRAIN}
@@ -222,7 +222,7 @@ def _goes_with_ids(path: Path) -> bool:
 
 
 def _holds_text(path: Path) -> bool:
-    """Whether a file starts like text; compressed files only count as .txt.gz."""
+    """Whether a file starts like text; of compressed files only .txt.gz counts."""
     form = format_of(path, as_text=True)
     if form is not None and form.packing:
         return bool(format_of(path))

@@ -36,10 +36,10 @@ __all__ = [
 
 _BLOCK = 4 << 20  # bytes read at a time
 _PIECE = 1 << 15  # bytes checked at a time
-_SLICE = 4 << 20  # bytes of a file that are one piece of work
-_LONG = 16 << 20  # bytes of a line of which copies are avoided
-_LONGEST = 1 << 30  # bytes of a document
-_WINDOW = 1 << 31  # bytes that zstd may look back: all that `zstd --long=31` writes
+_SLICE = 4 << 20  # bytes of a file per slice
+_LONG = 16 << 20  # bytes; longer lines are not copied
+_LONGEST = 1 << 30  # maximum bytes of a document
+_WINDOW = 1 << 31  # maximum zstd window, enough for `zstd --long=31`
 BOM = b"\xef\xbb\xbf"
 _PACKINGS = ("", ".gz", ".zst")
 _KINDS: dict[str, Literal["lines", "json"]] = {
@@ -105,12 +105,12 @@ class Portion:
     """Some documents of a slice, in order.
 
     Args:
-        texts: valid UTF-8, none empty.
-        numbers: the index of each document in the slice, counting those left out.
+        texts: valid UTF-8, not empty.
+        numbers: the index of each document in the slice, counting skipped ones.
         metadata: JSON of each document's `metadata`, if any has one.
-        skipped: documents left out because they are not UTF-8.
-        replaced: documents in which bytes were replaced.
-        empty: documents left out because they have no text (blank lines do not count).
+        skipped: number of documents skipped because they are not UTF-8.
+        replaced: number of documents in which bytes were replaced.
+        empty: number of documents skipped because they have no text (blank lines do not count).
     """
 
     texts: list[bytes] = field(default_factory=list)
@@ -251,7 +251,7 @@ def _read_lines(part: Slice, packing: str, reading: Reading, take: _Take) -> Ite
     line, number = 0, 0
     for block in whole_lines(part, packing):
         breaks, blocks = block.count(b"\n"), [block]
-        del block  # it may be one long line: whoever pops it is the only one to hold it
+        del block  # it may be one long line, so keep no second reference
         portion = take(blocks, reading, number, _namer(part, line))
         line += breaks
         number += len(portion.texts) + portion.skipped + portion.empty
@@ -259,7 +259,7 @@ def _read_lines(part: Slice, packing: str, reading: Reading, take: _Take) -> Ite
 
 
 def _namer(part: Slice, line: int) -> Callable[[int], str]:
-    """Names a line of a block for an error; counts the lines before the slice only then."""
+    """Names a line of a block in an error; lines before the slice are only counted then."""
 
     def name(offset: int) -> str:
         before = 0
@@ -268,7 +268,7 @@ def _namer(part: Slice, line: int) -> Callable[[int], str]:
                 blocks = iter(lambda: file.read(min(_BLOCK, part.first - file.tell())), b"")
                 before = sum(block.count(b"\n") for block in blocks)
                 file.seek(part.first - 1)
-                before += file.read(1) != b"\n"  # the line that began before belongs to others
+                before += file.read(1) != b"\n"  # an earlier line is not in this slice
         return f"{part.path}, line {before + line + offset + 1}"
 
     return name
@@ -277,7 +277,7 @@ def _namer(part: Slice, line: int) -> Callable[[int], str]:
 def _take_lines(
     blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
 ) -> Portion:
-    """One document a line; blank lines are none."""
+    """One document per line, skipping blank lines."""
     block = blocks.pop()
     lines = block.split(b"\n")
     if b"\r" in block:
@@ -303,7 +303,7 @@ def _take_doubtful(
 def _take_json(
     blocks: list[bytes], reading: Reading, number: int, where: Callable[[int], str]
 ) -> Portion:
-    """One JSON object a line, its text under a key."""
+    """One JSON object per line, with its text under a key."""
     if _is_one_long_line(blocks[0]):
         return _take_long_json(blocks, reading, number, where)
     portion = Portion()
@@ -330,7 +330,7 @@ def _take_json(
 
 
 def _is_one_long_line(block: bytes) -> bool:
-    """Whether a block is one line of valid UTF-8 without \\u, so long that copies of it count."""
+    """Whether a block is one line of valid UTF-8 without \\u, too long to copy."""
     breaks = block.find(b"\n")
     long = len(block) > _LONG and breaks in (-1, len(block) - 1)
     return long and b"\\u" not in block and is_utf8(block)
@@ -341,8 +341,8 @@ def _take_long_json(
 ) -> Portion:
     """Like `_take_json`, but never holds more than two copies of the line.
 
-    Each byte is taken as one character: without \\u, the characters of a string then are the
-    bytes of its UTF-8, and take one byte each, where a single rare letter would make it four.
+    Each byte is decoded as one character. Without \\u, the characters of a string are then the
+    bytes of its UTF-8, and take one byte each, whereas a single rare letter would make it four.
     """
     line = blocks.pop().decode("latin-1")
     try:
@@ -379,7 +379,7 @@ def _text_of(entry: Any, key: str, where: Callable[[], str]) -> str:
 
 
 def _of_array(line: bytes) -> str:
-    """What to do with a file that is one array."""
+    """Advice for a file that is a single array."""
     if not line.lstrip().startswith(b"["):
         return ""
     return "; convert an array to such lines with: jq -c '.[]' FILE > FILE.jsonl"
@@ -394,7 +394,7 @@ def is_utf8(raw: bytes) -> bool:
     begin = 0
     while begin < len(raw):
         end = begin + _PIECE
-        while end < len(raw) and raw[end] & 0xC0 == 0x80:  # not within a letter
+        while end < len(raw) and raw[end] & 0xC0 == 0x80:  # not within a character
             end += 1
         piece = raw[begin:end]
         try:
@@ -414,7 +414,7 @@ def _not_utf8(where: str, value: int, byte: int) -> str:
 
 
 def _guess(value: int, byte: int) -> str:
-    """What a file is whose first bytes are not UTF-8."""
+    """Guess the type of a file that does not start as UTF-8, for an error."""
     known = {(0xFF, 0): "UTF-16", (0xFE, 0): "UTF-16", (0x8B, 1): "gzip", (0xB5, 1): "zstd"}
     return f" (it looks like {known[value, byte]})" if (value, byte) in known else ""
 
@@ -438,21 +438,21 @@ def whole_lines(part: Slice, packing: str = "") -> Iterator[bytes]:
 
 
 def _taken(buffer: bytearray) -> bytes:
-    """The content of a buffer, which is empty afterwards: a long line is not kept twice."""
+    """Take the content out of a buffer, so that a long line is not held twice."""
     content = bytes(buffer)
     buffer.clear()
     return content
 
 
 def _plain(part: Slice) -> Iterator[bytes]:
-    """The lines that begin within the slice: from the first line break on, up to one behind."""
+    """The lines that begin within the slice, starting after its first line break."""
     with Path(part.path).open("rb") as file:
         if part.first and not _seek_line(file, part):
             return
         while (here := file.tell()) < part.last:
             block = file.read(min(_BLOCK, part.last - here))
             if not block:
-                return  # cut short since its size was read
+                return  # truncated since its size was read
             yield block
         file.seek(part.last - 1)
         ended = file.read(1) == b"\n"
@@ -462,7 +462,7 @@ def _plain(part: Slice) -> Iterator[bytes]:
 
 
 def _seek_line(file: IO[bytes], part: Slice) -> bool:
-    """Go to the first line that begins in a slice; a slice within a long line has none."""
+    """Seek to the first line that begins in a slice; there is none within a long line."""
     file.seek(part.first - 1)
     while (here := file.tell()) < part.last:
         block = file.read(min(_BLOCK, part.last - here))

@@ -22,7 +22,7 @@ Ids = NDArray[np.int64]
 _EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "[SEP]")
 _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 _SPACES = np.array([point for point in range(0x3001) if chr(point).isspace()], np.uint32)
-_GAPS, _MORE = 4, 100_000  # ids that a vocabulary may have: so many times its tokens, and more
+_GAPS, _MORE = 4, 100_000  # maximum vocabulary size: this multiple of its tokens, plus a constant
 _WORDS_REMEMBERED = 200_000  # some tens of MB; the package's own default is 10,000
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|bos|>", "[BOS]", "[CLS]", "<|startoftext|>")
 
@@ -34,7 +34,7 @@ class HfTokenizer(Tokenizer):
 
     Args:
         text: content of the file.
-        path: for errors.
+        path: path of the file, for errors.
         eos_token, pad_token: None: found by their usual names; eos also stands in for pad.
 
     Raises:
@@ -104,7 +104,7 @@ class HfTokenizer(Tokenizer):
             raise _not_interrupted(error, f"{self._path} cannot encode the text") from error
         joined, lengths = array("I"), np.empty(len(words), np.int64)
         for place, one in enumerate(encoded):
-            own: list[int] = one.ids  # made anew at each access
+            own: list[int] = one.ids  # copied at each access
             own.append(self.eos)
             joined.fromlist(own)
             lengths[place] = len(own)
@@ -120,14 +120,14 @@ class HfTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> Ids | None:
-        """Known if every id always stands for the same bytes, as in byte-level vocabularies."""
+        """The bytes of text of each id, if that is fixed, as in byte-level vocabularies."""
         layout = json.loads(self._tokenizer.to_str())
         added = self._tokenizer.get_added_tokens_decoder()
         if not _is_lossless(layout) or any(one.lstrip or one.rstrip for one in added.values()):
             return None
         lengths = np.zeros(self.size, np.int64)
         for token, number in self._vocabulary.items():
-            lengths[number] = len(token)  # one letter of the byte-level alphabet a byte
+            lengths[number] = len(token)  # one character of the byte-level alphabet per byte
         for number, token in added.items():
             lengths[number] = 0 if token.special else len(token.content.encode())
         return lengths
@@ -154,7 +154,7 @@ def _load(text: str, path: Path) -> Any:
 
 
 def _not_interrupted(error: BaseException, what: str) -> DataError:
-    """The error in words; what ends a program is passed on."""
+    """The error in words; KeyboardInterrupt and SystemExit are re-raised."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         raise error
     return DataError(f"{what}: {error}")
@@ -191,10 +191,10 @@ def _unknown(tokenizer: Any, vocabulary: dict[str, int]) -> int:
 
 
 def _byte_counts(text: str, offsets: Sequence[tuple[int, int]], known: NDArray[np.bool_]) -> Ids:
-    """Bytes of text that each token stands for, and none for eos.
+    """Bytes of text that each token stands for; 0 for eos.
 
-    Spaces between tokens belong to the next, at the end to the last. Other letters that no token
-    reaches, or only the one of unknown text, are not counted: they cannot be read back.
+    Spaces between tokens belong to the next token, those at the end to the last. Other characters
+    without a token, or with only the unknown token, are not counted, as they cannot be restored.
     """
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)

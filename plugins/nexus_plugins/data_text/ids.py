@@ -1,7 +1,8 @@
 """Token id files: detect how a .bin or .npy was written, from metadata or its content.
 
-In this order: the .idx beside it (ours, or Megatron's), the prepare.json beside it, the header of
-llm.c or NumPy, the wish of the user; and what says nothing is taken as uint16 where it looks so.
+Sources, in this order: the .idx next to it (ours or Megatron's), the prepare.json next to it, an
+llm.c or NumPy header, the user's setting; otherwise it is read as uint16 if its content is
+plausible.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class IdFile:
     """An open file of token ids.
 
     Args:
-        ids, starts: its numbers, and where documents begin.
-        highest: id in the file.
-        how: it was read, in words.
-        lengths: bytes of text behind each id, where they are known.
+        ids, starts: its ids, and where documents begin.
+        highest: highest id in the file.
+        how: how it was read, in words.
+        lengths: bytes of text of each id, if known.
         origin: names the document at each position.
         tokenizer: its hash and number of ids, if the file records them.
-        checksum: of all ids, where one is known.
+        checksum: checksum of all ids, if known.
         guessed: whether the id format had to be guessed.
         loss: what the tokenizer lost of the text, if recorded.
     """
@@ -251,7 +252,7 @@ def _numpy(path: Path, head: bytes) -> _Layout | None:
 
 
 def _recorded(path: Path, size: int) -> _Layout | None:
-    """What prepare.json says, where the .idx has been lost."""
+    """The header recorded in prepare.json, if the .idx is missing."""
     record = Record.beside(path.parent)
     count = record.tokens(path.name) if record is not None else None
     if count is None:
@@ -272,7 +273,7 @@ class PreparedOrigin:
     Args:
         files: path and document count of each.
         starts: where the documents begin in the id file.
-        origins: the number of each document among all that went in; None: its own.
+        origins: the index of each document in the input; None: the same as in the file.
     """
 
     files: tuple[tuple[str, int], ...]

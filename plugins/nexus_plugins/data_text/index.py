@@ -126,7 +126,7 @@ def _index(path: Path, reading: Reading, share: float, folder: Path) -> None:
 def _found(
     path: Path, reading: Reading, hashed: bool, crc: list[int]
 ) -> Iterator[tuple[Ids, Ids, Ids]]:
-    """Begin, end and CRC-32 of documents, in bytes of the file; adds all text to `crc`."""
+    """Start, end and CRC-32 of documents, in bytes of the file; adds all text to `crc`."""
     if reading.one_file_one_document:
         found = _whole_file(path, reading)
         crc[0] = int(found[2][0])
@@ -152,7 +152,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _documents(block: bytes) -> tuple[Ids, Ids]:
-    """Begin and end of each line that is not blank, without its line break."""
+    """Start and end of each line that is not blank, without its line break."""
     letters = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(letters == 10)
     if not block.endswith(b"\n"):
@@ -182,7 +182,7 @@ def _whole_file(path: Path, reading: Reading) -> tuple[Ids, Ids, Ids]:
 
 
 def _complain(path: Path, reading: Reading) -> None:
-    """Read on with the reader that names line and byte of what is wrong."""
+    """Read the rest with the reader whose errors name line and byte."""
     for _ in read_slice(whole(path), reading):
         pass
 
@@ -219,8 +219,7 @@ class Scan:
     """What a scan of a raw id file found.
 
     Args:
-        lowest, highest: id.
-        checksum: of all ids.
+        lowest, highest: lowest and highest id.checksum: checksum of all ids.
         starts: where each document begins, and the number of tokens.
     """
 
@@ -279,9 +278,9 @@ def split_documents(
     """Split the documents of a .bin file into training and evaluation.
 
     Args:
-        path: the file, for the cache's key.
+        path: the file, for the cache key.
         ids, starts: its contents.
-        share: of the documents, for the evaluation.
+        share: share of the documents held out for evaluation.
         cache: the cache folder.
         settings: further settings of the streams.
     """

@@ -18,7 +18,7 @@ __all__ = ["Report", "inspect"]
 Ids = NDArray[np.int64]
 _PORTION = 1 << 20  # tokens
 _SAMPLE = 200  # tokens
-_NOTHING = 1e-300  # a share that no document falls into: only what is held out already
+_NOTHING = 1e-300  # a share too small to hold out any document
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def load_tokenizer(
     """The tokenizer of a name or a file.
 
     Args:
-        wish: "bytes", "bytes256", a tokenizer.json (of Hugging Face's, or saved by this trainer),
-            its folder, or a meta.pkl of nanoGPT.
+        wish: "bytes", "bytes256", a tokenizer.json (from Hugging Face, or saved by this trainer),
+            its folder, or nanoGPT's meta.pkl.
         eos_token, pad_token: names of special tokens; None: the usual ones.
 
     Raises:
@@ -81,7 +81,7 @@ def _own(kind: str, layout: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def _letters(found: list[Any], path: Path) -> list[str]:
-    """Texts that can be written as UTF-8, each once."""
+    """Check that all texts are distinct and can be encoded as UTF-8."""
     try:
         "".join(found).encode()
     except (TypeError, ValueError) as error:
@@ -135,7 +135,7 @@ def _of_nanogpt(raw: bytes, path: Path) -> Tokenizer:
 
 
 def _check_memo(raw: bytes) -> None:
-    """Refuse numbers of memory cells that only serve to fill the memory."""
+    """Reject memo indices that are only meant to exhaust memory."""
     for opcode, value, _ in pickletools.genops(raw):
         puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
         if puts and not 0 <= int(value or 0) <= len(raw):

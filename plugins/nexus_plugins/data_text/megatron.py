@@ -1,8 +1,8 @@
-"""The .bin and .idx of Megatron-LM's `preprocess_data.py`, as NeMo and GPT-NeoX write them too.
+"""The .bin and .idx of Megatron-LM's `preprocess_data.py`, also written by NeMo and GPT-NeoX.
 
-NAME.idx, little-endian: "MMIDIDX\\0\\0", version 1 (uint64), the kind of ids (uint8), sequences
-(uint64), document edges (uint64), then int32 lengths of the sequences, int64 offsets of them in
-bytes, and int64 numbers of the sequences at which documents begin, and the number of all.
+NAME.idx, little-endian: "MMIDIDX\\0\\0", version 1 (uint64), the id dtype (uint8), number of
+sequences (uint64) and of document boundaries (uint64), then the sequences' lengths (int32) and byte
+offsets (int64), and the indices of the sequences at which documents begin, plus the total (int64).
 """
 
 from __future__ import annotations

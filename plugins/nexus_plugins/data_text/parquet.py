@@ -42,7 +42,7 @@ def read_parquet(part: Slice, reading: Reading) -> Iterator[Portion]:
 
 
 def _rows_at_once(file: Any, groups: list[int]) -> int:
-    """So many rows that they take some megabytes, also where each is a book."""
+    """Rows per batch, so that a batch takes some megabytes even if each row is a book."""
     about = [file.metadata.row_group(group) for group in groups]
     size = max(1, sum(int(group.total_byte_size) for group in about))
     return max(1, min(_ROWS, _BYTES * sum(int(group.num_rows) for group in about) // size))
@@ -118,7 +118,7 @@ def _bytes_of(column: Any) -> list[bytes | None]:
 
 
 def _metadata_of(column: Any, path: str) -> list[Any]:
-    """As Python's own values; times that Python cannot hold, such as nanoseconds, as text."""
+    """As Python values; times that Python cannot represent, such as nanoseconds, as text."""
     try:
         return list(column.to_pylist())
     except (ValueError, OverflowError):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DATA", "DataTextPlugin"]
 
-DATA = "data.json"  # in a run's folder: fingerprints of the data it began with
+DATA = "data.json"  # in the run folder: fingerprints of its initial data
 TOKENIZER = "tokenizer.json"  # likewise
 
 _SAMPLE = 4 << 20  # bytes of training text that the bigram model counts
@@ -93,7 +93,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
         """Save the tokenizer with the run, or check that it matches the one saved there.
 
         Raises:
-            CheckpointError: the run folder holds a different tokenizer.
+            CheckpointError: the run folder contains a different tokenizer.
             ConfigError: the model's vocabulary is smaller than the data's.
         """
         if self._data is not None:
@@ -116,7 +116,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
                 f"{path} is not the {self._data.tokenizer} of this run's data; use another "
                 "folder, ",
                 hint_out(),
-                ", or the tokenizer that the folder's run began with",
+                ", or the tokenizer with which the run in that folder started",
             )
 
     def state_dict(self) -> StateDict:
@@ -144,25 +144,25 @@ class DataTextPlugin(Plugin[DataTextConfig]):
             raise CheckpointError(
                 f"the checkpoint was trained with a {saved['kind']} tokenizer of "
                 f"{saved['vocabulary']} ids, hash {str(saved['tokenizer'])[:12]}, but the data has "
-                f"a {tokenizer}; set data_text.tokenizer to the one saved in the run's folder"
+                f"a {tokenizer}; set data_text.tokenizer to the one saved in the run folder"
             )
         for what in self._differences(saved):
             warnings.warn(what, RuntimeWarning, stacklevel=2)
 
     def _differences(self, saved: StateDict) -> Iterator[str]:
-        """How the data differs from the checkpoint's, in words; old ones have no fingerprints."""
+        """How the data differs from the checkpoint's, if that has fingerprints."""
         assert self._data is not None
         train = self._data.train
         if saved["rows"] != len(train):
             yield (
-                f"the checkpoint was trained on {saved['rows']} rows an epoch, but the data now "
-                f"has {len(train)}: the order of an unbroken run is not kept"
+                f"the checkpoint was trained on {saved['rows']} rows per epoch, but the data "
+                f"now has {len(train)}: the rows will not come in the order of an uninterrupted run"
             )
         elif saved.get("fingerprint", train.fingerprint) != train.fingerprint:
             yield (
                 "the training text is not that of the checkpoint (as many rows, but other content "
                 f"or another order of files: fingerprint {train.fingerprint}, not "
-                f"{saved['fingerprint']}): what follows is not the unbroken run"
+                f"{saved['fingerprint']}): the run will differ from an uninterrupted one"
             )
         valid = {name: rows.fingerprint for name, rows in self._data.valid.items()}
         if saved.get("valid", valid) != valid:
@@ -206,7 +206,7 @@ class DataTextPlugin(Plugin[DataTextConfig]):
 
 
 def _check_model(model: object, tokenizer: Tokenizer) -> None:
-    """Make sure that a model that tells its number of ids has all of the data's."""
+    """Check that the model's vocabulary, if it reports one, covers the data's."""
     inner = getattr(model, "module", model)
     embeddings = getattr(inner, "get_input_embeddings", None)
     known = getattr(embeddings(), "num_embeddings", None) if callable(embeddings) else None
@@ -219,7 +219,7 @@ def _check_model(model: object, tokenizer: Tokenizer) -> None:
 
 
 def _text(data: TextData, rows: Rows, limit: int | None = None) -> bytes:
-    """The text of rows at even distances, about `limit` tokens of it."""
+    """The text of evenly spaced rows, about `limit` tokens."""
     count = len(rows) if limit is None else min(len(rows), max(1, limit // rows.length))
     picked = np.arange(count) * len(rows) // count
     return b"".join(map(data.tokenizer.text_bytes, rows.tokens(picked.tolist())))

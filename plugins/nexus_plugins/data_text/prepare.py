@@ -31,7 +31,7 @@ from nexus_plugins.data_text.workers import Workers
 
 __all__ = ["Job", "Summary", "encode_unit", "prepare", "units_of"]
 
-_UNIT = 4 << 20  # bytes of input that make one piece of work
+_UNIT = 4 << 20  # bytes of input per work unit
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def reading(self) -> Reading:
-        """How documents are taken out of files."""
+        """How documents are read from files."""
         return Reading(self.text_key, self.one_file_one_document, self.invalid_utf8, self.as_text)
 
 
@@ -66,9 +66,8 @@ class Job:
 class Summary:
     """The outcome: counts of documents, tokens and bytes of text, and of what was left out.
 
-    The last fields: documents whose text was compared with its decoded ids, those in which
-    something is missing or changed, bytes of text without an id of their own, and files without a
-    document.
+    The last fields count documents whose text was compared with their decoded ids, those of them
+    that differ, bytes of text without an id, and files without a document.
     """
 
     train_documents: int
@@ -155,7 +154,7 @@ def prepare(
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Let only one process at a time prepare into a folder; others wait for its result."""
+    """Let only one process at a time write to a folder; others wait for its result."""
     with (out / ".lock").open("w") as file:
         lock(file, wait=True)
         yield
@@ -174,7 +173,7 @@ def _finished(out: Path, mark: str) -> dict[str, Any] | None:
 
 
 def _parts_folder(out: Path, mark: str) -> Path:
-    """Where finished pieces of work lie; those of other inputs are removed."""
+    """The folder of finished work units; those of other inputs are removed."""
     for other in out.glob(".parts-*"):
         if other.name != f".parts-{mark}":
             shutil.rmtree(other)
@@ -192,7 +191,7 @@ def _encode(
     workers: int,
     progress: Callable[[int], object],
 ) -> Iterator[Path]:
-    """The finished pieces of work in order, those of a killed run included."""
+    """The finished work units in order, including those of a killed preparation."""
     there = _whole_parts(parts)
     tasks = [(number, unit) for number, unit in enumerate(units) if number not in there]
     with Workers(min(workers, len(tasks)), job, parts) as pool:
@@ -203,7 +202,7 @@ def _encode(
 
 
 def _whole_parts(parts: Path) -> dict[int, Path]:
-    """The finished pieces of work by number; one whose size is not that in its name is removed."""
+    """The finished work units by number; those with a size other than in their name are removed."""
     found = {}
     for path in parts.glob("*.part"):
         number, _, size = path.stem.partition("-")
@@ -237,7 +236,7 @@ def encode_unit(number: int, unit: Sequence[Slice], job: Job, parts: Path) -> Pa
 def _columns(
     portion: Portion, tokenizer: Tokenizer, job: Job, counts: Counter[str]
 ) -> dict[str, NDArray[Any]]:
-    """Documents as arrays: `ids` (and `token_bytes`) one behind the other, the rest one each."""
+    """Documents as arrays: `ids` (and `token_bytes`) concatenated, the rest with one entry each."""
     texts = portion.texts
     encoded = tokenizer.encode_documents(texts)
     counts.update(**loss_of(tokenizer, texts, encoded))
@@ -259,7 +258,7 @@ def _columns(
 def _save_part(
     parts: Path, number: int, pieces: list[dict[str, NDArray[Any]]], extra: dict[str, Any]
 ) -> Path:
-    """Write a line of JSON and the columns as they are, each piece behind the other."""
+    """Write a line of JSON, followed by the raw columns."""
     columns = {
         name: (array.dtype.str, sum(len(piece[name]) for piece in pieces))
         for name, array in (pieces[0] if pieces else {}).items()
@@ -363,7 +362,7 @@ class _Merge:
             _append(writer, part, chosen)
 
     def _fresh(self, arrays: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
-        """Which documents have not come before."""
+        """The mask of documents that have not occurred before."""
         fresh = np.ones(len(arrays["lengths"]), np.bool_)
         if self._job.deduplicate:
             for number, digest in enumerate(arrays["digests"].tolist()):

@@ -23,10 +23,10 @@ class Record:
     """What a folder of prepared data was made from, and the outcome.
 
     Args:
-        fingerprint: of the input and the settings.
-        files: `(path, documents)` of the input.
+        fingerprint: hash of the input and settings.
+        files: `(path, documents)` of each input file.
         summary: see `Summary`.
-        checksums: CRC-32 of each file of ids.
+        checksums: CRC-32 of each id file.
     """
 
     fingerprint: str

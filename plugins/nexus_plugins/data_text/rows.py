@@ -21,20 +21,20 @@ __all__ = ["Layout", "PackedRows", "PaddedRows", "RowBatch", "Rows", "as_it_is"]
 
 Ids = NDArray[np.int64]
 RowBatch: TypeAlias = dict[str, Tensor]
-"""What a batch holds, by name: see `PackedRows` and `PaddedRows`."""
+"""A batch by name: see `PackedRows` and `PaddedRows`."""
 
-_IGNORE = -100  # the label that torch's losses leave out
+_IGNORE = -100  # the label that torch's losses ignore
 
 
 class Layout:
     """Maps each sample of an epoch to a source and a row in it.
 
-    A source with more samples than rows repeats its rows in turn; one with fewer gives evenly
+    A source with more samples than rows repeats its rows in turn; one with fewer contributes evenly
     spaced rows. The layout takes no memory and does not depend on the epoch.
 
     Args:
-        rows: how many each source has.
-        samples: how many samples each gives in an epoch.
+        rows: number of rows of each source.
+        samples: number of samples per epoch of each source.
     """
 
     def __init__(self, rows: Sequence[int], samples: Sequence[int]) -> None:
@@ -80,15 +80,15 @@ class Rows(ABC):
 
     Args:
         streams: the sources.
-        tokenizer: its pad id fills rows, its table gives the bytes that a label stands for.
-        length: most tokens in a row.
+        tokenizer: provides the pad id and the bytes of text per label.
+        length: maximum tokens in a row.
         complete: keep the last row of a source even if it is not full.
         weights: shares of the sources in an epoch; None: every row once.
-        limit: about this many rows instead of all.
+        limit: use about this many rows instead of all.
     """
 
     LOST: ClassVar[str]
-    """Why tokens are left out, to follow their number."""
+    """Why tokens are skipped: the text after their number."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Rows(ABC):
 
     @abstractmethod
     def rows_of(self, stream: Stream) -> int:
-        """How many rows a stream gives."""
+        """The number of rows in a stream."""
 
     @abstractmethod
     def spans(self, sources: Ids, rows: Ids) -> list[tuple[int, int]]:
@@ -132,17 +132,17 @@ class Rows(ABC):
     @property
     @abstractmethod
     def lost(self) -> int:
-        """The number of tokens that no row holds."""
+        """The number of tokens that are in no row."""
 
     def __len__(self) -> int:
         return len(self.layout)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what every row holds: the text, its order, the tokenizer and the row cuts.
+        """A hash of the content of all rows: text, order, tokenizer and row boundaries.
 
-        Renaming or moving files keeps it, other content changes it; it hashes samples of each file,
-        so that large files take no longer.
+        Renaming or moving files does not change it; other content does. Only samples of each file
+        are hashed, so large files take no longer.
         """
         cut = (type(self).__name__, self.length, self._complete, self._pad, self._tokenizer)
         return fingerprint(*cut, self.layout.key, [one.fingerprint() for one in self.streams])[:16]
@@ -165,7 +165,7 @@ class Rows(ABC):
         return [(self.streams[source], *span) for source, span in pairs]
 
     def _open(self, samples: Sequence[int]) -> list[tuple[Stream, int, int]]:
-        """`locate`, and make sure that the files behind it have not changed."""
+        """`locate`, after checking that the files have not changed."""
         spans = self.locate(samples)
         for stream in dict.fromkeys(stream for stream, _, _ in spans):
             stream.check()
@@ -188,7 +188,7 @@ class Rows(ABC):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _label_bytes(self, labels: Ids, spans: Sequence[tuple[Stream, int, int]]) -> Ids | None:
-        """Bytes of text behind the counted labels of each row, `(B,)`; None: not all are known."""
+        """Bytes of text of each row's labels, `(B,)`; None: not all are known."""
         if not self._counted:
             return None
         known = np.zeros(len(spans), np.int64)
@@ -204,10 +204,10 @@ class Rows(ABC):
 class PackedRows(Rows):
     """Concatenated documents, cut into rows of equal length: no padding, nothing dropped.
 
-    Row i shows tokens `i * length` to `(i + 1) * length - 1` of its stream; the label of a row's
+    Row i contains tokens `i * length` to `(i + 1) * length - 1` of its stream; the label of a row's
     last token is the first token of the next row, if that belongs to the same document.
 
-    A batch holds `input_ids` and `labels` `(B, T)` int64 (`labels[t]` follows position t; -100 at
+    A batch has `input_ids` and `labels` `(B, T)` int64 (`labels[t]` follows position t; -100 at
     the end of a document), `segment_ids` `(B, T)` int32 (0 at the start of a row, one more at each
     start of a document) and `label_bytes` `(B,)` int64 (bytes of text that the labels stand for).
     """
@@ -245,7 +245,7 @@ class PackedRows(Rows):
         return self._batch(arrays, spans)
 
     def _tokens(self, spans: Sequence[tuple[Stream, int, int]]) -> NDArray[Any]:
-        """The tokens of each row and the one behind it, `(B, T + 1)`; -100 behind the end."""
+        """The tokens of each row and the next one, `(B, T + 1)`; -100 after the end."""
         first_stream = spans[0][0]
         if all(stream is first_stream for stream, _, _ in spans):
             firsts = np.array([first for _, first, _ in spans])
@@ -259,7 +259,7 @@ class PackedRows(Rows):
         return tokens
 
     def _starts(self, spans: Sequence[tuple[Stream, int, int]]) -> Ids:
-        """Where in `(B * T + 1,)` documents start, but for the starts of rows."""
+        """The positions in `(B * T + 1,)` at which documents start, except at row starts."""
         found = []
         for stream in dict.fromkeys(stream for stream, _, _ in spans):
             mine = [number for number, span in enumerate(spans) if span[0] is stream]
@@ -272,14 +272,14 @@ class PackedRows(Rows):
         marks = np.zeros(rows * self.length + 1, np.int32)
         marks[starts] = 1
         table = marks[:-1].reshape(rows, self.length)
-        table[:, 0] = 0  # a start right behind a row is only the end of its last label
+        table[:, 0] = 0  # a start after the row only ends its last label
         return table.cumsum(axis=1, dtype=np.int32)
 
 
 class PaddedRows(Rows):
     """One document per row: truncated at `length`, padded to the longest of the batch.
 
-    A batch holds `input_ids`, `labels` (-100 on padding) and `attention_mask` (1 on tokens, 0 on
+    A batch has `input_ids`, `labels` (-100 on padding) and `attention_mask` (1 on tokens, 0 on
     padding), all `(B, T)` int64, and `label_bytes` `(B,)` int64.
     """
 

@@ -24,10 +24,10 @@ class Source:
     """A source with its resolved files; the embedded text has none.
 
     Args:
-        name: its own.
+        name: name of the source.
         weight: its share of rows.
-        files: to train on.
-        held_out: what was held out for evaluation in prepared data.
+        files: files to train on.
+        held_out: the held-out file of prepared data.
         apart: files whose names mark them as held out.
         named: the files that were given explicitly.
         as_text: read all files as text.
@@ -122,9 +122,9 @@ class _Finder:
         return self._files(name, wish.weight, [wish.path], wish.as_ == "text")
 
     def _files(self, name: str, weight: float, paths: Sequence[str], as_text: bool) -> Source:
-        """The files to train on, and those of them that were held out.
+        """The files to train on, and those held out for evaluation.
 
-        Such are what a folder or a glob brings along; a file that is named by itself is meant.
+        A file given explicitly is never held out; one found in a folder or glob may be.
         """
         files: list[Path] = []
         apart: list[Path] = []
@@ -151,7 +151,7 @@ class _Finder:
         return Source(name, weight, tuple(files), held_out, tuple(apart), frozenset(named), as_text)
 
     def _say_taken(self, files: Sequence[Path], wish: str) -> None:
-        """Note what text of any suffix brings along: a `validation.py` is source code."""
+        """Note files used although named as held out, since `validation.py` may be code."""
         if taken := split_by_name(files, root_of(expanded(wish))).valid:
             self.remarks.append(
                 f"{in_words(taken)} named as held-out text, but trained on, because all files of "

@@ -71,7 +71,7 @@ class Stream(Protocol):
     """A sequence of tokens made of documents; positions count tokens from 0."""
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
 
     @property
     def documents(self) -> int:
@@ -120,9 +120,9 @@ class MappedFile:
 
     Args:
         path: the file.
-        dtype: of the numbers in `array`.
+        dtype: dtype of `array`.
         offset: bytes to skip at the start.
-        count: how many numbers to map; None: up to the end.
+        count: how many numbers to map; None: all up to the end.
 
     Raises:
         DataError: the file cannot be read.
@@ -187,10 +187,10 @@ class TokenStream:
         data: the numbers, in memory or mapped: ids, or bytes of text used as ids.
         starts: `(documents + 1,)`, where each document starts in the stream, and its length.
         sources: `(documents,)`, where each starts in `data`; None: at the same position.
-        eos: follows each document though `data` does not hold it; None: `data` holds it.
-        lengths: bytes of text that each number of `data` stands for, if no table gives it.
+        eos: added after each document, if `data` does not contain it; None: `data` does.
+        lengths: bytes of text of each entry of `data`, if there is no table.
         origin: gives the file of each document and its index there.
-        checksum: of all of `data`, if it has been read once.
+        checksum: checksum of all of `data`, if it has been read.
     """
 
     def __init__(
@@ -244,12 +244,12 @@ class TokenStream:
         if self._eos is None:
             out[:] = data[indices]
             return
-        out[:] = data[np.minimum(indices, len(data) - 1)]  # the last eos lies behind the data
+        out[:] = data[np.minimum(indices, len(data) - 1)]  # the last eos is after the data
         ends = begins[1:] - 1
         out[ends[ends < last] - first] = self._eos
 
     def _indices(self, first: int, last: int) -> tuple[Ids, Ids]:
-        """Where in `data` the positions lie, and the begins of their documents and of the next."""
+        """The indices of positions in `data`, and the starts of their and the next documents."""
         starts, sources = _array(self._starts), self.sources
         low = int(starts.searchsorted(first, "right")) - 1
         high = int(starts.searchsorted(last, "left"))
@@ -387,7 +387,7 @@ class Chain:
             yield from stream.document_lengths()
 
     def _parts(self, first: int, last: int) -> list[tuple[Stream, int, int, int]]:
-        """Which streams hold the positions: (stream, where it begins, first, last)."""
+        """The streams that contain the positions: (stream, its start, first, last)."""
         last = min(last, len(self))
         low = int(self._edges.searchsorted(first, "right")) - 1
         high = int(self._edges.searchsorted(last, "left"))

@@ -27,7 +27,7 @@ __all__ = [
 
 Ids = NDArray[np.int64]
 _TOGETHER = 1 << 20  # bytes encoded at once
-_COMPARED = 32  # documents of a few megabytes of text
+_COMPARED = 32  # documents per few megabytes of text
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Encoded:
     """Documents as ids.
 
     Args:
-        ids: of all documents concatenated, each with its eos.
-        lengths: `(documents,)`, ids of each.
-        token_bytes: bytes of text that each id stands for, if no table gives it.
-        lost_bytes: of text that no id stands for, or only the unknown token.
+        ids: all documents concatenated, each with its eos.
+        lengths: `(documents,)`, number of ids of each.
+        token_bytes: bytes of text of each id, if there is no table.
+        lost_bytes: bytes of text without an id, or only the unknown token.
     """
 
     ids: NDArray[Any]
@@ -144,15 +144,15 @@ class ByteTokenizer(Tokenizer):
         return Encoded(ids, lengths, None, self._lost(texts))
 
     def _lost(self, texts: Sequence[bytes]) -> int:
-        """Bytes that no id stands for."""
+        """Bytes without an id."""
         return 0
 
     def _encode(self, texts: Sequence[bytes], out: NDArray[np.uint16]) -> None:
-        if len(texts) == 1:  # it may be long: without another copy of it
+        if len(texts) == 1:  # it may be long, so it is not copied
             out[:-1] = np.frombuffer(texts[0], np.uint8)
             out[-1] = self.eos
             return
-        joined = b"\xff".join([*texts, b""])  # a byte that UTF-8 never has
+        joined = b"\xff".join([*texts, b""])  # a byte that never occurs in UTF-8
         out[:] = np.frombuffer(joined, np.uint8)
         out[out == 0xFF] = self.eos
 
@@ -211,7 +211,7 @@ class CharTokenizer(Tokenizer):
     """One id per character, as in nanoGPT's character corpora; documents are not marked.
 
     Args:
-        letters: the character of each id.
+        letters: character of each id.
     """
 
     kind = "characters"

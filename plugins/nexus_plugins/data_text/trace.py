@@ -56,11 +56,11 @@ def trained_on(run: Path, step: int) -> list[Row]:
 
     Args:
         run: the run's folder, with config.yaml.
-        step: counted from 1, as the logs count it.
+        step: number of the step as in the logs, from 1.
 
     Raises:
-        ConfigError: the folder holds no config of a text run.
-        DataError: the data is gone.
+        ConfigError: the folder has no config of a text run.
+        DataError: the data no longer exists.
     """
     if step < 1:
         raise ConfigError(f"steps count from 1, got {step}")
@@ -90,7 +90,7 @@ def trained_on(run: Path, step: int) -> list[Row]:
 
 
 def _batches(step: int, accumulate: int, length: int, ends: bool) -> list[tuple[int, int]]:
-    """The epoch and number of each batch of a step; where steps `end` with epochs, of one epoch."""
+    """The epoch and number of each batch of a step, all of one epoch if steps `end` with epochs."""
     if not ends:
         return [divmod(n, length) for n in range((step - 1) * accumulate, step * accumulate)]
     epoch, place = divmod(step - 1, math.ceil(length / accumulate))
@@ -98,7 +98,7 @@ def _batches(step: int, accumulate: int, length: int, ends: bool) -> list[tuple[
 
 
 def _check_same(run: Path, data: TextData) -> None:
-    """Say so where the data is not that of the run's beginning any more."""
+    """Warn if the data has changed since the run started."""
     path = run / DATA
     try:
         saved = json.loads(path.read_bytes())["train"]

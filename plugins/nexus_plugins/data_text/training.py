@@ -21,10 +21,10 @@ def train_tokenizer(paths: Sequence[Path], out: Path, size: int, reading: Readin
     """Train byte-level BPE, lossless for any text, and write it as a tokenizer.json.
 
     Args:
-        paths: files of text.
+        paths: text files.
         out: the file to write.
-        size: of the vocabulary, with `<|endoftext|>` and `<|pad|>`.
-        reading: how documents are taken out of the files.
+        size: vocabulary size, including `<|endoftext|>` and `<|pad|>`.
+        reading: how documents are read from the files.
 
     Raises:
         DataError: a file cannot be used, or the package `tokenizers` is missing.

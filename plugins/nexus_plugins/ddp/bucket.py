@@ -1,4 +1,4 @@
-"""Gradients that are added up and sent in one flat tensor."""
+"""Buckets: gradients that are summed and sent as one flat tensor."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from nexus_plugins.ddp.course import Course, Move
 __all__ = ["Bucket"]
 
 TAIL = 64
-"""Numbers that a bucket has room for behind the gradients."""
+"""Elements that a bucket reserves after the gradients."""
 AT_ONCE = 2**20
-"""Bytes of gradients that are added in one call: not more, so that their memory is used again."""
+"""Bytes of gradients added in one call; limited so that their memory is reused."""
 ALIGNED = 16
-"""Numbers: each gradient begins at a multiple of them."""
+"""Elements: each gradient starts at a multiple of this."""
 
 
 class Bucket:
     """A group of parameters whose gradients are sent together.
 
     Args:
-        parameters: of the model.
-        indices: their indices.
+        parameters: the model's parameters.
+        indices: indices of the bucket's parameters.
         ranks: the ranks of the run.
     """
 
@@ -41,7 +41,7 @@ class Bucket:
             starts.append(end)
             end += -(-parameter.numel() // ALIGNED) * ALIGNED
         self._starts, self._end, self._size = starts, end, padded(end + TAIL, ranks)
-        self.flat: list[Tensor] = []  # of each slot
+        self.flat: list[Tensor] = []  # one per slot
         self.views: list[list[Tensor]] = []
 
     @property
@@ -54,13 +54,13 @@ class Bucket:
         return {node: self.flat[slot] for node, slot in self._course.rows.items()}
 
     def carries(self, values: Tensor) -> bool:
-        """Whether such values fit behind the gradients."""
+        """Whether such values fit after the gradients."""
         flat = self.flat[0]
         alike = values.dtype == flat.dtype and values.device == flat.device
         return alike and values.numel() < TAIL
 
     def add_rest(self, part: CellSum, is_usual: bool) -> None:
-        """Append the losses, and the number of ranks whose gradients are as usual."""
+        """Append the losses, and a flag summed to the number of ranks with the usual gradients."""
         count, first = part.like[-1].numel(), self.slot
         for node, slot in self._course.rows.items():
             losses = part.parts[node][-1]
@@ -69,7 +69,7 @@ class Bucket:
             tail[count] = float(is_usual and slot == first)
 
     def tail(self, slot: int, count: int) -> Tensor:
-        """The first values behind the gradients."""
+        """The first values after the gradients."""
         return self.flat[slot][self._end : self._end + count]
 
     def begin(self, course: Course) -> None:
@@ -85,7 +85,7 @@ class Bucket:
             ])  # fmt: skip
 
     def open(self, move: Move | None) -> None:
-        """Start a cell; None: one whose gradient does not count."""
+        """Start a cell; None: its gradient does not count."""
         self.move, self.arrived = move, [False] * len(self.parameters)
         self.left = sum(parameter.requires_grad for parameter in self.parameters)
         self._waiting: list[int] = []
@@ -104,7 +104,7 @@ class Bucket:
 
     @torch.no_grad()
     def close(self) -> None:
-        """Finish the cell: add up the subtrees that it completes."""
+        """Finish the cell: add the subtrees that it completes."""
         if self.is_done:
             return
         self._add()

@@ -41,7 +41,7 @@ class CellGradients:
 
     Args:
         named: the parameters, with names for error messages.
-        ranks: this process among its peers.
+        ranks: this process's rank.
         bucket: maximum bucket size in bytes.
         ring: reduce as the backend does.
     """
@@ -52,13 +52,13 @@ class CellGradients:
         self.parameters = [parameter for _, parameter in named]
         self._names = [name for name, _ in named]
         self._ranks, self._most, self._ring = ranks, bucket, ring
-        self._buckets: dict[str | None, list[Bucket]] = {}  # of each turn
-        self._apart: dict[str | None, set[int]] = {}  # what is not in them, and known
+        self._buckets: dict[str | None, list[Bucket]] = {}  # by turn
+        self._apart: dict[str | None, set[int]] = {}  # by turn: known gradients in no bucket
         self._courses: dict[tuple[int, ...], Course] = {}
         self._rooms: list[Tensor | None] = [None, None]
         self._present: list[Bucket] = []
         self._where: dict[int, tuple[Bucket, int]] = {}
-        self._order: list[int] = []  # in which those came that are in no bucket
+        self._order: list[int] = []  # arrival order of gradients in no bucket
         self._twice: set[int] = set()
         self._sent: list[Exchange] = []
         self._is_open = self._is_last = False
@@ -112,7 +112,7 @@ class CellGradients:
         """The sum of gradients and losses over all cells.
 
         Args:
-            part: what this rank has of it that was not taken.
+            part: this rank's part, without the gradients already taken.
             step: the step that the gradient belongs to.
             count: number of cells in a full batch.
         """
@@ -151,7 +151,7 @@ class CellGradients:
             bucket.begin(self._course)
 
     def _arrived(self, index: int, _: Tensor) -> None:
-        """A gradient is complete."""
+        """Process a complete gradient."""
         if not self._is_open:
             return
         if index not in self._where:
@@ -171,14 +171,14 @@ class CellGradients:
             self._send(self._present[:-1])
 
     def _send(self, buckets: Sequence[Bucket]) -> None:
-        """Send those that the last cell has completed, in order, the same in all processes."""
+        """Send the buckets that the last cell has completed, in an order that all ranks share."""
         while self._is_last and (number := len(self._sent)) < len(buckets):
             if not buckets[number].is_done:
                 return
             self._begin_one(buckets[number].rows(), buckets[number].flat[0])
 
     def _begin_one(self, rows: dict[Node, Tensor], out: Tensor) -> None:
-        """Begin to send something, after which what was sent before is on its way back."""
+        """Start one exchange, and the second half of the one before it."""
         number, nodes = len(self._sent), [] if self._ring else self._course.nodes
         exchange = Exchange(rows, nodes, self._ranks, out, self._rooms[number % 2], number)
         exchange.begin()
@@ -195,7 +195,7 @@ class CellGradients:
 
         Args:
             part: the losses.
-            kinds: of the gradients, on this rank; in the end those of all ranks.
+            kinds: kinds of the gradients on this rank; replaced by those of all ranks.
 
         Returns:
             The sum of the losses.
@@ -232,7 +232,7 @@ class CellGradients:
     def _add_others(
         self, found: list[Tensor | None], others: list[int], part: CellSum, step: Step, count: int
     ) -> None:
-        """Sum what is not in buckets; where it is new, look again for the order of all."""
+        """Sum gradients that are in no bucket; if some are new, determine the order again."""
         if others:
             rest = CellSum(part.count, [part.like[index] for index in others])
             rest.parts = {n: [values[i] for i in others] for n, values in part.parts.items()}
@@ -242,7 +242,7 @@ class CellGradients:
             del self._buckets[step.turn]
 
     def _settle(self, turn: str | None, whole: Sequence[Tensor | None]) -> None:
-        """Make buckets of what the pass has reached, in the order in which it came."""
+        """Assign the gradients of this pass to buckets, in arrival order."""
         seen = gather(self._ranks, (self._order, self._twice))
         twice = {index for _, some in seen for index in some}
         dense = {
@@ -263,5 +263,5 @@ class CellGradients:
 
 
 def _are(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether these are the very tensors."""
+    """Whether these are the same tensor objects."""
     return list(map(id, some)) == list(map(id, others))

@@ -32,9 +32,9 @@ class Course:
     """The plan by which a rank adds up its cells in tree order, with few slots.
 
     Args:
-        moves: of the rank's cells.
+        moves: one per cell of the rank.
         rows: the final slot of each complete subtree.
-        slots: how many slots are needed.
+        slots: number of slots needed.
         nodes: the subtrees of all ranks.
     """
 

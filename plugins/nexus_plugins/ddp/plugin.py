@@ -64,7 +64,7 @@ class DdpPlugin(Parallel[DdpConfig]):
             self._first_step = self.config.find_unused is None
             self._names = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
             self._parallel = self._wrapped(engine.model, bool(self.config.find_unused))
-            _sum_gradients(self._parallel, _trained(engine.model))  # settles who is sent with whom
+            _sum_gradients(self._parallel, _trained(engine.model))  # determines the buckets
             engine.optimizer.zero_grad()
 
     @hookimpl(wrapper=True, stage="reduce")
@@ -95,14 +95,14 @@ class DdpPlugin(Parallel[DdpConfig]):
         return done
 
     def _sum(self, bucket: torch._C._distributed_c10d.GradBucket) -> Future[Tensor]:
-        """Sum some of the gradients over the processes; the last of a step come last."""
+        """Sum some gradients over ranks; `DDP` reports the last ones of a step at the end."""
         self._summed = bucket.is_last()
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         future: Future[list[Tensor]] = work.get_future()
         return future.then(lambda done: done.value()[0])
 
     def _unreached(self, step: Step) -> ConfigError:
-        """The error of a step whose sum waits for gradients that do not come, in this process."""
+        """The error if this rank's step waits for gradients that never arrive."""
         assert self._parallel is not None
         found = [name for name, p in self._names.items() if p.grad is None]
         some = f" (such as '{found[0]}', one of {len(found)})" if found else ""
@@ -124,7 +124,7 @@ class DdpPlugin(Parallel[DdpConfig]):
         return sum_over_processes(part, step, count, engine.ranks, self._bucket, ring=ring)
 
     def _in_cells(self, engine: Engine, step: Step) -> CellGradients:
-        """What sums the gradients of the parameters that there are."""
+        """The object that sums the gradients of the current parameters."""
         own = [p for p in engine.parameters() if not is_sharded(p)]
         if step.place == 0 and not (self._cells and self._cells.is_for(own)):
             self._stop_taking()
@@ -196,9 +196,9 @@ def _trained(model: nn.Module) -> list[Tensor]:
 
 
 def _sum_gradients(parallel: DistributedDataParallel, parameters: list[Tensor]) -> None:
-    """Sum the gradients that are there, by the backward pass of a loss that adds nothing.
+    """Sum existing gradients through the backward pass of a zero loss.
 
-    So they are added in the same order as in any other step, to the same bits.
+    So they are added in the same order as in any other step, with bitwise equal results.
     """
     if parameters:
         nothing = torch.stack([p.sum().float() for p in parameters]).sum() * 0.0

@@ -27,9 +27,9 @@ READINGS_KEPT = 24
 PROBES_KEPT = 3
 WORTHS_KEPT = 3
 SURE = 3.0
-"""Standard deviations, or errors, that nearly every value lies within."""
+"""Standard deviations, or standard errors, that include nearly every value."""
 SURE_IN_LOGARITHMS = 5.0
-"""The same for logarithms, whose lower tail is long: squared errors of single rows come near 0."""
+"""The same for logarithms, which have a long lower tail, as losses can come close to 0."""
 RISE = 1.001  # a learning rate this much higher than the highest so far is a new peak
 
 
@@ -56,18 +56,18 @@ class Reading:
 
     Args:
         step: the last step of the period.
-        steps: how many steps it has.
+        steps: number of its steps.
         loss: mean of the finite losses of its steps; each is the sum of the terms' means, with
             their static weights.
-        deviation: standard deviation of them.
+        deviation: standard deviation of these losses.
         floor: a bound below nearly all losses: some standard deviations below the mean, of the
             losses or of their logarithms, whichever is higher.
         bad_step: the first step whose loss was not finite.
         lr: learning rate of the first parameter group in the last step.
         gradient_finite: whether the gradient of the last step was finite.
         silent: matrices without a gradient in the last step.
-        memory: at the end of the period.
-        wait: for batches.
+        memory: memory at the end of the period.
+        wait: time spent waiting for batches.
     """
 
     step: int
@@ -118,8 +118,8 @@ class Worth:
     """The worth of each module in an evaluation.
 
     Args:
-        loss: of the evaluation.
-        worths: the rise of the loss without the module, by name.
+        loss: loss of the evaluation.
+        worths: increase of the loss without the module, by name.
     """
 
     loss: float

@@ -86,8 +86,8 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
     def __post_init__(self) -> None:
         self._history = History()
         self._found: list[Finding] = []
-        self._pending: list[dict[str, Tensor]] = []  # the terms of each step since the reading
-        self._outputs: dict[str, Tensor] = {}  # of the probe since the reading, and its norms
+        self._pending: list[dict[str, Tensor]] = []  # the terms of each step since the last reading
+        self._outputs: dict[str, Tensor] = {}  # of the probe since the last reading
         self._norms: dict[str, Tensor] = {}
         self._gradients: dict[str, Gradient] = {}
         self._sizes: dict[str, Tensor] = {}
@@ -200,7 +200,7 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
         return bool(period and (step.number - 1) % period == 0 and not step.again)
 
     def _read(self, engine: Engine) -> None:
-        """Bring everything to the host, judge it, and say what is new."""
+        """Transfer everything to the host, apply the rules, and report new findings."""
         steps, self._pending = self._pending, []
         losses = _losses(engine, steps)
         weights = ChainMap(*map(dict, engine.hook.loss_weight(engine=engine)))
@@ -237,12 +237,12 @@ class DiagnosePlugin(Plugin[DiagnoseConfig]):
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained now, by name."""
+    """The currently trained parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _losses(engine: Engine, steps: list[dict[str, Tensor]]) -> list[dict[str, float]]:
-    """The unweighted mean of each term in each step, over all processes; 0 where it was absent."""
+    """The unweighted mean of each term in each step over all ranks; 0 if it was absent."""
     names = sorted({name for step in steps for name in step})
     absent = torch.zeros((), device=engine.device)
     rows = [[step.get(name, absent).to(absent) for name in names] for step in steps]

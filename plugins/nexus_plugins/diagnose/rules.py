@@ -12,45 +12,45 @@ from nexus_plugins.diagnose.history import SURE, Baseline, History, Probe, Readi
 __all__ = ["RULES", "Finding", "Rule", "examine"]
 
 LOST = 0.5
-"""Explosion: losing half of what was learned, or half of the first loss on top, is no noise."""
+"""Explosion: losing half of the progress, or rising to 1.5 times the first loss, is not noise."""
 TWICE = 2
-"""Explosion: readings in a row, since the lowest of many levels is low by luck as well."""
+"""Explosion: consecutive readings, since the lowest of many levels may be low by chance."""
 ROW = 3
 """Consecutive readings required: a single one may be chance."""
 WINDOW = 12
-"""Readings that a trend is told from: two halves of six."""
+"""Readings from which a trend is estimated: two halves of six."""
 FLAT = 0.01
-"""Slow convergence: less of the loss than this, from half to half, is a plateau."""
+"""Slow convergence: a decrease below this share of the loss between halves is a plateau."""
 HIDDEN = 0.05
-"""Slow convergence: noise that could hide as much of a fall forbids to speak of a plateau."""
+"""Slow convergence: if noise could hide a decrease of this share, nothing is reported."""
 UNLEARNED = 0.5
-"""Slow convergence: a run that still has half of its first loss has not got to its end."""
+"""Slow convergence: a run that still has half of its first loss has not converged."""
 JUST_PAST = 20
-"""Slow convergence: readings after the peak of the learning rate, or as long as the warm-up."""
+"""Slow convergence: readings considered after the peak learning rate, at least the warm-up."""
 FULL = 0.9
-"""Memory: allocators fail before the last tenth, from fragments and short-lived peaks."""
+"""Memory: fragmentation and short peaks can make allocations fail in the last tenth."""
 DOMINANT = 10.0
-"""Collapse: with a gradient ten times as long, one term turns the sum by at most 6 degrees."""
+"""Collapse: next to a gradient ten times larger, a term turns the sum by at most 6 degrees."""
 FALLEN = 0.05
-"""Collapse: a term that lost this part of its first loss is being learned."""
+"""Collapse: a term whose loss fell by this share is being learned."""
 DEAD_WIDTH = 0.05
-"""Collapse: with a twentieth of the deviation once there, the output hardly tells rows apart."""
+"""Collapse: with a twentieth of its former deviation, an output hardly distinguishes rows."""
 DEAD_PROBES = 2
-"""Collapse: probes that show it; a deviation over a batch is hardly a matter of chance."""
+"""Collapse: consecutive probes required; few, as the deviation over a batch varies little."""
 DEAD_READINGS = 5
-"""Dead layers: a unit may rest for a batch, a whole matrix not in five readings."""
+"""Dead layers: a unit may be inactive for a batch, but not a whole matrix in five readings."""
 SAME_LR = 1e-3
-"""Floor: learning rates closer than this, relatively, are one."""
+"""Floor: relative difference up to which learning rates count as equal."""
 FLOOR = 0.1
 """Floor: schedules end at a tenth of the peak or lower."""
 FLOOR_READINGS = 8
 """Floor: readings at the same learning rate, so that the tail of a cosine does not count as one."""
 STARVED = 0.3
-"""Starvation: waiting this share of the time, a run takes 1.4 times as long as it need."""
+"""Starvation: waiting this share of the time makes a run 1.4 times slower than necessary."""
 STARVED_MS = 2.0
-"""Starvation: handing over a batch from another process takes about as long; less cannot be won."""
+"""Starvation: transferring a batch from a worker takes about this long, so less is normal."""
 WORTHLESS = 1e-3
-"""Worth: leaving a module out raises the loss by less than a thousandth of it."""
+"""Worth: ablating the module raises the loss by less than a thousandth."""
 GROWING = 2.0
 """Worth: a module whose worth has doubled over the measurements is still being learned."""
 NAMES_SHOWN = 3
@@ -107,7 +107,7 @@ def loss_explosion(history: History) -> str | None:
     if len(last) < TWICE:
         return None
     margin = LOST * max(abs(baseline.first), baseline.first - baseline.lowest)
-    # The first step's loss is one draw, so nearly every loss must lie above what it allows.
+    # The first step's loss is a single sample, so nearly every loss must be above its bound.
     from_start = baseline.start + LOST * abs(baseline.start) < min(r.floor for r in last)
     from_level = baseline.ceiling + margin < min(r.loss - SURE * r.error for r in last)
     if not from_start and not from_level:
@@ -273,7 +273,7 @@ RULES: tuple[Rule, ...] = (
 def _trend(window: Sequence[Reading]) -> tuple[float, float, float] | None:
     """Mean loss of the first and of the second half, and the standard error of the difference.
 
-    None where there are not two readings, or a loss was not finite.
+    None if there are fewer than two readings, or a loss was not finite.
     """
     if len(window) < 2 or any(reading.bad_step is not None for reading in window):
         return None
@@ -289,7 +289,7 @@ def _steps(readings: Sequence[Reading]) -> int:
 
 
 def _dominance(probes: Sequence[Probe], baseline: Baseline) -> str | None:
-    """A term whose gradient is ten times that of one that is meant to count, and should fall."""
+    """A term whose gradient is ten times that of a term that should matter and be decreasing."""
     if len(probes) < ROW:
         return None
     names = [name for name in probes[-1].terms if all(name in probe.terms for probe in probes)]
@@ -312,7 +312,7 @@ def _dominance(probes: Sequence[Probe], baseline: Baseline) -> str | None:
 
 
 def _typical_ratio(probes: Sequence[Probe], strong: str, weak: str) -> float:
-    """The geometric mean of the ratio of two gradients' norms; 0 where one is missing."""
+    """The geometric mean of the ratio of two gradient norms; 0 if one is missing."""
     pairs = [(probe.terms[strong].norm, probe.terms[weak].norm) for probe in probes]
     if any(not math.isfinite(a) or not math.isfinite(b) or min(a, b) <= 0 for a, b in pairs):
         return 0.0
@@ -320,7 +320,7 @@ def _typical_ratio(probes: Sequence[Probe], strong: str, weak: str) -> float:
 
 
 def _is_harmed(probe: Probe, strong: str, weak: str, baseline: Baseline) -> bool:
-    """Whether the weak term was not turned down on purpose, and is large or does not fall."""
+    """Whether the weaker term was not weighted down on purpose, and is large or not decreasing."""
     one, other = probe.terms[strong], probe.terms[weak]
     meant_to_count = other.weight >= min(1.0, one.weight)
     first = baseline.first_losses[weak]
@@ -350,7 +350,7 @@ def _dead_outputs(probes: Sequence[Probe], baseline: Baseline) -> str | None:
 
 
 def _is_idle(name: str, measured: Sequence[Worth]) -> bool:
-    """Whether a module was worth less than a thousandth each time, and is not becoming more."""
+    """Whether a module was worth less than a thousandth each time, and is not improving."""
     worths = [one.worths.get(name, math.inf) for one in measured]
     small = all(w < WORTHLESS * abs(one.loss) for w, one in zip(worths, measured, strict=True))
     return small and not 0 < GROWING * worths[0] < worths[-1]

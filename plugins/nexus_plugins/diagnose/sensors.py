@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 NO_GRADIENT = torch.finfo(torch.float32).eps
-"""Share of the largest gradient below which one is lost in the rounding of their sum."""
+"""Share of the largest gradient below which a gradient is rounding error."""
 CGROUP = Path("/sys/fs/cgroup")
 Mark: TypeAlias = "float | torch.cuda.Event"
 
@@ -34,9 +34,9 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 class WaitClock:
     """Measures how long steps wait for their batch, on the host's or on the device's own clock.
 
-    On CUDA the gap between two steps is measured by device events: time in which the device had
-    nothing to do but copy the batch. What your own loop does between two steps counts as waiting;
-    logs, evaluations and saves do not.
+    On CUDA the gap between two steps is measured by device events: the time in which the device
+    only copied the batch. What your own loop does between two steps counts as waiting; logs,
+    evaluations and saves do not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -162,7 +162,7 @@ def to_host(numbers: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _resident() -> float:
-    """Bytes of this process in main memory now, or at most so far where now is not told."""
+    """Resident bytes of this process; the peak so far if the current value is unknown."""
     pages = _text(Path("/proc/self/statm")).split()
     if pages:
         return float(int(pages[1]) * os.sysconf("SC_PAGE_SIZE"))

@@ -21,19 +21,19 @@ class CellReduction:
     """Replaces the reduce-scatter of a wrapped module.
 
     As soon as any rank has computed a cell, each rank receives its shard of that cell's gradient,
-    and adds the shards as a tree. FSDP accumulates what it is given per cell: zeros, until the last
-    cell gives the total.
+    and adds the shards as a tree. FSDP accumulates the result of each cell: zeros, and the total
+    for the last cell.
 
     Args:
-        ranks: this process among its peers.
+        ranks: this process's rank.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._cells: Sequence[Sequence[int]] = ()  # of each process, in the order of computing
+        self._cells: Sequence[Sequence[int]] = ()  # cells of each rank, in order of computation
         self._summed = CellSum(0, ())
         self._step: Step | None = None
-        self._place = -1  # of the cell that was summed last
+        self._place = -1  # index of the last summed cell
 
     def begin(self, step: Step, count: int) -> None:
         """Start summing the cells of a step, given the number of cells per batch."""
@@ -55,7 +55,7 @@ class CellReduction:
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Take the part of each process's present cell, and give the sum after the last."""
+        """Exchange the shards of each rank's current cell; returns the sum after the last one."""
         assert self._step is not None
         place = self._step.place
         if place == self._place:
@@ -78,7 +78,7 @@ class CellReduction:
 
 
 def sum_by_tree(model: nn.Module, ranks: Ranks) -> list[CellReduction]:
-    """Sum a sharded model's gradients in this order; the returned objects must be told of steps."""
+    """Sum a sharded model's gradients in tree order; `begin` each returned object per step."""
     found = []
     for module in model.modules():
         if isinstance(module, FSDPModule):

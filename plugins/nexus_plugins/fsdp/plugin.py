@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["FsdpPlugin"]
 
 REGISTERS = 64
-"""Numbers that the kernels of the host take at once, in the widest type."""
+"""Elements in the widest vector register of the host's kernels."""
 Metrics = list[Mapping[str, float]]
 
 
@@ -94,7 +94,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
                 self._divide(engine.model, engine)
             if self.config.offload:
                 keep_weights_on_host(engine.model)
-            mark(engine.model, self._marks)  # now, since moving a model makes its weights anew too
+            mark(engine.model, self._marks)  # now, since moving a model also creates new parameters
         optimizer = yield
         if (width := self._width(engine)) > 1:
             whole = kept_whole(engine.model, width)
@@ -152,7 +152,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
     @hookimpl
     def sum_cells(self, engine: Engine, step: Step, part: CellSum) -> list[Tensor | None] | None:
-        """Sum what is not sharded over the cells of all ranks."""
+        """Sum the gradients that are not sharded over the cells of all ranks."""
         if engine.ranks.size == 1:
             return None
         ring = self.config.sum == "ring"
@@ -187,12 +187,12 @@ class FsdpPlugin(Parallel[FsdpConfig]):
     def _divide(self, model: nn.Module, engine: Engine) -> None:
         self._marks = marks(model)
         divide(model, self.config, engine.device, engine.ranks, self._width(engine))
-        # Harmless here: the weights of the model itself stay gathered until its backward pass.
+        # Harmless here: the root module's weights stay gathered until its backward pass.
         kind = type(model).__name__
         warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({kind}\) returned a view")
 
     def _notice(self, engine: Engine) -> None:
-        """After the first step, see what its backward pass did.
+        """After the first step, check that its backward pass reduced gradients.
 
         Raises:
             ConfigError: FSDP did not notice it, and has summed no gradient.
@@ -205,7 +205,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
         self._noticed = True
 
     def _width(self, engine: Engine) -> int:
-        """What the rows of divided weights must be a multiple of."""
+        """The number that row sizes of sharded weights must be a multiple of."""
         steady = engine.cells and self.config.sum != "ring" and engine.device.type == "cpu"
         return REGISTERS if steady else 1
 
@@ -221,7 +221,7 @@ class FsdpPlugin(Parallel[FsdpConfig]):
 
 
 def _is_parted(model: nn.Module, whole: list[nn.Parameter]) -> bool:
-    """Whether the weights have been given up again, as they are after a backward pass."""
+    """Whether the weights are sharded again, as they are after a backward pass."""
     kept = set(whole)
     return all(is_sharded(parameter) for parameter in model.parameters() if parameter not in kept)
 

@@ -50,15 +50,15 @@ def divide(
     """Replace the model's parameters with shards of those of rank 0, in place.
 
     Args:
-        model: complete on rank 0; on the meta device on ranks that only receive shards.
+        model: the model: complete on rank 0, on the meta device on ranks that only receive shards.
         config: which modules are wrapped, and how.
-        device: to train on.
+        device: device to train on.
         ranks: the ranks that the model is sharded over.
-        width: of the shards, as for `kept_whole`.
+        width: as in `kept_whole`.
 
     Raises:
-        ConfigError: the modules that the config selects cannot be wrapped, or the model holds
-            tensors that cannot be broadcast.
+        ConfigError: the modules that the config selects cannot be wrapped, or the model has tensors
+            that cannot be broadcast.
     """
     whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
     _shard(model, config, init_device_mesh(device.type, (ranks.size,)), width)
@@ -96,8 +96,8 @@ def kept_whole(model: nn.Module, width: int = 1) -> list[nn.Parameter]:
     """The parameters that every rank keeps whole: scalars, and those with uneven rows.
 
     Args:
-        model: whose parameters.
-        width: what the size of a row must be a multiple of. CPU kernels compute the tail of a
+        model: the model.
+        width: the number that row sizes must be a multiple of. CPU kernels compute the tail of a
             tensor with scalar instructions, which round differently; if shards consist of rows of
             whole vector registers, an update has no tail, and is the same however it is sharded.
     """
@@ -133,7 +133,7 @@ def split_groups(optimizer: Optimizer, whole: Sequence[nn.Parameter]) -> None:
     """Put whole parameters in separate groups: fused kernels do not accept a mix.
 
     Args:
-        optimizer: that has not stepped yet.
+        optimizer: an optimizer that has not stepped yet.
         whole: the parameters that are not sharded.
     """
     kept = set(whole)
@@ -145,7 +145,7 @@ def split_groups(optimizer: Optimizer, whole: Sequence[nn.Parameter]) -> None:
 
 
 def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Of each parameter the modules that hold it, and its name there."""
+    """The modules of each parameter, and its name in them."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -155,13 +155,13 @@ def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def _parts(model: nn.Module) -> Iterator[FSDPModule]:
-    """The modules of a model whose weights are gathered together; none where it is whole."""
+    """The modules whose weights are gathered together; empty if the model is a single unit."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh, width: int) -> None:
     chosen = blocks(model, config.match, "fsdp.match")
-    for module in [*reversed(chosen.values()), model]:  # inner ones before those around them
+    for module in [*reversed(chosen.values()), model]:  # inner modules before outer ones
         try:
             fully_shard(
                 module,
@@ -176,14 +176,14 @@ def _shard(model: nn.Module, config: FsdpConfig, mesh: DeviceMesh, width: int) -
             raise ConfigError(f"fsdp.match: {said}; choose modules that are called") from error
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        part.set_force_sum_reduction_for_comms(True)  # gloo only supports sums
     for name in config.methods:
         if ismethod(getattr(model, name, None)):
             register_fsdp_forward_method(model, name)
 
 
 def _precision(config: FsdpConfig, output: torch.dtype | None) -> MixedPrecisionPolicy:
-    """What a module computes in; the model itself returns 32 bits, or losses would be rounded."""
+    """The precision of a module; the root returns float32, so that losses are not rounded."""
     return MixedPrecisionPolicy(
         param_dtype=_dtype(config.compute_dtype),
         reduce_dtype=_dtype(config.reduce_dtype),
@@ -200,7 +200,7 @@ def _check_filled(model: nn.Module, ranks: Ranks) -> None:
         f"the tensor '{name}' of {f'the module {path!r}' if path else 'the model itself'}"
         for path, module in model.named_modules()
         for name, held in vars(module).items()
-        if not name.startswith("_")  # there are the parameters, buffers and modules
+        if not name.startswith("_")  # private names hold parameters, buffers and modules
         for value in tree_leaves(held)
         if isinstance(value, Tensor) and value.is_meta
     ]

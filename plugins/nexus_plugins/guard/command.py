@@ -18,7 +18,7 @@ __all__ = ["main"]
 UNTRUSTED = "the run's config loads it; if it is your own code, add --trust"
 _CONFIG_LIMIT = 1 << 20
 _PLACE = re.compile(r"(^|_)(file|dir|folder)$")
-"""Settings that name a place where a plugin writes."""
+"""Settings that name a path where a plugin writes."""
 
 
 @click.command(name="replay", context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,8 +30,8 @@ def main(record: Path, trust: bool, debug: bool) -> None:
     """Repeat a recorded step and name the first module and loss term with a non-finite number.
 
     RECORD is a folder that the guard wrote: OUT/guard/step-00000123. Nothing is modified; if the
-    config names a folder outside the run, such as a cache, an empty one is used instead. A run with
-    code of your own, which its config names, is replayed with --trust alone.
+    config names a folder outside the run, such as a cache, an empty one is used instead. If the
+    config names code of your own, add --trust.
     """
     from nexus_core.places import only_named
 
@@ -53,14 +53,14 @@ def main(record: Path, trust: bool, debug: bool) -> None:
 
 
 def _run_of(record: Path) -> Path:
-    """The run that a record is of, whose config is a file as a run writes it."""
+    """The run of a record; its config must be a regular file."""
     from nexus_core.errors import CheckpointError
     from nexus_plugins._shared.files import read_small
 
     out = record.resolve().parent.parent
     config = out / "config.yaml"
     try:
-        read_small(config, _CONFIG_LIMIT)  # no link, no pipe
+        read_small(config, _CONFIG_LIMIT)  # rejects links and pipes
     except FileNotFoundError:
         raise CheckpointError(
             f"'{record}' is not a record of a run: no config.yaml two folders above; "
@@ -72,7 +72,7 @@ def _run_of(record: Path) -> Path:
 
 
 def _keep_within(block: dict[str, Any], out: Path, room: Path) -> None:
-    """Have places outside the run be places in a room that is thrown away."""
+    """Replace paths outside the run by paths in a temporary folder."""
     for key, value in block.items():
         if isinstance(value, dict):
             _keep_within(value, out, room)
@@ -81,6 +81,6 @@ def _keep_within(block: dict[str, Any], out: Path, room: Path) -> None:
 
 
 def _within(place: str, out: Path) -> bool:
-    """Whether a place is in the run, be it relative to the run or to the present folder."""
+    """Whether a path is in the run, relative to the run or to the current folder."""
     path = os.path.expandvars(Path(place).expanduser())
     return all((root / path).resolve().is_relative_to(out.resolve()) for root in (out, Path()))

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["GuardConfig", "GuardPlugin"]
 
 WAITED_FOR = ("cpu",)
-"""Devices whose verdict costs nothing to read."""
+"""Devices whose verdict can be read without a sync."""
 
-_KEPT_ATTEMPTS = 16  # of a device whose verdicts are read late
+_KEPT_ATTEMPTS = 16  # on devices whose verdicts are read later
 Tree = TypeVar("Tree")
 
 
@@ -100,9 +100,9 @@ class GuardPlugin(Plugin[GuardConfig]):
         self._waits = True
         self._attempts: deque[Attempt] = deque(maxlen=1)
         self._noted = 0.0
-        self._judged = 0  # the step that was judged last
+        self._judged = 0  # the last step checked
         self._before = self._counts()
-        self._generators: tuple[int, RandomState] | None = None  # before the forward pass of a step
+        self._generators: tuple[int, RandomState] | None = None  # before a step's forward pass
 
     def state_dict(self) -> StateDict:
         """Counts, and the recent losses used to detect spikes."""
@@ -116,7 +116,7 @@ class GuardPlugin(Plugin[GuardConfig]):
     def load_state_dict(self, state: StateDict) -> None:
         """Restore what `state_dict` returned."""
         if self._going_back:
-            return  # what is counted is counted
+            return  # keep counting
         self._skipped = self._noted = cast(float, state["skipped"])
         self._streak = cast(float, state["streak"])
         self._rollbacks = cast(int, state["rollbacks"])
@@ -139,7 +139,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         if self._generators is None or self._generators[0] != step:
             self._generators = step, random_state()
             self._before = self._counts()
-        elif self._judged == step:  # it failed after that, and is taken again
+        elif self._judged == step:  # it failed after the check, and is repeated
             self._skipped, self._streak, self._longest, spikes = self._before
             self._spikes.load_state_dict(spikes)
             self._judged = 0
@@ -150,7 +150,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         optimizers = members(engine.optimizer, step.turn).values()
         if not step.again:
             self._judge_first(engine, step)
-        elif not any(map(needs_closure, optimizers)):  # those search, and bear what is not finite
+        elif not any(map(needs_closure, optimizers)):  # those tolerate non-finite values
             self._judge_again(engine, step)
 
     def _counts(self) -> tuple[Tensor | float, Tensor | float, Tensor | float, StateDict]:
@@ -209,7 +209,7 @@ class GuardPlugin(Plugin[GuardConfig]):
                     guarded.enter_context(unmoved(optimizer))
             if self._waits and self._streak:
                 for parameter in engine.parameters(step.turn):
-                    parameter.grad = None  # an optimizer leaves alone what has no gradient
+                    parameter.grad = None  # optimizers skip parameters without a gradient
             return (yield)
 
     @hookimpl(stage="restore")
@@ -267,7 +267,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         return engine.ranks.sum(flag).clamp(max=1.0) if engine.ranks.size > 1 else flag
 
     def _react(self, engine: Engine, attempt: Attempt, streak: Tensor | float) -> None:
-        """Write the step down and do as the policy says; all processes say the same, one aloud."""
+        """Record the step and apply the policy; all ranks decide alike, rank 0 warns."""
         attempt.losses = {name: engine.ranks.sum(loss) for name, loss in attempt.losses.items()}
         what = f"skipped the update of step {attempt.step}: {attempt.verdict()}"
         what += gather(engine.ranks, self._write_down(engine, attempt))[0]
@@ -296,7 +296,7 @@ class GuardPlugin(Plugin[GuardConfig]):
         return f"; rolling back to the save of step {self._snapshot['train']['step']}"
 
     def _keep(self, snapshot: Snapshot) -> None:
-        """Copy what a rollback goes back to; the state before the first step is not worth it."""
+        """Copy the state that a rollback restores, except before the first step."""
         if self.config.policy == "rollback":
             self._snapshot = _host_copy(snapshot) if snapshot["train"]["step"] else None
 
@@ -318,14 +318,14 @@ class GuardPlugin(Plugin[GuardConfig]):
         engine.stop(f"guard: {why}")
 
     def _go_back(self, engine: Engine) -> None:
-        """Restore everything of the last save but counters, metrics and data: time continues."""
+        """Restore everything from the last save except counters, metrics and data position."""
         engine.rewind(cast(Snapshot, self._snapshot))
         self._rollbacks += 1
         self._going_back = False
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient that this process holds."""
+    """This rank's part of a gradient."""
     return gradient.coalesce().values() if gradient.is_sparse else local_part(gradient)
 
 

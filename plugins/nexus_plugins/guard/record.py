@@ -34,7 +34,7 @@ class Attempt:
         batches: its micro-batches, as the plugins left them.
         losses: the mean of each term.
         refused: whether it was skipped, 0.0 or 1.0, on the device.
-        turn: with several optimizers, the one whose turn it was.
+        turn: the optimizer whose turn it was, if there are several.
     """
 
     step: int
@@ -115,7 +115,7 @@ def gradient_norms(engine: Engine) -> dict[str, str]:
 
 
 def _tensors(batch: Batch, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a batch, by its place: "input_ids" in a dict, "0" in a tuple."""
+    """Every tensor of a batch, by path: "input_ids" in a dict, "0" in a tuple."""
     if isinstance(batch, Tensor):
         yield path, batch
     elif isinstance(batch, Mapping):

@@ -39,7 +39,7 @@ def replay(engine: Engine, record: Path) -> str:
 
     Returns:
         What was found, in lines of text: the first module whose output was not finite, the loss
-        terms that were not, and the first module that a bad gradient came out of.
+        terms that were not, and the first module with a non-finite gradient.
 
     Raises:
         CheckpointError: the record cannot be read, or belongs to another model.
@@ -120,7 +120,7 @@ def _read(engine: Engine, record: Path) -> tuple[dict[str, Any], list[Batch]]:
     try:
         facts = json.loads(read_small(record / "record.json", _FACTS_LIMIT))
         for name in ("step.safetensors", "model.safetensors"):
-            opened(record / name).close()  # no link, no pipe
+            opened(record / name).close()  # rejects links and pipes
         tensors = load_file(record / "step.safetensors")
         generators = {
             "python": facts["python"],
@@ -150,7 +150,7 @@ def _read(engine: Engine, record: Path) -> tuple[dict[str, Any], list[Batch]]:
 
 
 def _batch(tensors: dict[str, Tensor]) -> Batch:
-    """A batch of tensors by their place: nested dicts, a tuple where all keys are numbers."""
+    """Rebuild a batch from tensors by path: nested dicts, or a tuple if all keys are numbers."""
     if "" in tensors:
         return tensors[""]
     branches: dict[str, dict[str, Tensor]] = {}

@@ -22,7 +22,7 @@ class Spikes:
 
     Args:
         threshold: deviations above the median that count as a spike; None disables it.
-        window: how many losses are kept; nothing is judged until the window is full.
+        window: number of losses kept; nothing counts as a spike until the window is full.
     """
 
     def __init__(self, threshold: float | None, window: int) -> None:
@@ -57,7 +57,7 @@ class Spikes:
         return {"recent": self._recent, "seen": self._seen} if self.enabled else {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave; a different window size starts empty.
+        """Restore what `state_dict` returned; a different window size starts empty.
 
         Raises:
             ValueError: the state is invalid.

@@ -1,10 +1,10 @@
 """Start from the weights of a checkpoint, an export or a Hugging Face folder.
 
-| module | what it knows |
+| module | content |
 |---|---|
-| `plugin` | when weights are taken, and what is said of it |
-| `source` | where weights are: checkpoints and safetensors, read safely |
-| `match` | which tensor belongs to which of the model, after renaming and choosing |
+| `plugin` | loads weights at the start, and reports it |
+| `source` | finds and safely reads checkpoints and safetensors |
+| `match` | matches tensors to the model's, after renaming and filtering |
 """
 
 from nexus_plugins.init.plugin import InitConfig, InitPlugin

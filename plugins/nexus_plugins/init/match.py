@@ -19,13 +19,13 @@ SHOWN = 4  # names in a message
 
 @dataclass(frozen=True)
 class Match:
-    """What a source and a model have in common.
+    """How a source's tensors match a model's.
 
     Args:
-        taken: the model's name of a tensor to its name in the source.
-        missing: names of the model that the source has not.
-        unexpected: names of the source, as renamed, that the model has not.
-        unlike: names of which the two tensors differ in shape or kind, and how.
+        taken: name of a tensor in the model to its name in the source.
+        missing: names that only the model has.
+        unexpected: names, after renaming, that only the source has.
+        unlike: names of tensors that differ in shape or dtype, and how.
     """
 
     taken: Mapping[str, str]
@@ -35,7 +35,7 @@ class Match:
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything of both sides has found its place."""
+        """Whether every tensor of both sides is matched."""
         return not (self.missing or self.unexpected or self.unlike)
 
     def faults(self) -> list[str]:
@@ -49,7 +49,7 @@ class Match:
         return [f"{len(names)} {what}: {_some(names)}" for what, names in told if names]
 
     def hint(self) -> str:
-        """A rule for `map` that would bring the missing together with the unexpected, if any."""
+        """A rule for `map` that would match missing with unexpected tensors, if there is one."""
         for name in self.missing:
             for other in self.unexpected:
                 if other.endswith(f".{name}"):
@@ -60,24 +60,24 @@ class Match:
 
 
 def check_rule(pattern: str, name: str) -> None:
-    """Refuse a rule that asks for more than its pattern matches.
+    """Reject a rule whose new name has more stars than its pattern.
 
     Raises:
-        ValueError: the new name has more stars than the pattern.
+        ValueError: it has.
     """
     if name.count("*") > pattern.count("*"):
         raise ValueError(f"'{name}' has more * than the pattern '{pattern}'")
 
 
 def renamed(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, str]:
-    """The new name of each tensor to its old one; the first rule whose pattern matches counts.
+    """Maps the new name of each tensor to its old one; the first matching rule applies.
 
     Args:
-        names: of the source.
-        rules: pattern to new name; each `*` of the name stands for what that of the pattern is.
+        names: names in the source.
+        rules: pattern to new name; each `*` of the name is what that of the pattern matched.
 
     Raises:
-        ConfigError: a pattern matches nothing, or two tensors get one name.
+        ConfigError: a pattern matches nothing, or two tensors get the same name.
     """
     patterns = {re.compile(_as_regex(pattern)): name for pattern, name in rules.items()}
     used, found = set[re.Pattern[str]](), dict[str, str]()
@@ -104,17 +104,17 @@ def match(
     only: Sequence[str],
     skip: Sequence[str],
 ) -> Match:
-    """Find for each tensor of a model its counterpart.
+    """Match a model's tensors with a source's.
 
     Args:
-        own: the model's, by name; tied ones are one object.
-        theirs: the source's, by their names there.
-        names: the new names of those to these.
-        only: patterns of names to take; without any, all.
-        skip: patterns of names to leave as they are.
+        own: the model's tensors by name; tied ones are the same object.
+        theirs: the source's tensors by name.
+        names: new name of each of them to its old one.
+        only: patterns of names to load; empty: all.
+        skip: patterns of names not to load.
 
     Raises:
-        ConfigError: a pattern matches neither a name of the model nor one of the source.
+        ConfigError: a pattern matches no name of either side.
     """
     every = dict.fromkeys((*own, *names))
     chosen = set(every)

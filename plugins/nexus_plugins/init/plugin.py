@@ -77,8 +77,8 @@ class InitPlugin(Plugin[InitConfig]):
     api_version: ClassVar[str] = "1.2"
 
     def __post_init__(self) -> None:
-        self._taken: int | None = None  # how many tensors were
-        self._note: str | None = None  # waits for the loggers
+        self._taken: int | None = None  # number of tensors loaded
+        self._note: str | None = None  # until the loggers are open
 
     @hookimpl(wrapper=True)
     def make_model(self, engine: Engine) -> Generator[None, nn.Module, nn.Module]:
@@ -109,11 +109,11 @@ class InitPlugin(Plugin[InitConfig]):
         self._check(found, weights)
         _fill(engine.model, own, {n: weights.tensors[old] for n, old in found.taken.items()})
         numbers = sum(weights.tensors[old].numel() for old in found.taken.values())
-        self._taken = len({id(own[name]) for name in found.taken})  # tied ones count once
+        self._taken = len({id(own[name]) for name in found.taken})  # tied weights count once
         taken = f"{self._taken} of {len({*map(id, own.values())})} tensors ({numbers:,} numbers)"
         self._note = "; ".join([f"{taken} from {weights.origin}", *found.faults()])
         if not found.is_whole and engine.ranks.is_main:
-            warnings.warn(f"init: took {self._note}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"init: loaded {self._note}", RuntimeWarning, stacklevel=2)
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -159,10 +159,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Put tensors into a model, or this process's part of each.
+    """Copy tensors into a model, or this rank's part of each.
 
     Raises:
-        CheckpointError: the model has one tensor where two different ones were given.
+        CheckpointError: two different tensors belong to tied weights.
     """
     first: dict[int, str] = {}
     for name, tensor in given.items():

@@ -1,4 +1,4 @@
-"""Where weights are, and how they are read: nothing is unpickled, no link is followed."""
+"""Find and read weights: nothing is unpickled, and no link is followed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Weights:
     """Tensors by name, in host memory.
 
     Args:
-        tensors: as they are stored.
-        origin: in words, what they were read from.
+        tensors: tensors as stored.
+        origin: what they were read from, in words.
     """
 
     tensors: dict[str, Tensor]
@@ -43,15 +43,15 @@ class Weights:
 
 
 def read_weights(source: Path, *, ema: bool) -> Weights:
-    """Read the weights that a path means, all of them.
+    """Read all weights at a path.
 
     Args:
-        source: a checkpoint or run, a safetensors file, or a folder of such.
-        ema: take the averaged weights of a checkpoint.
+        source: a checkpoint or run, a safetensors file, or a folder of such files.
+        ema: read the averaged weights of a checkpoint.
 
     Raises:
-        ConfigError: there is nothing, or nothing that is safe to read.
-        CheckpointError: it is damaged, or not what it says.
+        ConfigError: there are no weights, or none that are safe to read.
+        CheckpointError: they are damaged.
     """
     if not source.exists():
         raise ConfigError(f"init.source: no '{source}'.{_nearest(source)}")
@@ -93,7 +93,7 @@ def _nearest(source: Path) -> str:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The files that hold the weights of a folder: one, or those that its index lists."""
+    """The weight files of a folder: a single one, or those listed in its index."""
     if (folder / MODEL).exists():
         return [_there(folder / MODEL)]
     names = sorted(path.name for path in folder.iterdir())
@@ -131,7 +131,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def _refuse_others(paths: list[Path], source: Path) -> None:
-    """Refuse what could hold weights, and would be executed to be read."""
+    """Reject weight files that can only be read by executing code in them."""
     for path in paths:
         if path.suffix in PICKLES:
             raise ConfigError(
@@ -147,10 +147,10 @@ def _refuse_others(paths: list[Path], source: Path) -> None:
 
 
 def _there(path: Path) -> Path:
-    """The file itself; a link is followed to where a cache of Hugging Face keeps its files alone.
+    """The file itself; links are followed only into a Hugging Face cache.
 
     Raises:
-        CheckpointError: it leads elsewhere.
+        CheckpointError: it is another link.
     """
     if not path.is_symlink():
         return path

@@ -21,12 +21,12 @@ _FACTS = ("reduction", "ignore_index", "weight")
 
 
 class Given:
-    """A function that gets the targets of a batch, or the batch, after what else it is given.
+    """A function whose last positional argument is the targets of a batch, or the batch.
 
     Args:
-        function: with its arguments.
-        target: key or place of the targets in a batch; None: where they usually are.
-        before: how many arguments come before them.
+        function: the function, with its arguments.
+        target: key or index of the targets in a batch; None: the usual ones.
+        before: number of arguments before them.
     """
 
     def __init__(self, function: Callee, target: str | int | None, before: int = 1) -> None:
@@ -37,14 +37,14 @@ class Given:
         self._whole = takes(getattr(named, "forward", named), before, "batch")
 
     def __call__(self, batch: Batch, *first: object) -> Any:
-        """What the function returns for a batch."""
+        """Call the function for a batch."""
         return self.function(*first, batch if self._whole else self.target(batch))
 
     def target(self, batch: Batch) -> Any:
         """The targets of a batch.
 
         Raises:
-            DataError: the batch has no targets there.
+            DataError: the batch has no such targets.
         """
         if self._target is not None:
             try:
@@ -70,16 +70,16 @@ class Given:
 
 
 class Criterion(Given):
-    """The loss: a function of `(output, target)`, or a class whose objects are one.
+    """The loss: a function of `(output, target)`, or a class whose instances are callable.
 
     Args:
         key: the setting that names it.
-        call: what the setting says.
-        target: key or place of the targets in a batch.
-        units: what says how many units they hold, for a sum; None: it is a mean.
+        call: the value of the setting.
+        target: key or index of the targets in a batch.
+        units: counts the units of a batch if the loss is a sum; None: it is a mean.
 
     Raises:
-        ConfigError: it cannot be called so, has weights of its own, or its reduction is another.
+        ConfigError: it has another signature or reduction, or trainable weights.
     """
 
     def __init__(self, key: str, call: Call, target: str | int | None, units: Call | None) -> None:
@@ -119,7 +119,7 @@ class Criterion(Given):
             )
 
     def to(self, device: torch.device) -> None:
-        """Move its tensors, such as the weights of classes, to the device."""
+        """Move its tensors, such as class weights, to the device."""
         if self.module is not None:
             self.module.to(device)
         given = self.function.args.items()
@@ -127,29 +127,29 @@ class Criterion(Given):
         self.function = replace(self.function, args=args)
 
     def units(self, batch: Batch) -> Tensor | float:
-        """How many units a batch holds: as the setting says, else its labels or its rows."""
+        """The number of units in a batch: as configured, or else its labels or rows."""
         if self._count is not None:
             found: Tensor | float = self._count(batch)
             return found
         ignored, weight = self._facts["ignore_index"], self._facts["weight"]
         target = self.target(batch) if self.is_mean and ignored is not None else None
-        if not isinstance(target, Tensor) or target.is_floating_point():  # of which each row counts
+        if not isinstance(target, Tensor) or target.is_floating_point():  # one unit per row
             return float(batch_size(batch)[0])
         counted = target != cast(int, ignored)
-        if isinstance(weight, Tensor):  # the mean is one of weighted labels
+        if isinstance(weight, Tensor):  # the mean is over weighted labels
             return weight.to(target.device)[target[counted]].sum()
         return counted.sum()
 
     def sum(self, batch: Batch, output: Any, units: Tensor | float) -> Tensor:
         """The loss, summed over the units of a batch.
 
-        A mean is multiplied in double precision, where that loses nothing: divided by the same
-        number of units it is the mean again, to the bit.
+        A mean is multiplied in double precision without loss, so that dividing by the same number
+        of units gives exactly the mean again.
 
         Raises:
             ConfigError: the function did not return a scalar.
         """
-        if _is_nothing(units):  # the mean over nothing is no number
+        if _is_nothing(units):  # the mean over nothing is nan
             return _zero(output)
         loss = self(batch, output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -164,12 +164,12 @@ class Criterion(Given):
 
 
 def _is_nothing(units: Tensor | float) -> bool:
-    """Whether a batch has no units, where that is known without waiting for a device."""
+    """Whether a batch has no units, as far as known without a device sync."""
     return not (isinstance(units, Tensor) and units.device.type != "cpu") and not units
 
 
 def _zero(output: Any) -> Tensor:
-    """Zero, with the graph of the output, so that all processes differentiate alike."""
+    """Zero, connected to the output's graph, so that all ranks run the same backward pass."""
     found = [x for x in leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
     return torch.stack([tensor.sum() * 0.0 for tensor in found]).sum()
 

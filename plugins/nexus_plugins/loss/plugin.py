@@ -60,10 +60,10 @@ class LossConfig(Call, bases.LossConfig):
 class LossPlugin(bases.Loss[LossConfig]):
     """Trains on a loss that you name: a function of `(output, target)`, or a callable class.
 
-    A mean is weighted by the rows of its batch, or by the counted labels if the function has an
-    `ignore_index`, so that the gradient of a step does not depend on how its rows are split. Any
-    other loss is a sum, with `units` it sums over. A function whose second parameter is called
-    `batch` gets the whole batch.
+    A mean is weighted by the rows of its batch, or by its labels other than the function's
+    `ignore_index` if it has one, so that the gradient of a step does not depend on how its rows are
+    split. Any other loss is a sum, with `units` it sums over. A function whose second parameter is
+    called `batch` gets the whole batch.
     """
 
     config_class = LossConfig
@@ -77,7 +77,7 @@ class LossPlugin(bases.Loss[LossConfig]):
             name: Given(callee(f"{self.name}.metrics.{name}", call, ("output", "target")), target)
             for name, call in self.config.metrics.items()
         }
-        self._evaluated: Tensor | float = 0.0  # units of the batch that an evaluation is at
+        self._evaluated: Tensor | float = 0.0  # units of the current evaluation batch
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
@@ -96,7 +96,7 @@ class LossPlugin(bases.Loss[LossConfig]):
             self._criterion.module.load_state_dict(state["buffers"])  # type: ignore[arg-type]
 
     def units(self, batch: Batch) -> Tensor | float:
-        """How many units the batch holds."""
+        """The number of units in the batch."""
         return self._criterion.units(batch)
 
     @hookimpl
@@ -130,10 +130,10 @@ class LossPlugin(bases.Loss[LossConfig]):
 
 
 def _sum_of(value: Any, batch: Batch, key: str) -> tuple[Tensor | float, float]:
-    """A sum and what it is over, of what a metric returned.
+    """The sum and units of a metric's return value.
 
     Raises:
-        ConfigError: it is neither numbers nor such a pair.
+        ConfigError: it is neither numbers nor a pair of sum and units.
     """
     if isinstance(value, tuple) and len(value) == 2:
         total, units = value

@@ -1,4 +1,4 @@
-"""Preferences: `pairs` joins answers for one pass, `plugin` is the term."""
+"""Preference training: `pairs` joins answers for one pass, `plugin` is the loss term."""
 
 from nexus_plugins.loss_dpo.plugin import LossDpoConfig, LossDpoPlugin
 

@@ -1,4 +1,4 @@
-"""Pairs of answers: joined for one pass, and what comes out of it."""
+"""Pairs of answers: join them for one pass, and take the results apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a pass over pairs leaves: log-probabilities of answers, `(B,)` each, in nats."""
+    """The result of a pass over pairs: log-probabilities of answers, `(B,)` each, in nats."""
 
     chosen: Tensor
     rejected: Tensor
@@ -30,10 +30,10 @@ class Pairs:
 
 
 def check_answers(labels: Tensor, name: str, ignore_index: int) -> None:
-    """Refuse pairs without an answer, as long as the labels `(B, T)` are on the host.
+    """Reject pairs without an answer, if the labels `(B, T)` are on the host.
 
     Raises:
-        DataError: a row has no label that counts.
+        DataError: all labels of a row are ignored.
     """
     if labels.is_cpu and len(empty := (labels == ignore_index).all(1).nonzero()):
         raise DataError(
@@ -43,13 +43,13 @@ def check_answers(labels: Tensor, name: str, ignore_index: int) -> None:
 
 
 def margins(pairs: Pairs) -> Tensor:
-    """By how much more the chosen answers gained on the reference than the rejected, `(B,)`."""
+    """How much more the chosen answers gained on the reference than the rejected ones, `(B,)`."""
     chosen = pairs.chosen - pairs.chosen_reference
     return chosen - (pairs.rejected - pairs.rejected_reference)
 
 
 def join(batch: Batch, ignore_index: int) -> dict[str, Tensor]:
-    """Both answers of all pairs as the rows of one batch, `(2B, T)`, chosen ones first."""
+    """Join both answers of all pairs into one batch, `(2B, T)`, chosen ones first."""
     width = max(batch[f"{side}_input_ids"].shape[1] for side in SIDES)
     fill = {"input_ids": 0, "labels": ignore_index, "attention_mask": 0}
     joined = {}

@@ -59,9 +59,9 @@ class LossDpoConfig(LossConfig):
 class LossDpoPlugin(Loss[LossDpoConfig]):
     """Trains on pairs of answers: the chosen one's margin relative to a reference model.
 
-    A batch holds `chosen_input_ids` and `chosen_labels` `(B, T)`, with `chosen_attention_mask`
-    where rows are padded, and the same of `rejected`; labels are what follows each position. A
-    pair is a unit. Training also logs `dpo/accuracy`, `dpo/margin` and the rewards of both sides.
+    A batch has `chosen_input_ids` and `chosen_labels` `(B, T)`, with `chosen_attention_mask` if
+    rows are padded, and the same for `rejected`; labels are the next tokens. A pair is one unit.
+    Training also logs `dpo/accuracy`, `dpo/margin` and the rewards of both sides.
 
     Source: Rafailov et al. 2023 (sigmoid), with the smoothing of Mitchell 2023; Chowdhury et al.
         2024 (robust); Zhao et al. 2023, SLiC (hinge); Azar et al. 2023 (ipo), whose
@@ -84,10 +84,10 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
-        """Copy the model as it is before training, where its adapters do not do instead.
+        """Copy the model before training, unless disabling its adapters serves as the reference.
 
         Raises:
-            ConfigError: adapters are to be switched off, and there are none.
+            ConfigError: adapters should be disabled, but there are none.
         """
         wanted = self.config.reference
         adapted = has_adapters(engine.model)
@@ -102,10 +102,10 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """See that the copy is what the run begins with.
+        """Check that the copy still equals the run's initial model.
 
         Raises:
-            ConfigError: weights came after it was made; a resumed run could not make it again.
+            ConfigError: weights were loaded after the copy; a resumed run could not repeat that.
         """
         if self._copy is None or engine.state.step > 0 or self._hash == weights_hash(engine.model):
             return
@@ -147,7 +147,7 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         return self.of_margins(margins(output)).sum()
 
     def of_margins(self, margin: Tensor) -> Tensor:
-        """What pairs cost, by how much more the model raised the chosen than the rejected."""
+        """The loss of pairs, given their margins."""
         beta, wrong = self.config.beta, self.config.label_smoothing
         if self.config.variant == "ipo":
             return (margin - 1 / (2 * beta)).square()
@@ -173,14 +173,14 @@ class LossDpoPlugin(Loss[LossDpoConfig]):
         return {self.term: loss}
 
     def state_dict(self) -> StateDict:
-        """What the reference is, so that a resumed run has the same."""
+        """The identity of the reference, so that a resumed run uses the same."""
         return {"reference": self._hash}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Refuse another reference.
+        """Reject another reference.
 
         Raises:
-            CheckpointError: the model is built with other weights than then.
+            CheckpointError: the model is built with different weights.
         """
         if state["reference"] != self._hash:
             raise CheckpointError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LrFinderConfig", "LrFinderPlugin"]
 
-READ_EVERY = 8  # steps, on a device that is costly to wait for
+READ_EVERY = 8  # steps, on devices where reading the loss syncs
 
 
 class LrFinderConfig(PluginConfig):

@@ -1,4 +1,4 @@
-"""The curve of a range test: loss over learning rate, and what it suggests."""
+"""The curve of a range test: loss over learning rate, and the suggested rates."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nexus_core.cli.chart import Chart, Line
 
 __all__ = ["FEWEST", "Sweep", "length_until_divergence", "running_mean"]
 
-FEWEST = 8  # points that a suggestion is made from
+FEWEST = 8  # points needed for a suggestion
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a range test found.
+    """The result of a range test.
 
     Args:
         rates: learning rate of each step, of the first parameter group.
         losses: total loss of each step, before its update.
-        smoothed: the losses averaged forwards and backwards, so that nothing is shifted; those
-            above the first few count as these, so that the end does not drown what was before.
+        smoothed: the losses averaged forwards and backwards, so that nothing is shifted; losses are
+            first clamped to the initial ones, so that the divergence does not dominate.
     """
 
     rates: tuple[float, ...]
@@ -34,7 +34,7 @@ class Sweep:
 
     @classmethod
     def of(cls, rates: Sequence[float], losses: Sequence[float], smoothing: float) -> Sweep:
-        """Smooth the losses; `smoothing` is what the running mean keeps in a step."""
+        """Smooth the losses; `smoothing` is the decay of the running mean."""
         ceiling = max(losses[:FEWEST], default=0.0)
         forwards = running_mean([min(loss, ceiling) for loss in losses], smoothing)
         smoothed = running_mean(forwards[::-1], smoothing)[::-1]
@@ -42,20 +42,20 @@ class Sweep:
 
     @property
     def steepest(self) -> float | None:
-        """Where the loss falls quickest over the logarithm of the rate, after the first tenth.
+        """The rate at which the loss falls fastest over its logarithm, after the first tenth.
 
-        None where there are too few steps, or it never falls.
+        None if there are too few steps, or the loss never falls.
         """
         if len(self.rates) < FEWEST:
             return None
         slope = np.gradient(self.smoothed, np.log(self.rates))
-        edge = len(slope) // 10  # where little is averaged, noise is steep
+        edge = len(slope) // 10  # near the ends little is averaged, so noise is steep
         place = edge + int(np.argmin(slope[edge : max(self._lowest, edge) + 1]))
         return self.rates[place] if slope[place] < 0 else None
 
     @property
     def tenth_of_minimum(self) -> float | None:
-        """A tenth of the rate at which the loss is least; None where it never falls."""
+        """A tenth of the rate with the lowest loss; None if the loss never falls."""
         return None if self.steepest is None else self.rates[self._lowest] / 10
 
     @property
@@ -87,7 +87,7 @@ class Sweep:
 
 
 def running_mean(values: Sequence[float], keep: float) -> list[float]:
-    """The exponential running mean, corrected for starting from nothing."""
+    """The exponential running mean, corrected for starting at zero."""
     means: list[float] = []
     total = 0.0
     for count, value in enumerate(values, start=1):
@@ -99,7 +99,7 @@ def running_mean(values: Sequence[float], keep: float) -> list[float]:
 def length_until_divergence(losses: Sequence[float], keep: float, factor: float) -> int | None:
     """How many losses precede the running mean reaching `factor` times its minimum, or NaN.
 
-    None where that does not happen.
+    None if it does not.
     """
     least = math.inf
     for place, mean in enumerate(running_mean(losses, keep)):

@@ -1,4 +1,4 @@
-"""The learning rate by any scheduler of PyTorch's kind: `plugin.py` is where it begins."""
+"""Learning rates from any scheduler with PyTorch's interface; start with `plugin.py`."""
 
 from nexus_plugins.lr_torch.plugin import LrTorchConfig, LrTorchPlugin
 

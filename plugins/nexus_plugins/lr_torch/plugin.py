@@ -1,4 +1,4 @@
-"""The learning rate by any scheduler of PyTorch's kind: an object, a function, or its name."""
+"""Learning rates from any scheduler with PyTorch's interface: an object, a function, or a name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["LrTorchConfig", "LrTorchPlugin"]
 
 Setting = bool | int | float | str | list[float] | list[int] | None
 METRIC = "val/loss"
-"""What a scheduler that needs a metric is turned by, where nothing else is said."""
+"""The default metric for a scheduler that needs one."""
 
 
 class LrTorchConfig(PluginConfig):
@@ -53,16 +53,15 @@ class LrTorchConfig(PluginConfig):
 class LrTorchPlugin(Plugin[LrTorchConfig]):
     """Sets the learning rate with a scheduler from PyTorch, transformers or timm.
 
-    A scheduler that is given in Python, or made by a function that is, drives the optimizer of the
-    run itself, each of its groups and its momentum, as in a loop by hand. One that settings name
-    drives an optimizer of its own with the run's base learning rate; all groups of the run follow
-    the ratio of its rate to the base, and momentum is not touched. It takes its turn when a step
-    is complete, counted as the run counts: a step of several micro-batches is one, and so is a
-    refused one.
+    A scheduler passed in Python, or made by a function passed in Python, drives the run's optimizer
+    itself, with all groups and momentum, as in a hand-written loop. A scheduler named in settings
+    drives a separate optimizer with the run's base learning rate; all groups of the run follow the
+    ratio of its rate to the base, and momentum is not changed. It is stepped when a step is
+    complete: a step of several micro-batches counts once, and so does a skipped step.
 
     Args:
         scheduler: a config; or a scheduler over the run's optimizer, a function or class that makes
-            one of it, or a list of these for several optimizers.
+            one from it, or a list of these for several optimizers.
     """
 
     config_class = LrTorchConfig
@@ -72,7 +71,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
     if TYPE_CHECKING:
 
         def __new__(cls, scheduler: Any = None, /, **settings: Any) -> Self:
-            """What `__init__` takes: more than settings."""
+            """Takes the arguments of `__init__`: more than settings."""
 
     def __init__(self, scheduler: Any = None, /, **settings: object) -> None:
         config = scheduler if isinstance(scheduler, LrTorchConfig) else None
@@ -92,10 +91,10 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
     @hookimpl
     def on_build(self, engine: Engine) -> None:
-        """Make what is to drive the run's own optimizer.
+        """Create the schedulers that drive the run's own optimizer.
 
         Raises:
-            ConfigError: it is no scheduler, or drives another optimizer.
+            ConfigError: it is not a scheduler, or drives another optimizer.
         """
         known = [engine.optimizer, *members(engine.optimizer).values()]
         for given in self._given:
@@ -116,11 +115,11 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
     @hookimpl(stage="clock")
     def on_start(self, engine: Engine) -> None:
-        """Build the scheduler that settings name, and bring it to where the run is.
+        """Create the scheduler named in settings, and advance it to the run's position.
 
         Raises:
-            ConfigError: there is no such scheduler, it does not take the settings, or another
-                plugin sets the rates that it drives.
+            ConfigError: there is no such scheduler, it rejects the settings, or another plugin sets
+                the same rates.
         """
         if self._given and engine.hook.lr_scale(engine=engine):
             raise ConfigError(
@@ -134,7 +133,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
     @hookimpl
     def lr_scale(self, engine: Engine) -> float | None:
-        """The ratio of the scheduler's rate to the base; none where it drives the run's own."""
+        """The ratio of the scheduler's rate to the base; None if it drives the run's optimizer."""
         if self._shadow is None or self._base is None:
             return None
         self._follow(engine)
@@ -142,15 +141,15 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
     @hookimpl
     def on_log(self, metrics: dict[str, float]) -> None:
-        """Take a turn by a training metric."""
+        """Step by a training metric."""
         self._measure(metrics)
 
     @hookimpl(stage="decide")
     def on_eval(self, metrics: dict[str, float]) -> None:
-        """Take a turn by a metric of the evaluation.
+        """Step by a metric of the evaluation.
 
         Raises:
-            ConfigError: the evaluation of this set does not have it.
+            ConfigError: this set's evaluation does not report the metric.
         """
         split = self._metric.partition("/")[0]
         if self._metric not in metrics and any(name.startswith(f"{split}/") for name in metrics):
@@ -162,12 +161,12 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
     @hookimpl
     def on_step_end(self, engine: Engine) -> None:
-        """Take the turns of the step."""
+        """Step the schedulers."""
         self._follow(engine)
 
     @hookimpl
     def on_finish(self) -> None:
-        """Say where a scheduler has waited for a metric that nobody measured."""
+        """Warn if a scheduler's metric was never measured."""
         if not self._was_measured and any(turning.measures for turning in self._turning):
             warnings.warn(
                 f"{self.config.scheduler} needs '{self._metric}', which was never measured, so "
@@ -178,7 +177,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
             )
 
     def state_dict(self) -> StateDict:
-        """The scheduler's state, and what it drives where that is not the run's optimizer."""
+        """The scheduler's state, and that of its separate optimizer if it has one."""
         if not self._turning:
             return self._saved
         state: StateDict = {"schedulers": [turning.state() for turning in self._turning]}
@@ -189,7 +188,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
         return state
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Take back what `state_dict` gave, or keep it until the scheduler is built."""
+        """Restore what `state_dict` returned, or keep it until the scheduler is built."""
         self._saved = state
         if "base" in state:
             self._base = cast(float, state["base"])
@@ -201,7 +200,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
                 self._shadow.param_groups[0].update(cast(Mapping[str, Any], state["group"]))
 
     def migrate(self, state: StateDict, from_version: int) -> StateDict:
-        """The base alone was saved: the turns are made again from there."""
+        """Version 1 only saved the base rate; the steps are repeated from there."""
         return state
 
     @property
@@ -214,7 +213,7 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
         self._shadow = SGD([torch.zeros(1, requires_grad=True)], lr=self._base)
         name = self.config.scheduler
         self._turn(make(find(name), self._shadow, self.config.settings, name))
-        self._shadow.step()  # a scheduler warns where it turns before the first step
+        self._shadow.step()  # or a scheduler would warn that it precedes the first step
         self.load_state_dict(self._saved)
 
     def _turn(self, scheduler: Any) -> None:
@@ -240,6 +239,6 @@ class LrTorchPlugin(Plugin[LrTorchConfig]):
 
 
 def _name(given: Any) -> str:
-    """What a scheduler or function is called."""
+    """The name of a scheduler or function."""
     named: Callable[..., Any] = given if hasattr(given, "__qualname__") else type(given)
     return f"{named.__module__}.{named.__qualname__}"

@@ -1,4 +1,4 @@
-"""Schedulers of any make: what makes one, how one is turned, and its state as plain values."""
+"""Schedulers of any library: how to create and step them, and their state as plain values."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Every = Literal["step", "epoch"]
 
 
 class Turning:
-    """A scheduler, and how far it has been turned.
+    """A scheduler, and how far it has been stepped.
 
-    Three kinds are told apart by what they have: those with `step_update` (timm's) are told where
-    the run is, in steps and in epochs; those whose `step` demands a value (`ReduceLROnPlateau`)
-    take a turn when a metric is measured; all others take one each step, or each epoch.
+    There are three kinds: those with `step_update` (timm's) are given the run's position in steps
+    and epochs; those whose `step` requires a value (`ReduceLROnPlateau`) are stepped when a metric
+    is measured; all others are stepped at each step or epoch.
 
     Args:
-        scheduler: of PyTorch, transformers, timm, or whatever is like them.
-        every: when it is turned, if it is of the last kind.
+        scheduler: a scheduler from PyTorch, transformers or timm, or a similar object.
+        every: when to step one of the last kind.
     """
 
     def __init__(self, scheduler: Any, every: Every) -> None:
@@ -37,7 +37,7 @@ class Turning:
         self.measures = not self.is_told and _demands(scheduler.step)
 
     def follow(self, step: int, epoch: int, metric: float | None) -> None:
-        """Turn it to where the run is; nothing where it is there already."""
+        """Advance it to the run's position, if it is not there already."""
         if self.is_told:
             if step > self._step:
                 self.scheduler.step_update(step)
@@ -50,23 +50,23 @@ class Turning:
         self._step, self._epoch = step, epoch
 
     def measured(self, value: float) -> None:
-        """Take a turn by a metric."""
+        """Step by a metric."""
         self.scheduler.step(value)
 
     def state(self) -> StateDict:
-        """The scheduler's state as plain values, and how far it is."""
+        """The scheduler's state as plain values, and its position."""
         found = {
             "step": self._step,
             "epoch": self._epoch,
             "own": _plain(self.scheduler.state_dict()),
         }
         inner = getattr(self.scheduler, "lr_scheduler", None)
-        if self.is_told and inner is not None:  # timm's plateau saves but a part of its own
+        if self.is_told and inner is not None:  # timm's plateau saves only part of its state
             found["inner"] = _plain(inner.state_dict())
         return cast(StateDict, found)
 
     def load(self, state: StateDict) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self._step, self._epoch = cast(int, state["step"]), cast(int, state["epoch"])
         own = self.scheduler.state_dict()
         self.scheduler.load_state_dict(_as_before(own, state["own"]))
@@ -75,15 +75,15 @@ class Turning:
 
 
 def is_scheduler(found: object) -> bool:
-    """Whether it is a scheduler already, and not what makes one."""
+    """Whether it is a scheduler, not a function or class that makes one."""
     return not isinstance(found, type) and callable(getattr(found, "step", None))
 
 
 def find(name: str) -> Callable[..., Any]:
-    """What makes a scheduler, by its name in `torch.optim.lr_scheduler` or its import path.
+    """A scheduler class or function, by its name in `torch.optim.lr_scheduler` or import path.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: it does not exist.
     """
     known: dict[str, Callable[..., Any]] = {
         key: value
@@ -112,10 +112,10 @@ def find(name: str) -> Callable[..., Any]:
 def make(
     factory: Callable[..., Any], optimizer: Optimizer, settings: Mapping[str, Any], name: str
 ) -> Any:
-    """The scheduler that a class or function makes of an optimizer.
+    """Create a scheduler for an optimizer with a class or function.
 
     Raises:
-        ConfigError: it does not take the settings, or makes something else.
+        ConfigError: it rejects the settings, or returns something else.
     """
     parameters, name = inspect.signature(factory).parameters, places.shown(name)
     try:
@@ -135,13 +135,13 @@ def make(
 
 
 def _demands(step: Callable[..., Any]) -> bool:
-    """Whether a turn needs a value."""
+    """Whether `step` requires a value."""
     return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
                for p in inspect.signature(step).parameters.values())  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
-    """The value of dicts, lists and Python's numbers, as a checkpoint holds it."""
+    """The value as dicts, lists and Python numbers, as a checkpoint stores it."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -151,7 +151,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as_before(own: Any, saved: Any) -> Any:
-    """A saved state with its counters as such, as the present state has them."""
+    """A saved state, with Counters where the current state has them."""
     if isinstance(own, Counter):
         return Counter(saved)
     if isinstance(own, Mapping) and isinstance(saved, Mapping):

@@ -57,7 +57,7 @@ class NEXUSBlock(nn.Module):
 
     @property
     def layer(self) -> Layer:
-        """The layer that mixes."""
+        """The block's layer."""
         return cast("Layer", self.get_submodule(self.kind))
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ __all__ = ["CausalGraph", "CausalModule"]
 
 EDGE_STD = 0.05
 HIDDEN_STD = 0.1
-LENGTH_FLOOR = 1e-12  # under the root of an edge's strength, whose slope at 0 would be infinite
+LENGTH_FLOOR = 1e-12  # inside the square root, whose slope at 0 would be infinite
 LEAST_LOG_STD = -4.0
 
 
@@ -72,7 +72,8 @@ class CausalGraph(nn.Module):
     def reports(self, variables: Tensor) -> dict[str, Tensor]:
         """The inputs of the loss: `adjacency`, `variables`, `explained` and `log_std` of the noise.
 
-        Variables are detached, so that they are not made easy to explain; float32 or wider.
+        Variables are detached, so that training does not make them easy to explain; float32 or
+        wider.
         """
         with torch.autocast(variables.device.type, enabled=False):
             given = widened(variables.detach())

@@ -14,7 +14,7 @@ __all__ = ["ClassicEnergyModule"]
 
 SHARPNESS = 8.0
 STEP_START = 0.7
-STOP_SHARPNESS = 4.0  # power of change / threshold in the odds of going on
+STOP_SHARPNESS = 4.0  # exponent of change / threshold in the odds of continuing
 NORM_EPS = 1e-12
 
 
@@ -42,8 +42,8 @@ class ClassicEnergyModule(Part):
         threshold: a token has settled when a refinement moves its code by less (Euclidean).
 
     Source: the energy and its descent are those of modern Hopfield networks (Ramsauer et al.
-        2021) with the pull to the origin replaced by one to c(h); with a concave second part and
-        steps of at most 1 descent is certain (Yuille & Rangarajan 2003).
+        2021) with the pull towards the origin replaced by one towards c(h); with a concave second
+        part and steps of at most 1, descent is guaranteed (Yuille & Rangarajan 2003).
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class ClassicEnergyModule(Part):
         Returns:
             The update `(..., D)`, and `{"energy": reports}` with tensors `(...)` in float32 or
             wider: `final_energy`; `iterations`, the expected number of refinements if the odds of
-            going on are `(change / threshold) ** 4` each time, with gradient; `refinements`, the
-            number that really moved the code, without.
+            continuing are `(change / threshold) ** 4` each time, with gradient; `refinements`, the
+            number that actually moved the code, without gradient.
         """
         context = widened(self.read(h))
         with torch.autocast(h.device.type, enabled=False):

@@ -13,8 +13,8 @@ from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
 __all__ = ["ClassicReasoner"]
 
 PREMISES = 2
-TRUTH_FLOOR = 1e-6  # of a rule's premises, inside the logarithm
-HALT_BIAS = -1.0  # at the start, a quarter of what is left halts at each step
+TRUTH_FLOOR = 1e-6  # lower bound of a rule's premises, inside the logarithm
+HALT_BIAS = -1.0  # initially, a quarter of the rest halts at each step
 
 
 class ClassicReasoner(Part):
@@ -37,7 +37,7 @@ class ClassicReasoner(Part):
 
     Source: soft unification of Neural Theorem Provers (Rocktaschel & Riedel 2017), differentiable
         forward chaining of dILP (Evans & Grefenstette 2018), halting of PonderNet (Banino et al.
-        2021). Predicates take no arguments: they speak of the token whose state is read.
+        2021). Predicates take no arguments: they describe the token whose state is read.
     """
 
     def __init__(
@@ -103,6 +103,6 @@ class ClassicReasoner(Part):
         return F.linear(beliefs, weight, bias).sigmoid()
 
     def _unify(self, symbols: Tensor) -> Tensor:
-        """(..., P) how far each symbol (..., d_symbol) means each predicate; rows sum to 1."""
+        """`(..., P)`: how well symbols `(..., d_symbol)` match each predicate; rows sum to 1."""
         scores = widened(symbols) @ widened(self.predicates).T / math.sqrt(self.predicates.shape[1])
         return scores.softmax(-1)

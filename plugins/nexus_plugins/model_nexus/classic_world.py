@@ -58,7 +58,7 @@ class ClassicWorldModel(Part):
         Returns:
             The update `(B, T, D)`, and a dict with the predictions `world` and their targets
             `world_targets`, both `(B, T, L, d_latent)`, and `world_mask` `(B, T, L)`: whether the
-            target lies in the same document. Targets that do not exist are 0.
+            target is in the same document. Targets that do not exist are 0.
         """
         expected = self.predictor(self.encoder(h))
         targets, mask = self._targets(h.detach(), document)
@@ -83,7 +83,7 @@ class ClassicWorldModel(Part):
         for name, target in self.target_encoder.named_parameters():
             if isinstance(decay, Tensor):
                 weight = (1 - decay).to(target)
-            else:  # made there, as a copy to the device would be waited for
+            else:  # created on the device, as a copy would sync
                 weight = target.new_full((), 1 - decay)
             target.lerp_(sources[name], weight)
 
@@ -101,7 +101,7 @@ class ClassicWorldModel(Part):
 
 
 def _ahead(values: Tensor, offset: int, missing: float) -> Tensor:
-    """What stands `offset` places later along time, `missing` past the end."""
+    """Values `offset` positions later in time, `missing` past the end."""
     offset = min(offset, values.shape[1])
     end = values.new_full((values.shape[0], offset, *values.shape[2:]), missing)
     return torch.cat([values[:, offset:], end], 1)

@@ -20,9 +20,9 @@ class DeltaState(NamedTuple):
     """The recurrent state of a layer: constant in size."""
 
     conv: Tensor
-    """(B, W - 1, C) the last inputs of the convolution, the newest first."""
+    """(B, W - 1, C): the last inputs of the convolution, newest first."""
     memory: Tensor
-    """(B, H, N, P) float32: a value for each direction of keys."""
+    """(B, H, N, P), float32: the value stored for each key direction."""
 
 
 class GatedDelta(nn.Module):
@@ -32,7 +32,7 @@ class GatedDelta(nn.Module):
     reflect a direction, which sums and decays cannot: it can track parity. With several corrections
     per token (`products`) it can apply any small permutation or rotation.
 
-    Shapes: B batch, T time, D model, E = expand * D, H = E / head_dim heads of P, N key.
+    Shapes: B batch, T time, D model, E = expand * D, H = E / head_dim heads of width P, N key.
 
     Args:
         d_model: width D of input and output.
@@ -141,7 +141,7 @@ class GatedDelta(nn.Module):
 
 
 def _first_of(log_decay: Tensor, products: int) -> Tensor:
-    """(B, T, H) to (B, T * products, H): a token decays the memory once, before it corrects."""
+    """(B, T, H) to (B, T * products, H): a token decays the memory once, before its corrections."""
     rest = torch.zeros_like(log_decay).unsqueeze(2).expand(-1, -1, products - 1, -1)
     return torch.cat([log_decay.unsqueeze(2), rest], 2).flatten(1, 2)
 
@@ -166,8 +166,8 @@ def delta_scan(
         value: `(B, T, H, P)`.
         beta: `(B, T, H)`, how much of the key's stored value is replaced: 0 to 2.
         log_decay: `(B, T, H)`, at most 0.
-        document: `(B, T)` non-decreasing numbers of documents; the memory is empty where a new
-            one starts. None: every row is one document.
+        document: `(B, T)` non-decreasing numbers of documents; the memory is cleared where a new
+            one starts. None: each row is one document.
         chunk_length: positions per chunk; affects only speed and rounding.
 
     Returns:
@@ -196,7 +196,7 @@ def _scan_chunks(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decays
     )  # fmt: skip
     weights = decays.pairwise() * decays.visible().unsqueeze(-3)
     reads = (query @ key.mT) * weights
-    system = beta * (key @ key.mT) * weights  # its diagonal is taken as one
+    system = beta * (key @ key.mT) * weights  # the solver takes its diagonal as one
     right = beta * torch.cat([value, key * from_start], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     fresh, known = torch.split(solved, [value.shape[-1], key.shape[-1]], -1)

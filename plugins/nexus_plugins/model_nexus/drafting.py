@@ -12,7 +12,7 @@ from nexus_plugins.model_nexus.generate import Stepper, check_request, evaluatin
 
 __all__ = ["Drafter", "generate_drafting"]
 
-READ_AT_ONCE = 16  # tokens of a prompt: the state after each is kept meanwhile
+READ_AT_ONCE = 16  # prompt tokens; the state after each is kept until the next
 
 
 class Drafter(Stepper, Protocol):
@@ -44,7 +44,7 @@ def generate_drafting(
         max_new_tokens: tokens to add.
         sampling: how tokens are chosen.
         generator: source of randomness.
-        draft: tokens per draft; all rows of a batch keep as many as the row that keeps fewest.
+        draft: tokens per draft; all rows of a batch keep as many as the row that accepts fewest.
 
     Returns:
         Prompt and continuation, `(B, T + max_new_tokens)`, without B if `prompt` has none.
@@ -99,10 +99,10 @@ def _drafted(
 def _kept(
     drafted: Tensor, guesses: Tensor, truth: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """What is kept of the drafts, and one token more: `(B, 1)` to `(B, k + 1)`.
+    """The accepted drafts and one more token: `(B, 1)` to `(B, k + 1)`.
 
-    A drafted token is kept with the chance `truth / guess`; the first that is not is drawn anew
-    from what the truth has more than the guess. If all are kept, one more is drawn.
+    A drafted token is accepted with probability `truth / guess`; the first rejected one is redrawn
+    from the excess of `truth` over `guess`. If all are accepted, one more is drawn.
     """
     where = drafted.unsqueeze(-1)
     ratio = (truth[:, :-1].gather(-1, where) / guesses.gather(-1, where)).squeeze(-1)
@@ -112,7 +112,7 @@ def _kept(
     if count == drafted.shape[1]:
         return torch.cat([drafted, _drawn(truth[:, -1], generator)], 1)
     missing = (truth[:, count] - guesses[:, count]).clamp(min=0)
-    # A row that keeps its token misses nothing, maybe; what is drawn for it is not used.
+    # A row that accepts its token may have no excess; what is drawn for it is not used.
     missing = torch.where(is_kept[:, count, None], truth[:, count], missing)
     instead = _drawn(missing, generator).squeeze(1)
     following = torch.where(is_kept[:, count], drafted[:, count], instead)
@@ -124,5 +124,5 @@ def _chances(model: Drafter, hidden: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _drawn(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B, 1) tokens drawn with these weights `(B, V)`."""
+    """Tokens `(B, 1)`, drawn with weights `(B, V)`."""
     return torch.multinomial(weights, 1, generator=generator)

@@ -11,9 +11,9 @@ from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, widened
 __all__ = ["EnergyModule"]
 
 EAGERNESS = 8.0
-"""How much faster than others' the gate opens, for the same start: loops are trained through it."""
+"""How much faster this gate opens than others from the same start; loops train through it."""
 TILE = 16
-"""Tokens are refined in multiples of this: a product's rounding depends on its number of rows."""
+"""Tokens are refined in multiples of this, as a matmul's rounding depends on its rows."""
 
 
 class EnergyModule(Part):
@@ -66,7 +66,7 @@ class EnergyModule(Part):
         with torch.no_grad():
             self.write.projection.weight.mul_(EAGERNESS)
             self.write.gate.div_(EAGERNESS)
-        nn.init.ones_(self.values.bias[-1:])  # until it is learned, all have much to gain
+        nn.init.ones_(self.values.bias[-1:])  # initially, all tokens expect a large gain
 
     def forward(
         self, h: Tensor, document: Tensor | None = None
@@ -122,7 +122,7 @@ class EnergyModule(Part):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Codes `(N, C)` and foreseen energies `(N,)` after each refinement.
 
-        `reach[b - 1]` `(N,)` says whether the place b before is of the same document.
+        `reach[b - 1]` `(N,)` says whether the position b earlier is in the same document.
         """
         places = torch.arange(len(code), device=code.device)
         energy = torch.zeros_like(code[:, 0])
@@ -151,7 +151,7 @@ class EnergyModule(Part):
         return code, context
 
     def _refine(self, windows: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of codes `(n, C)`, and the energy that it is expected to leave `(n,)`."""
+        """The change of codes `(n, C)`, and the energy predicted to remain after it, `(n,)`."""
         count = len(windows)
         rows = F.pad(torch.cat([windows, context], 1), (0, 0, 0, -count % TILE))
         windows, context = torch.split(rows, [windows.shape[1], context.shape[1]], 1)
@@ -160,13 +160,13 @@ class EnergyModule(Part):
         return values[:, :-1], values[:, -1]
 
     def _goes_on(self, energy: Tensor) -> Tensor:
-        """Whether codes with these foreseen energies are refined further."""
+        """Whether to refine codes with these foreseen energies further."""
         return (energy >= self.threshold) | self.training
 
     def _reports(self, trail: Tensor, foreseen: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What is reported of codes `(B, T, K, C)` and foreseen energies `(B, T, K)`."""
+        """The reports for codes `(B, T, K, C)` and foreseen energies `(B, T, K)`."""
         going_on = foreseen[..., :-1].detach() >= self.threshold
-        # One refinement of each token is judged by its loss: the 1st, 2nd, ... in turn over time.
+        # The loss trains one refinement of each token: the 1st, 2nd, ... in turn over time.
         turns = torch.arange(trail.shape[1], device=trail.device) % max(1, self.max_iterations - 1)
         which = turns.expand(trail.shape[:2]).unsqueeze(-1)
         early = trail.gather(2, which.unsqueeze(-1).expand(*which.shape, self.d_code)).squeeze(2)
@@ -177,7 +177,7 @@ class EnergyModule(Part):
         }
 
     def _same(self, h: Tensor, document: Tensor | None, back: int) -> Tensor:
-        """(B, T) whether the place `back` before is there and of the same document."""
+        """`(B, T)`: whether the position `back` earlier exists and is in the same document."""
         if document is None:
             document = torch.zeros(h.shape[:2], dtype=torch.long, device=h.device)
         back = min(back, document.shape[1])
@@ -186,7 +186,7 @@ class EnergyModule(Part):
 
 
 def _windows(code: Tensor, reach: list[Tensor], places: Tensor | None = None) -> Tensor:
-    """The codes `(n, W * C)` at some places, or at all, and before them; 0 where none is near."""
+    """The codes `(n, W * C)` at some or all positions and before them; 0 where there is none."""
     normed = _normed(code)
     if places is None:
         length = len(normed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = ["NGramState", "NGrams"]
 
-RECALL_BUCKETS = 2**16  # few enough to keep for a sequence, enough for few collisions
+RECALL_BUCKETS = 2**16  # small enough to keep per sequence, with few collisions
 MULTIPLIER, MIXER = 0x9E3779B1, 0x85EBCA6B  # odd; products wrap around in 64 bits
 
 
@@ -20,11 +20,11 @@ class NGramState(NamedTuple):
     """The context that the next token's n-grams need: constant in size."""
 
     recent: Tensor
-    """(B, N - 1) the last tokens, counted from 1; 0 before the first one."""
+    """(B, N - 1): the last tokens plus 1; 0 before the first one."""
     buckets: Tensor
-    """(B, R) where each recalled length's last n-gram is kept."""
+    """(B, R): the bucket of the last n-gram of each recalled length."""
     followed: Tensor
-    """(B, R, buckets + 1) int32: the token, counted from 1, that followed last; 0: none did."""
+    """(B, R, buckets + 1), int32: the token that followed last, plus 1; 0: none."""
 
 
 class NGrams(nn.Module):
@@ -37,10 +37,10 @@ class NGrams(nn.Module):
 
     Args:
         vocab_size: tokens V.
-        width: of the embeddings, D.
-        lengths: of the n-grams with embeddings, each at least 2.
+        width: width D of the embeddings.
+        lengths: lengths of the n-grams with embeddings, each at least 2.
         buckets: entries of the table of each length.
-        recalls: of the n-grams whose continuation is recalled, each at least 1.
+        recalls: lengths of the n-grams whose continuation is recalled, each at least 1.
 
     Source: Pagnoni et al. 2024, "Byte Latent Transformer", section 3.2.1 (hashed n-grams);
         Akyürek et al. 2024, "In-Context Language Learning: Architectures and Algorithms", section
@@ -104,7 +104,7 @@ class NGrams(nn.Module):
         )
 
     def _window(self, counted: Tensor, document: Tensor | None) -> list[Tensor]:
-        """For each distance, the token so far back; 0 where the document had not begun."""
+        """For each distance, the token that far back; 0 before the start of the document."""
         window = [counted]
         for lag in range(1, self.reach):
             earlier = F.pad(counted, (lag, 0))[:, : counted.shape[1]]
@@ -125,7 +125,7 @@ def _zeros(entries: int, width: int) -> nn.Embedding:
 
 
 def _bucket(window: Sequence[Tensor], buckets: int) -> Tensor:
-    """The place of each n-gram in a table, from its tokens, the newest first."""
+    """The index of each n-gram in a table, given its tokens, newest first."""
     value = torch.full_like(window[0], len(window))
     for token in window:
         value = value * MULTIPLIER + token
@@ -134,7 +134,7 @@ def _bucket(window: Sequence[Tensor], buckets: int) -> Tensor:
 
 
 def _recall(bucket: Tensor, tokens: Tensor, document: Tensor | None) -> Tensor:
-    """The token, counted from 1, after the last earlier place of the same bucket; 0: none."""
+    """The token, plus 1, after the last earlier occurrence of the bucket; 0: none."""
     key = bucket if document is None else bucket + document * RECALL_BUCKETS
     key, order = key.sort(dim=1, stable=True)
     following = F.pad(tokens[:, 1:] + 1, (0, 1)).gather(1, order)

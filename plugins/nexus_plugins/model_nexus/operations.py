@@ -88,7 +88,7 @@ class _CausalConvSiLU(torch.autograd.Function):
 def _window(
     x: Tensor, document: Tensor | None, rows: slice, span: slice, weight: Tensor
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """What the filters see: `span` and the places before it, and for each lag which count."""
+    """The inputs of the filters: `span` and the positions before it, and the mask for each lag."""
     reach = len(weight) - 1
     begin = max(0, span.start - reach)
     missing = reach - (span.start - begin)
@@ -101,7 +101,7 @@ def _window(
 
 
 def _seen(window: Tensor, taps: int, lag: int) -> Tensor:
-    """What the positions of the block see `lag` places back."""
+    """The inputs of the block's positions, `lag` positions back."""
     start = taps - 1 - lag
     return window[:, start : window.shape[1] - lag]
 
@@ -137,12 +137,12 @@ def chunked_scan(
         b: `(B, T, N)`, where a token is written; shared by the heads.
         c: `(B, T, N)`, where a token reads; shared by the heads.
         skip: `(H,)`, the weight of the skip connection from input to output.
-        document: `(B, T)` non-decreasing numbers of documents; the state is zero where a new
-            one starts. None: every row is one document.
+        document: `(B, T)` non-decreasing numbers of documents; the state is cleared where a new one
+            starts. None: each row is one document.
         chunk_length: positions per chunk; affects only speed and rounding.
 
     Returns:
-        `(B, T, H, P)` in the type of `x`.
+        `(B, T, H, P)` in the dtype of `x`.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 6 (block decomposition). The
         gradient of the decays goes through the pairwise decays, as in the stable kernels of its
@@ -195,7 +195,7 @@ class Decays(NamedTuple):
         return cls(sums, from_start, to_end, across, document)
 
     def at(self, block: tuple[slice, slice]) -> Decays:
-        """Those of some rows and chunks."""
+        """Select some rows and chunks."""
         sums, from_start, to_end, across = (part[block] for part in self[:4])
         document = None if self.document is None else self.document[block]
         return Decays(sums, from_start, to_end, across, document)
@@ -281,7 +281,7 @@ def _scan_block(
     state: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Read some chunks; fill `states` with what enters each; return y and the state after."""
+    """Scan some chunks; fills `states` with those entering each; returns y and the last state."""
     narrow, wide = x.dtype, dt.dtype
     x = x.to(wide)
     written = x * dt.unsqueeze(-1)
@@ -333,8 +333,8 @@ def _scan_block_backward(
     grad_b = grad_scores.mT @ c + kept @ narrow_leaving.mT
     grad_c = grad_scores @ b + read @ states.mT
 
-    # What is kept has passed the decays after its own position, and what entered the chunk has
-    # passed them all.
+    # The state written at a position has passed the decays after it; the state that entered the
+    # chunk has passed all of them.
     passed = torch.unflatten(grad_leaving.mul_(states), -1, x.shape[-2:]).sum((2, 4))
     grad_sums[:, :, -1] += grad_to_end.sum(2) + passed * decays.across.flatten(2)
     grad_log_decay = running_sum((grad_sums - grad_to_end).flip(2), 2).flip(2)
@@ -350,7 +350,7 @@ def _pairs_backward(
     """The backward pass of the interactions within a chunk.
 
     Args:
-        grad_heads: (B, K, H, Q, P), of the output.
+        grad_heads: (B, K, H, Q, P), the gradient of the output.
         written: (B, K, Q, H, P).
 
     Returns:
@@ -369,7 +369,7 @@ def _pairs_backward(
 
 
 def _scores(b: Tensor, c: Tensor, decays: Decays) -> Tensor:
-    """(B, K, Q, Q) how much each position reads of each visible one, before decay."""
+    """(B, K, Q, Q): the weight with which each position reads each visible one, before decay."""
     return (c @ b.mT).to(decays.sums.dtype).mul_(decays.visible())
 
 
@@ -386,7 +386,7 @@ def chunked(value: Tensor, chunk: int) -> Tensor:
 def blocks_of(
     value: Tensor, tokens_per_item: int, backwards: bool = False
 ) -> Iterator[tuple[slice, slice]]:
-    """Divide (rows, time) into blocks that fit the cache; time runs fastest.
+    """Split (rows, time) into blocks that fit the cache; time varies fastest.
 
     Args:
         value: `(B, L, ...)`, L items in time.

@@ -98,10 +98,10 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """Show a short sample that the trained model writes after a prompt from the data.
+        """Show a short sample of the trained model's text after a prompt from the data.
 
-        It is left out if the weights are sharded. If sampling fails, the summary says so; the
-        training is complete either way.
+        It is omitted if the weights are sharded. If sampling fails, the summary says so; training
+        is complete either way.
         """
         data = engine.data
         split = next(iter(data.valid.values()), None) if data is not None else None
@@ -112,14 +112,14 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         if not all(bool(weight.isfinite().all()) for weight in engine.model.parameters()):
             return {"sample": "none: the weights are not finite"}
         batch = next(iter(split))
-        if "input_ids" not in batch:  # pairs to choose from
+        if "input_ids" not in batch:  # preference pairs
             return {}
         prompt = batch["input_ids"][0, :PROMPT].to(engine.device)
         generator = torch.Generator(engine.device).manual_seed(engine.seed)
         model = cast(NEXUSCore, engine.model)
         try:
             written = model.generate(prompt, SAMPLE, temperature=0.8, top_k=40, generator=generator)
-        except RuntimeError as error:  # logits that are not finite, though the weights are
+        except RuntimeError as error:  # non-finite logits, although the weights are finite
             return {"sample": f"none: sampling failed: {str(error).partition(chr(10))[0]}"}
         text = data.codec.decode(written.tolist())
         start = len(data.codec.decode(prompt.tolist()))
@@ -131,7 +131,7 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
 
 
 def _observed(model: NEXUSCore, output: NEXUSOutput, variables: Tensor) -> NEXUSOutput:
-    """The output with what the causal module's graph makes of observed variables.
+    """The output, with the causal graph's reports for observed variables.
 
     Raises:
         ConfigError: the model has no such module.

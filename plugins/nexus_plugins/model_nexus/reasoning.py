@@ -72,7 +72,7 @@ class Reasoner(Part):
 
 
 def _linear(layer: nn.Linear, value: Tensor) -> Tensor:
-    """The layer in the type of the value, which is float32 or wider."""
+    """Apply the layer in the value's dtype, which is float32 or wider."""
     bias = None if layer.bias is None else layer.bias.to(value.dtype)
     return F.linear(value, layer.weight.to(value.dtype), bias)
 

@@ -22,15 +22,15 @@ class Final(NamedTuple):
     stream: Tensor
     """(B, T, D)"""
     hidden: Tensor
-    """(B, T, D) the stream behind the last norm, which the head reads."""
+    """(B, T, D): the stream after the final norm, which the head reads."""
     norm: Callable[[Tensor], Tensor]
-    """From the stream to what the head reads."""
+    """The final norm."""
     tokens: Tensor
     """(B, T, D) embeddings."""
     document: Tensor | None
-    """(B, T) non-decreasing numbers of documents; None: every row is one."""
+    """(B, T): non-decreasing document indices; None: each row is one document."""
     reports: Mapping[str, Any]
-    """What the modules reported when they wrote."""
+    """The modules' reports."""
 
 
 class Part(nn.Module):
@@ -41,10 +41,10 @@ class Part(nn.Module):
     """
 
     writes: ClassVar[bool] = True
-    """Whether it updates the stream; one that does not costs nothing in generation."""
+    """Whether it updates the stream; one that does not is skipped in generation."""
 
     muted = False
-    """Whether what the module writes is left out of the stream."""
+    """Whether the module's update is suppressed."""
 
     @contextmanager
     def silence(self) -> Iterator[None]:

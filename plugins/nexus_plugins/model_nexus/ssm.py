@@ -22,7 +22,7 @@ class SSMState(NamedTuple):
     """The recurrent state of a layer: constant in size, however long the context."""
 
     conv: Tensor
-    """(B, W - 1, C) the last inputs of the convolution, the newest first."""
+    """(B, W - 1, C): the last inputs of the convolution, newest first."""
     ssm: Tensor
     """(B, N, H, P) float32."""
 
@@ -44,7 +44,7 @@ class SelectiveSSM(nn.Module):
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 7 (the block) and Mamba-2's
         initialisation of decays and step sizes. One group: `b` and `c` are shared by the heads.
-        The norm has no scale of its own; the projection after it can express the same.
+        The norm has no scale, since the projection after it can express the same.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class SelectiveSSM(nn.Module):
 
         Args:
             x: `(B, T, D)`.
-            document: `(B, T)` non-decreasing numbers of documents; nothing passes from one to
-                the next. None: every row is one document.
+            document: `(B, T)` non-decreasing document indices; nothing passes from one to the next.
+                None: each row is one document.
 
         Returns:
             `(B, T, D)`.
@@ -175,4 +175,4 @@ def draw_decays(dt_bias: Tensor, log_rate: Tensor) -> None:
     low, high = (math.log(step) for step in STEP_RANGE)
     log_rate.uniform_(*DECAY_RANGE).log_()
     step = dt_bias.uniform_(low, high).exp_()
-    step.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+    step.copy_(step + torch.log(-torch.expm1(-step)))  # so that its softplus is the step

@@ -22,11 +22,11 @@ class WindowState(NamedTuple):
     """The last tokens' keys and values: constant in size."""
 
     keys: Tensor
-    """(B, W - 1, H, P), the oldest first."""
+    """(B, W - 1, H, P), oldest first."""
     values: Tensor
     """(B, W - 1, H, P)"""
     filled: Tensor
-    """(B, W - 1) whether there is a token."""
+    """(B, W - 1): whether there is a token."""
 
 
 class WindowAttention(nn.Module):
@@ -41,7 +41,7 @@ class WindowAttention(nn.Module):
 
     Source: Beltagy et al. 2020, "Longformer" (windows), in blocks of W that see the block before
         them; Su et al. 2021, "RoFormer" (rotary positions), relative to the window; queries and
-        keys are normed as in Henry et al. 2020, "Query-Key Normalization", by RMS.
+        keys are normalized as in Henry et al. 2020, "Query-Key Normalization", by RMS.
     """
 
     def __init__(self, d_model: int, head_dim: int = 64, window: int = 128) -> None:
@@ -142,7 +142,7 @@ class _Unit(Function):
 
 
 def _of_one_document(document: Tensor | None) -> Tensor | None:
-    """(B, 1, T, T) what each position of a row sees; None: all that is not later."""
+    """(B, 1, T, T): what each position of a row sees; None: everything up to itself."""
     if document is None:
         return None
     return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
@@ -151,7 +151,7 @@ def _of_one_document(document: Tensor | None) -> Tensor | None:
 def _mask_of_blocks(
     batch: int, length: int, block: int, document: Tensor | None, device: torch.device
 ) -> Tensor:
-    """(B * K, 1, Q, 2 Q) what each position of a block sees of it and of the block before."""
+    """(B * K, 1, Q, 2 Q): what each position sees of its block and the block before."""
     if document is None:
         document = torch.zeros(batch, length, dtype=torch.long, device=device)
     here = torch.unflatten(pad_time(document, -length % block), 1, (-1, block))

@@ -13,7 +13,7 @@ from nexus_plugins.model_nexus.residual import Final, Part
 __all__ = ["WorldModel"]
 
 CHANGE_SCALE = 0.1
-"""Of the initial weights of what is added to a state: a fresh world stands almost still."""
+"""Scale of the initial weights of a move, so that states initially hardly change."""
 
 
 class WorldModel(Part):
@@ -38,7 +38,7 @@ class WorldModel(Part):
     Source: next-latent prediction (Teoh et al. 2025, "Next-Latent Prediction Transformers Learn
         Compact World Models"): a residual network on state and token, with targets that have no
         gradient. Heads: multi-token prediction (Gloeckle et al. 2024), each here a residual
-        network of two layers where theirs is a layer of a transformer.
+        network of two layers instead of a transformer layer.
     """
 
     writes: ClassVar[bool] = False
@@ -65,9 +65,9 @@ class WorldModel(Part):
 
         Returns:
             The predictions `world` and their targets `world_targets`, both `(B, T, K, D)`: of the
-            states 1, 2, ..., K tokens ahead; `world_mask` `(B, T, K)`, whether the target lies in
-            the same document; and `world_heads` `(B, T, M, D)`, whose products with the output
-            matrix are logits of the tokens 2, 3, ... ahead. Targets that do not exist are 0.
+            states 1, 2, ..., K tokens ahead; `world_mask` `(B, T, K)`, whether the target is in the
+            same document; and `world_heads` `(B, T, M, D)`, whose products with the output matrix
+            are logits of the tokens 2, 3, ... ahead. Targets that do not exist are 0.
         """
         hidden, document = final.hidden, final.document
         moves, state, still = self.from_token(final.tokens), hidden, hidden.detach()

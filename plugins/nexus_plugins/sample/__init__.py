@@ -1,7 +1,7 @@
-"""Text that a model writes: at each evaluation of a run, and from a run that lies in a folder.
+"""Generate text: at each evaluation of a run, or from a run folder.
 
-`plugin` writes at evaluations; `writing` continues ids with any model; `rebuilt` builds the model
-of a run again, without its data; `command` and `chat_command` are `nexus-run generate` and
+`plugin` generates at evaluations; `writing` continues ids with any model; `rebuilt` rebuilds the
+model of a run without its data; `command` and `chat_command` are `nexus-run generate` and
 `nexus-run chat`.
 """
 

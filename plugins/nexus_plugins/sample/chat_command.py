@@ -61,7 +61,7 @@ def main(
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, line by line; empty lines say nothing."""
+    """The user's lines; empty ones are skipped."""
     is_asked = sys.stdin.isatty()
     while True:
         if is_asked:

@@ -22,7 +22,7 @@ Options = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def options_of_sampling(most: int) -> Options:
-    """The options that decide how text is written; `most` is the default length."""
+    """The sampling options; `most` is the default length."""
     options = [
         click.option("--max-new-tokens", default=most, show_default=True,
                      type=click.IntRange(min=1), help="Maximum tokens to generate."),
@@ -50,7 +50,7 @@ def options_of_sampling(most: int) -> Options:
 
 
 def sampling_of(temperature: float, top_k: int | None, top_p: float | None) -> Sampling:
-    """How tokens are chosen, as the options say."""
+    """The sampling settings from the options."""
     from nexus_plugins._shared.sampling import Sampling
 
     return Sampling(temperature, top_k, top_p)
@@ -114,7 +114,7 @@ def main(
 
 
 def beginning(writer: Writer, prompt: str) -> list[int]:
-    """The ids of a prompt; of none, the token that comes between documents."""
+    """The ids of a prompt; without one, the token between documents."""
     ids = list(writer.codec.encode(prompt)) if prompt else []
     starts = [getattr(writer.codec, name, None) for name in ("bos", "eos")]
     return ids or [next((start for start in starts if start is not None), 0)]
@@ -123,7 +123,7 @@ def beginning(writer: Writer, prompt: str) -> list[int]:
 def spoken(
     writer: Writer, ids: Sequence[int], sampling: Sampling, most: int, seed: int, *, echo: bool
 ) -> tuple[str, int]:
-    """Write behind some ids, on the terminal as it comes; returns the text, and how many tokens."""
+    """Continue some ids, streaming to the terminal; returns the text and the number of tokens."""
     from nexus_plugins._shared.texts import harmless
     from nexus_plugins.sample.writing import pieces, tokens
 

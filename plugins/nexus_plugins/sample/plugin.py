@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SampleConfig", "SamplePlugin"]
 
-NOTE = "sample"  # the title of what loggers get, before the name of the set
+NOTE = "sample"  # prefix of the note's title, before the name of the set
 
 
 class SampleConfig(PluginConfig):
-    """What the model is to continue, and how."""
+    """What the model continues, and how."""
 
     prompts: Several[str] = Field(
         default=(), description="prompts to continue; none: starts of rows of the evaluation data"
@@ -52,9 +52,9 @@ class SampleConfig(PluginConfig):
 class SamplePlugin(Plugin[SampleConfig]):
     """Lets the model continue a few texts at each evaluation, for every logger with text support.
 
-    It asks the run's own forward pass, so any causal model of tokens will do, with the weights that
-    are evaluated. The same seed each time makes samples of a run comparable. Training is not
-    touched. All positions are computed anew for each token: keep `tokens` small.
+    It uses the run's own forward pass and evaluation weights, so it works with any causal token
+    model. The same seed each time makes samples of a run comparable. Training is not affected. Each
+    token recomputes all positions, so keep `tokens` small.
     """
 
     config_class = SampleConfig
@@ -63,16 +63,16 @@ class SamplePlugin(Plugin[SampleConfig]):
 
     @hookimpl
     def measure(self, engine: Engine, split: str, data: Iterable[Batch]) -> dict[str, float]:
-        """Write once an evaluation, with its first set; ids where the data has no tokenizer.
+        """Generate once per evaluation, with its first set; ids if the data has no tokenizer.
 
         Raises:
-            ConfigError: there are prompts and no tokenizer, or no chat template to ask through.
+            ConfigError: there are prompts but no tokenizer, or no chat template.
         """
         if self._done_at == engine.state.step:
             return {}
         self._done_at = engine.state.step
         codec = engine.data.codec if engine.data is not None else None
-        # Of the main process: a pass with divided weights is one of all processes together.
+        # Prompts of rank 0, since a pass with sharded weights involves all ranks.
         prompts = gather(engine.ranks, self._prompts(codec, data))[0]
         stop = getattr(codec, "eos", None)
         written = self._written(engine, prompts, stop)
@@ -110,10 +110,10 @@ class SamplePlugin(Plugin[SampleConfig]):
     def _written(
         self, engine: Engine, prompts: Sequence[Sequence[int]], stop: int | None
     ) -> list[list[int]]:
-        """What is written behind each prompt, up to a stop token.
+        """The continuation of each prompt, up to a stop token.
 
-        The rows are as wide from the start as they can become, so that a compiled model is
-        compiled once; what lies ahead of a position, a causal model does not see.
+        The rows have their final width from the start, so that a compiled model is compiled once; a
+        causal model does not see what is ahead of a position.
         """
         ends = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(ends) + self.config.tokens, dtype=torch.int64)

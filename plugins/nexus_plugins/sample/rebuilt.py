@@ -1,4 +1,4 @@
-"""The model of a run, built again from its folder, with what turns text into ids."""
+"""Rebuild the model and tokenizer of a run from its folder."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["Writer", "writer_of"]
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes.
+    """A model ready to generate text.
 
     Args:
-        engine: with the model, at its checkpoint.
-        codec: from text to ids and back, as the data of the run has it.
-        step: of the checkpoint.
+        engine: an engine with the model, at its checkpoint.
+        codec: the tokenizer of the run's data.
+        step: step of the checkpoint.
     """
 
     engine: Engine
@@ -41,7 +41,7 @@ class Writer:
 
 
 class _CodecPlugin(Plugin[PluginConfig]):
-    """Stands in for the data of a run that only writes."""
+    """Stands in for the data of a run that only generates."""
 
     name: ClassVar[str] = "codec_of_the_run"
     slot: ClassVar[str | None] = "data"
@@ -52,20 +52,20 @@ class _CodecPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def make_data(self) -> RunData:
-        """No rows, and the codec."""
+        """No rows, but the codec."""
         return RunData((), codec=self._codec)
 
 
 @contextmanager
 def writer_of(source: str, *, device: str | None = None, trust: bool = False) -> Iterator[Writer]:
-    """Build the model of a run with the weights of a checkpoint; nothing of the run is changed.
+    """Build the model of a run with the weights of a checkpoint; the run is not changed.
 
-    Where the plugin of the data has `codec_in(run)`, the data need not be there any more.
+    If the data's plugin has `codec_in(run)`, the data itself need not exist any more.
 
     Args:
         source: RUN, RUN@STEP, RUN@best or a checkpoint.
-        device: as `device` of a run; None: that of the run.
-        trust: use the code of the user that its config names.
+        device: as a run's setting `device`; None: that of the run.
+        trust: use local code named in its config.
 
     Raises:
         ConfigError: there is no such checkpoint, or its data has no tokenizer.
@@ -73,7 +73,7 @@ def writer_of(source: str, *, device: str | None = None, trust: bool = False) ->
     saved = saved_at(source)
     with TemporaryDirectory(prefix="nexus-write-") as room, only_trusted(saved.run, trust=trust):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that plugins of the training are not here
+            warnings.simplefilter("ignore")  # about missing training plugins
             engine = _engine(saved, device, trust, Path(room))
         codec = engine.data.codec if engine.data is not None else None
         if codec is None:

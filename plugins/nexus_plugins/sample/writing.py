@@ -1,4 +1,4 @@
-"""Continuing ids with whatever model an engine has, one token at a time."""
+"""Continue ids with any model of an engine, one token at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["logits_at", "pieces", "tokens"]
 
-_UNFINISHED = "\ufffd"  # what a decoder makes of a part of a character
+_UNFINISHED = "\ufffd"  # what a partial character decodes to
 
 
 def logits_at(output: Any, places: Tensor) -> Tensor:
-    """The logits `(B, V)` at a place of each row, of whatever a forward pass gives."""
+    """The logits `(B, V)` at one position of each row, for any form of model output."""
     states, head = rows_of(output)
     last = states[torch.arange(len(places), device=places.device), places]
     return last if head is None else last.to(head.dtype) @ head.T
@@ -36,18 +36,18 @@ def tokens(
     stop: int | None,
     seed: int,
 ) -> Iterator[int]:
-    """What the model writes behind a prompt, token by token, with the weights that are evaluated.
+    """Continue a prompt token by token, with the weights used for evaluation.
 
-    A model with `initial_state` and `step` is asked for one token at a time, in constant memory;
-    of any other all positions are computed anew for each token.
+    A model with `initial_state` and `step` computes one token at a time, in constant memory; any
+    other recomputes all positions for each token.
 
     Args:
-        engine: with the model.
-        prompt: ids; at least one.
+        engine: the engine with the model.
+        prompt: at least one id.
         sampling: how tokens are chosen.
-        most: tokens to write at most.
-        stop: the token that ends a text, which is not given; None: none does.
-        seed: the same gives the same tokens.
+        most: maximum number of tokens.
+        stop: the token that ends a text, which is not returned; None: no such token.
+        seed: equal seeds give equal tokens.
     """
     generator = torch.Generator(engine.device).manual_seed(seed)
     with evaluating(engine, nested=False):
@@ -93,11 +93,11 @@ def _whole(engine: Engine) -> Callable[[list[int]], Tensor]:
 def pieces(
     decode: Callable[[Sequence[int]], str], prompt: Sequence[int], written: Iterator[int]
 ) -> Iterator[str]:
-    """The text of tokens, as far as each completes it.
+    """The text of tokens, in pieces of complete characters.
 
     Args:
-        decode: from ids to text.
-        prompt: ids before them, which decide how the first is spelled.
+        decode: converts ids to text.
+        prompt: the ids before them, which affect the spelling of the first.
         written: the tokens.
     """
     ids = list(prompt)

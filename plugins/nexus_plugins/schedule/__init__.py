@@ -1,4 +1,4 @@
-"""Schedules any number of a run: `plugin` finds and sets it, `course` says where it goes."""
+"""Schedules any number of a run: `plugin` finds and sets it, `course` computes its value."""
 
 from nexus_plugins.schedule.plugin import RuleConfig, ScheduleConfig, SchedulePlugin
 

@@ -17,7 +17,7 @@ __all__ = ["Course"]
 
 
 class Course(PluginConfig):
-    """Settings of a number that goes from one value to another as the run continues."""
+    """Settings of a number that changes from one value to another over the run."""
 
     start: float = Field(description="value at the start, in the unit of the target")
     end: float = Field(description="value at the end")
@@ -39,7 +39,7 @@ class Course(PluginConfig):
         return self
 
     def value(self, state: TrainState, horizon: Interval | None) -> float:
-        """Where the number is now: a pure function of progress."""
+        """The current value: a pure function of progress."""
         over = self.over.of(horizon)
         done = state.exactly(over.unit) - (self.begin.of(horizon).exact if self.begin else 0)
         share = within(done / over.exact)

@@ -24,7 +24,7 @@ Owner = Callable[[], dict[str, Any]]
 
 
 class RuleConfig(Course):
-    """Which number goes, and how."""
+    """Which number changes, and how."""
 
     target: str = Field(
         description="'<plugin>.<attribute>' as in loss_world.weight, 'optimizer.<setting>' or "
@@ -53,10 +53,9 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
     """Sets numbers of the run before each step, by rules over its progress.
 
     `loss_world.weight` is the attribute `weight` of the plugin `loss_world`; `engine.accumulate`
-    makes the batch grow; a group is named as in the optimizer's `groups`. Whole numbers stay
-    whole, but for the optimizer's, whose 0 is often meant as 0.0. Nothing is saved: values are
-    pure functions of how far the run is. A base learning rate (`optimizer.lr`) is multiplied by
-    the run's schedule as before.
+    changes the batch size; a group is named as in the optimizer's `groups`. Integers stay integers,
+    except the optimizer's, where 0 often means 0.0. Nothing is saved: values are pure functions of
+    progress. A base learning rate (`optimizer.lr`) is multiplied by the run's schedule as before.
     """
 
     config_class = ScheduleConfig
@@ -65,10 +64,10 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
 
     @hookimpl
     def on_start(self, engine: Engine) -> None:
-        """Find the targets, and set what the first batch meets.
+        """Find the targets, and set their values for the first batch.
 
         Raises:
-            ConfigError: there is no such target, or it is no number.
+            ConfigError: a target does not exist, or is not a number.
         """
         self._settings, self._attributes = [], []
         for rule in self.config.rules:
@@ -92,7 +91,7 @@ class SchedulePlugin(Plugin[ScheduleConfig]):
 
     @hookimpl
     def collect_metrics(self) -> dict[str, float]:
-        """The numbers as they are, as `schedule/<target>`."""
+        """The current numbers, as `schedule/<target>`."""
         places = self._settings + self._attributes
         return {f"schedule/{place.rule.target}": place.owner()[place.key] for place in places}
 
@@ -103,7 +102,7 @@ def _places(rule: RuleConfig, engine: Engine) -> list[_Place]:
     chosen = [owner for known, owner in owners if f"{known}.".startswith(f"{name}.")]
     _check(bool(chosen), rule.target, name or key, [known for known, _ in owners])
     if rule.target.startswith("optimizer.") and key == "lr":
-        key = "initial_lr"  # the engine makes `lr` of it
+        key = "initial_lr"  # the engine derives `lr` from it
     for owner in chosen:
         numbers = [k for k, v in owner().items() if type(v) in (int, float) and k[0] != "_"]
         numbers = ["accumulate"] if name == "engine" else numbers
@@ -112,7 +111,7 @@ def _places(rule: RuleConfig, engine: Engine) -> list[_Place]:
 
 
 def _owners(engine: Engine) -> list[tuple[str, Owner]]:
-    """What has numbers, by name: the engine, its plugins and the groups of its optimizer."""
+    """The objects with numbers, by name: the engine, its plugins and its optimizer's groups."""
     objects = {"engine": engine, **engine.plugins}
     groups = enumerate(engine.optimizer.param_groups)
     return [

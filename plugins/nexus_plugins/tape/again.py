@@ -37,7 +37,7 @@ class Recorded:
     """A recorded run.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         trust: whether local code named in its config may be run.
         tape: its tape.
         saved: its checkpoints by step.
@@ -47,7 +47,7 @@ class Recorded:
     trust: bool
     tape: Tape
     saved: dict[int, Path]
-    directory: Path = field(default_factory=Path.cwd)  # that relative paths of its config are in
+    directory: Path = field(default_factory=Path.cwd)  # base of relative paths in its config
 
     @classmethod
     def at(cls, folder: Path, *, trust: bool) -> Recorded:
@@ -102,7 +102,7 @@ class Again:
     """The result of re-executing part of a run.
 
     Args:
-        engine: after the last step.
+        engine: the engine, after the last step.
         lines: tape lines, by step.
         metrics: the logs and evaluations, with their steps.
         notes: how the rebuilt run differs from the original, in words.
@@ -140,7 +140,7 @@ def executed(
         recorded: the run.
         begin: the step of the checkpoint to start from; 0: the beginning.
         end: the last step to take.
-        modules: setting of the new tape.
+        modules: the setting `modules` of the new tape.
         watch: the observer.
 
     Raises:
@@ -169,7 +169,7 @@ def executed(
 def _built(
     recorded: Recorded, begin: int, watch: Watch, added: list[Plugin[Any]]
 ) -> tuple[Build, list[str]]:
-    """The plugins of the run without those that only watch; and the names of these and of ours."""
+    """The run's plugins, except observers; and the names of dropped and added ones."""
     from nexus_core.cli.build import build_plugins
     from nexus_core.cli.settings import read_settings
 
@@ -191,7 +191,7 @@ def _built(
 
 
 def _begun(made: Build, recorded: Recorded, begin: int, room: Path) -> Engine:
-    """The engine as it was at a checkpoint."""
+    """Bring the engine to a checkpoint."""
     from nexus_core.cli.build import make_engine
 
     engine = make_engine(made, room)
@@ -234,7 +234,7 @@ def _threads_of(recorded: Recorded, step: int) -> Iterator[None]:
 
 
 def _of(note: str, plugins: list[str]) -> bool:
-    """Whether a note is about plugins that were left out or added to look on."""
+    """Whether a note is about observers that were dropped or added."""
     return any(f"'{name}'" in note for name in plugins) or "resume_policy" in note
 
 

@@ -37,8 +37,8 @@ class OddMetric:
     """An entry of `metrics.jsonl` that re-execution does not reproduce.
 
     Args:
-        step: of the line.
-        name: of the metric; empty for the whole line.
+        step: step of the line.
+        name: name of the metric; empty for the whole line.
         said: what is wrong with it.
         values: in the file, and on re-execution; None if missing.
     """
@@ -78,7 +78,7 @@ class Audit:
     Args:
         of: the number of intervals in the run.
         intervals: those that were re-executed.
-        faults: of the recorded files: tape and checkpoints.
+        faults: faults of the recorded files: tape and checkpoints.
     """
 
     of: int
@@ -102,7 +102,7 @@ def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
     Args:
         recorded: the run.
         segments: how many; all of them if there are fewer.
-        seed: of the random choice; None: unpredictable.
+        seed: seed of the random choice; None: unpredictable.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -141,7 +141,7 @@ def depth_of(recorded: Recorded, step: int) -> int:
 
 
 def _lines(recorded: Recorded, again: Again, begin: int, end: int) -> Iterator[str]:
-    """The first line of the tape that is another one."""
+    """The first tape line that differs."""
     for step in range(begin + 1, end + 1):
         was, now = recorded.tape.lines.get(step), again.lines.get(step)
         if was is None and recorded.tape.lines:
@@ -176,14 +176,14 @@ def odd_metrics(recorded: Recorded, again: Again, begin: int, end: int) -> Itera
 
 
 def _logs_by_the_clock(recorded: Recorded) -> bool:
-    """Whether the steps of its logs are other ones when it is executed again."""
+    """Whether it logs by time, so that re-execution logs other steps."""
     settings = settings_in(config_of(recorded.folder))
     lengths = filter(None, (settings.get(key) for key in ("log_every", "eval_every")))
     return any(Interval.parse(length).unit == "seconds" for length in lengths)
 
 
 def _logged(path: Path, begin: int, end: int) -> dict[int, dict[str, Any]] | None:
-    """The metrics of each step in a part of a run; None where there is no such file."""
+    """The metrics of each step in a part of a run; None if the file does not exist."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -205,11 +205,11 @@ def _is_clock(name: str) -> bool:
 
 
 def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) -> Iterator[str]:
-    """In what a checkpoint is not that of the run."""
+    """How a checkpoint differs from the re-executed run, in words."""
     path = recorded.saved[step]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that plugins are here which look on, and others not
+            warnings.simplefilter("ignore")  # about added and missing observers
             snapshot = engine.hook.load_snapshot(engine=engine, source=str(path))
     except NexusError as error:
         yield f"{path.name}: {error}"
@@ -228,7 +228,7 @@ def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) ->
 
 
 def _weights(snapshot: Snapshot, depth: int) -> dict[str, str]:
-    """The digests of the weights of a checkpoint, as a tape has them."""
+    """The digests of a checkpoint's weights, as on a tape."""
     groups = parts.by_module(snapshot["model"], depth)
     values: list[list[Tensor]] = list(groups.values())
     device = values[0][0].device
@@ -237,7 +237,7 @@ def _weights(snapshot: Snapshot, depth: int) -> dict[str, str]:
 
 
 def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """The parts of two snapshots that are not the same, with the names within them."""
+    """The parts of two snapshots that differ, with the differing names in them."""
     for part in _STATE:
         one, other = then.get(part), now.get(part)
         if parts.of_tree(one) == parts.of_tree(other):

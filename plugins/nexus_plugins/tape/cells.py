@@ -22,7 +22,7 @@ def of_run(engine: Engine, generators: Mapping[str, str]) -> dict[str, str]:
     """The generators that a cell draws from, under rank-independent names.
 
     Args:
-        engine: of this process, with its device.
+        engine: this rank's engine.
         generators: the digests of all generators of this rank, by name.
     """
     device = engine.device
@@ -35,9 +35,9 @@ def gathered(engine: Engine, step: Step, own: Sequence[Sequence[str]]) -> Tensor
     """Digests of all cells of a step, on the device, without a sync: `(cells, digests)`.
 
     Args:
-        engine: of this rank; all ranks must call.
-        step: in cells.
-        own: the digests of each of its micro-batches, of 16 digits each.
+        engine: this rank's engine; every rank must call this.
+        step: the step, in cells.
+        own: the digests of each of its micro-batches, 16 digits each.
     """
     found = torch.zeros(sum(step.cells), len(own[0]), dtype=torch.int64)
     for micro, digests in zip(step.micro, own, strict=True):
@@ -49,7 +49,7 @@ def gathered(engine: Engine, step: Step, own: Sequence[Sequence[str]]) -> Tensor
 def inputs_of(
     engine: Engine, step: Step, own: Sequence[list[Tensor]], digester: Digester
 ) -> dict[str, Tensor]:
-    """The digest of each cell's inputs that are already on a device; all ranks must call."""
+    """The digest of each cell's inputs that are already on a device; every rank must call this."""
     groups: list[list[Tensor]] = [[] for _ in range(sum(step.cells))]
     for micro, tensors in zip(step.micro, own, strict=True):
         if micro.cell is not None and not micro.borrowed:
@@ -72,5 +72,5 @@ def read(found: Tensor, generators: Sequence[str]) -> tuple[list[str], dict[str,
 
 
 def _signed(digest: str) -> int:
-    """A digest as an int64 has it; `hexadecimal` takes it back."""
+    """A digest as a signed int64; the inverse of `hexadecimal`."""
     return int.from_bytes(bytes.fromhex(digest), "big", signed=True)

@@ -54,11 +54,11 @@ class Finding:
     Args:
         compared: the last step that both runs have.
         facts: differences in settings, code, versions, data and environment.
-        step: the first that differs; None if none does.
-        phase: of the step: batch, generators, forward, loss, backward, gradient, settings, update
-            or end.
+        step: the first differing step; None if there is none.
+        phase: phase of the step: batch, generators, forward, loss, backward, gradient, settings,
+            update or end.
         module: the module, or whatever else the first difference is in.
-        tensor: the first that differs.
+        tensor: the first differing tensor.
         about: its type and shape in both runs.
         largest: its largest difference; None if it is not numeric, or the shapes differ.
         cause: the likely cause, in words.
@@ -111,7 +111,7 @@ UNTOLD = (
     "the cause is not in their configs: a hardware fault, code that has changed "
     "since, or outside interference"
 )
-"""Why steps may differ that are the same when they are executed again."""
+"""Why steps may differ that agree when re-executed."""
 
 
 def first_step(
@@ -131,12 +131,12 @@ def first_step(
 def _taken_apart(
     one: Recorded, other: Recorded, step: int, compared: int, found: list[Fact]
 ) -> Finding:
-    """Do the step again in both runs, and find the first value that differs."""
+    """Repeat the step in both runs, and find the first value that differs."""
     lines = one.tape.lines.get(step), other.tape.lines.get(step)
     try:
         with Side(one) as mine, Side(other) as theirs:
             return between(mine, theirs, lines, step, compared, found)
-    except NexusError as error:  # such as code of the user's that is not trusted
+    except NexusError as error:  # such as local code that is not trusted
         if None in lines:
             raise
         finding = by_tape(lines, step, compared, found)
@@ -178,7 +178,7 @@ def between(
         inner = _first(closer[0].moments, closer[1].moments)
         if inner is not None and closer[0].moments[inner[0]].module != OUTSIDE:
             taken, places = closer, inner
-        else:  # the step of then, whose values are asked for
+        else:  # the recorded step
             taken = _both(mine, theirs, step)
     pair = taken[0].moments[places[0]], taken[1].moments[places[1]]
     values = mine.value(places[0]), theirs.value(places[1])
@@ -199,7 +199,7 @@ def between(
 
 
 def _is_computed(moment: Moment) -> bool:
-    """Whether it comes out of operations, of which one is the first to differ."""
+    """Whether it is the result of operations, so that the first differing one can be found."""
     return moment.phase == "forward" or (moment.phase, moment.name) == ("loss", "mean")
 
 
@@ -210,19 +210,19 @@ def _both(mine: Side, theirs: Side, step: int, *, operations: bool = False) -> t
 
 
 def _repeats(line: Line | None, taken: Taken, step: int) -> bool | None:
-    """Whether a step that was done again came out as it was written down then."""
+    """Whether a repeated step reproduced its tape line."""
     return None if line is None else not differing(line, taken.lines[step])
 
 
 def _earlier(taken: tuple[Taken, Taken], step: int) -> int | None:
-    """A step before this one that differs already, which coarser tapes did not show."""
+    """An earlier step that already differs, which coarser tapes did not show."""
     one, other = (t.lines for t in taken)
     common = sorted(s for s in one.keys() & other.keys() if s < step)
     return next((s for s in common if differing(one[s], other[s])), None)
 
 
 def _first(one: Sequence[Moment], other: Sequence[Moment]) -> tuple[int, int] | None:
-    """The places of the first moment that both steps have and that differs."""
+    """The indices of the first common moment that differs."""
     there = {moment.key: place for place, moment in enumerate(other)}
     for place, moment in enumerate(one):
         match = there.get(moment.key)
@@ -289,7 +289,7 @@ def _lengths(one: Recorded, other: Recorded) -> list[str]:
 
 
 def _by_checkpoints(one: Recorded, other: Recorded) -> tuple[int, int]:
-    """The last common checkpoint that is the same, and the first after it that is not."""
+    """The last common checkpoint that is equal, and the first after it that differs."""
     common = sorted(one.saved.keys() & other.saved.keys())
     if not common:
         end = min(steps_of(one), steps_of(other))

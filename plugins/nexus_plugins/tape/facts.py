@@ -34,10 +34,10 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     "update": ("optimizer_step", "on_step", "make_optimizer"),
     "end": ("on_step", "on_step_end", "on_log", "on_eval"),
 }
-"""The hooks of a plugin that takes part in a phase of a step."""
+"""The hooks by which a plugin takes part in each phase of a step."""
 
 ROUNDING = ("forward", "loss", "backward", "gradient", "update")
-"""Phases in which another machine, or another number of threads, rounds differently."""
+"""Phases in which the machine and the number of threads affect rounding."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def since(run: Recorded, engine: Engine) -> list[Fact]:
     """What has changed since a run was made: code, versions and environment.
 
     Args:
-        run: as recorded.
-        engine: of the re-execution, after its last step.
+        run: the recorded run.
+        engine: engine of the re-execution, after its last step.
     """
     then = run.lock()
     known = {name: of for name, of in (then.get("plugins") or {}).items() if name in engine.plugins}
@@ -96,9 +96,9 @@ def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
     """The differences that may explain one in a phase of a step, likeliest first.
 
     Args:
-        found: all.
-        phase: of the step.
-        plugin: known to take part in it.
+        found: all differences.
+        phase: phase of the step.
+        plugin: a plugin known to take part in it.
     """
     kinds = {"code", "order"} | ({"environment", "version"} if phase in ROUNDING else set())
     kinds |= {"data"} if phase == "batch" else set()
@@ -109,9 +109,9 @@ def near(found: list[Fact], phase: str, plugin: str = "") -> list[Fact]:
 
 
 def _acts(key: str, phase: str) -> bool:
-    """Whether a setting is of a plugin that takes part in a phase; also where that is not known."""
+    """Whether a setting belongs to a plugin that takes part, or may take part, in a phase."""
     plugin, dot, _ = key.partition(".")
-    if not dot or ".py" in key:  # the engine's own, or of a file of the user's
+    if not dot or ".py" in key:  # the engine's own, or of a local file
         return True
     try:
         found = load(plugin)

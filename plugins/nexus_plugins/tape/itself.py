@@ -44,7 +44,7 @@ def diff_itself(recorded: Recorded) -> Finding:
 
 
 def _parts(recorded: Recorded) -> Iterator[tuple[int, int]]:
-    """The parts of a run between its checkpoints, and what comes after the last of them."""
+    """The parts of a run between its checkpoints, and the part after the last one."""
     yield from intervals(recorded)
     last = max(recorded.saved, default=0)
     logs = (recorded.folder / "metrics.jsonl").exists()
@@ -61,13 +61,13 @@ def _parts(recorded: Recorded) -> Iterator[tuple[int, int]]:
 def _first(
     recorded: Recorded, again: Again, begin: int, end: int, found: list[Fact]
 ) -> Finding | None:
-    """The first difference in a part of the run; None where nothing differs."""
+    """The first difference in a part of the run; None if there is none."""
     tape = recorded.tape.lines
     steps = (s for s in range(begin + 1, end + 1) if s in tape and s in again.lines)
     step = next((s for s in steps if differing(tape[s], again.lines[s])), None)
     engine = again.engine
     over = engine.horizon is not None and engine.horizon.reached(engine.state)
-    done = end in recorded.saved or over  # a run that was stopped has a last log of its own
+    done = end in recorded.saved or over  # a stopped run has an additional last log
     metric = next(odd_metrics(recorded, again, begin, end if done else end - 1), None)
     if step is not None and (metric is None or step <= metric.step):
         return _by_line(recorded, again, step, end, found)
@@ -77,7 +77,7 @@ def _first(
 
 
 def _by_line(recorded: Recorded, again: Again, step: int, end: int, found: list[Fact]) -> Finding:
-    """A step that came out otherwise; it is executed twice more, to see whether it always does."""
+    """A step that differs; it is executed twice more, to see whether it always does."""
     with Side(recorded) as one, Side(recorded) as other:
         twice = between(one, other, (None, None), step, end, found)
     if twice.phase:
@@ -110,11 +110,11 @@ def _by_metric(metric: OddMetric, taped: bool, end: int, found: list[Fact]) -> F
 def _by_checkpoint(
     recorded: Recorded, again: Again, begin: int, end: int, found: list[Fact]
 ) -> Finding | None:
-    """What a checkpoint has otherwise than the run that was executed up to it."""
+    """How a checkpoint differs from the run re-executed up to it."""
     engine, path, taped = again.engine, recorded.saved[end], end in recorded.tape.lines
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that plugins are here which look on, and others not
+            warnings.simplefilter("ignore")  # about added and missing observers
             snapshot = engine.hook.load_snapshot(engine=engine, source=str(path))
     except CheckpointError as error:
         return Finding(end, found, end, "checkpoint", path.name, cause=str(error))
@@ -144,7 +144,7 @@ def _by_checkpoint(
 def _odd_leaf(
     then: Mapping[str, object], now: Mapping[str, object]
 ) -> tuple[str, tuple[object, object]] | None:
-    """The first value that is not the same in two trees, with its place in them."""
+    """The first value that differs between two trees, with its path."""
     for one, other in zip_longest(parts.leaves_of(then), parts.leaves_of(now)):
         if one is None or other is None or one[0] != other[0]:
             return (one or other)[0], (one and one[1], other and other[1])

@@ -26,7 +26,7 @@ PARTS = (
     "optimizer",
     "plugins",
 )
-"""Of a line, in the order in which a step makes them: the first to differ is nearest the cause."""
+"""The parts of a line in the order of a step, so the first to differ is nearest the cause."""
 
 Line = dict[str, Any]
 
@@ -36,7 +36,7 @@ class Tape:
     """The content of a tape.
 
     Args:
-        lines: of the steps, by number, in order.
+        lines: the steps' lines, by number, in order.
         sessions: where and how the run was started and resumed, in order: `step`, `every`,
             `modules` and `environment`.
     """

@@ -108,9 +108,9 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation, and note what it gave."""
+        """Run the operation, and record its result."""
         output = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__:  # nothing has been computed
+        if not func.is_view and "empty" not in func.__name__:  # nothing was computed
             with torch._C._DisableTorchDispatch():
                 self._probe.operation(func.__name__.partition(".")[0], output)
         return output

@@ -42,7 +42,7 @@ __all__ = [
 Groups = dict[str, list[Tensor]]
 """Tensors by the module that they belong to."""
 
-SEEN = 1 << 20  # bytes of each tensor of a batch; of a larger one, evenly spread over its rows
+SEEN = 1 << 20  # bytes digested per tensor of a batch; sampled evenly from larger ones
 
 
 def of_batch(batch: Batch) -> tuple[str, list[Tensor]]:
@@ -148,7 +148,7 @@ def settings(engine: Engine) -> str:
 def of_tree(value: object) -> str:
     """A hash of a tree of values, including tensor bits; it syncs with the device.
 
-    If a tensor is sharded, all ranks must call.
+    If a tensor is sharded, every rank must call this.
     """
     digest = hashlib.sha256()
     for path, leaf in _leaves(value):
@@ -167,7 +167,7 @@ def number(value: float) -> float | str:
 
 
 def environment(engine: Engine) -> dict[str, Any]:
-    """What may change the bits of a run without being one of its settings."""
+    """What can change a run bitwise without being one of its settings."""
     devices = [str(engine.device)]
     if engine.device.type == "cuda":
         devices.append(torch.cuda.get_device_name(engine.device))
@@ -220,7 +220,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _thinned(tensor: Tensor) -> Tensor:
-    """Of a large tensor, some numbers of each row."""
+    """A large tensor, reduced to some numbers of each row."""
     stride = _stride(tensor.numel() * tensor.element_size())
     return tensor if stride == 1 or tensor.ndim < 2 else tensor.flatten(1)[:, ::stride]
 

@@ -63,8 +63,8 @@ class _Taken:
     """A step whose digests are still on the device.
 
     Args:
-        line: what is known on the host.
-        names: of the digests of each part.
+        line: the parts known on the host.
+        names: names of the digests of each part.
         losses: the mean of each term `(terms)`.
         digests: the other digests, in the order of the names, int64.
         cells: digests of all cells of the step, `(cells, 1 + generators)`, int64; None if the run
@@ -96,15 +96,15 @@ class TapePlugin(Plugin[TapeConfig]):
 
     config_class = TapeConfig
     api_version: ClassVar[str] = "1.2"
-    only_watches: ClassVar[bool] = True  # a branch begins a tape of its own
+    only_watches: ClassVar[bool] = True  # a branch starts a new tape
 
     def __post_init__(self) -> None:
         self._chain = ""
         self._batches: list[str] = []
-        self._inputs: list[list[Tensor]] = []  # of each batch, what is on a device already
-        self._generators: list[dict[str, str]] = []  # before the forward pass of each
+        self._inputs: list[list[Tensor]] = []  # per batch: tensors already on a device
+        self._generators: list[dict[str, str]] = []  # per batch: before its forward pass
         self._gradients: dict[str, Tensor] = {}
-        self._begun = 0  # the step that batches are being read for
+        self._begun = 0  # the step whose batches are being read
         self._waiting: list[_Taken] = []
         self._digester = Digester()
         self._file: IO[str] | None = None
@@ -189,7 +189,7 @@ class TapePlugin(Plugin[TapeConfig]):
 
     @hookimpl
     def collect_metrics(self, engine: Engine) -> dict[str, float]:
-        """A hash of all weights, truncated to what a float metric holds exactly, if due."""
+        """A hash of all weights, truncated to what a float represents exactly, if due."""
         if self._witness is None or not self._witness.due(engine.state):
             return {}
         weights = [value for values in parts.weights(engine, 0).values() for value in values]
@@ -209,7 +209,7 @@ class TapePlugin(Plugin[TapeConfig]):
             self._file = None
 
     def _read_data(self, engine: Engine, step: Step) -> _Taken:
-        """What is known of the batches and the generators."""
+        """Read the digests of batches and generators."""
         if not step.cells:
             line = {"step": step.number, "batches": self._batches}
             return _Taken(line | {"generators": self._generators[-1]})
@@ -226,7 +226,7 @@ class TapePlugin(Plugin[TapeConfig]):
         return self._by_module(engine, inputs)
 
     def _waits(self, taken: _Taken) -> bool:
-        """Whether a line is read within its step: that of a CPU costs nothing."""
+        """Whether to read the line within the step; on a CPU that costs nothing."""
         return self.config.at_once or taken.losses is None or taken.losses.is_cpu
 
     def _is_due(self, number: int) -> bool:
@@ -235,13 +235,13 @@ class TapePlugin(Plugin[TapeConfig]):
     def _by_module(
         self, engine: Engine, groups: Mapping[str, list[Tensor]], prefix: str = ""
     ) -> dict[str, Tensor]:
-        """The digest of each group, on the device; of all processes where each has a part."""
+        """The digest of each group, on the device; over all ranks if it is sharded."""
         digests = self._digester(list(groups.values()), engine.device, engine.ranks)
         names = [f"{prefix}:{name}" if prefix else name for name in groups]
         return dict(zip(names, digests.unbind(), strict=True))
 
     def _write(self) -> None:
-        """Read what waits on the device, chain it, and write it down."""
+        """Read pending digests from the device, chain and write them."""
         waiting, self._waiting = self._waiting, []
         numbers = [number for taken in waiting for number in taken.digests]
         digests = iter(torch.stack(numbers).tolist() if numbers else [])
@@ -261,7 +261,7 @@ class TapePlugin(Plugin[TapeConfig]):
 
 
 def _states(engine: Engine) -> dict[str, str]:
-    """A digest of the state of each plugin that has one and does more than watch."""
+    """A digest of the state of each plugin that has one and is not an observer."""
     states = {
         name: plugin.state_dict()
         for name, plugin in engine.plugins.items()

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTSIDE", "Moment", "Probe"]
 
-KEPT = 1 << 30  # bytes of tensors that are kept of a step, to tell how far they are apart
+KEPT = 1 << 30  # bytes of tensors kept per step, to compute differences
 MODEL = "(the model)"
 OUTSIDE = "(outside of the modules)"
 _ACTING = ("on_batch", "loss_terms", "after_backward", "on_step")
-"""Hooks after which it is seen what was done."""
+"""Hooks after which changes are recorded."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Moment:
     """A value that was present or computed in a step.
 
     Args:
-        phase: of the step: start, batch, generators, forward, loss, backward, gradient, settings,
-            update or end.
+        phase: phase of the step: start, batch, generators, forward, loss, backward, gradient,
+            settings, update or end.
         module: the module, plugin, term or generator it belongs to.
-        name: of the value, within it.
-        digest: of its type, shape and bits.
+        name: name of the value within it.
+        digest: digest of its type, shape and bits.
         about: its type and shape, in words.
         value: a copy on the host, if there is one.
     """
@@ -75,7 +75,7 @@ class Probe(Watch):
         self.moments: list[Moment] = []
         self._step, self._operations, self._active = step, operations, False
         self._bytes = 0
-        self._within: list[str] = []  # modules that are being computed, or plugins
+        self._within: list[str] = []  # modules being computed, or plugins
         self._phase = "forward"
         self._engine: Engine | None = None
         self._seen: Counter[tuple[str, str, str]] = Counter()
@@ -170,7 +170,7 @@ class Probe(Watch):
                 self._note(phase, name, "state of the plugin", kept)
 
     def _after(self, method: Callable[..., Any], plugin: str, hook: str) -> Callable[..., Any]:
-        """The method of a hook, with a look at what it has done."""
+        """Wrap a hook's method to record what it changed."""
         if getattr(method, "nexus_impl", {}).get("wrapper"):
             return method
 

@@ -29,9 +29,9 @@ class Taken:
 
     Args:
         begin: the step of the checkpoint.
-        moments: of the step, in order.
-        lines: of a tape, by step.
-        notes: in which the run could not be built again as it was.
+        moments: moments of the step, in order.
+        lines: tape lines, by step.
+        notes: how the rebuilt run differs from the original.
     """
 
     begin: int
@@ -101,7 +101,7 @@ class Side:
 
 
 def _live(connection: Connection, recorded: Recorded) -> None:
-    """In a process of its own: answer until nobody asks, or nobody listens, any more."""
+    """In a separate process: answer requests until the other end closes."""
     with suppress(BrokenPipeError, ConnectionResetError):
         _serve(connection, recorded)
 
@@ -126,7 +126,7 @@ def _serve(connection: Connection, recorded: Recorded) -> None:
             connection.send(("answer", Taken(begin, bare, again.lines, again.notes)))
         except NexusError as error:
             connection.send(("mistake" if error.exit_code == 2 else "failure", str(error)))
-        except Exception as error:  # of the user's code: it is told where it was asked for
+        except Exception as error:  # of user code; passed on to the requesting process
             connection.send(("failure", f"{type(error).__name__}: {error}"))
 
 

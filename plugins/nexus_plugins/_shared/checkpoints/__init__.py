@@ -1,10 +1,10 @@
-"""The checkpoint folder format, for everything that writes, resumes from or reads weights of one.
+"""The checkpoint folder format, shared by everything that writes or reads one.
 
-| module | what it knows |
+| module | content |
 |---|---|
 | `store` | the folder of a run's checkpoints: names, retention, leftovers |
-| `folder` | one checkpoint: written whole or not at all, read only if every hash holds |
+| `folder` | one checkpoint: written atomically, read only if every hash matches |
 | `tensorfile` | safetensors, hashed in the same pass that reads or writes them |
-| `shards` | tensors of which each process holds a part, written and read by all together |
-| `weights` | the model's tensors by name, out of a checkpoint |
+| `shards` | sharded tensors, written and read by all ranks together |
+| `weights` | the model's tensors by name, from a checkpoint |
 """

@@ -42,12 +42,12 @@ __all__ = [
 ]
 
 Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
-"""What JSON holds."""
+"""A JSON value."""
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards"
-"""Folder within, with the parts of the tensors that several processes hold in parts."""
+"""Folder within a checkpoint for the shards of sharded tensors."""
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "state.safetensors")
 JSON_FILES = ("state.json", "lock.json")
 OPTIONAL = ("config.yaml",)
@@ -61,17 +61,17 @@ _SHARD = re.compile(SHARDS + r"/shard-\d{5,9}-model-\d{5}-of-\d{5}\.safetensors"
 
 @dataclass
 class Content:
-    """What a checkpoint folder holds.
+    """The contents of a checkpoint folder.
 
     Args:
         step: optimizer steps done.
-        tensors: file name to the tensors in it by name.
-        aliases: file name to names that stand for a tensor stored under another (tied weights).
-        documents: file name to the JSON in it.
+        tensors: file name to its tensors by name.
+        aliases: file name to names of tensors that are stored under another name (tied weights).
+        documents: file name to its JSON.
         config: the resolved config of the run, as text.
-        keep: retention must leave it.
-        shards: of what was read: the folder itself, where there are tensors in parts in it.
-        source: of what was read: the folder.
+        keep: exempt it from retention.
+        shards: when read: the folder itself, if it has sharded tensors.
+        source: when read: the folder.
     """
 
     step: int
@@ -104,10 +104,10 @@ def write(
 
     Args:
         folder: the final name.
-        content: what to write; its tensors lie in host memory.
-        before_rename: makes room for the name, where the folder exists already.
-        write_parts: writes what several processes hold in parts into the folder that it is given;
-            returns the size and the SHA-256 of each file.
+        content: what to write; its tensors must be in host memory.
+        before_rename: makes the name available if the folder already exists.
+        write_parts: writes the sharded tensors into the given folder; returns the size and SHA-256
+            of each file.
 
     Raises:
         OSError: the disk is full, broken or read-only. Nothing is left behind under `folder`.
@@ -152,13 +152,13 @@ def read(
     """Read a checkpoint and verify every byte.
 
     Args:
-        folder: of the checkpoint.
-        ranks: this process among those that read it; tensors in parts are checked by turns, and
-            not read.
-        wanted: the files to read, beside those of tensors in parts; None: all.
+        folder: the checkpoint.
+        ranks: this process's rank among those that read it; sharded tensors are not read, and their
+            files are verified by one rank each.
+        wanted: the files to read, other than those of sharded tensors; None: all.
 
     Raises:
-        CheckpointError: it is not a checkpoint, or not a whole one; the message says why.
+        CheckpointError: it is not a checkpoint, or incomplete; the message says why.
     """
     manifest = read_manifest(folder)
     files = {
@@ -187,10 +187,10 @@ def read(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the table of contents and check that each file is there, in its size.
+    """Read the manifest, and check that each file exists with its size.
 
     Raises:
-        CheckpointError: it is missing, or no manifest, or a file is missing or of another size.
+        CheckpointError: it is missing or invalid, or a file is missing or has another size.
     """
     path = folder / MANIFEST
     try:
@@ -214,7 +214,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def sync(folder: Path) -> None:
-    """Make the names in a folder last through a power failure; Windows does so itself."""
+    """Sync a folder, so that its names survive a power failure; Windows does so itself."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -225,7 +225,7 @@ def sync(folder: Path) -> None:
 
 
 class _Written:
-    """A new file, synced on leaving, with its size and hash noted down."""
+    """A new file, synced on exit, whose size and hash are recorded."""
 
     def __init__(self, path: Path, files: dict[str, tuple[int, str]]) -> None:
         self._path = path
@@ -273,7 +273,7 @@ def _check_file(path: Path, digest: str) -> None:
 
 
 def _check_listed(shards: Path, manifest: Manifest) -> None:
-    """See that the folder of parts is one, and that nothing in it is read unchecked."""
+    """Check that the folder of shards is a folder, and that every file in it is listed."""
     there = {f"{SHARDS}/{path.name}" for path in shards.iterdir()} if shards.is_dir() else set()
     if shards.is_symlink() or there != set(filter(_SHARD.fullmatch, manifest.files)):
         raise CheckpointError(f"the folder '{SHARDS}' does not match the manifest")

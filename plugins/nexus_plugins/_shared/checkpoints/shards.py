@@ -1,7 +1,7 @@
 """Sharded tensors: all ranks write and read them together.
 
-PyTorch's distributed checkpointing does both, into safetensors files whose headers say which part
-of which tensor they hold. So a run may continue with another number of processes, or with one.
+Uses PyTorch's distributed checkpointing, with safetensors files whose headers say which part of
+which tensor they contain, so a run can be resumed with any number of processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["Layout", "Shards", "lay_out", "layout_of", "part_of"]
 
 Files: TypeAlias = dict[str, tuple[int, str]]
 Layout: TypeAlias = Callable[[str, torch.Size], "DTensor | None"]
-"""Given a tensor's file, name and shape: the tensor of this run that is divided as it should be."""
+"""Maps a tensor's file, name and shape to a tensor of this run with the sharding it should get."""
 
 
 class Shards:
@@ -47,14 +47,14 @@ class Shards:
         self._parts: dict[str, DTensor] = {}
 
     def take_out(self, content: Content, timeout: timedelta | None) -> dict[str, Tensor]:
-        """Take the divided tensors out of a content; every process must, at the same step.
+        """Remove the sharded tensors from a content; every rank must call it at the same step.
 
         Args:
-            content: loses them.
-            timeout: how long this process is to wait for the others; None: as long as PyTorch does.
+            content: the content to remove them from.
+            timeout: how long to wait for other ranks; None: PyTorch's default.
 
         Returns:
-            This process's part of each, in place, by file and name.
+            This rank's part of each, by reference, by file and name.
         """
         self._parts = {
             f"{file}/{name}": tensors.pop(name)  # type: ignore[misc]
@@ -62,11 +62,11 @@ class Shards:
             for name in [name for name, tensor in tensors.items() if is_sharded(tensor)]
         }
         if self._parts and self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=timeout)  # for a thread
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # for use from a thread
         return {name: local_part(tensor) for name, tensor in self._parts.items()}
 
     def replace(self, copies: Mapping[str, Tensor]) -> None:
-        """From now on, the parts are these copies of them in host memory."""
+        """Replace the parts by copies of them in host memory."""
         from torch.distributed.tensor import DTensor
 
         for name, tensor in self._parts.items():
@@ -80,12 +80,12 @@ class Shards:
             )
 
     def write(self, ranks: Ranks, save: Callable[[Callable[[Path], Files]], object]) -> None:
-        """Write a checkpoint in which all processes have a part; every one of them must call.
+        """Write a checkpoint together with all ranks; every rank must call it.
 
         Args:
             ranks: this process among its peers.
-            save: writes the checkpoint, in the main process alone; it calls what it is given
-                with the folder that is to become the checkpoint, and gets what to list of it.
+            save: writes the checkpoint, on rank 0 only; it calls its argument with the temporary
+                folder of the checkpoint, and gets the files to list in the manifest.
 
         Raises:
             OSError: a disk is full, broken or read-only.
@@ -106,7 +106,7 @@ class Shards:
             raise OSError(fault)
 
     def _lead(self, ranks: Ranks, save: Callable[[Callable[[Path], Files]], object]) -> None:
-        """Save, and tell the others in any case which folder it is, and then how it went."""
+        """On rank 0: save, and tell the other ranks the folder, then the outcome."""
         named, fault = False, "rank 0 failed"
 
         def write_parts(folder: Path) -> Files:
@@ -127,7 +127,7 @@ class Shards:
             self._told(fault)
 
     def _told(self, words: str) -> str:
-        """What the main process says; it must say it twice a checkpoint."""
+        """A message from rank 0; it sends two for each checkpoint."""
         shared = [words]
         dist.broadcast_object_list(shared, src=0, group=self._group)
         return shared[0]
@@ -139,7 +139,7 @@ class Shards:
 
         place = folder / SHARDS
         writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
-        # What is empty here may be another name of what is not empty elsewhere (tied weights).
+        # A part that is empty here may be tied to one that is not empty on another rank.
         parts: dict[str, object] = {n: p for n, p in self._parts.items() if local_part(p).numel()}
         fault = ""
         try:
@@ -165,7 +165,7 @@ class Shards:
 
 
 def layout_of(engine: Engine) -> Layout:
-    """How this run divides tensors: weights, the optimizer's states, and averages of weights."""
+    """How this run shards tensors: weights, optimizer states, and averages of weights."""
     weights = engine.model.state_dict()
     trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
 
@@ -179,10 +179,10 @@ def layout_of(engine: Engine) -> Layout:
 
 
 def lay_out(content: Content, like: Layout) -> None:
-    """Make every tensor of a content that of this run: whole, or this process's part of it.
+    """Convert every tensor of a content to this run's layout: whole, or this rank's shard.
 
     Raises:
-        CheckpointError: the shards are not what the header of their files says.
+        CheckpointError: the shards do not match their file headers.
     """
     for file, tensors in content.tensors.items():
         for name, tensor in tensors.items():
@@ -196,11 +196,11 @@ def lay_out(content: Content, like: Layout) -> None:
 
 
 def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
-    """Read the divided tensors of a checkpoint, by file and name; every process must call.
+    """Read the sharded tensors of a checkpoint, by file and name; every rank must call it.
 
     Args:
-        folder: of the checkpoint.
-        like: how this run divides each of them.
+        folder: the checkpoint.
+        like: how this run shards each of them.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -213,11 +213,11 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process is not a mistake
+            warnings.simplefilter("ignore")  # a single process is fine
             table = reader.read_metadata().state_dict_metadata
             tensors: dict[str, Tensor] = {}
             for name, facts in table.items():
-                assert isinstance(facts, TensorStorageMetadata)  # the files hold nothing else
+                assert isinstance(facts, TensorStorageMetadata)  # the files contain nothing else
                 if sum(math.prod(chunk.sizes) for chunk in facts.chunks) != math.prod(facts.size):
                     raise ValueError(f"shards of '{name}' are missing")
                 model, kind = like(name, facts.size), facts.properties.dtype
@@ -233,15 +233,15 @@ def _read_shards(folder: Path, like: Layout) -> dict[str, Tensor]:
 
 
 def part_of(tensor: Tensor, model: Tensor) -> DTensor:
-    """A tensor that every process has whole, divided as the model is; nothing is sent."""
+    """Shard a tensor that every rank has whole like the model; nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    assert isinstance(model, DTensor)  # as is_sharded says
+    assert isinstance(model, DTensor)  # is_sharded returned True
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def _of_its_own(part: Tensor) -> Tensor:
-    """The same memory as a storage that holds nothing else; PyTorch's writer would copy a view."""
+    """The same memory as a separate storage; PyTorch's writer would copy a view."""
     if not part.numel():
         return part
     flat = part.cpu().reshape(-1).view(torch.uint8).numpy()
@@ -249,7 +249,7 @@ def _of_its_own(part: Tensor) -> Tensor:
 
 
 def _described(place: Path, ranks: Ranks) -> tuple[Files, str]:
-    """Size and hash of the files that this process has written, or what went wrong."""
+    """Size and hash of the files that this rank has written, or its error."""
     files: Files = {}
     try:
         for path in sorted(place.glob(f"shard-{ranks.rank + 1:05d}-*")):
@@ -270,7 +270,7 @@ def _parameter(key: str, trained: list[Tensor]) -> Tensor | None:
 
 
 def _weight(key: str, weights: Mapping[str, Tensor]) -> Tensor | None:
-    """The weight whose name a tensor's name ends with: `plugins.ema.state.average.head.weight`."""
+    """The weight whose name ends a tensor's name: `plugins.ema.state.average.head.weight`."""
     parts = key.split(".")
     endings = (".".join(parts[start:]) for start in range(len(parts)))
     return next((weights[ending] for ending in endings if ending in weights), None)

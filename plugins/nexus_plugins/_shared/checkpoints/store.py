@@ -37,11 +37,11 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 class Store:
     """The checkpoints of one run.
 
-    What only tidies up never raises: what cannot be deleted or renamed is left where it is and
-    said once, in `notices`.
+    Cleaning up never raises: what cannot be deleted or renamed stays, and is reported once in
+    `notices`.
 
     Args:
-        root: the folder that holds them; it is made when the first one is saved.
+        root: their folder, which is created with the first one.
     """
 
     def __init__(self, root: Path) -> None:
@@ -55,12 +55,12 @@ class Store:
         return said
 
     def folders(self) -> list[Path]:
-        """All checkpoint folders, oldest first, whole or not; files and links are none."""
+        """All checkpoint folders, oldest first, complete or not; files and links are ignored."""
         if not self.root.is_dir():
             return []
         found = {path.name: path for path in self.root.iterdir()}
         for name in [name for name in found if name.startswith(_REPLACED)]:
-            found.setdefault(name.removeprefix(_REPLACED), found[name])  # a crash in the exchange
+            found.setdefault(name.removeprefix(_REPLACED), found[name])  # a crash while replacing
         names = sorted(filter(_STEP.fullmatch, found), key=step_of)
         return [found[n] for n in names if found[n].is_dir() and not found[n].is_symlink()]
 
@@ -68,7 +68,7 @@ class Store:
         """The folder that `best` or `final` links to.
 
         Raises:
-            CheckpointError: no checkpoint has it, or the name leads elsewhere.
+            CheckpointError: no checkpoint has this name, or it points to another folder.
         """
         target = self._target(name)
         if target is None:
@@ -89,7 +89,7 @@ class Store:
         """Write a checkpoint, update the links, then apply retention.
 
         Raises:
-            OSError: the disk is full, broken or read-only; what was there before still is.
+            OSError: the disk is full, broken or read-only; existing checkpoints are unchanged.
         """
         folder = self.root / f"step-{content.step:08d}"
         replaced = folder.with_name(_REPLACED + folder.name)
@@ -126,10 +126,11 @@ class Store:
         """Move checkpoints of later steps away, newest first: they belong to an abandoned history.
 
         Returns:
-            Where they are now.
+            Their new paths.
 
         Raises:
-            CheckpointError: one cannot be moved, and would be taken for one of this course.
+            CheckpointError: one cannot be moved, and would be mistaken for one of this run's
+                history.
         """
         moved = []
         aside = self.root / _ASIDE
@@ -155,9 +156,9 @@ class Store:
         return moved
 
     def _target(self, name: str) -> str | None:
-        """What a name stands for: a link's target, a file's text where there are no links.
+        """The target of a name: of a link, or the text of a file if there are no links.
 
-        A folder of that name, as a copy of a run has it where links were followed, is itself.
+        A folder of that name is its own target, as in a copy of a run that followed links.
         """
         path = self.root / name
         if path.is_symlink():
@@ -186,14 +187,14 @@ class Store:
         self._tidy(self.root / name, f"made the name of {folder.name}", give, but=_DISK)
 
     def _retain(self, keep_last: int, newest: Path) -> None:
-        """Keep the newest complete ones, those to keep forever, and those with a name."""
+        """Keep the newest complete ones, those to keep forever, and named ones (`best`)."""
         linked = {self._target(name) for name in NAMES}
         whole = 0
         for folder in reversed(self.folders()):
             try:
                 manifest = read_manifest(folder)
             except CheckpointError:
-                continue  # no checkpoint to count on, and evidence of what went wrong
+                continue  # not usable, but shows what went wrong
             whole += 1
             spared = manifest.keep or folder == newest or folder.name in linked
             if whole > keep_last and not spared:
@@ -213,7 +214,7 @@ class Store:
     def _tidy(
         self, path: Path, done: str, work: Callable[[], object], but: tuple[int, ...] = ()
     ) -> None:
-        """Do what may fail without harm, `but` for some reasons; say once of a path that it did."""
+        """Do what may fail safely, except for the reasons `but`; report a failure once per path."""
         try:
             work()
         except OSError as error:
@@ -228,13 +229,13 @@ class Store:
 
 
 def stores_at(path: Path) -> list[Store]:
-    """Those of a run, by the labels of its instances, or the one that the path itself is."""
+    """The stores of a run, by the labels of its instances, or the one at the path itself."""
     labelled = sorted(path.glob("checkpoints@*"), reverse=True)
     return [Store(root) for root in (path, *labelled, path / "checkpoints")]
 
 
 def newest_first(stores: Iterable[Store]) -> list[Path]:
-    """The checkpoint folders of several stores; of one step, that of the last store comes first."""
+    """The checkpoint folders of several stores; for equal steps, the last store's comes first."""
     found = [folder for store in stores for folder in store.folders()]
     return sorted(found, key=lambda folder: step_of(folder.name))[::-1]
 
@@ -245,15 +246,15 @@ def step_of(name: str) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder claims to be one checkpoint."""
+    """Whether the folder is named or laid out as a checkpoint."""
     return (folder / MANIFEST).exists()
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """The checkpoint that a path means by itself, through a link or a name; None: none.
+    """The checkpoint at a path, directly or through a link or name; None: there is none.
 
     Raises:
-        CheckpointError: it is a name that leads elsewhere.
+        CheckpointError: it is a name that points to another folder.
     """
     if is_checkpoint(path):
         return path.resolve()
@@ -263,12 +264,12 @@ def checkpoint_at(path: Path) -> Path | None:
 
 
 def _unused(folder: Path, name: str) -> Path:
-    """A name in a folder that nothing has, with a number at its end."""
+    """An unused name in a folder, with a number at its end."""
     return next(p for n in count() if not os.path.lexists(p := folder / f"{name}-{n}"))
 
 
 def _remove(path: Path) -> None:
-    """Delete a file, a link or a folder; nothing where there is nothing."""
+    """Delete a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

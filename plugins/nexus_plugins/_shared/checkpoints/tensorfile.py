@@ -1,11 +1,10 @@
 """safetensors files, hashed in the same pass that writes or reads them.
 
-The format is eight bytes of header length, a JSON header, then the tensors without a gap
-(https://github.com/huggingface/safetensors#format). The library of that name reads and writes it
-too, but it does not tell the hash of what it wrote, so that each file would be read once more, and
-it keeps the interpreter locked while it writes, so that the training loop would stand still.
-Reading here is one pass as well: what is hashed is what is loaded, and a header is believed only
-where it agrees with the size of the file, before any memory is asked for.
+The format is eight bytes of header length, a JSON header, then the tensors without gaps
+(https://github.com/huggingface/safetensors#format). The safetensors library is not used: it does
+not return a hash, so each file would have to be read again, and it holds the GIL while writing,
+which would block training. Reading is also a single pass, so the bytes hashed are the bytes loaded,
+and a header must match the file size before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = [
     "write_tensors",
 ]
 
-_HEADER_LIMIT = 100_000_000  # of the format itself
+_HEADER_LIMIT = 100_000_000  # limit of the format
 _CHUNK = 8 << 20
 
 DTYPES: dict[str, torch.dtype] = {
@@ -47,13 +46,13 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""The format's names of the dtypes that a checkpoint can hold."""
+"""The dtypes that a checkpoint can hold, by their names in the format."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class HashingWriter:
-    """Writes to a file and keeps the size and the SHA-256 of what was written."""
+    """Writes to a file, and records the size and SHA-256 of what was written."""
 
     def __init__(self, file: RawIOBase) -> None:
         self._file = file
@@ -61,7 +60,7 @@ class HashingWriter:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write all of the data, in pieces during which other threads run."""
+        """Write all of the data, in pieces that let other threads run."""
         view = memoryview(data)
         for start in range(0, len(view), _CHUNK):
             piece = view[start : start + _CHUNK]
@@ -76,11 +75,11 @@ class HashingWriter:
 
 
 class HashingReader:
-    """Reads a file from front to back; another thread hashes what has been read meanwhile.
+    """Reads a file from front to back, while another thread hashes what has been read.
 
     Args:
-        file: at its start.
-        pool: of one thread, which sees the pieces in order.
+        file: the file, at its start.
+        pool: has one thread, so that pieces are hashed in order.
     """
 
     def __init__(self, file: RawIOBase, pool: ThreadPoolExecutor) -> None:
@@ -88,7 +87,7 @@ class HashingReader:
         self._pool = pool
         self._hash = hashlib.sha256()
         self._hashing: Future[None] | None = None
-        """Of the piece read last; the pool has one thread, so all pieces before it are done too."""
+        """The hashing of the last piece; with one thread, all earlier pieces are done before it."""
 
     def read(self, size: int) -> bytearray:
         """Read exactly this many bytes."""
@@ -100,7 +99,7 @@ class HashingReader:
         """Fill a buffer.
 
         Raises:
-            CheckpointError: the file ends before that.
+            CheckpointError: the file is too short.
         """
         while view:
             count = self._file.readinto(view[:_CHUNK])
@@ -118,7 +117,7 @@ class HashingReader:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of a header."""
+    """A header's entry for one tensor."""
 
     name: str
     dtype: torch.dtype
@@ -130,11 +129,11 @@ class _Entry:
 def write_tensors(
     file: HashingWriter, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors that lie in host memory.
+    """Write tensors in host memory.
 
     Args:
-        file: takes the bytes.
-        tensors: by name; any strided tensor, also without dimensions or elements.
+        file: the file to write to.
+        tensors: by name; any strided tensors, also 0-d or empty.
         metadata: text for other readers, kept in the header.
 
     Raises:
@@ -152,7 +151,7 @@ def write_tensors(
 
 
 def fault_of(tensor: Tensor) -> str:
-    """Why a tensor cannot be stored and what to keep instead; empty where it can."""
+    """Why a tensor cannot be stored, and what to keep instead; empty if it can."""
     if tensor.is_quantized:
         return "it is quantized; keep int_repr(), and scale and zero point as numbers"
     if tensor.is_nested:
@@ -180,7 +179,7 @@ def check_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], who
     """Check that tensors with these names fit into one file.
 
     Raises:
-        CheckpointError: their header would be longer than the format allows.
+        CheckpointError: the header would be longer than the format allows.
     """
     _check_length(_header(tensors, metadata), whose)
 
@@ -217,11 +216,11 @@ def read_tensors(file: HashingReader, size: int) -> dict[str, Tensor]:
     """Read all tensors of a file, each into its own memory.
 
     Args:
-        file: at its start.
-        size: how many bytes it has; nothing larger is ever allocated.
+        file: the file, at its start.
+        size: its size in bytes; nothing larger is ever allocated.
 
     Raises:
-        CheckpointError: the header is not one, or does not agree with the size.
+        CheckpointError: the header is invalid, or does not match the size.
     """
     entries = check_size(file, size)
     tensors = {}
@@ -256,7 +255,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _entries(header: bytes, data_size: int) -> list[_Entry]:
-    """The tensors of a header in file order, without gap or overlap, filling the file."""
+    """The entries of a header in file order; they must fill the file without gaps or overlaps."""
     try:
         parsed = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

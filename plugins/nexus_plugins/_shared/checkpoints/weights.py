@@ -16,21 +16,21 @@ __all__ = ["MODEL", "averaged", "checkpoint_of", "keys_of", "named", "weights_of
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
 _SHARING = 64
-"""Times the size of its tensors that a model may have when each name gets its own."""
+"""How many times larger a model may become when tied weights are separated."""
 
 
 def weights_of(found: Path, *, ema: bool) -> tuple[dict[str, Tensor], int]:
-    """The weights of a checkpoint, of which every byte that is read is checked.
+    """The weights of a checkpoint; every byte read is verified.
 
     Args:
-        found: its folder.
-        ema: take the averaged weights that the plugin `ema` keeps.
+        found: the checkpoint's folder.
+        ema: return the averaged weights of the plugin `ema`.
 
     Returns:
-        The tensors by the names that the model has for them, and the steps of the checkpoint.
+        The tensors by their names in the model, and the step of the checkpoint.
 
     Raises:
-        CheckpointError: it is not whole, or holds no average.
+        CheckpointError: it is incomplete, or has no average.
     """
     content = folder.read(found, wanted=(MODEL, "state.json", *([STATE] if ema else [])))
     lay_out(content, lambda name, shape: None)
@@ -40,10 +40,10 @@ def weights_of(found: Path, *, ema: bool) -> tuple[dict[str, Tensor], int]:
 
 
 def checkpoint_of(source: Path) -> Path:
-    """The folder of the checkpoint that a path means: of one, or of a run its newest.
+    """The checkpoint at a path: the folder itself, or the newest of a run folder.
 
     Raises:
-        CheckpointError: it means no checkpoint.
+        CheckpointError: there is no checkpoint.
     """
     if (found := checkpoint_at(source)) is not None:
         return found
@@ -56,10 +56,10 @@ def checkpoint_of(source: Path) -> Path:
 
 
 def keys_of(content: folder.Content) -> dict[str, str]:
-    """Of each of the model's names, the key of its tensor; tied weights share one.
+    """The key of the tensor for each of the model's names; tied weights share one.
 
     Raises:
-        CheckpointError: the table of the checkpoint is not one.
+        CheckpointError: the checkpoint's table is invalid.
     """
     table = content.documents["state.json"]
     names = table.get("model") if isinstance(table, dict) else None
@@ -79,7 +79,7 @@ def keys_of(content: folder.Content) -> dict[str, str]:
 
 
 def named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]:
-    """The weights, under every name that the model has for them, each in its own memory."""
+    """The weights under all of their names in the model, each in its own memory."""
     taken: set[str] = set()
     weights = {}
     for name, key in keys.items():
@@ -89,10 +89,10 @@ def named(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]
 
 
 def averaged(content: folder.Content, keys: dict[str, str]) -> dict[str, Tensor]:
-    """The averages that `ema`, or the first instance of it, keeps; in the weights' dtypes.
+    """The averages of `ema`, or of its first instance, in the weights' dtypes.
 
     Raises:
-        CheckpointError: there are none, or not of these weights.
+        CheckpointError: there are none, or they are of other weights.
     """
     states = content.tensors[STATE]
     split = {key: key.partition(".state.average.") for key in states}

@@ -120,7 +120,7 @@ class Profiler:
                 if method is not None:
                     setattr(plugin, name, self._around(method, plugin.name, name))
         if self._trace is not None:
-            self._tracing = profile(activities=_activities())
+            self._tracing = profile(activities=_activities(), acc_events=True)
             self._tracing.start()
         self._stop.enter_context(self._span((LOOP, ""), LOOP))
 

@@ -101,7 +101,7 @@ def test_a_model_is_the_same_to_the_bit_once_it_is_divided(build_once: bool) -> 
         assert seen.last.keys() == alone.last.keys()
         for name, values in alone.last.items():
             assert seen.last[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
-        assert max(seen.hooks) == 1
+        assert max(seen.hooks) <= 1
     for one, other, whole in zip(pair[0].shapes, pair[1].shapes, alone.shapes, strict=True):
         assert whole == () or (one[0] + other[0], *one[1:]) == whole
 

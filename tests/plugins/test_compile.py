@@ -245,7 +245,7 @@ def graphed(
 def run_to(
     engine: Engine, last: int, look: Callable[[], object] = lambda: None
 ) -> list[dict[str, float]]:
-    """The logs of each step up to a given one, with a later horizon; `look` is called after each."""
+    """The logs of each step up to a given one, calling `look` after each; the horizon is later."""
     logged = []
     for state in engine.steps(until="100 steps"):
         own = engine.metrics.items()

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["StepGraphs"]
 
 WARM_UP = 3  # steps of a kind before it is captured; the last of them is watched
-MOST = 8  # graphs that are kept
-KINDS = 32  # of steps that are told apart
-UNLIKE = 5  # steps in a row of which each is of a new kind
+MOST = 8  # graphs kept
+KINDS = 32  # distinct kinds of steps
+UNLIKE = 5  # consecutive steps, each of a new kind
 
 
 @dataclass
@@ -85,7 +85,7 @@ class StepGraphs:
             _run(engine, step, inputs, self._watched if is_watched else computed)
 
     def _judged(self, engine: Engine, kind: _Kind, shape: Hashable, knows: Knowledge) -> str:
-        """Why to give up: steps are never alike, or cannot be captured; empty if not."""
+        """Why to give up: steps keep changing, or cannot be captured; empty if neither."""
         (last_shape, last), self._last = self._last, (shape, knows.known)
         self._unlike = self._unlike + 1 if kind.steps == 1 else 0
         if self._unlike >= UNLIKE or len(self._kinds) > KINDS:
@@ -94,7 +94,7 @@ class StepGraphs:
         if kind.graph is not None or kind.steps <= WARM_UP:
             return ""
         if sum(each.graph is not None for each in self._kinds.values()) >= MOST:
-            return f"there are graphs of {MOST} kinds of steps, and more kinds come"
+            return f"there are graphs for {MOST} kinds of steps, and more kinds appear"
         return knows.obstacle(engine)
 
     def _refuse(self, engine: Engine, reason: str) -> None:

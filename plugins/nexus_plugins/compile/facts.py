@@ -91,7 +91,7 @@ class Knowledge:
         fixed = list({id(tensor): tensor for tensor in (*own, *self._tensors)}.values())
         trained = {id(each) for each in (*engine.model.parameters(), *engine.parameters())}
         if any(t.requires_grad and id(t) not in trained for t in (*fixed, *self.held.values())):
-            return "a plugin has tensors of its own that get a gradient"
+            return "a plugin holds tensors that get a gradient"
         everything = (*fixed, *self.held.values())
         users = Counter(tensor.untyped_storage().data_ptr() for tensor in everything)
         for place, tensor in self.held.items():

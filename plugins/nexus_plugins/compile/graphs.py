@@ -101,10 +101,7 @@ class StepGraphs:
         self.refusal = reason
         self._kinds.clear()  # and with them all memory
         self._last = ((), {})
-        said = (
-            f"compile.step_graph: steps are not replayed from a graph, but run one operation at a "
-            f"time, as {reason}"
-        )
+        said = f"compile.step_graph: steps run eagerly instead of from a graph: {reason}"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
         engine.hook.on_note(engine=engine, title="compile/step_graph", text=said)
 
@@ -112,7 +109,7 @@ class StepGraphs:
         with watching(engine, step, self._module) as found:
             added = computed(engine, step, inputs)
         stateful = [name for name, value, _, _ in added if hasattr(value, "compute")]
-        found += [f"the metric '{name}' has a state of its own" for name in stateful]
+        found += [f"the metric '{name}' keeps state" for name in stateful]
         if found:
             self._refuse(engine, found[0])
         return added

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["watching"]
 
 OURS = ("nexus_core.", "nexus_plugins.compile", "torch.")
-PROGRESS = "how far the run is, is read"
+PROGRESS = "the progress of the run is read"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from nexus_core import ConfigError, Engine
 from nexus_core.cli.run import main
@@ -18,7 +20,7 @@ from nexus_core.plan import load
 from nexus_plugins.modules.contest import ContestPlugin
 from nexus_plugins.modules.graphs import Graph
 from nexus_plugins.modules.looks import Depth, Edges, Hops, looks
-from nexus_plugins.modules.puzzles import Rule, dynamics, hops, noisy
+from nexus_plugins.modules.puzzles import Rule, dynamics, hops, noisy, puzzles
 
 NEXUS = {"d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4}
 BARE = {**NEXUS, **dict.fromkeys(("world", "reason", "energy"), False)}
@@ -114,30 +116,83 @@ def small() -> dict[str, Any]:
     }
 
 
+DATA = {
+    "call": "nexus_plugins.modules.puzzles:puzzles",
+    "args": {"rows": 8, "held_out": 4, "length": 10},
+    "batch_size": 4,
+}
+
+
 def contest(out: Path | None = None, **only: Any) -> Engine:
-    data = {
-        "call": "nexus_plugins.modules.puzzles:puzzles",
-        "args": {"rows": 8, "held_out": 4, "length": 10},
-    }
     plugins = [
-        load("data")(**data, batch_size=4),
+        load("data")(**DATA),
         ContestPlugin(puzzles=only or small()),
         load("optim_adamw")(lr=1e-2),
     ]
     return Engine(plugins=plugins, seed=3, out=out)
 
 
+def beside() -> dict[str, Any]:
+    """The same, with contenders whose losses act after an update."""
+    every = small()
+    every["dynamics"] |= {
+        "classic": {
+            "model_nexus": {"world": True, "classic": True, "causal": False},
+            "loss_world": {"classic": True, "decay": 0.5},
+        },
+        "reason": {
+            "model_nexus": {"reason": True},
+            "loss_reason": {"weight": 1.0, "balance_weight": 1.0, "decay": 0.5},
+        },
+    }
+    return every
+
+
+def rows() -> list[dict[str, dict[str, Tensor]]]:
+    both = puzzles(rows=12, held_out=1, length=10)["train"]
+    return [default_collate([both[4 * batch + row] for row in range(4)]) for batch in range(3)]
+
+
 def test_each_contender_is_trained_as_it_would_be_alone() -> None:
-    """Fails if one affects another: by its loss, its random numbers, or gradient clipping."""
-    both = small()["dynamics"]
-    first = {name: both[name] for name in ("all", "world")}
-    whole, alone = contest(dynamics=both), contest(dynamics=first)
-    for engine in (whole, alone):
-        engine.fit(until="3 steps", eval_data={})
-    mine, all_of_them = alone.model.state_dict(), whole.model.state_dict()
-    assert mine.keys() < all_of_them.keys()
-    for name, value in mine.items():
-        assert torch.equal(all_of_them[name], value), name
+    """Red if a hook of its plugins is not called as in a run of its own, or contenders interact."""
+    whole, batches = contest(**beside()), rows()
+    whole.fit(batches, until="3 steps")
+    for puzzle, entries in beside().items():
+        shared = entries.pop("all", {})
+        for name, own in entries.items():
+            settings = {p: {**shared.get(p, {}), **own.get(p, {})} for p in {**shared, **own}}
+            settings |= {"data": DATA, "optim_adamw": {"lr": 1e-2}, "clip": {"max_norm": 1.0}}
+            alone = Engine(plugins=[load(p)(**given) for p, given in settings.items()], seed=3)
+            before = copy.deepcopy(alone.model.state_dict())
+            alone.fit([batch[puzzle] for batch in batches], until="3 steps")
+            mine = whole.model.get_submodule(f"{puzzle}.{name}").state_dict()
+            assert mine.keys() == before.keys()
+            for weight, value in alone.model.state_dict().items():
+                assert torch.equal(mine[weight], value), (puzzle, name, weight)
+            assert any(not torch.equal(mine[weight], before[weight]) for weight in mine)
+
+
+def test_a_contest_resumes_with_what_its_contenders_keep() -> None:
+    """Red if the state of a contender's plugin is not in the checkpoint, or is not restored."""
+    only = {"dynamics": {name: beside()["dynamics"][name] for name in ("all", "reason")}}
+    whole, first, second = (contest(**only) for _ in range(3))
+    batches = rows()
+    whole.fit(batches, until="3 steps")
+    first.fit(batches[:2], until="2 steps")
+    second.load_state_dict(first.state_dict())
+    second.fit(batches[2:], until="3 steps")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_metrics_of_a_contender_carry_its_place() -> None:
+    """Red if two contenders log to one metric, or a loss is not set up for its model."""
+    student = {"model": small()["hops"]["reason"]["model"]}
+    taught = {**student, "loss_distill": {"teacher": student["model"]}}
+    only = {"hops": {"taught": taught}, "graph": small()["graph"]}
+    result = contest(**only).fit(rows(), until="2 steps")
+    assert "graph/causal/causal/dag_constraint" in result.metrics
+    assert result.metrics["train/hops/taught/distill_loss"] > 0
 
 
 def test_a_run_shows_all_there_is_to_see(tmp_path: Path) -> None:
@@ -164,6 +219,13 @@ def test_a_run_shows_all_there_is_to_see(tmp_path: Path) -> None:
 )
 def test_a_contender_is_a_model_and_losses(plugins: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"puzzles.hops.mine has .*; give one plugin that makes"):
+        ContestPlugin(puzzles={"hops": {"mine": plugins}})
+
+
+def test_a_hook_that_a_contest_does_not_call_is_refused() -> None:
+    """Red if a hook of a contender's plugin is dropped without a word."""
+    plugins = {"model_nexus": {"vocab_size": 9}, "loss_lm": {}, "clip": {}}
+    with pytest.raises(ConfigError, match=r"hops.mine: clip implements after_backward, which a c"):
         ContestPlugin(puzzles={"hops": {"mine": plugins}})
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
-from pydantic import Field, JsonValue
+from pydantic import Field
 from torch import Tensor, nn
 
-from nexus_core.bases.loss import Loss
-from nexus_core.defaults import accepted
-from nexus_core.errors import ConfigError
-from nexus_core.plan import load
+from nexus_core.device import seed_everything
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core.step import merge
+from nexus_plugins.modules.contender import Contender, Plugins
 from nexus_plugins.modules.looks import Look, looks
 from nexus_plugins.modules.picture import draw, is_drawable
 
@@ -25,12 +21,12 @@ if TYPE_CHECKING:
     from nexus_core.batches import Batch
     from nexus_core.engine import Engine
     from nexus_core.events import Run
+    from nexus_core.snapshot import PluginState
     from nexus_core.step import Step
 
 __all__ = ["ContestConfig", "ContestPlugin"]
 
-Plugins = dict[str, dict[str, JsonValue]]
-"""Settings of plugins by their names."""
+Value = TypeVar("Value")
 SHARED = "all"
 LONGEST_GRADIENT = 1.0
 
@@ -49,46 +45,14 @@ class ContestConfig(PluginConfig):
     )
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One model on one puzzle."""
-
-    puzzle: str
-    name: str
-    maker: Plugin[Any]
-    """The plugin that makes the model and may run it."""
-    losses: tuple[Loss[Any], ...]
-
-    @classmethod
-    def of(cls, puzzle: str, name: str, plugins: Plugins) -> Contender:
-        """From the settings of its plugins.
-
-        Raises:
-            ConfigError: they are not one that makes a model, and losses.
-        """
-        made = [load(plugin)(**settings) for plugin, settings in plugins.items()]
-        makers = [plugin for plugin in made if plugin.slot == "model"]
-        others = [plugin for plugin in made if plugin.slot != "model"]
-        if len(makers) != 1 or not others or not all(hasattr(one, "units") for one in others):
-            raise ConfigError(
-                f"contest.puzzles.{puzzle}.{name} has {', '.join(plugins) or 'no plugins'}; give "
-                "one plugin that makes a model, such as model_nexus, and at least one loss"
-            )
-        return cls(puzzle, name, makers[0], tuple(cast("list[Loss[Any]]", others)))
-
-    @property
-    def place(self) -> str:
-        """The prefix of its terms and metrics."""
-        return f"{self.puzzle}/{self.name}"
-
-
 class ContestPlugin(Plugin[ContestConfig]):
     """Trains several models side by side, and plots how they learn.
 
-    A batch is a dict with a part for each puzzle. A contender sees only its puzzle's part, and its
-    gradient is clipped separately (norm 1), so each is trained as if it were the only model. Losses
-    are logged as `train/<puzzle>/<contender>/<term>_loss` and, in evaluations, under `val/`; so are
-    refinements, hops and edges, where a puzzle has them.
+    A batch is a dict with a part for each puzzle. A contender's plugins see only its puzzle's part,
+    its model and its terms, and its gradient is clipped separately (norm 1), so each is trained as
+    if it were the only model. Only random numbers drawn in training, as by dropout, come from one
+    generator for all. Losses are logged as `train/<puzzle>/<contender>/<term>_loss` and, in
+    evaluations, under `val/`; so are refinements, hops and edges, where a puzzle has them.
 
     The plot, `modules.png`, shows the held-out cross-entropy of each over the run, and the measure
     specific to each puzzle; it needs matplotlib (`pip install 'nexus-trainer[plot]'`).
@@ -106,54 +70,70 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl
     def make_model(self, engine: Run) -> nn.Module:
-        """Build a model for each contender; those of one puzzle share the random seed."""
+        """Build a model for each contender; all start from the run's seed."""
         models = nn.ModuleDict({one.puzzle: nn.ModuleDict() for one in self._contenders})
-        alone = SimpleNamespace(data=None)
         for one in self._contenders:
-            torch.manual_seed(engine.seed)
-            cast(nn.ModuleDict, models[one.puzzle])[one.name] = _ask(
-                one.maker, "make_model", engine=alone
-            )
+            seed_everything(engine.seed)
+            made = one.hook.make_model(engine=one.alone(engine))
+            cast(nn.ModuleDict, models[one.puzzle])[one.name] = made
         return models
 
     @hookimpl
-    def forward(self, engine: Run, batch: Batch) -> dict[str, Any]:
+    def on_build(self, engine: Run) -> None:
+        """Let each contender's plugins see its model."""
+        for one in self._contenders:
+            one.hook.on_build(engine=one.alone(engine))
+
+    @hookimpl
+    def on_start(self, engine: Run) -> None:
+        """Let each contender's plugins check its model."""
+        for one in self._contenders:
+            one.hook.on_start(engine=one.alone(engine))
+
+    @hookimpl
+    def forward(self, engine: Run, batch: Batch, step: Step | None) -> dict[str, Any]:
         """Run each contender on its part of the batch."""
-        return {
-            one.place: self._run(one, engine.model, batch[one.puzzle]) for one in self._contenders
-        }
+        return {one.place: _run(one, engine, batch, step) for one in self._contenders}
 
     @hookimpl
-    def loss_units(self, batch: Batch) -> dict[str, Tensor | float]:
+    def loss_units(self, engine: Run, batch: Batch, step: Step | None) -> dict[str, Tensor | float]:
         """Count the units of each contender's losses in its part."""
-        return {term: loss.units(batch[one.puzzle]) for one, loss, term in self._terms()}
+        return self._by_term(
+            lambda one: one.hook.loss_units(
+                engine=one.alone(engine), batch=batch[one.puzzle], step=one.own(step)
+            )
+        )
 
     @hookimpl
-    def loss_weight(self) -> dict[str, float]:
+    def loss_weight(self, engine: Run) -> dict[str, float]:
         """The weights of the losses."""
-        return {term: loss.weight for _, loss, term in self._terms()}
+        return self._by_term(lambda one: one.hook.loss_weight(engine=one.alone(engine)))
 
     @hookimpl
     def loss_terms(
         self, engine: Run, batch: Batch, output: Any, step: Step | None
     ) -> dict[str, Tensor]:
         """The terms of each contender's losses, by its place."""
-        found = {}
-        for one, loss, term in self._terms():
-            given = {"batch": batch[one.puzzle], "output": output[one.place]}
-            found[term] = (
-                _ask(loss, "loss_terms", engine=engine, step=step, **given)[loss.term]
-                if engine.training
-                else loss.validation_loss(**given)
+        return self._by_term(
+            lambda one: one.hook.loss_terms(
+                engine=one.alone(engine),
+                batch=batch[one.puzzle],
+                output=output[one.place],
+                step=one.own(step),
             )
-        return found
+        )
 
     @hookimpl(stage="limit")
     def after_backward(self, engine: Run) -> None:
         """Clip the gradient of each model separately."""
         for one in self._contenders:
-            weights = _model(one, engine.model).parameters()
-            torch.nn.utils.clip_grad_norm_(weights, LONGEST_GRADIENT)
+            torch.nn.utils.clip_grad_norm_(one.alone(engine).parameters(), LONGEST_GRADIENT)
+
+    @hookimpl
+    def on_step(self, engine: Run, step: Step) -> None:
+        """Let each contender's plugins follow its update."""
+        for one in self._contenders:
+            one.hook.on_step(engine=one.alone(engine), step=cast("Step", one.own(step)))
 
     @hookimpl
     def measure(self, engine: Run, split: str, data: Iterable[Batch]) -> dict[str, float]:
@@ -161,8 +141,8 @@ class ContestPlugin(Plugin[ContestConfig]):
         seen: dict[str, list[tuple[Batch, Any]]] = {one.place: [] for one in self._contenders}
         for batch in data:
             for one in self._contenders:
-                part = batch[one.puzzle]
-                seen[one.place].append((part, self._run(one, engine.model, part)))
+                output = _run(one, engine, batch, None)
+                seen[one.place].append((batch[one.puzzle], output))
         self._looks = tuple(look for place, pairs in seen.items() for look in looks(place, pairs))
         return {
             f"{split}/{look.place}/{name}": value
@@ -186,30 +166,33 @@ class ContestPlugin(Plugin[ContestConfig]):
             engine.note("modules", image=self._picture)
 
     @hookimpl
-    def summarize(self) -> dict[str, str]:
+    def summarize(self, engine: Run) -> dict[str, str]:
         """The final result of each contender, puzzle by puzzle, and the path of the plot."""
         missing = "none: it needs matplotlib: pip install 'nexus-trainer[plot]'"
         ends = dict(self._ends())
-        return {**ends, "picture": str(self._picture or missing)} if ends else {}
+        told = {f"{one.place} {label}": line for one in self._contenders
+                for lines in one.hook.summarize(engine=one.alone(engine))
+                for label, line in lines.items()}  # fmt: skip
+        return {**ends, **told, "picture": str(self._picture or missing)} if ends else told
 
     def state_dict(self) -> StateDict:
-        """The curves so far."""
-        return {"curves": cast(StateDict, self._curves)}
+        """The curves so far, and what the contenders' plugins keep."""
+        kept = {one.place: one.state_dict() for one in self._contenders}
+        return cast(StateDict, {"curves": self._curves, "contenders": kept})
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Restore the curves."""
+        """Restore the curves and the contenders' plugins."""
         self._curves = cast("dict[str, list[list[float]]]", state["curves"])
-
-    def _run(self, one: Contender, models: nn.Module, part: Batch) -> Any:
-        model = _model(one, models)
-        if hasattr(one.maker, "forward"):
-            return _ask(one.maker, "forward", engine=SimpleNamespace(model=model), batch=part)
-        return model(**accepted(model, part))
-
-    def _terms(self) -> Iterator[tuple[Contender, Loss[Any], str]]:
-        """Each contender with each of its losses, and the name of the term in this run."""
+        kept = cast("dict[str, dict[str, PluginState]]", state.get("contenders", {}))
         for one in self._contenders:
-            yield from ((one, loss, f"{one.place}/{loss.term}") for loss in one.losses)
+            one.load_state_dict(kept.get(one.place, {}))
+
+    def _by_term(
+        self, ask: Callable[[Contender], Iterable[Mapping[str, Value]]]
+    ) -> dict[str, Value]:
+        """What the plugins of each contender answer, by the name of the term in this run."""
+        return {f"{one.place}/{term}": value for one in self._contenders
+                for term, value in merge(ask(one)).items()}  # fmt: skip
 
     def _ends(self) -> Iterator[tuple[str, str]]:
         for puzzle in self.config.puzzles:
@@ -230,12 +213,5 @@ def _contenders(puzzles: Mapping[str, Mapping[str, Plugins]]) -> Iterator[Conten
                 yield Contender.of(puzzle, name, plugins)
 
 
-def _model(one: Contender, models: nn.Module) -> nn.Module:
-    return models.get_submodule(f"{one.puzzle}.{one.name}")
-
-
-def _ask(plugin: Plugin[Any], hook: str, **given: Any) -> Any:
-    """What a plugin answers, given those of the arguments that it wants."""
-    answer = getattr(plugin, hook)
-    wanted = inspect.signature(answer).parameters
-    return answer(**{name: value for name, value in given.items() if name in wanted})
+def _run(one: Contender, engine: Run, batch: Batch, step: Step | None) -> Any:
+    return one.hook.forward(engine=one.alone(engine), batch=batch[one.puzzle], step=one.own(step))

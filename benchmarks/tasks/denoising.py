@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.tasks.task import Batch, Seen, Task, Variant, generator
 from nexus_plugins.model_nexus import NEXUSCore
+from nexus_plugins.modules.looks import spearman
 from nexus_plugins.modules.puzzles import Rule, noisy
 
 __all__ = ["TASK", "Denoising"]
@@ -101,16 +102,6 @@ class Denoising(Task):
         hook.remove()
         easy, hard = (1000 * statistics.median(taken) for taken in seconds.values())
         return {"ms without noise": easy, "ms with most noise": hard}
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation; ties share the mean of their ranks."""
-    return torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1].item()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - counts / 2)[which].double()
 
 
 TASK = Denoising

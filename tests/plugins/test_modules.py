@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -19,7 +23,7 @@ from nexus_core.cli.run import main
 from nexus_core.plan import load
 from nexus_plugins.modules.contest import ContestPlugin
 from nexus_plugins.modules.graphs import Graph
-from nexus_plugins.modules.looks import Depth, Edges, Hops, looks
+from nexus_plugins.modules.looks import Depth, Edges, Hops, looks, spearman
 from nexus_plugins.modules.puzzles import Rule, dynamics, hops, noisy, puzzles
 
 NEXUS = {"d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4}
@@ -247,6 +251,7 @@ def test_looks_say_what_was_found() -> None:
     (depth,) = looks("d/e", [({"level": level}, Output(answers, energy={"refinements": made}))])
     assert isinstance(depth, Depth)
     assert depth.metrics == pytest.approx({"refinements": 2.5, "rank_correlation": 1.0})
+    assert Depth("d/e", level[:, 0], torch.ones(3)).metrics == {"refinements": 1.0}
     assert depth.told.startswith("refinements 1.0 where there is little noise, 4.0")
 
     edges = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
@@ -257,6 +262,18 @@ def test_looks_say_what_was_found() -> None:
     assert graph.metrics == pytest.approx({"edges_found": 1 / 3, "pairs_wrong": 2.0})
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=8))
+def test_equal_values_share_a_rank(pairs: list[tuple[int, int]]) -> None:
+    """Red if ties are ranked by their order, which makes a correlation where there is none."""
+    columns = list(zip(*pairs, strict=True))
+    found = spearman(*(torch.tensor(column, dtype=torch.float32) for column in columns))
+    if any(len(set(column)) == 1 for column in columns):
+        assert math.isnan(found)
+        return
+    ranks = [[sum(a < b for a in c) + sum(a == b for a in c) / 2 for b in c] for c in columns]
+    assert found == pytest.approx(statistics.correlation(*ranks), abs=1e-9)
+
+
 @pytest.mark.slow
 def test_the_preset_draws_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if `nexus-run modules` breaks, or its config does not repeat the run."""
@@ -264,8 +281,8 @@ def test_the_preset_draws_its_picture(tmp_path: Path, monkeypatch: pytest.Monkey
     few = ["until=2 steps", "data.args.rows=8", "data.args.held_out=4", "data.args.length=12"]
     words = [word for one in (*few, "data.batch_size=4") for word in ("--set", one)]
     first_time = ["modules", "-p", "no:tensorboard", *words]
-    for out, given in (("one", first_time), ("two", ["one/config.yaml"])):
-        ran = CliRunner().invoke(main, [*given, "--out", out])
+    for out, command in (("one", first_time), ("two", ["one/config.yaml"])):
+        ran = CliRunner().invoke(main, [*command, "--out", out])
         assert ran.exit_code == 0, ran.output
     summaries = [json.loads(Path(out, "summary.json").read_text()) for out in ("one", "two")]
     first, second = (summary["metrics"] for summary in summaries)

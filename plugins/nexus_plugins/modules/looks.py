@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from torch import Tensor
 from nexus_core.batches import Batch
 from nexus_plugins._shared.outputs import module_outputs, rows_of
 
-__all__ = ["Depth", "Edges", "Hops", "Look", "Seen", "looks"]
+__all__ = ["Depth", "Edges", "Hops", "Look", "Seen", "looks", "spearman"]
 
 Seen: TypeAlias = Sequence[tuple[Batch, Any]]
 """Parts of batches, each with what a model made of it."""
@@ -33,11 +34,10 @@ class Depth:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Refinements, and their rank correlation with the level of noise."""
-        return {
-            "refinements": self.refinements.mean().item(),
-            "rank_correlation": _spearman(self.refinements, self.level),
-        }
+        """Refinements, and their rank correlation with the level of noise, if there is one."""
+        correlation = spearman(self.refinements, self.level)
+        known = {} if math.isnan(correlation) else {"rank_correlation": correlation}
+        return {"refinements": self.refinements.mean().item(), **known}
 
     @property
     def told(self) -> str:
@@ -123,12 +123,21 @@ def looks(place: str, seen: Seen) -> Iterator[Look]:
         yield Edges(place, first["edges"][0].cpu(), strengths.cpu())
 
 
+def spearman(first: Tensor, second: Tensor) -> float:
+    """The rank correlation of two `(N,)`; equal values share the mean of their ranks.
+
+    Returns:
+        From -1 to 1; NaN if all values of one are equal.
+    """
+    return torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1].item()
+
+
 def _logits(output: Any) -> Tensor:
     rows, head = rows_of(output)
     return rows if head is None else F.linear(rows, head)
 
 
-def _spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation; there are no ties to speak of."""
-    ranks = [values.argsort().argsort().double() for values in (one, other)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+def _ranks(values: Tensor) -> Tensor:
+    _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks: Tensor = (counts.cumsum(0) - counts / 2)[which]
+    return ranks.double()

@@ -260,6 +260,7 @@ def test_looks_say_what_was_found() -> None:
     (graph,) = looks("g/c", [({"edges": edges[None]}, Output(answers, **reports))])
     assert isinstance(graph, Edges)
     assert graph.metrics == pytest.approx({"edges_found": 1 / 3, "pairs_wrong": 2.0})
+    assert [*looks("g/other", [({"edges": edges[None]}, Output(answers))])] == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=8))

@@ -118,7 +118,7 @@ def looks(place: str, seen: Seen) -> Iterator[Look]:
         yield Hops(
             place, tuple(right[asked == n].double().mean().item() for n in range(1, most + 1))
         )
-    if "edges" in first:
+    if "edges" in first and "causal" in reports:
         strengths = reports["causal"]["adjacency"].detach().abs()
         yield Edges(place, first["edges"][0].cpu(), strengths.cpu())
 

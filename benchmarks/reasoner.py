@@ -19,40 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_plugins.model_nexus.reasoning import Reasoner
+from nexus_plugins.modules.answerer import Answerer
+from nexus_plugins.modules.puzzles import hops
 
-PLACES, MOST, WIDTH, STEPS, ROWS, LR = 6, 3, 64, 1000, 256, 3e-3
-HIDDEN = 260  # hidden width of the MLP, for an equal number of parameters
+PLACES, MOST, STEPS, ROWS, LR = 6, 3, 1000, 256, 3e-3
 Questions = tuple[Tensor, Tensor]
 
 
 def questions(generator: torch.Generator, rows: int, exactly: int | None = None) -> Questions:
-    """Questions of up to `MOST` hops, or of the given number, and their answers."""
-    table = torch.randint(PLACES, (rows, PLACES), generator=generator)
-    place = torch.randint(PLACES, (rows, 1), generator=generator)
-    hops = torch.randint(1, MOST + 1, (rows, 1), generator=generator)
-    hops = hops if exactly is None else torch.full_like(hops, exactly)
-    told = [F.one_hot(one, PLACES).flatten(1) for one in (table, place)]
-    for hop in range(int(hops.max())):
-        place = torch.where(hop < hops, table.gather(1, place), place)
-    return torch.cat([*told, hops / 2], 1).float(), place[:, 0]
-
-
-class Answerer(nn.Module):
-    """Reads a question, thinks about it, and answers."""
-
-    def __init__(self, reasons: bool) -> None:
-        super().__init__()
-        self.read = nn.Linear(PLACES * PLACES + PLACES + 1, WIDTH)
-        self.reasoner = Reasoner(WIDTH, steps=MOST) if reasons else None
-        mlp = (nn.Linear(WIDTH, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, WIDTH))
-        self.mlp = None if reasons else nn.Sequential(*mlp)
-        self.head = nn.Linear(WIDTH, PLACES)
-
-    def forward(self, told: Tensor) -> Tensor:
-        h = F.rms_norm(self.read(told), (WIDTH,))
-        update = self.reasoner(h)[0] if self.reasoner is not None else self.mlp(h)
-        answer: Tensor = self.head(F.rms_norm(h + update, (WIDTH,)))
-        return answer
+    """Questions of up to `MOST` hops, or of as many as given, and their answers."""
+    made = hops(generator, rows, 1, PLACES, exactly or MOST, exactly or 1)
+    return made["told"][:, 0], made["labels"][:, 0]
 
 
 def train(model: nn.Module, seed: int, seconds: float | None) -> float:
@@ -84,12 +61,13 @@ def compare(seed: int) -> dict[str, float]:
     held_out = torch.Generator().manual_seed(10**6 + seed)
     known, further = questions(held_out, 4000), questions(held_out, 4000, MOST + 1)
     torch.manual_seed(seed)
-    reasoner, mlp = Answerer(reasons=True), Answerer(reasons=False)
+    told = PLACES * PLACES + PLACES + 1
+    reasoner, mlp = Answerer("reason", told, PLACES), Answerer("mlp", told, PLACES)
     train(mlp, seed, train(reasoner, seed, None))
     found = {"known, reasoner": nats(reasoner, known), "known, MLP": nats(mlp, known)}
     found |= {"further, MLP": nats(mlp, further), "further, 3 steps": nats(reasoner, further)}
-    assert reasoner.reasoner is not None
-    reasoner.reasoner.steps += 1
+    assert isinstance(reasoner.thinker, Reasoner)
+    reasoner.thinker.steps += 1
     return {**found, "further, 4 steps": nats(reasoner, further)}
 
 

@@ -69,6 +69,7 @@ def test_hops_are_those_through_the_table_of_the_question() -> None:
         for _ in range(steps):
             place = table[place]
         assert (label, steps / 2) == (place, question[30])
+    assert (hops(drawn(), 2, 8, most=4, least=4)["hops"] == 4).all()
 
 
 def test_a_graph_has_no_cycle_and_is_set_by_hand_where_it_says() -> None:

@@ -30,10 +30,7 @@ class Answerer(nn.Module):
     ) -> None:
         super().__init__()
         self.read = nn.Linear(told, width)
-        layers = (nn.Linear(width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, width))
-        self.thinker = (
-            Reasoner(width, steps=STEPS) if thinker == "reason" else nn.Sequential(*layers)
-        )
+        self.thinker = Reasoner(width, steps=STEPS) if thinker == "reason" else _mlp(width)
         self.head = nn.Linear(width, answers)
 
     def forward(self, told: Tensor) -> Tensor:
@@ -43,3 +40,7 @@ class Answerer(nn.Module):
         update = thought[0] if isinstance(thought, tuple) else thought
         answer: Tensor = self.head(F.rms_norm(h + update, h.shape[-1:]))
         return answer
+
+
+def _mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, width))

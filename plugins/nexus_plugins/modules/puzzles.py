@@ -107,7 +107,9 @@ def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float
     return {"input_ids": torch.where(is_noise, noise, labels), "labels": labels, "level": level}
 
 
-def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3) -> Puzzle:
+def hops(
+    draw: Generator, rows: int, length: int, places: int = 6, most: int = 3, least: int = 1
+) -> Puzzle:
     """Questions that each give a table of jumps and ask where a number of hops ends.
 
     Every question has a new table, so none can be memorized.
@@ -118,6 +120,7 @@ def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3
         length: T questions a row.
         places: P.
         most: hops of a question at most.
+        least: hops of a question at least.
 
     Returns:
         `told` `(B, T, P * P + P + 1)`, the table and the start as ones among zeros, and half the
@@ -126,7 +129,7 @@ def hops(draw: Generator, rows: int, length: int, places: int = 6, most: int = 3
     size = (rows, length)
     table = torch.randint(places, (*size, places), generator=draw)
     place = torch.randint(places, (*size, 1), generator=draw)
-    count = torch.randint(1, most + 1, (*size, 1), generator=draw)
+    count = torch.randint(least, most + 1, (*size, 1), generator=draw)
     told = [F.one_hot(one, places).flatten(2) for one in (table, place)]
     for hop in range(most):
         place = torch.where(hop < count, table.gather(2, place), place)

@@ -33,6 +33,7 @@ from nexus_plugins.loss_causal import LossCausalPlugin
 from nexus_plugins.lr_linear import LrLinearPlugin
 from nexus_plugins.model_nexus.causal import CausalGraph
 from nexus_plugins.modules.graphs import Graph
+from nexus_plugins.modules.looks import edges_right
 
 VARIABLES, OBSERVED, BY_HAND = 10, 1000, 200
 STEPS, ROWS, LR, UNITS = 1500, 512, 0.02, 8
@@ -98,13 +99,6 @@ def notears(values: NDArray[np.float64], penalty: float = 0.1) -> NDArray[np.flo
     return np.abs(unpacked(both))
 
 
-def score(edges: Tensor, strengths: Tensor, least: float) -> tuple[float, int]:
-    """The share of edges that were found, and the number of wrong pairs."""
-    there = strengths >= least
-    wrong = (there != edges) | (there != edges).T
-    return (there & edges).sum().item() / edges.sum().item(), int(wrong.triu(1).sum())
-
-
 def main() -> None:
     """Print the results for each kind of data."""
     parser = argparse.ArgumentParser(prog="benchmarks.graphs", description=__doc__)
@@ -120,10 +114,10 @@ def main() -> None:
                 world = known(seed, options.edges, kind, by_hand)
                 values = world.values
                 ours = learned(values, world.is_set, 0 if kind == "linear" else UNITS, seed)
-                found["causal"].append(score(world.edges, ours, LEAST[kind]))
+                found["causal"].append(edges_right(world.edges, ours, LEAST[kind]))
                 if not by_hand and kind == "linear":
                     theirs = torch.from_numpy(notears(values.double().numpy()))
-                    found["NOTEARS"].append(score(world.edges, theirs, 0.3))
+                    found["NOTEARS"].append(edges_right(world.edges, theirs, 0.3))
             for name, scores in found.items():
                 if scores:
                     shares, wrong = zip(*scores, strict=True)

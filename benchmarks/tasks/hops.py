@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from benchmarks.tasks.task import IGNORED, Batch, Seen, Task, Variant, generator
+from nexus_plugins.modules.looks import right_by_hops
 
 __all__ = ["TASK", "Hops"]
 
@@ -67,9 +68,8 @@ class Hops(Task):
         found = super().measure(seen)
         asked = torch.cat([batch["hops"] for batch, _ in seen])
         right = torch.cat([out.logits.argmax(-1) == batch["labels"] for batch, out in seen])
-        for number in range(1, self.most + 1):
-            found[f"{number} hops"] = right[asked == number].double().mean().item()
-        return found
+        shares = right_by_hops(asked, right)
+        return found | {f"{number} hops": share for number, share in enumerate(shares, 1)}
 
 
 TASK = Hops

@@ -14,7 +14,17 @@ from torch import Tensor
 from nexus_core.batches import Batch
 from nexus_plugins._shared.outputs import module_outputs, rows_of
 
-__all__ = ["Depth", "Edges", "Hops", "Look", "Seen", "looks", "spearman"]
+__all__ = [
+    "Depth",
+    "Edges",
+    "Hops",
+    "Look",
+    "Seen",
+    "edges_right",
+    "looks",
+    "right_by_hops",
+    "spearman",
+]
 
 Seen: TypeAlias = Sequence[tuple[Batch, Any]]
 """Parts of batches, each with what a model made of it."""
@@ -79,12 +89,8 @@ class Edges:
     @property
     def metrics(self) -> Mapping[str, float]:
         """The share of the edges that was found, and pairs whose edge is wrong in any respect."""
-        there = self.strengths >= STRENGTH
-        wrong = (there != self.edges) | (there != self.edges).T
-        return {
-            "edges_found": ((there & self.edges).sum() / self.edges.sum()).item(),
-            "pairs_wrong": float(wrong.triu(1).sum()),
-        }
+        found, wrong = edges_right(self.edges, self.strengths, STRENGTH)
+        return {"edges_found": found, "pairs_wrong": float(wrong)}
 
     @property
     def told(self) -> str:
@@ -113,14 +119,34 @@ def looks(place: str, seen: Seen) -> Iterator[Look]:
     if "hops" in first:
         asked = torch.cat([part["hops"] for part, _ in seen])
         hits = [_logits(out).argmax(-1) == part["labels"] for part, out in seen]
-        right = torch.cat(hits)
-        most = int(asked.max())
-        yield Hops(
-            place, tuple(right[asked == n].double().mean().item() for n in range(1, most + 1))
-        )
+        yield Hops(place, right_by_hops(asked, torch.cat(hits)))
     if "edges" in first and "causal" in reports:
         strengths = reports["causal"]["adjacency"].detach().abs()
         yield Edges(place, first["edges"][0].cpu(), strengths.cpu())
+
+
+def right_by_hops(asked: Tensor, right: Tensor) -> tuple[float, ...]:
+    """The share of right answers after 1, 2, ... hops.
+
+    Args:
+        asked: hops of each question; 0: not a question.
+        right: of the same shape, whether its answer is right.
+    """
+    most = int(asked.max())
+    return tuple(right[asked == number].double().mean().item() for number in range(1, most + 1))
+
+
+def edges_right(edges: Tensor, strengths: Tensor, least: float) -> tuple[float, int]:
+    """The share of the edges that was found, and the pairs whose edge is wrong in any respect.
+
+    Args:
+        edges: `(n, n)` bool, the true ones.
+        strengths: `(n, n)`, of those found.
+        least: from here on an edge is taken to be there.
+    """
+    there = strengths >= least
+    wrong = (there != edges) | (there != edges).T
+    return (there & edges).sum().item() / edges.sum().item(), int(wrong.triu(1).sum())
 
 
 def spearman(first: Tensor, second: Tensor) -> float:

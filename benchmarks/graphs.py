@@ -35,18 +35,19 @@ from nexus_plugins.model_nexus.causal import CausalGraph
 from nexus_plugins.modules.graphs import Graph
 from nexus_plugins.modules.looks import edges_right
 
-VARIABLES, OBSERVED, BY_HAND = 10, 1000, 200
+VARIABLES, OBSERVATIONS, INTERVENTIONS = 10, 1000, 200
 STEPS, ROWS, LR, UNITS = 1500, 512, 0.02, 8
 Kind = Literal["linear", "network"]
 LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.03}
 """Minimum strength of an edge."""
 
 
-def known(seed: int, edges: int, kind: Kind, by_hand: bool) -> Graph:
-    """A random graph, with data from it."""
-    observed = OBSERVED if by_hand else OBSERVED + BY_HAND * VARIABLES
+def known(seed: int, edges: int, kind: Kind, intervened: bool) -> Graph:
+    """A random graph, with data of it."""
     draw = torch.Generator().manual_seed(seed)
-    return Graph(draw, VARIABLES, edges, kind, observed, BY_HAND if by_hand else 0)
+    if intervened:
+        return Graph(draw, VARIABLES, edges, kind, OBSERVATIONS, INTERVENTIONS)
+    return Graph(draw, VARIABLES, edges, kind, OBSERVATIONS + VARIABLES * INTERVENTIONS, 0)
 
 
 def learned(values: Tensor, marks: Tensor, hidden: int, seed: int) -> Tensor:
@@ -108,20 +109,20 @@ def main() -> None:
     parser.add_argument("--edges", type=int, default=20)
     options = parser.parse_args()
     for kind in LEAST:
-        for by_hand in (True, False):
+        for intervened in (True, False):
             found: dict[str, list[tuple[float, int]]] = {"causal": [], "NOTEARS": []}
             for seed in range(options.first_seed, options.first_seed + options.graphs):
-                world = known(seed, options.edges, kind, by_hand)
+                world = known(seed, options.edges, kind, intervened)
                 values = world.values
                 ours = learned(values, world.is_set, 0 if kind == "linear" else UNITS, seed)
                 found["causal"].append(edges_right(world.edges, ours, LEAST[kind]))
-                if not by_hand and kind == "linear":
+                if not intervened and kind == "linear":
                     theirs = torch.from_numpy(notears(values.double().numpy()))
                     found["NOTEARS"].append(edges_right(world.edges, theirs, 0.3))
             for name, scores in found.items():
                 if scores:
                     shares, wrong = zip(*scores, strict=True)
-                    data = f"{kind}, {'with interventions' if by_hand else 'only observed'}"
+                    data = f"{kind}, {'with' if intervened else 'without'} interventions"
                     print(f"{data}, {name}: found {statistics.mean(shares):.0%} "
                           f"({min(shares):.0%} to {max(shares):.0%}), wrong "
                           f"{', '.join(map(str, wrong))} of 45", flush=True)  # fmt: skip

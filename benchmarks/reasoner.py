@@ -29,7 +29,7 @@ Questions = tuple[Tensor, Tensor]
 def questions(generator: torch.Generator, rows: int, exactly: int | None = None) -> Questions:
     """Questions of up to `MOST` hops, or of as many as given, and their answers."""
     made = hops(generator, rows, 1, PLACES, exactly or MOST, exactly or 1)
-    return made["told"][:, 0], made["labels"][:, 0]
+    return made["question"][:, 0], made["labels"][:, 0]
 
 
 def train(model: nn.Module, seed: int, seconds: float | None) -> float:
@@ -40,9 +40,9 @@ def train(model: nn.Module, seed: int, seconds: float | None) -> float:
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1, (step + 1) / 50, 2 - 2 * done)
-        told, places = questions(generator, ROWS)
+        asked, places = questions(generator, ROWS)
         optimizer.zero_grad()
-        F.cross_entropy(model(told), places).backward()
+        F.cross_entropy(model(asked), places).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -61,8 +61,8 @@ def compare(seed: int) -> dict[str, float]:
     held_out = torch.Generator().manual_seed(10**6 + seed)
     known, further = questions(held_out, 4000), questions(held_out, 4000, MOST + 1)
     torch.manual_seed(seed)
-    told = PLACES * PLACES + PLACES + 1
-    reasoner, mlp = Answerer("reason", told, PLACES), Answerer("mlp", told, PLACES)
+    size = PLACES * PLACES + PLACES + 1
+    reasoner, mlp = Answerer("reason", size, PLACES), Answerer("mlp", size, PLACES)
     train(mlp, seed, train(reasoner, seed, None))
     found = {"known, reasoner": nats(reasoner, known), "known, MLP": nats(mlp, known)}
     found |= {"further, MLP": nats(mlp, further), "further, 3 steps": nats(reasoner, further)}

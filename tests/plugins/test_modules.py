@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from nexus_core import ConfigError, Engine
+from nexus_core import ConfigError, Engine, Plugin, PluginConfig, hookimpl
 from nexus_core.cli.run import main
 from nexus_core.plan import load
+from nexus_plugins.modules import contender
 from nexus_plugins.modules.contest import ContestPlugin
 from nexus_plugins.modules.graphs import Graph
 from nexus_plugins.modules.looks import Depth, Edges, Hops, looks, spearman
@@ -60,10 +61,10 @@ def test_a_clean_token_follows_from_the_two_before_it() -> None:
 
 
 def test_hops_are_those_through_the_table_of_the_question() -> None:
-    """Fails if an answer does not follow from the row."""
+    """Red if an answer does not follow from the question."""
     part = hops(drawn(), 3, 8, places=5, most=3)
-    told, labels, count = (part[key].flatten(0, 1) for key in ("told", "labels", "hops"))
-    for question, label, steps in zip(told, labels.tolist(), count.tolist(), strict=True):
+    asked, labels, count = (part[key].flatten(0, 1) for key in ("question", "labels", "hops"))
+    for question, label, steps in zip(asked, labels.tolist(), count.tolist(), strict=True):
         table = question[:25].view(5, 5).argmax(1).tolist()
         place = int(question[25:30].argmax())
         for _ in range(steps):
@@ -72,9 +73,9 @@ def test_hops_are_those_through_the_table_of_the_question() -> None:
     assert (hops(drawn(), 2, 8, most=4, least=4)["hops"] == 4).all()
 
 
-def test_a_graph_has_no_cycle_and_is_set_by_hand_where_it_says() -> None:
-    """Fails if the data follow another graph, or reveal it by variance."""
-    graph = Graph(drawn(), variables=4, edges=5, observed=400, by_hand=100)
+def test_a_graph_has_no_cycle_and_interventions_where_it_says() -> None:
+    """Red if the data have a graph that is not the one to be found, or reveal it by variance."""
+    graph = Graph(drawn(), variables=4, edges=5, observations=400, interventions=100)
     assert graph.edges.sum() == 5
     assert torch.matrix_power(graph.edges.float(), 4).sum() == 0
     torch.testing.assert_close(graph.values[:400].std(0), torch.ones(4))
@@ -104,7 +105,7 @@ def small() -> dict[str, Any]:
             "reason": {
                 "model": {
                     "call": "nexus_plugins.modules.answerer:Answerer",
-                    "args": {"thinker": "reason", "told": 43, "answers": 6, "width": 8},
+                    "args": {"thinker": "reason", "question_size": 43, "answers": 6, "width": 8},
                 },
                 "loss_lm": {},
             }
@@ -200,6 +201,36 @@ def test_metrics_of_a_contender_carry_its_place() -> None:
     assert result.metrics["train/hops/taught/distill_loss"] > 0
 
 
+def test_a_contenders_plugin_sees_its_own_model_from_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Red if a hook without a result is not forwarded, or sees the model or terms of another."""
+
+    class SpyPlugin(Plugin[PluginConfig]):
+        api_version = "1.2"
+
+        @hookimpl
+        def on_build(self, engine: Any) -> None:
+            engine.model.seen = ["on_build"]
+
+        @hookimpl
+        def on_start(self, engine: Any) -> None:
+            engine.model.seen.append("on_start")
+
+        @hookimpl
+        def on_step(self, engine: Any, step: Any) -> None:
+            engine.model.seen += step.losses
+
+    only = {"hops": small()["hops"], "graph": small()["graph"]}
+    only["hops"]["reason"]["spy"] = {}
+    monkeypatch.setattr(contender, "load", lambda name: SpyPlugin if name == "spy" else load(name))
+    engine = contest(**only)
+    engine.fit(rows(), until="2 steps")
+    seen = engine.model.get_submodule("hops.reason").seen
+    assert seen == ["on_build", "on_start", "lm", "lm"]
+    assert not hasattr(engine.model.get_submodule("graph.causal"), "seen")
+
+
 def test_a_run_shows_all_there_is_to_see(tmp_path: Path) -> None:
     """Fails if a measure is missing, the plot is not drawn, or curves are lost on resume."""
     engine = contest(tmp_path)
@@ -227,11 +258,18 @@ def test_a_contender_is_a_model_and_losses(plugins: dict[str, Any]) -> None:
         ContestPlugin(puzzles={"hops": {"mine": plugins}})
 
 
-def test_a_hook_that_a_contest_does_not_call_is_refused() -> None:
-    """Red if a hook of a contender's plugin is dropped without a word."""
-    plugins = {"model_nexus": {"vocab_size": 9}, "loss_lm": {}, "clip": {}}
+def test_what_a_contest_cannot_train_is_refused_in_words() -> None:
+    """Red if a hook is dropped without a word, or a name or puzzle fails with an error of torch."""
+    model, loss = {"model_nexus": {**BARE, "vocab_size": 12}}, {"loss_lm": {}}
     with pytest.raises(ConfigError, match=r"hops.mine: clip implements after_backward, which a c"):
-        ContestPlugin(puzzles={"hops": {"mine": plugins}})
+        ContestPlugin(puzzles={"hops": {"mine": {**model, **loss, "clip": {}}}})
+    with pytest.raises(ConfigError, match=r"puzzles.hops has no contender"):
+        ContestPlugin(puzzles={"hops": {"all": {**model, **loss}}})
+    for name in ("a.b", "a/b", "", "float"):
+        with pytest.raises(ConfigError, match=rf"hops.{name}: '{name}' cannot name a module"):
+            ContestPlugin(puzzles={"hops": {name: {**model, **loss}}})
+    with pytest.raises(ConfigError, match=r"puzzles.maze: the data have no such puzzle; they have"):
+        contest(maze={"mine": {**model, **loss}}).fit(rows(), until="1 steps")
 
 
 def test_looks_say_what_was_found() -> None:
@@ -253,7 +291,7 @@ def test_looks_say_what_was_found() -> None:
     assert isinstance(depth, Depth)
     assert depth.metrics == pytest.approx({"refinements": 2.5, "rank_correlation": 1.0})
     assert Depth("d/e", level[:, 0], torch.ones(3)).metrics == {"refinements": 1.0}
-    assert depth.told.startswith("refinements 1.0 where there is little noise, 4.0")
+    assert depth.summary.startswith("refinements 1.0 where there is little noise, 4.0")
 
     edges = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
     strengths = torch.tensor([[0.0, 0.5, 0.05], [0.0, 0.0, 0.0], [0.0, -0.4, 0.0]])

@@ -16,6 +16,7 @@ from nexus_core.plugin import Plugin, StateDict
 from nexus_core.relay import relay
 
 if TYPE_CHECKING:
+    from nexus_core.batches import Batch
     from nexus_core.events import Hooks, Run
     from nexus_core.meter import Finish, Measured, Number
     from nexus_core.snapshot import PluginState
@@ -56,9 +57,15 @@ class Contender:
         """From the settings of its plugins.
 
         Raises:
-            ConfigError: none or several make a model, there is no loss, or one has a hook that is
-                not forwarded.
+            ConfigError: puzzle or name cannot name a module, none or several plugins make a model,
+                there is no loss, or one has a hook that is not forwarded.
         """
+        for word in (puzzle, name):
+            if not word.isidentifier() or hasattr(nn.ModuleDict, word):
+                raise ConfigError(
+                    f"contest.puzzles.{puzzle}.{name}: '{word}' cannot name a module of a model; "
+                    "use another name, of letters, digits and underscores"
+                )
         made = [load(plugin)(**given) for plugin, given in settings.items()]
         makers = [plugin for plugin in made if plugin.slot == "model"]
         if len(makers) != 1 or not any("loss_units" in _hooks(plugin) for plugin in made):
@@ -86,6 +93,20 @@ class Contender:
         """Its own of the contest's models."""
         return models.get_submodule(f"{self.puzzle}.{self.name}")
 
+    def part(self, batch: Batch) -> Batch:
+        """Its puzzle's part of a batch.
+
+        Raises:
+            ConfigError: the batch has none.
+        """
+        if self.puzzle not in batch:
+            raise ConfigError(
+                f"contest.puzzles.{self.puzzle}: the data have no such puzzle; they have "
+                f"{', '.join(batch)}"
+            )
+        part: Batch = batch[self.puzzle]
+        return part
+
     def alone(self, run: Run) -> Run:
         """The run as if its model were the only one."""
         return cast("Run", _Alone(run, self))
@@ -94,7 +115,7 @@ class Contender:
         """The step with only its part of the batches and only its terms."""
         return step and replace(
             step,
-            micro=tuple(one._replace(batch=one.batch[self.puzzle]) for one in step.micro),
+            micro=tuple(one._replace(batch=self.part(one.batch)) for one in step.micro),
             counts=tuple(map(self._terms, step.counts)),
             units=self._terms(step.units),
             weights=self._terms(step.weights),
@@ -104,10 +125,11 @@ class Contender:
 
     def state_dict(self) -> dict[str, PluginState]:
         """The states of its plugins, of those that have any."""
-        states = {plugin.name: (plugin.state_version, plugin.state_dict())
-                  for plugin in self.plugins}  # fmt: skip
-        return {name: {"version": version, "state": state}
-                for name, (version, state) in states.items() if state}  # fmt: skip
+        return {
+            plugin.name: {"version": plugin.state_version, "state": state}
+            for plugin in self.plugins
+            if (state := plugin.state_dict())
+        }
 
     def load_state_dict(self, saved: Mapping[str, PluginState]) -> None:
         """Restore the states of its plugins."""
@@ -117,8 +139,11 @@ class Contender:
 
     def _terms(self, numbers: Mapping[str, Value]) -> dict[str, Value]:
         start = f"{self.place}/"
-        return {name.removeprefix(start): number for name, number in numbers.items()
-                if name.startswith(start)}  # fmt: skip
+        return {
+            name.removeprefix(start): number
+            for name, number in numbers.items()
+            if name.startswith(start)
+        }
 
 
 class _Alone:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core.device import seed_everything
+from nexus_core.errors import ConfigError
 from nexus_core.plugin import Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.step import merge
 from nexus_plugins.modules.contender import Contender, Plugins
@@ -29,6 +30,7 @@ __all__ = ["ContestConfig", "ContestPlugin"]
 Value = TypeVar("Value")
 SHARED = "all"
 LONGEST_GRADIENT = 1.0
+NO_PICTURE = "none: it needs matplotlib: pip install 'nexus-trainer[plot]'"
 
 
 class ContestConfig(PluginConfig):
@@ -100,7 +102,7 @@ class ContestPlugin(Plugin[ContestConfig]):
         """Count the units of each contender's losses in its part."""
         return self._by_term(
             lambda one: one.hook.loss_units(
-                engine=one.alone(engine), batch=batch[one.puzzle], step=one.own(step)
+                engine=one.alone(engine), batch=one.part(batch), step=one.own(step)
             )
         )
 
@@ -117,7 +119,7 @@ class ContestPlugin(Plugin[ContestConfig]):
         return self._by_term(
             lambda one: one.hook.loss_terms(
                 engine=one.alone(engine),
-                batch=batch[one.puzzle],
+                batch=one.part(batch),
                 output=output[one.place],
                 step=one.own(step),
             )
@@ -142,7 +144,7 @@ class ContestPlugin(Plugin[ContestConfig]):
         for batch in data:
             for one in self._contenders:
                 output = _run(one, engine, batch, None)
-                seen[one.place].append((batch[one.puzzle], output))
+                seen[one.place].append((one.part(batch), output))
         self._looks = tuple(look for place, pairs in seen.items() for look in looks(place, pairs))
         return {
             f"{split}/{look.place}/{name}": value
@@ -167,13 +169,16 @@ class ContestPlugin(Plugin[ContestConfig]):
 
     @hookimpl
     def summarize(self, engine: Run) -> dict[str, str]:
-        """The final result of each contender, puzzle by puzzle, and the path of the plot."""
-        missing = "none: it needs matplotlib: pip install 'nexus-trainer[plot]'"
-        ends = dict(self._ends())
-        told = {f"{one.place} {label}": line for one in self._contenders
-                for lines in one.hook.summarize(engine=one.alone(engine))
-                for label, line in lines.items()}  # fmt: skip
-        return {**ends, **told, "picture": str(self._picture or missing)} if ends else told
+        """The final result on each puzzle, the contenders' own lines, and the path of the plot."""
+        results = {p: line for p in self.config.puzzles if (line := ", ".join(self._result(p)))}
+        said = {
+            f"{one.place} {label}": line
+            for one in self._contenders
+            for lines in one.hook.summarize(engine=one.alone(engine))
+            for label, line in lines.items()
+        }
+        picture = {"picture": str(self._picture or NO_PICTURE)} if results else {}
+        return {**results, **said, **picture}
 
     def state_dict(self) -> StateDict:
         """The curves so far, and what the contenders' plugins keep."""
@@ -194,18 +199,19 @@ class ContestPlugin(Plugin[ContestConfig]):
         return {f"{one.place}/{term}": value for one in self._contenders
                 for term, value in merge(ask(one)).items()}  # fmt: skip
 
-    def _ends(self) -> Iterator[tuple[str, str]]:
-        for puzzle in self.config.puzzles:
-            mine = [one for one in self._contenders if one.puzzle == puzzle]
-            nats = {one.name: self._curves[one.place][-1:] for one in mine}
-            told = [f"{name} {last[0][1]:.3f}" for name, last in nats.items() if last]
-            told += [look.told for look in self._looks if look.place == mine[0].place]
-            if told:
-                yield puzzle, ", ".join(told)
+    def _result(self, puzzle: str) -> Iterator[str]:
+        """Each contender's last cross-entropy, and what the measure says of the first."""
+        mine = [one for one in self._contenders if one.puzzle == puzzle]
+        for one in mine:
+            if curve := self._curves[one.place]:
+                yield f"{one.name} {curve[-1][1]:.3f}"
+        yield from (look.summary for look in self._looks if look.place == mine[0].place)
 
 
 def _contenders(puzzles: Mapping[str, Mapping[str, Plugins]]) -> Iterator[Contender]:
     for puzzle, entries in puzzles.items():
+        if not entries.keys() - {SHARED}:
+            raise ConfigError(f"contest.puzzles.{puzzle} has no contender; give one, or remove it")
         shared = entries.get(SHARED, {})
         for name, own in entries.items():
             if name != SHARED:
@@ -214,4 +220,4 @@ def _contenders(puzzles: Mapping[str, Mapping[str, Plugins]]) -> Iterator[Conten
 
 
 def _run(one: Contender, engine: Run, batch: Batch, step: Step | None) -> Any:
-    return one.hook.forward(engine=one.alone(engine), batch=batch[one.puzzle], step=one.own(step))
+    return one.hook.forward(engine=one.alone(engine), batch=one.part(batch), step=one.own(step))

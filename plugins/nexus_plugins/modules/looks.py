@@ -29,7 +29,7 @@ __all__ = [
 Seen: TypeAlias = Sequence[tuple[Batch, Any]]
 """Parts of batches, each with what a model made of it."""
 STRENGTH = 0.1
-"""From here on an edge is taken to be there."""
+"""An edge of at least this strength counts as found."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Depth:
         return {"refinements": self.refinements.mean().item(), **known}
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """In words."""
         order = self.level.argsort()
         third = max(1, len(order) // 3)
@@ -71,7 +71,7 @@ class Hops:
         return {f"right_{number}": share for number, share in enumerate(self.right, 1)}
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """In words."""
         return f"{', '.join(f'{share:.0%}' for share in self.right)} right after 1, 2, ... hops"
 
@@ -93,7 +93,7 @@ class Edges:
         return {"edges_found": found, "pairs_wrong": float(wrong)}
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """In words."""
         count = len(self.edges) * (len(self.edges) - 1) // 2
         found, wrong = self.metrics.values()

@@ -41,7 +41,7 @@ def draw(curves: Curves, looks: Sequence[Look], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = [*_courses(curves), *_found(looks)]
+    panels = [*_learning(curves), *_measures(looks)]
     if not panels:
         return
     columns = min(COLUMNS, len(panels))
@@ -58,88 +58,77 @@ def draw(curves: Curves, looks: Sequence[Look], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _courses(curves: Curves) -> list[Panel]:
+def _learning(curves: Curves) -> list[Panel]:
     """A panel for each puzzle that has a cross-entropy."""
     of: dict[str, dict[str, Sequence[Sequence[float]]]] = {}
-    for place, course in curves.items():
+    for place, curve in curves.items():
         puzzle, _, name = place.partition("/")
-        if course:
-            of.setdefault(puzzle, {})[name] = course
-    return [(f"{puzzle}: {next(iter(own))}", partial(_course, own)) for puzzle, own in of.items()]
+        if curve:
+            of.setdefault(puzzle, {})[name] = curve
+    return [(f"{puzzle}: cross-entropy", partial(_curves, own)) for puzzle, own in of.items()]
 
 
-def _course(own: Curves, axes: Axes) -> None:
-    for number, (name, course) in enumerate(own.items()):
-        steps, nats = zip(*course, strict=True)
+def _measures(looks: Sequence[Look]) -> list[Panel]:
+    """A panel for each module that was measured, and one for the answers of all contenders."""
+    hops = [look for look in looks if isinstance(look, Hops)]
+    return [
+        *((f"{_puzzle(look)}: refinements by noise", partial(_depth, look))
+          for look in looks if isinstance(look, Depth)),
+        *([(f"{_puzzle(hops[0])}: right answers", partial(_hops, hops))] if hops else []),
+        *((f"{_puzzle(look)}: strengths found", partial(_graph, look))
+          for look in looks if isinstance(look, Edges)),
+    ]  # fmt: skip
+
+
+def _curves(own: Curves, axes: Axes) -> None:
+    for number, (name, curve) in enumerate(own.items()):
+        steps, nats = zip(*curve, strict=True)
         label = f"{name} {nats[-1]:.2f}"
         width = 2.4 if number == 0 else 1.6
         axes.plot(steps, nats, color=_colour(number), linewidth=width, label=label)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats a token, held out")
+    axes.set_ylabel("held-out nats per token")
     axes.legend(frameon=False, fontsize=9)
 
 
-def _found(looks: Sequence[Look]) -> list[Panel]:
-    panels: list[Panel] = []
-    hops = [look for look in looks if isinstance(look, Hops)]
-    for look in looks:
-        if isinstance(look, Depth):
-            panels.append(("deeper where it is harder", partial(_depth, look)))
-        elif isinstance(look, Edges):
-            share = look.metrics["edges_found"]
-            panels.append((f"graph: {share:.0%} of the edges", partial(_graph, look)))
-    if hops:
-        panels.insert(1, ("right answers by hops", partial(_hops, hops)))
-    return panels
-
-
 def _depth(look: Depth, axes: Axes) -> None:
-    axes.scatter(
-        look.level.numpy(),
-        look.refinements.numpy(),
-        s=14,
-        color=COLOURS[0],
-        alpha=0.7,
-        linewidths=0,
-    )
+    level, refinements = look.level.numpy(), look.refinements.numpy()
+    axes.scatter(level, refinements, s=14, color=COLOURS[0], alpha=0.7, linewidths=0)
     axes.set_xlabel("noise in the row")
-    axes.set_ylabel("refinements a token")
+    axes.set_ylabel("refinements per token")
     axes.set_ylim(bottom=0)
 
 
 def _hops(looks: Sequence[Hops], axes: Axes) -> None:
     width = 0.8 / len(looks)
     for number, look in enumerate(looks):
-        places = [
-            hop + 1 + (number - (len(looks) - 1) / 2) * width for hop in range(len(look.right))
-        ]
+        shift = (number - (len(looks) - 1) / 2) * width
+        centers = [hop + shift for hop in range(1, len(look.right) + 1)]
         name = look.place.rpartition("/")[2]
-        axes.bar(places, look.right, width * 0.92, color=_colour(number), label=name)
+        axes.bar(centers, look.right, width * 0.92, color=_colour(number), label=name)
     axes.set_xticks(range(1, len(looks[0].right) + 1))
     axes.set_ylim(0, 1.2)  # room for the legend
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel("hops")
-    axes.set_ylabel("right answers")
+    axes.set_ylabel("share of right answers")
     axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=len(looks))
 
 
 def _graph(look: Edges, axes: Axes) -> None:
-    """Strengths as shades; rings are edges that there are."""
+    """Strengths as shades, with a ring around each true edge."""
     axes.imshow(look.strengths.numpy(), cmap="Oranges", vmin=0)
     effects, causes = look.edges.T.numpy().nonzero()
-    axes.scatter(
-        effects,
-        causes,
-        s=70,
-        facecolors="none",
-        edgecolors=COLOURS[1],
-        label="an edge that there is",
-    )
-    axes.set_xlabel("effect")
+    axes.scatter(effects, causes, s=70, facecolors="none", edgecolors=COLOURS[1], label="true edge")
+    axes.set_xlabel(f"effect\n{look.summary}")
     axes.set_ylabel("cause")
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _puzzle(look: Look) -> str:
+    return look.place.partition("/")[0]
 
 
 def _colour(number: int) -> str:

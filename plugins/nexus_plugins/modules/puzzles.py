@@ -123,18 +123,18 @@ def hops(
         least: hops of a question at least.
 
     Returns:
-        `told` `(B, T, P * P + P + 1)`, the table and the start as ones among zeros, and half the
+        `question` `(B, T, P * P + P + 1)`, one-hot table and start, and half the
         number of hops; `labels` `(B, T)`, the place where they end; and the number of `hops`.
     """
     size = (rows, length)
     table = torch.randint(places, (*size, places), generator=draw)
     place = torch.randint(places, (*size, 1), generator=draw)
     count = torch.randint(least, most + 1, (*size, 1), generator=draw)
-    told = [F.one_hot(one, places).flatten(2) for one in (table, place)]
+    parts = [F.one_hot(one, places).flatten(2) for one in (table, place)]
     for hop in range(most):
         place = torch.where(hop < count, table.gather(2, place), place)
     return {
-        "told": torch.cat([*told, count / 2], 2),
+        "question": torch.cat([*parts, count / 2], 2),
         "labels": place[..., 0],
         "hops": count[..., 0],
     }

@@ -1,4 +1,4 @@
-"""How much of a known graph the causal module recovers, compared with NOTEARS.
+"""How much of a known graph the causal module recovers, compared with NOTEARS and DAGMA.
 
     python -m benchmarks.graphs [--graphs 5] [--first-seed 1000] [--edges 20]
 
@@ -6,8 +6,8 @@ Ten variables with the given number of random edges, standardised so that varian
 the order. Data come from a linear model (coefficients 0.5 to 2 of either sign, noise of variance 1)
 or a random network for each variable: 1,000 observations and 200 more with an intervention on each
 variable, or 3,000 observations. The module has the defaults of `loss_causal`. NOTEARS (Zheng et al.
-2018, algorithm 1, with its penalty of 0.1 and threshold of 0.3) sees only the observations, since
-it cannot use interventions.
+2018, algorithm 1, with its penalty of 0.1 and threshold of 0.3) and DAGMA (the package `dagma` with
+its defaults, if installed) see only the observations, since they cannot use interventions.
 
 Found: true edges in the right direction. Wrong: pairs of variables, of 45, with a missing, extra or
 reversed edge.
@@ -16,9 +16,11 @@ reversed edge.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +40,7 @@ from nexus_plugins.modules.looks import edges_right
 VARIABLES, OBSERVATIONS, INTERVENTIONS = 10, 1000, 200
 STEPS, ROWS, LR, UNITS = 1500, 512, 0.02, 8
 Kind = Literal["linear", "network"]
+Peer = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.03}
 """Minimum strength of an edge."""
 
@@ -100,6 +103,32 @@ def notears(values: NDArray[np.float64], penalty: float = 0.1) -> NDArray[np.flo
     return np.abs(unpacked(both))
 
 
+def dagma(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The strengths that DAGMA finds with its defaults, among them a threshold of 0.3."""
+    from dagma.linear import DagmaLinear
+
+    return np.abs(DagmaLinear(loss_type="l2").fit(values))
+
+
+Scores = list[tuple[float, int]]
+"""Of each graph: the share of the edges that was found, and the pairs that are wrong."""
+
+
+def compared(
+    kind: Kind, intervened: bool, seeds: Iterable[int], edges: int, peers: Mapping[str, Peer]
+) -> dict[str, Scores]:
+    """What the causal module finds, and what its peers do where the data are theirs."""
+    found: dict[str, Scores] = {"causal": []}
+    for seed in seeds:
+        graph = known(seed, edges, kind, intervened)
+        ours = learned(graph.values, graph.is_set, 0 if kind == "linear" else UNITS, seed)
+        found["causal"].append(edges_right(graph.edges, ours, LEAST[kind]))
+        for name, peer in peers.items() if kind == "linear" and not intervened else ():
+            theirs = torch.from_numpy(peer(graph.values.double().numpy()))
+            found.setdefault(name, []).append(edges_right(graph.edges, theirs, 0.3))
+    return found
+
+
 def main() -> None:
     """Print the results for each kind of data."""
     parser = argparse.ArgumentParser(prog="benchmarks.graphs", description=__doc__)
@@ -108,24 +137,21 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--edges", type=int, default=20)
     options = parser.parse_args()
-    for kind in LEAST:
-        for intervened in (True, False):
-            found: dict[str, list[tuple[float, int]]] = {"causal": [], "NOTEARS": []}
-            for seed in range(options.first_seed, options.first_seed + options.graphs):
-                world = known(seed, options.edges, kind, intervened)
-                values = world.values
-                ours = learned(values, world.is_set, 0 if kind == "linear" else UNITS, seed)
-                found["causal"].append(edges_right(world.edges, ours, LEAST[kind]))
-                if not intervened and kind == "linear":
-                    theirs = torch.from_numpy(notears(values.double().numpy()))
-                    found["NOTEARS"].append(edges_right(world.edges, theirs, 0.3))
-            for name, scores in found.items():
-                if scores:
-                    shares, wrong = zip(*scores, strict=True)
-                    data = f"{kind}, {'with' if intervened else 'without'} interventions"
-                    print(f"{data}, {name}: found {statistics.mean(shares):.0%} "
-                          f"({min(shares):.0%} to {max(shares):.0%}), wrong "
-                          f"{', '.join(map(str, wrong))} of 45", flush=True)  # fmt: skip
+    peers: dict[str, Peer] = {"NOTEARS": notears}
+    if find_spec("dagma"):
+        peers["DAGMA"] = dagma
+    else:
+        print("DAGMA is skipped: pip install dagma")
+    seeds = range(options.first_seed, options.first_seed + options.graphs)
+    for kind, intervened in itertools.product(LEAST, (True, False)):
+        data = f"{kind}, {'with' if intervened else 'without'} interventions"
+        for name, scores in compared(kind, intervened, seeds, options.edges, peers).items():
+            shares, wrong = zip(*scores, strict=True)
+            print(
+                f"{data}, {name}: found {statistics.mean(shares):.0%} ({min(shares):.0%} to "
+                f"{max(shares):.0%}), wrong {', '.join(map(str, wrong))} of 45",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,6 +59,41 @@ def test_the_benchmark_of_accelerators_runs_on_the_cpu(
     assert found.parameters > 10_000
     assert found.waits_per_step is None, "counted on CUDA alone"
     assert gpu.Case("gpt2", "lightning") in gpu.CASES
+
+
+def test_the_best_that_denoising_allows_is_that_of_bayes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the oracle reads a later token, or weighs what it read otherwise than by chance."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.tasks.denoising import Denoising
+    from benchmarks.tasks.task import generator
+    from nexus_plugins.modules.puzzles import Rule
+
+    task, rule = Denoising(symbols=2, length=4, rows=2), Rule.drawn(generator(0), 2)
+
+    sums, first, second = rule.sums.tolist(), rule.first.tolist(), rule.second.tolist()
+    sequences = [[*start] for start in itertools.product((0, 1), repeat=2)]
+    for tokens in sequences:
+        for _ in range(2):
+            tokens.append(sums[(first[tokens[-1]] + second[tokens[-2]]) % 2])
+
+    def chance(seen: int, clean: int, level: float) -> float:
+        return (1 - level) * (seen == clean) + level * (0.5 if seen == 2 else 0.25)
+
+    nats = []
+    rows = [
+        row
+        for batch in task.held_out(0)
+        for row in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+    for ids, labels in rows:
+        for now, label in enumerate(labels.tolist()):
+            weight = [0.0, 0.0]
+            for tokens, part in itertools.product(sequences, range(64)):
+                level = 0.7 * (part + 0.5) / 64
+                read = zip(ids.tolist()[: now + 1], tokens, strict=False)
+                weight[tokens[now]] += math.prod(chance(*pair, level) for pair in read)
+            nats.append(-math.log(weight[label] / sum(weight)))
+    assert task.oracle(0) == pytest.approx(statistics.mean(nats), rel=1e-6)
 
 
 @pytest.mark.slow

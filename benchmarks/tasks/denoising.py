@@ -83,8 +83,28 @@ class Denoising(Task):
             "rank correlation, tokens": spearman(made.flatten(), level.expand_as(made).flatten()),
         }
 
+    def oracle(self, seed: int) -> float:
+        """The held-out nats of Bayes' rule, for a model that knows the rule and the noise.
+
+        A rule and two tokens make a sequence, so it weighs all pairs of tokens, and 64 levels of
+        noise, by the tokens read so far.
+        """
+        rule = Rule.drawn(generator(seed), self.symbols, self.order)
+        pairs = torch.cartesian_prod(*2 * [torch.arange(self.symbols)])
+        clean = rule.continued(pairs, self.length)  # (pairs, T)
+        level = self.most_noise * (torch.arange(64) + 0.5)[:, None] / 64  # (levels, 1)
+        nats = []
+        for batch in self.held_out(seed):
+            ids, labels = batch["input_ids"][:, None], batch["labels"][:, None]  # (B, 1, T)
+            noise = torch.where(ids == self.symbols, self.blanks, (1 - self.blanks) / self.symbols)
+            likely = (1 - level) * (ids == clean)[:, :, None] + level * noise[:, :, None]
+            weight = likely.double().log().cumsum(-1).flatten(1, 2).softmax(1)
+            weight = weight.unflatten(1, (len(clean), len(level))).sum(2)  # (B, pairs, T)
+            nats.append(-(weight * (clean == labels)).sum(1).log().mean().item())
+        return statistics.mean(nats)
+
     def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
-        """The module's CPU time for rows without noise and with the most noise, in turns."""
+        """The module's processor time for rows without noise and with the most, and the oracle."""
         if "energy" not in model.parts:
             return {}
         read: list[Tensor] = []
@@ -101,7 +121,8 @@ class Denoising(Task):
                 taken.append(time.process_time() - begin)
         hook.remove()
         easy, hard = (1000 * statistics.median(taken) for taken in seconds.values())
-        return {"ms without noise": easy, "ms with most noise": hard}
+        times = {"ms without noise": easy, "ms with most noise": hard}
+        return {**times, "nats of an oracle": self.oracle(seed)}
 
 
 TASK = Denoising

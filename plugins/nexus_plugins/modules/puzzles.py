@@ -75,11 +75,15 @@ class Rule:
 
     def sequences(self, draw: Generator, rows: int, length: int) -> Tensor:
         """Sequences `(rows, length)` that begin with any two tokens."""
-        symbols = len(self.sums)
-        tokens = [torch.randint(symbols, (rows,), generator=draw) for _ in range(2)]
+        start = [torch.randint(len(self.sums), (rows,), generator=draw) for _ in range(2)]
+        return self.continued(torch.stack(start, 1), length)
+
+    def continued(self, start: Tensor, length: int) -> Tensor:
+        """The sequences `(rows, length)` that follow from their first two tokens `(rows, 2)`."""
+        tokens = [*start.unbind(1)]
         for _ in range(length - 2):
             before = 0 if self.second is None else self.second[tokens[-2]]
-            tokens.append(self.sums[(self.first[tokens[-1]] + before) % symbols])
+            tokens.append(self.sums[(self.first[tokens[-1]] + before) % len(self.sums)])
         return torch.stack(tokens, 1)
 
 

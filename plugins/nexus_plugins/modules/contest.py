@@ -38,13 +38,11 @@ class ContestConfig(PluginConfig):
 
     puzzles: dict[str, dict[str, Plugins]] = Field(
         min_length=1,
-        description="by the name of a part of the batch the contenders on it, by their names: for "
-        "each the plugins that make its model and its losses, with their settings; `all` holds "
-        "what all contenders on a puzzle have",
+        description="for each puzzle, a part of the batch, its contenders by name: the plugins "
+        "that make the model and its losses, with their settings; the entry `all` holds plugins "
+        "and settings that all contenders on a puzzle share",
     )
-    picture: str = Field(
-        default="modules.png", description="file in the run's folder that the picture is written to"
-    )
+    picture: str = Field(default="modules.png", description="file in the run folder for the plot")
 
 
 class ContestPlugin(Plugin[ContestConfig]):
@@ -177,8 +175,8 @@ class ContestPlugin(Plugin[ContestConfig]):
             for lines in one.hook.summarize(engine=one.alone(engine))
             for label, line in lines.items()
         }
-        picture = {"picture": str(self._picture or NO_PICTURE)} if results else {}
-        return {**results, **said, **picture}
+        picture = self._picture or (None if is_drawable() else NO_PICTURE)
+        return {**results, **said, **({"picture": str(picture)} if results and picture else {})}
 
     def state_dict(self) -> StateDict:
         """The curves so far, and what the contenders' plugins keep."""

@@ -59,7 +59,7 @@ class Graph:
         self.is_set = F.pad(F.one_hot(target, n).bool(), (0, 0, observations, 0))
 
     def rows(self, which: Tensor) -> dict[str, Tensor]:
-        """Some of the values by their numbers, as the causal module's loss takes them."""
+        """The samples with these numbers, as a part of a batch for `loss_causal`."""
         return {"variables": self.values[which], "do": self.is_set[which], "edges": self.edges}
 
     def _sample(self, rows: int, target: int | None = None) -> Tensor:

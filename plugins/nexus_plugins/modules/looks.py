@@ -51,7 +51,7 @@ class Depth:
 
     @property
     def summary(self) -> str:
-        """In words."""
+        """The measure in words."""
         order = self.level.argsort()
         third = max(1, len(order) // 3)
         easy, hard = (self.refinements[part].mean() for part in (order[:third], order[-third:]))
@@ -72,7 +72,7 @@ class Hops:
 
     @property
     def summary(self) -> str:
-        """In words."""
+        """The measure in words."""
         return f"{', '.join(f'{share:.0%}' for share in self.right)} right after 1, 2, ... hops"
 
 
@@ -94,7 +94,7 @@ class Edges:
 
     @property
     def summary(self) -> str:
-        """In words."""
+        """The measure in words."""
         count = len(self.edges) * (len(self.edges) - 1) // 2
         found, wrong = self.metrics.values()
         return f"{found:.0%} of the edges found, {wrong:.0f} of {count} pairs wrong"
@@ -104,11 +104,11 @@ Look: TypeAlias = Depth | Hops | Edges
 
 
 def looks(place: str, seen: Seen) -> Iterator[Look]:
-    """What there is to see of a puzzle, by what its parts hold.
+    """The measures that apply to a contender, by what its batches and its model have.
 
     Args:
-        place: whose it is, `puzzle/contender`.
-        seen: the parts of an evaluation, each with the model's output.
+        place: `puzzle/contender`.
+        seen: its parts of an evaluation, each with the model's output.
     """
     first, output = seen[0]
     reports = module_outputs(output)
@@ -141,12 +141,12 @@ def edges_right(edges: Tensor, strengths: Tensor, least: float) -> tuple[float, 
 
     Args:
         edges: `(n, n)` bool, the true ones.
-        strengths: `(n, n)`, of those found.
-        least: from here on an edge is taken to be there.
+        strengths: `(n, n)`, the learned ones.
+        least: an edge of at least this strength counts as found.
     """
-    there = strengths >= least
-    wrong = (there != edges) | (there != edges).T
-    return (there & edges).sum().item() / edges.sum().item(), int(wrong.triu(1).sum())
+    found = strengths >= least
+    wrong = (found != edges) | (found != edges).T
+    return (found & edges).sum().item() / edges.sum().item(), int(wrong.triu(1).sum())
 
 
 def spearman(first: Tensor, second: Tensor) -> float:

@@ -28,21 +28,21 @@ def dynamics(
 ) -> Puzzle:
     """Rows that each move along a hidden cycle and emit a symbol at every position.
 
-    Length and symbols of the cycle are drawn for each row. Two places may look alike, so what comes
-    next depends on the position, not on the symbol. Once the cycle is inferred, everything but the
-    noise is predictable.
+    Length and symbols of the cycle are drawn for each row. Two positions may have the same symbol,
+    so what comes next depends on the position. Once the cycle is inferred, everything but the noise
+    is predictable.
 
     Args:
         draw: the random generator.
         rows: B.
         length: T.
-        symbols: that there are.
-        shortest: places of a cycle at least.
-        longest: places of a cycle at most.
-        noise: part of the tokens that are any symbol.
+        symbols: number of symbols.
+        shortest: minimum length of a cycle.
+        longest: maximum length of a cycle.
+        noise: share of the tokens that are replaced by random symbols.
 
     Returns:
-        `input_ids` and `labels`, what is seen next, `(B, T)`.
+        `input_ids`, and `labels`, the next symbols, `(B, T)`.
     """
     lengths = torch.randint(shortest, longest + 1, (rows, 1), generator=draw)
     cycles = torch.randint(symbols, (rows, longest), generator=draw)
@@ -59,8 +59,8 @@ class Rule:
 
     Args:
         first: a permutation of the symbols.
-        second: another; None: the token before the last one makes no difference.
-        sums: a third.
+        second: another one; None: the token before the last one makes no difference.
+        sums: a third one.
     """
 
     first: Tensor
@@ -74,7 +74,7 @@ class Rule:
         return cls(first, second if order == 2 else None, sums)
 
     def sequences(self, draw: Generator, rows: int, length: int) -> Tensor:
-        """Sequences `(rows, length)` that begin with any two tokens."""
+        """Sequences `(rows, length)` that start with two random tokens."""
         start = [torch.randint(len(self.sums), (rows,), generator=draw) for _ in range(2)]
         return self.continued(torch.stack(start, 1), length)
 
@@ -94,10 +94,11 @@ def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float
 
     Args:
         draw: the random generator.
-        rule: that the sequences follow.
-        level: `(B, 1)` the part of each row's tokens that is replaced.
+        rule: the rule of all sequences.
+        level: `(B, 1)` the share of each row's tokens that is replaced.
         length: T.
-        blanks: part of the replaced tokens that are blank, a token of its own; the others are any.
+        blanks: share of the replaced tokens that become blank, a token of its own; the others
+            become random symbols.
 
     Returns:
         `input_ids` and `labels`, the clean tokens, `(B, T)`, and `level`.
@@ -121,14 +122,14 @@ def hops(
     Args:
         draw: the random generator.
         rows: B.
-        length: T questions a row.
+        length: T, questions per row.
         places: P.
-        most: hops of a question at most.
-        least: hops of a question at least.
+        most: maximum number of hops.
+        least: minimum number of hops.
 
     Returns:
-        `question` `(B, T, P * P + P + 1)`, one-hot table and start, and half the
-        number of hops; `labels` `(B, T)`, the place where they end; and the number of `hops`.
+        `question` `(B, T, P * P + P + 1)`, table and start one-hot, and half the number of hops;
+        `labels` `(B, T)`, the place where they end; and `hops` `(B, T)`, their number.
     """
     size = (rows, length)
     table = torch.randint(places, (*size, places), generator=draw)
@@ -148,23 +149,23 @@ class Rows(Dataset[dict[str, Puzzle]]):
     """Rows of all puzzles: each index gives one row of every puzzle, by name.
 
     Args:
-        puzzles: by name, each with as many rows.
-        graph: the one that the rows of `graph` are data of.
-        seen: `(rows, T)` the numbers of the values in each of these rows.
+        puzzles: by name, all with the same number of rows.
+        graph: the graph of the puzzle `graph`.
+        samples: `(rows, T)` which samples of the graph are in each row.
     """
 
-    def __init__(self, puzzles: dict[str, Puzzle], graph: Graph, seen: Tensor) -> None:
-        self._puzzles, self._graph, self._seen = puzzles, graph, seen
+    def __init__(self, puzzles: dict[str, Puzzle], graph: Graph, samples: Tensor) -> None:
+        self._puzzles, self._graph, self._samples = puzzles, graph, samples
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._samples)
 
     def __getitem__(self, row: int) -> dict[str, Puzzle]:
         made = {
             name: {key: value[row] for key, value in puzzle.items()}
             for name, puzzle in self._puzzles.items()
         }
-        return {**made, "graph": self._graph.rows(self._seen[row])}
+        return {**made, "graph": self._graph.rows(self._samples[row])}
 
 
 def puzzles(
@@ -173,11 +174,11 @@ def puzzles(
     """All four puzzles, as training and evaluation data: `dynamics`, `denoising`, `hops`, `graph`.
 
     Args:
-        rows: of each to train on.
-        held_out: rows of each to evaluate on.
-        length: tokens of a row; of `hops` questions, of `graph` values of all its variables.
-        noise: the most that a row of `denoising` has; its level is uniform from 0 to this.
-        seed: of everything: rules, graph and rows.
+        rows: rows of each puzzle to train on.
+        held_out: rows of each puzzle to evaluate on.
+        length: tokens per row; for `hops` questions, for `graph` samples.
+        noise: maximum level of noise of a row of `denoising`; the levels are uniform from 0.
+        seed: determines rules, graph and rows.
     """
     draw = torch.Generator().manual_seed(seed)
     rule, graph = Rule.drawn(draw), Graph(draw)

@@ -46,7 +46,7 @@ LEAST: dict[Kind, float] = {"linear": 0.1, "network": 0.03}
 
 
 def known(seed: int, edges: int, kind: Kind, intervened: bool) -> Graph:
-    """A random graph, with data of it."""
+    """A random graph, with data from it."""
     draw = torch.Generator().manual_seed(seed)
     if intervened:
         return Graph(draw, VARIABLES, edges, kind, OBSERVATIONS, INTERVENTIONS)

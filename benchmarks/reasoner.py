@@ -27,7 +27,7 @@ Questions = tuple[Tensor, Tensor]
 
 
 def questions(generator: torch.Generator, rows: int, exactly: int | None = None) -> Questions:
-    """Questions of up to `MOST` hops, or of as many as given, and their answers."""
+    """Questions of up to `MOST` hops, or of the given number, and their answers."""
     made = hops(generator, rows, 1, PLACES, exactly or MOST, exactly or 1)
     return made["question"][:, 0], made["labels"][:, 0]
 

@@ -62,7 +62,7 @@ def test_the_benchmark_of_accelerators_runs_on_the_cpu(
 
 
 def test_the_best_that_denoising_allows_is_that_of_bayes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the oracle reads a later token, or weighs what it read otherwise than by chance."""
+    """Fails if the oracle reads a later token, or weighs tokens wrongly."""
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.tasks.denoising import Denoising
     from benchmarks.tasks.task import generator

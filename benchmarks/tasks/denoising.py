@@ -104,7 +104,7 @@ class Denoising(Task):
         return statistics.mean(nats)
 
     def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
-        """The module's processor time for rows without noise and with the most, and the oracle."""
+        """The module's CPU time for rows without noise and with the most noise, and the oracle."""
         if "energy" not in model.parts:
             return {}
         read: list[Tensor] = []

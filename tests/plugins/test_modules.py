@@ -61,7 +61,7 @@ def test_a_clean_token_follows_from_the_two_before_it() -> None:
 
 
 def test_hops_are_those_through_the_table_of_the_question() -> None:
-    """Red if an answer does not follow from the question."""
+    """Fails if an answer does not follow from the question."""
     part = hops(drawn(), 3, 8, places=5, most=3)
     asked, labels, count = (part[key].flatten(0, 1) for key in ("question", "labels", "hops"))
     for question, label, steps in zip(asked, labels.tolist(), count.tolist(), strict=True):
@@ -74,7 +74,7 @@ def test_hops_are_those_through_the_table_of_the_question() -> None:
 
 
 def test_a_graph_has_no_cycle_and_interventions_where_it_says() -> None:
-    """Red if the data have a graph that is not the one to be found, or reveal it by variance."""
+    """Fails if the data follow another graph, or reveal it by variance."""
     graph = Graph(drawn(), variables=4, edges=5, observations=400, interventions=100)
     assert graph.edges.sum() == 5
     assert torch.matrix_power(graph.edges.float(), 4).sum() == 0
@@ -160,7 +160,7 @@ def rows() -> list[dict[str, dict[str, Tensor]]]:
 
 
 def test_each_contender_is_trained_as_it_would_be_alone() -> None:
-    """Red if a hook of its plugins is not called as in a run of its own, or contenders interact."""
+    """Fails if a hook is not called as in a run of its own, or contenders interact."""
     whole, batches = contest(**beside()), rows()
     whole.fit(batches, until="3 steps")
     for puzzle, entries in beside().items():
@@ -179,7 +179,7 @@ def test_each_contender_is_trained_as_it_would_be_alone() -> None:
 
 
 def test_a_contest_resumes_with_what_its_contenders_keep() -> None:
-    """Red if the state of a contender's plugin is not in the checkpoint, or is not restored."""
+    """Fails if the state of a contender's plugin is not in the checkpoint, or is not restored."""
     only = {"dynamics": {name: beside()["dynamics"][name] for name in ("all", "reason")}}
     whole, first, second = (contest(**only) for _ in range(3))
     batches = rows()
@@ -192,7 +192,7 @@ def test_a_contest_resumes_with_what_its_contenders_keep() -> None:
 
 
 def test_metrics_of_a_contender_carry_its_place() -> None:
-    """Red if two contenders log to one metric, or a loss is not set up for its model."""
+    """Fails if two contenders log to one metric, or a loss is not set up for its model."""
     student = {"model": small()["hops"]["reason"]["model"]}
     taught = {**student, "loss_distill": {"teacher": student["model"]}}
     only = {"hops": {"taught": taught}, "graph": small()["graph"]}
@@ -204,7 +204,7 @@ def test_metrics_of_a_contender_carry_its_place() -> None:
 def test_a_contenders_plugin_sees_its_own_model_from_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Red if a hook without a result is not forwarded, or sees the model or terms of another."""
+    """Fails if a hook without a result is not forwarded, or sees the model or terms of another."""
 
     class SpyPlugin(Plugin[PluginConfig]):
         api_version = "1.2"
@@ -259,7 +259,7 @@ def test_a_contender_is_a_model_and_losses(plugins: dict[str, Any]) -> None:
 
 
 def test_what_a_contest_cannot_train_is_refused_in_words() -> None:
-    """Red if a hook is dropped without a word, or a name or puzzle fails with an error of torch."""
+    """Fails if a hook is dropped silently, or a name or puzzle fails with an error of torch."""
     model, loss = {"model_nexus": {**BARE, "vocab_size": 12}}, {"loss_lm": {}}
     with pytest.raises(ConfigError, match=r"hops.mine: clip implements after_backward, which a c"):
         ContestPlugin(puzzles={"hops": {"mine": {**model, **loss, "clip": {}}}})
@@ -304,7 +304,7 @@ def test_looks_say_what_was_found() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=8))
 def test_equal_values_share_a_rank(pairs: list[tuple[int, int]]) -> None:
-    """Red if ties are ranked by their order, which makes a correlation where there is none."""
+    """Fails if ties are ranked by their order, which makes a correlation where there is none."""
     columns = list(zip(*pairs, strict=True))
     found = spearman(*(torch.tensor(column, dtype=torch.float32) for column in columns))
     if any(len(set(column)) == 1 for column in columns):

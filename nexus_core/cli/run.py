@@ -52,6 +52,8 @@ class _WithCommands(click.Command):
               "checkpoint, whose config is used if none is given.")  # fmt: skip
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
               help="What may differ from the run that saved the checkpoint.")  # fmt: skip
+@click.option("--trust", is_flag=True,
+              help="With --resume RUN: load the local code that its config names.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show when each plugin is called, and why.")
 @click.option("--json", "as_json", is_flag=True, help="With --explain: print JSON.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
@@ -71,6 +73,7 @@ def main(
     out: Path | None,
     resume: str | None,
     resume_policy: str | None,
+    trust: bool,
     explain: bool,
     as_json: bool,
     schema: bool,
@@ -87,12 +90,13 @@ def main(
     nexus-run                                    the quickstart, about two minutes
     nexus-run my.yaml --plugins one,no:other     a config file, plugins added and removed
     nexus-run my.yaml --set until="2 epochs"     change a setting
-    nexus-run --resume auto                      resume the newest run
+    nexus-run resume runs/mine                   resume a run that was stopped or killed
     """
     with reported(debug), ExitStack() as stack:
         from nexus_core.cli import build, distributed
         from nexus_core.cli.resumed import only_code_of_the_command, resumed_config
         from nexus_core.cli.settings import read_settings
+        from nexus_core.errors import ConfigError
         from nexus_core.paths import expanded
 
         if profile or profile_trace is not None:
@@ -112,10 +116,11 @@ def main(
         values = {key: value for key, value in values.items() if value is not None}
         resume = None if resume is None else expanded(resume)
         config, replaced = resumed_config(resume) if config is None else (config, {})
-        trusted = not replaced
-        if config is not None and resume is not None and not trusted:
-            given = plugins, sets, os.environ
-            stack.enter_context(only_code_of_the_command(config, resume, *given))
+        trusted = trust or not replaced
+        if trust and not replaced:
+            raise ConfigError("--trust is for the config found by --resume RUN; drop it")
+        if resume is not None and not trusted:
+            stack.enter_context(only_code_of_the_command(resume, plugins, sets, os.environ))
         settings = read_settings(
             config, plugins, sets, os.environ, values, replaced, trusted=trusted
         )
@@ -151,20 +156,26 @@ def main(
         "allow_interspersed_args": False,
     },
 )
-@click.argument("run", default="auto", metavar="[RUN]")
+@click.argument("run", required=False)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def resume(run: str, options: tuple[str, ...]) -> None:
+def resume(run: str | None, options: tuple[str, ...]) -> None:
     """Resume a run where it stopped; short for nexus-run --resume RUN.
 
-    RUN is a run folder or a checkpoint; without it, the newest run of the quickstart. All options
-    of nexus-run work.
+    RUN is a run folder or a checkpoint; without it, the run below runs/ that saved a checkpoint
+    last. All options of nexus-run work.
 
     \b
     nexus-run resume runs/mine
     nexus-run resume runs/mine --set until="2 epochs"
+    nexus-run resume runs/mine --trust           with your own code, which its config names
     """
-    if run.startswith("-"):  # an option, not a run
-        run, options = "auto", (run, *options)
+    if run is not None and run.startswith("-"):  # an option, not a run
+        run, options = None, (run, *options)
+    if run is None:
+        with reported(debug=False):
+            from nexus_core.cli.resumed import newest_run
+
+            run = newest_run()
     main.main(["--resume", run, *options], prog_name="nexus-run resume")
 
 

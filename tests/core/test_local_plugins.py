@@ -218,7 +218,7 @@ def test_code_beside_a_checkpoint_runs_only_where_the_user_names_it(folder: Path
         refused = run("--resume", source, "-s", "until=6")
         assert refused.exit_code == 2, refused.output
         assert "'./plugins/world.py:WorldPlugin' is not loaded: the config of" in refused.output
-        assert "nexus-run ./one/c" in refused.output
+        assert f"add --trust: nexus-run resume {source} --trust\n" in refused.output
     assert not Path("planted").exists()
     own = run("--resume", "one", "-s", "until=6", "-p", "./mine.py,./world.py")
     assert own.exit_code == 0, own.output
@@ -229,6 +229,10 @@ def test_code_beside_a_checkpoint_runs_only_where_the_user_names_it(folder: Path
     assert named.exit_code == 2, named.output
     assert "the file mine.py of plugin 'sparkle' has changed" in named.output
     assert Path("planted").exists(), "a config that is named may name code"
+    Path("planted").unlink()
+    trusted = run("--resume", "one", "-s", "until=8", "--trust", "--resume-policy", "compatible")
+    assert (trusted.exit_code, Path("planted").exists()) == (0, True), trusted.output
+    assert "--trust is for the config found by" in run("tiny.yaml", "--trust").output
 
 
 def test_a_planted_config_can_neither_name_modules_nor_have_a_folder_looked_in(

@@ -265,7 +265,11 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
         if fault["type"] == "extra_forbidden":
             known = list(model.model_fields) if len(path) == 1 else []
             line = f"unknown key '{key}'.{suggestion(path[-1], known)}" + (
-                f" Known: {', '.join(known)}." if known else ""
+                f" All: nexus-plugins show {prefix}."
+                if len(known) > 12
+                else f" Known: {', '.join(known)}."
+                if known
+                else ""
             )
         else:
             message = fault["msg"].removeprefix("Value error, ")

@@ -69,6 +69,11 @@ def full_key(
         raise ConfigError(f"{origin}: '{key}' is a setting of {several}; prefix it with one")
     if not found:
         near = suggestion(key, [*known, *sum(keys.values(), [])])
+        if key in enabled:
+            near = (
+                f" It is a plugin: set {key}.KEY (nexus-plugins show {key}), or --plugins no:{key}"
+            )
+            raise ConfigError(f"{origin}: '{key}' is not a setting.{near}")
         raise ConfigError(
             f"{origin}: unknown key '{key}'.{near} The engine's keys: {', '.join(known)}; a "
             "plugin's: NAME.KEY, or KEY if only one plugin of the run has it"

@@ -28,7 +28,9 @@ def newest_run() -> str:
     """
     saved = [p for p in RUNS.glob(f"*/{FOLDER}*/step-*") if (p.parents[1] / CONFIG).is_file()]
     if not saved:
-        raise ConfigError(f"no run below {RUNS}/ has a checkpoint; name a run: nexus-run resume RUN")
+        raise ConfigError(
+            f"no run below {RUNS}/ has a checkpoint; name a run: nexus-run resume RUN"
+        )
     return str(max(saved, key=lambda path: path.stat().st_mtime_ns).parents[1])
 
 
@@ -84,9 +86,8 @@ def only_code_of_the_command(
     values = [yaml12.parse_value(text.partition("=")[2]).value for text in sets]
     values += [text for name, text in environment.items() if name.startswith("NEXUS_")]
     named = {text.strip() for text in (*plugins.split(","), *_texts(values))}
-    fix = (
-        f"the config of '{resume}' loads it; if it is your own code, add --trust: "
-        + shlex.join(["nexus-run", "resume", resume, "--trust"])
+    fix = f"the config of '{resume}' loads it; if it is your own code, add --trust: " + shlex.join(
+        ["nexus-run", "resume", resume, "--trust"]
     )
     with only_named({absolute(without_label(text)[0]) for text in named if text}, fix):
         yield

@@ -41,7 +41,7 @@ class _WithCommands(click.Command):
 
 
 @click.command(cls=_WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("config", required=False, metavar="[CONFIG|PRESET]")
+@click.argument("words", nargs=-1, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="",
               help="Add plugins by name or file, or remove some: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
@@ -67,7 +67,7 @@ class _WithCommands(click.Command):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="nexus-trainer", prog_name="nexus-run")
 def main(
-    config: str | None,
+    words: tuple[str, ...],
     plugins: str,
     sets: tuple[str, ...],
     out: Path | None,
@@ -94,6 +94,7 @@ def main(
     """
     with reported(debug), ExitStack() as stack:
         from nexus_core.cli import build, distributed
+        from nexus_core.cli.hints import only_config
         from nexus_core.cli.resumed import only_code_of_the_command, resumed_config
         from nexus_core.cli.settings import read_settings
         from nexus_core.errors import ConfigError
@@ -115,7 +116,8 @@ def main(
             values[f"{answering('load_snapshot').name}.resume_policy"] = resume_policy
         values = {key: value for key, value in values.items() if value is not None}
         resume = None if resume is None else expanded(resume)
-        config, replaced = resumed_config(resume) if config is None else (config, {})
+        named = only_config(words, sets)
+        config, replaced = resumed_config(resume) if named is None else (named, {})
         trusted = trust or not replaced
         if trust and not replaced:
             raise ConfigError("--trust is for the config found by --resume RUN; drop it")
@@ -169,14 +171,16 @@ def resume(run: str | None, options: tuple[str, ...]) -> None:
     nexus-run resume runs/mine --set until="2 epochs"
     nexus-run resume runs/mine --trust           with your own code, which its config names
     """
-    if run is not None and run.startswith("-"):  # an option, not a run
-        run, options = None, (run, *options)
-    if run is None:
+    words = options if run is None else (run, *options)
+    if run is None or run.startswith("-"):  # an option, not a run
         with reported(debug=False):
             from nexus_core.cli.resumed import newest_run
+            from nexus_core.errors import ConfigError
 
-            run = newest_run()
-    main.main(["--resume", run, *options], prog_name="nexus-run resume")
+            if any(word.startswith("--out") for word in words):
+                raise ConfigError("--out without a run; name the one: nexus-run resume RUN")
+            words = (newest_run(), *words)
+    main.main(["--resume", *words], prog_name="nexus-run resume")
 
 
 def _check_profile(profile: bool, others: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.config_file import is_config_file, read_config_file
 from nexus_core.cli.enabled import full_key
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
+from nexus_core.cli.hints import instead
 from nexus_core.cli.local import LocalPlugins, placed
 from nexus_core.cli.resumed import config_base
 from nexus_core.cli.yaml12 import Document
@@ -248,8 +249,12 @@ def _read_preset(name: object) -> Document:
     packages = presets()
     if not isinstance(name, str) or name not in packages:
         raise ConfigError(
-            f"no preset or config file named '{name!s:.200}'.{suggestion(str(name), packages)} "
-            f"Presets: {', '.join(sorted(packages))}; a config file ends in .yaml, .toml or .json"
+            f"no preset or config file named '{name!s:.200}'."
+            + (
+                instead(str(name))
+                or f"{suggestion(str(name), packages)} Presets: {', '.join(sorted(packages))}; a "
+                "config file ends in .yaml, .toml or .json"
+            )
         )
     text = files(packages[name]).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     try:

@@ -114,6 +114,23 @@ def test_every_preset_runs_until_whatever_end(preset: str, until: str) -> None:
         (["tiny.yaml", "-s", "data_text.train=absent.txt"], "absent.txt"),
         (["tiny.yaml", "-s", "data_text.train=empty.txt"], "empty.txt"),
         (["no_such_preset"], "no preset or config file named 'no_such_preset'"),
+        (["tiny.yaml", "-s", "until=2.5", "epochs"], "quotes: --set until='2.5 epochs'\n"),
+        (["-s", "until=", "5", "steps"], "quotes: --set until='5 steps'\n"),
+        (["tiny.yaml", "-s", "sample.prompt=a", "b", "c"], "quotes: --set sample.prompt='a b c'\n"),
+        (
+            ["tiny.yaml", "-p", "amp,", "ema"],
+            "'ema'; expected one config or preset. It is a plugin",
+        ),
+        (["modules", "sft"], "unexpected 'sft'; expected one config or preset.\n"),
+        (["genrate", "runs/a"], "Did you mean 'generate'? See: nexus-run --help\n"),
+        (["corpus.txt"], "To train on it: nexus-run --set data_text.train=corpus.txt\n"),
+        (["list"], "See: nexus-plugins --help\n"),
+        (["tiny.yaml", "-s", "clip=1"], "It is a plugin: set clip.KEY (nexus-plugins show clip)"),
+        (["tiny.yaml", "-p", "nope"], "no plugin named 'nope'. All installed: nexus-plugins list;"),
+        (
+            ["tiny.yaml", "-s", "data_text.x=1"],
+            "'data_text.x'. All: nexus-plugins show data_text.\n",
+        ),
         (["tiny.yaml", "-p", "lr_linear"], "both fill the slot 'lr'"),
         (["tiny.yaml", "-s", "lr_cosine.warmup=9 steps"], "lr_cosine.warmup is 9 steps"),
         (["tiny.yaml", "-s", "device=toaster"], "cannot use the device 'toaster'"),
@@ -383,6 +400,7 @@ def test_auto_finds_the_runs_of_this_very_config() -> None:
     assert "in runs/tiny-20250101-000000" in resumed.output
     newest = CliRunner().invoke(nexus_resume, ["--dry-run"])
     assert (newest.exit_code, newest.output.split("\n")[0]) == (0, "resumed at step 5")
+    assert CliRunner().invoke(nexus_resume, ["--out", "runs/other"]).exit_code == 2
 
 
 @pytest.mark.filterwarnings("ignore:resuming. until is")

@@ -258,6 +258,10 @@ BROKEN = {
     "clips.py": f"{HEAD}class ClipPlugin(Plugin[PluginConfig]): ...\n",
     "raises.py": f"{HEAD}\nraise OSError('no disk')\n",
     "other.py": f"{HEAD}class SparklePlugin(Plugin[PluginConfig]): ...\n",
+    "wrong.py": f"{HEAD}class WrongPlugin(Plugin[PluginConfig]):\n    @hookimpl\n"
+    "    def on_step(self, stp): ...\n",
+    "wraps.py": f"{HEAD}class WrapsPlugin(Plugin[PluginConfig]):\n    @hookimpl(wrapper=True)\n"
+    "    def loss_terms(self, batch): ...\n",
     "slips.py": f"{HEAD}class SlipsPlugin(Plugin[PluginConfig]):\n    def on_step(self): ...\n",
 }
 
@@ -282,6 +286,13 @@ BROKEN = {
         ("./slips.py", "SlipsPlugin.on_step is named like a hook"),
         ("no:./mine.py", "no:./mine.py: './mine.py' is not in this run"),
         ("sparkle", "name one in a file by its path, such as ./mine.py"),
+        ("mine", "no plugin named 'mine'; to use the file: ./mine.py"),
+        (
+            "./wrong.py",
+            "WrongPlugin.on_step takes 'stp', which this hook does not pass. Did you mean "
+            "'step'? It passes: engine, step (FOLDER/wrong.py:3)",
+        ),
+        ("./wraps.py", "WrapsPlugin.loss_terms is wrong: Declared as wrapper=True"),
         ("nowhere.at_all:SparklePlugin", "cannot be imported: ModuleNotFoundError"),
     ],
 )
@@ -290,7 +301,7 @@ def test_a_mistake_is_one_message(words: str, message: str, folder: Path) -> Non
         Path(name).write_text(text)
     result = run("tiny.yaml", "-p", words)
     assert result.exit_code == 2
-    assert message in result.output
+    assert message.replace("FOLDER", str(folder)) in result.output
     assert result.output.count("error:") == 1
     assert "Traceback" not in result.output
     assert not Path("runs").exists()

@@ -365,10 +365,13 @@ def test_a_run_that_comes_to_nothing_takes_its_copies_along(folder: Path) -> Non
 
 
 def test_check_proves_a_plugin_in_a_file() -> None:
-    only = ["--only", "config_is_strict,hooks_are_known"]
+    Path("mine.py").write_text(SPARKLE.replace('    """Says that it is there."""\n', ""))
+    only = ["--only", "config_is_strict,config_is_described,hooks_are_known"]
     result = CliRunner().invoke(nexus_plugins, ["check", "./mine.py", *only])
     assert result.exit_code == 0, result.output
     assert result.output.startswith("sparkle (./mine.py:SparklePlugin)\n")
+    assert "plugin 'sparkle': SparklePlugin has no docstring\n" in result.output
+    assert "3 passed, 1 with a hint, 0 failed, 0 skipped\n" in result.output
     wrong = CliRunner().invoke(nexus_plugins, ["check", "./mien.py"])
     assert wrong.exit_code == 2
     assert "no file './mien.py'. Did you mean 'mine.py'?" in wrong.output

@@ -129,8 +129,11 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
             or cycle, or an error that `load` would raise for a class.
     """
     given = list(plugins)
-    if wrong := [plugin for plugin in given if not isinstance(plugin, Plugin)]:
-        raise PluginError(f"plugins must be objects such as MyPlugin(), got {wrong[0]!r}")
+    if wrong := [p for p in given if not isinstance(p, Plugin) or "config" not in vars(p)]:
+        raise PluginError(
+            "plugins must be objects such as MyPlugin(); an __init__ must call super().__init__(): "
+            f"got {wrong[0]!r}"
+        )
     names = [plugin.name for plugin in given]
     for plugin in given:
         if fault := _fault_of(type(plugin), type(plugin).name):

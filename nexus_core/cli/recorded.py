@@ -58,7 +58,8 @@ def config_of(run: Path) -> Path:
     if not run.is_dir():
         raise ConfigError(f"there is no run in '{run}': no such folder")
     if not (run / CONFIG).is_file():
-        raise ConfigError(f"'{run}' is not a run folder: it has no {CONFIG}")
+        runs = "".join(f"; a run in it: {p.parent}" for p in sorted(run.glob(f"*/{CONFIG}"))[-1:])
+        raise ConfigError(f"'{run}' is not a run folder: it has no {CONFIG}{runs}")
     return run / CONFIG
 
 

@@ -32,7 +32,9 @@ class _WithCommands(click.Command):
         if not found:
             return super().main(words, *rest, **options)
         options["prog_name"] = f"nexus-run {words[0]}"
-        return found[0].load().main(words[1:], *rest, **options)
+        with reported("--debug" in words):
+            command = found[0].load()
+        return command.main(words[1:], *rest, **options)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = ", ".join(sorted(c.name for c in entry_points(group="nexus.commands")))

@@ -266,14 +266,18 @@ def _read_preset(name: object) -> Document:
 def _plugin_blocks(content: Block, source: str) -> dict[str, Block | bool]:
     blocks = {} if content.get("plugins") is None else content["plugins"]
     if not isinstance(blocks, dict):
-        raise ConfigError(f"{source}: 'plugins' must map names to settings, got {blocks!r:.200}")
+        raise ConfigError(
+            f"{source}: 'plugins' must map names to settings, such as NAME: {{}}; got "
+            f"{blocks!r:.200}"
+        )
     blocks = {
         name: {} if block is None or block is True else block for name, block in blocks.items()
     }
     for name, block in blocks.items():
         if block is not False and not isinstance(block, dict):
             raise ConfigError(
-                f"{source}: plugins.{name} must be a block of settings or false, got {block!r:.200}"
+                f"{source}: plugins.{name} must be a block of settings, such as {{}} for the "
+                f"defaults, or false; got {block!r:.200}"
             )
     return blocks
 

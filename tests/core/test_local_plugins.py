@@ -260,6 +260,8 @@ BROKEN = {
     "other.py": f"{HEAD}class SparklePlugin(Plugin[PluginConfig]): ...\n",
     "wrong.py": f"{HEAD}class WrongPlugin(Plugin[PluginConfig]):\n    @hookimpl\n"
     "    def on_step(self, stp): ...\n",
+    "syntax.py": "x = (",
+    "bare.py": f"{HEAD}class BarePlugin(Plugin[PluginConfig]):\n    def __init__(self): ...\n",
     "wraps.py": f"{HEAD}class WrapsPlugin(Plugin[PluginConfig]):\n    @hookimpl(wrapper=True)\n"
     "    def loss_terms(self, batch): ...\n",
     "slips.py": f"{HEAD}class SlipsPlugin(Plugin[PluginConfig]):\n    def on_step(self): ...\n",
@@ -291,6 +293,11 @@ BROKEN = {
             "./wrong.py",
             "WrongPlugin.on_step takes 'stp', which this hook does not pass. Did you mean "
             "'step'? It passes: engine, step (FOLDER/wrong.py:3)",
+        ),
+        ("./bare.py", "plugin 'bare': its __init__ must call super().__init__()"),
+        (
+            "./syntax.py",
+            "'./syntax.py' cannot be imported: SyntaxError: '(' was never closed (./syn",
         ),
         ("./wraps.py", "WrapsPlugin.loss_terms is wrong: Declared as wrapper=True"),
         ("nowhere.at_all:SparklePlugin", "cannot be imported: ModuleNotFoundError"),

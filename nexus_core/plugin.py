@@ -272,7 +272,7 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
                 else ""
             )
         else:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
             line = f"{key}: {_got(fault, model)}{message[:1].lower()}{message[1:]}"
         lines.append(line)
     if more := len(faults) - len(lines):

@@ -125,6 +125,7 @@ def test_every_preset_runs_until_whatever_end(preset: str, until: str) -> None:
         (["genrate", "runs/a"], "Did you mean 'generate'? See: nexus-run --help\n"),
         (["corpus.txt"], "To train on it: nexus-run --set data_text.train=corpus.txt\n"),
         (["list"], "See: nexus-plugins --help\n"),
+        (["tiny.yaml", "-s", "plugins.clip.max_norm=1"], "not in this run. Write clip.max_norm"),
         (["tiny.yaml", "-s", "clip=1"], "It is a plugin: set clip.KEY (nexus-plugins show clip)"),
         (["tiny.yaml", "-p", "nope"], "no plugin named 'nope'. All installed: nexus-plugins list;"),
         (

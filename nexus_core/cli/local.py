@@ -89,8 +89,6 @@ class LocalPlugins:
 
     def _name(self, word: str, base: Path | None, given: Collection[str]) -> str:
         if not is_place(word):
-            if base and (base / f"{word}.py").is_file() and word not in installed():
-                raise PluginError(f"no plugin named '{word}'; to use the file: ./{word}.py")
             return word
         word, label = without_label(word)
         if (name := name_of(split(word)[1]) + label) in given:

@@ -24,7 +24,7 @@ def newest_run() -> str:
     """The run below `runs/` that saved a checkpoint last.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no run has saved one.
     """
     saved = [p for p in RUNS.glob(f"*/{FOLDER}*/step-*") if (p.parents[1] / CONFIG).is_file()]
     if not saved:

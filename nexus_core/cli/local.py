@@ -42,14 +42,16 @@ class LocalPlugins:
 
     Args:
         words: names and paths from the command line.
+        anew: whether to unload the local code that this process has loaded before.
 
     Attributes:
         places: the path of each, by plugin name.
         names: all plugins that the command line names.
     """
 
-    def __init__(self, words: Iterable[str]) -> None:
-        forget()
+    def __init__(self, words: Iterable[str], *, anew: bool = True) -> None:
+        if anew:
+            forget()
         self.places: dict[str, str] = {}
         self.names: list[str] = []
         for word in words:

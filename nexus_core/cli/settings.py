@@ -72,6 +72,7 @@ def read_settings(
     replaced: Mapping[str, Any] | None = None,
     *,
     trusted: bool = True,
+    anew: bool = True,
 ) -> Settings:
     """Collect the settings of a run from a config file or preset, environment and overrides.
 
@@ -83,6 +84,7 @@ def read_settings(
         values: like `sets`, but by key and already parsed; they override `sets`.
         replaced: engine settings that replace those of the file.
         trusted: whether the user named the source; its relative paths are then relative to it.
+        anew: whether local code is loaded anew; False within a run, whose code it would unload.
 
     Raises:
         ConfigError: something is unknown, missing or of the wrong type.
@@ -90,7 +92,7 @@ def read_settings(
     source = source or "quickstart"
     is_file = is_config_file(source)
     words, removed = _split_names(plugins)
-    local = LocalPlugins(words)
+    local = LocalPlugins(words, anew=anew)
     added = local.names
     document = Document({"preset": source})
     if is_file:

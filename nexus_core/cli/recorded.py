@@ -18,6 +18,7 @@ from nexus_core.snapshot import Snapshot
 
 __all__ = [
     "Saved",
+    "UntrustedError",
     "checkpoints",
     "config_of",
     "only_trusted",
@@ -28,6 +29,10 @@ __all__ = [
 
 _STEP = re.compile(r"step-(\d{8,20})")
 _SHOWN = 8  # steps in an error
+
+
+class UntrustedError(ConfigError):
+    """A run's config names local code that the user has not trusted."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,22 @@ def settings_in(config: Path) -> Mapping[str, Any]:
 
 @contextmanager
 def only_trusted(run: Path, *, trust: bool) -> Iterator[None]:
-    """Refuse to load local code that a run's config names, unless the user trusts it."""
+    """Refuse to load local code that a run's config names, unless the user trusts it.
+
+    Raises:
+        UntrustedError: it was to be loaded.
+    """
     fix = f"the config of '{run}' loads it; if it is your own code, add --trust"
     if trust:
         yield
         return
     with only_named((), fix):
-        yield
+        try:
+            yield
+        except ConfigError as error:
+            if fix not in str(error):
+                raise
+            raise UntrustedError(*error.args) from error
 
 
 def without_watchers(snapshot: Snapshot, watching: Mapping[str, bool]) -> Snapshot:

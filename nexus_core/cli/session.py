@@ -211,8 +211,9 @@ def _write_summary(out: Path, result: Result, status: str, reason: str) -> None:
 def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     """The final report: status, results, where they are, and what to do next."""
     how = f" ({result.reason})" if result.reason else ""
+    unit = "samples" if result.tokens == engine.state.samples else "tokens"
     headline = (
-        f"{result.status}{how} at step {result.step:,}: {result.tokens:,} tokens "
+        f"{result.status}{how} at step {result.step:,}: {result.tokens:,} {unit} "
         f"in {result.seconds:,.0f} s, in {out}"
     )
     if quiet:

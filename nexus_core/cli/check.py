@@ -118,7 +118,7 @@ def _refuse_impossible(contract: type[PluginContract], only: list[str]) -> None:
     known = dict.fromkeys(check.removeprefix("test_") for check, _ in contract.checks())
     for word in only:
         if word not in known:
-            names = f"{suggestion(word, known)} Checks: {', '.join(known)}"
+            names = suggestion(word, known) or f" Checks: {', '.join(known)}"
             raise ConfigError(f"unknown check '{word}'.{names}")
 
 

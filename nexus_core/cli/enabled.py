@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from nexus_core.cli.config import RunConfig
-from nexus_core.cli.local import plugin_class
-from nexus_core.errors import ConfigError, PluginError, suggestion
+from nexus_core.cli.local import plugin_class, point_to_file
+from nexus_core.errors import ConfigError, suggestion
 from nexus_core.plan import AnyPlugin, load, scan
 
 __all__ = ["full_key", "keep_named_of_slot", "load_classes"]
@@ -27,9 +26,8 @@ def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, t
             classes[name] = plugin_class(places[name])
         elif plain in places:
             classes[name] = plugin_class(places[plain]).labelled(label)
-        elif plain not in scanned.names and os.path.isfile(f"{plain}.py"):  # noqa: PTH113
-            raise PluginError(f"no plugin named '{plain}'; to use the file: ./{plain}.py")
         else:
+            point_to_file(plain, scanned.names)
             classes[name] = load(name, scanned)
     return classes
 

@@ -379,6 +379,8 @@ def test_check_proves_a_plugin_in_a_file() -> None:
     assert result.output.startswith("sparkle (./mine.py:SparklePlugin)\n")
     assert "plugin 'sparkle': SparklePlugin has no docstring\n" in result.output
     assert "3 passed, 1 with a hint, 0 failed, 0 skipped\n" in result.output
+    bare = CliRunner().invoke(nexus_plugins, ["show", "mine"])
+    assert bare.output == "error: no plugin named 'mine'; to use the file: ./mine.py\n"
     wrong = CliRunner().invoke(nexus_plugins, ["check", "./mien.py"])
     assert wrong.exit_code == 2
     assert "no file './mien.py'. Did you mean 'mine.py'?" in wrong.output

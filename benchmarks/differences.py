@@ -96,7 +96,9 @@ class WorldPlugin(Loss[LossConfig]):
 
     @hookimpl
     def make_data(self, engine):
-        return RunData(ResumableLoader(Rows(), 8, seed=engine.seed))
+        rows = Rows()
+        held_out = [{name: value[None] for name, value in rows[0].items()}]
+        return RunData(ResumableLoader(rows, 8, seed=engine.seed), {"val": held_out})
 
     @hookimpl
     def make_model(self):
@@ -296,7 +298,7 @@ def config() -> dict[str, Any]:
             "./world.py:CapPlugin": {},
             "./world.py:PlantPlugin": {},
             "optim_adamw": {"lr": 0.01},
-            "checkpoint": {"every": f"{SAVED} steps", "best": None},
+            "checkpoint": {"every": f"{SAVED} steps"},
             "tape": {},
             "jsonl": {},
         },

@@ -67,7 +67,7 @@ class RunError(NexusError):
 
 def suggestion(got: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" when a known name is close to `got`, else an empty string."""
-    close = difflib.get_close_matches(got, list(known), n=1)
+    close = difflib.get_close_matches(got, list(known), 1, cutoff=0.75 if "." in got else 0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 

@@ -222,7 +222,7 @@ def _import(name: str, files: tuple[Source, ...]) -> ModuleType:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         what = shown(str(files[0].path)) if files else name
-        reason = f"{type(error).__name__}: {error}{_line(error, files)}"
+        reason = f"{type(error).__name__}: {getattr(error, 'msg', error)}{_line(error, files)}"
         raise ConfigError(f"'{what}' cannot be imported: {reason}") from error
     finally:
         sys.dont_write_bytecode = before

@@ -61,11 +61,9 @@ def find(name: str, scanned: EntryPoints) -> EntryPoint:
     """
     found = {entry.value: entry for entry in scanned.select(name=name)}
     if not found:
-        known = sorted(scanned.names)
         raise PluginError(
-            f"no plugin named '{name}'.{suggestion(name, known)} Installed: "
-            f"{', '.join(known) or 'none'}. See: nexus-plugins list; name one in a file by its "
-            "path, such as ./mine.py"
+            f"no plugin named '{name}'.{suggestion(name, scanned.names)} All installed: "
+            "nexus-plugins list; name one in a file by its path, such as ./mine.py"
         )
     if len(found) > 1:
         givers = " and ".join(sorted(map(distribution, found.values())))
@@ -131,8 +129,11 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
             or cycle, or an error that `load` would raise for a class.
     """
     given = list(plugins)
-    if wrong := [plugin for plugin in given if not isinstance(plugin, Plugin)]:
-        raise PluginError(f"plugins must be objects such as MyPlugin(), got {wrong[0]!r}")
+    if wrong := [p for p in given if not isinstance(p, Plugin) or "config" not in vars(p)]:
+        raise PluginError(
+            "plugins must be objects such as MyPlugin(); an __init__ must call super().__init__(): "
+            f"got {wrong[0]!r}"
+        )
     names = [plugin.name for plugin in given]
     for plugin in given:
         if fault := _fault_of(type(plugin), type(plugin).name):
@@ -179,9 +180,12 @@ def _misuse(method: Any, name: str) -> str:
         unmarked = " is named like a hook: mark it @hookimpl, or rename it"
         return unmarked if name in HOOK_NAMES else ""
     if name not in HOOK_NAMES:
-        known = f"{suggestion(name, HOOK_NAMES)} Hooks: {', '.join(HOOK_NAMES)}"
-        unknown = f" is marked @hookimpl, but no such hook exists.{known}"
-        return "" if marked["optionalhook"] or name in RENAMED else unknown
+        unknown = f" is marked @hookimpl, but no such hook exists.{suggestion(name, HOOK_NAMES)}"
+        return (
+            ""
+            if marked["optionalhook"] or name in RENAMED
+            else f"{unknown} All: nexus-run --explain"
+        )
     stages = [stage.rstrip("*") for stage in STAGES.get(name, ())]
     stage = getattr(method, "nexus_stage", None)
     if stage is not None and stage not in stages:

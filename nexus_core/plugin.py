@@ -265,10 +265,14 @@ def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) ->
         if fault["type"] == "extra_forbidden":
             known = list(model.model_fields) if len(path) == 1 else []
             line = f"unknown key '{key}'.{suggestion(path[-1], known)}" + (
-                f" Known: {', '.join(known)}." if known else ""
+                f" All: nexus-plugins show {prefix}."
+                if len(known) > 12
+                else f" Known: {', '.join(known)}."
+                if known
+                else ""
             )
         else:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
             line = f"{key}: {_got(fault, model)}{message[:1].lower()}{message[1:]}"
         lines.append(line)
     if more := len(faults) - len(lines):

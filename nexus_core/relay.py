@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pluggy
 
-from nexus_core.errors import PluginError
+from nexus_core.errors import PluginError, suggestion
 from nexus_core.events import RENAMED, STAGES, Hooks
 from nexus_core.plan import CORE, HOOK_NAMES, AnyPlugin, Plan
 
@@ -99,8 +99,18 @@ def _register(manager: pluggy.PluginManager, hook: str, impl: Impl) -> None:
     try:
         manager.register(SimpleNamespace(**{hook: impl.method}), f"{impl.plugin}: {hook}")
     except pluggy.PluginValidationError as error:
-        said = " ".join(str(error).split("\n")[1:])
-        raise PluginError(f"plugin '{impl.plugin}' implements {hook} wrongly: {said}") from error
+        code, known = impl.method.__code__, getattr(manager.hook, hook).spec.argnames
+        odd = [
+            f"'{name}', which this hook does not pass.{suggestion(name, known)} It passes: "
+            f"{', '.join(known) or 'nothing'}"
+            for name in inspect.signature(impl.method).parameters
+            if name not in known
+        ]
+        said = f"takes {odd[0]}" if odd else f"is wrong: {str(error).splitlines()[-1]}"
+        raise PluginError(
+            f"plugin '{impl.plugin}': {code.co_qualname} {said} "
+            f"({code.co_filename}:{code.co_firstlineno})"
+        ) from error
 
 
 def _methods(plugin: AnyPlugin, hook: str) -> Iterator[Callable[..., Any]]:

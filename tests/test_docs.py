@@ -187,7 +187,7 @@ def data_group() -> click.Group:
 
 
 def check_run(parameters: dict[str, Any]) -> None:
-    config = parameters.get("config")
+    config = parameters.get("config") or next(iter(parameters.get("words", ())), None)
     if config is not None and not re.search(r"\.(ya?ml|toml|json)$", config):
         assert config in presets(), f"no preset {config}"
     preset = config if config in presets() else "quickstart"

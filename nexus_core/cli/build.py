@@ -65,6 +65,11 @@ def build_plugins(settings: Settings) -> Build:
         ConfigError, PluginError: a plugin, its settings or the order is invalid.
     """
     asked = dict.fromkeys((*settings.defaults, *settings.named))
+    if not asked:
+        raise ConfigError(
+            f"'{settings.name}' names no plugins; base it on a preset ('preset: NAME'), or add "
+            "'plugins:'"
+        )
     classes = load_classes(asked, settings.places)
     names = keep_named_of_slot(settings.defaults, settings.named, classes)
     plan = arrange([_plugin(classes[name], settings) for name in names])
@@ -82,6 +87,8 @@ def _plugin(plugin_class: type[AnyPlugin], settings: Settings) -> AnyPlugin:
     block = fitted(plugin_class.config_class, settings.run.plugins[name], written)
     try:
         plugin = plugin_class(**block)
+        if "config" not in vars(plugin):
+            raise ConfigError(f"plugin '{name}': its __init__ must call super().__init__()")
         check_numbers(name, plugin.config, block)
     except ConfigError as error:
         raise from_variables(error, settings.variables) from None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check"]
 
-COLOURS = {"pass": "green", "FAIL": "red", "skip": "yellow"}
+COLOURS = {"pass": "green", "FAIL": "red", "skip": "yellow", "hint": "yellow"}
 
 
 @click.command()
@@ -86,7 +86,9 @@ def _check(
     for outcome in run_contract(contract, *only):
         counts[outcome.status] += 1
         click.echo(_line(outcome))
-    click.echo(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skip']} skipped")
+    hints = f", {counts['hint']} with a hint" if counts["hint"] else ""
+    passed = counts["pass"] + counts["hint"]
+    click.echo(f"{passed} passed{hints}, {counts['FAIL']} failed, {counts['skip']} skipped")
     return counts["FAIL"] > 0
 
 
@@ -116,7 +118,7 @@ def _refuse_impossible(contract: type[PluginContract], only: list[str]) -> None:
     known = dict.fromkeys(check.removeprefix("test_") for check, _ in contract.checks())
     for word in only:
         if word not in known:
-            names = f"{suggestion(word, known)} Checks: {', '.join(known)}"
+            names = suggestion(word, known) or f" Checks: {', '.join(known)}"
             raise ConfigError(f"unknown check '{word}'.{names}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from nexus_core.cli.config import RunConfig
-from nexus_core.cli.local import plugin_class
+from nexus_core.cli.local import plugin_class, point_to_file
 from nexus_core.errors import ConfigError, suggestion
 from nexus_core.plan import AnyPlugin, load, scan
 
@@ -27,6 +27,7 @@ def load_classes(names: Iterable[str], places: Mapping[str, str]) -> dict[str, t
         elif plain in places:
             classes[name] = plugin_class(places[plain]).labelled(label)
         else:
+            point_to_file(plain, scanned.names)
             classes[name] = load(name, scanned)
     return classes
 
@@ -69,6 +70,11 @@ def full_key(
         raise ConfigError(f"{origin}: '{key}' is a setting of {several}; prefix it with one")
     if not found:
         near = suggestion(key, [*known, *sum(keys.values(), [])])
+        if key in enabled:
+            near = (
+                f" It is a plugin: set {key}.KEY (nexus-plugins show {key}), or --plugins no:{key}"
+            )
+            raise ConfigError(f"{origin}: '{key}' is not a setting.{near}")
         raise ConfigError(
             f"{origin}: unknown key '{key}'.{near} The engine's keys: {', '.join(known)}; a "
             "plugin's: NAME.KEY, or KEY if only one plugin of the run has it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ __all__ = [
     "place_of",
     "placed",
     "plugin_class",
+    "point_to_file",
     "without_label",
 ]
 
@@ -42,14 +44,16 @@ class LocalPlugins:
 
     Args:
         words: names and paths from the command line.
+        anew: whether to unload the local code that this process has loaded before.
 
     Attributes:
         places: the path of each, by plugin name.
         names: all plugins that the command line names.
     """
 
-    def __init__(self, words: Iterable[str]) -> None:
-        forget()
+    def __init__(self, words: Iterable[str], *, anew: bool = True) -> None:
+        if anew:
+            forget()
         self.places: dict[str, str] = {}
         self.names: list[str] = []
         for word in words:
@@ -129,6 +133,7 @@ def plugin_class(word: str) -> type[AnyPlugin]:
         ConfigError: it cannot be loaded.
     """
     if not is_place(word):
+        point_to_file(word, installed())
         return load_installed(word)
     word, label = without_label(word)
     thing = load(_looked_for(word, Path.cwd()))
@@ -142,6 +147,16 @@ def plugin_class(word: str) -> type[AnyPlugin]:
             f"{distribution(entry)}; rename the class"
         )
     return found.labelled(label[1:]) if label else found
+
+
+def point_to_file(name: str, known: Collection[str]) -> None:
+    """Refuse the name of a file in the current folder that is not a plugin's name.
+
+    Raises:
+        PluginError: says how to name the file.
+    """
+    if name not in known and os.path.isfile(f"{name}.py"):  # noqa: PTH113 (no error for an odd name)
+        raise PluginError(f"no plugin named '{name}'; to use the file: ./{name}.py")
 
 
 def giver(plugin: type[AnyPlugin], word: str) -> str:

@@ -18,6 +18,7 @@ from nexus_core.snapshot import Snapshot
 
 __all__ = [
     "Saved",
+    "UntrustedError",
     "checkpoints",
     "config_of",
     "only_trusted",
@@ -28,6 +29,10 @@ __all__ = [
 
 _STEP = re.compile(r"step-(\d{8,20})")
 _SHOWN = 8  # steps in an error
+
+
+class UntrustedError(ConfigError):
+    """A run's config names local code that the user has not trusted."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def config_of(run: Path) -> Path:
     if not run.is_dir():
         raise ConfigError(f"there is no run in '{run}': no such folder")
     if not (run / CONFIG).is_file():
-        raise ConfigError(f"'{run}' is not a run folder: it has no {CONFIG}")
+        runs = "".join(f"; a run in it: {p.parent}" for p in sorted(run.glob(f"*/{CONFIG}"))[-1:])
+        raise ConfigError(f"'{run}' is not a run folder: it has no {CONFIG}{runs}")
     return run / CONFIG
 
 
@@ -109,13 +115,22 @@ def settings_in(config: Path) -> Mapping[str, Any]:
 
 @contextmanager
 def only_trusted(run: Path, *, trust: bool) -> Iterator[None]:
-    """Refuse to load local code that a run's config names, unless the user trusts it."""
+    """Refuse to load local code that a run's config names, unless the user trusts it.
+
+    Raises:
+        UntrustedError: it was to be loaded.
+    """
     fix = f"the config of '{run}' loads it; if it is your own code, add --trust"
     if trust:
         yield
         return
     with only_named((), fix):
-        yield
+        try:
+            yield
+        except ConfigError as error:
+            if fix not in str(error):
+                raise
+            raise UntrustedError(*error.args) from error
 
 
 def without_watchers(snapshot: Snapshot, watching: Mapping[str, bool]) -> Snapshot:

@@ -11,12 +11,27 @@ from typing import Any
 from nexus_core.cli import yaml12
 from nexus_core.cli.local import without_label
 from nexus_core.errors import ConfigError
-from nexus_core.places import absolute, only_named, shown
+from nexus_core.places import absolute, only_named
 
-__all__ = ["config_base", "only_code_of_the_command", "resumed_config"]
+__all__ = ["config_base", "newest_run", "only_code_of_the_command", "resumed_config"]
 
+RUNS = Path("runs")
 CONFIG = "config.yaml"
 FOLDER = "checkpoints"
+
+
+def newest_run() -> str:
+    """The run below `runs/` that saved a checkpoint last.
+
+    Raises:
+        ConfigError: no run has saved one.
+    """
+    saved = [p for p in RUNS.glob(f"*/{FOLDER}*/step-*") if (p.parents[1] / CONFIG).is_file()]
+    if not saved:
+        raise ConfigError(
+            f"no run below {RUNS}/ has a checkpoint; name a run: nexus-run resume RUN"
+        )
+    return str(max(saved, key=lambda path: path.stat().st_mtime_ns).parents[1])
 
 
 def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
@@ -45,6 +60,8 @@ def resumed_config(resume: str | None) -> tuple[str | None, dict[str, Any]]:
             f"'{resume}' has no {CONFIG}; name the config of its run: nexus-run CONFIG "
             f"--resume {resume}"
         )
+    if run is not None and Path.cwd() in run.parents:
+        run = run.relative_to(Path.cwd())
     return str(config), {"out": run}
 
 
@@ -56,13 +73,12 @@ def config_base(config: Path) -> Path:
 
 @contextmanager
 def only_code_of_the_command(
-    config: str, resume: str, plugins: str, sets: Iterable[str], environment: Mapping[str, str]
+    resume: str, plugins: str, sets: Iterable[str], environment: Mapping[str, str]
 ) -> Iterator[None]:
     """Refuse to load code named in a run's config unless the command names it too.
 
     Args:
-        config: found with the checkpoint, not named by the user.
-        resume: what to resume.
+        resume: what to resume; the user has not named the config found with it.
         plugins: as in `--plugins`.
         sets: as in each `--set`.
         environment: environment variables.
@@ -70,10 +86,8 @@ def only_code_of_the_command(
     values = [yaml12.parse_value(text.partition("=")[2]).value for text in sets]
     values += [text for name, text in environment.items() if name.startswith("NEXUS_")]
     named = {text.strip() for text in (*plugins.split(","), *_texts(values))}
-    command = shlex.join(["nexus-run", shown(config), "--resume", resume])
-    fix = (
-        f"the config of '{resume}' loads it, and only code that you name yourself is loaded; name "
-        f"the config: {command}, or the code, with --plugins or --set"
+    fix = f"the config of '{resume}' loads it; if it is your own code, add --trust: " + shlex.join(
+        ["nexus-run", "resume", resume, "--trust"]
     )
     with only_named({absolute(without_label(text)[0]) for text in named if text}, fix):
         yield

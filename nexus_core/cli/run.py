@@ -32,7 +32,9 @@ class _WithCommands(click.Command):
         if not found:
             return super().main(words, *rest, **options)
         options["prog_name"] = f"nexus-run {words[0]}"
-        return found[0].load().main(words[1:], *rest, **options)
+        with reported("--debug" in words):
+            command = found[0].load()
+        return command.main(words[1:], *rest, **options)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = ", ".join(sorted(c.name for c in entry_points(group="nexus.commands")))
@@ -41,7 +43,7 @@ class _WithCommands(click.Command):
 
 
 @click.command(cls=_WithCommands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("config", required=False, metavar="[CONFIG|PRESET]")
+@click.argument("words", nargs=-1, metavar="[CONFIG|PRESET]")
 @click.option("-p", "--plugins", default="",
               help="Add plugins by name or file, or remove some: a,./my.py,no:c.")  # fmt: skip
 @click.option("-s", "--set", "sets", multiple=True, metavar="KEY=VALUE",
@@ -52,6 +54,8 @@ class _WithCommands(click.Command):
               "checkpoint, whose config is used if none is given.")  # fmt: skip
 @click.option("--resume-policy", type=click.Choice(["exact", "compatible", "force"]),
               help="What may differ from the run that saved the checkpoint.")  # fmt: skip
+@click.option("--trust", is_flag=True,
+              help="With --resume RUN: load the local code that its config names.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Show when each plugin is called, and why.")
 @click.option("--json", "as_json", is_flag=True, help="With --explain: print JSON.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of config files.")
@@ -65,12 +69,13 @@ class _WithCommands(click.Command):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="nexus-trainer", prog_name="nexus-run")
 def main(
-    config: str | None,
+    words: tuple[str, ...],
     plugins: str,
     sets: tuple[str, ...],
     out: Path | None,
     resume: str | None,
     resume_policy: str | None,
+    trust: bool,
     explain: bool,
     as_json: bool,
     schema: bool,
@@ -87,12 +92,14 @@ def main(
     nexus-run                                    the quickstart, about two minutes
     nexus-run my.yaml --plugins one,no:other     a config file, plugins added and removed
     nexus-run my.yaml --set until="2 epochs"     change a setting
-    nexus-run --resume auto                      resume the newest run
+    nexus-run resume runs/mine                   resume a run that was stopped or killed
     """
     with reported(debug), ExitStack() as stack:
         from nexus_core.cli import build, distributed
+        from nexus_core.cli.hints import only_config
         from nexus_core.cli.resumed import only_code_of_the_command, resumed_config
         from nexus_core.cli.settings import read_settings
+        from nexus_core.errors import ConfigError
         from nexus_core.paths import expanded
 
         if profile or profile_trace is not None:
@@ -111,11 +118,13 @@ def main(
             values[f"{answering('load_snapshot').name}.resume_policy"] = resume_policy
         values = {key: value for key, value in values.items() if value is not None}
         resume = None if resume is None else expanded(resume)
-        config, replaced = resumed_config(resume) if config is None else (config, {})
-        trusted = not replaced
-        if config is not None and resume is not None and not trusted:
-            given = plugins, sets, os.environ
-            stack.enter_context(only_code_of_the_command(config, resume, *given))
+        named = only_config(words, sets)
+        config, replaced = resumed_config(resume) if named is None else (named, {})
+        trusted = trust or not replaced
+        if trust and not replaced:
+            raise ConfigError("--trust is for the config found by --resume RUN; drop it")
+        if resume is not None and not trusted:
+            stack.enter_context(only_code_of_the_command(resume, plugins, sets, os.environ))
         settings = read_settings(
             config, plugins, sets, os.environ, values, replaced, trusted=trusted
         )
@@ -151,21 +160,29 @@ def main(
         "allow_interspersed_args": False,
     },
 )
-@click.argument("run", default="auto", metavar="[RUN]")
+@click.argument("run", required=False)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def resume(run: str, options: tuple[str, ...]) -> None:
+def resume(run: str | None, options: tuple[str, ...]) -> None:
     """Resume a run where it stopped; short for nexus-run --resume RUN.
 
-    RUN is a run folder or a checkpoint; without it, the newest run of the quickstart. All options
-    of nexus-run work.
+    RUN is a run folder or a checkpoint; without it, the run below runs/ that saved a checkpoint
+    last. All options of nexus-run work.
 
     \b
     nexus-run resume runs/mine
     nexus-run resume runs/mine --set until="2 epochs"
+    nexus-run resume runs/mine --trust           with your own code, which its config names
     """
-    if run.startswith("-"):  # an option, not a run
-        run, options = "auto", (run, *options)
-    main.main(["--resume", run, *options], prog_name="nexus-run resume")
+    words = options if run is None else (run, *options)
+    if run is None or run.startswith("-"):  # an option, not a run
+        with reported(debug=False):
+            from nexus_core.cli.resumed import newest_run
+            from nexus_core.errors import ConfigError
+
+            if any(word.startswith("--out") for word in words):
+                raise ConfigError("--out without a run; name the one: nexus-run resume RUN")
+            words = (newest_run(), *words)
+    main.main(["--resume", *words], prog_name="nexus-run resume")
 
 
 def _check_profile(profile: bool, others: Sequence[str]) -> None:

@@ -151,7 +151,7 @@ def _kept(engine: Engine) -> str:
     if not saved:
         return f"{ended}; no checkpoint had been saved in {engine.out}"
     newest = max(saved, key=lambda path: path.name)
-    return f"{ended}; kept: {newest}; resume from it with --resume auto"
+    return f"{ended}; kept: {newest}; to resume: nexus-run resume {shlex.quote(str(engine.out))}"
 
 
 def _exit_code(result: Result) -> int:
@@ -211,8 +211,9 @@ def _write_summary(out: Path, result: Result, status: str, reason: str) -> None:
 def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     """The final report: status, results, where they are, and what to do next."""
     how = f" ({result.reason})" if result.reason else ""
+    unit = "samples" if result.tokens == engine.state.samples else "tokens"
     headline = (
-        f"{result.status}{how} at step {result.step:,}: {result.tokens:,} tokens "
+        f"{result.status}{how} at step {result.step:,}: {result.tokens:,} {unit} "
         f"in {result.seconds:,.0f} s, in {out}"
     )
     if quiet:
@@ -224,12 +225,8 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     config = shlex.quote(str(out / "config.yaml"))
     rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
     if result.status != "finished":
-        own = code_of(engine)  # only runs if the user names the config
-        rows["resume it"] = (
-            f"nexus-run {config} --resume auto"
-            if own
-            else f"nexus-run resume {shlex.quote(str(out))}"
-        )
+        trust = " --trust" if code_of(engine) else ""
+        rows["resume it"] = f"nexus-run resume {shlex.quote(str(out))}{trust}"
     width = max(len(name) for name in rows) + 2
     lines = [_row(name, text, width) for name, text in rows.items()]
     return "\n".join(["", click.style(headline, bold=True), *lines])

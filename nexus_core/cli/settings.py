@@ -21,6 +21,7 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.config_file import is_config_file, read_config_file
 from nexus_core.cli.enabled import full_key
 from nexus_core.cli.fit import check_numbers, fitted, from_variables
+from nexus_core.cli.hints import instead
 from nexus_core.cli.local import LocalPlugins, placed
 from nexus_core.cli.resumed import config_base
 from nexus_core.cli.yaml12 import Document
@@ -71,6 +72,7 @@ def read_settings(
     replaced: Mapping[str, Any] | None = None,
     *,
     trusted: bool = True,
+    anew: bool = True,
 ) -> Settings:
     """Collect the settings of a run from a config file or preset, environment and overrides.
 
@@ -82,6 +84,7 @@ def read_settings(
         values: like `sets`, but by key and already parsed; they override `sets`.
         replaced: engine settings that replace those of the file.
         trusted: whether the user named the source; its relative paths are then relative to it.
+        anew: whether local code is loaded anew; False within a run, whose code it would unload.
 
     Raises:
         ConfigError: something is unknown, missing or of the wrong type.
@@ -89,7 +92,7 @@ def read_settings(
     source = source or "quickstart"
     is_file = is_config_file(source)
     words, removed = _split_names(plugins)
-    local = LocalPlugins(words)
+    local = LocalPlugins(words, anew=anew)
     added = local.names
     document = Document({"preset": source})
     if is_file:
@@ -209,7 +212,9 @@ class _Merged:
 
     def _set_in_block(self, name: str, path: list[str], given: Document, origin: str) -> None:
         if name not in self.blocks:
-            hint = suggestion(name, self.blocks) or f" Add it with --plugins {name}"
+            leave_out = f" Write {'.'.join(path)}" if name == "plugins" and len(path) > 1 else ""
+            near = leave_out or suggestion(name, self.blocks)
+            hint = near or f" Add it with --plugins {name}"
             raise ConfigError(f"{origin}: plugin '{name}' is not in this run.{hint}")
         if len(path) > yaml12.DEEPEST:
             raise ConfigError(f"{origin[:80]}...: nested deeper than {yaml12.DEEPEST} levels")
@@ -248,8 +253,12 @@ def _read_preset(name: object) -> Document:
     packages = presets()
     if not isinstance(name, str) or name not in packages:
         raise ConfigError(
-            f"no preset or config file named '{name!s:.200}'.{suggestion(str(name), packages)} "
-            f"Presets: {', '.join(sorted(packages))}; a config file ends in .yaml, .toml or .json"
+            f"no preset or config file named '{name!s:.200}'."
+            + (
+                instead(str(name))
+                or f"{suggestion(str(name), packages)} Presets: {', '.join(sorted(packages))}; a "
+                "config file ends in .yaml, .toml or .json"
+            )
         )
     text = files(packages[name]).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     try:
@@ -261,14 +270,18 @@ def _read_preset(name: object) -> Document:
 def _plugin_blocks(content: Block, source: str) -> dict[str, Block | bool]:
     blocks = {} if content.get("plugins") is None else content["plugins"]
     if not isinstance(blocks, dict):
-        raise ConfigError(f"{source}: 'plugins' must map names to settings, got {blocks!r:.200}")
+        raise ConfigError(
+            f"{source}: 'plugins' must map names to settings, such as NAME: {{}}; got "
+            f"{blocks!r:.200}"
+        )
     blocks = {
         name: {} if block is None or block is True else block for name, block in blocks.items()
     }
     for name, block in blocks.items():
         if block is not False and not isinstance(block, dict):
             raise ConfigError(
-                f"{source}: plugins.{name} must be a block of settings or false, got {block!r:.200}"
+                f"{source}: plugins.{name} must be a block of settings, such as {{}} for the "
+                f"defaults, or false; got {block!r:.200}"
             )
     return blocks
 

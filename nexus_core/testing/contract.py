@@ -110,17 +110,17 @@ class PluginContract(Division, AcceleratorChecks):
             self._fail(f"the unknown key '{UNKNOWN}' is accepted")
 
     def test_config_is_described(self) -> None:
-        """The plugin, its config and every field are documented."""
+        """The plugin, its config and every field are documented; if not, it is a warning."""
         plugin_class = self.plugin_class()
         for owner in (plugin_class, plugin_class.config_class):
-            self._expect(bool(own_doc(owner).strip()), f"{owner.__name__} has no docstring")
+            self._advise(bool(own_doc(owner).strip()), f"{owner.__name__} has no docstring")
         missing = [
             f"{model.__name__}.{key}"
             for model in models_of(plugin_class.config_class)
             for key, field in model.model_fields.items()
             if not field.description
         ]
-        self._expect(not missing, f"no description: {', '.join(missing)}; Field(description=...)")
+        self._advise(not missing, f"no description: {', '.join(missing)}; Field(description=...)")
 
     def test_config_is_repeated_by_its_dump(self, settings: Settings) -> None:
         """The config that a run writes to its folder loads as the same config."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from unittest import SkipTest
 
 from nexus_core.testing.contract import PluginContract
+from nexus_core.testing.trial import Advice
 
 __all__ = ["Outcome", "run_contract"]
 
@@ -25,14 +26,14 @@ class Outcome:
     Args:
         check: name of the method, without `test_`.
         case: the settings and accumulation.
-        status: "pass", "FAIL" or "skip".
-        reason: why it failed or was skipped.
+        status: "pass", "FAIL" or "skip"; "hint" if it passed, with advice.
+        reason: why it failed or was skipped, or the advice.
         said: further information, such as where the plugin synchronizes with an accelerator.
     """
 
     check: str
     case: str
-    status: Literal["pass", "FAIL", "skip"]
+    status: Literal["pass", "FAIL", "skip", "hint"]
     reason: str = ""
     said: tuple[str, ...] = ()
 
@@ -55,7 +56,7 @@ def run_contract(contract: type[PluginContract], *names: str) -> Iterator[Outcom
 def _outcome(contract: type[PluginContract], name: str, case: dict[str, Any]) -> Outcome:
     check, shown, trial = name.removeprefix("test_"), _shown(contract, case), contract()
     try:
-        with tempfile.TemporaryDirectory() as folder, _silent():
+        with tempfile.TemporaryDirectory() as folder, _silent() as advice:
             method = getattr(trial, name)
             own_folder = (
                 {"tmp_path": Path(folder)} if "tmp_path" in signature(method).parameters else {}
@@ -68,17 +69,21 @@ def _outcome(contract: type[PluginContract], name: str, case: dict[str, Any]) ->
     except Exception as error:  # a plugin may raise anything, which is reported
         notes = "".join(f" [{note}]" for note in getattr(error, "__notes__", []))
         return Outcome(check, shown, "FAIL", f"{type(error).__name__}: {error}{notes}")
+    if advice:
+        return Outcome(check, shown, "hint", "; ".join(str(one.message) for one in advice))
     return Outcome(check, shown, "pass", said=trial.said)
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def _silent() -> Iterator[list[warnings.WarningMessage]]:
+    """Hide what is printed and warned of, except the advice of checks."""
     streams = (contextlib.redirect_stdout, contextlib.redirect_stderr)
     with contextlib.ExitStack() as stack:
         for redirect in streams:
             stack.enter_context(redirect(io.StringIO()))
-        stack.enter_context(warnings.catch_warnings(action="ignore"))
-        yield
+        advice = stack.enter_context(warnings.catch_warnings(record=True, action="ignore"))
+        warnings.simplefilter("always", Advice)
+        yield advice
 
 
 def _shown(contract: type[PluginContract], case: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -32,7 +33,7 @@ from nexus_core.testing.tiny import (
     tiny_optimizer,
 )
 
-__all__ = ["RESUMED_AT", "STEPS", "Settings", "Trial", "some"]
+__all__ = ["RESUMED_AT", "STEPS", "Advice", "Settings", "Trial", "some"]
 
 Settings: TypeAlias = Mapping[str, Any]
 
@@ -40,6 +41,10 @@ STEPS = 6
 RESUMED_AT = (1, 4)
 SEED, LOGGED = 5, "2 steps"
 ENOUGH = "the check has seen enough"
+
+
+class Advice(UserWarning):
+    """What a check recommends; the plugin works without."""
 
 
 class Trial:
@@ -277,6 +282,11 @@ class Trial:
     def _expect(self, holds: bool, fault: str) -> None:
         if not holds:
             self._fail(fault)
+
+    def _advise(self, holds: bool, advice: str) -> None:
+        """Say what would be better, without a failure."""
+        if not holds:
+            warnings.warn(f"plugin '{self._name()}': {advice}", Advice, stacklevel=3)
 
     def _fail(self, fault: str) -> NoReturn:
         raise AssertionError(f"plugin '{self._name()}': {fault}")

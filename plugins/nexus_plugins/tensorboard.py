@@ -171,7 +171,7 @@ class TensorboardPlugin(Logger[TensorboardConfig]):
 
 def _changed(engine: Engine, preset: str) -> str:
     """How a run differs from a preset, in the form of `--set` and `--plugins`."""
-    run, now = read_settings(preset).run, engine.config.get("plugins", {})
+    run, now = read_settings(preset, anew=False).run, engine.config.get("plugins", {})
     blocks = {
         name: _completed(engine.plugins[name].config_class, block, now[name])
         if name in now

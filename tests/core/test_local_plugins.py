@@ -218,7 +218,7 @@ def test_code_beside_a_checkpoint_runs_only_where_the_user_names_it(folder: Path
         refused = run("--resume", source, "-s", "until=6")
         assert refused.exit_code == 2, refused.output
         assert "'./plugins/world.py:WorldPlugin' is not loaded: the config of" in refused.output
-        assert "nexus-run ./one/c" in refused.output
+        assert f"add --trust: nexus-run resume {source} --trust\n" in refused.output
     assert not Path("planted").exists()
     own = run("--resume", "one", "-s", "until=6", "-p", "./mine.py,./world.py")
     assert own.exit_code == 0, own.output
@@ -229,6 +229,10 @@ def test_code_beside_a_checkpoint_runs_only_where_the_user_names_it(folder: Path
     assert named.exit_code == 2, named.output
     assert "the file mine.py of plugin 'sparkle' has changed" in named.output
     assert Path("planted").exists(), "a config that is named may name code"
+    Path("planted").unlink()
+    trusted = run("--resume", "one", "-s", "until=8", "--trust", "--resume-policy", "compatible")
+    assert (trusted.exit_code, Path("planted").exists()) == (0, True), trusted.output
+    assert "--trust is for the config found by" in run("tiny.yaml", "--trust").output
 
 
 def test_a_planted_config_can_neither_name_modules_nor_have_a_folder_looked_in(
@@ -254,6 +258,12 @@ BROKEN = {
     "clips.py": f"{HEAD}class ClipPlugin(Plugin[PluginConfig]): ...\n",
     "raises.py": f"{HEAD}\nraise OSError('no disk')\n",
     "other.py": f"{HEAD}class SparklePlugin(Plugin[PluginConfig]): ...\n",
+    "wrong.py": f"{HEAD}class WrongPlugin(Plugin[PluginConfig]):\n    @hookimpl\n"
+    "    def on_step(self, stp): ...\n",
+    "syntax.py": "x = (",
+    "bare.py": f"{HEAD}class BarePlugin(Plugin[PluginConfig]):\n    def __init__(self): ...\n",
+    "wraps.py": f"{HEAD}class WrapsPlugin(Plugin[PluginConfig]):\n    @hookimpl(wrapper=True)\n"
+    "    def loss_terms(self, batch): ...\n",
     "slips.py": f"{HEAD}class SlipsPlugin(Plugin[PluginConfig]):\n    def on_step(self): ...\n",
 }
 
@@ -278,6 +288,18 @@ BROKEN = {
         ("./slips.py", "SlipsPlugin.on_step is named like a hook"),
         ("no:./mine.py", "no:./mine.py: './mine.py' is not in this run"),
         ("sparkle", "name one in a file by its path, such as ./mine.py"),
+        ("mine", "no plugin named 'mine'; to use the file: ./mine.py"),
+        (
+            "./wrong.py",
+            "WrongPlugin.on_step takes 'stp', which this hook does not pass. Did you mean "
+            "'step'? It passes: engine, step (FOLDER/wrong.py:3)",
+        ),
+        ("./bare.py", "plugin 'bare': its __init__ must call super().__init__()"),
+        (
+            "./syntax.py",
+            "'./syntax.py' cannot be imported: SyntaxError: '(' was never closed (./syn",
+        ),
+        ("./wraps.py", "WrapsPlugin.loss_terms is wrong: Declared as wrapper=True"),
         ("nowhere.at_all:SparklePlugin", "cannot be imported: ModuleNotFoundError"),
     ],
 )
@@ -286,7 +308,7 @@ def test_a_mistake_is_one_message(words: str, message: str, folder: Path) -> Non
         Path(name).write_text(text)
     result = run("tiny.yaml", "-p", words)
     assert result.exit_code == 2
-    assert message in result.output
+    assert message.replace("FOLDER", str(folder)) in result.output
     assert result.output.count("error:") == 1
     assert "Traceback" not in result.output
     assert not Path("runs").exists()
@@ -350,10 +372,15 @@ def test_a_run_that_comes_to_nothing_takes_its_copies_along(folder: Path) -> Non
 
 
 def test_check_proves_a_plugin_in_a_file() -> None:
-    only = ["--only", "config_is_strict,hooks_are_known"]
+    Path("mine.py").write_text(SPARKLE.replace('    """Says that it is there."""\n', ""))
+    only = ["--only", "config_is_strict,config_is_described,hooks_are_known"]
     result = CliRunner().invoke(nexus_plugins, ["check", "./mine.py", *only])
     assert result.exit_code == 0, result.output
     assert result.output.startswith("sparkle (./mine.py:SparklePlugin)\n")
+    assert "plugin 'sparkle': SparklePlugin has no docstring\n" in result.output
+    assert "3 passed, 1 with a hint, 0 failed, 0 skipped\n" in result.output
+    bare = CliRunner().invoke(nexus_plugins, ["show", "mine"])
+    assert bare.output == "error: no plugin named 'mine'; to use the file: ./mine.py\n"
     wrong = CliRunner().invoke(nexus_plugins, ["check", "./mien.py"])
     assert wrong.exit_code == 2
     assert "no file './mien.py'. Did you mean 'mine.py'?" in wrong.output

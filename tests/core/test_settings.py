@@ -137,7 +137,7 @@ def test_a_config_file_that_is_missing_is_suggested_by_its_neighbours(config: st
         ("- a\n", "holds list"),
         ("until: [", "is not valid yaml"),
         ("plugins: [clip]\n", "'plugins' must map names to settings"),
-        ("plugins: {clip: 3}\n", "plugins.clip must be a block of settings or false"),
+        ("plugins: {clip: 3}\n", "plugins.clip must be a block of settings, such as"),
         ("untill: 3\n", "unknown key 'untill'. Did you mean 'until'"),
         ("preset: nowhere\n", "no preset or config file named 'nowhere'"),
     ],

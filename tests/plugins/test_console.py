@@ -10,7 +10,7 @@ import re
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from nexus_core import Engine
+from nexus_core import Engine, Plugin, PluginConfig, hookimpl
 from nexus_core.testing import tiny_engine
 from nexus_plugins.console import ConsolePlugin
 from nexus_plugins.throughput import ThroughputPlugin
@@ -26,14 +26,14 @@ from nexus_plugins.throughput import ThroughputPlugin
 DATA = [torch.ones(2, 2)]
 
 
-def engine_of(**settings: Any) -> Engine:
+def engine_of(plugins: Sequence[Plugin[Any]] = (), **settings: Any) -> Engine:
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
     return Engine(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loss=lambda m, b: m(b).square().mean(),
-        plugins=[ThroughputPlugin(), ConsolePlugin(**settings)],
+        plugins=[ThroughputPlugin(), ConsolePlugin(**settings), *plugins],
         log_every=2,
     )
 
@@ -147,6 +147,40 @@ def test_a_narrow_terminal_gets_whole_lines_and_whole_numbers(
     assert [text for text in shown if text and not re.fullmatch(whole, text)] == []
     assert shown[-1]
     assert ("lr" in shown[-1]) == (columns == 80)
+
+
+class ChattyPlugin(Plugin[PluginConfig]):
+    """Prints in all the ways that people do."""
+
+    @hookimpl
+    def on_step(self, engine: Engine) -> None:
+        print("alive at", engine.state.step)
+        print("half a ", end="")
+        print("line\nand a bit", end="", file=sys.stderr)
+        print("line")
+
+
+def test_what_a_program_prints_is_on_lines_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks if a plugin's print joins the bar's line, or leaves parts of a bar behind."""
+    with terminal(monkeypatch, 60) as screen, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream := sys.stderr)
+        engine = engine_of(plugins=[ChattyPlugin()])
+        engine.fit(DATA, until="2 steps", eval_data=DATA)
+        assert sys.stdout is sys.stderr is stream
+    seen = [as_seen(line) for line in b"".join(screen).decode().split("\r\n")]
+    said = ["alive at 1", "line", "half a line", "alive at 2", "and a bitline", "half a line"]
+    assert [line for line in seen if "%|" not in line and "val" not in line] == [
+        *said, "and a bit", "",
+    ]  # fmt: skip
+    assert [line for line in seen if "%|" in line] == [seen[-2]], "one bar, and it is the last"
+
+
+def as_seen(line: str) -> str:
+    """A line after all returns to its beginning."""
+    seen = ""
+    for part in line.split("\r"):
+        seen = part + seen[len(part) :]
+    return seen.rstrip()
 
 
 class Wrapped(io.StringIO):

@@ -349,8 +349,12 @@ def test_any_text_is_read_on_request(tmp_path: Path, cache: Path) -> None:
     assert whole.train.streams[0].documents == 2
     assert "not text" in "\n".join(whole.notes())
     assert text_of(data_of(cache, wish)) == ["import b", "b.c()", "fn c() {}"]
-    with pytest.raises(DataError, match=r"unknown format '\.py'.*as: text"):
-        data_of(cache, folder / "a.py")
+    named = data_of(cache, folder / "a.py")
+    assert text_of(named) == ["import b", "b.c()"]
+    assert named.notes()[0].startswith("1 text file, one document per line (data_text.one_file_on")
+    assert whole.notes()[0] == "2 text files, one document per file"
+    with pytest.raises(DataError, match=r"a\.pyc is not text, and its format '\.pyc' is unknown"):
+        data_of(cache, folder / "a.pyc")
     config = DataTextConfig(train=wish)
     again = DataTextConfig(**config.model_dump(mode="json"))
     assert again == config
@@ -365,8 +369,9 @@ def test_a_folder_of_nothing_that_can_be_read_says_what_is_there(
     (tmp_path / "c").mkdir()
     (tmp_path / "c/a.csv").write_text("a,b\n")
     (tmp_path / "c/b.txt").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no readable file: .*a\.csv .*empty: .*b\.txt"):
+    with pytest.raises(DataError, match=r"no readable file: .*a\.csv .*empty: .*b\.txt") as error:
         data_of(cache, tmp_path / "c")
+    assert f"--set data_text.train='[{{path: {tmp_path}/c, as: text}}]'" in str(error.value)
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match=r"pipe\.txt is neither a file nor a folder"):
         data_of(cache, tmp_path / "pipe.txt")

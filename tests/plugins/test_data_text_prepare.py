@@ -362,7 +362,7 @@ BAD = {
     "bad.parquet": (b"PAR1", r"bad\.parquet is not a readable \.parquet"),
     "odd.bin": (b"abc", r"odd\.bin is truncated"),
     "none.bin": (b"", r"none\.bin is empty"),
-    "what.csv": (b"a,b", r"unknown format '\.csv'; known: \.txt, \.jsonl"),
+    "what.pdf": (b"%P\0", r"what.pdf is not text, .* '\.pdf' is unknown; known: \.txt, \.jsonl"),
 }
 
 

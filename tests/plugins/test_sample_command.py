@@ -101,7 +101,7 @@ def test_a_seed_is_a_text_and_samples_have_one_each(run: Path) -> None:
         (["chat", "RUN"], "has no chat template; use: nexus-run generate"),
         (["generate", "RUN", "--temperature", "-1"], "temperature"),
         (["resume", "RUN/nothing"], "nothing"),
-        (["resume", "--set", "no.such=1"], "no.such"),
+        (["resume", "--set", "no.such=1"], "no run below runs/ has a checkpoint"),
         (["compare", "RUN@3", "quickstart"], "does not branch off"),
     ],
 )

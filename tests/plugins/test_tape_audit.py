@@ -131,6 +131,7 @@ def test_each_forgery_is_caught_and_named(
 def test_code_of_the_user_is_run_where_he_says_so_alone(folder: Path) -> None:
     for command in (["audit", str(folder / "a")], ["audit", str(folder / "absent")]):
         done = run(*command)
+        assert done.exit_code == 2
         assert "add --trust" in done.output or "no such folder" in done.output
         assert "Traceback" not in done.output
 

@@ -109,7 +109,9 @@ def test_the_config_is_there_as_text_and_as_hparams(tmp_path: Path) -> None:
 def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a run's own settings are hidden among a hundred of its preset."""
+    """Fails if a run's own settings are hidden among a hundred of its preset, or reading the
+    preset unloads the code of the run.
+    """
     monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text("a few words\n" * 60)
     changed = "until=1 steps, data_text.train=small.txt, data_text.valid_share=0.0, "
@@ -117,13 +119,22 @@ def test_what_a_run_changes_of_its_preset_is_the_first_of_its_hparams(
         "data_text.seq_len=32, model_nexus.d_model=16, model_nexus.ngrams=[], clip.max_norm=0.5"
     )
     sets = [word for setting in changed.split(", ") for word in ("--set", setting)]
-    same = ["--set", "clip.eps=0.001", "--plugins", "ema,no:checkpoint,no:guard"]
+    Path("own.py").write_text(
+        "import sys\nfrom nexus_core import Plugin, PluginConfig, hookimpl\n"
+        "class OwnPlugin(Plugin[PluginConfig]):\n    @hookimpl\n    def summarize(self):\n"
+        "        return {'loaded': str('own' in sys.modules)}\n"
+    )
+    same = ["--set", "clip.eps=0.001", "--plugins", "ema,no:checkpoint,no:guard,./own.py"]
     ran = CliRunner().invoke(nexus_run, ["quickstart", *sets, *same, "--out", "."])
     assert ran.exit_code == 0, ran.output
+    assert re.search(r"loaded +True\n", ran.output)
     content = read(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     first = hparams[min(hparams)].string_value  # TensorBoard sorts them by name
-    said = changed.replace("clip", "no:guard, clip") + ", no:checkpoint, +ema"
+    said = (
+        changed.replace("clip", "no:guard, clip")
+        + ", no:checkpoint, +ema, +./plugins/own.py:OwnPlugin"
+    )
     assert (min(hparams), first) == ("(changed)", said)
 
 

@@ -128,7 +128,7 @@ def compare(saved: Json, engine: Engine, policy: Policy, whose: str) -> list[str
     if refused:
         raise CheckpointError(
             f"the checkpoint was saved by a different run: {'; '.join(refused)}. "
-            "Resume with the config in its folder, or accept the difference: ",
+            "Resume it with its own config (nexus-run resume RUN), or accept the difference: ",
             hint_set(f"{whose}.resume_policy", "compatible" if policy == "exact" else "force"),
         )
     return [difference.what for difference in differences]

@@ -15,6 +15,7 @@ from pydantic import Field
 from nexus_core import Every, Interval, IntervalField, Plugin, PluginConfig, hookimpl
 from nexus_core.batches import fingerprint
 from nexus_core.cli import yaml12
+from nexus_core.cli.tables import as_bytes
 from nexus_core.data import DataState
 from nexus_core.errors import CheckpointError, ConfigError, RunError, hint_out, hint_resume
 from nexus_core.plugin import StateDict
@@ -238,8 +239,15 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
     @hookimpl
     def summarize(self, engine: Engine) -> dict[str, str]:
-        """Say where the checkpoints are."""
-        return {self._folder: str(engine.out / self._folder)} if engine.out else {}
+        """Say where the checkpoints are, their size, and what decides how many there are."""
+        if engine.out is None:
+            return {}
+        store = self._own_store(engine)
+        files = [file for kept in store.folders() for file in kept.rglob("*") if file.is_file()]
+        said = f"{store.root}, {as_bytes(sum(file.stat().st_size for file in files))}"
+        if len(store.folders()) > 1:
+            said += f" in {len(store.folders())} ({self.name}.keep_last={self.config.keep_last})"
+        return {self._folder: said}
 
     @hookimpl
     def on_close(self) -> None:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from nexus_core import Every, Interval, IntervalField, Logger, LoggerConfig, hookimpl
+from nexus_plugins.console.above import above
 from nexus_plugins.console.notebook import NotebookBar, in_notebook
 from nexus_plugins.console.words import done, evaluated, parts, place, share, short
 
@@ -49,14 +51,15 @@ class ConsolePlugin(Logger[ConsoleConfig]):
     """Shows loss, learning rate, speed and remaining time; does not affect training.
 
     On a terminal: a bar on the error stream that moves with each step, in the unit of the horizon,
-    with a line above it for each evaluation. In a notebook: a bar, with these lines below it.
-    Elsewhere: plain lines on the output stream; `every` limits them, except for the first, the
-    last, and the one before an evaluation. Metrics are those that the engine logs, to four digits;
-    loggers store all of them.
+    below a line for each evaluation and what the program prints. In a notebook: a bar, with these
+    lines below it. Elsewhere: plain lines on the output stream; `every` limits them, except for the
+    first, the last, and the one before an evaluation. Metrics are those that the engine logs, to
+    four digits; loggers store all of them.
     """
 
     config_class = ConsoleConfig
     _bar: tqdm[Any] | None = None
+    _redirected: ExitStack | None = None
     _due: Every | None = None
     _held_back: str | None = None
     _began = _began_at = 0.0
@@ -67,6 +70,8 @@ class ConsolePlugin(Logger[ConsoleConfig]):
         self._due = self._held_back = None
         if engine.horizon and not self.config.quiet:
             self._bar = _bar(engine.horizon, done(engine))
+        if self._bar is not None and not isinstance(self._bar, NotebookBar):
+            self._redirected = above(self._bar)
 
     @hookimpl
     def on_step(self, engine: Engine) -> None:
@@ -105,13 +110,16 @@ class ConsolePlugin(Logger[ConsoleConfig]):
             line = f"{place(engine)}  {values}"
             if self._bar is not None and not isinstance(self._bar, NotebookBar):
                 folded = textwrap.fill(line, _columns(self._bar), subsequent_indent="  ")
-                tqdm.write(folded, file=sys.stderr)
+                tqdm.write(folded, file=self._bar.fp)
             else:
                 _print(line)
 
     def close(self, engine: Engine) -> None:
         """Leave the final state on the screen."""
         self._print_held_back()
+        if self._redirected is not None:
+            self._redirected.close()
+            self._redirected = None
         if self._bar is not None:
             self._bar.n = done(engine)
             self._bar.close()

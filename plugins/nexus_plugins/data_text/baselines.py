@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 __all__ = ["bigram_bits_per_byte", "compared", "gzip_bits_per_byte", "xz_bits_per_byte"]
 
 _PAIRS = 256 * 256
+_SAME = "on the same text (all that xz and gzip see)"
 _STRENGTHS = 2.0 ** np.arange(-2, 11)
 
 
@@ -54,11 +55,11 @@ def compared(reached: float, others: Mapping[str, float]) -> str:
     beaten = _listed([said[name] for name in said if others[name] > reached])
     ahead = _listed([said[name] for name in said if others[name] <= reached])
     if not beaten and not ahead:
-        return f"{_listed([*said.values()])} bits/byte on the same text" if said else ""
+        return f"{_listed([*said.values()])} bits/byte {_SAME}" if said else ""
     if not beaten:
-        return f"{reached:.2f} bits/byte: does not beat {ahead} on the same text"
+        return f"{reached:.2f} bits/byte: does not beat {ahead} {_SAME}"
     rest = f", but not {ahead}" if ahead else ""
-    return f"{reached:.2f} bits/byte: beats {beaten}{rest}, on the same text"
+    return f"{reached:.2f} bits/byte: beats {beaten}{rest}, {_SAME}"
 
 
 def _listed(items: Sequence[str]) -> str:

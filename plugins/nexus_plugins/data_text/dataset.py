@@ -41,12 +41,14 @@ class TextData:
         valid: the rows of each evaluation, by the prefix of its metrics.
         tokenizer: of all of them.
         remarks: what was left out, what is in both splits, what the tokenizer loses.
+        units: how the training files become documents.
     """
 
     train: Rows
     valid: dict[str, Rows]
     tokenizer: Tokenizer
     remarks: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -54,8 +56,8 @@ class TextData:
         return self.train.fingerprint
 
     def notes(self) -> list[str]:
-        """What the user should know: which tokens are left out, and what is evaluated."""
-        found = list(self.remarks)
+        """What the user should know: what a document is, what is left out, what is evaluated."""
+        found = [*self.units, *self.remarks]
         if self.train.lost:
             found.append(f"{self.train.lost:,} tokens of the training text {self.train.LOST}")
         for name, rows in self.valid.items():
@@ -71,7 +73,8 @@ class TextData:
 class Streams:
     """The training and evaluation sources by name, and the tokenizer they share.
 
-    `remarks` is what the user should know, `readings` how the files were read.
+    `remarks` is what the user should know, `readings` how the files were read, `units` how those
+    to train on become documents.
     """
 
     train: dict[str, Stream]
@@ -80,6 +83,7 @@ class Streams:
     tokenizer: Tokenizer
     remarks: tuple[str, ...]
     readings: tuple[str, ...]
+    units: tuple[str, ...]
 
 
 def open_data(config: DataTextConfig) -> TextData:
@@ -90,7 +94,7 @@ def open_data(config: DataTextConfig) -> TextData:
     """
     streams = open_streams(config)
     train, valid = _training(config, streams), _evaluations(config, streams)
-    return TextData(train, valid, streams.tokenizer, streams.remarks)
+    return TextData(train, valid, streams.tokenizer, streams.remarks, streams.units)
 
 
 def open_streams(config: DataTextConfig) -> Streams:
@@ -111,6 +115,7 @@ def _opened(config: DataTextConfig) -> Streams:
     opener = _Opener(config, *_tokenizer(config, [*sources, *apart]))
     share = config.valid_share if config.valid is None else 0.0
     opened = {source.name: opener.open(source, share) for source in sources}
+    units = tuple(dict.fromkeys(opener.units))
     valid = {name: held_out for name, (_, held_out) in opened.items()} if share else {}
     return Streams(
         {name: train for name, (train, _) in opened.items()},
@@ -119,6 +124,7 @@ def _opened(config: DataTextConfig) -> Streams:
         opener.tokenizer,
         (*found.remarks, *dict.fromkeys(opener.remarks)),
         tuple(dict.fromkeys(opener.readings)),
+        units,
     )
 
 
@@ -209,6 +215,7 @@ class _Opener:
         self.tokenizer = tokenizer
         self.remarks: list[str] = []
         self.readings: list[str] = []
+        self.units: list[str] = []
         self._name = name
         self._config = config
         self._cache = cache_folder(config.cache_dir)
@@ -240,6 +247,7 @@ class _Opener:
         reading = replace(self._reading, as_text=source.as_text)
         if not texts:
             return []
+        self.units.append(_units(texts, reading))
         if not self._can_map(texts, reading):
             return [self._converted(texts, share, reading)]
         assert self.tokenizer.eos is not None
@@ -269,6 +277,7 @@ class _Opener:
         return plain and lines and reading.invalid_utf8 == "error" and len(texts) <= _MOST_MAPPED
 
     def _embedded(self, share: float) -> tuple[Stream, Stream]:
+        self.units.append("one document per file of the standard library")
         train, valid = standard_library(share)
         return self._in_memory(train), self._in_memory(valid)
 
@@ -371,6 +380,18 @@ def loss_in_words(compared: int, altered: int, lost_bytes: int) -> str:
         f"the tokenizer is lossy: {'; '.join(said)}; bits per byte only cover what it keeps, and "
         "cannot be compared with other tokenizers"
     )
+
+
+def _units(texts: Sequence[Path], reading: Reading) -> str:
+    """What a document is in text files, and the setting that changes it."""
+    words = {
+        "lines": "file" if reading.one_file_one_document else "line",
+        "json": "line of JSON",
+        "parquet": "row of Parquet",
+    }
+    kinds = dict.fromkeys(words[format_of(path, reading.as_text).kind] for path in texts)
+    per_file = " (data_text.one_file_one_document=true: one per file)" if "line" in kinds else ""
+    return f"{_files_of_text(len(texts))}, one document per {' or '.join(kinds)}{per_file}"
 
 
 def _files_of_text(count: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexus_core.errors import DataError
+from nexus_core.errors import DataError, suggestion
 from nexus_plugins._shared.cache import CACHE_TAG
 from nexus_plugins._shared.paths import expanded, printable, reason
 from nexus_plugins.data_text.formats import KNOWN, format_of, suffix_of
@@ -19,6 +19,7 @@ __all__ = ["HELD_OUT", "TRAIN", "Found", "find", "root_of"]
 TRAIN, HELD_OUT = "train.bin", "val.bin"  # files of prepared data
 _ALONE = {".json"}  # skipped in folders, as usually settings
 _BESIDE_IDS = (".idx", ".len", ".meta.jsonl")
+_OF_A_RUN = {"config.yaml", "checkpoints"}
 _OF_IDS = {"tokenizer.json", "meta.pkl", "prepare.json"}
 _HEAD = 8192  # bytes read to detect text
 _NAMED = 3  # files named in a note
@@ -43,8 +44,9 @@ def find(wish: str, as_text: bool = False) -> Found:
     """The files that a path, a folder or a glob resolves to.
 
     A folder stands for all files of known formats in and below it, following links and skipping
-    names that begin with a dot. A folder with train.bin is prepared data and stands for train.bin
-    and val.bin only. Metadata next to ids is not text.
+    names that begin with a dot, caches and run folders. A file that is named may have any suffix if
+    it holds text. A folder with train.bin is prepared data and stands for train.bin and val.bin
+    only. Metadata next to ids is not text.
 
     Args:
         wish: the path; `~` and environment variables are expanded.
@@ -53,17 +55,20 @@ def find(wish: str, as_text: bool = False) -> Found:
     Raises:
         DataError: no file is found, one is of an unknown format, or something cannot be read.
     """
+    if not wish:
+        raise DataError("the path of the data is empty; expected a file, a folder or a glob")
     path = expanded(wish)
     try:
         if path.is_dir():
-            return _Choice(f"the folder {path}", as_text).of(_below(path, set()))
+            return _Choice("the folder", wish, as_text).of(_below(path, set()))
         if path.exists():
             return Found((_named(path, as_text),), named=True)
         if any(mark in wish for mark in "*?[") and (matching := list(_matching(str(path)))):
-            return _Choice(f"'{wish}'", as_text).of(iter(matching))
+            return _Choice("the pattern", wish, as_text).of(iter(matching))
     except OSError as error:
         raise DataError(f"cannot read {error.filename or path}: {reason(error)}") from error
-    raise DataError(f"no file or folder '{wish}'; expected {KNOWN} (from {Path.cwd()})")
+    beside = [file.name for file in path.parent.glob("*")]
+    raise DataError(f"no file or folder '{wish}' in {Path.cwd()}.{suggestion(path.name, beside)}")
 
 
 def root_of(path: Path) -> Path:
@@ -75,10 +80,9 @@ def root_of(path: Path) -> Path:
 def _named(path: Path, as_text: bool) -> Path:
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder; write its content to a file")
-    if not suffix_of(path, as_text):
+    if not (suffix_of(path, as_text) or _holds_text(path)):
         raise DataError(
-            f"{path} has the unknown format '{path.suffix}'; known: {KNOWN}; to read it as text: "
-            f"'data_text.train=[{{path: {path}, as: text}}]', or nexus-data --as-text"
+            f"{path} is not text, and its format '{path.suffix}' is unknown; known: {KNOWN}"
         )
     return path
 
@@ -96,7 +100,8 @@ def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             f"cannot read the folder {folder}: {reason(error)}; make it readable, or name the "
             "other files and folders"
         ) from error
-    if any(entry.name == CACHE_TAG for entry in entries):
+    names = {entry.name for entry in entries}
+    if CACHE_TAG in names or names >= _OF_A_RUN:
         return
     for entry in sorted(entries, key=lambda one: (one.is_symlink(), one.name)):
         path = folder / entry.name
@@ -120,12 +125,13 @@ class _Choice:
     """Selects which files of a folder or a glob to read.
 
     Args:
-        what: where the files come from, for errors.
+        what: the kind of the wish, for errors.
+        wish: where the files come from.
         as_text: read every text file.
     """
 
-    def __init__(self, what: str, as_text: bool) -> None:
-        self._what = what
+    def __init__(self, what: str, wish: str, as_text: bool) -> None:
+        self._what, self._wish = f"{what} '{wish}'", wish
         self._as_text = as_text
         self._left_out: dict[str, list[Path]] = {}
 
@@ -135,10 +141,8 @@ class _Choice:
         known = [path for path in there if self._is_known(path)]
         kept = [path for path in self._of_prepared(known) if not self._is_empty(path)]
         if not kept:
-            found = "; ".join(self._notes()) or "it is empty"
-            raise DataError(
-                f"{self._what} has no readable file: {found}; expected {KNOWN} (from {Path.cwd()})"
-            )
+            found = "; ".join(self._notes()) or "it is empty, a run or a cache"
+            raise DataError(f"{self._what} has no readable file: {found}; expected {KNOWN}")
         return Found(tuple(sorted(kept)), left_out=tuple(self._notes()))
 
     def _leave(self, why: str, path: Path) -> bool:
@@ -199,7 +203,8 @@ class _Choice:
             note = f"{_files(len(paths))} skipped, {why}: {names}{more}"
             if why.startswith("of formats"):
                 counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
-                note += f" ({printable(counts)}; `as: text` or --as-text reads text of any suffix)"
+                as_text = f"--set data_text.train='[{{path: {self._wish}, as: text}}]'"
+                note += f" ({printable(counts)}; to read all as text: {as_text})"
             notes.append(note)
         return notes
 
@@ -223,8 +228,7 @@ def _goes_with_ids(path: Path) -> bool:
 
 def _holds_text(path: Path) -> bool:
     """Whether a file starts like text; of compressed files only .txt.gz counts."""
-    form = format_of(path, as_text=True)
-    if form is not None and form.packing:
-        return bool(format_of(path))
+    if format_of(path, as_text=True).packing:
+        return bool(suffix_of(path))
     with path.open("rb") as file:
         return b"\0" not in file.read(_HEAD)

@@ -156,8 +156,8 @@ def suffix_of(path: Path, as_text: bool = False) -> str:
     return next((known for known in SUFFIXES[::-1] if name.endswith(known)), "")
 
 
-def format_of(path: Path, as_text: bool = False) -> Format | None:
-    """How a file is read; None if its suffix is unknown."""
+def format_of(path: Path, as_text: bool = False) -> Format:
+    """How a file is read: if its suffix is unknown, as lines of text."""
     suffix = suffix_of(path, as_text)
     if suffix == ".parquet":
         return Format("parquet")
@@ -166,7 +166,7 @@ def format_of(path: Path, as_text: bool = False) -> Format | None:
     kind, packing, _ = (
         suffix.partition(".gz") if suffix.endswith(".gz") else suffix.partition(".zst")
     )
-    return Format(_KINDS[kind], packing) if kind in _KINDS else None
+    return Format(_KINDS.get(kind, "lines"), packing)
 
 
 def is_text(path: Path, as_text: bool = False) -> bool:
@@ -184,13 +184,11 @@ def slices_of(path: Path, reading: Reading | None = None) -> list[Slice]:
         raise DataError(f"cannot read {path}: {reason(error)}") from error
     if size == 0:
         raise DataError(f"{path} is empty; remove it, or add text")
-    if form is not None and form.kind == "parquet":
+    if form.kind == "parquet":
         from nexus_plugins.data_text.parquet import parquet_slices
 
         return parquet_slices(path)
-    in_one = (
-        form is None or form.packing or (form.kind == "lines" and reading.one_file_one_document)
-    )
+    in_one = form.packing or (form.kind == "lines" and reading.one_file_one_document)
     edges = [*range(0, size, size if in_one else _SLICE), size]
     return [Slice(str(path), *pair, pair[1] - pair[0]) for pair in pairwise(edges)]
 
@@ -210,7 +208,7 @@ def read_slice(part: Slice, reading: Reading) -> Iterator[Portion]:
     path = Path(part.path)
     form = format_of(path, reading.as_text)
     try:
-        if form is None or form.kind == "ids":
+        if form.kind == "ids":
             raise DataError(f"{path} is not a text file")
         if form.kind == "parquet":
             from nexus_plugins.data_text.parquet import read_parquet

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus_core.errors import ConfigError, DataError, hint_set
+from nexus_core.places import used
 from nexus_core.plugin import Plugin, StateDict, hookimpl
 from nexus_core.processes import is_sharded
 from nexus_plugins._shared.texts import harmless
@@ -125,7 +126,8 @@ class ModelNexusPlugin(Plugin[ModelNexusConfig]):
         start = len(data.codec.decode(prompt.tolist()))
         found = {"prompt": harmless(text[:start]), "sample": harmless(text[start:])}
         if engine.out is not None:
-            out = shlex.quote(str(engine.out))
+            trust = " --trust" if any(map(used, engine.plugins.values())) else ""
+            out = f"{shlex.quote(str(engine.out))}{trust}"
             found["write more"] = f"nexus-run generate {out} --prompt TEXT"
         return found
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nexus_core.cli.digests import Digester, hexadecimal
-from nexus_core.cli.recorded import config_of, settings_in, without_watchers
+from nexus_core.cli.recorded import UntrustedError, config_of, settings_in, without_watchers
 from nexus_core.errors import CheckpointError, NexusError
 from nexus_core.intervals import Interval
 from nexus_core.snapshot import Snapshot
@@ -125,12 +125,15 @@ def audit(recorded: Recorded, segments: int, seed: int | None = None) -> Audit:
 def _again(recorded: Recorded, begin: int, end: int) -> Segment:
     try:
         again = executed(recorded, begin, end, modules=depth_of(recorded, end))
+    except UntrustedError:
+        raise  # it says nothing about the run
     except NexusError as error:
         return Segment(begin, end, [f"it cannot be re-executed: {error}"])
     faults = [*_lines(recorded, again, begin, end)]
     faults += map(str, odd_metrics(recorded, again, begin, end))
+    now = again.engine.state_dict()  # reading a checkpoint changes the plugin that reads it
     for step in filter(None, (begin, end)):
-        faults += _checkpoint(recorded, again.engine, step, ends=step == end)
+        faults += _checkpoint(recorded, again.engine, step, now if step == end else None)
     return Segment(begin, end, list(dict.fromkeys(faults)), again.notes)
 
 
@@ -204,8 +207,10 @@ def _is_clock(name: str) -> bool:
     return name in _OF_CLOCKS or name.startswith("system/")
 
 
-def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) -> Iterator[str]:
-    """How a checkpoint differs from the re-executed run, in words."""
+def _checkpoint(
+    recorded: Recorded, engine: Engine, step: int, now: Snapshot | None
+) -> Iterator[str]:
+    """How a checkpoint differs from the run, in words; `now` is the re-executed state, if any."""
     path = recorded.saved[step]
     try:
         with warnings.catch_warnings():
@@ -219,11 +224,10 @@ def _checkpoint(recorded: Recorded, engine: Engine, step: int, *, ends: bool) ->
            if name in line.get("weights", {}) and line["weights"][name] != now]  # fmt: skip
     if odd:
         yield f"{path.name}: the weights of {', '.join(odd)} differ from the tape"
-    if ends:
+    if now is not None:
         watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
-        now = without_watchers(engine.state_dict(), watching)
         then = without_watchers(snapshot, watching)
-        for part in _unlike(then, now):
+        for part in _unlike(then, without_watchers(now, watching)):
             yield f"{path.name}: {part} differs when re-executed"
 
 

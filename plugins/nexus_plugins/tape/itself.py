@@ -112,6 +112,7 @@ def _by_checkpoint(
 ) -> Finding | None:
     """How a checkpoint differs from the run re-executed up to it."""
     engine, path, taped = again.engine, recorded.saved[end], end in recorded.tape.lines
+    state = engine.state_dict()  # reading a checkpoint changes the plugin that reads it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about added and missing observers
@@ -119,8 +120,8 @@ def _by_checkpoint(
     except CheckpointError as error:
         return Finding(end, found, end, "checkpoint", path.name, cause=str(error))
     watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
-    both = without_watchers(snapshot, watching), without_watchers(engine.state_dict(), watching)
-    then, now = ({part: state.get(part) for part in _STATE} for state in both)
+    both = without_watchers(snapshot, watching), without_watchers(state, watching)
+    then, now = ({part: side.get(part) for part in _STATE} for side in both)
     odd = _odd_leaf(then, now)
     if odd is None:
         return None

@@ -26,11 +26,14 @@ def only_config(words: Sequence[str], sets: Sequence[str]) -> str | None:
     Raises:
         ConfigError: it names several, or a value was not quoted.
     """
-    stray = next((word for word in words if _is_part_of_value(word)), "".join(words[1:2]))
-    if not stray:
+    unquoted = [word for word in words if _is_part_of_value(word)] if sets else []
+    if len(words) < 2 and not unquoted:
         return words[0] if words else None
-    hint = _command(words[0]) or instead(stray)
-    if sets and (_is_part_of_value(stray) or not hint):
+    stray = (unquoted or words[1:])[0]
+    hint = _command(words[0]) or (stray and instead(stray))
+    if unquoted or (
+        sets and stray and not hint and stray not in entry_points(group="nexus.presets").names
+    ):
         key, _, value = sets[-1].partition("=")
         whole = shlex.quote(f"{value.strip()} {' '.join(words[words.index(stray) :])}".strip())
         hint = f" A value with spaces needs quotes: --set {key}={whole}"
@@ -58,6 +61,8 @@ def _hints(word: str) -> Iterator[str]:
             if word.endswith(".py")
             else f"To train on it: nexus-run --set {_data()}.train={quoted}"
         )
+    if word in entry_points(group="nexus.commands").names:
+        yield f"A command comes first: nexus-run {word} ..."
     if near := _command(word):
         yield near.strip()
     if word in ("list", "show", "check", "new", "plugins"):
@@ -71,12 +76,12 @@ def _command(word: str) -> str:
 
 
 def _data() -> str:
-    """The plugin that reads the data of the default preset."""
+    """The plugin that reads the data of the default preset; "DATA" if it has none."""
     from nexus_core.cli.enabled import load_classes
     from nexus_core.cli.settings import read_settings
 
     classes = load_classes(read_settings(None).defaults, {})
-    return next(name for name, plugin in classes.items() if plugin.slot == "data")
+    return next((name for name, plugin in classes.items() if plugin.slot == "data"), "DATA")
 
 
 def _is_part_of_value(word: str) -> bool:

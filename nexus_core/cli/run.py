@@ -181,6 +181,8 @@ def resume(run: str | None, options: tuple[str, ...]) -> None:
 
             if any(word.startswith("--out") for word in words):
                 raise ConfigError("--out without a run; name the one: nexus-run resume RUN")
+            if any(word.endswith((".yaml", ".yml")) or Path(word).is_dir() for word in words):
+                raise ConfigError("an option before the run; write: nexus-run resume RUN OPTIONS")
             words = (newest_run(), *words)
     main.main(["--resume", *words], prog_name="nexus-run resume")
 

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexus_core import Engine
 from nexus_core.plan import load
 from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 from nexus_plugins.model_nexus.delta import delta_scan
 from nexus_plugins.model_nexus.mlp import Mlp
+from nexus_plugins.model_nexus.window import WindowAttention
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 7
@@ -246,3 +248,20 @@ def test_a_delta_layer_tracks_states_beyond_the_length_it_was_trained_on(
     torch.manual_seed(0)
     load = replace(states.QUICK, steps=100) if task == "parity" else states.QUICK
     assert states.learn(task, states.build(states.MODELS[name]), load, seed=0) > 0.95
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 8, 20])
+def test_windows_have_the_same_gradients_with_any_attention_kernel(
+    length: int, divided: bool
+) -> None:
+    """Fails if a layer relies on the memory layout of a kernel's gradients."""
+    torch.manual_seed(0)
+    layer, x = WindowAttention(16, 8, 8), torch.randn(2, length, 16, requires_grad=True)
+    document = (torch.arange(length) >= length // 2).expand(2, -1).long() if divided else None
+    found = []
+    for kernels in ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(kernels):
+            outputs = layer(x, document).square().sum()
+            found.append(torch.autograd.grad(outputs, [x, *layer.parameters()]))
+    torch.testing.assert_close(*found)

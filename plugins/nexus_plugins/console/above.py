@@ -36,7 +36,7 @@ class _Above:
                 self._stream.write(lines + end)
                 self._stream.flush()
             self._held = rest
-        elif end or text.startswith(("\r", "\x1b")):
+        elif end or text.startswith(("\r", "\x1b")) or text.endswith("\r"):
             self._stream.write(self._held + text)
             self._held = ""
         else:

@@ -25,17 +25,22 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        `(B, T, C)` in the type of `x`; computed in float32 or wider.
+        `(B, T, C)` in the dtype of `x`; computed in float32 or wider.
+
+    Raises:
+        ValueError: the input has other than three dimensions.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", without a scale: the
         projection that follows can express the same.
     """
+    if x.dim() != 3:
+        raise ValueError(f"rms_norm has an input {tuple(x.shape)}; expected (B, T, C)")
     result: Tensor = _RMSNorm.apply(x, eps)  # type: ignore[no-untyped-call]
     return result
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's norm with a learned scale, by `rms_norm`: a third of its time."""
+    """PyTorch's norm of `(B, T, C)` with a learned scale, by `rms_norm`: a third of its time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale `(B, T, C)`."""
@@ -91,7 +96,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        `(B, T, C)` in the type of `x`; computed in float32 or wider.
+        `(B, T, C)` in the dtype of `x`; computed in float32 or wider.
 
     Source: as of `rms_norm`.
     """

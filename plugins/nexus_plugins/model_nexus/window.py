@@ -125,7 +125,8 @@ class _Unit(Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-6)
-        y: Tensor = wide * scale
+        y = torch.empty(x.shape, dtype=wide.dtype, device=x.device)  # contiguous, to be pairs
+        torch.mul(wide, scale, out=y)
         if turns is not None:
             _as_pairs(y).mul_(turns)
         ctx.save_for_backward(y, scale, turns)
@@ -135,7 +136,7 @@ class _Unit(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         y, scale, turns = ctx.saved_tensors
-        grad_x = gradient_of_norm(grad, y, scale)
+        grad_x = gradient_of_norm(grad, y, scale, out=torch.empty_like(y))
         if turns is not None:
             _as_pairs(grad_x).mul_(turns.conj())
         return grad_x, None

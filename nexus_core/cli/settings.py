@@ -213,8 +213,12 @@ class _Merged:
     def _set_in_block(self, name: str, path: list[str], given: Document, origin: str) -> None:
         if name not in self.blocks:
             leave_out = f" Write {'.'.join(path)}" if name == "plugins" and len(path) > 1 else ""
-            near = leave_out or suggestion(name, self.blocks)
-            hint = near or f" Add it with --plugins {name}"
+            add = (
+                f" Add it with --plugins {name}"
+                if name in entry_points(group="nexus.plugins").names
+                else " All plugins: nexus-plugins list"
+            )
+            hint = leave_out or suggestion(name, self.blocks) or add
             raise ConfigError(f"{origin}: plugin '{name}' is not in this run.{hint}")
         if len(path) > yaml12.DEEPEST:
             raise ConfigError(f"{origin[:80]}...: nested deeper than {yaml12.DEEPEST} levels")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 __all__ = ["bigram_bits_per_byte", "compared", "gzip_bits_per_byte", "xz_bits_per_byte"]
 
 _PAIRS = 256 * 256
-_SAME = "on the same text (all that xz and gzip see)"
+_SAME = "on the same text (xz and gzip see nothing else)"
 _STRENGTHS = 2.0 ** np.arange(-2, 11)
 
 

@@ -407,7 +407,7 @@ def is_utf8(raw: bytes) -> bool:
 def _not_utf8(where: str, value: int, byte: int) -> str:
     return (
         f"{where}, byte {byte + 1} (0x{value:02x}) is not UTF-8{_guess(value, byte)}; convert the "
-        "file, or set data_text.invalid_utf8 (--invalid-utf8) to replace or skip"
+        "file, or set data_text.invalid_utf8 to 'replace' or 'skip' (nexus-data: --invalid-utf8)"
     )
 
 

@@ -97,6 +97,7 @@ def hamming_distance(found: Tensor, true: Tensor) -> int:
     return int((differs & pairs).sum())
 
 
+@pytest.mark.slow
 def test_a_known_graph_of_eight_variables_is_recovered():
     """Fails if the adjacency does not converge to the structure of the variables."""
     for seed in range(3):

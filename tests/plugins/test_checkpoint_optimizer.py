@@ -295,7 +295,8 @@ def test_fused_sgd_goes_on_where_a_parameter_had_no_momentum_yet(tmp_path: Path)
     engine.fit(batches(), until=4)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [200])
 def test_signed_mutations_are_refused_or_train(count: int) -> None:
     """Fails if one ends in anything but a `CheckpointError` or a step."""
     command = ["-m", "benchmarks.mutations", "--mutations", str(count), "--seed", "7"]

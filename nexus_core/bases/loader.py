@@ -323,5 +323,5 @@ _Reader: TypeAlias = tuple[_Order, DataLoader[Batch | DataError]]
 
 def _batch_or_raise(batch: Batch | DataError) -> Batch:
     if isinstance(batch, DataError):
-        raise batch
+        raise copy.copy(batch)  # whose traceback holds this frame: no cycle with the workers
     return batch

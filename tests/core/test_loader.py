@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -115,8 +116,10 @@ def test_an_error_in_the_data_says_the_same_wherever_it_is_read(workers: int) ->
     """Fails if a worker's traceback replaces the clear message."""
     batches = ResumableLoader(Torn(8), 2, shuffle=False, num_workers=workers).batches(epoch=0)
     assert [len(next(batches)["x"]), len(next(batches)["x"])] == [2, 2]
-    with pytest.raises(DataError, match=r"^file.txt is torn at byte 5$"):
+    with pytest.raises(DataError, match=r"^file.txt is torn at byte 5$") as raised:
         next(batches)
+    frames = [frame for frame, _ in walk_tb(raised.tb)]
+    assert not any(raised.value in frame.f_locals.values() for frame in frames[1:]), "no cycle"
 
 
 def test_epoch_holds_every_sample_once_and_unshuffled_keeps_the_order() -> None:

@@ -17,7 +17,7 @@ from nexus_core.intervals import TrainState
 from nexus_core.meter import Meter
 from nexus_core.plugin import Plugin, StateDict
 
-__all__ = ["PluginState", "Snapshot", "apply", "check", "check_parts", "gather"]
+__all__ = ["PluginState", "Snapshot", "apply", "check", "check_parts", "gather", "migrated"]
 
 
 class PluginState(TypedDict):
@@ -123,7 +123,7 @@ def check(engine: Parts, snapshot: Snapshot) -> list[Load]:
         raise CheckpointError(f"the snapshot has an unknown counter '{min(strange)}'")
     with _as_misfit():
         return [
-            (plugin, _present(plugin, saved))
+            (plugin, migrated(plugin, saved))
             for name, saved in snapshot["plugins"].items()
             for plugin in [engine.plugins[name]]
         ]
@@ -194,7 +194,8 @@ def _as_refusal(plugin: Plugin[Any]) -> Iterator[None]:
         ) from error
 
 
-def _present(plugin: Plugin[Any], saved: PluginState) -> StateDict:
+def migrated(plugin: Plugin[Any], saved: PluginState) -> StateDict:
+    """The saved state of a plugin in the form of its current version."""
     if saved["version"] == plugin.state_version:
         return saved["state"]
     return plugin.migrate(saved["state"], saved["version"])

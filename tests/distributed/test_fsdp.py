@@ -34,6 +34,8 @@ from tests.distributed.works import (
 )
 from tiny import Net, SquaredPlugin
 
+REGISTERED = 1 if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 11) else 0
+"""Backward hooks that PyTorch keeps on a weight that the model returns."""
 ADAMW = partial(OptimAdamwPlugin, lr=1e-2, eps=1e-4)
 HIDDEN = partial(FsdpPlugin, timeout=20, match=("hidden",))
 
@@ -101,7 +103,7 @@ def test_a_model_is_the_same_to_the_bit_once_it_is_divided(build_once: bool) -> 
         assert seen.last.keys() == alone.last.keys()
         for name, values in alone.last.items():
             assert seen.last[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
-        assert max(seen.hooks) <= 1
+        assert max(seen.hooks) == REGISTERED
     for one, other, whole in zip(pair[0].shapes, pair[1].shapes, alone.shapes, strict=True):
         assert whole == () or (one[0] + other[0], *one[1:]) == whole
 

@@ -44,7 +44,7 @@ class FirstPartyContract(PluginContract):
             cases = [pytest.param(case, marks=marks) for case in self.cases()]
             metafunc.parametrize("settings", cases, ids=range(len(cases)))
         if "accumulate" in metafunc.fixturenames:
-            each = (3,) if "resume" in metafunc.function.__name__ else (1, 3)  # pairs: 2
+            each = (3,) if "resume" in metafunc.function.__name__ else (1, 3)  # from files: 1
             metafunc.parametrize("accumulate", each, ids="accumulate-{}".format)
 
 

@@ -186,7 +186,7 @@ class EnergyModule(Part):
 
 
 def _windows(code: Tensor, reach: list[Tensor], places: Tensor | None = None) -> Tensor:
-    """The codes `(n, W * C)` at some or all positions and before them; 0 where there is none."""
+    """The codes `(n, W * C)` at some or all positions and before them; missing ones are 0."""
     normed = _normed(code)
     if places is None:
         length = len(normed)

@@ -153,7 +153,7 @@ class NEXUSCore(nn.Module):
             x = x + self.ngrams(input_ids, document)
         for block in self._layers():
             x = block(x, document)
-        h = self._read(x)
+        h = self._read(x) if self.writing_modules else x
         module_outputs: dict[str, Any] = {}
         for part in self._writers():
             update, reports = part(h, document)
@@ -199,7 +199,7 @@ class NEXUSCore(nn.Module):
         for block in self._layers():
             x, of_layer = block.advance(x, next(given))
             after.append(of_layer)
-        h = self._read(x)
+        h = self._read(x) if self.writing_modules else x
         for part in self._writers():
             update, of_part = in_turn(part.step, h, next(given))
             x = x if part.muted else x + update

@@ -12,8 +12,9 @@ from torch import nn
 from nexus_core.defaults import Defaults
 from nexus_core.errors import ConfigError
 from nexus_core.plan import HOOK_NAMES, arrange, load
-from nexus_core.plugin import Plugin, StateDict
+from nexus_core.plugin import Plugin
 from nexus_core.relay import relay
+from nexus_core.snapshot import migrated
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -135,7 +136,7 @@ class Contender:
         """Restore the states of its plugins."""
         for plugin in self.plugins:
             if (found := saved.get(plugin.name)) is not None:
-                plugin.load_state_dict(_current(plugin, found))
+                plugin.load_state_dict(migrated(plugin, found))
 
     def _terms(self, numbers: Mapping[str, Value]) -> dict[str, Value]:
         start = f"{self.place}/"
@@ -182,9 +183,3 @@ class _Alone:
 def _hooks(plugin: Plugin[Any]) -> list[str]:
     """The hooks that a plugin implements."""
     return [name for name in HOOK_NAMES if hasattr(getattr(plugin, name, None), "nexus_impl")]
-
-
-def _current(plugin: Plugin[Any], saved: PluginState) -> StateDict:
-    if saved["version"] == plugin.state_version:
-        return saved["state"]
-    return plugin.migrate(saved["state"], saved["version"])

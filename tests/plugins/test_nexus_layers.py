@@ -18,6 +18,7 @@ from nexus_core.plan import load
 from nexus_plugins.model_nexus import NEXUSConfig, NEXUSCore
 from nexus_plugins.model_nexus.delta import delta_scan
 from nexus_plugins.model_nexus.mlp import Mlp
+from nexus_plugins.model_nexus.residual import in_turn
 from nexus_plugins.model_nexus.window import WindowAttention
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,12 @@ KINDS: dict[str, dict[str, object]] = {
     "delta": {"layers": ["delta"]},
     "products": {"layers": ["delta"], "delta_products": 2},
     "window": {"layers": ["window"], "window": 5, "window_head_dim": 4},
-    "wide window": {"layers": ["window", "mlp"], "window": 64, "window_head_dim": 4},
+    "wide window": {
+        "layers": ["window", "mlp"],
+        "window": 64,
+        "window_head_dim": 4,
+        "window_kv_heads": 2,
+    },
     "ngrams": {"ngrams": [2, 3], "ngram_buckets": 50, "recall": [1, 3]},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +193,7 @@ def test_layers_repeat_in_their_order_until_there_are_enough() -> None:
     ("settings", "words"),
     [
         ({"layers": ["window"], "d_model": 33}, "d_model=33 is odd"),
+        ({"layers": ["window"], "window_kv_heads": 3}, "does not divide the"),
         ({"layers": ["attention"]}, "'ssm', 'delta', 'window' or 'mlp'"),
         ({"ngrams": [1]}, "greater than or equal to 2"),
     ],
@@ -250,18 +257,27 @@ def test_a_delta_layer_tracks_states_beyond_the_length_it_was_trained_on(
     assert states.learn(task, states.build(states.MODELS[name]), load, seed=0) > 0.95
 
 
-@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize(("divided", "kv_heads"), [(False, 2), (True, 1), (False, 1)])
 @pytest.mark.parametrize("length", [1, 5, 8, 20])
-def test_windows_have_the_same_gradients_with_any_attention_kernel(
-    length: int, divided: bool
+def test_windows_have_the_same_gradients_with_any_attention_kernel_and_token_by_token(
+    length: int, divided: bool, kv_heads: int
 ) -> None:
-    """Fails if a layer relies on the memory layout of a kernel's gradients."""
+    """Fails if a layer relies on the memory layout of a kernel's gradients, or its own are wrong.
+
+    Token by token, they are autograd's.
+    """
     torch.manual_seed(0)
-    layer, x = WindowAttention(16, 8, 8), torch.randn(2, length, 16, requires_grad=True)
+    layer, x = WindowAttention(16, 8, 8, kv_heads), torch.randn(2, length, 16, requires_grad=True)
     document = (torch.arange(length) >= length // 2).expand(2, -1).long() if divided else None
+
+    def gradients(outputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs.square().sum(), [x, *layer.parameters()])
+
     found = []
     for kernels in ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         with sdpa_kernel(kernels):
-            outputs = layer(x, document).square().sum()
-            found.append(torch.autograd.grad(outputs, [x, *layer.parameters()]))
+            found.append(gradients(layer(x, document)))
     torch.testing.assert_close(*found)
+    if not divided:
+        outputs, _ = in_turn(layer.step, x, layer.initial_state(2))
+        torch.testing.assert_close(found[0], gradients(outputs))

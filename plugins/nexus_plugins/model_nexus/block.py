@@ -104,7 +104,9 @@ def _make_delta(config: NEXUSConfig) -> nn.Module:
 
 
 def _make_window(config: NEXUSConfig) -> nn.Module:
-    return WindowAttention(config.d_model, config.window_head_dim, config.window)
+    return WindowAttention(
+        config.d_model, config.window_head_dim, config.window, config.window_kv_heads
+    )
 
 
 def _make_mlp(config: NEXUSConfig) -> nn.Module:

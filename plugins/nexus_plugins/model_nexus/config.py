@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from nexus_core.plugin import PluginConfig
 from nexus_core.signatures import Several
 from nexus_plugins.model_nexus.block import LayerKind
+from nexus_plugins.model_nexus.window import head_width
 
 __all__ = ["NEXUSConfig"]
 
@@ -49,6 +50,12 @@ class NEXUSConfig(PluginConfig):
         description="corrections per token of a delta layer; 2 or more can track groups",
     )
     window: int = Field(default=128, ge=1, description="tokens that a window layer attends to")
+    window_kv_heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="key and value heads of a window layer, each shared by a group of query heads; "
+        "null: one for each query head",
+    )
     window_head_dim: int = Field(
         default=64,
         ge=2,
@@ -156,6 +163,20 @@ class NEXUSConfig(PluginConfig):
         return {**CLASSIC, **given} if isinstance(given, dict) and given.get("classic") else given
 
     @model_validator(mode="after")
+    def _window_heads_fit(self) -> NEXUSConfig:
+        if "window" not in self.layers:
+            return self
+        if self.d_model % 2:
+            raise ValueError(f"d_model={self.d_model} is odd; a window layer needs an even width")
+        heads = self.d_model // head_width(self.d_model, self.window_head_dim)
+        if heads % (self.window_kv_heads or heads):
+            raise ValueError(
+                f"window_kv_heads={self.window_kv_heads} does not divide the {heads} query heads; "
+                f"choose a divisor of {heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_fit(self) -> NEXUSConfig:
         inner = self.ssm_expand * self.d_model
         if {"ssm", "delta"} & {*self.layers} and inner % self.ssm_head_dim:
@@ -163,8 +184,6 @@ class NEXUSConfig(PluginConfig):
                 f"ssm_head_dim={self.ssm_head_dim} does not divide the inner width "
                 f"ssm_expand * d_model = {inner}; choose a divisor of {inner}"
             )
-        if "window" in self.layers and self.d_model % 2:
-            raise ValueError(f"d_model={self.d_model} is odd; a window layer needs an even width")
         if self.variable_names and len(set(self.variable_names)) != self.n_variables:
             raise ValueError(
                 f"variable_names are {', '.join(self.variable_names)}; give n_variables="

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from nexus_plugins.model_nexus.norms import gradient_of_norm
 from nexus_plugins.model_nexus.operations import pad_time
 
-__all__ = ["WindowAttention", "WindowState"]
+__all__ = ["WindowAttention", "WindowState", "head_width"]
 
 ROTARY_BASE = 10_000.0
 
@@ -22,9 +22,9 @@ class WindowState(NamedTuple):
     """The last tokens' keys and values: constant in size."""
 
     keys: Tensor
-    """(B, W - 1, H, P), oldest first."""
+    """(B, W - 1, G, P), oldest first."""
     values: Tensor
-    """(B, W - 1, H, P)"""
+    """(B, W - 1, G, P)"""
     filled: Tensor
     """(B, W - 1): whether there is a token."""
 
@@ -38,25 +38,30 @@ class WindowAttention(nn.Module):
         d_model: width D of input and output.
         head_dim: maximum width P of a head: the largest even divisor of D is used.
         window: tokens W that each token sees.
+        kv_heads: key and value heads G, a divisor of H, each for H / G query heads; None: H.
 
     Source: Beltagy et al. 2020, "Longformer" (windows), in blocks of W that see the block before
         them; Su et al. 2021, "RoFormer" (rotary positions), relative to the window; queries and
-        keys are normalized as in Henry et al. 2020, "Query-Key Normalization", by RMS.
+        keys are normalized as in Henry et al. 2020, "Query-Key Normalization", by RMS; heads share
+        keys and values as in Ainslie et al. 2023, "GQA".
     """
 
-    def __init__(self, d_model: int, head_dim: int = 64, window: int = 128) -> None:
+    def __init__(
+        self, d_model: int, head_dim: int = 64, window: int = 128, kv_heads: int | None = None
+    ) -> None:
         super().__init__()
         self.window = window
-        self.head_dim = next(n for n in range(head_dim, 1, -1) if n % 2 == 0 and d_model % n == 0)
+        self.head_dim = head_width(d_model, head_dim)
         self.heads = d_model // self.head_dim
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.kv_heads = kv_heads or self.heads
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.in_proj = nn.Linear(d_model, width, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
         """Mix whole sequences `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
-        query, key, value = self._project(x)
         turns = _turns(x.shape[1], self.head_dim, x.device)
-        query, key = (_unit(part, turns).to(value.dtype) for part in (query, key))
+        query, key, value = _Heads.apply(self._project(x), turns, self.kv_heads)  # type: ignore[no-untyped-call]
         if x.shape[1] <= self.window:
             y = _attend(query, key, value, _of_one_document(document))
         else:
@@ -80,12 +85,13 @@ class WindowAttention(nn.Module):
 
     def step(self, x: Tensor, state: WindowState) -> tuple[Tensor, WindowState]:
         """Read one token `(B, D)`; equal to `forward` up to rounding."""
-        query, key, value = self._project(x.unsqueeze(1))
+        heads = self._project(x.unsqueeze(1))
+        query, key, value = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], 2)
         turns = _turns(self.window, self.head_dim, x.device)
-        keys = torch.cat([state.keys, _unit(key)], 1)
+        keys = torch.cat([state.keys, _unit(key)[0]], 1)
         values = torch.cat([state.values, value], 1)
         filled = F.pad(state.filled, (0, 1), value=True)
-        query = _unit(query, turns[-1:]).to(value.dtype)
+        query = _rotated(_unit(query)[0], turns[-1:]).to(value.dtype)
         seen = _rotated(keys, turns).to(value.dtype)
         y = _attend(query, seen, values, filled[:, None, None])
         output: Tensor = self.out_proj(y.flatten(1))
@@ -94,52 +100,72 @@ class WindowAttention(nn.Module):
     def initial_state(self, batch: int) -> WindowState:
         """The state before the first token, for `batch` sequences."""
         past = batch, self.window - 1
-        empty = self.in_proj.weight.new_zeros(*past, self.heads, self.head_dim)
+        empty = self.in_proj.weight.new_zeros(*past, self.kv_heads, self.head_dim)
         filled = torch.zeros(past, dtype=torch.bool, device=empty.device)
         return WindowState(empty, empty, filled)
 
-    def _project(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values, (B, T, H, P)."""
-        parts = self.in_proj(x).chunk(3, -1)
-        return [torch.unflatten(part, -1, (self.heads, self.head_dim)) for part in parts]
+    def _project(self, x: Tensor) -> Tensor:
+        """Query, key and value heads, (B, T, H + 2 G, P)."""
+        return torch.unflatten(self.in_proj(x), -1, (-1, self.head_dim))
+
+
+def head_width(d_model: int, most: int) -> int:
+    """The largest even divisor of an even width up to a limit."""
+    return next(n for n in range(most, 1, -1) if n % 2 == 0 and d_model % n == 0)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of (B, Q, H, P) to (B, L, H, P)."""
+    """Attention of (B, Q, H, P) to (B, L, G, P)."""
+    shared = query.shape[2] // key.shape[2]
+    key, value = (_repeated(part, shared) for part in (key, value))
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
     return y.transpose(1, 2)
 
 
-def _unit(x: Tensor, turns: Tensor | None = None) -> Tensor:
-    """Scale (B, L, H, P) to a mean square of one over P, and rotate it; in float32 or wider."""
-    result: Tensor = _Unit.apply(x, turns)  # type: ignore[no-untyped-call]
-    return result
+def _repeated(heads: Tensor, times: int) -> Tensor:
+    """(B, L, G, P) to (B, L, G * times, P), each head for a group of queries."""
+    return heads.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
-class _Unit(Function):
-    """Normalization and rotation with a manual backward pass: a third of autograd's traffic."""
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale (..., P) to a mean square of one over P; in float32 or wider, with the scale."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-6)
+    return (wide * scale).contiguous(), scale
+
+
+class _Heads(Function):
+    """Queries and keys, normalized and rotated, and values, with one gradient for all three.
+
+    A manual backward pass has a third of autograd's memory traffic.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turns: Tensor | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-6)
-        y = torch.empty(x.shape, dtype=wide.dtype, device=x.device)  # contiguous, to be pairs
-        torch.mul(wide, scale, out=y)
-        if turns is not None:
-            _as_pairs(y).mul_(turns)
+    def forward(
+        ctx: Any, heads: Tensor, turns: Tensor, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        turned, value = torch.tensor_split(heads, (-kv_heads,), 2)
+        y, scale = _unit(turned)
+        _as_pairs(y).mul_(turns)
         ctx.save_for_backward(y, scale, turns)
-        return y
+        query, key = torch.tensor_split(y.to(value.dtype), (-kv_heads,), 2)
+        return query, key, value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         y, scale, turns = ctx.saved_tensors
-        grad_x = gradient_of_norm(grad, y, scale, out=torch.empty_like(y))
-        if turns is not None:
-            _as_pairs(grad_x).mul_(turns.conj())
-        return grad_x, None
+        heads = [grad.shape[2] for grad in grads]
+        result = torch.empty(*y.shape[:2], sum(heads), y.shape[3], dtype=y.dtype, device=y.device)
+        *turned, value = torch.split(result, heads, 2)
+        parts = (torch.split(y, heads[:2], 2), torch.split(scale, heads[:2], 2), turned)
+        for grad, unit, by, out in zip(grads[:2], *parts, strict=True):
+            gradient_of_norm(grad, unit, by, out)
+            _as_pairs(out).mul_(turns.conj())
+        value.copy_(grads[2])
+        return result, None, None
 
 
 def _of_one_document(document: Tensor | None) -> Tensor | None:

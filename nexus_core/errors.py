@@ -82,6 +82,12 @@ def hint_set(key: str, value: object) -> Hint:
     )
 
 
+def hint_value(value: object) -> Hint:
+    """A wrong value as it was given: `nothing` and `true`, or `None` and `True`."""
+    shown = f"{value!r:.200}"
+    return Hint({"None": "nothing", "True": "true", "False": "false"}.get(shown, shown), shown)
+
+
 def hint_add(*plugins: str) -> Hint:
     """How to add plugins: `--plugins dew,glow`, or `plugins=[..., DewPlugin(), GlowPlugin()]`."""
     made = ", ".join(f"{_class_of(name)}()" for name in plugins)

@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, Hint, hint_value, suggestion
 from nexus_core.signatures import Lax
 
 __all__ = [
@@ -101,7 +101,7 @@ class Interval:
     def __post_init__(self) -> None:
         known = self.unit in UNITS.values()
         if not (known and 0 < self.amount < float("inf")):
-            raise ConfigError(f"bad interval: {self.amount:g} {self.unit}; expected {_EXAMPLES}")
+            raise ConfigError(f"bad interval '{self.amount:g} {self.unit}'; expected {_EXAMPLES}")
         if self.unit == "%" and self.amount > 100:
             raise ConfigError(
                 f"bad interval: {self} is more than the whole run; expected up to 100%"
@@ -122,14 +122,17 @@ class Interval:
             return cls(value.total_seconds(), "seconds")
         match = re.fullmatch(AMOUNT + r"\s*([a-zA-Z ]*|%)", str(value).strip(), re.ASCII)
         if match is None:
-            raise ConfigError(f"cannot read the interval {value!r}; expected {_EXAMPLES}")
+            raise ConfigError(
+                "cannot read the interval ", hint_value(value), f"; expected {_EXAMPLES}"
+            )
         digits, exponent, name = match.groups()
         amount = Decimal(digits.replace("_", "") + (exponent or ""))
         if _singular(name) not in UNITS:
             amount, name = amount * _FACTORS.get(name[0], 1), name[name[0] in _FACTORS :].strip()
         if (unit := UNITS.get(_singular(name))) is None:
             raise ConfigError(
-                f"the interval {value!r} has the unknown unit '{name}'; known units: {_KNOWN}"
+                f"the interval {value!r} has the unknown unit '{name}'."
+                f"{suggestion(name, [*_WHOLE, 'epochs', *_SECONDS, 'seconds'])} Known: {_KNOWN}"
             )
         if unit in _WHOLE and amount != amount.to_integral_value():
             raise ConfigError(f"bad interval: {value!r} is not a whole number of {unit}")
@@ -144,12 +147,15 @@ class Interval:
         """
         if not isinstance(value, Interval | timedelta | str | int | float):
             raise ConfigError(
-                f"until (how long to train) is {value!r:.60}; expected {_ABSOLUTE}, as in "
-                "fit(batches, '500 steps', eval_data=others)"
-            )
+                "the length of the run (until) is ", hint_value(value), f"; expected {_ABSOLUTE}",
+                Hint("", ", as in fit(batches, '500 steps', eval_data=others)"),
+            )  # fmt: skip
         horizon = cls.parse(value)
         if horizon.unit == "%":
-            raise ConfigError(f"until is '{horizon}', a share of itself; expected {_ABSOLUTE}")
+            raise ConfigError(
+                f"the length of the run (until) is {value!r}, a share of itself; "
+                f"expected {_ABSOLUTE}"
+            )
         return horizon
 
     @property

@@ -66,8 +66,10 @@ def find(name: str, scanned: EntryPoints) -> EntryPoint:
             "nexus-plugins list; name one in a file by its path, such as ./mine.py"
         )
     if len(found) > 1:
-        givers = " and ".join(sorted(map(distribution, found.values())))
-        raise PluginError(f"two distributions provide a plugin '{name}': {givers}; uninstall one")
+        raise PluginError(
+            f"two distributions provide a plugin '{name}': "
+            f"{' and '.join(sorted(map(distribution, found.values())))}; uninstall one"
+        )
     return next(iter(found.values()))
 
 
@@ -90,8 +92,11 @@ def load(name: str, scanned: EntryPoints | None = None) -> type[AnyPlugin]:
     try:
         found = entry.load()
     except (Exception, SystemExit) as error:
-        said = f"{_origin(entry)} cannot be imported: {type(error).__name__}: {error}; fix its "
-        raise PluginError(f"{said}distribution, or remove it: ", hint_leave_out(name)) from error
+        raise PluginError(
+            f"{_origin(entry)} cannot be imported: {type(error).__name__}: {error}; fix its "
+            "distribution, or remove it: ",
+            hint_leave_out(name),
+        ) from error
     if fault := _fault_of(found, name):
         raise PluginError(_origin(entry) + fault)
     plugin = cast(type[AnyPlugin], found)
@@ -139,13 +144,18 @@ def arrange(plugins: Iterable[AnyPlugin]) -> Plan:
         if fault := _fault_of(type(plugin), type(plugin).name):
             raise PluginError(f"plugin '{plugin.name}'{fault}")
         if names.count(plugin.name) > 1:
-            said = f"plugin '{plugin.name}' is listed twice; keep one of them, or label one: "
-            raise PluginError(said, hint_add(f"{plugin.name}@late"))
+            raise PluginError(
+                f"plugin '{plugin.name}' is listed twice; keep one of them, or label one: ",
+                hint_add(f"{plugin.name}@late"),
+            )
         if missing := {
             need for need in plugin.requires if not any(_among(n, [need]) for n in names)
         }:
-            said = f"plugin '{plugin.name}' requires '{min(missing)}', which is not in this run"
-            raise PluginError(f"{said}; add it: ", hint_add(min(missing)))
+            raise PluginError(
+                f"plugin '{plugin.name}' requires '{min(missing)}', which is not in this run; "
+                "add it: ",
+                hint_add(min(missing)),
+            )
         if enemies := [name for name in names if _among(name, plugin.conflicts)]:
             _refuse_pair(plugin.name, min(enemies), "cannot be used together")
     owner: dict[str, str] = {}
@@ -177,20 +187,18 @@ def _misuse(method: Any, name: str) -> str:
     """What is wrong with a method as a hook; empty if nothing."""
     marked = getattr(method, "nexus_impl", None)
     if not marked:
-        unmarked = " is named like a hook: mark it @hookimpl, or rename it"
-        return unmarked if name in HOOK_NAMES else ""
-    if name not in HOOK_NAMES:
-        unknown = f" is marked @hookimpl, but no such hook exists.{suggestion(name, HOOK_NAMES)}"
         return (
-            ""
-            if marked["optionalhook"] or name in RENAMED
-            else f"{unknown} All: nexus-run --explain"
+            " is named like a hook: mark it @hookimpl, or rename it" if name in HOOK_NAMES else ""
         )
+    if name not in HOOK_NAMES:
+        return "" if marked["optionalhook"] or name in RENAMED else (
+            f" is marked @hookimpl, but no such hook exists.{suggestion(name, HOOK_NAMES)} All: "
+            "nexus-run --explain"
+        )  # fmt: skip
     stages = [stage.rstrip("*") for stage in STAGES.get(name, ())]
     stage = getattr(method, "nexus_stage", None)
     if stage is not None and stage not in stages:
-        known = f"its stages: {', '.join(stages)}" if stages else "it has no stages"
-        return f": no stage '{stage}'; {known}"
+        return f": no stage '{stage}'; its stages: {', '.join(stages) or 'none'}"
     if marked["wrapper"] and (why := NOT_WRAPPED.get(RENAMED.get(name, name))):
         return f": {name} cannot be wrapped: {why}"
     return ""

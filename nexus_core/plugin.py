@@ -18,7 +18,14 @@ from pydantic import (
     model_serializer,
 )
 
-from nexus_core.errors import CheckpointError, ConfigError, PluginError, suggestion
+from nexus_core.errors import (
+    CheckpointError,
+    ConfigError,
+    NexusError,
+    PluginError,
+    hint_value,
+    suggestion,
+)
 from nexus_core.signatures import Configured, Made_co, P, describe
 
 if TYPE_CHECKING:
@@ -258,31 +265,37 @@ def _storable(value: Any) -> Any:
 
 def config_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> ConfigError:
     """One line per error: which key is wrong, what it got and what it expects."""
-    lines, faults = [], error.errors(include_url=False)
-    for fault in faults[:10]:  # more are counted
-        path = [str(part) for part in fault["loc"]]
-        key = ".".join([prefix, *path] if prefix else path)
-        if fault["type"] == "extra_forbidden":
-            known = list(model.model_fields) if len(path) == 1 else []
-            line = f"unknown key '{key}'.{suggestion(path[-1], known)}" + (
-                f" All: nexus-plugins show {prefix}."
-                if len(known) > 12
-                else f" Known: {', '.join(known)}."
-                if known
-                else ""
-            )
-        else:
-            message = fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-            line = f"{key}: {_got(fault, model)}{message[:1].lower()}{message[1:]}"
-        lines.append(line)
+    faults = error.errors(include_url=False)
+    lines = [_line(fault, prefix, model) for fault in faults[:10]]
     if more := len(faults) - len(lines):
-        lines.append(f"and {more:,} more")
-    return ConfigError("\n".join(lines))
+        lines.append([f"and {more:,} more"])
+    return ConfigError(*[part for line in lines for part in ("\n", *line)][1:])
 
 
-def _got(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    """The wrong value, unless it is secret or a whole block."""
+def _line(fault: ErrorDetails, prefix: str, model: type[BaseModel]) -> list[object]:
+    """What is wrong with one key, as parts of a message."""
+    key = ".".join(map(str, (prefix, *fault["loc"]) if prefix else fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        known = list(model.model_fields) if len(fault["loc"]) == 1 else []
+        listed = (
+            "Known: " + ", ".join(known) if len(known) < 13 else f"All: nexus-plugins show {prefix}"
+        )
+        return [
+            f"unknown key '{key}'.",
+            suggestion(str(fault["loc"][-1]), known),
+            f" {listed}." if known else "",
+        ]
+    cause = fault.get("ctx", {}).get("error")
+    said = [fault["msg"].removeprefix("Value error, ").replace("valid tuple", "list")]
+    first, *hints = cause.args if isinstance(cause, NexusError) else said
+    return [f"{key}: ", *_got(fault, model), first[:1].lower() + first[1:], *hints]
+
+
+def _got(fault: ErrorDetails, model: type[BaseModel]) -> list[object]:
+    """The wrong value, unless it is secret, a whole block, or in the message anyway."""
     secret = {name for name, f in model.model_fields.items() if "Secret" in str(f.annotation)}
-    if fault["type"] == "missing" or (isinstance(fault["input"], dict) and not fault["loc"]):
-        return ""
-    return "got a secret; " if secret & {*fault["loc"][:1]} else f"got {fault['input']!r:.200}; "
+    value, place = fault["input"], fault["loc"]
+    known = isinstance(value, str | None) and repr(value) in fault["msg"]
+    if known or fault["type"] == "missing" or (isinstance(value, dict) and not place):
+        return []
+    return ["got ", "a secret" if secret & {*place[:1]} else hint_value(value), "; "]

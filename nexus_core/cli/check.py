@@ -110,11 +110,13 @@ def _contract(
 
 
 def _refuse_impossible(contract: type[PluginContract], only: list[str]) -> None:
-    """Report mistakes in the command as such, not as faults of the plugin."""
+    """Report once what would fail every check: mistakes in the command, and wrong hooks."""
+    from nexus_core.plan import arrange
+    from nexus_core.relay import relay
+
     plugin_class = contract.plugin_class()
     for settings in contract.cases():
-        plugin_class(**settings)
-    list(contract().beside())
+        relay(arrange([plugin_class(**settings), *contract().beside()]), defaults=None)
     known = dict.fromkeys(check.removeprefix("test_") for check, _ in contract.checks())
     for word in only:
         if word not in known:

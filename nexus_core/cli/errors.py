@@ -7,16 +7,18 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
 from nexus_core.cli.tables import folded
-from nexus_core.errors import NexusError
+from nexus_core.errors import NexusError, suggestion
 
-__all__ = ["reported"]
+__all__ = ["Group", "reported", "run_command"]
 
 
 @contextmanager
@@ -49,6 +51,47 @@ def reported(debug: bool, failure: int = 1) -> Iterator[None]:
         if not debug:
             click.echo("run it again with --debug to see the traceback", err=True)
         sys.exit(failure)
+
+
+class Group(click.Group):
+    """A group of commands whose errors are one line."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command, as `click.Group.main` does."""
+        run_command(partial(super().main, *args, **options))
+
+
+def run_command(main: Callable[..., Any]) -> NoReturn:
+    """Run a click command, and report what click refuses as one line, like other errors.
+
+    Args:
+        main: `main` of the command, with all arguments except `standalone_mode`.
+    """
+    try:
+        code = main(standalone_mode=False)
+    except click.Abort:
+        click.echo("Aborted!", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and type(error).__name__ != "NoArgsIsHelpError":
+            _print("error", _of_usage(error), fg="red", bold=True)
+        else:  # the help, or a file that cannot be opened
+            error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _of_usage(error: click.UsageError) -> str:
+    """What is wrong in the words of a command, what is expected, and where to read about it."""
+    said, name = error.format_message(), Path(sys.argv[0]).name
+    if isinstance(error, click.NoSuchOption):
+        said = f"{error.message}{suggestion(error.option_name, error.possibilities or [])}"
+    if error.ctx is not None:
+        name = error.ctx.command_path
+        if type(error) in (click.UsageError, click.MissingParameter):
+            said = f"{said.rstrip('.')}. Expected: {' '.join(error.ctx.get_usage().split()[1:])}"
+    end = "" if said.endswith(("?", ".")) else "."
+    return f"{said[:1].lower()}{said[1:]}{end} See: {name} --help"
 
 
 def _take_any_output() -> None:

@@ -122,9 +122,9 @@ def from_variables(error: ConfigError, variables: Mapping[str, str]) -> ConfigEr
         error: one or more lines that begin with keys.
         variables: variable names by key.
     """
-    if not any(line.startswith(f"{key}:") for line in str(error).split("\n") for key in variables):
+    lines = error.on_command_line().split("\n")
+    if not any(line.startswith(f"{key}:") for line in lines for key in variables):
         return error
-    lines = str(error).split("\n")
     places = [next((key for key in variables if line.startswith(f"{key}:")), "") for line in lines]
     return ConfigError("\n".join(
         f"{line} (from {variables[key]})" if key else line

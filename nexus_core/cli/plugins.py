@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from nexus_core.cli.check import check
-from nexus_core.cli.errors import reported
+from nexus_core.cli.errors import Group, reported
 from nexus_core.cli.new import new
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="nexus-trainer", prog_name="nexus-plugins")
 def main() -> None:
     """Inspect installed plugins, and create your own."""

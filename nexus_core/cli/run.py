@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nexus_core.cli.errors import reported
+from nexus_core.cli.errors import reported, run_command
 from nexus_core.cli.options import PATH
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ class _WithCommands(click.Command):
         words = list(sys.argv[1:] if args is None else args)
         found = [c for c in entry_points(group="nexus.commands") if c.name in words[:1]]
         if not found:
-            return super().main(words, *rest, **options)
+            run_command(partial(super().main, words, *rest, **options))
         options["prog_name"] = f"nexus-run {words[0]}"
         with reported("--debug" in words):
             command = found[0].load()
-        return command.main(words[1:], *rest, **options)
+        run_command(partial(command.main, words[1:], *rest, **options))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = ", ".join(sorted(c.name for c in entry_points(group="nexus.commands")))

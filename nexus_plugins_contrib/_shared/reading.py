@@ -15,6 +15,7 @@ from nexus_core import CheckpointError, ConfigError, DataError, Plugin, RunData,
 from nexus_core.bases.loader import ResumableLoader
 from nexus_plugins._shared.cache import cache_folder, fingerprint
 from nexus_plugins._shared.files import write_whole
+from nexus_plugins._shared.paths import of_setting
 from nexus_plugins_contrib._shared.examples import Encoder, Examples, encoded, first_held_out
 from nexus_plugins_contrib._shared.mixture import Mixture, MixtureOrder, Ramp
 from nexus_plugins_contrib._shared.rows import Batching, Cut, Layout, One, Rows, Together
@@ -77,7 +78,8 @@ class RowsPlugin(Plugin[ConfigT]):
             DataError: a source cannot be read or used.
         """
         config = self.config
-        self.tokenizer = open_tokenizer(config.tokenizer, config.tokenizer_revision)
+        with of_setting(f"{self.name}.tokenizer"):
+            self.tokenizer = open_tokenizer(config.tokenizer, config.tokenizer_revision)
         opener = _Opener(self, self.encoder(self.tokenizer), self.tokenizer, engine)
         self._opened = opener.open()
         if engine.ranks.is_main:
@@ -166,8 +168,11 @@ class _Opener:
         names = [source.called for source in sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise DataError(f"two sources are called '{twice}'; give them different names")
-        train, held_out = self._streams(sources) if self._config.streaming else self._rows(sources)
-        valid = {} if self._config.valid is None else self._apart(listed(self._config.valid))
+        with of_setting(f"{self._name}.train"):
+            read = self._streams if self._config.streaming else self._rows
+            train, held_out = read(sources)
+        with of_setting(f"{self._name}.valid"):
+            valid = {} if self._config.valid is None else self._apart(listed(self._config.valid))
         loaders = self._evaluations(valid or held_out)
         found = RunData(train, loaders, self._tokenizer)
         return _Opened(found, str(cast(Any, train).fingerprint), self._notes)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nexus_core.errors import ConfigError, suggestion
+from nexus_core.errors import ConfigError, hint_set, suggestion
 from nexus_plugins._shared.calls import Arguments, check_arguments
 from nexus_plugins._shared.parameters import matching
 
@@ -200,8 +200,8 @@ def targets_of(model: nn.Module, patterns: Sequence[str], rank: int) -> list[str
         found = [n for n in wide if _is_trained(named[n])]
     if not found:
         raise ConfigError(
-            "peft.target: the model has no linear layer to adapt; name modules, with glob "
-            "patterns: peft.target=['*.q_proj', '*.v_proj']"
+            "the model has no linear layer to adapt; name modules, with glob patterns: ",
+            hint_set("peft.target", ["*.q_proj", "*.v_proj"]),
         )
     return found
 

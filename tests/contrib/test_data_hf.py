@@ -229,7 +229,7 @@ def test_ids_of_the_hub_are_found_in_its_cache_offline(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"train": "nowhere.jsonl"}, "no file or folder 'nowhere.jsonl'"),
+        ({"train": "nowhere.jsonl"}, "data_hf.train: no file or folder 'nowhere.jsonl'"),
         ({"column": "body"}, r"a.jsonl, row 1: no value in column 'body'"),
         ({"tokenizer": "nowhere"}, "cannot open the tokenizer 'nowhere'"),
         ({"seq_len": 4000}, "too few tokens for a row of 4000"),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click import Command
 from click.testing import CliRunner, Result
 
 from nexus_core import ConfigError, DataError, Engine, hookimpl
@@ -429,6 +430,26 @@ def test_dry_run_reports_and_writes_nothing(folder: Path, more: str) -> None:
     assert "parameters" in result.output
     assert "val/loss" in result.output
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        (nexus_run, "--reume auto", "no such option '--reume'. Did you mean '--resume'? See: "),
+        (nexus_run, "--out", "option '--out' requires an argument. See: "),
+        (nexus_run, "--resume-policy x", "invalid value for '--resume-policy': 'x' is not one of"),
+        (nexus_run, "diff", "missing argument 'RUN_A'. Expected: nexus-run diff [OPTIONS] RUN_A"),
+        (nexus_run, "diff a b c", "got unexpected extra argument (c). Expected: nexus-run diff"),
+        (nexus_plugins, "shwo", "no such command 'shwo'. Did you mean 'show'? See: "),
+        (nexus_plugins, "show", "missing argument 'NAME|FILE.py'. Expected: "),
+    ],
+)
+def test_a_mistyped_command_is_one_line(command: Command, words: str, said: str) -> None:
+    """Fails if click reports it in its own form: four lines, with the usage first."""
+    done = CliRunner().invoke(command, words.split())
+    assert (done.exit_code, done.output.count("\n")) == (2, 1), done.output
+    assert done.output.startswith(f"error: {said}")
+    assert done.output.endswith(" --help\n")
 
 
 def test_dry_run_tries_the_checkpoint_as_well(folder: Path) -> None:

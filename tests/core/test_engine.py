@@ -506,7 +506,7 @@ def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
     [
         ({"loss": nn.MSELoss()}, [torch.ones(2, 3)], "a batch is Tensor; expected a pair"),
         ({"optimizer": torch.optim.SGD}, PAIRS, r"SGD\(model.parameters\(\), lr=...\)"),
-        ({"until": None}, PAIRS, 'until .how long to train. is None; expected "500 steps"'),
+        ({"until": None}, PAIRS, 'the length of the run .until. is None; expected "500 steps"'),
         ({"eval_data": [DataLoader([0]), DataLoader([1])]}, PAIRS, "{'val': one, 'test': other}"),
         ({}, TensorDataset(torch.ones(4, 3), torch.zeros(4)), "which yields rows; pass batches"),
         ({"eval_data": TensorDataset(torch.ones(4, 3))}, PAIRS, "which yields rows; pass batches"),
@@ -522,7 +522,7 @@ def test_a_loss_of_input_and_target_trains_on_pairs(compare: Any) -> None:
         (
             {"until": DataLoader(PAIRS)},
             PAIRS,
-            r"until .*DataLoader.*fit\(batches, '500 steps', eval_data=",
+            r"until.*DataLoader.*fit\(batches, '500 steps', eval_data=",
         ),
         ({}, nn.Linear(1, 1), "the data is a Linear, which yields no batches; pass batches"),
         ({"optimizer": [torch.optim.SGD, 3]}, PAIRS, "expected optimizers, got type, int"),

@@ -165,7 +165,7 @@ def test_periods_may_be_shares_and_follow_a_later_horizon() -> None:
 @pytest.mark.parametrize("until", ["10%", "100%"])
 def test_a_horizon_is_no_share_of_itself(until: str) -> None:
     engine = Engine(model := new_model(), torch.optim.SGD(model.parameters()), loss=loss)
-    with pytest.raises(ConfigError, match=f"until is '{until}', a share of itself"):
+    with pytest.raises(ConfigError, match=f"is '{until}', a share of itself"):
         engine.fit(batches_of(2), until=until)
 
 

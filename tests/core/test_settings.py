@@ -114,7 +114,7 @@ def test_set_reads_values_as_yaml_does_and_reaches_into_blocks(config: str) -> N
         ({"sets": ("clipp.max_norm=1",)}, "'clipp' is not in this run. Did you mean 'clip'"),
         ({"sets": ("seed",)}, "expected KEY=VALUE"),
         ({"sets": ("seed=many",)}, "seed: got 'many'; input should be a valid integer"),
-        ({"sets": ("until=soon",)}, "until: got 'soon'; cannot read the interval"),
+        ({"sets": ("until=soon",)}, "until: cannot read the interval 'soon'"),
         ({"sets": ("clip.max_norm.x=1",)}, "'max_norm' of 'clip.max_norm.x' is a value"),
         ({"plugins": "no:clipp"}, "'clipp' is not in this run. Did you mean 'clip'"),
         ({"environment": {"NEXUS_SEED": "x"}}, "seed: got 'x'; .*from NEXUS_SEED"),
@@ -123,6 +123,19 @@ def test_set_reads_values_as_yaml_does_and_reaches_into_blocks(config: str) -> N
 def test_mistake_is_one_clear_error(config: str, arguments: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_settings(**{"source": config, **arguments})
+
+
+def test_a_value_is_worded_as_it_was_given(config: str) -> None:
+    """Fails if an error on the command line has a value or a hint in Python's syntax."""
+    with pytest.raises(ConfigError) as caught:
+        read_settings(config, sets=("until=", "seed="))
+    said = caught.value.on_command_line().splitlines()
+    assert said[0] == "seed: got nothing; input should be a valid integer"
+    assert said[1].startswith("until: the length of the run (until) is nothing; expected")
+    assert "None" not in said[1]
+    assert "fit(" not in said[1]
+    assert "is None" in str(caught.value)
+    assert "fit(batches, '500 steps'" in str(caught.value)
 
 
 def test_a_config_file_that_is_missing_is_suggested_by_its_neighbours(config: str) -> None:
@@ -197,7 +210,7 @@ def test_a_value_arrives_as_it_was_written_by_option_file_and_environment(
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("until=1:30:00", "until: got '1:30:00'; cannot read the interval"),
+        ("until=1:30:00", "until: cannot read the interval '1:30:00'"),
         ("data_text.batch_size=yes", "batch_size: got 'yes'; input should be a valid integer"),
         ("data_text.batch_size=true", "batch_size: got true; expected a number"),
         ("seed=true", "seed: got true; expected a number"),

@@ -178,6 +178,25 @@ def test_a_wrong_command_is_one_message(arguments: list[str], message: str) -> N
     assert "pass" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("@hookimpl\n    def on_stepp(self): 0", "Did you mean 'on_step'?"),
+        ("@hookimpl\n    def on_step(self, stp): 0", "Did you mean 'step'?"),
+        ("def on_step(self): 0", "mark it @hookimpl"),
+    ],
+)
+def test_a_wrong_hook_is_reported_once(method: str, message: str, tmp_path: Path) -> None:
+    """Fails if every check repeats it."""
+    file = tmp_path / "odd.py"
+    head = "from nexus_core import Plugin, PluginConfig, hookimpl"
+    file.write_text(f"{head}\nclass OddPlugin(Plugin[PluginConfig]):\n    {method}\n")
+    result = check(str(file))
+    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    assert result.output.startswith("error: plugin 'odd'")
+    assert message in result.output
+
+
 @pytest.mark.slow
 def test_pytest_finds_the_checks_of_a_subclass(sparkle: Path, tmp_path: Path) -> None:
     """Fails if the class in an author's test file is not collected, or failures are lost."""

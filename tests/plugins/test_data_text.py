@@ -571,11 +571,11 @@ def test_data_goes_to_worker_processes_as_paths(tmp_path: Path, cache: Path) -> 
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"train": "nowhere.txt"}, "no file or folder 'nowhere.txt'"),
-        ({"train": "*.nothing"}, "no file or folder"),
+        ({"train": "nowhere.txt"}, "data_text.train: no file or folder 'nowhere.txt'"),
+        ({"train": "*.nothing"}, "data_text.train: no file or folder"),
         ({"train": []}, "the list of sources is empty"),
         ({"train": ""}, "the path of the data is empty"),
-        ({"tokenizer": "missing.json"}, "no tokenizer 'missing.json'"),
+        ({"tokenizer": "missing.json"}, "data_text.tokenizer: no tokenizer 'missing.json'"),
         ({"seq_len": 100_000_000}, "too few for a row of 100000000"),
     ],
 )

@@ -157,11 +157,6 @@ def test_a_command_that_fails_does_not_answer(
     assert (done.exit_code, "planted" in done.output) == (2, True)
 
 
-def test_an_honest_run_does_not_differ_from_its_re_execution(folder: Path) -> None:
-    honest = run("diff", str(folder / "a"), "--trust")
-    assert (honest.exit_code, honest.output) == (0, "no step differs, of 16\n")
-
-
 @pytest.mark.slow
 def test_a_run_that_does_not_come_out_again_is_told_why(folder: Path, tmp_path: Path) -> None:
     """Fails if an edit, a hardware fault, other code or nondeterminism is missed or confused."""
@@ -232,3 +227,41 @@ def test_without_tapes_the_step_between_checkpoints_is_found(folder: Path) -> No
         (out / "tape.jsonl").unlink()
     found = compared(one, other)
     assert verdict(planted, found) == (True, True), found
+
+
+TINY = """
+until: 2 steps
+plugins:
+  data_text: {train: text.txt, valid_share: 0, seq_len: 16, batch_size: 2}
+  model: {call: "nexus_core.testing:tiny_model", args: {vocabulary: 300}}
+  loss_lm: {}
+  optim_adamw: {}
+  lr_cosine: {}
+  checkpoint: {every: 2 steps}
+  jsonl: {}
+  tape: {}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:resuming")
+def test_every_part_of_a_run_is_repeated_with_the_settings_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a run that was resumed or branched off with other settings is called false."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some words, again and again\n" * 40)
+    Path("tiny.yaml").write_text(TINY)
+    for command in (
+        ["tiny.yaml", "--out", "a"],
+        ["resume", "a", "--trust", "--set", "until=4 steps"],
+        ["branch", "a@2", "--trust", "--set", "optim_adamw.lr=0.1", "--out", "b"],
+    ):
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    for out, count in ((Path("a"), 2), (Path("b"), 1)):
+        done = audited(out)
+        assert (done.exit_code, done.output.count("same   steps")) == (0, count), done.output
+    honest = run("diff", "a", "--trust")
+    assert (honest.exit_code, honest.output.splitlines()[0]) == (0, "no step differs, of 4")
+    shutil.rmtree("a/checkpoints/step-00000002")
+    assert "resumed at step 2, of which no checkpoint is kept" in audited(Path("a")).output

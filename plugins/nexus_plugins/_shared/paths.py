@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nexus_core.errors import DataError
 
-__all__ = ["expanded", "printable", "reason"]
+__all__ = ["expanded", "of_setting", "printable", "reason"]
 
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+
+
+@contextmanager
+def of_setting(key: str) -> Iterator[None]:
+    """Begin errors about data with the setting that names it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: ", *error.args) from error
 
 
 def expanded(wish: str | Path) -> Path:

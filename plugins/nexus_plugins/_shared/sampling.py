@@ -40,10 +40,12 @@ class Sampling:
                 "token) or more"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; expected 1 or more, or None for all tokens")
+            raise ValueError(
+                f"top_k is {self.top_k}; expected 1 or more, or nothing for all tokens"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(
-                f"top_p is {self.top_p}; expected above 0 and up to 1, or None for all tokens"
+                f"top_p is {self.top_p}; expected above 0 and up to 1, or nothing for all tokens"
             )
 
     def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:

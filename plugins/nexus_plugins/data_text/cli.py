@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from nexus_core.cli.errors import Group
 from nexus_core.errors import ConfigError, NexusError
 from nexus_plugins._shared.paths import expanded, printable
 
@@ -73,7 +74,7 @@ def _end(message: str, error: BaseException) -> NoReturn:
     sys.exit(2)
 
 
-@click.group(name="nexus-data", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, name="nexus-data", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def _group(debug: bool) -> None:
     """Prepare, inspect and trace training text."""

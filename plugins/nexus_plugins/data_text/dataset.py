@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nexus_core.errors import DataError
 from nexus_plugins._shared.cache import cache_folder, fingerprint, signature, tag_cache
-from nexus_plugins._shared.paths import reason
+from nexus_plugins._shared.paths import of_setting, reason
 from nexus_plugins.data_text.config import DataTextConfig
 from nexus_plugins.data_text.embedded import standard_library
 from nexus_plugins.data_text.folders import HELD_OUT, TRAIN
@@ -174,7 +174,8 @@ def _tokenizer(config: DataTextConfig, sources: Sequence[Source]) -> tuple[Token
     """The tokenizer of the run, and the name or path under which it is loaded."""
     special = (config.eos_token, config.pad_token)
     if config.tokenizer != "auto":
-        return load_tokenizer(config.tokenizer, *special), config.tokenizer
+        with of_setting("data_text.tokenizer"):
+            return load_tokenizer(config.tokenizer, *special), config.tokenizer
     ids = [path for one in sources for path in (*one.ids, *_ids_apart(one))]
     beside = next(filter(None, map(tokenizer_beside, ids)), None)
     if beside is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nexus_core.errors import DataError
-from nexus_plugins._shared.paths import expanded
+from nexus_plugins._shared.paths import expanded, of_setting
 from nexus_plugins.data_text.apart import Split, copies, in_words, repeated, split_by_name
 from nexus_plugins.data_text.config import DataTextConfig, SourceConfig, SourceList
 from nexus_plugins.data_text.folders import HELD_OUT, TRAIN, find, root_of
@@ -74,10 +74,11 @@ def find_sources(config: DataTextConfig) -> Sources:
         DataError: no file is found, or one cannot be read.
     """
     finder, other = _Finder(), _Finder()
-    train = finder.find(config.train)
-    valid = (
-        [] if config.valid is None else [one.for_evaluation() for one in other.find(config.valid)]
-    )
+    with of_setting("data_text.train"):
+        train = finder.find(config.train)
+    with of_setting("data_text.valid"):
+        found = [] if config.valid is None else other.find(config.valid)
+    valid = [one.for_evaluation() for one in found]
     if config.valid is None:
         finder.say_apart(train, evaluated=config.valid_share > 0)
     else:

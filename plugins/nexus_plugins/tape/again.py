@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from nexus_core import Logger, LoggerConfig, Plugin
+from nexus_core.cli.lineage import read_lineage
 from nexus_core.cli.recorded import Saved, checkpoints, config_of, only_trusted, without_watchers
 from nexus_core.errors import RunError
 from nexus_core.plan import answering, arrange
@@ -41,12 +42,14 @@ class Recorded:
         trust: whether local code named in its config may be run.
         tape: its tape.
         saved: its checkpoints by step.
+        start: step and checkpoint of another run that it branched off; None: it is not a branch.
     """
 
     folder: Path
     trust: bool
     tape: Tape
     saved: dict[int, Path]
+    start: tuple[int, Path] | None = None
     directory: Path = field(default_factory=Path.cwd)  # base of relative paths in its config
 
     @classmethod
@@ -58,11 +61,36 @@ class Recorded:
         """
         config_of(folder)
         folder = folder.absolute()
-        return cls(folder, trust, read_tape(folder), checkpoints(folder))
+        parent = read_lineage(folder).parent
+        start = None if parent is None else (parent.step, Path(parent.run) / parent.source)
+        return cls(folder, trust, read_tape(folder), checkpoints(folder), start)
+
+    @property
+    def first(self) -> int:
+        """The step after which it starts: 0, or that of the checkpoint that it branched off."""
+        return self.start[0] if self.start else 0
 
     def before(self, step: int) -> int:
-        """The step of the newest checkpoint at or before a step; 0: from the beginning."""
-        return max((at for at in self.saved if at <= step), default=0)
+        """The step of the newest checkpoint at or before a step; `first`: from the beginning."""
+        return max((at for at in self.saved if at <= step), default=self.first)
+
+    def source(self, step: int) -> Path | None:
+        """The checkpoint to start from after a step; None: from the beginning."""
+        return self.saved.get(step, self.start[1] if self.start else None)
+
+    def config_after(self, step: int) -> Path:
+        """The config that the run had after a step: it may have been resumed with another one."""
+        later = [path for at, path in self.saved.items() if at > step]
+        return Saved(self.folder, later[0]).config if later else config_of(self.folder)
+
+    def unknown(self, begin: int, end: int) -> list[str]:
+        """The sessions within a part of the run whose settings are not kept, in words."""
+        return [
+            f"the run was resumed at step {session['step']}, of which no checkpoint is kept: its "
+            "settings may have been different before"
+            for session in self.tape.sessions
+            if begin < session["step"] < end and session["step"] not in self.saved
+        ]
 
     def lock(self) -> dict[str, Any]:
         """The lock of its newest checkpoint; empty if it has none."""
@@ -138,7 +166,7 @@ def executed(
 
     Args:
         recorded: the run.
-        begin: the step of the checkpoint to start from; 0: the beginning.
+        begin: the step of the checkpoint to start from; `recorded.first`: the beginning.
         end: the last step to take.
         modules: the setting `modules` of the new tape.
         watch: the observer.
@@ -173,9 +201,7 @@ def _built(
     from nexus_core.cli.build import build_plugins
     from nexus_core.cli.settings import read_settings
 
-    config = config_of(recorded.folder)
-    if begin:
-        config = Saved(recorded.folder, recorded.saved[begin]).config
+    config = recorded.config_after(begin)
     reader = answering("load_snapshot").name
     settings = read_settings(str(config), trusted=recorded.trust)
     if reader in settings.run.plugins:
@@ -195,9 +221,8 @@ def _begun(made: Build, recorded: Recorded, begin: int, room: Path) -> Engine:
     from nexus_core.cli.build import make_engine
 
     engine = make_engine(made, room)
-    if begin:
-        source = str(recorded.saved[begin])
-        snapshot = engine.hook.load_snapshot(engine=engine, source=source)
+    if source := recorded.source(begin):
+        snapshot = engine.hook.load_snapshot(engine=engine, source=str(source))
         watching = {n: bool(getattr(p, "only_watches", False)) for n, p in engine.plugins.items()}
         engine.load_state_dict(without_watchers(snapshot, watching))
     return engine
@@ -240,5 +265,5 @@ def _of(note: str, plugins: list[str]) -> bool:
 
 def intervals(recorded: Recorded) -> Iterator[tuple[int, int]]:
     """The intervals between a run's checkpoints, including the start."""
-    edges = [0, *recorded.saved]
+    edges = [recorded.first, *recorded.saved]
     yield from pairwise(edges)

@@ -59,7 +59,7 @@ class Segment:
     """A part of a run that was re-executed.
 
     Args:
-        begin: the step of the checkpoint that it starts from; 0: the beginning.
+        begin: the step of the checkpoint that it starts from, or of the run's beginning.
         end: the step of the checkpoint that it ends with.
         faults: what was not reproduced, in words.
         notes: how the rebuilt run differs from the original.
@@ -132,9 +132,10 @@ def _again(recorded: Recorded, begin: int, end: int) -> Segment:
     faults = [*_lines(recorded, again, begin, end)]
     faults += map(str, odd_metrics(recorded, again, begin, end))
     now = again.engine.state_dict()  # reading a checkpoint changes the plugin that reads it
-    for step in filter(None, (begin, end)):
+    for step in [at for at in (begin, end) if at in recorded.saved]:
         faults += _checkpoint(recorded, again.engine, step, now if step == end else None)
-    return Segment(begin, end, list(dict.fromkeys(faults)), again.notes)
+    notes = [*again.notes, *recorded.unknown(begin, end)] if faults else again.notes
+    return Segment(begin, end, list(dict.fromkeys(faults)), notes)
 
 
 def depth_of(recorded: Recorded, step: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -135,7 +136,9 @@ def _taken_apart(
     lines = one.tape.lines.get(step), other.tape.lines.get(step)
     try:
         with Side(one) as mine, Side(other) as theirs:
-            return between(mine, theirs, lines, step, compared, found)
+            finding = between(mine, theirs, lines, step, compared, found)
+        unknown = (run.unknown(run.before(step - 1), step) for run in (one, other))
+        return replace(finding, notes=[*finding.notes, *chain(*unknown)])
     except NexusError as error:  # such as local code that is not trusted
         if None in lines:
             raise

@@ -46,12 +46,12 @@ def diff_itself(recorded: Recorded) -> Finding:
 def _parts(recorded: Recorded) -> Iterator[tuple[int, int]]:
     """The parts of a run between its checkpoints, and the part after the last one."""
     yield from intervals(recorded)
-    last = max(recorded.saved, default=0)
+    last = max(recorded.saved, default=recorded.first)
     logs = (recorded.folder / "metrics.jsonl").exists()
     end = max(max(recorded.tape.lines, default=0), steps_of(recorded) if logs else 0)
     if end > last:
         yield last, end
-    elif not end and not last:
+    elif not recorded.saved:
         raise RunError(
             f"'{recorded.folder}' has no tape, checkpoint or metrics.jsonl, so there is "
             "nothing to compare a re-execution with; train with the plugin tape, or save"
@@ -72,7 +72,7 @@ def _first(
     if step is not None and (metric is None or step <= metric.step):
         return _by_line(recorded, again, step, end, found)
     if metric is not None:
-        return _by_metric(metric, metric.step in tape, end, found)
+        return _by_metric(metric, metric.step in tape, end, found, _untold(recorded, begin, end))
     return _by_checkpoint(recorded, again, begin, end, found) if end in recorded.saved else None
 
 
@@ -86,11 +86,16 @@ def _by_line(recorded: Recorded, again: Again, step: int, end: int, found: list[
     lines = recorded.tape.lines[step], again.lines[step]
     finding = by_tape(lines, step, end, found)
     why = "re-executed, the step is reproducible but differs from its tape"
-    known = f"{finding.cause}" if found else UNTOLD
+    known = finding.cause if found else _untold(recorded, recorded.before(step - 1), end)
     return replace(finding, cause=f"{why}: {known}", repeated=(False, None))
 
 
-def _by_metric(metric: OddMetric, taped: bool, end: int, found: list[Fact]) -> Finding:
+def _untold(recorded: Recorded, begin: int, end: int) -> str:
+    """Why a part of the run may differ for no known reason."""
+    return "; ".join(recorded.unknown(begin, end)) or UNTOLD
+
+
+def _by_metric(metric: OddMetric, taped: bool, end: int, found: list[Fact], untold: str) -> Finding:
     then, now = metric.values
     return Finding(
         end,
@@ -101,7 +106,7 @@ def _by_metric(metric: OddMetric, taped: bool, end: int, found: list[Fact]) -> F
         metric.name or "the line of the step",
         ("" if then is None else f"{then!r}", "" if now is None else f"{now!r}"),
         None if then is None or now is None else abs(then - now),
-        CHANGED if taped else UNTOLD,
+        CHANGED if taped else untold,
         (taped or None, None),
         [str(metric)],
     )
@@ -126,7 +131,11 @@ def _by_checkpoint(
     if odd is None:
         return None
     place, values = odd
-    why = CHANGED if taped else f"it diverged between steps {begin} and {end}; {UNTOLD}"
+    why = (
+        CHANGED
+        if taped
+        else f"it diverged between steps {begin} and {end}; {_untold(recorded, begin, end)}"
+    )
     tensors = [value if isinstance(value, Tensor) else None for value in values]
     return Finding(
         end,

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_core import Every, IntervalField, Plugin, PluginConfig, StateDict, hookimpl
+from nexus_core import ConfigError, Every, IntervalField, Plugin, PluginConfig, StateDict, hookimpl
 from nexus_core.cli.digests import Digester, hexadecimal
 from nexus_core.paths import PathText
 from nexus_plugins._shared.files import write_whole
@@ -139,10 +139,15 @@ class TapePlugin(Plugin[TapeConfig]):
         }
         kept = [{"session": old} for old in tape.sessions if old["step"] < step]
         kept += [line for number, line in tape.lines.items() if number <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(map(lines.encoded, [*kept, {"session": session}]))
-        write_whole(path, text.encode())
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text.encode())
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.name}.file: cannot write '{path}': {error.strerror}"
+            ) from error
 
     @hookimpl(stage="inspect", trylast=True)
     def on_batch(self, engine: Engine, batch: Any) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from nexus_core.testing import fake_distribution
 from nexus_plugins.checkpoint.export import export
 from tests.distributed.launcher import NEXUS_RUN, PATIENCE_S, process_of, start, wait_for, write_run
+from tests.distributed.processes import together
+from tests.distributed.works import command
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -29,6 +31,7 @@ def lines(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+RANKS = 3
 WITNESS = '''
 import json, os
 from nexus_core import Plugin, PluginConfig, hookimpl
@@ -50,12 +53,12 @@ class WitnessPlugin(Plugin[PluginConfig]):
 def witnessed(folder: Path, name: str) -> dict[int, list[int]]:
     """The samples of each step over all processes; of repeated steps the last time."""
     kept: dict[tuple[int, int], list[int]] = {}
-    for rank in range(4):
+    for rank in range(RANKS):
         for line in (folder / f"{name}.{rank}").read_text().splitlines():
             step, ids = json.loads(line)
             kept[step, rank] = ids
     return {
-        step: sorted(i for rank in range(4) for i in kept[step, rank])
+        step: sorted(i for rank in range(RANKS) for i in kept[step, rank])
         for step in sorted({step for step, _ in kept})
     }
 
@@ -69,25 +72,23 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(
     Also fails if a sample is skipped or repeated in the one complete epoch.
     """
     write_run(tmp_path)
-    ends = []
     (tmp_path / "witness.py").write_text(WITNESS)
     chosen = "./witness.py" if plugin == "ddp" else f"no:ddp,{plugin},./witness.py"
-    options = ["--plugins", chosen, "--set", "batch_size=40"]
-    for name in ("undisturbed", "killed"):
-        launcher = start(
-            tmp_path,
-            4,
-            *("--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", "--out", name, *options),
-            environment={"WITNESS": str(tmp_path / name)},
-        )
-        if name == "killed":
-            wait_for(lambda: lines(tmp_path / "killed") >= 12, launcher)
-            os.kill(process_of(launcher, rank=2), signal.SIGKILL)
-        output = launcher.communicate(timeout=PATIENCE_S)[0]
-        assert launcher.returncode == 0, output
-        ends.append(output)
+    options = ["tiny.yaml", "--plugins", chosen, "--set", "batch_size=30"]
+    undisturbed = [*options, "--out", "undisturbed"]
+    together(RANKS, command, tmp_path, undisturbed, {"WITNESS": str(tmp_path / "undisturbed")})
+    launcher = start(
+        tmp_path,
+        RANKS,
+        *("--max-restarts", "1", *NEXUS_RUN, *options, "--out", "killed"),
+        environment={"WITNESS": str(tmp_path / "killed")},
+    )
+    wait_for(lambda: lines(tmp_path / "killed") >= 12, launcher)
+    os.kill(process_of(launcher, rank=1), signal.SIGKILL)
+    output = launcher.communicate(timeout=PATIENCE_S)[0]
+    assert launcher.returncode == 0, output
     assert (tmp_path / "killed/plugins/witness.py").read_text() == WITNESS
-    assert "resumed at step" in ends[1]
+    assert "resumed at step" in output
     for name in ("undisturbed", "killed"):
         export(tmp_path / name / "checkpoints/final", tmp_path / f"{name} model")
     one, other = (
@@ -101,8 +102,8 @@ def test_a_killed_process_makes_all_start_again_where_they_had_saved(
         json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
     ]
     assert [r["step"] for r in records if "train/total_loss" in r] == list(range(1, 21))
-    undisturbed, killed = (witnessed(tmp_path, name) for name in ("undisturbed", "killed"))
-    assert killed == undisturbed
+    whole, killed = (witnessed(tmp_path, name) for name in ("undisturbed", "killed"))
+    assert killed == whole
     assert list(killed) == list(range(1, 21))
     in_order = [i for step in killed for i in killed[step]]
     epoch = max(in_order) + 1
@@ -153,10 +154,8 @@ def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(tmp_path: Path)
 def test_a_restart_before_the_first_save_resumes_from_the_named_checkpoint(tmp_path: Path) -> None:
     """Fails if a run resumed from another run restarts from scratch when a process dies early."""
     write_run(tmp_path)
-    first = start(tmp_path, 2, *NEXUS_RUN, "tiny.yaml", "--out", "base")
-    said = first.communicate(timeout=PATIENCE_S)[0]
-    assert first.returncode == 0, said
-    sets = ["--set", "until=150 steps", "--set", "checkpoint.every=1000 steps"]
+    together(2, command, tmp_path, ["tiny.yaml", "--out", "base"])
+    sets = ["--set", "until=100 steps", "--set", "checkpoint.every=1000 steps"]
     named = ["--resume", "base/checkpoints/final", "--out", "new", *sets]
     launcher = start(tmp_path, 2, "--max-restarts", "1", *NEXUS_RUN, "tiny.yaml", *named)
     wait_for(lambda: lines(tmp_path / "new") >= 2, launcher)
@@ -165,7 +164,7 @@ def test_a_restart_before_the_first_save_resumes_from_the_named_checkpoint(tmp_p
     assert launcher.returncode == 0, output
     assert output.count("resumed at step 20") == 2
     steps = [json.loads(line) for line in (tmp_path / "new/metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in steps if "train/total_loss" in r] == list(range(21, 151))
+    assert [r["step"] for r in steps if "train/total_loss" in r] == list(range(21, 101))
 
 
 LAST_LOOK = """
@@ -227,7 +226,7 @@ def test_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
         (["--plugins", "no:ddp,fsdp", "--set", "fsdp.match=['*.nothing']"], "matches no module"),
     ):
         options = [*NEXUS_RUN, "tiny.yaml", "--out", "run", *extra]
-        output = start(tmp_path, 3, *options).communicate(timeout=PATIENCE_S)[0]
+        output = start(tmp_path, 2, *options).communicate(timeout=PATIENCE_S)[0]
         assert output.count(message) == 1, output
         assert "exitcode  : 2" in output
         assert "error in rank" not in output

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_core import Engine, NexusError, Plugin, PluginConfig, ResumableLoader, RunData, hookimpl
+from nexus_core.cli.run import main as nexus_run
 from nexus_core.plan import load
 from nexus_core.processes import Ranks, local_part, whole
 from nexus_plugins._shared.buffers import share_buffers
@@ -23,6 +26,19 @@ from nexus_plugins.ddp import DdpPlugin
 from nexus_plugins.fsdp import FsdpPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
 from tiny import AbsolutePlugin, Net, RecorderPlugin, Regression, SquaredPlugin
+
+
+def command(folder: Path, arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run `nexus-run` in a folder, as one of the processes of a launcher; its output is dropped."""
+    os.environ |= environment or {}
+    os.chdir(folder)
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        pytest.raises(SystemExit, match="^0$"),
+    ):
+        nexus_run(arguments)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.optim import SGD, AdamW, Optimizer
 
 from nexus_core import ConfigError, Engine, Plugin, PluginConfig, Step, hookimpl
 from nexus_core.plan import load
@@ -226,12 +227,29 @@ def count_run(model: Any, *_: object) -> None:
     model.runs += 1
 
 
+class HalvesPlugin(Plugin[PluginConfig]):
+    """Changes the learning rate in each step, by a factor that does not round it."""
+
+    @hookimpl
+    def lr_scale(self, engine: Engine) -> float:
+        return 0.5 ** (engine.state.step % 3)
+
+
+def fused_adamw(model: nn.Module) -> Optimizer:
+    """With a rate that is the same number in float32, in which the device has it."""
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=2**-7, fused=True)
+
+
 def graphed(
-    device: torch.device | str, *plugins: Plugin[Any], step_graph: bool = True, **settings: Any
+    device: torch.device | str,
+    *plugins: Plugin[Any],
+    step_graph: bool = True,
+    optimizer: Callable[[nn.Module], Optimizer] = fused_adamw,
+    **settings: Any,
 ) -> Engine:
     """The smallest model, in steps of two micro-batches."""
     compiling = CompilePlugin(backend="eager", step_graph=step_graph)
-    parts = Parts(model=counting_model)
+    parts = Parts(model=counting_model, optimizer=optimizer)
     return tiny_engine(
         *plugins,
         compiling,
@@ -322,7 +340,15 @@ class ChangesPlugin(Plugin[PluginConfig]):
 
 TRAINED_WITH: dict[str, tuple[list[type[Plugin[Any]]], dict[str, dict[str, Any]], int]] = {
     "guard, clip and fp16": (
-        [CarriesPlugin], {"guard": {}, "clip": {"max_norm": 0.1}, "amp": {"dtype": "fp16"}}, 5,
+        [CarriesPlugin, HalvesPlugin],
+        {"guard": {}, "clip": {"max_norm": 0.1}, "amp": {"dtype": "fp16"}}, 5,
+    ),
+    "optim_muon, guard and clip": (
+        [HalvesPlugin],
+        {
+            "optim_muon": {"lr": 2**-7, "weight_decay": 2**-4, "adjust": "original"},
+            "guard": {}, "clip": {"max_norm": 0.1},
+        }, 6,
     ),
     "curriculum": (
         [CarriesPlugin], {"curriculum": {
@@ -352,6 +378,7 @@ def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
         engine = graphed(accelerator.device, *plugins, *made, step_graph=step_graph)
         found.append((run_to(engine, 9), of_training(engine.state_dict())))
     assert engine.metrics["compile/replayed_steps"] >= least
+    assert engine.metrics["compile/replayed_updates"] >= least
     assert found[0][0] == found[1][0]
     assert differences(found[0][1], found[1][1]) == []
 

@@ -237,7 +237,7 @@ def engine(run: Run, step_graph: bool = False) -> None:
 
 
 def engine_with_graph(run: Run) -> None:
-    """Our engine, the gradient of each step replayed from a CUDA graph."""
+    """Our engine, the gradient and the update of each step replayed from CUDA graphs."""
     with torch.compiler.set_stance("force_eager"):
         engine(run, step_graph=True)
 

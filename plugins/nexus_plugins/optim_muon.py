@@ -104,6 +104,8 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, with matmuls in float32 on CPU, where bfloat16 is slow."""
 
+    capturable = True  # for compile.step_graph: with a learning rate on the device
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
@@ -122,8 +124,12 @@ class Muon(torch.optim.Muon):
         update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
         matched = group["adjust_lr_fn"] == "match_rms_adamw"
         length = 0.2 * longest**0.5 if matched else max(1, len(matrix) / matrix.shape[1]) ** 0.5
-        matrix.mul_(1 - group["lr"] * group["weight_decay"])
-        matrix.add_(orthogonal(update), alpha=-group["lr"] * length)
+        lr, direction = group["lr"], orthogonal(update)
+        matrix.mul_(1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):
+            matrix.sub_(direction * (lr * length))
+        else:
+            matrix.add_(direction, alpha=-lr * length)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -150,6 +156,8 @@ class MuonAndAdamw(Optimizer):
         muon: the optimizer of the matrices.
         adamw: the optimizer of the other parameters.
     """
+
+    capturable = True
 
     def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
         self._parts = (muon, adamw)

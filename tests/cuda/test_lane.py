@@ -37,6 +37,7 @@ from nexus_plugins.lr_cosine import LrCosinePlugin
 from nexus_plugins.model_nexus import ModelNexusPlugin
 from nexus_plugins.offload import OffloadPlugin
 from nexus_plugins.optim_adamw import OptimAdamwPlugin
+from nexus_plugins.optim_muon import OptimMuonPlugin
 from nexus_plugins.throughput import ThroughputPlugin
 
 pytestmark = pytest.mark.cuda
@@ -94,7 +95,7 @@ class RowsPlugin(Plugin[PluginConfig]):
 def engine_on(
     device: torch.device | str, *plugins: Plugin[Any], width: int = 64, dropout: float = 0.0,
     rows: int = ROWS, pinned: bool = False, out: Path | None = None, log_every: str = "1 steps",
-    **settings: Any,
+    optimizer: Plugin[Any] | None = None, **settings: Any,
 ) -> Engine:  # fmt: skip
     """A small NEXUS with its losses; with dropout also the causal module, which draws noise.
     Without dropout nothing is drawn, so that the numbers of two devices can be compared.
@@ -105,7 +106,7 @@ def engine_on(
         reason=True, causal=draws,
     )  # fmt: skip
     losses = [load(name)() for name in LOSSES if draws or name != "loss_causal"]
-    parts = [RowsPlugin(rows, pinned), model, *losses, OptimAdamwPlugin(lr=3e-3)]
+    parts = [RowsPlugin(rows, pinned), model, *losses, optimizer or OptimAdamwPlugin(lr=3e-3)]
     return Engine(
         plugins=[*parts, *plugins], seed=1, device=device, out=out, log_every=log_every, **settings
     )
@@ -328,10 +329,12 @@ def test_compiled_code_gives_the_losses_of_eager_code(mode: str, device: torch.d
     assert engine.metrics["compile/graphs"] > 0
 
 
-def replayed(device: torch.device, *plugins: Plugin[Any], step_graph: bool = True) -> Engine:
+def replayed(
+    device: torch.device, *plugins: Plugin[Any], step_graph: bool = True, **settings: Any
+) -> Engine:
     """All five losses, with dropout, in steps of two micro-batches, without code generation."""
     compiling = CompilePlugin(backend="eager", step_graph=step_graph)
-    settings: dict[str, Any] = {"dropout": 0.1, "accumulate": 2, "rows": 4}
+    settings |= {"dropout": 0.1, "accumulate": 2, "rows": 4}
     pinned = device.type == "cuda"
     return engine_on(device, *plugins, compiling, pinned=pinned, **settings)
 
@@ -348,7 +351,7 @@ def steps_to(engine: Engine, last: int) -> Engine:
 def test_steps_replayed_from_a_graph_have_the_losses_of_eager_ones(
     cuda: torch.device, dtype: str | None
 ) -> None:
-    """The gradient of a step is one launch, without a sync."""
+    """The gradient of a step is one launch, and so is the update, without a sync."""
     ends = []
     for step_graph in (False, True):
         quiet = QuietPlugin(since=5)
@@ -359,19 +362,29 @@ def test_steps_replayed_from_a_graph_have_the_losses_of_eager_ones(
         names = [name for name in engine.metrics if name.startswith("train/")]
         ends.append(({name: engine.metrics[name] for name in names}, weights(engine)))
     assert engine.metrics["compile/replayed_steps"] >= 6
+    assert engine.metrics["compile/replayed_updates"] >= 6
     (metrics, eager), (others, graph) = ends
     assert others == pytest.approx(metrics, rel=1e-2)
     for name, value in eager.items():
         torch.testing.assert_close(graph[name], value, rtol=0.05, atol=5e-3, msg=name)
 
 
-def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(cuda: torch.device) -> None:
+@pytest.mark.parametrize("kind", [OptimAdamwPlugin, OptimMuonPlugin])
+def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
+    cuda: torch.device, kind: type[Plugin[Any]]
+) -> None:
     """Its first steps are eager again: a replayed step is bitwise equal to an eager one."""
-    whole = steps_to(replayed(cuda, DeterministicPlugin()), 10)
-    snapshot = steps_to(replayed(cuda, DeterministicPlugin()), 6).state_dict()
-    resumed = replayed(cuda, DeterministicPlugin())
+
+    def fresh() -> Engine:
+        usual = ClipPlugin(), LrCosinePlugin(), GuardPlugin(), DeterministicPlugin()
+        return replayed(cuda, *usual, optimizer=kind(lr=3e-3))
+
+    whole = steps_to(fresh(), 10)
+    snapshot = steps_to(fresh(), 6).state_dict()
+    resumed = fresh()
     resumed.load_state_dict(snapshot)
     steps_to(resumed, 10)
+    assert whole.metrics["compile/replayed_updates"] >= 6
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[key]), key
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -18,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.optim import SGD, AdamW, Optimizer
 
 from nexus_core import ConfigError, Engine, Plugin, PluginConfig, Step, hookimpl
 from nexus_core.plan import load
@@ -226,12 +229,29 @@ def count_run(model: Any, *_: object) -> None:
     model.runs += 1
 
 
+class HalvesPlugin(Plugin[PluginConfig]):
+    """Changes the learning rate in each step, by a factor that does not round it."""
+
+    @hookimpl
+    def lr_scale(self, engine: Engine) -> float:
+        return 0.5 ** (engine.state.step % 3)
+
+
+def one_adamw(model: nn.Module, fused: bool = True) -> Optimizer:
+    """With a rate that is the same number in float32, in which the device has it."""
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=2**-7, fused=fused)
+
+
 def graphed(
-    device: torch.device | str, *plugins: Plugin[Any], step_graph: bool = True, **settings: Any
+    device: torch.device | str,
+    *plugins: Plugin[Any],
+    step_graph: bool = True,
+    optimizer: Callable[[nn.Module], Any] = one_adamw,
+    **settings: Any,
 ) -> Engine:
     """The smallest model, in steps of two micro-batches."""
     compiling = CompilePlugin(backend="eager", step_graph=step_graph)
-    parts = Parts(model=counting_model)
+    parts = Parts(model=counting_model, optimizer=optimizer)
     return tiny_engine(
         *plugins,
         compiling,
@@ -322,7 +342,18 @@ class ChangesPlugin(Plugin[PluginConfig]):
 
 TRAINED_WITH: dict[str, tuple[list[type[Plugin[Any]]], dict[str, dict[str, Any]], int]] = {
     "guard, clip and fp16": (
-        [CarriesPlugin], {"guard": {}, "clip": {"max_norm": 0.1}, "amp": {"dtype": "fp16"}}, 5,
+        [CarriesPlugin, HalvesPlugin],
+        {
+            "guard": {}, "clip": {"max_norm": 0.1},
+            "amp": {"dtype": "fp16", "initial_scale": 2**21, "growth_interval": 2},
+        }, 5,  # the seventh overflows
+    ),
+    "optim_muon, guard and clip": (
+        [HalvesPlugin],
+        {
+            "optim_muon": {"lr": 2**-7, "weight_decay": 2**-4, "adjust": "original"},
+            "guard": {}, "clip": {"max_norm": 0.1},
+        }, 6,
     ),
     "curriculum": (
         [CarriesPlugin], {"curriculum": {
@@ -336,6 +367,7 @@ TRAINED_WITH: dict[str, tuple[list[type[Plugin[Any]]], dict[str, dict[str, Any]]
 """Plugins, and the minimum number of replayed steps out of 9."""
 
 
+@pytest.mark.filterwarnings("ignore:skipped the update of step")
 @pytest.mark.parametrize("name", TRAINED_WITH)
 def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
     name: str, accelerator: HostAccelerator
@@ -352,6 +384,7 @@ def test_replayed_steps_have_the_bits_and_metrics_of_eager_ones(
         engine = graphed(accelerator.device, *plugins, *made, step_graph=step_graph)
         found.append((run_to(engine, 9), of_training(engine.state_dict())))
     assert engine.metrics["compile/replayed_steps"] >= least
+    assert engine.metrics["compile/replayed_updates"] >= least
     assert found[0][0] == found[1][0]
     assert differences(found[0][1], found[1][1]) == []
 
@@ -375,7 +408,8 @@ def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     """
 
     def fresh() -> Engine:
-        return graphed(accelerator.device, CarriesPlugin())
+        usual = [load(name)() for name in ("optim_muon", "lr_cosine", "guard", "clip")]
+        return graphed(accelerator.device, CarriesPlugin(), *usual)
 
     run_to(whole := fresh(), 9)
     run_to(first := fresh(), 5)
@@ -385,6 +419,7 @@ def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     run_to(second, 9)
     for engine in (first, second):  # the first step has no mean yet, so it differs from the others
         assert engine.metrics["compile/replayed_steps"] == 1
+        assert engine.metrics["compile/replayed_updates"] == 1
     ends = [of_training(engine.state_dict()) for engine in (whole, second)]
     assert differences(*ends) == []
     steps = first.steps(until="100 steps")
@@ -398,6 +433,191 @@ def test_a_run_resumed_among_replayed_steps_ends_in_the_same_bits(
     weight = next(name for name in taken["model"] if name.endswith("weight"))
     moved = first.model.state_dict()[weight] - taken["model"][weight]
     assert 0 < moved.abs().max() < 0.1, "one step from there"
+
+
+class Descent(Optimizer):
+    """Moves each weight by its gradient times the learning rate, on the device."""
+
+    capturable = True
+
+    def __init__(self, params: Any, calls: list[object] | None = None) -> None:
+        super().__init__(params, {"lr": 2**-7})
+        self._calls = calls
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                self.move(parameter, parameter.grad, group["lr"])
+
+    def move(self, weight: Any, gradient: Tensor, rate: Any) -> None:
+        if self._calls is not None:
+            self._calls.append(weight)
+        weight.sub_(gradient * rate)
+
+
+class Frozen(Descent):
+    """Takes the learning rate to the host: a graph would have the same one forever."""
+
+    def move(self, weight: Any, gradient: Tensor, rate: Any) -> None:
+        weight.sub_(gradient * float(rate))
+
+
+class Decides(Descent):
+    """Skips every other update, which the host decides."""
+
+    count = 0
+
+    def move(self, weight: Any, gradient: Tensor, rate: Any) -> None:
+        self.count += 1
+        weight.sub_(gradient * rate * (self.count % 2))
+
+
+class Replaces(Descent):
+    """Has a new tensor of momentum after each update."""
+
+    def move(self, weight: Any, gradient: Tensor, rate: Any) -> None:
+        state = self.state[weight]
+        state["mean"] = gradient + state.get("mean", 0.0) * 0.5
+        weight.sub_(state["mean"] * rate)
+
+
+class Undeclared(Descent):
+    """May do anything."""
+
+    capturable = False
+
+
+def one_each(model: nn.Module) -> dict[str, Optimizer]:
+    """A kind of optimizer for each of the model's parameters."""
+    descent = partial(Descent, calls=[])
+    kinds = (
+        descent,
+        Frozen,
+        Decides,
+        Replaces,
+        Undeclared,
+        AdamW,
+        partial(SGD, momentum=0.5, fused=True),
+    )
+    made = zip(kinds, model.parameters(), strict=True)
+    return {str(number): kind([parameter]) for number, (kind, parameter) in enumerate(made)}
+
+
+def test_updates_are_replayed_of_optimizers_that_leave_the_host_alone(
+    accelerator: HostAccelerator,
+) -> None:
+    """Fails if a learning rate or a decision of the host is frozen in a graph.
+
+    Or if a replay calls the optimizer, or the others are not replayed because of one.
+    """
+    ends = []
+    for step_graph in (False, True):
+        engine = graphed(
+            accelerator.device,
+            HalvesPlugin(),
+            step_graph=step_graph,
+            optimizer=one_each,
+            accumulate=1,
+        )
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            run_to(engine, 7)
+        ends.append(engine.model.state_dict())
+    assert engine.metrics["compile/replayed_steps"] == 4
+    assert engine.metrics["compile/replayed_updates"] == 3 * 4
+    assert len(engine.optimizer.named["0"]._calls) == 3 + 1
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7)
+    said = [str(each.message).rpartition("graph: ")[2] for each in found]
+    assert said[0].startswith("the host waits for the device at test_compile.py:")
+    assert said[1:] == [
+        "the host changes 'count' of Decides",
+        "the host changes 'mean' of the state of Replaces",
+        "Undeclared takes its learning rate from the host",
+    ]
+
+
+def test_the_state_of_an_optimizer_is_that_of_a_run_without_graphs(
+    accelerator: HostAccelerator,
+) -> None:
+    """Fails if the learning rate of a checkpoint is a tensor, or a state cannot be loaded."""
+
+    def fresh(step_graph: bool) -> Engine:
+        kind = partial(one_adamw, fused=False)
+        return graphed(accelerator.device, step_graph=step_graph, optimizer=kind, accumulate=1)
+
+    run_to(whole := fresh(False), 8)
+    state = run_to(first := fresh(False), 1) and first.state_dict()
+    for step_graph, last in ((True, 6), (False, 8)):
+        engine = fresh(step_graph)
+        engine.load_state_dict(state)
+        run_to(engine, last)
+        state = engine.state_dict()
+        assert state["optimizer"]["param_groups"] == whole.optimizer.state_dict()["param_groups"]
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(state["model"][name], value, rtol=1e-4, atol=1e-6)
+
+
+class BetweenPlugin(Plugin[PluginConfig]):
+    """Does something between the backward pass and the update."""
+
+    def __init__(self, does: Callable[[Engine], object]) -> None:
+        super().__init__()
+        self.does = does
+
+    @hookimpl
+    def after_backward(self, engine: Engine) -> None:
+        self.does(engine)
+
+
+def replaces_gradients(engine: Engine) -> None:
+    for parameter in engine.parameters():
+        parameter.grad = None if parameter.grad is None else parameter.grad * 1
+
+
+def decays_more(engine: Engine) -> None:
+    engine.optimizer.param_groups[0]["weight_decay"] += 2**-7
+
+
+def decays_more_once(engine: Engine) -> None:
+    if engine.state.step == 5:
+        decays_more(engine)
+
+
+def begins_late(engine: Engine) -> None:
+    if engine.state.step < 3:
+        engine.parameters()[0].grad = None
+
+
+@pytest.mark.parametrize(
+    ("does", "reason", "replayed"),
+    [
+        (replaces_gradients, "a plugin replaces gradients between", 0),
+        (decays_more, "'weight_decay' of a parameter group of AdamW changes from step to step", 0),
+        (decays_more_once, "", 2 + 1),
+        (begins_late, "", 2),
+    ],
+)
+def test_what_plugins_do_before_an_update_is_seen(
+    does: Callable[[Engine], object], reason: str, replayed: int, accelerator: HostAccelerator
+) -> None:
+    """Fails if a graph has other settings than the optimizer, or reads other gradients.
+
+    Or if it creates the state of a weight in each replay.
+    """
+    ends = []
+    for step_graph in (False, True):
+        engine = graphed(
+            accelerator.device, BetweenPlugin(does), step_graph=step_graph, accumulate=1
+        )
+        expected = pytest.warns(RuntimeWarning, match=f"updates run eagerly .*: {reason}")
+        with expected if reason and step_graph else nullcontext():
+            run_to(engine, 9)
+        ends.append(of_training(engine.state_dict()))
+    assert engine.metrics["compile/replayed_steps"] == 6
+    assert engine.metrics["compile/replayed_updates"] == replayed
+    assert differences(*ends) == []
 
 
 class Seven:

@@ -133,19 +133,24 @@ def test_its_updates_are_orthogonal_and_as_long_as_agreed() -> None:
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_its_matrices_are_those_of_pytorchs_muon(adjust: Any, nesterov: bool) -> None:
-    """Fails if the update differs from PyTorch's by more than bfloat16 rounding."""
+    """Fails if the update differs from PyTorch's by more than bfloat16 rounding.
+
+    Or if a learning rate on the device, as in a graph, gives another one.
+    """
     torch.manual_seed(0)
     start, gradients = torch.randn(12, 5), torch.randn(3, 12, 5)
     settings = {"lr": 0.1, "weight_decay": 0.5, "nesterov": nesterov, "adjust_lr_fn": adjust}
     ends = []
-    for kind in (Muon, torch.optim.Muon):
+    for kind, rate in ((Muon, 0.1), (torch.optim.Muon, 0.1), (Muon, torch.tensor(0.1))):
         matrix = nn.Parameter(start.clone())
         optimizer = kind([matrix], **settings)
+        optimizer.param_groups[0]["lr"] = rate
         for gradient in gradients:
             matrix.grad = gradient.clone()
             optimizer.step()
         ends.append(matrix.detach() - start)
     assert (ends[0] - ends[1]).norm() < 0.03 * ends[1].norm()
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-4, atol=1e-6)
 
 
 def test_the_rest_is_trained_as_by_adamw() -> None:

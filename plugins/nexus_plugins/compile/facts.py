@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from nexus_core.plugin import Plugin
@@ -21,7 +22,7 @@ from nexus_plugins.compile.parts import PLAIN, attributes, fact, is_dense, writt
 if TYPE_CHECKING:
     from nexus_core import Engine
 
-__all__ = ["Knowledge", "Owned", "Place", "changed", "takes_part"]
+__all__ = ["Facts", "Knowledge", "Owned", "Place", "Settings", "changed", "takes_part"]
 
 Place: TypeAlias = tuple[str, int, str]
 """An owner in words, its number among its like, and its attribute."""
@@ -34,9 +35,75 @@ OF_MODULES = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl
 HOOKS_OF_MODULES = frozenset(n for n in OF_MODULES if n.startswith(("_forward", "_backward")))
 OF_HOST = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 UNCHANGING = (type, ModuleType, RemovableHandle)
+FLAGS = ("found_inf", "grad_scale")
+"""Attributes of an optimizer that a gradient scaler sets for the time of an update."""
 
 
-class Knowledge:
+class Facts:
+    """Host values by location, to compare them from step to step.
+
+    Args:
+        device: of the run.
+
+    Attributes:
+        known: the values by location.
+        generators: those of the device.
+        host_generators: those of the host, whose state is not among the values: it only matters to
+            a step that draws from them.
+        refusal: what cannot be compared, in words; empty if everything can.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.known: dict[Place, object] = {}
+        self.generators: list[torch.Generator] = []
+        self.host_generators: list[Any] = []
+        self.refusal = ""
+        self._device = device
+        self._tensors: list[Tensor] = []
+        self._modules: list[nn.Module] = []
+        self._kept: list[object] = []  # so that no other object gets the identity of these
+        self._seen: set[int] = set()
+
+    def _look(self, place: Place, value: Any) -> None:
+        """Record what a value is, or what is in it."""
+        if type(value) in PLAIN:
+            self.known[place] = fact(value)
+            return
+        try:
+            self.known[place] = written(value, self._reference)
+        except Exception as error:  # what the object's own code raises
+            words = f"{_in_words(place)} cannot be compared from step to step: {error}"
+            self.refusal = self.refusal or words
+
+    def _reference(self, value: Any) -> object:
+        """What stands for an object: the contents of a tensor or module are looked at elsewhere."""
+        if isinstance(value, Tensor):
+            return self._of_tensor(value)
+        if isinstance(value, nn.Module):
+            self._modules.append(value)
+        elif isinstance(value, torch.Generator):
+            is_own = value.device.type == self._device.type
+            (self.generators if is_own else self.host_generators).append(value)
+        elif isinstance(value, OF_HOST) and not isinstance(value, random.SystemRandom):
+            self.host_generators.append(value)
+        elif not (isinstance(value, UNCHANGING) or id(value) in self._seen or _is_torch(value)):
+            return None
+        self._kept.append(value)
+        return id(value)
+
+    def _of_tensor(self, tensor: Tensor) -> object:
+        """What tells a tensor from another one: on the host, that is what it holds."""
+        if not is_dense(tensor):
+            raise TypeError(f"a tensor of layout {tensor.layout} is not plain")
+        facts = (tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+        if not tensor.is_cpu:
+            self._tensors.append(tensor)
+            return *facts, tensor.stride(), tensor.data_ptr()
+        numbers: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        return *facts, PickleBuffer(numbers)
+
+
+class Knowledge(Facts):
     """The host state that the gradient of a step may depend on, by location.
 
     It covers the numbers, strings, settings and objects of the participating plugins and of the
@@ -49,27 +116,16 @@ class Knowledge:
             which their own threads may be changing.
 
     Attributes:
-        known: the values by location.
         held: the device tensors that are plugin attributes.
-        generators: those of the device.
-        host_generators: those of the host, whose state is not among the values: it only matters to
-            a step that draws from them.
-        refusal: what cannot be compared, in words; empty if everything can.
     """
 
     def __init__(self, engine: Engine, everyone: bool = False) -> None:
-        self.known: dict[Place, object] = {}
+        super().__init__(engine.device)
         self.held: dict[Owned, Tensor] = {}
-        self.generators: list[torch.Generator] = []
-        self.host_generators: list[Any] = []
-        self.refusal = ""
-        self._device = engine.device
-        self._tensors: list[Tensor] = []
-        self._modules: list[nn.Module] = [engine.model]
-        self._kept: list[object] = []  # so that no other object gets the identity of these
+        self._modules.append(engine.model)
         taking_part = list(takes_part(engine))
         run = (engine, engine.hook, engine.meter, engine.optimizer, engine.data, *taking_part)
-        self._seen = {id(each) for each in run}
+        self._seen |= {id(each) for each in run}
         for plugin in engine.plugins.values():
             if plugin in taking_part:
                 self._look_at_plugin(plugin)
@@ -131,43 +187,35 @@ class Knowledge:
             return None
         return tensor.data_ptr(), tensor.requires_grad
 
-    def _look(self, place: Place, value: Any) -> None:
-        """Record what a value is, or what is in it."""
-        if type(value) in PLAIN:
-            self.known[place] = fact(value)
-            return
-        try:
-            self.known[place] = written(value, self._reference)
-        except Exception as error:  # what the object's own code raises
-            words = f"{_in_words(place)} cannot be compared from step to step: {error}"
-            self.refusal = self.refusal or words
 
-    def _reference(self, value: Any) -> object:
-        """What stands for an object: the contents of a tensor or module are looked at elsewhere."""
-        if isinstance(value, Tensor):
-            return self._of_tensor(value)
-        if isinstance(value, nn.Module):
-            self._modules.append(value)
-        elif isinstance(value, torch.Generator):
-            is_own = value.device.type == self._device.type
-            (self.generators if is_own else self.host_generators).append(value)
-        elif isinstance(value, OF_HOST) and not isinstance(value, random.SystemRandom):
-            self.host_generators.append(value)
-        elif not (isinstance(value, UNCHANGING) or id(value) in self._seen or _is_torch(value)):
-            return None
-        self._kept.append(value)
-        return id(value)
+class Settings(Facts):
+    """The host values that the update of an optimizer may depend on, by location.
 
-    def _of_tensor(self, tensor: Tensor) -> object:
-        """What tells a tensor from another one: on the host, that is what it holds."""
-        if not is_dense(tensor):
-            raise TypeError(f"a tensor of layout {tensor.layout} is not plain")
-        facts = (tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
-        if not tensor.is_cpu:
-            self._tensors.append(tensor)
-            return *facts, tensor.stride(), tensor.data_ptr()
-        numbers: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        return *facts, PickleBuffer(numbers)
+    Args:
+        optimizer: the optimizer.
+        device: of the run.
+        everything: include its state, and the plain values among its attributes.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, device: torch.device, everything: bool = False
+    ) -> None:
+        super().__init__(device)
+        owner, own = type(optimizer).__name__, attributes(optimizer)
+        for name in FLAGS:
+            self._look((owner, 0, name), own.get(name))
+        for number, group in enumerate(optimizer.param_groups):
+            self._look_at(f"a parameter group of {owner}", number, group, but="params")
+        if everything:
+            plain = {name: value for name, value in own.items() if type(value) in PLAIN}
+            self._look_at(owner, 0, plain)
+            for number, state in enumerate(optimizer.state.values()):
+                self._look_at(f"the state of {owner}", number, state)
+
+    def _look_at(self, owner: str, number: int, values: Mapping[str, Any], but: str = "") -> None:
+        for name, value in values.items():
+            if name != but:
+                self._look((owner, number, name), value)
 
 
 def takes_part(engine: Engine) -> Iterator[Plugin[Any]]:

@@ -1,20 +1,23 @@
-"""Whether the gradient of a step can be replayed from a graph, and from which."""
+"""Whether a step can be replayed from graphs, and from which."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.optim import Optimizer
 
 from nexus_core import ConfigError
+from nexus_core.optimizers import members
 from nexus_plugins.compile.facts import Knowledge, Place, changed
 from nexus_plugins.compile.inputs import Inputs, signature
-from nexus_plugins.compile.replay import Added, Graph, computed, publish, undone
+from nexus_plugins.compile.recorder import UNLIKE, WARM_UP, Recorder, tell
+from nexus_plugins.compile.replay import Added, Graph, computed, publish
+from nexus_plugins.compile.update import Update
 from nexus_plugins.compile.watch import watching
 
 if TYPE_CHECKING:
@@ -22,10 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StepGraphs"]
 
-WARM_UP = 3  # steps of a kind before it is captured; the last of them is watched
 MOST = 8  # graphs kept
 KINDS = 32  # distinct kinds of steps
-UNLIKE = 5  # consecutive steps, each of a new kind
 
 
 @dataclass
@@ -37,7 +38,7 @@ class _Kind:
 
 
 class StepGraphs:
-    """Replays the gradient of a step from a captured graph if that is safe.
+    """Replays the gradient of a step, and the update, from captured graphs if that is safe.
 
     Steps are of the same kind if their batches have the same shapes and the host state is the same.
     The first steps of each kind run eagerly, from static device memory, and the last of these is
@@ -48,7 +49,7 @@ class StepGraphs:
 
     Attributes:
         refusal: why no step is replayed; empty if steps are, or may be.
-        replayed: replayed steps so far.
+        replayed: steps so far whose gradient was replayed.
 
     Raises:
         ConfigError: graphs are not supported in this run.
@@ -57,14 +58,31 @@ class StepGraphs:
     def __init__(self, engine: Engine) -> None:
         _check(engine)
         self.refusal, self.replayed = "", 0
-        self._module: Any = torch.get_device_module(engine.device)
-        self._stream = self._module.Stream()
+        self._recorder = Recorder(engine.device)
+        self._updates: dict[Optimizer, Update] = {}
+        self._current: Graph | None = None
         self._kinds: defaultdict[Hashable, _Kind] = defaultdict(_Kind)
         self._unlike = 0
         self._last: tuple[Hashable, Mapping[Place, object]] = ((), {})
 
+    @property
+    def replayed_updates(self) -> int:
+        """Replayed updates so far."""
+        return sum(update.replayed for update in self._updates.values())
+
+    @contextmanager
+    def updating(self, engine: Engine, step: Step) -> Iterator[None]:
+        """Let the optimizers of a step's turn replay their updates in a block."""
+        with ExitStack() as held:
+            for optimizer in members(engine.optimizer, step.turn).values():
+                if optimizer not in self._updates:
+                    self._updates[optimizer] = Update(optimizer, engine.device, self._recorder)
+                held.enter_context(self._updates[optimizer].stepping(engine, self._current))
+            yield
+
     def accumulate(self, engine: Engine, step: Step) -> None:
         """Compute the gradient for a step's turn, and record its losses and metrics."""
+        self._current = None
         if self.refusal or step.again:
             _run(engine, step, Inputs(step, engine.device), computed)
             return
@@ -76,12 +94,16 @@ class StepGraphs:
             self._refuse(engine, reason)
         elif kind.steps > WARM_UP:
             inputs.load(step)
-            kind.graph = kind.graph or self._captured(engine, step, knows, inputs)
+            if kind.graph is None:
+                graph = Graph(knows, inputs)
+                graph.capture(engine, step, self._recorder)
+                kind.graph = graph
             self.replayed += 1
+            self._current = kind.graph
             kind.graph.replay(engine, step)
             return
         is_watched = kind.steps == WARM_UP and not self.refusal
-        with self._beside():
+        with self._recorder.beside():
             _run(engine, step, inputs, self._watched if is_watched else computed)
 
     def _judged(self, engine: Engine, kind: _Kind, shape: Hashable, knows: Knowledge) -> str:
@@ -101,51 +123,16 @@ class StepGraphs:
         self.refusal = reason
         self._kinds.clear()  # and with them all memory
         self._last = ((), {})
-        said = f"compile.step_graph: steps run eagerly instead of from a graph: {reason}"
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
-        engine.hook.on_note(engine=engine, title="compile/step_graph", text=said)
+        tell(engine, "steps", reason)
 
     def _watched(self, engine: Engine, step: Step, inputs: Inputs) -> Added:
-        with watching(engine, step, self._module) as found:
+        with watching(engine, step, self._recorder.module) as found:
             added = computed(engine, step, inputs)
         stateful = [name for name, value, _, _ in added if hasattr(value, "compute")]
         found += [f"the metric '{name}' keeps state" for name in stateful]
         if found:
             self._refuse(engine, found[0])
         return added
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Queue work on the stream that graphs are captured on."""
-        self._stream.wait_stream(self._module.current_stream())
-        try:
-            with self._module.stream(self._stream):
-                yield
-        finally:
-            self._module.current_stream().wait_stream(self._stream)
-
-    def _captured(self, engine: Engine, step: Step, knows: Knowledge, inputs: Inputs) -> Graph:
-        graphs = (kind.graph for kind in self._kinds.values() if kind.graph is not None)
-        pool = next((graph.work.pool() for graph in graphs), None)
-        work = self._module.CUDAGraph()
-        for generator in knows.generators:
-            work.register_generator_state(generator)
-        graph = Graph(work, knows, inputs)
-        with undone(engine, step):
-            try:
-                with self._module.graph(
-                    work, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    graph.capture(engine, step)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise ConfigError(
-                    "compile.step_graph: the step cannot be captured in a graph: "
-                    f"{_first(error)}; leave out compile.step_graph"
-                ) from error
-            graph.note(engine)
-        return graph
 
 
 def _run(
@@ -154,13 +141,6 @@ def _run(
     """Compute a gradient one operation at a time, from static inputs."""
     inputs.load(step)
     publish(engine, inputs, compute(engine, step, inputs))
-
-
-def _first(error: BaseException) -> str:
-    """What went wrong first: a capture that fails cannot be ended without a further error."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).partition("\n")[0]
 
 
 def _check(engine: Engine) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, nullcontext
 from inspect import ismethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -62,8 +63,8 @@ class CompileConfig(PluginConfig):
     fullgraph: bool = Field(default=False, description="treat graph breaks as errors")
     step_graph: bool = Field(
         default=False,
-        description="CUDA: replay the gradient of a step (forward, losses, backward) from a CUDA "
-        "graph, if nothing in the step needs the host",
+        description="CUDA: replay the gradient of a step (forward, losses, backward) and the "
+        "update from CUDA graphs, if nothing in them needs the host",
     )
 
     @model_validator(mode="after")
@@ -128,6 +129,12 @@ class CompilePlugin(Plugin[CompileConfig]):
         self._graphs.accumulate(engine, step)
         return True
 
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, engine: Engine, step: Step) -> Generator[None, bool, bool]:
+        """Replay the update from a graph too, if possible."""
+        with self._graphs.updating(engine, step) if self._graphs is not None else nullcontext():
+            return (yield)
+
     @hookimpl
     def on_load(self, engine: Engine) -> None:
         """Discard captured graphs: weights may have moved."""
@@ -152,10 +159,15 @@ class CompilePlugin(Plugin[CompileConfig]):
         """The number of graphs and graph breaks."""
         from torch._dynamo.utils import counters  # slow to import, and there by now
 
-        replayed = self._graphs.replayed if self._graphs is not None else 0
-        own = {"compile/replayed_steps": float(replayed)} if self.config.step_graph else {}
+        graphs = self._graphs
+        replayed = (graphs.replayed, graphs.replayed_updates) if graphs is not None else (0, 0)
+        names = ("compile/replayed_steps", "compile/replayed_updates")
         return {
-            **own,
+            **(
+                dict(zip(names, map(float, replayed), strict=True))
+                if self.config.step_graph
+                else {}
+            ),
             "compile/graphs": float(counters["stats"]["unique_graphs"]),
             "compile/graph_breaks": float(sum(counters["graph_break"].values())),
         }

@@ -4,48 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
 
 from nexus_core.optimizers import clear_gradients
 from nexus_core.update import accumulate_gradient
-from nexus_plugins.compile.facts import Knowledge, Owned, takes_part
+from nexus_plugins.compile.facts import Knowledge, Owned, Settings, takes_part
 from nexus_plugins.compile.inputs import Inputs
+from nexus_plugins.compile.recorder import Recorder
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
 
-__all__ = ["Added", "Graph", "computed", "publish", "undone"]
+__all__ = ["Added", "Graph", "UpdateGraph", "computed", "publish"]
 
 Added: TypeAlias = list[tuple[str, Any, Any, Any]]
 """What was added to the meter."""
+
+
+class UpdateGraph(NamedTuple):
+    """The captured update of an optimizer, with the settings and tensors that it has."""
+
+    work: Any
+    settings: Settings
+    tensors: Sequence[object]
 
 
 class Graph:
     """The gradient of steps of one kind.
 
     Args:
-        work: the work to capture.
         knows: the host state before such a step.
         inputs: of such a step.
+
+    Attributes:
+        inputs: the same.
+        gradients: where it leaves the gradient of each parameter that gets one.
+        updates: the updates with these gradients.
     """
 
-    def __init__(self, work: Any, knows: Knowledge, inputs: Inputs) -> None:
-        self.work, self.inputs = work, inputs
+    def __init__(self, knows: Knowledge, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.gradients: dict[Tensor, Tensor] = {}
+        self.updates: dict[Optimizer, UpdateGraph] = {}
+        self._work: Any = None
         self._knows = knows  # kept, as other objects may get the identity of those that go
         self._taken = {place: tensor.detach().clone() for place, tensor in knows.held.items()}
         self._written: list[Owned] = []
         self._given: dict[Owned, Tensor] = {}
         self._added: Added = []
         self._losses: dict[str, Tensor] = {}
-        self._gradients: list[tuple[Tensor, Tensor]] = []
         self._counted: list[Tensor] = []
 
-    def capture(self, engine: Engine, step: Step) -> None:
-        """Run the work to capture."""
+    def capture(self, engine: Engine, step: Step, recorder: Recorder) -> None:
+        """Capture such a step.
+
+        Raises:
+            ConfigError: it cannot be captured.
+        """
+        with _undone(engine, step):
+            run = partial(self._run, engine, step)
+            self._work = recorder.captured("the step", run, self._knows.generators)
+            self._note(engine)
+
+    def _run(self, engine: Engine, step: Step) -> None:
         for (plugin, name), taken in self._taken.items():
             setattr(plugin, name, taken)
         versions = {place: taken._version for place, taken in self._taken.items()}
@@ -55,10 +82,10 @@ class Graph:
         numbers = [*self._losses.values(), *(value for _, value, _, _ in self._added)]
         self._shown = _Numbers([n for n in numbers if isinstance(n, Tensor)])
 
-    def note(self, engine: Engine) -> None:
+    def _note(self, engine: Engine) -> None:
         """Record where the captured work left its outputs."""
         everything = {*engine.model.parameters(), *engine.parameters()}
-        self._gradients = [(p, p.grad) for p in everything if p.grad is not None]
+        self.gradients = {p: p.grad for p in everything if p.grad is not None}
         self._given = {
             place: tensor.detach()
             for place, tensor in Knowledge(engine).held.items()
@@ -72,10 +99,10 @@ class Graph:
         for (plugin, name), taken in self._taken.items():
             taken.copy_(getattr(plugin, name))
         clear_gradients(engine.optimizer, engine.untrained())
-        self.work.replay()
+        self._work.replay()
         for plugin, name in self._written:
             getattr(plugin, name).copy_(self._taken[plugin, name])
-        for parameter, gradient in self._gradients:
+        for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
         for (plugin, name), tensor in self._given.items():
             setattr(plugin, name, tensor.clone())
@@ -124,7 +151,7 @@ def publish(engine: Engine, inputs: Inputs, added: Added, is_static: bool = Fals
 
 
 @contextmanager
-def undone(engine: Engine, step: Step) -> Iterator[None]:
+def _undone(engine: Engine, step: Step) -> Iterator[None]:
     """Undo what a block leaves on the host: capturing computes nothing, so that it is garbage."""
     before = [(plugin, dict(vars(plugin))) for plugin in takes_part(engine)]
     mark, passes, losses = engine.meter.mark(), step.passes, dict(step.losses)

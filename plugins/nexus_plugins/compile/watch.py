@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from nexus_core.optimizers import members
-from nexus_plugins.compile.facts import Knowledge, changed
+from nexus_plugins.compile.facts import Knowledge, Settings, changed
 
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
 
-__all__ = ["watching"]
+__all__ = ["watching", "watching_update"]
 
 OURS = ("nexus_core.", "nexus_plugins.compile", "torch.")
 PROGRESS = "the progress of the run is read"
+DRAWN = "random numbers are drawn on the host"
 
 
 @contextmanager
@@ -57,10 +59,35 @@ def watching(engine: Engine, step: Step, module: Any) -> Iterator[list[str]]:
             watches.enter_context(_notes(vars(engine.hook), hook, found))
         yield found
     if _drawn(before.host_generators) != drawn:
-        found.append("random numbers are drawn on the host")
+        found.append(DRAWN)
     after = Knowledge(engine, everyone=True)
     if what := changed(before.known, after.known, but=after.held):
         found.append(f"the host changes {what}")
+
+
+@contextmanager
+def watching_update(optimizer: Optimizer, device: torch.device, module: Any) -> Iterator[list[str]]:
+    """The same for an update.
+
+    Args:
+        optimizer: makes the update, without its hooks.
+        device: of the run.
+        module: of the device.
+
+    Yields:
+        The side effects, in words; complete when the block exits.
+    """
+    found: list[str] = []
+    before, drawn = Settings(optimizer, device, everything=True), _drawn(())
+    with _waits(module, found):
+        yield found
+    if _drawn(()) != drawn:
+        found.append(DRAWN)
+    after = Settings(optimizer, device, everything=True).known
+    if what := changed(before.known, {place: after.get(place) for place in before.known}):
+        found.append(f"the host changes {what}")
+    elif before.refusal:
+        found.append(before.refusal)
 
 
 def _drawn(generators: Iterable[Any]) -> list[object]:

@@ -24,10 +24,12 @@ class Dynamics(Task):
     noise: float = 0.0
     """Share of the tokens that are replaced."""
     d_latent: int = 64
-    levels: int = 4
+    levels: int = 8
     """Moves that the world model rolls out."""
+    stride: int = 4
+    """Positions per start of a roll-out."""
     heads: int = 0
-    latent_weight: float = 0.3
+    latent_weight: float = 0.05
 
     @property
     def vocab_size(self) -> int:
@@ -41,7 +43,12 @@ class Dynamics(Task):
 
     def variants(self) -> list[Variant]:
         """World model, backbone, MLP, multi-token prediction, and the classic world model."""
-        sizes = {"d_latent": self.d_latent, "world_levels": self.levels, "world_heads": self.heads}
+        sizes = {
+            "d_latent": self.d_latent,
+            "world_levels": self.levels,
+            "world_heads": self.heads,
+            "world_stride": self.stride,
+        }
         heads_alone = {"latent_weight": 0.0, "token_weight": 0.0}
         return [
             *self.standard(sizes, {"loss_world": {"latent_weight": self.latent_weight}}),

@@ -29,7 +29,7 @@ def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
         parts["world"] = (
             ClassicWorldModel(*sizes)
             if config.classic
-            else WorldModel(*sizes, heads=config.world_heads)
+            else WorldModel(*sizes, config.world_heads, config.world_stride)
         )
     if config.reason:
         reasoner = ClassicReasoner if config.classic else Reasoner

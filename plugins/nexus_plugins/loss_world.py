@@ -130,24 +130,25 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
         total = self._of_states(reports, counts)
         if "world_heads" in reports:
             total = total + self._of_tokens(batch, output.head_weight, reports, counts)
-        return total * reports.get("world_stride", 1)
+        stride: int = reports.get("world_stride", 1)
+        return total * stride
 
-    def _of_states(self, reports: Mapping[str, Tensor], counts: Tensor) -> Tensor:
+    def _of_states(self, reports: Mapping[str, Any], counts: Tensor) -> Tensor:
         """The distances between predicted and actual states."""
         predictions = wide(reports["world"])
         if not self.config.latent_weight:
             return predictions.new_zeros(())
         targets = wide(reports["world_targets"])
         each = F.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
-        return self.config.latent_weight * (each * counts).sum() / predictions.shape[2]
+        total: Tensor = self.config.latent_weight * (each * counts).sum() / predictions.shape[2]
+        return total
 
     def _of_tokens(
-        self, batch: Batch, head: Tensor, reports: Mapping[str, Tensor], counts: Tensor
+        self, batch: Batch, head: Tensor, reports: Mapping[str, Any], counts: Tensor
     ) -> Tensor:
         """The cross-entropies of the token after predicted states, and of the heads' tokens."""
-        states, heads, starts = (
-            reports.get(name) for name in ("world", "world_heads", "world_starts")
-        )
+        states, heads = reports["world"], reports["world_heads"]
+        starts = reports.get("world_starts")
         reached = [self._reaches(batch, ahead) for ahead in range(1, heads.shape[2] + 1)]
         of_states = self._nats(batch, states, starts, head.detach(), counts)
         total = self.config.token_weight * of_states

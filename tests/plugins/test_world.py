@@ -12,7 +12,7 @@ from nexus_core.errors import ConfigError
 from nexus_plugins.loss_world import LossWorldPlugin
 from nexus_plugins.model_nexus import NEXUSCore
 from nexus_plugins.model_nexus.residual import Final
-from nexus_plugins.model_nexus.world import WorldModel, starts
+from nexus_plugins.model_nexus.world import RememberingWorldModel, WorldModel, starts
 
 
 def observed(world: WorldModel, hidden, came, document=None, ids=None):
@@ -118,6 +118,30 @@ def test_a_world_that_moves_by_a_law_is_learned():
         optimizer.step()
     still = F.smooth_l1_loss(hidden[:, :-1], hidden[:, 1:])
     assert loss < 0.3 * still
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_the_memory_expects_what_followed_the_same_state_last_in_the_document(lengths, seed):
+    """Fails if the memory learns the wrong move, forgets it, or keeps that of another document."""
+    torch.manual_seed(seed)
+    world = RememberingWorldModel(6, memory=6, chunk_length=8)
+    with torch.no_grad():
+        world.read.weight.copy_(torch.cat([torch.eye(6), torch.eye(6), torch.zeros(1, 6)]))
+        world.read.bias.copy_(torch.tensor([0.0] * 12 + [30.0]))
+        world.write.projection.weight.copy_(torch.eye(6))
+        world.write.gate.fill_(1.0)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    states = torch.randint(6, document.shape)
+    update, _ = world(F.one_hot(states, 6).float(), document)
+
+    followed: dict[tuple[int, int], int] = {}
+    pairs = list(zip(document[0].tolist(), states[0].tolist(), strict=True))
+    for place, (number, state) in enumerate(pairs):
+        if place and pairs[place - 1][0] == number:
+            followed[pairs[place - 1]] = state
+        known = followed.get((number, state))
+        expected = torch.zeros(6) if known is None else torch.eye(6)[known]
+        torch.testing.assert_close(update[0, place], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

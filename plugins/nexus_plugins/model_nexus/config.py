@@ -102,6 +102,12 @@ class NEXUSConfig(PluginConfig):
         ge=1,
         description="roll out from one position of each block of this many; not classic",
     )
+    world_memory: int = Field(
+        default=0,
+        ge=0,
+        description="width of the world model's memory of each document's own moves, which updates "
+        "the stream; 0: none; not classic",
+    )
     reason: bool = Field(
         default=False, description="enable the reasoner, which chains learned rules; classic: true"
     )
@@ -185,7 +191,7 @@ class NEXUSConfig(PluginConfig):
                 "variable_names and mechanism_units have no effect with classic=true; remove them "
                 "or classic"
             )
-        for name in ("world_heads", "world_stride"):
+        for name in ("world_heads", "world_stride", "world_memory"):
             value = getattr(self, name)
             if self.classic and value != type(self).model_fields[name].default:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The world model: predict the model's own next states, given the next tokens."""
+"""The world model: predict the model's own next states, and remember what followed which state."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import Final, Part
+from nexus_plugins.model_nexus.delta import delta_scan
+from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, widened
 
-__all__ = ["WorldModel", "starts"]
+__all__ = ["RememberingWorldModel", "WorldModel", "starts"]
 
 CHANGE_SCALE = 0.1
 """Scale of the initial weights of a move, so that states initially hardly change."""
@@ -69,7 +70,7 @@ class WorldModel(Part):
         """The state `(..., D)` after a token whose embedding is `token` `(..., D)`."""
         return self._moved(state, self.from_token(token))
 
-    def observe(self, final: Final) -> dict[str, Tensor]:
+    def observe(self, final: Final) -> dict[str, Tensor | int]:
         """Roll out predictions from final states of whole sequences.
 
         Returns:
@@ -105,6 +106,82 @@ class WorldModel(Part):
     def _moved(self, state: Tensor, move: Tensor) -> Tensor:
         moved: Tensor = state + self.change(F.silu(self.from_state(state) + move))
         return moved
+
+
+class RememberingWorldModel(WorldModel):
+    """A world model that also learns the moves of each document while it reads it.
+
+    Its memory is a linear map from the code of a state to what follows it, and is empty when a
+    document starts. Each token corrects it: what the memory expected after the last state is
+    replaced by what came, `M += beta k (v - M' k)'` with k the code of the state before. What it
+    expects after the current state is added to the stream, in training and in generation.
+
+    Shapes: B batch, T time, D model, N code.
+
+    Args:
+        memory: width N of codes and of what follows; the other arguments are those of `WorldModel`.
+        chunk_length: tokens per chunk in `forward`; affects only speed and rounding.
+
+    Source: the delta rule as a fast weight memory (Schlag et al. 2021, "Linear Transformers Are
+        Secretly Fast Weight Programmers"); keys that are one token behind the values, as in an
+        induction head (Olsson et al. 2022).
+    """
+
+    writes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        d_model: int,
+        d_latent: int = 64,
+        levels: int = 3,
+        heads: int = 0,
+        stride: int = 1,
+        memory: int = 32,
+        chunk_length: int = 64,
+    ) -> None:
+        super().__init__(d_model, d_latent, levels, heads, stride)
+        self.sizes = [memory, memory, 1]
+        self.chunk_length = chunk_length
+        self.read = nn.Linear(d_model, sum(self.sizes))
+        self.write = GatedWrite(memory, d_model)
+        nn.init.ones_(self.read.bias[-1:])  # initially, most of what was expected is replaced
+
+    def forward(
+        self, h: Tensor, document: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the memory expects after each state of whole sequences, `(B, T, D)`."""
+        code, value, beta = self._read(h)
+        before = F.pad(code[:, :-1], (0, 0, 1, 0))
+        if document is not None:
+            goes_on = F.pad(document[:, 1:] == document[:, :-1], (1, 0))
+            before = before * goes_on.unsqueeze(-1)
+        query, key, values = (part.unsqueeze(2) for part in (code, before, value))
+        rest = torch.zeros_like(beta)
+        expected = delta_scan(query, key, values, beta, rest, document, self.chunk_length)
+        return self.write(expected.squeeze(2).to(h.dtype)), {}
+
+    def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The update `(B, D)` of one token `(B, D)`, equal to `forward`, and the new state."""
+        memory, before = state
+        code, value, beta = self._read(h)
+        surprise = beta * (value - torch.einsum("bn,bnp->bp", before, memory))
+        memory = memory + torch.einsum("bn,bp->bnp", before, surprise)
+        expected = torch.einsum("bn,bnp->bp", code, memory)
+        return self.write(expected.to(h.dtype)), (memory, code)
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        """An empty memory `(B, N, N)`, and the code of no state, `(B, N)`."""
+        width, weight = self.sizes[0], self.read.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return (
+            weight.new_zeros((batch, width, width), dtype=dtype),
+            weight.new_zeros((batch, width), dtype=dtype),
+        )
+
+    def _read(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of length one `(..., N)`, what came `(..., N)`, how much it counts `(..., 1)`."""
+        code, value, beta = torch.split(widened(self.read(h)), self.sizes, -1)
+        return F.normalize(code, dim=-1), value, torch.sigmoid(beta)
 
 
 def starts(ids: Tensor, stride: int) -> Tensor:

@@ -125,34 +125,47 @@ class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
         reports = self.reports(output)
         if self.config.classic:
             return self._classic(batch, reports)
-        predictions, targets = wide(reports["world"]), wide(reports["world_targets"])
-        counts = self._foretelling(batch).unsqueeze(-1) & reports["world_mask"]
+        starts = reports.get("world_starts")
+        counts = at(self._foretelling(batch), starts).unsqueeze(-1) & reports["world_mask"]
+        total = self._of_states(reports, counts)
+        if "world_heads" in reports:
+            total = total + self._of_tokens(batch, output.head_weight, reports, counts)
+        stride: int = reports.get("world_stride", 1)
+        return total * stride
+
+    def _of_states(self, reports: Mapping[str, Any], counts: Tensor) -> Tensor:
+        """The distances between predicted and actual states."""
+        predictions = wide(reports["world"])
+        if not self.config.latent_weight:
+            return predictions.new_zeros(())
+        targets = wide(reports["world_targets"])
         each = F.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
         total: Tensor = self.config.latent_weight * (each * counts).sum() / predictions.shape[2]
-        if "world_heads" not in reports:
-            return total
-        return total + self._of_tokens(batch, output.head_weight, reports, counts)
-
-    def _of_tokens(
-        self, batch: Batch, head: Tensor, reports: Mapping[str, Tensor], counts: Tensor
-    ) -> Tensor:
-        """The cross-entropies of the token after predicted states, and of the heads' tokens."""
-        heads = reports["world_heads"]
-        reached = [self._reaches(batch, ahead) for ahead in range(1, heads.shape[2] + 1)]
-        of_states = self._nats(batch, reports["world"], head.detach(), counts)
-        total = self.config.token_weight * of_states
-        if reached:
-            of_heads = self._nats(batch, heads, head, torch.stack(reached, 2))
-            total = total + self.config.head_weight * of_heads
         return total
 
-    def _nats(self, batch: Batch, states: Tensor, head: Tensor, counts: Tensor) -> Tensor:
-        """The cross-entropy of the token after next, and so on, from states `(B, T, K, D)`."""
+    def _of_tokens(
+        self, batch: Batch, head: Tensor, reports: Mapping[str, Any], counts: Tensor
+    ) -> Tensor:
+        """The cross-entropies of the token after predicted states, and of the heads' tokens."""
+        states, heads = reports["world"], reports["world_heads"]
+        starts = reports.get("world_starts")
+        reached = [self._reaches(batch, ahead) for ahead in range(1, heads.shape[2] + 1)]
+        of_states = self._nats(batch, states, starts, head.detach(), counts)
+        total = self.config.token_weight * of_states
+        if reached:
+            reach = at(torch.stack(reached, 2), starts)
+            total = total + self.config.head_weight * self._nats(batch, heads, starts, head, reach)
+        return total
+
+    def _nats(
+        self, batch: Batch, states: Tensor, starts: Tensor | None, head: Tensor, counts: Tensor
+    ) -> Tensor:
+        """The cross-entropy of the token after next, and so on, from states `(B, S, K, D)`."""
         skipped, ahead = self.config.ignore_index, states.shape[2]
         after = batch.get("labels", later(batch["input_ids"], 1, skipped))
         wanted = torch.stack([later(after, n, skipped) for n in range(1, ahead + 1)], 2)
-        wanted, rows = wanted.where(counts, skipped).flatten(), states.flatten(0, 2)
-        return linear_cross_entropy(rows, head, wanted, 0.0, skipped) / ahead
+        wanted = at(wanted, starts).where(counts, skipped).flatten()
+        return linear_cross_entropy(states.flatten(0, 2), head, wanted, 0.0, skipped) / ahead
 
     def _classic(self, batch: Batch, reports: Mapping[str, Tensor]) -> Tensor:
         predictions = wide(reports["world"])
@@ -198,6 +211,13 @@ def later(values: Tensor, ahead: int, missing: int) -> Tensor:
     """Values `ahead` positions later, `missing` past the end; `(B, T)`."""
     ahead = min(ahead, values.shape[1])
     return F.pad(values[:, ahead:], (0, ahead), value=missing)
+
+
+def at(values: Tensor, places: Tensor | None) -> Tensor:
+    """Values `(B, T, ...)` at some positions `(B, S)`; None: at all."""
+    if places is None:
+        return values
+    return values[torch.arange(len(places), device=places.device).unsqueeze(1), places]
 
 
 def wide(values: Tensor) -> Tensor:

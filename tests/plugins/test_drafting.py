@@ -31,10 +31,11 @@ def model(vocab_size: int = 7, std: float = 0.5, **settings) -> NEXUSCore:
     count=st.integers(0, 9),
     rows=st.integers(1, 3),
     seed=st.integers(0, 99),
+    memory=st.sampled_from([0, 4]),
 )
-def test_the_likeliest_tokens_are_the_same_with_drafts(draft, count, rows, seed):
+def test_the_likeliest_tokens_are_the_same_with_drafts(draft, count, rows, seed, memory):
     """Fails if drafts change the generated tokens."""
-    made, draw = model(), torch.Generator().manual_seed(seed)
+    made, draw = model(world_memory=memory), torch.Generator().manual_seed(seed)
     prompt = torch.randint(7, (rows, 4), generator=draw)
     expected = made.generate(prompt, count, temperature=0)
     assert torch.equal(made.generate(prompt, count, temperature=0, draft=draft), expected)

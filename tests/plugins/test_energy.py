@@ -139,7 +139,8 @@ def test_effort_goes_where_the_answer_must_be_worked_out():
     for _ in range(250):
         h, labels = batch()
         update, reports = energy(h)
-        reports |= energy.observe(Final(update, update, torch.nn.Identity(), h, None, reports))
+        final = Final(update, update, torch.nn.Identity(), labels, h, None, reports)
+        reports |= energy.observe(final)
         output = NEXUSOutput(update, head, reports)
         loss = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
         of_energy = plugin.loss({"input_ids": labels, "labels": labels}, output) / labels.numel()

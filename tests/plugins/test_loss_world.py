@@ -95,8 +95,13 @@ def test_the_hinge_pushes_the_dimensions_of_a_prediction_apart():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 9999), with_tokens=st.booleans(), with_labels=st.booleans())
-def test_loss_and_units_match_numpy(seed, with_tokens, with_labels):
+@given(
+    seed=st.integers(0, 9999),
+    with_tokens=st.booleans(),
+    with_labels=st.booleans(),
+    stride=st.sampled_from([None, 1, 4]),
+)
+def test_loss_and_units_match_numpy(seed, with_tokens, with_labels, stride):
     """Fails if the formula differs from the documented one."""
     numbers = np.random.default_rng(seed)
     batch = a_batch(numbers)
@@ -104,14 +109,20 @@ def test_loss_and_units_match_numpy(seed, with_tokens, with_labels):
     batch["input_ids"] = torch.from_numpy(numbers.integers(0, 50, (rows, length)))
     if not with_labels:
         del batch["labels"]
-    world, targets = numbers.normal(size=(2, rows, length, 2, 5)).astype(np.float32)
-    heads = numbers.normal(size=(rows, length, 3, 5)).astype(np.float32)
+    blocks = range(0, length, stride or 1)
+    starts = np.array([
+        [numbers.integers(first, min(first + (stride or 1), length)) for first in blocks]
+        for _ in range(rows)
+    ])  # fmt: skip
+    count = len(blocks)
+    world, targets = numbers.normal(size=(2, rows, count, 2, 5)).astype(np.float32)
+    heads = numbers.normal(size=(rows, count, 3, 5)).astype(np.float32)
     head = numbers.normal(size=(50, 5)).astype(np.float32)
     segments = batch["segment_ids"].numpy()
     ids = batch["input_ids"].numpy()
     last = np.full((rows, 1), -100)
     labels = batch["labels"].numpy() if with_labels else np.concatenate([ids[:, 1:], last], 1)
-    mask = numbers.random((rows, length, 2)) < 0.7
+    mask = numbers.random((rows, count, 2)) < 0.7
 
     def nats(state, row, place):
         wanted = labels[row, place] if place < length else -100
@@ -129,23 +140,26 @@ def test_loss_and_units_match_numpy(seed, with_tokens, with_labels):
         same = there < length and segments[row, there] == segments[row, place]
         return bool(same and real(row, place) and real(row, there))
 
-    latents = of_states = of_heads = units = 0.0
-    for row, place in np.ndindex(rows, length):
-        units += reaches(row, place, 1)
+    latents = of_states = of_heads = 0.0
+    for row, block in np.ndindex(rows, count):
+        place = starts[row, block]
         for level in range(2):
-            if reaches(row, place, 1) and mask[row, place, level]:
-                off = np.abs(world[row, place, level] - targets[row, place, level])
+            if reaches(row, place, 1) and mask[row, block, level]:
+                off = np.abs(world[row, block, level] - targets[row, block, level])
                 latents += np.where(off < 1, off**2 / 2, off - 0.5).mean() / 2
-                of_states += nats(world[row, place, level], row, place + level + 1) / 2
+                of_states += nats(world[row, block, level], row, place + level + 1) / 2
         for ahead in (1, 2, 3):
             if reaches(row, place, ahead):
-                of_heads += nats(heads[row, place, ahead - 1], row, place + ahead) / 3
+                of_heads += nats(heads[row, block, ahead - 1], row, place + ahead) / 3
     made = {"world": world, "world_targets": targets, "world_mask": mask}
     made |= {"world_heads": heads} if with_tokens else {}
+    made |= {} if stride is None else {"world_starts": starts}
     reports = {name: torch.from_numpy(value) for name, value in made.items()}
+    reports |= {} if stride is None else {"world_stride": stride}
     plugin = LossWorldPlugin(latent_weight=0.7, token_weight=0.3, head_weight=0.2)
     total = 0.7 * latents + with_tokens * (0.3 * of_states + 0.2 * of_heads)
-    assert plugin.units(batch) == units
+    total *= stride or 1
+    assert plugin.units(batch) == sum(reaches(*place, 1) for place in np.ndindex(rows, length))
     result = NEXUSOutput(torch.empty(0), torch.from_numpy(head), reports)
     np.testing.assert_allclose(plugin.loss(batch, result).item(), total, rtol=1e-4, atol=1e-4)
 

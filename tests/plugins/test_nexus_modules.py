@@ -28,9 +28,11 @@ def small_model(**settings) -> NEXUSCore:
     """A model with all modules and open gates, so that each module has a visible effect."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "ssm_n_layers": 2, "ssm_head_dim": 16}
+    of_world = {} if settings.get("classic") else {"world_memory": 8}
     model = NEXUSCore(
         **{
             **sizes,
+            **of_world,
             "ssm_d_state": 8,
             "ssm_chunk_length": 8,
             "reason": True,

@@ -12,39 +12,65 @@ from nexus_core.errors import ConfigError
 from nexus_plugins.loss_world import LossWorldPlugin
 from nexus_plugins.model_nexus import NEXUSCore
 from nexus_plugins.model_nexus.residual import Final
-from nexus_plugins.model_nexus.world import WorldModel
+from nexus_plugins.model_nexus.world import RememberingWorldModel, WorldModel, starts
 
 
-def observed(world: WorldModel, hidden, came, document=None):
-    return world.observe(Final(hidden, hidden, torch.nn.Identity(), came, document, {}))
+def observed(world: WorldModel, hidden, came, document=None, ids=None):
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long) if ids is None else ids
+    return world.observe(Final(hidden, hidden, torch.nn.Identity(), ids, came, document, {}))
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     levels=st.integers(1, 4),
+    stride=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-def test_a_roll_out_is_move_after_move_along_the_tokens_that_came(lengths, levels, seed):
+def test_a_roll_out_is_move_after_move_along_the_tokens_that_came(lengths, levels, stride, seed):
     """Fails if the model learns from the wrong token or across a document boundary."""
     torch.manual_seed(seed)
-    world = WorldModel(5, 6, levels)
+    world = WorldModel(5, 6, levels, heads=1, stride=stride)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     hidden, came = torch.randn(2, 1, sum(lengths), 5)
-    reports = observed(world, hidden, came, document)
+    reports = observed(world, hidden, came, document, torch.randint(9, document.shape))
 
     documents = document[0].tolist()
-    for position, number in enumerate(documents):
+    assert reports["world_stride"] == stride
+    for block, position in enumerate(reports["world_starts"][0].tolist()):
+        assert block * stride <= position < (block + 1) * stride
         state = hidden[0, position]
+        foreseen = state + world.heads[0](state)
+        torch.testing.assert_close(reports["world_heads"][0, block, 0], foreseen)
         for level in range(levels):
             there = position + level + 1
-            exists = there < len(documents) and documents[there] == number
-            assert bool(reports["world_mask"][0, position, level]) is exists
-            target = reports["world_targets"][0, position, level]
+            exists = there < len(documents) and documents[there] == documents[position]
+            assert bool(reports["world_mask"][0, block, level]) is exists
+            target = reports["world_targets"][0, block, level]
             assert torch.equal(target, hidden[0, there] if exists else torch.zeros(5))
             if exists:
                 state = world.move(state, came[0, there])
-                torch.testing.assert_close(reports["world"][0, position, level], state)
+                torch.testing.assert_close(reports["world"][0, block, level], state)
+
+
+@given(length=st.integers(1, 40), stride=st.integers(1, 9), data=st.data())
+def test_where_roll_outs_start_depends_on_nothing_that_comes_later(length, stride, data):
+    """Fails if padding or a neighbour changes the loss of a row."""
+    ids = torch.randint(50, (2, length))
+    kept = data.draw(st.integers(1, length))
+    places = starts(ids, stride)
+    alone = starts(ids[1:, :kept], stride)
+    assert torch.equal(alone[0], places[1, : alone.shape[1]].clamp(max=kept - 1))
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(40, 96), torch.randint(50, (40, 96))])
+def test_every_position_is_as_likely_to_start_a_roll_out(ids):
+    """Fails if positions are never trained, such as those of one column of fixed-size records."""
+    varied = torch.cat([torch.randint(50, (40, 1)), ids.long()], 1)
+    offsets = starts(varied, 4)[:, 1:24] - torch.arange(4, 96, 4)
+    shares = offsets.flatten().bincount(minlength=4) / offsets.numel()
+    assert (shares - 0.25).abs().max() < 0.06
+    assert all(len(column.unique()) == 4 for column in offsets.unbind(1))
 
 
 def test_no_gradient_passes_through_the_targets():
@@ -92,6 +118,30 @@ def test_a_world_that_moves_by_a_law_is_learned():
         optimizer.step()
     still = F.smooth_l1_loss(hidden[:, :-1], hidden[:, 1:])
     assert loss < 0.3 * still
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_the_memory_expects_what_followed_the_same_state_last_in_the_document(lengths, seed):
+    """Fails if the memory learns the wrong move, forgets it, or keeps that of another document."""
+    torch.manual_seed(seed)
+    world = RememberingWorldModel(6, memory=6, chunk_length=8)
+    with torch.no_grad():
+        world.read.weight.copy_(torch.cat([torch.eye(6), torch.eye(6), torch.zeros(1, 6)]))
+        world.read.bias.copy_(torch.tensor([0.0] * 12 + [30.0]))
+        world.write.projection.weight.copy_(torch.eye(6))
+        world.write.gate.fill_(1.0)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    states = torch.randint(6, document.shape)
+    update, _ = world(F.one_hot(states, 6).float(), document)
+
+    followed: dict[tuple[int, int], int] = {}
+    pairs = list(zip(document[0].tolist(), states[0].tolist(), strict=True))
+    for place, (number, state) in enumerate(pairs):
+        if place and pairs[place - 1][0] == number:
+            followed[pairs[place - 1]] = state
+        known = followed.get((number, state))
+        expected = torch.zeros(6) if known is None else torch.eye(6)[known]
+        torch.testing.assert_close(update[0, place], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,17 @@ class NEXUSConfig(PluginConfig):
         ge=0,
         description="number of heads that predict tokens 2, 3, ... ahead; not classic",
     )
+    world_stride: int = Field(
+        default=1,
+        ge=1,
+        description="roll out from one position of each block of this many; not classic",
+    )
+    world_memory: int = Field(
+        default=0,
+        ge=0,
+        description="width of the world model's memory of each document's own moves, which updates "
+        "the stream; 0: none; not classic",
+    )
     reason: bool = Field(
         default=False, description="enable the reasoner, which chains learned rules; classic: true"
     )
@@ -199,9 +210,10 @@ class NEXUSConfig(PluginConfig):
                 "variable_names and mechanism_units have no effect with classic=true; remove them "
                 "or classic"
             )
-        if self.classic and self.world_heads:
-            raise ValueError(
-                f"world_heads={self.world_heads} has no effect with classic=true; remove one "
-                "of the two"
-            )
+        for name in ("world_heads", "world_stride", "world_memory"):
+            value = getattr(self, name)
+            if self.classic and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value} has no effect with classic=true; remove one of the two"
+                )
         return self

@@ -160,7 +160,8 @@ class NEXUSCore(nn.Module):
             x = x if part.muted else x + self.dropout(update)
             module_outputs |= reports
         hidden = self._final(x)
-        final = Final(x, hidden, self._final, embedded, document, dict(module_outputs))
+        reports = dict(module_outputs)
+        final = Final(x, hidden, self._final, input_ids, embedded, document, reports)
         for part in self._parts() if observed else ():
             module_outputs |= part.observe(final)
         return NEXUSOutput(hidden, self.head.weight, module_outputs)

@@ -13,24 +13,32 @@ from nexus_plugins.model_nexus.classic_reasoning import ClassicReasoner
 from nexus_plugins.model_nexus.classic_world import ClassicWorldModel
 from nexus_plugins.model_nexus.energy import EnergyModule
 from nexus_plugins.model_nexus.reasoning import Reasoner
-from nexus_plugins.model_nexus.world import WorldModel
+from nexus_plugins.model_nexus.world import RememberingWorldModel, WorldModel
 
 if TYPE_CHECKING:
     from nexus_plugins.model_nexus.config import NEXUSConfig
+    from nexus_plugins.model_nexus.residual import Part
 
 __all__ = ["make_parts"]
+
+
+def _world(config: NEXUSConfig) -> Part:
+    sizes = (config.d_model, config.d_latent, config.world_levels)
+    if config.classic:
+        return ClassicWorldModel(*sizes)
+    extent = (*sizes, config.world_heads, config.world_stride)
+    return (
+        RememberingWorldModel(*extent, config.world_memory, config.ssm_chunk_length)
+        if config.world_memory
+        else WorldModel(*extent)
+    )
 
 
 def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
     """The modules on the backbone; each reads its states and writes a gated update."""
     width, parts = config.d_model, nn.ModuleDict()
     if config.world:
-        sizes = (width, config.d_latent, config.world_levels)
-        parts["world"] = (
-            ClassicWorldModel(*sizes)
-            if config.classic
-            else WorldModel(*sizes, heads=config.world_heads)
-        )
+        parts["world"] = _world(config)
     if config.reason:
         reasoner = ClassicReasoner if config.classic else Reasoner
         parts["reason"] = reasoner(

@@ -25,6 +25,8 @@ class Final(NamedTuple):
     """(B, T, D): the stream after the final norm, which the head reads."""
     norm: Callable[[Tensor], Tensor]
     """The final norm."""
+    ids: Tensor
+    """(B, T)"""
     tokens: Tensor
     """(B, T, D) embeddings."""
     document: Tensor | None

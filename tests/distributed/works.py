@@ -33,7 +33,7 @@ def command(folder: Path, arguments: list[str], environment: dict[str, str] | No
     os.environ |= environment or {}
     os.chdir(folder)
     with (
-        open(os.devnull, "w") as nowhere,
+        Path(os.devnull).open("w") as nowhere,
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
         pytest.raises(SystemExit, match="^0$"),

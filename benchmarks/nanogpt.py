@@ -1,12 +1,14 @@
 """Speed of NEXUS layers and nanoGPT with a byte vocabulary: forward, loss and backward.
 
     git clone https://github.com/karpathy/nanoGPT
-    python -m benchmarks.nanogpt nanoGPT [--lengths 64 512 ...] [--rounds 20] [--json PATH]
+    python -m benchmarks.nanogpt nanoGPT [--compile] [--lengths 64 512 ...] [--rounds 20]
+                                 [--layers NAME ...] [--json PATH]
 
 All models have width 128, heads of 64, a vocabulary of 257, and no dropout; nanoGPT has 4 layers
 and as many positions as the rows are long. Each step processes 2,048 random tokens in float32 on
-one thread, eagerly and without an optimizer. The models take turns in one process, and CPU seconds
-are counted, so that other processes matter little; the result is the ratio of the medians.
+one thread, without an optimizer; eagerly, or with `--compile` all of them by `torch.compile`, as
+nanoGPT trains by default. The models take turns in one process, and CPU seconds are counted, so
+that other processes matter little; the result is the ratio of the medians.
 
 A window layer attends to the last 128 tokens, and nanoGPT to the whole row: in rows of 512 and more
 it does less work. Speed only; quality is not compared.
@@ -18,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -34,14 +37,16 @@ from nexus_plugins.model_nexus import NEXUSCore
 
 VOCABULARY, WIDTH, HEAD_WIDTH, TOKENS = 257, 128, 64, 2_048
 LENGTHS = (64, 512, 2_048)
-LAYERS: Mapping[str, tuple[str, int, int]] = {
-    "(window, mlp) x 4": ("window mlp", 8, 16),
-    "(ssm, mlp, window, mlp) x 2": ("ssm mlp window mlp", 8, 16),
-    "(ssm, mlp) x 3 + ssm": ("ssm mlp", 7, 16),
-    "ssm x 7": ("ssm", 7, 16),
-    "ssm x 7, state 64": ("ssm", 7, 64),
+LAYERS: Mapping[str, tuple[str, int, dict[str, int]]] = {
+    "(window, mlp) x 4, shared": ("window mlp", 8, {"window_kv_heads": 1}),
+    "(window, mlp) x 4": ("window mlp", 8, {}),
+    "(ssm, mlp, window, mlp) x 2": ("ssm mlp window mlp", 8, {}),
+    "(ssm, mlp) x 3 + ssm": ("ssm mlp", 7, {}),
+    "ssm x 7": ("ssm", 7, {}),
+    "ssm x 7, state 64": ("ssm", 7, {"ssm_d_state": 64}),
 }
-"""The kinds of layers, how many there are, and the size of the state."""
+"""The kinds of layers, how many there are, and other settings; shared: one head of keys and values
+for both heads of queries."""
 LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -62,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.nanogpt", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkout", type=Path, help="folder with nanoGPT's model.py")
+    parser.add_argument("--compile", action="store_true", help="compile all models")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), metavar="NAME")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each model")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -71,7 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module = _module(options.checkout / "model.py")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [row for length in options.lengths for row in compared(module, length, options.rounds)]
+    rows = [
+        row
+        for length in options.lengths
+        for row in compared(module, options.layers, length, options.rounds, options.compile)
+    ]
     for row in rows:
         print(
             f"{row.layers:28} {row.length:6,} {row.parameters / 1e6:5.2f} M parameters "
@@ -81,9 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
-def compared(module: ModuleType, length: int, rounds: int) -> list[Row]:
-    """Time all models on rows of a length, nanoGPT first."""
-    models = {"nanoGPT": _nanogpt(module, length)} | {n: _nexus(*of) for n, of in LAYERS.items()}
+def compared(
+    module: ModuleType, layers: Sequence[str], length: int, rounds: int, compiled: bool = False
+) -> list[Row]:
+    """Time models on rows of a length, nanoGPT first."""
+    models = {"nanoGPT": _nanogpt(module, length)} | {n: _nexus(*LAYERS[n]) for n in layers}
+    if compiled:
+        models = {n: (model, torch.compile(loss_of)) for n, (model, loss_of) in models.items()}
     input_ids = torch.randint(VOCABULARY, (max(1, TOKENS // length), length))
     labels = torch.randint(VOCABULARY, input_ids.shape)
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -106,11 +121,11 @@ def compared(module: ModuleType, length: int, rounds: int) -> list[Row]:
     ]
 
 
-def _nexus(layers: str, count: int, state: int) -> tuple[nn.Module, LossOf]:
+def _nexus(layers: str, count: int, settings: Mapping[str, int]) -> tuple[nn.Module, LossOf]:
     """A backbone without modules, and its loss."""
     model = NEXUSCore(
         vocab_size=VOCABULARY, d_model=WIDTH, layers=layers.split(), ssm_n_layers=count,
-        ssm_head_dim=HEAD_WIDTH, window_head_dim=HEAD_WIDTH, ssm_d_state=state,
+        ssm_head_dim=HEAD_WIDTH, window_head_dim=HEAD_WIDTH, **{"ssm_d_state": 16, **settings},
         world=False, reason=False, energy=False, causal=False,
     )  # fmt: skip
     loss = LossLmPlugin(label_smoothing=0.0)
@@ -135,7 +150,7 @@ def _module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for the compiler
     spec.loader.exec_module(module)
     return module
 

@@ -34,6 +34,7 @@ class UpdateGraph(NamedTuple):
     work: Any
     settings: Settings
     tensors: Sequence[object]
+    weights: Sequence[Tensor]
 
     def fits(self, settings: Settings, tensors: Sequence[object]) -> bool:
         """Whether an update with these is the captured one."""

@@ -77,7 +77,7 @@ class Update:
                 if graph is None:
                     return self._eagerly(engine, closure)
                 graph.work.replay()
-                increment_version(trained(optimizer))
+                increment_version(graph.weights)
                 self.replayed += 1
                 return None
 
@@ -97,11 +97,12 @@ class Update:
         settings = Settings(self._optimizer, self._device)
         if reason := settings.refusal or self._judged(settings.known):
             self._refuse(engine, reason)
-        elif gradient is not None and self._was_watched and self._has_all_of(gradient, engine):
+        elif gradient is not None and self._was_watched:
             known = gradient.updates.get(self._optimizer)
             if known is not None and known.fits(settings, self._tensors()):
                 return known
-            return self._captured(gradient, settings)
+            if self._has_all_of(gradient, engine):
+                return self._captured(gradient, settings)
         return None
 
     def _judged(self, known: Mapping[Place, object]) -> str:
@@ -121,10 +122,14 @@ class Update:
         return all(given is own for given, own in pairs)
 
     def _tensors(self) -> list[object]:
-        """The weights, gradients and state that an update uses."""
-        state = self._optimizer.state
-        found = [(p, p.grad, *state.get(p, {}).values()) for p in trained(self._optimizer)]
-        return [each for some in found for each in some]
+        """The learning rates, weights, gradients and state that an update uses."""
+        found: list[object] = [group["lr"] for group in self._optimizer.param_groups]
+        weights, state = trained(self._optimizer), self._optimizer.state
+        found += weights
+        found += [weight.grad for weight in weights]
+        for weight in weights:
+            found += state.get(weight, {}).values()
+        return found
 
     def _captured(self, gradient: Graph, settings: Settings) -> UpdateGraph | None:
         """A graph of the update; None if it would create state in each replay."""
@@ -140,7 +145,9 @@ class Update:
                 self._alike, self._was_watched = 0, False
         if not self._was_watched:
             return None
-        graph = gradient.updates[self._optimizer] = UpdateGraph(work, settings, tensors)
+        graph = gradient.updates[self._optimizer] = UpdateGraph(
+            work, settings, tensors, trained(self._optimizer)
+        )
         return graph
 
     def _eagerly(self, engine: Engine, closure: Closure | None) -> object:

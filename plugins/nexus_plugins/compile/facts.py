@@ -37,8 +37,8 @@ OF_HOST = (random.Random, np.random.Generator, np.random.RandomState, np.random.
 UNCHANGING = (type, ModuleType, RemovableHandle)
 FLAGS = ("found_inf", "grad_scale")
 """Attributes of an optimizer that a gradient scaler sets for the time of an update."""
-COMPARED = ("params", "lr")
-"""Settings that are tensors, compared by identity."""
+TENSORS = ("params", "lr")
+"""The settings of an optimizer that are on the device."""
 
 
 class Facts:
@@ -196,12 +196,10 @@ class Knowledge(Facts):
 class Settings(Facts):
     """The host values that the update of an optimizer may depend on, by location.
 
-    Weights and learning rates are left out: they are on the device.
-
     Args:
         optimizer: the optimizer.
         device: of the run.
-        everything: include its state, and the plain values among its attributes.
+        everything: include its learning rates and state, and the plain values of its attributes.
     """
 
     def __init__(
@@ -212,7 +210,8 @@ class Settings(Facts):
         for name in FLAGS:
             self._look((owner, 0, name), own.get(name))
         for number, group in enumerate(optimizer.param_groups):
-            settings = {n: value for n, value in group.items() if n not in COMPARED}
+            but = TENSORS[:1] if everything else TENSORS
+            settings = {n: value for n, value in group.items() if n not in but}
             self._look_at(f"a parameter group of {owner}", number, settings)
         if everything:
             plain = {name: value for name, value in own.items() if type(value) in PLAIN}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -236,6 +236,16 @@ class HalvesPlugin(Plugin[PluginConfig]):
         return 0.5 ** (engine.state.step % 3)
 
 
+class BreaksPlugin(Plugin[PluginConfig]):
+    """Has an infinite gradient in the eighth step."""
+
+    @hookimpl(stage="transform")
+    def after_backward(self, engine: Engine) -> None:
+        if engine.state.step == 7:
+            for parameter in engine.parameters():
+                cast(Tensor, parameter.grad).fill_(float("inf"))
+
+
 def one_adamw(model: nn.Module, fused: bool = True) -> Optimizer:
     """With a rate that is the same number in float32, in which the device has it."""
     return AdamW([p for p in model.parameters() if p.requires_grad], lr=2**-7, fused=fused)
@@ -348,7 +358,7 @@ TRAINED_WITH: dict[str, tuple[list[type[Plugin[Any]]], dict[str, dict[str, Any]]
         }, 5,  # the seventh overflows
     ),
     "optim_muon, guard, clip and curriculum": (
-        [CarriesPlugin, HalvesPlugin],
+        [CarriesPlugin, HalvesPlugin, BreaksPlugin],
         {
             "optim_muon": {"lr": 2**-7, "weight_decay": 2**-4, "adjust": "original"},
             "guard": {}, "clip": {"max_norm": 0.1},

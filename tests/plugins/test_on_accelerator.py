@@ -147,13 +147,15 @@ def test_the_whole_nexus_resumes_to_the_same_bits(
 ) -> None:
     """Fails if device state is lost, or read before its copy has completed.
 
-    Steps from the fourth on are replayed from a graph in the uninterrupted run, but not in the
-    resumed one. If they could not be replayed, the warning would be an error here.
+    The fifth step is replayed from graphs in the uninterrupted run, but not in the resumed one. If
+    it could not be replayed, the warning would be an error here.
     """
     replayed: dict[str, Any] = {"compile": {"backend": "eager", "step_graph": True}}
     with torch.compiler.set_stance("force_eager"):
         whole = whole_nexus(corpus, tmp_path, accelerator.device, curriculum=None, **replayed)
-        list(run(whole, 5))
+        compiling: Any = whole.plugins["compile"]
+        counts = [compiling.collect_metrics() for _ in run(whole, 5)]
+        assert counts[-1]["compile/replayed_updates"] == 1
         again = whole_nexus(corpus, tmp_path, accelerator.device, curriculum=None, **replayed)
         torch.rand(17, device=accelerator.device)
         again.resume()

@@ -37,6 +37,8 @@ OF_HOST = (random.Random, np.random.Generator, np.random.RandomState, np.random.
 UNCHANGING = (type, ModuleType, RemovableHandle)
 FLAGS = ("found_inf", "grad_scale")
 """Attributes of an optimizer that a gradient scaler sets for the time of an update."""
+TENSORS = ("params", "lr")
+"""The settings of an optimizer that are on the device."""
 
 
 class Facts:
@@ -68,6 +70,9 @@ class Facts:
         """Record what a value is, or what is in it."""
         if type(value) in PLAIN:
             self.known[place] = fact(value)
+            return
+        if type(value) is tuple and all(type(part) in PLAIN for part in value):
+            self.known[place] = tuple(map(fact, value))
             return
         try:
             self.known[place] = written(value, self._reference)
@@ -194,7 +199,7 @@ class Settings(Facts):
     Args:
         optimizer: the optimizer.
         device: of the run.
-        everything: include its state, and the plain values among its attributes.
+        everything: include its learning rates and state, and the plain values of its attributes.
     """
 
     def __init__(
@@ -205,17 +210,18 @@ class Settings(Facts):
         for name in FLAGS:
             self._look((owner, 0, name), own.get(name))
         for number, group in enumerate(optimizer.param_groups):
-            self._look_at(f"a parameter group of {owner}", number, group, but="params")
+            but = TENSORS[:1] if everything else TENSORS
+            settings = {n: value for n, value in group.items() if n not in but}
+            self._look_at(f"a parameter group of {owner}", number, settings)
         if everything:
             plain = {name: value for name, value in own.items() if type(value) in PLAIN}
             self._look_at(owner, 0, plain)
             for number, state in enumerate(optimizer.state.values()):
                 self._look_at(f"the state of {owner}", number, state)
 
-    def _look_at(self, owner: str, number: int, values: Mapping[str, Any], but: str = "") -> None:
+    def _look_at(self, owner: str, number: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if name != but:
-                self._look((owner, number, name), value)
+            self._look((owner, number, name), value)
 
 
 def takes_part(engine: Engine) -> Iterator[Plugin[Any]]:

@@ -77,7 +77,9 @@ class StepGraphs:
             for optimizer in members(engine.optimizer, step.turn).values():
                 if optimizer not in self._updates:
                     self._updates[optimizer] = Update(optimizer, engine.device, self._recorder)
-                held.enter_context(self._updates[optimizer].stepping(engine, self._current))
+                update = self._updates[optimizer]
+                update.refusal = update.refusal or self.refusal
+                held.enter_context(update.stepping(engine, self._current))
             yield
 
     def accumulate(self, engine: Engine, step: Step) -> None:

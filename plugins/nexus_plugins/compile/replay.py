@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from nexus_plugins.compile.recorder import Recorder
 if TYPE_CHECKING:
     from nexus_core import Engine, Step
 
-__all__ = ["Added", "Graph", "UpdateGraph", "computed", "publish"]
+__all__ = ["Added", "Graph", "UpdateGraph", "computed", "publish", "same"]
 
 Added: TypeAlias = list[tuple[str, Any, Any, Any]]
 """What was added to the meter."""
@@ -33,6 +34,11 @@ class UpdateGraph(NamedTuple):
     work: Any
     settings: Settings
     tensors: Sequence[object]
+    weights: Sequence[Tensor]
+
+    def fits(self, settings: Settings, tensors: Sequence[object]) -> bool:
+        """Whether an update with these is the captured one."""
+        return self.settings.known == settings.known and same(self.tensors, tensors)
 
 
 class Graph:
@@ -148,6 +154,11 @@ def publish(engine: Engine, inputs: Inputs, added: Added, is_static: bool = Fals
         own = inputs.original(units)
         moves = is_static and own is units and isinstance(units, Tensor)
         engine.meter.add(name, value, units.clone() if moves else own, finish)
+
+
+def same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether two sequences have the same objects."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 @contextmanager

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import is_
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from nexus_core.optimizers import needs_closure, trained
-from nexus_plugins.compile.facts import FLAGS, Place, Settings, changed
+from nexus_core.optimizers import trained
+from nexus_plugins.compile.facts import Place, Settings, changed
+from nexus_plugins.compile.on_device import OnDevice, obstacle
 from nexus_plugins.compile.recorder import UNLIKE, WARM_UP, Recorder, tell
-from nexus_plugins.compile.replay import Graph, UpdateGraph
+from nexus_plugins.compile.replay import Graph, UpdateGraph, same
 from nexus_plugins.compile.watch import watching_update
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ __all__ = ["Update"]
 
 Closure = Callable[[], float]
 REPLACED = "a plugin replaces gradients between the backward pass and the update"
-SETTINGS: tuple[str, ...] = ("lr", "capturable")
 SAID = "This instance was constructed with capturable=True"
 
 
@@ -52,8 +50,8 @@ class Update:
     def __init__(self, optimizer: Optimizer, device: torch.device, recorder: Recorder) -> None:
         self.refusal, self.replayed = "", 0
         self._optimizer, self._device, self._recorder = optimizer, device, recorder
-        self._obstacle = _obstacle(optimizer, device)
-        self._inputs = _Inputs(optimizer, device)
+        self._obstacle = obstacle(optimizer, device)
+        self._on_device = OnDevice(optimizer, device)
         self._last: Mapping[Place, object] = {}
         self._alike = self._unlike = 0
         self._was_watched = self._ran = False
@@ -74,12 +72,12 @@ class Update:
 
         def step(optimizer: Optimizer, closure: Closure | None = None) -> object:
             vars(optimizer)["_opt_called"] = True  # PyTorch's schedulers look at it
-            with self._inputs.in_use():
+            with self._on_device.in_use():
                 graph = None if closure else self._graph(engine, gradient)
                 if graph is None:
                     return self._eagerly(engine, closure)
                 graph.work.replay()
-                increment_version(trained(optimizer))
+                increment_version(graph.weights)
                 self.replayed += 1
                 return None
 
@@ -99,12 +97,12 @@ class Update:
         settings = Settings(self._optimizer, self._device)
         if reason := settings.refusal or self._judged(settings.known):
             self._refuse(engine, reason)
-        elif gradient is not None and self._was_watched and self._has_all_of(gradient, engine):
+        elif gradient is not None and self._was_watched:
             known = gradient.updates.get(self._optimizer)
-            is_current = known is not None and known.settings.known == settings.known
-            if is_current and known is not None and _same(known.tensors, self._tensors()):
+            if known is not None and known.fits(settings, self._tensors()):
                 return known
-            return self._captured(gradient, settings)
+            if self._has_all_of(gradient, engine):
+                return self._captured(gradient, settings)
         return None
 
     def _judged(self, known: Mapping[Place, object]) -> str:
@@ -124,30 +122,36 @@ class Update:
         return all(given is own for given, own in pairs)
 
     def _tensors(self) -> list[object]:
-        """The weights, gradients and state that an update uses."""
-        state = self._optimizer.state
-        found = [(p, p.grad, *state.get(p, {}).values()) for p in trained(self._optimizer)]
-        return [each for some in found for each in some]
+        """The learning rates, weights, gradients and state that an update uses."""
+        found: list[object] = [group["lr"] for group in self._optimizer.param_groups]
+        weights, state = trained(self._optimizer), self._optimizer.state
+        found += weights
+        found += [weight.grad for weight in weights]
+        for weight in weights:
+            found += state.get(weight, {}).values()
+        return found
 
     def _captured(self, gradient: Graph, settings: Settings) -> UpdateGraph | None:
         """A graph of the update; None if it would create state in each replay."""
-        self._inputs.move_state()
+        self._on_device.move_state()
         state, tensors = self._optimizer.state, self._tensors()
         before = {parameter: dict(own) for parameter, own in state.items()}
         try:
             work = self._recorder.captured("the update", self._compute)
         finally:
-            if not _same(tensors, self._tensors()):
+            if not same(tensors, self._tensors()):
                 state.clear()
                 state.update(before)  # the rest was captured, and never computed
                 self._alike, self._was_watched = 0, False
         if not self._was_watched:
             return None
-        graph = gradient.updates[self._optimizer] = UpdateGraph(work, settings, tensors)
+        graph = gradient.updates[self._optimizer] = UpdateGraph(
+            work, settings, tensors, trained(self._optimizer)
+        )
         return graph
 
     def _eagerly(self, engine: Engine, closure: Closure | None) -> object:
-        self._inputs.move_state()
+        self._on_device.move_state()
         is_due = self._alike >= WARM_UP and not (self._was_watched or self.refusal)
         with self._recorder.beside():
             if is_due and any(p.grad is not None for p in trained(self._optimizer)):
@@ -175,79 +179,3 @@ class Update:
     def _refuse(self, engine: Engine, reason: str) -> None:
         self.refusal = reason
         tell(engine, "updates", reason)
-
-
-class _Inputs:
-    """What an update takes from the host in each step, in static device memory.
-
-    Args:
-        optimizer: the optimizer.
-        device: of the run.
-    """
-
-    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
-        self._optimizer, self._device = optimizer, device
-        self._rates: dict[int, Tensor] = {}
-        self._flags: dict[str, Tensor] = {}
-        self._last: dict[int, float] = {}
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let the optimizer use it in a block."""
-        own, groups = vars(self._optimizer), self._optimizer.param_groups
-        before = [{name: g[name] for name in SETTINGS if name in g} for g in groups]
-        flags = {name: own[name] for name in FLAGS if isinstance(own.get(name), Tensor)}
-        for number, group in enumerate(groups):
-            group["lr"] = self._rate(number, group["lr"])
-            if "capturable" in group:
-                group["capturable"] = True
-        own.update({name: self._flag(name, flag) for name, flag in flags.items()})
-        try:
-            yield
-        finally:
-            own.update(flags)
-            for group, settings in zip(groups, before, strict=True):
-                group.update(settings)
-
-    def move_state(self) -> None:
-        """Move the counters of steps to the device, where they are not with other settings."""
-        for parameter in trained(self._optimizer):
-            state = self._optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.is_cpu:
-                    state[name] = value.to(self._device)
-
-    def _rate(self, number: int, given: Tensor | float) -> Tensor:
-        if isinstance(given, Tensor) and not given.is_cpu:
-            return given
-        value = float(given)
-        if number not in self._rates:
-            self._rates[number] = torch.zeros((), device=self._device)
-        if self._last.get(number) != value:
-            self._last[number] = value
-            self._rates[number].fill_(value)
-        return self._rates[number]
-
-    def _flag(self, name: str, given: Tensor) -> Tensor:
-        if name not in self._flags:
-            self._flags[name] = torch.zeros_like(given)
-        return self._flags[name].copy_(given)
-
-
-def _obstacle(optimizer: Optimizer, device: torch.device) -> str:
-    """Why the steps of an optimizer cannot run on the device alone, in words; empty if they can."""
-    kind, own = type(optimizer), vars(optimizer).get("step")
-    settings = ("capturable" in group or group.get("fused") for group in optimizer.param_groups)
-    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
-        return f"the method step of {kind.__name__} has been replaced"
-    if needs_closure(optimizer):
-        return f"{kind.__name__} computes gradients within an update"
-    if not (getattr(kind, "capturable", False) or all(settings)):
-        return f"{kind.__name__} takes its learning rate from the host"
-    if any(parameter.device.type != device.type for parameter in trained(optimizer)):
-        return f"{kind.__name__} trains weights that are not on {device}"
-    return ""
-
-
-def _same(some: Sequence[object], others: Sequence[object]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))

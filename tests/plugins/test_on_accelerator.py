@@ -114,7 +114,8 @@ def test_the_whole_nexus_waits_for_nothing_in_a_step(
     In a step with a save, only the counts in the checkpoint are read.
     """
     sizes = {**SMALL, **ALL_LAYERS, "dropout": 0.1, "reason": True, "causal": True}
-    engine = whole_nexus(corpus, tmp_path, accelerator.device, model_nexus=sizes)
+    optimizer = {"optim_adamw": None, "optim_muon": {}}  # AdamW is a part of it
+    engine = whole_nexus(corpus, tmp_path, accelerator.device, model_nexus=sizes, **optimizer)
     waits: dict[int, list[str]] = {}
     for step in run(engine, 4, eval_data={}):
         waits[step] = [Path(wait.file).name for wait in accelerator.waits]

@@ -202,3 +202,43 @@ def test_a_model_of_matrices_alone_needs_no_second_optimizer() -> None:
     engine = Engine(model, loss=lambda m, b: m(b).square().mean(), plugins=[plugin], log_every=1)
     first = engine.fit([torch.ones(2, 3)], until="1 step").metrics["train/loss"]
     assert engine.fit([torch.ones(2, 3)], until="20 steps").metrics["train/loss"] < first
+
+
+@pytest.mark.parametrize("kind", ["skipped", "taken"])
+def test_a_flag_on_the_device_decides_whether_a_step_is_taken(kind: str) -> None:
+    """Fails if a refused step changes anything, or a flag that is not set changes the result."""
+    engines = [engine_of(), engine_of()]
+    for engine in engines:
+        engine.fit(data(), until="2 steps")
+    flagged, plain = (engine.optimizer for engine in engines)
+    before = copy.deepcopy(engines[0].model.state_dict()), copy.deepcopy(flagged.state_dict()["state"])
+    for engine in engines:
+        for parameter in engine.model.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan if kind == "skipped" else 0.5)
+    assert flagged._step_supports_amp_scaling
+    flagged.found_inf = torch.tensor(float(kind == "skipped"))
+    flagged.step()
+    if kind == "skipped":
+        wanted = before
+    else:
+        plain.step()
+        wanted = engines[1].model.state_dict(), plain.state_dict()["state"]
+    got = engines[0].model.state_dict(), flagged.state_dict()["state"]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_gradients_are_divided_by_a_scale() -> None:
+    """Fails if the scale of a gradient scaler is ignored, or remains in the parts."""
+    engines = [engine_of(), engine_of()]
+    for factor, engine in zip((1.0, 1024.0), engines, strict=True):
+        for parameter in engine.model.parameters():
+            parameter.grad = torch.ones_like(parameter) * factor
+    plain, scaled = (engine.optimizer for engine in engines)
+    scaled.grad_scale = torch.tensor(1024.0)
+    scaled.found_inf = torch.tensor(0.0)
+    for optimizer in (plain, scaled):
+        optimizer.step()
+    torch.testing.assert_close(
+        engines[1].model.state_dict(), engines[0].model.state_dict(), rtol=0, atol=0
+    )
+    assert not any(hasattr(part, "grad_scale") for part in scaled._parts)

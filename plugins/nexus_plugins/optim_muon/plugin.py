@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from nexus_core import ConfigError, Plugin, hookimpl
@@ -15,11 +14,12 @@ from nexus_core.errors import hint_add
 from nexus_core.signatures import Lax, Several
 from nexus_plugins._shared.fused import has_fused
 from nexus_plugins._shared.parameters import OptimizerConfig, blocks, decaying, groups_of, matching
+from nexus_plugins.optim_muon.muon import Muon, MuonAndAdamw
 
 if TYPE_CHECKING:
     from nexus_core import Engine
 
-__all__ = ["Muon", "MuonAndAdamw", "OptimMuonConfig", "OptimMuonPlugin"]
+__all__ = ["OptimMuonConfig", "OptimMuonPlugin"]
 
 
 class OptimMuonConfig(OptimizerConfig):
@@ -99,89 +99,6 @@ class OptimMuonPlugin(Plugin[OptimMuonConfig]):
         fused = has_fused(engine.device.type)
         adamw = AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         return MuonAndAdamw(muon, adamw)
-
-
-class Muon(torch.optim.Muon):
-    """PyTorch's Muon, with matmuls in float32 on CPU, where bfloat16 is slow."""
-
-    capturable = True  # for compile.step_graph: with a learning rate on the device
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    self._update(matrix, matrix.grad, group)
-        return loss
-
-    def _update(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, longest = self.state[matrix], max(matrix.shape)
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-        matched = group["adjust_lr_fn"] == "match_rms_adamw"
-        length = 0.2 * longest**0.5 if matched else max(1, len(matrix) / matrix.shape[1]) ** 0.5
-        lr, direction = group["lr"], orthogonal(update)
-        matrix.mul_(1 - lr * group["weight_decay"])
-        if isinstance(lr, Tensor):
-            matrix.sub_(direction * (lr * length))
-        else:
-            matrix.add_(direction, alpha=-lr * length)
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near one, by five Newton-Schulz iterations.
-
-    Source: Jordan et al. 2024, with their coefficients; the singular values end up between 0.7 and
-    1.2.
-    """
-    is_tall = len(matrix) > matrix.shape[1]
-    x = matrix.mT if is_tall else matrix
-    x = x.float() if x.device.type == "cpu" else x.bfloat16()
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        square = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, square, x, beta=3.4445)
-    return (x.mT if is_tall else x).to(matrix.dtype)
-
-
-class MuonAndAdamw(Optimizer):
-    """Two optimizers behind one interface: shared groups, shared state, one step.
-
-    Args:
-        muon: the optimizer of the matrices.
-        adamw: the optimizer of the other parameters.
-    """
-
-    capturable = True
-
-    def __init__(self, muon: Optimizer, adamw: Optimizer) -> None:
-        self._parts = (muon, adamw)
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
-        self._link()
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter."""
-        loss = closure() if closure is not None else None
-        for part in self._parts:
-            part.step()
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state into both."""
-        super().load_state_dict(state_dict)
-        self._link()
-
-    def _link(self) -> None:
-        """Share groups and state with both optimizers."""
-        muon, adamw = self._parts
-        count = len(muon.param_groups)
-        muon.param_groups, adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
-        muon.state = adamw.state = self.state
 
 
 def _hidden_matrices(model: nn.Module, exclude: Sequence[str]) -> set[int]:

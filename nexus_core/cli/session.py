@@ -13,6 +13,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -50,7 +51,8 @@ def train(
     resume = distributed.resume_source(resume)
     if resume is not None and (resume != "auto" or has_checkpoints(out)):
         engine.resume(resume)
-        _say(engine, quiet, f"resumed at step {engine.state.step:,}")
+        if not run.until.reached(engine.state):
+            _say(engine, quiet, f"resumed at step {engine.state.step:,}")
     _say(engine, quiet, _headline(engine, run))
     start = engine.state.step
     try:
@@ -66,7 +68,8 @@ def train(
         raise
     if engine.ranks.is_main:
         _write_summary(out, result, result.status, result.reason)
-        click.echo(_report(engine, result, out, quiet))
+        if quiet or result.step > start or result.status != "finished":
+            click.echo(_report(engine, result, out, quiet))
     return _exit_code(result)
 
 
@@ -182,7 +185,12 @@ def has_checkpoints(out: Path) -> bool:
 
 def _headline(engine: Engine, run: RunConfig) -> str:
     if run.until.reached(engine.state):
-        return f"{engine.out} is already at {run.until}; to continue: --set until=..."
+        longer = shlex.quote(str(replace(run.until, amount=2 * run.until.amount)))
+        return (
+            f"{engine.out} is finished at step {engine.state.step:,} (until {run.until}); to train "
+            f"further: {_resuming(engine)} --set until={longer}; its results: nexus-run runs show "
+            f"{shlex.quote(str(engine.out))}"
+        )
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     return f"training {trained:,} parameters on {engine.device} until {run.until} in {engine.out}"
 
@@ -225,11 +233,16 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     config = shlex.quote(str(out / "config.yaml"))
     rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
     if result.status != "finished":
-        trust = " --trust" if code_of(engine) else ""
-        rows["resume it"] = f"nexus-run resume {shlex.quote(str(out))}{trust}"
+        rows["resume it"] = _resuming(engine)
     width = max(len(name) for name in rows) + 2
     lines = [_row(name, text, width) for name, text in rows.items()]
     return "\n".join(["", click.style(headline, bold=True), *lines])
+
+
+def _resuming(engine: Engine) -> str:
+    """The command that resumes the run."""
+    trust = " --trust" if code_of(engine) else ""
+    return f"nexus-run resume {shlex.quote(str(engine.out))}{trust}"
 
 
 def _is_said(name: str, rows: Mapping[str, str]) -> bool:

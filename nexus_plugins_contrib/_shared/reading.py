@@ -304,7 +304,7 @@ class _Opener:
 
     def _lost(self) -> str:
         if self._batching == "cut":
-            return "do not fill a row and are dropped"
+            return "are not trained on: they are left over after the last full row"
         return f"are truncated ({self._name}.seq_len)"
 
 

@@ -91,12 +91,10 @@ def as_time(seconds: float | None) -> str:
 
 
 def as_number(value: float | None) -> str:
-    """A metric with its significant digits; empty for None."""
-    if value is None:
-        return ""
-    if 1000 <= abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+    """A metric, as notebooks show it; empty for None."""
+    from nexus_core.views.tables import number  # imports torch, so only where needed
+
+    return "" if value is None else number(value)
 
 
 def _visible(text: str) -> str:

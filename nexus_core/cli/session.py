@@ -24,6 +24,7 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.copies import code_of
 from nexus_core.cli.folder import RunFolder, write_config
 from nexus_core.cli.lineage import Relation, note_branch
+from nexus_core.cli.records import Run
 from nexus_core.cli.tables import folded
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
@@ -51,10 +52,10 @@ def train(
     resume = distributed.resume_source(resume)
     if resume is not None and (resume != "auto" or has_checkpoints(out)):
         engine.resume(resume)
-        if not run.until.reached(engine.state):
-            _say(engine, quiet, f"resumed at step {engine.state.step:,}")
-    _say(engine, quiet, _headline(engine, run))
+        _say(engine, quiet, f"resumed at step {engine.state.step:,}")
     start = engine.state.step
+    over = run.until.reached(engine.state) and _has_finished(out, start)
+    _say(engine, quiet, _finished(engine, run) if over else _headline(engine, run))
     try:
         with stopping_on_signals(engine):
             result = _fit(engine, run, folder, resume)
@@ -68,7 +69,7 @@ def train(
         raise
     if engine.ranks.is_main:
         _write_summary(out, result, result.status, result.reason)
-        if quiet or result.step > start or result.status != "finished":
+        if quiet or not over or result.status != "finished":
             click.echo(_report(engine, result, out, quiet))
     return _exit_code(result)
 
@@ -183,14 +184,23 @@ def has_checkpoints(out: Path) -> bool:
     return any(out.glob("checkpoints*/*"))
 
 
+def _has_finished(out: Path, step: int) -> bool:
+    """Whether the run in a folder ended at this step, with its last evaluation."""
+    summary = Run(out).summary
+    return (summary.get("status"), summary.get("steps")) == ("finished", step)
+
+
+def _finished(engine: Engine, run: RunConfig) -> str:
+    longer = shlex.quote(str(replace(run.until, amount=2 * run.until.amount)))
+    return (
+        f"{engine.out} is finished (until {run.until}); to train further: {_resuming(engine)} "
+        f"--set until={longer}; its results: nexus-run runs show {shlex.quote(str(engine.out))}"
+    )
+
+
 def _headline(engine: Engine, run: RunConfig) -> str:
     if run.until.reached(engine.state):
-        longer = shlex.quote(str(replace(run.until, amount=2 * run.until.amount)))
-        return (
-            f"{engine.out} is finished at step {engine.state.step:,} (until {run.until}); to train "
-            f"further: {_resuming(engine)} --set until={longer}; its results: nexus-run runs show "
-            f"{shlex.quote(str(engine.out))}"
-        )
+        return f"{engine.out} is already at {run.until}; finishing it"
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     return f"training {trained:,} parameters on {engine.device} until {run.until} in {engine.out}"
 

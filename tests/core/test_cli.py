@@ -420,8 +420,8 @@ def test_run_that_is_extended_ends_like_one_that_was_not_stopped() -> None:
     assert "resumed at step 4" in result.output
     assert weights("whole") == weights("parts")
     assert run("--resume", "parts").output == (
-        "parts is finished at step 6 (until 6 steps); to train further: nexus-run resume parts "
-        "--set until='12 steps'; its results: nexus-run runs show parts\n"
+        "resumed at step 6\nparts is finished (until 6 steps); to train further: nexus-run resume "
+        "parts --set until='12 steps'; its results: nexus-run runs show parts\n"
     )
 
 

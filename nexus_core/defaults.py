@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from nexus_core.batches import Batch, batch_size
 from nexus_core.cells import CellSum
-from nexus_core.errors import CheckpointError, ConfigError, DataError
+from nexus_core.errors import CheckpointError, ConfigError, DataError, hint_value
 from nexus_core.events import Run
 from nexus_core.optimizers import members, needs_closure, trained, update
 from nexus_core.plugin import Plugin, PluginConfig, hookimpl
@@ -148,7 +148,7 @@ class FunctionLossPlugin(Plugin[PluginConfig]):
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss
         raise ConfigError(
-            f"loss(model, batch) must return a tensor of one number, got {loss!r:.99}"
+            "loss(model, batch) must return a tensor of one number, got ", hint_value(loss)
         )
 
     @hookimpl
@@ -179,11 +179,11 @@ def _compares(function: Callable[..., Tensor]) -> bool:
     except ValueError:  # implemented in C
         return False
     except TypeError:
-        takes = ", ".join(inspect.signature(called).parameters)
         raise ConfigError(
-            f"loss={function!r:.99} takes ({takes}), and is called with (model, batch), or with "
-            "(input, target) on batches that are pairs; write a function of model and batch that "
-            "calls it: def loss(model, batch): ..."
+            f"loss={function!r:.99} takes "
+            f"({', '.join(inspect.signature(called).parameters)}), and is called with "
+            "(model, batch), or with (input, target) on batches that are pairs; write a function "
+            "of model and batch that calls it: def loss(model, batch): ..."
         ) from None
     return names[-1] in _TARGETS and names[0] != "model"
 

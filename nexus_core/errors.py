@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,14 @@ def hint_set(key: str, value: object) -> Hint:
     )
 
 
-def hint_value(value: object) -> Hint:
-    """A wrong value as it was given: `nothing` and `true`, or `None` and `True`."""
-    shown = f"{value!r:.200}"
+def hint_value(value: Any) -> Hint:
+    """A wrong value as it was given: `nothing` or `None`; of a tensor only the shape and dtype."""
+    shape: Any = getattr(value, "shape", None)
+    shown = (
+        f"shape {tuple(shape)}, {value.dtype}"
+        if isinstance(shape, tuple) and shape
+        else f"{value!r:.200}"
+    )
     return Hint({"None": "nothing", "True": "true", "False": "false"}.get(shown, shown), shown)
 
 

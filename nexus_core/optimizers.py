@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, hint_value
 
 __all__ = [
     "Optimizers",
@@ -197,15 +197,19 @@ def _one(optimizer: object) -> Optimizer:
         optimizer = {str(place): each for place, each in enumerate(optimizer)}
     if isinstance(optimizer, Mapping):
         if not optimizer or not all(map(_steps, optimizer.values())):
-            kinds = ", ".join(type(each).__name__ for each in optimizer.values())
-            raise ConfigError(f"expected optimizers, got {kinds or 'none'}; schedules are plugins")
+            raise ConfigError(
+                "expected optimizers, got "
+                f"{', '.join(type(each).__name__ for each in optimizer.values()) or 'none'}; "
+                "schedules are plugins"
+            )
         return Optimizers(optimizer)
     if _steps(optimizer):
         return cast(Optimizer, optimizer)
     name = optimizer.__name__ if isinstance(optimizer, type) else "torch.optim.AdamW"
     raise ConfigError(
-        f"optimizer must be an optimizer, a list or a dict of them, got {optimizer!r:.200}; create "
-        f"it from the model's parameters: {name}(model.parameters(), lr=...)"
+        "optimizer must be an optimizer, a list or a dict of them, got ",
+        hint_value(optimizer),
+        f"; create it from the model's parameters: {name}(model.parameters(), lr=...)",
     )
 
 

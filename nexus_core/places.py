@@ -188,7 +188,7 @@ def shown(place: str) -> str:
 
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _leaves(item)
     else:
         yield value

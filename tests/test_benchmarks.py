@@ -61,6 +61,55 @@ def test_the_benchmark_of_accelerators_runs_on_the_cpu(
     assert gpu.Case("gpt2", "lightning") in gpu.CASES
 
 
+NANOGPT = """
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: ...")
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def forward(self, idx, targets=None):
+        logits = self.head(self.embedding(idx))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_the_benchmark_of_nanogpt_times_every_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a model no longer trains, or the checkout is used in another way than nanoGPT is."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import nanogpt
+
+    monkeypatch.setattr(nanogpt, "TOKENS", 64)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the other tests
+    (tmp_path / "model.py").write_text(NANOGPT)
+    path = tmp_path / "speed.json"
+    words = [str(tmp_path), "--lengths", "32", "--rounds", "1", "--json", str(path)]
+    nanogpt.main(words)
+    rows = json.loads(path.read_text())
+    assert [row["layers"] for row in rows] == ["nanoGPT", *nanogpt.LAYERS]
+    assert rows[0]["speed"] == 1
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert "number of parameters" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        nanogpt.main([str(tmp_path / "absent")])
+
+
 def test_the_best_that_denoising_allows_is_that_of_bayes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the oracle reads a later token, or weighs tokens wrongly."""
     monkeypatch.syspath_prepend(str(ROOT))

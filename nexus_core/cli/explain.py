@@ -121,8 +121,9 @@ def explain(plan: Plan, defaults: Sequence[str] = (), places: Mapping[str, str] 
         lines.append(f"  {place.plugin:<{width}}{'; '.join(place.reasons)}{slot}{code}")
     odd = [place.plugin for place in found.plugins if not place.topology_invariant]
     lines.append(
-        "bitwise identical in cells on any number of processes: promised by "
-        + (f"all but {', '.join(odd)}" if odd else "all")
+        f"with cells, results may depend on the number of processes, because of {', '.join(odd)}"
+        if odd
+        else "with cells, results are bitwise identical on any number of processes"
     )
     for gone in found.left_out:
         lines.append(f"left out: {gone.plugin}, as {gone.taken_by} fills slot {gone.slot}")
@@ -198,7 +199,7 @@ def _stage(impl: Impl) -> str:
 def _reasons(plan: Plan, name: str, among: Collection[str]) -> tuple[str, ...]:
     if name == CORE:
         return ("default if no plugin answers",)
-    return tuple(_constraints(plan, name, among)) or ("as named",)
+    return tuple(_constraints(plan, name, among)) or ("in the order given",)
 
 
 def _constraints(plan: Plan, name: str, among: Collection[str]) -> Iterator[str]:

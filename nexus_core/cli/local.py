@@ -119,7 +119,7 @@ def placed(value: Any, base: Path | None) -> Any:
         base: the folder that paths are relative to; None leaves them unchanged.
     """
     if isinstance(value, dict):
-        return {key: placed(item, base) for key, item in value.items()}
+        return {placed(key, base): placed(item, base) for key, item in value.items()}
     if isinstance(value, list):
         return [placed(item, base) for item in value]
     return _looked_for(value, base) if base and in_settings(value) else value

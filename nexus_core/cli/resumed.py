@@ -95,7 +95,7 @@ def only_code_of_the_command(
 
 def _texts(value: object) -> Iterator[str]:
     if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _texts(item)
     elif isinstance(value, str):
         yield value

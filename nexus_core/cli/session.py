@@ -13,6 +13,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from nexus_core.cli.config import RunConfig
 from nexus_core.cli.copies import code_of
 from nexus_core.cli.folder import RunFolder, write_config
 from nexus_core.cli.lineage import Relation, note_branch
+from nexus_core.cli.records import Run
 from nexus_core.cli.tables import folded
 from nexus_core.engine import Engine, Result
 from nexus_core.errors import NexusError
@@ -51,8 +53,9 @@ def train(
     if resume is not None and (resume != "auto" or has_checkpoints(out)):
         engine.resume(resume)
         _say(engine, quiet, f"resumed at step {engine.state.step:,}")
-    _say(engine, quiet, _headline(engine, run))
     start = engine.state.step
+    over = run.until.reached(engine.state) and _has_finished(out, start)
+    _say(engine, quiet, _finished(engine, run) if over else _headline(engine, run))
     try:
         with stopping_on_signals(engine):
             result = _fit(engine, run, folder, resume)
@@ -66,7 +69,8 @@ def train(
         raise
     if engine.ranks.is_main:
         _write_summary(out, result, result.status, result.reason)
-        click.echo(_report(engine, result, out, quiet))
+        if quiet or not over or result.status != "finished":
+            click.echo(_report(engine, result, out, quiet))
     return _exit_code(result)
 
 
@@ -180,9 +184,23 @@ def has_checkpoints(out: Path) -> bool:
     return any(out.glob("checkpoints*/*"))
 
 
+def _has_finished(out: Path, step: int) -> bool:
+    """Whether the run in a folder ended at this step, with its last evaluation."""
+    summary = Run(out).summary
+    return (summary.get("status"), summary.get("steps")) == ("finished", step)
+
+
+def _finished(engine: Engine, run: RunConfig) -> str:
+    longer = shlex.quote(str(replace(run.until, amount=2 * run.until.amount)))
+    return (
+        f"{engine.out} is finished (until {run.until}); to train further: {_resuming(engine)} "
+        f"--set until={longer}; its results: nexus-run runs show {shlex.quote(str(engine.out))}"
+    )
+
+
 def _headline(engine: Engine, run: RunConfig) -> str:
     if run.until.reached(engine.state):
-        return f"{engine.out} is already at {run.until}; to continue: --set until=..."
+        return f"{engine.out} is already at {run.until}; finishing it"
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     return f"training {trained:,} parameters on {engine.device} until {run.until} in {engine.out}"
 
@@ -225,11 +243,16 @@ def _report(engine: Engine, result: Result, out: Path, quiet: bool) -> str:
     config = shlex.quote(str(out / "config.yaml"))
     rows["repeat it"] = f"nexus-run {config} --out ANOTHER_FOLDER"
     if result.status != "finished":
-        trust = " --trust" if code_of(engine) else ""
-        rows["resume it"] = f"nexus-run resume {shlex.quote(str(out))}{trust}"
+        rows["resume it"] = _resuming(engine)
     width = max(len(name) for name in rows) + 2
     lines = [_row(name, text, width) for name, text in rows.items()]
     return "\n".join(["", click.style(headline, bold=True), *lines])
+
+
+def _resuming(engine: Engine) -> str:
+    """The command that resumes the run."""
+    trust = " --trust" if code_of(engine) else ""
+    return f"nexus-run resume {shlex.quote(str(engine.out))}{trust}"
 
 
 def _is_said(name: str, rows: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from typing import TextIO
 
 __all__ = ["aligned", "as_bytes", "as_number", "as_time", "folded"]
 
+_PATH = re.compile(r"[\w.,:;=~@%+'\"()-]*[/\\][\w./\\,:;=~@%+'\"()-]*")
 NARROWEST = 20
 """Minimum width in columns to which indented text is wrapped."""
 
@@ -37,7 +39,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 def folded(text: str, indent: int = 0, stream: TextIO | None = None) -> str:
     """Wrap text between words if it goes to a terminal.
 
-    Words longer than a line, such as paths, are not broken. For a file or pipe the text is
+    A word longer than a line is broken, unless it is a path. For a file or pipe the text is
     unchanged.
 
     Args:
@@ -47,12 +49,23 @@ def folded(text: str, indent: int = 0, stream: TextIO | None = None) -> str:
     """
     lines = text.split("\n")
     if (stream or sys.stdout).isatty():
+        width = max(shutil.get_terminal_size().columns - indent, NARROWEST)
         fold = textwrap.TextWrapper(
-            max(shutil.get_terminal_size().columns - indent, NARROWEST),
-            replace_whitespace=False, break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
-        lines = [part for line in lines for part in fold.wrap(line) or [""]]
+            width, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+        )
+        lines = [part for line in lines for part in fold.wrap(_broken(line, width)) or [""]]
     return ("\n" + " " * indent).join(lines)
+
+
+def _broken(line: str, width: int) -> str:
+    """The line with spaces in words that are longer than the width, such as sampled text."""
+    return re.sub(
+        rf"\S{{{width + 1},}}",
+        lambda word: (
+            word[0] if _PATH.fullmatch(word[0]) else re.sub(rf"(.{{{width}}})", r"\1 ", word[0])
+        ),
+        line,
+    )
 
 
 def as_bytes(size: int) -> str:
@@ -78,12 +91,10 @@ def as_time(seconds: float | None) -> str:
 
 
 def as_number(value: float | None) -> str:
-    """A metric with its significant digits; empty for None."""
-    if value is None:
-        return ""
-    if 1000 <= abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+    """A metric, as notebooks show it; empty for None."""
+    from nexus_core.views.tables import number  # imports torch, so only where needed
+
+    return "" if value is None else number(value)
 
 
 def _visible(text: str) -> str:

@@ -292,7 +292,7 @@ def main(
         if report.blame:
             click.echo(f"  {report.blame}")
         if report.unpromised:
-            click.echo(f"  promised by all plugins except {', '.join(report.unpromised)}")
+            click.echo(f"  not promised by: {', '.join(report.unpromised)}")
         click.echo(f"certificate: {out / CERTIFICATE}")
         sys.exit(0 if report.holds else 1)
 

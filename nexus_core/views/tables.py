@@ -59,9 +59,9 @@ def headlines(metrics: Mapping[str, float], most: int = 4) -> str:
 
 def number(value: float) -> str:
     """Format a metric to about four digits: 0.0123, 3.1416, 1.20e-05, 12,345."""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
         return f"{value:.4f}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.2e}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.2e}"
 
 
 def counted(amount: float, unit: str) -> str:

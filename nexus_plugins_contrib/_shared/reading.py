@@ -78,8 +78,9 @@ class RowsPlugin(Plugin[ConfigT]):
             DataError: a source cannot be read or used.
         """
         config = self.config
-        with of_setting(f"{self.name}.tokenizer"):
-            self.tokenizer = open_tokenizer(config.tokenizer, config.tokenizer_revision)
+        self.tokenizer = of_setting(
+            f"{self.name}.tokenizer", open_tokenizer, config.tokenizer, config.tokenizer_revision
+        )
         opener = _Opener(self, self.encoder(self.tokenizer), self.tokenizer, engine)
         self._opened = opener.open()
         if engine.ranks.is_main:
@@ -168,11 +169,16 @@ class _Opener:
         names = [source.called for source in sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise DataError(f"two sources are called '{twice}'; give them different names")
-        with of_setting(f"{self._name}.train"):
-            read = self._streams if self._config.streaming else self._rows
-            train, held_out = read(sources)
-        with of_setting(f"{self._name}.valid"):
-            valid = {} if self._config.valid is None else self._apart(listed(self._config.valid))
+        train, held_out = (
+            of_setting(f"{self._name}.train", self._streams, sources)
+            if self._config.streaming
+            else of_setting(f"{self._name}.train", self._rows, sources)
+        )
+        valid = (
+            {}
+            if self._config.valid is None
+            else of_setting(f"{self._name}.valid", self._apart, listed(self._config.valid))
+        )
         loaders = self._evaluations(valid or held_out)
         found = RunData(train, loaders, self._tokenizer)
         return _Opened(found, str(cast(Any, train).fingerprint), self._notes)
@@ -304,7 +310,7 @@ class _Opener:
 
     def _lost(self) -> str:
         if self._batching == "cut":
-            return "do not fill a row and are dropped"
+            return "are not trained on: they are left over after the last full row"
         return f"are truncated ({self._name}.seq_len)"
 
 

@@ -419,6 +419,10 @@ def test_run_that_is_extended_ends_like_one_that_was_not_stopped() -> None:
     assert result.exit_code == 0, result.output
     assert "resumed at step 4" in result.output
     assert weights("whole") == weights("parts")
+    assert run("--resume", "parts").output == (
+        "resumed at step 6\nparts is finished (until 6 steps); to train further: nexus-run resume "
+        "parts --set until='12 steps'; its results: nexus-run runs show parts\n"
+    )
 
 
 @pytest.mark.parametrize("more", ["", "pcgrad,loss_energy", "weigh_gradnorm,loss_energy"])

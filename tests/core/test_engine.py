@@ -447,7 +447,7 @@ def test_a_loss_function_that_gives_no_loss_is_refused(wrong: Any) -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = Engine(model, optimizer, loss=lambda model, batch: wrong)
-    with pytest.raises(ConfigError, match="must return a tensor of one number"):
+    with pytest.raises(ConfigError, match=r"one number, got (None|3.0|shape .2,., torch)"):
         engine.fit([torch.ones(1, 2)], until="1 step")
 
 

@@ -84,11 +84,11 @@ def test_reason_may_be_a_chain_through_plugins_that_the_event_does_not_call() ->
     found = explanation(arrange(plugins))
     (event,) = [event for event in found.events if event.hook == "on_step"]
     assert [(call.plugin, call.reasons) for call in event.calls] == [
-        ("a", ("as named",)),
+        ("a", ("in the order given",)),
         ("c", ("after a, through b",)),
     ]
     assert [(place.plugin, place.reasons) for place in found.plugins] == [
-        ("a", ("as named",)),
+        ("a", ("in the order given",)),
         ("b", ("after a, as a declares",)),
         ("c", ("after b, as it declares",)),
     ]
@@ -108,8 +108,8 @@ def test_table_has_kind_roles_and_the_answers_of_the_core() -> None:
     lines = explain(plan).splitlines()
     start = lines.index("optimizer_step  (seam, first answer)")
     assert [re.sub(" +", " ", line) for line in lines[start + 1 : start + 4]] == [
-        " 1. wrap wraps the rest; as named",
-        " 2. noop as named",
+        " 1. wrap wraps the rest; in the order given",
+        " 2. noop in the order given",
         " 3. the core default if no plugin answers",
     ]
 

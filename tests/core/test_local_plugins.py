@@ -120,7 +120,7 @@ def test_a_place_is_as_good_as_a_name(place: str, folder: Path) -> None:
     assert settings.run.plugins["sparkle"] == {"size": 3}
     assert settings.named[-1] == "sparkle"
     result = run("tiny.yaml", "-p", place, "--explain")
-    assert re.search(r"sparkle +as named  \(.*mine(.py)?:SparklePlugin\)", result.output)
+    assert re.search(r"sparkle +in the order given  \(.*mine(.py)?:SparklePlugin\)", result.output)
     shown = CliRunner().invoke(nexus_plugins, ["show", place]).output
     assert shown.startswith("sparkle: Says that it is there.")
     assert "size: int, default 1" in shown

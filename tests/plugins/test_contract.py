@@ -174,7 +174,7 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
         ),
         "pytestmark": [
             pytest.mark.slow,
-            pytest.mark.filterwarnings("ignore:.*tokens of the training data do not fill a row"),
+            pytest.mark.filterwarnings("ignore:.*tokens of the training data are not trained on"),
         ],
     },
     "data_text": {"configs": ({"seq_len": 32, "batch_size": 2},)},

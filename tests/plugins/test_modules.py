@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 
 from nexus_core import ConfigError, Engine, Plugin, PluginConfig, hookimpl
 from nexus_core.cli.run import main
+from nexus_core.places import in_run_folder, used
 from nexus_core.plan import load
 from nexus_plugins.modules import contender
 from nexus_plugins.modules.contest import ContestPlugin
@@ -223,7 +224,8 @@ def test_a_contenders_plugin_sees_its_own_model_from_the_start(
 
     only = {"hops": small()["hops"], "graph": small()["graph"]}
     only["hops"]["reason"]["spy"] = {}
-    monkeypatch.setattr(contender, "load", lambda name: SpyPlugin if name == "spy" else load(name))
+    found = {"spy": SpyPlugin}
+    monkeypatch.setattr(contender, "plugin_class", lambda name: found.get(name) or load(name))
     engine = contest(**only)
     engine.fit(rows(), until="2 steps")
     seen = engine.model.get_submodule("hops.reason").seen
@@ -270,6 +272,26 @@ def test_what_a_contest_cannot_train_is_refused_in_words() -> None:
             ContestPlugin(puzzles={"hops": {name: {**model, **loss}}})
     with pytest.raises(ConfigError, match=r"puzzles.maze: the data have no such puzzle; they have"):
         contest(maze={"mine": {**model, **loss}}).fit(rows(), until="1 steps")
+
+
+def test_a_contender_may_be_made_by_a_plugin_in_a_file(tmp_path: Path) -> None:
+    """Fails if it cannot be loaded, or a run would not keep a copy of it."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "from nexus_core import Plugin, PluginConfig, hookimpl\n"
+        "class MinePlugin(Plugin[PluginConfig]):\n"
+        "    slot = 'model'\n"
+        "    @hookimpl\n"
+        "    def make_model(self): return nn.Linear(2, 2)\n"
+    )
+    place = f"{file}:MinePlugin"
+    contest = ContestPlugin(puzzles={"one": {"mine": {place: {}, "loss_lm": {}}}})
+    assert [source.path for source in used(contest)] == [file]
+    kept = in_run_folder(contest.config.model_dump(mode="json"))
+    assert [*kept["puzzles"]["one"]["mine"]] == ["./plugins/mine.py:MinePlugin", "loss_lm"]
+    with pytest.raises(ConfigError, match=f"has no class; write {place}"):
+        ContestPlugin(puzzles={"one": {"mine": {str(file): {}, "loss_lm": {}}}})
 
 
 def test_looks_say_what_was_found() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nexus_core import Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
+from nexus_core import ConfigError, Engine, Plugin, PluginConfig, ResumableLoader, hookimpl
 from nexus_plugins.console import ConsolePlugin
 from nexus_plugins.tape import TapePlugin
 from nexus_plugins.tape.lines import PARTS, Tape, differing, read_tape
@@ -27,6 +27,12 @@ def train(out: Path, *plugins: Plugin[Any], steps: int = 6, **options: Any) -> T
     made = engine(out, *plugins, **options)
     made.fit(ResumableLoader(Regression(), 4, seed=1), until=steps)
     return read_tape(out)
+
+
+def test_a_file_that_cannot_be_written_names_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"tape\.file: cannot write '.*file/tape'"):
+        train(tmp_path, file="file/tape")
 
 
 class MeddlingPlugin(Plugin[PluginConfig]):

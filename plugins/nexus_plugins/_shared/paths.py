@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from nexus_core.errors import DataError
 
 __all__ = ["expanded", "of_setting", "printable", "reason"]
 
+P = ParamSpec("P")
+Value = TypeVar("Value")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
-@contextmanager
-def of_setting(key: str) -> Iterator[None]:
-    """Begin errors about data with the setting that names it."""
+def of_setting(key: str, read: Callable[P, Value], *args: P.args, **named: P.kwargs) -> Value:
+    """Read what a setting names; errors about it begin with the setting.
+
+    Args:
+        key: the setting, such as `sparkle.file`.
+        read: called with the other arguments.
+    """
     try:
-        yield
+        return read(*args, **named)
     except DataError as error:
         raise DataError(f"{key}: ", *error.args) from error
 

@@ -174,8 +174,10 @@ def _tokenizer(config: DataTextConfig, sources: Sequence[Source]) -> tuple[Token
     """The tokenizer of the run, and the name or path under which it is loaded."""
     special = (config.eos_token, config.pad_token)
     if config.tokenizer != "auto":
-        with of_setting("data_text.tokenizer"):
-            return load_tokenizer(config.tokenizer, *special), config.tokenizer
+        return (
+            of_setting("data_text.tokenizer", load_tokenizer, config.tokenizer, *special),
+            config.tokenizer,
+        )
     ids = [path for one in sources for path in (*one.ids, *_ids_apart(one))]
     beside = next(filter(None, map(tokenizer_beside, ids)), None)
     if beside is not None:

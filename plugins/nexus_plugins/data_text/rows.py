@@ -212,7 +212,7 @@ class PackedRows(Rows):
     start of a document) and `label_bytes` `(B,)` int64 (bytes of text that the labels stand for).
     """
 
-    LOST = "do not fill a row and are dropped"
+    LOST = "are not trained on: they are left over after the last full row"
 
     def rows_of(self, stream: Stream) -> int:
         full, rest = divmod(len(stream), self.length)

@@ -74,10 +74,8 @@ def find_sources(config: DataTextConfig) -> Sources:
         DataError: no file is found, or one cannot be read.
     """
     finder, other = _Finder(), _Finder()
-    with of_setting("data_text.train"):
-        train = finder.find(config.train)
-    with of_setting("data_text.valid"):
-        found = [] if config.valid is None else other.find(config.valid)
+    train = of_setting("data_text.train", finder.find, config.train)
+    found = [] if config.valid is None else of_setting("data_text.valid", other.find, config.valid)
     valid = [one.for_evaluation() for one in found]
     if config.valid is None:
         finder.say_apart(train, evaluated=config.valid_share > 0)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import JsonValue
 from torch import nn
 
+from nexus_core.cli.local import is_place, plugin_class
 from nexus_core.defaults import Defaults
 from nexus_core.errors import ConfigError
-from nexus_core.plan import HOOK_NAMES, arrange, load
+from nexus_core.places import in_settings
+from nexus_core.plan import HOOK_NAMES, arrange
 from nexus_core.plugin import Plugin
 from nexus_core.relay import relay
 from nexus_core.snapshot import migrated
@@ -67,7 +69,7 @@ class Contender:
                     f"contest.puzzles.{puzzle}.{name}: '{word}' cannot name a module of a model; "
                     "use another name, of letters, digits and underscores"
                 )
-        made = [load(plugin)(**given) for plugin, given in settings.items()]
+        made = [_class_of(plugin)(**given) for plugin, given in settings.items()]
         makers = [plugin for plugin in made if plugin.slot == "model"]
         if len(makers) != 1 or not any("loss_units" in _hooks(plugin) for plugin in made):
             raise ConfigError(
@@ -178,6 +180,18 @@ class _Alone:
     def _among(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         own = set(map(id, self.model.parameters()))
         return [parameter for parameter in parameters if id(parameter) in own]
+
+
+def _class_of(word: str) -> type[Plugin[Any]]:
+    """The class of a plugin given by name, or by path and class.
+
+    Raises:
+        ConfigError: it is given by path alone, so that the run would not keep a copy of it.
+    """
+    found = plugin_class(word)
+    if is_place(word) and not in_settings(word):
+        raise ConfigError(f"contest.puzzles: '{word}' has no class; write {word}:{found.__name__}")
+    return found
 
 
 def _hooks(plugin: Plugin[Any]) -> list[str]:

@@ -107,7 +107,7 @@ def _records(path: Path) -> Iterator[Line]:
     try:
         with opened(path) as file:
             text = file.readall().decode(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise CheckpointError(f"cannot read the tape {path}: {error.strerror}") from error

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.processes import said_by
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, folder: Path, *arguments: str) -> str:
     """Run an example in a separate process and folder; returns its output."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    return said_by(EXAMPLES / f"{name}.py", *arguments, folder=folder)
 
 
 def number(pattern: str, text: str) -> float:

@@ -1,12 +1,19 @@
-"""Start several processes that train together, and return their results."""
+"""Processes forked from one that has imported everything, which start in no time.
+
+Several that train together and return their results, or one that runs a program.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -58,3 +65,28 @@ def _live(
         pipe.send((None, work(*arguments)))
     except BaseException:
         pipe.send((traceback.format_exc(), None))
+
+
+def said_by(program: Path, *arguments: str, folder: Path) -> str:
+    """The output of a Python program that runs in a folder, in a process of its own.
+
+    Raises:
+        AssertionError: it fails; the message contains its errors.
+    """
+    with TemporaryDirectory() as place:
+        logs = [Path(place, name) for name in ("out", "err")]
+        process = _NURSERY.Process(target=_run, args=(program, arguments, folder, logs))
+        process.start()
+        process.join(2 * PATIENCE_S)
+        out, errors = (log.read_text() for log in logs)
+        assert process.exitcode == 0, errors or "it does not end"
+    return out
+
+
+def _run(program: Path, arguments: tuple[str, ...], folder: Path, logs: list[Path]) -> None:
+    for stream, log in enumerate(logs, start=1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), stream)
+    os.chdir(folder)
+    sys.argv = [str(program), *arguments]
+    sys.path.insert(0, str(program.parent))
+    runpy.run_path(str(program), run_name="__main__")

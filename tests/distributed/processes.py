@@ -10,9 +10,10 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -67,25 +68,42 @@ def _live(
         pipe.send((traceback.format_exc(), None))
 
 
+def ran(
+    program: Path, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
+    """How a Python program ended, and its output, in a folder and a process of its own."""
+    with TemporaryDirectory() as place:
+        logs = [Path(place, name) for name in ("out", "errors")]
+        given = (program, arguments, folder, environment or {}, logs)
+        process = _NURSERY.Process(target=_run, args=given)
+        process.start()
+        process.join(4 * PATIENCE_S)
+        assert process.exitcode is not None, f"{program.name} does not end"
+        out, errors = (log.read_text() for log in logs)
+        return CompletedProcess([str(program), *arguments], process.exitcode, out, errors)
+
+
 def said_by(program: Path, *arguments: str, folder: Path) -> str:
-    """The output of a Python program that runs in a folder, in a process of its own.
+    """The output of a program that runs in a folder, in a process of its own.
 
     Raises:
-        AssertionError: it fails; the message contains its errors.
+        AssertionError: it fails; the message contains its output.
     """
-    with TemporaryDirectory() as place:
-        logs = [Path(place, name) for name in ("out", "err")]
-        process = _NURSERY.Process(target=_run, args=(program, arguments, folder, logs))
-        process.start()
-        process.join(2 * PATIENCE_S)
-        out, errors = (log.read_text() for log in logs)
-        assert process.exitcode == 0, errors or "it does not end"
-    return out
+    done = ran(program, *arguments, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def _run(program: Path, arguments: tuple[str, ...], folder: Path, logs: list[Path]) -> None:
+def _run(
+    program: Path,
+    arguments: tuple[str, ...],
+    folder: Path,
+    environment: Mapping[str, str],
+    logs: list[Path],
+) -> None:
     for stream, log in enumerate(logs, start=1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ |= environment
     os.chdir(folder)
     sys.argv = [str(program), *arguments]
     sys.path.insert(0, str(program.parent))

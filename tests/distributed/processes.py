@@ -78,9 +78,12 @@ def ran(
         process = _NURSERY.Process(target=_run, args=given)
         process.start()
         process.join(4 * PATIENCE_S)
-        assert process.exitcode is not None, f"{program.name} does not end"
+        process.kill()  # in case it does not end
+        process.join()
         out, errors = (log.read_text() for log in logs)
-        return CompletedProcess([str(program), *arguments], process.exitcode, out, errors)
+        code = process.exitcode
+        assert code is not None
+        return CompletedProcess([str(program), *arguments], code, out, errors)
 
 
 def said_by(program: Path, *arguments: str, folder: Path) -> str:

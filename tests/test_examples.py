@@ -6,22 +6,20 @@ import ast
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.processes import said_by
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, folder: Path, *arguments: str) -> str:
     """Run an example in a separate process and folder; returns its output."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    return said_by(EXAMPLES / f"{name}.py", *arguments, folder=folder)
 
 
 def number(pattern: str, text: str) -> float:
@@ -203,12 +201,7 @@ def test_two_files_are_a_run_that_reads_digits_and_resumes_to_the_same_bits(tmp_
 
 def command(tool: str, *arguments: str, folder: Path) -> str:
     """Run a command of this project; returns its output."""
-    place = Path(sys.executable).with_name(tool)
-    ran = subprocess.run(
-        [str(place), *arguments], cwd=folder, capture_output=True, text=True, timeout=240
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
+    return said_by(Path(sys.executable).with_name(tool), *arguments, folder=folder)
 
 
 @pytest.mark.slow

@@ -257,7 +257,7 @@ def test_packages_install_pass_their_tests_run_and_go(folder: Path) -> None:
     assert "sparkle" not in without.stdout, "installed is not active"
 
     fresh.pip("uninstall", "-y", *names.values())
-    assert "sparkle" not in fresh.run("nexus-plugins", "list", cwd=folder).stdout
+    assert "sparkle" not in fresh.run("nexus-plugins", "list", "--no-load", cwd=folder).stdout
     gone = fresh.run("nexus-run", *together, cwd=folder)
     assert gone.returncode == 2
     assert "no plugin named 'sparkle" in gone.stderr

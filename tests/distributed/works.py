@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,14 @@ from nexus_plugins.optim_adamw import OptimAdamwPlugin
 from tiny import AbsolutePlugin, Net, RecorderPlugin, Regression, SquaredPlugin
 
 
-def command(folder: Path, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run `nexus-run` in a folder, as one of the processes of a launcher; its output is dropped."""
+def command(folder: Path, arguments: list[str], environment: dict[str, str] | None = None) -> str:
+    """The output of `nexus-run` in a folder, as one of the processes of a launcher."""
     os.environ |= environment or {}
     os.chdir(folder)
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        redirect_stdout(nowhere),
-        redirect_stderr(nowhere),
-        pytest.raises(SystemExit, match="^0$"),
-    ):
+    said = StringIO()
+    with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit, match="^0$"):
         nexus_run(arguments)
+    return said.getvalue()
 
 
 @dataclass

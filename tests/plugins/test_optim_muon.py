@@ -211,7 +211,7 @@ def test_a_flag_on_the_device_decides_whether_a_step_is_taken(kind: str) -> None
     for engine in engines:
         engine.fit(data(), until="2 steps")
     flagged, plain = (engine.optimizer for engine in engines)
-    before = copy.deepcopy(engines[0].model.state_dict()), copy.deepcopy(flagged.state_dict()["state"])
+    before = copy.deepcopy((engines[0].model.state_dict(), flagged.state_dict()["state"]))
     for engine in engines:
         for parameter in engine.model.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan if kind == "skipped" else 0.5)

@@ -98,7 +98,10 @@ def compared(
     """Time models on rows of a length, nanoGPT first."""
     models = {"nanoGPT": _nanogpt(module, length)} | {n: _nexus(*LAYERS[n]) for n in layers}
     if compiled:
-        models = {n: (model, torch.compile(loss_of)) for n, (model, loss_of) in models.items()}
+        models = {
+            n: (model, torch.compile(loss_of, dynamic=False))
+            for n, (model, loss_of) in models.items()
+        }
     input_ids = torch.randint(VOCABULARY, (max(1, TOKENS // length), length))
     labels = torch.randint(VOCABULARY, input_ids.shape)
     seconds: dict[str, list[float]] = {name: [] for name in models}

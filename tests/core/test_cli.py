@@ -28,6 +28,7 @@ from nexus_core.cli.run import resume as nexus_resume
 from nexus_core.cli.settings import presets
 from nexus_plugins.jsonl import JsonlPlugin
 from nexus_plugins.lr_rsqrt import LrRsqrtPlugin
+from tests.distributed.processes import ran
 from tiny import tiny_engine
 
 
@@ -373,9 +374,8 @@ def test_a_second_interrupt_ends_at_once_and_says_what_was_kept(saved: bool) -> 
     )
     every = "checkpoint.every=2 steps" if saved else "checkpoint.every=100 steps"
     options = ["tiny.yaml", "--out", "one", "-s", every, "-s", "checkpoint.sync=true"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options], capture_output=True, text=True, check=False
-    )
+    Path("interrupted.py").write_text(code)
+    done = ran(Path("interrupted.py").absolute(), *options, folder=Path.cwd())
     assert done.returncode == -signal.SIGINT
     first, last = done.stderr.split("\n\n")
     assert "stopping after this step; Ctrl-C again ends the run at once" in first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nexus_core.cli import chart
 from nexus_core.cli.plot_lr import plan_lr
 from nexus_core.cli.run import main
 from nexus_core.plan import load
+from tests.distributed.processes import said_by
 
 BASIS: dict[str, dict[str, Any]] = {
     "data_text": {"seq_len": 16, "batch_size": 2},
@@ -190,10 +190,9 @@ def test_the_picture_of_a_run_with_a_folder_is_in_it(corpus: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_in_a_process_of_its_own(corpus: Path, tmp_path: Path) -> None:
     """Fails if the option only works inside a test."""
-    command = [sys.executable, "-m", "nexus_core.cli.run", *arguments(corpus, "--plot-lr")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "learning rate" in done.stdout
+    command = Path(sys.executable).with_name("nexus-run")
+    said = said_by(command, *arguments(corpus, "--plot-lr"), folder=tmp_path)
+    assert "learning rate" in said
 
 
 @pytest.mark.parametrize(

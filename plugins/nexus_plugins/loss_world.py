@@ -84,14 +84,15 @@ class LossWorldConfig(PositionLossConfig):
 class LossWorldPlugin(ModuleLoss[LossWorldConfig]):
     """Trains the model to predict its own next states and the tokens after the next one.
 
-    The model reports `world` and `world_targets` `(B, T, K, D)` and `world_mask` `(B, T, K)`, true
-    if a target exists. A position counts if the next token exists and is in the same document; its
-    loss is the mean over K, with missing targets counting 0, of
-    `latent_weight * smooth_l1(world, world_targets)`, a mean over D. If it also reports
-    `world_heads` `(B, T, M, D)`, `world` are states that `head_weight` turns into logits, and the
-    loss has two more parts: `token_weight` times the cross-entropy of the token after each state of
-    `world`, with the head detached, mean over K; and `head_weight` times that of the tokens
-    2, 3, ... ahead, mean over M. Tokens whose `labels` are -100 are ignored.
+    The model reports `world` and `world_targets` `(B, S, K, D)` and `world_mask` `(B, S, K)`, true
+    if a target exists, for the positions `world_starts` `(B, S)`, each of which stands for
+    `world_stride` positions; without these two, for all positions. A position counts if the next
+    token exists and is in the same document; its loss is the mean over K, with missing targets
+    counting 0, of `latent_weight * smooth_l1(world, world_targets)`, a mean over D. If it also
+    reports `world_heads` `(B, S, M, D)`, `world` are states that `head_weight` turns into logits,
+    and the loss has two more parts: `token_weight` times the cross-entropy of the token after each
+    state of `world`, with the head detached, mean over K; and `head_weight` times that of the
+    tokens 2, 3, ... ahead, mean over M. Tokens whose `labels` are -100 are ignored.
 
     States equal for all tokens would have zero loss here, but a high cross-entropy: they cannot
     collapse while the language model is trained.

@@ -151,3 +151,10 @@ def test_a_setting_of_the_other_formula_is_refused(settings):
     """Fails if a setting without effect is accepted."""
     with pytest.raises(ConfigError, match="has no effect with classic"):
         LossWorldPlugin(**settings)
+
+
+@pytest.mark.parametrize("setting", ["world_heads", "world_stride", "world_memory"])
+def test_the_classic_model_refuses_what_it_does_not_have(setting):
+    """Fails if a setting of the model without effect is accepted."""
+    with pytest.raises(ValueError, match=f"{setting}=4 has no effect with classic=true"):
+        NEXUSCore(classic=True, **{setting: 4})

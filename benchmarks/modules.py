@@ -79,7 +79,6 @@ class Contender:
         self.task, self.model = task, variant.build(task, sizes, *parameters)
         plugins = [
             load("model_nexus")(),
-            load("loss_lm")(label_smoothing=0.0),
             *variant.plugins(),
             load("optim_adamw")(lr=task.lr, weight_decay=0.01),
             load("lr_constant")(warmup=20),

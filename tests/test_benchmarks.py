@@ -117,7 +117,7 @@ def test_the_best_that_denoising_allows_is_that_of_bayes(monkeypatch: pytest.Mon
     from benchmarks.tasks.task import generator
     from nexus_plugins.modules.puzzles import Rule
 
-    task, rule = Denoising(symbols=2, length=4, rows=2), Rule.drawn(generator(0), 2)
+    task, rule = Denoising(symbols=2, length=4, rows=1), Rule.drawn(generator(0), 2)
 
     sums, first, second = rule.sums.tolist(), rule.first.tolist(), rule.second.tolist()
     sequences = [[*start] for start in itertools.product((0, 1), repeat=2)]
@@ -143,6 +143,88 @@ def test_the_best_that_denoising_allows_is_that_of_bayes(monkeypatch: pytest.Mon
                 weight[tokens[now]] += math.prod(chance(*pair, level) for pair in read)
             nats.append(-math.log(weight[label] / sum(weight)))
     assert task.oracle(0) == pytest.approx(statistics.mean(nats), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ponder_net", "act"])
+def test_published_ways_to_halt_train_and_skip_only_tokens_that_have_stopped(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if one no longer trains, or computes something else when it skips stopped tokens."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.modules import Contender
+    from benchmarks.tasks.denoising import Denoising
+    from benchmarks.tasks.task import Sizes, trained
+
+    task = Denoising(rows=2, length=6, d_code=4, n_memories=4, window=3, iterations=4)
+    of = {variant.name: variant for variant in task.variants()}
+    sizes = Sizes(8, 1, 4)
+    contender = Contender(task, of[name], sizes, 0, (0, 0))
+    before = [weight.clone() for weight in contender.model.parameters()]
+    contender.step()
+    contender.step()
+    after = list(contender.model.parameters())
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert trained(contender.model) == trained(of["energy"].build(task, sizes, 0, 0))
+
+    part = contender.model.parts["in_place"]
+    h = torch.randn(2, 6, 8)
+    with torch.no_grad():
+        part.values.bias[-1] = 9.0  # stop at once
+        assert part.eval()(h)[1]["energy"]["refinements"].tolist() == [[1.0] * 6] * 2
+        part.values.bias[-1] = 0.0
+        if name == "act":
+            whole, reports = part.train()(h)
+            skipping, again = part.eval()(h)
+            assert torch.allclose(skipping, whole, atol=1e-6)
+            assert torch.equal(
+                reports["energy"]["ponder"].ceil() - 1, again["energy"]["refinements"]
+            )
+        else:
+            chances = part.train()(h)[1]["energy"]["stops"]
+            assert torch.allclose(chances.sum(0), torch.ones(2, 6))
+
+
+def test_questions_in_steps_have_the_answers_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an answer is wrong, or a question has another number of steps than it should."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.chains import Horn, Modular
+
+    draw, rows = torch.Generator().manual_seed(0), 12
+    for further, allowed in ((False, {1, 2, 3}), (True, {4})):
+        for question, answer in zip(*Modular(0).drawn(draw, rows, further), strict=True):
+            digits = question[:18].view(6, 3).argmax(1).tolist()
+            start, steps = int(question[18:24].argmax()), int(2 * question[24])
+            assert steps in allowed
+            assert answer == sum((digits * 2)[start : start + steps]) % 3
+        horn = Horn(0)
+        for question, answer in zip(*horn.drawn(draw, rows, further), strict=True):
+            known = {atom for atom in range(16) if question[atom]}
+            asked, rounds = int(question[16:].argmax()), 0
+            while True:
+                new = {c for a, b, c in horn.rules.tolist() if {a, b} <= known} - known
+                if asked in known or not new:
+                    break
+                known, rounds = known | new, rounds + 1
+            assert answer == (asked in known)
+            assert asked not in known or rounds in allowed
+
+
+def test_the_reasoner_and_its_rivals_have_one_size_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a network no longer trains, or is much larger or smaller than the reasoner."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import reasoner
+    from benchmarks.chains import CHAINS
+
+    monkeypatch.setattr(reasoner, "STEPS", 1)
+    monkeypatch.setattr(reasoner, "HELD_OUT", 16)
+    found = reasoner.compare(CHAINS["modular"], 0)
+    assert len(found) == 4 * 3 - 1, "only the MLP cannot iterate once more"
+    assert all(0 < nats < 10 for nats in found.values())
+    sizes = {
+        name: sum(weight.numel() for weight in one.model.parameters())
+        for name, one in reasoner.contenders(CHAINS["hops"](0)).items()
+    }
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.ponder import ACT, PonderCost, PonderNet, PonderNetLoss
 from benchmarks.tasks.task import Batch, Seen, Task, Variant, generator
 from nexus_plugins.model_nexus import NEXUSCore
 from nexus_plugins.modules.looks import spearman
@@ -42,6 +43,12 @@ class Denoising(Task):
     iterations: int = 6
     threshold: float = 0.1
     weight: float = 0.2
+    ponder_cost: float = 0.01
+    """ACT's time penalty."""
+    ponder_beta: float = 0.03
+    """PonderNet's weight of the divergence from its prior."""
+    ponder_prior: float = 0.2
+    """Its prior's probability of stopping."""
 
     @property
     def vocab_size(self) -> int:
@@ -58,7 +65,7 @@ class Denoising(Task):
         return noisy(draw, rule, level, self.length, self.blanks)
 
     def variants(self) -> list[Variant]:
-        """The energy module, the backbone, an MLP."""
+        """The energy module, the backbone, an MLP, and two published ways to halt."""
         sizes = {
             "d_code": self.d_code,
             "n_memories": self.n_memories,
@@ -66,7 +73,22 @@ class Denoising(Task):
             "max_energy_iters": self.iterations,
             "energy_threshold": self.threshold,
         }
-        return self.standard(sizes, {"loss_energy": {"weight": self.weight}})
+        own = (self.d_code, self.n_memories, self.iterations, self.window)
+        beta, prior = self.ponder_beta, self.ponder_prior
+        return [
+            *self.standard(sizes, {"loss_energy": {"weight": self.weight}}),
+            Variant(
+                "ponder_net",
+                in_place=lambda width, _: PonderNet(width, *own),
+                own_loss=lambda: PonderNetLoss(beta=beta, prior=prior),
+                cross_entropy=False,
+            ),
+            Variant(
+                "act",
+                in_place=lambda width, _: ACT(width, *own),
+                own_loss=lambda: PonderCost(weight=self.ponder_cost),
+            ),
+        ]
 
     def measure(self, seen: Seen) -> dict[str, float]:
         """Also the refinements made, and their rank correlation with the noise level."""
@@ -105,10 +127,10 @@ class Denoising(Task):
 
     def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
         """The module's CPU time for rows without noise and with the most noise, and the oracle."""
-        if "energy" not in model.parts:
+        if not model.parts:
             return {}
         read: list[Tensor] = []
-        part = model.parts["energy"]
+        (part,) = model.parts.values()
         hook = part.register_forward_pre_hook(lambda _, given: read.append(given[0]))
         seconds: dict[float, list[float]] = {0.0: [], self.most_noise: []}
         for number in range(9):

@@ -56,17 +56,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Variant:
-    """One competitor: a model, and its losses besides the cross-entropy."""
+    """One competitor: a model and its losses."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `NEXUSConfig` besides the sizes."""
     losses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Loss plugins by name, with their settings."""
+    """Loss plugins besides the cross-entropy by name, with their settings."""
     widened: bool = False
     """Whether to widen the backbone to at least the parameters of the module's variant."""
     in_place: Callable[[int, int], Part] | None = None
     """Given width and parameter count, builds a replacement for the module."""
+    own_loss: Callable[[], Plugin[Any]] | None = None
+    """Builds a loss that is not an installed plugin."""
+    cross_entropy: bool = True
+    """Whether the cross-entropy is among its losses."""
 
     def build(self, task: Task, sizes: Sizes, parameters: int, of_module: int) -> NEXUSCore:
         """Build the model; `parameters` is the number to reach if it is widened."""
@@ -79,8 +83,11 @@ class Variant:
         return model
 
     def plugins(self) -> list[Plugin[Any]]:
-        """The losses besides the cross-entropy."""
-        return [load(name)(**settings) for name, settings in self.losses.items()]
+        """The losses."""
+        losses = [load(name)(**settings) for name, settings in self.losses.items()]
+        if self.cross_entropy:
+            losses.insert(0, load("loss_lm")(label_smoothing=0.0))
+        return losses if self.own_loss is None else [*losses, self.own_loss()]
 
 
 class PlainMLP(Part):

@@ -281,3 +281,14 @@ def test_windows_have_the_same_gradients_with_any_attention_kernel_and_token_by_
     if not divided:
         outputs, _ = in_turn(layer.step, x, layer.initial_state(2))
         torch.testing.assert_close(found[0], gradients(outputs))
+
+
+def test_a_compiled_window_computes_the_same() -> None:
+    """Fails if the operations for the compiler differ from the manual ones."""
+    torch.manual_seed(0)
+    layer, x = WindowAttention(16, 8, 8, 1), torch.randn(2, 20, 16, requires_grad=True)
+    found = []
+    for run in (layer, torch.compile(layer, backend="eager")):
+        outputs = run(x)
+        found.append([outputs, *torch.autograd.grad(outputs.square().sum(), [x])])
+    torch.testing.assert_close(*found)

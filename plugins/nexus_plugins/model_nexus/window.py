@@ -61,7 +61,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, document: Tensor | None = None) -> Tensor:
         """Mix whole sequences `(B, T, D)`; `document` as in `SelectiveSSM.forward`."""
         turns = _turns(x.shape[1], self.head_dim, x.device)
-        query, key, value = _Heads.apply(self._project(x), turns, self.kv_heads)  # type: ignore[no-untyped-call]
+        query, key, value = _prepared(self._project(x), turns, self.kv_heads)
         if x.shape[1] <= self.window:
             y = _attend(query, key, value, _of_one_document(document))
         else:
@@ -134,6 +134,17 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = x.shape[-1] ** 0.5 / length.clamp_min(1e-6)
     return (wide * scale).contiguous(), scale
+
+
+def _prepared(heads: Tensor, turns: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of (B, T, H + 2 G, P), normalized and rotated, and values."""
+    if not torch.compiler.is_compiling():
+        result: tuple[Tensor, Tensor, Tensor] = _Heads.apply(heads, turns, kv_heads)  # type: ignore[no-untyped-call]
+        return result
+    turned, value = torch.tensor_split(heads, (-kv_heads,), 2)  # the compiler fuses these better
+    y = _rotated(_unit(turned)[0], turns).to(value.dtype)
+    query, key = torch.tensor_split(y, (-kv_heads,), 2)
+    return query, key, value
 
 
 class _Heads(Function):

@@ -21,8 +21,8 @@ from nexus_plugins._shared import locks
 
 ROOT = Path(__file__).parents[1]
 HIDDEN = """
-import importlib, multiprocessing, multiprocessing.context as context, os, pkgutil, signal, sys
-import warnings
+import importlib, multiprocessing, multiprocessing.context as context, os, pkgutil, shutil, signal
+import sys, warnings
 import torch, numpy, pydantic, pluggy, safetensors.torch, yaml, tqdm, click, plotille  # vendors
 import torch.utils.tensorboard, torch.utils.data, tokenizers, pyarrow.parquet
 import torch.distributed.elastic.multiprocessing, torch.distributed.fsdp
@@ -45,6 +45,7 @@ POSIX = "fork forkpty register_at_fork getuid geteuid getpgid setpgid setsid kil
     "sysconf_names O_NOFOLLOW O_CLOEXEC O_NONBLOCK O_DIRECTORY mkfifo wait3 wait4 uname"
 for name in POSIX.split():
     delattr(os, name)
+shutil._use_fd_functions, shutil._rmtree_impl = False, shutil._rmtree_unsafe  # before, from 3.14
 for name in "SIGKILL SIGSTOP SIGCONT SIGHUP SIGALRM".split():
     delattr(signal, name)
 for name in "Fork ForkServer".split():

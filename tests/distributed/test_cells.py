@@ -167,6 +167,7 @@ def everything(steps: int, *parts: str) -> dict[str, Any]:
     return {name: runs[name]() for name in parts}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_bits_of_one() -> None:
     """Fails if a weight, moment, metric, evaluation or line of the tape differs in any bit."""
     alone = everything(5, "ddp")

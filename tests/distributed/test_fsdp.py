@@ -155,6 +155,7 @@ class LateNet(Net):
         return output * self.factor if self.late else output
 
 
+@pytest.mark.slow
 def test_a_number_that_is_reached_late_is_the_same_in_all() -> None:
     """Fails if processes diverge on a weight without a gradient in the first step."""
     work = partial(train_with, HIDDEN, 10, LatePlugin, net=LateNet, optimizer=ADAMW)

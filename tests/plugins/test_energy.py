@@ -118,6 +118,7 @@ def test_training_makes_all_refinements_and_judges_an_early_one_of_each_token():
     torch.testing.assert_close(update + reports["energy"]["early"], expected)
 
 
+@pytest.mark.slow
 def test_effort_goes_where_the_answer_must_be_worked_out():
     """Fails if the cost of stopping early is not learned, so that all tokens take equally many."""
     torch.manual_seed(0)

@@ -234,6 +234,7 @@ def test_one_seed_gives_one_run_and_a_resumed_run_the_same_bits(classic):
         assert torch.equal(value, resumed[name]), name
 
 
+@pytest.mark.slow
 def test_all_five_terms_move_in_the_sensible_direction():
     """Fails if the losses conflict, or one of them is not trained."""
     torch.manual_seed(0)

@@ -93,6 +93,7 @@ def runs_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record["run"] for record in records if record["type"] == "run"]
 
 
+@pytest.mark.slow
 def test_every_metric_and_the_config_can_be_read_back(tmp_path: Path) -> None:
     """Fails if a metric, its step, the config or a name does not get into wandb's file."""
     recorder = RecorderPlugin()

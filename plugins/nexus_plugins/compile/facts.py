@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from nexus_core.plugin import Plugin
+from nexus_plugins._shared.fused import FLAGS
 from nexus_plugins.compile.parts import PLAIN, attributes, fact, is_dense, written
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ OF_MODULES = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl
 HOOKS_OF_MODULES = frozenset(n for n in OF_MODULES if n.startswith(("_forward", "_backward")))
 OF_HOST = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 UNCHANGING = (type, ModuleType, RemovableHandle)
-FLAGS = ("found_inf", "grad_scale")
-"""Attributes of an optimizer that a gradient scaler sets for the time of an update."""
 TENSORS = ("params", "lr")
 """The settings of an optimizer that are on the device."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus_core.optimizers import needs_closure, trained
-from nexus_plugins.compile.facts import FLAGS
+from nexus_plugins._shared.fused import FLAGS
 
 __all__ = ["OnDevice", "obstacle"]
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-__all__ = ["Muon", "MuonAndAdamw", "orthogonal"]
+from nexus_plugins._shared.fused import FLAGS
 
-FLAGS = ("found_inf", "grad_scale")
-"""What PyTorch's gradient scaler gives an optimizer that has `_step_supports_amp_scaling`."""
+__all__ = ["Muon", "MuonAndAdamw", "orthogonal"]
 
 
 class Muon(torch.optim.Muon):

@@ -251,7 +251,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """The checkpoint at a path, directly or through a link or name; None: there is none.
+    """The checkpoint at a path, directly or through a link or name; None if nothing is there.
 
     Raises:
         CheckpointError: it is a name that points to another folder.

@@ -41,7 +41,7 @@ class Denoising(Task):
     window: int = 8
     n_memories: int = 128
     iterations: int = 6
-    threshold: float = 0.1
+    threshold: float = 0.01
     weight: float = 0.2
     ponder_cost: float = 0.01
     """ACT's time penalty."""

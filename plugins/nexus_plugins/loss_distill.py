@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nexus_core import ConfigError, Loss, LossConfig, hookimpl
 from nexus_core.defaults import accepted
@@ -16,7 +14,7 @@ from nexus_core.signatures import Lax
 from nexus_plugins._shared.calls import Call, callee
 from nexus_plugins._shared.other_models import at_rest, forward_of
 from nexus_plugins._shared.outputs import rows_of
-from nexus_plugins._shared.token_losses import pieces
+from nexus_plugins._shared.token_losses import token_divergence
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -125,28 +123,8 @@ def divergence(output: Any, taught: Any, counted: Tensor, temperature: float) ->
             f"loss_distill: the teacher has {other:,} ids, the model {own:,}; distil from a "
             "teacher with the model's tokenizer"
         )
-    rows, theirs, weight = rows.flatten(0, -2), theirs.flatten(0, -2).detach(), counted.flatten()
+    rows, theirs, weight = rows.flatten(0, -2), theirs.flatten(0, -2), counted.flatten()
     if rows.is_cpu:  # on other devices this would sync
         rows, theirs, weight = rows[weight], theirs[weight], weight[weight]
-    total = rows.new_zeros((), dtype=torch.float32)
-    for part in pieces(len(rows), own):
-        taken = (rows[part], head, theirs[part], their_head, weight[part], temperature)
-        total = total + checkpoint(_of_rows, *taken, use_reentrant=False)
-    return total * temperature**2
-
-
-def _of_rows(
-    rows: Tensor,
-    head: Tensor | None,
-    theirs: Tensor,
-    their_head: Tensor | None,
-    weight: Tensor,
-    temperature: float,
-) -> Tensor:
-    own = _logits(rows, head).div(temperature).log_softmax(-1)
-    target = _logits(theirs, their_head).div(temperature).log_softmax(-1)
-    return (F.kl_div(own, target, reduction="none", log_target=True).sum(-1) * weight).sum()
-
-
-def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
-    return (rows if head is None else F.linear(rows, head.to(rows.dtype))).float()
+    nats = token_divergence(rows, head, theirs, their_head, temperature)
+    return (nats * weight).sum() * temperature**2

@@ -1,9 +1,8 @@
-"""The energy module's loss: the cost of refinements, and their predicted gain."""
+"""The energy module's loss: the cost of stopping early, and of predicting it wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from nexus_plugins._shared.module_loss import (
     real_positions,
     refuse_idle,
 )
-from nexus_plugins._shared.token_losses import token_nats
+from nexus_plugins._shared.token_losses import token_divergence
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -29,14 +28,6 @@ __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]
 
 CLASSIC = ("iteration_weight", "target_iterations")
 """Settings that only apply to the classic formula."""
-
-
-@dataclass(frozen=True)
-class States:
-    """Final states and the head that reads them."""
-
-    hidden: Tensor
-    head_weight: Tensor
 
 
 class LossEnergyConfig(PositionLossConfig):
@@ -70,11 +61,13 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     """Trains every refinement to be usable as the last, and to predict the cost of stopping there.
 
     The model reports `energy`, a dict of `early` `(B, T, D)`, the final states if tokens had
-    stopped after fewer refinements, and `foreseen` `(B, T)`, the predicted cost of that in nats.
-    The loss is the cross-entropy of `early` with the labels, and the squared distance between
-    `foreseen` and the difference of that cross-entropy to the model's own, which has no gradient.
-    Positions without a label add 0. If a refinement gains nothing, it learns to predict zero.
-    Everything is measured on the labels, so uninformative codes earn no reward.
+    stopped after fewer refinements, and `foreseen` `(B, T)`, the logarithm of the predicted cost of
+    that in nats. The cost is the divergence of what `early` predicts from what the model predicts,
+    `KL(model || early)`, and has no gradient to the latter: the expected nats lost by stopping, if
+    the model is right. The loss is the cost, so that stopping early costs little, and the deviance
+    of the predicted cost, which makes it the mean cost, with small costs as exact as large ones.
+    Positions without a label add 0. If a refinement changes nothing, it learns to predict zero. The
+    model itself learns from the labels alone.
 
     With `classic` the dict is of `iterations` and `final_energy`, both `(B, T)`, and the loss is
     `final_energy + iteration_weight * |iterations - target_iterations|`.
@@ -105,11 +98,10 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
             raise self._other_model("early", is_classic=True)
         skipped, head = self.config.ignore_index, output.head_weight
         labels = batch.get("labels", F.pad(batch["input_ids"][:, 1:], (0, 1), value=skipped))
-        early = token_nats(States(energy["early"], head), labels, skipped)
-        with torch.no_grad():
-            cost = early - token_nats(States(output.hidden, head), labels, skipped)
-        missed: Tensor = (energy["foreseen"] - cost).square() * (labels != skipped)
-        return early + missed
+        early, last = energy["early"].flatten(0, 1), output.hidden.flatten(0, 1)
+        cost = token_divergence(early, head, last, head).clamp_min(0).view(labels.shape)
+        each: Tensor = cost + deviance(energy["foreseen"], cost.detach())
+        return each * (labels != skipped)
 
     def _classic(self, energy: Mapping[str, Tensor]) -> Tensor:
         if "final_energy" not in energy:
@@ -135,3 +127,8 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
             made = energy["refinements" if "refinements" in energy else "iterations"].detach()
             engine.log("energy/avg_iterations", (made * real).sum(), units=real.sum())
         return {self.term: self.loss(batch, output)}
+
+
+def deviance(foreseen: Tensor, cost: Tensor) -> Tensor:
+    """How far `exp(foreseen)` is from a cost of at least 0; least at its mean, as of a Poisson."""
+    return foreseen.exp() - cost + torch.xlogy(cost, cost) - cost * foreseen

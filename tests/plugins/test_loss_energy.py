@@ -44,12 +44,12 @@ def test_loss_and_units_match_numpy(seed):
     head, foreseen = numbers.normal(size=(6, 5)), numbers.normal(size=(2, 4))
     labels = np.array([[1, 2, 3, 4], [1, 2, -100, -100]])
 
-    def nats(states):
+    def chances(states):
         logits = states @ head.T
-        picked = np.take_along_axis(logits, labels.clip(0)[..., None], -1)[..., 0]
-        return np.log(np.exp(logits).sum(-1)) - picked
+        return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 
-    each = nats(early) + (foreseen - (nats(early) - nats(last))) ** 2
+    cost = (chances(last) * np.log(chances(last) / chances(early))).sum(-1)
+    each = cost + np.exp(foreseen) - cost - cost * (foreseen - np.log(cost))
     batch = {"input_ids": torch.zeros(2, 4), "labels": torch.from_numpy(labels)}
     report = {"early": torch.from_numpy(early), "foreseen": torch.from_numpy(foreseen)}
     result = NEXUSOutput(torch.from_numpy(last), torch.from_numpy(head), {"energy": report})

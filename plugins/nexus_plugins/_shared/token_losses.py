@@ -1,4 +1,4 @@
-"""The cross-entropy of each token, after a linear layer, without full logits."""
+"""The cross-entropy and the divergence of each token, after a linear layer, without full logits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from nexus_core.errors import DataError
 from nexus_plugins._shared.outputs import rows_of
 
-__all__ = ["pieces", "token_nats"]
+__all__ = ["token_divergence", "token_nats"]
 
 LOGITS_AT_ONCE = 2**24
 
@@ -45,6 +47,49 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
     else:
         nats = _TokenNats.apply(flat, head, targets)  # type: ignore[no-untyped-call]
     return nats.view(labels.shape) * counted
+
+
+def token_divergence(
+    rows: Tensor,
+    head: Tensor | None,
+    theirs: Tensor,
+    their_head: Tensor | None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`KL(theirs || own)` of each row, in nats.
+
+    Args:
+        rows: `(N, D)` states that `head` turns into logits, or logits `(N, V)`.
+        head: `(V, D)`; None: the rows are logits.
+        theirs: the distributions to compare with, likewise; without a gradient.
+        their_head: their head.
+        temperature: divides both logits.
+
+    Returns:
+        `(N,)` float32. The backward pass recomputes the logits.
+    """
+    vocabulary = rows.shape[-1] if head is None else len(head)
+    found = [
+        checkpoint(
+            _of_rows, rows[part], head, theirs[part], their_head, temperature,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for part in pieces(len(rows), vocabulary)
+    ]  # fmt: skip
+    return torch.cat(found) if found else rows.sum(-1, dtype=torch.float32)
+
+
+def _of_rows(
+    rows: Tensor, head: Tensor | None, theirs: Tensor, their_head: Tensor | None, temperature: float
+) -> Tensor:
+    own = _logits(rows, head).div(temperature).log_softmax(-1)
+    with torch.no_grad():
+        target = _logits(theirs, their_head).div(temperature).log_softmax(-1)
+    return F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
+
+
+def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
+    return (rows if head is None else F.linear(rows, head.to(rows.dtype))).float()
 
 
 def pieces(rows: int, vocabulary: int) -> Iterator[slice]:

@@ -148,8 +148,8 @@ class NEXUSConfig(PluginConfig):
     energy_threshold: float = Field(
         default=0.01,
         gt=0,
-        description="stop refining a token when the predicted gain of further refinements is "
-        "below this, in nats; classic: when its code moves less than this",
+        description="stop refining a token when further refinements are predicted to change "
+        "its prediction by less than this, in nats; classic: when its code moves less than this",
     )
     causal: bool = Field(
         default=False,

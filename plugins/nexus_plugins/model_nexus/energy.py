@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, widened
+from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, drawn, widened
 
 __all__ = ["EnergyModule"]
 
@@ -42,7 +44,8 @@ class EnergyModule(Part):
 
     Source: a layer shared over depth as in universal transformers (Dehghani et al. 2019) and
         recurrent depth (Geiping et al. 2025). Tokens exit early when that costs nothing, as in CALM
-        (Schuster et al. 2022); the cost is learned from the loss itself.
+        (Schuster et al. 2022), but the cost itself is predicted, and each exit learns from the last
+        one, as in self-distillation (Zhang et al. 2019).
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class EnergyModule(Part):
         with torch.no_grad():
             self.write.projection.weight.mul_(EAGERNESS)
             self.write.gate.div_(EAGERNESS)
-        nn.init.ones_(self.values.bias[-1:])  # initially, all tokens expect a large gain
+        nn.init.zeros_(self.values.bias[-1:])  # initially, all tokens expect a gain of about 1 nat
 
     def forward(
         self, h: Tensor, document: Tensor | None = None
@@ -78,10 +81,9 @@ class EnergyModule(Part):
             document: `(B, T)` non-decreasing document indices; None: each row is one document.
 
         Returns:
-            The update `(B, T, D)`, and `{"energy": reports}`: `early` `(B, T, D)`, the change of
-            the update if each token had settled after one of the refinements 1 to K - 1; `foreseen`
-            `(B, T)`, the energy predicted after that one; and `refinements` `(B, T)`, how many a
-            token takes to settle.
+            The update `(B, T, D)`, and `{"energy": reports}`: `codes` `(B, T, K, C)` after each
+            refinement; `foreseen` `(B, T, K)`, the logarithms of the energies predicted there; and
+            `refinements` `(B, T)`, how many a token takes to settle.
         """
         code, context = self._read(h)
         reach = [self._same(h, document, back).flatten() for back in range(1, self.window)]
@@ -89,13 +91,30 @@ class EnergyModule(Part):
             codes, energies = self._settle(code.flatten(0, 1), context.flatten(0, 1), reach)
         trail = torch.stack(codes, 1).view(*h.shape[:2], -1, self.d_code)
         foreseen = torch.stack(energies, 1).view(*h.shape[:2], -1)
-        update = self.write(trail[:, :, -1].to(h.dtype))
-        return update, {"energy": self._reports(trail, foreseen, h.dtype)}
+        going_on = foreseen[..., :-1].detach() >= math.log(self.threshold)
+        made = 1.0 + going_on.cumprod(-1).sum(-1)
+        reports = {"codes": trail, "foreseen": foreseen, "refinements": made}
+        return self.write(trail[:, :, -1].to(h.dtype)), {"energy": reports}
 
     def observe(self, final: Final) -> dict[str, dict[str, Tensor]]:
-        """Turn `early` into the final states `(B, T, D)` of tokens that settled early."""
+        """Draw one refinement of each token, for the loss to train.
+
+        Returns:
+            `{"energy": reports}`: `early` `(B, T, D)`, the final states if tokens had settled after
+            one of the refinements 1 to K - 1; `foreseen` `(B, T)`, the logarithm of the energy
+            predicted there; and `refinements` `(B, T)`.
+        """
         reports = final.reports["energy"]
-        return {"energy": {**reports, "early": final.norm(final.stream + reports["early"])}}
+        codes, foreseen = reports["codes"], reports["foreseen"]
+        which = drawn(final.ids, max(1, codes.shape[2] - 1)).unsqueeze(-1)
+        early = codes.gather(2, which.unsqueeze(-1).expand(*which.shape, codes.shape[-1]))
+        change = self.write((early.squeeze(2) - codes[:, :, -1]).to(final.stream.dtype))
+        picked = {
+            "early": final.norm(final.stream + change),
+            "foreseen": foreseen.gather(-1, which).squeeze(-1),
+            "refinements": reports["refinements"],
+        }
+        return {"energy": picked}
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         """The codes before each refinement of the last tokens, `(B, K, W - 1, C)`, newest first."""
@@ -120,7 +139,7 @@ class EnergyModule(Part):
     def _settle(
         self, code: Tensor, context: Tensor, reach: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Codes `(N, C)` and foreseen energies `(N,)` after each refinement.
+        """Codes `(N, C)` and logarithms of foreseen energies `(N,)` after each refinement.
 
         `reach[b - 1]` `(N,)` says whether the position b earlier is in the same document.
         """
@@ -151,7 +170,7 @@ class EnergyModule(Part):
         return code, context
 
     def _refine(self, windows: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of codes `(n, C)`, and the energy predicted to remain after it, `(n,)`."""
+        """The change of codes `(n, C)`, and the log of the energy foreseen after it, `(n,)`."""
         count = len(windows)
         rows = F.pad(torch.cat([windows, context], 1), (0, 0, 0, -count % TILE))
         windows, context = torch.split(rows, [windows.shape[1], context.shape[1]], 1)
@@ -160,21 +179,8 @@ class EnergyModule(Part):
         return values[:, :-1], values[:, -1]
 
     def _goes_on(self, energy: Tensor) -> Tensor:
-        """Whether to refine codes with these foreseen energies further."""
-        return (energy >= self.threshold) | self.training
-
-    def _reports(self, trail: Tensor, foreseen: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The reports for codes `(B, T, K, C)` and foreseen energies `(B, T, K)`."""
-        going_on = foreseen[..., :-1].detach() >= self.threshold
-        # The loss trains one refinement of each token: the 1st, 2nd, ... in turn over time.
-        turns = torch.arange(trail.shape[1], device=trail.device) % max(1, self.max_iterations - 1)
-        which = turns.expand(trail.shape[:2]).unsqueeze(-1)
-        early = trail.gather(2, which.unsqueeze(-1).expand(*which.shape, self.d_code)).squeeze(2)
-        return {
-            "early": self.write((early - trail[:, :, -1]).to(dtype)),
-            "foreseen": foreseen.gather(-1, which).squeeze(-1),
-            "refinements": 1.0 + going_on.cumprod(-1).sum(-1),
-        }
+        """Whether to refine codes further, given the logarithms of their foreseen energies."""
+        return (energy >= math.log(self.threshold)) | self.training
 
     def _same(self, h: Tensor, document: Tensor | None, back: int) -> Tensor:
         """`(B, T)`: whether the position `back` earlier exists and is in the same document."""

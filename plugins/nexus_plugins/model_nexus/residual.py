@@ -9,11 +9,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GATE_START", "Final", "GatedWrite", "Part", "in_turn", "widened"]
+__all__ = ["GATE_START", "Final", "GatedWrite", "Part", "drawn", "in_turn", "widened"]
 
 StateT = TypeVar("StateT")
 
 GATE_START = 0.01
+PRIMES = (2_654_435_761, 6_364_136_223_846_793_005)
+"""Odd multipliers (Knuth) that scatter numbers over 64 bits."""
 
 
 class Final(NamedTuple):
@@ -125,3 +127,13 @@ class GatedWrite(nn.Module):
 def widened(value: Tensor) -> Tensor:
     """The value in float32, or in its own dtype if that is wider."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def drawn(ids: Tensor, count: int) -> Tensor:
+    """A number below `count` for each position `(B, T)`, by a hash of the tokens up to it.
+
+    Every number is equally likely, whatever the layout of the rows, and the draw is a function of
+    the row alone: resuming, micro-batches, ranks and padding at the end do not change it.
+    """
+    seen = ids.cumsum(1) + torch.arange(ids.shape[1], device=ids.device) * PRIMES[0]
+    return (seen * PRIMES[1] >> 32) % count

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_plugins.model_nexus.delta import delta_scan
-from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, widened
+from nexus_plugins.model_nexus.residual import Final, GatedWrite, Part, drawn, widened
 
 __all__ = ["RememberingWorldModel", "WorldModel", "starts"]
 
 CHANGE_SCALE = 0.1
 """Scale of the initial weights of a move, so that states initially hardly change."""
-PRIMES = (2_654_435_761, 6_364_136_223_846_793_005)
-"""Odd multipliers (Knuth) that scatter numbers over 64 bits."""
 
 
 class WorldModel(Part):
@@ -185,11 +183,9 @@ class RememberingWorldModel(WorldModel):
 
 
 def starts(ids: Tensor, stride: int) -> Tensor:
-    """One position of each block of `stride`, `(B, S)`, drawn by a hash of the tokens before it.
+    """One position of each block of `stride`, `(B, S)`, drawn by the tokens before it.
 
-    Every position of a block is equally likely, whatever the layout of the rows, and the draw is a
-    function of the row alone: resuming, micro-batches, ranks and padding at the end do not change
-    it. In a last, shorter block the draw may miss; its start is then the last position, from which
+    In a last, shorter block the draw may miss; its start is then the last position, from which
     nothing can be predicted.
 
     Args:
@@ -197,5 +193,4 @@ def starts(ids: Tensor, stride: int) -> Tensor:
         stride: positions per block.
     """
     firsts = torch.arange(0, ids.shape[1], stride, device=ids.device)
-    seen = ids.cumsum(1)[:, ::stride] + firsts * PRIMES[0]
-    return (firsts + (seen * PRIMES[1] >> 32) % stride).clamp(max=ids.shape[1] - 1)
+    return (firsts + drawn(ids, stride)[:, ::stride]).clamp(max=ids.shape[1] - 1)

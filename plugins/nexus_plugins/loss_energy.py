@@ -100,8 +100,8 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
         labels = batch.get("labels", F.pad(batch["input_ids"][:, 1:], (0, 1), value=skipped))
         early, last = energy["early"].flatten(0, 1), output.hidden.flatten(0, 1)
         cost = token_divergence(early, head, last, head).clamp_min(0).view(labels.shape)
-        each: Tensor = cost + deviance(energy["foreseen"], cost.detach())
-        return each * (labels != skipped)
+        counted: Tensor = labels != skipped
+        return (cost + deviance(energy["foreseen"], cost.detach())) * counted
 
     def _classic(self, energy: Mapping[str, Tensor]) -> Tensor:
         if "final_energy" not in energy:

@@ -172,8 +172,7 @@ class EnergyModule(Part):
     def _refine(self, windows: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """The change of codes `(n, C)`, and the log of the energy foreseen after it, `(n,)`."""
         count = len(windows)
-        rows = F.pad(torch.cat([windows, context], 1), (0, 0, 0, -count % TILE))
-        windows, context = torch.split(rows, [windows.shape[1], context.shape[1]], 1)
+        windows, context = (F.pad(rows, (0, 0, 0, -count % TILE)) for rows in (windows, context))
         matched = F.silu(F.linear(windows, widened(self.keys.weight)) + context)
         values = F.linear(matched, widened(self.values.weight), widened(self.values.bias))[:count]
         return values[:, :-1], values[:, -1]

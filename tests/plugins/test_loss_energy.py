@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -57,6 +58,25 @@ def test_loss_and_units_match_numpy(seed):
     assert plugin.units(batch) == 7
     expected = each[labels != -100].sum()
     np.testing.assert_allclose(plugin.loss(batch, result).item(), expected, rtol=1e-5)
+
+
+def test_early_refinements_learn_from_the_last_and_not_the_reverse():
+    """Fails if the model's prediction is drawn towards an early one, or ignored labels count."""
+    early, last, foreseen = (torch.randn(1, 3, 5, requires_grad=True) for _ in range(3))
+    foreseen = foreseen[..., 0].detach().requires_grad_()
+    report = {"early": early, "foreseen": foreseen}
+    result = NEXUSOutput(last, torch.randn(6, 5), {"energy": report})
+    batch = {"input_ids": torch.zeros(1, 3), "labels": torch.tensor([[1, -100, 2]])}
+    LossEnergyPlugin().loss(batch, result).backward()
+    assert last.grad is None
+    assert early.grad is not None
+    assert early.grad.abs().sum(-1).gt(0).tolist() == [[True, False, True]]
+    with torch.no_grad():
+        own, other = (states @ result.head_weight.T for states in (early, last))
+        cost = F.kl_div(own.log_softmax(-1), other.softmax(-1), reduction="none").sum(-1)
+    assert foreseen.grad is not None
+    expected = (foreseen.exp() - cost) * torch.tensor([[1, 0, 1]])
+    torch.testing.assert_close(foreseen.grad, expected)
 
 
 @pytest.mark.parametrize("classic", [False, True])

@@ -1,146 +1,106 @@
-"""Questions whose answer is reached in a number of equal steps, each given as one vector."""
+"""Tasks whose answers take a number of equal steps, and one step more to generalize to."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator
 
-from nexus_plugins.modules.puzzles import hops
+from benchmarks.deep_thinking import DeepThinking, ProgressiveLoss
+from benchmarks.tasks.task import HELD_OUT, Batch, PlainMLP, Task, Variant, generator
+from nexus_plugins.model_nexus import NEXUSCore
+from nexus_plugins.model_nexus.reasoning import Reasoner
 
-__all__ = ["CHAINS", "MOST", "Chains", "Hops", "Horn", "Modular", "Questions"]
-
-MOST = 3
-"""The most steps of a question that is trained on."""
-
-Questions = tuple[Tensor, Tensor]
-"""`(B, size)` the questions, and `(B,)` the answers."""
+__all__ = ["Chain"]
 
 
-class Chains(ABC):
-    """A kind of question, of 1 to `MOST` steps or one step more.
+@dataclass(frozen=True)
+class Chain(Task):
+    """Answers that take 1 to `most` steps in training; those of one step more are never trained on.
 
-    Args:
-        seed: determines the rules.
+    The reasoner and Deep Thinking read tokens by themselves, on a backbone that need not. They are
+    compared with transformers: a backbone of equal size with two layers of attention, one with an
+    MLP in place of the rules, and `deeper`, with layers of its own for each step of the reasoner.
     """
 
-    size: int
-    """Numbers in a question."""
-    answers: int
-    """Number of possible answers."""
+    module: ClassVar[str] = "reason"
+    before: ClassVar[Mapping[str, Any]] = {"layers": ["mlp"], "ssm_n_layers": 1}
+    """The backbone before the reasoner and Deep Thinking."""
+
+    steps: int = 1200
+    lr: float = 2e-3
+    most: int = 3
+    n_rules: int = 128
+    loops: int = 4
+    """Steps of the reasoner, iterations of Deep Thinking."""
+    reach: int = 64
+    """Tokens that a step or layer reads."""
+    progressive: float = 0.5
+    """The share of Deep Thinking's progressive loss."""
 
     @abstractmethod
-    def __init__(self, seed: int) -> None: ...
-
-    @abstractmethod
-    def drawn(self, draw: Generator, rows: int, further: bool) -> Questions:
-        """Random questions.
+    def drawn(self, seed: int, draw: Generator, further: bool) -> Batch:
+        """Random rows.
 
         Args:
+            seed: determines the rules.
             draw: the random generator.
-            rows: B.
-            further: questions of `MOST + 1` steps, instead of 1 to `MOST`.
+            further: only answers of `most + 1` steps count, instead of those of 1 to `most`.
         """
 
+    def batch(self, seed: int, step: int) -> Batch:
+        """The rows of a step."""
+        return self.drawn(seed, generator(seed, step), further=False)
 
-class Hops(Chains):
-    """Function composition: a table of six places is applied 1 to 3 times to a start.
+    def variants(self) -> list[Variant]:
+        """The reasoner, a backbone, an MLP, a deeper backbone, and Deep Thinking."""
+        shared = {"window": self.reach, "window_head_dim": 16, "mlp_expand": 2}
+        alone = {**shared, **self.before}
+        mixing = {**shared, "layers": ["mlp", "window"], "ssm_n_layers": 2}
+        backbone = {**shared, "layers": ["window", "mlp"], "ssm_n_layers": 3}
+        deeper = {**mixing, "ssm_n_layers": 2 * self.loops + 1}
+        sizes = {
+            "n_rules": self.n_rules,
+            "reasoning_steps": self.loops,
+            "reason_window": self.reach,
+        }
+        return [
+            Variant("reason", {**alone, "reason": True, **sizes}, {"loss_reason": {}}),
+            Variant("backbone", backbone, widened=True),
+            Variant("mlp", mixing, in_place=lambda width, _: PlainMLP(width, self._rules(width))),
+            Variant("deeper", deeper),
+            Variant(
+                "deep_thinking",
+                alone,
+                in_place=lambda width, _: DeepThinking(width, self.n_rules, self.loops, self.reach),
+                own_loss=lambda: ProgressiveLoss(share=self.progressive),
+                cross_entropy=False,
+            ),
+        ]
 
-    Each question has its own table, so no answer can be memorized.
-    """
+    def _rules(self, width: int) -> int:
+        """The number of parameters of the rules."""
+        return (2 * width + 1) * self.n_rules + width
 
-    PLACES: ClassVar[int] = 6
+    def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
+        """How it answers what is one step further, and in a loop with one more iteration."""
+        measures = self._further(model, seed, "one step further")
+        for part in model.parts.values():
+            if isinstance(part, Reasoner | DeepThinking):
+                part.steps += 1
+                measures |= self._further(model, seed, "one step further, one more iteration")
+                part.steps -= 1
+        return measures
 
-    def __init__(self, seed: int) -> None:
-        self.size, self.answers = self.PLACES**2 + self.PLACES + 1, self.PLACES
-
-    def drawn(self, draw: Generator, rows: int, further: bool) -> Questions:
-        """Table and start one-hot, and half the number of applications."""
-        steps = (MOST + 1, MOST + 1) if further else (MOST, 1)
-        made = hops(draw, rows, 1, self.PLACES, *steps)
-        return made["question"][:, 0], made["labels"][:, 0]
-
-
-class Modular(Chains):
-    """Modular arithmetic: the sum modulo 3 of 1 to 3 neighbours in a ring of six digits.
-
-    Each step adds the next digit; every digit is within the reach of three steps from some start.
-    """
-
-    DIGITS: ClassVar[int] = 6
-    MODULUS: ClassVar[int] = 3
-
-    def __init__(self, seed: int) -> None:
-        self.size, self.answers = self.DIGITS * (self.MODULUS + 1) + 1, self.MODULUS
-
-    def drawn(self, draw: Generator, rows: int, further: bool) -> Questions:
-        """Digits and start one-hot, and half the number of digits to add."""
-        digits = torch.randint(self.MODULUS, (rows, self.DIGITS), generator=draw)
-        start = torch.randint(self.DIGITS, (rows, 1), generator=draw)
-        least, most = (MOST + 1, MOST + 1) if further else (1, MOST)
-        steps = torch.randint(least, most + 1, (rows, 1), generator=draw)
-        step = torch.arange(most)
-        total = (digits.gather(1, (start + step) % self.DIGITS) * (step < steps)).sum(1)
-        one_hot = (F.one_hot(digits, self.MODULUS), F.one_hot(start, self.DIGITS))
-        question = [part.flatten(1) for part in one_hot] + [steps / 2]
-        return torch.cat(question, 1), total % self.MODULUS
-
-
-class Horn(Chains):
-    """Fixed Horn rules: whether an atom follows from facts by forward chaining.
-
-    The rules "if A and B, then C" are drawn from the seed, and the facts for each question. Half of
-    the atoms asked about follow, after as many rounds as the question is to have steps; the others
-    never do.
-    """
-
-    ATOMS: ClassVar[int] = 16
-    RULES: ClassVar[int] = 24
-    SHARE: ClassVar[float] = 0.25
-    """Of the atoms that are facts."""
-
-    def __init__(self, seed: int) -> None:
-        self.size, self.answers = 2 * self.ATOMS, 2
-        draw = torch.Generator().manual_seed(seed)
-        self.rules = torch.rand((self.RULES, self.ATOMS), generator=draw).argsort(1)[:, :3]
-
-    def drawn(self, draw: Generator, rows: int, further: bool) -> Questions:
-        """The facts, and the atom asked about one-hot."""
-        facts = torch.rand((max(512, rows), self.ATOMS), generator=draw) < self.SHARE
-        depth = depths(facts, self.rules)
-        wanted = [MOST + 1] if further else list(range(1, MOST + 1))
-        kinds = [-1] * len(wanted) + wanted
-        picked = []
-        for kind in kinds:
-            cases = (depth == kind).nonzero()
-            count = -(-rows // len(kinds))
-            picked.append(cases[torch.randint(len(cases), (count,), generator=draw)])
-        row, atom = torch.cat(picked)[:rows].unbind(1)
-        question = torch.cat([facts[row], F.one_hot(atom, self.ATOMS)], 1).float()
-        return question, (depth[row, atom] > 0).long()
+    def _further(self, model: NEXUSCore, seed: int, name: str) -> dict[str, float]:
+        rows = [self.drawn(seed, generator(seed, HELD_OUT - n), further=True) for n in range(1, 9)]
+        seen = [(row, model.hidden(row["input_ids"], row.get("segment_ids"))) for row in rows]
+        return {f"{name}: {kind}": value for kind, value in Task.measure(self, seen).items()}
 
 
-def depths(facts: Tensor, rules: Tensor) -> Tensor:
-    """After how many rounds of forward chaining each atom follows: 0 for facts, -1 for never.
-
-    Args:
-        facts: `(N, atoms)`, bool.
-        rules: `(rules, 3)`, two premises and a conclusion.
-    """
-    known, depth = facts.clone(), torch.where(facts, 0, -1)
-    first, second, conclusion = rules.unbind(1)
-    for number in range(1, facts.shape[1] + 1):
-        fires = known[:, first] & known[:, second]
-        counted = torch.zeros_like(depth).index_add(1, conclusion, fires.long())
-        new = (counted > 0) & ~known
-        if not new.any():
-            break
-        depth[new] = number
-        known |= new
-    return depth
-
-
-CHAINS: dict[str, type[Chains]] = {"hops": Hops, "horn": Horn, "modular": Modular}
+def documents(task: Chain, size: int) -> int:
+    """How many documents of a size fit into a row."""
+    return max(1, task.length // size)

@@ -38,6 +38,7 @@ def small_model(seed: int = 0, **changes: object) -> NEXUSCore:
         "ssm_d_state": 4,
         "ssm_chunk_length": 4,
         "reason": True,
+        "reason_window": 3,
         "causal": True,
     }
     model = NEXUSCore(**{**sizes, **changes}).eval()

@@ -28,7 +28,7 @@ from tests.plugins.covering import covering
 
 SMALL: dict[str, Any] = {
     "d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4,
-    "d_latent": 4, "n_predicates": 4, "n_rules": 2, "reasoning_steps": 1,
+    "d_latent": 4, "n_rules": 2, "reasoning_steps": 1,
     "d_code": 4, "n_memories": 2, "max_energy_iters": 2, "n_variables": 2,
 }  # fmt: skip
 ALL_LAYERS: dict[str, Any] = {

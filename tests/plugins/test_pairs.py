@@ -43,7 +43,7 @@ BASIS: dict[str, dict[str, Any]] = {
     "data_text": {"seq_len": LENGTH, "batch_size": 2, "valid_limit": 2 * LENGTH},
     "model_nexus": {
         "d_model": 8, "ssm_n_layers": 1, "ssm_head_dim": 8, "ssm_expand": 1, "ssm_d_state": 4,
-        "dropout": 0.1, "d_latent": 4, "n_predicates": 4, "n_rules": 2, "reasoning_steps": 1,
+        "dropout": 0.1, "d_latent": 4, "n_rules": 2, "reasoning_steps": 1,
         "d_code": 4, "n_memories": 2, "max_energy_iters": 2, "n_variables": 2,
         "reason": True, "causal": True,
     },

@@ -13,7 +13,12 @@ from nexus_plugins.model_nexus.window import head_width
 
 __all__ = ["NEXUSConfig"]
 
-CLASSIC = {"n_predicates": 32, "n_rules": 16, "reason": True, "causal": True}
+CLASSIC = {"n_rules": 16, "reason": True, "causal": True}
+IDLE = {
+    True: ("world_heads", "world_stride", "world_memory", "reason_window"),
+    False: ("n_predicates",),
+}
+"""Settings without effect, by `classic`."""
 
 
 class NEXUSConfig(PluginConfig):
@@ -59,7 +64,8 @@ class NEXUSConfig(PluginConfig):
     window_head_dim: int = Field(
         default=64,
         ge=2,
-        description="maximum width of its heads: the largest even divisor of d_model up to this",
+        description="maximum width of its heads, and of the reasoner's: the largest even divisor "
+        "of d_model up to this",
     )
     mlp_expand: int = Field(
         default=4, ge=1, description="inner width of an mlp layer, as a multiple of d_model"
@@ -119,7 +125,7 @@ class NEXUSConfig(PluginConfig):
         default=False, description="enable the reasoner, which chains learned rules; classic: true"
     )
     n_predicates: int = Field(
-        default=64, ge=1, description="number of facts that the reasoner derives; classic: 32"
+        default=32, ge=1, description="number of facts that the reasoner derives; only classic"
     )
     n_rules: int = Field(
         default=128, ge=1, description="number of rules that the reasoner applies; classic: 16"
@@ -128,6 +134,11 @@ class NEXUSConfig(PluginConfig):
         default=3,
         ge=1,
         description="maximum steps of the reasoner; may be raised in a trained model",
+    )
+    reason_window: int = Field(
+        default=64,
+        ge=1,
+        description="number of tokens that a step of the reasoner recalls from; not classic",
     )
     energy: bool = Field(
         default=True,
@@ -175,10 +186,12 @@ class NEXUSConfig(PluginConfig):
 
     @model_validator(mode="after")
     def _window_heads_fit(self) -> NEXUSConfig:
+        reasons = self.reason and not self.classic
+        if self.d_model % 2 and (reasons or "window" in self.layers):
+            needed_by = "the reasoner" if reasons else "a window layer"
+            raise ValueError(f"d_model={self.d_model} is odd; {needed_by} needs an even width")
         if "window" not in self.layers:
             return self
-        if self.d_model % 2:
-            raise ValueError(f"d_model={self.d_model} is odd; a window layer needs an even width")
         heads = self.d_model // head_width(self.d_model, self.window_head_dim)
         if heads % (self.window_kv_heads or heads):
             raise ValueError(
@@ -210,10 +223,11 @@ class NEXUSConfig(PluginConfig):
                 "variable_names and mechanism_units have no effect with classic=true; remove them "
                 "or classic"
             )
-        for name in ("world_heads", "world_stride", "world_memory"):
+        for name in IDLE[self.classic]:
             value = getattr(self, name)
-            if self.classic and value != type(self).model_fields[name].default:
+            if value != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name}={value} has no effect with classic=true; remove one of the two"
+                    f"{name}={value} has no effect with classic={str(self.classic).lower()}; "
+                    f"remove it, or set classic to {str(not self.classic).lower()}"
                 )
         return self

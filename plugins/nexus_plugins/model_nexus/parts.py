@@ -40,9 +40,11 @@ def make_parts(config: NEXUSConfig) -> nn.ModuleDict:
     if config.world:
         parts["world"] = _world(config)
     if config.reason:
-        reasoner = ClassicReasoner if config.classic else Reasoner
-        parts["reason"] = reasoner(
-            width, config.n_predicates, config.n_rules, config.reasoning_steps
+        rules = (config.n_rules, config.reasoning_steps)
+        parts["reason"] = (
+            ClassicReasoner(width, config.n_predicates, *rules)
+            if config.classic
+            else Reasoner(width, *rules, config.reason_window, config.window_head_dim)
         )
     if config.energy:
         sizes = (width, config.d_code, config.n_memories)

@@ -1,4 +1,4 @@
-"""The reasoner: rules that all fire at once, step after step."""
+"""The reasoner: recall what earlier tokens know, apply all rules, and again."""
 
 from __future__ import annotations
 
@@ -6,75 +6,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_plugins.model_nexus.residual import GatedWrite, Part, widened
+from nexus_plugins.model_nexus.residual import Part, widened
+from nexus_plugins.model_nexus.window import WindowAttention, WindowState
 
 __all__ = ["Reasoner"]
 
-CONCLUSION_SCALE = 0.5
-
 
 class Reasoner(Part):
-    """Derive facts from a token's state, by rules that fire in parallel.
+    """Derive facts from what the last tokens know, by rules that fire in parallel.
 
-    The facts are P numbers. At each step every rule reads all facts, through its own weights, and
-    the token; this determines how strongly it fires, and each firing rule adds its conclusions to
-    the facts: a step applies all rules that hold, as in forward chaining. The rules are the same at
-    each step, so longer derivations are composed of single steps. No parameter is specific to a
-    step: a model trained with K steps can run one more to derive what is one step further away
+    The facts about a token are its state in the stream. At each step the token first recalls, by
+    attention, what the last tokens know by now. Then every rule reads the facts, which determines
+    how strongly it fires, and each firing rule adds its conclusions to the facts: a step applies
+    all rules that hold, as in forward chaining. Conclusions of one token are premises of later
+    tokens at the next step.
+
+    No parameter is specific to a step, so longer derivations are composed of single steps, and a
+    model trained with K steps can run one more to derive what is one step further away
     (`model_nexus.reasoning_steps`, or `steps` of this module).
 
-    Shapes: B batch, T time, D model, P facts, R rules, K steps.
+    Shapes: B batch, T time, D model, R rules, K steps, W window, H heads of P.
 
     Args:
-        d_model: width D of the backbone states.
-        n_predicates: facts P.
+        d_model: width D of the stream.
         n_rules: rules R.
         steps: steps K.
+        window: tokens W that a token recalls from, including itself.
+        head_dim: maximum width P of a head.
 
-    Source: a block in a loop, as in Universal Transformers (Dehghani et al. 2019) and in recurrent
-        depth (Geiping et al. 2025), with the token re-read at each step, as there.
+    Source: a block shared over depth, as in Universal Transformers (Dehghani et al. 2019) and in
+        recurrent depth (Geiping et al. 2025); each of its hidden units is a rule.
     """
 
     def __init__(
-        self, d_model: int, n_predicates: int = 64, n_rules: int = 128, steps: int = 3
+        self, d_model: int, n_rules: int = 128, steps: int = 3, window: int = 64, head_dim: int = 64
     ) -> None:
         super().__init__()
-        self.n_predicates, self.n_rules, self.steps = n_predicates, n_rules, steps
-        self.read = nn.Linear(d_model, n_predicates + n_rules)
-        self.premises = nn.Linear(n_predicates, n_rules, bias=False)
-        self.conclusions = nn.Linear(n_rules, n_predicates, bias=False)
-        self.write = GatedWrite(n_predicates, d_model)
-        nn.init.normal_(self.conclusions.weight, std=CONCLUSION_SCALE * n_rules**-0.5)
+        self.steps = steps
+        self.recall = WindowAttention(d_model, head_dim, window)
+        self.premises = nn.Linear(d_model, n_rules)
+        self.conclusions = nn.Linear(n_rules, d_model, bias=False)
 
     def forward(
         self, h: Tensor, document: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Update states of any leading shape, each independently.
+        """Update whole sequences.
 
         Args:
-            h: `(..., D)` normalized backbone states.
-            document: unused: tokens do not interact.
+            h: `(B, T, D)` normalized backbone states.
+            document: `(B, T)` non-decreasing document indices; None: each row is one document.
 
         Returns:
-            The update `(..., D)`, and `{"reason": firing}` with `(..., R)` in float32 or wider: how
-            strongly each rule fired, from 0 to 1, averaged over the steps.
+            The update `(B, T, D)`, and `{"reason": firing}` with `(B, T, R)` in float32 or wider:
+            how strongly each rule fired, from 0 to 1, averaged over the steps.
         """
-        sizes = [self.n_predicates, self.n_rules]
-        with torch.autocast(h.device.type, enabled=False):
-            facts, seen = torch.split(_linear(self.read, widened(h)), sizes, -1)
-            fired = torch.zeros_like(seen)
-            for _ in range(self.steps):
-                found = _linear(self.premises, _normed(facts)) + seen
-                facts = facts + _linear(self.conclusions, F.silu(found))
-                fired = fired + found.sigmoid()
-            derived = _normed(facts)
-        return self.write(derived.to(h.dtype)), {"reason": fired / self.steps}
+        update = torch.zeros_like(h)
+        fired: list[Tensor] = []
+        for _ in range(self.steps):
+            update = update + self.recall(_normed(h + update), document)
+            concluded, firing = self._conclude(h + update)
+            update = update + concluded
+            fired.append(firing)
+        return update, {"reason": torch.stack(fired).mean(0)}
 
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        """What is recalled at each step, `WindowState` with K after the batch, before any token."""
+        empty = self.recall.initial_state(batch)
+        return tuple(torch.stack(self.steps * [part], 1) for part in empty)
 
-def _linear(layer: nn.Linear, value: Tensor) -> Tensor:
-    """Apply the layer in the value's dtype, which is float32 or wider."""
-    bias = None if layer.bias is None else layer.bias.to(value.dtype)
-    return F.linear(value, layer.weight.to(value.dtype), bias)
+    def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The update `(B, D)` of one token `(B, D)`, equal to `forward`, and the new state."""
+        update, after = torch.zeros_like(h), []
+        for past in zip(*(part.unbind(1) for part in state), strict=True):
+            recalled, now = self.recall.step(_normed(h + update), WindowState(*past))
+            update = update + recalled
+            update = update + self._conclude(h + update)[0]
+            after.append(now)
+        return update, tuple(torch.stack(parts, 1) for parts in zip(*after, strict=True))
+
+    def _conclude(self, facts: Tensor) -> tuple[Tensor, Tensor]:
+        """What all rules conclude from facts `(..., D)`, and how strongly each fires `(..., R)`."""
+        found = self.premises(_normed(facts))
+        return self.conclusions(F.silu(found)), widened(found).sigmoid()
 
 
 def _normed(facts: Tensor) -> Tensor:

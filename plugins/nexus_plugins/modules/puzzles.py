@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +14,7 @@ from nexus_plugins.modules.graphs import Graph
 __all__ = ["Rows", "Rule", "dynamics", "hops", "noisy", "puzzles"]
 
 Puzzle = dict[str, Tensor]
+IGNORED = -100
 
 
 def dynamics(
@@ -115,33 +115,44 @@ def noisy(draw: Generator, rule: Rule, level: Tensor, length: int, blanks: float
 def hops(
     draw: Generator, rows: int, length: int, places: int = 6, most: int = 3, least: int = 1
 ) -> Puzzle:
-    """Questions that each give a table of jumps and ask where a number of hops ends.
+    """Documents that each give a table of jumps, then follow it from one place, jump by jump.
 
-    Every question has a new table, so none can be memorized.
+    A document has P lines in random order, each a token that says where one place leads, then a
+    place, and then `most` equal tokens, each of which asks for the next place. As each document has
+    its own table, none can be memorized.
 
     Args:
         draw: the random generator.
         rows: B.
-        length: T, questions per row.
+        length: maximum T, which is as many documents as fit, at least one.
         places: P.
-        most: maximum number of hops.
-        least: minimum number of hops.
+        most: jumps of a document.
+        least: jumps from which answers count.
 
     Returns:
-        `question` `(B, T, P * P + P + 1)`, table and start one-hot, and half the number of hops;
-        `labels` `(B, T)`, the place where they end; and `hops` `(B, T)`, their number.
+        `input_ids`, below P * P for lines, then P places and the token that asks; `labels`, the
+        places, -100 where none counts; `hops`, how many jumps lead there, 0 where none counts; and
+        `segment_ids`, the documents; all `(B, T)`.
     """
-    size = (rows, length)
-    table = torch.randint(places, (*size, places), generator=draw)
-    place = torch.randint(places, (*size, 1), generator=draw)
-    count = torch.randint(least, most + 1, (*size, 1), generator=draw)
-    parts = [F.one_hot(one, places).flatten(2) for one in (table, place)]
-    for hop in range(most):
-        place = torch.where(hop < count, table.gather(2, place), place)
-    return {
-        "question": torch.cat([*parts, count / 2], 2),
-        "labels": place[..., 0],
-        "hops": count[..., 0],
+    size = places + 1 + most
+    many = (rows, max(1, length // size))
+    table = torch.randint(places, (*many, places), generator=draw)
+    order = torch.rand(table.shape, generator=draw).argsort(-1)
+    stops = [torch.randint(places, (*many, 1), generator=draw)]
+    for _ in range(most):
+        stops.append(table.gather(-1, stops[-1]))
+    jumps = torch.arange(1 + most).expand(*many, -1)
+    place, counts = places**2 + torch.cat(stops, -1), jumps >= least
+    asked = place.where(jumps == 0, places**2 + places)
+    nothing = torch.zeros_like(table)
+    parts = {
+        "input_ids": (order * places + table.gather(-1, order), asked),
+        "labels": (nothing + IGNORED, place.where(counts, IGNORED)),
+        "hops": (nothing, jumps.where(counts, 0)),
+    }
+    segments = torch.arange(many[1]).repeat_interleave(size).expand(rows, -1)
+    return {key: torch.cat(part, -1).flatten(1) for key, part in parts.items()} | {
+        "segment_ids": segments
     }
 
 
@@ -176,7 +187,7 @@ def puzzles(
     Args:
         rows: rows of each puzzle to train on.
         held_out: rows of each puzzle to evaluate on.
-        length: tokens per row; for `hops` questions, for `graph` samples.
+        length: tokens per row, for `hops` at most; for `graph` samples.
         noise: maximum level of noise of a row of `denoising`; the levels are uniform from 0.
         seed: determines rules, graph and rows.
     """
@@ -189,7 +200,7 @@ def puzzles(
             {
                 "dynamics": dynamics(draw, count, length),
                 "denoising": noisy(draw, rule, level, length),
-                "hops": hops(draw, count, length),
+                "hops": hops(draw, count, length, places=5),
             },
             graph,
             torch.randint(len(graph.values), (count, length), generator=draw),

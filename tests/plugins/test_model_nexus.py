@@ -160,12 +160,13 @@ def test_convolution_has_the_gradient_of_finite_differences(
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("in_cache", [2, 512])
+@pytest.mark.parametrize(("in_cache", "compiling"), [(2, False), (512, True)])
 def test_norm_gives_unit_mean_square_and_its_gradient(
-    gated: bool, in_cache: int, monkeypatch: pytest.MonkeyPatch
+    gated: bool, in_cache: int, compiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the norm or its handwritten gradient is wrong."""
+    """Fails if the norm or its handwritten gradient, in one kernel or several, is wrong."""
     monkeypatch.setattr(operations, "TOKENS_IN_CACHE", in_cache)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     gate = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) if gated else None
     norm = norms.rms_norm if gate is None else norms.gated_rms_norm
@@ -175,6 +176,12 @@ def test_norm_gives_unit_mean_square_and_its_gradient(
     value = x if gate is None else x * torch.nn.functional.silu(gate)
     torch.testing.assert_close(torch.sign(y), torch.sign(value))
     assert torch.autograd.gradcheck(norm, (*inputs, 1e-5))
+
+
+def test_the_norm_of_no_rows_has_a_gradient() -> None:
+    """Fails if an empty batch reaches the kernel, which divides by the number of rows."""
+    x = torch.ones(0, 3, 5, requires_grad=True)
+    assert torch.autograd.grad(norms.rms_norm(x, 1e-5).sum(), x)[0].shape == x.shape
 
 
 @few

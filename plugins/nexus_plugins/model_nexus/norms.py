@@ -5,7 +5,7 @@ Shapes: B batch, T time, C channels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,15 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Scale to a mean square of one over the last dimension.
 
     Args:
-        x: `(B, T, C)`.
+        x: `(..., C)`.
         eps: added to the mean square.
 
     Returns:
-        `(B, T, C)` in the dtype of `x`; computed in float32 or wider.
-
-    Raises:
-        ValueError: the input has other than three dimensions.
+        `(..., C)` in the dtype of `x`; computed in float32 or wider.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", without a scale: the
         projection that follows can express the same.
     """
-    if x.dim() != 3:
-        raise ValueError(f"rms_norm has an input {tuple(x.shape)}; expected (B, T, C)")
     result: Tensor = _RMSNorm.apply(x, eps)  # type: ignore[no-untyped-call]
     return result
 
@@ -51,14 +46,10 @@ class RMSNorm(nn.RMSNorm):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.empty(*x.shape[:2], 1, dtype=wide, device=x.device)
-        for block in blocks_of(x, 1):
-            values = x[block].to(wide)
-            length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-            scale[block] = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            torch.mul(values, scale[block], out=y[block])
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y: Tensor = (wide * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)  # the projection that follows keeps y as well
         return y
 
@@ -66,25 +57,33 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
-        grad_x = torch.empty(y.shape, dtype=scale.dtype, device=y.device)
-        for block in blocks_of(y, 1):
-            values, grad = y[block].to(scale.dtype), grad_y[block].to(scale.dtype)
-            gradient_of_norm(grad, values, scale[block], grad_x[block])
-        return grad_x, None
+        return gradient_of_norm(grad_y.to(scale.dtype), y.to(scale.dtype), scale), None
 
 
-def gradient_of_norm(grad: Tensor, y: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+def gradient_of_norm(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """The gradient of `y = x * scale`, where `scale` gives y a mean square of one, by x.
 
     Args:
         grad: by y, `(..., C)`.
         y: `(..., C)`.
         scale: `(..., 1)`.
-        out: where to put it.
     """
-    products = torch.mul(grad, y, out=out)
+    if y.is_cpu and y.numel() and not torch.compiler.is_compiling():
+        return _gradient_in_one_pass(grad, y, scale)
+    products = grad * y
     along = products.mean(-1, keepdim=True)
     return torch.addcmul(grad, y, along, value=-1, out=products).mul_(scale)
+
+
+def _gradient_in_one_pass(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The same by the CPU kernel of `nn.utils.weight_norm`, here for rows of length sqrt(C)."""
+    root = y.shape[-1] ** 0.5
+    rows, gain = (part.flatten(0, -2).contiguous() for part in (y, scale * root))
+    length = torch.full_like(gain, root)
+    result, _ = torch.ops.aten._weight_norm_interface_backward(
+        grad.flatten(0, -2).contiguous(), rows, gain, length, 0
+    )
+    return cast(Tensor, result).view_as(grad)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, eps: float) -> Tensor:

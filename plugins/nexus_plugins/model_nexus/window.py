@@ -168,13 +168,11 @@ class _Heads(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         y, scale, turns = ctx.saved_tensors
-        heads = [grad.shape[2] for grad in grads]
-        result = torch.empty(*y.shape[:2], sum(heads), y.shape[3], dtype=y.dtype, device=y.device)
-        *turned, value = torch.split(result, heads, 2)
-        parts = (torch.split(y, heads[:2], 2), torch.split(scale, heads[:2], 2), turned)
-        for grad, unit, by, out in zip(grads[:2], *parts, strict=True):
-            gradient_of_norm(grad, unit, by, out)
-            _as_pairs(out).mul_(turns.conj())
+        batch, length, turned, width = y.shape
+        result = y.new_empty(batch, length, turned + grads[2].shape[2], width)
+        out, value = torch.split(result, [turned, grads[2].shape[2]], 2)
+        gradient = gradient_of_norm(torch.cat(grads[:2], 2).to(y.dtype), y, scale)
+        torch.mul(_as_pairs(gradient), turns.conj(), out=_as_pairs(out))
         value.copy_(grads[2])
         return result, None, None
 

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -184,47 +185,60 @@ def test_published_ways_to_halt_train_and_skip_only_tokens_that_have_stopped(
             assert torch.allclose(chances.sum(0), torch.ones(2, 6))
 
 
-def test_questions_in_steps_have_the_answers_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if an answer is wrong, or a question has another number of steps than it should."""
+def test_answers_in_steps_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an answer is wrong, or takes another number of steps than it should."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.chains import Horn, Modular
+    from benchmarks.tasks.horn import Horn
+    from benchmarks.tasks.modular import Modular
 
-    draw, rows = torch.Generator().manual_seed(0), 12
-    for further, allowed in ((False, {1, 2, 3}), (True, {4})):
-        for question, answer in zip(*Modular(0).drawn(draw, rows, further), strict=True):
-            digits = question[:18].view(6, 3).argmax(1).tolist()
-            start, steps = int(question[18:24].argmax()), int(2 * question[24])
-            assert steps in allowed
-            assert answer == sum((digits * 2)[start : start + steps]) % 3
-        horn = Horn(0)
-        for question, answer in zip(*horn.drawn(draw, rows, further), strict=True):
-            known = {atom for atom in range(16) if question[atom]}
-            asked, rounds = int(question[16:].argmax()), 0
-            while True:
-                new = {c for a, b, c in horn.rules.tolist() if {a, b} <= known} - known
-                if asked in known or not new:
-                    break
-                known, rounds = known | new, rounds + 1
-            assert answer == (asked in known)
-            assert asked not in known or rounds in allowed
+    def documents(task: Modular | Horn, further: bool, size: int) -> Iterator[list[list[int]]]:
+        batch = task.drawn(0, torch.Generator().manual_seed(1), further)
+        columns = (batch[key].view(-1, size).tolist() for key in ("input_ids", "labels"))
+        yield from map(list, zip(*columns, strict=True))
+
+    horn = Horn(rows=200)
+    rules = horn.drawn_rules(0).tolist()
+    for further, counting in ((False, {1, 2, 3}), (True, {4})):
+        for ids, labels in documents(Modular(rows=2), further, 5 if further else 4):
+            value, expected = ids[0], [-100]
+            for step, token in enumerate(ids[1:], 1):
+                kind, number = divmod(token, 5)
+                value = (value * number if kind == 2 else value + number) % 5
+                expected.append(value if step in counting else -100)
+            assert labels == expected
+        answers = []
+        for ids, labels in documents(horn, further, 20):
+            known, rounds = set(ids[:4]), dict.fromkeys(ids[:4], 0)
+            while new := {c for a, b, c in rules if {a, b} <= known} - known:
+                rounds |= dict.fromkeys(new, max(rounds.values()) + 1)
+                known |= new
+            assert labels[:4] == [-100] * 4
+            assert sorted(ids[4:]) == [*range(16, 32)]
+            for asked, label in zip(ids[4:], labels[4:], strict=True):
+                depth = rounds.get(asked - 16)
+                assert label in (
+                    {33} if depth in counting else {-100, 32} if depth is None else {-100}
+                )
+                answers += [label] * (label != -100)
+        assert 0.35 < answers.count(33) / len(answers) < 0.65
 
 
 def test_the_reasoner_and_its_rivals_have_one_size_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a network no longer trains, or is much larger or smaller than the reasoner."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import reasoner
-    from benchmarks.chains import CHAINS
+    from benchmarks.modules import compete
+    from benchmarks.tasks.hops import Hops
+    from benchmarks.tasks.task import Sizes
 
-    monkeypatch.setattr(reasoner, "STEPS", 1)
-    monkeypatch.setattr(reasoner, "HELD_OUT", 16)
-    found = reasoner.compare(CHAINS["modular"], 0)
-    assert len(found) == 4 * 3 - 1, "only the MLP cannot iterate once more"
-    assert all(0 < nats < 10 for nats in found.values())
-    sizes = {
-        name: sum(weight.numel() for weight in one.model.parameters())
-        for name, one in reasoner.contenders(CHAINS["hops"](0)).items()
-    }
-    assert max(sizes.values()) < 1.05 * min(sizes.values())
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    runs = compete(0, Hops(rows=2, length=10, steps=1), Sizes(), frozenset())
+    loops = {"reason", "deep_thinking"}
+    for run in runs:
+        iterates = "one step further, one more iteration: nats" in run.equal_steps
+        assert iterates == (run.variant in loops)
+        assert 0 < run.equal_steps["one step further: nats"] < 10
+    own, *others = (run.parameters for run in runs if run.variant != "deeper")
+    assert all(own <= size < 1.2 * own for size in others)
 
 
 @pytest.mark.slow

@@ -61,17 +61,24 @@ def test_a_clean_token_follows_from_the_two_before_it() -> None:
     assert (part["input_ids"][1] == 5).all()
 
 
-def test_hops_are_those_through_the_table_of_the_question() -> None:
-    """Fails if an answer does not follow from the question."""
-    part = hops(drawn(), 3, 8, places=5, most=3)
-    asked, labels, count = (part[key].flatten(0, 1) for key in ("question", "labels", "hops"))
-    for question, label, steps in zip(asked, labels.tolist(), count.tolist(), strict=True):
-        table = question[:25].view(5, 5).argmax(1).tolist()
-        place = int(question[25:30].argmax())
-        for _ in range(steps):
+def test_hops_are_those_through_the_table_of_the_document() -> None:
+    """Fails if an answer does not follow from the document, or has other hops than it says."""
+    part = hops(drawn(), 3, 30, places=5, most=3)
+    assert part["segment_ids"].tolist() == [[0] * 9 + [1] * 9 + [2] * 9] * 3
+    values = (part[key].view(-1, 9).tolist() for key in ("input_ids", "labels", "hops"))
+    for ids, labels, jumps in zip(*values, strict=True):
+        table = dict(divmod(line, 5) for line in ids[:5])
+        assert len(table) == 5
+        place, expected = ids[5] - 25, []
+        for _ in range(3):
             place = table[place]
-        assert (label, steps / 2) == (place, question[30])
-    assert (hops(drawn(), 2, 8, most=4, least=4)["hops"] == 4).all()
+            expected.append(25 + place)
+        assert ids[6:] == [30] * 3
+        assert labels == [-100] * 6 + expected
+        assert jumps == [0] * 6 + [1, 2, 3]
+    further = hops(drawn(), 2, 1, most=4, least=4)
+    assert further["hops"].tolist() == [[0] * 10 + [4]] * 2
+    assert ((further["labels"] == -100) == (further["hops"] == 0)).all()
 
 
 def test_a_graph_has_no_cycle_and_interventions_where_it_says() -> None:
@@ -103,13 +110,7 @@ def small() -> dict[str, Any]:
             }
         },
         "hops": {
-            "reason": {
-                "model": {
-                    "call": "nexus_plugins.modules.answerer:Answerer",
-                    "args": {"thinker": "reason", "question_size": 43, "answers": 6, "width": 8},
-                },
-                "loss_lm": {},
-            }
+            "reason": {"model_nexus": {**BARE, "vocab_size": 31, "reason": True}, "loss_lm": {}}
         },
         "graph": {
             "causal": {
@@ -194,8 +195,9 @@ def test_a_contest_resumes_with_what_its_contenders_keep() -> None:
 
 def test_metrics_of_a_contender_carry_its_place() -> None:
     """Fails if two contenders log to one metric, or a loss is not set up for its model."""
-    student = {"model": small()["hops"]["reason"]["model"]}
-    taught = {**student, "loss_distill": {"teacher": student["model"]}}
+    model = small()["hops"]["reason"]["model_nexus"]
+    teacher = {"call": "nexus_plugins.model_nexus:NEXUSCore", "args": model}
+    taught = {"model_nexus": model, "loss_distill": {"teacher": teacher}}
     only = {"hops": {"taught": taught}, "graph": small()["graph"]}
     result = contest(**only).fit(rows(), until="2 steps")
     assert "graph/causal/causal/dag_constraint" in result.metrics

@@ -1,4 +1,4 @@
-"""The reasoner: parallel rules, as many steps as needed; and the classic one, which picks rules."""
+"""The reasoner: recalling and parallel rules in a loop; and the classic one, which picks rules."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nexus_plugins.model_nexus import NEXUSCore
 from nexus_plugins.model_nexus.classic_reasoning import ClassicReasoner
 from nexus_plugins.model_nexus.reasoning import Reasoner
+from nexus_plugins.modules.puzzles import hops
 
 
 @settings(max_examples=25, deadline=None)
@@ -131,11 +133,11 @@ def test_reports_stay_in_float32_under_autocast():
     assert {value.dtype for value in reports.values()} == {torch.float32}
 
 
-def test_update_is_a_loop_over_all_rules_written_in_numpy():
+def test_update_is_a_loop_of_recalling_and_all_rules_written_in_numpy():
     """Fails if a step does not apply all rules to the facts of the previous step."""
     torch.manual_seed(1)
-    reasoner = Reasoner(6, n_predicates=5, n_rules=7, steps=3).double()
-    h = torch.randn(6, dtype=torch.float64)
+    reasoner = Reasoner(6, n_rules=7, steps=3, window=1).double()  # attention to the token alone
+    h = torch.randn(1, 1, 6, dtype=torch.float64)
     got, reports = reasoner(h)
     weights = {name: value.detach().numpy() for name, value in reasoner.named_parameters()}
 
@@ -145,77 +147,82 @@ def test_update_is_a_loop_over_all_rules_written_in_numpy():
     def normed(value):
         return value / np.sqrt(np.mean(value**2) + np.finfo(value.dtype).eps)
 
-    read = weights["read.weight"] @ h.numpy() + weights["read.bias"]
-    facts, seen, fired = read[:5], read[5:], np.zeros(7)
+    facts, fired = h[0, 0].numpy(), np.zeros(7)
     for _ in range(3):
-        found = weights["premises.weight"] @ normed(facts) + seen
+        values = weights["recall.in_proj.weight"][12:] @ normed(facts)
+        facts = facts + weights["recall.out_proj.weight"] @ values
+        found = weights["premises.weight"] @ normed(facts) + weights["premises.bias"]
         facts = facts + weights["conclusions.weight"] @ (found * sigmoid(found))
         fired = fired + sigmoid(found) / 3
-    np.testing.assert_allclose(reports["reason"].detach().numpy(), fired)
-    update = weights["write.gate"] * (weights["write.projection.weight"] @ normed(facts))
-    np.testing.assert_allclose(got.detach().numpy(), update, atol=1e-12)
+    np.testing.assert_allclose(reports["reason"][0, 0].detach().numpy(), fired)
+    np.testing.assert_allclose(got[0, 0].detach().numpy(), facts - h[0, 0].numpy(), atol=1e-12)
 
 
-def hops(generator, most, exactly=None, rows=256, places=6):
-    """Tables of where each place leads, a start and a number of hops; and the end."""
-    table = torch.randint(places, (rows, places), generator=generator)
-    place = torch.randint(places, (rows, 1), generator=generator)
-    times = torch.randint(1, most + 1, (rows, 1), generator=generator)
-    times = times if exactly is None else torch.full_like(times, exactly)
-    told = [nn.functional.one_hot(one, places).flatten(1) for one in (table, place)]
-    for hop in range(int(times.max())):
-        place = torch.where(hop < times, table.gather(1, place), place)
-    return torch.cat([*told, times / 2], 1).float(), place[:, 0]
+def test_conclusions_of_a_token_reach_the_next_one_at_the_next_step():
+    """Fails if a step recalls what earlier tokens knew before, or from beyond the window."""
+    torch.manual_seed(0)
+    reasoner = Reasoner(6, n_rules=5, steps=1, window=2)
+    h = torch.randn(1, 5, 6)
+    other = h.clone()
+    other[:, 1] += 1
+    for steps in range(1, 4):
+        reasoner.steps = steps
+        changed = (reasoner(h)[0] - reasoner(other)[0])[0].abs().sum(-1) > 1e-6
+        assert changed.tolist() == [False, True, *(steps >= far for far in (1, 2, 3))]
 
 
 @pytest.mark.slow
-def test_one_more_step_answers_what_is_one_hop_further_than_any_question_before():
+def test_one_more_step_answers_what_is_one_jump_further_than_any_answer_before():
     """Fails if the reasoner memorizes answers instead of learning the rule."""
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    read, reasoner, head = nn.Linear(43, 64), Reasoner(64, steps=3), nn.Linear(64, 6)
-    model = nn.ModuleList([read, reasoner, head])
+    draw, held_out = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    model = NEXUSCore(
+        vocab_size=21, d_model=64, layers=["mlp"], mlp_expand=2, ssm_n_layers=1,
+        reason=True, reasoning_steps=3, world=False, energy=False, window_head_dim=16,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
-    def answers(told):
-        h = nn.functional.rms_norm(read(told), (64,))
-        return head(nn.functional.rms_norm(h + reasoner(h)[0], (64,)))
+    def logits(rows):
+        return model(rows["input_ids"], rows["segment_ids"])
 
-    def hits(told, place):
-        return (answers(told).argmax(1) == place).float().mean()
-
-    for step in range(700):
+    for step in range(400):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50, 2 - 2 * step / 700)
-        told, place = hops(generator, most=3)
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50, 2 - 2 * step / 400)
+        rows = hops(draw, 8, 63, places=4, most=2)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(answers(told), place).backward()
+        nn.functional.cross_entropy(logits(rows).flatten(0, 1), rows["labels"].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    with torch.no_grad():
-        known, further = hops(generator, 3, rows=999), hops(generator, 4, exactly=4, rows=999)
-        assert hits(*known) > 0.97
-        before = hits(*further)
-        reasoner.steps += 1
-        assert hits(*further) > before + 0.15, (before, hits(*further))
+
+    @torch.no_grad()
+    def hits(rows):
+        return (logits(rows).argmax(-1) == rows["labels"])[rows["hops"] > 0].float().mean()
+
+    known, further = (hops(held_out, 64, 64, 4, *jumps) for jumps in ((2, 1), (3, 3)))
+    assert hits(known) > 0.97
+    before = hits(further)
+    model.parts["reason"].steps += 1
+    assert hits(further) > before + 0.15, (before, hits(further))
 
 
 def test_every_parameter_of_the_parallel_reasoner_is_trained_and_a_step_equals_the_whole():
     """Fails if part of the reasoner is never trained, or generation differs from training."""
     torch.manual_seed(0)
-    reasoner = Reasoner(6)
-    h = torch.randn(2, 3, 6)
+    reasoner = Reasoner(6, window=4)
+    h = torch.randn(2, 9, 6)
     update, reports = reasoner(h)
     update.square().sum().backward()
     for name, parameter in reasoner.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
-    assert torch.stack([reasoner.step(token, ())[0] for token in h.unbind(1)], 1).allclose(
-        update, atol=1e-6
-    )
+    state, stepped = reasoner.initial_state(2), []
+    for token in h.unbind(1):
+        one, state = reasoner.step(token, state)
+        stepped.append(one)
+    torch.testing.assert_close(torch.stack(stepped, 1), update, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert {one.dtype for one in reasoner(h)[1].values()} == {torch.float32}
-    assert reports["reason"].shape == (2, 3, 128)
+    assert reports["reason"].shape == (2, 9, 128)
     assert reports["reason"].min() > 0
     assert reports["reason"].max() < 1

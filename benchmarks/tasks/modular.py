@@ -24,6 +24,7 @@ class Modular(Chain):
 
     name: ClassVar[str] = "modular"
 
+    steps: int = 1600
     modulus: int = 5
 
     @property

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_core.engine import Engine
@@ -19,9 +19,14 @@ from nexus_plugins.loss_lm import LossLmPlugin
 from nexus_plugins.loss_reason import LossReasonPlugin
 from nexus_plugins.loss_world import LossWorldPlugin
 from nexus_plugins.model_nexus import ModelNexusPlugin, NEXUSCore
+from nexus_plugins.model_nexus.residual import Part
 
 VOCAB = 23
 MODULES = ("world", "reason", "energy", "causal")
+
+
+def gate_of(part: Part) -> nn.Parameter:
+    return next(value for name, value in part.named_parameters() if name.endswith("gate"))
 
 
 def small_model(**settings) -> NEXUSCore:
@@ -43,7 +48,7 @@ def small_model(**settings) -> NEXUSCore:
     with torch.no_grad():
         for part in model.parts.values():
             if part.writes:
-                part.write.gate.fill_(1.0)
+                gate_of(part).fill_(1.0)
         if model.config.energy and not model.config.classic:  # some tokens settle early, some late
             model.parts["energy"].values.weight[-1] *= 9
             model.parts["energy"].values.bias[-1] = 0.05

@@ -11,7 +11,7 @@ from torch import nn
 
 from nexus_plugins.model_nexus import NEXUSCore
 from nexus_plugins.model_nexus.classic_reasoning import ClassicReasoner
-from nexus_plugins.model_nexus.reasoning import Reasoner
+from nexus_plugins.model_nexus.reasoning import EAGERNESS, Reasoner
 from nexus_plugins.modules.puzzles import hops
 
 
@@ -138,6 +138,8 @@ def test_update_is_a_loop_of_recalling_and_all_rules_written_in_numpy():
     torch.manual_seed(1)
     reasoner = Reasoner(6, n_rules=7, steps=3, window=1).double()  # attention to the token alone
     h = torch.randn(1, 1, 6, dtype=torch.float64)
+    start, _ = reasoner(h)
+    torch.nn.init.constant_(reasoner.gate, 1 / EAGERNESS)
     got, reports = reasoner(h)
     weights = {name: value.detach().numpy() for name, value in reasoner.named_parameters()}
 
@@ -156,6 +158,7 @@ def test_update_is_a_loop_of_recalling_and_all_rules_written_in_numpy():
         fired = fired + sigmoid(found) / 3
     np.testing.assert_allclose(reports["reason"][0, 0].detach().numpy(), fired)
     np.testing.assert_allclose(got[0, 0].detach().numpy(), facts - h[0, 0].numpy(), atol=1e-12)
+    assert 0 < start.abs().max() < 0.1, "a fresh reasoner hardly changes the stream"
 
 
 def test_conclusions_of_a_token_reach_the_next_one_at_the_next_step():

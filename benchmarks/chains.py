@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Generator
 
@@ -21,14 +20,14 @@ __all__ = ["Chain"]
 class Chain(Task):
     """Answers that take 1 to `most` steps in training; those of one step more are never trained on.
 
-    The reasoner and Deep Thinking read tokens by themselves, on a backbone that need not. They are
-    compared with transformers: a backbone of equal size with two layers of attention, one with an
-    MLP in place of the rules, and `deeper`, with layers of its own for each step of the reasoner.
+    The reasoner and Deep Thinking read tokens by themselves, on one `mlp` layer. They are compared
+    with transformers of the same width: `backbone`, with two layers of attention and one `mlp`;
+    `mlp`, with one layer of attention and an MLP in place of the rules; and `deeper`, which has
+    layers of its own for each step of the reasoner. All but `deeper` and Deep Thinking have as many
+    parameters as the reasoner, up to 1%.
     """
 
     module: ClassVar[str] = "reason"
-    before: ClassVar[Mapping[str, Any]] = {"layers": ["mlp"], "ssm_n_layers": 1}
-    """The backbone before the reasoner and Deep Thinking."""
 
     steps: int = 1200
     lr: float = 2e-3
@@ -58,7 +57,7 @@ class Chain(Task):
     def variants(self) -> list[Variant]:
         """The reasoner, a backbone, an MLP, a deeper backbone, and Deep Thinking."""
         shared = {"window": self.reach, "window_head_dim": 16, "mlp_expand": 2}
-        alone = {**shared, **self.before}
+        alone = {**shared, "layers": ["mlp"], "ssm_n_layers": 1}
         mixing = {**shared, "layers": ["mlp", "window"], "ssm_n_layers": 2}
         backbone = {**shared, "layers": ["window", "mlp"], "ssm_n_layers": 3}
         deeper = {**mixing, "ssm_n_layers": 2 * self.loops + 1}
@@ -69,7 +68,7 @@ class Chain(Task):
         }
         return [
             Variant("reason", {**alone, "reason": True, **sizes}, {"loss_reason": {}}),
-            Variant("backbone", backbone, widened=True),
+            Variant("backbone", backbone),
             Variant("mlp", mixing, in_place=lambda width, _: PlainMLP(width, self._rules(width))),
             Variant("deeper", deeper),
             Variant(
@@ -85,6 +84,10 @@ class Chain(Task):
         """The number of parameters of the rules."""
         return (2 * width + 1) * self.n_rules + width
 
+    def documents(self, size: int) -> int:
+        """How many documents of a size fit into a row, at least one."""
+        return max(1, self.length // size)
+
     def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
         """How it answers what is one step further, and in a loop with one more iteration."""
         measures = self._further(model, seed, "one step further")
@@ -96,11 +99,7 @@ class Chain(Task):
         return measures
 
     def _further(self, model: NEXUSCore, seed: int, name: str) -> dict[str, float]:
-        rows = [self.drawn(seed, generator(seed, HELD_OUT - n), further=True) for n in range(1, 9)]
+        more = replace(self, rows=8 * self.rows)
+        rows = [more.drawn(seed, generator(seed, HELD_OUT - n), further=True) for n in range(1, 5)]
         seen = [(row, model.hidden(row["input_ids"], row.get("segment_ids"))) for row in rows]
         return {f"{name}: {kind}": value for kind, value in Task.measure(self, seen).items()}
-
-
-def documents(task: Chain, size: int) -> int:
-    """How many documents of a size fit into a row."""
-    return max(1, task.length // size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -193,6 +194,8 @@ def test_answers_in_steps_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -
 
     def documents(task: Modular | Horn, further: bool, size: int) -> Iterator[list[list[int]]]:
         batch = task.drawn(0, torch.Generator().manual_seed(1), further)
+        segments = batch["segment_ids"].view(task.rows, -1, size)
+        assert (segments == torch.arange(segments.shape[1])[:, None]).all()
         columns = (batch[key].view(-1, size).tolist() for key in ("input_ids", "labels"))
         yield from map(list, zip(*columns, strict=True))
 
@@ -223,22 +226,47 @@ def test_answers_in_steps_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch) -
         assert 0.35 < answers.count(33) / len(answers) < 0.65
 
 
-def test_the_reasoner_and_its_rivals_have_one_size_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["hops", "modular", "horn"])
+def test_the_reasoner_and_its_rivals_have_one_size_and_run(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if a network no longer trains, or is much larger or smaller than the reasoner."""
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.modules import compete
-    from benchmarks.tasks.hops import Hops
     from benchmarks.tasks.task import Sizes
 
+    kind = importlib.import_module(f"benchmarks.tasks.{name}").TASK
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    runs = compete(0, Hops(rows=2, length=10, steps=1), Sizes(), frozenset())
+    runs = compete(0, kind(rows=2, length=20, steps=1), Sizes(), frozenset())
     loops = {"reason", "deep_thinking"}
     for run in runs:
         iterates = "one step further, one more iteration: nats" in run.equal_steps
         assert iterates == (run.variant in loops)
         assert 0 < run.equal_steps["one step further: nats"] < 10
     own, *others = (run.parameters for run in runs if run.variant != "deeper")
-    assert all(own <= size < 1.2 * own for size in others)
+    assert all(0.99 * own < size < 1.2 * own for size in others)
+
+
+def test_the_progressive_loss_mixes_the_end_with_part_of_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if the published rival is trained without the loss that makes it think further."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.deep_thinking import ProgressiveLoss
+    from nexus_plugins.model_nexus import NEXUSOutput
+
+    draw = torch.Generator().manual_seed(0)
+    end, part, head = (torch.randn(size, generator=draw) for size in ((1, 3, 4), (1, 3, 4), (5, 4)))
+    labels = torch.tensor([[2, -100, 4]])
+
+    def nats(hidden: torch.Tensor) -> float:
+        chances = (hidden[0] @ head.T).softmax(-1)
+        return -math.log(chances[0, 2]) - math.log(chances[2, 4])
+
+    output = NEXUSOutput(end, head, {"deep_thinking": {"hidden": part}})
+    for share in (0.0, 0.3):
+        loss = ProgressiveLoss(share=share).loss({"labels": labels}, output)
+        assert loss == pytest.approx((1 - share) * nats(end) + share * nats(part), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from benchmarks.chains import Chain, documents
+from benchmarks.chains import Chain
 from benchmarks.tasks.task import IGNORED, Batch, generator
+from nexus_plugins.model_nexus import NEXUSCore
 
 __all__ = ["TASK", "Horn", "depths"]
 
@@ -24,14 +25,9 @@ class Horn(Chain):
     """
 
     name: ClassVar[str] = "horn"
-    before: ClassVar[Mapping[str, Any]] = {
-        "layers": ["window", "mlp"],
-        "ssm_n_layers": 2,
-        "mlp_expand": 1,
-    }
 
     rows: int = 32
-    steps: int = 800
+    steps: int = 1000
 
     atoms: int = 16
     rules: int = 24
@@ -46,7 +42,7 @@ class Horn(Chain):
     def drawn(self, seed: int, draw: Generator, further: bool) -> Batch:
         """Facts and questions."""
         size = self.facts + self.atoms
-        many = documents(self, size)
+        many = self.documents(size)
         order = torch.rand((self.rows * many, self.atoms), generator=draw).argsort(1)
         listed = order[:, : self.facts]
         known = torch.zeros_like(order, dtype=torch.bool).scatter(1, listed, True)
@@ -63,6 +59,20 @@ class Horn(Chain):
             "labels": torch.cat([nothing, labels], 1).view(self.rows, -1),
             "segment_ids": segments.expand(self.rows, -1),
         }
+
+    def timed(self, model: NEXUSCore, seed: int) -> dict[str, float]:
+        """Also the nats of who knows only which atom is asked about."""
+        measures = super().timed(model, seed)
+        for name, further in (("atom alone", False), ("one step further: atom alone", True)):
+            batch = replace(self, rows=8 * self.rows).drawn(seed, generator(seed, -1), further)
+            counts = batch["labels"] != IGNORED
+            asked = batch["input_ids"][counts] - self.atoms
+            yes = (batch["labels"][counts] == 2 * self.atoms + 1).double()
+            share = yes.new_zeros(self.atoms).scatter_reduce(
+                0, asked, yes, "mean", include_self=False
+            )
+            measures[f"{name}: nats"] = F.binary_cross_entropy(share[asked], yes).item()
+        return measures
 
     def drawn_rules(self, seed: int) -> Tensor:
         """The rules of a seed, `(rules, 3)`: two premises and a conclusion."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Generator
 
-from benchmarks.chains import Chain, documents
+from benchmarks.chains import Chain
 from benchmarks.tasks.task import IGNORED, Batch
 
 __all__ = ["TASK", "Modular"]
@@ -18,8 +18,8 @@ __all__ = ["TASK", "Modular"]
 class Modular(Chain):
     """Each document is a number and operations, `+ a` or `* a` modulo a prime.
 
-    The label of an operation is the result so far. As sums and products alternate at random, their
-    order matters, and the operations of a document cannot be counted up.
+    The label of an operation is the result so far. Sums and products are mixed at random, so their
+    order matters. No product is by 0, which would forget what came before.
     """
 
     name: ClassVar[str] = "modular"
@@ -35,7 +35,7 @@ class Modular(Chain):
     def drawn(self, seed: int, draw: Generator, further: bool) -> Batch:
         """Numbers and operations."""
         count = self.most + 1 if further else self.most
-        many = (self.rows, documents(self, 1 + count))
+        many = (self.rows, self.documents(1 + count))
         results = [torch.randint(self.modulus, many, generator=draw)]
         tokens = [results[0]]
         for _ in range(count):

@@ -18,7 +18,7 @@ from nexus_plugins._shared.module_loss import (
     real_positions,
     refuse_idle,
 )
-from nexus_plugins._shared.token_losses import token_divergence
+from nexus_plugins._shared.token_losses import check_labels, token_divergence
 
 if TYPE_CHECKING:
     from nexus_core.batches import Batch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossEnergyConfig", "LossEnergyPlugin"]
 
+STEEPEST = 5.0
+"""The logarithm of the cost, in nats, from which the deviance is linear."""
 CLASSIC = ("iteration_weight", "target_iterations")
 """Settings that only apply to the classic formula."""
 
@@ -63,11 +65,12 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
     The model reports `energy`, a dict of `early` `(B, T, D)`, the final states if tokens had
     stopped after fewer refinements, and `foreseen` `(B, T)`, the logarithm of the predicted cost of
     that in nats. The cost is the divergence of what `early` predicts from what the model predicts,
-    `KL(model || early)`, and has no gradient to the latter: the expected nats lost by stopping, if
-    the model is right. The loss is the cost, so that stopping early costs little, and the deviance
-    of the predicted cost, which makes it the mean cost, with small costs as exact as large ones.
-    Positions without a label add 0. If a refinement changes nothing, it learns to predict zero. The
-    model itself learns from the labels alone.
+    `KL(model || early)`: the expected nats lost by stopping, if the model is right. It has no
+    gradient through what the model predicts; the backbone and the head, which both share, also
+    learn to make stopping cheap. The loss is the cost, so that stopping early costs little, and the
+    deviance of the predicted cost, which makes it the mean cost, with small costs as exact as large
+    ones. Positions without a label add 0. If a refinement changes nothing, it learns to predict
+    zero.
 
     With `classic` the dict is of `iterations` and `final_energy`, both `(B, T)`, and the loss is
     `final_energy + iteration_weight * |iterations - target_iterations|`.
@@ -98,6 +101,7 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
             raise self._other_model("early", is_classic=True)
         skipped, head = self.config.ignore_index, output.head_weight
         labels = batch.get("labels", F.pad(batch["input_ids"][:, 1:], (0, 1), value=skipped))
+        check_labels(labels, output.hidden)
         early, last = energy["early"].flatten(0, 1), output.hidden.flatten(0, 1)
         cost = token_divergence(early, head, last, head).clamp_min(0).view(labels.shape)
         counted: Tensor = labels != skipped
@@ -130,5 +134,10 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
 
 
 def deviance(foreseen: Tensor, cost: Tensor) -> Tensor:
-    """How far `exp(foreseen)` is from a cost of at least 0; least at its mean, as of a Poisson."""
-    return foreseen.exp() - cost + torch.xlogy(cost, cost) - cost * foreseen
+    """How far `exp(foreseen)` is from a cost of at least 0; least at its mean, as of a Poisson.
+
+    Beyond `STEEPEST`, where no cost is in practice, it is linear, so that it cannot overflow.
+    """
+    capped = foreseen.clamp_max(STEEPEST)
+    expected = capped.exp() * (1 + foreseen - capped)
+    return expected - cost + torch.xlogy(cost, cost) - cost * foreseen

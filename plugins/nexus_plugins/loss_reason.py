@@ -75,10 +75,11 @@ class LossReasonPlugin(ModuleLoss[LossReasonConfig]):
 
     The model reports `reason` `(B, T, R)`, how strongly each rule fired. The loss of a position is,
     summed over rules, `balance_weight` times `H(f) / 4 + KL(m, rate)`: H is the entropy, in nats,
-    of firing f, which is low where a rule is sure, and KL the divergence of m, how strongly the
-    rule fired over the tokens of past steps, from `rate`; its gradient is passed to f, so that the
-    loss stays a sum over tokens. A rule that always or never fires is pushed to change. Training
-    also logs `reasoning/idle_rules`, how many rules fire on average less than a tenth of `rate`.
+    of firing f, on average over the steps, which is low where a rule always fires or never, and KL
+    the divergence of m, how strongly the rule fired over the tokens of past steps, from `rate`; its
+    gradient is passed to f, so that the loss stays a sum over tokens. A rule that always or never
+    fires is pushed to change. Training also logs `reasoning/idle_rules`, how many rules fire on
+    average less than a tenth of `rate`.
 
     Classic: the model reports `reason` `(B, T, K, R)`, a distribution over rules at each of K
     steps, and `reason_halting` `(B, T, K)`; a position costs `entropy_weight` times the entropy

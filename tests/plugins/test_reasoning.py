@@ -208,7 +208,7 @@ def test_one_more_step_answers_what_is_one_jump_further_than_any_answer_before()
     assert hits(further) > before + 0.15, (before, hits(further))
 
 
-def test_every_parameter_of_the_parallel_reasoner_is_trained_and_a_step_equals_the_whole():
+def test_every_parameter_of_the_reasoner_is_trained_and_a_step_equals_the_whole():
     """Fails if part of the reasoner is never trained, or generation differs from training."""
     torch.manual_seed(0)
     reasoner = Reasoner(6, window=4)
@@ -224,6 +224,9 @@ def test_every_parameter_of_the_parallel_reasoner_is_trained_and_a_step_equals_t
         one, state = reasoner.step(token, state)
         stepped.append(one)
     torch.testing.assert_close(torch.stack(stepped, 1), update, atol=1e-5, rtol=1e-5)
+    reasoner.steps += 1
+    with pytest.raises(ValueError, match="makes 4 steps, but its state is for 3; start with a new"):
+        reasoner.step(h[:, 0], state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert {one.dtype for one in reasoner(h)[1].values()} == {torch.float32}
     assert reports["reason"].shape == (2, 9, 128)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from nexus_core.errors import DataError
 from nexus_plugins._shared.outputs import rows_of
 
-__all__ = ["token_divergence", "token_nats"]
+__all__ = ["check_labels", "token_divergence", "token_nats"]
 
 LOGITS_AT_ONCE = 2**24
 
@@ -34,11 +34,7 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
         DataError: labels have another shape.
     """
     rows, head = rows_of(output)
-    if labels.shape != rows.shape[:-1]:
-        raise DataError(
-            f"labels have shape {tuple(labels.shape)}, but the model's output is for "
-            f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
-        )
+    check_labels(labels, rows)
     counted = labels != ignore_index
     flat, targets = rows.flatten(0, -2), labels.where(counted, 0).flatten()
     if head is None:
@@ -47,6 +43,19 @@ def token_nats(output: Any, labels: Tensor, ignore_index: int = -100) -> Tensor:
     else:
         nats = _TokenNats.apply(flat, head, targets)  # type: ignore[no-untyped-call]
     return nats.view(labels.shape) * counted
+
+
+def check_labels(labels: Tensor, rows: Tensor) -> None:
+    """Reject labels that are not one per row of `(..., D)`.
+
+    Raises:
+        DataError: they have another shape.
+    """
+    if labels.shape != rows.shape[:-1]:
+        raise DataError(
+            f"labels have shape {tuple(labels.shape)}, but the model's output is for "
+            f"{tuple(rows.shape[:-1])}; expected one label per position of input_ids"
+        )
 
 
 def token_divergence(

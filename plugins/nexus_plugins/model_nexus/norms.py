@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Scale to a mean square of one over the last dimension.
 
     Args:
-        x: `(..., C)`.
+        x: `(..., C)`, of at least two dimensions.
         eps: added to the mean square.
 
     Returns:

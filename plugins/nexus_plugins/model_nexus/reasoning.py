@@ -19,10 +19,10 @@ class Reasoner(Part):
     """Derive facts from what the last tokens know, by rules that fire in parallel.
 
     The facts about a token are its state in the stream. At each step the token first recalls, by
-    attention, what the last tokens know by now. Then every rule reads the facts, which determines
-    how strongly it fires, and each firing rule adds its conclusions to the facts: a step applies
-    all rules that hold, as in forward chaining. Conclusions of one token are premises of later
-    tokens at the next step.
+    attention, what the last tokens know by now. Then every rule reads the facts, which gives an x:
+    it fires as strongly as `sigmoid(x)`, and adds `silu(x)` times its conclusions to the facts. So
+    a step applies all rules that hold, as in forward chaining, and conclusions about one token are
+    premises for later tokens at the next step.
 
     No parameter is specific to a step, so longer derivations are composed of single steps, and a
     model trained with K steps can run one more to derive what is one step further away
@@ -65,13 +65,13 @@ class Reasoner(Part):
             how strongly each rule fired, from 0 to 1, averaged over the steps.
         """
         update = torch.zeros_like(h)
-        fired: list[Tensor] = []
+        fired = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         for _ in range(self.steps):
             update = update + self.recall(_normed(h + update), document)
             concluded, firing = self._conclude(h + update)
             update = update + concluded
-            fired.append(firing)
-        return self._gated(update), {"reason": torch.stack(fired).mean(0)}
+            fired = fired + firing
+        return self._gated(update), {"reason": fired / self.steps}
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         """What is recalled at each step, `WindowState` with K after the batch, before any token."""
@@ -79,7 +79,16 @@ class Reasoner(Part):
         return tuple(torch.stack(self.steps * [part], 1) for part in empty)
 
     def step(self, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The update `(B, D)` of one token `(B, D)`, equal to `forward`, and the new state."""
+        """The update `(B, D)` of one token `(B, D)`, equal to `forward`, and the new state.
+
+        Raises:
+            ValueError: the state is from before `steps` was changed.
+        """
+        if (of_state := state[0].shape[1]) != self.steps:
+            raise ValueError(
+                f"the reasoner makes {self.steps} steps, but its state is for {of_state}; start "
+                "with a new initial_state after changing steps"
+            )
         update, after = torch.zeros_like(h), []
         for past in zip(*(part.unbind(1) for part in state), strict=True):
             recalled, now = self.recall.step(_normed(h + update), WindowState(*past))

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from nexus_plugins.model_nexus.norms import gradient_of_norm
 from nexus_plugins.model_nexus.operations import pad_time
+from nexus_plugins.model_nexus.residual import widened
 
 __all__ = ["WindowAttention", "WindowState", "head_width"]
 
@@ -102,7 +103,7 @@ class WindowAttention(nn.Module):
         past = batch, self.window - 1
         empty = self.in_proj.weight.new_zeros(*past, self.kv_heads, self.head_dim)
         filled = torch.zeros(past, dtype=torch.bool, device=empty.device)
-        return WindowState(empty, empty, filled)
+        return WindowState(widened(empty), empty, filled)
 
     def _project(self, x: Tensor) -> Tensor:
         """Query, key and value heads, (B, T, H + 2 G, P)."""
@@ -110,7 +111,15 @@ class WindowAttention(nn.Module):
 
 
 def head_width(d_model: int, most: int) -> int:
-    """The largest even divisor of an even width up to a limit."""
+    """The largest even divisor of an even width up to a limit.
+
+    Raises:
+        ValueError: the width is odd, or the limit below 2.
+    """
+    if d_model % 2 or most < 2:
+        raise ValueError(
+            f"width {d_model} has no even divisor of at most {most}; use an even width"
+        )
     return next(n for n in range(most, 1, -1) if n % 2 == 0 and d_model % n == 0)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nexus_core.engine import Engine
-from nexus_core.errors import ConfigError
+from nexus_core.errors import ConfigError, DataError
 from nexus_plugins.loss_energy import LossEnergyPlugin
 from nexus_plugins.model_nexus.nexus import NEXUSOutput
 
@@ -58,6 +58,20 @@ def test_loss_and_units_match_numpy(seed):
     assert plugin.units(batch) == 7
     expected = each[labels != -100].sum()
     np.testing.assert_allclose(plugin.loss(batch, result).item(), expected, rtol=1e-5)
+
+
+def test_a_prediction_far_off_has_a_finite_loss_that_says_so():
+    """Fails if a predicted cost of e^100 nats overflows, or labels of another shape pass."""
+    states, foreseen = torch.zeros(1, 2, 5), torch.tensor([[100.0, -100.0]], requires_grad=True)
+    report = {"early": states, "foreseen": foreseen}
+    result = NEXUSOutput(states, torch.ones(6, 5), {"energy": report})
+    batch = {"input_ids": torch.zeros(1, 2), "labels": torch.ones(1, 2, dtype=torch.long)}
+    loss = LossEnergyPlugin().loss(batch, result)
+    loss.backward()
+    assert loss.item() == pytest.approx(np.exp(5) * 96)
+    np.testing.assert_allclose(foreseen.grad, [[np.exp(5), 0]], rtol=1e-5, atol=1e-9)
+    with pytest.raises(DataError, match=r"labels have shape \(1, 1\).*one label per position"):
+        LossEnergyPlugin().loss({**batch, "labels": batch["labels"][:, 1:]}, result)
 
 
 def test_early_refinements_learn_from_the_last_and_not_the_reverse():

@@ -311,12 +311,17 @@ def test_scan_in_half_precision_keeps_the_gradient_of_strong_decays(
         assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
-def test_state_of_generation_does_not_grow() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_of_generation_keeps_its_size_and_type(dtype: torch.dtype) -> None:
     """Fails if generation slows down and fills the memory as it continues."""
-    model = small_model()
-    _, states = model.step(tokens(2, 1)[:, 0], model.initial_state(2))
-    shapes = [[part.shape for part in state] for state in model.initial_state(2)]
-    assert [[part.shape for part in state] for state in states] == shapes
+    model = small_model(layers=["ssm", "delta", "window", "mlp"], ssm_n_layers=4).to(dtype)
+    first = model.initial_state(2)
+    _, states = model.step(tokens(2, 1)[:, 0], first)
+
+    def kinds(of: list[tuple[Tensor, ...]]) -> list[list[tuple[torch.Size, torch.dtype]]]:
+        return [[(part.shape, part.dtype) for part in state] for state in of]
+
+    assert kinds(states) == kinds(first)
 
 
 def test_generation_takes_the_likeliest_tokens_at_temperature_zero() -> None:

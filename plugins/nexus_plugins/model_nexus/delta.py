@@ -116,7 +116,7 @@ class GatedDelta(nn.Module):
         taps, channels = self.conv_weight.shape
         new = self.conv_weight.new_zeros
         memory = new(batch, self.heads, self.d_key, self.head_dim)
-        return DeltaState(new(batch, taps - 1, channels), memory)
+        return DeltaState(new(batch, taps - 1, channels), widened(memory))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate, the convolution's input, (B, T, H) log decay, (B, T, products, H) beta."""

@@ -27,7 +27,7 @@ class Horn(Chain):
     name: ClassVar[str] = "horn"
 
     rows: int = 32
-    steps: int = 1000
+    steps: int = 800
 
     atoms: int = 16
     rules: int = 24

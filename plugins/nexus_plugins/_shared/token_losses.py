@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from nexus_core.errors import DataError
 from nexus_plugins._shared.outputs import rows_of
@@ -75,30 +73,12 @@ def token_divergence(
         temperature: divides both logits.
 
     Returns:
-        `(N,)` float32. The backward pass recomputes the logits.
+        `(N,)` in float32 or wider. The backward pass recomputes the logits.
     """
-    vocabulary = rows.shape[-1] if head is None else len(head)
-    found = [
-        checkpoint(
-            _of_rows, rows[part], head, theirs[part], their_head, temperature,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        for part in pieces(len(rows), vocabulary)
-    ]  # fmt: skip
-    return torch.cat(found) if found else rows.sum(-1, dtype=torch.float32)
-
-
-def _of_rows(
-    rows: Tensor, head: Tensor | None, theirs: Tensor, their_head: Tensor | None, temperature: float
-) -> Tensor:
-    own = _logits(rows, head).div(temperature).log_softmax(-1)
-    with torch.no_grad():
-        target = _logits(theirs, their_head).div(temperature).log_softmax(-1)
-    return F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
-
-
-def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
-    return (rows if head is None else F.linear(rows, head.to(rows.dtype))).float()
+    result: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        rows, head, theirs.detach(), their_head, temperature
+    )
+    return result
 
 
 def pieces(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -147,3 +127,75 @@ class _TokenNats(torch.autograd.Function):
             grad_weight.to(weight.dtype) if to_weight else None,
             None,
         )
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor | None,
+        theirs: Tensor,
+        their_head: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        device = rows.device.type
+        autocast = torch.is_autocast_enabled(device)
+        ctx.narrow = torch.get_autocast_dtype(device) if autocast else rows.dtype
+        ctx.temperature = temperature
+        vocabulary = rows.shape[-1] if head is None else len(head)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        found, norms = [rows.new_zeros(0, dtype=wide)], []
+        with torch.autocast(device, enabled=False):
+            for part in pieces(len(rows), vocabulary):
+                own, target = (
+                    _logits(states[part], of, ctx.narrow) / temperature
+                    for states, of in ((rows, head), (theirs, their_head))
+                )
+                norms.append(torch.stack([own.logsumexp(-1), target.logsumexp(-1)]))
+                chances = (target - norms[-1][1, :, None]).exp_()
+                gap = torch.einsum("nv,nv->n", chances, target.sub_(own))
+                found.append(gap + norms[-1][0] - norms[-1][1])
+        ctx.save_for_backward(rows, head, theirs, their_head, *norms)
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, head, theirs, their_head, *norms = ctx.saved_tensors
+        to_rows, to_head = ctx.needs_input_grad[:2]
+        grad_rows = torch.empty_like(rows if to_rows else rows[:0])
+        grad_head = torch.zeros_like(head, dtype=grad.dtype) if to_head else None
+        vocabulary = rows.shape[-1] if head is None else len(head)
+        with torch.autocast(rows.device.type, enabled=False):
+            for part, norm in zip(pieces(len(rows), vocabulary), norms, strict=True):
+                own, target = (
+                    (_logits(states[part], of, ctx.narrow) / ctx.temperature)
+                    .sub_(of_norm[:, None])
+                    .exp_()
+                    for states, of, of_norm in zip(
+                        (rows, theirs), (head, their_head), norm, strict=True
+                    )
+                )
+                slope = own.sub_(target).mul_((grad[part] / ctx.temperature)[:, None])
+                if head is None:
+                    grad_rows[part] = slope
+                    continue
+                slope = slope.to(ctx.narrow)
+                if to_rows:
+                    grad_rows[part] = slope @ head.to(ctx.narrow)
+                if grad_head is not None:
+                    grad_head += slope.T @ rows[part].to(ctx.narrow)
+        return (
+            grad_rows if to_rows else None,
+            grad_head.to(head.dtype) if grad_head is not None else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _logits(rows: Tensor, head: Tensor | None, narrow: torch.dtype) -> Tensor:
+    """Logits in float32 or wider, multiplied in a narrow type."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows if head is None else rows.to(narrow) @ head.to(narrow).T).to(wide)

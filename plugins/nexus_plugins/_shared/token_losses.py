@@ -149,13 +149,13 @@ class _Divergence(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for part in pieces(len(rows), vocabulary):
                 own, target = (
-                    _logits(states[part], of, ctx.narrow) / temperature
+                    _logits(states[part], of, ctx.narrow, temperature)
                     for states, of in ((rows, head), (theirs, their_head))
                 )
                 norms.append(torch.stack([own.logsumexp(-1), target.logsumexp(-1)]))
                 chances = (target - norms[-1][1, :, None]).exp_()
-                gap = torch.einsum("nv,nv->n", chances, target.sub_(own))
-                found.append(gap + norms[-1][0] - norms[-1][1])
+                means = [torch.einsum("nv,nv->n", chances, logits) for logits in (target, own)]
+                found.append(means[0] - means[1] + norms[-1][0] - norms[-1][1])
         ctx.save_for_backward(rows, head, theirs, their_head, *norms)
         return torch.cat(found)
 
@@ -170,9 +170,9 @@ class _Divergence(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             for part, norm in zip(pieces(len(rows), vocabulary), norms, strict=True):
                 own, target = (
-                    (_logits(states[part], of, ctx.narrow) / ctx.temperature)
-                    .sub_(of_norm[:, None])
-                    .exp_()
+                    (
+                        _logits(states[part], of, ctx.narrow, ctx.temperature) - of_norm[:, None]
+                    ).exp_()
                     for states, of, of_norm in zip(
                         (rows, theirs), (head, their_head), norm, strict=True
                     )
@@ -195,7 +195,8 @@ class _Divergence(torch.autograd.Function):
         )
 
 
-def _logits(rows: Tensor, head: Tensor | None, narrow: torch.dtype) -> Tensor:
-    """Logits in float32 or wider, multiplied in a narrow type."""
+def _logits(rows: Tensor, head: Tensor | None, narrow: torch.dtype, temperature: float) -> Tensor:
+    """Logits over the temperature, in float32 or wider, multiplied in a narrow type."""
     wide = torch.promote_types(rows.dtype, torch.float32)
+    rows = rows if temperature == 1 else rows / temperature
     return (rows if head is None else rows.to(narrow) @ head.to(narrow).T).to(wide)

@@ -103,7 +103,7 @@ class LossEnergyPlugin(ModuleLoss[LossEnergyConfig]):
         labels = batch.get("labels", F.pad(batch["input_ids"][:, 1:], (0, 1), value=skipped))
         check_labels(labels, output.hidden)
         early, last = energy["early"].flatten(0, 1), output.hidden.flatten(0, 1)
-        cost = token_divergence(early, head, last, head).clamp_min(0).view(labels.shape)
+        cost = token_divergence(early, head, last, head).view(labels.shape)
         counted: Tensor = labels != skipped
         return (cost + deviance(energy["foreseen"], cost.detach())) * counted
 

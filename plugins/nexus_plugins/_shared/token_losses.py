@@ -154,8 +154,8 @@ class _Divergence(torch.autograd.Function):
                 )
                 norms.append(torch.stack([own.logsumexp(-1), target.logsumexp(-1)]))
                 chances = (target - norms[-1][1, :, None]).exp_()
-                means = [torch.einsum("nv,nv->n", chances, logits) for logits in (target, own)]
-                found.append(means[0] - means[1] + norms[-1][0] - norms[-1][1])
+                gap = torch.einsum("nv,nv->n", chances, target - own)
+                found.append((gap + norms[-1][0] - norms[-1][1]).clamp_min_(0))
         ctx.save_for_backward(rows, head, theirs, their_head, *norms)
         return torch.cat(found)
 

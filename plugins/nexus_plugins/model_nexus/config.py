@@ -15,10 +15,10 @@ __all__ = ["NEXUSConfig"]
 
 CLASSIC = {"n_rules": 16, "reason": True, "causal": True}
 IDLE = {
-    True: ("world_heads", "world_stride", "world_memory", "reason_window"),
-    False: ("n_predicates",),
+    True: {"world_heads": 0, "world_stride": 1, "world_memory": 0, "reason_window": 64},
+    False: {"n_predicates": 32},
 }
-"""Settings without effect, by `classic`."""
+"""Settings without effect and their defaults, by `classic`."""
 
 
 class NEXUSConfig(PluginConfig):
@@ -223,9 +223,9 @@ class NEXUSConfig(PluginConfig):
                 "variable_names and mechanism_units have no effect with classic=true; remove them "
                 "or classic"
             )
-        for name in IDLE[self.classic]:
+        for name, default in IDLE[self.classic].items():
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            if value != default:
                 raise ValueError(
                     f"{name}={value} has no effect with classic={str(self.classic).lower()}; "
                     f"remove it, or set classic to {str(not self.classic).lower()}"

@@ -29,7 +29,7 @@ class Chain(Task):
 
     module: ClassVar[str] = "reason"
 
-    steps: int = 1200
+    steps: int = 800
     lr: float = 2e-3
     most: int = 3
     n_rules: int = 128

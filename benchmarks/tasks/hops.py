@@ -20,7 +20,6 @@ class Hops(Chain):
 
     name: ClassVar[str] = "hops"
 
-    steps: int = 800
     places: int = 6
 
     @property

@@ -27,8 +27,6 @@ class Horn(Chain):
     name: ClassVar[str] = "horn"
 
     rows: int = 32
-    steps: int = 800
-
     atoms: int = 16
     rules: int = 24
     facts: int = 4

@@ -124,6 +124,24 @@ def test_views_write_to_what_they_are_views_of(accelerator: HostAccelerator) -> 
     assert x.resize_(20).cpu()[12:].isnan().all(), "new memory holds garbage"
 
 
+def test_lazy_conjugates_and_signs_count(accelerator: HostAccelerator) -> None:
+    """Fails if a view that is conjugated or negated only when it is read loses that."""
+    z, other = torch.randn(2, 3, 4, dtype=torch.complex64).unbind()
+
+    def results(z: Tensor, other: Tensor) -> list[Tensor]:
+        changed = other.clone()
+        changed.conj().mul_(z)
+        return [
+            z.conj(), z.conj() * other, z.mT.conj() @ other, z.conj().imag, z.conj()[1:].clone(),
+            z.clone().mul_(other.conj()), torch.mul(z, other.conj(), out=torch.empty_like(z)),
+            changed,
+        ]  # fmt: skip
+
+    there = results(z.to(accelerator.device), other.to(accelerator.device))
+    for mine, theirs in zip(there, results(z, other), strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs)
+
+
 MIXED: dict[str, Callable[[Tensor, Tensor], object]] = {
     "a sum": lambda here, there: here + there,
     "a product of matrices": lambda here, there: here @ there,

@@ -91,8 +91,10 @@ class Memory:
         return self.adopt(host)
 
     def host_view(self, tensor: Tensor) -> Tensor:
-        """A host tensor with the same memory as a device tensor."""
-        return self._over(tensor.untyped_storage(), tensor)
+        """A host tensor with the same memory as a device tensor, and the same lazy sign."""
+        view = self._over(tensor.untyped_storage(), tensor)
+        view = torch._conj(view) if tensor.is_conj() else view
+        return torch._neg_view(view) if tensor.is_neg() else view
 
     def over(self, storage: torch.UntypedStorage, like: Tensor) -> Tensor:
         """A device tensor over a device storage, with the layout of a meta tensor."""

@@ -198,5 +198,5 @@ class _Divergence(torch.autograd.Function):
 def _logits(rows: Tensor, head: Tensor | None, narrow: torch.dtype, temperature: float) -> Tensor:
     """Logits over the temperature, in float32 or wider, multiplied in a narrow type."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    rows = rows if temperature == 1 else rows / temperature
-    return (rows if head is None else rows.to(narrow) @ head.to(narrow).T).to(wide)
+    logits = (rows if head is None else rows.to(narrow) @ head.to(narrow).T).to(wide)
+    return logits if temperature == 1 else logits / temperature

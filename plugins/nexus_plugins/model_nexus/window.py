@@ -181,7 +181,7 @@ class _Heads(Function):
         result = y.new_empty(batch, length, turned + grads[2].shape[2], width)
         out, value = torch.split(result, [turned, grads[2].shape[2]], 2)
         gradient = gradient_of_norm(torch.cat(grads[:2], 2).to(y.dtype), y, scale)
-        torch.mul(_as_pairs(gradient), turns.conj_physical(), out=_as_pairs(out))
+        torch.mul(_as_pairs(gradient), turns.conj(), out=_as_pairs(out))
         value.copy_(grads[2])
         return result, None, None
 
